@@ -1,0 +1,112 @@
+"""What a block costs: bytes on disk and on the wire, bytes while it runs, operations per token.
+
+Every figure is computed from the spec alone, so that a planner can price blocks that nobody has
+quantized yet.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from model.quantize import INTEGER_BITS, Format
+from model.spec import QUANTIZED_TENSORS, ModelSpec
+
+
+def stored_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
+    """Bytes of the block's tensors in its artifact (its file has a header of 1-4 KB besides).
+
+    Exact while scales fit fp16 (a matrix whose largest scale leaves [2^-20, 65504] takes two
+    bytes more per group).
+    """
+    return sum(
+        _stored_matrix(shape, fmt) if name in QUANTIZED_TENSORS else 4 * prod(shape)
+        for name, shape in spec.block_tensors(block).items()
+    )
+
+
+def executed_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int) -> int:
+    """Bytes of the block's weights as kernels keep them at ``container_bits``.
+
+    An integer container takes fp32 scales, and zeros where the codes' middle is not the
+    container's; 16 and 32 hold plain numbers. The token table is charged as stored: only the rows
+    that are looked up get unpacked.
+    """
+    total = 0
+    for name, shape in spec.block_tensors(block).items():
+        if name not in QUANTIZED_TENSORS:
+            total += 4 * prod(shape)
+        elif name == "tokens.weight":
+            total += _stored_matrix(shape, fmt)
+        elif fmt.scheme != "float" and container_bits in INTEGER_BITS:
+            rows, columns = shape
+            groups = fmt.groups(columns)
+            total += rows * groups * (fmt.group_size * container_bits // 8 + 4)
+            if not fmt.symmetric or container_bits != fmt.bits:
+                total += rows * -(-groups * container_bits // 8)
+        else:
+            total += prod(shape) * container_bits // 8
+    return total
+
+
+def kv_bytes(spec: ModelSpec, block: int, tokens: int, item_bytes: int = 4) -> int:
+    """Bytes of keys and values of ``tokens`` positions; 0 for embedding and head.
+
+    A sliding window is charged in full: the cache keeps all positions, to be able to roll back.
+    """
+    if spec.block_kind(block) != "layer":
+        return 0
+    layer = spec.layer(block)
+    return 2 * layer.kv_heads * layer.head_dim * tokens * item_bytes
+
+
+def buffer_bytes(spec: ModelSpec, block: int, rows: int, context_tokens: int) -> int:
+    """Bytes of fp32 intermediates while the block computes ``rows`` rows at once.
+
+    Buffers are reused from block to block: a stage needs the largest of its blocks'.
+    """
+    kind = spec.block_kind(block)
+    if kind == "embedding":
+        return 4 * rows * (spec.hidden + spec.embed_dim)
+    if kind == "head":
+        # Logits are computed for one row only.
+        return 4 * (rows * 2 * spec.hidden + spec.embed_dim + spec.vocab)
+    layer = spec.layer(block)
+    heads = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim  # q, k, v and the output
+    scores = layer.heads * context_tokens
+    mlp = (2 if layer.gated else 1) * layer.ffn
+    return 4 * rows * (3 * layer.hidden + max(heads + scores, mlp))
+
+
+def block_flops(spec: ModelSpec, block: int, context_tokens: int) -> int:
+    """Floating-point operations of one token that sees ``context_tokens`` positions.
+
+    Two per weight of each matrix product, and two per element of scores and of weighted values;
+    norms, activations and rotations are left out (below 1 %).
+    """
+    matrices = sum(
+        prod(shape)
+        for name, shape in spec.block_tensors(block).items()
+        if name in QUANTIZED_TENSORS and name != "tokens.weight"
+    )
+    if spec.block_kind(block) != "layer":
+        return 2 * matrices
+    layer = spec.layer(block)
+    seen = min(context_tokens, layer.sliding_window or context_tokens)
+    return 2 * matrices + 4 * layer.heads * layer.head_dim * seen
+
+
+def hop_bytes(spec: ModelSpec, rows: int, item_bytes: int = 2) -> int:
+    """Bytes of the hidden rows that cross a link (fp16 by default), without framing."""
+    return spec.hidden * rows * item_bytes
+
+
+def _stored_matrix(shape: tuple[int, ...], fmt: Format) -> int:
+    rows, columns = shape
+    if fmt.scheme == "float":
+        return rows * columns * fmt.bits // 8
+    groups = fmt.groups(columns)
+    codes = rows * groups * (fmt.group_size * fmt.bits // 8)
+    if fmt.scheme == "truncate":
+        return codes + 4
+    zeros = 0 if fmt.symmetric else rows * -(-groups * fmt.bits // 8)
+    return codes + 2 * rows * groups + zeros

@@ -1,0 +1,28 @@
+"""Everything that can be wrong with a model a user points at.
+
+ModelError
+├── UnsupportedModelError    the architecture, or one of its options, is not implemented
+├── CheckpointError          the files are absent, truncated, inconsistent or unsafe
+└── TokenizerError           tokenizer.json or the chat template is absent or broken
+
+Each message is one line that says which file or field, and what to do about it.
+The command line catches ModelError and exits; the coordinator answers it as a client error.
+"""
+
+from __future__ import annotations
+
+
+class ModelError(Exception):
+    """A model directory cannot be used as it is."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model is well-formed, but this project does not implement it."""
+
+
+class CheckpointError(ModelError):
+    """A weight file or config.json is missing, truncated, lying about its contents, or a pickle."""
+
+
+class TokenizerError(ModelError):
+    """The tokenizer or the chat template cannot be loaded or applied."""

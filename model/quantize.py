@@ -1,0 +1,369 @@
+"""Storage formats of weight matrices: how numbers become b-bit codes and back.
+
+Every integer format decodes as ``value = (code - zero) * scale`` with one scale and zero per
+group of consecutive inputs of a row. Codes are packed low bits first, each group in whole bytes,
+rows padded to whole groups; at 2, 4 and 8 bits that is what ONNX Runtime's MatMulNBits takes.
+
+Schemes:
+    rtn        round to nearest, per group; asymmetric or symmetric (zero = 2^(bits-1))
+    truncate   towards zero with one step R / 2^(bits-1), R = max|w| of the matrix
+               (Source: DILEMMA, "Environment Setup": truncation as the quantization technique)
+    float      16 bits: fp16, or bf16 where only that is lossless; 32 bits: fp32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import CheckpointError
+from model.safetensors import bfloat16_to_float32
+
+Scheme = Literal["rtn", "truncate", "float"]
+FloatArray = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+BITS = (2, 3, 4, 5, 6, 8, 16, 32)
+INTEGER_BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+# Rows are processed in pieces of about this many weights: small enough for a core's cache.
+_CHUNK_WEIGHTS = 1 << 18
+# Products of codes and scales stay finite below it; no trained weight comes near.
+_MAX_MAGNITUDE = 2.0**100
+# From here on an fp16 scale, rounded up, is at most 1/16 too wide.
+_MIN_HALF_SCALE = 2.0**-20
+_MAX_HALF = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How the matrices of a block are stored. ``Format.of`` fills in what bits leave no choice of.
+
+    ``group_size`` is 0 for float; for truncate it only pads rows. Raises ValueError for a
+    combination that does not exist.
+    """
+
+    bits: int
+    scheme: Scheme = "rtn"
+    group_size: int = 32
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, not {self.bits!r}")
+        if self.scheme not in get_args(Scheme):
+            raise ValueError(f"scheme must be one of {get_args(Scheme)}, not {self.scheme!r}")
+        if (self.scheme == "float") != (self.bits >= 16):
+            raise ValueError("16 and 32 bits are scheme float, fewer bits are rtn or truncate")
+        groups = (0,) if self.scheme == "float" else GROUP_SIZES
+        if type(self.group_size) is not int or self.group_size not in groups:
+            raise ValueError(f"group_size must be one of {groups}, not {self.group_size!r}")
+        if type(self.symmetric) is not bool or (self.scheme != "rtn" and not self.symmetric):
+            raise ValueError("symmetric must be a bool, and true for all schemes but rtn")
+
+    @staticmethod
+    def of(
+        bits: int, scheme: Scheme = "rtn", group_size: int = 32, symmetric: bool = False
+    ) -> Format:
+        """The format of a width: float for 16 and 32 bits, else as asked for."""
+        if bits >= 16:
+            return Format(bits, "float", 0, True)
+        return Format(bits, scheme, group_size, symmetric or scheme == "truncate")
+
+    def groups(self, columns: int) -> int:
+        """Groups in a row of ``columns`` weights (integer formats only)."""
+        return -(-columns // self.group_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedMatrix:
+    """A matrix [N, K] in a format; G groups of g inputs a row.
+
+    data: integer formats: uint8 [N, G, g * bits / 8], packed codes; float: [N, K] of float16,
+    uint16 (bf16 bit patterns) or float32.
+    scale_data: float16 or float32 [N, G] (truncate: [1, 1]); None for float.
+    zero_data: uint8 [N, ceil(G * bits / 8)], codes packed per row; None where symmetric.
+    Raises ValueError when the arrays do not fit shape and format.
+    """
+
+    shape: tuple[int, int]
+    format: Format
+    data: npt.NDArray[Any]
+    scale_data: npt.NDArray[Any] | None = None
+    zero_data: Bytes | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        if self.format.scheme == "float":
+            kinds = (np.float16, np.uint16) if self.format.bits == 16 else (np.float32,)
+            _expect("data", self.data, self.shape, *kinds)
+            if self.scale_data is not None or self.zero_data is not None:
+                raise ValueError("float matrices have neither scales nor zeros")
+            return
+        groups = self.format.groups(columns)
+        group_bytes = self.format.group_size * self.format.bits // 8
+        _expect("data", self.data, (rows, groups, group_bytes), np.uint8)
+        if self.format.scheme == "truncate":
+            _expect("scales", self.scale_data, (1, 1), np.float32)
+        else:
+            _expect("scales", self.scale_data, (rows, groups), np.float16, np.float32)
+        if self.format.symmetric:
+            if self.zero_data is not None:
+                raise ValueError("a symmetric matrix has no stored zeros")
+        else:
+            _expect("zeros", self.zero_data, (rows, -(-groups * self.format.bits // 8)), np.uint8)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
+        parts = (self.data, self.scale_data, self.zero_data)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def dequantize(self, rows: slice | npt.NDArray[np.integer[Any]] | None = None) -> FloatArray:
+        """Values float32 [n, K] of all rows, or of the selected ones without unpacking the rest."""
+        data = self.data if rows is None else self.data[rows]
+        if self.format.scheme == "float":
+            if data.dtype == np.uint16:
+                return bfloat16_to_float32(data)
+            return np.array(data, np.float32)
+        scales, zeros = self.scales(rows), self.zeros(rows)
+        columns = self.shape[1]
+        values = np.empty((len(data), columns), np.float32)
+        for part in _row_chunks(len(data), columns):
+            codes = unpack(data[part], self.format.bits).astype(np.float32)  # [n, G, g]
+            codes -= zeros[part, :, None]
+            codes *= scales[part, :, None]
+            values[part] = codes.reshape(len(codes), -1)[:, :columns]
+        return values
+
+    def codes(self) -> Bytes:
+        """Unpacked codes uint8 [N, K] (integer formats only)."""
+        self._integer()
+        rows, columns = self.shape
+        return unpack(self.data, self.format.bits).reshape(rows, -1)[:, :columns]
+
+    def zeros(self, rows: slice | npt.NDArray[np.integer[Any]] | None = None) -> Bytes:
+        """Zero codes uint8 [n, G] (integer formats only)."""
+        self._integer()
+        groups = self.format.groups(self.shape[1])
+        if self.zero_data is None:
+            count = len(self.data if rows is None else self.data[rows])
+            return np.full((count, groups), 1 << (self.format.bits - 1), np.uint8)
+        packed = self.zero_data if rows is None else self.zero_data[rows]
+        return _unpack_rows(packed, self.format.bits, groups)
+
+    def scales(self, rows: slice | npt.NDArray[np.integer[Any]] | None = None) -> FloatArray:
+        """Scales float32 [n, G] (integer formats only)."""
+        self._integer()
+        assert self.scale_data is not None  # noqa: S101 - checked at construction
+        if self.format.scheme == "truncate":
+            count = len(self.data if rows is None else self.data[rows])
+            shape = (count, self.format.groups(self.shape[1]))
+            return np.full(shape, self.scale_data[0, 0], np.float32)
+        return np.array(self.scale_data if rows is None else self.scale_data[rows], np.float32)
+
+    def in_container(self, bits: int) -> tuple[Bytes, Bytes]:
+        """The same codes and zeros packed at a width >= the format's, for kernels without it.
+
+        Returns data uint8 [N, G, g * bits / 8] and zeros uint8 [N, ceil(G * bits / 8)], as
+        MatMulNBits takes them; scales stay as they are. Integer formats and widths only.
+        """
+        self._integer()
+        if bits not in INTEGER_BITS or bits < self.format.bits:
+            raise ValueError(f"{self.format.bits}-bit codes do not fit a {bits}-bit container")
+        zeros = _pack_rows(self.zeros(), bits)
+        if bits == self.format.bits:
+            return self.data, zeros
+        rows, groups, _ = self.data.shape
+        data = np.empty((rows, groups, self.format.group_size * bits // 8), np.uint8)
+        for part in _row_chunks(rows, self.shape[1]):
+            data[part] = pack(unpack(self.data[part], self.format.bits), bits)
+        return data, zeros
+
+    def _integer(self) -> None:
+        if self.format.scheme == "float":
+            raise ValueError("a float matrix has no codes, zeros or scales")
+
+
+def quantize(weights: npt.NDArray[Any], fmt: Format, name: str = "weights") -> QuantizedMatrix:
+    """Encode a float matrix [N, K]; no value is further than half a step (truncate: one) away.
+
+    Scales are fp16, rounded up before codes are chosen; fp32 where the largest leaves
+    [2^-20, 65504]. Memory: the result plus a few rows.
+    Raises CheckpointError, naming ``name``, for NaN, infinities and magnitudes above 2^100.
+    """
+    if weights.ndim != 2:
+        raise ValueError(f"{name}: only matrices are quantized, not shape {weights.shape}")
+    rows, columns = weights.shape
+    for part in _row_chunks(rows, columns):
+        # Written so that NaN fails it too.
+        if not np.abs(weights[part]).max(initial=0.0) <= _MAX_MAGNITUDE:
+            raise CheckpointError(
+                f"{name} holds NaN, infinite or absurdly large values; the checkpoint is damaged"
+            )
+    shape = (rows, columns)
+    if fmt.scheme == "float":
+        if fmt.bits == 32:
+            return QuantizedMatrix(shape, fmt, np.asarray(weights, np.float32))
+        return QuantizedMatrix(shape, fmt, _to_half(np.asarray(weights, np.float32)))
+    if fmt.scheme == "truncate":
+        return _truncate(weights, fmt)
+    return _round_to_nearest(weights, fmt)
+
+
+def weight_error(weights: npt.NDArray[Any], fmt: Format, *, normalized: bool = False) -> float:
+    """Largest |w - w_b| over a matrix [N, K]; ``normalized`` divides it by 2^bits.
+
+    Source: DILEMMA, the constraint on delta and "Environment Setup" (division by 2^b).
+    """
+    matrix = quantize(weights, fmt)
+    worst = 0.0
+    for part in _row_chunks(*matrix.shape):
+        error = np.abs(np.asarray(weights[part], np.float32) - matrix.dequantize(part))
+        worst = max(worst, float(error.max(initial=0.0)))
+    return worst / 2.0**fmt.bits if normalized else worst
+
+
+def pack(codes: Bytes, bits: int) -> Bytes:
+    """Pack codes [..., n] (n a multiple of 8) to bytes [..., n * bits / 8], low bits first."""
+    eights = codes.reshape(*codes.shape[:-1], -1, 8)
+    packed = np.zeros((*eights.shape[:-1], bits), np.uint8)
+    for index, byte, shift, spill in _bit_positions(bits):
+        packed[..., byte] |= eights[..., index] << np.uint8(shift)
+        if spill:
+            packed[..., byte + 1] |= eights[..., index] >> np.uint8(8 - shift)
+    return packed.reshape(*codes.shape[:-1], -1)
+
+
+def unpack(packed: Bytes, bits: int) -> Bytes:
+    """Inverse of ``pack``: bytes [..., m] (m a multiple of bits) to codes [..., m * 8 / bits]."""
+    groups = packed.reshape(*packed.shape[:-1], -1, bits)
+    codes = np.empty((*groups.shape[:-1], 8), np.uint8)
+    mask = np.uint8((1 << bits) - 1)
+    for index, byte, shift, spill in _bit_positions(bits):
+        code = groups[..., byte] >> np.uint8(shift)
+        if spill:
+            code |= groups[..., byte + 1] << np.uint8(8 - shift)
+        code &= mask
+        codes[..., index] = code
+    return codes.reshape(*packed.shape[:-1], -1)
+
+
+def _bit_positions(bits: int) -> Iterator[tuple[int, int, int, bool]]:
+    """(code index, byte, shift, continues in the next byte) of eight codes in ``bits`` bytes."""
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
+        yield index, byte, shift, shift + bits > 8
+
+
+def _pack_rows(codes: Bytes, bits: int) -> Bytes:
+    """Codes [N, n] of any n to bytes [N, ceil(n * bits / 8)]."""
+    count = codes.shape[1]
+    padded = np.pad(codes, ((0, 0), (0, -count % 8)))
+    return np.ascontiguousarray(pack(padded, bits)[:, : -(-count * bits // 8)])
+
+
+def _unpack_rows(packed: Bytes, bits: int, count: int) -> Bytes:
+    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % bits)))
+    return unpack(padded, bits)[:, :count]
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_WEIGHTS // max(columns, 1))
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
+
+
+def _grouped(weights: npt.NDArray[Any], fmt: Format) -> FloatArray:
+    """Rows as float32 [n, G, g], padded with zeros."""
+    chunk = np.asarray(weights, np.float32)
+    padding = -chunk.shape[1] % fmt.group_size
+    if padding:
+        chunk = np.pad(chunk, ((0, 0), (0, padding)))
+    return chunk.reshape(len(chunk), -1, fmt.group_size)
+
+
+def _round_to_nearest(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix:
+    rows, columns = weights.shape
+    groups, top, middle = fmt.groups(columns), (1 << fmt.bits) - 1, 1 << (fmt.bits - 1)
+    low, high = np.empty((2, rows, groups), np.float64)
+    for part in _row_chunks(rows, columns):
+        grouped = _grouped(weights[part], fmt)
+        low[part], high[part] = grouped.min(axis=2), grouped.max(axis=2)
+    np.minimum(low, 0.0, out=low)
+    np.maximum(high, 0.0, out=high)
+    if fmt.symmetric:
+        scales = _stored_scales(np.maximum(high / (middle - 1), -low / middle))
+        zeros = np.full((rows, groups), middle, np.uint8)
+    else:
+        scales = _stored_scales((high - low) / top)
+        steps = np.where(scales == 0, 1.0, scales.astype(np.float64))
+        zeros = np.clip(np.rint(-low / steps), 0, top).astype(np.uint8)
+    data = np.empty((rows, groups, fmt.group_size * fmt.bits // 8), np.uint8)
+    divisors = np.where(scales == 0, np.float32(1), scales.astype(np.float32))
+    for part in _row_chunks(rows, columns):
+        codes = _grouped(weights[part], fmt) / divisors[part, :, None]
+        np.rint(codes, out=codes)
+        codes += zeros[part, :, None]
+        np.clip(codes, 0, top, out=codes)
+        data[part] = pack(codes.astype(np.uint8), fmt.bits)
+    packed_zeros = None if fmt.symmetric else _pack_rows(zeros, fmt.bits)
+    return QuantizedMatrix((rows, columns), fmt, data, scales, packed_zeros)
+
+
+def _truncate(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix:
+    rows, columns = weights.shape
+    middle = 1 << (fmt.bits - 1)
+    largest = max(
+        (float(np.abs(weights[part]).max(initial=0.0)) for part in _row_chunks(rows, columns)),
+        default=0.0,
+    )
+    scale = _round_up(np.array([[largest / middle]]), np.dtype(np.float32))
+    divisor = scale[0, 0] or np.float32(1)
+    data = np.empty((rows, fmt.groups(columns), fmt.group_size * fmt.bits // 8), np.uint8)
+    for part in _row_chunks(rows, columns):
+        codes = _grouped(weights[part], fmt) / divisor
+        np.trunc(codes, out=codes)
+        codes += middle
+        np.clip(codes, 0, 2 * middle - 1, out=codes)
+        data[part] = pack(codes.astype(np.uint8), fmt.bits)
+    return QuantizedMatrix((rows, columns), fmt, data, scale)
+
+
+def _stored_scales(exact: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+    largest = float(exact.max(initial=0.0))
+    half = largest == 0.0 or _MIN_HALF_SCALE <= largest <= _MAX_HALF
+    return _round_up(exact, np.dtype(np.float16 if half else np.float32))
+
+
+def _round_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Narrow to ``dtype`` without getting smaller: a smaller step would clip a group's ends."""
+    narrow = exact.astype(dtype)
+    return np.where(narrow < exact, np.nextafter(narrow, dtype.type(np.inf)), narrow)
+
+
+def _to_half(weights: FloatArray) -> npt.NDArray[Any]:
+    """fp16 where that is lossless, else bf16 where that is, else whichever holds the range."""
+    with np.errstate(over="ignore"):
+        half = weights.astype(np.float16)
+    if np.array_equal(half, weights):
+        return half
+    patterns = np.ascontiguousarray(weights).view(np.uint32)
+    if not (patterns & 0xFFFF).any():
+        return (patterns >> 16).astype(np.uint16)
+    if np.isfinite(half).all():
+        return half
+    # Round to nearest, ties to even: half of the dropped range, less one where the kept bit is 0.
+    return ((patterns + 0x7FFF + ((patterns >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _expect(name: str, array: Any, shape: tuple[int, ...], *dtypes: type[Any]) -> None:
+    if array is None or array.shape != shape or array.dtype not in dtypes:
+        found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+        names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+        raise ValueError(f"{name}: expected {names} {shape}, found {found}")

@@ -1,0 +1,215 @@
+"""The forward pass in plain numpy: slow, short, and what every backend is measured against.
+
+Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
+(pre-norm, gated); the Qwen3 report (norms of q and k per head).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.artifact import Tensor, read_block
+from model.checkpoint import Checkpoint
+from model.quantize import QuantizedMatrix
+from model.rotary import rotary_table
+from model.spec import LayerSpec, ModelSpec
+
+Array = npt.NDArray[Any]
+Weights = Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A greedy continuation; ``margins[i]`` is by how much the logit of token i beat the next."""
+
+    tokens: list[int]
+    margins: list[float]
+
+
+class ReferenceModel:
+    """Contiguous blocks from ``first_block`` on, with a KV cache for one sequence.
+
+    blocks: canonical tensors per block, floats or QuantizedMatrix (dequantized here). Computes in
+    ``dtype``, float32 or float64.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: Sequence[Mapping[str, Tensor]],
+        *,
+        first_block: int = 0,
+        dtype: type[np.floating[Any]] = np.float32,
+    ) -> None:
+        self.spec = spec
+        self.blocks = range(first_block, first_block + len(blocks))
+        self._dtype = dtype
+        self._weights: dict[int, Weights] = {
+            block: {name: _values(tensor).astype(dtype) for name, tensor in tensors.items()}
+            for block, tensors in zip(self.blocks, blocks, strict=True)
+        }
+        self._cache: dict[int, tuple[Array, Array]] = {}
+
+    @staticmethod
+    def from_checkpoint(
+        checkpoint: Checkpoint, dtype: type[np.floating[Any]] = np.float32
+    ) -> ReferenceModel:
+        """The whole model with its original weights."""
+        blocks = [checkpoint.block(block) for block in range(checkpoint.spec.block_count)]
+        return ReferenceModel(checkpoint.spec, blocks, dtype=dtype)
+
+    @staticmethod
+    def from_artifacts(
+        spec: ModelSpec,
+        artifacts: Iterable[tuple[int, Path]],
+        dtype: type[np.floating[Any]] = np.float32,
+    ) -> ReferenceModel:
+        """A contiguous run of blocks as their artifacts hold them. Raises CheckpointError."""
+        pairs = list(artifacts)
+        blocks = [read_block(path, spec, block)[1] for block, path in pairs]
+        return ReferenceModel(spec, blocks, first_block=pairs[0][0], dtype=dtype)
+
+    def forward(self, inputs: npt.NDArray[Any] | Sequence[int], position: int = 0) -> Array:
+        """Rows [position, position + n) of the sequence; cached rows below must be valid.
+
+        inputs: tokens [n] where the embedding is held, else hidden [n, hidden].
+        Returns logits [n, vocab] of every row where the head is held, else hidden [n, hidden].
+        """
+        rows = np.asarray(inputs)
+        for block in self.blocks:
+            kind, weights = self.spec.block_kind(block), self._weights[block]
+            if kind == "embedding":
+                rows = self._embed(weights, rows, position)
+            elif kind == "head":
+                rows = self._head(weights, rows)
+            else:
+                rows = self._layer(block, weights, rows.astype(self._dtype), position)
+        return rows
+
+    def generate_greedy(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+        """Continue ``prompt`` by the most likely token, ``max_tokens`` times, ignoring eos."""
+        tokens: list[int] = []
+        margins: list[float] = []
+        logits = self.forward(prompt)[-1]
+        while True:
+            second, first = np.partition(logits, -2)[-2:]
+            tokens.append(int(logits.argmax()))
+            margins.append(float(first - second))
+            if len(tokens) == max_tokens:
+                return Generation(tokens, margins)
+            logits = self.forward(tokens[-1:], len(prompt) + len(tokens) - 1)[-1]
+
+    def _embed(self, weights: Weights, tokens: npt.NDArray[Any], position: int) -> Array:
+        hidden: Array = weights["tokens.weight"][tokens]  # [n, embed]
+        if self.spec.projected:
+            hidden = hidden @ weights["project_in.weight"].T
+        if self.spec.learned_positions:
+            begin = position + self.spec.position_offset
+            hidden = hidden + weights["positions.weight"][begin : begin + len(tokens)]
+        return hidden
+
+    def _head(self, weights: Weights, hidden: Array) -> Array:
+        if self.spec.final_norm:
+            hidden = _norm(self.spec.layers[-1], weights, "norm", hidden)
+        if self.spec.projected:
+            hidden = hidden @ weights["project_out.weight"].T
+        logits: Array = hidden @ weights["lm_head.weight"].T
+        return logits
+
+    def _layer(self, block: int, weights: Weights, hidden: Array, position: int) -> Array:
+        layer = self.spec.layer(block)
+        if layer.norm_position == "pre":
+            normed = _norm(layer, weights, "attn_norm", hidden)
+            hidden = hidden + self._attention(block, weights, normed, position)
+            return hidden + _mlp(layer, weights, _norm(layer, weights, "mlp_norm", hidden))
+        hidden = hidden + self._attention(block, weights, hidden, position)
+        hidden = _norm(layer, weights, "attn_norm", hidden)
+        return _norm(layer, weights, "mlp_norm", hidden + _mlp(layer, weights, hidden))
+
+    def _attention(self, block: int, weights: Weights, hidden: Array, position: int) -> Array:
+        layer = self.spec.layer(block)
+        count, end = len(hidden), position + len(hidden)
+        q = _linear(weights, "q", hidden).reshape(count, layer.heads, layer.head_dim)
+        k = _linear(weights, "k", hidden).reshape(count, layer.kv_heads, layer.head_dim)
+        v = _linear(weights, "v", hidden).reshape(count, layer.kv_heads, layer.head_dim)
+        if layer.qk_norm:
+            q = _rms_norm(q, layer.norm_eps) * weights["q_norm.weight"]
+            k = _rms_norm(k, layer.norm_eps) * weights["k_norm.weight"]
+        if layer.rope is not None:
+            cos, sin = (
+                table[position:, None].astype(self._dtype)
+                for table in rotary_table(layer.rope, layer.head_dim, end)
+            )
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if position:
+            old_k, old_v = self._cache[block]
+            k = np.concatenate([old_k[:position], k])
+            v = np.concatenate([old_v[:position], v])
+        self._cache[block] = k, v  # [end, kv_heads, head_dim]
+        group = layer.heads // layer.kv_heads
+        keys, values = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+        scores = np.einsum("qhd,khd->hqk", q, keys) / self._dtype(math.sqrt(layer.head_dim))
+        distance = np.arange(position, end)[:, None] - np.arange(end)  # [n, end]
+        window = layer.sliding_window or end
+        scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        mixed = np.einsum("hqk,khd->qhd", scores, values).reshape(count, -1)
+        return _linear(weights, "o", mixed)
+
+
+def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:
+    if layer.gated:
+        gate = _activate(layer, _linear(weights, "gate", hidden))
+        return _linear(weights, "down", gate * _linear(weights, "up", hidden))
+    return _linear(weights, "down", _activate(layer, _linear(weights, "up", hidden)))
+
+
+def _linear(weights: Weights, name: str, rows: Array) -> Array:
+    product: Array = rows @ weights[f"{name}.weight"].T
+    if f"{name}.bias" in weights:
+        product += weights[f"{name}.bias"]
+    return product
+
+
+def _norm(layer: LayerSpec, weights: Weights, name: str, rows: Array) -> Array:
+    if layer.norm == "rmsnorm":
+        return _rms_norm(rows, layer.norm_eps) * weights[f"{name}.weight"]
+    centred = rows - rows.mean(axis=-1, keepdims=True)
+    return _rms_norm(centred, layer.norm_eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def _rms_norm(rows: Array, eps: float) -> Array:
+    mean: Array = np.square(rows).mean(axis=-1, keepdims=True) + rows.dtype.type(eps)
+    return rows / np.sqrt(mean)
+
+
+def _rotate(heads: Array, cos: Array, sin: Array) -> Array:
+    """heads: [n, heads, head_dim]; cos, sin: [n, 1, head_dim / 2]."""
+    first, second = np.split(heads, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _activate(layer: LayerSpec, rows: Array) -> Array:
+    if layer.activation == "relu":
+        return np.maximum(rows, 0)
+    if layer.activation == "silu":
+        # Written with tanh, which does not overflow for large negative inputs.
+        weight: Array = 0.5 + 0.5 * np.tanh(0.5 * rows)
+    elif layer.activation == "gelu_tanh":
+        weight = 0.5 + 0.5 * np.tanh(math.sqrt(2 / math.pi) * (rows + 0.044715 * rows**3))
+    else:
+        erf = np.vectorize(math.erf, otypes=[rows.dtype])
+        weight = 0.5 + 0.5 * erf(rows / math.sqrt(2))
+    return rows * weight
+
+
+def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
+    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor

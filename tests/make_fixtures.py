@@ -1,0 +1,221 @@
+"""Make the tiny checkpoints under tests/fixtures and what transformers computes with them.
+
+Run by hand, in an environment of its own, whenever a fixture is added or changed:
+
+    python -m venv /tmp/fixtures && /tmp/fixtures/bin/pip install torch transformers tokenizers
+    /tmp/fixtures/bin/python tests/make_fixtures.py [name ...]
+
+Each directory holds a model as save_pretrained writes it, a byte-level tokenizer, and golden.npz:
+
+    prompt        int64 [n]
+    logits        float32 [n, vocab], of every position of the prompt
+    continuation  int64 [96], greedy, computed token by token with the cache
+    margins       float32 [96], by how much each token's logit beat the next
+
+Weights are random, so the seed is searched until every margin is above MIN_MARGIN: a test may then
+demand equal tokens of any implementation that is right to 1e-4.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MIN_MARGIN = 4e-3
+NEW_TOKENS = 96
+VOCAB = 260
+PROMPT = "The quick brown fox jumps."
+
+CHATML = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '</s>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+OPT = {
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 160,
+    "vocab_size": VOCAB,
+    "init_std": 0.15,
+    "bos_token_id": 256,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt-pre": ("opt", OPT),
+    "opt-post": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "llama": ("llama", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
+    "llama-linear": (
+        "llama",
+        LLAMA
+        | {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5},
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 12,
+        },
+    ),
+    "llama-dynamic": (
+        "llama",
+        LLAMA
+        | {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+            "max_position_embeddings": 64,
+        },
+    ),
+    "mistral": ("mistral", LLAMA | {"sliding_window": 20}),
+    "qwen2": (
+        "qwen2",
+        LLAMA
+        | {
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3": (
+        "qwen3",
+        LLAMA | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+}
+STORED_DTYPES = {"llama-linear": torch.bfloat16, "qwen3": torch.float16}
+OLD_CONFIG = ("llama-linear",)  # written as transformers 4 did: rope_theta and rope_scaling
+SHARD_SIZES = {"mistral": "40KB"}
+
+
+def main(names: list[str]) -> None:
+    for name in names or MODELS:
+        seed = make(name)
+        size_bytes = sum(path.stat().st_size for path in (FIXTURES / name).iterdir())
+        print(f"{name}: seed {seed}, {size_bytes / 1000:.0f} KB")  # noqa: T201
+
+
+def make(name: str) -> int:
+    """Write one fixture, searching the seed; returns it."""
+    model_type, options = MODELS[name]
+    prompt = tokenizer().encode(PROMPT).ids
+    for seed in range(1000):
+        model = random_model(model_type, options, seed, STORED_DTYPES.get(name, torch.float32))
+        golden = compute(model, prompt)
+        if golden["margins"].min() > MIN_MARGIN and len(set(golden["continuation"])) > 12:
+            break
+    else:
+        raise SystemExit(f"{name}: no seed gives margins above {MIN_MARGIN}")
+    directory = FIXTURES / name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    stored = model.to(STORED_DTYPES.get(name, torch.float32))
+    stored.save_pretrained(directory, max_shard_size=SHARD_SIZES.get(name, "1GB"))
+    if name in OLD_CONFIG:
+        rewrite_as_old_config(directory / "config.json")
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    tokenizer().save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    np.savez_compressed(directory / "golden.npz", **golden)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    return seed
+
+
+def random_model(
+    model_type: str, options: dict[str, Any], seed: int, stored: torch.dtype
+) -> torch.nn.Module:
+    """Weights, biases and norms all random, and exactly what the stored dtype can hold."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[model_type](**options)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval().float()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif "norm" in key:
+                parameter.normal_(1, 0.2)
+            parameter.copy_(parameter.to(stored).float())
+    return model
+
+
+@torch.no_grad()
+def compute(model: torch.nn.Module, prompt: list[int]) -> dict[str, np.ndarray]:
+    output = model(torch.tensor([prompt]), use_cache=True)
+    logits = output.logits[0].float().numpy()
+    last, continuation, margins = output.logits[0, -1], [], []
+    for _ in range(NEW_TOKENS):
+        best = torch.topk(last, 2)
+        continuation.append(int(best.indices[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+        if margins[-1] <= MIN_MARGIN:
+            break
+        output = model(
+            torch.tensor([continuation[-1:]]),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        last = output.logits[0, -1]
+    return {
+        "prompt": np.array(prompt),
+        "logits": logits,
+        "continuation": np.array(continuation),
+        "margins": np.array(margins, np.float32),
+    }
+
+
+def rewrite_as_old_config(path: Path) -> None:
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def tokenizer() -> Tokenizer:
+    """One token per byte, in GPT-2's printable alphabet, and four special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    result = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    result.decoder = decoders.ByteLevel()
+    result.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>"])
+    result.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", len(alphabet))]
+    )
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.checkpoint import Checkpoint
+from model.costs import (
+    block_flops,
+    buffer_bytes,
+    executed_bytes,
+    hop_bytes,
+    kv_bytes,
+    stored_bytes,
+)
+from model.families import load_spec
+from model.quantize import Format, QuantizedMatrix, quantize
+from model.spec import QUANTIZED_TENSORS
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.mark.parametrize(
+    ("fmt", "container"),
+    [
+        (Format(2), 2), (Format(3), 4), (Format(4, "rtn", 64), 4), (Format(6), 8),
+        (Format(4, symmetric=True), 4), (Format(3, symmetric=True), 4), (Format(8), 8),
+        (Format.of(5, "truncate"), 8),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["opt-post", "llama", "qwen3"])
+def test_executed_bytes_are_those_of_the_container(name: str, fmt: Format, container: int):
+    checkpoint = Checkpoint.open(FIXTURES / name)
+    for block in range(checkpoint.spec.block_count):
+        total = 0
+        for tensor_name, tensor in checkpoint.block(block).items():
+            if tensor_name not in QUANTIZED_TENSORS:
+                total += tensor.nbytes
+                continue
+            matrix: QuantizedMatrix = quantize(tensor, fmt)
+            if tensor_name == "tokens.weight":
+                total += matrix.stored_bytes
+                continue
+            data, zeros = matrix.in_container(container)
+            total += data.nbytes + matrix.scales().nbytes
+            if not fmt.symmetric or container != fmt.bits:
+                total += zeros.nbytes
+        assert executed_bytes(checkpoint.spec, block, fmt, container) == total
+
+
+def test_executed_bytes_of_floats_follow_the_container():
+    spec = load_spec(FIXTURES / "llama")
+    shapes = spec.block_tensors(1)
+    matrices = sum(int(np.prod(shapes[name])) for name in shapes if name in QUANTIZED_TENSORS)
+    norms = 4 * 2 * spec.hidden
+    assert executed_bytes(spec, 1, Format.of(16), 32) == 4 * matrices + norms
+    assert executed_bytes(spec, 1, Format.of(16), 16) == 2 * matrices + norms
+    assert executed_bytes(spec, 1, Format(4), 32) == 4 * matrices + norms
+
+
+def test_known_figures():
+    """llama: hidden 32, ffn 48, 4 heads and 2 kv heads of 8, vocabulary 260, worked by hand."""
+    spec = load_spec(FIXTURES / "llama")
+    weights = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 48
+    assert block_flops(spec, 1, 10) == 2 * weights + 4 * 4 * 8 * 10
+    assert block_flops(spec, 0, 10) == 0
+    assert block_flops(spec, spec.head_block, 10) == 2 * 260 * 32
+    assert kv_bytes(spec, 1, 10) == 2 * 2 * 8 * 10 * 4
+    assert kv_bytes(spec, 1, 10, 2) == 2 * 2 * 8 * 10 * 2
+    assert kv_bytes(spec, 0, 10) == kv_bytes(spec, spec.head_block, 10) == 0
+    assert hop_bytes(spec, 3) == 3 * 32 * 2
+    assert stored_bytes(spec, 0, Format.of(16)) == 260 * 32 * 2
+    assert stored_bytes(spec, 0, Format(4)) == 260 * (16 + 2 + 1)
+
+
+def test_a_window_bounds_the_work_of_attention():
+    spec = load_spec(FIXTURES / "mistral")
+    assert block_flops(spec, 1, 1000) == block_flops(spec, 1, 20)
+    assert kv_bytes(spec, 1, 1000) == 50 * kv_bytes(spec, 1, 20)
+
+
+def test_buffers_hold_scores_and_logits():
+    spec = load_spec(FIXTURES / "llama")
+    assert buffer_bytes(spec, 1, 16, 1000) > 4 * 4 * 16 * 1000
+    assert buffer_bytes(spec, spec.head_block, 1, 10) > 4 * spec.vocab
+    assert buffer_bytes(spec, 0, 2, 10) == 2 * buffer_bytes(spec, 0, 1, 10)

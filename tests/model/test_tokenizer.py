@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from model.errors import TokenizerError
+from model.tokenizer import MAX_PROMPT_CHARS, Tokenizer
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+DOUBLING = (
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = TWICE %}{% endfor %}"
+)
+USER = [{"role": "user", "content": "hi"}]
+BYTES = Tokenizer.load(FIXTURES / "llama")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "llama", tmp_path / "model"))
+
+
+def with_template(directory: Path, template: object, **settings: object) -> Tokenizer:
+    values = {"chat_template": template, "bos_token": "<s>", **settings}
+    (directory / "tokenizer_config.json").write_text(json.dumps(values))
+    return Tokenizer.load(directory)
+
+
+def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    decoder = tokenizer.stream()
+    return [*(decoder.push(token) for token in tokens), decoder.finish()]
+
+
+@pytest.mark.parametrize("directory", sorted(FIXTURES.iterdir()), ids=lambda path: path.name)
+def test_prompts_of_the_fixtures(directory: Path):
+    prompt = np.load(directory / "golden.npz")["prompt"].tolist()
+    assert Tokenizer.load(directory).encode("The quick brown fox jumps.") == prompt
+
+
+def test_encode_adds_bos_and_decode_drops_it():
+    tokens = BYTES.encode("Hi there")
+    assert tokens[0] == 256
+    assert BYTES.decode(tokens) == "Hi there"
+    assert BYTES.decode(tokens, skip_special=False) == "<s>Hi there"
+    assert BYTES.encode("Hi there", add_special=False) == tokens[1:]
+    assert BYTES.vocab_size == 260
+    assert BYTES.token_text(256) == "<s>"
+    assert BYTES.token_text(1_000_000) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["naïve café", "日本語のテキスト", "🐟🐟 a 👩‍👩‍👧 b", "  two  ", "\n\n"]
+)
+def test_streaming_gives_whole_characters(text: str):
+    tokens = BYTES.encode(text)
+    pieces = streamed(BYTES, tokens)
+    assert "".join(pieces) == BYTES.decode(tokens) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@given(st.text())
+@settings(max_examples=80, deadline=None)
+def test_streaming_equals_decoding(text: str):
+    tokens = BYTES.encode(text)
+    assert "".join(streamed(BYTES, tokens)) == BYTES.decode(tokens)
+
+
+@given(st.lists(st.integers(0, 259)))
+@settings(max_examples=80, deadline=None)
+def test_streaming_any_tokens_equals_decoding(tokens: list[int]):
+    assert "".join(streamed(BYTES, tokens)) == BYTES.decode(tokens)
+
+
+def test_an_unfinished_character_is_held_back_until_the_end():
+    tokens = BYTES.encode("ok🐟")[:-1]
+    pieces = streamed(BYTES, tokens)
+    assert "".join(pieces[:-1]) == "ok"
+    assert pieces[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_sentence_pieces_keep_their_leading_spaces(tmp_path: Path, fallback: bool):
+    """Llama 2 style: the word mark becomes a space, but not at the start of the text."""
+    words = ["<unk>", "\u2581Hello", "\u2581world", "\u2581", "!", "s"]
+    words += [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Backend(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0])
+    )
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    if not fallback:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.decoder = decoders.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    tokens = [1, 2, 5, 3, 3, 2, 4, 1, 1]
+    if fallback:
+        tokens += [6 + byte for byte in "é🐟".encode()] + [2]
+    pieces = streamed(tokenizer, tokens)
+    assert "".join(pieces) == tokenizer.decode(tokens)
+    assert "".join(pieces).startswith("Hello worlds   world! Hello Hello")
+
+
+def test_vocabulary_files_of_gpt2_suffice(tmp_path: Path):
+    """OPT checkpoints come without tokenizer.json."""
+    vocab = dict(json.loads((FIXTURES / "llama/tokenizer.json").read_text())["model"]["vocab"])
+    vocab |= {"</s>": 256, "<pad>": 257, "th": 258}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\n")
+    special = {"content": "</s>", "lstrip": False}
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": special}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    tokenizer = Tokenizer.load(tmp_path)
+    tokens = tokenizer.encode("the é</s>")
+    assert (tokens[0], tokens[1], tokens[-1]) == (256, 258, 256)
+    assert tokenizer.decode(tokens) == "the é"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"model": {"type": "Magic"}}'])
+def test_broken_tokenizers_are_named(model: Path, content: bytes):
+    (model / "tokenizer.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a valid tokenizer"):
+        Tokenizer.load(model)
+
+
+def test_missing_and_malformed_files_are_named(model: Path):
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: missing; load the tokenizer"):
+        Tokenizer.load(model)
+    (model / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not a JSON object"):
+        Tokenizer.load(model)
+    (model / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: cannot be read"):
+        Tokenizer.load(model)
+
+
+def test_chat_of_the_fixture_has_each_special_token_once():
+    text = BYTES.apply_chat_template(USER)
+    assert text == "<s>user\nhi</s>\n<s>assistant\n"
+    tokens = BYTES.encode_chat(USER)
+    assert tokens == BYTES.encode(text, add_special=False)
+    assert (tokens[0], tokens.count(256), tokens.count(257)) == (256, 2, 1)
+    assert BYTES.apply_chat_template(USER, add_generation_prompt=False) == "<s>user\nhi</s>\n"
+
+
+def test_no_template_is_an_error_with_advice(model: Path):
+    tokenizer = with_template(model, None)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(TokenizerError, match=r"no chat template; .*put a chat_template\.jinja"):
+        tokenizer.apply_chat_template(USER)
+
+
+def test_named_templates_and_the_file_of_its_own(model: Path):
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert with_template(model, named).apply_chat_template(USER) == "d"
+    with pytest.raises(TokenizerError, match="must be a string, or a list with one named default"):
+        with_template(model, [{"name": "tool_use", "template": "t"}])
+    (model / "chat_template.jinja").write_text("file {{ bos_token }}")
+    assert with_template(model, named).apply_chat_template(USER) == "file <s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}\n {% if 1 %}\n{{ m.role }}\n {% endif %}{% endfor %}", "user\n"),
+        ("{{ messages[0]['content'] | trim | upper }}", "HI"),
+        ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
+        ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
+        ("{{ 'a' ~ 1 ~ 'b' + 'c' * 3 }}", "a1bccc"),
+        ("{{ '%s-%05d' % ('x', 7) }}", "x-00007"),
+        ("{{ [1, 2] | join(', ') }}{{ '+'.join(['a', 'b']) }}", "1, 2a+b"),
+        ("{{ 'a\n\nb' | indent(2) }}{{ 'aa' | replace('a', 'b') }}", "a\n\n  bbb"),
+        ("{{ 'aa'.replace('a', 'c') }}{{ '{}-{}'.format(1, 2) }}", "cc1-2"),
+        ("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
+        ("{% for m in messages %}{{ loop.first }}{{ loop.last }}{% endfor %}", "TrueTrue"),
+        ("{% for m in messages %}{{ loop.length }}{{ loop.index0 }}{% endfor %}", "10"),
+        ("{% set n = namespace(i=1) %}{% for i in [5] %}{% set n.i=i %}{% endfor %}{{ n.i }}", "5"),
+        ("{% generation %}{{ 'x' }}{% endgeneration %}", "x"),
+        ("{{ tools is none }}{{ undefined_thing is defined }}", "TrueFalse"),
+        ("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(3) }}", "<3>"),
+        ("{{ '12345678'.strip() }}{{ '123456'.split('3')[0] }}", "1234567812"),
+        ("{{ strftime_now('%%') }}", "%"),
+    ],
+)  # fmt: skip
+def test_templates_render_as_models_expect(model: Path, template: str, expected: str):
+    assert with_template(model, template).apply_chat_template(USER) == expected
+
+
+def test_templates_can_reject_messages(model: Path):
+    tokenizer = with_template(model, "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(TokenizerError, match="chat template failed: roles must alternate"):
+        tokenizer.apply_chat_template(USER)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{", "{% include 'x' %}{% nope %}"])
+def test_invalid_templates_are_refused_at_load(model: Path, template: str):
+    with pytest.raises(TokenizerError, match="not a valid chat template"):
+        with_template(model, template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__ }}{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ ''|attr('__class__')|attr('__mro__') }}{{ (''|attr('__class__')).mro() }}",
+        "{{ '{0.__class__.__mro__}'.format('') }}{{ 1/0 }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'x' as y %}",
+    ],
+)
+def test_templates_cannot_escape(model: Path, template: str):
+    with pytest.raises(TokenizerError, match="chat template failed"):
+        with_template(model, template).apply_chat_template(USER)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 999999999999 }}",
+        "{{ [0] * 999999999999 }}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ '{:999999999}'.format(1) }}",
+        "{{ 'a'.ljust(999999999) }}",
+        "{{ 'a' | center(999999999) }}",
+        "{{ 'a' | indent(999999999) }}",
+        "{{ range(99999) | join('a' * 99999) }}",
+        "{{ ('a' * 99999).join(range(99999)) }}",
+        "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+        "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+        "{{ ('{0}' * 99999).format('b' * 99999) }}",
+        "{{ ('%(a)s' * 99999) % {'a': 'b' * 99999} }}",
+        "{{ [1] | batch(999999999, 0) | list }}",
+        "{{ lipsum(999999) }}",
+        "{{ {} | tojson(indent=999999999) }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
+        DOUBLING.replace("TWICE", "ns.s ~ ns.s"),
+        DOUBLING.replace("TWICE", "ns.s + ns.s"),
+        DOUBLING.replace("TWICE", "[ns.s, ns.s] | join"),
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(64) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)  # fmt: skip
+def test_templates_cannot_hog_the_coordinator(model: Path, template: str):
+    with pytest.raises(TokenizerError, match="chat template"):
+        with_template(model, template).apply_chat_template(USER)
+
+
+def test_a_long_conversation_is_no_attack():
+    messages = [{"role": "user", "content": "12345 words. " * 500}] * 300
+    assert len(BYTES.apply_chat_template(messages)) < MAX_PROMPT_CHARS
