@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from wire.codec import encode
+from wire.connection import AsyncConnection, Connection, Listener, serve
+from wire.errors import ConnectFailed, ConnectionLost, ProtocolError
+from wire.messages import Activation, Endpoint, Heartbeat, ProbePing, ProbePong
+
+ACTIVATION = Activation(1, 2, 0, 3, 4, True, None)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Connection, Connection]]:
+    """Two ends of one loopback connection."""
+    listener = Listener("127.0.0.1", 0)
+    here = Connection.connect(Endpoint("127.0.0.1", listener.port))
+    there = listener.accept()
+    assert there is not None
+    yield here, there
+    here.close()
+    there.close()
+    listener.close()
+
+
+@pytest.fixture
+def raw() -> Iterator[tuple[socket.socket, Connection]]:
+    """A bare socket that can send anything, and the connection that receives it."""
+    listener = Listener("127.0.0.1", 0)
+    sender = socket.create_connection(("127.0.0.1", listener.port))
+    receiver = listener.accept()
+    assert receiver is not None
+    yield sender, receiver
+    sender.close()
+    receiver.close()
+    listener.close()
+
+
+def test_messages_and_payloads_arrive_in_order(pair: tuple[Connection, Connection]) -> None:
+    here, there = pair
+    payload = bytes(range(256)) * 4096
+    thread = threading.Thread(
+        target=lambda: [here.send(ACTIVATION, payload), here.send(Heartbeat(7))]
+    )
+    thread.start()
+    message, received = there.receive()
+    assert message == ACTIVATION
+    assert bytes(received) == payload
+    assert there.receive() == (Heartbeat(7), memoryview(b""))
+    thread.join()
+
+
+def test_many_threads_may_send(pair: tuple[Connection, Connection]) -> None:
+    here, there = pair
+    threads = [
+        threading.Thread(target=here.send, args=(ProbePing(number), bytes([number]) * 100_000))
+        for number in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    numbers = set()
+    for _ in threads:
+        message, payload = there.receive()
+        assert isinstance(message, ProbePing)
+        assert bytes(payload) == bytes([message.number]) * 100_000
+        numbers.add(message.number)
+    assert numbers == set(range(16))
+    for thread in threads:
+        thread.join()
+
+
+def test_every_truncation_is_told_from_an_orderly_end(
+    raw: tuple[socket.socket, Connection],
+) -> None:
+    frame = encode(ACTIVATION, 8) + b"payload!"
+    for cut in range(1, len(frame)):
+        listener = Listener("127.0.0.1", 0)
+        with socket.create_connection(("127.0.0.1", listener.port)) as sender:
+            receiver = listener.accept()
+            assert receiver is not None
+            sender.sendall(frame[:cut])
+        with pytest.raises(ConnectionLost, match="in the middle of a message"):
+            receiver.receive()
+        listener.close()
+    sender, receiver = raw
+    sender.sendall(frame)
+    sender.close()
+    assert receiver.receive()[0] == ACTIVATION
+    with pytest.raises(ConnectionLost, match=r"closed the connection$"):
+        receiver.receive()
+
+
+def test_a_peer_that_breaks_the_protocol_is_dropped(
+    raw: tuple[socket.socket, Connection],
+) -> None:
+    sender, receiver = raw
+    sender.sendall(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")
+    with pytest.raises(ProtocolError, match="does not speak"):
+        receiver.receive()
+    assert sender.recv(1) == b""
+
+
+def test_silence_ends_a_connection_with_a_receive_timeout(
+    pair: tuple[Connection, Connection],
+) -> None:
+    here, _ = pair
+    here.set_receive_timeout(0.05)
+    with pytest.raises(ConnectionLost, match="no answer in time"):
+        here.receive()
+
+
+def test_close_wakes_a_thread_that_receives(pair: tuple[Connection, Connection]) -> None:
+    here, _ = pair
+    lost = threading.Event()
+
+    def receive() -> None:
+        with pytest.raises(ConnectionLost):
+            here.receive()
+        lost.set()
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    here.close()
+    assert lost.wait(5)
+    thread.join()
+
+
+def test_nobody_listens_and_address_taken() -> None:
+    listener = Listener("127.0.0.1", 0)
+    with pytest.raises(ConnectFailed, match="choose another port"):
+        Listener("127.0.0.1", listener.port)
+    listener.close()
+    assert listener.accept() is None
+    with pytest.raises(ConnectFailed, match="connection refused"):
+        Connection.connect(Endpoint("127.0.0.1", listener.port))
+    with pytest.raises(ConnectFailed, match="unknown host"):
+        Connection.connect(Endpoint("no such host.invalid", 1))
+
+
+def test_blocking_and_async_ends_speak_the_same_protocol() -> None:
+    async def main() -> None:
+        async def answer(connection: AsyncConnection) -> None:
+            message, payload = await connection.receive(5)
+            assert isinstance(message, ProbePing)
+            assert payload == b"x" * 100_000
+            await connection.send(ProbePong(message.number))
+            with pytest.raises(ConnectionLost, match=r"was silent for 0\.05 s"):
+                await connection.receive(0.05)
+
+        server, port = await serve("127.0.0.1", 0, answer)
+        async with server:
+            await asyncio.to_thread(ask, port)
+
+    def ask(port: int) -> None:
+        with Connection.connect(Endpoint("127.0.0.1", port)) as connection:
+            connection.send(ProbePing(5), b"x" * 100_000)
+            assert connection.receive()[0] == ProbePong(5)
+            with pytest.raises(ConnectionLost):
+                connection.receive()
+
+    asyncio.run(main())

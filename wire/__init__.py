@@ -1,0 +1,1 @@
+"""Messages between agents, coordinator and peers: codec, framing, limits, connections."""

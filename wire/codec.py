@@ -1,0 +1,226 @@
+"""Bytes <-> messages. No I/O.
+
+A frame is a fixed prefix, a msgpack header (the message's fields in declared order, nested
+messages likewise), and a raw payload:
+
+    offset  size  field
+    0       4     magic "SHOL"
+    4       1     protocol version
+    5       1     reserved, 0
+    6       2     message code (wire.messages.CODES)
+    8       4     header length in bytes
+    12      8     payload length in bytes
+
+All integers are little-endian. Lengths are checked against wire.limits before anything is
+allocated, and every field is checked against the type that the dataclass declares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import struct
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import msgpack
+
+from wire import limits
+from wire.errors import ProtocolError, VersionMismatch
+from wire.messages import CODES, PROTOCOL_VERSION, WITH_PAYLOAD, Message
+
+MAGIC = b"SHOL"
+PREFIX = struct.Struct("<4sBBHIQ")
+
+
+class Prefix(NamedTuple):
+    """What the fixed part of a frame announces; the lengths are within the limits."""
+
+    kind: type[Message]
+    header_bytes: int
+    payload_bytes: int
+
+
+def encode(message: Message, payload_bytes: int = 0) -> bytes:
+    """Prefix and header of ``message``; the caller sends ``payload_bytes`` raw bytes behind it.
+
+    Raises ProtocolError where the message itself is over the limits, so that the mistake shows on
+    the side that made it.
+    """
+    kind = type(message)
+    header: bytes = msgpack.packb(_ENCODERS[kind](message), use_bin_type=True)
+    if len(header) > limits.MAX_HEADER_BYTES or payload_bytes > limits.MAX_PAYLOAD_BYTES:
+        raise ProtocolError(f"{kind.__name__} is too large to send")
+    return (
+        PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, _CODE_OF[kind], len(header), payload_bytes) + header
+    )
+
+
+def decode_prefix(data: bytes | bytearray | memoryview) -> Prefix:
+    """Parse the first PREFIX.size bytes of a frame. Raises ProtocolError, VersionMismatch."""
+    magic, version, reserved, code, header_bytes, payload_bytes = PREFIX.unpack(data)
+    if magic != MAGIC:
+        raise ProtocolError("peer does not speak the shoal protocol")
+    if version != PROTOCOL_VERSION:
+        raise VersionMismatch(PROTOCOL_VERSION, version)
+    kind = CODES.get(code)
+    if kind is None or reserved:
+        raise ProtocolError(f"unknown message code {code}")
+    if header_bytes > limits.MAX_HEADER_BYTES or payload_bytes > limits.MAX_PAYLOAD_BYTES:
+        raise ProtocolError(
+            f"{kind.__name__} announces {header_bytes} + {payload_bytes} bytes, over the limit"
+        )
+    if payload_bytes and kind not in WITH_PAYLOAD:
+        raise ProtocolError(f"{kind.__name__} must not carry a payload")
+    return Prefix(kind, header_bytes, payload_bytes)
+
+
+def decode_header(kind: type[Message], header: bytes | bytearray | memoryview) -> Message:
+    """Parse a msgpack header into a ``kind``. Raises ProtocolError."""
+    try:
+        values = msgpack.unpackb(header, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise ProtocolError(f"{kind.__name__}: malformed header: {error}") from error
+    message: Message = _DECODERS[kind](values)
+    return message
+
+
+# ---- field by field: compiled once per message type from its annotations ------------------------
+
+_Convert = Callable[[Any], Any]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _exactly(expected: type, name: str) -> _Convert:
+    def check(value: Any) -> Any:
+        if type(value) is not expected:
+            raise ProtocolError(f"{name}: expected {expected.__name__}, got {_brief(value)}")
+        return value
+
+    return check
+
+
+def _number(name: str) -> _Convert:
+    def check(value: Any) -> float:
+        if type(value) is float or type(value) is int:
+            number = float(value)
+            if number - number == 0:  # neither infinite nor NaN
+                return number
+        raise ProtocolError(f"{name}: expected a finite number, got {_brief(value)}")
+
+    return check
+
+
+def _plain_dict(name: str) -> _Convert:
+    def depth(value: Any) -> int:
+        if isinstance(value, dict):
+            return 1 + max((depth(item) for item in value.values()), default=0)
+        if isinstance(value, list):
+            return 1 + max((depth(item) for item in value), default=0)
+        return 0
+
+    def check(value: Any) -> Any:
+        if type(value) is not dict or depth(value) > limits.MAX_NESTING:
+            raise ProtocolError(f"{name}: expected a map of plain values")
+        return value
+
+    return check
+
+
+def _converters(annotation: Any, name: str) -> tuple[_Convert, _Convert]:
+    """(to plain values, from plain values) for a field annotated ``annotation``."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is float:
+        return _same, _number(name)
+    if annotation in (int, str, bool):
+        return _same, _exactly(annotation, name)
+    if origin is dict:
+        return _same, _plain_dict(name)
+    if origin is Literal:
+        return _same, _one_of(arguments, name)
+    if origin is tuple:
+        return _tuple(arguments, name)
+    if origin in (typing.Union, types.UnionType):
+        return _optional(arguments, name)
+    return _record(annotation, name)
+
+
+def _one_of(allowed: tuple[Any, ...], name: str) -> _Convert:
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            raise ProtocolError(f"{name}: {_brief(value)} is not one of {allowed}")
+        return value
+
+    return check
+
+
+def _tuple(arguments: tuple[Any, ...], name: str) -> tuple[_Convert, _Convert]:
+    is_list = _exactly(list, name)
+    if arguments[-1] is Ellipsis:
+        pack, unpack = _converters(arguments[0], name)
+        if pack is _same:
+            return list, lambda value: tuple(map(unpack, is_list(value)))
+        return (
+            lambda value: list(map(pack, value)),
+            lambda value: tuple(map(unpack, is_list(value))),
+        )
+    parts = [_converters(argument, name) for argument in arguments]
+
+    def unpack_fixed(value: Any) -> Any:
+        if len(is_list(value)) != len(parts):
+            raise ProtocolError(f"{name}: expected {len(parts)} values, got {len(value)}")
+        return tuple(part[1](item) for part, item in zip(parts, value, strict=True))
+
+    return (
+        lambda value: [part[0](item) for part, item in zip(parts, value, strict=True)],
+        unpack_fixed,
+    )
+
+
+def _optional(arguments: tuple[Any, ...], name: str) -> tuple[_Convert, _Convert]:
+    (inner,) = (argument for argument in arguments if argument is not type(None))
+    pack, unpack = _converters(inner, name)
+    return (
+        lambda value: None if value is None else pack(value),
+        lambda value: None if value is None else unpack(value),
+    )
+
+
+def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
+    """A dataclass as the list of its fields in declared order."""
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        raise TypeError(f"{name}: cannot encode {kind!r}")
+    hints = typing.get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    parts = [_converters(hints[field], f"{name}.{field}") for field in fields]
+    packers = [part[0] for part in parts]
+    unpackers = [part[1] for part in parts]
+    getters = [operator.attrgetter(field) for field in fields]
+
+    def pack(value: Any) -> list[Any]:
+        return [pack_one(get(value)) for pack_one, get in zip(packers, getters, strict=True)]
+
+    def unpack(values: Any) -> Any:
+        if type(values) is not list or len(values) != len(unpackers):
+            raise ProtocolError(f"{name}: expected {len(unpackers)} fields, got {_brief(values)}")
+        return kind(*[convert(item) for convert, item in zip(unpackers, values, strict=True)])
+
+    return pack, unpack
+
+
+def _brief(value: Any) -> str:
+    """A hostile value, short enough for a log line."""
+    text = repr(value) if not isinstance(value, (list, dict)) else f"{len(value)} items"
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+_CODE_OF = {kind: code for code, kind in CODES.items()}
+_ENCODERS: dict[type[Message], _Convert] = {}
+_DECODERS: dict[type[Message], _Convert] = {}
+for _kind in CODES.values():
+    _ENCODERS[_kind], _DECODERS[_kind] = _record(_kind, _kind.__name__)

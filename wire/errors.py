@@ -1,0 +1,41 @@
+"""What can go wrong between two processes.
+
+WireError
+├── ProtocolError           the peer sent something this protocol does not allow
+│   └── VersionMismatch     ... because it speaks another version
+├── ConnectionLost          the peer is gone (closed, reset, or silent for too long)
+└── ConnectFailed           nobody answered at the address
+
+Raised by wire.connection and wire.codec. Whoever owns the connection decides: drop the peer, retry,
+or report the device as lost.
+"""
+
+from __future__ import annotations
+
+
+class WireError(Exception):
+    """A connection cannot go on."""
+
+
+class ProtocolError(WireError):
+    """The remote peer broke the protocol; the connection must be dropped."""
+
+
+class VersionMismatch(ProtocolError):
+    """The remote peer speaks another protocol version."""
+
+    def __init__(self, ours: int, theirs: int) -> None:
+        super().__init__(
+            f"peer speaks protocol version {theirs}, this is version {ours}: "
+            "install the same shoal version on all machines"
+        )
+        self.ours = ours
+        self.theirs = theirs
+
+
+class ConnectionLost(WireError):
+    """The peer closed the connection, reset it, or said nothing for too long."""
+
+
+class ConnectFailed(WireError):
+    """No connection could be made."""

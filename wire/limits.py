@@ -1,0 +1,35 @@
+"""Caps on what a peer may make us allocate, each with its reason. Checked before allocation."""
+
+from __future__ import annotations
+
+MAX_HEADER_BYTES = 4 << 20
+"""Largest msgpack header: a model description of some hundred layers, or a prompt of 128 Ki tokens
+(5 bytes each at most), stays well below."""
+
+MAX_PAYLOAD_BYTES = 64 << 20
+"""Largest tensor or file chunk in one frame: 512 rows of a 16 Ki wide hidden state at fp32 are
+32 MiB. Files travel in chunks, so that their size is not bounded by this."""
+
+FILE_CHUNK_BYTES = 1 << 20
+"""Bytes of an artifact per frame: large enough for line rate, small enough for a Pi's memory."""
+
+MAX_NESTING = 8
+"""Depth of containers in a header; the deepest real one (a layer's rotary settings) is 5."""
+
+MAX_PROMPT_TOKENS = 1 << 17
+"""Longest prompt accepted from a peer, beyond any context that fits these devices."""
+
+PREFILL_CHUNK_TOKENS = 64
+"""Rows of a prompt that a stage runs in one call: bounds compute buffers and frame sizes."""
+
+CONNECT_TIMEOUT_S = 3.0
+"""A device on the same LAN answers in milliseconds, or not at all."""
+
+SEND_TIMEOUT_S = 10.0
+"""A peer that accepts no byte for this long is as good as dead."""
+
+HEARTBEAT_S = 1.0
+"""Interval at which an agent says that it is alive."""
+
+LIVENESS_S = 5.0
+"""Silence after which an agent counts as lost: five heartbeats, within the user's patience."""

@@ -1,0 +1,375 @@
+"""Every message that crosses a socket: one frozen dataclass each, one code each, one table.
+
+Three kinds of connection exist, told apart by their first message:
+
+    AgentHello      agent -> coordinator   control: profile, commands, results, heartbeats
+    BlocksHello     agent -> coordinator   block download: FetchBlock / BlockChunk
+    PeerHello       agent -> agent         data plane: activations, tokens, link probes
+
+Names say who says what. Requests carry ``request``, answers repeat it. Data-plane messages carry
+the epoch of their deployment; a stage drops what belongs to another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from wire.profile import BlockTiming, DeviceProfile
+
+PROTOCOL_VERSION = 1
+
+FinishReason = Literal["", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address where an agent accepts peers."""
+
+    host: str
+    port: int
+
+
+# ---- control: joining and liveness -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AgentHello:
+    """Agent to coordinator, first message: who I am, what I can do, where peers reach me."""
+
+    device: str
+    """Identity that outlives restarts."""
+    name: str
+    version: str
+    endpoints: tuple[Endpoint, ...]
+    profile: DeviceProfile
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorWelcome:
+    """Coordinator's answer. ``name`` is the agent's name made unique in the cluster."""
+
+    cluster: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRefused:
+    """Coordinator's answer to an agent that may not join; the agent shows it and retries."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Either side, each HEARTBEAT_S."""
+
+    memory_available_bytes: int = 0
+
+
+# ---- control: requests and their answers -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureModel:
+    """Measure seconds per block of this model's shapes at each of ``bits``."""
+
+    request: int
+    spec: dict[str, Any]
+    bits: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMeasured:
+    request: int
+    timings: tuple[BlockTiming, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureLink:
+    """Measure the link to a peer that is reachable at one of ``endpoints``."""
+
+    request: int
+    device: str
+    endpoints: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkMeasured:
+    request: int
+    rtt_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef:
+    """A block to load: its index in the model and the artifact that holds it."""
+
+    block: int
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStage:
+    """Fetch these contiguous blocks and load them: this device's stage of deployment ``epoch``."""
+
+    request: int
+    epoch: int
+    spec: dict[str, Any]
+    blocks: tuple[BlockRef, ...]
+    slots: int
+    context_tokens: int
+    first: str
+    """Device of the first stage: where sampled tokens go."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoaded:
+    request: int
+    memory_bytes: int
+    fetched_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectStage:
+    """Connect to the next device of the ring (the first stage's, for the last)."""
+
+    request: int
+    epoch: int
+    device: str
+    endpoints: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadStage:
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A request without a result of its own has been carried out."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a request is; ``unit`` is "bytes" or "steps"."""
+
+    request: int
+    phase: str
+    done: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """A request was not carried out; ``reason`` is one line for the user."""
+
+    request: int
+    reason: str
+
+
+# ---- control: generation -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the last stage turns logits into tokens, and when it stops. Temperature 0 is greedy."""
+
+    max_tokens: int
+    stop_tokens: tuple[int, ...]
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StartSequence:
+    """Coordinator to first stage: run this prompt and generate."""
+
+    epoch: int
+    sequence: int
+    slot: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseSequence:
+    """Coordinator to every stage: the sequence is over or cancelled; ignore what still arrives."""
+
+    epoch: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailed:
+    """A stage cannot go on with a sequence."""
+
+    epoch: int
+    sequence: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """A stage lost its connection to the next device of the ring."""
+
+    epoch: int
+    device: str
+    reason: str
+
+
+# ---- data plane --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHello:
+    """Agent to agent, first message. ``expected`` must be the acceptor's own device id."""
+
+    device: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerWelcome:
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """Hidden rows [position, position + rows) of a sequence, to the next stage.
+
+    Payload: float32 [rows, hidden], little-endian, row-major. ``last`` is false for prompt chunks
+    that more chunks follow: the head need not run for them. The first chunk carries ``sampling``.
+    """
+
+    epoch: int
+    sequence: int
+    slot: int
+    position: int
+    rows: int
+    last: bool
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSampled:
+    """Last stage to first stage and to coordinator: token number ``index`` of the answer.
+
+    A token that is a stop token is reported with finish "stop", and is not part of the answer.
+    """
+
+    epoch: int
+    sequence: int
+    index: int
+    token: int
+    finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePing:
+    """Link probe; the peer answers ProbePong at once. The payload is ignored."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePong:
+    number: int
+
+
+# ---- block download ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksHello:
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchBlock:
+    """Send the artifact with this hash, from ``offset`` on."""
+
+    sha256: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChunk:
+    """Payload: bytes of the artifact at ``offset``. ``total`` is the artifact's size."""
+
+    offset: int
+    total: int
+
+
+Message: TypeAlias = (
+    AgentHello
+    | CoordinatorWelcome
+    | JoinRefused
+    | Heartbeat
+    | MeasureModel
+    | ModelMeasured
+    | MeasureLink
+    | LinkMeasured
+    | LoadStage
+    | StageLoaded
+    | ConnectStage
+    | UnloadStage
+    | Done
+    | Progress
+    | RequestFailed
+    | StartSequence
+    | ReleaseSequence
+    | SequenceFailed
+    | PeerLost
+    | PeerHello
+    | PeerWelcome
+    | Activation
+    | TokenSampled
+    | ProbePing
+    | ProbePong
+    | BlocksHello
+    | FetchBlock
+    | BlockChunk
+)
+
+CODES: dict[int, type[Message]] = {
+    1: AgentHello,
+    2: CoordinatorWelcome,
+    3: JoinRefused,
+    4: Heartbeat,
+    10: MeasureModel,
+    11: ModelMeasured,
+    12: MeasureLink,
+    13: LinkMeasured,
+    14: LoadStage,
+    15: StageLoaded,
+    16: ConnectStage,
+    17: UnloadStage,
+    18: Done,
+    19: Progress,
+    20: RequestFailed,
+    30: StartSequence,
+    31: ReleaseSequence,
+    32: SequenceFailed,
+    33: PeerLost,
+    40: PeerHello,
+    41: PeerWelcome,
+    42: Activation,
+    43: TokenSampled,
+    44: ProbePing,
+    45: ProbePong,
+    50: BlocksHello,
+    51: FetchBlock,
+    52: BlockChunk,
+}
+"""Message codes on the wire. Never reuse a number."""
+
+WITH_PAYLOAD: frozenset[type[Message]] = frozenset({Activation, ProbePing, BlockChunk})
+"""Messages that may carry raw bytes behind the header."""

@@ -1,0 +1,69 @@
+"""What calibration found out about devices and links: the data that plans are made from.
+
+Agents fill these in, the coordinator only reads them. All times are seconds, all sizes bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TimingKind = Literal["embedding", "layer", "head"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """One device as it measured itself, and what its user lets it give.
+
+    ``memory_bytes`` is what a stage may take (weights as executed, KV cache, compute buffers): the
+    user's limit, or what was free at start less headroom. ``container_bits`` lists (bits, bits as
+    executed) pairs of the backend. ``call_s`` is what a call of a stage takes besides its blocks.
+    """
+
+    machine: str
+    processor: str
+    cores: int
+    threads: int
+    backend: str
+    backend_version: str
+    container_bits: tuple[tuple[int, int], ...]
+    memory_bytes: int
+    memory_total_bytes: int
+    storage_bytes: int
+    memory_read_bytes_per_s: float
+    disk_write_bytes_per_s: float
+    call_s: float = 0.0
+
+    def container(self, bits: int) -> int | None:
+        """Width in memory of a block stored at ``bits``; None where the backend cannot run it."""
+        return dict(self.container_bits).get(bits)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTiming:
+    """Measured seconds of one block of a given shape at ``bits``.
+
+    ``variant`` is the index of the block's shape among the model's distinct layer shapes (0 for
+    embedding and head). ``decode_s`` is one row at short context, ``prefill_s_per_token`` one
+    token of a chunk (of a head, which sees a prompt's last row only: its share in a chunk's time).
+    """
+
+    kind: TimingKind
+    variant: int
+    bits: int
+    decode_s: float
+    prefill_s_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfile:
+    """The link from ``source`` to ``target``, measured through the relay's own sockets."""
+
+    source: str
+    target: str
+    rtt_s: float
+    bytes_per_s: float
+
+    def transfer_s(self, size_bytes: int) -> float:
+        """Predicted seconds until ``size_bytes`` have arrived: half a round trip plus the bytes."""
+        return self.rtt_s / 2 + size_bytes / self.bytes_per_s
