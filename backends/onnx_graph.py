@@ -1,0 +1,491 @@
+"""ONNX graphs of decoder blocks, built from LayerSpec features alone.
+
+Activations are fp32 [1, rows, width]. Weights are kept out of the protobuf (which ends at 2 GB):
+the graph only names them, and ``Graph.weights`` holds their arrays for the session to take over.
+
+Operators of the domain com.microsoft are ONNX Runtime's own:
+Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from model.spec import LayerSpec
+
+MICROSOFT = "com.microsoft"
+OPSET = 21
+IR_VERSION = 10
+
+FP32_ACTIVATIONS = 0
+"""MatMulNBits accuracy_level: anything above 1 rounds activations to 8 bits (errors of 1 %)."""
+
+AnyArray: TypeAlias = npt.NDArray[Any]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Array: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A matrix [rows, columns] as 4-bit planes: what MatMulNBits multiplies without unpacking.
+
+    One plane holds codes below 16. Two planes hold codes below 256, as a matrix of high nibbles at
+    16 times the scale next to one of low nibbles: [x, x] times both is exactly x times the whole.
+
+    codes: uint8 [rows, planes * blocks, block_size / 2], low nibble first; scales: float32 [rows,
+    planes * blocks]; zero_points: uint8 [rows, ceil(planes * blocks / 2)], packed like codes.
+    """
+
+    columns: int
+    block_size: int
+    planes: int
+    codes: Bytes
+    scales: Array
+    zero_points: Bytes
+
+    @staticmethod
+    def of_nibbles(columns: int, codes: Bytes, scales: Array, zero_points: Bytes) -> PackedMatrix:
+        """From 4-bit codes as MatMulNBits takes them, [rows, blocks, block_size / 2]."""
+        return PackedMatrix(columns, codes.shape[2] * 2, 1, codes, scales, zero_points)
+
+    @staticmethod
+    def of_bytes(columns: int, codes: Bytes, scales: Array, zero_points: Bytes) -> PackedMatrix:
+        """From 8-bit codes [rows, blocks, block_size] and zero points [rows, blocks]."""
+        rows, blocks, block_size = codes.shape
+        planes = np.empty((rows, 2 * blocks, block_size // 2), np.uint8)
+        # In pieces: the head of a large vocabulary has temporaries of its own size otherwise.
+        step = max(1, (1 << 22) // (blocks * block_size))
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            even, odd = codes[part, :, 0::2], codes[part, :, 1::2]
+            planes[part, :blocks] = (even >> 4) | (odd & 0xF0)
+            planes[part, blocks:] = (even & 0x0F) | (odd << 4)
+        zeros = np.concatenate([zero_points >> 4, zero_points & 0x0F], axis=1)
+        packed_zeros = zeros[:, 0::2] | (zeros[:, 1::2] << 4)
+        both = np.concatenate([scales * np.float32(16), scales], axis=1)
+        return PackedMatrix(columns, block_size, 2, planes, both, packed_zeros.astype(np.uint8))
+
+    @property
+    def plane_columns(self) -> int:
+        """Inputs of one plane: whole blocks where another plane follows."""
+        if self.planes == 1:
+            return self.columns
+        blocks: int = self.codes.shape[1] // self.planes
+        return blocks * self.block_size
+
+
+Matrix: TypeAlias = PackedMatrix | Array
+"""A packed matrix, or a dense one as float32 [rows, columns]."""
+
+
+def stack_rows(matrices: Sequence[Matrix]) -> Matrix | None:
+    """One matrix with the rows of all, or None where their layouts differ."""
+    if len(matrices) == 1:
+        return matrices[0]
+    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
+    if not packed:
+        return np.concatenate([np.asarray(matrix) for matrix in matrices])
+    layouts = {(matrix.columns, matrix.block_size, matrix.planes) for matrix in packed}
+    if len(packed) < len(matrices) or len(layouts) > 1:
+        return None
+    return PackedMatrix(
+        columns=packed[0].columns,
+        block_size=packed[0].block_size,
+        planes=packed[0].planes,
+        codes=np.concatenate([matrix.codes for matrix in packed]),
+        scales=np.concatenate([matrix.scales for matrix in packed]),
+        zero_points=np.concatenate([matrix.zero_points for matrix in packed]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """A block's tensors by canonical name, matrices as executed."""
+
+    matrices: Mapping[str, Matrix]
+    vectors: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """KV cache of one layer and slot: two float32 tensors [1, heads, context, width]."""
+
+    heads: int
+    context: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (1, self.heads, self.context, self.width)
+
+
+def cached_head_width(layer: LayerSpec) -> int:
+    """Width of a head in the KV cache: GroupQueryAttention wants a multiple of 16 for rotary
+    embedding and of 8 without, so odd heads are padded with zeros."""
+    multiple = 16 if layer.rope is not None else 8
+    return -(-layer.head_dim // multiple) * multiple
+
+
+class Graph:
+    """A graph under construction. Names are made unique by counting."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, AnyArray] = {}
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._count = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(array.nbytes for array in self.weights.values())
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+        return name
+
+    def output(self, value: str, name: str, dtype: int, shape: Sequence[int | str]) -> None:
+        if value != name:
+            self._nodes.append(helper.make_node("Identity", [value], [name]))
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        outputs: int | Sequence[str] = 1,
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[str]:
+        """Append a node; its outputs are named here unless names are given ("" drops one)."""
+        self._count += 1
+        if isinstance(outputs, int):
+            outputs = [f"{operator}_{self._count}_{index}" for index in range(outputs)]
+        self._nodes.append(
+            helper.make_node(
+                operator, list(inputs), list(outputs), f"{operator}_{self._count}",
+                domain=domain, **attributes,
+            )
+        )  # fmt: skip
+        return list(outputs)
+
+    def weight(self, array: AnyArray) -> str:
+        """Name of a new weight; equal tables are the caller's to share."""
+        name = f"weight_{len(self.weights)}"
+        self.weights[name] = array
+        return name
+
+    def integers(self, *values: int) -> str:
+        """Name of a constant int64 vector."""
+        name = "integers_" + "_".join(map(str, values))
+        self._constants[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+        return name
+
+    def serialized(self) -> bytes:
+        """The model without its weights, which it names as external data."""
+        initializers = [*self._constants.values()]
+        for name, array in self.weights.items():
+            tensor = TensorProto(
+                name=name,
+                data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+                dims=array.shape,
+                data_location=TensorProto.EXTERNAL,
+            )
+            tensor.external_data.add(key="location", value="memory")
+            initializers.append(tensor)
+        graph = helper.make_graph(
+            self._nodes, "stage", self._inputs, self._outputs, initializer=initializers
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+        serialized: bytes = model.SerializeToString()
+        return serialized
+
+    def linear(self, value: str, matrix: Matrix, bias: Array | None = None) -> str:
+        """value [1, n, columns] times ``matrix`` transposed, plus ``bias``: [1, n, rows]."""
+        if not isinstance(matrix, PackedMatrix):
+            weight = self.weight(np.ascontiguousarray(matrix.T, np.float32))
+            (result,) = self.node("MatMul", [value, weight])
+            if bias is not None:
+                (result,) = self.node("Add", [result, self.weight(bias)])
+            return result
+        padding = matrix.plane_columns - matrix.columns
+        if padding:
+            (value,) = self.node("Pad", [value, self.integers(0, 0, 0, 0, 0, padding)])
+        if matrix.planes == 2:
+            (value,) = self.node("Concat", [value, value], axis=2)
+        parts: list[AnyArray] = [matrix.codes, matrix.scales, matrix.zero_points]
+        inputs = [value, *(self.weight(part) for part in parts)]
+        if bias is not None:
+            inputs += ["", self.weight(bias)]
+        return self.node(
+            "MatMulNBits",
+            inputs,
+            domain=MICROSOFT,
+            K=matrix.planes * matrix.plane_columns,
+            N=matrix.codes.shape[0],
+            bits=4,
+            block_size=matrix.block_size,
+            accuracy_level=FP32_ACTIVATIONS,
+        )[0]
+
+    def norm(self, value: str, weight: Array, bias: Array | None, epsilon: float) -> str:
+        """LayerNorm, or RMSNorm where there is no bias, over the last axis."""
+        if bias is None:
+            return self.node(
+                "SimplifiedLayerNormalization",
+                [value, self.weight(weight)],
+                axis=-1,
+                epsilon=epsilon,
+            )[0]
+        return self.node(
+            "LayerNormalization",
+            [value, self.weight(weight), self.weight(bias)],
+            axis=-1,
+            epsilon=epsilon,
+        )[0]
+
+    def add_norm(
+        self, value: str, delta: str, weight: Array, bias: Array | None, epsilon: float
+    ) -> tuple[str, str]:
+        """(value + delta, its norm) in one node."""
+        operator = "SkipSimplifiedLayerNormalization" if bias is None else "SkipLayerNormalization"
+        inputs = [value, delta, self.weight(weight)]
+        if bias is not None:
+            inputs.append(self.weight(bias))
+        self._count += 1
+        normed, total = f"norm_{self._count}", f"sum_{self._count}"
+        self.node(operator, inputs, [normed, "", "", total], MICROSOFT, epsilon=epsilon)
+        return total, normed
+
+
+class LayerGraph:
+    """A run of decoder layers in one graph: ``begin``, ``layer`` for each, ``finish``.
+
+    Inputs: ``hidden`` float32 [1, n, hidden]; ``seqlens_k`` int32 [1], the last position; ``total``
+    int32 [], positions after this call; ``past_key_i`` and ``past_value_i`` of the i-th layer.
+    Outputs: ``output`` like ``hidden``; ``key_i`` and ``value_i``, to be bound to the same memory
+    as their past, so that only the new rows are written.
+    """
+
+    def __init__(self, hidden: int, context: int, window_offset: int) -> None:
+        """``window_offset``: positions GroupQueryAttention sees beyond ``local_window_size``."""
+        self.graph = Graph()
+        self.caches: list[CacheShape] = []
+        self._hidden = hidden
+        self._context = context
+        self._window_offset = window_offset
+        self._rotary: dict[Any, tuple[str, str]] = {}
+        shape = (1, "n", hidden)
+        self._value = self.graph.input("hidden", TensorProto.FLOAT, shape)
+        self._delta: str | None = None
+        self.graph.input("seqlens_k", TensorProto.INT32, (1,))
+        self.graph.input("total", TensorProto.INT32, ())
+
+    def layer(
+        self, layer: LayerSpec, weights: BlockWeights, rotary: tuple[Array, Array] | None
+    ) -> None:
+        """Append a layer. ``rotary``: its cos and sin tables [context, head_dim / 2]."""
+        if layer.norm_position == "pre":
+            value, normed = self._settle(layer, "attn_norm", weights)
+            attended = self._attention(layer, weights, normed, rotary)
+            self._value, normed = self._add_norm(layer, "mlp_norm", weights, value, attended)
+            self._delta = self._mlp(layer, weights, normed)
+            return
+        value = self._sum()
+        attended = self._attention(layer, weights, value, rotary)
+        _, value = self._add_norm(layer, "attn_norm", weights, value, attended)
+        delta = self._mlp(layer, weights, value)
+        _, self._value = self._add_norm(layer, "mlp_norm", weights, value, delta)
+
+    def finish(self) -> Graph:
+        """The graph with its output in place."""
+        self.graph.output(self._sum(), "output", TensorProto.FLOAT, (1, "n", self._hidden))
+        return self.graph
+
+    def _sum(self) -> str:
+        """The hidden state with the last layer's MLP added, which waits for a norm to join."""
+        if self._delta is not None:
+            (self._value,) = self.graph.node("Add", [self._value, self._delta])
+            self._delta = None
+        return self._value
+
+    def _settle(self, layer: LayerSpec, name: str, weights: BlockWeights) -> tuple[str, str]:
+        if self._delta is not None:
+            delta, self._delta = self._delta, None
+            return self._add_norm(layer, name, weights, self._value, delta)
+        scale, bias = weights.vectors[f"{name}.weight"], weights.vectors.get(f"{name}.bias")
+        return self._value, self.graph.norm(self._value, scale, bias, layer.norm_eps)
+
+    def _add_norm(
+        self, layer: LayerSpec, name: str, weights: BlockWeights, value: str, delta: str
+    ) -> tuple[str, str]:
+        scale, bias = weights.vectors[f"{name}.weight"], weights.vectors.get(f"{name}.bias")
+        return self.graph.add_norm(value, delta, scale, bias, layer.norm_eps)
+
+    def _linear(self, weights: BlockWeights, value: str, name: str) -> str:
+        bias = weights.vectors.get(f"{name}.bias")
+        return self.graph.linear(value, weights.matrices[f"{name}.weight"], bias)
+
+    def _joined(self, weights: BlockWeights, value: str, names: Sequence[str]) -> str | None:
+        """The projections ``names`` as one matrix product, where their layouts allow."""
+        stacked = stack_rows([weights.matrices[f"{name}.weight"] for name in names])
+        if stacked is None:
+            return None
+        biases = [weights.vectors.get(f"{name}.bias") for name in names]
+        present = [bias for bias in biases if bias is not None]
+        bias = np.concatenate(present) if present else None
+        return self.graph.linear(value, stacked, bias)
+
+    def _projections(
+        self, weights: BlockWeights, value: str, names: Sequence[str], widths: Sequence[int]
+    ) -> list[str]:
+        joined = self._joined(weights, value, names)
+        if joined is None:
+            return [self._linear(weights, value, name) for name in names]
+        return self.graph.node("Split", [joined, self.graph.integers(*widths)], len(names), axis=2)
+
+    def _attention(
+        self,
+        layer: LayerSpec,
+        weights: BlockWeights,
+        value: str,
+        rotary: tuple[Array, Array] | None,
+    ) -> str:
+        graph, width = self.graph, cached_head_width(layer)
+        padded = width != layer.head_dim
+        q_width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        packed = None
+        if not layer.qk_norm and not padded:
+            packed = self._joined(weights, value, ("q", "k", "v"))
+        if packed is not None:
+            queries = [packed, "", ""]
+        else:
+            q, k, v = self._projections(
+                weights, value, ("q", "k", "v"), (q_width, kv_width, kv_width)
+            )
+            if layer.qk_norm:
+                q = self._head_norm(layer, weights.vectors["q_norm.weight"], q, layer.heads)
+                k = self._head_norm(layer, weights.vectors["k_norm.weight"], k, layer.kv_heads)
+            if padded:
+                q = self._pad_heads(layer, q, layer.heads)
+                k, v = (self._pad_heads(layer, each, layer.kv_heads) for each in (k, v))
+            queries = [q, k, v]
+        index = len(self.caches)
+        cache = CacheShape(layer.kv_heads, self._context, width)
+        self.caches.append(cache)
+        past = [
+            graph.input(f"past_{kind}_{index}", TensorProto.FLOAT, cache.shape)
+            for kind in ("key", "value")
+        ]
+        attributes: dict[str, Any] = {}
+        tables: list[str] = []
+        if rotary is not None:
+            tables = list(self._rotary_tables(layer, rotary, width))
+            attributes["do_rotary"] = 1
+        if layer.sliding_window is not None:
+            attributes["local_window_size"] = layer.sliding_window - self._window_offset
+        attended = f"attended_{index}"
+        graph.node(
+            "GroupQueryAttention",
+            [*queries, *past, "seqlens_k", "total", *tables],
+            [attended, f"key_{index}", f"value_{index}"],
+            MICROSOFT,
+            num_heads=layer.heads,
+            kv_num_heads=layer.kv_heads,
+            scale=layer.head_dim**-0.5,
+            **attributes,
+        )
+        for kind in ("key", "value"):
+            graph.output(f"{kind}_{index}", f"{kind}_{index}", TensorProto.FLOAT, cache.shape)
+        if padded:
+            attended = self._unpad_heads(layer, attended)
+        return self._linear(weights, attended, "o")
+
+    def _head_norm(self, layer: LayerSpec, scale: Array, value: str, heads: int) -> str:
+        graph, width = self.graph, layer.head_dim
+        (split,) = graph.node("Reshape", [value, graph.integers(1, -1, heads, width)])
+        normed = graph.norm(split, scale, None, layer.norm_eps)
+        return graph.node("Reshape", [normed, graph.integers(1, -1, heads * width)])[0]
+
+    def _pad_heads(self, layer: LayerSpec, value: str, heads: int) -> str:
+        """Zeros behind each half of each head, so that rotary pairs stay pairs."""
+        graph, half = self.graph, layer.head_dim // 2
+        padding = cached_head_width(layer) // 2 - half
+        (split,) = graph.node("Reshape", [value, graph.integers(1, -1, heads * 2, half)])
+        (wide,) = graph.node("Pad", [split, graph.integers(*[0] * 7, padding)])
+        return graph.node("Reshape", [wide, graph.integers(1, -1, heads * 2 * (half + padding))])[0]
+
+    def _unpad_heads(self, layer: LayerSpec, value: str) -> str:
+        graph, half = self.graph, layer.head_dim // 2
+        wide = cached_head_width(layer) // 2
+        (split,) = graph.node("Reshape", [value, graph.integers(1, -1, layer.heads * 2, wide)])
+        bounds = [graph.integers(bound) for bound in (0, half, 3)]
+        (narrow,) = graph.node("Slice", [split, *bounds])
+        return graph.node("Reshape", [narrow, graph.integers(1, -1, layer.heads * 2 * half)])[0]
+
+    def _rotary_tables(
+        self, layer: LayerSpec, rotary: tuple[Array, Array], width: int
+    ) -> tuple[str, str]:
+        key = (layer.rope, width, layer.head_dim)
+        if key not in self._rotary:
+            padding = ((0, 0), (0, width // 2 - layer.head_dim // 2))
+            cos, sin = (
+                self.graph.weight(np.ascontiguousarray(np.pad(table, padding), np.float32))
+                for table in rotary
+            )
+            self._rotary[key] = cos, sin
+        return self._rotary[key]
+
+    def _mlp(self, layer: LayerSpec, weights: BlockWeights, value: str) -> str:
+        if not layer.gated:
+            raised = self._linear(weights, value, "up")
+            return self._linear(weights, self._activation(layer, raised), "down")
+        gate, up = self._projections(weights, value, ("gate", "up"), (layer.ffn, layer.ffn))
+        (product,) = self.graph.node("Mul", [self._activation(layer, gate), up])
+        return self._linear(weights, product, "down")
+
+    def _activation(self, layer: LayerSpec, value: str) -> str:
+        match layer.activation:
+            case "relu":
+                return self.graph.node("Relu", [value])[0]
+            case "silu":
+                return self.graph.node("QuickGelu", [value], domain=MICROSOFT, alpha=1.0)[0]
+            case "gelu":
+                return self.graph.node("Gelu", [value])[0]
+            case "gelu_tanh":
+                return self.graph.node("Gelu", [value], approximate="tanh")[0]
+
+
+def embedding_graph(embed_dim: int, project_in: Matrix) -> Graph:
+    """``rows`` [1, n, embed_dim] through the input projection to ``output`` [1, n, hidden]."""
+    graph = Graph()
+    rows = graph.input("hidden", TensorProto.FLOAT, (1, "n", embed_dim))
+    result = graph.linear(rows, project_in)
+    graph.output(result, "output", TensorProto.FLOAT, (1, "n", "hidden"))
+    return graph
+
+
+def head_graph(hidden: int, vocab: int, weights: BlockWeights, norm_epsilon: float | None) -> Graph:
+    """``hidden`` [1, n, hidden] through final norm, projection and LM head to logits ``output``.
+
+    ``norm_epsilon``: None where there is no final norm.
+    """
+    graph = Graph()
+    value = graph.input("hidden", TensorProto.FLOAT, (1, "n", hidden))
+    if norm_epsilon is not None:
+        scale, bias = weights.vectors["norm.weight"], weights.vectors.get("norm.bias")
+        value = graph.norm(value, scale, bias, norm_epsilon)
+    if "project_out.weight" in weights.matrices:
+        value = graph.linear(value, weights.matrices["project_out.weight"])
+    logits = graph.linear(value, weights.matrices["lm_head.weight"])
+    graph.output(logits, "output", TensorProto.FLOAT, (1, "n", vocab))
+    return graph

@@ -1,0 +1,36 @@
+"""The table of backends: name -> where it lives. Imported only when selected."""
+
+from __future__ import annotations
+
+import importlib
+
+from backends.base import Backend, BackendUnavailable, Capabilities
+
+BACKENDS: dict[str, str] = {
+    "onnx_cpu": "backends.onnx_cpu:OnnxCpuBackend",
+}
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The backend called ``name``. Raises BackendUnavailable naming the known ones."""
+    location = BACKENDS.get(name)
+    if location is None:
+        raise BackendUnavailable(name, f"unknown; known are {', '.join(sorted(BACKENDS))}")
+    module_name, class_name = location.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise BackendUnavailable(name, f"cannot import {error.name or module_name}") from error
+    found: type[Backend] = getattr(module, class_name)
+    return found
+
+
+def probe_all() -> dict[str, Capabilities | BackendUnavailable]:
+    """Each backend's capabilities, or why it is not available."""
+    results: dict[str, Capabilities | BackendUnavailable] = {}
+    for name in BACKENDS:
+        try:
+            results[name] = backend_class(name).probe()
+        except BackendUnavailable as reason:
+            results[name] = reason
+    return results

@@ -1,0 +1,1 @@
+"""What this device and its links can really do, measured and stored."""

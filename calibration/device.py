@@ -1,0 +1,113 @@
+"""What this device is and what it can give: measured, and limited by its user and its container."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from backends.base import BackendError
+from backends.registry import backend_class
+from calibration.layers import measure_call
+from calibration.machine import memory_bytes, processor_name, usable_cores, usable_threads
+from wire.profile import DeviceProfile
+
+MIN_HEADROOM_BYTES = 64 << 20
+HEADROOM_SHARE = 0.1
+"""What stays free of the memory that was free at start: for the system, and for this process."""
+
+_READ_BUFFER_BYTES = 128 << 20
+_READ_TIME_S = 0.25
+_WRITE_CHUNK_BYTES = 1 << 20
+_WRITE_LIMIT_BYTES = 32 << 20
+_WRITE_TIME_S = 0.25
+
+
+def profile_device(
+    *,
+    backend: str,
+    cache_dir: Path,
+    memory_limit_bytes: int | None = None,
+    storage_limit_bytes: int | None = None,
+    threads: int | None = None,
+) -> DeviceProfile:
+    """Measure this device for stages run by ``backend``; takes about a second.
+
+    cache_dir: where blocks will be kept; created. A limit caps what is free, it cannot add to it.
+    threads: None for as many as ``usable_threads`` finds. Raises BackendUnavailable where the
+    backend does not run here, BackendError where the cache directory cannot be written.
+    """
+    kind = backend_class(backend)
+    capabilities = kind.probe()
+    threads = threads or usable_threads()
+    available_bytes, total_bytes = memory_bytes()
+    headroom_bytes = max(MIN_HEADROOM_BYTES, int(available_bytes * HEADROOM_SHARE))
+    usable_bytes = max(available_bytes - headroom_bytes, 0)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        storage_bytes = _storage_bytes(cache_dir)
+        disk_write_bytes_per_s = measure_disk_write(cache_dir)
+    except OSError as error:
+        raise BackendError(f"cache directory {cache_dir} is not usable: {error}") from error
+    return DeviceProfile(
+        machine=platform.machine(),
+        processor=processor_name(),
+        cores=usable_cores(),
+        threads=threads,
+        backend=capabilities.backend,
+        backend_version=capabilities.version,
+        container_bits=tuple(sorted(capabilities.container_bits.items())),
+        memory_bytes=min(usable_bytes, memory_limit_bytes or usable_bytes),
+        memory_total_bytes=total_bytes,
+        storage_bytes=min(storage_bytes, storage_limit_bytes or storage_bytes),
+        memory_read_bytes_per_s=measure_memory_read(threads),
+        disk_write_bytes_per_s=disk_write_bytes_per_s,
+        call_s=measure_call(kind(), threads, cache_dir),
+    )
+
+
+def measure_memory_read(threads: int) -> float:
+    """Bytes per second that ``threads`` threads read together from main memory, at best."""
+    available_bytes, _ = memory_bytes()
+    items = max(min(_READ_BUFFER_BYTES, available_bytes // 8) // 8, 1 << 16)
+    parts = np.array_split(np.ones(items, np.int64), threads)
+    best_s = math.inf
+    with ThreadPoolExecutor(threads) as pool:
+        started_s = time.perf_counter()
+        while time.perf_counter() - started_s < _READ_TIME_S:
+            before_s = time.perf_counter()
+            # numpy lets go of the interpreter lock while it reduces.
+            list(pool.map(np.bitwise_or.reduce, parts))
+            best_s = min(best_s, time.perf_counter() - before_s)
+    return items * 8 / best_s
+
+
+def measure_disk_write(directory: Path) -> float:
+    """Bytes per second of a short file in ``directory``, written through to the disk.
+
+    Raises OSError where it cannot be written.
+    """
+    chunk = np.random.default_rng(0).bytes(_WRITE_CHUNK_BYTES)
+    written = 0
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".write-test-", buffering=0) as file:
+        started_s = time.perf_counter()
+        elapsed_s = 0.0
+        while written < _WRITE_LIMIT_BYTES and elapsed_s < _WRITE_TIME_S:
+            file.write(chunk)
+            os.fsync(file.fileno())
+            written += len(chunk)
+            elapsed_s = time.perf_counter() - started_s
+    return written / elapsed_s
+
+
+def _storage_bytes(cache_dir: Path) -> int:
+    """Free on the cache's disk, and what the cache holds already."""
+    held = sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
+    return shutil.disk_usage(cache_dir).free + held

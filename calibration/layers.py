@@ -1,0 +1,317 @@
+"""Seconds per block of a model's own shapes, through the backend that will run them.
+
+Weights are random: time depends on shapes and widths alone. A layer is timed inside a stage of
+several, large enough not to live in a cache, and its share is what remains without the cost of the
+call; so the time of a stage is predicted as ``call_s`` plus the sum of its blocks' times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import ceil, prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backends.base import Backend, StageOptions
+from calibration.machine import hardware_id, memory_bytes
+from calibration.store import CalibrationStore
+from model.artifact import write_artifact
+from model.costs import executed_bytes
+from model.quantize import Format
+from model.spec import LayerSpec, ModelSpec
+from wire.limits import PREFILL_CHUNK_TOKENS
+from wire.profile import BlockTiming, TimingKind
+
+STAGE_BYTES = 64 << 20
+"""Weights in a timed stage, where the model has that many layers: more than most caches hold."""
+
+MAX_TIMED_LAYERS = 8
+HEAD_BYTES = 32 << 20
+"""A larger head is timed with part of its vocabulary and scaled up: it is one product."""
+
+EMBEDDING_ROWS = 1024
+"""Looking up a token takes the same time in a table of any length."""
+
+LOAD_FACTOR = 2.5
+"""Memory to load a stage, over its weights as executed; what does not fit is not timed."""
+
+_CONTEXT_TOKENS = 4 * PREFILL_CHUNK_TOKENS
+_MIN_REPEATS = 5
+_MIN_TIME_S = 0.2
+_MAX_TIME_S = 2.0
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One shape at one width to time, and the widths that run as the same kernels."""
+
+    kind: TimingKind
+    variant: int
+    bits: int
+    container_bits: int
+    stands_for: tuple[int, ...]
+
+
+def measure_model(
+    spec: ModelSpec,
+    bits: Sequence[int],
+    backend: Backend,
+    *,
+    threads: int,
+    store: CalibrationStore | None = None,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+) -> tuple[BlockTiming, ...]:
+    """Timings of embedding, distinct layers and head of ``spec`` at each of ``bits``.
+
+    Widths that the backend does not take, and blocks too large to be loaded here, have none. What
+    is in ``store`` is not measured again. ``progress`` is called with (done, all) steps.
+    directory: where the random blocks are written meanwhile, by default beside the store.
+    Raises BackendError where the backend fails, CheckpointError where the disk is full.
+    """
+    capabilities = backend.probe()
+    tasks = _tasks(spec, bits, capabilities.container_bits)
+    if directory is None and store is not None:
+        directory = store.path.parent
+        directory.mkdir(parents=True, exist_ok=True)
+    common = {
+        "hardware": hardware_id(),
+        "backend": capabilities.backend,
+        "version": capabilities.version,
+        "threads": threads,
+    }
+    bench = _Bench(backend, threads, directory)
+    timings: list[BlockTiming] = []
+    for done, task in enumerate(tasks):
+        if progress is not None:
+            progress(done, len(tasks))
+        key = common | _dependencies(spec, task)
+        seconds = None if store is None else store.get(key)
+        if seconds is None or len(seconds) != 2:
+            seconds = bench.run(spec, task)
+            if seconds is not None and store is not None:
+                store.put(key, seconds)
+        if seconds is not None:
+            timings += [
+                BlockTiming(task.kind, task.variant, width, *seconds) for width in task.stands_for
+            ]
+    if progress is not None:
+        progress(len(tasks), len(tasks))
+    return tuple(timings)
+
+
+def measure_call(backend: Backend, threads: int, directory: Path | None = None) -> float:
+    """Seconds that a call of a stage takes besides its blocks, from stages of tiny layers."""
+    return _Bench(backend, threads, directory).call_s
+
+
+class _Bench:
+    """Builds stages of random blocks, times them, and leaves nothing behind."""
+
+    def __init__(self, backend: Backend, threads: int, directory: Path | None) -> None:
+        self._backend = backend
+        self._threads = threads
+        self._directory = directory
+        self._call_s: float | None = None
+
+    @property
+    def call_s(self) -> float:
+        if self._call_s is None:
+            bits = min(self._backend.probe().container_bits)
+            few, many = (_tiny_model(layers) for layers in (1, 1 + MAX_TIMED_LAYERS))
+            (few_s,) = self._time(few, range(1, 2), bits, (1,))
+            (many_s,) = self._time(many, range(1, 2 + MAX_TIMED_LAYERS), bits, (1,))
+            layer_s = (many_s - few_s) / MAX_TIMED_LAYERS
+            self._call_s = max(few_s - layer_s, 0.0)
+        return self._call_s
+
+    def run(self, spec: ModelSpec, task: _Task) -> tuple[float, float] | None:
+        """(decode_s, prefill_s_per_token), or None where the block does not fit here."""
+        if task.kind == "embedding":
+            return self._embedding(spec, task)
+        if task.kind == "head":
+            return self._head(spec, task)
+        return self._layer(spec, task)
+
+    def _embedding(self, spec: ModelSpec, task: _Task) -> tuple[float, float] | None:
+        small = replace(spec, vocab=min(spec.vocab, EMBEDDING_ROWS))
+        if not _fits(small, range(1), task):
+            return None
+        chunk = _chunk_tokens(spec)
+        decode_s, prefill_s = self._time(small, range(1), task.bits, (1, chunk))
+        return decode_s, prefill_s / chunk
+
+    def _layer(self, spec: ModelSpec, task: _Task) -> tuple[float, float] | None:
+        layer = _variants(spec)[task.variant]
+        single = replace(spec, layers=(layer,))
+        one_bytes = executed_bytes(single, 1, Format.of(task.bits), task.container_bits)
+        wanted = min(ceil(STAGE_BYTES / one_bytes), MAX_TIMED_LAYERS, spec.layers.count(layer))
+        for count in range(wanted, 0, -1):
+            several = replace(spec, layers=(layer,) * count)
+            blocks = range(1, 1 + count)
+            if not _fits(several, blocks, task):
+                continue
+            chunk = _chunk_tokens(spec)
+            decode_s, prefill_s = (
+                # Never less than half: a call is not worth more than a layer of any real model.
+                max(seconds - self.call_s, seconds / 2) / count
+                for seconds in self._time(several, blocks, task.bits, (1, chunk))
+            )
+            return decode_s, prefill_s / chunk
+        return None
+
+    def _head(self, spec: ModelSpec, task: _Task) -> tuple[float, float] | None:
+        head = range(spec.head_block, spec.head_block + 1)
+        whole_bytes = executed_bytes(
+            spec, spec.head_block, Format.of(task.bits), task.container_bits
+        )
+        vocab = min(spec.vocab, max(spec.vocab * HEAD_BYTES // whole_bytes, 1))
+        while not _fits(replace(spec, vocab=vocab), head, task):
+            if vocab == 1:
+                return None
+            vocab //= 2
+        (decode_s,) = self._time(replace(spec, vocab=vocab), head, task.bits, (1,))
+        if vocab < spec.vocab:
+            fixed_s = min(self.call_s, decode_s / 2)
+            decode_s = fixed_s + (decode_s - fixed_s) * spec.vocab / vocab
+        return decode_s, decode_s / PREFILL_CHUNK_TOKENS
+
+    def _time(self, spec: ModelSpec, blocks: range, bits: int, rows: Sequence[int]) -> list[float]:
+        """Median seconds of a call with each number of ``rows``, through a stage of random blocks,
+        behind as many tokens as a chunk has."""
+        random = np.random.default_rng(0)
+        context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), _chunk_tokens(spec)
+        options = StageOptions(1, context_tokens, self._threads)
+        with TemporaryDirectory(dir=self._directory, prefix=".calibration-") as name:
+            artifacts = [
+                (
+                    block,
+                    write_artifact(
+                        Path(name), block, _random_block(spec, block, random), Format.of(bits)
+                    ).path,
+                )
+                for block in blocks
+            ]
+            inputs: npt.NDArray[Any]
+            if blocks[0] == 0:
+                inputs = random.integers(0, spec.vocab, chunk)
+            else:
+                inputs = random.standard_normal((chunk, spec.hidden), np.float32)
+            with closing(self._backend.load(spec, artifacts, options)) as stage:
+                return [
+                    _median_s(partial(stage.forward, 0, chunk, inputs[:count])) for count in rows
+                ]
+
+
+def _tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[_Task]:
+    usable = sorted({width for width in bits if width in containers})
+    alike: dict[int, list[int]] = {}
+    for width in usable:
+        alike.setdefault(containers[width], []).append(width)
+    # Embedding rows are unpacked from storage, so that each width is its own.
+    tasks = [_Task("embedding", 0, width, containers[width], (width,)) for width in usable]
+    for container, widths in alike.items():
+        shared = (widths[0], container, tuple(widths))
+        tasks += [_Task("layer", index, *shared) for index in range(len(_variants(spec)))]
+        tasks.append(_Task("head", 0, *shared))
+    return tasks
+
+
+def _variants(spec: ModelSpec) -> list[LayerSpec]:
+    """Distinct layer shapes by first appearance, which is how BlockTiming counts them."""
+    return list(dict.fromkeys(spec.layers))
+
+
+def _dependencies(spec: ModelSpec, task: _Task) -> dict[str, Any]:
+    """What a timing depends on besides the machine."""
+    key: dict[str, Any] = {"kind": task.kind, "context": min(spec.max_context, _CONTEXT_TOKENS)}
+    if task.kind == "layer":
+        layer = _variants(spec)[task.variant]
+        count = min(spec.layers.count(layer), MAX_TIMED_LAYERS)
+        return key | {"container": task.container_bits, "layer": asdict(layer), "layers": count}
+    key |= {"hidden": spec.hidden, "embed": spec.embed_dim}
+    if task.kind == "embedding":
+        return key | {"bits": task.bits, "positions": bool(spec.learned_positions)}
+    norm = spec.layers[-1].norm if spec.final_norm else None
+    return key | {"container": task.container_bits, "vocab": spec.vocab, "norm": norm}
+
+
+def _fits(spec: ModelSpec, blocks: range, task: _Task) -> bool:
+    fmt = Format.of(task.bits)
+    weights = sum(executed_bytes(spec, block, fmt, task.container_bits) for block in blocks)
+    # The floats of one block, from which its artifact is made, come on top.
+    floats = 4 * max(sum(map(prod, spec.block_tensors(block).values())) for block in blocks)
+    available_bytes, _ = memory_bytes()
+    return max(LOAD_FACTOR * weights, weights + floats) < available_bytes
+
+
+def _chunk_tokens(spec: ModelSpec) -> int:
+    return max(1, min(PREFILL_CHUNK_TOKENS, spec.max_context // 2))
+
+
+def _random_block(
+    spec: ModelSpec, block: int, random: np.random.Generator
+) -> dict[str, npt.NDArray[np.float32]]:
+    tensors = {}
+    for name, shape in spec.block_tensors(block).items():
+        values = random.random(shape, np.float32)
+        values -= 0.5
+        values *= np.float32(2 / shape[-1] ** 0.5)
+        tensors[name] = values
+    return tensors
+
+
+def _tiny_model(layers: int) -> ModelSpec:
+    layer = LayerSpec(
+        hidden=64,
+        heads=1,
+        kv_heads=1,
+        head_dim=64,
+        ffn=64,
+        norm="layernorm",
+        norm_eps=1e-5,
+        norm_position="pre",
+        activation="relu",
+        gated=False,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+    )
+    return ModelSpec(
+        vocab=64,
+        hidden=64,
+        embed_dim=64,
+        max_context=_CONTEXT_TOKENS,
+        layers=(layer,) * layers,
+        learned_positions=0,
+        position_offset=0,
+        final_norm=False,
+        tied_head=False,
+        bos_token=None,
+        eos_tokens=(),
+    )
+
+
+def _median_s(call: Callable[[], object]) -> float:
+    """Median seconds of a call: a fifth of a second's worth of repeats, fewer of a slow one."""
+    call()
+    times_s: list[float] = []
+    started_s = before_s = time.perf_counter()
+    while True:
+        call()
+        now_s = time.perf_counter()
+        times_s.append(now_s - before_s)
+        before_s, elapsed_s = now_s, now_s - started_s
+        enough = len(times_s) >= _MIN_REPEATS and elapsed_s >= _MIN_TIME_S
+        if enough or elapsed_s >= _MAX_TIME_S:
+            return float(np.median(times_s))

@@ -1,0 +1,120 @@
+"""What the machine says of itself (processor, cores, memory), and what a container leaves of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_NO_LIMIT_BYTES = 1 << 60
+"""Version 1 of control groups says "no limit" by a number near 2^63."""
+
+
+def hardware_id() -> str:
+    """What measured times depend on: processor, machine type and number of cores."""
+    return f"{processor_name()}, {platform.machine()}, {usable_cores()} cores"
+
+
+def processor_name(root: Path = Path("/")) -> str:
+    """The processor (x86) or the board (ARM, where the kernel names no processor)."""
+    fields: dict[str, str] = {}
+    for line in _lines(root / "proc/cpuinfo"):
+        label, _, value = line.partition(":")
+        fields.setdefault(label.strip(), value.strip())
+    for label in ("model name", "Model", "Hardware", "cpu model", "uarch"):
+        if fields.get(label):
+            return fields[label]
+    board = "".join(_lines(root / "proc/device-tree/model")).strip("\0 ")
+    return board or platform.processor() or "unknown processor"
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Logical cores this process may use: its affinity, and the CPU quota of its container."""
+    cores = float(len(os.sched_getaffinity(0)))
+    for group in _cgroups(root, "cpu"):
+        words = " ".join(_lines(group / "cpu.max")).split()
+        if not words:
+            words = [
+                *_lines(group / "cpu.cfs_quota_us")[:1],
+                *_lines(group / "cpu.cfs_period_us")[:1],
+            ]
+        if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
+            cores = min(cores, int(words[0]) / int(words[1]))
+    return max(1, math.ceil(cores))
+
+
+def usable_threads() -> int:
+    """Threads for compute: one per physical core, since two of one core share its multipliers."""
+    return min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores())
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
+    """(free, total) bytes for this process: the machine's, or its container's where it has less.
+
+    Page cache that can be dropped counts as free.
+    """
+    values: dict[str, int] = {}
+    for line in _lines(root / "proc/meminfo"):
+        found = re.fullmatch(r"(\w+):\s+(\d+) kB", line.strip())
+        if found:
+            values[found[1]] = int(found[2]) * 1024
+    available, total = values.get("MemAvailable"), values.get("MemTotal")
+    if available is None or total is None:
+        memory = psutil.virtual_memory()
+        available, total = int(memory.available), int(memory.total)
+    for group in _cgroups(root, "memory"):
+        limit = _number(group / "memory.max")
+        used = _number(group / "memory.current")
+        droppable = "inactive_file"
+        if limit is None:
+            limit = _number(group / "memory.limit_in_bytes")
+            used = _number(group / "memory.usage_in_bytes")
+            droppable = "total_inactive_file"
+        if limit is None or limit >= _NO_LIMIT_BYTES:
+            continue
+        for line in _lines(group / "memory.stat"):
+            name, _, value = line.strip().partition(" ")
+            if name == droppable and value.isdigit():
+                used = max((used or 0) - int(value), 0)
+        total = min(total, limit)
+        available = min(available, max(limit - (used or 0), 0))
+    return available, total
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """Directories of this process's control groups (versions 1 and 2), each with its parents.
+
+    Inside a container the names may be the host's, while the mount shows the container's own group
+    at its top: directories that do not exist read as groups without limits.
+    """
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, name = (*line.strip().split(":", 2), "", "")[:3]
+        if controllers == "":
+            mount = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            mount = root / "sys/fs/cgroup" / controllers
+            if not mount.is_dir():
+                mount = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        path = Path(name.lstrip("/"))
+        for group in (path, *path.parents):
+            yield mount / group
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    """The number in a one-line file; None where there is no file, or no limit ("max")."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,334 @@
+"""Every backend of the registry that this machine has, against model.reference in float64.
+
+A new backend needs no test of its own here: it is in the table, so it is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from backends.base import Backend, BackendError, BackendUnavailable, Stage, StageOptions
+from backends.registry import BACKENDS, backend_class
+from model.artifact import write_artifact
+from model.checkpoint import Checkpoint
+from model.errors import CheckpointError
+from model.quantize import BITS, Format, Scheme
+from model.reference import ReferenceModel
+from model.spec import LayerSpec, ModelSpec, RopeSpec
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CHECKPOINTS = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
+
+ATOL = 1e-5
+"""Largest error, relative to the largest logit: what fp32 arithmetic in another order leaves."""
+
+CONTEXT = 48
+CHUNKS = (7, 1, 1, 13, 2, 1, 8)
+OPTIONS = StageOptions(slots=2, context_tokens=CONTEXT, threads=1)
+
+Artifacts = list[tuple[int, Path]]
+Tensors = list[dict[str, npt.NDArray[np.float32]]]
+
+LLAMA_LAYER = LayerSpec(
+    hidden=48,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn=80,
+    norm="rmsnorm",
+    norm_eps=1e-6,
+    norm_position="pre",
+    activation="silu",
+    gated=True,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    rope=RopeSpec(theta=10000.0),
+)
+OPT_LAYER = replace(
+    LLAMA_LAYER,
+    kv_heads=4,
+    norm="layernorm",
+    activation="relu",
+    gated=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    rope=None,
+)
+LAYERS = {
+    "gelu": replace(OPT_LAYER, activation="gelu"),
+    "gelu-tanh-gated": replace(LLAMA_LAYER, activation="gelu_tanh", mlp_bias=True),
+    "layernorm-rotary-grouped": replace(LLAMA_LAYER, norm="layernorm", out_bias=True),
+    "rmsnorm-post": replace(LLAMA_LAYER, norm_position="post"),
+    "narrow-heads": replace(LLAMA_LAYER, head_dim=6, qkv_bias=True),
+    "narrow-heads-unrotated": replace(OPT_LAYER, head_dim=10),
+    "narrow-normed-heads-window": replace(LLAMA_LAYER, head_dim=8, qk_norm=True, sliding_window=5),
+    "wide-heads-window": replace(LLAMA_LAYER, head_dim=32, sliding_window=2),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    try:
+        kind = backend_class(request.param)
+        kind.probe()
+    except BackendUnavailable as unavailable:
+        pytest.skip(unavailable.reason)
+    return kind()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoint(backend: Backend, name: str, bits: int, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / name)
+    spec = checkpoint.spec
+    tensors = [checkpoint.block(block) for block in range(spec.block_count)]
+    artifacts = stored(tmp_path, tensors, Format.of(bits))
+    if bits not in backend.probe().container_bits:
+        with pytest.raises(BackendError):
+            backend.load(spec, artifacts, OPTIONS)
+        return
+    check_against_reference(backend, spec, artifacts)
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(3, "truncate"), (8, "truncate"), (4, "rtn")])
+@pytest.mark.parametrize("name", LAYERS)
+def test_feature(backend: Backend, name: str, bits: int, scheme: Scheme, tmp_path: Path) -> None:
+    spec, tensors = random_model(LAYERS[name])
+    artifacts = stored(tmp_path, tensors, Format.of(bits, scheme, 64, symmetric=True))
+    check_against_reference(backend, spec, artifacts)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_full_precision_continues_like_the_original(
+    backend: Backend, name: str, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / name)
+    golden = np.load(FIXTURES / name / "golden.npz")
+    prompt, expected = golden["prompt"], golden["continuation"].tolist()
+    tensors = [checkpoint.block(block) for block in range(checkpoint.spec.block_count)]
+    artifacts = stored(tmp_path, tensors, Format.of(32))
+    options = replace(OPTIONS, context_tokens=len(prompt) + len(expected))
+    stage = backend.load(checkpoint.spec, artifacts, options)
+    logits = stage.forward(0, 0, prompt)
+    np.testing.assert_allclose(logits[0], golden["logits"][-1], atol=1e-3)
+    tokens: list[int] = []
+    while True:
+        tokens.append(int(logits[0].argmax()))
+        if len(tokens) == len(expected):
+            break
+        logits = stage.forward(0, len(prompt) + len(tokens) - 1, np.array(tokens[-1:]))
+    stage.close()
+    assert tokens == expected
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_two_stages_give_what_one_gives(
+    backend: Backend, name: str, bits: int, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / name)
+    spec = checkpoint.spec
+    tensors = [checkpoint.block(block) for block in range(spec.block_count)]
+    artifacts = stored(tmp_path, tensors, Format.of(bits))
+    tokens = some_tokens(spec, 11)
+    whole = backend.load(spec, artifacts, OPTIONS)
+    expected = whole.forward(0, 0, tokens)
+    whole.close()
+    for cut in range(1, spec.block_count):
+        first = backend.load(spec, artifacts[:cut], OPTIONS)
+        second = backend.load(spec, artifacts[cut:], OPTIONS)
+        for begin, end in itertools.pairwise((0, 5, 6, 11)):
+            hidden = first.forward(1, begin, tokens[begin:end])
+            assert hidden.shape == (end - begin, spec.hidden)
+            assert hidden.dtype == np.float32
+            logits = second.forward(1, begin, hidden, logits=end == 11)
+            assert logits.shape == (1 if end == 11 else 0, spec.vocab)
+        first.close()
+        second.close()
+        assert_close(logits, expected)
+
+
+@pytest.fixture(scope="module")
+def small(
+    backend: Backend, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelSpec, Artifacts]:
+    spec, tensors = random_model(LLAMA_LAYER)
+    return spec, stored(tmp_path_factory.mktemp("small"), tensors, Format.of(4))
+
+
+def test_rows_beyond_the_context_are_refused(
+    backend: Backend, small: tuple[ModelSpec, Artifacts]
+) -> None:
+    spec, artifacts = small
+    stage = backend.load(spec, artifacts, OPTIONS)
+    tokens = some_tokens(spec, CONTEXT + 1)
+    with pytest.raises(BackendError, match="context"):
+        stage.forward(0, 0, tokens)
+    before = stage.forward(0, 0, tokens[:CONTEXT])
+    with pytest.raises(BackendError, match="context"):
+        stage.forward(0, CONTEXT, tokens[:1])
+    with pytest.raises(BackendError, match="context"):
+        stage.forward(0, -1, tokens[:1])
+    with pytest.raises(BackendError, match="context"):
+        stage.forward(0, 0, tokens[:0])
+    # A refused call leaves the cache as it was.
+    assert_close(stage.forward(0, CONTEXT - 1, tokens[CONTEXT - 1 : CONTEXT]), before)
+    stage.close()
+
+
+def test_inputs_of_the_wrong_form_are_refused(
+    backend: Backend, small: tuple[ModelSpec, Artifacts]
+) -> None:
+    spec, artifacts = small
+    stage = backend.load(spec, artifacts, OPTIONS)
+    for slot in (-1, OPTIONS.slots):
+        with pytest.raises(BackendError, match="slot"):
+            stage.forward(slot, 0, some_tokens(spec, 1))
+    for tokens in ([spec.vocab], [-1]):
+        with pytest.raises(BackendError, match="token ids"):
+            stage.forward(0, 0, np.array(tokens))
+    with pytest.raises(BackendError):
+        stage.forward(0, 0, np.zeros((2, spec.hidden), np.float32))
+    stage.close()
+    layers = backend.load(spec, artifacts[1:], OPTIONS)
+    for shape in ((2, spec.hidden - 1), (spec.hidden,), (1, 1, spec.hidden)):
+        with pytest.raises(BackendError):
+            layers.forward(0, 0, np.zeros(shape, np.float32))
+    layers.close()
+
+
+def test_results_outlive_later_calls(backend: Backend, small: tuple[ModelSpec, Artifacts]) -> None:
+    spec, artifacts = small
+    stage = backend.load(spec, artifacts[:-1], OPTIONS)
+    first = stage.forward(0, 0, some_tokens(spec, 3))
+    copy = first.copy()
+    stage.forward(0, 0, some_tokens(spec, 6)[3:])
+    stage.close()
+    np.testing.assert_array_equal(first, copy)
+
+
+def test_close_is_idempotent_and_final(
+    backend: Backend, small: tuple[ModelSpec, Artifacts]
+) -> None:
+    spec, artifacts = small
+    stage = backend.load(spec, artifacts, OPTIONS)
+    assert stage.memory_bytes > 0
+    stage.close()
+    stage.close()
+    with pytest.raises(BackendError, match="closed"):
+        stage.forward(0, 0, some_tokens(spec, 1))
+
+
+def test_blocks_that_are_not_a_stage_are_refused(
+    backend: Backend, small: tuple[ModelSpec, Artifacts]
+) -> None:
+    spec, artifacts = small
+    for blocks in ([], artifacts[::2], artifacts[::-1], [(spec.block_count, artifacts[0][1])]):
+        with pytest.raises(BackendError):
+            backend.load(spec, blocks, OPTIONS)
+    with pytest.raises(BackendError, match="context"):
+        backend.load(spec, artifacts, replace(OPTIONS, context_tokens=spec.max_context + 1))
+
+
+def test_wrong_artifacts_are_refused(
+    backend: Backend, small: tuple[ModelSpec, Artifacts], tmp_path: Path
+) -> None:
+    spec, artifacts = small
+    with pytest.raises(CheckpointError):
+        backend.load(spec, [(1, artifacts[2][1])], OPTIONS)
+    content = artifacts[1][1].read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"\xff" * 64 + content[64:]):
+        path = tmp_path / "damaged"
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            backend.load(spec, [(1, path)], OPTIONS)
+    with pytest.raises(CheckpointError):
+        backend.load(spec, [(1, tmp_path / "absent")], OPTIONS)
+
+
+def check_against_reference(backend: Backend, spec: ModelSpec, artifacts: Artifacts) -> None:
+    """One shot, token by token, in odd chunks, rolled back, and two slots interleaved."""
+    count = sum(CHUNKS)
+    tokens, others = some_tokens(spec, count), some_tokens(spec, count, seed=2)
+    expected, expected_others = (
+        ReferenceModel.from_artifacts(spec, artifacts, np.float64).forward(sequence)
+        for sequence in (tokens, others)
+    )
+    stage = backend.load(spec, artifacts, OPTIONS)
+    assert_close(stage.forward(0, 0, tokens), expected[-1:])
+    for position in range(count):
+        row = slice(position, position + 1)
+        assert_close(stage.forward(0, position, tokens[row]), expected[row])
+        assert_close(stage.forward(1, position, others[row]), expected_others[row])
+    check_in_chunks(stage, tokens, expected)
+    # Back to the middle and on with other tokens, while the other slot keeps its own.
+    middle = count // 2
+    mixed = np.concatenate([tokens[:middle], others[middle:]])
+    reference = ReferenceModel.from_artifacts(spec, artifacts, np.float64)
+    expected_mixed = reference.forward(mixed)
+    assert_close(stage.forward(0, middle, mixed[middle:]), expected_mixed[-1:])
+    assert_close(stage.forward(1, count - 1, others[-1:]), expected_others[-1:])
+    stage.close()
+
+
+def check_in_chunks(
+    stage: Stage, tokens: npt.NDArray[np.int64], expected: npt.NDArray[np.float64]
+) -> None:
+    position = 0
+    for rows in CHUNKS:
+        end = position + rows
+        assert_close(stage.forward(0, position, tokens[position:end]), expected[end - 1 : end])
+        position = end
+
+
+def assert_close(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.floating]) -> None:
+    assert actual.dtype == np.float32
+    assert actual.shape == expected.shape
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=ATOL * scale)
+
+
+def some_tokens(spec: ModelSpec, count: int, seed: int = 1) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, spec.vocab, count)
+
+
+def random_model(layer: LayerSpec) -> tuple[ModelSpec, Tensors]:
+    """Two layers of ``layer`` with random weights; learned positions where it has no rotary."""
+    learned = 0 if layer.rope else 66
+    spec = ModelSpec(
+        vocab=71,
+        hidden=layer.hidden,
+        embed_dim=layer.hidden,
+        max_context=64,
+        layers=(layer, layer),
+        learned_positions=learned,
+        position_offset=2 if learned else 0,
+        final_norm=layer.norm_position == "pre",
+        tied_head=False,
+        bos_token=None,
+        eos_tokens=(2,),
+    )
+    random = np.random.default_rng(0)
+    tensors = [
+        {
+            name: (random.standard_normal(shape) * 0.2 + ("norm.weight" in name)).astype(np.float32)
+            for name, shape in spec.block_tensors(block).items()
+        }
+        for block in range(spec.block_count)
+    ]
+    return spec, tensors
+
+
+def stored(directory: Path, tensors: Tensors, fmt: Format) -> Artifacts:
+    return [
+        (block, write_artifact(directory, block, values, fmt).path)
+        for block, values in enumerate(tensors)
+    ]

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backends.base import BackendError, BackendUnavailable
+from backends.registry import BACKENDS, backend_class
+from calibration.device import measure_disk_write, measure_memory_read, profile_device
+
+
+def available_backend() -> str:
+    for name in BACKENDS:
+        try:
+            backend_class(name).probe()
+        except BackendUnavailable:
+            continue
+        return name
+    pytest.skip("no backend is available")
+
+
+def test_a_profile_of_this_machine(tmp_path: Path) -> None:
+    name = available_backend()
+    cache_dir = tmp_path / "state" / "blocks"
+    profile = profile_device(backend=name, cache_dir=cache_dir)
+    capabilities = backend_class(name).probe()
+    assert profile.backend == name
+    assert profile.backend_version == capabilities.version
+    assert dict(profile.container_bits) == dict(capabilities.container_bits)
+    assert 0 < profile.memory_bytes < profile.memory_total_bytes
+    assert 1 <= profile.threads <= profile.cores
+    assert profile.storage_bytes > 0
+    assert profile.memory_read_bytes_per_s > 1e8
+    assert profile.disk_write_bytes_per_s > 0
+    assert 0 <= profile.call_s < 0.1
+    assert list(cache_dir.iterdir()) == []
+
+
+def test_limits_cap_and_never_add(tmp_path: Path) -> None:
+    name = available_backend()
+    tight = profile_device(
+        backend=name,
+        cache_dir=tmp_path,
+        memory_limit_bytes=1 << 20,
+        storage_limit_bytes=1 << 21,
+        threads=1,
+    )
+    assert (tight.memory_bytes, tight.storage_bytes, tight.threads) == (1 << 20, 1 << 21, 1)
+    wide = profile_device(
+        backend=name,
+        cache_dir=tmp_path,
+        memory_limit_bytes=1 << 60,
+        storage_limit_bytes=1 << 60,
+    )
+    assert wide.memory_bytes < wide.memory_total_bytes
+    assert wide.storage_bytes < 1 << 60
+
+
+def test_an_unusable_cache_directory_is_one_clear_error(tmp_path: Path) -> None:
+    name = available_backend()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BackendError, match="cache directory"):
+        profile_device(backend=name, cache_dir=tmp_path / "file" / "blocks")
+
+
+def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="abacus"):
+        profile_device(backend="abacus", cache_dir=tmp_path)
+
+
+def test_more_threads_than_cores_are_measured_too() -> None:
+    assert measure_memory_read(3) > 1e8
+
+
+def test_the_disk_measurement_leaves_nothing(tmp_path: Path) -> None:
+    assert measure_disk_write(tmp_path) > 0
+    assert list(tmp_path.iterdir()) == []

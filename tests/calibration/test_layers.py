@@ -1,0 +1,195 @@
+"""Timings through the real backends; what is asserted is which there are, not how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from backends.base import (
+    Backend,
+    BackendError,
+    BackendUnavailable,
+    Capabilities,
+    Stage,
+    StageOptions,
+)
+from backends.registry import BACKENDS, backend_class
+from calibration import layers
+from calibration.layers import measure_call, measure_model
+from calibration.store import CalibrationStore
+from model.spec import LayerSpec, ModelSpec, RopeSpec
+from wire.profile import BlockTiming
+
+WIDE = LayerSpec(
+    hidden=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn=96,
+    norm="rmsnorm",
+    norm_eps=1e-6,
+    norm_position="pre",
+    activation="silu",
+    gated=True,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    rope=RopeSpec(theta=10000.0),
+)
+NARROW = replace(WIDE, ffn=32)
+SPEC = ModelSpec(
+    vocab=90,
+    hidden=64,
+    embed_dim=48,
+    max_context=96,
+    layers=(WIDE, NARROW, WIDE, WIDE),
+    learned_positions=98,
+    position_offset=2,
+    final_norm=True,
+    tied_head=True,
+    bos_token=None,
+    eos_tokens=(2,),
+)
+
+
+class Recorder(Backend):
+    """The machine's own backend, and a list of what was loaded through it."""
+
+    loaded: list[tuple[ModelSpec, list[int], StageOptions]]
+    inner: Backend
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.loaded = []
+
+    @classmethod
+    def probe(cls) -> Capabilities:
+        return backend_kind().probe()
+
+    def load(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> Stage:
+        self.loaded.append((spec, [block for block, _ in artifacts], options))
+        return self.inner.load(spec, artifacts, options)
+
+
+def backend_kind() -> type[Backend]:
+    for name in BACKENDS:
+        try:
+            kind = backend_class(name)
+            kind.probe()
+        except BackendUnavailable:
+            continue
+        return kind
+    pytest.skip("no backend is available")
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    monkeypatch.setattr(layers, "_MIN_TIME_S", 0.005)
+    return Recorder(backend_kind()())
+
+
+def test_every_block_shape_has_a_timing_at_every_width(backend: Recorder, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    timings = measure_model(
+        SPEC,
+        (2, 4, 8, 32),
+        backend,
+        threads=1,
+        directory=tmp_path,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert {(timing.kind, timing.variant, timing.bits) for timing in timings} == {
+        (kind, variant, bits)
+        for kind, variant in (("embedding", 0), ("layer", 0), ("layer", 1), ("head", 0))
+        for bits in (2, 4, 8, 32)
+    }
+    assert len(timings) == 16
+    assert all(timing.decode_s > 0 and timing.prefill_s_per_token > 0 for timing in timings)
+    total = len(steps) - 1
+    assert steps == [(done, total) for done in range(total + 1)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_widths_that_run_alike_are_measured_once(backend: Recorder, tmp_path: Path) -> None:
+    containers = backend.probe().container_bits
+    alike = [bits for bits in containers if containers[bits] == containers[4]]
+    timings = measure_model(SPEC, alike, backend, threads=1, directory=tmp_path)
+    layers_loaded = [
+        blocks for spec, blocks, _ in backend.loaded if spec.layers[0] == WIDE and 0 not in blocks
+    ]
+    # One stage of layers and one of the head.
+    assert len(layers_loaded) == 2
+    times = {timing.decode_s for timing in timings if timing.kind == "head"}
+    assert len(times) == 1
+
+
+def test_a_layer_is_timed_among_as_many_as_the_model_has(backend: Recorder, tmp_path: Path) -> None:
+    measure_model(SPEC, (4,), backend, threads=1, directory=tmp_path)
+    counts = {spec.layers[0]: len(blocks) for spec, blocks, _ in backend.loaded if 1 in blocks}
+    assert (counts[WIDE], counts[NARROW]) == (3, 1)
+
+
+def test_what_is_stored_is_not_measured_again(backend: Recorder, tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    first = measure_model(SPEC, (4, 8), backend, threads=1, store=store)
+    backend.loaded.clear()
+    again = measure_model(SPEC, (4, 8), backend, threads=1, store=store)
+    assert again == first
+    assert backend.loaded == []
+    measure_model(SPEC, (4, 8), backend, threads=2, store=store)
+    assert backend.loaded != []
+
+
+def test_other_models_share_what_is_alike(backend: Recorder, tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    measure_model(SPEC, (4,), backend, threads=1, store=store)
+    backend.loaded.clear()
+    measure_model(replace(SPEC, vocab=91, bos_token=1), (4,), backend, threads=1, store=store)
+    assert {tuple(blocks) for _, blocks, _ in backend.loaded} == {(SPEC.head_block,)}
+
+
+def test_a_large_vocabulary_is_scaled_up_from_a_part(
+    backend: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "HEAD_BYTES", 1 << 18)
+    spec = replace(SPEC, vocab=1 << 16, embed_dim=64)
+    whole = head_of(measure_model(spec, (4,), backend, threads=1, directory=tmp_path))
+    measured = [spec.vocab for spec, blocks, _ in backend.loaded if spec.head_block in blocks]
+    assert 0 < measured[0] < 1 << 14
+    small = replace(spec, vocab=measured[0])
+    part = head_of(measure_model(small, (4,), backend, threads=1, directory=tmp_path))
+    assert whole.decode_s > 2 * part.decode_s
+
+
+def test_widths_that_the_backend_lacks_have_no_timing(backend: Recorder, tmp_path: Path) -> None:
+    assert measure_model(SPEC, (7,), backend, threads=1, directory=tmp_path) == ()
+
+
+def test_blocks_that_do_not_fit_have_no_timing(
+    backend: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "memory_bytes", lambda: (1000, 1 << 30))
+    assert measure_model(SPEC, (4,), backend, threads=1, directory=tmp_path) == ()
+    assert backend.loaded == []
+
+
+def test_a_failing_backend_leaves_no_files(backend: Recorder, tmp_path: Path) -> None:
+    odd = replace(SPEC, layers=(replace(WIDE, head_dim=15, rope=None),))
+    with pytest.raises(BackendError):
+        measure_model(odd, (4,), backend, threads=1, directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cost_of_a_call_is_small_and_not_negative(backend: Recorder, tmp_path: Path) -> None:
+    assert 0 <= measure_call(backend, 1, tmp_path) < 0.1
+    assert list(tmp_path.iterdir()) == []
+
+
+def head_of(timings: Sequence[BlockTiming]) -> BlockTiming:
+    (head,) = (timing for timing in timings if timing.kind == "head")
+    return head
