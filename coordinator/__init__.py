@@ -1,0 +1,1 @@
+"""Membership, planning, deployment and the HTTP gateway. Imports no backend."""

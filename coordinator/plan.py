@@ -1,0 +1,368 @@
+"""A plan as a value: which device runs which blocks at how many bits, and what that predicts.
+
+    PlanError            a plan cannot be made, read, or is not what it says
+    └── InfeasiblePlan   no plan exists; carries advice on what would make one
+
+``assess`` computes every figure of a plan from its stages, ``verify`` checks a plan that came
+from anywhere. Neither needs a solver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from coordinator.problem import PlanningProblem
+
+FORMAT = 1
+OPTIMALITY_GAP = 1e-6
+"""A plan whose proved gap is not above this is called optimal."""
+
+_RELATIVE_ERROR = 1e-9
+
+
+class PlanError(Exception):
+    """No usable plan; one line for the user. The command line catches it and exits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Changes that each suffice alone to make a plan possible (memory and storage: together)."""
+
+    memory_short_bytes: tuple[tuple[str, int], ...] = ()
+    storage_short_bytes: tuple[tuple[str, int], ...] = ()
+    allow_bits: int | None = None
+    max_weight_error: float | None = None
+
+
+class InfeasiblePlan(PlanError):
+    """No plan exists. ``advice`` says as numbers what the message says in words."""
+
+    def __init__(self, message: str, advice: Advice | None = None) -> None:
+        super().__init__(message)
+        self.advice = advice or Advice()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one block is, and at how many bits."""
+
+    block: int
+    device: str
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Blocks [first, first + len(bits)) on one device, with what they are predicted to take.
+
+    ``compute_s`` is one decoded token, the stage's call overhead included. ``memory_bytes`` counts
+    weights as executed, KV cache and buffers; ``storage_bytes`` what is kept on disk.
+    """
+
+    device: str
+    first: int
+    bits: tuple[int, ...]
+    compute_s: float
+    prefill_s_per_token: float
+    memory_bytes: int
+    memory_limit_bytes: int
+    storage_bytes: int
+    storage_limit_bytes: int
+
+    @property
+    def last(self) -> int:
+        """End of the half-open range of blocks."""
+        return self.first + len(self.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One token's hidden state on its way between two stages."""
+
+    source: str
+    target: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Who found the plan, in how long, and how good it is known to be.
+
+    ``bound_s`` is a proved lower bound of the decode seconds per token of any plan.
+    """
+
+    solver: str
+    solve_s: float
+    bound_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A split of one model. Times are predicted seconds for one token of one sequence.
+
+    ``decode_s`` = compute of all stages + hops + return, and is the objective.
+    ``prefill_s_per_token`` = compute + bytes on the links, within a chunk long enough to hide
+    round trips. ``worst_weight_error`` is None where an error was not measured.
+    """
+
+    stages: tuple[Stage, ...]
+    hops: tuple[Hop, ...]
+    return_s: float
+    decode_s: float
+    prefill_s_per_token: float
+    worst_weight_error: float | None
+    proof: Proof
+    version: int = field(default=FORMAT, kw_only=True)
+
+    @property
+    def gap(self) -> float:
+        """Share of ``decode_s`` that a better plan might save, 0 to 1."""
+        return max(0.0, (self.decode_s - self.proof.bound_s) / self.decode_s)
+
+    @property
+    def proven_optimal(self) -> bool:
+        """True where no plan is faster, to within OPTIMALITY_GAP."""
+        return self.gap <= OPTIMALITY_GAP
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Every block in order, with its device and bits."""
+        return tuple(
+            Placement(block, stage.device, bits)
+            for stage in self.stages
+            for block, bits in enumerate(stage.bits, stage.first)
+        )
+
+    def changes(self, later: Plan) -> tuple[Placement, ...]:
+        """Placements of ``later`` that this plan does not have: what a switch would load."""
+        here = set(self.placements)
+        return tuple(item for item in later.placements if item not in here)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    @staticmethod
+    def from_dict(values: object) -> Plan:
+        """Inverse of ``to_dict``. Raises PlanError naming a key that is missing, unknown or wrong.
+
+        The figures are not checked: that is what ``verify`` is for.
+        """
+        plan: Plan = _read(Plan, values, "plan")
+        if plan.version != FORMAT:
+            raise PlanError(f"plan.version: {plan.version}, this program reads {FORMAT}")
+        return plan
+
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        quality = "optimal" if self.proven_optimal else f"within {self.gap:.2%} of optimal"
+        lines = [f"{1e3 * self.decode_s:.2f} ms per token, {quality}"]
+        for index, stage in enumerate(self.stages):
+            lines.append(
+                f"  {stage.device}: blocks [{stage.first}, {stage.last}) at"
+                f" {_runs(stage.bits)} bit, {1e3 * stage.compute_s:.2f} ms,"
+                f" memory {_share(stage.memory_bytes, stage.memory_limit_bytes)},"
+                f" storage {_share(stage.storage_bytes, stage.storage_limit_bytes)}"
+            )
+            if index < len(self.hops):
+                lines.append(f"    hop {1e3 * self.hops[index].seconds:.2f} ms")
+        if self.hops:
+            lines.append(f"    return {1e3 * self.return_s:.2f} ms")
+        return "\n".join(lines)
+
+
+def assess(
+    problem: PlanningProblem, stages: Sequence[tuple[int, int, Sequence[int]]], proof: Proof
+) -> Plan:
+    """The plan made of ``stages``, given as (device index, first block, bits per block).
+
+    Limits are reported, not enforced (``verify`` does). Raises PlanError for what has no figures:
+    a block at bits that the device cannot run, neighbours without a link, no stage at all.
+    """
+    if not stages:
+        raise PlanError("the plan has no stages")
+    assessed = tuple(_assess_stage(problem, *stage) for stage in stages)
+    order = [device for device, _, _ in stages]
+    hops = []
+    wire_s = 0.0
+    for source, target in pairwise(order):
+        names = problem.devices[source].name, problem.devices[target].name
+        seconds = problem.hop_s(source, target)
+        if seconds == math.inf:
+            raise PlanError(f"there is no link from {names[0]} to {names[1]}")
+        hops.append(Hop(*names, seconds))
+        wire_s += problem.hidden_bytes / problem.links[source, target].bytes_per_s
+    return_s = problem.return_s(order[-1], order[0])
+    if return_s == math.inf:
+        raise PlanError(f"there is no link from {assessed[-1].device} to {assessed[0].device}")
+    errors = [
+        problem.weight_error(block, bits)
+        for _, first, widths in stages
+        for block, bits in enumerate(widths, first)
+    ]
+    known = [error for error in errors if error is not None]
+    return Plan(
+        stages=assessed,
+        hops=tuple(hops),
+        return_s=return_s,
+        decode_s=math.fsum(
+            [stage.compute_s for stage in assessed] + [hop.seconds for hop in hops] + [return_s]
+        ),
+        prefill_s_per_token=math.fsum(stage.prefill_s_per_token for stage in assessed) + wire_s,
+        worst_weight_error=max(known) if len(known) == len(errors) else None,
+        proof=proof,
+    )
+
+
+def verify(plan: Plan, problem: PlanningProblem) -> None:
+    """Check a plan against the problem without trusting a solver or the plan's own figures.
+
+    Raises PlanError naming the first of these that is violated: coverage, one contiguous stage per
+    device, allowed bits, weight error, memory, storage, and each predicted figure.
+    """
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    seen: set[str] = set()
+    expected = 0
+    for stage in plan.stages:
+        if stage.device not in indices:
+            raise PlanError(f"unknown device {stage.device}")
+        if stage.device in seen:
+            raise PlanError(f"{stage.device} has more than one stage")
+        seen.add(stage.device)
+        if not stage.bits:
+            raise PlanError(f"the stage on {stage.device} is empty")
+        if stage.first != expected:
+            raise PlanError(f"the stage on {stage.device} starts at {stage.first}, not {expected}")
+        expected = stage.last
+    blocks = problem.spec.block_count
+    if expected != blocks:
+        raise PlanError(f"the plan covers {expected} of {blocks} blocks")
+    for place in plan.placements:
+        name = problem.spec.block_name(place.block)
+        if place.bits not in problem.bits:
+            raise PlanError(f"{name} is at {place.bits} bit, which was not asked for")
+        if not problem.within_error(place.block, place.bits):
+            error = problem.weight_error(place.block, place.bits)
+            bound = problem.max_weight_error[place.block]
+            raise PlanError(f"{name} at {place.bits} bit has weight error {error}, above {bound}")
+    stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
+    actual = assess(problem, stages, plan.proof)
+    for stage in actual.stages:
+        for kind, used, limit in (
+            ("memory", stage.memory_bytes, stage.memory_limit_bytes),
+            ("storage", stage.storage_bytes, stage.storage_limit_bytes),
+        ):
+            if used > limit:
+                raise PlanError(f"{stage.device} needs {used} bytes of {kind} and has {limit}")
+    _compare(plan.to_dict(), actual.to_dict(), "plan")
+    if not plan.proof.bound_s <= plan.decode_s * (1 + OPTIMALITY_GAP):
+        raise PlanError(f"the proved bound {plan.proof.bound_s} s is above {plan.decode_s} s")
+
+
+def _assess_stage(problem: PlanningProblem, index: int, first: int, widths: Sequence[int]) -> Stage:
+    device = problem.devices[index]
+    memory, storage = device.stage_bytes, 0
+    decode, prefill = [device.call_s], []
+    for block, bits in enumerate(widths, first):
+        option = device.option(block, bits)
+        if option is None:
+            name = problem.spec.block_name(block)
+            raise PlanError(f"{device.name} cannot run {name} at {bits} bit")
+        memory += option.executed_bytes + problem.kv_bytes[block]
+        storage += problem.stored_bytes[block][bits]
+        decode.append(option.decode_s)
+        prefill.append(option.prefill_s_per_token)
+    return Stage(
+        device=device.name,
+        first=first,
+        bits=tuple(widths),
+        compute_s=math.fsum(decode),
+        prefill_s_per_token=math.fsum(prefill),
+        memory_bytes=memory,
+        memory_limit_bytes=device.memory_bytes,
+        storage_bytes=storage,
+        storage_limit_bytes=device.storage_bytes,
+    )
+
+
+def _compare(claimed: Any, actual: Any, where: str) -> None:
+    """Raise PlanError where a claimed value differs from the recomputed one."""
+    if isinstance(actual, dict):
+        for key, value in actual.items():
+            _compare(claimed[key], value, f"{where}.{key}")
+    elif isinstance(actual, list):
+        if len(claimed) != len(actual):
+            raise PlanError(f"{where}: {len(claimed)} entries, not {len(actual)}")
+        for index, value in enumerate(actual):
+            _compare(claimed[index], value, f"{where}[{index}]")
+    elif isinstance(actual, float) and isinstance(claimed, float):
+        if not math.isclose(claimed, actual, rel_tol=_RELATIVE_ERROR, abs_tol=0.0):
+            raise PlanError(f"{where}: {claimed}, recomputed {actual}")
+    elif claimed != actual:
+        raise PlanError(f"{where}: {claimed}, recomputed {actual}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as the type ``kind``: a dataclass, tuple[X, ...], X | None or a scalar."""
+    if is_dataclass(kind):
+        return _read_fields(kind, value, where)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise PlanError(f"{where}: expected a list")
+        item = get_args(kind)[0]
+        return tuple(_read(item, part, f"{where}[{i}]") for i, part in enumerate(value))
+    if isinstance(kind, UnionType):
+        (some,) = (choice for choice in get_args(kind) if choice is not type(None))
+        return None if value is None else _read(some, value, where)
+    if kind is float and type(value) in (int, float):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    elif type(value) is kind:
+        return value
+    raise PlanError(f"{where}: expected {kind.__name__}, got {value!r:.40}")
+
+
+def _read_fields(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise PlanError(f"{where}: expected an object")
+    hints = get_type_hints(kind)
+    names = [item.name for item in fields(kind)]
+    for name in names:
+        if name not in value:
+            raise PlanError(f"{where}.{name}: missing")
+    for key in value:
+        if key not in names:
+            raise PlanError(f"{where}.{key}: unknown")
+    return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+
+
+def _runs(widths: Iterable[int]) -> str:
+    """Widths with repeats counted: 8, 4 (x11), 8."""
+    runs: list[list[int]] = []
+    for bits in widths:
+        if runs and runs[-1][0] == bits:
+            runs[-1][1] += 1
+        else:
+            runs.append([bits, 1])
+    if len(runs) == 1:
+        return str(runs[0][0])
+    return ", ".join(str(bits) if count == 1 else f"{bits} (x{count})" for bits, count in runs)
+
+
+def _share(used_bytes: int, limit_bytes: int) -> str:
+    return f"{used_bytes / 1e6:.1f} of {limit_bytes / 1e6:.1f} MB"

@@ -1,0 +1,333 @@
+"""The integer program of a plan: contiguous runs of blocks on devices in an order it chooses.
+
+Indices: i and j devices; r a stretch, that is a longest run of consecutive blocks that no device
+can tell apart; g a group, that is the blocks (of any stretch) that device i cannot tell apart.
+
+    used[i]     binary: i has a stage;  first[i], last[i]: the first one, the last one
+    start[i,r]  binary: the stage of i starts in stretch r;  end[i,r]: it ends there
+    hop[i,j]    binary: the stage of j follows the stage of i
+    back[i,j]   the token returns to the first stage, i, from the last, j
+    left[i,j]   blocks that are still to come when the hop from i to j is taken
+    a[i,r]      whole number: blocks of stretch r on i
+    n[i,g,o]    whole number: blocks of group g that i runs with option o
+
+``left`` carries all N blocks into the first stage and loses each stage's blocks on the way, so the
+hops form one path through all used devices, and N - left is the block that a stage starts with.
+That this block, and the stage's last one, lie in the stretches that start and end name makes
+a[i,r] what the stage really overlaps. Inside a stretch and a group it does not matter which block
+is which: they are counted, not placed, and the program stays exact. Where all layers are alike it
+has a few counts per device, where no two are it has one per block. ``stages`` decides which is
+which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pulp
+
+from coordinator.problem import BlockOption, PlanningProblem
+
+StageChoice = tuple[int, int, tuple[int, ...]]
+"""(device index, first block, bits per block)"""
+
+Objective = Literal["latency", "memory", "storage", "memory and storage", "any"]
+"""Least latency; least excess over the named limits, which may then be broken; any plan at all."""
+
+# The objective is counted in units that put the sum of all compute near this: solvers compare it
+# with absolute tolerances around 1e-6.
+_OBJECTIVE_SCALE = 1e3
+# Of two plans that are equally fast, the one with fewer stages; too small to ever cost 1e-6.
+_STAGE_TIE_BREAK = 5e-7
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Blocks that are interchangeable on one device, and how each can be run there."""
+
+    blocks: tuple[int, ...]
+    options: tuple[BlockOption, ...]
+
+
+def usable_options(
+    problem: PlanningProblem, device: int, block: int, *, fitting: bool = True
+) -> tuple[BlockOption, ...]:
+    """Options within the requested bits and error bound, less those that another one beats.
+
+    ``fitting``: also less those that are too large for the device even alone.
+    """
+    own = problem.devices[device]
+    stored = problem.stored_bytes[block]
+    kept: list[BlockOption] = []
+    for option in own.options[block]:
+        if option.bits not in problem.bits or not problem.within_error(block, option.bits):
+            continue
+        memory = own.stage_bytes + problem.kv_bytes[block] + option.executed_bytes
+        small = memory <= own.memory_bytes and stored[option.bits] <= own.storage_bytes
+        if small or not fitting:
+            kept.append(option)
+
+    def beaten(loser: BlockOption, winner: BlockOption) -> bool:
+        ours = (loser.decode_s, loser.executed_bytes, stored[loser.bits])
+        theirs = (winner.decode_s, winner.executed_bytes, stored[winner.bits])
+        no_worse = all(x <= y for x, y in zip(theirs, ours, strict=True))
+        return no_worse and (theirs != ours or winner.bits > loser.bits)
+
+    return tuple(one for one in kept if not any(beaten(one, other) for other in kept))
+
+
+class PlanProgram:
+    """The program for one problem. ``margin`` is the share of each limit that it leaves unused."""
+
+    def __init__(
+        self, problem: PlanningProblem, *, objective: Objective = "latency", margin: float = 0.0
+    ) -> None:
+        short = () if objective in ("latency", "any") else tuple(objective.split(" and "))
+        self._problem = problem
+        self._devices = range(len(problem.devices))
+        self._total = problem.spec.block_count
+        self._find_alike(fitting=not short)
+        self.program = pulp.LpProblem("plan", pulp.LpMinimize)
+        self._place()
+        self._order()
+        excess = self._limit(short, margin)
+        self._unit_s = self._fastest_s() / _OBJECTIVE_SCALE
+        latency = self._latency_s() * (1 / self._unit_s)
+        self.program.setObjective(latency if objective == "latency" else excess)
+
+    def bound_s(self, bound: float | None) -> float:
+        """A bound of the objective (None: not known) as seconds of decode latency.
+
+        Never below the sum of all blocks, each where it is fastest.
+        """
+        tie_break = _STAGE_TIE_BREAK * _OBJECTIVE_SCALE
+        proved = -math.inf if bound is None else bound - tie_break
+        return max(_OBJECTIVE_SCALE, proved) * self._unit_s
+
+    def stages(self, values: Mapping[str, float]) -> list[StageChoice]:
+        """The stages of a solution, in order. Within a group, the blocks that lose most by few
+        bits get the widest of the options that the solution counted.
+        """
+        errors = self._problem.weight_errors
+
+        def count(variable: Any) -> int:
+            return round(values[variable.name])
+
+        follows = {i: j for (i, j), hop in self._hop.items() if count(hop)}
+        found: list[StageChoice] = []
+        device = next((i for i in self._devices if count(self._first[i])), None)
+        while device is not None and len(found) < len(self._devices):
+            begin = found[-1][1] + len(found[-1][2]) if found else 0
+            size = sum(round(self._value(cell, values)) for cell in self._a[device])
+            bits: dict[int, int] = {}
+            for g, group in enumerate(self._groups[device]):
+                mine = [k for k in group.blocks if begin <= k < begin + size]
+                if len(group.options) == 1:
+                    bits.update((k, group.options[0].bits) for k in mine)
+                    continue
+                widths = [
+                    option.bits
+                    for o, option in enumerate(group.options)
+                    for _ in range(count(self._n[device, g, o]))
+                ]
+                mine.sort(key=lambda k: (-max(errors[k].values(), default=0.0), k))
+                bits.update(zip(mine, sorted(widths, reverse=True), strict=True))
+            found.append((device, begin, tuple(bits[k] for k in sorted(bits))))
+            device = follows.get(device)
+        return found
+
+    def _find_alike(self, *, fitting: bool) -> None:
+        """Stretches for all devices, groups for each one; ``_usable[i][k]``: can i run block k."""
+        problem, blocks = self._problem, range(self._total)
+        options = [
+            [usable_options(problem, i, k, fitting=fitting) for k in blocks] for i in self._devices
+        ]
+
+        def looks(i: int, k: int) -> tuple[Any, ...]:
+            costs = tuple(
+                (o.bits, o.executed_bytes, o.decode_s, problem.stored_bytes[k][o.bits])
+                for o in options[i][k]
+            )
+            return costs, problem.kv_bytes[k]
+
+        self._stretches: list[range] = []
+        for k in blocks:
+            if k and all(looks(i, k) == looks(i, k - 1) for i in self._devices):
+                self._stretches[-1] = range(self._stretches[-1].start, k + 1)
+            else:
+                self._stretches.append(range(k, k + 1))
+        self._groups: list[list[Group]] = []
+        for i in self._devices:
+            alike: dict[tuple[Any, ...], list[int]] = {}
+            for k in blocks:
+                if options[i][k]:
+                    alike.setdefault(looks(i, k), []).append(k)
+            groups = [Group(tuple(ks), options[i][ks[0]]) for ks in alike.values()]
+            self._groups.append(groups)
+        self._usable = [[bool(row) for row in rows] for rows in options]
+
+    def _binary(self, name: str) -> Any:
+        return self.program.add_variable(name, 0, 1, pulp.LpInteger)
+
+    def _place(self) -> None:
+        """Every block on one device; on each device widths counted per group."""
+        program = self.program
+        self._used = [self._binary(f"used_{i}") for i in self._devices]
+        self._start: list[list[Any]] = []
+        self._end: list[list[Any]] = []
+        self._a: list[list[Any]] = []
+        self._n: dict[tuple[int, int, int], Any] = {}
+        beyond: list[list[Any]] = [[] for _ in self._stretches]
+        for i in self._devices:
+            start = [self._binary(f"start_{i}_{r}") for r in range(len(self._stretches))]
+            end = [self._binary(f"end_{i}_{r}") for r in range(len(self._stretches))]
+            row = []
+            for r, stretch in enumerate(self._stretches):
+                here = pulp.lpSum(start[: r + 1]) - pulp.lpSum(end[:r])
+                beyond[r].append(here - end[r])
+                size, cell = len(stretch), here
+                if size > 1:
+                    cell = program.add_variable(f"a_{i}_{r}", 0, size, pulp.LpInteger)
+                    program += cell >= here
+                    program += cell <= size * here
+                program += beyond[r][i] >= 0
+                program += here <= (self._used[i] if self._usable[i][stretch.start] else 0)
+                row.append(cell)
+            program += pulp.lpSum(start) == self._used[i]
+            program += pulp.lpSum(end) == self._used[i]
+            self._start.append(start)
+            self._end.append(end)
+            self._a.append(row)
+            for g, group in enumerate(self._groups[i]):
+                if len(group.options) > 1:
+                    for o in range(len(group.options)):
+                        self._n[i, g, o] = program.add_variable(
+                            f"n_{i}_{g}_{o}", 0, len(group.blocks), pulp.LpInteger
+                        )
+                    counted = pulp.lpSum(self._n[i, g, o] for o in range(len(group.options)))
+                    program += counted == self._of_group(i, group)
+        for r, stretch in enumerate(self._stretches):
+            program += pulp.lpSum(self._a[i][r] for i in self._devices) == len(stretch)
+            program += pulp.lpSum(beyond[r]) <= 1
+
+    def _order(self) -> None:
+        """One path of hops through the used devices, in the order of their blocks."""
+        program, devices, total = self.program, self._devices, self._total
+        problem = self._problem
+        pairs = [
+            (i, j) for i in devices for j in devices if i != j and problem.hop_s(i, j) < math.inf
+        ]
+        ways_back = [(i, j) for i in devices for j in devices if problem.return_s(j, i) < math.inf]
+        self._first = [self._binary(f"first_{i}") for i in devices]
+        last = [self._binary(f"last_{i}") for i in devices]
+        self._hop = {(i, j): self._binary(f"hop_{i}_{j}") for i, j in pairs}
+        self._back = {(i, j): program.add_variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
+        left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
+        program += pulp.lpSum(self._first) == 1
+        program += pulp.lpSum(last) == 1
+        for i in devices:
+            used, first = self._used[i], self._first[i]
+            leaving = [key for key in pairs if key[0] == i]
+            entering = [key for key in pairs if key[1] == i]
+            program += pulp.lpSum(self._hop[key] for key in leaving) + last[i] == used
+            program += pulp.lpSum(self._hop[key] for key in entering) + first == used
+            program += pulp.lpSum(self._back[key] for key in ways_back if key[0] == i) == first
+            program += pulp.lpSum(self._back[key] for key in ways_back if key[1] == i) == last[i]
+            program += first <= self._start[i][0]
+            program += last[i] <= self._end[i][-1]
+            remaining = pulp.lpSum(left[key] for key in entering) + total * first
+            beyond = pulp.lpSum(left[key] for key in leaving)
+            program += remaining - beyond == pulp.lpSum(self._a[i])
+            for position, flags in (
+                (total * used - remaining, self._start[i]),
+                ((total - 1) * used - beyond, self._end[i]),
+            ):
+                spans = list(zip(self._stretches, flags, strict=True))
+                program += position >= pulp.lpSum(span[0] * flag for span, flag in spans)
+                program += position <= pulp.lpSum(span[-1] * flag for span, flag in spans)
+        for i, j in pairs:
+            program += left[i, j] >= self._hop[i, j]
+            program += left[i, j] <= (total - 1) * self._hop[i, j]
+            if i < j and (j, i) in self._hop:
+                both = self._hop[i, j] + self._hop[j, i]
+                program += both <= self._used[i]
+                program += both <= self._used[j]
+
+    def _limit(self, short: tuple[str, ...], margin: float) -> Any:
+        """Memory and storage rows, in units of about the limit. Returns the excess in all."""
+        excess = []
+        scale = max(sum(device.memory_bytes for device in self._problem.devices), 1)
+        for i in self._devices:
+            own = self._problem.devices[i]
+            for resource, limit, fixed in (
+                ("memory", own.memory_bytes, own.stage_bytes),
+                ("storage", own.storage_bytes, 0),
+            ):
+                counts = self._counts(i)
+                sizes = [self._bytes(resource, block, option) for _, option, block in counts]
+                unit = max(limit, fixed, *sizes, 1)
+                taken = fixed / unit * self._used[i] + pulp.lpSum(
+                    size / unit * count for size, (count, _, _) in zip(sizes, counts, strict=True)
+                )
+                if resource in short:
+                    over = self.program.add_variable(f"short_{resource}_{i}", 0)
+                    self.program += taken <= limit / unit * self._used[i] + over
+                    excess.append(unit / scale * over)
+                else:
+                    self.program += taken <= (1 - margin) * limit / unit * self._used[i]
+        return pulp.lpSum(excess)
+
+    def _latency_s(self) -> Any:
+        problem = self._problem
+        tie_break_s = self._unit_s * _OBJECTIVE_SCALE * _STAGE_TIE_BREAK / len(self._devices)
+        terms = [
+            option.decode_s * count for i in self._devices for count, option, _ in self._counts(i)
+        ]
+        terms += [(problem.devices[i].call_s + tie_break_s) * self._used[i] for i in self._devices]
+        terms += [problem.hop_s(i, j) * hop for (i, j), hop in self._hop.items()]
+        terms += [problem.return_s(j, i) * way for (i, j), way in self._back.items()]
+        return pulp.lpSum(terms)
+
+    def _counts(self, device: int) -> list[tuple[Any, BlockOption, int]]:
+        """(how many, option, a block of the group) for everything that can be on a device."""
+        found = []
+        for g, group in enumerate(self._groups[device]):
+            for o, option in enumerate(group.options):
+                alone = len(group.options) == 1
+                count = self._of_group(device, group) if alone else self._n[device, g, o]
+                found.append((count, option, group.blocks[0]))
+        return found
+
+    def _of_group(self, device: int, group: Group) -> Any:
+        """How many blocks of a group are on the device."""
+        members = set(group.blocks)
+        return pulp.lpSum(
+            cell
+            for cell, stretch in zip(self._a[device], self._stretches, strict=True)
+            if stretch.start in members
+        )
+
+    def _bytes(self, resource: str, block: int, option: BlockOption) -> int:
+        if resource == "storage":
+            return self._problem.stored_bytes[block][option.bits]
+        return option.executed_bytes + self._problem.kv_bytes[block]
+
+    def _fastest_s(self) -> float:
+        """Seconds of all blocks, each where it is fastest."""
+        fastest = [math.inf] * self._total
+        for groups in self._groups:
+            for group in groups:
+                best = min(option.decode_s for option in group.options)
+                for k in group.blocks:
+                    fastest[k] = min(fastest[k], best)
+        return math.fsum(value for value in fastest if value < math.inf) or 1.0
+
+    @staticmethod
+    def _value(cell: Any, values: Mapping[str, float]) -> float:
+        """Of a variable or a sum of them."""
+        if isinstance(cell, pulp.LpVariable):
+            return values[cell.name]
+        return math.fsum(factor * values[item.name] for item, factor in cell.items())

@@ -1,0 +1,203 @@
+"""What a plan is made from, as plain numbers: the model's blocks, the devices, the links.
+
+``build_problem`` derives them once from profiles, timings and the cost formulas; the planner and
+``coordinator.plan.verify`` read nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from model import costs
+from model.quantize import BITS, Format
+from model.spec import LayerSpec, ModelSpec
+from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+
+ACTIVATION_BITS = 32
+"""Width of one hidden value on a link."""
+
+TOKEN_BYTES = 4
+"""What the last stage sends the first: one token id. Half a round trip is all that it costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOption:
+    """One block run at ``bits`` on one device.
+
+    ``executed_bytes`` are the weights in the device's memory, which may be wider than ``bits``.
+    """
+
+    bits: int
+    executed_bytes: int
+    decode_s: float
+    prefill_s_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device: its limits and, for each block, every width that it can run the block at.
+
+    ``stage_bytes`` is memory that any stage here needs besides weights and KV cache;
+    ``call_s`` is what each token pays once for there being a stage here. ``backend_bits`` are the
+    widths that the backend takes, measured or not: only messages use them.
+    """
+
+    name: str
+    memory_bytes: int
+    storage_bytes: int
+    options: tuple[tuple[BlockOption, ...], ...]
+    stage_bytes: int = 0
+    call_s: float = 0.0
+    backend_bits: tuple[int, ...] = ()
+
+    def option(self, block: int, bits: int) -> BlockOption | None:
+        """How this device runs ``block`` at ``bits``; None where it cannot."""
+        return next((option for option in self.options[block] if option.bits == bits), None)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningProblem:
+    """Everything that decides a plan. Tuples over blocks have ``spec.block_count`` entries.
+
+    ``links`` holds (source, target) as indices into ``devices``; a pair without a link cannot be
+    neighbours in a plan. ``weight_errors`` maps bits to the normalised error of a block, and
+    ``max_weight_error`` is its bound (inf: none). Only widths in ``bits`` are planned with;
+    those beside them serve for advice.
+    """
+
+    spec: ModelSpec
+    devices: tuple[Device, ...]
+    links: Mapping[tuple[int, int], LinkProfile]
+    bits: tuple[int, ...]
+    stored_bytes: tuple[Mapping[int, int], ...]
+    kv_bytes: tuple[int, ...]
+    weight_errors: tuple[Mapping[int, float], ...]
+    max_weight_error: tuple[float, ...]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """What one token's hidden state weighs on a link."""
+        return self.spec.hidden * ACTIVATION_BITS // 8
+
+    def hop_s(self, source: int, target: int) -> float:
+        """Seconds from device to device for one token's hidden state; inf without a link."""
+        link = self.links.get((source, target))
+        return math.inf if link is None else link.transfer_s(self.hidden_bytes)
+
+    def return_s(self, last: int, first: int) -> float:
+        """Seconds for the sampled token's way back; 0 on one device, inf without a link."""
+        if last == first:
+            return 0.0
+        link = self.links.get((last, first))
+        return math.inf if link is None else link.transfer_s(TOKEN_BYTES)
+
+    def weight_error(self, block: int, bits: int) -> float | None:
+        """Normalised weight error of a block; None where it was not measured."""
+        return self.weight_errors[block].get(bits)
+
+    def within_error(self, block: int, bits: int) -> bool:
+        """True where the error bound allows ``block`` at ``bits``; unknown errors are too large."""
+        bound = self.max_weight_error[block]
+        return bound == math.inf or self.weight_errors[block].get(bits, math.inf) <= bound
+
+
+def build_problem(
+    spec: ModelSpec,
+    profiles: Mapping[str, DeviceProfile],
+    timings: Mapping[str, Sequence[BlockTiming]],
+    links: Iterable[LinkProfile],
+    *,
+    bits: Sequence[int],
+    slots: int,
+    context_tokens: int,
+    chunk_tokens: int,
+    formats: Mapping[int, Format] | None = None,
+    weight_errors: Sequence[Mapping[int, float]] | None = None,
+    max_weight_error: float | None = None,
+    call_s: Mapping[str, float] | None = None,
+) -> PlanningProblem:
+    """The problem of splitting ``spec`` over the devices in ``profiles``, in that order.
+
+    A device runs a block at the widths that its backend takes and that it has a timing for.
+    ``slots`` sequences of ``context_tokens`` are held, prompts computed ``chunk_tokens`` at a time.
+    ``formats`` says how each width is stored (None: the defaults); ``weight_errors`` has one
+    mapping of bits to the normalised error per block, needed with ``max_weight_error``.
+    Links to or from other devices are ignored. Raises ValueError for input that is inconsistent.
+    """
+    blocks = range(spec.block_count)
+    if formats is None:
+        formats = {width: Format.of(width) for width in BITS}
+    if not bits or any(width not in formats for width in bits):
+        raise ValueError(f"bits must be some of {sorted(formats)}, not {list(bits)}")
+    if weight_errors is None:
+        if max_weight_error is not None:
+            raise ValueError("a bound on weight errors needs the errors")
+        weight_errors = [{} for _ in blocks]
+    if len(weight_errors) != len(blocks):
+        raise ValueError(f"weight errors of {len(weight_errors)} blocks, not {len(blocks)}")
+    indices = {name: index for index, name in enumerate(profiles)}
+    stage_bytes = max(costs.buffer_bytes(spec, k, chunk_tokens, context_tokens) for k in blocks)
+    devices = tuple(
+        Device(
+            name=name,
+            memory_bytes=profile.memory_bytes,
+            storage_bytes=profile.storage_bytes,
+            options=_options(spec, profile, timings.get(name, ()), formats),
+            # The largest of all blocks, although a stage needs only the largest of its own.
+            stage_bytes=stage_bytes,
+            call_s=(call_s or {}).get(name, 0.0),
+            backend_bits=tuple(sorted(width for width, _ in profile.container_bits)),
+        )
+        for name, profile in profiles.items()
+    )
+    return PlanningProblem(
+        spec=spec,
+        devices=devices,
+        links={
+            (indices[link.source], indices[link.target]): link
+            for link in links
+            if link.source in indices and link.target in indices
+        },
+        bits=tuple(sorted(set(bits))),
+        stored_bytes=tuple(
+            {width: costs.stored_bytes(spec, k, fmt) for width, fmt in formats.items()}
+            for k in blocks
+        ),
+        kv_bytes=tuple(slots * costs.kv_bytes(spec, k, context_tokens) for k in blocks),
+        weight_errors=tuple(dict(errors) for errors in weight_errors),
+        max_weight_error=(math.inf if max_weight_error is None else max_weight_error,)
+        * len(blocks),
+    )
+
+
+def layer_variants(spec: ModelSpec) -> list[int]:
+    """For each block its ``BlockTiming.variant``: distinct layer shapes by first appearance."""
+    shapes: dict[LayerSpec, int] = {}
+    layers = [shapes.setdefault(layer, len(shapes)) for layer in spec.layers]
+    return [0, *layers, 0]
+
+
+def _options(
+    spec: ModelSpec,
+    profile: DeviceProfile,
+    timings: Iterable[BlockTiming],
+    formats: Mapping[int, Format],
+) -> tuple[tuple[BlockOption, ...], ...]:
+    measured = {(timing.kind, timing.variant, timing.bits): timing for timing in timings}
+    for timing in measured.values():
+        for seconds in (timing.decode_s, timing.prefill_s_per_token):
+            if not 0 < seconds < math.inf:
+                raise ValueError(f"{profile.machine}: a block cannot take {seconds} s")
+    rows = []
+    for block, variant in enumerate(layer_variants(spec)):
+        row = []
+        for bits, fmt in sorted(formats.items()):
+            container = profile.container(bits)
+            found = measured.get((spec.block_kind(block), variant, bits))
+            if container is not None and found is not None:
+                executed = costs.executed_bytes(spec, block, fmt, container)
+                row.append(BlockOption(bits, executed, found.decode_s, found.prefill_s_per_token))
+        rows.append(tuple(row))
+    return tuple(rows)
