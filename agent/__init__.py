@@ -1,0 +1,1 @@
+"""The daemon on a device: discovery, block cache, stage, relay."""

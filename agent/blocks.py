@@ -1,0 +1,153 @@
+"""The block cache: artifacts on this device's disk, by content hash.
+
+What is in the cache under a hash has been verified against it. A download that was cut off stays
+as a .part file and goes on where it stopped. The least recently used artifacts make room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from wire.connection import Connection
+from wire.errors import ProtocolError
+from wire.messages import BlockChunk, BlockRef, BlocksHello, Endpoint, FetchBlock
+from wire.sizes import format_size
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+READ_BYTES = 1 << 20
+
+
+class CacheError(Exception):
+    """Blocks cannot be kept: too large for the limit, the disk is full, or the data is wrong."""
+
+
+class BlockCache:
+    """Artifacts under ``directory``, never more than ``limit_bytes`` of them."""
+
+    def __init__(self, directory: Path, limit_bytes: int) -> None:
+        self._directory = directory
+        self._limit_bytes = limit_bytes
+
+    def path(self, sha256: str) -> Path:
+        return self._directory / sha256
+
+    def fetch(
+        self,
+        blocks: Sequence[BlockRef],
+        coordinator: Endpoint,
+        device: str,
+        on_progress: Callable[[int, int], None],
+    ) -> int:
+        """Make all ``blocks`` present; returns how many bytes came over the network.
+
+        ``on_progress`` gets (bytes present, bytes in all). Raises CacheError, WireError.
+        """
+        wanted = {ref.sha256: ref for ref in blocks}
+        for ref in wanted.values():
+            if not SHA256.fullmatch(ref.sha256) or ref.size_bytes <= 0:
+                raise CacheError(f"block {ref.block} has no valid address")
+        total = sum(ref.size_bytes for ref in wanted.values())
+        if total > self._limit_bytes:
+            raise CacheError(
+                f"the blocks need {format_size(total)}, "
+                f"the storage limit is {format_size(self._limit_bytes)}"
+            )
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            missing = [ref for ref in wanted.values() if not self._present(ref)]
+            self._evict(set(wanted), total)
+            present = total - sum(ref.size_bytes for ref in missing)
+            on_progress(present, total)
+            if not missing:
+                return 0
+            with Connection.connect(coordinator) as connection:
+                connection.set_receive_timeout(30.0)
+                connection.send(BlocksHello(device))
+                for ref in missing:
+                    self._download(connection, ref, present, total, on_progress)
+                    present += ref.size_bytes
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CacheError(
+                    f"disk full while storing blocks in {self._directory}: "
+                    f"free {format_size(total)} there, or lower --storage"
+                ) from error
+            raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
+        return sum(ref.size_bytes for ref in missing)
+
+    def _present(self, ref: BlockRef) -> bool:
+        path = self.path(ref.sha256)
+        if not path.exists() or path.stat().st_size != ref.size_bytes:
+            return False
+        os.utime(path)
+        return True
+
+    def _download(
+        self,
+        connection: Connection,
+        ref: BlockRef,
+        before: int,
+        total: int,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        part = self._directory / f"{ref.sha256}.part"
+        digest = hashlib.sha256()
+        with part.open("ab+") as file:
+            offset = _hash_existing(file, digest, ref.size_bytes)
+            connection.send(FetchBlock(ref.sha256, offset))
+            while offset < ref.size_bytes:
+                chunk, payload = connection.receive()
+                if (
+                    not isinstance(chunk, BlockChunk)
+                    or chunk.offset != offset
+                    or chunk.total != ref.size_bytes
+                    or not 0 < len(payload) <= ref.size_bytes - offset
+                ):
+                    raise ProtocolError(f"block {ref.block}: unexpected answer to a download")
+                file.write(payload)
+                digest.update(payload)
+                offset += len(payload)
+                on_progress(before + offset, total)
+            file.flush()
+            os.fsync(file.fileno())
+        if digest.hexdigest() != ref.sha256:
+            part.unlink()
+            raise CacheError(f"block {ref.block} arrived damaged (its hash differs): load again")
+        part.replace(self.path(ref.sha256))
+
+    def _evict(self, keep: set[str], needed_bytes: int) -> None:
+        """Drop what was used longest ago until the wanted blocks fit below the limit."""
+        others = [
+            path
+            for path in self._directory.iterdir()
+            if path.stem not in keep
+            and SHA256.fullmatch(path.stem)
+            and path.suffix in ("", ".part")
+        ]
+        others.sort(key=lambda path: path.stat().st_mtime)
+        used = needed_bytes + sum(path.stat().st_size for path in others)
+        for path in others:
+            if used <= self._limit_bytes:
+                break
+            used -= path.stat().st_size
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _hash_existing(file: BinaryIO, digest: hashlib._Hash, size_bytes: int) -> int:
+    """Hash what an earlier download left; start over where it cannot be a prefix."""
+    if file.seek(0, os.SEEK_END) > size_bytes:
+        file.truncate(0)
+    file.seek(0)
+    offset = 0
+    while piece := file.read(READ_BYTES):
+        digest.update(piece)
+        offset += len(piece)
+    return offset

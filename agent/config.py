@@ -1,0 +1,94 @@
+"""What a user sets on an agent, checked once and passed down."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from wire.messages import Endpoint
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class ConfigError(Exception):
+    """A setting is wrong; the message names it, its value and what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """Settings of one agent. None for a limit means: measure what is free and use that."""
+
+    name: str
+    state_dir: Path
+    cluster: str
+    coordinator: Endpoint | None
+    """Where the coordinator is; None searches by mDNS."""
+    bind_host: str
+    data_port: int
+    memory_bytes: int | None
+    storage_bytes: int | None
+    threads: int
+    backend: str
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"name {self.name!r}: use 1 to 63 letters, digits, dots, dashes or underscores"
+            )
+        if not 1 <= self.threads <= 1024:
+            raise ConfigError(f"threads {self.threads}: must be between 1 and 1024")
+        for label, limit in (("memory", self.memory_bytes), ("storage", self.storage_bytes)):
+            if limit is not None and limit <= 0:
+                raise ConfigError(f"{label} {limit}: must be more than nothing")
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.state_dir / "blocks"
+
+
+def default_state_dir() -> Path:
+    """Where an agent keeps its identity and blocks: STATE_DIRECTORY under systemd, else XDG."""
+    service = os.environ.get("STATE_DIRECTORY")
+    if service:
+        return Path(service.split(":")[0])
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "shoal" / "agent"
+
+
+def claim(state_dir: Path) -> TextIO:
+    """Lock ``state_dir`` for this process, until the result is closed. Raises ConfigError."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = (state_dir / "lock").open("w", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"state directory {state_dir} is not usable: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise ConfigError(
+            f"another agent runs with the state directory {state_dir}: "
+            "stop it, or give this one its own with --state-dir"
+        ) from error
+    return lock
+
+
+def device_identity(state_dir: Path) -> str:
+    """This device's id, made once and kept in ``state_dir``. Raises ConfigError."""
+    path = state_dir / "device-id"
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            identity = path.read_text(encoding="ascii").strip()
+            if re.fullmatch(r"[0-9a-f]{16}", identity):
+                return identity
+        identity = secrets.token_hex(8)
+        path.write_text(identity + "\n", encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"state directory {state_dir} is not usable: {error}") from error
+    return identity

@@ -1,0 +1,345 @@
+"""The agent: find the coordinator, join, carry out what it asks, and say that one is alive.
+
+Threads: the main one reads the control connection; a heartbeat thread writes to it; one worker
+carries out the long requests (measure, fetch, load) in order; each prompt has a thread of its own
+while it is prefilled; agent.peers has one per peer. Losing the coordinator ends the stage, not the
+agent: it searches again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+
+from agent.blocks import BlockCache, CacheError
+from agent.config import AgentConfig, claim, device_identity
+from agent.peers import PeerServer, connect_peer, measure_link
+from agent.relay import Relay
+from backends.base import BackendError, StageOptions
+from backends.registry import backend_class
+from calibration.device import profile_device
+from calibration.layers import measure_model
+from calibration.store import CalibrationStore
+from model.errors import ModelError
+from model.spec import ModelSpec
+from wire import limits
+from wire.connection import Connection, Listener
+from wire.discovery import find_coordinator, reachable_addresses
+from wire.errors import ConnectFailed, ProtocolError, WireError
+from wire.messages import (
+    AgentHello,
+    ConnectStage,
+    CoordinatorWelcome,
+    Done,
+    Endpoint,
+    Heartbeat,
+    JoinRefused,
+    LinkMeasured,
+    LoadStage,
+    MeasureLink,
+    MeasureModel,
+    Message,
+    ModelMeasured,
+    Progress,
+    ReleaseSequence,
+    RequestFailed,
+    StageLoaded,
+    StartSequence,
+    UnloadStage,
+)
+
+log = logging.getLogger(__name__)
+
+RETRY_S = (0.5, 1.0, 2.0, 5.0)
+"""Pauses between attempts to join; the last one repeats."""
+
+Request = MeasureModel | MeasureLink | LoadStage | ConnectStage | UnloadStage
+
+
+class Agent:
+    """One device of the shoal."""
+
+    def __init__(self, config: AgentConfig, say: Callable[[str], None]) -> None:
+        """``say`` shows the user one line. Raises ConfigError, BackendError, ConnectFailed."""
+        self._config = config
+        self._say = say
+        self._stop = threading.Event()
+        self._control: Connection | None = None
+        self._relay: Relay | None = None
+        self._state_lock = claim(config.state_dir)
+        self._device = device_identity(config.state_dir)
+        self._backend = backend_class(config.backend)()
+        self._profile = profile_device(
+            backend=config.backend,
+            cache_dir=config.cache_dir,
+            memory_limit_bytes=config.memory_bytes,
+            storage_limit_bytes=config.storage_bytes,
+            threads=config.threads,
+        )
+        self._store = CalibrationStore(config.state_dir / "calibration.json")
+        self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
+        self._listener = Listener(config.bind_host, config.data_port)
+        self._peers = PeerServer(self._device, self._listener, self._deliver)
+
+    def run(self) -> None:
+        """Serve until ``stop`` is called."""
+        self._peers.start()
+        attempt = 0
+        try:
+            while not self._stop.is_set():
+                try:
+                    connection, coordinator = self._join()
+                    attempt = 0
+                    self._serve(connection, coordinator)
+                except WireError as error:
+                    if not self._stop.is_set():
+                        self._say(f"{error}; trying again")
+                self._stop.wait(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+                attempt += 1
+        finally:
+            self._peers.close()
+            self._state_lock.close()
+
+    def stop(self) -> None:
+        """End ``run`` soon; safe in a signal handler and from any thread."""
+        self._stop.set()
+        control = self._control
+        if control is not None:
+            control.close()
+
+    # ---- joining --------------------------------------------------------------------------------
+
+    def _join(self) -> tuple[Connection, Endpoint]:
+        """A control connection that the coordinator has welcomed, and where it was found."""
+        if self._config.coordinator is not None:
+            candidates: tuple[Endpoint, ...] = (self._config.coordinator,)
+        else:
+            candidates = find_coordinator(
+                self._config.cluster,
+                self._stop,
+                lambda: self._say(
+                    f"no coordinator of cluster {self._config.cluster!r} answers by mDNS yet; "
+                    "start one, or name it with --coordinator HOST:PORT"
+                ),
+            )
+        failure: WireError = ConnectFailed("stopped")
+        for endpoint in candidates:
+            try:
+                connection = Connection.connect(endpoint)
+            except WireError as error:
+                failure = error
+                continue
+            self._control = connection
+            if self._stop.is_set():
+                connection.close()
+            connection.set_receive_timeout(limits.LIVENESS_S)
+            connection.send(self._hello(connection))
+            answer, _ = connection.receive()
+            if isinstance(answer, CoordinatorWelcome):
+                self._say(
+                    f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
+                )
+                return connection, endpoint
+            connection.close()
+            if isinstance(answer, JoinRefused):
+                raise ConnectFailed(f"the coordinator refused: {answer.reason}")
+            raise ProtocolError(f"{connection.peer} is not a coordinator")
+        raise failure
+
+    def _hello(self, connection: Connection) -> AgentHello:
+        addresses = dict.fromkeys(
+            (connection.local_host, *reachable_addresses(self._config.bind_host))
+        )
+        return AgentHello(
+            device=self._device,
+            name=self._config.name,
+            version=shoal_version(),
+            endpoints=tuple(Endpoint(host, self._listener.port) for host in addresses),
+            profile=self._profile,
+        )
+
+    # ---- the control connection -----------------------------------------------------------------
+
+    def _serve(self, connection: Connection, coordinator: Endpoint) -> None:
+        """Carry out requests until the connection ends, which raises WireError."""
+        requests: queue.Queue[Request | None] = queue.Queue()
+        ended = threading.Event()
+        threads = [
+            threading.Thread(target=self._beat, args=(connection, ended), name="heartbeat"),
+            threading.Thread(
+                target=self._work, args=(connection, coordinator, requests), name="worker"
+            ),
+        ]
+        for thread in threads:
+            thread.daemon = True
+            thread.start()
+        try:
+            while True:
+                message, _ = connection.receive()
+                if isinstance(message, Request):
+                    requests.put(message)
+                elif isinstance(message, StartSequence):
+                    relay = self._relay_of(message.epoch)
+                    if relay is not None:
+                        threading.Thread(
+                            target=relay.start, args=(message,), name="prefill", daemon=True
+                        ).start()
+                elif isinstance(message, ReleaseSequence):
+                    relay = self._relay_of(message.epoch)
+                    if relay is not None:
+                        relay.release(message.sequence)
+                elif not isinstance(message, Heartbeat):
+                    raise ProtocolError(f"unexpected {type(message).__name__} from coordinator")
+        finally:
+            connection.close()
+            ended.set()
+            requests.put(None)
+            if not self._stop.is_set():
+                # A load that is still under way belongs to this connection, not to the next.
+                threads[-1].join()
+            self._unload()
+
+    def _beat(self, connection: Connection, ended: threading.Event) -> None:
+        try:
+            while not ended.wait(limits.HEARTBEAT_S):
+                connection.send(Heartbeat(psutil.virtual_memory().available))
+        except WireError:
+            pass  # The reader of the connection sees it too, and decides.
+
+    def _work(
+        self,
+        connection: Connection,
+        coordinator: Endpoint,
+        requests: queue.Queue[Request | None],
+    ) -> None:
+        while (request := requests.get()) is not None:
+            try:
+                try:
+                    answer = self._carry_out(request, connection, coordinator)
+                except (BackendError, ModelError, CacheError, WireError) as error:
+                    answer = RequestFailed(request.request, str(error))
+                except MemoryError:
+                    answer = RequestFailed(request.request, "out of memory")
+                except Exception as error:
+                    log.exception("request failed")
+                    answer = RequestFailed(
+                        request.request, f"internal error ({error}); see the agent's log"
+                    )
+                connection.send(answer)
+            except WireError:
+                return
+
+    def _carry_out(
+        self, request: Request, connection: Connection, coordinator: Endpoint
+    ) -> Message:
+        if isinstance(request, MeasureModel):
+            return self._measure_model(request, connection)
+        if isinstance(request, MeasureLink):
+            with connect_peer(self._device, request.device, request.endpoints) as peer:
+                rtt_s, bytes_per_s = measure_link(peer)
+            return LinkMeasured(request.request, rtt_s, bytes_per_s)
+        if isinstance(request, LoadStage):
+            return self._load(request, connection, coordinator)
+        if isinstance(request, ConnectStage):
+            relay = self._relay_of(request.epoch)
+            if relay is None:
+                raise BackendError("the stage to connect is not loaded")
+            relay.connect(
+                request.device, connect_peer(self._device, request.device, request.endpoints)
+            )
+            return Done(request.request)
+        self._unload()
+        return Done(request.request)
+
+    def _measure_model(self, request: MeasureModel, connection: Connection) -> Message:
+        progress = _Throttled(connection, request.request, "measure", "steps")
+        timings = measure_model(
+            ModelSpec.from_dict(request.spec),
+            request.bits,
+            self._backend,
+            threads=self._config.threads,
+            store=self._store,
+            progress=progress,
+        )
+        return ModelMeasured(request.request, timings)
+
+    def _load(self, request: LoadStage, connection: Connection, coordinator: Endpoint) -> Message:
+        spec = ModelSpec.from_dict(request.spec)
+        indices = [ref.block for ref in request.blocks]
+        if not indices or indices != list(range(indices[0], indices[0] + len(indices))):
+            raise BackendError("the blocks of a stage must be contiguous")
+        if indices[0] < 0 or indices[-1] >= spec.block_count:
+            raise BackendError("the model has no such blocks")
+        self._unload()
+        fetched_bytes = self._cache.fetch(
+            request.blocks,
+            coordinator,
+            self._device,
+            _Throttled(connection, request.request, "fetch", "bytes"),
+        )
+        started = time.perf_counter()
+        stage = self._backend.load(
+            spec,
+            [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
+            StageOptions(request.slots, request.context_tokens, self._config.threads),
+        )
+        self._relay = Relay(
+            stage,
+            spec,
+            range(indices[0], indices[-1] + 1),
+            epoch=request.epoch,
+            slots=request.slots,
+            context_tokens=request.context_tokens,
+            report=connection.send,
+        )
+        names = spec.block_name(indices[0]), spec.block_name(indices[-1])
+        self._say(f"loaded {names[0]} .. {names[1]}" if len(indices) > 1 else f"loaded {names[0]}")
+        return StageLoaded(
+            request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
+        )
+
+    # ---- the stage ------------------------------------------------------------------------------
+
+    def _deliver(self, message: Message, payload: memoryview) -> None:
+        relay = self._relay
+        if relay is not None:
+            relay.deliver(message, payload)
+
+    def _relay_of(self, epoch: int) -> Relay | None:
+        relay = self._relay
+        return relay if relay is not None and relay.epoch == epoch else None
+
+    def _unload(self) -> None:
+        relay, self._relay = self._relay, None
+        if relay is not None:
+            relay.close()
+
+
+class _Throttled:
+    """Reports progress at most five times a second, and always the end."""
+
+    def __init__(self, connection: Connection, request: int, phase: str, unit: str) -> None:
+        self._connection, self._request = connection, request
+        self._phase, self._unit = phase, unit
+        self._last_s = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if done < total and now_s - self._last_s < 0.2:
+            return
+        self._last_s = now_s
+        self._connection.send(Progress(self._request, self._phase, done, total, self._unit))
+
+
+def shoal_version() -> str:
+    """The installed version, or "source" where the tree is run uninstalled."""
+    try:
+        return version("shoal-llm")
+    except PackageNotFoundError:
+        return "source"

@@ -1,0 +1,253 @@
+"""A stage at work: rows come in, run through the blocks, and go on to the next device.
+
+The ring is first stage -> ... -> last stage -> first stage. Prompt chunks and single tokens take
+the same way; the last stage samples, and its token is the first stage's next input. One lock
+serialises the stage; it is held for one forward pass at a time, so that a cancelled sequence stops
+at the next one. The coordinator is told every token but is not waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from agent.sampler import Sampler
+from backends.base import Array, BackendError, Stage, Tokens
+from model.spec import ModelSpec
+from wire import limits
+from wire.connection import Connection
+from wire.errors import WireError
+from wire.messages import (
+    Activation,
+    FinishReason,
+    Message,
+    PeerLost,
+    Sampling,
+    SequenceFailed,
+    StartSequence,
+    TokenSampled,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """The generation that holds a KV slot. ``sampler`` exists on the last stage only."""
+
+    number: int
+    slot: int
+    position: int
+    """Rows that have been run: where the next ones go."""
+    sampling: Sampling | None
+    sampler: Sampler | None
+    sampled_tokens: int = 0
+
+
+class Relay:
+    """The stage of one deployment on this device, with its hop to the next."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        spec: ModelSpec,
+        blocks: range,
+        *,
+        epoch: int,
+        slots: int,
+        context_tokens: int,
+        report: Callable[[Message], None],
+    ) -> None:
+        """``report`` sends to the coordinator; it may raise WireError, which ends the relay."""
+        self.epoch = epoch
+        self._stage = stage
+        self._spec = spec
+        self._is_first = blocks.start == 0
+        self._is_last = blocks.stop == spec.block_count
+        self._slots = slots
+        self._context_tokens = context_tokens
+        self._report = report
+        self._lock = threading.Lock()
+        self._sequences: dict[int, _Sequence] = {}
+        self._next: Connection | None = None
+        self._next_device = ""
+        self._closed = False
+
+    def connect(self, device: str, connection: Connection) -> None:
+        """Set the next device of the ring, and watch it. Not used where the stage is alone."""
+        self._next, self._next_device = connection, device
+        threading.Thread(target=self._watch, args=(connection,), name="hop", daemon=True).start()
+
+    def close(self) -> None:
+        """Drop every sequence, the hop and the stage; waits for a running forward pass."""
+        self._closed = True
+        if self._next is not None:
+            self._next.close()
+        with self._lock:
+            self._sequences.clear()
+            self._stage.close()
+
+    # ---- what arrives ---------------------------------------------------------------------------
+
+    def start(self, message: StartSequence) -> None:
+        """Run a prompt through the first stage, chunk by chunk; returns when all are on the way."""
+        prompt = np.asarray(message.prompt, dtype=np.int64)
+        if not self._is_first or not self._fits(message.slot, 0, len(prompt)):
+            self._fail(message.sequence, "the coordinator sent a prompt that does not fit")
+            return
+        if not len(prompt) or prompt.min() < 0 or prompt.max() >= self._spec.vocab:
+            self._fail(message.sequence, "the prompt has tokens outside the vocabulary")
+            return
+        sequence = self._open(message.sequence, message.slot, message.sampling)
+        for begin in range(0, len(prompt), limits.PREFILL_CHUNK_TOKENS):
+            end = min(begin + limits.PREFILL_CHUNK_TOKENS, len(prompt))
+            self._run(sequence, prompt[begin:end], last=end == len(prompt))
+
+    def deliver(self, message: Message, payload: memoryview) -> None:
+        """Take a data-plane message from a peer; what belongs to another epoch is dropped."""
+        if isinstance(message, Activation) and message.epoch == self.epoch:
+            self._on_activation(message, payload)
+        elif isinstance(message, TokenSampled) and message.epoch == self.epoch:
+            sequence = self._current(message.sequence)
+            if sequence is not None and self._is_first and 0 <= message.token < self._spec.vocab:
+                self._run(sequence, np.array([message.token], dtype=np.int64), last=True)
+
+    def release(self, number: int) -> None:
+        """Forget a sequence: what still arrives for it is dropped."""
+        sequence = self._current(number)
+        if sequence is not None:
+            self._sequences.pop(sequence.slot, None)
+
+    def _on_activation(self, message: Activation, payload: memoryview) -> None:
+        width = self._spec.hidden
+        if (
+            self._is_first
+            or not self._fits(message.slot, message.position, message.rows)
+            or len(payload) != message.rows * width * 4
+        ):
+            self._fail(message.sequence, "the previous device sent rows that do not fit")
+            return
+        if message.position == 0 and message.sampling is not None:
+            sequence = self._open(message.sequence, message.slot, message.sampling)
+        else:
+            current = self._current(message.sequence)
+            if current is None or current.position != message.position:
+                return  # Released here, and still on its way from the device before.
+            sequence = current
+        rows = np.frombuffer(payload, dtype="<f4").reshape(message.rows, width)
+        self._run(sequence, rows, last=message.last)
+
+    # ---- what goes on ---------------------------------------------------------------------------
+
+    def _run(self, sequence: _Sequence, inputs: Array | Tokens, *, last: bool) -> None:
+        """One forward pass and what follows from it; all further ones where the stage is alone."""
+        try:
+            while True:
+                begin = sequence.position
+                with self._lock:
+                    if self._closed or self._sequences.get(sequence.slot) is not sequence:
+                        return
+                    output = self._stage.forward(
+                        sequence.slot, begin, inputs, logits=last and self._is_last
+                    )
+                    sequence.position += len(inputs)
+                if not self._is_last:
+                    self._send(
+                        Activation(
+                            self.epoch,
+                            sequence.number,
+                            sequence.slot,
+                            begin,
+                            len(inputs),
+                            last,
+                            sequence.sampling if begin == 0 else None,
+                        ),
+                        np.ascontiguousarray(output, dtype="<f4").data.cast("B"),
+                    )
+                    return
+                if not last:
+                    return
+                token = self._sample(sequence, output)
+                if token is None or not self._is_first:
+                    return
+                inputs = np.array([token], dtype=np.int64)
+        except BackendError as error:
+            self._fail(sequence.number, str(error))
+        except WireError as error:
+            self._lost(str(error))
+        except Exception:
+            log.exception("stage failed")
+            self._fail(sequence.number, "internal error in the stage; see the agent's log")
+
+    def _sample(self, sequence: _Sequence, logits: Array) -> int | None:
+        """Sample, tell both ends; the token if the generation goes on."""
+        sampler, sampling = sequence.sampler, sequence.sampling
+        if sampler is None or sampling is None:
+            return None
+        token = sampler.sample(logits[0])
+        index = sequence.sampled_tokens
+        sequence.sampled_tokens += 1
+        finish: FinishReason = ""
+        if token in sampling.stop_tokens:
+            finish = "stop"
+        elif (
+            sequence.sampled_tokens >= sampling.max_tokens
+            or sequence.position >= self._context_tokens
+        ):
+            finish = "length"
+        message = TokenSampled(self.epoch, sequence.number, index, token, finish)
+        if not finish and not self._is_first:
+            self._send(message)
+        self._report(message)
+        return None if finish else token
+
+    def _send(self, message: Message, payload: memoryview | bytes = b"") -> None:
+        if self._next is None:
+            raise WireError("the next device is not connected yet")
+        self._next.send(message, payload)
+
+    def _watch(self, connection: Connection) -> None:
+        """The next device never speaks on this connection: an end of it is its end."""
+        try:
+            connection.receive()
+        except WireError as error:
+            self._lost(str(error))
+        finally:
+            connection.close()
+
+    def _lost(self, reason: str) -> None:
+        if not self._closed:
+            self._try_report(PeerLost(self.epoch, self._next_device, reason))
+
+    def _fail(self, number: int, reason: str) -> None:
+        self._try_report(SequenceFailed(self.epoch, number, reason))
+
+    def _try_report(self, message: Message) -> None:
+        try:
+            self._report(message)
+        except WireError:
+            log.info("not reported, the coordinator is gone: %s", message)
+
+    # ---- bookkeeping ----------------------------------------------------------------------------
+
+    def _open(self, number: int, slot: int, sampling: Sampling) -> _Sequence:
+        """Give the slot to a new sequence; whoever held it is over."""
+        sampler = Sampler(sampling) if self._is_last else None
+        sequence = _Sequence(number, slot, 0, sampling, sampler)
+        self._sequences[slot] = sequence
+        return sequence
+
+    def _current(self, number: int) -> _Sequence | None:
+        held = list(self._sequences.values())  # A copy: other threads open and release.
+        return next((item for item in held if item.number == number), None)
+
+    def _fits(self, slot: int, position: int, rows: int) -> bool:
+        return (
+            0 <= slot < self._slots
+            and min(position, rows) >= 0
+            and position + rows <= self._context_tokens
+        )

@@ -1,0 +1,34 @@
+"""From logits to a token: greedy, or temperature with top-k and top-p."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from wire.messages import Sampling
+
+
+class Sampler:
+    """Draws the tokens of one sequence; equal settings and logits give equal tokens."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+
+    def sample(self, logits: npt.NDArray[np.float32]) -> int:
+        """The next token of ``logits`` [vocab]; greedy (lowest id on ties) at temperature 0."""
+        sampling = self._sampling
+        if sampling.temperature <= 0 or sampling.top_k == 1:
+            return int(np.argmax(logits))
+        order = np.argsort(-logits, kind="stable")
+        if sampling.top_k > 0:
+            order = order[: sampling.top_k]
+        scaled = logits[order].astype(np.float64) / sampling.temperature
+        weights = np.exp(scaled - scaled[0])
+        probabilities = weights / weights.sum()
+        if sampling.top_p < 1:
+            # The smallest set whose probability reaches top_p, and always the likeliest token.
+            before = np.cumsum(probabilities) - probabilities
+            keep = max(int(np.count_nonzero(before < sampling.top_p)), 1)
+            order, probabilities = order[:keep], probabilities[:keep] / probabilities[:keep].sum()
+        return int(self._random.choice(order, p=probabilities))

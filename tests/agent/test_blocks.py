@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from agent.blocks import BlockCache, CacheError
+from wire.connection import Connection, Listener
+from wire.errors import WireError
+from wire.messages import BlockChunk, BlockRef, BlocksHello, Endpoint, FetchBlock
+
+CHUNK = 1000
+
+
+@dataclass
+class BlockServer:
+    """A coordinator's block side, with faults to order."""
+
+    listener: Listener
+    blocks: dict[str, bytes] = field(default_factory=dict)
+    offsets: list[int] = field(default_factory=list)
+    cut_after: int | None = None
+
+    def add(self, block: int, data: bytes) -> BlockRef:
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.blocks[sha256] = data
+        return BlockRef(block, sha256, len(data))
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint("127.0.0.1", self.listener.port)
+
+    def serve(self) -> None:
+        while (connection := self.listener.accept()) is not None:
+            try:
+                self._answer(connection)
+            except WireError:
+                pass
+            finally:
+                connection.close()
+
+    def _answer(self, connection: Connection) -> None:
+        assert connection.receive()[0] == BlocksHello("device")
+        while True:
+            request, _ = connection.receive()
+            assert isinstance(request, FetchBlock)
+            self.offsets.append(request.offset)
+            data = self.blocks[request.sha256]
+            for offset in range(request.offset, len(data), CHUNK):
+                if self.cut_after is not None and offset >= self.cut_after:
+                    return
+                connection.send(BlockChunk(offset, len(data)), data[offset : offset + CHUNK])
+
+
+@pytest.fixture
+def server() -> Iterator[BlockServer]:
+    server = BlockServer(Listener("127.0.0.1", 0))
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    yield server
+    server.listener.close()
+    thread.join()
+
+
+Fetch = Callable[..., int]
+
+
+@pytest.fixture
+def fetch(server: BlockServer) -> Fetch:
+    def run(cache: BlockCache, *refs: BlockRef) -> int:
+        return cache.fetch(refs, server.endpoint, "device", lambda done, total: None)
+
+    return run
+
+
+def test_blocks_arrive_once_and_stay(server: BlockServer, fetch: Fetch, tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 1 << 20)
+    refs = [server.add(number, os.urandom(4321 + number)) for number in range(3)]
+    assert fetch(cache, *refs) == sum(ref.size_bytes for ref in refs)
+    for ref in refs:
+        assert cache.path(ref.sha256).read_bytes() == server.blocks[ref.sha256]
+    server.listener.close()
+    assert fetch(cache, *refs) == 0
+
+
+def test_progress_ends_at_the_total(server: BlockServer, tmp_path: Path) -> None:
+    ref = server.add(0, os.urandom(2500))
+    steps: list[tuple[int, int]] = []
+    BlockCache(tmp_path, 1 << 20).fetch(
+        [ref], server.endpoint, "device", lambda done, total: steps.append((done, total))
+    )
+    assert steps == [(0, 2500), (1000, 2500), (2000, 2500), (2500, 2500)]
+
+
+def test_a_cut_download_goes_on_where_it_stopped(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    cache = BlockCache(tmp_path, 1 << 20)
+    ref = server.add(0, os.urandom(5000))
+    server.cut_after = 2000
+    with pytest.raises(WireError):
+        fetch(cache, ref)
+    server.cut_after = None
+    fetch(cache, ref)
+    assert server.offsets == [0, 2000]
+    assert cache.path(ref.sha256).read_bytes() == server.blocks[ref.sha256]
+
+
+def test_damaged_data_is_not_kept(server: BlockServer, fetch: Fetch, tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 1 << 20)
+    data = os.urandom(3000)
+    ref = server.add(0, data)
+    server.blocks[ref.sha256] = data[:-1] + bytes([data[-1] ^ 1])
+    with pytest.raises(CacheError, match="arrived damaged"):
+        fetch(cache, ref)
+    assert list(tmp_path.iterdir()) == []
+    server.blocks[ref.sha256] = data
+    fetch(cache, ref)
+    assert cache.path(ref.sha256).read_bytes() == data
+
+
+def test_a_server_that_sends_too_much_is_refused(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    ref = server.add(0, os.urandom(3000))
+    server.blocks[ref.sha256] += b"more"
+    with pytest.raises(WireError, match="unexpected answer"):
+        fetch(BlockCache(tmp_path, 1 << 20), ref)
+
+
+def test_the_least_recently_used_block_makes_room(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    cache = BlockCache(tmp_path, 2500)
+    old, recent, new = (server.add(number, os.urandom(1000)) for number in range(3))
+    for age, ref in ((100, old), (50, recent)):
+        fetch(cache, ref)
+        os.utime(cache.path(ref.sha256), (1e9 - age, 1e9 - age))
+    fetch(cache, new)
+    assert not cache.path(old.sha256).exists()
+    assert cache.path(recent.sha256).exists()
+    assert cache.path(new.sha256).exists()
+
+
+def test_more_than_the_limit_is_refused_before_anything_moves(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    ref = server.add(0, os.urandom(3000))
+    with pytest.raises(CacheError, match="storage limit"):
+        fetch(BlockCache(tmp_path, 2999), ref)
+    assert server.offsets == []
+
+
+@pytest.mark.parametrize("sha256", ["", "../../etc/passwd", "A" * 64, "0" * 63])
+def test_an_address_that_is_no_hash_is_refused(fetch: Fetch, tmp_path: Path, sha256: str) -> None:
+    with pytest.raises(CacheError, match="no valid address"):
+        fetch(BlockCache(tmp_path, 1 << 20), BlockRef(0, sha256, 10))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_named(server: BlockServer, fetch: Fetch, tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not let us mount a file system")
+    try:
+        with pytest.raises(CacheError, match="disk full"):
+            fetch(BlockCache(tmp_path, 1 << 20), server.add(0, os.urandom(200_000)))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
