@@ -1,0 +1,45 @@
+"""What a user sets on the coordinator, checked once and passed down."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+CONTROL_PORT = 7420
+HTTP_PORT = 7421
+CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
+
+
+class ConfigError(Exception):
+    """A setting is wrong; the message names it, its value and what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """Settings of the coordinator. Agents come in on the control address, users over HTTP."""
+
+    cluster: str
+    state_dir: Path
+    control_host: str
+    control_port: int
+    http_host: str
+    http_port: int
+    advertise: bool
+    """Announce the control address by mDNS."""
+
+    def __post_init__(self) -> None:
+        if not CLUSTER.fullmatch(self.cluster):
+            raise ConfigError(
+                f"cluster {self.cluster!r}: use 1 to 41 letters, digits, dashes or underscores"
+            )
+
+
+def default_state_dir() -> Path:
+    """Where the coordinator keeps quantized blocks: STATE_DIRECTORY under systemd, else XDG."""
+    service = os.environ.get("STATE_DIRECTORY")
+    if service:
+        return Path(service.split(":")[0])
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "shoal" / "coordinator"

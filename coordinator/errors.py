@@ -1,0 +1,81 @@
+"""What the coordinator tells a user who asked for something that did not work.
+
+CoordinatorError            one line, with what to do next
+├── NoAgents                nothing has joined
+├── AgentFailed             an agent could not do what it was asked
+│   └── AgentLost           ... because it is gone
+├── Busy                    another plan, load or unload is under way
+├── NotLoaded               no model is loaded, or its deployment is broken
+└── RequestInvalid          the request itself is wrong (param names the field)
+
+The gateway answers them as HTTP errors with ``status`` and ``code``.
+"""
+
+from __future__ import annotations
+
+
+class CoordinatorError(Exception):
+    """A request was not carried out."""
+
+    status = 500
+    code = "internal_error"
+
+
+class NoAgents(CoordinatorError):
+    """No agent has joined."""
+
+    status = 503
+    code = "no_agents"
+
+
+class AgentFailed(CoordinatorError):
+    """The agent ``name`` answered that it cannot."""
+
+    status = 502
+    code = "agent_failed"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+class AgentLost(AgentFailed):
+    """The agent ``name`` is gone."""
+
+    status = 503
+    code = "device_lost"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            name,
+            f"device lost ({reason}); check its power, network and agent, "
+            "then run `shoal load` again to place the model on the devices that are left",
+        )
+
+
+class Busy(CoordinatorError):
+    """One plan, load or unload at a time."""
+
+    status = 409
+    code = "busy"
+
+
+class NotLoaded(CoordinatorError):
+    """There is no model to run."""
+
+    status = 503
+    code = "model_not_loaded"
+
+
+class RequestInvalid(CoordinatorError):
+    """The user's request is wrong; ``param`` is the field, where there is one."""
+
+    status = 400
+    code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code

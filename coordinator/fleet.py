@@ -1,0 +1,442 @@
+"""From a model directory to a running deployment: measure, plan, quantize, load, connect.
+
+One operation at a time. Whatever ends an operation early (an error, a lost agent, the user going
+away) leaves no half-loaded stage behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coordinator.artifacts import ArtifactStore, Cancelled
+from coordinator.errors import (
+    AgentFailed,
+    AgentLost,
+    Busy,
+    CoordinatorError,
+    NotLoaded,
+    RequestInvalid,
+)
+from coordinator.members import Member, OnProgress, Roster
+from coordinator.plan import Plan
+from coordinator.planner import solve
+from coordinator.problem import build_problem
+from model.checkpoint import Checkpoint
+from model.quantize import BITS, Format, Scheme
+from model.spec import ModelSpec
+from model.tokenizer import Tokenizer
+from wire import limits
+from wire.messages import (
+    BlockRef,
+    ConnectStage,
+    Done,
+    LinkMeasured,
+    LoadStage,
+    MeasureLink,
+    MeasureModel,
+    ModelMeasured,
+    Progress,
+    StageLoaded,
+    UnloadStage,
+)
+from wire.profile import BlockTiming
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BITS = (4, 8, 16)
+DEFAULT_MAX_WEIGHT_ERROR = 1e-3
+"""Default bound on max|w - w_b| / 2^b: at this value the paper's model lost nothing measurable
+(Source: DILEMMA, Table 1)."""
+DEFAULT_CONTEXT_TOKENS = 2048
+DEFAULT_TIME_LIMIT_S = 20.0
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a user asks to be planned. ``max_weight_error`` None means no bound."""
+
+    model: Path
+    bits: tuple[int, ...] = DEFAULT_BITS
+    scheme: Scheme = "rtn"
+    group_size: int = 32
+    max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
+    context_tokens: int | None = None
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> PlanRequest:
+        """Read a user's JSON. Raises RequestInvalid naming the field."""
+        plain = dict(values)
+        model = plain.pop("model", None)
+        if not isinstance(model, str) or not Path(model).is_absolute():
+            raise RequestInvalid("model: the absolute path of a model directory", "model")
+        bits = plain.pop("bits", list(DEFAULT_BITS))
+        if not isinstance(bits, list) or not bits or any(item not in BITS for item in bits):
+            known = ", ".join(map(str, BITS))
+            raise RequestInvalid(f"bits: a list out of {known}", "bits")
+        scheme = plain.pop("scheme", "rtn")
+        group_size = plain.pop("group_size", 32)
+        try:
+            Format.of(4, scheme, group_size)
+        except ValueError as error:
+            raise RequestInvalid(str(error), "scheme") from error
+        error_bound = plain.pop("max_weight_error", DEFAULT_MAX_WEIGHT_ERROR)
+        if error_bound is not None and (
+            not isinstance(error_bound, (int, float)) or not error_bound >= 0
+        ):
+            raise RequestInvalid("max_weight_error: a number >= 0, or null", "max_weight_error")
+        context = plain.pop("context_tokens", None)
+        if context is not None and (type(context) is not int or context < 1):
+            raise RequestInvalid("context_tokens: a positive whole number", "context_tokens")
+        limit_s = plain.pop("time_limit_s", DEFAULT_TIME_LIMIT_S)
+        if not isinstance(limit_s, (int, float)) or not 0 < limit_s <= 3600:
+            raise RequestInvalid("time_limit_s: between 0 and 3600", "time_limit_s")
+        if plain:
+            raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
+        return PlanRequest(
+            Path(model),
+            tuple(sorted(set(bits))),
+            scheme,
+            group_size,
+            None if error_bound is None else float(error_bound),
+            context,
+            float(limit_s),
+        )
+
+    def format(self, bits: int) -> Format:
+        return Format.of(bits, self.scheme, self.group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far an operation is, for a progress bar. ``total`` 0: not known."""
+
+    phase: str
+    label: str
+    done: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A plan with what it was made for."""
+
+    request: PlanRequest
+    checkpoint: Checkpoint
+    context_tokens: int
+    plan: Plan
+
+
+@dataclass(slots=True, eq=False)
+class Deployment:
+    """A plan in force. ``broken`` says why it no longer is."""
+
+    name: str
+    model: Path
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    plan: Plan
+    epoch: int
+    slots: int
+    context_tokens: int
+    members: tuple[Member, ...]
+    loaded: tuple[StageLoaded, ...]
+    broken: CoordinatorError | None = None
+
+    def require(self) -> None:
+        """Raise why the deployment is broken, if it is."""
+        if self.broken is not None:
+            raise self.broken
+
+
+class Fleet:
+    """Plans and deployments over the members of a roster."""
+
+    def __init__(self, roster: Roster, store: ArtifactStore) -> None:
+        self._roster = roster
+        self._store = store
+        self._lock = asyncio.Lock()
+        self._epochs = itertools.count(1)
+        self.deployment: Deployment | None = None
+        self.on_step: Callable[[Step], None] | None = None
+
+    def require_deployment(self) -> Deployment:
+        """The deployment in force. Raises NotLoaded, or what broke it."""
+        if self.deployment is None:
+            raise NotLoaded("no model is loaded: run `shoal load MODEL`")
+        self.deployment.require()
+        return self.deployment
+
+    async def plan(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Planned:
+        """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
+        async with self._exclusive(on_step):
+            return await self._plan(request)
+
+    async def load(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Deployment:
+        """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
+        async with self._exclusive(on_step):
+            tokenizer = await asyncio.to_thread(Tokenizer.load, request.model)
+            planned = await self._plan(request)
+            refs = await self._quantize(planned)
+            await self._unload()
+            self.deployment = await self._deploy(planned, tokenizer, refs)
+            return self.deployment
+
+    async def unload(self) -> str | None:
+        """Stop what is loaded; its name, or None if nothing was."""
+        async with self._exclusive(lambda step: None):
+            name = self.deployment.name if self.deployment else None
+            await self._unload()
+            return name
+
+    def lose(self, member: Member, error: CoordinatorError) -> Deployment | None:
+        """Mark the deployment broken if ``member`` is part of it; returns it then."""
+        deployment = self.deployment
+        if deployment is None or deployment.broken or member not in deployment.members:
+            return None
+        deployment.broken = error
+        return deployment
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _exclusive(self, on_step: Callable[[Step], None]) -> AsyncIterator[None]:
+        if self._lock.locked():
+            raise Busy("another plan, load or unload is under way: wait for it, or stop it")
+        async with self._lock:
+            self.on_step = on_step
+            try:
+                yield
+            finally:
+                self.on_step = None
+
+    async def _plan(self, request: PlanRequest) -> Planned:
+        checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
+        spec = checkpoint.spec
+        context_tokens = min(request.context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_context)
+        members = self._roster.require_members()
+        timings = await self._measure(members, spec, request.bits)
+        await self._measure_links(members)
+        errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
+        if request.max_weight_error is not None:
+            errors = await self._in_thread(
+                "weight errors",
+                lambda on_step, cancelled: self._store.weight_errors(
+                    checkpoint, map(request.format, request.bits), on_step, cancelled
+                ),
+            )
+        self._step("plan", "solving", 0, 0, "")
+        problem = build_problem(
+            spec,
+            {member.name: member.profile for member in members},
+            timings,
+            self._roster.links(),
+            weight_errors=errors,
+            max_weight_error=request.max_weight_error,
+            call_s={member.name: member.profile.call_s for member in members},
+            bits=request.bits,
+            formats={bits: request.format(bits) for bits in request.bits},
+            slots=1,
+            context_tokens=context_tokens,
+            chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
+        )
+        plan = await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
+        return Planned(request, checkpoint, context_tokens, plan)
+
+    async def _measure(
+        self, members: tuple[Member, ...], spec: ModelSpec, bits: tuple[int, ...]
+    ) -> dict[str, tuple[BlockTiming, ...]]:
+        """Seconds per block on each member; members on one machine take turns."""
+        hosts: dict[str, list[Member]] = defaultdict(list)
+        for member in members:
+            hosts[member.connection.peer_host].append(member)
+
+        async def one_host(residents: list[Member]) -> None:
+            for member in residents:
+                known = member.timings.setdefault(spec, {})
+                usable = dict(member.profile.container_bits)
+                missing = tuple(width for width in bits if width in usable and width not in known)
+                if not missing:
+                    continue
+                answer = await member.request(
+                    lambda number, missing=missing: MeasureModel(  # type: ignore[misc]
+                        number, spec.to_dict(), missing
+                    ),
+                    ModelMeasured,
+                    self._forward("measure", member.name),
+                )
+                for width in missing:
+                    known[width] = [timing for timing in answer.timings if timing.bits == width]
+
+        await _together(one_host(residents) for residents in hosts.values())
+        return {
+            member.name: tuple(
+                timing for width in bits for timing in member.timings[spec].get(width, ())
+            )
+            for member in members
+        }
+
+    async def _measure_links(self, members: tuple[Member, ...]) -> None:
+        """Measure each ordered pair that has not been, one at a time: none disturbs another.
+
+        A pair that cannot connect stays without a link: the plan will not make them neighbours.
+        """
+        pairs = [
+            (source, target)
+            for source in members
+            for target in members
+            if source is not target and self._roster.link(source, target) is None
+        ]
+        for done, (source, target) in enumerate(pairs):
+            self._step("links", f"{source.name} to {target.name}", done, len(pairs), "steps")
+            try:
+                measured = await source.request(
+                    lambda number, target=target: MeasureLink(  # type: ignore[misc]
+                        number, target.device, target.endpoints
+                    ),
+                    LinkMeasured,
+                )
+            except AgentLost:
+                raise
+            except AgentFailed as error:
+                log.warning("no link from %s to %s: %s", source.name, target.name, error.reason)
+                continue
+            if not (measured.rtt_s > 0 and measured.bytes_per_s > 0):
+                raise AgentFailed(source.name, "reported an impossible link")
+            self._roster.set_link(source, target, measured)
+        if pairs:
+            self._step("links", "", len(pairs), len(pairs), "steps")
+
+    async def _quantize(self, planned: Planned) -> tuple[BlockRef, ...]:
+        wanted = [
+            (placement.block, planned.request.format(placement.bits))
+            for placement in planned.plan.placements
+        ]
+        return await self._in_thread(
+            "quantize",
+            lambda on_step, cancelled: self._store.quantize(
+                planned.checkpoint, wanted, on_step, cancelled
+            ),
+        )
+
+    async def _deploy(
+        self, planned: Planned, tokenizer: Tokenizer, refs: tuple[BlockRef, ...]
+    ) -> Deployment:
+        by_name = {member.name: member for member in self._roster.members}
+        stages = planned.plan.stages
+        for stage in stages:
+            if stage.device not in by_name:
+                raise AgentLost(stage.device, "it left while the plan was made")
+        members = tuple(by_name[stage.device] for stage in stages)
+        epoch = next(self._epochs)
+        spec = planned.checkpoint.spec
+        slots = 1
+        try:
+            loaded = await _together(
+                member.request(
+                    lambda number, stage=stage: LoadStage(  # type: ignore[misc]
+                        number,
+                        epoch,
+                        spec.to_dict(),
+                        refs[stage.first : stage.last],
+                        slots,
+                        planned.context_tokens,
+                        members[0].device,
+                    ),
+                    StageLoaded,
+                    self._forward("load", member.name),
+                )
+                for member, stage in zip(members, stages, strict=True)
+            )
+            if len(members) > 1:
+                for member, after in zip(members, members[1:] + members[:1], strict=True):
+                    await member.request(
+                        lambda number, after=after: ConnectStage(  # type: ignore[misc]
+                            number, epoch, after.device, after.endpoints
+                        ),
+                        Done,
+                    )
+        except BaseException:
+            await asyncio.shield(self._unload_members(members))
+            raise
+        return Deployment(
+            name=planned.request.model.name,
+            model=planned.request.model,
+            spec=spec,
+            tokenizer=tokenizer,
+            plan=planned.plan,
+            epoch=epoch,
+            slots=slots,
+            context_tokens=planned.context_tokens,
+            members=members,
+            loaded=loaded,
+        )
+
+    async def _unload(self) -> None:
+        deployment, self.deployment = self.deployment, None
+        if deployment is not None:
+            deployment.broken = deployment.broken or NotLoaded("the model was unloaded")
+            await self._unload_members(deployment.members)
+
+    async def _unload_members(self, members: tuple[Member, ...]) -> None:
+        async def unload(member: Member) -> None:
+            with contextlib.suppress(AgentFailed):
+                await member.request(UnloadStage, Done)
+
+        await asyncio.gather(*(unload(member) for member in members))
+
+    # ---- progress and threads -------------------------------------------------------------------
+
+    def _step(self, phase: str, label: str, done: int, total: int, unit: str) -> None:
+        if self.on_step is not None:
+            self.on_step(Step(phase, label, done, total, unit))
+
+    def _forward(self, phase: str, name: str) -> OnProgress:
+        def on_progress(progress: Progress) -> None:
+            self._step(phase, name, progress.done, progress.total, progress.unit)
+
+        return on_progress
+
+    async def _in_thread(
+        self,
+        phase: str,
+        work: Callable[[Callable[[int, int], None], Callable[[], bool]], Result],
+    ) -> Result:
+        """Run ``work(on_step, cancelled)`` in a thread; cancelling waits for it to notice."""
+        loop = asyncio.get_running_loop()
+        cancelled = threading.Event()
+
+        def on_step(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(self._step, phase, "", done, total, "blocks")
+
+        thread = asyncio.ensure_future(asyncio.to_thread(work, on_step, cancelled.is_set))
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            cancelled.set()
+            with contextlib.suppress(Cancelled):
+                await thread
+            raise
+
+
+async def _together(work: Iterable[Awaitable[Result]]) -> tuple[Result, ...]:
+    """Await all; the first failure cancels the rest and is raised once they have ended."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return tuple(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

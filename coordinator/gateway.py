@@ -1,0 +1,234 @@
+"""Generations: a prompt goes to the first stage, tokens come back, text goes to the user.
+
+The gateway gives out KV slots in the order of arrival, follows each sequence to its end, and frees
+its slot on every stage whatever ends it: the model, a stop string, an error, or the user going
+away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid
+from coordinator.fleet import Deployment, Fleet
+from coordinator.members import Member
+from model.tokenizer import StreamDecoder
+from wire.messages import (
+    FinishReason,
+    Message,
+    PeerLost,
+    ReleaseSequence,
+    Sampling,
+    SequenceFailed,
+    StartSequence,
+    TokenSampled,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step adds to an answer. ``tokens`` may be empty, and so may ``text``."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: FinishReason
+
+
+@dataclass(slots=True)
+class Timing:
+    """When a generation's tokens arrived at the gateway, in seconds of a monotonic clock."""
+
+    prompt_tokens: int = 0
+    started_s: float = 0.0
+    first_s: float | None = None
+    last_s: float | None = None
+    tokens: int = 0
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Prompt tokens per second until the first token was there; None before that."""
+        if self.first_s is None:
+            return None
+        return self.prompt_tokens / (self.first_s - self.started_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens per second after the first; None with fewer than two."""
+        if self.first_s is None or self.last_s is None or self.tokens < 2:
+            return None
+        return (self.tokens - 1) / (self.last_s - self.first_s)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A sequence in flight."""
+
+    deployment: Deployment
+    events: asyncio.Queue[TokenSampled | CoordinatorError] = field(default_factory=asyncio.Queue)
+
+
+class Gateway:
+    """Runs prompts on the fleet's deployment, one sequence per KV slot."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._numbers = itertools.count(1)
+        self._flights: dict[int, _Flight] = {}
+        self._turn = asyncio.Lock()
+
+    async def generate(
+        self,
+        deployment: Deployment,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        timing: Timing | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """Pieces of the answer until one has a finish reason; waits for its turn first.
+
+        ``max_tokens`` is cut to what the context leaves. Closing the iterator cancels the sequence
+        on every stage. Raises RequestInvalid, CoordinatorError.
+        """
+        if not prompt:
+            raise RequestInvalid("the prompt is empty", "prompt")
+        room = deployment.context_tokens - len(prompt)
+        if room < 1:
+            raise RequestInvalid(
+                f"the prompt has {len(prompt)} tokens and the loaded context "
+                f"{deployment.context_tokens}: shorten it"
+                + (
+                    ", or load the model with a larger --context"
+                    if deployment.context_tokens < deployment.spec.max_context
+                    else ""
+                ),
+                "prompt",
+                "context_length_exceeded",
+            )
+        timing = timing or Timing()
+        timing.prompt_tokens = len(prompt)
+        decoder = deployment.tokenizer.stream()
+        text = _StopFilter(stop)
+        async with self._turn:
+            deployment.require()
+            number = next(self._numbers)
+            flight = self._flights[number] = _Flight(deployment)
+            try:
+                timing.started_s = time.monotonic()
+                await deployment.members[0].send(
+                    StartSequence(
+                        deployment.epoch,
+                        number,
+                        0,
+                        tuple(prompt),
+                        Sampling(
+                            min(sampling.max_tokens, room),
+                            sampling.stop_tokens,
+                            sampling.temperature,
+                            sampling.top_k,
+                            sampling.top_p,
+                            sampling.seed,
+                        ),
+                    )
+                )
+                while True:
+                    event = await flight.events.get()
+                    if isinstance(event, CoordinatorError):
+                        raise event
+                    piece = _piece(event, decoder, text, timing)
+                    yield piece
+                    if piece.finish:
+                        return
+            finally:
+                del self._flights[number]
+                await asyncio.shield(_release(deployment, number))
+
+    def on_event(self, member: Member, message: Message) -> None:
+        """Take what an agent says of its own accord; what belongs to no flight is dropped."""
+        if isinstance(message, PeerLost):
+            self._on_peer_lost(member, message)
+            return
+        if not isinstance(message, (TokenSampled, SequenceFailed)):
+            return
+        flight = self._flights.get(message.sequence)
+        if flight is None or flight.deployment.epoch != message.epoch:
+            return
+        if isinstance(message, SequenceFailed):
+            flight.events.put_nowait(AgentFailed(member.name, message.reason))
+        elif member is flight.deployment.members[-1]:
+            flight.events.put_nowait(message)
+
+    def on_lost(self, member: Member, error: AgentLost) -> None:
+        """A member is gone: whatever ran on it is over."""
+        self._break(self._fleet.lose(member, error), error)
+
+    def _on_peer_lost(self, member: Member, message: PeerLost) -> None:
+        deployment = self._fleet.deployment
+        if deployment is None or deployment.epoch != message.epoch:
+            return
+        lost = next((item for item in deployment.members if item.device == message.device), None)
+        if lost is not None and lost is not member:
+            error = AgentLost(lost.name, f"{member.name} cannot reach it: {message.reason}")
+            self._break(self._fleet.lose(lost, error), error)
+
+    def _break(self, deployment: Deployment | None, error: CoordinatorError) -> None:
+        for flight in self._flights.values():
+            if flight.deployment is deployment:
+                flight.events.put_nowait(error)
+
+
+class _StopFilter:
+    """Ends text at the first stop string, holding back what might be the start of one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """(text that is safe to show, whether a stop string was met)."""
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max((self._overlap(stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def rest(self) -> str:
+        """What was held back, once no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins ``stop``."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timing: Timing) -> Piece:
+    now_s = time.monotonic()
+    timing.first_s = timing.first_s or now_s
+    timing.last_s = now_s
+    timing.tokens += 1
+    if event.finish == "stop":
+        shown, _ = text.feed(decoder.finish())
+        return Piece(shown + text.rest(), (), "stop")
+    shown, stopped = text.feed(decoder.push(event.token))
+    if stopped:
+        return Piece(shown, (event.token,), "stop")
+    if event.finish == "length":
+        more, stopped = text.feed(decoder.finish())
+        return Piece(shown + more + text.rest(), (event.token,), "stop" if stopped else "length")
+    return Piece(shown, (event.token,), "")
+
+
+async def _release(deployment: Deployment, number: int) -> None:
+    for member in deployment.members:
+        with contextlib.suppress(AgentFailed):
+            await member.send(ReleaseSequence(deployment.epoch, number))

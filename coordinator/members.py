@@ -1,0 +1,252 @@
+"""Who is in the shoal: one Member per joined agent, alive as long as its heartbeats come."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from model.spec import ModelSpec
+from wire import limits
+from wire.connection import AsyncConnection
+from wire.errors import ProtocolError, WireError
+from wire.messages import (
+    AgentHello,
+    CoordinatorWelcome,
+    Done,
+    Endpoint,
+    Heartbeat,
+    JoinRefused,
+    LinkMeasured,
+    Message,
+    ModelMeasured,
+    PeerLost,
+    Progress,
+    RequestFailed,
+    SequenceFailed,
+    StageLoaded,
+    TokenSampled,
+)
+from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+
+log = logging.getLogger(__name__)
+
+MAX_MEMBERS = 256
+"""More devices than anyone has on a shelf; a flood of joins stops here."""
+
+Answer = TypeVar("Answer", bound=Message)
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A joined agent. ``name`` is unique among the members."""
+
+    device: str
+    name: str
+    version: str
+    endpoints: tuple[Endpoint, ...]
+    profile: DeviceProfile
+    connection: AsyncConnection
+    joined_s: float
+    memory_available_bytes: int = 0
+    lost: AgentLost | None = None
+    timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
+    """What it measured of each model so far, by bits."""
+    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _pending: dict[int, tuple[asyncio.Future[Message], OnProgress | None]] = field(
+        default_factory=dict
+    )
+
+    async def request(
+        self,
+        build: Callable[[int], Message],
+        expect: type[Answer],
+        on_progress: OnProgress | None = None,
+    ) -> Answer:
+        """Send ``build(request number)`` and wait for the answer.
+
+        Waits as long as heartbeats come: measuring and loading take their time. Raises AgentFailed,
+        AgentLost.
+        """
+        if self.lost is not None:
+            raise self.lost
+        number = next(self._numbers)
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._pending[number] = (future, on_progress)
+        try:
+            await self.send(build(number))
+            answer = await future
+        finally:
+            self._pending.pop(number, None)
+        if isinstance(answer, RequestFailed):
+            raise AgentFailed(self.name, answer.reason)
+        if not isinstance(answer, expect):
+            raise AgentFailed(self.name, f"unexpected answer {type(answer).__name__}")
+        return answer
+
+    async def send(self, message: Message) -> None:
+        """Send without waiting for an answer. Raises AgentLost."""
+        try:
+            await self.connection.send(message)
+        except WireError as error:
+            raise self.lost or AgentLost(self.name, str(error)) from error
+
+    def resolve(self, number: int, answer: Message) -> None:
+        """Hand an answer, or progress, to whoever asked; late ones are dropped."""
+        future, on_progress = self._pending.get(number, (None, None))
+        if isinstance(answer, Progress):
+            if on_progress is not None:
+                on_progress(answer)
+        elif future is not None and not future.done():
+            future.set_result(answer)
+
+    def fail(self, error: AgentLost) -> None:
+        """Mark as lost and fail every request that waits."""
+        self.lost = error
+        for future, _ in self._pending.values():
+            if not future.done():
+                future.set_exception(error)
+
+
+class Roster:
+    """All members, and what was measured between them."""
+
+    def __init__(
+        self,
+        cluster: str,
+        on_event: Callable[[Member, Message], None],
+        on_lost: Callable[[Member, AgentLost], None],
+    ) -> None:
+        """``on_event`` gets what agents say of their own accord (tokens, failures)."""
+        self._cluster = cluster
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._members: dict[str, Member] = {}
+        self._links: dict[tuple[str, str], LinkProfile] = {}
+        self.changed = asyncio.Event()
+        """Set whenever somebody joins or is lost; whoever waits clears it first."""
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Living members, ordered by name."""
+        return tuple(sorted(self._members.values(), key=lambda member: member.name))
+
+    def require_members(self) -> tuple[Member, ...]:
+        """Living members, at least one. Raises NoAgents."""
+        if not self._members:
+            raise NoAgents(
+                "no agent has joined: start `shoal agent` on each device; where multicast is "
+                "blocked, with --coordinator HOST:PORT"
+            )
+        return self.members
+
+    def link(self, source: Member, target: Member) -> LinkProfile | None:
+        """The link as last measured between these two; None if it was not."""
+        return self._links.get((source.device, target.device))
+
+    def links(self) -> tuple[LinkProfile, ...]:
+        """Every measured link between living members, by name."""
+        return tuple(
+            link
+            for source in self.members
+            for target in self.members
+            if (link := self.link(source, target)) is not None
+        )
+
+    def set_link(self, source: Member, target: Member, measured: LinkMeasured) -> None:
+        self._links[source.device, target.device] = LinkProfile(
+            source.name, target.name, measured.rtt_s, measured.bytes_per_s
+        )
+
+    async def serve(self, hello: AgentHello, connection: AsyncConnection) -> None:
+        """Be the coordinator's side of an agent's control connection, until it ends."""
+        refusal = self._refusal(hello)
+        if refusal is not None:
+            await connection.send(JoinRefused(refusal))
+            return
+        previous = self._members.get(hello.device)
+        if previous is not None:
+            self._lose(previous, AgentLost(previous.name, "it joined again"))
+        member = Member(
+            device=hello.device,
+            name=self._unique_name(hello.name),
+            version=hello.version,
+            endpoints=hello.endpoints,
+            profile=hello.profile,
+            connection=connection,
+            joined_s=time.time(),
+        )
+        self._members[member.device] = member
+        heartbeat = asyncio.create_task(self._beat(member))
+        try:
+            await connection.send(CoordinatorWelcome(self._cluster, member.name))
+            log.info("%s joined from %s", member.name, connection.peer)
+            self.changed.set()
+            while True:
+                message, _ = await connection.receive(limits.LIVENESS_S)
+                self._receive(member, message)
+        except WireError as error:
+            self._lose(member, AgentLost(member.name, str(error)))
+        finally:
+            heartbeat.cancel()
+
+    def close(self) -> None:
+        """Drop every member."""
+        for member in self.members:
+            self._lose(member, AgentLost(member.name, "the coordinator stops"))
+
+    def _receive(self, member: Member, message: Message) -> None:
+        if isinstance(message, Heartbeat):
+            member.memory_available_bytes = message.memory_available_bytes
+        elif isinstance(
+            message, (ModelMeasured, LinkMeasured, StageLoaded, Done, Progress, RequestFailed)
+        ):
+            member.resolve(message.request, message)
+        elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost)):
+            self._on_event(member, message)
+        else:
+            raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
+
+    async def _beat(self, member: Member) -> None:
+        try:
+            while True:
+                await asyncio.sleep(limits.HEARTBEAT_S)
+                await member.send(Heartbeat())
+        except AgentLost:
+            pass  # The reader of the connection sees it too, and decides.
+
+    def _lose(self, member: Member, error: AgentLost) -> None:
+        if self._members.get(member.device) is not member:
+            return
+        del self._members[member.device]
+        self._links = {
+            pair: link for pair, link in self._links.items() if member.device not in pair
+        }
+        log.warning("%s", error)
+        member.fail(error)
+        member.connection.close()
+        self._on_lost(member, error)
+        self.changed.set()
+
+    def _refusal(self, hello: AgentHello) -> str | None:
+        if len(self._members) >= MAX_MEMBERS:
+            return f"the cluster is full ({MAX_MEMBERS} agents)"
+        if not hello.device or len(hello.device) > 64 or not 0 < len(hello.name) <= 63:
+            return "device id or name is empty or too long"
+        if not hello.name.isprintable() or not 0 < len(hello.endpoints) <= 64:
+            return "the name is not printable, or there are no addresses"
+        return None
+
+    def _unique_name(self, wanted: str) -> str:
+        taken = {member.name for member in self._members.values()}
+        if wanted not in taken:
+            return wanted
+        return next(
+            name for number in itertools.count(2) if (name := f"{wanted}-{number}") not in taken
+        )

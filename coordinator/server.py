@@ -1,0 +1,172 @@
+"""The coordinator process: control connections, block downloads, and HTTP, in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import uvicorn
+from starlette.applications import Starlette
+
+from coordinator.admin_api import AdminRoutes
+from coordinator.artifacts import ArtifactStore
+from coordinator.config import ConfigError, CoordinatorConfig
+from coordinator.errors import CoordinatorError
+from coordinator.fleet import Fleet
+from coordinator.gateway import Gateway
+from coordinator.http import ClientGone, on_error
+from coordinator.members import Roster
+from coordinator.openai_api import OpenAIRoutes
+from coordinator.plan import PlanError
+from model.errors import ModelError
+from wire import limits
+from wire.connection import AsyncConnection, bind, serve
+from wire.discovery import Advertisement, DiscoveryUnavailable
+from wire.errors import WireError
+from wire.messages import AgentHello, BlockChunk, BlocksHello, FetchBlock
+
+log = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Where a started coordinator can be reached."""
+
+    control_port: int
+    http_host: str
+    http_port: int
+
+
+class Coordinator:
+    """Everything the coordinator process runs."""
+
+    def __init__(self, config: CoordinatorConfig, say: Callable[[str], None]) -> None:
+        """``say`` shows the user one line."""
+        self._config = config
+        self._say = say
+        self._store = ArtifactStore(config.state_dir)
+        self.roster = Roster(
+            config.cluster,
+            on_event=lambda member, message: self._gateway.on_event(member, message),
+            on_lost=lambda member, error: self._gateway.on_lost(member, error),
+        )
+        self._fleet = Fleet(self.roster, self._store)
+        self._gateway = Gateway(self._fleet)
+
+    async def run(self, on_ready: Callable[[Ready], None]) -> None:
+        """Serve until interrupted. Raises ConfigError, wire.errors.ConnectFailed."""
+        config = self._config
+        try:
+            self._store.prepare()
+        except OSError as error:
+            raise ConfigError(
+                f"state directory {config.state_dir} is not usable: {error.strerror}"
+            ) from error
+        http_socket = bind(config.http_host, config.http_port)
+        with http_socket:
+            control, control_port = await serve(
+                config.control_host, config.control_port, self._handle
+            )
+            ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
+            async with control, self._advertised(control_port):
+                try:
+                    await _serve_http(self._app(), http_socket, lambda: on_ready(ready))
+                finally:
+                    self.roster.close()
+
+    @contextlib.asynccontextmanager
+    async def _advertised(self, port: int):  # type: ignore[no-untyped-def]
+        """Announce by mDNS in the background: it takes seconds, and joining does not need it."""
+        if not self._config.advertise:
+            yield
+            return
+        advertisement = Advertisement(
+            self._config.cluster,
+            f"shoal-{self._config.cluster}-{port}",
+            self._config.control_host,
+            port,
+        )
+
+        async def announce() -> None:
+            try:
+                await asyncio.to_thread(advertisement.__enter__)
+            except DiscoveryUnavailable as error:
+                self._say(f"{error}; agents need --coordinator HOST:{port}")
+
+        task = asyncio.create_task(announce())
+        try:
+            yield
+        finally:
+            await asyncio.shield(task)
+            await asyncio.to_thread(advertisement.__exit__, None, None, None)
+
+    def _app(self) -> Starlette:
+        admin = AdminRoutes(self._config.cluster, self.roster, self._fleet)
+        openai = OpenAIRoutes(self._fleet, self._gateway)
+        handled = (CoordinatorError, ModelError, PlanError, OSError, ClientGone, Exception)
+        return Starlette(
+            routes=[*openai.routes(), *admin.routes()],
+            exception_handlers={kind: on_error for kind in handled},
+        )
+
+    async def _handle(self, connection: AsyncConnection) -> None:
+        """One incoming connection: an agent's control connection, or a block download."""
+        try:
+            hello, _ = await connection.receive(HELLO_TIMEOUT_S)
+            if isinstance(hello, AgentHello):
+                await self.roster.serve(hello, connection)
+            elif isinstance(hello, BlocksHello):
+                await self._serve_blocks(connection)
+            else:
+                log.warning("%s began with %s", connection.peer, type(hello).__name__)
+        except WireError as error:
+            log.info("connection dropped: %s", error)
+
+    async def _serve_blocks(self, connection: AsyncConnection) -> None:
+        """Answer FetchBlock with the artifact's bytes; ends with the connection."""
+        while True:
+            request, _ = await connection.receive(limits.SEND_TIMEOUT_S)
+            path = self._store.path(request.sha256) if isinstance(request, FetchBlock) else None
+            if path is None or not isinstance(request, FetchBlock):
+                log.warning("%s asked for a block that does not exist", connection.peer)
+                return
+            with path.open("rb") as file:
+                total = path.stat().st_size
+                offset = file.seek(min(max(request.offset, 0), total))
+                while offset < total:
+                    data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
+                    if not data:
+                        return  # Truncated under our hands: the agent notices.
+                    await connection.send(BlockChunk(offset, total), data)
+                    offset += len(data)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling when it accepts requests."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+async def _serve_http(
+    app: Starlette, http_socket: socket.socket, on_started: Callable[[], None]
+) -> None:
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=2,
+    )
+    await _Server(config, on_started).serve(sockets=[http_socket])
