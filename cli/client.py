@@ -1,0 +1,121 @@
+"""The command line's side of the coordinator's HTTP API."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from cli.errors import CommandFailed, CoordinatorUnreachable
+
+DEFAULT_URL = "http://127.0.0.1:7421"
+
+CONNECT_TIMEOUT_S = 3.0
+"""A coordinator that does not answer on this machine or LAN by then is not there. Reading has no
+limit: measuring and loading take as long as they take, and Ctrl-C ends them."""
+
+
+def default_url() -> str:
+    """Where the coordinator is: SHOAL_COORDINATOR, else this machine."""
+    return os.environ.get("SHOAL_COORDINATOR", DEFAULT_URL)
+
+
+class Client:
+    """A coordinator at ``url``. All calls raise CoordinatorUnreachable and CommandFailed."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        # No proxies from the environment: the coordinator is on this machine or LAN.
+        self._http = httpx.Client(
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), trust_env=False
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._http.close()
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at ``path``."""
+        with self._reporting():
+            return _object(self._http.get(self._url + path))
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON object that ``path`` answers ``body`` with."""
+        with self._reporting():
+            return _object(self._http.post(self._url + path, json=body))
+
+    def operate(
+        self, path: str, body: Mapping[str, Any], on_step: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Run a plan or load; ``on_step`` gets its progress. The result."""
+        with (
+            self._reporting(),
+            self._http.stream("POST", self._url + path, json=body) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                _object(response)
+            for line in response.iter_lines():
+                event = json.loads(line)
+                if "step" in event:
+                    on_step(event["step"])
+                elif "error" in event:
+                    raise CommandFailed(event["error"]["message"])
+                else:
+                    result: dict[str, Any] = event["result"]
+                    return result
+        raise CommandFailed("the coordinator stopped before it was done")
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """Server-sent events of a completion, as objects."""
+        with (
+            self._reporting(),
+            self._http.stream("POST", self._url + path, json=body) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                _object(response)
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if not line.startswith("data: ") or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise CommandFailed(event["error"]["message"])
+                yield event
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Transport trouble in words."""
+        try:
+            yield
+        except httpx.RemoteProtocolError as error:
+            raise CommandFailed("the coordinator stopped before it was done") from error
+        except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise CoordinatorUnreachable(
+                f"no coordinator answers at {self._url}: start `shoal coordinator`, "
+                "or name it with --url or SHOAL_COORDINATOR"
+            ) from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CommandFailed(f"{self._url} does not answer like a coordinator") from error
+
+
+def _object(response: httpx.Response) -> dict[str, Any]:
+    values = response.json()
+    if response.status_code != 200:
+        raise CommandFailed(values["error"]["message"])
+    if not isinstance(values, dict):
+        raise TypeError("expected an object")
+    return values

@@ -1,0 +1,347 @@
+"""``shoal demo``: a coordinator and agents as processes of their own, a real split, one answer.
+
+Nothing is simulated: the agents are what `shoal agent` starts, found by mDNS on the loopback
+interface, each with a memory limit so small that the model must be split. Whatever ends the demo,
+its processes and files go with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from backends.base import BackendUnavailable
+from backends.registry import backend_class
+from cli.client import Client
+from cli.errors import CommandFailed, UsageError
+from cli.generation import generate
+from cli.render import Screen
+from coordinator.artifacts import ArtifactStore
+from coordinator.fleet import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS
+from model import costs
+from model.checkpoint import Checkpoint
+from model.errors import ModelError
+from model.quantize import Format
+from model.tokenizer import Tokenizer
+from wire import limits
+
+EMBEDDED_MODEL = Path(__file__).parent.parent / "examples" / "tiny-opt" / "model"
+EMBEDDED_PROMPT = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"
+OTHER_PROMPT = "Once upon a time"
+DEFAULT_AGENTS = 3
+BACKEND = "onnx_cpu"
+
+JOIN_TIMEOUT_S = 10.0
+"""How long agents may take to join by mDNS before they are told the address."""
+
+START_TIMEOUT_S = 60.0
+"""How long a process may take to start on a slow machine."""
+
+SPLIT_SHARE = 0.97
+"""All agents but one together get this share of what the model needs at least."""
+
+
+class Demo:
+    """One run of the demo."""
+
+    def __init__(self, options: argparse.Namespace, screen: Screen) -> None:
+        self._options = options
+        self._screen = screen
+        self._processes: list[tuple[str, subprocess.Popen[str], Path]] = []
+        self._directory = Path()
+
+    def run(self) -> None:
+        """Start everything, ask, show, and leave nothing behind. Raises CommandFailed."""
+        options = self._options
+        model = self._model()
+        prompt = options.prompt
+        if prompt is None:
+            prompt = EMBEDDED_PROMPT if options.model is None else OTHER_PROMPT
+        try:
+            checkpoint = Checkpoint.open(model)
+            Tokenizer.load(model)
+        except ModelError as error:
+            raise CommandFailed(str(error)) from error
+        with self._temporary_directory():
+            memory = self._memory_limits(checkpoint)
+            try:
+                self._run(model, prompt, memory)
+            finally:
+                self._stop_all()
+
+    def _run(self, model: Path, prompt: str, memory: Sequence[int]) -> None:
+        screen, options = self._screen, self._options
+        cluster = f"demo-{os.getpid()}"
+        ready = self._start_coordinator(cluster)
+        self._start_agents(cluster, memory, None)
+        with Client(ready["http"]) as client:
+            if not self._joined(client, len(memory)):
+                screen.note("no multicast here: the agents get the coordinator's address instead")
+                self._stop_agents()
+                self._start_agents(cluster, memory, ready["control_port"])
+                if not self._joined(client, len(memory), START_TIMEOUT_S):
+                    raise CommandFailed("the agents do not reach the coordinator on this machine")
+            request = {
+                "model": str(model.absolute()),
+                "bits": options.bits or list(DEFAULT_BITS),
+                "scheme": options.scheme,
+                "group_size": options.group_size,
+                "max_weight_error": options.max_weight_error,
+                "context_tokens": options.context,
+                "time_limit_s": options.time_limit,
+            }
+            with screen.progress() as on_step:
+                loaded = client.operate("/shoal/v1/load", request, on_step)
+            devices = client.get("/shoal/v1/devices")
+            if not screen.json_output:
+                screen.devices(devices)
+                screen.plan(loaded["plan"], f"plan for {loaded['model']}")
+                screen.out.print()
+                screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)
+            result = generate(
+                client,
+                screen,
+                loaded["model"],
+                prompt,
+                max_tokens=options.max_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+            )
+        if screen.json_output:
+            screen.json(
+                {
+                    "model": result["model"],
+                    "devices": devices["devices"],
+                    "links": devices["links"],
+                    "plan": loaded["plan"],
+                    **{key: value for key, value in result.items() if key != "model"},
+                }
+            )
+        else:
+            self._compare(loaded["plan"], result)
+
+    def _compare(self, plan: dict[str, Any], result: dict[str, Any]) -> None:
+        predicted = 1e3 / plan["predicted_ms_per_token"]
+        measured = result["decode_tokens_per_s"]
+        self._screen.out.print(
+            "\ndecode: "
+            + ("too short to measure" if measured is None else f"{measured:.1f} tokens/s measured")
+            + f", {predicted:.1f} tokens/s predicted; "
+            f"prefill: {result['prefill_tokens_per_s']:.1f} tokens/s measured"
+        )
+
+    # ---- what to run ----------------------------------------------------------------------------
+
+    def _model(self) -> Path:
+        model: Path | None = self._options.model
+        if model is None and not EMBEDDED_MODEL.is_dir():
+            raise CommandFailed("this installation has no embedded model: give one with --model")
+        return EMBEDDED_MODEL if model is None else model
+
+    def _memory_limits(self, checkpoint: Checkpoint) -> list[int]:
+        """Bytes for each agent: the user's, or so little that all of them are needed."""
+        options = self._options
+        if options.memory is not None:
+            memory: list[int] = options.memory
+            if options.agents is not None and options.agents != len(memory):
+                raise UsageError(f"--agents {options.agents}, but --memory has {len(memory)} sizes")
+            return memory
+        agents: int = options.agents or DEFAULT_AGENTS
+        least, most, stage = self._needs(checkpoint)
+        if agents == 1:
+            return [sum(most) + stage]
+        share = max(SPLIT_SHARE * sum(least) / (agents - 1), _smallest_cap(least, agents))
+        return [int(share) + stage] * agents
+
+    def _needs(self, checkpoint: Checkpoint) -> tuple[list[int], list[int], int]:
+        """Per block the least and the most bytes any allowed width takes, and a stage's own."""
+        options, spec = self._options, checkpoint.spec
+        try:
+            containers = backend_class(BACKEND).probe().container_bits
+        except BackendUnavailable as error:
+            raise CommandFailed(str(error)) from error
+        formats = [
+            Format.of(bits, options.scheme, options.group_size)
+            for bits in options.bits or DEFAULT_BITS
+        ]
+        context = min(options.context or DEFAULT_CONTEXT_TOKENS, spec.max_context)
+        bound = options.max_weight_error
+        errors: Sequence[dict[int, float]] = [{}] * spec.block_count
+        if bound is not None:
+            store = ArtifactStore(self._directory / "coordinator")
+            store.prepare()
+            with self._screen.progress() as on_step:
+                try:
+                    errors = store.weight_errors(
+                        checkpoint,
+                        formats,
+                        lambda done, total: on_step(
+                            {
+                                "phase": "weight errors",
+                                "label": "",
+                                "done": done,
+                                "total": total,
+                                "unit": "blocks",
+                            }
+                        ),
+                        lambda: False,
+                    )
+                except (ModelError, OSError) as error:
+                    raise CommandFailed(str(error)) from error
+        least, most = [], []
+        for block in range(spec.block_count):
+            sizes = [
+                costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
+                for fmt in formats
+                if bound is None or errors[block][fmt.bits] <= bound
+            ] or [
+                # No width is allowed: the coordinator says so, with advice.
+                costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
+                for fmt in formats
+            ]
+            kv = costs.kv_bytes(spec, block, context)
+            least.append(min(sizes) + kv)
+            most.append(max(sizes) + kv)
+        stage = max(
+            costs.buffer_bytes(spec, block, limits.PREFILL_CHUNK_TOKENS, context)
+            for block in range(spec.block_count)
+        )
+        return least, most, stage
+
+    # ---- processes ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _temporary_directory(self) -> Iterator[None]:
+        self._directory = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
+        try:
+            yield
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+        log = self._directory / f"{name}.log"
+        with log.open("w", encoding="utf-8") as errors:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, "-m", "cli.main", *arguments, "--until-stdin-closes"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                # Ctrl-C is for the demo, which stops its processes in order.
+                start_new_session=True,
+            )
+        self._processes.append((name, process, log))
+        return process
+
+    def _start_coordinator(self, cluster: str) -> dict[str, Any]:
+        process = self._start(
+            "coordinator",
+            [
+                "coordinator",
+                "--json",
+                f"--cluster={cluster}",
+                "--bind=127.0.0.1",
+                "--port=0",
+                "--http=127.0.0.1:0",
+                f"--state-dir={self._directory / 'coordinator'}",
+            ],
+        )
+        line = process.stdout.readline() if process.stdout is not None else ""
+        if not line:
+            process.wait(START_TIMEOUT_S)
+            self._check_processes()
+        ready: dict[str, Any] = json.loads(line)
+        return ready
+
+    def _start_agents(self, cluster: str, memory: Sequence[int], port: int | None) -> None:
+        threads = max(1, len(os.sched_getaffinity(0)) // len(memory))
+        for number, limit in enumerate(memory, 1):
+            name = f"device-{number}"
+            where = [] if port is None else [f"--coordinator=127.0.0.1:{port}"]
+            self._start(
+                name,
+                [
+                    "agent",
+                    f"--name={name}",
+                    f"--cluster={cluster}",
+                    "--bind=127.0.0.1",
+                    f"--memory={limit}",
+                    f"--threads={threads}",
+                    f"--backend={BACKEND}",
+                    f"--state-dir={self._directory / name}",
+                    *where,
+                ],
+            )
+
+    def _joined(self, client: Client, wanted: int, timeout_s: float = JOIN_TIMEOUT_S) -> bool:
+        """Wait until all agents have joined; False after ``timeout_s``."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            self._check_processes()
+            if len(client.get("/shoal/v1/devices")["devices"]) == wanted:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _check_processes(self) -> None:
+        """Raise what the first process that ended had to say."""
+        for name, process, log in self._processes:
+            if process.poll() is not None:
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                said = lines[-1].removeprefix("error: ") if lines else "no message"
+                raise CommandFailed(f"{name} ended with code {process.returncode}: {said}")
+
+    def _stop_agents(self) -> None:
+        agents = [item for item in self._processes if item[0] != "coordinator"]
+        self._processes = [item for item in self._processes if item[0] == "coordinator"]
+        _stop(process for _, process, _ in agents)
+
+    def _stop_all(self) -> None:
+        self._stop_agents()
+        _stop(process for _, process, _ in self._processes)
+
+
+def _stop(processes: Iterator[subprocess.Popen[str]]) -> None:
+    """End processes: politely, then not."""
+    ending = list(processes)
+    for process in ending:
+        process.terminate()
+    deadline_s = time.monotonic() + 5
+    for process in ending:
+        try:
+            process.wait(max(deadline_s - time.monotonic(), 0.01))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def _smallest_cap(sizes: Sequence[int], parts: int) -> int:
+    """The least cap with which ``sizes`` can be cut into at most ``parts`` contiguous runs."""
+    low, high = max(sizes), sum(sizes)
+    while low < high:
+        cap = (low + high) // 2
+        runs, used = 1, 0
+        for size in sizes:
+            if used + size > cap:
+                runs, used = runs + 1, 0
+            used += size
+        low, high = (low, cap) if runs <= parts else (cap + 1, high)
+    return low
+
+
+def _literal(text: str) -> str:
+    """Text for rich that is not markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,59 @@
+"""One prompt through the gateway, shown as it arrives: what ``run`` and ``demo`` have in common."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+from cli.client import Client
+from cli.errors import CommandFailed
+from cli.render import Screen
+
+
+def generate(
+    client: Client,
+    screen: Screen,
+    model: str,
+    prompt: str,
+    *,
+    chat: bool = False,
+    max_tokens: int,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int,
+) -> dict[str, Any]:
+    """Stream the answer to the screen.
+
+    Returns {"model", "prompt_tokens", "tokens", "text", "finish_reason", "prefill_tokens_per_s",
+    "decode_tokens_per_s"}; speeds are measured at the gateway. Raises CommandFailed.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    if chat:
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": prompt}]
+    else:
+        path, body["prompt"] = "/v1/completions", prompt
+    text, result = "", None
+    with closing(client.stream(path, body)) as events:
+        for event in events:
+            for choice in event["choices"]:
+                piece = choice["delta"].get("content", "") if chat else choice["text"]
+                text += piece
+                if piece and not screen.json_output:
+                    screen.text(piece)
+                if choice["finish_reason"]:
+                    result = {"finish_reason": choice["finish_reason"], **event["shoal"]}
+    if not screen.json_output:
+        screen.text("\n")
+    if result is None:
+        raise CommandFailed("the answer ended before it was complete")
+    return {"model": model, "text": text, **result}

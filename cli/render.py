@@ -1,0 +1,187 @@
+"""What commands show: tables, progress bars and streamed text. Nothing here decides anything.
+
+Tables and answers go to stdout; progress, notes and errors go to stderr, so that a pipe gets only
+what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from wire.sizes import format_size
+
+BAR_AFTER_S = 2.0
+"""Work that ends sooner needs no progress bar."""
+
+PHASES = {
+    "measure": "measuring blocks",
+    "links": "measuring links",
+    "weight errors": "measuring weight errors",
+    "plan": "solving the plan",
+    "quantize": "quantizing blocks",
+    "load": "loading stages",
+}
+
+
+class Screen:
+    """Where a command writes. With ``json_output`` stdout gets only JSON."""
+
+    def __init__(self, *, json_output: bool) -> None:
+        self.json_output = json_output
+        self.out = Console(highlight=False, stderr=json_output)
+        self.err = Console(highlight=False, stderr=True)
+        self._plain = Console(highlight=False)
+
+    def note(self, text: str) -> None:
+        """One line about what is going on."""
+        self.err.print(escape(text), style="dim", soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        """The one line that says what went wrong."""
+        self.err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+
+    def json(self, values: Mapping[str, Any]) -> None:
+        """One JSON object as one line."""
+        self._plain.print(
+            json.dumps(values), markup=False, soft_wrap=True, emoji=False, highlight=False
+        )
+
+    def text(self, piece: str) -> None:
+        """A piece of streamed text, as it is."""
+        self.out.print(piece, end="", markup=False, emoji=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Yields a function that takes the coordinator's steps and draws bars for slow ones."""
+        bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(),
+            console=self.err,
+            transient=True,
+        )
+        tasks: dict[tuple[str, str], TaskID] = {}
+        started_s = time.monotonic()
+
+        def on_step(step: Mapping[str, Any]) -> None:
+            key = (step["phase"], step["label"] if step["unit"] != "steps" else "")
+            label = PHASES.get(step["phase"], step["phase"])
+            if step["label"]:
+                label += f" ({escape(step['label'])})"
+            total = step["total"] or None
+            amount = f"{step['done']}/{step['total']}" if total else ""
+            if total and step["unit"] == "bytes":
+                amount = f"{format_size(step['done'])}/{format_size(step['total'])}"
+            if key not in tasks:
+                tasks[key] = bars.add_task(label, total=total, amount=amount)
+            bars.update(
+                tasks[key], description=label, completed=step["done"], total=total, amount=amount
+            )
+            if not bars.live.is_started and time.monotonic() - started_s > BAR_AFTER_S:
+                bars.start()
+
+        try:
+            yield on_step
+        finally:
+            if bars.live.is_started:
+                bars.stop()
+
+    # ---- tables ---------------------------------------------------------------------------------
+
+    def devices(self, answer: Mapping[str, Any]) -> None:
+        """Joined devices as they measured themselves."""
+        table = Table(title=f"cluster {escape(answer['cluster'])}: measured devices")
+        for column in ("device", "address", "processor", "backend"):
+            table.add_column(column, overflow="fold")
+        for column in ("threads", "memory", "storage", "read GB/s"):
+            table.add_column(column, justify="right")
+        for device in answer["devices"]:
+            table.add_row(
+                escape(device["name"]),
+                escape(device["address"]),
+                escape(device["processor"]),
+                f"{device['backend']} {device['backend_version']}",
+                str(device["threads"]),
+                format_size(device["memory_bytes"]),
+                format_size(device["storage_bytes"]),
+                f"{device['memory_read_bytes_per_s'] / 1e9:.1f}",
+            )
+        self.out.print(table)
+        if answer["links"]:
+            links = Table(title="measured links")
+            links.add_column("from")
+            links.add_column("to")
+            links.add_column("round trip ms", justify="right")
+            links.add_column("Mbit/s", justify="right")
+            for link in answer["links"]:
+                links.add_row(
+                    escape(link["source"]),
+                    escape(link["target"]),
+                    f"{link['rtt_s'] * 1e3:.2f}",
+                    f"{link['bytes_per_s'] * 8e-6:.0f}",
+                )
+            self.out.print(links)
+
+    def plan(self, plan: Mapping[str, Any], title: str) -> None:
+        """A plan: its stages, and what each block was given."""
+        table = Table(title=escape(title))
+        table.add_column("device")
+        table.add_column("blocks")
+        table.add_column("bits")
+        for column in ("memory", "of", "predicted ms"):
+            table.add_column(column, justify="right")
+        for index, stage in enumerate(plan["stages"]):
+            blocks = [item for item in plan["blocks"] if item["device"] == stage["device"]]
+            names = blocks[0]["name"], blocks[-1]["name"]
+            table.add_row(
+                escape(stage["device"]),
+                names[0] if len(blocks) == 1 else f"{names[0]} .. {names[1]}",
+                " ".join(str(item["bits"]) for item in blocks),
+                format_size(stage["memory_bytes"]),
+                format_size(stage["memory_limit_bytes"]),
+                f"{stage['compute_s'] * 1e3:.2f}",
+            )
+            if index < len(plan["hops"]):
+                hop = plan["hops"][index]
+                table.add_row("  hop", "", "", "", "", f"{hop['seconds'] * 1e3:.2f}")
+        if plan["hops"]:
+            table.add_row("  token return", "", "", "", "", f"{plan['return_s'] * 1e3:.2f}")
+        self.out.print(table)
+        proof = "optimal" if plan["proven_optimal"] else f"within {plan['gap']:.1%} of the optimum"
+        ms = plan["predicted_ms_per_token"]
+        self.out.print(
+            f"predicted: {ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s), proven {proof} "
+            f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s"
+        )
+
+    def deployment(self, model: Mapping[str, Any] | None) -> None:
+        """What is loaded."""
+        if model is None:
+            self.out.print("no model is loaded")
+            return
+        table = Table(title=f"{escape(model['model'])}: {model['state']}")
+        table.add_column("device")
+        for column in ("blocks", "memory", "fetched", "load s"):
+            table.add_column(column, justify="right")
+        for stage, planned in zip(model["stages"], model["plan"]["stages"], strict=True):
+            first, count = planned["first"], len(planned["bits"])
+            table.add_row(
+                escape(stage["device"]),
+                f"[{first}, {first + count})".replace("[", r"\["),
+                format_size(stage["memory_bytes"]),
+                format_size(stage["fetched_bytes"]),
+                f"{stage['load_s']:.2f}",
+            )
+        self.out.print(table)
+        if model["reason"]:
+            self.out.print(f"[red]{escape(model['reason'])}[/]")
