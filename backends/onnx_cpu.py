@@ -44,7 +44,7 @@ from backends.onnx_graph import (
     head_graph,
 )
 from model.artifact import Tensor, read_block
-from model.costs import buffer_bytes
+from model.costs import stage_buffer_bytes
 from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec
@@ -53,13 +53,10 @@ CONTAINER_BITS = {2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 32, 32: 32}
 """The kernels with fp32 activations that are fast: 4-bit, two of them for 8 bits, and fp32. Those
 for 2 and 8 bits take 75 and 45 times as long, and on x86 there is none for 16."""
 
-SEGMENT_BYTES = 256 << 20
+SEGMENT_BYTES = 128 << 20
 
 CHUNK_ROWS = 64
 """Rows of a call that compute buffers are estimated for."""
-
-BUFFER_FACTOR = 3
-"""What the runtime's allocator takes for compute buffers, over what is live at once: measured."""
 
 _FATAL = 4
 """Log severity: failures come as exceptions, and are reported once by whoever catches them."""
@@ -257,9 +254,11 @@ class _Loader:
                 self._finish_layers()
                 self._add_head(tensors)
         self._finish_layers()
-        buffers = (
-            buffer_bytes(self._spec, block, CHUNK_ROWS, self._options.context_tokens)
-            for block, _ in artifacts
+        buffer_bytes = stage_buffer_bytes(
+            self._spec,
+            [block for block, _ in artifacts],
+            CHUNK_ROWS,
+            self._options.context_tokens,
         )
         return OnnxCpuStage(
             self._embedding,
@@ -268,7 +267,7 @@ class _Loader:
             self._spec.vocab,
             self._spec.hidden,
             self._options,
-            self._memory_bytes + BUFFER_FACTOR * max(buffers),
+            self._memory_bytes + buffer_bytes,
         )
 
     def _add_embedding(self, tensors: dict[str, Tensor]) -> None:

@@ -27,7 +27,9 @@ from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import Screen
 from coordinator.artifacts import ArtifactStore
+from coordinator.errors import CoordinatorError
 from coordinator.fleet import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS
+from coordinator.gateway import room_for_answer
 from model import costs
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
@@ -69,8 +71,9 @@ class Demo:
             prompt = EMBEDDED_PROMPT if options.model is None else OTHER_PROMPT
         try:
             checkpoint = Checkpoint.open(model)
-            Tokenizer.load(model)
-        except ModelError as error:
+            prompt_tokens = len(Tokenizer.load(model).encode(prompt))
+            room_for_answer(prompt_tokens, self._context_tokens(checkpoint), checkpoint.spec)
+        except (ModelError, CoordinatorError) as error:
             raise CommandFailed(str(error)) from error
         with self._temporary_directory():
             memory = self._memory_limits(checkpoint)
@@ -148,6 +151,9 @@ class Demo:
             raise CommandFailed("this installation has no embedded model: give one with --model")
         return EMBEDDED_MODEL if model is None else model
 
+    def _context_tokens(self, checkpoint: Checkpoint) -> int:
+        return min(self._options.context or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context)
+
     def _memory_limits(self, checkpoint: Checkpoint) -> list[int]:
         """Bytes for each agent: the user's, or so little that all of them are needed."""
         options = self._options
@@ -174,7 +180,7 @@ class Demo:
             Format.of(bits, options.scheme, options.group_size)
             for bits in options.bits or DEFAULT_BITS
         ]
-        context = min(options.context or DEFAULT_CONTEXT_TOKENS, spec.max_context)
+        context = self._context_tokens(checkpoint)
         bound = options.max_weight_error
         errors: Sequence[dict[int, float]] = [{}] * spec.block_count
         if bound is not None:
@@ -212,9 +218,8 @@ class Demo:
             kv = costs.kv_bytes(spec, block, context)
             least.append(min(sizes) + kv)
             most.append(max(sizes) + kv)
-        stage = max(
-            costs.buffer_bytes(spec, block, limits.PREFILL_CHUNK_TOKENS, context)
-            for block in range(spec.block_count)
+        stage = costs.stage_buffer_bytes(
+            spec, range(spec.block_count), limits.PREFILL_CHUNK_TOKENS, context
         )
         return least, most, stage
 

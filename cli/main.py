@@ -253,11 +253,12 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
     """The name of the loaded model, which is MODEL; loads it with default settings if need be."""
     loaded = client.get("/shoal/v1/ps")["model"]
     path = Path(options.model).absolute()
-    if loaded is not None and loaded["state"] == "ready":
-        if options.model == loaded["model"] or str(path) == loaded["directory"]:
-            return str(loaded["model"])
-    elif loaded is not None and not path.is_dir():
-        raise CommandFailed(loaded["reason"])
+    if loaded is not None and options.model in (loaded["model"], loaded["directory"]):
+        if loaded["state"] != "ready":
+            raise CommandFailed(loaded["reason"])
+        return str(loaded["model"])
+    if loaded is not None and str(path) == loaded["directory"] and loaded["state"] == "ready":
+        return str(loaded["model"])
     if not path.is_dir():
         raise CommandFailed(f"{options.model} is not loaded and is no directory: run `shoal load`")
     with screen.progress() as on_step:

@@ -6,12 +6,14 @@ what was asked for.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -100,17 +102,17 @@ class Screen:
 
     def devices(self, answer: Mapping[str, Any]) -> None:
         """Joined devices as they measured themselves."""
-        table = Table(title=f"cluster {escape(answer['cluster'])}: measured devices")
-        for column in ("device", "address", "processor", "backend"):
-            table.add_column(column, overflow="fold")
-        for column in ("threads", "memory", "storage", "read GB/s"):
-            table.add_column(column, justify="right")
+        table = _table(f"measured devices of cluster {answer['cluster']}")
+        table.add_column("device", no_wrap=True)
+        table.add_column("processor", no_wrap=True, max_width=20)
+        table.add_column("backend", no_wrap=True)
+        for column in ("threads", "memory", "storage", "GB/s"):
+            table.add_column(column, justify="right", no_wrap=True)
         for device in answer["devices"]:
             table.add_row(
                 escape(device["name"]),
-                escape(device["address"]),
                 escape(device["processor"]),
-                f"{device['backend']} {device['backend_version']}",
+                device["backend"],
                 str(device["threads"]),
                 format_size(device["memory_bytes"]),
                 format_size(device["storage_bytes"]),
@@ -118,7 +120,7 @@ class Screen:
             )
         self.out.print(table)
         if answer["links"]:
-            links = Table(title="measured links")
+            links = _table("measured links")
             links.add_column("from")
             links.add_column("to")
             links.add_column("round trip ms", justify="right")
@@ -134,19 +136,19 @@ class Screen:
 
     def plan(self, plan: Mapping[str, Any], title: str) -> None:
         """A plan: its stages, and what each block was given."""
-        table = Table(title=escape(title))
-        table.add_column("device")
-        table.add_column("blocks")
-        table.add_column("bits")
-        for column in ("memory", "of", "predicted ms"):
-            table.add_column(column, justify="right")
+        table = _table(title)
+        table.add_column("device", no_wrap=True)
+        table.add_column("blocks", no_wrap=True)
+        table.add_column("bits", overflow="fold", min_width=8)
+        for column in ("memory", "limit", "predicted ms"):
+            table.add_column(column, justify="right", no_wrap=True)
         for index, stage in enumerate(plan["stages"]):
             blocks = [item for item in plan["blocks"] if item["device"] == stage["device"]]
             names = blocks[0]["name"], blocks[-1]["name"]
             table.add_row(
                 escape(stage["device"]),
                 names[0] if len(blocks) == 1 else f"{names[0]} .. {names[1]}",
-                " ".join(str(item["bits"]) for item in blocks),
+                _runs([item["bits"] for item in blocks]),
                 format_size(stage["memory_bytes"]),
                 format_size(stage["memory_limit_bytes"]),
                 f"{stage['compute_s'] * 1e3:.2f}",
@@ -169,7 +171,7 @@ class Screen:
         if model is None:
             self.out.print("no model is loaded")
             return
-        table = Table(title=f"{escape(model['model'])}: {model['state']}")
+        table = _table(f"{model['model']}: {model['state']}")
         table.add_column("device")
         for column in ("blocks", "memory", "fetched", "load s"):
             table.add_column(column, justify="right")
@@ -185,3 +187,13 @@ class Screen:
         self.out.print(table)
         if model["reason"]:
             self.out.print(f"[red]{escape(model['reason'])}[/]")
+
+
+def _table(title: str) -> Table:
+    return Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _runs(bits: Sequence[int]) -> str:
+    """Widths of consecutive blocks, repeats counted: 16 8x11 4."""
+    runs = [(width, len(list(group))) for width, group in itertools.groupby(bits)]
+    return " ".join(str(width) if count == 1 else f"{width}x{count}" for width, count in runs)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coordinator.fleet import Deployment, Fleet, Planned, PlanRequest, Step
+from coordinator.fleet import Deployment, Fleet, Planned, PlanRequest, Step, model_name
 from coordinator.http import json_lines, read_json
 from coordinator.members import Member, Roster
 from coordinator.plan import Plan
@@ -93,7 +93,7 @@ def _device(member: Member) -> dict[str, Any]:
 
 def _planned(planned: Planned) -> dict[str, Any]:
     return {
-        "model": planned.checkpoint.directory.name,
+        "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
         "plan": describe_plan(planned.checkpoint.spec, planned.plan),
     }

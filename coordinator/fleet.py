@@ -372,7 +372,7 @@ class Fleet:
             await asyncio.shield(self._unload_members(members))
             raise
         return Deployment(
-            name=planned.request.model.name,
+            name=model_name(planned.request.model),
             model=planned.request.model,
             spec=spec,
             tokenizer=tokenizer,
@@ -429,6 +429,12 @@ class Fleet:
             with contextlib.suppress(Cancelled):
                 await thread
             raise
+
+
+def model_name(directory: Path) -> str:
+    """What a model is called: its directory, or the one above where that is just ``model``."""
+    named = directory.parent if directory.name == "model" else directory
+    return named.name or "model"
 
 
 async def _together(work: Iterable[Awaitable[Result]]) -> tuple[Result, ...]:

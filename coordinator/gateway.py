@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid
 from coordinator.fleet import Deployment, Fleet
 from coordinator.members import Member
+from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from wire.messages import (
     FinishReason,
@@ -94,21 +95,7 @@ class Gateway:
         ``max_tokens`` is cut to what the context leaves. Closing the iterator cancels the sequence
         on every stage. Raises RequestInvalid, CoordinatorError.
         """
-        if not prompt:
-            raise RequestInvalid("the prompt is empty", "prompt")
-        room = deployment.context_tokens - len(prompt)
-        if room < 1:
-            raise RequestInvalid(
-                f"the prompt has {len(prompt)} tokens and the loaded context "
-                f"{deployment.context_tokens}: shorten it"
-                + (
-                    ", or load the model with a larger --context"
-                    if deployment.context_tokens < deployment.spec.max_context
-                    else ""
-                ),
-                "prompt",
-                "context_length_exceeded",
-            )
+        room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
         timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
         decoder = deployment.tokenizer.stream()
@@ -179,6 +166,21 @@ class Gateway:
         for flight in self._flights.values():
             if flight.deployment is deployment:
                 flight.events.put_nowait(error)
+
+
+def room_for_answer(prompt_tokens: int, context_tokens: int, spec: ModelSpec) -> int:
+    """How many tokens may follow a prompt. Raises RequestInvalid where none may."""
+    if not prompt_tokens:
+        raise RequestInvalid("the prompt is empty", "prompt")
+    if prompt_tokens >= context_tokens:
+        larger = context_tokens < spec.max_context
+        raise RequestInvalid(
+            f"the prompt has {prompt_tokens} tokens and the context {context_tokens}: shorten it"
+            + (", or load the model with a larger --context" if larger else ""),
+            "prompt",
+            "context_length_exceeded",
+        )
+    return context_tokens - prompt_tokens
 
 
 class _StopFilter:

@@ -200,8 +200,18 @@ _IGNORED = frozenset(
 """Fields that change nothing about the answer."""
 
 _KNOWN = frozenset(
-    "model stream stream_options stop seed temperature top_p top_k max_tokens "
-    "return_token_ids".split()
+    {
+        "model",
+        "stream",
+        "stream_options",
+        "stop",
+        "seed",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "return_token_ids",
+    }
 )
 
 

@@ -138,7 +138,7 @@ def build_problem(
     if len(weight_errors) != len(blocks):
         raise ValueError(f"weight errors of {len(weight_errors)} blocks, not {len(blocks)}")
     indices = {name: index for index, name in enumerate(profiles)}
-    stage_bytes = max(costs.buffer_bytes(spec, k, chunk_tokens, context_tokens) for k in blocks)
+    stage_bytes = costs.stage_buffer_bytes(spec, blocks, chunk_tokens, context_tokens)
     devices = tuple(
         Device(
             name=name,

@@ -6,10 +6,14 @@ quantized yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 from model.quantize import INTEGER_BITS, Format
 from model.spec import QUANTIZED_TENSORS, ModelSpec
+
+BUFFER_FACTOR = 3
+"""Buffers of ONNX Runtime 1.31 over the intermediates live at once (measured, hidden 2048)."""
 
 
 def stored_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
@@ -27,9 +31,9 @@ def stored_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
 def executed_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int) -> int:
     """Bytes of the block's weights as kernels keep them at ``container_bits``.
 
-    An integer container takes fp32 scales, and zeros where the codes' middle is not the
-    container's; 16 and 32 hold plain numbers. The token table is charged as stored: only the rows
-    that are looked up get unpacked.
+    An integer container takes zeros and fp32 scales, at 8 bits for each of the two 4-bit planes
+    that a backend without a fast 8-bit kernel computes with; 16 and 32 hold plain numbers. The
+    token table is charged as stored: only the rows that are looked up get unpacked.
     """
     total = 0
     for name, shape in spec.block_tensors(block).items():
@@ -40,9 +44,9 @@ def executed_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int
         elif fmt.scheme != "float" and container_bits in INTEGER_BITS:
             rows, columns = shape
             groups = fmt.groups(columns)
-            total += rows * groups * (fmt.group_size * container_bits // 8 + 4)
-            if not fmt.symmetric or container_bits != fmt.bits:
-                total += rows * -(-groups * container_bits // 8)
+            planes = 2 if container_bits == 8 else 1
+            total += rows * groups * (fmt.group_size * container_bits // 8 + 4 * planes)
+            total += rows * -(-groups * container_bits // 8)
         else:
             total += prod(shape) * container_bits // 8
     return total
@@ -59,22 +63,15 @@ def kv_bytes(spec: ModelSpec, block: int, tokens: int, item_bytes: int = 4) -> i
     return 2 * layer.kv_heads * layer.head_dim * tokens * item_bytes
 
 
-def buffer_bytes(spec: ModelSpec, block: int, rows: int, context_tokens: int) -> int:
-    """Bytes of fp32 intermediates while the block computes ``rows`` rows at once.
+def stage_buffer_bytes(
+    spec: ModelSpec, blocks: Iterable[int], rows: int, context_tokens: int
+) -> int:
+    """Bytes a runtime needs besides weights and KV cache to run ``rows`` rows through ``blocks``.
 
-    Buffers are reused from block to block: a stage needs the largest of its blocks'.
+    Buffers are reused from block to block, so the largest decides; an arena holds BUFFER_FACTOR
+    times what is live.
     """
-    kind = spec.block_kind(block)
-    if kind == "embedding":
-        return 4 * rows * (spec.hidden + spec.embed_dim)
-    if kind == "head":
-        # Logits are computed for one row only.
-        return 4 * (rows * 2 * spec.hidden + spec.embed_dim + spec.vocab)
-    layer = spec.layer(block)
-    heads = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim  # q, k, v and the output
-    scores = layer.heads * context_tokens
-    mlp = (2 if layer.gated else 1) * layer.ffn
-    return 4 * rows * (3 * layer.hidden + max(heads + scores, mlp))
+    return BUFFER_FACTOR * max(_live_bytes(spec, block, rows, context_tokens) for block in blocks)
 
 
 def block_flops(spec: ModelSpec, block: int, context_tokens: int) -> int:
@@ -110,3 +107,18 @@ def _stored_matrix(shape: tuple[int, ...], fmt: Format) -> int:
         return codes + 4
     zeros = 0 if fmt.symmetric else rows * -(-groups * fmt.bits // 8)
     return codes + 2 * rows * groups + zeros
+
+
+def _live_bytes(spec: ModelSpec, block: int, rows: int, context_tokens: int) -> int:
+    """Bytes of fp32 intermediates while the block computes ``rows`` rows at once."""
+    kind = spec.block_kind(block)
+    if kind == "embedding":
+        return 4 * rows * (spec.hidden + spec.embed_dim)
+    if kind == "head":
+        # Logits are computed for one row only.
+        return 4 * (rows * 2 * spec.hidden + spec.embed_dim + spec.vocab)
+    layer = spec.layer(block)
+    heads = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim  # q, k, v and the output
+    scores = layer.heads * context_tokens
+    mlp = (2 if layer.gated else 1) * layer.ffn
+    return 4 * rows * (3 * layer.hidden + max(heads + scores, mlp))

@@ -114,7 +114,7 @@ def test_build_takes_costs_from_the_model_and_seconds_from_timings() -> None:
     assert built.stored_bytes[1][6] == costs.stored_bytes(SPEC, 1, Format.of(6))
     # 2 slots x 32 tokens x (key + value) x 2 heads x 16 x 4 bytes; none for embedding and head.
     assert built.kv_bytes == (0, 16_384, 16_384, 16_384, 0)
-    assert device.stage_bytes == max(costs.buffer_bytes(SPEC, k, 16, 32) for k in range(5))
+    assert device.stage_bytes == costs.stage_buffer_bytes(SPEC, range(5), 16, 32)
     assert device.option(1, 16) is None
     assert built.max_weight_error == (math.inf,) * 5
 

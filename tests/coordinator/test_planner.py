@@ -219,7 +219,7 @@ def described(plan: Plan) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("first_seed", range(0, 120, 20))
+@pytest.mark.parametrize("first_seed", range(0, 100, 20))
 def test_equals_exhaustive_search(first_seed: int, solver: SolverName) -> None:
     for seed in range(first_seed, first_seed + 20):
         problem = random_problem(seed)
@@ -248,7 +248,7 @@ def test_cbc_is_not_led_astray(seed: int) -> None:
 
 def test_random_problems_cover_splits_and_failures() -> None:
     """The exhaustive comparison would say little if all problems had the same kind of answer."""
-    optima = [exhaustive_s(random_problem(seed)) for seed in range(120)]
+    optima = [exhaustive_s(random_problem(seed)) for seed in range(100)]
     assert 20 < sum(value == math.inf for value in optima) < 80
     stages = [len(solve(random_problem(s)).stages) for s in range(40) if optima[s] < math.inf]
     assert {1, 2, 3} == set(stages)
@@ -359,7 +359,7 @@ def test_ties_have_one_answer(solver: SolverName) -> None:
 
 
 def test_renaming_and_reordering_devices_changes_no_latency() -> None:
-    for seed in range(200, 215):
+    for seed in range(200, 210):
         problem = random_problem(seed, tightness=1.3)
         order = list(range(len(problem.devices)))[::-1]
         links = {(order.index(i), order.index(j)): link for (i, j), link in problem.links.items()}
@@ -375,7 +375,7 @@ def test_renaming_and_reordering_devices_changes_no_latency() -> None:
 
 
 def test_more_memory_never_hurts() -> None:
-    for seed in range(300, 312):
+    for seed in range(300, 308):
         latency_s = math.inf
         for factor in (0.6, 0.9, 1.3, 2.0):
             problem = random_problem(seed, tightness=1.0)
@@ -440,7 +440,7 @@ def test_time_limit_without_any_plan_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_quick_search_respects_limits_and_finds_most_plans() -> None:
     found = 0
     feasible = 0
-    for seed in range(500, 620):
+    for seed in range(500, 600):
         problem = random_problem(seed)
         best_s = exhaustive_s(problem)
         feasible += best_s < math.inf
@@ -517,8 +517,8 @@ def test_memory_that_is_short_is_counted_per_device() -> None:
 
 def test_advice_works_when_followed() -> None:
     kinds = set()
-    for seed in range(400, 460):
-        problem = random_problem(seed, tightness=0.4 + 0.01 * (seed - 400))
+    for seed in range(400, 440):
+        problem = random_problem(seed, tightness=0.4 + 0.015 * (seed - 400))
         try:
             solve(problem)
             continue

@@ -8,10 +8,10 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.costs import (
     block_flops,
-    buffer_bytes,
     executed_bytes,
     hop_bytes,
     kv_bytes,
+    stage_buffer_bytes,
     stored_bytes,
 )
 from model.families import load_spec
@@ -44,9 +44,8 @@ def test_executed_bytes_are_those_of_the_container(name: str, fmt: Format, conta
                 total += matrix.stored_bytes
                 continue
             data, zeros = matrix.in_container(container)
-            total += data.nbytes + matrix.scales().nbytes
-            if not fmt.symmetric or container != fmt.bits:
-                total += zeros.nbytes
+            planes = 2 if container == 8 else 1
+            total += data.nbytes + planes * matrix.scales().nbytes + zeros.nbytes
         assert executed_bytes(checkpoint.spec, block, fmt, container) == total
 
 
@@ -83,6 +82,8 @@ def test_a_window_bounds_the_work_of_attention():
 
 def test_buffers_hold_scores_and_logits():
     spec = load_spec(FIXTURES / "llama")
-    assert buffer_bytes(spec, 1, 16, 1000) > 4 * 4 * 16 * 1000
-    assert buffer_bytes(spec, spec.head_block, 1, 10) > 4 * spec.vocab
-    assert buffer_bytes(spec, 0, 2, 10) == 2 * buffer_bytes(spec, 0, 1, 10)
+    layer = stage_buffer_bytes(spec, [1], 16, 1000)
+    assert layer > 4 * 4 * 16 * 1000
+    assert stage_buffer_bytes(spec, [spec.head_block], 1, 10) > 4 * spec.vocab
+    assert stage_buffer_bytes(spec, [0], 2, 10) == 2 * stage_buffer_bytes(spec, [0], 1, 10)
+    assert stage_buffer_bytes(spec, range(spec.block_count), 16, 1000) == layer
