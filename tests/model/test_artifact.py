@@ -5,6 +5,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_round_trip(checkpoint: Checkpoint, tmp_path: Path, fmt: Format):
+def test_round_trip(checkpoint: Checkpoint, tmp_path: Path, fmt: Format) -> None:
     for block in range(checkpoint.spec.block_count):
         tensors = checkpoint.block(block)
         artifact = write_artifact(tmp_path, block, tensors, fmt)
@@ -52,7 +53,7 @@ def test_round_trip(checkpoint: Checkpoint, tmp_path: Path, fmt: Format):
                 assert not tensor.flags.writeable
 
 
-def test_contents_decide_every_byte(checkpoint: Checkpoint, tmp_path: Path):
+def test_contents_decide_every_byte(checkpoint: Checkpoint, tmp_path: Path) -> None:
     tensors = checkpoint.block(1)
     first = write_artifact(tmp_path / "a", 1, tensors, Format(4))
     again = write_artifact(tmp_path / "b", 1, dict(reversed(tensors.items())), Format(4))
@@ -68,7 +69,7 @@ def test_contents_decide_every_byte(checkpoint: Checkpoint, tmp_path: Path):
 )
 def test_every_flipped_header_byte_is_noticed(
     checkpoint: Checkpoint, tmp_path: Path, fmt: Format, block: int
-):
+) -> None:
     artifact = write_artifact(tmp_path, block, checkpoint.block(block), fmt)
     original = artifact.path.read_bytes()
     header_end = 8 + struct.unpack("<Q", original[:8])[0]
@@ -81,7 +82,7 @@ def test_every_flipped_header_byte_is_noticed(
             read_block(tampered, checkpoint.spec, block)
 
 
-def test_truncation_and_extension_are_noticed(checkpoint: Checkpoint, tmp_path: Path):
+def test_truncation_and_extension_are_noticed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path, 1, checkpoint.block(1), Format(4))
     original = artifact.path.read_bytes()
     tampered = tmp_path / "tampered"
@@ -94,7 +95,7 @@ def test_truncation_and_extension_are_noticed(checkpoint: Checkpoint, tmp_path: 
         read_artifact(tampered)
 
 
-def rewritten(path: Path, change) -> Path:
+def rewritten(path: Path, change: Any) -> Path:
     """A copy whose header has gone through ``change``, with the payload as it was."""
     data = path.read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
@@ -126,14 +127,18 @@ def rewritten(path: Path, change) -> Path:
         (lambda h: h.update(reversed(h.items())) or h.update(a=h.pop("q.bias")), "canonical"),
     ],
 )
-def test_lies_are_noticed(checkpoint: Checkpoint, tmp_path: Path, change, message: str):
+def test_lies_are_noticed(
+    checkpoint: Checkpoint, tmp_path: Path, change: Any, message: str
+) -> None:
     artifact = write_artifact(tmp_path, 1, checkpoint.block(1), Format(4))
     with pytest.raises(CheckpointError, match=message):
         read_artifact(rewritten(artifact.path, change))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
-def test_scales_from_a_peer_must_be_sane(checkpoint: Checkpoint, tmp_path: Path, value: float):
+def test_scales_from_a_peer_must_be_sane(
+    checkpoint: Checkpoint, tmp_path: Path, value: float
+) -> None:
     artifact = write_artifact(tmp_path, 1, checkpoint.block(1), Format(4))
     begin = read_safetensors(artifact.path).entries["up.weight.scales"].begin
     data = bytearray(artifact.path.read_bytes())
@@ -143,7 +148,7 @@ def test_scales_from_a_peer_must_be_sane(checkpoint: Checkpoint, tmp_path: Path,
         read_artifact(artifact.path)
 
 
-def test_another_block_or_model_is_not_accepted(checkpoint: Checkpoint, tmp_path: Path):
+def test_another_block_or_model_is_not_accepted(checkpoint: Checkpoint, tmp_path: Path) -> None:
     spec = checkpoint.spec
     artifact = write_artifact(tmp_path, 1, checkpoint.block(1), Format(4))
     with pytest.raises(CheckpointError, match="holds block 1, expected 2"):
@@ -158,7 +163,7 @@ def test_another_block_or_model_is_not_accepted(checkpoint: Checkpoint, tmp_path
         read_block(lying.path, spec, 1)
 
 
-def test_damaged_weights_are_named(tmp_path: Path):
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"attn_norm\.weight holds NaN"):
         write_artifact(tmp_path, 1, {"attn_norm.weight": np.full(4, np.nan)}, Format(4))
     with pytest.raises(CheckpointError, match=r"q\.weight holds NaN"):
@@ -169,7 +174,7 @@ def test_damaged_weights_are_named(tmp_path: Path):
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_full_disk_leaves_nothing_behind(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-):
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -182,7 +187,7 @@ def test_a_full_disk_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_read_block_holds_one_file_descriptor(checkpoint: Checkpoint, tmp_path: Path):
+def test_a_read_block_holds_one_file_descriptor(checkpoint: Checkpoint, tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path, 1, checkpoint.block(1), Format(4))
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir()))
@@ -190,7 +195,7 @@ def test_a_read_block_holds_one_file_descriptor(checkpoint: Checkpoint, tmp_path
     assert len(list(descriptors.iterdir())) <= before + len(tensors)
 
 
-def test_missing_files_are_named(tmp_path: Path):
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         read_artifact(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):

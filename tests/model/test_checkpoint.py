@@ -38,17 +38,19 @@ def safetensors(path: Path, header: object, payload: bytes = b"") -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
 
 
-def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
+def entry(
+    dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def test_fixtures_cover_shards_and_dtypes():
+def test_fixtures_cover_shards_and_dtypes() -> None:
     assert len(list((FIXTURES / "mistral").glob("*.safetensors"))) > 2
     for name, dtype in (("llama", "F32"), ("llama-linear", "BF16"), ("qwen3", "F16")):
         assert set(Checkpoint.open(FIXTURES / name).source_dtypes(1).values()) == {dtype}
 
 
-def test_blocks_have_the_shapes_of_the_spec():
+def test_blocks_have_the_shapes_of_the_spec() -> None:
     for directory in sorted(FIXTURES.iterdir()):
         checkpoint = Checkpoint.open(directory)
         for block in range(checkpoint.spec.block_count):
@@ -58,14 +60,14 @@ def test_blocks_have_the_shapes_of_the_spec():
             assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
 
 
-def test_tied_head_is_the_token_table():
+def test_tied_head_is_the_token_table() -> None:
     checkpoint = Checkpoint.open(FIXTURES / "qwen2")
     assert checkpoint.spec.tied_head
     head = checkpoint.block(checkpoint.spec.head_block)["lm_head.weight"]
     np.testing.assert_array_equal(head, checkpoint.block(0)["tokens.weight"])
 
 
-def test_older_opt_checkpoints_name_tensors_without_model(tmp_path: Path):
+def test_older_opt_checkpoints_name_tensors_without_model(tmp_path: Path) -> None:
     directory = Path(shutil.copytree(FIXTURES / "opt-pre", tmp_path / "old"))
     file = read_safetensors(directory / "model.safetensors")
     renamed = {name.removeprefix("model."): np.array(file.map(name)) for name in file.entries}
@@ -76,7 +78,7 @@ def test_older_opt_checkpoints_name_tensors_without_model(tmp_path: Path):
         np.testing.assert_array_equal(old.block(2)[name], tensor)
 
 
-def test_fingerprint_changes_with_any_file(sharded: Path):
+def test_fingerprint_changes_with_any_file(sharded: Path) -> None:
     original = Checkpoint.open(sharded).fingerprint
     assert Checkpoint.open(sharded).fingerprint == original
     shard = sorted(sharded.glob("*.safetensors"))[1]
@@ -88,33 +90,33 @@ def test_fingerprint_changes_with_any_file(sharded: Path):
     assert Checkpoint.open(sharded).fingerprint not in (original, touched)
 
 
-def test_no_directory_and_no_model(tmp_path: Path):
+def test_no_directory_and_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         Checkpoint.open(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"not a model: it has no config\.json"):
         Checkpoint.open(tmp_path)
 
 
-def test_directory_without_weights(llama: Path):
+def test_directory_without_weights(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         Checkpoint.open(llama)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
-def test_pickles_are_refused_with_advice(llama: Path, name: str):
+def test_pickles_are_refused_with_advice(llama: Path, name: str) -> None:
     (llama / "model.safetensors").rename(llama / name)
     with pytest.raises(CheckpointError, match="can run any code and are never read; convert"):
         Checkpoint.open(llama)
 
 
-def test_a_renamed_pickle_is_no_safetensors_file(llama: Path):
+def test_a_renamed_pickle_is_no_safetensors_file(llama: Path) -> None:
     (llama / "model.safetensors").write_bytes(b"\x80\x02}q\x00(X\x04\x00\x00\x00" * 9)
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
         Checkpoint.open(llama)
 
 
-def test_missing_shard(sharded: Path):
+def test_missing_shard(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(CheckpointError, match=rf"{shard.name}: missing, but .*index\.json lists"):
@@ -126,7 +128,7 @@ def test_missing_shard(sharded: Path):
     ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "c:x.safetensors",
      ".hidden.safetensors", "model.bin", "a\nb.safetensors", "", 5, None],
 )  # fmt: skip
-def test_index_cannot_name_other_files(sharded: Path, name: object):
+def test_index_cannot_name_other_files(sharded: Path, name: object) -> None:
     index = sharded / "model.safetensors.index.json"
     values = json.loads(index.read_text())
     values["weight_map"]["lm_head.weight"] = name
@@ -136,20 +138,20 @@ def test_index_cannot_name_other_files(sharded: Path, name: object):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', "[" * 100_000, "\xff"])
-def test_broken_index(sharded: Path, text: str):
+def test_broken_index(sharded: Path, text: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=r"index\.json: (not valid JSON|has no weight_map)"):
         Checkpoint.open(sharded)
 
 
-def test_a_tensor_in_two_shards(sharded: Path):
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     shutil.copy(first, second)
     with pytest.raises(CheckpointError, match="is also in"):
         Checkpoint.open(sharded)
 
 
-def test_missing_and_misshapen_tensors(llama: Path):
+def test_missing_and_misshapen_tensors(llama: Path) -> None:
     path = llama / "model.safetensors"
     file = read_safetensors(path)
     tensors = {name: np.array(file.map(name)) for name in file.entries}
@@ -175,7 +177,7 @@ def test_missing_and_misshapen_tensors(llama: Path):
     assert Checkpoint.open(llama).spec == Checkpoint.open(FIXTURES / "llama").spec
 
 
-def test_every_truncation_is_noticed(llama: Path):
+def test_every_truncation_is_noticed(llama: Path) -> None:
     path = llama / "model.safetensors"
     data = path.read_bytes()
     for size in [*range(40), 1000, len(data) // 2, len(data) - 1]:
@@ -215,7 +217,7 @@ def test_every_truncation_is_noticed(llama: Path):
         ({"a": entry()}, bytes(9), "truncated or damaged"),
     ],
 )
-def test_lying_headers(tmp_path: Path, header: object, payload: bytes, message: str):
+def test_lying_headers(tmp_path: Path, header: object, payload: bytes, message: str) -> None:
     path = tmp_path / "lying.safetensors"
     safetensors(path, header, payload)
     with pytest.raises(CheckpointError, match=message):
@@ -224,7 +226,7 @@ def test_lying_headers(tmp_path: Path, header: object, payload: bytes, message: 
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_damaged_headers_never_crash(data: st.DataObject):
+def test_damaged_headers_never_crash(data: st.DataObject) -> None:
     original = (FIXTURES / "llama" / "model.safetensors").read_bytes()
     header_end = 8 + struct.unpack("<Q", original[:8])[0]
     damaged = bytearray(original)
@@ -239,14 +241,14 @@ def test_damaged_headers_never_crash(data: st.DataObject):
                 assert view.shape == file.entries[name].shape
 
 
-def test_a_huge_header_is_not_read(tmp_path: Path):
+def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
     with pytest.raises(CheckpointError, match="header claims 4611686018427387904 bytes"):
         read_safetensors(path)
 
 
-def test_quantizing_takes_the_memory_of_one_block(tmp_path: Path):
+def test_quantizing_takes_the_memory_of_one_block(tmp_path: Path) -> None:
     """Eight layers of bf16 weights are turned into artifacts; only one is ever in memory."""
     hidden, ffn, layers, vocab = 256, 1024, 8, 512
     config = {
@@ -255,8 +257,11 @@ def test_quantizing_takes_the_memory_of_one_block(tmp_path: Path):
         "max_position_embeddings": 128, "eos_token_id": None,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    names = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
-    names["model.norm.weight"] = (hidden,)
+    names: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for name in "qkvo":

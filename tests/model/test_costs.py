@@ -31,7 +31,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["opt-post", "llama", "qwen3"])
-def test_executed_bytes_are_those_of_the_container(name: str, fmt: Format, container: int):
+def test_executed_bytes_are_those_of_the_container(name: str, fmt: Format, container: int) -> None:
     checkpoint = Checkpoint.open(FIXTURES / name)
     for block in range(checkpoint.spec.block_count):
         total = 0
@@ -49,7 +49,7 @@ def test_executed_bytes_are_those_of_the_container(name: str, fmt: Format, conta
         assert executed_bytes(checkpoint.spec, block, fmt, container) == total
 
 
-def test_executed_bytes_of_floats_follow_the_container():
+def test_executed_bytes_of_floats_follow_the_container() -> None:
     spec = load_spec(FIXTURES / "llama")
     shapes = spec.block_tensors(1)
     matrices = sum(int(np.prod(shapes[name])) for name in shapes if name in QUANTIZED_TENSORS)
@@ -59,7 +59,7 @@ def test_executed_bytes_of_floats_follow_the_container():
     assert executed_bytes(spec, 1, Format(4), 32) == 4 * matrices + norms
 
 
-def test_known_figures():
+def test_known_figures() -> None:
     """llama: hidden 32, ffn 48, 4 heads and 2 kv heads of 8, vocabulary 260, worked by hand."""
     spec = load_spec(FIXTURES / "llama")
     weights = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 48
@@ -74,13 +74,13 @@ def test_known_figures():
     assert stored_bytes(spec, 0, Format(4)) == 260 * (16 + 2 + 1)
 
 
-def test_a_window_bounds_the_work_of_attention():
+def test_a_window_bounds_the_work_of_attention() -> None:
     spec = load_spec(FIXTURES / "mistral")
     assert block_flops(spec, 1, 1000) == block_flops(spec, 1, 20)
     assert kv_bytes(spec, 1, 1000) == 50 * kv_bytes(spec, 1, 20)
 
 
-def test_buffers_hold_scores_and_logits():
+def test_buffers_hold_scores_and_logits() -> None:
     spec = load_spec(FIXTURES / "llama")
     layer = stage_buffer_bytes(spec, [1], 16, 1000)
     assert layer > 4 * 4 * 16 * 1000

@@ -42,7 +42,7 @@ def spec_of(directory: Path, values: object, generation: object = None) -> Model
     return load_spec(directory)
 
 
-def test_llama_defaults(tmp_path: Path):
+def test_llama_defaults(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, LLAMA)
     layer = spec.layers[0]
     assert (layer.heads, layer.kv_heads, layer.head_dim) == (8, 2, 8)
@@ -53,7 +53,7 @@ def test_llama_defaults(tmp_path: Path):
     assert spec.max_context == 256
 
 
-def test_opt_350m_style(tmp_path: Path):
+def test_opt_350m_style(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32})
     assert (spec.embed_dim, spec.hidden, spec.projected) == (32, 64, True)
     assert (spec.final_norm, spec.tied_head) == (False, True)
@@ -62,13 +62,13 @@ def test_opt_350m_style(tmp_path: Path):
     assert spec.layers[0].rope is None
 
 
-def test_opt_without_its_final_norm_or_biases(tmp_path: Path):
+def test_opt_without_its_final_norm_or_biases(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, OPT | {"_remove_final_layer_norm": True, "enable_bias": False})
     assert not spec.final_norm
     assert not spec.layers[0].mlp_bias
 
 
-def test_qwen2_windows(tmp_path: Path):
+def test_qwen2_windows(tmp_path: Path) -> None:
     qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 16, "max_window_layers": 3}
     windows = [layer.sliding_window for layer in spec_of(tmp_path, qwen).layers]
     assert windows == [None] * 4
@@ -80,14 +80,14 @@ def test_qwen2_windows(tmp_path: Path):
     assert windows == [16, None, 16, None]
 
 
-def test_mistral_window_is_4096_unless_said(tmp_path: Path):
+def test_mistral_window_is_4096_unless_said(tmp_path: Path) -> None:
     mistral = LLAMA | {"model_type": "mistral"}
     assert spec_of(tmp_path, mistral).layers[0].sliding_window == 4096
     mistral["sliding_window"] = None
     assert spec_of(tmp_path, mistral).layers[0].sliding_window is None
 
 
-def test_qwen3_head_dim_is_128_unless_said(tmp_path: Path):
+def test_qwen3_head_dim_is_128_unless_said(tmp_path: Path) -> None:
     assert spec_of(tmp_path, LLAMA | {"model_type": "qwen3"}).layers[0].head_dim == 128
 
 
@@ -123,7 +123,7 @@ def test_qwen3_head_dim_is_128_unless_said(tmp_path: Path):
         ),
     ],
 )
-def test_rope_in_old_and_new_configs(tmp_path: Path, options, rope, context):
+def test_rope_in_old_and_new_configs(tmp_path: Path, options: Any, rope: Any, context: int) -> None:
     spec = spec_of(tmp_path, LLAMA | options)
     assert spec.layers[0].rope == rope
     assert spec.max_context == context
@@ -141,7 +141,9 @@ def test_rope_in_old_and_new_configs(tmp_path: Path, options, rope, context):
         (2, {}, (2,)),
     ],
 )
-def test_eos_tokens(tmp_path: Path, config, generation, expected):
+def test_eos_tokens(
+    tmp_path: Path, config: Any, generation: Any, expected: tuple[int, ...]
+) -> None:
     spec = spec_of(tmp_path, LLAMA | {"eos_token_id": config}, generation)
     assert spec.eos_tokens == expected
 
@@ -173,7 +175,7 @@ def test_eos_tokens(tmp_path: Path, config, generation, expected):
         ),
     ],
 )
-def test_what_would_change_the_numbers_is_refused(tmp_path: Path, values, named: str):
+def test_what_would_change_the_numbers_is_refused(tmp_path: Path, values: Any, named: str) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         spec_of(tmp_path, values)
 
@@ -209,25 +211,25 @@ def test_what_would_change_the_numbers_is_refused(tmp_path: Path, values, named:
         ),
     ],
 )
-def test_malformed_configs_are_named(tmp_path: Path, values, named: str):
+def test_malformed_configs_are_named(tmp_path: Path, values: Any, named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         spec_of(tmp_path, values)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
-def test_unreadable_configs(tmp_path: Path, text: bytes):
+def test_unreadable_configs(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
         load_spec(tmp_path)
 
 
-def test_specs_survive_messages():
+def test_specs_survive_messages() -> None:
     for directory in sorted(FIXTURES.iterdir()):
         spec = load_spec(directory)
         assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_old_and_new_config_of_one_model_agree(tmp_path: Path):
+def test_old_and_new_config_of_one_model_agree(tmp_path: Path) -> None:
     directory = Path(shutil.copytree(FIXTURES / "llama-linear", tmp_path / "m"))
     config = json.loads((directory / "config.json").read_text())
     old = load_spec(directory)
@@ -239,7 +241,7 @@ def test_old_and_new_config_of_one_model_agree(tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", [None, -1, 0, "x", [], {}, 1.5, True, 10**40, float("nan")])
-def test_descriptions_from_a_peer_never_crash(value: object):
+def test_descriptions_from_a_peer_never_crash(value: object) -> None:
     """Each field of a spec, its layers and their rope replaced by nonsense: refused or harmless."""
     plain = json.dumps(load_spec(FIXTURES / "llama").to_dict())
     paths: list[tuple[object, ...]] = [(key,) for key in json.loads(plain)]

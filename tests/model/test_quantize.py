@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def slow_pack(codes: np.ndarray, bits: int) -> bytes:
 
 
 @pytest.mark.parametrize("bits", INTEGER_BITS)
-def test_packing_equals_the_obvious_one(bits: int):
+def test_packing_equals_the_obvious_one(bits: int) -> None:
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, 64)).astype(np.uint8)
     packed = pack(codes, bits)
     assert packed.shape == (3, 8 * bits)
@@ -61,7 +62,7 @@ def test_packing_equals_the_obvious_one(bits: int):
 
 @given(MATRICES, ROUNDING)
 @settings(max_examples=150, deadline=None)
-def test_rounding_is_within_half_a_step(weights: np.ndarray, fmt: Format):
+def test_rounding_is_within_half_a_step(weights: np.ndarray, fmt: Format) -> None:
     matrix = quantize(weights, fmt)
     steps = np.repeat(matrix.scales(), fmt.group_size, axis=1)[:, : weights.shape[1]]
     error = np.abs(matrix.dequantize().astype(np.float64) - weights)
@@ -71,7 +72,9 @@ def test_rounding_is_within_half_a_step(weights: np.ndarray, fmt: Format):
 
 @given(MATRICES, st.sampled_from(INTEGER_BITS), st.sampled_from(GROUP_SIZES))
 @settings(max_examples=80, deadline=None)
-def test_truncation_goes_towards_zero_by_less_than_a_step(weights, bits, group):
+def test_truncation_goes_towards_zero_by_less_than_a_step(
+    weights: Any, bits: int, group: int
+) -> None:
     matrix = quantize(weights, Format.of(bits, "truncate", group))
     values = matrix.dequantize()
     step = np.abs(weights).max() / 2 ** (bits - 1)
@@ -82,7 +85,7 @@ def test_truncation_goes_towards_zero_by_less_than_a_step(weights, bits, group):
 
 @given(MATRICES, ROUNDING)
 @settings(max_examples=80, deadline=None)
-def test_value_is_code_minus_zero_times_scale(weights: np.ndarray, fmt: Format):
+def test_value_is_code_minus_zero_times_scale(weights: np.ndarray, fmt: Format) -> None:
     matrix = quantize(weights, fmt)
     columns = weights.shape[1]
     zeros = np.repeat(matrix.zeros(), fmt.group_size, axis=1)[:, :columns].astype(np.float32)
@@ -94,7 +97,7 @@ def test_value_is_code_minus_zero_times_scale(weights: np.ndarray, fmt: Format):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("columns", [96, 100])
-def test_layout_is_what_matmulnbits_takes(bits: int, columns: int):
+def test_layout_is_what_matmulnbits_takes(bits: int, columns: int) -> None:
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     fmt = Format(bits, "rtn", 32, symmetric=False)
@@ -126,7 +129,7 @@ def test_layout_is_what_matmulnbits_takes(bits: int, columns: int):
 
 @pytest.mark.parametrize(("bits", "container"), [(2, 4), (3, 4), (5, 8), (6, 8), (4, 8), (4, 4)])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_containers_hold_the_same_codes(bits: int, container: int, symmetric: bool):
+def test_containers_hold_the_same_codes(bits: int, container: int, symmetric: bool) -> None:
     matrix = quantize(normal(4, 70), Format(bits, "rtn", 32, symmetric))
     data, zeros = matrix.in_container(container)
     assert data.shape == (4, 3, 32 * container // 8)
@@ -136,14 +139,14 @@ def test_containers_hold_the_same_codes(bits: int, container: int, symmetric: bo
     np.testing.assert_array_equal(unpack(padded, container)[:, :3], matrix.zeros())
 
 
-def test_containers_must_be_wide_enough():
+def test_containers_must_be_wide_enough() -> None:
     matrix = quantize(normal(4, 64), Format(6))
     with pytest.raises(ValueError, match="do not fit"):
         matrix.in_container(4)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_rows_are_decoded_alone(bits: int):
+def test_rows_are_decoded_alone(bits: int) -> None:
     matrix = quantize(normal(20, 50), Format.of(bits))
     rows = np.array([19, 0, 7, 7])
     np.testing.assert_array_equal(matrix.dequantize(rows), matrix.dequantize()[rows])
@@ -151,7 +154,7 @@ def test_rows_are_decoded_alone(bits: int):
 
 
 @pytest.mark.parametrize("fmt", [Format(4), Format(4, symmetric=True), Format.of(4, "truncate")])
-def test_zero_and_constant_groups(fmt: Format):
+def test_zero_and_constant_groups(fmt: Format) -> None:
     weights = np.zeros((3, 64), np.float32)
     np.testing.assert_array_equal(quantize(weights, fmt).dequantize(), weights)
     weights[1] = 0.75
@@ -164,21 +167,22 @@ def test_zero_and_constant_groups(fmt: Format):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("bits", BITS)
-def test_values_that_are_no_weights_are_refused(poison: float, bits: int):
+def test_values_that_are_no_weights_are_refused(poison: float, bits: int) -> None:
     weights = normal(2, 40)
     weights[1, 39] = poison
     with pytest.raises(CheckpointError, match=r"q\.weight holds NaN, infinite or absurdly large"):
         quantize(weights, Format.of(bits), "q.weight")
 
 
-def test_scales_are_half_precision_unless_the_matrix_leaves_its_range():
+def test_scales_are_half_precision_unless_the_matrix_leaves_its_range() -> None:
     weights = normal(4, 64)
-    assert quantize(weights, Format(4)).scale_data.dtype == np.float16
-    assert quantize(weights * 1e-7, Format(4)).scale_data.dtype == np.float32
-    assert quantize(weights * 1e7, Format(4)).scale_data.dtype == np.float32
+    for factor, dtype in ((1.0, np.float16), (1e-7, np.float32), (1e7, np.float32)):
+        scales = quantize(weights * factor, Format(4)).scale_data
+        assert scales is not None
+        assert scales.dtype == dtype
 
 
-def test_16_bits_choose_the_lossless_type():
+def test_16_bits_choose_the_lossless_type() -> None:
     half = normal(3, 5).astype(np.float16)
     brain = (normal(3, 5).view(np.uint32) & 0xFFFF0000).view(np.float32) * 2.0**60
     assert quantize(half.astype(np.float32), Format.of(16)).data.dtype == np.float16
@@ -198,13 +202,13 @@ def test_16_bits_choose_the_lossless_type():
         (4, "truncate", 32, False), (4, "magic"), (True,), (4, "rtn", 32, 1), (4.0,),
     ],
 )  # fmt: skip
-def test_formats_that_do_not_exist(arguments):
+def test_formats_that_do_not_exist(arguments: Any) -> None:
     with pytest.raises(ValueError, match=r"must be|are scheme"):
         Format(*arguments)
 
 
 @pytest.mark.parametrize("largest", [0.21, 0.25, 0.32])
-def test_truncation_reproduces_the_papers_choice_of_bits(largest: float):
+def test_truncation_reproduces_the_papers_choice_of_bits(largest: float) -> None:
     """DILEMMA, Table 1: the fewest even bits >= 4 whose error / 2^b is at most delta.
 
     Holds for 0.2048 < R <= 0.3277; of its widths 10 and 12 are not among ours.
@@ -224,7 +228,7 @@ def test_truncation_reproduces_the_papers_choice_of_bits(largest: float):
     assert chosen == {1e-7: None, 1e-6: None, 1e-5: 8, 1e-4: 8, 1e-3: 6, 1e-2: 4, 1.0: 4}
 
 
-def test_weight_error_is_the_largest_difference():
+def test_weight_error_is_the_largest_difference() -> None:
     weights = normal(30, 70)
     for bits in BITS:
         expected = np.abs(weights - quantize(weights, Format.of(bits)).dequantize()).max()
@@ -233,7 +237,7 @@ def test_weight_error_is_the_largest_difference():
         assert normalized == expected / 2.0**bits
 
 
-def test_large_matrices_need_little_more_memory_than_the_result():
+def test_large_matrices_need_little_more_memory_than_the_result() -> None:
     weights = normal(1024, 4096)
     quantize(weights[:8], Format(4))
     tracemalloc.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +20,13 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/golden.npz"))
 
 
-def test_all_families_have_a_fixture():
+def test_all_families_have_a_fixture() -> None:
     expected = "llama llama-dynamic llama-linear mistral opt-post opt-pre qwen2 qwen3"
     assert expected.split() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_transformers(name: str):
+def test_equals_transformers(name: str) -> None:
     golden = np.load(FIXTURES / name / "golden.npz")
     model = ReferenceModel.from_checkpoint(Checkpoint.open(FIXTURES / name))
     prompt = golden["prompt"].tolist()
@@ -36,7 +37,7 @@ def test_equals_transformers(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_float64_and_float32_agree(name: str):
+def test_float64_and_float32_agree(name: str) -> None:
     golden = np.load(FIXTURES / name / "golden.npz")
     model = ReferenceModel.from_checkpoint(Checkpoint.open(FIXTURES / name), np.float64)
     logits = model.forward(golden["prompt"])
@@ -45,7 +46,7 @@ def test_float64_and_float32_agree(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_chunks_and_rollback_give_the_same_rows(name: str):
+def test_chunks_and_rollback_give_the_same_rows(name: str) -> None:
     golden = np.load(FIXTURES / name / "golden.npz")
     tokens = np.concatenate([golden["prompt"], golden["continuation"]])[:90]
     model = ReferenceModel.from_checkpoint(Checkpoint.open(FIXTURES / name))
@@ -56,7 +57,7 @@ def test_chunks_and_rollback_give_the_same_rows(name: str):
     np.testing.assert_allclose(np.concatenate(parts), whole[40:], atol=1e-4)
 
 
-def test_stages_compose_to_the_model():
+def test_stages_compose_to_the_model() -> None:
     checkpoint = Checkpoint.open(FIXTURES / "opt-post")
     blocks = [checkpoint.block(block) for block in range(checkpoint.spec.block_count)]
     whole = ReferenceModel(checkpoint.spec, blocks)
@@ -68,7 +69,7 @@ def test_stages_compose_to_the_model():
 
 
 @pytest.mark.parametrize(("name", "bits"), [("llama-linear", 16), ("qwen3", 16), ("opt-pre", 32)])
-def test_16_bit_sources_survive_16_bits_exactly(name: str, bits: int, tmp_path: Path):
+def test_16_bit_sources_survive_16_bits_exactly(name: str, bits: int, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(FIXTURES / name)
     artifacts = [
         write_artifact(tmp_path, block, checkpoint.block(block), Format.of(bits))
@@ -81,7 +82,7 @@ def test_16_bit_sources_survive_16_bits_exactly(name: str, bits: int, tmp_path: 
     np.testing.assert_array_equal(stored.forward([1, 2, 3]), original.forward([1, 2, 3]))
 
 
-def test_quantized_models_approach_the_original(tmp_path: Path):
+def test_quantized_models_approach_the_original(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(FIXTURES / "qwen2")
     original = ReferenceModel.from_checkpoint(checkpoint).forward([1, 2, 3, 4])
     errors = []
@@ -109,7 +110,7 @@ def test_quantized_models_approach_the_original(tmp_path: Path):
         ),
     ],
 )
-def test_activations(activation, expected):
+def test_activations(activation: Any, expected: Any) -> None:
     values = [-6.0, -1.5, -0.1, 0.0, 0.3, 2.0, 7.0]
     width = len(values)
     layer = LayerSpec(
@@ -135,7 +136,7 @@ def test_activations(activation, expected):
     np.testing.assert_allclose(row, normed, atol=1e-6)
 
 
-def test_window_sees_itself_and_the_rows_before():
+def test_window_sees_itself_and_the_rows_before() -> None:
     checkpoint = Checkpoint.open(FIXTURES / "mistral")
     spec = checkpoint.spec
     narrow = replace(spec, layers=tuple(replace(layer, sliding_window=1) for layer in spec.layers))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def wrapped(value: float) -> float:
     return math.remainder(value, 2 * math.pi)
 
 
-def test_plain_angles_are_position_times_frequency():
+def test_plain_angles_are_position_times_frequency() -> None:
     table = angles(RopeSpec(10000.0), 8, 50)
     for position in (0, 1, 49):
         for pair in range(4):
@@ -29,13 +30,13 @@ def test_plain_angles_are_position_times_frequency():
             assert abs(wrapped(table[position, pair] - expected)) < 1e-5
 
 
-def test_linear_scaling_divides_positions():
+def test_linear_scaling_divides_positions() -> None:
     plain = rotary_table(RopeSpec(10000.0), 8, 10)[0]
     scaled = rotary_table(RopeSpec(10000.0, "linear", 4.0, 10), 8, 40)[0]
     np.testing.assert_allclose(scaled[::4], plain, atol=1e-6)
 
 
-def test_dynamic_scaling_starts_after_the_trained_context():
+def test_dynamic_scaling_starts_after_the_trained_context() -> None:
     rope = RopeSpec(10000.0, "dynamic", 3.0, 16)
     table, plain = angles(rope, 8, 40), angles(RopeSpec(10000.0), 8, 40)
     np.testing.assert_array_equal(table[:16], plain[:16])
@@ -46,7 +47,7 @@ def test_dynamic_scaling_starts_after_the_trained_context():
             assert abs(wrapped(table[position, pair] - expected)) < 1e-5
 
 
-def test_llama3_keeps_short_waves_and_slows_long_ones():
+def test_llama3_keeps_short_waves_and_slows_long_ones() -> None:
     rope = RopeSpec(500000.0, "llama3", 8.0, 8192, 1.0, 4.0)
     table, plain = angles(rope, 128, 2), angles(RopeSpec(500000.0), 128, 2)
     wavelengths = 2 * math.pi / plain[1]
@@ -60,7 +61,7 @@ def test_llama3_keeps_short_waves_and_slows_long_ones():
 
 
 @pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3"])
-def test_tables_of_different_lengths_agree(scaling):
+def test_tables_of_different_lengths_agree(scaling: Any) -> None:
     rope = RopeSpec(10000.0, scaling, 2.0, 8)
     for short, long in zip(rotary_table(rope, 8, 12), rotary_table(rope, 8, 30), strict=True):
         np.testing.assert_array_equal(short, long[:12])

@@ -39,12 +39,12 @@ def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("directory", sorted(FIXTURES.iterdir()), ids=lambda path: path.name)
-def test_prompts_of_the_fixtures(directory: Path):
+def test_prompts_of_the_fixtures(directory: Path) -> None:
     prompt = np.load(directory / "golden.npz")["prompt"].tolist()
     assert Tokenizer.load(directory).encode("The quick brown fox jumps.") == prompt
 
 
-def test_encode_adds_bos_and_decode_drops_it():
+def test_encode_adds_bos_and_decode_drops_it() -> None:
     tokens = BYTES.encode("Hi there")
     assert tokens[0] == 256
     assert BYTES.decode(tokens) == "Hi there"
@@ -58,7 +58,7 @@ def test_encode_adds_bos_and_decode_drops_it():
 @pytest.mark.parametrize(
     "text", ["naïve café", "日本語のテキスト", "🐟🐟 a 👩‍👩‍👧 b", "  two  ", "\n\n"]
 )
-def test_streaming_gives_whole_characters(text: str):
+def test_streaming_gives_whole_characters(text: str) -> None:
     tokens = BYTES.encode(text)
     pieces = streamed(BYTES, tokens)
     assert "".join(pieces) == BYTES.decode(tokens) == text
@@ -67,18 +67,18 @@ def test_streaming_gives_whole_characters(text: str):
 
 @given(st.text())
 @settings(max_examples=80, deadline=None)
-def test_streaming_equals_decoding(text: str):
+def test_streaming_equals_decoding(text: str) -> None:
     tokens = BYTES.encode(text)
     assert "".join(streamed(BYTES, tokens)) == BYTES.decode(tokens)
 
 
 @given(st.lists(st.integers(0, 259)))
 @settings(max_examples=80, deadline=None)
-def test_streaming_any_tokens_equals_decoding(tokens: list[int]):
+def test_streaming_any_tokens_equals_decoding(tokens: list[int]) -> None:
     assert "".join(streamed(BYTES, tokens)) == BYTES.decode(tokens)
 
 
-def test_an_unfinished_character_is_held_back_until_the_end():
+def test_an_unfinished_character_is_held_back_until_the_end() -> None:
     tokens = BYTES.encode("ok🐟")[:-1]
     pieces = streamed(BYTES, tokens)
     assert "".join(pieces[:-1]) == "ok"
@@ -86,7 +86,7 @@ def test_an_unfinished_character_is_held_back_until_the_end():
 
 
 @pytest.mark.parametrize("fallback", [False, True])
-def test_sentence_pieces_keep_their_leading_spaces(tmp_path: Path, fallback: bool):
+def test_sentence_pieces_keep_their_leading_spaces(tmp_path: Path, fallback: bool) -> None:
     """Llama 2 style: the word mark becomes a space, but not at the start of the text."""
     words = ["<unk>", "\u2581Hello", "\u2581world", "\u2581", "!", "s"]
     words += [f"<0x{byte:02X}>" for byte in range(256)]
@@ -108,7 +108,7 @@ def test_sentence_pieces_keep_their_leading_spaces(tmp_path: Path, fallback: boo
     assert "".join(pieces).startswith("Hello worlds   world! Hello Hello")
 
 
-def test_vocabulary_files_of_gpt2_suffice(tmp_path: Path):
+def test_vocabulary_files_of_gpt2_suffice(tmp_path: Path) -> None:
     """OPT checkpoints come without tokenizer.json."""
     vocab = dict(json.loads((FIXTURES / "llama/tokenizer.json").read_text())["model"]["vocab"])
     vocab |= {"</s>": 256, "<pad>": 257, "th": 258}
@@ -125,13 +125,13 @@ def test_vocabulary_files_of_gpt2_suffice(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"model": {"type": "Magic"}}'])
-def test_broken_tokenizers_are_named(model: Path, content: bytes):
+def test_broken_tokenizers_are_named(model: Path, content: bytes) -> None:
     (model / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a valid tokenizer"):
         Tokenizer.load(model)
 
 
-def test_missing_and_malformed_files_are_named(model: Path):
+def test_missing_and_malformed_files_are_named(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: missing; load the tokenizer"):
         Tokenizer.load(model)
@@ -143,7 +143,7 @@ def test_missing_and_malformed_files_are_named(model: Path):
         Tokenizer.load(model)
 
 
-def test_chat_of_the_fixture_has_each_special_token_once():
+def test_chat_of_the_fixture_has_each_special_token_once() -> None:
     text = BYTES.apply_chat_template(USER)
     assert text == "<s>user\nhi</s>\n<s>assistant\n"
     tokens = BYTES.encode_chat(USER)
@@ -152,14 +152,14 @@ def test_chat_of_the_fixture_has_each_special_token_once():
     assert BYTES.apply_chat_template(USER, add_generation_prompt=False) == "<s>user\nhi</s>\n"
 
 
-def test_no_template_is_an_error_with_advice(model: Path):
+def test_no_template_is_an_error_with_advice(model: Path) -> None:
     tokenizer = with_template(model, None)
     assert not tokenizer.has_chat_template
     with pytest.raises(TokenizerError, match=r"no chat template; .*put a chat_template\.jinja"):
         tokenizer.apply_chat_template(USER)
 
 
-def test_named_templates_and_the_file_of_its_own(model: Path):
+def test_named_templates_and_the_file_of_its_own(model: Path) -> None:
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert with_template(model, named).apply_chat_template(USER) == "d"
     with pytest.raises(TokenizerError, match="must be a string, or a list with one named default"):
@@ -191,18 +191,18 @@ def test_named_templates_and_the_file_of_its_own(model: Path):
         ("{{ strftime_now('%%') }}", "%"),
     ],
 )  # fmt: skip
-def test_templates_render_as_models_expect(model: Path, template: str, expected: str):
+def test_templates_render_as_models_expect(model: Path, template: str, expected: str) -> None:
     assert with_template(model, template).apply_chat_template(USER) == expected
 
 
-def test_templates_can_reject_messages(model: Path):
+def test_templates_can_reject_messages(model: Path) -> None:
     tokenizer = with_template(model, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(TokenizerError, match="chat template failed: roles must alternate"):
         tokenizer.apply_chat_template(USER)
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{", "{% include 'x' %}{% nope %}"])
-def test_invalid_templates_are_refused_at_load(model: Path, template: str):
+def test_invalid_templates_are_refused_at_load(model: Path, template: str) -> None:
     with pytest.raises(TokenizerError, match="not a valid chat template"):
         with_template(model, template)
 
@@ -221,7 +221,7 @@ def test_invalid_templates_are_refused_at_load(model: Path, template: str):
         "{% import 'x' as y %}",
     ],
 )
-def test_templates_cannot_escape(model: Path, template: str):
+def test_templates_cannot_escape(model: Path, template: str) -> None:
     with pytest.raises(TokenizerError, match="chat template failed"):
         with_template(model, template).apply_chat_template(USER)
 
@@ -255,11 +255,11 @@ def test_templates_cannot_escape(model: Path, template: str):
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )  # fmt: skip
-def test_templates_cannot_hog_the_coordinator(model: Path, template: str):
+def test_templates_cannot_hog_the_coordinator(model: Path, template: str) -> None:
     with pytest.raises(TokenizerError, match="chat template"):
         with_template(model, template).apply_chat_template(USER)
 
 
-def test_a_long_conversation_is_no_attack():
+def test_a_long_conversation_is_no_attack() -> None:
     messages = [{"role": "user", "content": "12345 words. " * 500}] * 300
     assert len(BYTES.apply_chat_template(messages)) < MAX_PROMPT_CHARS

@@ -104,7 +104,7 @@ def test_missing_and_surplus_fields_are_refused(kind: type[Message]) -> None:
             decode_header(kind, msgpack.packb([0] * wrong))
 
 
-GOLDEN = {
+GOLDEN: dict[str, tuple[Message, int]] = {
     "heartbeat": (Heartbeat(1024), 0),
     "token": (TokenSampled(1, 7, 0, 42, ""), 0),
     "activation": (Activation(1, 7, 0, 5, 1, True, None), 512),

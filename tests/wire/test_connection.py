@@ -44,9 +44,12 @@ def raw() -> Iterator[tuple[socket.socket, Connection]]:
 def test_messages_and_payloads_arrive_in_order(pair: tuple[Connection, Connection]) -> None:
     here, there = pair
     payload = bytes(range(256)) * 4096
-    thread = threading.Thread(
-        target=lambda: [here.send(ACTIVATION, payload), here.send(Heartbeat(7))]
-    )
+
+    def send() -> None:
+        here.send(ACTIVATION, payload)
+        here.send(Heartbeat(7))
+
+    thread = threading.Thread(target=send)
     thread.start()
     message, received = there.receive()
     assert message == ACTIVATION
