@@ -120,9 +120,14 @@ def test_layout_is_what_matmulnbits_takes(bits: int, columns: int) -> None:
     )
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
     proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    try:
+        session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+    except onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException as error:
+        if bits == 2 and "Only 4b and 8b" in str(error):
+            pytest.skip(f"onnxruntime {onnxruntime.__version__} has no 2-bit kernel")
+        raise
     (result,) = session.run(None, {"A": rows})
     np.testing.assert_allclose(result, rows @ matrix.dequantize().T, atol=1e-4)
 

@@ -1,0 +1,178 @@
+"""Real processes for system tests: a coordinator, agents, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+TINY_OPT = ROOT / "examples" / "tiny-opt" / "model"
+
+COMMAND = [sys.executable, "-m", "cli.main"]
+START_TIMEOUT_S = 60.0
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Poll another process's state, which no event of ours announces."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s:g} s"
+        time.sleep(0.02)
+
+
+def shoal(
+    *arguments: str, timeout_s: float = 120.0, command: Sequence[str] = COMMAND
+) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def last_json(completed: subprocess.CompletedProcess[str]) -> Any:
+    """The JSON object on the last line of stdout of a command that must have worked."""
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout.splitlines()[-1])
+
+
+def demo_processes() -> list[psutil.Process]:
+    """Living processes of demos that this test run started."""
+    marker = os.path.join(os.environ["TMPDIR"], "shoal-demo-")  # noqa: PTH118 - matches text
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "status"])
+        if process.info["status"] != psutil.STATUS_ZOMBIE
+        and any(marker in part for part in process.info["cmdline"] or ())
+    ]
+
+
+class Cluster:
+    """A coordinator and agents of this test, on the loopback interface."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.control_port = 0
+        self.url = ""
+
+    def start_coordinator(self, *options: str) -> None:
+        process = self.spawn(
+            "coordinator",
+            "coordinator",
+            "--json",
+            "--bind=127.0.0.1",
+            "--port=0",
+            "--http=127.0.0.1:0",
+            f"--state-dir={self.directory / 'coordinator'}",
+            *(options or ("--no-mdns",)),
+        )
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        self.control_port, self.url = ready["control_port"], ready["http"]
+
+    def start_agent(self, name: str, *options: str) -> subprocess.Popen[str]:
+        return self.spawn(
+            name,
+            "agent",
+            f"--name={name}",
+            "--bind=127.0.0.1",
+            "--threads=1",
+            f"--state-dir={self.directory / name}",
+            *(options or (f"--coordinator=127.0.0.1:{self.control_port}",)),
+        )
+
+    def command(self, name: str) -> list[str]:
+        """How the command line of the process ``name`` begins."""
+        return COMMAND
+
+    def spawn(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        log = (self.directory / f"{name}.log").open("a")
+        # Only the coordinator has something to say on stdout: where it listens.
+        stdout = subprocess.PIPE if name == "coordinator" else subprocess.DEVNULL
+        with log:
+            self.processes[name] = subprocess.Popen(
+                [*self.command(name), *arguments], stdout=stdout, stderr=log, text=True, cwd=ROOT
+            )
+        return self.processes[name]
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    def get(self, path: str) -> Any:
+        return httpx.get(self.url + path, timeout=10, trust_env=False).json()
+
+    def names(self) -> list[str]:
+        return [device["name"] for device in self.get("/shoal/v1/devices")["devices"]]
+
+    def wait_for_agents(self, *names: str, timeout_s: float = START_TIMEOUT_S) -> None:
+        wait_for(lambda: self.names() == sorted(names), timeout_s, f"agents {names}")
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return shoal(*arguments, f"--url={self.url}", command=self.command("coordinator"))
+
+    def load(self, model: Path, *options: str) -> Any:
+        return last_json(self.run("load", str(model), "--json", *options))
+
+    def kill(self, name: str) -> None:
+        self.processes[name].send_signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Stop everything as a service manager does; all must end by themselves."""
+        for name in sorted(self.processes, key=lambda name: name == "coordinator"):
+            self.processes[name].terminate()
+        for name, process in self.processes.items():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                pytest.fail(f"{name} did not end on SIGTERM:\n{self.log(name)}")
+            finally:
+                if process.stdout is not None:
+                    process.stdout.close()
+        for name in self.processes:
+            assert "Traceback" not in self.log(name), self.log(name)
+
+
+def interrupt_at(
+    arguments: list[str], condition: Callable[[], bool], timeout_s: float = 60.0
+) -> tuple[int, str, float]:
+    """Run a command, press Ctrl-C once ``condition``; (exit code, stderr, seconds it took)."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    try:
+        wait_for(condition, timeout_s, "the moment to interrupt")
+        started = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+        return process.returncode, stderr, time.monotonic() - started
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

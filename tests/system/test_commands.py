@@ -1,0 +1,119 @@
+"""The command line against a serving cluster: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.system.cluster import FIXTURES, TINY_OPT, Cluster, last_json, shoal
+
+QUESTION = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"
+
+
+def test_devices(serving: Cluster) -> None:
+    answer = last_json(serving.run("devices", "--json"))
+    assert [device["name"] for device in answer["devices"]] == ["pi-1", "pi-2", "pi-3"]
+    for device in answer["devices"]:
+        assert device["memory_read_bytes_per_s"] > 0
+        assert device["disk_write_bytes_per_s"] > 0
+        assert device["storage_bytes"] > 0
+    assert len(answer["links"]) == 6
+    for link in answer["links"]:
+        assert link["rtt_s"] > 0
+        assert link["bytes_per_s"] > 0
+    table = serving.run("devices").stdout
+    assert "pi-3" in table
+    assert "round trip ms" in table
+
+
+def test_plan_leaves_what_is_loaded_alone(serving: Cluster) -> None:
+    before = serving.get("/shoal/v1/ps")
+    answer = last_json(serving.run("plan", str(FIXTURES / "opt-post"), "--json", "--bits=4,8"))
+    plan = answer["plan"]
+    blocks = plan["blocks"]
+    assert [block["block"] for block in blocks] == list(range(len(blocks)))
+    assert {block["bits"] for block in blocks} <= {4, 8}
+    assert plan["predicted_ms_per_token"] > 0
+    assert plan["proven_optimal"]
+    assert "predicted:" in serving.run("plan", str(FIXTURES / "opt-post")).stdout
+    assert serving.get("/shoal/v1/ps") == before
+
+
+def test_ps(serving: Cluster) -> None:
+    answer = last_json(serving.run("ps", "--json"))["model"]
+    assert (answer["model"], answer["state"]) == ("tiny-opt", "ready")
+    assert Path(answer["directory"]) == TINY_OPT
+    assert all(stage["memory_bytes"] > 0 for stage in answer["stages"])
+    assert "tiny-opt: ready" in serving.run("ps").stdout
+
+
+def test_run_by_name_and_by_directory(serving: Cluster) -> None:
+    by_name = serving.run("run", "tiny-opt", QUESTION)
+    assert by_name.returncode == 0
+    assert "attic" in by_name.stdout
+    by_directory = last_json(serving.run("run", str(TINY_OPT), QUESTION, "--json", "--chat"))
+    assert "attic" in by_directory["text"]
+    assert by_directory["finish_reason"] == "stop"
+    assert by_directory["prefill_tokens_per_s"] > 0
+
+
+def test_a_pipe_gets_the_answer_and_nothing_else(serving: Cluster) -> None:
+    completed = serving.run("run", "tiny-opt", QUESTION)
+    assert completed.stdout.strip() in ("attic", "in the attic", "the attic")
+    assert completed.stderr == ""
+
+
+def test_the_second_load_fetches_nothing(cluster: Cluster) -> None:
+    cluster.start_coordinator()
+    cluster.start_agent("pi-1")
+    cluster.wait_for_agents("pi-1")
+    model = FIXTURES / "qwen2"
+    first = cluster.load(model, "--bits=8")
+    assert first["stages"][0]["fetched_bytes"] > 0
+    second = cluster.load(model, "--bits=8")
+    assert second["stages"][0]["fetched_bytes"] == 0
+    unloaded = cluster.run("unload")
+    assert "qwen2 is unloaded" in unloaded.stdout
+    assert "no model was loaded" in cluster.run("unload").stdout
+    assert cluster.get("/shoal/v1/ps") == {"model": None}
+    assert cluster.get("/v1/models")["data"] == []
+
+
+def test_run_loads_a_directory_first(cluster: Cluster) -> None:
+    cluster.start_coordinator()
+    cluster.start_agent("pi-1")
+    cluster.wait_for_agents("pi-1")
+    completed = cluster.run("run", str(TINY_OPT), QUESTION)
+    assert completed.returncode == 0, completed.stderr
+    assert "attic" in completed.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "coordinator", "agent", "devices", "plan", "load"])
+def test_help_has_examples(command: str) -> None:
+    completed = shoal(command, "--help")
+    assert completed.returncode == 0
+    assert "examples:\n  shoal " in completed.stdout
+
+
+def test_backends_are_listed_with_reasons() -> None:
+    answer = json.loads(shoal("agent", "--list-backends", "--json").stdout)
+    assert answer["onnx_cpu"]["available"]
+    assert "onnx_cpu: available" in shoal("agent", "--list-backends").stdout
+
+
+def test_an_operation_in_progress_keeps_others_out(cluster: Cluster) -> None:
+    cluster.start_coordinator()
+    cluster.start_agent("pi-1")
+    cluster.wait_for_agents("pi-1")
+    url = f"{cluster.url}/shoal/v1/load"
+    body = {"model": str(FIXTURES / "mistral"), "bits": [2, 4, 8, 32]}
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        lines = response.iter_lines()
+        assert "step" in json.loads(next(lines))
+        completed = cluster.run("load", str(FIXTURES / "llama"))
+        assert completed.returncode == 1
+        assert "another plan, load or unload is under way" in completed.stderr
+        assert "result" in json.loads(list(lines)[-1])

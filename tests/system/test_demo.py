@@ -1,0 +1,95 @@
+"""`shoal demo` against transformers' tokens, and the reference with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.artifact import write_artifact
+from model.checkpoint import Checkpoint
+from model.quantize import Format
+from model.reference import ReferenceModel
+from model.tokenizer import Tokenizer
+from tests.system.cluster import FIXTURES, TINY_OPT, demo_processes, last_json, shoal
+
+FAMILIES = ("opt-pre", "opt-post", "llama", "mistral", "qwen2", "qwen3")
+TOKENS = 64
+
+TIE = 1e-3
+"""Two logits closer than this may change places: fp32 sums in another order differ by about 1e-5
+of logits of order 1, and int8 or 4-bit codes do not add to that, being exact in both."""
+
+
+def demo(model: Path, prompt: str, *options: str) -> Any:
+    return last_json(shoal("demo", "--json", f"--model={model}", f"--prompt={prompt}", *options))
+
+
+@pytest.mark.parametrize("agents", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_at_32_bits_are_those_of_transformers(family: str, agents: int) -> None:
+    model = FIXTURES / family
+    golden = np.load(model / "golden.npz")
+    prompt = Tokenizer.load(model).decode(golden["prompt"].tolist())
+    answer = demo(model, prompt, "--bits=32", f"--agents={agents}", f"--max-tokens={TOKENS}")
+    assert answer["prompt_tokens"] == golden["prompt"].tolist()
+    assert answer["tokens"] == golden["continuation"][:TOKENS].tolist()
+    assert len(answer["plan"]["stages"]) == agents
+    assert {block["bits"] for block in answer["plan"]["blocks"]} == {32}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_tokens_are_those_of_the_reference(
+    family: str, bits: int, tmp_path: Path
+) -> None:
+    model = FIXTURES / family
+    prompt = "The quick brown fox"
+    answer = demo(
+        model, prompt, f"--bits={bits}", "--max-weight-error=none", f"--max-tokens={TOKENS}"
+    )
+    assert len(answer["plan"]["stages"]) == 3
+    checkpoint = Checkpoint.open(model)
+    blocks = [
+        (block, write_artifact(tmp_path, block, checkpoint.block(block), Format.of(bits)).path)
+        for block in range(checkpoint.spec.block_count)
+    ]
+    expected = ReferenceModel.from_artifacts(checkpoint.spec, blocks).generate_greedy(
+        answer["prompt_tokens"], TOKENS
+    )
+    for index, token in enumerate(answer["tokens"]):
+        if token != expected.tokens[index]:
+            # After a tie the continuations may differ; before one they must not.
+            assert expected.margins[index] < TIE
+            return
+    assert answer["tokens"]
+
+
+def test_the_demo_answers_rightly_the_same_split_and_unsplit() -> None:
+    answers = [
+        last_json(shoal("demo", "--json", "--bits=16", f"--agents={agents}"))
+        for agents in (1, 2, 3)
+    ]
+    assert [len(answer["plan"]["stages"]) for answer in answers] == [1, 2, 3]
+    assert {tuple(answer["tokens"]) for answer in answers} == {tuple(answers[0]["tokens"])}
+    assert "attic" in answers[0]["text"]
+
+
+def test_the_demo_shows_devices_plan_answer_and_speed() -> None:
+    completed = shoal("demo", "--memory=4M,5M,20M")
+    assert completed.returncode == 0, completed.stderr
+    for shown in ("measured devices", "device-3", "predicted", "attic", "tokens/s measured"):
+        assert shown in completed.stdout
+    assert "Traceback" not in completed.stderr
+
+
+def test_nothing_is_left_running() -> None:
+    completed = shoal("demo", "--json", f"--model={TINY_OPT}", "--max-tokens=2")
+    answer = last_json(completed)
+    assert {"model", "devices", "plan", "prompt_tokens", "tokens", "text"} <= set(answer)
+    assert {"prefill_tokens_per_s", "decode_tokens_per_s"} <= set(answer)
+    assert {"block", "device", "bits"} <= set(answer["plan"]["blocks"][0])
+    assert answer["plan"]["predicted_ms_per_token"] > 0
+    assert not demo_processes()

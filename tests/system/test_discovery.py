@@ -1,0 +1,241 @@
+"""Coordinators and agents on hosts of their own, which find and lose each other on a network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from model import costs
+from model.families import load_spec
+from model.quantize import Format
+from tests.system.cluster import FIXTURES, ROOT, START_TIMEOUT_S, last_json, wait_for
+from tests.system.namespaces import Network, NetworkCluster, unavailable
+from wire import limits
+
+pytestmark = pytest.mark.netns
+
+LLAMA = FIXTURES / "llama"
+
+FOUND_WITHIN_S = 5.0
+"""How long it takes at most until an agent and its coordinator have found each other."""
+
+LOST_WITHIN_S = 10.0
+"""How long a user may wait to be told that a device is gone."""
+
+UNHEARD = "no coordinator of cluster {!r} answers by mDNS"
+AGENTS = ("ash", "oak")
+ENDLESS_CONTEXT = 20_000
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with Network() as network:
+        yield network
+
+
+@pytest.fixture
+def cluster(network: Network, tmp_path: Path) -> Iterator[NetworkCluster]:
+    """A cluster that the test starts as it likes, and hosts for two agents."""
+    cluster = NetworkCluster(tmp_path, network)
+    for name in AGENTS:
+        network.add_host(name)
+    yield cluster
+    cluster.stop()
+
+
+def wait_until_listed(
+    cluster: NetworkCluster, names: tuple[str, ...], since_s: float, what: str
+) -> None:
+    """Within FOUND_WITHIN_S of ``since_s``, and say how long it took."""
+    timeout_s = FOUND_WITHIN_S - (time.monotonic() - since_s)
+    cluster.wait_for_agents(*names, timeout_s=timeout_s)
+    print(f"{what}: listed after {time.monotonic() - since_s:.2f} s")  # noqa: T201
+    shown = last_json(cluster.run("devices", "--json"))
+    assert tuple(device["name"] for device in shown["devices"]) == names
+
+
+def memory_for_two(model: Path, context_tokens: int) -> int:
+    """A limit that one device cannot hold the model with at 32 bits, but two can."""
+    spec = load_spec(model)
+    blocks = range(spec.block_count)
+    total = sum(
+        costs.executed_bytes(spec, block, Format.of(32), 32)
+        + costs.kv_bytes(spec, block, context_tokens)
+        for block in blocks
+    )
+    rows = limits.PREFILL_CHUNK_TOKENS
+    return int(0.75 * total) + costs.stage_buffer_bytes(spec, blocks, rows, context_tokens)
+
+
+def load_on_two(cluster: NetworkCluster, model: Path, context_tokens: int) -> list[str]:
+    """Load at 32 bits; the devices of the two stages."""
+    answer = cluster.load(model, "--bits=32", f"--context={context_tokens}")
+    devices = [stage["device"] for stage in answer["plan"]["stages"]]
+    assert sorted(devices) == sorted(AGENTS)
+    return devices
+
+
+# ---- finding each other ------------------------------------------------------------------------
+
+
+def test_agents_that_waited_find_a_new_coordinator(cluster: NetworkCluster) -> None:
+    for name in AGENTS:
+        cluster.start_agent(name)
+    for name in AGENTS:
+        cluster.wait_for_line(name, UNHEARD.format("shoal"), START_TIMEOUT_S)
+    cluster.start_coordinator()
+    wait_until_listed(cluster, AGENTS, time.monotonic(), "coordinator started last")
+
+
+def test_new_agents_find_a_running_coordinator(cluster: NetworkCluster) -> None:
+    cluster.start_coordinator()
+    for name in AGENTS:
+        cluster.start_agent(name)
+    wait_for(lambda: all(map(cluster.is_searching, AGENTS)), START_TIMEOUT_S, "the search")
+    wait_until_listed(cluster, AGENTS, time.monotonic(), "agents started last")
+
+
+def test_clusters_of_other_names_do_not_mix(network: Network, tmp_path: Path) -> None:
+    clusters = []
+    for number, (name, agent) in enumerate(zip(("attic", "cellar"), AGENTS, strict=True)):
+        (tmp_path / name).mkdir()
+        clusters.append(NetworkCluster(tmp_path / name, network, f"hub-{number}", name))
+        network.add_host(agent)
+    attic, cellar = clusters
+    try:
+        attic.start_coordinator()
+        attic.start_agent("ash")
+        cellar.start_agent("oak")
+        attic.wait_for_agents("ash")
+        cellar.wait_for_line("oak", UNHEARD.format("cellar"), START_TIMEOUT_S)
+        cellar.start_coordinator()
+        wait_until_listed(cellar, ("oak",), time.monotonic(), "the other cluster's coordinator")
+        assert attic.names() == ["ash"]
+    finally:
+        for each in clusters:
+            each.stop()
+
+
+def test_without_multicast_an_agent_asks_for_the_address(cluster: NetworkCluster) -> None:
+    cluster.network.block_multicast()
+    cluster.start_coordinator()
+    agent = cluster.start_agent("ash")
+    cluster.wait_for_line("ash", UNHEARD.format("shoal"), START_TIMEOUT_S)
+    assert "--coordinator HOST:PORT" in cluster.log("ash")
+    assert cluster.names() == []
+    agent.terminate()
+    agent.wait(10)
+    cluster.start_agent("ash", f"--coordinator={cluster.address}:{cluster.control_port}")
+    cluster.wait_for_agents("ash")
+
+
+# ---- generating across the network -------------------------------------------------------------
+
+
+def test_a_split_model_computes_what_it_computes_whole(cluster: NetworkCluster) -> None:
+    golden = np.load(LLAMA / "golden.npz")
+    prompt, expected = golden["prompt"].tolist(), golden["continuation"].tolist()
+    spec = load_spec(LLAMA)
+    cluster.start_coordinator()
+    for name in AGENTS:
+        cluster.start_agent(name, f"--memory={memory_for_two(LLAMA, spec.max_context)}")
+    cluster.wait_for_agents(*AGENTS)
+    first, last = load_on_two(cluster, LLAMA, spec.max_context)
+    before = {name: cluster.network.received_bytes(name) for name in AGENTS}
+    body = {
+        "prompt": prompt,
+        "max_tokens": len(expected),
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    url = f"{cluster.url}/v1/completions"
+    answer = cluster.network.inside(
+        cluster.host, lambda: httpx.post(url, json=body, timeout=60, trust_env=False).json()
+    )
+    assert answer["shoal"]["tokens"] == expected
+    # Each row of hidden values went from the first to the last, each token the way back.
+    rows = len(prompt) + len(expected) - 1
+    received = {name: cluster.network.received_bytes(name) - before[name] for name in AGENTS}
+    assert received[last] > rows * spec.hidden * 4
+    assert received[first] > len(expected)
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A model that talks for minutes: no end token, and a context of 20,000 tokens."""
+    model = Path(shutil.copytree(LLAMA, tmp_path / "model"))
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(config | {"max_position_embeddings": ENDLESS_CONTEXT, "eos_token_id": None})
+    )
+    return model
+
+
+def test_a_host_that_loses_its_link_is_named_and_returns(
+    cluster: NetworkCluster, endless: Path
+) -> None:
+    cluster.start_coordinator()
+    for name in AGENTS:
+        cluster.start_agent(name, f"--memory={memory_for_two(endless, ENDLESS_CONTEXT)}")
+    cluster.wait_for_agents(*AGENTS)
+    _, victim = load_on_two(cluster, endless, ENDLESS_CONTEXT)
+    said = cluster.directory / "said"
+    with said.open("w") as stdout:
+        generation = subprocess.Popen(
+            [
+                *cluster.command("coordinator"),
+                *("run", str(endless), "The", f"--url={cluster.url}"),
+                *("--max-tokens=100000", "--temperature=2"),
+            ],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    try:
+        wait_for(lambda: said.stat().st_size > 0, 30, "the first token")
+        cluster.network.pull_cable(victim)
+        cut_s = time.monotonic()
+        _, stderr = generation.communicate(timeout=30)
+        told_s = time.monotonic() - cut_s
+    finally:
+        if generation.poll() is None:
+            generation.kill()
+            generation.communicate()
+    print(f"link cut: told after {told_s:.2f} s: {stderr.strip()}")  # noqa: T201
+    assert told_s < LOST_WITHIN_S
+    assert generation.returncode == 1
+    assert f"{victim}: device lost" in stderr
+    cluster.wait_for_line(victim, "; trying again", LOST_WITHIN_S)
+    # It has given up its search's first questions by then, which nobody could hear.
+    cluster.wait_for_line(victim, UNHEARD.format("shoal"), LOST_WITHIN_S)
+    cluster.network.plug_cable(victim)
+    wait_until_listed(cluster, AGENTS, time.monotonic(), "link healed")
+    load_on_two(cluster, endless, ENDLESS_CONTEXT)
+
+
+# ---- a coordinator that comes back -------------------------------------------------------------
+
+
+def test_a_coordinator_that_moved_is_found_again(cluster: NetworkCluster) -> None:
+    cluster.start_coordinator()
+    for name in AGENTS:
+        cluster.start_agent(name)
+    cluster.wait_for_agents(*AGENTS)
+    old_port = cluster.control_port
+    cluster.lose_coordinator()
+    cluster.start_coordinator()
+    assert cluster.control_port != old_port
+    wait_until_listed(cluster, AGENTS, time.monotonic(), "coordinator restarted")
