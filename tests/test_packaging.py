@@ -1,0 +1,53 @@
+"""What an installation consists of, and what each part of it gets by without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("model", "wire", "backends", "calibration", "agent", "coordinator", "cli")
+MODULES = sorted(
+    f"{package}.{path.stem}" for package in PACKAGES for path in (ROOT / package).glob("[a-z]*.py")
+)
+
+AGENT_ONLY = {"onnx", "onnxruntime"}
+COORDINATOR_ONLY = {"httpx", "jinja2", "pulp", "starlette", "tokenizers", "uvicorn", "yaml"}
+
+
+def imported_by(module: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after importing ``module``."""
+    program = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    completed = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return set(completed.stdout.split())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_imports_on_its_own(module: str) -> None:
+    assert module.split(".")[0] in imported_by(module)
+
+
+@pytest.mark.parametrize("module", ["agent.daemon", "calibration.layers", "cli.main"])
+def test_an_agent_needs_nothing_of_the_coordinators(module: str) -> None:
+    assert not imported_by(module) & COORDINATOR_ONLY
+
+
+@pytest.mark.parametrize("module", ["coordinator.server", "cli.main"])
+def test_a_coordinator_needs_no_accelerator_library(module: str) -> None:
+    assert not imported_by(module) & (AGENT_ONLY | {"torch"})
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_other_distribution_owns_our_packages(package: str) -> None:
+    assert set(packages_distributions().get(package, ["shoal-llm"])) == {"shoal-llm"}
