@@ -8,6 +8,7 @@ agent: it searches again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -34,6 +35,7 @@ from wire.discovery import find_coordinator, reachable_addresses
 from wire.errors import ConnectFailed, ProtocolError, WireError
 from wire.messages import (
     AgentHello,
+    CancelRequest,
     ConnectStage,
     CoordinatorWelcome,
     Done,
@@ -49,6 +51,7 @@ from wire.messages import (
     Progress,
     ReleaseSequence,
     RequestFailed,
+    SequenceFailed,
     StageLoaded,
     StartSequence,
     UnloadStage,
@@ -72,6 +75,8 @@ class Agent:
         self._stop = threading.Event()
         self._control: Connection | None = None
         self._relay: Relay | None = None
+        self._cancelled: set[int] = set()
+        """Requests of this connection that nobody waits for any more."""
         self._state_lock = claim(config.state_dir)
         self._device = device_identity(config.state_dir)
         self._backend = backend_class(config.backend)()
@@ -170,6 +175,7 @@ class Agent:
         """Carry out requests until the connection ends, which raises WireError."""
         requests: queue.Queue[Request | None] = queue.Queue()
         ended = threading.Event()
+        self._cancelled = set()
         threads = [
             threading.Thread(target=self._beat, args=(connection, ended), name="heartbeat"),
             threading.Thread(
@@ -184,9 +190,14 @@ class Agent:
                 message, _ = connection.receive()
                 if isinstance(message, Request):
                     requests.put(message)
+                elif isinstance(message, CancelRequest):
+                    self._cancelled.add(message.request)
                 elif isinstance(message, StartSequence):
                     relay = self._relay_of(message.epoch)
-                    if relay is not None:
+                    if relay is None:
+                        reason = "the stage is not loaded"
+                        connection.send(SequenceFailed(message.epoch, message.sequence, reason))
+                    else:
                         threading.Thread(
                             target=relay.start, args=(message,), name="prefill", daemon=True
                         ).start()
@@ -196,13 +207,18 @@ class Agent:
                         relay.release(message.sequence)
                 elif not isinstance(message, Heartbeat):
                     raise ProtocolError(f"unexpected {type(message).__name__} from coordinator")
-        finally:
+        except WireError:
             connection.close()
-            ended.set()
             requests.put(None)
             if not self._stop.is_set():
                 # A load that is still under way belongs to this connection, not to the next.
                 threads[-1].join()
+            raise
+        finally:
+            # Ctrl-C does not wait for what is under way: it ends with the process.
+            connection.close()
+            ended.set()
+            requests.put(None)
             self._unload()
 
     def _beat(self, connection: Connection, ended: threading.Event) -> None:
@@ -218,11 +234,12 @@ class Agent:
         coordinator: Endpoint,
         requests: queue.Queue[Request | None],
     ) -> None:
-        while (request := requests.get()) is not None:
-            try:
+        # Whatever ends this thread ends the connection: the coordinator must not wait for ever.
+        with connection, contextlib.suppress(WireError):
+            while (request := requests.get()) is not None:
                 try:
                     answer = self._carry_out(request, connection, coordinator)
-                except (BackendError, ModelError, CacheError, WireError) as error:
+                except (BackendError, ModelError, CacheError, WireError, _Cancelled) as error:
                     answer = RequestFailed(request.request, str(error))
                 except MemoryError:
                     answer = RequestFailed(request.request, "out of memory")
@@ -232,8 +249,6 @@ class Agent:
                         request.request, f"internal error ({error}); see the agent's log"
                     )
                 connection.send(answer)
-            except WireError:
-                return
 
     def _carry_out(
         self, request: Request, connection: Connection, coordinator: Endpoint
@@ -258,7 +273,7 @@ class Agent:
         return Done(request.request)
 
     def _measure_model(self, request: MeasureModel, connection: Connection) -> Message:
-        progress = _Throttled(connection, request.request, "measure", "steps")
+        progress = self._progress(connection, request.request, "measure", "steps")
         timings = measure_model(
             ModelSpec.from_dict(request.spec),
             request.bits,
@@ -281,7 +296,7 @@ class Agent:
             request.blocks,
             coordinator,
             self._device,
-            _Throttled(connection, request.request, "fetch", "bytes"),
+            self._progress(connection, request.request, "fetch", "bytes"),
         )
         started = time.perf_counter()
         stage = self._backend.load(
@@ -304,6 +319,19 @@ class Agent:
             request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
         )
 
+    def _progress(
+        self, connection: Connection, request: int, phase: str, unit: str
+    ) -> Callable[[int, int], None]:
+        """What reports how far ``request`` is, and raises _Cancelled once it is cancelled."""
+        report, cancelled = _Throttled(connection, request, phase, unit), self._cancelled
+
+        def progress(done: int, total: int) -> None:
+            if request in cancelled:
+                raise _Cancelled("cancelled")
+            report(done, total)
+
+        return progress
+
     # ---- the stage ------------------------------------------------------------------------------
 
     def _deliver(self, message: Message, payload: memoryview) -> None:
@@ -319,6 +347,10 @@ class Agent:
         relay, self._relay = self._relay, None
         if relay is not None:
             relay.close()
+
+
+class _Cancelled(Exception):
+    """Nobody waits for the request any more."""
 
 
 class _Throttled:

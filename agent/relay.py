@@ -4,12 +4,16 @@ The ring is first stage -> ... -> last stage -> first stage. Prompt chunks and s
 the same way; the last stage samples, and its token is the first stage's next input. One lock
 serialises the stage; it is held for one forward pass at a time, so that a cancelled sequence stops
 at the next one. The coordinator is told every token but is not waited for.
+
+Single tokens run in the thread that received them. Prompt chunks wait in a queue with a thread of
+its own: a connection that is not read for as long as some chunks take looks dead to its sender.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,7 +76,13 @@ class Relay:
         self._context_tokens = context_tokens
         self._report = report
         self._lock = threading.Lock()
+        self._table_lock = threading.Lock()
+        """Guards what follows; never held while the stage runs or a message is sent."""
         self._sequences: dict[int, _Sequence] = {}
+        self._newest: dict[int, int] = {}
+        """Slot -> the newest sequence that held it: numbers only grow."""
+        self._waiting: deque[tuple[Activation | TokenSampled, memoryview]] = deque()
+        """What the queue's thread has to do; the first is what it is doing."""
         self._next: Connection | None = None
         self._next_device = ""
         self._closed = False
@@ -88,7 +98,8 @@ class Relay:
         if self._next is not None:
             self._next.close()
         with self._lock:
-            self._sequences.clear()
+            with self._table_lock:
+                self._sequences.clear()
             self._stage.close()
 
     # ---- what arrives ---------------------------------------------------------------------------
@@ -103,42 +114,72 @@ class Relay:
             self._fail(message.sequence, "the prompt has tokens outside the vocabulary")
             return
         sequence = self._open(message.sequence, message.slot, message.sampling)
+        if sequence is None:
+            return
         for begin in range(0, len(prompt), limits.PREFILL_CHUNK_TOKENS):
             end = min(begin + limits.PREFILL_CHUNK_TOKENS, len(prompt))
             self._run(sequence, prompt[begin:end], last=end == len(prompt))
 
     def deliver(self, message: Message, payload: memoryview) -> None:
         """Take a data-plane message from a peer; what belongs to another epoch is dropped."""
-        if isinstance(message, Activation) and message.epoch == self.epoch:
-            self._on_activation(message, payload)
-        elif isinstance(message, TokenSampled) and message.epoch == self.epoch:
-            sequence = self._current(message.sequence)
-            if sequence is not None and self._is_first and 0 <= message.token < self._spec.vocab:
-                self._run(sequence, np.array([message.token], dtype=np.int64), last=True)
+        if not isinstance(message, (Activation, TokenSampled)) or message.epoch != self.epoch:
+            return
+        rows = message.rows if isinstance(message, Activation) else 1
+        if isinstance(message, Activation) and (
+            self._is_first
+            or not self._fits(message.slot, message.position, rows)
+            or len(payload) != rows * self._spec.hidden * 4
+        ):
+            self._fail(message.sequence, "the previous device sent rows that do not fit")
+            return
+        with self._table_lock:
+            queued = bool(self._waiting) or rows > 1
+            room = not queued or self._enqueue(message, payload)
+        if not queued:
+            self._take(message, payload)
+        elif not room:
+            self._fail(message.sequence, "the previous device sends more than the context holds")
 
     def release(self, number: int) -> None:
         """Forget a sequence: what still arrives for it is dropped."""
-        sequence = self._current(number)
-        if sequence is not None:
-            self._sequences.pop(sequence.slot, None)
+        with self._table_lock:
+            for slot, sequence in list(self._sequences.items()):
+                if sequence.number == number:
+                    del self._sequences[slot]
 
-    def _on_activation(self, message: Activation, payload: memoryview) -> None:
-        width = self._spec.hidden
-        if (
-            self._is_first
-            or not self._fits(message.slot, message.position, message.rows)
-            or len(payload) != message.rows * width * 4
-        ):
-            self._fail(message.sequence, "the previous device sent rows that do not fit")
+    def _enqueue(self, message: Activation | TokenSampled, payload: memoryview) -> bool:
+        """Add to the queue if it has room; starts its thread. The caller holds the table's lock."""
+        # A prompt that was cancelled, and the one that came after it.
+        most_bytes = 2 * self._slots * self._context_tokens * self._spec.hidden * 4
+        if len(payload) + sum(len(held) for _, held in self._waiting) > most_bytes:
+            return False
+        self._waiting.append((message, payload))
+        if len(self._waiting) == 1:
+            threading.Thread(target=self._work_off, name="chunks", daemon=True).start()
+        return True
+
+    def _work_off(self) -> None:
+        """Take what waits, in order, until nothing does."""
+        more = True
+        while more:
+            self._take(*self._waiting[0])
+            with self._table_lock:
+                self._waiting.popleft()
+                more = bool(self._waiting)
+
+    def _take(self, message: Activation | TokenSampled, payload: memoryview) -> None:
+        if isinstance(message, TokenSampled):
+            sequence = self._current(message.sequence)
+            if sequence is not None and self._is_first and 0 <= message.token < self._spec.vocab:
+                self._run(sequence, np.array([message.token], dtype=np.int64), last=True)
             return
         if message.position == 0 and message.sampling is not None:
             sequence = self._open(message.sequence, message.slot, message.sampling)
         else:
-            current = self._current(message.sequence)
-            if current is None or current.position != message.position:
-                return  # Released here, and still on its way from the device before.
-            sequence = current
-        rows = np.frombuffer(payload, dtype="<f4").reshape(message.rows, width)
+            sequence = self._current(message.sequence)
+        if sequence is None or sequence.position != message.position:
+            return  # Released here, and still on its way from the device before.
+        rows = np.frombuffer(payload, dtype="<f4").reshape(message.rows, self._spec.hidden)
         self._run(sequence, rows, last=message.last)
 
     # ---- what goes on ---------------------------------------------------------------------------
@@ -234,16 +275,24 @@ class Relay:
 
     # ---- bookkeeping ----------------------------------------------------------------------------
 
-    def _open(self, number: int, slot: int, sampling: Sampling) -> _Sequence:
-        """Give the slot to a new sequence; whoever held it is over."""
+    def _open(self, number: int, slot: int, sampling: Sampling) -> _Sequence | None:
+        """Give the slot to a new sequence, whoever held it is over; None for one from the past."""
+        if sampling.seed < 0:
+            self._fail(number, "the seed is negative")
+            return None
         sampler = Sampler(sampling) if self._is_last else None
         sequence = _Sequence(number, slot, 0, sampling, sampler)
-        self._sequences[slot] = sequence
+        with self._table_lock:
+            if number <= self._newest.get(slot, number - 1):
+                return None  # Cancelled, and still on its way when the slot was given on.
+            self._newest[slot] = number
+            self._sequences[slot] = sequence
         return sequence
 
     def _current(self, number: int) -> _Sequence | None:
-        held = list(self._sequences.values())  # A copy: other threads open and release.
-        return next((item for item in held if item.number == number), None)
+        with self._table_lock:
+            held = self._sequences.values()
+            return next((item for item in held if item.number == number), None)
 
     def _fits(self, slot: int, position: int, rows: int) -> bool:
         return (

@@ -23,8 +23,9 @@ class Sampler:
         order = np.argsort(-logits, kind="stable")
         if sampling.top_k > 0:
             order = order[: sampling.top_k]
-        scaled = logits[order].astype(np.float64) / sampling.temperature
-        weights = np.exp(scaled - scaled[0])
+        below = logits[order].astype(np.float64) - float(logits[order[0]])
+        with np.errstate(over="ignore"):  # A tiny temperature leaves the likeliest token only.
+            weights = np.exp(below / sampling.temperature)
         probabilities = weights / weights.sum()
         if sampling.top_p < 1:
             # The smallest set whose probability reaches top_p, and always the likeliest token.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,6 +20,14 @@ CONNECT_TIMEOUT_S = 3.0
 """A coordinator that does not answer on this machine or LAN by then is not there. Reading has no
 limit: measuring and loading take as long as they take, and Ctrl-C ends them."""
 
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+"""Notices a coordinator that lost its power while it was to answer."""
+
 
 def default_url() -> str:
     """Where the coordinator is: SHOAL_COORDINATOR, else this machine."""
@@ -32,7 +41,9 @@ class Client:
         self._url = url.rstrip("/")
         # No proxies from the environment: the coordinator is on this machine or LAN.
         self._http = httpx.Client(
-            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), trust_env=False
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            trust_env=False,
+            transport=httpx.HTTPTransport(trust_env=False, socket_options=KEEPALIVE),
         )
 
     def __enter__(self) -> Client:
@@ -101,14 +112,14 @@ class Client:
         """Transport trouble in words."""
         try:
             yield
-        except httpx.RemoteProtocolError as error:
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
             raise CommandFailed("the coordinator stopped before it was done") from error
-        except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        except (httpx.TransportError, httpx.InvalidURL) as error:
             raise CoordinatorUnreachable(
                 f"no coordinator answers at {self._url}: start `shoal coordinator`, "
                 "or name it with --url or SHOAL_COORDINATOR"
             ) from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (httpx.DecodingError, ValueError, KeyError, TypeError) as error:
             raise CommandFailed(f"{self._url} does not answer like a coordinator") from error
 
 

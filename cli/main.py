@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -58,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough; Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CommandFailed.exit_code
+    except OSError as error:
+        screen.error(
+            f"{error.filename or 'this machine'}: {(error.strerror or str(error)).lower()}"
+        )
+        return CommandFailed.exit_code
     return 0
 
 
@@ -74,13 +80,13 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 {
                     "event": "ready",
                     "control_port": ready.control_port,
-                    "http": f"http://{ready.http_host}:{ready.http_port}",
+                    "http": _url(ready.http_host, ready.http_port),
                 }
             )
         else:
             screen.out.print(
                 f"cluster {options.cluster}: agents join at port {ready.control_port}, "
-                f"API at http://{ready.http_host}:{ready.http_port}"
+                f"API at {_url(ready.http_host, ready.http_port)}"
             )
 
     try:
@@ -229,6 +235,10 @@ def run_demo(options: argparse.Namespace, screen: Screen) -> None:
 # ---- helpers of commands -----------------------------------------------------------------------
 
 
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _client(options: argparse.Namespace) -> Any:
     from cli.client import Client, default_url
 
@@ -281,7 +291,7 @@ def _follow_parent(options: argparse.Namespace, stop: Callable[[], None]) -> Non
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does."""
+    """SIGTERM and the end of the terminal clean up as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -289,11 +299,14 @@ def _terminated_like_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Which is what nohup asks for.
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -444,7 +457,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-tokens", type=_count, default=256, metavar="N")
     run.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
     run.add_argument("--top-k", type=int, default=0, metavar="K")
-    run.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    run.add_argument("--top-p", type=_share, default=1.0, metavar="P")
     run.add_argument("--seed", type=int, default=0)
     unload = command("unload", run_unload, "free the devices", "  shoal unload\n")
     for sub in (devices, plan, load, ps, run, unload):
@@ -468,7 +481,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         "--context", type=_count, metavar="TOKENS", help="default: the model's, at most 2048"
     )
     parser.add_argument(
-        "--time-limit", type=float, default=20.0, metavar="S", help="for the solver; default 20"
+        "--time-limit", type=_seconds, default=20.0, metavar="S", help="for the solver; default 20"
     )
 
 
@@ -520,14 +533,20 @@ def _port_number(text: str) -> int:
     return value
 
 
+_ENDPOINT = re.compile(
+    r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII
+)
+
+
 def _endpoint(default_port: int) -> Callable[[str], Endpoint]:
     def convert(text: str) -> Endpoint:
-        host, separator, port = text.rpartition(":")
-        if not separator:
-            host, port = text, str(default_port)
-        if not host:
+        match = _ENDPOINT.fullmatch(text)
+        if match is None:
             raise ValueError(text)
-        return Endpoint(host, _port_number(port))
+        port = match["port"]
+        return Endpoint(
+            match["v6"] or match["host"], default_port if port is None else _port_number(port)
+        )
 
     return convert
 
@@ -538,6 +557,8 @@ _size = _argument(parse_size, "a size such as 512M, 1.5G or 200MiB")
 _sizes = _argument(lambda text: [parse_size(part) for part in text.split(",")], "sizes: 1G,512M")
 _error_bound = _argument(_bound, "a number >= 0, or none")
 _temperature = _argument(_between(0, 2), "a number between 0 and 2")
+_share = _argument(_between(0, 1), "a number between 0 and 1")
+_seconds = _argument(_between(0.01, 3600), "seconds between 0.01 and 3600")
 _port = _argument(_port_number, "a port between 0 and 65535")
 _http_endpoint = _argument(_endpoint(HTTP_PORT), "HOST:PORT")
 _control_endpoint = _argument(_endpoint(CONTROL_PORT), "HOST or HOST:PORT")

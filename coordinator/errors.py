@@ -4,6 +4,7 @@ CoordinatorError            one line, with what to do next
 ├── NoAgents                nothing has joined
 ├── AgentFailed             an agent could not do what it was asked
 │   └── AgentLost           ... because it is gone
+├── Stalled                 the devices live, but no token comes
 ├── Busy                    another plan, load or unload is under way
 ├── NotLoaded               no model is loaded, or its deployment is broken
 └── RequestInvalid          the request itself is wrong (param names the field)
@@ -52,6 +53,13 @@ class AgentLost(AgentFailed):
             f"device lost ({reason}); check its power, network and agent, "
             "then run `shoal load` again to place the model on the devices that are left",
         )
+
+
+class Stalled(CoordinatorError):
+    """Heartbeats come, tokens do not."""
+
+    status = 504
+    code = "stalled"
 
 
 class Busy(CoordinatorError):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.artifacts import ArtifactStore, Cancelled
+from coordinator.artifacts import ArtifactStore
 from coordinator.errors import (
     AgentFailed,
     AgentLost,
@@ -82,7 +82,11 @@ class PlanRequest:
         if not isinstance(model, str) or not Path(model).is_absolute():
             raise RequestInvalid("model: the absolute path of a model directory", "model")
         bits = plain.pop("bits", list(DEFAULT_BITS))
-        if not isinstance(bits, list) or not bits or any(item not in BITS for item in bits):
+        if (
+            not isinstance(bits, list)
+            or not bits
+            or any(type(item) is not int or item not in BITS for item in bits)
+        ):
             known = ", ".join(map(str, BITS))
             raise RequestInvalid(f"bits: a list out of {known}", "bits")
         scheme = plain.pop("scheme", "rtn")
@@ -158,7 +162,8 @@ class Deployment:
     def require(self) -> None:
         """Raise why the deployment is broken, if it is."""
         if self.broken is not None:
-            raise self.broken
+            # Raised again and again: its traceback would keep the frames of every time.
+            raise self.broken.with_traceback(None)
 
 
 class Fleet:
@@ -171,6 +176,8 @@ class Fleet:
         self._epochs = itertools.count(1)
         self.deployment: Deployment | None = None
         self.on_step: Callable[[Step], None] | None = None
+        self.on_broken: Callable[[Deployment, CoordinatorError], None] = lambda *_: None
+        """Told when a deployment can run nothing any more, and why."""
 
     def require_deployment(self) -> Deployment:
         """The deployment in force. Raises NotLoaded, or what broke it."""
@@ -201,13 +208,15 @@ class Fleet:
             await self._unload()
             return name
 
-    def lose(self, member: Member, error: CoordinatorError) -> Deployment | None:
-        """Mark the deployment broken if ``member`` is part of it; returns it then."""
-        deployment = self.deployment
-        if deployment is None or deployment.broken or member not in deployment.members:
-            return None
-        deployment.broken = error
-        return deployment
+    def lose(self, member: Member, error: CoordinatorError) -> None:
+        """Break the deployment if ``member`` is part of it."""
+        if self.deployment is not None and member in self.deployment.members:
+            self._break(self.deployment, error)
+
+    def close(self) -> None:
+        """Break what is loaded, because the coordinator stops."""
+        if self.deployment is not None:
+            self._break(self.deployment, NotLoaded("the coordinator was stopped"))
 
     # ---- steps ----------------------------------------------------------------------------------
 
@@ -277,6 +286,8 @@ class Fleet:
                     ModelMeasured,
                     self._forward("measure", member.name),
                 )
+                if not all(_is_possible(timing) for timing in answer.timings):
+                    raise AgentFailed(member.name, "reported an impossible time")
                 for width in missing:
                     known[width] = [timing for timing in answer.timings if timing.bits == width]
 
@@ -368,6 +379,9 @@ class Fleet:
                         ),
                         Done,
                     )
+            for member in members:  # One that had answered may be gone before all have.
+                if member.lost is not None:
+                    raise member.lost.with_traceback(None)
         except BaseException:
             await asyncio.shield(self._unload_members(members))
             raise
@@ -387,8 +401,13 @@ class Fleet:
     async def _unload(self) -> None:
         deployment, self.deployment = self.deployment, None
         if deployment is not None:
-            deployment.broken = deployment.broken or NotLoaded("the model was unloaded")
-            await self._unload_members(deployment.members)
+            self._break(deployment, NotLoaded("the model was unloaded"))
+            await asyncio.shield(self._unload_members(deployment.members))
+
+    def _break(self, deployment: Deployment, error: CoordinatorError) -> None:
+        if deployment.broken is None:
+            deployment.broken = error
+            self.on_broken(deployment, error)
 
     async def _unload_members(self, members: tuple[Member, ...]) -> None:
         async def unload(member: Member) -> None:
@@ -426,9 +445,13 @@ class Fleet:
             return await asyncio.shield(thread)
         except asyncio.CancelledError:
             cancelled.set()
-            with contextlib.suppress(Cancelled):
-                await thread
+            thread.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            await asyncio.wait({thread})
             raise
+
+
+def _is_possible(timing: BlockTiming) -> bool:
+    return min(timing.decode_s, timing.prefill_s_per_token) > 0
 
 
 def model_name(directory: Path) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid
+from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid, Stalled
 from coordinator.fleet import Deployment, Fleet
 from coordinator.members import Member
 from model.spec import ModelSpec
@@ -29,6 +29,11 @@ from wire.messages import (
     StartSequence,
     TokenSampled,
 )
+
+STALL_S = 120.0
+STALL_FACTOR = 20
+"""No token for STALL_S and STALL_FACTOR times what the plan predicts for the whole prompt: whoever
+waits in line must not wait for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class Gateway:
         self._numbers = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
         self._turn = asyncio.Lock()
+        fleet.on_broken = self._break
 
     async def generate(
         self,
@@ -123,7 +129,7 @@ class Gateway:
                     )
                 )
                 while True:
-                    event = await flight.events.get()
+                    event = await _next_event(flight, len(prompt))
                     if isinstance(event, CoordinatorError):
                         raise event
                     piece = _piece(event, decoder, text, timing)
@@ -151,7 +157,7 @@ class Gateway:
 
     def on_lost(self, member: Member, error: AgentLost) -> None:
         """A member is gone: whatever ran on it is over."""
-        self._break(self._fleet.lose(member, error), error)
+        self._fleet.lose(member, error)
 
     def _on_peer_lost(self, member: Member, message: PeerLost) -> None:
         deployment = self._fleet.deployment
@@ -160,9 +166,10 @@ class Gateway:
         lost = next((item for item in deployment.members if item.device == message.device), None)
         if lost is not None and lost is not member:
             error = AgentLost(lost.name, f"{member.name} cannot reach it: {message.reason}")
-            self._break(self._fleet.lose(lost, error), error)
+            self._fleet.lose(lost, error)
 
-    def _break(self, deployment: Deployment | None, error: CoordinatorError) -> None:
+    def _break(self, deployment: Deployment, error: CoordinatorError) -> None:
+        """End what runs on a deployment that is no more."""
         for flight in self._flights.values():
             if flight.deployment is deployment:
                 flight.events.put_nowait(error)
@@ -228,6 +235,18 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
         more, stopped = text.feed(decoder.finish())
         return Piece(shown + more + text.rest(), (event.token,), "stop" if stopped else "length")
     return Piece(shown, (event.token,), "")
+
+
+async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | CoordinatorError:
+    predicted_s = prompt_tokens * flight.deployment.plan.prefill_s_per_token
+    limit_s = STALL_S + STALL_FACTOR * predicted_s
+    try:
+        return await asyncio.wait_for(flight.events.get(), limit_s)
+    except asyncio.TimeoutError:
+        return Stalled(
+            f"no token came for {limit_s:.0f} s although all devices answer: "
+            "see the agents' logs, then run `shoal load` again"
+        )
 
 
 async def _release(deployment: Deployment, number: int) -> None:

@@ -14,7 +14,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from coordinator.errors import CoordinatorError, RequestInvalid
@@ -26,7 +27,13 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4 << 20
 """More text than any context here holds."""
 
+CLIENT_CLOSED_REQUEST = 499
+"""Status that nobody reads (Source: nginx, which logs it for a client that closed first)."""
+
 Result = TypeVar("Result")
+
+_abandoned: set[asyncio.Task[Any]] = set()
+"""Work whose client is gone and that is still ending: the event loop alone would forget it."""
 
 
 class ClientGone(Exception):
@@ -49,7 +56,18 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise RequestInvalid(f"the request is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise RequestInvalid("the request must be a JSON object")
+    if b"\\u" in body and not _is_unicode(values):
+        raise RequestInvalid("the request has text that is no Unicode: half of a surrogate pair")
     return values
+
+
+def _is_unicode(values: dict[str, Any]) -> bool:
+    """False where JSON's escapes made text that cannot be encoded."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -64,6 +82,10 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         code = "infeasible" if isinstance(error, InfeasiblePlan) else "no_plan"
     elif isinstance(error, OSError):
         status, code, param = 507, "storage_error", None
+        where = f" ({error.filename})" if error.filename else ""
+        error = CoordinatorError(
+            f"the coordinator cannot use its disk: {(error.strerror or str(error)).lower()}{where}"
+        )
     else:
         log.error("request failed", exc_info=error)
         status, code, param = 500, "internal_error", None
@@ -74,6 +96,12 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 
 async def on_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for every route."""
+    if isinstance(error, HTTPException):
+        message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+        body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        return JSONResponse({"error": body}, status_code=error.status_code)
+    if isinstance(error, (ClientGone, ClientDisconnect)):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     status, body = describe(error)
     return JSONResponse({"error": body}, status_code=status)
 
@@ -146,8 +174,17 @@ def json_lines(
                 final = {"error": describe(error)[1]}
             yield json.dumps(final) + "\n"
         finally:
+            # Not awaited: what Starlette has cancelled it cancels again at every await, and the
+            # task has stages to unload.
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+            _abandoned.add(task)
+            task.add_done_callback(_forget)
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Let go of abandoned work that has ended; nobody is left to be told how."""
+    _abandoned.discard(task)
+    if not task.cancelled():
+        task.exception()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -17,6 +18,7 @@ from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
 from wire.messages import (
     AgentHello,
+    CancelRequest,
     CoordinatorWelcome,
     Done,
     Endpoint,
@@ -62,6 +64,7 @@ class Member:
     _pending: dict[int, tuple[asyncio.Future[Message], OnProgress | None]] = field(
         default_factory=dict
     )
+    _cancelling: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def request(
         self,
@@ -75,13 +78,19 @@ class Member:
         AgentLost.
         """
         if self.lost is not None:
-            raise self.lost
+            raise self.lost.with_traceback(None)
         number = next(self._numbers)
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._pending[number] = (future, on_progress)
         try:
             await self.send(build(number))
             answer = await future
+        except asyncio.CancelledError:
+            # Or it would be busy, for minutes maybe, with what nobody waits for.
+            task = asyncio.ensure_future(self._cancel(number))
+            self._cancelling.add(task)
+            task.add_done_callback(self._cancelling.discard)
+            raise
         finally:
             self._pending.pop(number, None)
         if isinstance(answer, RequestFailed):
@@ -96,6 +105,10 @@ class Member:
             await self.connection.send(message)
         except WireError as error:
             raise self.lost or AgentLost(self.name, str(error)) from error
+
+    async def _cancel(self, number: int) -> None:
+        with contextlib.suppress(AgentLost):
+            await self.send(CancelRequest(number))
 
     def resolve(self, number: int, answer: Message) -> None:
         """Hand an answer, or progress, to whoever asked; late ones are dropped."""
@@ -129,6 +142,7 @@ class Roster:
         self._on_lost = on_lost
         self._members: dict[str, Member] = {}
         self._links: dict[tuple[str, str], LinkProfile] = {}
+        self._closed = False
         self.changed = asyncio.Event()
         """Set whenever somebody joins or is lost; whoever waits clears it first."""
 
@@ -195,9 +209,11 @@ class Roster:
             self._lose(member, AgentLost(member.name, str(error)))
         finally:
             heartbeat.cancel()
+            self._lose(member, AgentLost(member.name, "its connection ended"))
 
     def close(self) -> None:
-        """Drop every member."""
+        """Drop every member, and take no more."""
+        self._closed = True
         for member in self.members:
             self._lose(member, AgentLost(member.name, "the coordinator stops"))
 
@@ -228,14 +244,17 @@ class Roster:
         self._links = {
             pair: link for pair, link in self._links.items() if member.device not in pair
         }
-        log.warning("%s", error)
+        if not self._closed:
+            log.warning("%s", error)
         member.fail(error)
         member.connection.close()
         self._on_lost(member, error)
         self.changed.set()
 
     def _refusal(self, hello: AgentHello) -> str | None:
-        if len(self._members) >= MAX_MEMBERS:
+        if self._closed:
+            return "the coordinator stops"
+        if len(self._members) >= MAX_MEMBERS and hello.device not in self._members:
             return f"the cluster is full ({MAX_MEMBERS} agents)"
         if not hello.device or len(hello.device) > 64 or not 0 < len(hello.name) <= 63:
             return "device id or name is empty or too long"

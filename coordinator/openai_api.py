@@ -7,6 +7,7 @@ asked for is worse than an error. Beyond OpenAI's fields it takes ``top_k`` and
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -20,7 +21,7 @@ from starlette.routing import Route
 
 from coordinator.errors import RequestInvalid
 from coordinator.fleet import Deployment, Fleet
-from coordinator.gateway import Gateway, Timing
+from coordinator.gateway import Gateway, Timing, room_for_answer
 from coordinator.http import read_json, server_sent_events, while_connected
 from wire.messages import Sampling
 
@@ -81,7 +82,9 @@ class OpenAIRoutes:
         return await self._answer(request, chat=True)
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
-        job = _job(self._fleet, await read_json(request), chat=chat)
+        body = await read_json(request)
+        # Tokenizing a long text takes seconds, in which agents must be heard.
+        job = await asyncio.to_thread(_job, self._fleet, body, chat=chat)
         if job.stream:
             return server_sent_events(self._stream(job))
         return JSONResponse(await while_connected(request, self._whole(job)))
@@ -233,6 +236,7 @@ def _job(fleet: Fleet, body: Mapping[str, Any], *, chat: bool) -> _Job:
     if not isinstance(options, dict):
         raise RequestInvalid("stream_options must be an object", "stream_options")
     prompt = _chat_prompt(deployment, body) if chat else _prompt(deployment, body)
+    room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
     return _Job(
         deployment=deployment,
         chat=chat,
@@ -284,11 +288,10 @@ def _text_part(part: Any) -> str:
 
 def _sampling(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> Sampling:
     default = deployment.context_tokens if chat else DEFAULT_COMPLETION_TOKENS
-    max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
+    newer = chat and body.get("max_completion_tokens") is not None
+    limit = "max_completion_tokens" if newer else "max_tokens"
     return Sampling(
-        max_tokens=int(
-            _number({"max_tokens": max_tokens}, "max_tokens", default, 1, 1 << 31, whole=True)
-        ),
+        max_tokens=int(_number(body, limit, default, 1, 1 << 31, whole=True)),
         stop_tokens=deployment.spec.eos_tokens,
         temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
         top_k=int(_number(body, "top_k", 0, 0, 1 << 31, whole=True)),

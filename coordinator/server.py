@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from coordinator.admin_api import AdminRoutes
 from coordinator.artifacts import ArtifactStore
@@ -24,7 +26,7 @@ from coordinator.openai_api import OpenAIRoutes
 from coordinator.plan import PlanError
 from model.errors import ModelError
 from wire import limits
-from wire.connection import AsyncConnection, bind, serve
+from wire.connection import AsyncConnection, bind, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import WireError
 from wire.messages import AgentHello, BlockChunk, BlocksHello, FetchBlock
@@ -32,6 +34,12 @@ from wire.messages import AgentHello, BlockChunk, BlocksHello, FetchBlock
 log = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
+
+CLIENT_STALL_S = 60.0
+"""An HTTP client that takes none of its answer for this long is as good as gone."""
+
+DOWNLOAD_IDLE_S = 120.0
+"""How long an agent may take between two blocks: it writes the first through to a slow card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +77,31 @@ class Coordinator:
                 f"state directory {config.state_dir} is not usable: {error.strerror}"
             ) from error
         http_socket = bind(config.http_host, config.http_port)
+        # Inherited by what it accepts: a client that reads nothing, or is dead, is dropped, or its
+        # answer would hold a KV slot for ever.
+        tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
                 config.control_host, config.control_port, self._handle
             )
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
-            async with control, self._advertised(control_port):
-                try:
-                    await _serve_http(self._app(), http_socket, lambda: on_ready(ready))
-                finally:
+            async with self._advertised(control_port):
+
+                def on_stop() -> None:
+                    # In this order: a dropped agent tries to join again at once. Connections are
+                    # not waited for, they would last as long as their other end likes.
+                    control.close()
+                    self._fleet.close()
                     self.roster.close()
+
+                try:
+                    # A task of its own: uvicorn raises the signal that stopped it once more, and
+                    # this way that ends the await here, not the first one of the cleaning up.
+                    await asyncio.ensure_future(
+                        _serve_http(self._app(), http_socket, lambda: on_ready(ready), on_stop)
+                    )
+                finally:
+                    on_stop()
 
     @contextlib.asynccontextmanager
     async def _advertised(self, port: int):  # type: ignore[no-untyped-def]
@@ -109,7 +132,16 @@ class Coordinator:
     def _app(self) -> Starlette:
         admin = AdminRoutes(self._config.cluster, self.roster, self._fleet)
         openai = OpenAIRoutes(self._fleet, self._gateway)
-        handled = (CoordinatorError, ModelError, PlanError, OSError, ClientGone, Exception)
+        handled = (
+            CoordinatorError,
+            ModelError,
+            PlanError,
+            OSError,
+            ClientGone,
+            ClientDisconnect,
+            HTTPException,
+            Exception,
+        )
         return Starlette(
             routes=[*openai.routes(), *admin.routes()],
             exception_handlers={kind: on_error for kind in handled},
@@ -127,11 +159,13 @@ class Coordinator:
                 log.warning("%s began with %s", connection.peer, type(hello).__name__)
         except WireError as error:
             log.info("connection dropped: %s", error)
+        except OSError as error:
+            log.warning("cannot read a block for %s: %s", connection.peer, error)
 
     async def _serve_blocks(self, connection: AsyncConnection) -> None:
         """Answer FetchBlock with the artifact's bytes; ends with the connection."""
         while True:
-            request, _ = await connection.receive(limits.SEND_TIMEOUT_S)
+            request, _ = await connection.receive(DOWNLOAD_IDLE_S)
             path = self._store.path(request.sha256) if isinstance(request, FetchBlock) else None
             if path is None or not isinstance(request, FetchBlock):
                 log.warning("%s asked for a block that does not exist", connection.peer)
@@ -148,25 +182,35 @@ class Coordinator:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling when it accepts requests."""
+    """uvicorn, telling when it accepts requests, and when it begins to stop."""
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_started: Callable[[], None], on_stop: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._on_started = on_started
+        self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_started()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()  # Ends what requests wait for, so that they are answered.
+        await super().shutdown(sockets)
+
 
 async def _serve_http(
-    app: Starlette, http_socket: socket.socket, on_started: Callable[[], None]
+    app: Starlette,
+    http_socket: socket.socket,
+    on_started: Callable[[], None],
+    on_stop: Callable[[], None],
 ) -> None:
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        log_level="critical",  # on_error reports what routes raise, once.
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,
     )
-    await _Server(config, on_started).serve(sockets=[http_socket])
+    await _Server(config, on_started, on_stop).serve(sockets=[http_socket])

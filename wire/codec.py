@@ -50,7 +50,10 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
     the side that made it.
     """
     kind = type(message)
-    header: bytes = msgpack.packb(_ENCODERS[kind](message), use_bin_type=True)
+    try:
+        header: bytes = msgpack.packb(_ENCODERS[kind](message), use_bin_type=True)
+    except (OverflowError, ValueError) as error:  # Over 64 bits; text that is no Unicode.
+        raise ProtocolError(f"{kind.__name__} cannot be sent: {error}") from error
     if len(header) > limits.MAX_HEADER_BYTES or payload_bytes > limits.MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"{kind.__name__} is too large to send")
     return (
@@ -117,15 +120,14 @@ def _number(name: str) -> _Convert:
 
 
 def _plain_dict(name: str) -> _Convert:
-    def depth(value: Any) -> int:
-        if isinstance(value, dict):
-            return 1 + max((depth(item) for item in value.values()), default=0)
-        if isinstance(value, list):
-            return 1 + max((depth(item) for item in value), default=0)
-        return 0
+    def fits(value: Any, levels: int) -> bool:
+        items = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, (dict, list)):
+            return True
+        return levels > 0 and all(fits(item, levels - 1) for item in items)
 
     def check(value: Any) -> Any:
-        if type(value) is not dict or depth(value) > limits.MAX_NESTING:
+        if type(value) is not dict or not fits(value, limits.MAX_NESTING):
             raise ProtocolError(f"{name}: expected a map of plain values")
         return value
 

@@ -13,6 +13,7 @@ import errno
 import socket
 import struct
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
@@ -23,6 +24,9 @@ from wire.messages import Endpoint, Message
 
 Buffer = bytes | bytearray | memoryview
 NO_PAYLOAD = memoryview(b"")
+
+ACCEPT_PAUSE_S = 0.1
+"""Pause of a listener that has no file descriptor left for the next connection."""
 
 
 class Connection:
@@ -48,7 +52,8 @@ class Connection:
             return Connection(
                 socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
             )
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:
+            # A host name that is none raises UnicodeError, a port that is none OverflowError.
             raise ConnectFailed(
                 f"cannot connect to {endpoint.host}:{endpoint.port}: {reason(error)}"
             ) from error
@@ -139,7 +144,10 @@ class Listener:
             try:
                 sock, _ = self._socket.accept()
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(ACCEPT_PAUSE_S)
+                    continue
+                if error.errno == errno.ECONNABORTED:
                     continue
                 return None
             return Connection(sock)
@@ -159,7 +167,8 @@ class AsyncConnection:
         self._send_lock = asyncio.Lock()
         sock: socket.socket = writer.get_extra_info("socket")
         self.peer = peer_name(sock)
-        self.peer_host: str = writer.get_extra_info("peername")[0]
+        # A peer that is gone again before it was accepted has no address.
+        self.peer_host: str = (writer.get_extra_info("peername") or ("",))[0]
         tune(sock)
 
     async def send(self, message: Message, payload: Buffer = b"") -> None:
@@ -219,6 +228,8 @@ async def serve(
         connection = AsyncConnection(reader, writer)
         try:
             await handle(connection)
+        except asyncio.CancelledError:
+            pass  # The event loop ends: asyncio would report it as an error of this task.
         finally:
             connection.close()
 
@@ -229,24 +240,30 @@ async def serve(
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConnectFailed with what to do where the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), backlog=64)
+        return socket.create_server((host, port), family=family, backlog=64)
     except OSError as error:
         advice = ": choose another port" if error.errno == errno.EADDRINUSE else ""
         raise ConnectFailed(f"cannot listen on {host}:{port}: {reason(error)}{advice}") from error
     except OverflowError as error:
         raise ConnectFailed(f"cannot listen on {host}:{port}: not a port number") from error
+    except (TypeError, ValueError) as error:
+        raise ConnectFailed(f"cannot listen on {host}:{port}: not a host name") from error
 
 
-def tune(sock: socket.socket) -> None:
-    """Send small frames at once, and notice a peer that vanished without closing."""
+def tune(sock: socket.socket, stall_s: float = limits.LIVENESS_S) -> None:
+    """Send small frames at once, and notice a peer that vanished without closing.
+
+    A peer that reads nothing of what waits for it is dropped after ``stall_s``, too.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     # Without it, unacknowledged data to a dead peer is retransmitted for a quarter of an hour.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.LIVENESS_S * 1000))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_s * 1000))
 
 
 def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
@@ -270,7 +287,7 @@ def reason(error: BaseException) -> str:
     """An operating system error in words a user can use."""
     if isinstance(error, (TimeoutError, asyncio.TimeoutError, BlockingIOError)):
         return "no answer in time"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, UnicodeError)):
         return "unknown host"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()

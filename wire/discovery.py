@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
+import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -32,6 +35,16 @@ RESOLVE_TIMEOUT_MS = 2000
 """How long to wait for the address records of an announced coordinator (RFC 6762 answers within
 500 ms at most; the rest is for slow devices)."""
 
+SEARCH_ROUND_S = 3.0
+"""How long one set of sockets is searched with. zeroconf asks after 0, 1, 5 and 14 s and then never
+again, and it does not see interfaces that come up later: an agent must outwait both."""
+
+ADDRESS_CHECK_S = 2.0
+"""How often the coordinator looks whether its machine's addresses have changed."""
+
+# It warns, with tracebacks, of each packet that cannot be sent while a cable is unplugged.
+logging.getLogger("zeroconf").setLevel(logging.ERROR)
+
 
 class DiscoveryUnavailable(WireError):
     """This machine or network does not let us use multicast."""
@@ -51,31 +64,22 @@ def reachable_addresses(bind_host: str) -> tuple[str, ...]:
 
 
 class Advertisement:
-    """The coordinator's mDNS record while the context is open."""
+    """The coordinator's mDNS record while the context is open; follows changes of address."""
 
     def __init__(self, cluster: str, instance: str, bind_host: str, port: int) -> None:
-        addresses = reachable_addresses(bind_host)
-        if not _is_loopback(addresses[0]):
-            addresses = tuple(address for address in addresses if not _is_loopback(address))
-        self._info = ServiceInfo(
-            SERVICE_TYPE,
-            f"{instance}.{SERVICE_TYPE}",
-            port=port,
-            addresses=[socket.inet_aton(address) for address in addresses],
-            properties={"cluster": cluster},
-            server=f"{instance}.local.",
-        )
-        self._interfaces = list(addresses)
+        self._cluster = cluster
+        self._instance = instance
+        self._bind_host = bind_host
+        self._port = port
+        self._announced: tuple[str, ...] = ()
         self._zeroconf: Zeroconf | None = None
+        self._stop = threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="announce", daemon=True)
 
     def __enter__(self) -> Advertisement:
         """Announce. Raises DiscoveryUnavailable."""
-        try:
-            self._zeroconf = Zeroconf(interfaces=self._interfaces)
-            self._zeroconf.register_service(self._info, allow_name_change=True)
-        except (OSError, Error) as error:
-            self.__exit__(None, None, None)
-            raise DiscoveryUnavailable(f"cannot announce by mDNS: {error}") from error
+        self._announce(_announced_addresses(self._bind_host))
+        self._follower.start()
         return self
 
     def __exit__(
@@ -84,11 +88,46 @@ class Advertisement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._zeroconf is not None:
+        self._stop.set()
+        if self._follower.is_alive():
+            self._follower.join()
+        self._withdraw()
+
+    def _announce(self, addresses: tuple[str, ...]) -> None:
+        info = ServiceInfo(
+            SERVICE_TYPE,
+            f"{self._instance}.{SERVICE_TYPE}",
+            port=self._port,
+            addresses=[socket.inet_aton(address) for address in addresses],
+            properties={"cluster": self._cluster},
+            server=f"{self._instance}.local.",
+        )
+        try:
+            if not addresses:
+                raise OSError("no network interface has an address")
+            self._zeroconf = Zeroconf(interfaces=list(addresses))
+            self._zeroconf.register_service(info, allow_name_change=True)
+        except (OSError, Error) as error:
+            self._withdraw()
+            raise DiscoveryUnavailable(f"cannot announce by mDNS: {error}") from error
+        self._announced = addresses
+
+    def _withdraw(self) -> None:
+        zeroconf, self._zeroconf, self._announced = self._zeroconf, None, ()
+        if zeroconf is not None:
             with contextlib.suppress(OSError, Error):
-                self._zeroconf.unregister_all_services()
-            self._zeroconf.close()
-            self._zeroconf = None
+                zeroconf.unregister_all_services()
+            zeroconf.close()
+
+    def _follow(self) -> None:
+        """A machine may get its address, or another one, long after the coordinator started."""
+        while not self._stop.wait(ADDRESS_CHECK_S):
+            addresses = _announced_addresses(self._bind_host)
+            if addresses == self._announced:
+                continue
+            self._withdraw()
+            with contextlib.suppress(DiscoveryUnavailable):
+                self._announce(addresses)
 
 
 def find_coordinator(
@@ -96,44 +135,59 @@ def find_coordinator(
 ) -> tuple[Endpoint, ...]:
     """Search until a coordinator of ``cluster`` is announced; its addresses, or () once stopped.
 
-    ``on_wait`` is called once when none has answered within three seconds.
+    ``on_wait`` is called once when none has answered within SEARCH_ROUND_S.
     Raises DiscoveryUnavailable.
     """
-    found: list[Endpoint] = []
-    wake = threading.Event()
+    found = _search(cluster, stop)
+    if not found and not stop.is_set() and on_wait is not None:
+        on_wait()
+    while not found and not stop.is_set():
+        found = _search(cluster, stop)
+    return found
+
+
+def _search(cluster: str, stop: threading.Event) -> tuple[Endpoint, ...]:
+    """One round of find_coordinator."""
+    names: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def on_change(
         zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
-        if state_change is ServiceStateChange.Removed or wake.is_set():
-            return
-        try:
-            info = zeroconf.get_service_info(service_type, name, RESOLVE_TIMEOUT_MS)
-        except BadTypeInNameException:
-            return
-        if info is None or info.port is None:
-            return
-        if (info.properties or {}).get(b"cluster") != cluster.encode():
-            return
-        found.extend(Endpoint(address, info.port) for address in info.parsed_addresses())
-        if found:
-            wake.set()
+        if state_change is not ServiceStateChange.Removed:
+            names.put(name)
 
     try:
         zeroconf = Zeroconf(interfaces=InterfaceChoice.All)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no interface has an address.
         raise DiscoveryUnavailable(f"cannot search by mDNS: {error}") from error
-    try:
-        browser = ServiceBrowser(zeroconf, SERVICE_TYPE, handlers=[on_change])
-        waited_s = 0.0
-        while not wake.wait(0.25) and not stop.is_set():
-            waited_s += 0.25
-            if on_wait is not None and waited_s == 3.0:
-                on_wait()
-        browser.cancel()
-    finally:
-        zeroconf.close()
-    return tuple(found)
+    deadline = time.monotonic() + SEARCH_ROUND_S
+    with zeroconf, ServiceBrowser(zeroconf, SERVICE_TYPE, handlers=[on_change]):
+        while time.monotonic() < deadline and not stop.is_set():
+            try:
+                name = names.get(timeout=0.25)
+                info = zeroconf.get_service_info(SERVICE_TYPE, name, RESOLVE_TIMEOUT_MS)
+            except (queue.Empty, BadTypeInNameException):
+                continue
+            if (
+                info is not None
+                and info.port is not None
+                and info.properties.get(b"cluster") == cluster.encode()
+                and (addresses := info.parsed_addresses())
+            ):
+                return tuple(Endpoint(address, info.port) for address in addresses)
+    return ()
+
+
+def _announced_addresses(bind_host: str) -> tuple[str, ...]:
+    """Where agents on other machines, or else those on this one, reach us."""
+    addresses = reachable_addresses(bind_host)
+    if addresses == (bind_host,):
+        try:  # It may be a name, or have no IPv4 address at all.
+            answers = socket.getaddrinfo(bind_host, None, socket.AF_INET, socket.SOCK_STREAM)
+        except OSError:
+            return ()
+        addresses = tuple(str(address[0]) for *_, address in answers)
+    return tuple(item for item in addresses if not _is_loopback(item)) or addresses
 
 
 def _is_loopback(address: str) -> bool:

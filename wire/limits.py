@@ -10,8 +10,9 @@ MAX_PAYLOAD_BYTES = 64 << 20
 """Largest tensor or file chunk in one frame: 512 rows of a 16 Ki wide hidden state at fp32 are
 32 MiB. Files travel in chunks, so that their size is not bounded by this."""
 
-FILE_CHUNK_BYTES = 1 << 20
-"""Bytes of an artifact per frame: large enough for line rate, small enough for a Pi's memory."""
+FILE_CHUNK_BYTES = 256 << 10
+"""Bytes of an artifact per frame: large enough for line rate, small enough to get through within
+SEND_TIMEOUT_S on a link of 0.25 Mbit/s."""
 
 MAX_NESTING = 8
 """Depth of containers in a header; the deepest real one (a layer's rotary settings) is 5."""

@@ -148,6 +148,13 @@ class UnloadStage:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """Nobody waits for this request any more; its answer, if one comes, is dropped."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A request without a result of its own has been carried out."""
 
@@ -321,6 +328,7 @@ Message: TypeAlias = (
     | StageLoaded
     | ConnectStage
     | UnloadStage
+    | CancelRequest
     | Done
     | Progress
     | RequestFailed
@@ -355,6 +363,7 @@ CODES: dict[int, type[Message]] = {
     18: Done,
     19: Progress,
     20: RequestFailed,
+    21: CancelRequest,
     30: StartSequence,
     31: ReleaseSequence,
     32: SequenceFailed,

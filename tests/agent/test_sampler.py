@@ -54,3 +54,10 @@ def test_equal_seeds_draw_equal_tokens_and_others_do_not() -> None:
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-5])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
+    for logits in (LOGITS, -LOGITS, 100 * LOGITS):
+        sampler = Sampler(sampling(temperature=temperature))
+        assert sampler.sample(logits.astype(np.float32)) == int(np.argmax(logits))

@@ -25,7 +25,7 @@ from tests.system.cluster import COMMAND, Cluster, wait_for
 Result = TypeVar("Result")
 
 CLONE_NEWNET = 0x40000000
-MDNS_PORT = 5353
+TCP_LISTEN = 10
 
 
 class NamespaceError(Exception):
@@ -82,9 +82,16 @@ class Network:
         ip(*port, "add", name, "type", "veth", "peer", "name", "eth0", "netns", namespace)
         ip(*port, "set", name, "master", "bridge", "up")
         ip("-n", namespace, "link", "set", "lo", "up")
-        ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
         ip("-n", namespace, "link", "set", "eth0", "up")
+        self.add_address(name, address)
         return address
+
+    def add_address(self, host: str, address: str) -> None:
+        ip("-n", self.namespace(host), "address", "add", f"{address}/24", "dev", "eth0")
+
+    def remove_addresses(self, host: str) -> None:
+        """Leave the host with its loopback interface alone."""
+        ip("-n", self.namespace(host), "address", "flush", "dev", "eth0")
 
     def namespace(self, host: str) -> str:
         return f"{self._prefix}-{host}"
@@ -168,10 +175,10 @@ class NetworkCluster(Cluster):
         """Wait until the process has said ``text`` so often."""
         wait_for(lambda: self.log(name).count(text) >= times, timeout_s, f"{name}: {text!r}")
 
-    def is_searching(self, name: str) -> bool:
-        """True while an agent listens for mDNS."""
-        table = Path(f"/proc/{self.processes[name].pid}/net/udp").read_text()
-        return f":{MDNS_PORT:04X} " in table
+    def has_started(self, name: str) -> bool:
+        """True once an agent listens for others, which is when it begins to search."""
+        table = Path(f"/proc/{self.processes[name].pid}/net/tcp").read_text()
+        return f" {TCP_LISTEN:02X} " in table
 
 
 def ip(*arguments: str) -> str:

@@ -19,6 +19,7 @@ from model.quantize import Format
 from tests.system.cluster import FIXTURES, ROOT, START_TIMEOUT_S, last_json, wait_for
 from tests.system.namespaces import Network, NetworkCluster, unavailable
 from wire import limits
+from wire.discovery import SEARCH_ROUND_S
 
 pytestmark = pytest.mark.netns
 
@@ -29,6 +30,9 @@ FOUND_WITHIN_S = 5.0
 
 LOST_WITHIN_S = 10.0
 """How long a user may wait to be told that a device is gone."""
+
+ZEROCONF_ASKS_S = 14.0
+"""How long zeroconf asks for a service when nobody answers: an agent must go on after that."""
 
 UNHEARD = "no coordinator of cluster {!r} answers by mDNS"
 AGENTS = ("ash", "oak")
@@ -102,8 +106,18 @@ def test_new_agents_find_a_running_coordinator(cluster: NetworkCluster) -> None:
     cluster.start_coordinator()
     for name in AGENTS:
         cluster.start_agent(name)
-    wait_for(lambda: all(map(cluster.is_searching, AGENTS)), START_TIMEOUT_S, "the search")
+    wait_for(lambda: all(map(cluster.has_started, AGENTS)), START_TIMEOUT_S, "the agents' start")
     wait_until_listed(cluster, AGENTS, time.monotonic(), "agents started last")
+
+
+@pytest.mark.parametrize("late", ["hub", "ash"], ids=["coordinator", "agent"])
+def test_an_address_may_come_late(cluster: NetworkCluster, late: str) -> None:
+    cluster.network.remove_addresses(late)
+    cluster.start_coordinator()
+    cluster.start_agent("ash")
+    cluster.wait_for_line("ash", UNHEARD.format("shoal"), START_TIMEOUT_S)
+    cluster.network.add_address(late, "10.77.0.99")
+    wait_until_listed(cluster, ("ash",), time.monotonic(), f"address of {late} came last")
 
 
 def test_clusters_of_other_names_do_not_mix(network: Network, tmp_path: Path) -> None:
@@ -219,8 +233,8 @@ def test_a_host_that_loses_its_link_is_named_and_returns(
     assert generation.returncode == 1
     assert f"{victim}: device lost" in stderr
     cluster.wait_for_line(victim, "; trying again", LOST_WITHIN_S)
-    # It has given up its search's first questions by then, which nobody could hear.
     cluster.wait_for_line(victim, UNHEARD.format("shoal"), LOST_WITHIN_S)
+    time.sleep(ZEROCONF_ASKS_S - SEARCH_ROUND_S + 1)
     cluster.network.plug_cable(victim)
     wait_until_listed(cluster, AGENTS, time.monotonic(), "link healed")
     load_on_two(cluster, endless, ENDLESS_CONTEXT)

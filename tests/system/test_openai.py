@@ -145,6 +145,13 @@ def test_bad_requests_get_an_error_object(
     assert answer.json()["error"]["message"]
 
 
+def test_unknown_routes_and_methods_get_an_error_object(serving: Cluster) -> None:
+    for method, path, status in (("GET", "/v1/nothing", 404), ("PUT", "/v1/completions", 405)):
+        answer = httpx.request(method, serving.url + path, trust_env=False)
+        assert answer.status_code == status
+        assert path in answer.json()["error"]["message"]
+
+
 def test_requests_wait_their_turn_and_all_are_answered(client: openai.OpenAI, model: str) -> None:
     import concurrent.futures
 

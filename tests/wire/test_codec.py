@@ -36,7 +36,7 @@ def strategy(annotation: Any) -> st.SearchStrategy[Any]:
     if annotation is int:
         return st.integers(-(2**63), 2**63 - 1)
     if annotation is float:
-        return st.floats(allow_nan=False, allow_infinity=False)
+        return st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
     if annotation is str:
         return st.text(max_size=20)
     if annotation is bool:

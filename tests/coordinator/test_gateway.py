@@ -1,0 +1,445 @@
+"""Generations over real control connections, whose other ends answer as stages do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from coordinator import gateway
+from coordinator.artifacts import ArtifactStore
+from coordinator.errors import (
+    AgentFailed,
+    AgentLost,
+    CoordinatorError,
+    NotLoaded,
+    RequestInvalid,
+    Stalled,
+)
+from coordinator.fleet import Deployment, Fleet, PlanRequest
+from coordinator.gateway import Gateway, Piece, Timing, _StopFilter, room_for_answer
+from coordinator.members import Member, Roster
+from model.checkpoint import Checkpoint
+from model.tokenizer import Tokenizer
+from wire.connection import AsyncConnection, serve
+from wire.messages import (
+    AgentHello,
+    Done,
+    Endpoint,
+    FinishReason,
+    Heartbeat,
+    Message,
+    PeerLost,
+    ReleaseSequence,
+    Sampling,
+    SequenceFailed,
+    StartSequence,
+    TokenSampled,
+    UnloadStage,
+)
+from wire.profile import DeviceProfile
+
+LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
+EPOCH = 3
+CONTEXT = 32
+SAMPLING = Sampling(8, ())
+PROFILE = DeviceProfile(
+    "x86_64", "test", 1, 1, "onnx_cpu", "1", ((32, 32),), 1 << 30, 1 << 30, 1 << 30, 1e9, 1e9
+)
+
+
+# ---- stop strings ------------------------------------------------------------------------------
+
+
+def shown(stop: list[str], *texts: str) -> tuple[str, bool]:
+    """All that a filter lets through of ``texts``, and whether it met a stop string."""
+    stops, result = _StopFilter(stop), ""
+    for text in texts:
+        piece, stopped = stops.feed(text)
+        result += piece
+        if stopped:
+            return result, True
+    return result + stops.rest(), False
+
+
+@pytest.mark.parametrize(
+    ("stop", "texts", "expected"),
+    [
+        ([], ["a", "b"], ("ab", False)),
+        (["x"], ["abc"], ("abc", False)),
+        (["END"], ["one E", "N", "D two"], ("one ", True)),
+        (["END"], ["one E", "N", " two"], ("one EN two", False)),
+        (["END"], ["EEND"], ("E", True)),
+        (["END"], ["E", "E", "N", "D"], ("E", True)),
+        (["aab"], ["a", "a", "a", "b"], ("a", True)),
+        (["END"], ["to the E"], ("to the E", False)),
+        (["b", "abc"], ["xab"], ("xa", True)),
+        (["abc", "b"], ["xa", "bc"], ("x", True)),
+        (["\n\n"], ["a\n", "\nb"], ("a", True)),
+        (["é"], ["caf", "é!"], ("caf", True)),
+    ],
+)
+def test_a_stop_string_ends_the_text_and_is_not_shown(
+    stop: list[str], texts: list[str], expected: tuple[str, bool]
+) -> None:
+    assert shown(stop, *texts) == expected
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    stops = _StopFilter(["END"])
+    assert stops.feed("an EN") == ("an ", False)
+    assert stops.feed("E") == ("EN", False)
+    assert stops.feed("ND") == ("", True)
+
+
+# ---- room and timing ---------------------------------------------------------------------------
+
+
+def test_room_for_an_answer() -> None:
+    spec = Checkpoint.open(LLAMA).spec
+    assert room_for_answer(CONTEXT - 1, CONTEXT, spec) == 1
+    with pytest.raises(RequestInvalid, match="larger --context"):
+        room_for_answer(CONTEXT, CONTEXT, spec)
+    with pytest.raises(RequestInvalid, match=r"shorten it$"):
+        room_for_answer(spec.max_context, spec.max_context, spec)
+    with pytest.raises(RequestInvalid, match="empty"):
+        room_for_answer(0, CONTEXT, spec)
+
+
+def test_speeds_are_known_once_they_can_be() -> None:
+    timing = Timing(prompt_tokens=10, started_s=1.0)
+    assert (timing.prefill_tokens_per_s, timing.decode_tokens_per_s) == (None, None)
+    timing.first_s, timing.last_s, timing.tokens = 3.0, 3.0, 1
+    assert (timing.prefill_tokens_per_s, timing.decode_tokens_per_s) == (5.0, None)
+    timing.last_s, timing.tokens = 4.0, 5
+    assert timing.decode_tokens_per_s == 4.0
+
+
+# ---- sequences ---------------------------------------------------------------------------------
+
+
+class Cluster:
+    """A gateway over a deployment of two members; a test plays the agents."""
+
+    def __init__(self, directory: Path) -> None:
+        self.roster = Roster(
+            "test",
+            lambda member, message: self.gateway.on_event(member, message),
+            lambda member, error: self.gateway.on_lost(member, error),
+        )
+        self.fleet = Fleet(self.roster, ArtifactStore(directory))
+        self.gateway = Gateway(self.fleet)
+        self.agents: list[AsyncConnection] = []
+
+    async def handle(self, connection: AsyncConnection) -> None:
+        message, _ = await connection.receive(5)
+        assert isinstance(message, AgentHello)
+        await self.roster.serve(message, connection)
+
+    async def join(self, port: int) -> None:
+        for name in ("first", "last"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            agent = AsyncConnection(reader, writer)
+            await agent.send(AgentHello(name, name, "1", (Endpoint("127.0.0.1", 1),), PROFILE))
+            await agent.receive(5)
+            self.agents.append(agent)
+
+    def deploy(self) -> Deployment:
+        self.fleet.deployment = Deployment(
+            name="llama",
+            model=LLAMA,
+            spec=Checkpoint.open(LLAMA).spec,
+            tokenizer=Tokenizer.load(LLAMA),
+            plan=cast(Any, SimpleNamespace(prefill_s_per_token=0.0)),
+            epoch=EPOCH,
+            slots=1,
+            context_tokens=CONTEXT,
+            members=self.roster.members,
+            loaded=(),
+        )
+        return self.fleet.deployment
+
+    def member(self, name: str) -> Member:
+        return next(member for member in self.roster.members if member.name == name)
+
+    async def begun(self) -> StartSequence:
+        message = await said(self.agents[0])
+        assert isinstance(message, StartSequence)
+        return message
+
+    async def sample(
+        self, number: int, text: str, finish: FinishReason = "", *, cut: int | None = None
+    ) -> None:
+        """The last stage's tokens, one per byte (up to ``cut``); the last one has ``finish``."""
+        tokens = Tokenizer.load(LLAMA).encode(text, add_special=False)[:cut]
+        assert cut is not None or len(tokens) == len(text.encode())
+        for index, token in enumerate(tokens):
+            reason: FinishReason = finish if index == len(tokens) - 1 else ""
+            await self.agents[1].send(TokenSampled(EPOCH, number, index, token, reason))
+
+
+async def said(agent: AsyncConnection) -> Message:
+    """What the coordinator says next, heartbeats aside."""
+    while True:
+        message, _ = await agent.receive(5)
+        if not isinstance(message, Heartbeat):
+            return message
+
+
+@asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[Cluster]:
+    cluster = Cluster(directory)
+    server, port = await serve("127.0.0.1", 0, cluster.handle)
+    try:
+        await cluster.join(port)
+        yield cluster
+    finally:
+        server.close()
+        cluster.roster.close()
+        for agent in cluster.agents:
+            agent.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[[Callable[[Cluster], Awaitable[None]]], None]:
+    def run(test: Callable[[Cluster], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with running(tmp_path) as cluster:
+                await asyncio.wait_for(test(cluster), 30)
+
+        asyncio.run(main())
+
+    return run
+
+
+Run = Callable[[Callable[[Cluster], Awaitable[None]]], None]
+
+
+async def collect(
+    cluster: Cluster,
+    prompt: tuple[int, ...] = (1, 2),
+    sampling: Sampling = SAMPLING,
+    stop: tuple[str, ...] = (),
+) -> list[Piece]:
+    deployment = cluster.fleet.require_deployment()
+    return [piece async for piece in cluster.gateway.generate(deployment, prompt, sampling, stop)]
+
+
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def test_an_answer_and_its_release(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster, (1,) * (CONTEXT - 3)))
+        begun = await cluster.begun()
+        assert begun.sampling.max_tokens == 3
+        await cluster.sample(begun.sequence, "é!", "length")
+        pieces = await task
+        assert [(piece.text, piece.finish) for piece in pieces] == [
+            ("", ""),
+            ("é", ""),
+            ("!", "length"),
+        ]
+        for agent in cluster.agents:
+            assert await said(agent) == ReleaseSequence(EPOCH, begun.sequence)
+
+    run(test)
+
+
+def test_half_a_character_at_the_end(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster))
+        begun = await cluster.begun()
+        await cluster.sample(begun.sequence, "aé", "length", cut=2)
+        assert text_of(await task) == "a\N{REPLACEMENT CHARACTER}"
+
+    run(test)
+
+
+def test_a_stop_string_cancels_the_sequence(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster, stop=("END",)))
+        begun = await cluster.begun()
+        await cluster.sample(begun.sequence, "an END of")
+        pieces = await task
+        assert text_of(pieces) == "an "
+        assert pieces[-1].finish == "stop"
+        assert sum(len(piece.tokens) for piece in pieces) == len(b"an END")
+        for agent in cluster.agents:
+            assert await said(agent) == ReleaseSequence(EPOCH, begun.sequence)
+
+    run(test)
+
+
+def test_a_stop_token_is_no_part_of_the_answer_and_frees_what_was_held(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster, stop=("END",)))
+        begun = await cluster.begun()
+        await cluster.sample(begun.sequence, "an EN\n", "stop")
+        pieces = await task
+        assert text_of(pieces) == "an EN"
+        assert pieces[-1] == Piece("EN", (), "stop")
+
+    run(test)
+
+
+def test_closing_cancels_and_the_next_in_line_has_its_turn(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        async with aclosing(cluster.gateway.generate(deployment, (1, 2), SAMPLING)) as pieces:
+            waiting = asyncio.ensure_future(anext(pieces))
+            begun = await cluster.begun()
+            task = asyncio.ensure_future(collect(cluster, (5,)))
+            await cluster.sample(begun.sequence, "a")
+            assert (await waiting).text == "a"
+        for agent in cluster.agents:
+            assert await said(agent) == ReleaseSequence(EPOCH, begun.sequence)
+        following = await cluster.begun()
+        assert following.prompt == (5,)
+        # What the first one's stages had on the way, another epoch's, and who must not sample.
+        await cluster.sample(begun.sequence, "old", "length")
+        await cluster.agents[1].send(TokenSampled(EPOCH - 1, following.sequence, 0, 65, "length"))
+        await cluster.agents[0].send(TokenSampled(EPOCH, following.sequence, 0, 65, "length"))
+        await cluster.sample(following.sequence, "new", "length")
+        assert text_of(await task) == "new"
+
+    run(test)
+
+
+async def loss(cluster: Cluster) -> None:
+    cluster.agents[1].close()
+
+
+async def lost_hop(cluster: Cluster) -> None:
+    await cluster.agents[0].send(PeerLost(EPOCH, "last", "reset"))
+
+
+async def unload(cluster: Cluster) -> None:
+    async def answer(agent: AsyncConnection) -> None:
+        message = await said(agent)
+        while not isinstance(message, UnloadStage):
+            message = await said(agent)
+        await agent.send(Done(message.request))
+
+    unloading = asyncio.ensure_future(cluster.fleet.unload())
+    await asyncio.gather(*(answer(agent) for agent in cluster.agents))
+    assert await unloading == "llama"
+
+
+async def stop(cluster: Cluster) -> None:
+    cluster.fleet.close()
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "words"),
+    [
+        (loss, AgentLost, "last: device lost"),
+        (lost_hop, AgentLost, "last: device lost .first cannot reach it"),
+        (unload, NotLoaded, "unloaded"),
+        (stop, NotLoaded, "stopped"),
+    ],
+)
+def test_whatever_ends_a_deployment_ends_its_sequences(
+    run: Run,
+    end: Callable[[Cluster], Awaitable[None]],
+    error: type[CoordinatorError],
+    words: str,
+) -> None:
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        running_one = asyncio.ensure_future(collect(cluster))
+        begun = await cluster.begun()
+        waiting_one = asyncio.ensure_future(collect(cluster))
+        await cluster.sample(begun.sequence, "a")
+        await end(cluster)
+        for task in (running_one, waiting_one):
+            with pytest.raises(error, match=words):
+                await task
+        with pytest.raises(error, match=words):
+            deployment.require()
+
+    run(test)
+
+
+def test_a_broken_deployment_keeps_nothing_of_who_asked(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        await stop(cluster)
+        for _ in range(3):
+            with pytest.raises(NotLoaded) as raised:
+                deployment.require()
+            assert len(raised.traceback) == 2
+
+    run(test)
+
+
+def test_a_stage_that_cannot_go_on_ends_one_sequence_only(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster))
+        begun = await cluster.begun()
+        await cluster.agents[0].send(SequenceFailed(EPOCH, begun.sequence, "no memory"))
+        with pytest.raises(AgentFailed, match="first: no memory"):
+            await task
+        deployment.require()
+
+    run(test)
+
+
+def test_devices_that_live_and_give_no_token_are_not_waited_for_for_ever(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "STALL_S", 0.2)
+
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster))
+        begun = await cluster.begun()
+        await cluster.sample(begun.sequence, "a")
+        with pytest.raises(Stalled, match="no token came"):
+            await task
+        for agent in cluster.agents:
+            assert await said(agent) == ReleaseSequence(EPOCH, begun.sequence)
+        deployment.require()
+
+    run(test)
+
+
+# ---- what users may ask of the fleet -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "relative/path"),
+        ("model", 7),
+        ("bits", []),
+        ("bits", [7]),
+        ("bits", [4.0]),
+        ("bits", [[4]]),
+        ("bits", [True]),
+        ("scheme", "nope"),
+        ("scheme", []),
+        ("max_weight_error", -1),
+        ("max_weight_error", "none"),
+        ("context_tokens", 0),
+        ("context_tokens", 1.5),
+        ("time_limit_s", 0),
+        ("time_limit_s", None),
+        ("colour", "red"),
+    ],
+)
+def test_a_plan_request_that_makes_no_sense_is_refused(field: str, value: object) -> None:
+    values: dict[str, object] = {"model": "/models/llama", field: value}
+    with pytest.raises(RequestInvalid, match=field):
+        PlanRequest.from_dict(values)

@@ -1,0 +1,276 @@
+"""The coordinator's side of control connections, on real loopback sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from coordinator.members import Member, Roster
+from wire import limits
+from wire.codec import MAGIC, PREFIX
+from wire.connection import AsyncConnection, serve
+from wire.errors import ConnectionLost
+from wire.messages import (
+    PROTOCOL_VERSION,
+    AgentHello,
+    CancelRequest,
+    CoordinatorWelcome,
+    Done,
+    Endpoint,
+    Heartbeat,
+    JoinRefused,
+    Message,
+    PeerHello,
+    Progress,
+    RequestFailed,
+    StageLoaded,
+    UnloadStage,
+)
+from wire.profile import DeviceProfile
+
+PROFILE = DeviceProfile(
+    machine="x86_64",
+    processor="test",
+    cores=1,
+    threads=1,
+    backend="onnx_cpu",
+    backend_version="1",
+    container_bits=((32, 32),),
+    memory_bytes=1 << 30,
+    memory_total_bytes=1 << 30,
+    storage_bytes=1 << 30,
+    memory_read_bytes_per_s=1e9,
+    disk_write_bytes_per_s=1e9,
+)
+MODEL_CODE = 10
+"""Code of MeasureModel, the message with the most freedom in its header."""
+
+
+def hello(device: str = "0123", name: str = "pi") -> AgentHello:
+    return AgentHello(device, name, "1", (Endpoint("127.0.0.1", 1),), PROFILE)
+
+
+@dataclass
+class Coordinator:
+    """A roster behind a listening socket, and what it told."""
+
+    port: int = 0
+    lost: list[tuple[Member, AgentLost]] = field(default_factory=list)
+    events: list[Message] = field(default_factory=list)
+    ended: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
+    connections: list[AsyncConnection] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.roster = Roster(
+            "test",
+            lambda member, message: self.events.append(message),
+            lambda member, error: self.lost.append((member, error)),
+        )
+
+    async def handle(self, connection: AsyncConnection) -> None:
+        try:
+            message, _ = await connection.receive(5)
+            assert isinstance(message, AgentHello)
+            await self.roster.serve(message, connection)
+        finally:
+            self.ended.put_nowait(None)
+
+    async def join(self, message: AgentHello) -> AsyncConnection:
+        connection = await self.connect()
+        await connection.send(message)
+        return connection
+
+    async def connect(self) -> AsyncConnection:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.connections.append(AsyncConnection(reader, writer))
+        return self.connections[-1]
+
+    async def joined(self, message: AgentHello) -> tuple[AsyncConnection, Member]:
+        connection = await self.join(message)
+        answer = await next_message(connection)
+        assert isinstance(answer, CoordinatorWelcome)
+        return connection, next(m for m in self.roster.members if m.name == answer.name)
+
+
+async def next_message(connection: AsyncConnection) -> Message:
+    """The next message that is no heartbeat."""
+    while True:
+        message, _ = await connection.receive(5)
+        if not isinstance(message, Heartbeat):
+            return message
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Coordinator]:
+    coordinator = Coordinator()
+    server, coordinator.port = await serve("127.0.0.1", 0, coordinator.handle)
+    try:
+        yield coordinator
+    finally:
+        server.close()
+        coordinator.roster.close()
+        for connection in coordinator.connections:
+            connection.close()
+
+
+def run(test: Callable[[Coordinator], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with running() as coordinator:
+            await asyncio.wait_for(test(coordinator), 30)
+
+    asyncio.run(main())
+
+
+def test_names_are_made_unique() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        with pytest.raises(NoAgents, match="no agent has joined"):
+            coordinator.roster.require_members()
+        for device, name in (("a", "pi"), ("b", "pi"), ("c", "pi")):
+            await coordinator.joined(hello(device, name))
+        assert [m.name for m in coordinator.roster.require_members()] == ["pi", "pi-2", "pi-3"]
+
+    run(test)
+
+
+def test_an_agent_that_joins_again_replaces_itself() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        old, member = await coordinator.joined(hello())
+        waiting = asyncio.ensure_future(member.request(UnloadStage, Done))
+        assert await next_message(old) == UnloadStage(1)
+        new, successor = await coordinator.joined(hello())
+        with pytest.raises(AgentLost, match="joined again"):
+            await waiting
+        with pytest.raises(ConnectionLost):
+            await next_message(old)
+        await coordinator.ended.get()
+        assert coordinator.roster.members == (successor,)
+        assert [lost for lost, _ in coordinator.lost] == [member]
+        waiting = asyncio.ensure_future(successor.request(UnloadStage, Done))
+        assert await next_message(new) == UnloadStage(1)
+        await new.send(Done(1))
+        assert await waiting == Done(1)
+        with pytest.raises(AgentLost):
+            await member.request(UnloadStage, Done)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        hello(device=""),
+        hello(device="x" * 65),
+        hello(name=""),
+        hello(name="x" * 64),
+        hello(name="a\nb"),
+        AgentHello("a", "a", "1", (), PROFILE),
+    ],
+)
+def test_a_hello_that_makes_no_sense_is_refused(message: AgentHello) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        connection = await coordinator.join(message)
+        assert isinstance(await next_message(connection), JoinRefused)
+        assert coordinator.roster.members == ()
+
+    run(test)
+
+
+def test_nobody_joins_a_coordinator_that_stops() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        _, member = await coordinator.joined(hello())
+        coordinator.roster.close()
+        assert member.lost is not None
+        connection = await coordinator.join(hello())
+        assert await next_message(connection) == JoinRefused("the coordinator stops")
+
+    run(test)
+
+
+def test_answers_reach_who_asked() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        connection, member = await coordinator.joined(hello())
+        seen: list[Progress] = []
+        waiting = asyncio.ensure_future(member.request(UnloadStage, Done, seen.append))
+        assert await next_message(connection) == UnloadStage(1)
+        await connection.send(Done(99))
+        await connection.send(Progress(1, "load", 1, 2, "bytes"))
+        await connection.send(Done(1))
+        await connection.send(Done(1))
+        assert await waiting == Done(1)
+        assert seen == [Progress(1, "load", 1, 2, "bytes")]
+        for answer, words in (
+            (RequestFailed(2, "no memory"), "pi: no memory"),
+            (StageLoaded(3, 1, 1, 0.1), "unexpected answer"),
+        ):
+            waiting = asyncio.ensure_future(member.request(UnloadStage, Done))
+            await next_message(connection)
+            await connection.send(answer)
+            with pytest.raises(AgentFailed, match=words):
+                await waiting
+
+    run(test)
+
+
+def test_an_agent_is_told_that_nobody_waits_any_more() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        connection, member = await coordinator.joined(hello())
+        waiting = asyncio.ensure_future(member.request(UnloadStage, Done))
+        assert await next_message(connection) == UnloadStage(1)
+        waiting.cancel()
+        assert await next_message(connection) == CancelRequest(1)
+
+    run(test)
+
+
+def test_silence_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LIVENESS_S", 0.1)
+
+    async def test(coordinator: Coordinator) -> None:
+        _, member = await coordinator.joined(hello())
+        with pytest.raises(AgentLost, match=r"was silent for 0\.1 s"):
+            await member.request(UnloadStage, Done)
+        assert coordinator.roster.members == ()
+
+    run(test)
+
+
+NESTED = b"\x93\x01" + b"\x81\xa1a" * 900 + b"\x80" + b"\x91\x04"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, MODEL_CODE, len(NESTED), 0) + NESTED,
+        PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, MODEL_CODE, 4, 0) + b"\xff" * 4,
+        b"GET / HTTP/1.1\r\n\r\n\r\n",
+    ],
+    ids=["nested", "malformed", "foreign"],
+)
+def test_a_member_that_breaks_the_protocol_is_lost(data: bytes) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", coordinator.port)
+        connection = AsyncConnection(reader, writer)
+        await connection.send(hello())
+        assert isinstance(await next_message(connection), CoordinatorWelcome)
+        writer.write(data)
+        await coordinator.ended.get()
+        assert coordinator.roster.members == ()
+        assert len(coordinator.lost) == 1
+        connection.close()
+
+    run(test)
+
+
+def test_a_member_that_sends_what_only_others_may_is_lost() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        connection, _ = await coordinator.joined(hello())
+        await connection.send(PeerHello("a", "b"))
+        await coordinator.ended.get()
+        assert coordinator.roster.members == ()
+
+    run(test)
