@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,24 +78,33 @@ def profile_device(
 
 def measure_memory_read(threads: int) -> float:
     """Bytes per second that ``threads`` threads read together from main memory, at best."""
-    available_bytes, _ = memory_bytes()
-    items = max(min(_READ_BUFFER_BYTES, available_bytes // 8) // 8, 1 << 16)
+    items = _buffer_items()
     parts = np.array_split(np.ones(items, np.int64), threads)
-    best_s = math.inf
-    with ThreadPoolExecutor(threads) as pool:
-        started_s = time.perf_counter()
-        while time.perf_counter() - started_s < _READ_TIME_S:
-            before_s = time.perf_counter()
-            # numpy lets go of the interpreter lock while it reduces.
-            list(pool.map(np.bitwise_or.reduce, parts))
-            best_s = min(best_s, time.perf_counter() - before_s)
-    return items * 8 / best_s
+    # numpy lets go of the interpreter lock while it reduces.
+    return items * 8 / _best_s(threads, np.bitwise_or.reduce, parts)
+
+
+def measure_memory_copy(threads: int) -> float:
+    """Bytes per second, read plus written, of ``threads`` threads copying in main memory."""
+    items = _buffer_items() // 2
+    sources = np.array_split(np.ones(items, np.int64), threads)
+    targets = np.array_split(np.zeros(items, np.int64), threads)
+    return 2 * items * 8 / _best_s(threads, np.copyto, targets, sources)
 
 
 def measure_disk_write(directory: Path) -> float:
     """Bytes per second of a short file in ``directory``, written through to the disk.
 
     Raises OSError where it cannot be written.
+    """
+    return measure_disk(directory)[0]
+
+
+def measure_disk(directory: Path) -> tuple[float, float | None]:
+    """(written, read) bytes per second of a short file in ``directory``, past the page cache.
+
+    Read is None where the file system cannot be read past it. Raises OSError where the file
+    cannot be written.
     """
     chunk = np.random.default_rng(0).bytes(_WRITE_CHUNK_BYTES)
     written = 0
@@ -104,7 +116,44 @@ def measure_disk_write(directory: Path) -> float:
             os.fsync(file.fileno())
             written += len(chunk)
             elapsed_s = time.perf_counter() - started_s
-    return written / elapsed_s
+        return written / elapsed_s, _disk_read(Path(file.name))
+
+
+def _disk_read(path: Path) -> float | None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return None
+    try:
+        # Direct reads need memory that starts at a page.
+        with mmap.mmap(-1, _WRITE_CHUNK_BYTES) as buffer:
+            started_s = time.perf_counter()
+            size = 0
+            while count := os.readv(handle, [buffer]):
+                size += count
+            return size / (time.perf_counter() - started_s)
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+
+
+def _buffer_items() -> int:
+    """Eight-byte items that the memory measurements go over."""
+    available_bytes, _ = memory_bytes()
+    return max(min(_READ_BUFFER_BYTES, available_bytes // 8) // 8, 1 << 16)
+
+
+def _best_s(threads: int, work: Callable[..., object], *parts: Sequence[Any]) -> float:
+    """Least seconds in which ``threads`` threads do ``work`` on all parts, of several tries."""
+    best_s = math.inf
+    with ThreadPoolExecutor(threads) as pool:
+        started_s = time.perf_counter()
+        while time.perf_counter() - started_s < _READ_TIME_S:
+            before_s = time.perf_counter()
+            list(pool.map(work, *parts))
+            best_s = min(best_s, time.perf_counter() - before_s)
+    return best_s
 
 
 def _storage_bytes(cache_dir: Path) -> int:

@@ -8,8 +8,8 @@ call; so the time of a stage is predicted as ``call_s`` plus the sum of its bloc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil, prod
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from backends.base import Backend, StageOptions
+from backends.base import Backend, Capabilities, Stage, StageOptions
 from calibration.machine import hardware_id, memory_bytes
 from calibration.store import CalibrationStore
 from model.artifact import write_artifact
@@ -52,7 +52,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """One shape at one width to time, and the widths that run as the same kernels."""
 
     kind: TimingKind
@@ -80,22 +80,17 @@ def measure_model(
     Raises BackendError where the backend fails, CheckpointError where the disk is full.
     """
     capabilities = backend.probe()
-    tasks = _tasks(spec, bits, capabilities.container_bits)
+    tasks = timing_tasks(spec, bits, capabilities.container_bits)
     if directory is None and store is not None:
         directory = store.path.parent
         directory.mkdir(parents=True, exist_ok=True)
-    common = {
-        "hardware": hardware_id(),
-        "backend": capabilities.backend,
-        "version": capabilities.version,
-        "threads": threads,
-    }
-    bench = _Bench(backend, threads, directory)
+    common = machine_key(capabilities, threads)
+    bench = Bench(backend, threads, directory)
     timings: list[BlockTiming] = []
     for done, task in enumerate(tasks):
         if progress is not None:
             progress(done, len(tasks))
-        key = common | _dependencies(spec, task)
+        key = common | timing_dependencies(spec, task)
         seconds = None if store is None else store.get(key)
         if seconds is None or len(seconds) != 2:
             seconds = bench.run(spec, task)
@@ -110,24 +105,34 @@ def measure_model(
     return tuple(timings)
 
 
+def machine_key(capabilities: Capabilities, threads: int) -> dict[str, Any]:
+    """What every timing depends on besides the shape."""
+    return {
+        "hardware": hardware_id(),
+        "backend": capabilities.backend,
+        "version": capabilities.version,
+        "threads": threads,
+    }
+
+
 def measure_call(backend: Backend, threads: int, directory: Path | None = None) -> float:
     """Seconds that a call of a stage takes besides its blocks, from stages of tiny layers."""
-    return _Bench(backend, threads, directory).call_s
+    return Bench(backend, threads, directory).call_s
 
 
-class _Bench:
+class Bench:
     """Builds stages of random blocks, times them, and leaves nothing behind."""
 
     def __init__(self, backend: Backend, threads: int, directory: Path | None) -> None:
-        self._backend = backend
-        self._threads = threads
+        self.backend = backend
+        self.threads = threads
         self._directory = directory
         self._call_s: float | None = None
 
     @property
     def call_s(self) -> float:
         if self._call_s is None:
-            bits = min(self._backend.probe().container_bits)
+            bits = min(self.backend.probe().container_bits)
             few, many = (_tiny_model(layers) for layers in (1, 1 + MAX_TIMED_LAYERS))
             (few_s,) = self._time(few, range(1, 2), bits, (1,))
             (many_s,) = self._time(many, range(1, 2 + MAX_TIMED_LAYERS), bits, (1,))
@@ -135,7 +140,7 @@ class _Bench:
             self._call_s = max(few_s - layer_s, 0.0)
         return self._call_s
 
-    def run(self, spec: ModelSpec, task: _Task) -> tuple[float, float] | None:
+    def run(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
         """(decode_s, prefill_s_per_token), or None where the block does not fit here."""
         if task.kind == "embedding":
             return self._embedding(spec, task)
@@ -143,40 +148,32 @@ class _Bench:
             return self._head(spec, task)
         return self._layer(spec, task)
 
-    def _embedding(self, spec: ModelSpec, task: _Task) -> tuple[float, float] | None:
+    def _embedding(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
         small = replace(spec, vocab=min(spec.vocab, EMBEDDING_ROWS))
-        if not _fits(small, range(1), task):
+        if not fits_memory(small, range(1), task):
             return None
-        chunk = _chunk_tokens(spec)
+        chunk = chunk_tokens(spec)
         decode_s, prefill_s = self._time(small, range(1), task.bits, (1, chunk))
         return decode_s, prefill_s / chunk
 
-    def _layer(self, spec: ModelSpec, task: _Task) -> tuple[float, float] | None:
-        layer = _variants(spec)[task.variant]
-        single = replace(spec, layers=(layer,))
-        one_bytes = executed_bytes(single, 1, Format.of(task.bits), task.container_bits)
-        wanted = min(ceil(STAGE_BYTES / one_bytes), MAX_TIMED_LAYERS, spec.layers.count(layer))
-        for count in range(wanted, 0, -1):
-            several = replace(spec, layers=(layer,) * count)
-            blocks = range(1, 1 + count)
-            if not _fits(several, blocks, task):
-                continue
-            chunk = _chunk_tokens(spec)
-            decode_s, prefill_s = (
-                # Never less than half: a call is not worth more than a layer of any real model.
-                max(seconds - self.call_s, seconds / 2) / count
-                for seconds in self._time(several, blocks, task.bits, (1, chunk))
-            )
-            return decode_s, prefill_s / chunk
-        return None
+    def _layer(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
+        several = timed_layers(spec, task)
+        if several is None:
+            return None
+        count, chunk = len(several.layers), chunk_tokens(spec)
+        decode_s, prefill_s = (
+            layer_share_s(seconds, self.call_s, count)
+            for seconds in self._time(several, range(1, 1 + count), task.bits, (1, chunk))
+        )
+        return decode_s, prefill_s / chunk
 
-    def _head(self, spec: ModelSpec, task: _Task) -> tuple[float, float] | None:
+    def _head(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
         head = range(spec.head_block, spec.head_block + 1)
         whole_bytes = executed_bytes(
             spec, spec.head_block, Format.of(task.bits), task.container_bits
         )
         vocab = min(spec.vocab, max(spec.vocab * HEAD_BYTES // whole_bytes, 1))
-        while not _fits(replace(spec, vocab=vocab), head, task):
+        while not fits_memory(replace(spec, vocab=vocab), head, task):
             if vocab == 1:
                 return None
             vocab //= 2
@@ -189,9 +186,18 @@ class _Bench:
     def _time(self, spec: ModelSpec, blocks: range, bits: int, rows: Sequence[int]) -> list[float]:
         """Median seconds of a call with each number of ``rows``, through a stage of random blocks,
         behind as many tokens as a chunk has."""
+        context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), chunk_tokens(spec)
+        options = StageOptions(1, context_tokens, self.threads)
+        inputs = random_inputs(spec, blocks, chunk)
+        with self.stage(spec, blocks, bits, options) as stage:
+            return [_median_s(partial(stage.forward, 0, chunk, inputs[:count])) for count in rows]
+
+    @contextmanager
+    def stage(
+        self, spec: ModelSpec, blocks: range, bits: int, options: StageOptions
+    ) -> Iterator[Stage]:
+        """A stage of random blocks, loaded for as long as the context lasts."""
         random = np.random.default_rng(0)
-        context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), _chunk_tokens(spec)
-        options = StageOptions(1, context_tokens, self._threads)
         with TemporaryDirectory(dir=self._directory, prefix=".calibration-") as name:
             artifacts = [
                 (
@@ -202,41 +208,61 @@ class _Bench:
                 )
                 for block in blocks
             ]
-            inputs: npt.NDArray[Any]
-            if blocks[0] == 0:
-                inputs = random.integers(0, spec.vocab, chunk)
-            else:
-                inputs = random.standard_normal((chunk, spec.hidden), np.float32)
-            with closing(self._backend.load(spec, artifacts, options)) as stage:
-                return [
-                    _median_s(partial(stage.forward, 0, chunk, inputs[:count])) for count in rows
-                ]
+            with closing(self.backend.load(spec, artifacts, options)) as stage:
+                yield stage
 
 
-def _tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[_Task]:
+def timed_layers(spec: ModelSpec, task: Task) -> ModelSpec | None:
+    """The model of as many equal layers as are timed at once; None where not even one fits."""
+    layer = layer_variants(spec)[task.variant]
+    single = replace(spec, layers=(layer,))
+    one_bytes = executed_bytes(single, 1, Format.of(task.bits), task.container_bits)
+    wanted = min(ceil(STAGE_BYTES / one_bytes), MAX_TIMED_LAYERS, spec.layers.count(layer))
+    for count in range(wanted, 0, -1):
+        several = replace(spec, layers=(layer,) * count)
+        if fits_memory(several, range(1, 1 + count), task):
+            return several
+    return None
+
+
+def random_inputs(spec: ModelSpec, blocks: range, rows: int) -> npt.NDArray[Any]:
+    """Token ids [rows] for a stage that begins with the embedding, else hidden [rows, hidden]."""
+    random = np.random.default_rng(0)
+    if blocks[0] == 0:
+        return random.integers(0, spec.vocab, rows)
+    return random.standard_normal((rows, spec.hidden), np.float32)
+
+
+def layer_share_s(seconds: float, call_s: float, layers: int) -> float:
+    """Seconds of one layer, from those of a stage of ``layers`` and of a call."""
+    # Never less than half: a call is not worth more than a layer of any real model.
+    return max(seconds - call_s, seconds / 2) / layers
+
+
+def timing_tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[Task]:
     usable = sorted({width for width in bits if width in containers})
     alike: dict[int, list[int]] = {}
     for width in usable:
         alike.setdefault(containers[width], []).append(width)
     # Embedding rows are unpacked from storage, so that each width is its own.
-    tasks = [_Task("embedding", 0, width, containers[width], (width,)) for width in usable]
+    tasks = [Task("embedding", 0, width, containers[width], (width,)) for width in usable]
     for container, widths in alike.items():
         shared = (widths[0], container, tuple(widths))
-        tasks += [_Task("layer", index, *shared) for index in range(len(_variants(spec)))]
-        tasks.append(_Task("head", 0, *shared))
+        tasks += [Task("layer", index, *shared) for index in range(len(layer_variants(spec)))]
+        tasks.append(Task("head", 0, *shared))
     return tasks
 
 
-def _variants(spec: ModelSpec) -> list[LayerSpec]:
+def layer_variants(spec: ModelSpec) -> list[LayerSpec]:
     """Distinct layer shapes by first appearance, which is how BlockTiming counts them."""
     return list(dict.fromkeys(spec.layers))
 
 
-def _dependencies(spec: ModelSpec, task: _Task) -> dict[str, Any]:
+def timing_dependencies(spec: ModelSpec, task: Task) -> dict[str, Any]:
     """What a timing depends on besides the machine."""
     key: dict[str, Any] = {"kind": task.kind, "context": min(spec.max_context, _CONTEXT_TOKENS)}
     if task.kind == "layer":
-        layer = _variants(spec)[task.variant]
+        layer = layer_variants(spec)[task.variant]
         count = min(spec.layers.count(layer), MAX_TIMED_LAYERS)
         return key | {"container": task.container_bits, "layer": asdict(layer), "layers": count}
     key |= {"hidden": spec.hidden, "embed": spec.embed_dim}
@@ -246,7 +272,7 @@ def _dependencies(spec: ModelSpec, task: _Task) -> dict[str, Any]:
     return key | {"container": task.container_bits, "vocab": spec.vocab, "norm": norm}
 
 
-def _fits(spec: ModelSpec, blocks: range, task: _Task) -> bool:
+def fits_memory(spec: ModelSpec, blocks: range, task: Task) -> bool:
     fmt = Format.of(task.bits)
     weights = sum(executed_bytes(spec, block, fmt, task.container_bits) for block in blocks)
     # The floats of one block, from which its artifact is made, come on top.
@@ -255,7 +281,7 @@ def _fits(spec: ModelSpec, blocks: range, task: _Task) -> bool:
     return max(LOAD_FACTOR * weights, weights + floats) < available_bytes
 
 
-def _chunk_tokens(spec: ModelSpec) -> int:
+def chunk_tokens(spec: ModelSpec) -> int:
     return max(1, min(PREFILL_CHUNK_TOKENS, spec.max_context // 2))
 
 
@@ -304,6 +330,16 @@ def _tiny_model(layers: int) -> ModelSpec:
 
 def _median_s(call: Callable[[], object]) -> float:
     """Median seconds of a call: a fifth of a second's worth of repeats, fewer of a slow one."""
+    return median_s(call, _MIN_REPEATS, _MIN_TIME_S, _MAX_TIME_S)
+
+
+def median_s(
+    call: Callable[[], object], min_repeats: int, min_time_s: float, max_time_s: float
+) -> float:
+    """Median seconds of a call, after one that does not count.
+
+    It is repeated until both minima are reached, or ``max_time_s`` is (once at least).
+    """
     call()
     times_s: list[float] = []
     started_s = before_s = time.perf_counter()
@@ -312,6 +348,6 @@ def _median_s(call: Callable[[], object]) -> float:
         now_s = time.perf_counter()
         times_s.append(now_s - before_s)
         before_s, elapsed_s = now_s, now_s - started_s
-        enough = len(times_s) >= _MIN_REPEATS and elapsed_s >= _MIN_TIME_S
-        if enough or elapsed_s >= _MAX_TIME_S:
+        enough = len(times_s) >= min_repeats and elapsed_s >= min_time_s
+        if enough or elapsed_s >= max_time_s:
             return float(np.median(times_s))

@@ -1,0 +1,529 @@
+"""How much each block's precision matters to what the model says, measured by distillation.
+
+Teacher is the original model, student the model with one block quantized. Its sensitivity is the
+mean Kullback-Leibler divergence KL(teacher || student) of their next-token distributions, over
+every position of a calibration text. The teacher runs once and leaves the input of each block
+on disk. The students of a block start from that input, and all of them go through the original
+blocks behind it together, one block in memory at a time.
+
+Cost, for L blocks, B widths and N tokens: about L^2 / 2 * B * N tokens through a layer, L * (B + 1)
+* N through the head; disk for L * N hidden rows; memory for two blocks in fp32, (B + 1) * N hidden
+rows and a few rows of logits. More blocks are kept where memory is free.
+
+Decoder layers run through a backend where one is given, which is several times as fast as the
+reference; embedding and head run as ``model.reference`` does, because a stage gives logits of a
+prompt's last row only. Activations are fp32 in both.
+
+Source: DILEMMA, "Estimating LLM Performance After Layer-wise Quantization" (teacher and student,
+the weight error); the divergence in place of the weights is this project's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backends.base import Backend, StageOptions
+from calibration.machine import memory_bytes
+from calibration.store import CalibrationStore
+from model.artifact import Tensor, read_block, write_artifact
+from model.checkpoint import Checkpoint
+from model.quantize import Format, QuantizedMatrix, Scheme
+from model.reference import ReferenceModel
+
+SEQUENCE_TOKENS = 128
+MAX_TOKENS = 1024
+
+_LOGITS = 1 << 23
+"""Of one student that are in memory at once, several times over."""
+
+_MAX_EXPONENT = 20.0
+"""Differences of logits up to which e^d is left to fp32."""
+
+_KEPT_SHARE = 0.4
+"""Of free memory, for blocks that are kept instead of read again."""
+
+_ERROR_WEIGHTS = 1 << 20
+
+Rows = npt.NDArray[Any]
+Run = Callable[[Rows], Rows]
+"""Token ids or hidden rows of the text to what a block makes of them."""
+Sequences = Sequence[Sequence[int]]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockQuality:
+    """What quantizing one block alone does.
+
+    ``kl`` is the mean over positions in nats; ``weight_error`` is max|w - w_b| over its matrices.
+    """
+
+    block: int
+    bits: int
+    kl: float
+    weight_error: float
+
+    @property
+    def normalized_weight_error(self) -> float:
+        """max|w - w_b| / 2^b, which is what DILEMMA bounds by delta."""
+        return self.weight_error / 2.0**self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How to run: what all public functions take."""
+
+    backend: Backend | None
+    threads: int
+    progress: Progress | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCheck:
+    """A plan's divergence as the sum over its blocks predicts it, and as it was measured."""
+
+    bits: tuple[int, ...]
+    predicted_kl: float
+    measured_kl: float
+
+
+def built_in_text() -> list[str]:
+    """Passages of the calibration text that comes with the package."""
+    return passages_of(Path(__file__).with_name("text.txt").read_text(encoding="utf-8"))
+
+
+def passages_of(text: str) -> list[str]:
+    """Passages of a text, which blank lines separate; line ends inside one become spaces."""
+    passages = (" ".join(part.split()) for part in text.split("\n\n"))
+    return [passage for passage in passages if passage]
+
+
+def split_passages(
+    passages: Iterable[Sequence[int]],
+    sequence_tokens: int = SEQUENCE_TOKENS,
+    max_tokens: int = MAX_TOKENS,
+) -> list[list[int]]:
+    """Token sequences to calibrate with: long passages are cut, the whole ends at ``max_tokens``.
+
+    Positions after a cut see nothing of what was before it. Single tokens are dropped.
+    """
+    sequences: list[list[int]] = []
+    left = max_tokens
+    for passage in passages:
+        for begin in range(0, len(passage), sequence_tokens):
+            piece = list(passage[begin : begin + min(sequence_tokens, left)])
+            if len(piece) < 2:
+                continue
+            sequences.append(piece)
+            left -= len(piece)
+            if left < 2:
+                return sequences
+    return sequences
+
+
+def divergences(expected: Rows, got: Rows) -> npt.NDArray[np.float64]:
+    """KL(softmax(expected) || softmax(got)) of each row of logits fp32 [n, vocab], in nats.
+
+    Good to about 1e-3 of itself where it is small, in fp32: with p the expected distribution, d the
+    difference of the logits and m its mean under p, it is log(1 + sum p (e^(d-m) - 1)), whose terms
+    of first order cancel before they are rounded.
+    """
+    chances = expected - expected.max(axis=1, keepdims=True)
+    np.exp(chances, out=chances)
+    total = chances.sum(axis=1, dtype=np.float64)
+    difference = got - expected
+    difference -= (np.einsum("ij,ij->i", chances, difference) / total)[:, None]
+    rest = np.einsum("ij,ij->i", chances, difference) / total  # What rounding left of the mean.
+    curved = np.minimum(difference, _MAX_EXPONENT)
+    np.expm1(curved, out=curved)
+    curved -= difference
+    result: npt.NDArray[np.float64] = np.einsum("ij,ij->i", chances, curved) / total
+    result = np.log1p(result + rest) - rest
+    for row in np.flatnonzero(difference.max(axis=1) > _MAX_EXPONENT):
+        # Far from each other: here fp64 is needed, and exact enough.
+        wide = difference[row].astype(np.float64)
+        weighted = np.log(chances[row], where=chances[row] > 0, out=np.full(len(wide), -np.inf))
+        result[row] = np.logaddexp.reduce(weighted + wide) - np.log(total[row]) - rest[row]
+    # Never negative but for the last digit of a sum.
+    return np.maximum(result, 0.0)
+
+
+def measure_quality(
+    checkpoint: Checkpoint,
+    bits: Sequence[int],
+    sequences: Sequences,
+    *,
+    scheme: Scheme = "rtn",
+    group_size: int = 32,
+    backend: Backend | None = None,
+    threads: int = 1,
+    store: CalibrationStore | None = None,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+) -> tuple[BlockQuality, ...]:
+    """Sensitivity of every block of a model at each of ``bits``, by block and then by width.
+
+    sequences: token ids, each at most the model's context. backend: what decoder layers run on;
+    None for the reference, which also runs embedding and head, and widths that the backend lacks.
+    What ``store`` holds for the same checkpoint, text and format is not measured again, and each
+    block is stored as soon as it is done: an interrupted run is taken up where it was. directory:
+    for hidden states and blocks meanwhile. ``progress`` is called with (done, all) passes.
+    Raises ValueError for unusable sequences, CheckpointError for unreadable or absurd weights and
+    a full disk, BackendError where the backend fails.
+    """
+    _check(checkpoint, sequences)
+    formats = {width: Format.of(width, scheme, group_size) for width in sorted(set(bits))}
+    blocks = range(checkpoint.spec.block_count)
+    key = _text_key(checkpoint, sequences)
+    found: dict[tuple[int, int], tuple[float, ...]] = {}
+    for block in blocks:
+        for width, fmt in formats.items():
+            known = None if store is None else store.get(key | _format_key(block, fmt))
+            if known is not None and len(known) == 2:
+                found[block, width] = known
+    missing = {
+        block: widths
+        for block in blocks
+        if (widths := [width for width in formats if (block, width) not in found])
+    }
+    if missing:
+        options = _Options(backend, threads, progress)
+        with _runner(checkpoint, sequences, options, directory) as runner:
+            head = checkpoint.spec.head_block
+            # A block, those behind it, and the head.
+            runner.expect(head + sum(1 + head - block for block in missing))
+            final = runner.teach(missing)
+            for block, widths in missing.items():
+                results = runner.students(block, [formats[width] for width in widths], final)
+                for width, values in results.items():
+                    found[block, width] = values
+                    if store is not None:
+                        store.put(key | _format_key(block, formats[width]), values)
+    return tuple(BlockQuality(*place, *values) for place, values in sorted(found.items()))
+
+
+def measure_plan_kl(
+    checkpoint: Checkpoint,
+    formats: Sequence[Format | None],
+    sequences: Sequences,
+    *,
+    backend: Backend | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+) -> float:
+    """Mean KL(original || plan) in nats of the model with each block in its format.
+
+    formats: one per block; None leaves a block as it is. The rest is as in ``measure_quality``.
+    Raises ValueError for another number of formats than blocks.
+    """
+    options = _Options(backend, threads, progress)
+    (kl,) = _plan_kls(checkpoint, [formats], sequences, options, directory)
+    return kl
+
+
+def check_plans(
+    checkpoint: Checkpoint,
+    qualities: Sequence[BlockQuality],
+    plans: Sequence[Sequence[int]],
+    sequences: Sequences,
+    *,
+    scheme: Scheme = "rtn",
+    group_size: int = 32,
+    backend: Backend | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+) -> list[PlanCheck]:
+    """Predicted and measured divergence of plans, each given as the bits of every block.
+
+    Raises KeyError for a width that ``qualities`` does not cover; see ``measure_plan_kl``.
+    """
+    kl = {(quality.block, quality.bits): quality.kl for quality in qualities}
+    predicted = [sum(kl[place] for place in enumerate(plan)) for plan in plans]
+    formats = [[Format.of(width, scheme, group_size) for width in plan] for plan in plans]
+    options = _Options(backend, threads, progress)
+    measured = _plan_kls(checkpoint, formats, sequences, options, directory)
+    return [
+        PlanCheck(tuple(plan), before, after)
+        for plan, before, after in zip(plans, predicted, measured, strict=True)
+    ]
+
+
+def random_plans(
+    block_count: int, bits: Sequence[int], count: int, seed: int = 0
+) -> list[tuple[int, ...]]:
+    """Mixed plans, each of which draws the blocks' widths from some of ``bits``."""
+    random = np.random.default_rng(seed)
+    widths = sorted(set(bits))
+    plans = []
+    for _ in range(count):
+        some = random.choice(widths, random.integers(min(2, len(widths)), len(widths) + 1), False)
+        plans.append(tuple(int(width) for width in random.choice(some, block_count)))
+    return plans
+
+
+def _plan_kls(
+    checkpoint: Checkpoint,
+    plans: Sequence[Sequence[Format | None]],
+    sequences: Sequences,
+    options: _Options,
+    directory: Path | None,
+) -> list[float]:
+    _check(checkpoint, sequences)
+    count = checkpoint.spec.block_count
+    for formats in plans:
+        if len(formats) != count:
+            raise ValueError(f"{len(formats)} formats for a model with {count} blocks")
+    with _runner(checkpoint, sequences, options, directory) as runner:
+        runner.expect(count - 1 + count * len(plans))
+        final = runner.teach()
+        return [runner.plan_kl(formats, final) for formats in plans]
+
+
+@contextmanager
+def _runner(
+    checkpoint: Checkpoint, sequences: Sequences, options: _Options, directory: Path | None
+) -> Iterator[_Runner]:
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(dir=directory, prefix=".quality-") as name,
+        _Runner(checkpoint, sequences, options, Path(name)) as runner,
+    ):
+        yield runner
+
+
+class _Runner:
+    """Runs blocks of one checkpoint, as they are or in a format, over all sequences.
+
+    ``progress`` counts passes through blocks; ``expect`` says how many there will be.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, sequences: Sequences, options: _Options, directory: Path
+    ) -> None:
+        self.spec = checkpoint.spec
+        self.tokens = _joined(sequences)
+        self._checkpoint = checkpoint
+        self._bounds = _bounds(sequences)
+        self._backend = options.backend
+        self._progress = options.progress
+        self._directory = directory
+        longest = max(len(sequence) for sequence in sequences)
+        self._stage_options = StageOptions(1, longest, options.threads)
+        self._resources = ExitStack()
+        self._kept: dict[int, Run] = {}
+        self._free_bytes = int(memory_bytes()[0] * _KEPT_SHARE)
+        self._done = self._total = 0
+
+    def __enter__(self) -> _Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    def expect(self, passes: int) -> None:
+        self._done, self._total = -1, passes
+        self.step()
+
+    def step(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def teach(self, wanted: Container[int] = ()) -> Rows:
+        """Run the teacher up to its head, whose input is returned; keep the wanted inputs."""
+        rows = self.tokens
+        for block in range(self.spec.head_block):
+            if block in wanted:
+                np.save(self._input(block), rows)
+            with self._original(block) as run:
+                rows = run(rows)
+            self.step()
+        return rows
+
+    def students(
+        self, block: int, formats: Sequence[Format], final: Rows
+    ) -> dict[int, tuple[float, float]]:
+        """(kl, weight error) by width of the students that have one block in a format."""
+        head = self.spec.head_block
+        rows = final if block == head else np.load(self._input(block))
+        tensors = self._checkpoint.block(block)
+        errors: dict[int, float] = {}
+        hidden: dict[int, Rows] = {}
+        results: dict[int, tuple[float, float]] = {}
+        for fmt in formats:
+            with self._changed(block, tensors, fmt) as (run, error):
+                errors[fmt.bits] = error
+                results[fmt.bits] = (0.0, error)
+                if error == 0:
+                    continue  # The same weights say the same.
+                if block == head:
+                    (kl,) = self._head_kls(final, [(run, rows)])
+                    results[fmt.bits] = (kl, error)
+                else:
+                    hidden[fmt.bits] = run(rows)
+        self.step()
+        for later in range(block + 1, head):
+            if hidden:
+                with self._original(later) as run:
+                    hidden = {width: run(it) for width, it in hidden.items()}
+            self.step()
+        kls = self._head_kls(final, [(None, it) for it in hidden.values()])
+        results |= {width: (kl, errors[width]) for width, kl in zip(hidden, kls, strict=True)}
+        if block != head:
+            self.step()
+            self._input(block).unlink()
+        return results
+
+    def plan_kl(self, formats: Sequence[Format | None], final: Rows) -> float:
+        """Divergence of a student that has every block in its format."""
+        rows = self.tokens
+        head = self.spec.head_block
+        for block, fmt in enumerate(formats[:head]):
+            with self._block(block, fmt) as run:
+                rows = run(rows)
+            self.step()
+        with self._block(head, formats[head]) as run:
+            (kl,) = self._head_kls(final, [(run, rows)])
+        self.step()
+        return kl
+
+    def _head_kls(self, final: Rows, students: Sequence[tuple[Run | None, Rows]]) -> list[float]:
+        """Mean KL of each student (its head or None for the teacher's, its input)."""
+        sums = [0.0] * len(students)
+        count = max(1, _LOGITS // self.spec.vocab)
+        with self._original(self.spec.head_block) as teacher:
+            for begin in range(0, len(final), count):
+                part = slice(begin, begin + count)
+                expected = teacher(final[part])
+                for index, (head, rows) in enumerate(students):
+                    got = (head or teacher)(rows[part])
+                    sums[index] += float(divergences(expected, got).sum())
+        return [total / len(final) for total in sums]
+
+    @contextmanager
+    def _block(self, block: int, fmt: Format | None) -> Iterator[Run]:
+        if fmt is None:
+            with self._original(block) as run:
+                yield run
+        else:
+            with self._changed(block, self._checkpoint.block(block), fmt) as (run, _):
+                yield run
+
+    @contextmanager
+    def _original(self, block: int) -> Iterator[Run]:
+        """One block of the teacher; kept while there is memory, else loaded again next time."""
+        if block in self._kept:
+            yield self._kept[block]
+            return
+        tensors = self._checkpoint.block(block)
+        size_bytes = 4 * sum(tensor.size for tensor in tensors.values())
+        halves = all(kind != "F32" for kind in self._checkpoint.source_dtypes(block).values())
+        loading = self._loaded(block, tensors, Format.of(16 if halves else 32))
+        if size_bytes > self._free_bytes:
+            with loading as (run, _):
+                yield run
+            return
+        self._free_bytes -= size_bytes
+        self._kept[block], _ = self._resources.enter_context(loading)
+        yield self._kept[block]
+
+    @contextmanager
+    def _changed(
+        self, block: int, tensors: Mapping[str, npt.NDArray[np.float32]], fmt: Format
+    ) -> Iterator[tuple[Run, float]]:
+        """A block in a format, and max|w - w_b| over its matrices."""
+        with self._loaded(block, tensors, fmt) as (run, stored):
+            worst = 0.0
+            for name, matrix in stored.items():
+                if isinstance(matrix, QuantizedMatrix):
+                    step = max(1, _ERROR_WEIGHTS // matrix.shape[1])
+                    for begin in range(0, matrix.shape[0], step):
+                        part = slice(begin, begin + step)
+                        error = np.abs(matrix.dequantize(part) - tensors[name][part])
+                        worst = max(worst, float(error.max(initial=0.0)))
+            yield run, worst
+
+    @contextmanager
+    def _loaded(
+        self, block: int, tensors: Mapping[str, npt.NDArray[np.float32]], fmt: Format
+    ) -> Iterator[tuple[Run, Mapping[str, Tensor]]]:
+        path = write_artifact(self._directory, block, tensors, fmt).path
+        try:
+            _, stored = read_block(path, self.spec, block)
+            backend, kind = self._backend, self.spec.block_kind(block)
+            if backend and kind == "layer" and fmt.bits in backend.probe().container_bits:
+                with closing(
+                    backend.load(self.spec, [(block, path)], self._stage_options)
+                ) as stage:
+                    yield partial(self._sequences, partial(stage.forward, 0, 0)), stored
+                return
+            model = ReferenceModel(self.spec, [stored], first_block=block)
+            if kind == "head":
+                yield model.forward, stored
+            else:
+                yield partial(self._sequences, model.forward), stored
+        finally:
+            # Equal blocks share a file, so that another may have removed it.
+            path.unlink(missing_ok=True)
+
+    def _sequences(self, run: Run, rows: Rows) -> Rows:
+        """All sequences, which lie one behind the other in ``rows``, through one block."""
+        return np.concatenate([run(rows[begin:end]) for begin, end in self._bounds])
+
+    def _input(self, block: int) -> Path:
+        return self._directory / f"{block}.npy"
+
+
+def _joined(sequences: Sequences) -> Rows:
+    return np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
+
+
+def _bounds(sequences: Sequences) -> list[tuple[int, int]]:
+    ends = np.cumsum([len(sequence) for sequence in sequences]).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _check(checkpoint: Checkpoint, sequences: Sequences) -> None:
+    spec = checkpoint.spec
+    if not sequences:
+        raise ValueError("no calibration text: at least one sequence of two tokens is needed")
+    for sequence in sequences:
+        if not 0 < len(sequence) <= spec.max_context:
+            raise ValueError(
+                f"a sequence of {len(sequence)} tokens: the model takes 1 to {spec.max_context}"
+            )
+        if not all(0 <= token < spec.vocab for token in sequence):
+            raise ValueError(f"token ids must be within [0, {spec.vocab})")
+
+
+def _text_key(checkpoint: Checkpoint, sequences: Sequences) -> dict[str, Any]:
+    plain = json.dumps([[int(token) for token in sequence] for sequence in sequences])
+    return {
+        "kind": "quality",
+        "checkpoint": checkpoint.fingerprint,
+        "text": hashlib.sha256(plain.encode()).hexdigest(),
+    }
+
+
+def _format_key(block: int, fmt: Format) -> dict[str, Any]:
+    return {
+        "block": block,
+        "bits": fmt.bits,
+        "scheme": fmt.scheme,
+        "group": fmt.group_size,
+        "symmetric": fmt.symmetric,
+    }

@@ -1,0 +1,100 @@
+"""Shapes of models to measure a device for without having their weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.errors import CheckpointError
+from model.families import Config, describe
+from model.spec import ModelSpec
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama-1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "opt-350m": {
+        "model_type": "opt",
+        "hidden_size": 1024,
+        "word_embed_proj_dim": 512,
+        "ffn_dim": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "do_layer_norm_before": False,
+    },
+    "tinyllama": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+    },
+}
+"""The fields of each model's published config.json that shape it."""
+
+_NO_DIRECTORY = Path(os.devnull)
+_MAX_FILE_BYTES = 16 << 20
+
+
+def shape_spec(shape: str) -> ModelSpec:
+    """The model that ``shape`` names: one of SHAPES, or the path of a config.json.
+
+    Raises CheckpointError for neither, UnsupportedModelError for an architecture that is not
+    implemented.
+    """
+    if shape in SHAPES:
+        return describe(Config(Path(shape), SHAPES[shape]), _NO_DIRECTORY)
+    path = Path(shape)
+    if path.suffix != ".json":
+        known = ", ".join(sorted(SHAPES))
+        raise CheckpointError(f"shape {shape!r}: known are {known}, or the path of a config.json")
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise CheckpointError(f"{path}: larger than any config; is it the right file?")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object; give a model's config.json")
+    return describe(Config(path, values), _NO_DIRECTORY)

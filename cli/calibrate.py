@@ -1,0 +1,495 @@
+"""``shoal calibrate``: what this device can do, alone, without a coordinator.
+
+Without options it measures the device. With a model (or only its shape) it adds the table of
+layer times, with ``--quality`` it measures instead what fewer bits do to the model's words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from cli.errors import CommandFailed, UsageError
+from cli.render import Screen
+from wire.sizes import format_size
+
+if TYPE_CHECKING:
+    from calibration.quality import BlockQuality, PlanCheck
+    from calibration.survey import DeviceSurvey
+    from calibration.table import LayerTable
+    from model.spec import ModelSpec
+
+EXAMPLES = (
+    "  shoal calibrate                                   this device: arithmetic, memory, disk\n"
+    "  shoal calibrate --sustain 60s --watts 6.5         does it keep its speed when it is hot?\n"
+    "  shoal calibrate --shape llama-1b --plot roof.svg  seconds per layer, without the weights\n"
+    "  shoal calibrate --quality --model ./opt-350m --bits 3,4,8 --plot heat.svg\n"
+)
+"""For the command's help."""
+
+DEFAULT_BITS = (4, 8, 16)
+QUALITY_BITS = (2, 3, 4, 6, 8)
+
+_BITS = (2, 3, 4, 5, 6, 8, 16, 32)
+_MAX_SUSTAIN_S = 3600.0
+
+
+def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything but ``--json``, which all commands share."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", type=Path, metavar="DIR", help="measure its layers too")
+    what.add_argument(
+        "--shape",
+        metavar="NAME",
+        help="as --model, without weights: llama-1b, opt-350m, tinyllama, qwen2.5-0.5b, or a "
+        "config.json",
+    )
+    parser.add_argument(
+        "--bits", type=_bits, metavar="4,8,16", help="widths; default 4,8,16, or 2,3,4,6,8"
+    )
+    parser.add_argument("--backend", metavar="NAME", help="default: all that run here")
+    parser.add_argument("--threads", type=_count, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument(
+        "--sustain", type=_seconds, default=0.0, metavar="60s", help="compute for so long, get hot"
+    )
+    parser.add_argument(
+        "--watts", type=_watts, metavar="W", help="what it draws, where no sensor tells"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="the whole layer table, however long it takes"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure layers anew, though they are stored"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.svg", help="a roofline, or a heat map of --quality"
+    )
+    parser.add_argument(
+        "--state-dir", type=Path, metavar="DIR", help="where results are kept; default: the agent's"
+    )
+    quality = parser.add_argument_group("sensitivity to fewer bits")
+    quality.add_argument(
+        "--quality", action="store_true", help="measure each block's; needs --model"
+    )
+    quality.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="calibration text, passages between blank lines; default: the built-in English",
+    )
+    quality.add_argument("--scheme", choices=("rtn", "truncate"), default="rtn")
+    quality.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
+    quality.add_argument("--max-tokens", type=_count, default=1024, metavar="N", help="of the text")
+    quality.add_argument(
+        "--check-plans",
+        type=_count,
+        metavar="N",
+        help="compare the sum over blocks with what N random mixed plans really do",
+    )
+
+
+def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
+    """Measure what ``options`` ask for, show it, and keep what an agent can use.
+
+    Raises CommandFailed.
+    """
+    from agent.config import default_state_dir
+    from backends.base import BackendError
+    from model.errors import ModelError
+
+    if options.plot is not None and options.plot.suffix.lower() != ".svg":
+        raise UsageError(f"--plot {options.plot}: only SVG is drawn; end the name in .svg")
+    state_dir = options.state_dir or default_state_dir()
+    try:
+        if options.quality:
+            _quality(options, screen, state_dir)
+        else:
+            _device(options, screen, state_dir)
+    except (BackendError, ModelError) as error:
+        raise CommandFailed(str(error)) from error
+
+
+# ---- the device and its layers -----------------------------------------------------------------
+
+
+def _device(options: argparse.Namespace, screen: Screen, state_dir: Path) -> None:
+    from backends.registry import backend_class
+    from calibration.shapes import shape_spec
+    from calibration.store import CalibrationStore
+    from calibration.survey import survey_device
+    from calibration.table import measure_table
+    from model.families import load_spec
+
+    spec: ModelSpec | None = None
+    if options.model is not None:
+        spec = load_spec(options.model)
+    elif options.shape is not None:
+        spec = shape_spec(options.shape)
+    with _progress(screen, "measuring the device") as on_step:
+        survey = survey_device(
+            state_dir,
+            options.threads,
+            backends=None if options.backend is None else [options.backend],
+            sustain_s=options.sustain,
+            declared_watts=options.watts,
+            progress=on_step,
+        )
+    name = next(backend.name for backend in survey.backends if backend.reason is None)
+    table = None
+    if spec is not None:
+        with _progress(screen, "measuring layers") as on_step:
+            table = measure_table(
+                spec,
+                options.bits or DEFAULT_BITS,
+                backend_class(name)(),
+                threads=options.threads,
+                store=CalibrationStore(state_dir / "calibration.json"),
+                full=options.full,
+                again=options.again,
+                progress=on_step,
+            )
+    if options.json:
+        screen.json({"device": asdict(survey), "layers": None if table is None else asdict(table)})
+    else:
+        _show_survey(screen, survey)
+        if spec is not None and table is not None:
+            _show_table(screen, spec, table, name)
+    if options.plot is not None:
+        _write(screen, options.plot, _roofline(survey, table, name))
+
+
+def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
+    table = Table(title=escape(survey.machine), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("measured", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_row("cores, threads used", f"{survey.cores}, {survey.threads}")
+    table.add_row(
+        "memory available",
+        f"{format_size(survey.memory_available_bytes)} of {format_size(survey.memory_total_bytes)}",
+    )
+    for label, rates in (
+        ("memory read", survey.memory_read_bytes_per_s),
+        ("memory copy (read + written)", survey.memory_copy_bytes_per_s),
+    ):
+        for threads, rate in rates.items():
+            plural = "thread" if threads == 1 else "threads"
+            table.add_row(f"{label}, {threads} {plural}", f"{rate / 1e9:.1f} GB/s")
+    table.add_row("storage free", format_size(survey.storage_free_bytes))
+    table.add_row("disk written, synchronously", f"{survey.disk_write_bytes_per_s / 1e6:.0f} MB/s")
+    read = survey.disk_read_bytes_per_s
+    table.add_row(
+        "disk read, past the page cache",
+        "not possible" if read is None else f"{read / 1e6:.0f} MB/s",
+    )
+    for backend in survey.backends:
+        if backend.reason is not None:
+            table.add_row(backend.name, escape(backend.reason))
+        for bits, rate in backend.flops.items():
+            table.add_row(
+                f"{backend.name} {backend.version}, {bits} bits as executed",
+                f"{rate / 1e9:.1f} GFLOP/s (best call {backend.best_flops[bits] / 1e9:.1f})",
+            )
+    hottest_c = max(survey.temperatures_c.values(), default=None)
+    table.add_row("hottest sensor", "no sensor" if hottest_c is None else f"{hottest_c:.0f} °C")
+    if survey.throttling is not None:
+        table.add_row("throttling now", ", ".join(survey.throttling.now) or "none")
+        table.add_row("throttling since boot", ", ".join(survey.throttling.since_boot) or "none")
+    watts = "no sensor; declare it with --watts"
+    if survey.watts is not None:
+        watts = f"{survey.watts:.1f} W ({survey.watts_source})"
+    table.add_row("watts while computing", watts)
+    if survey.sustained is not None:
+        work = survey.sustained
+        ratio = work.sustained_flops / work.burst_flops
+        table.add_row(
+            f"burst against sustained, {work.duration_s:.0f} s",
+            f"{work.burst_flops / 1e9:.1f} against {work.sustained_flops / 1e9:.1f} GFLOP/s "
+            f"({ratio:.0%})",
+        )
+        if work.start_c is not None and work.hottest_c is not None:
+            table.add_row("heat", f"from {work.start_c:.0f} to {work.hottest_c:.0f} °C")
+    screen.out.print(table)
+
+
+def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: str) -> None:
+    variants = sorted({timing.variant for timing in result.layers})
+    for variant in variants:
+        timings = [timing for timing in result.layers if timing.variant == variant]
+        columns = sorted({(timing.context == "long", timing.rows) for timing in timings})
+        name = "one layer" if len(variants) == 1 else f"one layer of shape {variant}"
+        ends = {timing.context: timing.position + timing.rows for timing in timings}
+        table = Table(
+            title=f"{name}, ms a call by {backend}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        table.add_column("rows", justify="right")
+        table.add_column("context", no_wrap=True)
+        widths = sorted({(timing.container_bits, timing.bits) for timing in timings})
+        for container, bits in widths:
+            stored = ",".join(map(str, bits))
+            table.add_column(f"{stored} bits (runs as {container})", justify="right")
+        for long_context, rows in columns:
+            cells = []
+            for container, _ in widths:
+                found = [
+                    timing.seconds
+                    for timing in timings
+                    if (timing.context == "long", timing.rows, timing.container_bits)
+                    == (long_context, rows, container)
+                ]
+                cells.append(f"{found[0] * 1e3:.2f}" if found else "-")
+            table.add_row(str(rows), "long" if long_context else "short", *cells)
+        for label, field in (("memory charged", "charged_bytes"), ("memory taken", "taken_bytes")):
+            cells = []
+            for container, _ in widths:
+                sizes = [
+                    getattr(memory, field)
+                    for memory in result.memory
+                    if (memory.variant, memory.container_bits) == (variant, container)
+                ]
+                cells.append(format_size(sizes[0]) if sizes and sizes[0] is not None else "-")
+            table.add_row("", label, *cells)
+        screen.out.print(table)
+        if "long" in ends:
+            screen.out.print(f"long: up to {ends['long']} tokens are seen, which memory includes")
+    others = Table(title="embedding and head, ms", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("block", "bits"):
+        others.add_column(column)
+    others.add_column("1 row", justify="right")
+    others.add_column("a prompt's row", justify="right")
+    for timing in result.embedding_and_head:
+        others.add_row(
+            timing.kind,
+            str(timing.bits),
+            f"{timing.decode_s * 1e3:.3f}",
+            f"{timing.prefill_s_per_token * 1e3:.4f}",
+        )
+    screen.out.print(others)
+    if result.reused:
+        screen.note(f"{result.reused} figures are from an earlier run of the same kind")
+    if result.left_out:
+        screen.note(
+            f"{result.left_out} points are missing: no time or no memory was left for them; "
+            "run it again for more, or with --full"
+        )
+
+
+def _roofline(survey: DeviceSurvey, table: LayerTable | None, name: str) -> str:
+    from calibration.charts import RooflinePoint, roofline_svg
+
+    points = [
+        RooflinePoint(
+            f"{timing.rows} rows, {timing.context} context, {timing.container_bits} bits: "
+            f"{timing.seconds * 1e3:.2f} ms",
+            timing.container_bits,
+            timing.flops,
+            timing.moved_bytes,
+            timing.seconds,
+            timing.context == "long",
+        )
+        for timing in (table.layers if table is not None else ())
+    ]
+    (backend,) = (backend for backend in survey.backends if backend.name == name)
+    title = f"{survey.machine}, {survey.threads} threads, {name} {backend.version}"
+    read = survey.memory_read_bytes_per_s[survey.threads]
+    return roofline_svg(title, read, backend.best_flops, points)
+
+
+# ---- quality -----------------------------------------------------------------------------------
+
+
+def _quality(options: argparse.Namespace, screen: Screen, state_dir: Path) -> None:
+    from backends.registry import BACKENDS, backend_class
+    from calibration.charts import heatmap_svg
+    from calibration.quality import check_plans, measure_quality, random_plans
+    from calibration.store import CalibrationStore
+    from model.checkpoint import Checkpoint
+
+    if options.model is None:
+        raise UsageError("--quality compares weights: it needs --model DIR")
+    bits = options.bits or QUALITY_BITS
+    checkpoint = Checkpoint.open(options.model)
+    spec = checkpoint.spec
+    sequences = _sequences(options, spec)
+    form = {"scheme": options.scheme, "group_size": options.group_size}
+    how = form | {
+        "backend": backend_class(options.backend or next(iter(BACKENDS)))(),
+        "threads": options.threads,
+        "directory": state_dir,
+    }
+    try:
+        with _progress(screen, "measuring sensitivities") as on_step:
+            qualities = measure_quality(
+                checkpoint,
+                bits,
+                sequences,
+                store=CalibrationStore(state_dir / "quality.json"),
+                progress=on_step,
+                **how,
+            )
+        checks: list[PlanCheck] = []
+        if options.check_plans is not None:
+            plans = random_plans(spec.block_count, bits, options.check_plans)
+            with _progress(screen, "measuring plans") as on_step:
+                checks = check_plans(
+                    checkpoint, qualities, plans, sequences, progress=on_step, **how
+                )
+    except ValueError as error:
+        raise CommandFailed(str(error)) from error
+    names = [spec.block_name(block) for block in range(spec.block_count)]
+    tokens = sum(map(len, sequences))
+    title = f"{options.model.absolute().name}: KL(original || one block at b bits), nats per token"
+    if options.json:
+        screen.json(
+            {
+                "model": str(options.model.absolute()),
+                "fingerprint": checkpoint.fingerprint,
+                "tokens": tokens,
+                **form,
+                "blocks": [
+                    asdict(quality)
+                    | {
+                        "name": names[quality.block],
+                        "normalized_weight_error": quality.normalized_weight_error,
+                    }
+                    for quality in qualities
+                ],
+                "plans": [asdict(check) for check in checks],
+            }
+        )
+    else:
+        _show_quality(screen, title, names, bits, qualities)
+        screen.out.print(f"over {tokens} tokens of {len(sequences)} passages")
+        if checks:
+            _show_checks(screen, checks)
+    if options.plot is not None:
+        rows = sorted(set(bits), reverse=True)
+        values = {(rows.index(quality.bits), quality.block): quality.kl for quality in qualities}
+        picture = heatmap_svg(title, names, [f"{width} bits" for width in rows], values)
+        _write(screen, options.plot, picture)
+
+
+def _sequences(options: argparse.Namespace, spec: ModelSpec) -> list[list[int]]:
+    from calibration.quality import SEQUENCE_TOKENS, built_in_text, passages_of, split_passages
+    from model.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(options.model)
+    if options.text is None:
+        passages = built_in_text()
+    else:
+        try:
+            passages = passages_of(options.text.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise CommandFailed(f"{options.text}: not UTF-8 text") from error
+    encoded = (tokenizer.encode(passage) for passage in passages)
+    return split_passages(encoded, min(SEQUENCE_TOKENS, spec.max_context), options.max_tokens)
+
+
+def _show_quality(
+    screen: Screen,
+    title: str,
+    names: Sequence[str],
+    bits: Sequence[int],
+    qualities: Sequence[BlockQuality],
+) -> None:
+    widths = sorted(set(bits))
+    kl = {(item.block, item.bits): item.kl for item in qualities}
+    errors = {(item.block, item.bits): item.normalized_weight_error for item in qualities}
+    for heading, values in ((title, kl), ("max|w - w_b| / 2^b", errors)):
+        table = Table(title=escape(heading), title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("block", no_wrap=True)
+        for width in widths:
+            table.add_column(f"{width} bits", justify="right", no_wrap=True)
+        for block, name in enumerate(names):
+            table.add_row(name, *(f"{values[block, width]:.1e}" for width in widths))
+        screen.out.print(table)
+
+
+def _show_checks(screen: Screen, checks: Sequence[PlanCheck]) -> None:
+    table = Table(title="mixed plans, KL in nats per token", title_justify="left")
+    table.box = box.SIMPLE_HEAD
+    table.add_column("bits of each block")
+    for column in ("predicted sum", "measured", "measured / predicted"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for check in checks:
+        ratio = check.measured_kl / check.predicted_kl if check.predicted_kl else None
+        table.add_row(
+            " ".join(map(str, check.bits)),
+            f"{check.predicted_kl:.3e}",
+            f"{check.measured_kl:.3e}",
+            "-" if ratio is None else f"{ratio:.2f}",
+        )
+    screen.out.print(table)
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(screen: Screen, label: str) -> Iterator[Callable[[int, int], None]]:
+    with screen.progress() as on_step:
+
+        def report(done: int, total: int) -> None:
+            on_step({"phase": label, "label": "", "unit": "steps", "done": done, "total": total})
+
+        yield report
+
+
+def _write(screen: Screen, path: Path, content: str) -> None:
+    path.write_text(content, encoding="utf-8")
+    screen.note(f"drawn to {path}")
+
+
+def _argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from error
+
+    return parse
+
+
+def _parse_bits(text: str) -> list[int]:
+    bits = sorted({int(part) for part in text.split(",")})
+    if any(value not in _BITS for value in bits):
+        raise ValueError(text)
+    return bits
+
+
+def _parse_count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _parse_seconds(text: str) -> float:
+    value = float(text.removesuffix("s"))
+    if not 1 <= value <= _MAX_SUSTAIN_S:
+        raise ValueError(text)
+    return value
+
+
+def _parse_watts(text: str) -> float:
+    value = float(text.removesuffix("W"))
+    if not 0 < value < 1e5:
+        raise ValueError(text)
+    return value
+
+
+_bits = _argument(_parse_bits, "widths out of " + ",".join(map(str, _BITS)))
+_count = _argument(_parse_count, "a whole number above 0")
+_seconds = _argument(_parse_seconds, "seconds between 1 and 3600, such as 60s")
+_watts = _argument(_parse_watts, "watts above 0, such as 6.5")

@@ -1,0 +1,127 @@
+"""``shoal calibrate`` as a user calls it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from calibration import layers, survey, table
+from cli.calibrate import add_calibrate_arguments, run_calibrate
+from cli.errors import CommandFailed, UsageError
+from cli.render import Screen
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "_FLOPS_TIME_S", 0.01)
+    monkeypatch.setattr(survey, "_HIDDEN", 128)
+    monkeypatch.setattr(table, "_QUICK", (1, 0.0, 0.01))
+    monkeypatch.setattr(layers, "_MIN_TIME_S", 0.001)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def shoal(*arguments: object) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    add_calibrate_arguments(parser)
+    options = parser.parse_args(["--threads", "1", *map(str, arguments)])
+    run_calibrate(options, Screen(json_output=options.json))
+
+
+def test_the_device_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shoal("--state-dir", tmp_path, "--watts", "6.5")
+    shown = capsys.readouterr().out
+    assert "GB/s" in shown
+    assert "GFLOP/s" in shown
+    assert "6.5 W (declared)" in shown
+
+
+def test_a_model_as_json_with_a_roofline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "roof.svg"
+    shoal(
+        *("--state-dir", tmp_path, "--model", FIXTURES / "llama", "--bits", "4,8"),
+        *("--json", "--plot", picture, "--sustain", "1s"),
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["device"]["sustained"]["duration_s"] >= 1
+    assert {tuple(item["bits"]) for item in answer["layers"]["layers"]} == {(4,), (8,)}
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")  # noqa: S314 - our own
+    assert (tmp_path / "calibration.json").exists()
+
+
+def test_the_tables_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--state-dir", tmp_path, "--model", FIXTURES / "opt-post", "--bits", "4")
+    shoal(*arguments)
+    shown = capsys.readouterr()
+    assert "one layer, ms a call" in shown.out
+    assert "embedding and head" in shown.out
+    assert "earlier run" not in shown.err
+    shoal(*arguments)
+    assert "earlier run" in capsys.readouterr().err
+
+
+def test_quality_with_a_heat_map_and_plans(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, text = tmp_path / "heat.svg", tmp_path / "text.txt"
+    text.write_text("The lamp is on the table.\n\nThe cat sat on the mat, and the dog sat by it.\n")
+    arguments = (
+        *("--quality", "--model", FIXTURES / "llama", "--bits", "3,8", "--state-dir", tmp_path),
+        *("--text", text, "--check-plans", "2"),
+    )
+    shoal(*arguments, "--plot", picture)
+    shown = capsys.readouterr().out
+    assert "predicted sum" in shown
+    assert "layer 0" in shown
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")  # noqa: S314 - our own
+    shoal(*arguments, "--json")
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["plans"]) == 2
+    assert {item["bits"] for item in answer["blocks"]} == {3, 8}
+    assert answer["blocks"][0]["name"] == "embedding"
+
+
+def test_quality_without_a_text_uses_the_built_in_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shoal(
+        *("--quality", "--model", FIXTURES / "opt-pre", "--bits", "4", "--json"),
+        *("--max-tokens", "60", "--state-dir", tmp_path),
+    )
+    assert 0 < json.loads(capsys.readouterr().out)["tokens"] <= 60
+
+
+def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
+    state = ("--state-dir", tmp_path)
+    with pytest.raises(UsageError, match="--model"):
+        shoal("--quality", *state)
+    with pytest.raises(UsageError, match="svg"):
+        shoal("--plot", "roof.png", *state)
+    with pytest.raises(CommandFailed, match="llama-1b"):
+        shoal("--shape", "llama-9000b", *state)
+    with pytest.raises(CommandFailed, match="abacus"):
+        shoal("--backend", "abacus", *state)
+    with pytest.raises(CommandFailed, match="no such directory"):
+        shoal("--quality", "--model", tmp_path / "none", *state)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(CommandFailed, match="no calibration text"):
+        shoal("--quality", "--model", FIXTURES / "llama", "--text", tmp_path / "empty.txt", *state)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--bits", "7"), ("--bits", "x"), ("--sustain", "0"), ("--watts", "-1"), ("--threads", "0"),
+     ("--model", "a", "--shape", "b"), ("--check-plans", "0")],
+)  # fmt: skip
+def test_the_parser_refuses(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        shoal(*arguments)
+    assert "usage" in capsys.readouterr().err
