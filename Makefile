@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PACKAGES := model wire backends calibration agent coordinator cli
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lock clean
+.PHONY: help demo test check bench bench-planner lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ check: $(VENV)/dev.stamp ## style, types and the import contract
 
 bench: $(VENV)/run.stamp ## measure what splitting costs on this machine
 	$(BIN)/python benchmarks/split.py $(ARGS)
+
+bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
+	$(BIN)/python benchmarks/planner.py $(ARGS)
 
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv

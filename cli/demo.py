@@ -108,7 +108,7 @@ class Demo:
             devices = client.get("/shoal/v1/devices")
             if not screen.json_output:
                 screen.devices(devices)
-                screen.plan(loaded["plan"], f"plan for {loaded['model']}")
+                screen.plan(loaded["plan"], f"predicted plan for {loaded['model']}")
                 screen.out.print()
                 screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)
             result = generate(
@@ -138,9 +138,10 @@ class Demo:
         measured = result["decode_tokens_per_s"]
         self._screen.out.print(
             "\ndecode: "
-            + ("too short to measure" if measured is None else f"{measured:.1f} tokens/s measured")
-            + f", {predicted:.1f} tokens/s predicted; "
-            f"prefill: {result['prefill_tokens_per_s']:.1f} tokens/s measured"
+            + ("too short to measure" if measured is None else f"{measured:.0f} tokens/s measured")
+            + f", {predicted:.0f} predicted for devices of their own (here they share one machine)"
+            f"\nprefill: {result['prefill_tokens_per_s']:.0f} tokens/s measured",
+            soft_wrap=True,
         )
 
     # ---- what to run ----------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cli import planning
+from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
 from cli.errors import EXIT_INTERRUPTED, CommandFailed
 from cli.render import Screen
 from wire.errors import WireError
@@ -169,12 +171,16 @@ def run_devices(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
+    planning.require_devices(options)
+    if options.devices is not None:
+        planning.run_offline_plan(options, screen)
+        return
     with _client(options) as client, screen.progress() as on_step:
         answer = client.operate("/shoal/v1/plan", _plan_request(options), on_step)
     if options.json:
         screen.json(answer)
     else:
-        screen.plan(answer["plan"], f"plan for {answer['model']}")
+        screen.plan(answer["plan"], f"predicted plan for {answer['model']}")
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
@@ -183,7 +189,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
     if options.json:
         screen.json(answer)
     else:
-        screen.plan(answer["plan"], f"{answer['model']} is loaded")
+        screen.plan(answer["plan"], f"{answer['model']} is loaded; predicted")
 
 
 def run_ps(options: argparse.Namespace, screen: Screen) -> None:
@@ -253,6 +259,7 @@ def _plan_request(options: argparse.Namespace) -> dict[str, Any]:
         "max_weight_error": options.max_weight_error,
         "context_tokens": options.context,
         "time_limit_s": options.time_limit,
+        **planning.wishes_of(options),
     }
     if options.bits is not None:
         request["bits"] = options.bits
@@ -443,6 +450,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("model", metavar="MODEL", help="a Hugging Face model directory")
         sub.add_argument("--bits", type=_bits, metavar="4,8,16", help="widths to choose from")
         _add_quality(sub)
+        planning.add_objective_arguments(sub)
+    planning.add_planning_arguments(plan)
+    diff = command(
+        "diff", planning.run_plan_diff, "compare two saved plans", "  shoal diff a.json b.json\n"
+    )
+    planning.add_diff_arguments(diff)
+    study = command(
+        "study",
+        planning.run_study,
+        "repeat the DILEMMA paper's experiments",
+        "  shoal study dilemma --out figures\n",
+    )
+    planning.add_study_arguments(study)
+    calibrate = command("calibrate", run_calibrate, "measure what this device can do", EXAMPLES)
+    add_calibrate_arguments(calibrate)
     ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
     run = command(
         "run",

@@ -140,7 +140,7 @@ class Screen:
         table.add_column("device", no_wrap=True)
         table.add_column("blocks", no_wrap=True)
         table.add_column("bits", overflow="fold", min_width=8)
-        for column in ("memory", "limit", "predicted ms"):
+        for column in ("memory", "limit", "ms"):
             table.add_column(column, justify="right", no_wrap=True)
         for index, stage in enumerate(plan["stages"]):
             blocks = [item for item in plan["blocks"] if item["device"] == stage["device"]]

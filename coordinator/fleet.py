@@ -13,7 +13,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from coordinator.errors import (
 from coordinator.members import Member, OnProgress, Roster
 from coordinator.plan import Plan
 from coordinator.planner import solve
-from coordinator.problem import build_problem
+from coordinator.problem import Objective, build_problem
 from model.checkpoint import Checkpoint
 from model.quantize import BITS, Format, Scheme
 from model.spec import ModelSpec
@@ -58,6 +58,7 @@ DEFAULT_MAX_WEIGHT_ERROR = 1e-3
 (Source: DILEMMA, Table 1)."""
 DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_TIME_LIMIT_S = 20.0
+OBJECTIVES = ("latency", "throughput", "request")
 
 Result = TypeVar("Result")
 
@@ -73,6 +74,13 @@ class PlanRequest:
     max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
     context_tokens: int | None = None
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
+    objective: Objective = field(default_factory=Objective)
+    pins: Mapping[int, str] = field(default_factory=dict)
+    """Block -> name of the device that it must be on."""
+    exclude: tuple[str, ...] = ()
+    sensitivities: tuple[Mapping[int, float], ...] | None = None
+    """Per block: bits -> what it adds to the KL divergence."""
+    quality_budget: float | None = None
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> PlanRequest:
@@ -106,6 +114,7 @@ class PlanRequest:
         limit_s = plain.pop("time_limit_s", DEFAULT_TIME_LIMIT_S)
         if not isinstance(limit_s, (int, float)) or not 0 < limit_s <= 3600:
             raise RequestInvalid("time_limit_s: between 0 and 3600", "time_limit_s")
+        wishes = _wishes(plain)
         if plain:
             raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
         return PlanRequest(
@@ -116,6 +125,7 @@ class PlanRequest:
             None if error_bound is None else float(error_bound),
             context,
             float(limit_s),
+            **wishes,
         )
 
     def format(self, bits: int) -> Format:
@@ -236,6 +246,7 @@ class Fleet:
         spec = checkpoint.spec
         context_tokens = min(request.context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_context)
         members = self._roster.require_members()
+        _check_names(request, members)
         timings = await self._measure(members, spec, request.bits)
         await self._measure_links(members)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
@@ -247,20 +258,28 @@ class Fleet:
                 ),
             )
         self._step("plan", "solving", 0, 0, "")
-        problem = build_problem(
-            spec,
-            {member.name: member.profile for member in members},
-            timings,
-            self._roster.links(),
-            weight_errors=errors,
-            max_weight_error=request.max_weight_error,
-            call_s={member.name: member.profile.call_s for member in members},
-            bits=request.bits,
-            formats={bits: request.format(bits) for bits in request.bits},
-            slots=1,
-            context_tokens=context_tokens,
-            chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
-        )
+        try:
+            problem = build_problem(
+                spec,
+                {member.name: member.profile for member in members},
+                timings,
+                self._roster.links(),
+                weight_errors=errors,
+                max_weight_error=request.max_weight_error,
+                call_s={member.name: member.profile.call_s for member in members},
+                bits=request.bits,
+                formats={bits: request.format(bits) for bits in request.bits},
+                slots=1,
+                context_tokens=context_tokens,
+                chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
+                sensitivities=request.sensitivities,
+                quality_budget=request.quality_budget,
+                objective=request.objective,
+                pins=request.pins,
+                excluded=request.exclude,
+            )
+        except ValueError as error:
+            raise RequestInvalid(str(error)) from error
         plan = await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
         return Planned(request, checkpoint, context_tokens, plan)
 
@@ -452,6 +471,58 @@ class Fleet:
 
 def _is_possible(timing: BlockTiming) -> bool:
     return min(timing.decode_s, timing.prefill_s_per_token) > 0
+
+
+def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
+    """Take what is optional about a plan's aim out of ``plain``. Raises RequestInvalid."""
+    wishes: dict[str, Any] = {}
+    objective = plain.pop("objective", None)
+    if objective is not None:
+        try:
+            wishes["objective"] = Objective(**objective)
+            if wishes["objective"].kind not in OBJECTIVES:
+                raise ValueError(objective)
+        except (TypeError, ValueError) as error:
+            kinds = ", ".join(OBJECTIVES)
+            raise RequestInvalid(
+                f"objective: kind ({kinds}), prompt_tokens, output_tokens", "objective"
+            ) from error
+    pins = plain.pop("pins", {})
+    if not isinstance(pins, dict) or not all(
+        block.isdecimal() and isinstance(device, str) for block, device in pins.items()
+    ):
+        raise RequestInvalid("pins: an object of block number to device name", "pins")
+    wishes["pins"] = {int(block): device for block, device in pins.items()}
+    exclude = plain.pop("exclude", [])
+    if not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
+        raise RequestInvalid("exclude: a list of device names", "exclude")
+    wishes["exclude"] = tuple(exclude)
+    budget = plain.pop("quality_budget", None)
+    if budget is not None and not (isinstance(budget, (int, float)) and budget >= 0):
+        raise RequestInvalid("quality_budget: a number >= 0, or null", "quality_budget")
+    wishes["quality_budget"] = budget
+    rows = plain.pop("sensitivities", None)
+    if rows is None:
+        if budget is not None:
+            raise RequestInvalid("quality_budget needs sensitivities", "sensitivities")
+        return wishes
+    try:
+        wishes["sensitivities"] = tuple(
+            {int(bits): float(kl) for bits, kl in row.items()} for row in rows
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RequestInvalid(
+            "sensitivities: for each block an object of bits to KL divergence", "sensitivities"
+        ) from error
+    return wishes
+
+
+def _check_names(request: PlanRequest, members: tuple[Member, ...]) -> None:
+    """Raise RequestInvalid for a wish about a device that has not joined."""
+    names = [member.name for member in members]
+    for name in (*request.exclude, *request.pins.values()):
+        if name not in names:
+            raise RequestInvalid(f"no device is called {name!r}: {', '.join(names)} have joined")
 
 
 def model_name(directory: Path) -> str:

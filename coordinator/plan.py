@@ -10,13 +10,13 @@ from anywhere. Neither needs a solver.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from coordinator.problem import PlanningProblem
+from coordinator.problem import Objective, PlanningProblem
 
 FORMAT = 1
 OPTIMALITY_GAP = 1e-6
@@ -37,6 +37,8 @@ class Advice:
     storage_short_bytes: tuple[tuple[str, int], ...] = ()
     allow_bits: int | None = None
     max_weight_error: float | None = None
+    quality_budget: float | None = None
+    free_placement: bool = False
 
 
 class InfeasiblePlan(PlanError):
@@ -93,7 +95,7 @@ class Hop:
 class Proof:
     """Who found the plan, in how long, and how good it is known to be.
 
-    ``bound_s`` is a proved lower bound of the decode seconds per token of any plan.
+    ``bound_s`` is a proved lower bound of the objective (``Plan.value_s``) of any plan.
     """
 
     solver: str
@@ -105,9 +107,11 @@ class Proof:
 class Plan:
     """A split of one model. Times are predicted seconds for one token of one sequence.
 
-    ``decode_s`` = compute of all stages + hops + return, and is the objective.
-    ``prefill_s_per_token`` = compute + bytes on the links, within a chunk long enough to hide
-    round trips. ``worst_weight_error`` is None where an error was not measured.
+    ``decode_s`` = compute of all stages + hops + return. ``prefill_s_per_token`` = compute + bytes
+    on the links, within a chunk long enough to hide round trips. ``bottleneck_s`` is the slowest
+    stage's compute + the link that leaves it. ``load_s`` is what bringing the missing blocks takes,
+    one after the other. ``worst_weight_error`` and ``total_sensitivity`` (KL divergence, nats) are
+    None where one of a block was not measured.
     """
 
     stages: tuple[Stage, ...]
@@ -118,15 +122,28 @@ class Plan:
     worst_weight_error: float | None
     proof: Proof
     version: int = field(default=FORMAT, kw_only=True)
+    bottleneck_s: float = field(default=0.0, kw_only=True)
+    load_s: float = field(default=0.0, kw_only=True)
+    total_sensitivity: float | None = field(default=None, kw_only=True)
+    objective: Objective = field(default=Objective(), kw_only=True)
+
+    @property
+    def value_s(self) -> float:
+        """The objective: what the planner minimised."""
+        prompt, output = self.objective.tokens
+        value = prompt * self.prefill_s_per_token + output * self.decode_s
+        if self.objective.kind == "throughput":
+            value += self.bottleneck_s
+        return value + self.objective.migration_weight * self.load_s
 
     @property
     def gap(self) -> float:
-        """Share of ``decode_s`` that a better plan might save, 0 to 1."""
-        return max(0.0, (self.decode_s - self.proof.bound_s) / self.decode_s)
+        """Share of the objective that a better plan might save, 0 to 1."""
+        return max(0.0, (self.value_s - self.proof.bound_s) / self.value_s)
 
     @property
     def proven_optimal(self) -> bool:
-        """True where no plan is faster, to within OPTIMALITY_GAP."""
+        """True where no plan is better, to within OPTIMALITY_GAP."""
         return self.gap <= OPTIMALITY_GAP
 
     @property
@@ -152,7 +169,7 @@ class Plan:
     def from_dict(values: object) -> Plan:
         """Inverse of ``to_dict``. Raises PlanError naming a key that is missing, unknown or wrong.
 
-        The figures are not checked: that is what ``verify`` is for.
+        What has a default may be left out. Figures are not checked: that is what ``verify`` is for.
         """
         plan: Plan = _read(Plan, values, "plan")
         if plan.version != FORMAT:
@@ -162,7 +179,14 @@ class Plan:
     def __str__(self) -> str:
         """A few lines for a terminal."""
         quality = "optimal" if self.proven_optimal else f"within {self.gap:.2%} of optimal"
-        lines = [f"{1e3 * self.decode_s:.2f} ms per token, {quality}"]
+        aim = {
+            "latency": "",
+            "throughput": f", a token each {1e3 * self.bottleneck_s:.2f} ms",
+            "request": f", {self.value_s:.2f} s per request",
+        }[self.objective.kind]
+        lines = [f"{1e3 * self.decode_s:.2f} ms per token{aim}, {quality}"]
+        if self.total_sensitivity is not None:
+            lines.append(f"  predicted KL divergence {self.total_sensitivity:.3g}")
         for index, stage in enumerate(self.stages):
             lines.append(
                 f"  {stage.device}: blocks [{stage.first}, {stage.last}) at"
@@ -201,22 +225,24 @@ def assess(
     return_s = problem.return_s(order[-1], order[0])
     if return_s == math.inf:
         raise PlanError(f"there is no link from {assessed[-1].device} to {assessed[0].device}")
-    errors = [
-        problem.weight_error(block, bits)
-        for _, first, widths in stages
-        for block, bits in enumerate(widths, first)
-    ]
-    known = [error for error in errors if error is not None]
+    places = [(i, k, bits) for i, first, widths in stages for k, bits in enumerate(widths, first)]
+    errors = [problem.weight_error(block, bits) for _, block, bits in places]
+    losses = [problem.sensitivity(block, bits) for _, block, bits in places]
+    leaving_s = [hop.seconds for hop in hops] + [return_s]
     return Plan(
         stages=assessed,
         hops=tuple(hops),
         return_s=return_s,
-        decode_s=math.fsum(
-            [stage.compute_s for stage in assessed] + [hop.seconds for hop in hops] + [return_s]
-        ),
+        decode_s=math.fsum([stage.compute_s for stage in assessed] + leaving_s),
         prefill_s_per_token=math.fsum(stage.prefill_s_per_token for stage in assessed) + wire_s,
-        worst_weight_error=max(known) if len(known) == len(errors) else None,
+        worst_weight_error=_if_all_known(max, errors),
         proof=proof,
+        bottleneck_s=max(
+            stage.compute_s + link_s for stage, link_s in zip(assessed, leaving_s, strict=True)
+        ),
+        load_s=math.fsum(problem.load_s(*place) for place in places),
+        total_sensitivity=_if_all_known(math.fsum, losses),
+        objective=problem.objective,
     )
 
 
@@ -251,6 +277,11 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
             error = problem.weight_error(place.block, place.bits)
             bound = problem.max_weight_error[place.block]
             raise PlanError(f"{name} at {place.bits} bit has weight error {error}, above {bound}")
+        pinned = problem.pins.get(place.block, indices[place.device])
+        if indices[place.device] != pinned:
+            raise PlanError(f"{name} is on {place.device}, not {problem.devices[pinned].name}")
+        if indices[place.device] in problem.excluded:
+            raise PlanError(f"{name} is on {place.device}, which is excluded")
     stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
     actual = assess(problem, stages, plan.proof)
     for stage in actual.stages:
@@ -260,9 +291,22 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
         ):
             if used > limit:
                 raise PlanError(f"{stage.device} needs {used} bytes of {kind} and has {limit}")
+    if not keeps_budget(actual, problem):
+        raise PlanError(
+            f"the sensitivities add up to {actual.total_sensitivity},"
+            f" above the budget {problem.quality_budget}"
+        )
     _compare(plan.to_dict(), actual.to_dict(), "plan")
-    if not plan.proof.bound_s <= plan.decode_s * (1 + OPTIMALITY_GAP):
-        raise PlanError(f"the proved bound {plan.proof.bound_s} s is above {plan.decode_s} s")
+    if not plan.proof.bound_s <= plan.value_s * (1 + OPTIMALITY_GAP):
+        raise PlanError(f"the proved bound {plan.proof.bound_s} s is above {plan.value_s} s")
+
+
+def keeps_budget(plan: Plan, problem: PlanningProblem) -> bool:
+    """True where there is no quality budget, or the plan is known to stay within it."""
+    if problem.quality_budget is None:
+        return True
+    total = plan.total_sensitivity
+    return total is not None and total <= problem.quality_budget
 
 
 def _assess_stage(problem: PlanningProblem, index: int, first: int, widths: Sequence[int]) -> Stage:
@@ -291,6 +335,13 @@ def _assess_stage(problem: PlanningProblem, index: int, first: int, widths: Sequ
     )
 
 
+def _if_all_known(
+    combine: Callable[[list[float]], float], values: Sequence[float | None]
+) -> float | None:
+    known = [value for value in values if value is not None]
+    return combine(known) if len(known) == len(values) else None
+
+
 def _compare(claimed: Any, actual: Any, where: str) -> None:
     """Raise PlanError where a claimed value differs from the recomputed one."""
     if isinstance(actual, dict):
@@ -317,7 +368,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``kind``: a dataclass, tuple[X, ...], X | None or a scalar."""
+    """``value`` as the type ``kind``: a dataclass, tuple[X, ...], X | None, Literal or a scalar."""
     if is_dataclass(kind):
         return _read_fields(kind, value, where)
     if get_origin(kind) is tuple:
@@ -325,6 +376,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             raise PlanError(f"{where}: expected a list")
         item = get_args(kind)[0]
         return tuple(_read(item, part, f"{where}[{i}]") for i, part in enumerate(value))
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise PlanError(f"{where}: expected one of {get_args(kind)}, got {value!r:.40}")
+        return value
     if isinstance(kind, UnionType):
         (some,) = (choice for choice in get_args(kind) if choice is not type(None))
         return None if value is None else _read(some, value, where)
@@ -341,14 +396,13 @@ def _read_fields(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise PlanError(f"{where}: expected an object")
     hints = get_type_hints(kind)
-    names = [item.name for item in fields(kind)]
-    for name in names:
-        if name not in value:
-            raise PlanError(f"{where}.{name}: missing")
+    for item in fields(kind):
+        if item.name not in value and item.default is MISSING:
+            raise PlanError(f"{where}.{item.name}: missing")
     for key in value:
-        if key not in names:
+        if key not in hints:
             raise PlanError(f"{where}.{key}: unknown")
-    return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+    return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
 def _runs(widths: Iterable[int]) -> str:

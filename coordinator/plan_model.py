@@ -16,8 +16,9 @@ hops form one path through all used devices, and N - left is the block that a st
 That this block, and the stage's last one, lie in the stretches that start and end name makes
 a[i,r] what the stage really overlaps. Inside a stretch and a group it does not matter which block
 is which: they are counted, not placed, and the program stays exact. Where all layers are alike it
-has a few counts per device, where no two are it has one per block. ``stages`` decides which is
-which.
+has a few counts per device, where no two are (a quality budget tells them apart) it has one per
+block. ``stages`` decides which is which. For a throughput one more variable, slowest, is at least
+every stage's compute with the link that leaves it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from coordinator.problem import BlockOption, PlanningProblem
 StageChoice = tuple[int, int, tuple[int, ...]]
 """(device index, first block, bits per block)"""
 
-Objective = Literal["latency", "memory", "storage", "memory and storage", "any"]
-"""Least latency; least excess over the named limits, which may then be broken; any plan at all."""
+Aim = Literal["best", "memory", "storage", "memory and storage", "sensitivity", "any"]
+"""The problem's objective; least excess over the named limits, which may then be broken; least
+sensitivity, without a budget; any plan at all."""
 
 # The objective is counted in units that put the sum of all compute near this: solvers compare it
 # with absolute tolerances around 1e-6.
@@ -55,7 +57,7 @@ class Group:
 def usable_options(
     problem: PlanningProblem, device: int, block: int, *, fitting: bool = True
 ) -> tuple[BlockOption, ...]:
-    """Options within the requested bits and error bound, less those that another one beats.
+    """Options that the problem allows on the device, less those that another one beats.
 
     ``fitting``: also less those that are too large for the device even alone.
     """
@@ -63,7 +65,7 @@ def usable_options(
     stored = problem.stored_bytes[block]
     kept: list[BlockOption] = []
     for option in own.options[block]:
-        if option.bits not in problem.bits or not problem.within_error(block, option.bits):
+        if not problem.allows(device, block, option.bits):
             continue
         memory = own.stage_bytes + problem.kv_bytes[block] + option.executed_bytes
         small = memory <= own.memory_bytes and stored[option.bits] <= own.storage_bytes
@@ -71,21 +73,33 @@ def usable_options(
             kept.append(option)
 
     def beaten(loser: BlockOption, winner: BlockOption) -> bool:
-        ours = (loser.decode_s, loser.executed_bytes, stored[loser.bits])
-        theirs = (winner.decode_s, winner.executed_bytes, stored[winner.bits])
+        ours = _figures(problem, device, block, loser)
+        theirs = _figures(problem, device, block, winner)
         no_worse = all(x <= y for x, y in zip(theirs, ours, strict=True))
         return no_worse and (theirs != ours or winner.bits > loser.bits)
 
     return tuple(one for one in kept if not any(beaten(one, other) for other in kept))
 
 
+def _figures(
+    problem: PlanningProblem, device: int, block: int, option: BlockOption
+) -> tuple[float, ...]:
+    """All that plans are judged by, the less the better."""
+    budget = problem.quality_budget
+    return (
+        option.decode_s,
+        problem.block_cost_s(device, block, option),
+        option.executed_bytes,
+        problem.stored_bytes[block][option.bits],
+        0.0 if budget is None else problem.sensitivities[block][option.bits],
+    )
+
+
 class PlanProgram:
     """The program for one problem. ``margin`` is the share of each limit that it leaves unused."""
 
-    def __init__(
-        self, problem: PlanningProblem, *, objective: Objective = "latency", margin: float = 0.0
-    ) -> None:
-        short = () if objective in ("latency", "any") else tuple(objective.split(" and "))
+    def __init__(self, problem: PlanningProblem, *, aim: Aim = "best", margin: float = 0.0) -> None:
+        short = () if aim in ("best", "sensitivity", "any") else tuple(aim.split(" and "))
         self._problem = problem
         self._devices = range(len(problem.devices))
         self._total = problem.spec.block_count
@@ -94,14 +108,17 @@ class PlanProgram:
         self._place()
         self._order()
         excess = self._limit(short, margin)
-        self._unit_s = self._fastest_s() / _OBJECTIVE_SCALE
-        latency = self._latency_s() * (1 / self._unit_s)
-        self.program.setObjective(latency if objective == "latency" else excess)
+        self._unit_s = self._least_s() / _OBJECTIVE_SCALE
+        sensitivity = self._budget(margin, binding=aim != "sensitivity")
+        if aim == "best":
+            self.program.setObjective(self._cost_s() * (1 / self._unit_s))
+        else:
+            self.program.setObjective(sensitivity if aim == "sensitivity" else excess)
 
     def bound_s(self, bound: float | None) -> float:
-        """A bound of the objective (None: not known) as seconds of decode latency.
+        """A bound of the objective (None: not known) in seconds.
 
-        Never below the sum of all blocks, each where it is fastest.
+        Never below what the blocks cost, each where it is cheapest.
         """
         tie_break = _STAGE_TIE_BREAK * _OBJECTIVE_SCALE
         proved = -math.inf if bound is None else bound - tie_break
@@ -147,10 +164,7 @@ class PlanProgram:
         ]
 
         def looks(i: int, k: int) -> tuple[Any, ...]:
-            costs = tuple(
-                (o.bits, o.executed_bytes, o.decode_s, problem.stored_bytes[k][o.bits])
-                for o in options[i][k]
-            )
+            costs = tuple((o.bits, *_figures(problem, i, k, o)) for o in options[i][k])
             return costs, problem.kv_bytes[k]
 
         self._stretches: list[range] = []
@@ -280,16 +294,52 @@ class PlanProgram:
                     self.program += taken <= (1 - margin) * limit / unit * self._used[i]
         return pulp.lpSum(excess)
 
-    def _latency_s(self) -> Any:
+    def _budget(self, margin: float, *, binding: bool) -> Any:
+        """The sum of sensitivities in units of the budget, and the row that limits it."""
+        budget = self._problem.quality_budget
+        if budget is None:
+            return pulp.lpSum([])
+        rows = self._problem.sensitivities
+        counts = [
+            (rows[block][option.bits], count)
+            for i in self._devices
+            for count, option, block in self._counts(i)
+        ]
+        unit = max([budget, *(loss for loss, _ in counts)]) or 1.0
+        total = pulp.lpSum(loss / unit * count for loss, count in counts)
+        if binding:
+            self.program += total <= (1 - margin) * budget / unit
+        return total
+
+    def _cost_s(self) -> Any:
+        """The problem's objective, in seconds."""
         problem = self._problem
         tie_break_s = self._unit_s * _OBJECTIVE_SCALE * _STAGE_TIE_BREAK / len(self._devices)
-        terms = [
-            option.decode_s * count for i in self._devices for count, option, _ in self._counts(i)
-        ]
-        terms += [(problem.devices[i].call_s + tie_break_s) * self._used[i] for i in self._devices]
-        terms += [problem.hop_s(i, j) * hop for (i, j), hop in self._hop.items()]
-        terms += [problem.return_s(j, i) * way for (i, j), way in self._back.items()]
+        terms = []
+        for i in self._devices:
+            terms += [problem.block_cost_s(i, k, o) * count for count, o, k in self._counts(i)]
+            terms.append((problem.call_cost_s(i) + tie_break_s) * self._used[i])
+        terms += [problem.hop_cost_s(i, j) * hop for (i, j), hop in self._hop.items()]
+        terms += [problem.return_cost_s(j, i) * way for (i, j), way in self._back.items()]
+        if problem.objective.kind == "throughput":
+            terms.append(self._slowest_s())
         return pulp.lpSum(terms)
+
+    def _slowest_s(self) -> Any:
+        """Seconds of the slowest stage with the link that leaves it."""
+        problem = self._problem
+        slowest = self.program.add_variable("slowest", 0)
+        for i in self._devices:
+            terms = [option.decode_s * count for count, option, _ in self._counts(i)]
+            terms.append(problem.devices[i].call_s * self._used[i])
+            terms += [problem.hop_s(*key) * hop for key, hop in self._hop.items() if key[0] == i]
+            terms += [
+                problem.return_s(last, first) * way
+                for (first, last), way in self._back.items()
+                if last == i
+            ]
+            self.program += slowest >= pulp.lpSum(terms) * (1 / self._unit_s)
+        return self._unit_s * slowest
 
     def _counts(self, device: int) -> list[tuple[Any, BlockOption, int]]:
         """(how many, option, a block of the group) for everything that can be on a device."""
@@ -315,15 +365,22 @@ class PlanProgram:
             return self._problem.stored_bytes[block][option.bits]
         return option.executed_bytes + self._problem.kv_bytes[block]
 
-    def _fastest_s(self) -> float:
-        """Seconds of all blocks, each where it is fastest."""
-        fastest = [math.inf] * self._total
-        for groups in self._groups:
+    def _least_s(self) -> float:
+        """A lower bound of the objective: each block where it is cheapest, stages in balance."""
+        problem = self._problem
+        cost_s = [math.inf] * self._total
+        decode_s = [math.inf] * self._total
+        for i, groups in enumerate(self._groups):
             for group in groups:
-                best = min(option.decode_s for option in group.options)
                 for k in group.blocks:
-                    fastest[k] = min(fastest[k], best)
-        return math.fsum(value for value in fastest if value < math.inf) or 1.0
+                    cost = min(problem.block_cost_s(i, k, option) for option in group.options)
+                    cost_s[k] = min(cost_s[k], cost)
+                    decode_s[k] = min([decode_s[k], *(o.decode_s for o in group.options)])
+        least_s = math.fsum(value for value in cost_s if value < math.inf)
+        if problem.objective.kind == "throughput":
+            known_s = math.fsum(value for value in decode_s if value < math.inf)
+            least_s += known_s / max(1, len(problem.devices))
+        return least_s or 1.0
 
     @staticmethod
     def _value(cell: Any, values: Mapping[str, float]) -> float:

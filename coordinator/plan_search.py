@@ -1,99 +1,407 @@
-"""A quick search for some good plan, for when the time limit leaves the solver without one.
+"""A search for a good plan and for a proof of how good it is, without an integer program.
 
-Partial plans grow from the embedding to the head, a stage at a time. Of those that have come
-equally far only the fastest few are kept, so that the result is neither optimal nor certain.
+Three things couple the stages of a plan: the quality budget, the devices that are used up, and the
+way back. Priced by multipliers they leave a shortest walk (``plan_bounds``), which bounds every
+plan and every way to complete a beginning. A beam of beginnings (``plan_beam``) then drops what
+cannot be completed below the best plan known; what it drops for lack of space lowers the bound.
+Several prices of the budget are used at once, since each is best for other beginnings.
+
+For a throughput a walk is as long as its sensitivity, with all stages kept below a given time; the
+least time at which the budget can be kept is found by bisection.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from coordinator.plan_model import StageChoice, usable_options
-from coordinator.problem import BlockOption, PlanningProblem
+import numpy as np
+import numpy.typing as npt
 
-_KEPT = 40
+from coordinator.plan_beam import beam
+from coordinator.plan_bounds import Joint, Priced, Pricer, Separate
+from coordinator.plan_model import StageChoice
+from coordinator.plan_polish import Polish
+from coordinator.plan_tables import Floats, Integers, Knapsack, Span, Tables
+from coordinator.problem import PlanningProblem
+
+_WIDTHS = (20, 100, 400, 1_500, 5_000, 20_000)
+"""Walks that are kept per block, one attempt after the other."""
+
+_FINISHED = 60
+"""Walks whose widths are chosen, of each attempt."""
+
+# A stage that takes so many times the least there could be is not looked for.
+_SLOWEST = 1e4
+_LEAST_GAP = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class _Partial:
-    """Stages up to some block: their seconds with all hops, and the devices they use."""
+class Found:
+    """The best stages that were found, if any, and a lower bound of the objective of any plan."""
 
-    seconds: float
-    order: tuple[int, ...]
-    stages: tuple[StageChoice, ...]
-
-
-def quick_stages(problem: PlanningProblem) -> list[StageChoice] | None:
-    """Stages that respect every limit; None where the search ended in dead ends."""
-    total, devices = problem.spec.block_count, range(len(problem.devices))
-    segments = {(i, k): _segments(problem, i, k) for i in devices for k in range(total)}
-    most = [max(len(segments[i, k]) for k in range(total)) for i in devices]
-    reached: list[list[_Partial]] = [[] for _ in range(total + 1)]
-    reached[0].append(_Partial(0.0, (), ()))
-    for k in range(total):
-        for partial in _best(reached[k]):
-            for i in devices:
-                if i in partial.order:
-                    continue
-                hop_s = problem.hop_s(partial.order[-1], i) if partial.order else 0.0
-                order = (*partial.order, i)
-                room = sum(most[j] for j in devices if j not in order)
-                for size, (compute_s, bits) in enumerate(segments[i, k], 1):
-                    seconds = partial.seconds + hop_s + compute_s
-                    if seconds < math.inf and room >= total - k - size:
-                        stages = (*partial.stages, (i, k, bits))
-                        reached[k + size].append(_Partial(seconds, order, stages))
-    ends = [(p.seconds + problem.return_s(p.order[-1], p.order[0]), p) for p in reached[total]]
-    seconds, best = min(ends, key=lambda end: (end[0], end[1].order), default=(math.inf, None))
-    return list(best.stages) if best is not None and seconds < math.inf else None
+    stages: list[StageChoice] | None
+    bound_s: float
 
 
-def _best(partials: list[_Partial]) -> list[_Partial]:
-    """The fastest few, no two of them with the same devices and the same last one."""
-    kept: dict[tuple[frozenset[int], int], _Partial] = {}
-    for partial in sorted(partials, key=lambda p: (p.seconds, p.order)):
-        key = (frozenset(partial.order), partial.order[-1] if partial.order else -1)
-        if len(kept) < _KEPT:
-            kept.setdefault(key, partial)
-    return list(kept.values())
+def search(
+    problem: PlanningProblem,
+    *,
+    deadline_s: float,
+    gap: float,
+    ties: npt.NDArray[np.bool_] | None = None,
+) -> Found:
+    """The best plan found until its gap is proved to be at most ``gap``, or the deadline.
+
+    ``deadline_s`` is a time of time.monotonic(). ``ties`` [i, j] is True for i < j that are twins:
+    exchanging them changes no figure of any plan. Gaps below one in a thousand are not aimed at.
+    """
+    tables = Tables(problem, ties)
+    if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
+        return Found(None, 0.0)
+    kind = _Fastest if tables.throughput else _Cheapest
+    found = kind(tables, deadline_s, max(gap, _LEAST_GAP)).run()
+    return Found(found.stages, float(found.bound_s))
 
 
-def _segments(
-    problem: PlanningProblem, device: int, first: int
-) -> list[tuple[float, tuple[int, ...]]]:
-    """(seconds, bits) of the stages on ``device`` that begin with ``first``, by length."""
-    own = problem.devices[device]
-    found: list[tuple[float, tuple[int, ...]]] = []
-    chosen: list[BlockOption] = []
-    choices: list[tuple[BlockOption, ...]] = []
-    for block in range(first, problem.spec.block_count):
-        options = usable_options(problem, device, block)
-        if not options:
-            break
-        choices.append(options)
-        chosen.append(min(options, key=lambda option: option.decode_s))
-        while True:
-            over_memory = own.stage_bytes - own.memory_bytes
-            over_storage = -own.storage_bytes
-            for k, option in enumerate(chosen, first):
-                over_memory += option.executed_bytes + problem.kv_bytes[k]
-                over_storage += problem.stored_bytes[k][option.bits]
-            if over_memory <= 0 and over_storage <= 0:
+class _Cheapest:
+    """The search for objectives that are sums over blocks and hops."""
+
+    def __init__(self, tables: Tables, deadline_s: float, gap: float) -> None:
+        self.tables = tables
+        self.deadline_s = deadline_s
+        self.gap = gap
+        self.pricer = Pricer(tables, deadline_s)
+        self.found: dict[float, tuple[Priced, Floats]] = {}
+        self.stages: list[StageChoice] | None = None
+        self.value = math.inf
+        self.bound = 0.0
+        self.seen: dict[tuple[Span, ...], float] = {}
+
+    def run(self) -> Found:
+        tables = self.tables
+        self._climb()
+        top = max(self.found, key=lambda mu: self.found[mu][0].bound)
+        mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.0, 4.0)] if top else [0.0]
+        rounds = 60
+        for width in _WIDTHS:
+            for mu in mus:
+                self._price(mu, rounds)
+            rounds = 100
+            if self._done():
                 break
-            swaps = []
-            for k, (now, others) in enumerate(zip(chosen, choices, strict=True)):
-                stored = problem.stored_bytes[first + k]
-                for other in others:
-                    memory_saved = now.executed_bytes - other.executed_bytes
-                    storage_saved = stored[now.bits] - stored[other.bits]
-                    saved = memory_saved if over_memory > 0 else storage_saved
-                    if saved > 0 and memory_saved >= 0 and storage_saved >= 0:
-                        swaps.append(((other.decode_s - now.decode_s) / saved, k, other))
-            if not swaps:
-                return found
-            _, k, other = min(swaps, key=lambda swap: swap[:2])
-            chosen[k] = other
-        seconds = own.call_s + math.fsum(option.decode_s for option in chosen)
-        found.append((seconds, tuple(option.bits for option in chosen)))
-    return found
+            cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
+            chosen = [self.found[mu][0] for mu in mus]
+            finished, dropped = beam(
+                tables, chosen, width=width, cutoff=cutoff, deadline_s=self.deadline_s
+            )
+            bounds = [min(cutoff, dropped)]
+            for count, walk in enumerate(finished):
+                bound = walk.bound
+                if count < _FINISHED and not self._late():
+                    refined = self._finish(walk.spans, top)
+                    # Without a budget all relaxations are one, and exact: nothing is mixed up.
+                    bound = bound if walk.mixed and top else max(bound, refined)
+                bounds.append(bound)
+            self.bound = max(self.bound, min(min(bounds), self.value))
+            # A wider beam helps only where this one was full.
+            if self._late() or (dropped == math.inf and cutoff < math.inf):
+                break
+        return Found(self.stages, self.bound)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline_s
+
+    def _done(self) -> bool:
+        return self._late() or self.bound >= (1 - self.gap) * self.value
+
+    def _price(self, mu: float, rounds: int) -> float:
+        """The bound with this price of the budget."""
+        tables = self.tables
+        arcs: Joint | Separate
+        if mu in self.found:
+            priced, lambdas = self.found[mu]
+            arcs = priced.arcs
+        else:
+            segments = tables.segments(tables.cost + mu * tables.loss)
+            arcs = Separate(segments, tables.links, -tables.ahead)
+            nearest = min(self.found, key=lambda at: abs(math.log(at / mu)), default=None)
+            lambdas = np.zeros(tables.shape[0]) if nearest is None else self.found[nearest][1]
+        reach = self.value if self.value < math.inf else 1.1 * self._best()
+        self.found[mu] = self.pricer.price(
+            arcs,
+            mu * (tables.budget or 0.0),
+            lambdas,
+            target=self.value * (1 - self.gap) if self.value < math.inf else math.inf,
+            reach=reach,
+            rounds=rounds,
+        )
+        bound = self.found[mu][0].bound
+        self.bound = max(self.bound, min(bound, self.value))
+        return bound
+
+    def _best(self) -> float:
+        return max((one.bound for one, _ in self.found.values()), default=1.0)
+
+    def _climb(self) -> None:
+        """Prices of the budget around the best one."""
+        tables = self.tables
+        if tables.budget is None:
+            self._price(0.0, 100)
+            return
+        mu, step = self._guess(), 4.0
+        self._price(mu, 15)
+        while step > 1.15 and len(self.found) < 40:
+            mu = max(self.found, key=lambda at: self.found[at][0].bound)
+            for other in (mu * step, mu / step):
+                if other not in self.found and not self._late():
+                    self._price(other, 15)
+            if max(self.found, key=lambda at: self.found[at][0].bound) == mu:
+                step = step**0.5
+
+    def _guess(self) -> float:
+        """A price of the budget: seconds per unit of sensitivity, of a middling change of bits."""
+        tables = self.tables
+        finite = np.isfinite(tables.cost)
+        saved = np.where(finite, tables.cost, -math.inf).max(2) - tables.cost.min(2)
+        lost = tables.loss.max(2) - tables.loss.min(2)
+        telling = finite.any(2) & (lost > 0) & (saved > 0)
+        ratios = saved[telling] / lost[telling]
+        return float(np.median(ratios)) if len(ratios) else 1.0
+
+    def _finish(self, spans: Sequence[Span], mu: float) -> float:
+        """Choose the widths of a walk; keep it where it is the best plan. A bound for the walk."""
+        key = tuple(spans)
+        if key not in self.seen:
+            self.seen[key] = self._widths(spans, mu)
+        return self.seen[key]
+
+    def _widths(self, spans: Sequence[Span], mu: float) -> float:
+        tables = self.tables
+        budget = math.inf if tables.budget is None else tables.budget
+        fixed = sum(tables.entry[i] for i, _, _ in spans)
+        fixed += sum(tables.hop[a[0], b[0]] for a, b in pairwise(spans))
+        fixed += tables.back[spans[-1][0], spans[0][0]] if len(spans) > 1 else 0.0
+        mus = np.array([0.0]) if not mu else mu * np.geomspace(0.05, 100.0, 15)
+        bound = -math.inf
+        best = np.empty(0, dtype=np.int64)
+        for _ in range(3 if mu else 1):
+            chosen = np.empty((len(mus), tables.shape[1]), dtype=np.int64)
+            total = np.full(len(mus), fixed) - (mus * budget if mu else 0.0)
+            for i, first, end in spans:
+                knapsack = tables.in_memory[i]
+                room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
+                columns = np.full(len(mus), int(knapsack.index(room)))
+                costs = tables.cost[i, first:end] + mus[:, None, None] * tables.loss[i, first:end]
+                chosen[:, first:end], sums = knapsack.choices(first, costs, columns)
+                total += sums
+            bound = max(bound, float(total.max()))
+            losses = self._sums(tables.loss, spans, chosen)
+            within = np.flatnonzero(losses <= budget)
+            if not len(within):
+                return bound
+            at = int(within[self._sums(tables.cost, spans, chosen)[within].argmin()])
+            best = chosen[at]
+            low = mus[max(at - 1, 0)]
+            mus = np.linspace(low, mus[at], 13) if mu else mus
+        polished = Polish(tables, spans, best).run()
+        if polished is not None:
+            value = fixed + float(self._sums(tables.cost, spans, polished[None])[0])
+            if value < self.value:
+                self.value, self.stages = value, tables.stages(spans, polished)
+        return bound
+
+    @staticmethod
+    def _sums(figures: Floats, spans: Sequence[Span], chosen: Integers) -> Floats:
+        """Of a figure per option over all blocks, for each row of ``chosen``."""
+        found = np.zeros(len(chosen))
+        for i, first, end in spans:
+            rows = np.arange(first, end)
+            found += figures[i, rows, chosen[:, first:end]].sum(1)
+        return found
+
+
+class _Fastest:
+    """The search for throughput: bisection over the time of the slowest stage.
+
+    Loading (``Objective.migration_weight``) is left out of the bound, which stays valid.
+    """
+
+    def __init__(self, tables: Tables, deadline_s: float, gap: float) -> None:
+        self.tables = tables
+        self.deadline_s = deadline_s
+        self.gap = gap
+        self.pricer = Pricer(tables, deadline_s)
+        self.budget = tables.budget or 0.0
+        self.lambdas = np.zeros(tables.shape[0])
+        self.stages: list[StageChoice] | None = None
+        self.value = math.inf
+        self.full = False
+        self.bound = 0.0
+        self.seen: dict[tuple[Span, ...], float] = {}
+        cost = np.where(np.isfinite(tables.decode), tables.loss, math.inf)
+        self.within_memory = tables.segments(cost)
+        self.cost = cost
+
+    def run(self) -> Found:
+        fastest = np.min(self.tables.decode, axis=(0, 2))
+        self.bound = max(float(fastest.max()), float(fastest.sum()) / self.tables.shape[0])
+        least, limit = self.bound, 1.5 * self.bound
+        self._measure(4 * limit)
+        while self.stages is None and limit < _SLOWEST * least and not self._late():
+            if limit > self.top:
+                self._measure(4 * limit)
+            self._try(limit, _WIDTHS[0])
+            limit *= 1.4
+        if self.stages is None:
+            return Found(None, least)
+        self._measure(self.value)
+        for width in _WIDTHS:
+            self.full = False
+            self._lower(width)
+            self._raise(width)
+            if not self.full or self.bound >= self.value * (1 - self.gap) or self._late():
+                break
+        return Found(self.stages, self.bound)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline_s
+
+    def _lower(self, width: int) -> None:
+        """Bisect for better plans, up to where none is found."""
+        floor = self.bound
+        while self.value * (1 - self.gap) > floor and not self._late():
+            limit = max((floor * self.value) ** 0.5, 0.9 * self.value)
+            limit = min(limit, self.value * (1 - self.gap))
+            before = self.value
+            self._try(limit, width)
+            floor = max(floor if self.value < before else limit, self.bound)
+
+    def _raise(self, width: int) -> None:
+        """Bisect for the proof, from where there is none yet."""
+        ceiling = self.value * (1 - self.gap)
+        while ceiling > self.bound * (1 + self.gap / 4 + 1e-6) and not self._late():
+            limit = (ceiling * self.bound) ** 0.5
+            before = self.value
+            self._try(limit, width)
+            if self.bound < limit:
+                ceiling = limit
+            if self.value < before:
+                ceiling = min(ceiling, self.value * (1 - self.gap))
+
+    def _measure(self, top: float) -> None:
+        """Tables of least sensitivity by time, up to ``top`` seconds per stage."""
+        tables = self.tables
+        self.top = top
+        self.in_time = []
+        self.profiles = []
+        for i, knapsack in enumerate(tables.in_memory):
+            limit = top - tables.call_s[i]
+            self.in_time.append(Knapsack(tables.decode[i], limit, knapsack.longest))
+            self.profiles.append(self.in_time[-1].profiles(self.cost[i]))
+
+    def _arcs(self, limit: float) -> Floats:
+        """Least sensitivity [block, device, length - 1, next device or sink] in that time."""
+        tables = self.tables
+        devices, blocks, _ = tables.shape
+        found = np.full((blocks, devices, tables.longest, devices + 1), math.inf)
+        firsts, lengths = np.indices((blocks, tables.longest))
+        for i, (knapsack, profile) in enumerate(zip(self.in_time, self.profiles, strict=True)):
+            reach = knapsack.longest
+            if not reach:
+                continue
+            room = (
+                limit * (1 + 1e-9)
+                - tables.call_s[i]
+                - tables.links_s[i]
+                - knapsack.least[..., None]
+            )
+            if reach == blocks:
+                room[0, -1, -1] = limit * (1 + 1e-9) - tables.call_s[i] - knapsack.least[0, -1]
+            part = found[:, i, :reach]
+            # A room of -inf, where there is no link, has no index.
+            index = knapsack.index(np.maximum(room, 0.0))
+            part[:] = profile[lengths[:, :reach, None], firsts[:, :reach, None], index]
+            part[room < 0] = math.inf
+            np.maximum(part, self.within_memory[i, :, :reach, None], out=part)
+        return found
+
+    def _try(self, limit: float, width: int) -> None:
+        """Look for a plan with this slowest stage, or prove that there is none."""
+        tables = self.tables
+        arcs = Joint(self._arcs(limit))
+        enough = self.budget * (1 + 1e-9) + 1e-9
+        priced, self.lambdas = self.pricer.price(
+            arcs,
+            0.0,
+            self.lambdas,
+            target=enough,
+            reach=1.1 * self.budget or 1.0,
+            rounds=100,
+        )
+        # The bounds' own rounding is far below this.
+        if priced.bound >= enough:
+            self.bound = max(self.bound, limit)
+            return
+        finished, dropped = beam(
+            tables, [priced], width=width, cutoff=enough, deadline_s=self.deadline_s
+        )
+        self.full = self.full or dropped < math.inf
+        least = [self._finish(walk.spans) for walk in finished[:_FINISHED]]
+        if dropped >= enough and len(finished) <= _FINISHED and min(least, default=limit) >= limit:
+            self.bound = max(self.bound, limit)
+
+    def _finish(self, spans: Sequence[Span]) -> float:
+        """Choose the widths of a walk; keep it where it is the best plan. A bound for the walk."""
+        key = tuple(spans)
+        if key not in self.seen:
+            self.seen[key] = self._widths(spans)
+        return self.seen[key]
+
+    def _widths(self, spans: Sequence[Span]) -> float:
+        tables = self.tables
+        links = [tables.hop_s[a[0], b[0]] for a, b in pairwise(spans)]
+        links.append(tables.back_s[spans[-1][0], spans[0][0]] if len(spans) > 1 else 0.0)
+        rooms = [
+            (i, first, end, tables.call_s[i] + link + self.in_time[i].least[first, end - first - 1])
+            for (i, first, end), link in zip(spans, links, strict=True)
+        ]
+
+        def columns(limit: float) -> list[int]:
+            return [int(self.in_time[i].index(limit - taken)) for i, _, _, taken in rooms]
+
+        low = float(max(taken for _, _, _, taken in rooms))
+        if low > self.top:
+            return low
+        high = self.top
+        for _ in range(25):
+            limit = (low + high) / 2
+            total = sum(
+                max(
+                    self.profiles[i][end - first - 1, first, column],
+                    self.within_memory[i, first, end - first - 1],
+                )
+                for (i, first, end, _), column in zip(rooms, columns(limit), strict=True)
+            )
+            low, high = (low, limit) if total <= self.budget else (limit, high)
+        chosen = np.empty(tables.shape[1], dtype=np.int64)
+        for (i, first, end, _), column in zip(rooms, columns(high), strict=True):
+            options, _ = self.in_time[i].choices(
+                first, self.cost[i, None, first:end], np.array([column])
+            )
+            chosen[first:end] = options[0]
+        polished = Polish(tables, spans, chosen).run()
+        if polished is None:
+            return low
+        value = max(
+            taken
+            - self.in_time[i].least[first, end - first - 1]
+            + float(tables.decode[i, np.arange(first, end), polished[first:end]].sum())
+            for i, first, end, taken in rooms
+        )
+        if value < self.value:
+            self.value, self.stages = value, tables.stages(spans, polished)
+        return low

@@ -46,8 +46,10 @@ def default_solver() -> SolverName:
     return "highs" if importlib.util.find_spec("highspy") is not None else "cbc"
 
 
-def run(program: Any, *, time_limit_s: float, solver: SolverName | None = None) -> Outcome:
-    """Minimise ``program`` (a pulp.LpProblem) to a zero gap, or stop at the limit.
+def run(
+    program: Any, *, time_limit_s: float, solver: SolverName | None = None, gap: float = 0.0
+) -> Outcome:
+    """Minimise ``program`` (a pulp.LpProblem) to a relative gap, or stop at the limit.
 
     Raises SolverError; a limit that is reached is not an error but ``feasible`` or ``unknown``.
     """
@@ -56,7 +58,7 @@ def run(program: Any, *, time_limit_s: float, solver: SolverName | None = None) 
     with tempfile.TemporaryDirectory(prefix="shoal-plan-") as folder:
         model = Path(folder) / "model.mps"
         _, renamed, _, _ = program.writeMPS(str(model), rename=1)
-        outcome = (_run_highs if name == "highs" else _run_cbc)(model, time_limit_s)
+        outcome = (_run_highs if name == "highs" else _run_cbc)(model, time_limit_s, gap)
     if outcome.status not in ("optimal", "feasible"):
         return outcome
     short = outcome.values
@@ -68,14 +70,14 @@ def run(program: Any, *, time_limit_s: float, solver: SolverName | None = None) 
     return Outcome(outcome.status, name, values, outcome.bound)
 
 
-def _run_highs(model: Path, time_limit_s: float) -> Outcome:
+def _run_highs(model: Path, time_limit_s: float, gap: float) -> Outcome:
     highspy = importlib.import_module("highspy")
     highs = highspy.Highs()
     for option, value in (
         ("output_flag", False),
         ("threads", 1),
         ("time_limit", time_limit_s),
-        ("mip_rel_gap", 0.0),
+        ("mip_rel_gap", gap),
     ):
         highs.setOptionValue(option, value)
     if highs.readModel(str(model)) == highspy.HighsStatus.kError:
@@ -96,14 +98,14 @@ def _run_highs(model: Path, time_limit_s: float) -> Outcome:
     return Outcome("optimal" if status == kinds.kOptimal else "feasible", "highs", values, proved)
 
 
-def _run_cbc(model: Path, time_limit_s: float) -> Outcome:
+def _run_cbc(model: Path, time_limit_s: float, gap: float) -> Outcome:
     cbc = shutil.which(pulp.PULP_CBC_CMD.pulp_cbc_path) or shutil.which("cbc")
     if cbc is None:
         raise SolverError("no solver: install highspy, or cbc on the PATH")
     solution = model.with_suffix(".sol")
     # CBC's preprocessing was seen to lose the optimum of one small program in a thousand.
     command = [cbc, str(model), "-timeMode", "elapsed", "-sec", f"{time_limit_s * _CBC_SHARE:.3f}"]
-    command += ["-ratio", "0", "-preprocess", "off", "-solve"]
+    command += ["-ratio", f"{gap:g}", "-preprocess", "off", "-solve"]
     writing = ["-printingOptions", "all", "-solution", str(solution)]
     code, text = _output([*command, *writing], model.with_suffix(".log"), time_limit_s)
     if code:
@@ -118,7 +120,7 @@ def _run_cbc(model: Path, time_limit_s: float) -> Outcome:
     # Killed, it may have been writing: what is there cannot be trusted.
     if code is None or not solution.exists():
         return Outcome("unknown", "cbc", bound=bound)
-    return _read_cbc(solution.read_text(), bound)
+    return _read_cbc(solution.read_text(), bound, gap)
 
 
 def _output(command: list[str], log: Path, time_limit_s: float) -> tuple[int | None, str]:
@@ -137,7 +139,7 @@ def _output(command: list[str], log: Path, time_limit_s: float) -> tuple[int | N
     return code, log.read_text(errors="replace")
 
 
-def _read_cbc(text: str, bound: float | None) -> Outcome:
+def _read_cbc(text: str, bound: float | None, gap: float) -> Outcome:
     """What a CBC solution file says: a status line, then ``[**] index name value cost`` lines."""
     heading, *lines = text.splitlines()
     if heading.startswith(("Infeasible", "Integer infeasible")):
@@ -150,7 +152,8 @@ def _read_cbc(text: str, bound: float | None) -> Outcome:
         words = line.removeprefix("**").split()
         values[words[1]] = float(words[2])
     if optimal:
-        bound = float(heading.rsplit(maxsplit=1)[1])
+        value = float(heading.rsplit(maxsplit=1)[1])
+        bound = value - gap * abs(value)
     return Outcome("optimal" if optimal else "feasible", "cbc", values, bound)
 
 

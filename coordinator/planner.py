@@ -1,7 +1,7 @@
-"""Chooses the plan with the fewest seconds per decoded token, or says why there is none.
+"""Chooses the plan that is best by the problem's objective, or says why there is none.
 
 ``solve`` is a function of the problem alone, apart from the clock: the same problem gives the same
-plan, unless the time limit cuts the search short. Of equally fast plans it prefers fewer stages,
+plan, unless the time limit cuts the search short. Of equally good plans it prefers fewer stages,
 then wider bits where they cost nothing, then devices in their given order.
 """
 
@@ -12,9 +12,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from coordinator.plan import Advice, InfeasiblePlan, Plan, PlanError, Proof, assess, verify
-from coordinator.plan_model import Objective, PlanProgram, StageChoice
-from coordinator.plan_search import quick_stages
+import numpy as np
+
+from coordinator.plan import (
+    Advice,
+    InfeasiblePlan,
+    Plan,
+    PlanError,
+    Proof,
+    assess,
+    keeps_budget,
+    verify,
+)
+from coordinator.plan_model import Aim, PlanProgram, StageChoice
+from coordinator.plan_search import search
 from coordinator.plan_solver import Outcome, SolverError, SolverName, run
 from coordinator.problem import Device, PlanningProblem
 
@@ -23,19 +34,26 @@ from coordinator.problem import Device, PlanningProblem
 _LIMIT_MARGIN = 4e-6
 # Raising bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
 _FREE = 1e-9
+# With more counts than this the search goes first, as it does where a gap is allowed: it closes
+# large problems sooner, but seldom to nothing. With more than the other the program is hopeless.
+_SMALL, _LARGE = 600, 6_000
 # Saying what is wrong is worth this much, even when the search has used up the limit.
 _ADVICE_S = 5.0
+# And so is finding any plan.
+_LAST_RESORT_S = 1.0
 
 
 def solve(
     problem: PlanningProblem,
     *,
     time_limit_s: float = 60.0,
+    gap: float = 0.0,
     on_progress: Callable[[str], None] | None = None,
     solver: SolverName | None = None,
 ) -> Plan:
-    """The fastest plan, verified; at the time limit, the best one found with its proved gap.
+    """The best plan, verified; at the time limit, the best one found with its proved gap.
 
+    A plan that is proved to be within ``gap`` (0.01: one percent) of the best may end it early.
     ``on_progress`` gets one line per step. ``solver`` None takes HiGHS where it is installed.
     Raises InfeasiblePlan with advice, PlanError where the limit passed without any plan.
     """
@@ -45,7 +63,7 @@ def solve(
     report(f"planning {problem.spec.block_count} blocks on {len(problem.devices)} devices")
     reason = _hopeless(problem)
     if reason is None:
-        plan = _fastest(problem, runner, report)
+        plan = _best(problem, runner, gap, report)
         if plan is not None:
             plan = replace(plan, proof=replace(plan.proof, solve_s=time.monotonic() - started_s))
             verify(plan, problem)
@@ -60,26 +78,77 @@ def solve(
     raise _explain(problem, reason, runner)
 
 
-def _fastest(
-    problem: PlanningProblem, runner: _Runner, report: Callable[[str], None]
+def _best(
+    problem: PlanningProblem, runner: _Runner, gap: float, report: Callable[[str], None]
 ) -> Plan | None:
     """The best plan that was found; None where none was."""
+    size = _size(problem)
+    plan, bound_s = None, 0.0
+    if searching := size > _SMALL or gap > 0:
+        report("searching")
+        plan, bound_s = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0)
+        if plan is not None:
+            plan = replace(plan, proof=replace(plan.proof, bound_s=bound_s))
+    if plan is None or (plan.gap > gap and size <= _LARGE and runner.left_s() > 0):
+        report("solving the integer program")
+        exact, exact_bound_s = _solve(problem, runner, gap)
+        bound_s = max(bound_s, exact_bound_s)
+        if runner.refused:
+            return None
+        if exact is None and not searching:
+            report("the time limit has passed: looking for a plan at hand")
+            exact, exact_bound_s = _search(problem, runner, gap, share=1.0)
+            bound_s = max(bound_s, exact_bound_s)
+        found = [one for one in (exact, plan) if one is not None]
+        plan = min(found, key=lambda one: one.value_s, default=None)
+    if plan is None:
+        return None
+    return replace(plan, proof=replace(plan.proof, bound_s=min(bound_s, plan.value_s)))
+
+
+def _size(problem: PlanningProblem) -> int:
+    """About how many counts the integer program has: blocks that differ x devices x widths."""
+
+    def looks(k: int) -> tuple[object, ...]:
+        losses = problem.sensitivities[k] if problem.quality_budget is not None else None
+        rows = [device.options[k] for device in problem.devices]
+        return losses, rows, problem.stored_bytes[k], problem.kv_bytes[k]
+
+    blocks = range(1, problem.spec.block_count)
+    distinct = 1 + sum(looks(k) != looks(k - 1) for k in blocks)
+    return distinct * len(problem.devices) * len(problem.bits)
+
+
+def _search(
+    problem: PlanningProblem, runner: _Runner, gap: float, *, share: float
+) -> tuple[Plan | None, float]:
+    """A plan by search within a share of the time left, and a lower bound of the objective."""
+    deadline_s = time.monotonic() + max(_LAST_RESORT_S, share * runner.left_s())
+    devices = range(len(problem.devices))
+    ties = np.array([[i < j and _twins(problem, i, j) for j in devices] for i in devices])
+    found = search(problem, deadline_s=deadline_s, gap=gap, ties=ties)
+    plans = _plans(problem, [found.stages] if found.stages else [], Proof("search", 0.0, 0.0))
+    return (plans[0] if plans else None), found.bound_s
+
+
+def _solve(problem: PlanningProblem, runner: _Runner, gap: float) -> tuple[Plan | None, float]:
+    """A plan from the integer program, and a lower bound of the objective."""
     bound_s = None
     for margin in (0.0, _LIMIT_MARGIN):
         program = PlanProgram(problem, margin=margin)
-        outcome = runner.run(program)
+        outcome = runner.run(program, gap)
         if bound_s is None:
             bound_s = program.bound_s(outcome.bound)
-        candidates = [program.stages(outcome.values)] if outcome.values else []
-        if outcome.status in ("feasible", "unknown"):
-            report("the time limit has passed: looking for a plan at hand")
-            candidates += [stages for stages in [quick_stages(problem)] if stages]
-        proof = Proof(outcome.solver, 0.0, bound_s)
-        plans = [assess(problem, _prefer(problem, stages), proof) for stages in candidates]
-        best = min(filter(_fits, plans), key=lambda plan: plan.decode_s, default=None)
-        if best is not None or not plans:
-            return best
-    return None
+        stages = [program.stages(outcome.values)] if outcome.values else []
+        plans = _plans(problem, stages, Proof(outcome.solver, 0.0, 0.0))
+        if plans or not stages:
+            return (plans[0] if plans else None), bound_s
+    return None, bound_s or 0.0
+
+
+def _plans(problem: PlanningProblem, found: list[list[StageChoice]], proof: Proof) -> list[Plan]:
+    plans = [assess(problem, _prefer(problem, stages), proof) for stages in found]
+    return [plan for plan in plans if _fits(plan) and keeps_budget(plan, problem)]
 
 
 def _fits(plan: Plan) -> bool:
@@ -99,18 +168,20 @@ class _Runner:
         self.refused = False
         """The last program that ran has no solution."""
 
-    def run(self, program: PlanProgram) -> Outcome:
-        left_s = max(0.0, self.deadline_s - time.monotonic())
+    def left_s(self) -> float:
+        return max(0.0, self.deadline_s - time.monotonic())
+
+    def run(self, program: PlanProgram, gap: float = 0.0) -> Outcome:
         try:
-            outcome = run(program.program, time_limit_s=left_s, solver=self.solver)
+            outcome = run(program.program, time_limit_s=self.left_s(), solver=self.solver, gap=gap)
         except SolverError as error:
             raise PlanError(str(error)) from error
         self.refused = outcome.status == "infeasible"
         return outcome
 
-    def stages(self, problem: PlanningProblem, objective: Objective) -> list[StageChoice] | None:
-        """Stages for another objective than latency; None where there are none, or no time."""
-        program = PlanProgram(problem, objective=objective, margin=_LIMIT_MARGIN)
+    def stages(self, problem: PlanningProblem, aim: Aim) -> list[StageChoice] | None:
+        """Stages for another aim than the best plan; None where there are none, or no time."""
+        program = PlanProgram(problem, aim=aim, margin=_LIMIT_MARGIN)
         outcome = self.run(program)
         found = outcome.status in ("optimal", "feasible")
         return program.stages(outcome.values) if found else None
@@ -129,13 +200,15 @@ def _prefer(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[Sta
                 unused = [swap.get(i, i) for i in unused]
                 break
     chosen = [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
-    latency_s = assess(problem, chosen, Proof("", 0.0, 0.0)).decode_s
-    return [_raise_bits(problem, stage, _FREE * latency_s / len(chosen)) for stage in chosen]
+    free_s = _FREE * assess(problem, chosen, Proof("", 0.0, 0.0)).value_s / len(chosen)
+    return [_raise_bits(problem, stage, free_s) for stage in chosen]
 
 
 def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
     """True where exchanging two devices changes no figure of any plan."""
     if replace(problem.devices[i], name="") != replace(problem.devices[j], name=""):
+        return False
+    if {i, j} & {*problem.excluded, *problem.pins.values()}:
         return False
     swap = {i: j, j: i}
     return all(
@@ -161,12 +234,16 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
         for option in sorted(options.values(), key=lambda option: -option.bits):
             if option.bits <= now.bits:
                 break
-            cost_s = option.decode_s - now.decode_s
+            cost_s = max(
+                option.decode_s - now.decode_s,
+                problem.block_cost_s(index, block, option)
+                - problem.block_cost_s(index, block, now),
+            )
             new_memory = memory + option.executed_bytes - now.executed_bytes
             new_storage = storage + stored[option.bits] - stored[now.bits]
             if (
-                option.bits in problem.bits
-                and problem.within_error(block, option.bits)
+                problem.allows(index, block, option.bits)
+                and not _worse(problem, block, option.bits, now.bits)
                 and cost_s <= free_s
                 and new_memory <= device.memory_bytes
                 and new_storage <= device.storage_bytes
@@ -177,6 +254,13 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
     return index, first, tuple(chosen[block] for block in sorted(chosen))
 
 
+def _worse(problem: PlanningProblem, block: int, bits: int, than: int) -> bool:
+    """True where ``bits`` would take more of the quality budget."""
+    if problem.quality_budget is None:
+        return False
+    return problem.sensitivities[block][bits] > problem.sensitivities[block][than]
+
+
 def _hopeless(problem: PlanningProblem) -> str | None:
     """What rules out every plan whatever the sizes; None where nothing does."""
     if not problem.devices:
@@ -185,6 +269,7 @@ def _hopeless(problem: PlanningProblem) -> str | None:
         f"{device.name} runs {_list(device.backend_bits or _widths(device))}"
         for device in problem.devices
     )
+    least: list[float] = []
     for block in range(problem.spec.block_count):
         name = problem.spec.block_name(block)
         allowed = [bits for bits in problem.bits if problem.within_error(block, bits)]
@@ -197,6 +282,21 @@ def _hopeless(problem: PlanningProblem) -> str | None:
             return f"{name} stays within weight error {bound:g} at no width asked for ({errors})"
         if not any(device.option(block, bits) for device in problem.devices for bits in allowed):
             return f"no device can run {name} at {_list(allowed)} bit ({runs})"
+        placed = [
+            bits
+            for i, device in enumerate(problem.devices)
+            for bits in allowed
+            if device.option(block, bits) and problem.allows(i, block, bits)
+        ]
+        if not placed:
+            return f"the pins, the exclusions or unknown sensitivities leave no place for {name}"
+        if problem.quality_budget is not None:
+            least.append(min(problem.sensitivities[block][bits] for bits in placed))
+    if problem.quality_budget is not None and math.fsum(least) > problem.quality_budget:
+        return (
+            f"the sensitivities add up to {math.fsum(least):.3g} at the best widths asked for,"
+            f" above the budget of {problem.quality_budget:g}"
+        )
     return None
 
 
@@ -205,7 +305,14 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     if not problem.devices:
         return InfeasiblePlan(f"no plan fits: {reason}: start an agent on one")
     memory, storage = _shortage(problem, runner) if reason is None else ((), ())
-    advice = Advice(memory, storage, _enough_bits(problem, runner), _enough_error(problem, runner))
+    advice = Advice(
+        memory,
+        storage,
+        allow_bits=_enough_bits(problem, runner),
+        max_weight_error=_enough_error(problem, runner),
+        quality_budget=_enough_budget(problem, runner),
+        free_placement=_placement_is_free(problem, runner),
+    )
     ways = []
     lacking = [
         f"{kind} is short by {_mb(sum(size for _, size in short))} in all ("
@@ -220,9 +327,13 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         ways.append(f"allow {advice.allow_bits} bits")
     if advice.max_weight_error is not None:
         ways.append(f"raise --max-weight-error to {advice.max_weight_error:g}")
+    if advice.quality_budget is not None:
+        ways.append(f"raise the quality budget to {advice.quality_budget:g}")
+    if advice.free_placement:
+        ways.append("drop the pins and exclusions")
     if reason is None and not ways:
         reason = (
-            "no single change of memory, storage, bits or error bound is enough; are links missing?"
+            "no single change of memory, storage, bits or quality is enough; are links missing?"
         )
     parts = [part for part in (reason, ", or ".join(ways)) if part]
     return InfeasiblePlan("no plan fits: " + ": ".join(parts), advice)
@@ -233,9 +344,9 @@ Shortage = tuple[tuple[str, int], ...]
 
 def _shortage(problem: PlanningProblem, runner: _Runner) -> tuple[Shortage, Shortage]:
     """Bytes of memory, else of storage, else of both, that devices lack; least in all."""
-    objectives: tuple[Objective, ...] = ("memory", "storage", "memory and storage")
-    for objective in objectives:
-        stages = runner.stages(problem, objective)
+    aims: tuple[Aim, ...] = ("memory", "storage", "memory and storage")
+    for aim in aims:
+        stages = runner.stages(problem, aim)
         if stages is not None:
             plan = assess(problem, stages, Proof("", 0.0, 0.0))
             memory = [(s.device, s.memory_bytes - s.memory_limit_bytes) for s in plan.stages]
@@ -281,6 +392,27 @@ def _enough_error(problem: PlanningProblem, runner: _Runner) -> float | None:
         middle = (low + high) // 2
         low, high = (low, middle) if possible(bounds[middle]) else (middle + 1, high)
     return bounds[low]
+
+
+def _enough_budget(problem: PlanningProblem, runner: _Runner) -> float | None:
+    """The least quality budget, as three digits, that makes a plan possible."""
+    if problem.quality_budget is None:
+        return None
+    if _hopeless(replace(problem, quality_budget=math.inf)) is not None:
+        return None
+    stages = runner.stages(problem, "sensitivity")
+    if stages is None:
+        return None
+    total = assess(problem, stages, Proof("", 0.0, 0.0)).total_sensitivity
+    return _three_digits(total) if total and total > problem.quality_budget else None
+
+
+def _placement_is_free(problem: PlanningProblem, runner: _Runner) -> bool:
+    """True where dropping pins and exclusions makes a plan possible."""
+    if not problem.pins and not problem.excluded:
+        return False
+    free = replace(problem, pins={}, excluded=frozenset())
+    return _hopeless(free) is None and runner.stages(free, "any") is not None
 
 
 def _three_digits(value: float) -> float:

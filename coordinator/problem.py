@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from model import costs
 from model.quantize import BITS, Format
@@ -20,6 +21,34 @@ ACTIVATION_BITS = 32
 
 TOKEN_BYTES = 4
 """What the last stage sends the first: one token id. Half a round trip is all that it costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a plan is to minimise, in seconds.
+
+    ``latency``: one decoded token. ``throughput``: the slowest stage with the link that leaves it,
+    which is what each token takes when many are on their way. ``request``: ``prompt_tokens`` of
+    prefill and ``output_tokens`` decoded one by one. ``migration_weight`` adds that many seconds
+    per second of loading what devices do not hold yet.
+    """
+
+    kind: Literal["latency", "throughput", "request"] = "latency"
+    prompt_tokens: int = 0
+    output_tokens: int = 1
+    migration_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        tokens = (self.prompt_tokens, self.output_tokens)
+        if min(*tokens, self.migration_weight) < 0 or (self.kind == "request" and not any(tokens)):
+            raise ValueError(f"cannot minimise {self}")
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """How often the seconds of a prompt token and of a decoded one are added up."""
+        if self.kind == "request":
+            return self.prompt_tokens, self.output_tokens
+        return 0, int(self.kind == "latency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +70,8 @@ class Device:
 
     ``stage_bytes`` is memory that any stage here needs besides weights and KV cache;
     ``call_s`` is what each token pays once for there being a stage here. ``backend_bits`` are the
-    widths that the backend takes, measured or not: only messages use them.
+    widths that the backend takes, measured or not: only messages use them. ``held`` has the widths
+    of each block that are on the device's disk already (empty: nothing is).
     """
 
     name: str
@@ -51,6 +81,8 @@ class Device:
     stage_bytes: int = 0
     call_s: float = 0.0
     backend_bits: tuple[int, ...] = ()
+    held: tuple[frozenset[int], ...] = ()
+    load_bytes_per_s: float = math.inf
 
     def option(self, block: int, bits: int) -> BlockOption | None:
         """How this device runs ``block`` at ``bits``; None where it cannot."""
@@ -64,7 +96,9 @@ class PlanningProblem:
     ``links`` holds (source, target) as indices into ``devices``; a pair without a link cannot be
     neighbours in a plan. ``weight_errors`` maps bits to the normalised error of a block, and
     ``max_weight_error`` is its bound (inf: none). Only widths in ``bits`` are planned with;
-    those beside them serve for advice.
+    those beside them serve for advice. ``sensitivities`` maps bits to what a block adds to the
+    mean KL divergence of the model's next token (nats); their sum keeps ``quality_budget``.
+    ``pins`` maps blocks to the device (an index) that must run them, ``excluded`` devices run none.
     """
 
     spec: ModelSpec
@@ -75,6 +109,11 @@ class PlanningProblem:
     kv_bytes: tuple[int, ...]
     weight_errors: tuple[Mapping[int, float], ...]
     max_weight_error: tuple[float, ...]
+    sensitivities: tuple[Mapping[int, float], ...] = ()
+    quality_budget: float | None = None
+    objective: Objective = Objective()
+    pins: Mapping[int, int] = field(default_factory=dict)
+    excluded: frozenset[int] = frozenset()
 
     @property
     def hidden_bytes(self) -> int:
@@ -92,6 +131,52 @@ class PlanningProblem:
             return 0.0
         link = self.links.get((last, first))
         return math.inf if link is None else link.transfer_s(TOKEN_BYTES)
+
+    def block_cost_s(self, device: int, block: int, option: BlockOption) -> float:
+        """What a block adds to the objective; of a throughput, beside the slowest stage."""
+        prompt, output = self.objective.tokens
+        seconds = prompt * option.prefill_s_per_token + output * option.decode_s
+        weight = self.objective.migration_weight
+        return seconds + weight * self.load_s(device, block, option.bits) if weight else seconds
+
+    def call_cost_s(self, device: int) -> float:
+        """What a stage on the device adds to the objective, whatever its blocks."""
+        return self.objective.tokens[1] * self.devices[device].call_s
+
+    def hop_cost_s(self, source: int, target: int) -> float:
+        """What a hop adds to the objective; inf without a link."""
+        link = self.links.get((source, target))
+        if link is None:
+            return math.inf
+        prompt, output = self.objective.tokens
+        wire_s = self.hidden_bytes / link.bytes_per_s
+        return prompt * wire_s + output * link.transfer_s(self.hidden_bytes)
+
+    def return_cost_s(self, last: int, first: int) -> float:
+        """What the way back adds to the objective; 0 on one device, inf without a link."""
+        seconds = self.return_s(last, first)
+        return seconds if seconds == math.inf else self.objective.tokens[1] * seconds
+
+    def load_s(self, device: int, block: int, bits: int) -> float:
+        """Seconds to bring the block to the device; 0 where it is."""
+        own = self.devices[device]
+        if own.held and bits in own.held[block]:
+            return 0.0
+        return self.stored_bytes[block][bits] / own.load_bytes_per_s
+
+    def sensitivity(self, block: int, bits: int) -> float | None:
+        """KL divergence that the block at ``bits`` adds; None where it was not measured."""
+        return self.sensitivities[block].get(bits) if self.sensitivities else None
+
+    def allows(self, device: int, block: int, bits: int) -> bool:
+        """True where neither quality nor a pin nor an exclusion forbids this placement."""
+        return (
+            bits in self.bits
+            and device not in self.excluded
+            and self.pins.get(block, device) == device
+            and self.within_error(block, bits)
+            and (self.quality_budget is None or self.sensitivity(block, bits) is not None)
+        )
 
     def weight_error(self, block: int, bits: int) -> float | None:
         """Normalised weight error of a block; None where it was not measured."""
@@ -117,14 +202,23 @@ def build_problem(
     weight_errors: Sequence[Mapping[int, float]] | None = None,
     max_weight_error: float | None = None,
     call_s: Mapping[str, float] | None = None,
+    sensitivities: Sequence[Mapping[int, float]] | None = None,
+    quality_budget: float | None = None,
+    objective: Objective | None = None,
+    pins: Mapping[int, str] | None = None,
+    excluded: Collection[str] = (),
+    held: Mapping[str, Sequence[Collection[int]]] | None = None,
+    load_bytes_per_s: Mapping[str, float] | None = None,
 ) -> PlanningProblem:
     """The problem of splitting ``spec`` over the devices in ``profiles``, in that order.
 
     A device runs a block at the widths that its backend takes and that it has a timing for.
     ``slots`` sequences of ``context_tokens`` are held, prompts computed ``chunk_tokens`` at a time.
     ``formats`` says how each width is stored (None: the defaults); ``weight_errors`` has one
-    mapping of bits to the normalised error per block, needed with ``max_weight_error``.
-    Links to or from other devices are ignored. Raises ValueError for input that is inconsistent.
+    mapping of bits to the normalised error per block, needed with ``max_weight_error``;
+    ``sensitivities`` the same of KL divergence, needed with ``quality_budget``.
+    Links to or from other devices, and what they hold or load, are ignored. Raises ValueError for
+    input that is inconsistent.
     """
     blocks = range(spec.block_count)
     if formats is None:
@@ -137,7 +231,17 @@ def build_problem(
         weight_errors = [{} for _ in blocks]
     if len(weight_errors) != len(blocks):
         raise ValueError(f"weight errors of {len(weight_errors)} blocks, not {len(blocks)}")
+    if sensitivities is None and quality_budget is not None:
+        raise ValueError("a quality budget needs the sensitivities")
+    if sensitivities is not None and len(sensitivities) != len(blocks):
+        raise ValueError(f"sensitivities of {len(sensitivities)} blocks, not {len(blocks)}")
     indices = {name: index for index, name in enumerate(profiles)}
+    for block, name in (pins or {}).items():
+        if block not in blocks or name not in indices:
+            raise ValueError(f"cannot pin block {block} of {len(blocks)} to {name}")
+    for name in excluded:
+        if name not in indices:
+            raise ValueError(f"cannot exclude {name}, which is not there")
     stage_bytes = costs.stage_buffer_bytes(spec, blocks, chunk_tokens, context_tokens)
     devices = tuple(
         Device(
@@ -149,6 +253,8 @@ def build_problem(
             stage_bytes=stage_bytes,
             call_s=(call_s or {}).get(name, 0.0),
             backend_bits=tuple(sorted(width for width, _ in profile.container_bits)),
+            held=tuple(map(frozenset, (held or {}).get(name, ()))),
+            load_bytes_per_s=(load_bytes_per_s or {}).get(name, math.inf),
         )
         for name, profile in profiles.items()
     )
@@ -169,6 +275,11 @@ def build_problem(
         weight_errors=tuple(dict(errors) for errors in weight_errors),
         max_weight_error=(math.inf if max_weight_error is None else max_weight_error,)
         * len(blocks),
+        sensitivities=tuple(dict(row) for row in sensitivities or ()),
+        quality_budget=quality_budget,
+        objective=objective or Objective(),
+        pins={block: indices[name] for block, name in (pins or {}).items()},
+        excluded=frozenset(indices[name] for name in excluded),
     )
 
 

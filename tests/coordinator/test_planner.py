@@ -7,6 +7,8 @@ import itertools
 import math
 import random
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +16,10 @@ import pytest
 
 from coordinator import plan_solver, planner
 from coordinator.plan import InfeasiblePlan, Plan, PlanError, Proof, assess, verify
-from coordinator.plan_search import quick_stages
+from coordinator.plan_search import Found, search
 from coordinator.plan_solver import SolverName
 from coordinator.planner import solve
-from coordinator.problem import BlockOption, Device, PlanningProblem
+from coordinator.problem import BlockOption, Device, Objective, PlanningProblem
 from model.spec import LayerSpec, ModelSpec
 from wire.profile import LinkProfile
 
@@ -170,47 +172,127 @@ def random_problem(seed: int, *, tightness: float | None = None) -> PlanningProb
     )
 
 
-def exhaustive_s(problem: PlanningProblem) -> float:
-    """Least decode seconds over all device orders, cuts and widths; inf where nothing fits."""
-    blocks, devices = problem.spec.block_count, range(len(problem.devices))
+def random_extras(seed: int) -> PlanningProblem:
+    """A random problem with a quality budget, any objective, pins, exclusions and migration."""
+    problem = random_problem(seed, tightness=random.Random(seed).uniform(0.9, 2.4))
+    rng = random.Random(f"extras {seed}")
+    widths = sorted(problem.stored_bytes[0])
+    losses = [{b: rng.uniform(0.1, 2.0) * 4.0**-b for b in widths} for _ in problem.kv_bytes]
+    worst = math.fsum(max(row.values()) for row in losses)
+    least = math.fsum(min(row.values()) for row in losses)
+    held = [frozenset(b for b in widths if rng.random() < 0.5) for _ in losses]
+    devices = tuple(
+        replace(device, held=tuple(held), load_bytes_per_s=rng.uniform(1e5, 1e6))
+        for device in problem.devices
+    )
+    return replace(
+        problem,
+        devices=devices,
+        sensitivities=tuple(losses),
+        quality_budget=least + rng.uniform(0.0, 0.9) * (worst - least),
+        objective=Objective(
+            rng.choice(["latency", "throughput", "request"]),
+            prompt_tokens=rng.randint(0, 50),
+            output_tokens=rng.randint(1, 5),
+            migration_weight=rng.choice([0.0, 0.0, 0.01, 1.0]),
+        ),
+        pins={rng.randrange(len(losses)): 0} if rng.random() < 0.2 else {},
+        excluded=frozenset({1} if rng.random() < 0.2 and len(devices) > 1 else ()),
+    )
 
-    def stage_s(i: int, first: int, last: int) -> float:
-        device, best = problem.devices[i], math.inf
+
+Figures = tuple[float, float, float]
+"""Of some stages: the additive part of the objective, the slowest stage, total sensitivity."""
+
+
+def exhaustive_s(problem: PlanningProblem) -> float:
+    """Least objective over all device orders, cuts and widths; inf where nothing fits."""
+    blocks, devices = problem.spec.block_count, range(len(problem.devices))
+    aim, budget = problem.objective, problem.quality_budget
+    throughput = aim.kind == "throughput"
+    n_in, n_out = {
+        "latency": (0, 1),
+        "throughput": (0, 0),
+        "request": (aim.prompt_tokens, aim.output_tokens),
+    }[aim.kind]
+
+    def best_of(found: list[Figures]) -> list[Figures]:
+        """Those that no other one is at least as good as, in everything."""
+        kept: list[Figures] = []
+        for one in sorted(set(found)):
+            if not any(all(x <= y for x, y in zip(other, one, strict=True)) for other in kept):
+                kept.append(one)
+        return kept
+
+    def stage(i: int, first: int, last: int) -> list[Figures]:
+        device = problem.devices[i]
         rows = [
-            [o for o in device.options[k] if o.bits in problem.bits] for k in range(first, last)
+            [o for o in device.options[k] if o.bits in problem.bits]
+            if i not in problem.excluded and problem.pins.get(k, i) == i
+            else []
+            for k in range(first, last)
         ]
+        found = []
         for chosen in itertools.product(*rows):
-            memory, storage, seconds = device.stage_bytes, 0, device.call_s
+            memory, storage, decode_s = device.stage_bytes, 0, device.call_s
+            cost_s, loss = n_out * device.call_s, 0.0
             for k, option in enumerate(chosen, first):
                 if problem.weight_errors[k].get(option.bits, 0.0) > problem.max_weight_error[k]:
                     break
                 memory += option.executed_bytes + problem.kv_bytes[k]
                 storage += problem.stored_bytes[k][option.bits]
-                seconds += option.decode_s
+                decode_s += option.decode_s
+                cost_s += n_in * option.prefill_s_per_token + n_out * option.decode_s
+                if device.held and option.bits not in device.held[k]:
+                    load_s = problem.stored_bytes[k][option.bits] / device.load_bytes_per_s
+                    cost_s += aim.migration_weight * load_s
+                if budget is not None:
+                    loss += problem.sensitivities[k][option.bits]
             else:
                 if memory <= device.memory_bytes and storage <= device.storage_bytes:
-                    best = min(best, seconds)
-        return best
+                    found.append((cost_s, decode_s if throughput else 0.0, loss))
+        return best_of(found)
 
-    def link_s(i: int, j: int, size_bytes: int) -> float:
+    def link_s(i: int, j: int, size_bytes: int, rtts: int, bytes_sent: int) -> float:
         link = problem.links.get((i, j))
-        return math.inf if link is None else link.rtt_s / 2 + size_bytes / link.bytes_per_s
+        if link is None:
+            return math.inf
+        return rtts * link.rtt_s / 2 + bytes_sent * size_bytes / link.bytes_per_s
 
     stages = {
-        (i, first, last): stage_s(i, first, last)
+        (i, first, last): stage(i, first, last)
         for i in devices
         for first, last in itertools.combinations(range(blocks + 1), 2)
     }
     best = math.inf
     for count in range(1, len(problem.devices) + 1):
         for order in itertools.permutations(devices, count):
-            wire_s = sum(link_s(i, j, 4 * HIDDEN) for i, j in itertools.pairwise(order))
+            leaving = [link_s(i, j, 4 * HIDDEN, 1, 1) for i, j in itertools.pairwise(order)]
+            wire_s = sum(
+                link_s(i, j, 4 * HIDDEN, n_out, n_in + n_out) for i, j in itertools.pairwise(order)
+            )
+            leaving.append(link_s(order[-1], order[0], 4, 1, 1) if count > 1 else 0.0)
             if count > 1:
-                wire_s += link_s(order[-1], order[0], 4)
+                wire_s += link_s(order[-1], order[0], 4, n_out, n_out)
+            if math.inf in leaving:
+                continue
             for cuts in itertools.combinations(range(1, blocks), count - 1):
-                spans = zip(order, (0, *cuts), (*cuts, blocks), strict=True)
-                compute_s = sum(stages[span] for span in spans)
-                best = min(best, compute_s + wire_s)
+                found: list[Figures] = [(wire_s, 0.0, 0.0)]
+                for *span, link in zip(order, (0, *cuts), (*cuts, blocks), leaving, strict=True):
+                    found = best_of(
+                        [
+                            (
+                                cost + more,
+                                max(slowest, decode_s + link) if throughput else 0.0,
+                                loss + extra,
+                            )
+                            for cost, slowest, loss in found
+                            for more, decode_s, extra in stages[span[0], span[1], span[2]]
+                        ]
+                    )
+                best = min(
+                    [best, *(a + b for a, b, c in found if budget is None or c <= budget + 1e-12)]
+                )
     return best
 
 
@@ -219,17 +301,20 @@ def described(plan: Plan) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("first_seed", range(0, 100, 20))
-def test_equals_exhaustive_search(first_seed: int, solver: SolverName) -> None:
+@pytest.mark.parametrize("make", [random_problem, random_extras])
+@pytest.mark.parametrize("first_seed", range(0, 60, 20))
+def test_equals_exhaustive_search(
+    first_seed: int, make: Callable[[int], PlanningProblem], solver: SolverName
+) -> None:
     for seed in range(first_seed, first_seed + 20):
-        problem = random_problem(seed)
+        problem = make(seed)
         expected_s = exhaustive_s(problem)
         try:
             plan = solve(problem, solver=solver)
         except InfeasiblePlan:
             assert expected_s == math.inf, seed
         else:
-            assert plan.decode_s == pytest.approx(expected_s, rel=1e-6), seed
+            assert plan.value_s == pytest.approx(expected_s, rel=1e-6), seed
             assert plan.proven_optimal, seed
             verify(plan, problem)
 
@@ -393,7 +478,7 @@ def test_more_memory_never_hurts() -> None:
 
 
 def hard_problem() -> PlanningProblem:
-    """30 layers, no two alike, on 8 devices with little room: far more than a second of search."""
+    """30 layers, no two alike, on 8 devices with little room and a quality budget."""
     rng = random.Random(5)
     devices = [
         Device(
@@ -410,7 +495,10 @@ def hard_problem() -> PlanningProblem:
         )
         for i in range(8)
     ]
-    return make_problem(30, devices, bits=(4, 6, 8), rtt_s=0.001)
+    losses = tuple({b: rng.uniform(0.5, 2.0) * 4.0**-b for b in (4, 6, 8)} for _ in range(32))
+    budget = 1.2 * sum(row[6] for row in losses)
+    problem = make_problem(30, devices, bits=(4, 6, 8), rtt_s=0.001)
+    return replace(problem, sensitivities=losses, quality_budget=budget)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -431,26 +519,29 @@ def test_cbc_that_overruns_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_time_limit_without_any_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "quick_stages", lambda problem: None)
+    monkeypatch.setattr(planner, "search", lambda *_, **__: Found(None, 0.0))
     with pytest.raises(PlanError, match="no plan found in") as caught:
         solve(hard_problem(), time_limit_s=0.01)
     assert not isinstance(caught.value, InfeasiblePlan)
 
 
-def test_quick_search_respects_limits_and_finds_most_plans() -> None:
-    found = 0
-    feasible = 0
-    for seed in range(500, 600):
-        problem = random_problem(seed)
+@pytest.mark.parametrize("make", [random_problem, random_extras])
+def test_search_keeps_limits_and_its_bound_holds(make: Callable[[int], PlanningProblem]) -> None:
+    found = feasible = close = 0
+    for seed in range(500, 560):
+        problem = make(seed)
         best_s = exhaustive_s(problem)
         feasible += best_s < math.inf
-        stages = quick_stages(problem)
-        if stages is not None:
-            plan = assess(problem, stages, Proof("quick", 0.0, 0.0))
+        answer = search(problem, deadline_s=time.monotonic() + 10, gap=0.01)
+        assert answer.bound_s <= best_s * (1 + 1e-9), seed
+        if answer.stages is not None:
+            plan = assess(problem, answer.stages, Proof("search", 0.0, answer.bound_s))
             verify(plan, problem)
-            assert plan.decode_s >= best_s * (1 - 1e-9)
+            assert plan.value_s >= best_s * (1 - 1e-9), seed
             found += 1
-    assert found >= 0.8 * feasible > 40
+            close += plan.gap <= 0.01
+    assert found >= 0.8 * feasible > 20
+    assert close >= 0.5 * feasible
 
 
 def test_solvers_are_silent_and_leave_no_files(
@@ -467,7 +558,7 @@ def test_solvers_are_silent_and_leave_no_files(
 def test_progress_is_reported() -> None:
     lines: list[str] = []
     solve(make_problem(2, [make_device("a", 4, 9_000, {8: 0.001})]), on_progress=lines.append)
-    assert lines == ["planning 4 blocks on 1 devices"]
+    assert lines == ["planning 4 blocks on 1 devices", "solving the integer program"]
 
 
 def test_no_devices() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from model.families import load_spec
 from tests.system.cluster import FIXTURES, TINY_OPT, Cluster, last_json, shoal
 
 QUESTION = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"
@@ -117,3 +118,42 @@ def test_an_operation_in_progress_keeps_others_out(cluster: Cluster) -> None:
         assert completed.returncode == 1
         assert "another plan, load or unload is under way" in completed.stderr
         assert "result" in json.loads(list(lines)[-1])
+
+
+def test_wishes_about_a_live_plan_are_kept(serving: Cluster) -> None:
+    model = str(FIXTURES / "opt-pre")
+    pinned = last_json(
+        serving.run("plan", model, "--json", "--pin=head:pi-2", "--exclude=pi-1", "--bits=8")
+    )["plan"]
+    assert pinned["blocks"][-1]["device"] == "pi-2"
+    assert "pi-1" not in {block["device"] for block in pinned["blocks"]}
+    throughput = serving.run("plan", model, "--json", "--objective=throughput", "--bits=8")
+    assert last_json(throughput)["plan"]["objective"]["kind"] == "throughput"
+    for wrong in ("--exclude=pi-9", "--pin=layers=0-99:pi-1", "--quality-budget=0.1"):
+        completed = serving.run("plan", model, wrong)
+        assert completed.returncode in (1, 2)
+        assert len(completed.stderr.strip().splitlines()) == 1
+
+
+def test_a_kl_budget_is_kept(serving: Cluster, tmp_path: Path) -> None:
+    model = str(FIXTURES / "opt-pre")
+    count = load_spec(FIXTURES / "opt-pre").block_count
+    measured = tmp_path / "quality.json"
+    measured.write_text(
+        json.dumps(
+            {
+                "blocks": [
+                    {"block": block, "bits": bits, "kl": kl, "normalized_weight_error": 0.0}
+                    for block in range(count)
+                    for bits, kl in ((4, 0.1), (8, 0.01))
+                ]
+            }
+        )
+    )
+    asked = ("plan", model, "--json", "--bits=4,8", f"--sensitivities={measured}")
+    plan = last_json(serving.run(*asked, f"--quality-budget={0.01 * count + 0.1}"))["plan"]
+    assert sum(block["bits"] == 4 for block in plan["blocks"]) <= 1
+    assert plan["total_sensitivity"] <= 0.01 * count + 0.1
+    impossible = serving.run(*asked, f"--quality-budget={0.005 * count}")
+    assert impossible.returncode == 1
+    assert "budget" in impossible.stderr

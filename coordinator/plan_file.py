@@ -1,0 +1,230 @@
+"""A plan as a file that a person can read, edit and compare.
+
+Only who runs which blocks at how many bits is read back; figures are recomputed from the problem,
+so that an edited line cannot leave a stale prediction behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.plan import Plan, PlanError, Proof, assess, verify
+from coordinator.problem import PlanningProblem
+from model.quantize import BITS
+
+FORMAT = 1
+MAX_FILE_BYTES = 1 << 20
+_MAX_BLOCKS = 1 << 13
+
+_KEYS = ("shoal_plan", "model", "stages", "predicted", "predicted_for")
+_STAGE_KEYS = ("device", "bits")
+_RUN = re.compile(r"(\d{1,2})(?:x(\d{1,4}))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPlan:
+    """What a plan file says. ``predicted`` is what was computed when it was saved.
+
+    It is empty where the stages were edited since: it would be another plan's.
+    """
+
+    source: str
+    model: str
+    stages: tuple[tuple[str, tuple[int, ...]], ...]
+    """Devices in pipeline order, each with the bits of its blocks."""
+    predicted: Mapping[str, float]
+
+    @property
+    def placements(self) -> tuple[tuple[str, int], ...]:
+        """Device and bits of every block in order."""
+        return tuple((device, bits) for device, widths in self.stages for bits in widths)
+
+    def to_plan(self, problem: PlanningProblem) -> Plan:
+        """The plan with figures from ``problem``, verified. Raises PlanError naming the file.
+
+        Nothing is known of better plans: its proved bound is 0.
+        """
+        indices = {device.name: index for index, device in enumerate(problem.devices)}
+        blocks = problem.spec.block_count
+        try:
+            if len(self.placements) != blocks:
+                raise PlanError(
+                    f"its stages have {len(self.placements)} blocks and the model {blocks}"
+                    " (embedding, layers, head): change the counts in `bits`"
+                )
+            stages: list[tuple[int, int, tuple[int, ...]]] = []
+            first = 0
+            for device, widths in self.stages:
+                if device not in indices:
+                    raise PlanError(f"unknown device {device}: there are {', '.join(indices)}")
+                if any(index == indices[device] for index, _, _ in stages):
+                    raise PlanError(f"{device} has more than one stage: join them")
+                stages.append((indices[device], first, widths))
+                first += len(widths)
+            plan = assess(problem, stages, Proof("file", 0.0, 0.0))
+            verify(plan, problem)
+        except PlanError as error:
+            raise PlanError(f"{self.source}: {error}") from error
+        return plan
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Blocks [first, last) that two plans treat differently, all in the same way."""
+
+    first: int
+    last: int
+    before: tuple[str, int]
+    """Device and bits."""
+    after: tuple[str, int]
+
+
+def plan_text(plan: Plan, model: str) -> str:
+    """The file of a plan: JSON with one stage a line, ``bits`` as runs like ``16 4x11 8``."""
+    stages = [
+        json.dumps({"device": stage.device, "bits": bits_text(stage.bits)}) for stage in plan.stages
+    ]
+    predicted = {
+        "ms_per_token": plan.decode_s * 1e3,
+        "prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
+    }
+    lines = [
+        "{",
+        f'  "shoal_plan": {FORMAT},',
+        f'  "model": {json.dumps(model)},',
+        '  "stages": [',
+        ",\n".join(f"    {stage}" for stage in stages),
+        "  ],",
+        f'  "predicted": {json.dumps(predicted)},',
+        f'  "predicted_for": "{_mark((stage.device, stage.bits) for stage in plan.stages)}"',
+        "}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def read_plan(path: Path) -> SavedPlan:
+    """The plan in a file. Raises PlanError with one line: file, place, what was expected."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PlanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise PlanError(f"{path}: larger than any plan")
+    return parse_plan(data, str(path))
+
+
+def parse_plan(text: str | bytes, source: str) -> SavedPlan:
+    """As ``read_plan`` for text at hand."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{source}:{error.lineno}: not JSON: {error.msg.lower()}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise PlanError(f"{source}: not JSON") from error
+    try:
+        return _read(values, source)
+    except PlanError as error:
+        raise PlanError(f"{source}: {error}") from error
+
+
+def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
+    """What changes from plan to plan, consecutive blocks together; empty where nothing does.
+
+    Raises PlanError for plans of different numbers of blocks.
+    """
+    old, new = before.placements, after.placements
+    if len(old) != len(new):
+        raise PlanError(
+            f"{before.source} places {len(old)} blocks and {after.source} {len(new)}:"
+            " they are plans of different models"
+        )
+    changes = []
+    pairs = enumerate(zip(old, new, strict=True))
+    for (a, b), run in itertools.groupby(pairs, key=lambda item: item[1]):
+        blocks = [block for block, _ in run]
+        if a != b:
+            changes.append(Change(blocks[0], blocks[-1] + 1, a, b))
+    return tuple(changes)
+
+
+def bits_text(bits: Iterable[int]) -> str:
+    """Widths of consecutive blocks, repeats counted: ``16 8x11 4``."""
+    runs = [(width, len(list(group))) for width, group in itertools.groupby(bits)]
+    return " ".join(str(width) if count == 1 else f"{width}x{count}" for width, count in runs)
+
+
+def _read(values: object, source: str) -> SavedPlan:
+    plan = _object(values, "the plan", _KEYS, _KEYS[:3])
+    if plan["shoal_plan"] != FORMAT:
+        raise PlanError(f"shoal_plan: {plan['shoal_plan']!r:.20}, this program reads {FORMAT}")
+    if not isinstance(plan["model"], str):
+        raise PlanError("model: expected a name")
+    if not isinstance(plan["stages"], list) or not plan["stages"]:
+        raise PlanError("stages: expected a list of at least one stage")
+    stages = []
+    for index, item in enumerate(plan["stages"]):
+        where = f"stages[{index}]"
+        stage = _object(item, where, _STAGE_KEYS, _STAGE_KEYS)
+        if not isinstance(stage["device"], str):
+            raise PlanError(f"{where}.device: expected a name")
+        stages.append((stage["device"], _bits(stage["bits"], f"{where}.bits")))
+    predicted = plan.get("predicted", {})
+    if not isinstance(predicted, dict) or not all(
+        type(value) in (int, float) for value in predicted.values()
+    ):
+        raise PlanError("predicted: expected numbers by name")
+    if plan.get("predicted_for") != _mark(stages):
+        predicted = {}
+    return SavedPlan(source, plan["model"], tuple(stages), predicted)
+
+
+def _mark(stages: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+    """Changes when stages do."""
+    text = json.dumps([[device, bits] for device, bits in stages])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _object(
+    value: object, where: str, known: tuple[str, ...], required: tuple[str, ...]
+) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise PlanError(f"{where}: expected an object")
+    for key in value:
+        if key not in known:
+            raise PlanError(f"{where}: unknown key {key!r:.40}: known are {', '.join(known)}")
+    for key in required:
+        if key not in value:
+            raise PlanError(f"{where}: {key} is missing")
+    return value
+
+
+def _bits(value: object, where: str) -> tuple[int, ...]:
+    """``"16 4x11 8"``, or a list of widths."""
+    widths: list[int] = []
+    if isinstance(value, list):
+        widths = value
+    elif isinstance(value, str):
+        for word in value.split():
+            match = _RUN.fullmatch(word)
+            if match is None:
+                raise PlanError(f"{where}: {word!r:.20} is neither a width nor a run like 4x11")
+            widths += [int(match[1])] * int(match[2] or 1)
+            if len(widths) > _MAX_BLOCKS:
+                raise PlanError(f"{where}: more blocks than any model has")
+    else:
+        raise PlanError(f"{where}: expected widths such as '16 4x11 8'")
+    if not widths:
+        raise PlanError(f"{where}: a stage needs at least one block: drop the stage instead")
+    for width in widths:
+        if type(width) is not int or width not in BITS:
+            known = ", ".join(map(str, BITS))
+            raise PlanError(f"{where}: {width!r:.20} is no width: known are {known}")
+    return tuple(widths)

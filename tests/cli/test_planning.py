@@ -1,0 +1,320 @@
+"""The planning commands without any agent: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from cli import planning
+from cli.errors import CommandFailed, UsageError
+from cli.render import Screen
+from coordinator.study import opt_350m
+
+CONFIG = Path(__file__).parents[1] / "fixtures" / "opt-pre" / "config.json"
+
+LAB = """\
+devices:
+  - &pi
+    name: pi-1
+    memory: 440K
+    storage: 1M
+    bits: [4, 8]
+    layer_ms: {decode: {4: 2, 8: 3}}
+    embed_ms: 1
+    head_ms: 1
+    watts: 5
+  - {<<: *pi, name: pi-2}
+  - {<<: *pi, name: "[attic]", layer_ms: {decode: {4: 9, 8: 9}}}
+default_link: {rtt_ms: 1, mbit_per_s: 100}
+"""
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal_and_own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    shutil.copy(CONFIG, directory)
+    return directory
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    path = tmp_path / "lab.yaml"
+    path.write_text(LAB)
+    return path
+
+
+def options(*arguments: str | Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("model")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(
+        bits=None, max_weight_error=1e-3, scheme="rtn", group_size=32, context=64, time_limit=20.0
+    )
+    planning.add_planning_arguments(parser)
+    planning.add_objective_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def plan(*arguments: str | Path) -> None:
+    parsed = options(*arguments)
+    planning.run_offline_plan(parsed, Screen(json_output=parsed.json))
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    plan(*arguments, "--json")
+    values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def test_a_plan_without_any_agent(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path
+) -> None:
+    plan(model, "--devices", lab)
+    shown = capsys.readouterr()
+    assert "plan for tiny, predicted from" in shown.out
+    assert "ms per token" in shown.out
+    assert "its weights" not in shown.out
+    assert "--max-weight-error 0.001 is not applied" in shown.err
+
+
+def test_json_is_one_object_that_says_what_its_figures_are(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path
+) -> None:
+    answer = plan_json(capsys, model, "--devices", lab, "--explain", "--simulate", "3")
+    assert answer["figures"] == "predicted from described devices"
+    assert answer["plan"]["proven_optimal"]
+    assert answer["simulation"]["kept"]["runs"] == 3
+    texts = [item["text"] for item in answer["explanation"]["marginals"]]
+    assert any(text.startswith("dropping ") for text in texts)
+
+
+def test_everything_at_once(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    drawing, saved = tmp_path / "plan.svg", tmp_path / "plan.json"
+    plan(
+        model, "--devices", lab, "--explain", "--simulate", "4",
+        "--plot", drawing, "--save", saved,
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    for part in (
+        "where a token's predicted time goes", "bottleneck:", "solved again with one thing",
+        "4 draws of link speeds, predicted ms", "planned anew", " J ",
+    ):  # fmt: skip
+        assert part in shown
+    ElementTree.parse(drawing)  # noqa: S314
+    assert json.loads(saved.read_text())["model"] == "tiny"
+
+
+def test_a_saved_plan_is_taken_and_compared_with_the_best(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "plan.json"
+    best = plan_json(capsys, model, "--devices", lab)["plan"]
+    plan_json(capsys, model, "--devices", lab, "--save", saved, "--pin", "layers=0-2:[attic]")
+    given = plan_json(capsys, model, "--devices", lab, "--plan", saved)["plan"]
+    assert "[attic]" in {stage["device"] for stage in given["stages"]}
+    assert given["predicted_ms_per_token"] > best["predicted_ms_per_token"]
+    assert given["gap"] > 0
+    assert given["proof"]["bound_s"] == pytest.approx(best["proof"]["bound_s"])
+
+
+def test_a_saved_plan_that_does_not_fit_is_refused(model: Path, lab: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    plan(model, "--devices", lab, "--save", saved)
+    saved.write_text(saved.read_text().replace('"bits": "', '"bits": "8x9 '))
+    with pytest.raises(CommandFailed, match=r"plan\.json: its stages have \d+ blocks"):
+        plan(model, "--devices", lab, "--plan", saved)
+
+
+def test_weights_are_measured_where_there_are_some(
+    capsys: pytest.CaptureFixture[str], lab: Path
+) -> None:
+    parsed = options(CONFIG.parent, "--devices", lab, "--json")
+    parsed.max_weight_error = 0.5
+    planning.run_offline_plan(parsed, Screen(json_output=True))
+    values = json.loads(capsys.readouterr().out)
+    assert 0 < values["plan"]["worst_weight_error"] <= 0.5
+
+
+def write_sensitivities(path: Path, **changes: object) -> Path:
+    """Five blocks; 4 bits cost ten times what 8 cost."""
+    blocks = [
+        {"block": block, "bits": bits, "kl": kl, "normalized_weight_error": kl / 100}
+        for block in range(5)
+        for bits, kl in ((4, 0.1), (8, 0.01))
+    ]
+    path.write_text(json.dumps({"scheme": "rtn", "group_size": 32, "blocks": blocks} | changes))
+    return path
+
+
+def test_a_quality_budget_is_kept(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    file = write_sensitivities(tmp_path / "quality.json")
+    answer = plan_json(
+        capsys, model, "--devices", lab, "--sensitivities", file, "--quality-budget", "0.3",
+        "--explain",
+    )  # fmt: skip
+    assert 0 < answer["plan"]["total_sensitivity"] <= 0.3
+    parts = [stage["sensitivity"] for stage in answer["explanation"]["stages"]]
+    assert sum(parts) == pytest.approx(answer["plan"]["total_sensitivity"])
+    plan(model, "--devices", lab, "--sensitivities", file, "--explain")
+    assert "predicted KL divergence" in capsys.readouterr().out
+
+
+def test_sensitivities_that_do_not_fit_are_refused(model: Path, lab: Path, tmp_path: Path) -> None:
+    file = tmp_path / "quality.json"
+    with pytest.raises(UsageError, match="--quality-budget needs --sensitivities"):
+        plan(model, "--devices", lab, "--quality-budget", "1")
+    write_sensitivities(file, group_size=64)
+    with pytest.raises(UsageError, match="was measured with group_size 64: plan with --group-size"):
+        plan(model, "--devices", lab, "--sensitivities", file)
+    good = {"block": 0, "bits": 4, "kl": 0.1, "normalized_weight_error": 0.1}
+    for bad, message in (
+        (3, "has no list of blocks"),
+        ([3], r"blocks\[0\]: expected an object"),
+        ([good | {"block": 5}], "block 5, the model has 5"),
+        ([good, good | {"bits": 7}], r"blocks\[1\]: 7 is no width"),
+        ([good | {"kl": -1}], "kl: expected a number from 0 up"),
+        ([good | {"kl": True}], "kl: expected a number from 0 up"),
+    ):
+        write_sensitivities(file, blocks=bad)
+        with pytest.raises(CommandFailed, match=message):
+            plan(model, "--devices", lab, "--sensitivities", file)
+    file.write_text("{")
+    with pytest.raises(CommandFailed, match="not JSON"):
+        plan(model, "--devices", lab, "--sensitivities", file)
+
+
+def test_pins_exclusions_and_objectives(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path
+) -> None:
+    answer = plan_json(
+        capsys, model, "--devices", lab, "--pin", "layers=0-1:[attic]", "--exclude", "pi-1",
+        "--objective", "request", "--prompt-tokens", "10", "--output-tokens", "2",
+    )  # fmt: skip
+    places = {item["name"]: item["device"] for item in answer["plan"]["blocks"]}
+    assert places["layer 0"] == places["layer 1"] == "[attic]"
+    assert "pi-1" not in places.values()
+
+
+def test_options_for_described_devices_need_them() -> None:
+    planning.require_devices(options("m"))
+    planning.require_devices(options("m", "--explain", "--devices", "lab.yaml"))
+    with pytest.raises(UsageError, match="--simulate needs --devices"):
+        planning.require_devices(options("m", "--simulate", "3"))
+    with pytest.raises(UsageError, match="--formulation dilemma needs --devices"):
+        planning.require_devices(options("m", "--formulation", "dilemma"))
+
+
+def test_pins_name_blocks() -> None:
+    parsed = options("m", "--pin", "layers=0-1:a", "--pin", "embedding:b", "--pin", "head:c")
+    assert planning.pins_of(parsed, opt_350m(3)) == {0: "b", 1: "a", 2: "a", 4: "c"}
+    assert planning.pins_of(options("m", "--pin", "layer=2:a"), opt_350m(3)) == {3: "a"}
+    with pytest.raises(UsageError, match="layers 0 to 2"):
+        planning.pins_of(options("m", "--pin", "layers=2-3:a"), opt_350m(3))
+    with pytest.raises(UsageError, match="layer 1 is pinned to two devices"):
+        planning.pins_of(options("m", "--pin", "layers=0-1:a", "--pin", "layer=1:b"), opt_350m(3))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--pin", "layers=3-1:a"],
+        ["--pin", "layers=a:b"],
+        ["--pin", "embedding"],
+        ["--repair", "2g"],
+        ["--simulate", "0"],
+        ["--quality-budget", "-1"],
+        ["--quality-budget", "nan"],
+    ],
+)
+def test_arguments_that_mean_nothing(arguments: list[str]) -> None:
+    with pytest.raises(argparse.ArgumentError):
+        options("m", *arguments)
+
+
+def test_mistakes_are_one_line(model: Path, lab: Path, tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="no such file"):
+        plan(model, "--devices", tmp_path / "none.yaml")
+    with pytest.raises(CommandFailed, match=r"no config\.json"):
+        plan(tmp_path, "--devices", lab)
+    lab.write_text(LAB.replace("watts", "wats"))
+    with pytest.raises(CommandFailed, match=r"lab\.yaml:10: unknown key 'wats'"):
+        plan(model, "--devices", lab)
+    lab.write_text(LAB.replace("440K", "20K"))
+    with pytest.raises(CommandFailed, match="no plan fits"):
+        plan(model, "--devices", lab)
+
+
+def test_the_papers_program(capsys: pytest.CaptureFixture[str], model: Path, lab: Path) -> None:
+    answer = plan_json(capsys, model, "--devices", lab, "--formulation", "dilemma")
+    assert answer["proven_optimal"]
+    assert [item["block"] for item in answer["choices"]] == [0, 1, 2, 3, 4]
+    assert answer["objective_ms"] == pytest.approx(answer["with_every_transfer_ms"])
+    plan(model, "--devices", lab, "--formulation", "dilemma", "--repair", "none")
+    assert "no model runs like that" in capsys.readouterr().out
+    with pytest.raises(CommandFailed, match=r"\(2d\) gives each device one layer"):
+        plan(model, "--devices", lab, "--formulation", "dilemma", "--repair", "2c")
+    with pytest.raises(UsageError, match="--explain does not go with --formulation dilemma"):
+        plan(model, "--devices", lab, "--formulation", "dilemma", "--explain")
+
+
+def test_a_difference_is_shown(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    before, after = tmp_path / "a.json", tmp_path / "b.json"
+    plan(model, "--devices", lab, "--save", before)
+    plan(model, "--devices", lab, "--save", after, "--pin", "head:[attic]")
+    parser = argparse.ArgumentParser()
+    planning.add_diff_arguments(parser)
+    parsed = parser.parse_args([str(before), str(after)])
+    capsys.readouterr()
+    parsed.json = False
+    planning.run_plan_diff(parsed, Screen(json_output=False))
+    shown = capsys.readouterr().out
+    assert "[attic]" in shown
+    assert "as predicted when they were saved" in shown
+    parsed.json = True
+    planning.run_plan_diff(parsed, Screen(json_output=True))
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["changes"][-1]["after"]["device"] == "[attic]"
+    parsed.after = tmp_path / "none.json"
+    with pytest.raises(CommandFailed, match="no such file"):
+        planning.run_plan_diff(parsed, Screen(json_output=True))
+
+
+def test_a_study_is_shown_and_drawn(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coordinator import study
+
+    whole = study.study_dilemma
+    monkeypatch.setattr(study, "study_dilemma", lambda **given: whole(layers=3, **given))
+    parser = argparse.ArgumentParser()
+    planning.add_study_arguments(parser)
+    parsed = parser.parse_args(["dilemma", "--out", str(tmp_path / "figures"), "--runs", "1"])
+    parsed.json = False
+    planning.run_study(parsed, Screen(json_output=False))
+    shown = capsys.readouterr().out
+    assert "37.50%" in shown
+    assert "all proven optimal" in shown
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
+    parsed.json, parsed.out = True, None
+    planning.run_study(parsed, Screen(json_output=True))
+    assert json.loads(capsys.readouterr().out)["table"][0]["bits"] == [12]

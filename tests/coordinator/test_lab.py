@@ -1,0 +1,186 @@
+"""Described testbeds: what a file means, and one exact line for each way to get it wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from coordinator.lab import LabError, lab_problem, parse_lab, read_lab
+from coordinator.plan import verify
+from coordinator.planner import solve
+from coordinator.study import opt_350m
+
+LABS = sorted((Path(__file__).parents[2] / "examples" / "labs").glob("*.yaml"))
+
+LAB = """\
+templates:
+  pi: &pi
+    memory: 1G
+    storage: 8G
+    bits: [4, 8]
+    layer_ms:
+      decode: {4: 2, 8: 3.5}
+      prefill_per_token: {4: 0.5, 8: 0.6}
+    embed_ms: 0.1
+    head_ms: {4: 5, 8: 9}
+devices:
+  - {<<: *pi, name: pi-1, watts: 6}
+  - <<: *pi
+    name: pi-2
+    memory: 500M
+    container: {4: 8}
+    call_ms: 0.2
+  - {<<: *pi, name: pi-3}
+links:
+  - {from: pi-1, to: pi-2, rtt_ms: 0.4, mbit_per_s: 80}
+  - {from: pi-1, to: pi-3, rtt_ms: 7, mbit_per_s: 8, one_way: true}
+default_link: {rtt_ms: 1, mbit_per_s: 800}
+"""
+
+
+def test_a_description_means_what_it_says() -> None:
+    lab = parse_lab(LAB, "lab.yaml")
+    first, second, third = lab.devices
+    assert (first.name, first.memory_bytes, first.bits) == ("pi-1", 1 << 30, (4, 8))
+    assert second.memory_bytes == 500 << 20
+    assert second.container == {4: 8, 8: 8}
+    assert second.call_s == pytest.approx(2e-4)
+    assert third.layer_decode_s == {4: pytest.approx(0.002), 8: pytest.approx(0.0035)}
+    assert third.embed_s == {4: pytest.approx(1e-4), 8: pytest.approx(1e-4)}
+    assert lab.watts == {"pi-1": 6.0}
+    links = {(link.source, link.target): link for link in lab.links}
+    assert len(links) == 6
+    assert links["pi-2", "pi-1"].bytes_per_s == links["pi-1", "pi-2"].bytes_per_s == 10e6
+    assert links["pi-1", "pi-3"].rtt_s == pytest.approx(0.007)
+    assert links["pi-3", "pi-1"].rtt_s == pytest.approx(0.001)
+
+
+def test_its_problem_has_the_described_times() -> None:
+    problem = lab_problem(parse_lab(LAB, "lab.yaml"), opt_350m(4), context_tokens=64)
+    assert [device.name for device in problem.devices] == ["pi-1", "pi-2", "pi-3"]
+    assert problem.bits == (4, 8)
+    layer = problem.devices[0].option(1, 4)
+    head = problem.devices[0].option(5, 8)
+    assert layer is not None
+    assert head is not None
+    assert (layer.decode_s, layer.prefill_s_per_token) == (0.002, 0.0005)
+    # Only the last of a prompt's rows goes through the head: a chunk has 64.
+    assert head.prefill_s_per_token == pytest.approx(0.009 / 64)
+    narrow, wide = (problem.devices[i].option(1, 4) for i in (0, 1))
+    assert narrow is not None
+    assert wide is not None
+    assert wide.executed_bytes > narrow.executed_bytes
+    plan = solve(problem)
+    verify(plan, problem)
+
+
+def test_pairs_may_have_no_link() -> None:
+    text = LAB.replace("default_link: {rtt_ms: 1, mbit_per_s: 800}", "default_link: none")
+    links = {(link.source, link.target) for link in parse_lab(text, "lab.yaml").links}
+    assert links == {("pi-1", "pi-2"), ("pi-2", "pi-1"), ("pi-1", "pi-3")}
+
+
+def test_prefill_defaults_to_decode() -> None:
+    text = LAB.replace("      prefill_per_token: {4: 0.5, 8: 0.6}\n", "")
+    device = parse_lab(text, "lab.yaml").devices[0]
+    assert device.layer_prefill_s_per_token == device.layer_decode_s
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("watts: 6", "wats: 6", "12: unknown key 'wats' in a device: known are name, memory"),
+        ("rtt_ms: 0.4", "rtt_ms: -1", "20: rtt_ms: expected a number from 0 up, found -1"),
+        ("mbit_per_s: 80}", "mbit_per_s: 0}", "20: mbit_per_s: expected a number above 0, found 0"),
+        ("mbit_per_s: 80}", "mbit_per_s: .nan}", "20: mbit_per_s: expected a number, found '.nan'"),
+        ("mbit_per_s: 80}", "mbit_per_s: 1e999}", "expected a number above 0, found 1e999"),
+        ("to: pi-2", "to: pi-9", "20: to: unknown device pi-9: known are pi-1, pi-2, pi-3"),
+        ("to: pi-2", "to: pi-1", "20: a link from pi-1 to itself: drop it"),
+        ("to: pi-3,", "to: pi-2,", "21: the link from pi-1 to pi-2 is described twice (first in"),
+        ("default_link: {rtt_ms: 1, mbit_per_s: 800}", "", "no link from pi-2 to pi-3 (3 links"),
+        ("default_link: {rtt_ms: 1,", "default_link: {", "22: default_link has no rtt_ms: add it"),
+        ("name: pi-2", "name: pi-1", "13: device pi-1 is described twice (first in line 12)"),
+        ("memory: 500M", "memory: lots", "15: memory: size 'lots': expected a number and a unit"),
+        ("memory: 500M", "memory: 0", "15: memory: expected more than 0 bytes"),
+        ("bits: [4, 8]", "bits: [4, 7]", "5: bits: '7' is no width: known are 2, 3, 4"),
+        ("bits: [4, 8]", "bits: [4, 4]", "5: bits: expected each width once"),
+        ("bits: [4, 8]", "bits: [4, 8, 16]", "7: layer_ms.decode has no 16 bit, which pi-1 runs"),
+        ("bits: [4, 8]", "bits: [4]", "7: layer_ms.decode has 8 bit, which pi-1 does not run"),
+        ("{4: 0.5, 8: 0.6}", "{4: 0.5}", "8: layer_ms.prefill_per_token has no 8 bit: add it"),
+        ("{4: 5, 8: 9}", "{4: 5, 8: 9, 16: 1}", "10: head_ms has 16 bit, which is not in bits"),
+        ("{4: 5, 8: 9}", "{4: 5, 8: x}", "10: head_ms at 8 bit: expected a number, found 'x'"),
+        (
+            "container: {4: 8}",
+            "container: {8: 4}",
+            "16: container: 8-bit weights do not fit 4 bits",
+        ),
+        ("one_way: true", "one_way: yes", "21: one_way: expected true or false, found 'yes'"),
+        ("embed_ms: 0.1", "storage: 1G", "9: storage is there twice in a device: drop one"),
+        ("    embed_ms: 0.1\n", "", "a device has no embed_ms: add it"),
+        ("links:", "links: 5", "not YAML"),
+        ("    name: pi-2", "    name: [pi-2]", "14: expected a plain word or number"),
+    ],
+)
+def test_mistakes_get_a_line_and_advice(old: str, new: str, message: str) -> None:
+    assert old in LAB
+    with pytest.raises(LabError) as caught:
+        parse_lab(LAB.replace(old, new, 1), "lab.yaml")
+    text = str(caught.value)
+    assert message in text
+    assert "\n" not in text
+    assert re.match(r"lab\.yaml:\d+: ", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "lab.yaml: empty"),
+        ("[1, 2]", "lab.yaml:1: the file: expected `key: value` pairs"),
+        ("devices: []", "lab.yaml:1: devices: describe at least one"),
+        ("devices: {a: 1}", "lab.yaml:1: devices: expected a list"),
+        ("devices: [*unknown]", "lab.yaml:1: not YAML"),
+        ("a: &a {<<: *a}", "lab.yaml:1: "),
+        ("devices: &d [*d]", "lab.yaml:1: a device: expected `key: value` pairs"),
+        ("devices: " + "[" * 5000, "lab.yaml"),
+        (b"\xff\xfe\x00", "lab.yaml"),
+    ],
+)
+def test_other_files_are_refused(text: str | bytes, message: str) -> None:
+    with pytest.raises(LabError) as caught:
+        parse_lab(text, "lab.yaml")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_missing_or_huge(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="no such file"):
+        read_lab(tmp_path / "lab.yaml")
+    huge = tmp_path / "huge.yaml"
+    huge.write_text("#" * (1 << 20) + "#")
+    with pytest.raises(LabError, match="larger than 1 MiB"):
+        read_lab(huge)
+
+
+def test_widths_that_nobody_runs_are_named() -> None:
+    with pytest.raises(LabError, match="no device runs 2, 16 bit: the described widths are 4, 8"):
+        lab_problem(parse_lab(LAB, "lab.yaml"), opt_350m(2), bits=[16, 2], context_tokens=64)
+
+
+@pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
+def test_the_shipped_labs_plan(path: Path) -> None:
+    assert "ASSUMED" in path.read_text()
+    lab = read_lab(path)
+    problem = lab_problem(lab, opt_350m(4), bits=(8,), context_tokens=256)
+    assert len(problem.links) == len(lab.devices) * (len(lab.devices) - 1)
+    verify(solve(problem, time_limit_s=20), problem)
+
+
+def test_four_labs_are_shipped() -> None:
+    assert [path.stem for path in LABS] == [
+        "home-4-pis",
+        "jetson-pis-coral",
+        "mixed-32",
+        "smart-city-16",
+    ]
