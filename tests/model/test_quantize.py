@@ -25,9 +25,10 @@ MATRICES = hnp.arrays(
     np.float32,
     st.tuples(st.integers(1, 5), st.integers(1, 140)),
     elements=st.one_of(
-        st.floats(-1, 1, width=32),
+        # ONNX Runtime, where a test before used it, has turned subnormals off in this thread.
+        st.floats(-1, 1, width=32, allow_subnormal=False),
         st.sampled_from([0.0, 1.0, -1.0]),
-        st.floats(-(2.0**99), 2.0**99, width=32),
+        st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False),
     ),
 )
 ROUNDING = st.builds(
