@@ -63,7 +63,8 @@ def search(
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
         return Found(None, 0.0)
     kind = _Fastest if tables.throughput else _Cheapest
-    found = kind(tables, deadline_s, max(gap, _LEAST_GAP)).run()
+    # A little less than what is asked for, so that rounding does not miss it.
+    found = kind(tables, deadline_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
     return Found(found.stages, float(found.bound_s))
 
 
