@@ -167,6 +167,8 @@ class _Runner:
         self.solver = solver
         self.refused = False
         """The last program that ran has no solution."""
+        self.unsure = False
+        """Some program ran out of time without an answer."""
 
     def left_s(self) -> float:
         return max(0.0, self.deadline_s - time.monotonic())
@@ -177,6 +179,7 @@ class _Runner:
         except SolverError as error:
             raise PlanError(str(error)) from error
         self.refused = outcome.status == "infeasible"
+        self.unsure = self.unsure or outcome.status == "unknown"
         return outcome
 
     def stages(self, problem: PlanningProblem, aim: Aim) -> list[StageChoice] | None:
@@ -331,7 +334,9 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         ways.append(f"raise the quality budget to {advice.quality_budget:g}")
     if advice.free_placement:
         ways.append("drop the pins and exclusions")
-    if reason is None and not ways:
+    if reason is None and not ways and runner.unsure:
+        reason = "the time limit passed before a change was found that is enough"
+    elif reason is None and not ways:
         reason = (
             "no single change of memory, storage, bits or quality is enough; are links missing?"
         )
