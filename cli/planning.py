@@ -221,6 +221,7 @@ def _repairs(text: str) -> tuple[str, ...]:
 
 def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     """``shoal plan MODEL --devices LAB.yaml``: no coordinator, no agent. Raises CommandFailed."""
+    from coordinator.fleet import DEFAULT_CONTEXT_TOKENS
     from coordinator.lab import LabError, lab_problem, read_lab
     from coordinator.plan import PlanError
     from model.errors import ModelError
@@ -350,9 +351,6 @@ def save_plan(path: Path, plan: Plan, model: str) -> None:
 
 
 # ---- steps -------------------------------------------------------------------------------------
-
-DEFAULT_CONTEXT_TOKENS = 2048
-"""As for a live plan: the model's, at most this."""
 
 
 def _sensitivities(options: argparse.Namespace, spec: ModelSpec) -> Sensitivities | None:

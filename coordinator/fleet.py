@@ -14,8 +14,9 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from coordinator.artifacts import ArtifactStore
 from coordinator.errors import (
@@ -29,7 +30,7 @@ from coordinator.errors import (
 from coordinator.members import Member, OnProgress, Roster
 from coordinator.plan import Plan
 from coordinator.planner import solve
-from coordinator.problem import Objective, build_problem
+from coordinator.problem import Objective, ObjectiveKind, build_problem
 from model.checkpoint import Checkpoint
 from model.quantize import BITS, Format, Scheme
 from model.spec import ModelSpec
@@ -58,7 +59,6 @@ DEFAULT_MAX_WEIGHT_ERROR = 1e-3
 (Source: DILEMMA, Table 1)."""
 DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_TIME_LIMIT_S = 20.0
-OBJECTIVES = ("latency", "throughput", "request")
 
 Result = TypeVar("Result")
 
@@ -299,9 +299,7 @@ class Fleet:
                 if not missing:
                     continue
                 answer = await member.request(
-                    lambda number, missing=missing: MeasureModel(  # type: ignore[misc]
-                        number, spec.to_dict(), missing
-                    ),
+                    partial(MeasureModel, spec=spec.to_dict(), bits=missing),
                     ModelMeasured,
                     self._forward("measure", member.name),
                 )
@@ -333,9 +331,7 @@ class Fleet:
             self._step("links", f"{source.name} to {target.name}", done, len(pairs), "steps")
             try:
                 measured = await source.request(
-                    lambda number, target=target: MeasureLink(  # type: ignore[misc]
-                        number, target.device, target.endpoints
-                    ),
+                    partial(MeasureLink, device=target.device, endpoints=target.endpoints),
                     LinkMeasured,
                 )
             except AgentLost:
@@ -376,14 +372,14 @@ class Fleet:
         try:
             loaded = await _together(
                 member.request(
-                    lambda number, stage=stage: LoadStage(  # type: ignore[misc]
-                        number,
-                        epoch,
-                        spec.to_dict(),
-                        refs[stage.first : stage.last],
-                        slots,
-                        planned.context_tokens,
-                        members[0].device,
+                    partial(
+                        LoadStage,
+                        epoch=epoch,
+                        spec=spec.to_dict(),
+                        blocks=refs[stage.first : stage.last],
+                        slots=slots,
+                        context_tokens=planned.context_tokens,
+                        first=members[0].device,
                     ),
                     StageLoaded,
                     self._forward("load", member.name),
@@ -393,8 +389,11 @@ class Fleet:
             if len(members) > 1:
                 for member, after in zip(members, members[1:] + members[:1], strict=True):
                     await member.request(
-                        lambda number, after=after: ConnectStage(  # type: ignore[misc]
-                            number, epoch, after.device, after.endpoints
+                        partial(
+                            ConnectStage,
+                            epoch=epoch,
+                            device=after.device,
+                            endpoints=after.endpoints,
                         ),
                         Done,
                     )
@@ -480,10 +479,8 @@ def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
     if objective is not None:
         try:
             wishes["objective"] = Objective(**objective)
-            if wishes["objective"].kind not in OBJECTIVES:
-                raise ValueError(objective)
         except (TypeError, ValueError) as error:
-            kinds = ", ".join(OBJECTIVES)
+            kinds = ", ".join(get_args(ObjectiveKind))
             raise RequestInvalid(
                 f"objective: kind ({kinds}), prompt_tokens, output_tokens", "objective"
             ) from error

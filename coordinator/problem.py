@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from model import costs
 from model.quantize import BITS, Format
@@ -23,6 +23,9 @@ TOKEN_BYTES = 4
 """What the last stage sends the first: one token id. Half a round trip is all that it costs."""
 
 
+ObjectiveKind = Literal["latency", "throughput", "request"]
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """What a plan is to minimise, in seconds.
@@ -33,14 +36,18 @@ class Objective:
     per second of loading what devices do not hold yet.
     """
 
-    kind: Literal["latency", "throughput", "request"] = "latency"
+    kind: ObjectiveKind = "latency"
     prompt_tokens: int = 0
     output_tokens: int = 1
     migration_weight: float = 0.0
 
     def __post_init__(self) -> None:
         tokens = (self.prompt_tokens, self.output_tokens)
-        if min(*tokens, self.migration_weight) < 0 or (self.kind == "request" and not any(tokens)):
+        if (
+            self.kind not in get_args(ObjectiveKind)
+            or min(*tokens, self.migration_weight) < 0
+            or (self.kind == "request" and not any(tokens))
+        ):
             raise ValueError(f"cannot minimise {self}")
 
     @property
