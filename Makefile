@@ -16,7 +16,7 @@ demo: $(VENV)/run.stamp ## split the embedded model over three agents on this ma
 	$(BIN)/shoal demo
 
 test: $(VENV)/dev.stamp ## run the tests (pass options in ARGS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
 
 check: $(VENV)/dev.stamp ## style, types and the import contract
 	$(BIN)/ruff check .
