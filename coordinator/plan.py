@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
+from coordinator.plain import from_plain, to_plain
 from coordinator.problem import Objective, PlanningProblem
 
 FORMAT = 1
@@ -162,7 +162,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = to_plain(self)
         return plain
 
     @staticmethod
@@ -171,7 +171,10 @@ class Plan:
 
         What has a default may be left out. Figures are not checked: that is what ``verify`` is for.
         """
-        plan: Plan = _read(Plan, values, "plan")
+        try:
+            plan: Plan = from_plain(Plan, values, "plan", finite=True)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
         if plan.version != FORMAT:
             raise PlanError(f"plan.version: {plan.version}, this program reads {FORMAT}")
         return plan
@@ -357,52 +360,6 @@ def _compare(claimed: Any, actual: Any, where: str) -> None:
             raise PlanError(f"{where}: {claimed}, recomputed {actual}")
     elif claimed != actual:
         raise PlanError(f"{where}: {claimed}, recomputed {actual}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``kind``: a dataclass, tuple[X, ...], X | None, Literal or a scalar."""
-    if is_dataclass(kind):
-        return _read_fields(kind, value, where)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise PlanError(f"{where}: expected a list")
-        item = get_args(kind)[0]
-        return tuple(_read(item, part, f"{where}[{i}]") for i, part in enumerate(value))
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise PlanError(f"{where}: expected one of {get_args(kind)}, got {value!r:.40}")
-        return value
-    if isinstance(kind, UnionType):
-        (some,) = (choice for choice in get_args(kind) if choice is not type(None))
-        return None if value is None else _read(some, value, where)
-    if kind is float and type(value) in (int, float):
-        number = float(value)
-        if math.isfinite(number):
-            return number
-    elif type(value) is kind:
-        return value
-    raise PlanError(f"{where}: expected {kind.__name__}, got {value!r:.40}")
-
-
-def _read_fields(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise PlanError(f"{where}: expected an object")
-    hints = get_type_hints(kind)
-    for item in fields(kind):
-        if item.name not in value and item.default is MISSING:
-            raise PlanError(f"{where}.{item.name}: missing")
-    for key in value:
-        if key not in hints:
-            raise PlanError(f"{where}.{key}: unknown")
-    return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
 def _runs(widths: Iterable[int]) -> str:

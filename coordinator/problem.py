@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from coordinator.plain import from_plain, to_plain
 from model import costs
 from model.quantize import BITS, Format
 from model.spec import LayerSpec, ModelSpec
@@ -193,6 +194,47 @@ class PlanningProblem:
         """True where the error bound allows ``block`` at ``bits``; unknown errors are too large."""
         bound = self.max_weight_error[block]
         return bound == math.inf or self.weight_errors[block].get(bits, math.inf) <= bound
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @staticmethod
+    def from_dict(values: object) -> PlanningProblem:
+        """Inverse of ``to_dict``; what has a default may be left out.
+
+        Raises ValueError naming a key that is missing, unknown or wrong.
+        """
+        problem: PlanningProblem = from_plain(PlanningProblem, values, "problem")
+        problem._check_shape()
+        return problem
+
+    def _check_shape(self) -> None:
+        """Raise ValueError where a table or an index does not fit the model and the devices."""
+        blocks, devices = range(self.spec.block_count), range(len(self.devices))
+        tables: list[tuple[str, Sequence[object]]] = [
+            ("stored_bytes", self.stored_bytes),
+            ("kv_bytes", self.kv_bytes),
+            ("weight_errors", self.weight_errors),
+            ("max_weight_error", self.max_weight_error),
+            *((f"devices[{i}].options", device.options) for i, device in enumerate(self.devices)),
+            *((f"devices[{i}].held", d.held) for i, d in enumerate(self.devices) if d.held),
+        ]
+        if self.sensitivities or self.quality_budget is not None:
+            tables.append(("sensitivities", self.sensitivities))
+        for name, table in tables:
+            if len(table) != len(blocks):
+                raise ValueError(f"problem.{name}: {len(table)} blocks, not {len(blocks)}")
+        for name, indices, known in (
+            ("links", [index for pair in self.links for index in pair], devices),
+            ("pins", [*self.pins.values()], devices),
+            ("pins", [*self.pins], blocks),
+            ("excluded", [*self.excluded], devices),
+        ):
+            for index in indices:
+                if index not in known:
+                    raise ValueError(f"problem.{name}: there is no {index}")
 
 
 def build_problem(
