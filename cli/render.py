@@ -155,7 +155,8 @@ class Screen:
             )
             if index < len(plan["hops"]):
                 hop = plan["hops"][index]
-                table.add_row("  hop", "", "", "", "", f"{hop['seconds'] * 1e3:.2f}")
+                bits = str(stage.get("hop_bits") or "")
+                table.add_row("  hop", "", bits, "", "", f"{hop['seconds'] * 1e3:.2f}")
         if plan["hops"]:
             table.add_row("  token return", "", "", "", "", f"{plan['return_s'] * 1e3:.2f}")
         self.out.print(table)

@@ -326,6 +326,7 @@ def measured_instance(problem: PlanningProblem) -> Instance:
     """
     devices = range(len(problem.devices))
     blocks = range(problem.spec.block_count)
+    hop_bits = min(form.bits for form in problem.hop_formats)
     return Instance(
         devices=tuple(device.name for device in problem.devices),
         bits=problem.bits,
@@ -337,9 +338,9 @@ def measured_instance(problem: PlanningProblem) -> Instance:
             for device in problem.devices
         ),
         transfer_s={
-            (i, j): (dict.fromkeys(problem.bits, problem.hop_s(i, j)),) * len(blocks)
+            (i, j): (dict.fromkeys(problem.bits, problem.hop_s(i, j, hop_bits)),) * len(blocks)
             for i, j in itertools.permutations(devices, 2)
-            if problem.hop_s(i, j) < math.inf
+            if problem.hop_s(i, j, hop_bits) < math.inf
         },
         stored_bytes=tuple(
             {b: problem.stored_bytes[block][b] for b in problem.bits} for block in blocks

@@ -44,9 +44,9 @@ _UNITS = {
 class StageView:
     """One stage's predicted part in a token, and what it takes of its device.
 
-    ``hop_s`` is the way to the next stage, or of the token back from the last. ``energy_j`` is
-    declared watts times predicted seconds. Errors, the KL divergence that the blocks add
-    (``sensitivity``) and energy are None where not known.
+    ``hop_s`` is the way to the next stage at ``hop_bits``, or of the token (None) back from the
+    last. ``energy_j`` is declared watts times predicted seconds. Errors, the KL divergence that the
+    blocks add (``sensitivity``) and energy are None where not known.
     """
 
     device: str
@@ -62,6 +62,7 @@ class StageView:
     worst_weight_error: float | None
     sensitivity: float | None
     energy_j: float | None
+    hop_bits: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +343,7 @@ def _stage_views(
                 worst_weight_error=None if errors is None else max(errors),
                 sensitivity=None if losses is None else math.fsum(losses),
                 energy_j=None if power is None else power * stage.compute_s,
+                hop_bits=stage.hop_bits,
             )
         )
     return tuple(views)

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import yaml
 
-from coordinator.problem import Objective, PlanningProblem, build_problem, layer_variants
+from coordinator.problem import (
+    DEFAULT_HOPS,
+    HOP_BITS,
+    HopFormat,
+    Objective,
+    PlanningProblem,
+    build_problem,
+    layer_variants,
+)
 from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from wire import limits
@@ -64,6 +72,7 @@ class Lab:
     source: str
     devices: tuple[LabDevice, ...]
     links: tuple[LinkProfile, ...]
+    hop_formats: tuple[HopFormat, ...] = DEFAULT_HOPS
 
     @property
     def watts(self) -> dict[str, float]:
@@ -114,11 +123,12 @@ def lab_problem(
     objective: Objective | None = None,
     pins: Mapping[int, str] | None = None,
     excluded: Collection[str] = (),
+    hop_formats: Sequence[HopFormat] | None = None,
 ) -> PlanningProblem:
     """The problem of splitting ``spec`` over the lab; ``bits`` None: all that any device runs.
 
-    The lab's layer times are taken as those of this model's layers, whatever their shape; the other
-    arguments are those of ``build_problem``.
+    The lab's layer times are taken as those of this model's layers, whatever their shape;
+    ``hop_formats`` None takes the lab's. The other arguments are those of ``build_problem``.
     Raises ValueError as ``build_problem``, LabError where no device runs any of ``bits``.
     """
     known = {width for device in lab.devices for width in device.bits}
@@ -148,6 +158,7 @@ def lab_problem(
         objective=objective,
         pins=pins,
         excluded=excluded,
+        hop_formats=lab.hop_formats if hop_formats is None else hop_formats,
     )
 
 
@@ -240,7 +251,7 @@ def _timings(device: LabDevice, spec: ModelSpec) -> Iterator[BlockTiming]:
 _Node = yaml.Node
 _Fields = dict[str, _Node]
 
-_TOP = ("devices", "links", "default_link", "templates")
+_TOP = ("devices", "links", "default_link", "hops", "templates")
 _DEVICE = (
     "name", "memory", "storage", "bits", "container", "layer_ms", "embed_ms", "head_ms",
     "call_ms", "watts",
@@ -271,7 +282,9 @@ class _Reader:
                     f" {self._line(lines[device.name])}): rename one",
                 )
             lines[device.name] = node
-        return Lab(self._source, devices, self._links(fields, root, tuple(lines)))
+        links = self._links(fields, root, tuple(lines))
+        hops = self._hops(fields["hops"]) if "hops" in fields else DEFAULT_HOPS
+        return Lab(self._source, devices, links, hops)
 
     def _device(self, node: _Node) -> LabDevice:
         fields = self._mapping(node, "a device", _DEVICE, required=_REQUIRED)
@@ -317,6 +330,29 @@ class _Reader:
             ),
             watts=self._number(fields["watts"], "watts") if "watts" in fields else None,
         )
+
+    def _hops(self, node: _Node) -> tuple[HopFormat, ...]:
+        """``[16, 8]``, or KL divergences by width: ``{16: 0, 8: 0.004}``."""
+        known: dict[int, float | None] = {}
+        if isinstance(node, yaml.MappingNode):
+            pairs: list[tuple[_Node, _Node | None]] = [*self._pairs(node, "hops")]
+        else:
+            pairs = [(item, None) for item in self._items(node, "hops")]
+        for key, value in pairs:
+            text = self._text(key)
+            if text not in map(str, HOP_BITS) or int(text) in known:
+                raise self._error(
+                    key,
+                    f"hops: {text[:40]!r}: expected each width once, out of {_list(HOP_BITS)}",
+                )
+            known[int(text)] = (
+                HopFormat.unmeasured(int(text)).sensitivity
+                if value is None
+                else self._number(value, f"hops at {text} bit", least=0.0)
+            )
+        if not known:
+            raise self._error(node, "hops: expected widths like [16, 8], or {16: 0, 8: 0.004}")
+        return tuple(HopFormat(bits, known[bits]) for bits in sorted(known))
 
     def _links(
         self, fields: _Fields, root: _Node, names: tuple[str, ...]

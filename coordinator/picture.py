@@ -142,7 +142,8 @@ def plan_svg(plan: Plan, spec: ModelSpec, title: str, unused: Sequence[str] = ()
     for stage, corner in zip(stages, corners, strict=True):
         _draw_stage(drawing, stage, corner, box_height, spec)
     for index, hop in enumerate(plan.hops):
-        _draw_hop(drawing, corners[index], corners[index + 1], box_height, hop.seconds)
+        labels = f"{1e3 * hop.seconds:.2f} ms", f"{stages[index].hop_bits} bit"
+        _draw_hop(drawing, corners[index], corners[index + 1], box_height, labels)
     if plan.hops:
         _draw_return(drawing, corners, box_height, plan.return_s)
     x = float(_MARGIN)
@@ -218,20 +219,22 @@ def _draw_hop(
     source: tuple[float, float],
     target: tuple[float, float],
     box_height: float,
-    seconds: float,
+    labels: tuple[str, str],
 ) -> None:
-    label = f"{1e3 * seconds:.2f} ms"
+    """An arrow with one label above it and one below, or both beside it."""
     if source[1] == target[1]:
         y = source[1] + 30
         right = target[0] > source[0]
         begin = source[0] + (_BOX_WIDTH if right else 0)
         end = target[0] + (0 if right else _BOX_WIDTH)
         drawing.path([(begin + (4 if right else -4), y), (end + (-4 if right else 4), y)], tip=True)
-        drawing.words((begin + end) / 2, y - 8, label, size=11, anchor="middle")
+        drawing.words((begin + end) / 2, y - 8, labels[0], size=11, anchor="middle")
+        drawing.words((begin + end) / 2, y + 17, labels[1], size=11, anchor="middle", fill=_PALE)
     else:
         x = source[0] + _BOX_WIDTH / 2
         drawing.path([(x, source[1] + box_height + 3), (x, target[1] - 4)], tip=True)
-        drawing.words(x + 8, target[1] - 22, label, size=11)
+        drawing.words(x + 8, target[1] - 28, labels[0], size=11)
+        drawing.words(x + 8, target[1] - 13, labels[1], size=11, fill=_PALE)
 
 
 def _draw_return(

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
+from coordinator.plain import from_plain, to_plain
 from coordinator.problem import Objective, PlanningProblem
 
 FORMAT = 1
@@ -64,6 +64,7 @@ class Stage:
 
     ``compute_s`` is one decoded token, the stage's call overhead included. ``memory_bytes`` counts
     weights as executed, KV cache and buffers; ``storage_bytes`` what is kept on disk.
+    ``hop_bits`` is the width of the hidden values that it sends on; the last stage sends a token.
     """
 
     device: str
@@ -75,6 +76,7 @@ class Stage:
     memory_limit_bytes: int
     storage_bytes: int
     storage_limit_bytes: int
+    hop_bits: int | None = None
 
     @property
     def last(self) -> int:
@@ -110,8 +112,8 @@ class Plan:
     ``decode_s`` = compute of all stages + hops + return. ``prefill_s_per_token`` = compute + bytes
     on the links, within a chunk long enough to hide round trips. ``bottleneck_s`` is the slowest
     stage's compute + the link that leaves it. ``load_s`` is what bringing the missing blocks takes,
-    one after the other. ``worst_weight_error`` and ``total_sensitivity`` (KL divergence, nats) are
-    None where one of a block was not measured.
+    one after the other. ``worst_weight_error`` and ``total_sensitivity`` (KL divergence of blocks
+    and hops, nats) are None where one of them was not measured.
     """
 
     stages: tuple[Stage, ...]
@@ -162,7 +164,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = to_plain(self)
         return plain
 
     @staticmethod
@@ -171,9 +173,17 @@ class Plan:
 
         What has a default may be left out. Figures are not checked: that is what ``verify`` is for.
         """
-        plan: Plan = _read(Plan, values, "plan")
+        try:
+            plan: Plan = from_plain(Plan, values, "plan", finite=True)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
         if plan.version != FORMAT:
             raise PlanError(f"plan.version: {plan.version}, this program reads {FORMAT}")
+        sending = plan.stages[:-1]
+        if all(stage.hop_bits is None for stage in sending):
+            # Saved before hops had a width: they were sent as they are computed.
+            stages = (*(replace(stage, hop_bits=32) for stage in sending), *plan.stages[-1:])
+            plan = replace(plan, stages=stages)
         return plan
 
     def __str__(self) -> str:
@@ -195,39 +205,54 @@ class Plan:
                 f" storage {_share(stage.storage_bytes, stage.storage_limit_bytes)}"
             )
             if index < len(self.hops):
-                lines.append(f"    hop {1e3 * self.hops[index].seconds:.2f} ms")
+                hop_s = self.hops[index].seconds
+                lines.append(f"    hop {1e3 * hop_s:.2f} ms at {stage.hop_bits} bit")
         if self.hops:
             lines.append(f"    return {1e3 * self.return_s:.2f} ms")
         return "\n".join(lines)
 
 
 def assess(
-    problem: PlanningProblem, stages: Sequence[tuple[int, int, Sequence[int]]], proof: Proof
+    problem: PlanningProblem,
+    stages: Sequence[tuple[int, int, Sequence[int]]],
+    proof: Proof,
+    hop_bits: Sequence[int | None] | None = None,
 ) -> Plan:
     """The plan made of ``stages``, given as (device index, first block, bits per block).
 
+    ``hop_bits`` has the width of each hop; None (of one, or of all): the cheapest permitted one,
+    with a quality budget the one that takes least of it.
     Limits are reported, not enforced (``verify`` does). Raises PlanError for what has no figures:
     a block at bits that the device cannot run, neighbours without a link, no stage at all.
     """
     if not stages:
         raise PlanError("the plan has no stages")
-    assessed = tuple(_assess_stage(problem, *stage) for stage in stages)
     order = [device for device, _, _ in stages]
+    pairs = list(pairwise(order))
+    sent = [
+        _usual_hop_bits(problem, *pair) if bits is None else bits
+        for pair, bits in zip(pairs, hop_bits or [None] * len(pairs), strict=True)
+    ]
+    assessed = tuple(
+        _assess_stage(problem, *stage, bits)
+        for stage, bits in zip(stages, (*sent, None), strict=True)
+    )
     hops = []
     wire_s = 0.0
-    for source, target in pairwise(order):
+    for (source, target), bits in zip(pairs, sent, strict=True):
         names = problem.devices[source].name, problem.devices[target].name
-        seconds = problem.hop_s(source, target)
+        seconds = problem.hop_s(source, target, bits)
         if seconds == math.inf:
             raise PlanError(f"there is no link from {names[0]} to {names[1]}")
         hops.append(Hop(*names, seconds))
-        wire_s += problem.hidden_bytes / problem.links[source, target].bytes_per_s
+        wire_s += problem.hop_bytes(bits) / problem.links[source, target].bytes_per_s
     return_s = problem.return_s(order[-1], order[0])
     if return_s == math.inf:
         raise PlanError(f"there is no link from {assessed[-1].device} to {assessed[0].device}")
     places = [(i, k, bits) for i, first, widths in stages for k, bits in enumerate(widths, first)]
     errors = [problem.weight_error(block, bits) for _, block, bits in places]
     losses = [problem.sensitivity(block, bits) for _, block, bits in places]
+    losses += [problem.hop_sensitivity(bits) for bits in sent]
     leaving_s = [hop.seconds for hop in hops] + [return_s]
     return Plan(
         stages=assessed,
@@ -250,7 +275,8 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
     """Check a plan against the problem without trusting a solver or the plan's own figures.
 
     Raises PlanError naming the first of these that is violated: coverage, one contiguous stage per
-    device, allowed bits, weight error, memory, storage, and each predicted figure.
+    device, allowed bits of blocks and hops, weight error, memory, storage, budget, and each
+    predicted figure.
     """
     indices = {device.name: index for index, device in enumerate(problem.devices)}
     seen: set[str] = set()
@@ -282,8 +308,15 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
             raise PlanError(f"{name} is on {place.device}, not {problem.devices[pinned].name}")
         if indices[place.device] in problem.excluded:
             raise PlanError(f"{name} is on {place.device}, which is excluded")
+    permitted = [form.bits for form in problem.permitted_hops]
+    hop_bits = []
+    for stage in plan.stages[:-1]:
+        if stage.hop_bits not in permitted:
+            widths = ", ".join(map(str, permitted)) or "none"
+            raise PlanError(f"{stage.device} sends at {stage.hop_bits} bit: permitted are {widths}")
+        hop_bits.append(stage.hop_bits)
     stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
-    actual = assess(problem, stages, plan.proof)
+    actual = assess(problem, stages, plan.proof, hop_bits)
     for stage in actual.stages:
         for kind, used, limit in (
             ("memory", stage.memory_bytes, stage.memory_limit_bytes),
@@ -309,7 +342,20 @@ def keeps_budget(plan: Plan, problem: PlanningProblem) -> bool:
     return total is not None and total <= problem.quality_budget
 
 
-def _assess_stage(problem: PlanningProblem, index: int, first: int, widths: Sequence[int]) -> Stage:
+def _usual_hop_bits(problem: PlanningProblem, source: int, target: int) -> int:
+    """The width of a hop that nothing else is said of."""
+    choices = problem.hop_choices(source, target)
+    if not choices:
+        names = problem.devices[source].name, problem.devices[target].name
+        linked = (source, target) in problem.links
+        missing = "width of known sensitivity for the hop" if linked else "link"
+        raise PlanError(f"there is no {missing} from {names[0]} to {names[1]}")
+    return choices[0 if problem.quality_budget is None else -1].bits
+
+
+def _assess_stage(
+    problem: PlanningProblem, index: int, first: int, widths: Sequence[int], hop_bits: int | None
+) -> Stage:
     device = problem.devices[index]
     memory, storage = device.stage_bytes, 0
     decode, prefill = [device.call_s], []
@@ -332,6 +378,7 @@ def _assess_stage(problem: PlanningProblem, index: int, first: int, widths: Sequ
         memory_limit_bytes=device.memory_bytes,
         storage_bytes=storage,
         storage_limit_bytes=device.storage_bytes,
+        hop_bits=hop_bits,
     )
 
 
@@ -357,52 +404,6 @@ def _compare(claimed: Any, actual: Any, where: str) -> None:
             raise PlanError(f"{where}: {claimed}, recomputed {actual}")
     elif claimed != actual:
         raise PlanError(f"{where}: {claimed}, recomputed {actual}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``kind``: a dataclass, tuple[X, ...], X | None, Literal or a scalar."""
-    if is_dataclass(kind):
-        return _read_fields(kind, value, where)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise PlanError(f"{where}: expected a list")
-        item = get_args(kind)[0]
-        return tuple(_read(item, part, f"{where}[{i}]") for i, part in enumerate(value))
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise PlanError(f"{where}: expected one of {get_args(kind)}, got {value!r:.40}")
-        return value
-    if isinstance(kind, UnionType):
-        (some,) = (choice for choice in get_args(kind) if choice is not type(None))
-        return None if value is None else _read(some, value, where)
-    if kind is float and type(value) in (int, float):
-        number = float(value)
-        if math.isfinite(number):
-            return number
-    elif type(value) is kind:
-        return value
-    raise PlanError(f"{where}: expected {kind.__name__}, got {value!r:.40}")
-
-
-def _read_fields(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise PlanError(f"{where}: expected an object")
-    hints = get_type_hints(kind)
-    for item in fields(kind):
-        if item.name not in value and item.default is MISSING:
-            raise PlanError(f"{where}.{item.name}: missing")
-    for key in value:
-        if key not in hints:
-            raise PlanError(f"{where}.{key}: unknown")
-    return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
 def _runs(widths: Iterable[int]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.plan import Plan, PlanError, Proof, assess, verify
-from coordinator.problem import PlanningProblem
+from coordinator.problem import HOP_BITS, PlanningProblem
 from model.quantize import BITS
 
 FORMAT = 1
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 1 << 20
 _MAX_BLOCKS = 1 << 13
 
 _KEYS = ("shoal_plan", "model", "stages", "predicted", "predicted_for")
-_STAGE_KEYS = ("device", "bits")
+_STAGE_KEYS = ("device", "bits", "hop_bits")
 _RUN = re.compile(r"(\d{1,2})(?:x(\d{1,4}))?", re.ASCII)
 
 
@@ -40,6 +40,8 @@ class SavedPlan:
     stages: tuple[tuple[str, tuple[int, ...]], ...]
     """Devices in pipeline order, each with the bits of its blocks."""
     predicted: Mapping[str, float]
+    hop_bits: tuple[int | None, ...]
+    """What each stage but the last sends at; None where the file does not say."""
 
     @property
     def placements(self) -> tuple[tuple[str, int], ...]:
@@ -68,7 +70,7 @@ class SavedPlan:
                     raise PlanError(f"{device} has more than one stage: join them")
                 stages.append((indices[device], first, widths))
                 first += len(widths)
-            plan = assess(problem, stages, Proof("file", 0.0, 0.0))
+            plan = assess(problem, stages, Proof("file", 0.0, 0.0), self.hop_bits)
             verify(plan, problem)
         except PlanError as error:
             raise PlanError(f"{self.source}: {error}") from error
@@ -87,10 +89,16 @@ class Change:
 
 
 def plan_text(plan: Plan, model: str) -> str:
-    """The file of a plan: JSON with one stage a line, ``bits`` as runs like ``16 4x11 8``."""
-    stages = [
-        json.dumps({"device": stage.device, "bits": bits_text(stage.bits)}) for stage in plan.stages
-    ]
+    """The file of a plan: JSON with one stage a line, ``bits`` as runs like ``16 4x11 8``.
+
+    ``hop_bits`` is what the stage sends at; the last has none.
+    """
+    stages = []
+    for stage in plan.stages:
+        values: dict[str, Any] = {"device": stage.device, "bits": bits_text(stage.bits)}
+        if stage.hop_bits is not None:
+            values["hop_bits"] = stage.hop_bits
+        stages.append(json.dumps(values))
     predicted = {
         "ms_per_token": plan.decode_s * 1e3,
         "prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
@@ -103,7 +111,7 @@ def plan_text(plan: Plan, model: str) -> str:
         ",\n".join(f"    {stage}" for stage in stages),
         "  ],",
         f'  "predicted": {json.dumps(predicted)},',
-        f'  "predicted_for": "{_mark((stage.device, stage.bits) for stage in plan.stages)}"',
+        f'  "predicted_for": "{_mark((s.device, s.bits, s.hop_bits) for s in plan.stages)}"',
         "}",
     ]
     return "\n".join(lines) + "\n"
@@ -172,10 +180,17 @@ def _read(values: object, source: str) -> SavedPlan:
     stages = []
     for index, item in enumerate(plan["stages"]):
         where = f"stages[{index}]"
-        stage = _object(item, where, _STAGE_KEYS, _STAGE_KEYS)
+        stage = _object(item, where, _STAGE_KEYS, _STAGE_KEYS[:2])
         if not isinstance(stage["device"], str):
             raise PlanError(f"{where}.device: expected a name")
-        stages.append((stage["device"], _bits(stage["bits"], f"{where}.bits")))
+        hop_bits = stage.get("hop_bits")
+        if hop_bits is not None:
+            if index == len(plan["stages"]) - 1:
+                raise PlanError(f"{where}.hop_bits: the last stage sends a token: drop it")
+            if hop_bits not in HOP_BITS:
+                known = ", ".join(map(str, HOP_BITS))
+                raise PlanError(f"{where}.hop_bits: {hop_bits!r:.20}: known are {known}")
+        stages.append((stage["device"], _bits(stage["bits"], f"{where}.bits"), hop_bits))
     predicted = plan.get("predicted", {})
     if not isinstance(predicted, dict) or not all(
         type(value) in (int, float) for value in predicted.values()
@@ -183,12 +198,18 @@ def _read(values: object, source: str) -> SavedPlan:
         raise PlanError("predicted: expected numbers by name")
     if plan.get("predicted_for") != _mark(stages):
         predicted = {}
-    return SavedPlan(source, plan["model"], tuple(stages), predicted)
+    return SavedPlan(
+        source,
+        plan["model"],
+        tuple((device, bits) for device, bits, _ in stages),
+        predicted,
+        tuple(hop_bits for _, _, hop_bits in stages[:-1]),
+    )
 
 
-def _mark(stages: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+def _mark(stages: Iterable[tuple[str, tuple[int, ...], int | None]]) -> str:
     """Changes when stages do."""
-    text = json.dumps([[device, bits] for device, bits in stages])
+    text = json.dumps([[part for part in stage if part is not None] for stage in stages])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

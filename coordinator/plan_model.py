@@ -5,7 +5,7 @@ can tell apart; g a group, that is the blocks (of any stretch) that device i can
 
     used[i]     binary: i has a stage;  first[i], last[i]: the first one, the last one
     start[i,r]  binary: the stage of i starts in stretch r;  end[i,r]: it ends there
-    hop[i,j]    binary: the stage of j follows the stage of i
+    hop[i,j,f]  binary: the stage of j follows the stage of i, which sends in format f
     back[i,j]   the token returns to the first stage, i, from the last, j
     left[i,j]   blocks that are still to come when the hop from i to j is taken
     a[i,r]      whole number: blocks of stretch r on i
@@ -34,6 +34,15 @@ from coordinator.problem import BlockOption, PlanningProblem
 
 StageChoice = tuple[int, int, tuple[int, ...]]
 """(device index, first block, bits per block)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Everything that a plan decides: its stages in order, and the bits of each hop."""
+
+    stages: list[StageChoice]
+    hop_bits: tuple[int, ...]
+
 
 Aim = Literal["best", "memory", "storage", "memory and storage", "sensitivity", "any"]
 """The problem's objective; least excess over the named limits, which may then be broken; least
@@ -124,16 +133,17 @@ class PlanProgram:
         proved = -math.inf if bound is None else bound - tie_break
         return max(_OBJECTIVE_SCALE, proved) * self._unit_s
 
-    def stages(self, values: Mapping[str, float]) -> list[StageChoice]:
-        """The stages of a solution, in order. Within a group, the blocks that lose most by few
-        bits get the widest of the options that the solution counted.
+    def choice(self, values: Mapping[str, float]) -> Choice:
+        """What a solution decides. Within a group, the blocks that lose most by few bits get the
+        widest of the options that the solution counted.
         """
         errors = self._problem.weight_errors
 
         def count(variable: Any) -> int:
             return round(values[variable.name])
 
-        follows = {i: j for (i, j), hop in self._hop.items() if count(hop)}
+        follows = {i: (j, bits) for (i, j, bits), hop in self._hop_at.items() if count(hop)}
+        hop_bits = []
         found: list[StageChoice] = []
         device = next((i for i in self._devices if count(self._first[i])), None)
         while device is not None and len(found) < len(self._devices):
@@ -153,8 +163,9 @@ class PlanProgram:
                 mine.sort(key=lambda k: (-max(errors[k].values(), default=0.0), k))
                 bits.update(zip(mine, sorted(widths, reverse=True), strict=True))
             found.append((device, begin, tuple(bits[k] for k in sorted(bits))))
-            device = follows.get(device)
-        return found
+            device, bits_sent = follows.get(device, (None, 0))
+            hop_bits.append(bits_sent)
+        return Choice(found, tuple(hop_bits[:-1]))
 
     def _find_alike(self, *, fitting: bool) -> None:
         """Stretches for all devices, groups for each one; ``_usable[i][k]``: can i run block k."""
@@ -231,13 +242,20 @@ class PlanProgram:
         """One path of hops through the used devices, in the order of their blocks."""
         program, devices, total = self.program, self._devices, self._total
         problem = self._problem
-        pairs = [
-            (i, j) for i in devices for j in devices if i != j and problem.hop_s(i, j) < math.inf
-        ]
+        forms = {(i, j): problem.hop_choices(i, j) for i in devices for j in devices if i != j}
+        pairs = [pair for pair, some in forms.items() if some]
         ways_back = [(i, j) for i in devices for j in devices if problem.return_s(j, i) < math.inf]
         self._first = [self._binary(f"first_{i}") for i in devices]
         last = [self._binary(f"last_{i}") for i in devices]
-        self._hop = {(i, j): self._binary(f"hop_{i}_{j}") for i, j in pairs}
+        self._hop_at = {
+            (i, j, form.bits): self._binary(f"hop_{i}_{j}_{form.bits}")
+            for i, j in pairs
+            for form in forms[i, j]
+        }
+        self._hop = {
+            (i, j): pulp.lpSum(self._hop_at[i, j, form.bits] for form in forms[i, j])
+            for i, j in pairs
+        }
         self._back = {(i, j): program.add_variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
         left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
         program += pulp.lpSum(self._first) == 1
@@ -305,6 +323,9 @@ class PlanProgram:
             for i in self._devices
             for count, option, block in self._counts(i)
         ]
+        for (_, _, bits), hop in self._hop_at.items():
+            if loss := self._problem.hop_sensitivity(bits):
+                counts.append((loss, hop))
         unit = max([budget, *(loss for loss, _ in counts)]) or 1.0
         total = pulp.lpSum(loss / unit * count for loss, count in counts)
         if binding:
@@ -319,7 +340,7 @@ class PlanProgram:
         for i in self._devices:
             terms += [problem.block_cost_s(i, k, o) * count for count, o, k in self._counts(i)]
             terms.append((problem.call_cost_s(i) + tie_break_s) * self._used[i])
-        terms += [problem.hop_cost_s(i, j) * hop for (i, j), hop in self._hop.items()]
+        terms += [problem.hop_cost_s(*key) * hop for key, hop in self._hop_at.items()]
         terms += [problem.return_cost_s(j, i) * way for (i, j), way in self._back.items()]
         if problem.objective.kind == "throughput":
             terms.append(self._slowest_s())
@@ -332,7 +353,7 @@ class PlanProgram:
         for i in self._devices:
             terms = [option.decode_s * count for count, option, _ in self._counts(i)]
             terms.append(problem.devices[i].call_s * self._used[i])
-            terms += [problem.hop_s(*key) * hop for key, hop in self._hop.items() if key[0] == i]
+            terms += [problem.hop_s(*key) * hop for key, hop in self._hop_at.items() if key[0] == i]
             terms += [
                 problem.return_s(last, first) * way
                 for (first, last), way in self._back.items()

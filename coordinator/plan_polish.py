@@ -1,9 +1,10 @@
-"""The widths of a walk, made to keep every limit exactly."""
+"""The widths of a walk and of its hops, made to keep every limit exactly."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,8 +14,18 @@ from coordinator.plan_tables import Floats, Integers, Span, Tables
 class Polish:
     """Makes the widths of a walk keep every limit exactly, then as cheap as exchanges make them."""
 
-    def __init__(self, tables: Tables, spans: Sequence[Span], chosen: Integers) -> None:
-        self.chosen: Integers = chosen.copy()
+    def __init__(
+        self,
+        tables: Tables,
+        spans: Sequence[Span],
+        chosen: Integers,
+        hops: Integers,
+        *,
+        fixed: bool,
+    ) -> None:
+        """``chosen`` are the options per block, ``hops`` the format per hop; ``fixed`` keeps it."""
+        self.blocks = len(chosen)
+        self.chosen: Integers = np.concatenate([chosen, hops])
         rows = np.arange(tables.shape[1])
         device = np.concatenate([np.full(end - first, i) for i, first, end in spans])
         self.stage = np.concatenate([np.full(e - f, n) for n, (_, f, e) in enumerate(spans)])
@@ -24,6 +35,19 @@ class Polish:
                 for figure in (tables.cost, tables.loss, tables.memory, tables.storage)
             ]
         )
+        # A hop is one more row, of no size, with its formats as options.
+        _, _, options = self.figures.shape
+        more = np.zeros((4, len(hops), max(options, len(tables.hop_bits))))
+        more[0] = math.inf
+        for row, ((i, _, _), (j, _, _)) in enumerate(pairwise(spans)):
+            formats = [hops[row]] if fixed else range(len(tables.hop_bits))
+            for f in formats:
+                more[:2, row, f] = tables.hop[f, i, j], tables.hop_loss[f]
+        wide = np.zeros((4, self.blocks, more.shape[2]))
+        wide[0] = math.inf
+        wide[:, :, :options] = self.figures
+        self.figures = np.concatenate([wide, more], axis=1)
+        self.stage = np.concatenate([self.stage, np.zeros(len(hops), dtype=self.stage.dtype)])
         self.budget = math.inf if tables.budget is None else tables.budget
         devices = [i for i, _, _ in spans]
         limits = [
@@ -32,14 +56,14 @@ class Polish:
         ]
         self.limits = np.array(limits, dtype=float)
 
-    def run(self) -> Integers | None:
-        """The options per block; None where no single changes lead to a plan that fits."""
+    def run(self) -> tuple[Integers, Integers] | None:
+        """Options per block and formats per hop; None where no single changes lead to what fits."""
         if not self._repair():
             return None
         for _ in range(100):
             if not self._exchange():
                 break
-        return self.chosen
+        return self.chosen[: self.blocks], self.chosen[self.blocks :]
 
     def _now(self) -> tuple[Floats, Floats, float]:
         """What each change of one block changes [figure, block, option], and what is left."""

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from coordinator.plan_beam import beam
 from coordinator.plan_bounds import Joint, Priced, Pricer, Separate
-from coordinator.plan_model import StageChoice
+from coordinator.plan_model import Choice
 from coordinator.plan_polish import Polish
 from coordinator.plan_tables import Floats, Integers, Knapsack, Span, Tables
 from coordinator.problem import PlanningProblem
@@ -41,9 +41,9 @@ _LEAST_GAP = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best stages that were found, if any, and a lower bound of the objective of any plan."""
+    """The best choice that was found, if any, and a lower bound of the objective of any plan."""
 
-    stages: list[StageChoice] | None
+    choice: Choice | None
     bound_s: float
 
 
@@ -65,7 +65,7 @@ def search(
     kind = _Fastest if tables.throughput else _Cheapest
     # A little less than what is asked for, so that rounding does not miss it.
     found = kind(tables, deadline_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
-    return Found(found.stages, float(found.bound_s))
+    return Found(found.choice, float(found.bound_s))
 
 
 class _Cheapest:
@@ -77,7 +77,7 @@ class _Cheapest:
         self.gap = gap
         self.pricer = Pricer(tables, deadline_s)
         self.found: dict[float, tuple[Priced, Floats]] = {}
-        self.stages: list[StageChoice] | None = None
+        self.choice: Choice | None = None
         self.value = math.inf
         self.bound = 0.0
         self.seen: dict[tuple[Span, ...], float] = {}
@@ -111,7 +111,7 @@ class _Cheapest:
             # A wider beam helps only where this one was full.
             if self._late() or (dropped == math.inf and cutoff < math.inf):
                 break
-        return Found(self.stages, self.bound)
+        return Found(self.choice, self.bound)
 
     def _late(self) -> bool:
         return time.monotonic() > self.deadline_s
@@ -128,7 +128,7 @@ class _Cheapest:
             arcs = priced.arcs
         else:
             segments = tables.segments(tables.cost + mu * tables.loss)
-            arcs = Separate(segments, tables.links, -tables.ahead)
+            arcs = Separate(segments, tables.links(mu), -tables.ahead)
             nearest = min(self.found, key=lambda at: abs(math.log(at / mu)), default=None)
             lambdas = np.zeros(tables.shape[0]) if nearest is None else self.found[nearest][1]
         reach = self.value if self.value < math.inf else 1.1 * self._best()
@@ -184,11 +184,13 @@ class _Cheapest:
         tables = self.tables
         budget = math.inf if tables.budget is None else tables.budget
         fixed = sum(tables.entry[i] for i, _, _ in spans)
-        fixed += sum(tables.hop[a[0], b[0]] for a, b in pairwise(spans))
+        pairs = [(a[0], b[0]) for a, b in pairwise(spans)]
+        ways = np.array([tables.hop[:, i, j] for i, j in pairs])
+        ways = ways.reshape(len(pairs), len(tables.hop_bits))
         fixed += tables.back[spans[-1][0], spans[0][0]] if len(spans) > 1 else 0.0
         mus = np.array([0.0]) if not mu else mu * np.geomspace(0.05, 100.0, 15)
         bound = -math.inf
-        best = np.empty(0, dtype=np.int64)
+        best = hops = np.empty(0, dtype=np.int64)
         for _ in range(3 if mu else 1):
             chosen = np.empty((len(mus), tables.shape[1]), dtype=np.int64)
             total = np.full(len(mus), fixed) - (mus * budget if mu else 0.0)
@@ -199,20 +201,27 @@ class _Cheapest:
                 costs = tables.cost[i, first:end] + mus[:, None, None] * tables.loss[i, first:end]
                 chosen[:, first:end], sums = knapsack.choices(first, costs, columns)
                 total += sums
+            priced = ways + mus[:, None, None] * tables.hop_loss
+            formats = priced.argmin(2) if pairs else np.empty((len(mus), 0), dtype=np.int64)
+            total += priced.min(2, initial=math.inf).sum(1)
             bound = max(bound, float(total.max()))
-            losses = self._sums(tables.loss, spans, chosen)
+            losses = self._sums(tables.loss, spans, chosen) + tables.hop_loss[formats].sum(1)
             within = np.flatnonzero(losses <= budget)
             if not len(within):
                 return bound
-            at = int(within[self._sums(tables.cost, spans, chosen)[within].argmin()])
-            best = chosen[at]
+            costs = self._sums(tables.cost, spans, chosen)
+            costs += ways[np.arange(len(pairs)), formats].sum(1)
+            at = int(within[costs[within].argmin()])
+            best, hops = chosen[at], formats[at]
             low = mus[max(at - 1, 0)]
             mus = np.linspace(low, mus[at], 13) if mu else mus
-        polished = Polish(tables, spans, best).run()
+        polished = Polish(tables, spans, best, hops, fixed=False).run()
         if polished is not None:
-            value = fixed + float(self._sums(tables.cost, spans, polished[None])[0])
+            best, hops = polished
+            value = fixed + float(self._sums(tables.cost, spans, best[None])[0])
+            value += float(ways[np.arange(len(pairs)), hops].sum())
             if value < self.value:
-                self.value, self.stages = value, tables.stages(spans, polished)
+                self.value, self.choice = value, tables.choice(spans, best, hops)
         return bound
 
     @staticmethod
@@ -238,7 +247,7 @@ class _Fastest:
         self.pricer = Pricer(tables, deadline_s)
         self.budget = tables.budget or 0.0
         self.lambdas = np.zeros(tables.shape[0])
-        self.stages: list[StageChoice] | None = None
+        self.choice: Choice | None = None
         self.value = math.inf
         self.full = False
         self.bound = 0.0
@@ -252,12 +261,12 @@ class _Fastest:
         self.bound = max(float(fastest.max()), float(fastest.sum()) / self.tables.shape[0])
         least, limit = self.bound, 1.5 * self.bound
         self._measure(4 * limit)
-        while self.stages is None and limit < _SLOWEST * least and not self._late():
+        while self.choice is None and limit < _SLOWEST * least and not self._late():
             if limit > self.top:
                 self._measure(4 * limit)
             self._try(limit, _WIDTHS[0])
             limit *= 1.4
-        if self.stages is None:
+        if self.choice is None:
             return Found(None, least)
         self._measure(self.value)
         for width in _WIDTHS:
@@ -266,7 +275,7 @@ class _Fastest:
             self._raise(width)
             if not self.full or self.bound >= self.value * (1 - self.gap) or self._late():
                 break
-        return Found(self.stages, self.bound)
+        return Found(self.choice, self.bound)
 
     def _late(self) -> bool:
         return time.monotonic() > self.deadline_s
@@ -314,20 +323,21 @@ class _Fastest:
             reach = knapsack.longest
             if not reach:
                 continue
-            room = (
-                limit * (1 + 1e-9)
-                - tables.call_s[i]
-                - tables.links_s[i]
-                - knapsack.least[..., None]
-            )
+            # To each next device in each format, then the way back.
+            ways_s = np.append(tables.hop_s[:, i], tables.sink_s[i])
+            room = limit * (1 + 1e-9) - tables.call_s[i] - ways_s - knapsack.least[..., None]
             if reach == blocks:
                 room[0, -1, -1] = limit * (1 + 1e-9) - tables.call_s[i] - knapsack.least[0, -1]
-            part = found[:, i, :reach]
             # A room of -inf, where there is no link, has no index.
             index = knapsack.index(np.maximum(room, 0.0))
-            part[:] = profile[lengths[:, :reach, None], firsts[:, :reach, None], index]
+            part = profile[lengths[:, :reach, None], firsts[:, :reach, None], index]
             part[room < 0] = math.inf
             np.maximum(part, self.within_memory[i, :, :reach, None], out=part)
+            found[:, i, :reach, devices] = part[..., -1]
+            for f, loss in enumerate(tables.hop_loss):
+                sent = part[..., f * devices : (f + 1) * devices] + loss
+                here = found[:, i, :reach, :devices]
+                np.minimum(here, sent, out=here)
         return found
 
     def _try(self, limit: float, width: int) -> None:
@@ -364,45 +374,57 @@ class _Fastest:
 
     def _widths(self, spans: Sequence[Span]) -> float:
         tables = self.tables
-        links = [tables.hop_s[a[0], b[0]] for a, b in pairwise(spans)]
-        links.append(tables.back_s[spans[-1][0], spans[0][0]] if len(spans) > 1 else 0.0)
-        rooms = [
-            (i, first, end, tables.call_s[i] + link + self.in_time[i].least[first, end - first - 1])
-            for (i, first, end), link in zip(spans, links, strict=True)
+        # Of each stage, for each format of the hop that leaves it: seconds beside its blocks, loss.
+        links = [
+            list(
+                zip(tables.call_s[a[0]] + tables.hop_s[:, a[0], b[0]], tables.hop_loss, strict=True)
+            )
+            for a, b in pairwise(spans)
         ]
+        last, first_device = spans[-1][0], spans[0][0]
+        back_s = tables.back_s[last, first_device] if len(spans) > 1 else 0.0
+        links.append([(tables.call_s[last] + back_s, 0.0)])
+        least = [self.in_time[i].least[first, end - first - 1] for i, first, end in spans]
 
-        def columns(limit: float) -> list[int]:
-            return [int(self.in_time[i].index(limit - taken)) for i, _, _, taken in rooms]
+        def best(limit: float) -> list[tuple[float, int, int]]:
+            """Of each stage: the least sensitivity, its format, and the column of its room."""
+            found = []
+            for (i, first, end), least_s, ways in zip(spans, least, links, strict=True):
+                within = self.within_memory[i, first, end - first - 1]
+                options = [(math.inf, 0, 0)]
+                for f, (taken_s, loss) in enumerate(ways):
+                    room = limit - taken_s - least_s
+                    if room >= 0:
+                        column = int(self.in_time[i].index(room))
+                        lost = self.profiles[i][end - first - 1, first, column]
+                        options.append((max(lost, within) + loss, f, column))
+                found.append(min(options))
+            return found
 
-        low = float(max(taken for _, _, _, taken in rooms))
+        low = max(float(min(ways)[0] + least_s) for ways, least_s in zip(links, least, strict=True))
         if low > self.top:
             return low
         high = self.top
         for _ in range(25):
             limit = (low + high) / 2
-            total = sum(
-                max(
-                    self.profiles[i][end - first - 1, first, column],
-                    self.within_memory[i, first, end - first - 1],
-                )
-                for (i, first, end, _), column in zip(rooms, columns(limit), strict=True)
-            )
+            total = sum(lost for lost, _, _ in best(limit))
             low, high = (low, limit) if total <= self.budget else (limit, high)
         chosen = np.empty(tables.shape[1], dtype=np.int64)
-        for (i, first, end, _), column in zip(rooms, columns(high), strict=True):
+        taken = best(high)
+        for (i, first, end), (_, _, column) in zip(spans, taken, strict=True):
             options, _ = self.in_time[i].choices(
                 first, self.cost[i, None, first:end], np.array([column])
             )
             chosen[first:end] = options[0]
-        polished = Polish(tables, spans, chosen).run()
+        hops = np.array([f for _, f, _ in taken[:-1]], dtype=np.int64)
+        polished = Polish(tables, spans, chosen, hops, fixed=True).run()
         if polished is None:
             return low
+        chosen, _ = polished
         value = max(
-            taken
-            - self.in_time[i].least[first, end - first - 1]
-            + float(tables.decode[i, np.arange(first, end), polished[first:end]].sum())
-            for i, first, end, taken in rooms
+            float(ways[f][0] + tables.decode[i, np.arange(first, end), chosen[first:end]].sum())
+            for (i, first, end), (_, f, _), ways in zip(spans, taken, links, strict=True)
         )
         if value < self.value:
-            self.value, self.stages = value, tables.stages(spans, polished)
+            self.value, self.choice = value, tables.choice(spans, chosen, hops)
         return low

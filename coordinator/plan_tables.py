@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.plan_model import StageChoice, usable_options
+from coordinator.plan_model import Choice, usable_options
 from coordinator.problem import PlanningProblem
 
 Floats = npt.NDArray[np.float64]
@@ -122,7 +122,7 @@ def _unit(sizes: Floats, room: float) -> float:
 
 
 class Tables:
-    """The problem as arrays: [device, block, option], [device, device or sink]."""
+    """The problem as arrays: [device, block, option], [hop format, device, next device]."""
 
     def __init__(self, problem: PlanningProblem, ties: npt.NDArray[np.bool_] | None = None) -> None:
         self.problem = problem
@@ -161,26 +161,35 @@ class Tables:
         ]
         self.entry = np.array([problem.call_cost_s(i) for i in devices])
         self.call_s = np.array([device.call_s for device in problem.devices])
-        self.hop, self.hop_s = (np.full((len(devices),) * 2, math.inf) for _ in range(2))
-        self.back, self.back_s = (np.full((len(devices),) * 2, math.inf) for _ in range(2))
+        forms = problem.permitted_hops
+        self.hop_bits = [form.bits for form in forms]
+        priced = self.budget is not None
+        self.hop_loss = np.array([(priced and form.sensitivity) or 0.0 for form in forms])
+        square = (len(devices), len(devices))
+        self.hop, self.hop_s = (np.full((len(forms), *square), math.inf) for _ in range(2))
+        self.back, self.back_s = (np.full(square, math.inf) for _ in range(2))
         for i in devices:
             for j in devices:
                 if i != j:
-                    self.hop[i, j] = problem.hop_cost_s(i, j)
-                    self.hop_s[i, j] = problem.hop_s(i, j)
+                    for f, form in enumerate(forms):
+                        self.hop[f, i, j] = problem.hop_cost_s(i, j, form.bits)
+                        self.hop_s[f, i, j] = problem.hop_s(i, j, form.bits)
                     self.back[i, j] = problem.return_cost_s(i, j)
                     self.back_s[i, j] = problem.return_s(i, j)
 
-        # Of the way back, what depends on the last stage (links' last column), and on the first.
-        sink = self._least(self.back)
-        self.links = np.concatenate([self.hop, sink[:, None]], axis=1)
-        sink_s = self._least(self.back_s)
-        self.links_s = np.concatenate([self.hop_s, sink_s[:, None]], axis=1)
-        rest = np.where(np.isfinite(self.back), self.back - sink[:, None], math.inf)
+        # Of the way back, what depends on the last stage, and on the first.
+        self.sink = self._least(self.back)
+        self.sink_s = self._least(self.back_s)
+        rest = np.where(np.isfinite(self.back), self.back - self.sink[:, None], math.inf)
         self.ahead = self._least(rest.T)
         self.back_rest = np.where(np.isfinite(self.back), rest - self.ahead, math.inf)
         # A plan of one stage has no way back.
         np.fill_diagonal(self.back_rest, 0.0)
+
+    def links(self, mu: float) -> Floats:
+        """[device, next device or sink]: least cost of a hop, its loss at ``mu``; the way back."""
+        hops = (self.hop + mu * self.hop_loss[:, None, None]).min(0, initial=math.inf)
+        return np.concatenate([hops, self.sink[:, None]], axis=1)
 
     @staticmethod
     def _least(ways: Floats) -> Floats:
@@ -221,9 +230,10 @@ class Tables:
                 found[i, :, :reach] = profile[lengths, firsts, columns.T].T
         return np.where(self.fits, found, math.inf)
 
-    def stages(self, spans: Sequence[Span], chosen: Integers) -> list[StageChoice]:
-        """Spans with the option of each block."""
-        return [
+    def choice(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> Choice:
+        """Spans with the option of each block, and the format of each hop."""
+        stages = [
             (i, first, tuple(int(self.bits[i, k, chosen[k]]) for k in range(first, end)))
             for i, first, end in spans
         ]
+        return Choice(stages, tuple(self.hop_bits[f] for f in hops))

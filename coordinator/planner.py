@@ -24,7 +24,7 @@ from coordinator.plan import (
     keeps_budget,
     verify,
 )
-from coordinator.plan_model import Aim, PlanProgram, StageChoice
+from coordinator.plan_model import Aim, Choice, PlanProgram, StageChoice
 from coordinator.plan_search import search
 from coordinator.plan_solver import Outcome, SolverError, SolverName, run
 from coordinator.problem import Device, PlanningProblem
@@ -127,8 +127,7 @@ def _search(
     devices = range(len(problem.devices))
     ties = np.array([[i < j and _twins(problem, i, j) for j in devices] for i in devices])
     found = search(problem, deadline_s=deadline_s, gap=gap, ties=ties)
-    plans = _plans(problem, [found.stages] if found.stages else [], Proof("search", 0.0, 0.0))
-    return (plans[0] if plans else None), found.bound_s
+    return _plan_of(problem, found.choice, Proof("search", 0.0, 0.0)), found.bound_s
 
 
 def _solve(problem: PlanningProblem, runner: _Runner, gap: float) -> tuple[Plan | None, float]:
@@ -139,16 +138,19 @@ def _solve(problem: PlanningProblem, runner: _Runner, gap: float) -> tuple[Plan 
         outcome = runner.run(program, gap)
         if bound_s is None:
             bound_s = program.bound_s(outcome.bound)
-        stages = [program.stages(outcome.values)] if outcome.values else []
-        plans = _plans(problem, stages, Proof(outcome.solver, 0.0, 0.0))
-        if plans or not stages:
-            return (plans[0] if plans else None), bound_s
+        choice = program.choice(outcome.values) if outcome.values else None
+        plan = _plan_of(problem, choice, Proof(outcome.solver, 0.0, 0.0))
+        if plan is not None or choice is None:
+            return plan, bound_s
     return None, bound_s or 0.0
 
 
-def _plans(problem: PlanningProblem, found: list[list[StageChoice]], proof: Proof) -> list[Plan]:
-    plans = [assess(problem, _prefer(problem, stages), proof) for stages in found]
-    return [plan for plan in plans if _fits(plan) and keeps_budget(plan, problem)]
+def _plan_of(problem: PlanningProblem, choice: Choice | None, proof: Proof) -> Plan | None:
+    """The plan that was chosen; None where there is none, or it breaks a limit."""
+    if choice is None:
+        return None
+    plan = assess(problem, _prefer(problem, choice), proof, choice.hop_bits)
+    return plan if _fits(plan) and keeps_budget(plan, problem) else None
 
 
 def _fits(plan: Plan) -> bool:
@@ -182,16 +184,19 @@ class _Runner:
         self.unsure = self.unsure or outcome.status == "unknown"
         return outcome
 
-    def stages(self, problem: PlanningProblem, aim: Aim) -> list[StageChoice] | None:
-        """Stages for another aim than the best plan; None where there are none, or no time."""
+    def plan(self, problem: PlanningProblem, aim: Aim) -> Plan | None:
+        """A plan for another aim than the best; None where there is none, or no time."""
         program = PlanProgram(problem, aim=aim, margin=_LIMIT_MARGIN)
         outcome = self.run(program)
-        found = outcome.status in ("optimal", "feasible")
-        return program.stages(outcome.values) if found else None
+        if outcome.status not in ("optimal", "feasible"):
+            return None
+        choice = program.choice(outcome.values)
+        return assess(problem, choice.stages, Proof("", 0.0, 0.0), choice.hop_bits)
 
 
-def _prefer(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
+def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
     """The same stages, as fast: devices in their given order, bits as wide as comes for free."""
+    stages = choice.stages
     order = [device for device, _, _ in stages]
     unused = [i for i in range(len(problem.devices)) if i not in order]
     for position in range(len(order)):
@@ -203,7 +208,8 @@ def _prefer(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[Sta
                 unused = [swap.get(i, i) for i in unused]
                 break
     chosen = [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
-    free_s = _FREE * assess(problem, chosen, Proof("", 0.0, 0.0)).value_s / len(chosen)
+    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
+    free_s = _FREE * plan.value_s / len(chosen)
     return [_raise_bits(problem, stage, free_s) for stage in chosen]
 
 
@@ -214,9 +220,13 @@ def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
     if {i, j} & {*problem.excluded, *problem.pins.values()}:
         return False
     swap = {i: j, j: i}
+
+    def speed(a: int, b: int) -> tuple[float, float] | None:
+        link = problem.links.get((a, b))
+        return None if link is None else (link.rtt_s, link.bytes_per_s)
+
     return all(
-        problem.hop_s(a, b) == problem.hop_s(swap.get(a, a), swap.get(b, b))
-        and problem.return_s(a, b) == problem.return_s(swap.get(a, a), swap.get(b, b))
+        speed(a, b) == speed(swap.get(a, a), swap.get(b, b))
         for a in (i, j)
         for b in range(len(problem.devices))
         for a, b in ((a, b), (b, a))
@@ -336,6 +346,8 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         ways.append("drop the pins and exclusions")
     if reason is None and not ways and runner.unsure:
         reason = "the time limit passed before a change was found that is enough"
+    elif reason is None and not ways and not problem.permitted_hops:
+        reason = "no width of hops has a known sensitivity, and no device is enough alone"
     elif reason is None and not ways:
         reason = (
             "no single change of memory, storage, bits or quality is enough; are links missing?"
@@ -351,9 +363,8 @@ def _shortage(problem: PlanningProblem, runner: _Runner) -> tuple[Shortage, Shor
     """Bytes of memory, else of storage, else of both, that devices lack; least in all."""
     aims: tuple[Aim, ...] = ("memory", "storage", "memory and storage")
     for aim in aims:
-        stages = runner.stages(problem, aim)
-        if stages is not None:
-            plan = assess(problem, stages, Proof("", 0.0, 0.0))
+        plan = runner.plan(problem, aim)
+        if plan is not None:
             memory = [(s.device, s.memory_bytes - s.memory_limit_bytes) for s in plan.stages]
             storage = [(s.device, s.storage_bytes - s.storage_limit_bytes) for s in plan.stages]
             return (
@@ -368,7 +379,7 @@ def _enough_bits(problem: PlanningProblem, runner: _Runner) -> int | None:
     known = {bits for device in problem.devices for bits in _widths(device)}
     for bits in sorted(known - set(problem.bits), reverse=True):
         wider = replace(problem, bits=tuple(sorted((*problem.bits, bits))))
-        if _hopeless(wider) is None and runner.stages(wider, "any") is not None:
+        if _hopeless(wider) is None and runner.plan(wider, "any") is not None:
             return bits
     return None
 
@@ -388,7 +399,7 @@ def _enough_error(problem: PlanningProblem, runner: _Runner) -> float | None:
     def possible(bound: float) -> bool:
         raised = tuple(max(bound, old) for old in problem.max_weight_error)
         eased = replace(problem, max_weight_error=raised)
-        return _hopeless(eased) is None and runner.stages(eased, "any") is not None
+        return _hopeless(eased) is None and runner.plan(eased, "any") is not None
 
     if not bounds or not possible(bounds[-1]):
         return None
@@ -405,10 +416,10 @@ def _enough_budget(problem: PlanningProblem, runner: _Runner) -> float | None:
         return None
     if _hopeless(replace(problem, quality_budget=math.inf)) is not None:
         return None
-    stages = runner.stages(problem, "sensitivity")
-    if stages is None:
+    plan = runner.plan(problem, "sensitivity")
+    if plan is None:
         return None
-    total = assess(problem, stages, Proof("", 0.0, 0.0)).total_sensitivity
+    total = plan.total_sensitivity
     return _three_digits(total) if total and total > problem.quality_budget else None
 
 
@@ -417,7 +428,7 @@ def _placement_is_free(problem: PlanningProblem, runner: _Runner) -> bool:
     if not problem.pins and not problem.excluded:
         return False
     free = replace(problem, pins={}, excluded=frozenset())
-    return _hopeless(free) is None and runner.stages(free, "any") is not None
+    return _hopeless(free) is None and runner.plan(free, "any") is not None
 
 
 def _three_digits(value: float) -> float:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from coordinator.plain import from_plain, to_plain
 from model import costs
 from model.quantize import BITS, Format
 from model.spec import LayerSpec, ModelSpec
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
-ACTIVATION_BITS = 32
-"""Width of one hidden value on a link."""
+HOP_BITS = (8, 16, 32)
+"""Widths of hidden values on a link: int8 and fp16 with one scale per row, raw fp32."""
 
 TOKEN_BYTES = 4
 """What the last stage sends the first: one token id. Half a round trip is all that it costs."""
@@ -56,6 +57,34 @@ class Objective:
         if self.kind == "request":
             return self.prompt_tokens, self.output_tokens
         return 0, int(self.kind == "latency")
+
+
+@dataclass(frozen=True, slots=True)
+class HopFormat:
+    """Hidden values sent at ``bits`` on a link.
+
+    ``sensitivity`` is the KL divergence (nats) that one hop at this width adds, the largest over
+    all boundaries between blocks; None where it was not measured.
+    """
+
+    bits: int
+    sensitivity: float | None = None
+
+    def __post_init__(self) -> None:
+        known = self.sensitivity
+        if self.bits not in HOP_BITS or (known is not None and not 0 <= known < math.inf):
+            raise ValueError(f"a hop cannot be sent as {self}: its bits are one of {HOP_BITS}")
+
+    @staticmethod
+    def unmeasured(bits: int) -> HopFormat:
+        """What is assumed where nothing was measured: 32 bits lose nothing, and 16, with a relative
+        error of 2^-11 per value, too little to count; of 8 nothing is known.
+        """
+        return HopFormat(bits, None if bits == 8 else 0.0)
+
+
+DEFAULT_HOPS = (HopFormat.unmeasured(16),)
+"""8 bits have to be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +133,8 @@ class PlanningProblem:
     neighbours in a plan. ``weight_errors`` maps bits to the normalised error of a block, and
     ``max_weight_error`` is its bound (inf: none). Only widths in ``bits`` are planned with;
     those beside them serve for advice. ``sensitivities`` maps bits to what a block adds to the
-    mean KL divergence of the model's next token (nats); their sum keeps ``quality_budget``.
+    mean KL divergence of the model's next token (nats); their sum, hops included, keeps
+    ``quality_budget``. A hop uses one of ``hop_formats``; with a budget, one of known sensitivity.
     ``pins`` maps blocks to the device (an index) that must run them, ``excluded`` devices run none.
     """
 
@@ -121,16 +151,53 @@ class PlanningProblem:
     objective: Objective = Objective()
     pins: Mapping[int, int] = field(default_factory=dict)
     excluded: frozenset[int] = frozenset()
+    hop_formats: tuple[HopFormat, ...] = DEFAULT_HOPS
 
     @property
-    def hidden_bytes(self) -> int:
-        """What one token's hidden state weighs on a link."""
-        return self.spec.hidden * ACTIVATION_BITS // 8
+    def permitted_hops(self) -> tuple[HopFormat, ...]:
+        """The formats that a hop may use: with a budget, those of known sensitivity."""
+        return tuple(
+            form
+            for form in self.hop_formats
+            if self.quality_budget is None or form.sensitivity is not None
+        )
 
-    def hop_s(self, source: int, target: int) -> float:
+    def hop_choices(self, source: int, target: int) -> tuple[HopFormat, ...]:
+        """Permitted formats for a hop that no other one beats, the cheapest first.
+
+        Empty without a link. Equal ones are decided by the wider bits.
+        """
+        if (source, target) not in self.links:
+            return ()
+
+        def figures(form: HopFormat) -> tuple[float, ...]:
+            hop = source, target, form.bits
+            loss = form.sensitivity if self.quality_budget is not None else 0.0
+            return self.hop_cost_s(*hop), self.hop_s(*hop), loss or 0.0
+
+        best = sorted(self.permitted_hops, key=lambda form: (figures(form), -form.bits))
+        return tuple(
+            form
+            for index, form in enumerate(best)
+            if not any(
+                all(x <= y for x, y in zip(figures(other), figures(form), strict=True))
+                for other in best[:index]
+            )
+        )
+
+    def hop_sensitivity(self, bits: int) -> float | None:
+        """KL divergence that one hop at ``bits`` adds; None where it was not measured."""
+        known = {form.bits: form.sensitivity for form in self.hop_formats}
+        return known.get(bits, HopFormat.unmeasured(bits).sensitivity)
+
+    def hop_bytes(self, bits: int) -> int:
+        """What one token's hidden state weighs on a link."""
+        return costs.hop_bytes(self.spec, bits)
+
+    def hop_s(self, source: int, target: int, bits: int) -> float:
         """Seconds from device to device for one token's hidden state; inf without a link."""
         link = self.links.get((source, target))
-        return math.inf if link is None else link.transfer_s(self.hidden_bytes)
+        return math.inf if link is None else link.transfer_s(self.hop_bytes(bits))
 
     def return_s(self, last: int, first: int) -> float:
         """Seconds for the sampled token's way back; 0 on one device, inf without a link."""
@@ -150,14 +217,14 @@ class PlanningProblem:
         """What a stage on the device adds to the objective, whatever its blocks."""
         return self.objective.tokens[1] * self.devices[device].call_s
 
-    def hop_cost_s(self, source: int, target: int) -> float:
+    def hop_cost_s(self, source: int, target: int, bits: int) -> float:
         """What a hop adds to the objective; inf without a link."""
         link = self.links.get((source, target))
         if link is None:
             return math.inf
         prompt, output = self.objective.tokens
-        wire_s = self.hidden_bytes / link.bytes_per_s
-        return prompt * wire_s + output * link.transfer_s(self.hidden_bytes)
+        size = self.hop_bytes(bits)
+        return prompt * size / link.bytes_per_s + output * link.transfer_s(size)
 
     def return_cost_s(self, last: int, first: int) -> float:
         """What the way back adds to the objective; 0 on one device, inf without a link."""
@@ -194,6 +261,49 @@ class PlanningProblem:
         bound = self.max_weight_error[block]
         return bound == math.inf or self.weight_errors[block].get(bits, math.inf) <= bound
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @staticmethod
+    def from_dict(values: object) -> PlanningProblem:
+        """Inverse of ``to_dict``; what has a default may be left out.
+
+        Raises ValueError naming a key that is missing, unknown or wrong.
+        """
+        problem: PlanningProblem = from_plain(PlanningProblem, values, "problem")
+        problem._check_shape()
+        return problem
+
+    def _check_shape(self) -> None:
+        """Raise ValueError where a table or an index does not fit the model and the devices."""
+        blocks, devices = range(self.spec.block_count), range(len(self.devices))
+        tables: list[tuple[str, Sequence[object]]] = [
+            ("stored_bytes", self.stored_bytes),
+            ("kv_bytes", self.kv_bytes),
+            ("weight_errors", self.weight_errors),
+            ("max_weight_error", self.max_weight_error),
+            *((f"devices[{i}].options", device.options) for i, device in enumerate(self.devices)),
+            *((f"devices[{i}].held", d.held) for i, d in enumerate(self.devices) if d.held),
+        ]
+        if self.sensitivities or self.quality_budget is not None:
+            tables.append(("sensitivities", self.sensitivities))
+        if not self.hop_formats:
+            raise ValueError("problem.hop_formats: expected at least one")
+        for name, table in tables:
+            if len(table) != len(blocks):
+                raise ValueError(f"problem.{name}: {len(table)} blocks, not {len(blocks)}")
+        for name, indices, known in (
+            ("links", [index for pair in self.links for index in pair], devices),
+            ("pins", [*self.pins.values()], devices),
+            ("pins", [*self.pins], blocks),
+            ("excluded", [*self.excluded], devices),
+        ):
+            for index in indices:
+                if index not in known:
+                    raise ValueError(f"problem.{name}: there is no {index}")
+
 
 def build_problem(
     spec: ModelSpec,
@@ -216,6 +326,7 @@ def build_problem(
     excluded: Collection[str] = (),
     held: Mapping[str, Sequence[Collection[int]]] | None = None,
     load_bytes_per_s: Mapping[str, float] | None = None,
+    hop_formats: Sequence[HopFormat] = DEFAULT_HOPS,
 ) -> PlanningProblem:
     """The problem of splitting ``spec`` over the devices in ``profiles``, in that order.
 
@@ -224,8 +335,8 @@ def build_problem(
     ``formats`` says how each width is stored (None: the defaults); ``weight_errors`` has one
     mapping of bits to the normalised error per block, needed with ``max_weight_error``;
     ``sensitivities`` the same of KL divergence, needed with ``quality_budget``.
-    Links to or from other devices, and what they hold or load, are ignored. Raises ValueError for
-    input that is inconsistent.
+    ``hop_formats`` are the widths that hops may use. Links to or from other devices, and what they
+    hold or load, are ignored. Raises ValueError for input that is inconsistent.
     """
     blocks = range(spec.block_count)
     if formats is None:
@@ -242,6 +353,8 @@ def build_problem(
         raise ValueError("a quality budget needs the sensitivities")
     if sensitivities is not None and len(sensitivities) != len(blocks):
         raise ValueError(f"sensitivities of {len(sensitivities)} blocks, not {len(blocks)}")
+    if not hop_formats or len({form.bits for form in hop_formats}) != len(hop_formats):
+        raise ValueError("hops need at least one width, and each once")
     indices = {name: index for index, name in enumerate(profiles)}
     for block, name in (pins or {}).items():
         if block not in blocks or name not in indices:
@@ -287,6 +400,7 @@ def build_problem(
         objective=objective or Objective(),
         pins={block: indices[name] for block, name in (pins or {}).items()},
         excluded=frozenset(indices[name] for name in excluded),
+        hop_formats=tuple(sorted(hop_formats, key=lambda form: form.bits)),
     )
 
 

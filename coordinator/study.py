@@ -96,6 +96,7 @@ def simulate(
     random_source = random.Random(seed)  # noqa: S311 - a simulation
     indices = {device.name: index for index, device in enumerate(problem.devices)}
     stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
+    hop_bits = [stage.hop_bits for stage in plan.stages[:-1]]
     kept: list[float] = []
     best: list[float] = []
     placements = set()
@@ -103,7 +104,7 @@ def simulate(
     for run in range(runs):
         on_run(run, runs)
         drawn = _drawn(problem, random_source)
-        same = assess(drawn, stages, plan.proof).value_s
+        same = assess(drawn, stages, plan.proof, hop_bits).value_s
         kept.append(same)
         try:
             found = again(drawn, solve_limit_s)

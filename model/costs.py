@@ -92,9 +92,12 @@ def block_flops(spec: ModelSpec, block: int, context_tokens: int) -> int:
     return 2 * matrices + 4 * layer.heads * layer.head_dim * seen
 
 
-def hop_bytes(spec: ModelSpec, rows: int, item_bytes: int = 2) -> int:
-    """Bytes of the hidden rows that cross a link (fp16 by default), without framing."""
-    return spec.hidden * rows * item_bytes
+def hop_bytes(spec: ModelSpec, bits: int = 16) -> int:
+    """Bytes of one hidden row on a link at ``bits``, without framing.
+
+    32: raw fp32. 16 and 8: fp16 or int8 values with one fp32 scale.
+    """
+    return spec.hidden * bits // 8 + (0 if bits == 32 else 4)
 
 
 def _stored_matrix(shape: tuple[int, ...], fmt: Format) -> int:

@@ -277,7 +277,7 @@ def test_measured_costs_come_from_the_planners_problem() -> None:
     assert instance.layers == 4
     assert instance.compute_s[0][1] == {4: 0.002, 8: 0.003}
     assert instance.compute_s[1][1] == {8: 0.001}
-    assert instance.transfer_s[0, 1][2][4] == pytest.approx(0.001 + 1024 * 4 / 1e6)
+    assert instance.transfer_s[0, 1][2][4] == pytest.approx(0.001 + (1024 * 2 + 4) / 1e6)
     assert solve(instance).objective_s == pytest.approx(0.001 * 4)
 
 

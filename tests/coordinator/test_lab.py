@@ -82,6 +82,20 @@ def test_pairs_may_have_no_link() -> None:
     assert links == {("pi-1", "pi-2"), ("pi-2", "pi-1"), ("pi-1", "pi-3")}
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", [(16, 0.0)]),
+        ("hops: [16, 8, 32]", [(8, None), (16, 0.0), (32, 0.0)]),
+        ("hops: {8: 4e-3, 16: 0}", [(8, 0.004), (16, 0.0)]),
+    ],
+)
+def test_widths_of_hops(text: str, expected: list[tuple[int, float | None]]) -> None:
+    lab = parse_lab(f"{LAB}\n{text}\n", "lab.yaml")
+    assert [(form.bits, form.sensitivity) for form in lab.hop_formats] == expected
+    assert lab_problem(lab, opt_350m(2), context_tokens=64).hop_formats == lab.hop_formats
+
+
 def test_prefill_defaults_to_decode() -> None:
     text = LAB.replace("      prefill_per_token: {4: 0.5, 8: 0.6}\n", "")
     device = parse_lab(text, "lab.yaml").devices[0]
@@ -120,6 +134,11 @@ def test_prefill_defaults_to_decode() -> None:
         ("embed_ms: 0.1", "storage: 1G", "9: storage is there twice in a device: drop one"),
         ("    embed_ms: 0.1\n", "", "a device has no embed_ms: add it"),
         ("links:", "links: 5", "not YAML"),
+        ("links:", "hops: [8, 4]\nlinks:", "19: hops: '4': expected each width once, out of 8, 16"),
+        ("links:", "hops: [8, 8]\nlinks:", "19: hops: '8': expected each width once"),
+        ("links:", "hops: []\nlinks:", "19: hops: expected widths like [16, 8]"),
+        ("links:", "hops: 8\nlinks:", "19: hops: expected a list"),
+        ("links:", "hops: {8: -1}\nlinks:", "19: hops at 8 bit: expected a number from 0 up"),
         ("    name: pi-2", "    name: [pi-2]", "14: expected a plain word or number"),
     ],
 )

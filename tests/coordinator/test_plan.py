@@ -13,6 +13,7 @@ import pytest
 from coordinator.plan import Plan, PlanError, Proof, assess, verify
 from coordinator.planner import solve
 from coordinator.problem import (
+    HopFormat,
     PlanningProblem,
     build_problem,
     layer_variants,
@@ -87,6 +88,7 @@ def problem(**options: Any) -> PlanningProblem:
         "context_tokens": 32,
         "chunk_tokens": 16,
         "weight_errors": ERRORS,
+        "hop_formats": (HopFormat.unmeasured(32),),
     }
     profiles = {"a": PROFILE, "b": PROFILE}
     timings = {"a": TIMINGS, "b": TIMINGS}
@@ -126,6 +128,8 @@ def test_build_takes_costs_from_the_model_and_seconds_from_timings() -> None:
         ({"bits": (7,)}, "bits must be some of"),
         ({"weight_errors": None, "max_weight_error": 0.1}, "needs the errors"),
         ({"weight_errors": ERRORS[:2]}, "2 blocks, not 5"),
+        ({"hop_formats": ()}, "hops need at least one width"),
+        ({"hop_formats": (HopFormat(8), HopFormat(8, 0.1))}, "and each once"),
     ],
 )
 def test_build_refuses_inconsistent_input(options: dict[str, Any], message: str) -> None:
@@ -170,7 +174,61 @@ def test_text_and_json_forms() -> None:
     text = str(assess(built, SPLIT, PROOF))
     assert "15.26 ms per token, within 100.00% of optimal" in text
     assert "b: blocks [2, 5) at 4, 8 (x2) bit, 9.00 ms" in text
-    assert "hop 1.26 ms" in text
+    assert "hop 1.26 ms at 32 bit" in text
+
+
+def test_a_plan_from_before_hops_had_widths_is_read() -> None:
+    built = problem()
+    plan = assess(built, SPLIT, PROOF)
+    plain = plan.to_dict()
+    for stage in plain["stages"]:
+        del stage["hop_bits"]
+    assert Plan.from_dict(plain) == plan
+    verify(Plan.from_dict(plain), built)
+
+
+def test_figures_of_hops_by_width() -> None:
+    built = problem(
+        hop_formats=(HopFormat(8, 0.5), HopFormat(16, 0.25), HopFormat(32, 0.0)),
+        sensitivities=[dict.fromkeys((4, 6, 8), 0.0)] * 5,
+    )
+    # 64 values and one fp32 scale at 1 MB/s, after half a round trip of 2 ms.
+    for bits, size, loss in ((8, 68, 0.5), (16, 132, 0.25), (32, 256, 0.0)):
+        plan = assess(built, SPLIT, PROOF, [bits])
+        assert plan.hops[0].seconds == pytest.approx(0.001 + size * 1e-6)
+        assert plan.prefill_s_per_token == pytest.approx(0.0012 + size * 1e-6)
+        assert [stage.hop_bits for stage in plan.stages] == [bits, None]
+        assert plan.total_sensitivity == pytest.approx(loss)
+        verify(plan, built)
+        bounded = replace(built, quality_budget=0.3)
+        if loss > 0.3:
+            with pytest.raises(PlanError, match="the sensitivities add up to"):
+                verify(plan, bounded)
+        else:
+            verify(plan, bounded)
+    assert assess(built, SPLIT, PROOF).stages[0].hop_bits == 8
+    assert assess(replace(built, quality_budget=0.3), SPLIT, PROOF).stages[0].hop_bits == 32
+
+
+def test_hops_of_unknown_sensitivity_do_not_pass_a_budget() -> None:
+    built = problem(
+        hop_formats=(HopFormat(8), HopFormat(16, 0.25)),
+        sensitivities=[dict.fromkeys((4, 6, 8), 0.0)] * 5,
+    )
+    plan = assess(built, SPLIT, PROOF, [8])
+    assert plan.total_sensitivity is None
+    verify(plan, built)
+    with pytest.raises(PlanError, match="a sends at 8 bit: permitted are 16"):
+        verify(plan, replace(built, quality_budget=10.0))
+    unknown = replace(built, quality_budget=10.0, hop_formats=(HopFormat(8),))
+    with pytest.raises(PlanError, match="no width of known sensitivity for the hop from a to b"):
+        assess(unknown, SPLIT, PROOF)
+
+
+@pytest.mark.parametrize(("bits", "loss"), [(4, 0.0), (8, -1.0), (8, math.inf), (16, math.nan)])
+def test_hop_formats_are_checked(bits: int, loss: float) -> None:
+    with pytest.raises(ValueError, match="a hop cannot be sent as"):
+        HopFormat(bits, loss)
 
 
 def test_changes_between_plans() -> None:
@@ -227,6 +285,8 @@ def test_reading_is_strict(damage: Callable[[dict[str, Any]], object], message: 
         (lambda d: d["hops"][0].update(seconds=0.0), "plan.hops[0].seconds: 0.0"),
         (lambda d: d["hops"][0].update(target="a"), "plan.hops[0].target: a"),
         (lambda d: d["hops"].clear(), "plan.hops: 0 entries, not 1"),
+        (lambda d: d["stages"][0].update(hop_bits=8), "a sends at 8 bit: permitted are 32"),
+        (lambda d: d["stages"][1].update(hop_bits=32), "plan.stages[1].hop_bits: 32"),
         (lambda d: d.update(return_s=0.0), "plan.return_s: 0.0"),
         (lambda d: d.update(decode_s=0.01), "plan.decode_s: 0.01"),
         (lambda d: d.update(prefill_s_per_token=0.01), "plan.prefill_s_per_token: 0.01"),

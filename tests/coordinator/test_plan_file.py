@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from coordinator.lab import lab_problem, parse_lab
 from coordinator.plan import PlanError, Proof, assess
 from coordinator.plan_file import Change, bits_text, difference, parse_plan, plan_text, read_plan
+from coordinator.problem import HopFormat
 from coordinator.study import opt_350m
 
 LAB = """\
@@ -38,6 +40,21 @@ def test_a_saved_plan_is_the_same_plan(tmp_path: Path) -> None:
     assert (plan.stages, plan.hops, plan.decode_s) == (PLAN.stages, PLAN.hops, PLAN.decode_s)
 
 
+def test_hops_are_saved_and_may_be_left_out() -> None:
+    problem = replace(PROBLEM, hop_formats=(HopFormat(8), HopFormat(16, 0.0)))
+    stages = [(0, 0, (8, 4, 4, 4)), (1, 4, (4, 8))]
+    plan = assess(problem, stages, Proof("test", 0.0, 0.0), [16])
+    text = plan_text(plan, "opt")
+    assert '"bits": "8 4x3", "hop_bits": 16}' in text
+    saved = parse_plan(text, "p")
+    assert saved.predicted
+    assert saved.to_plan(problem).stages == plan.stages
+    # As files were before hops had a width: the cheapest one is taken.
+    older = parse_plan(text.replace(', "hop_bits": 16', ""), "p")
+    assert older.predicted == {}
+    assert older.to_plan(problem).stages[0].hop_bits == 8
+
+
 def test_an_edited_plan_is_priced_anew_and_says_nothing_of_the_old_price() -> None:
     text = plan_text(PLAN, "opt").replace("8 4x3", "8x4")
     saved = parse_plan(text, "plan.json")
@@ -56,6 +73,17 @@ def test_bits_may_be_a_list() -> None:
         ("8 4x3", "8 4x2", "plan.json: its stages have 5 blocks and the model 6"),
         ('"b"', '"c"', "plan.json: unknown device c: there are a, b"),
         ('"b"', '"a"', "plan.json: a has more than one stage"),
+        ('"hop_bits": 16', '"hop_bits": 8', "plan.json: a sends at 8 bit: permitted are 16"),
+        (
+            '"hop_bits": 16',
+            '"hop_bits": 12',
+            "plan.json: stages[0].hop_bits: 12: known",
+        ),
+        (
+            '"4 8"',
+            '"4 8", "hop_bits": 16',
+            "plan.json: stages[1].hop_bits: the last",
+        ),
         ("8 4x3", "16 4x3", "plan.json: a cannot run embedding at 16 bit"),
         ("8 4x3", "8 4x", "plan.json: stages[0].bits: '4x' is neither a width nor a run"),
         ("8 4x3", "7 4x3", "plan.json: stages[0].bits: 7 is no width"),

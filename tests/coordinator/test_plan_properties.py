@@ -17,7 +17,7 @@ from benchmarks.planner import instance
 from coordinator.plan import InfeasiblePlan, Plan, PlanError, Proof, assess, verify
 from coordinator.plan_search import search
 from coordinator.planner import solve
-from coordinator.problem import BlockOption, Device, Objective, PlanningProblem
+from coordinator.problem import BlockOption, Device, HopFormat, Objective, PlanningProblem
 from model.spec import LayerSpec, ModelSpec
 from wire.profile import LinkProfile
 
@@ -80,6 +80,7 @@ def make(layers: int, count: int, seed: int, kind: str | None = None) -> Plannin
         sensitivities=losses,
         quality_budget=share * math.fsum(row[4] for row in losses),
         objective=Objective(kind or rng.choice(KINDS), prompt_tokens=20, output_tokens=3),  # type: ignore[arg-type]
+        hop_formats=(HopFormat(8, 2e-3 * rng.random()), HopFormat(16, 2e-4), HopFormat(32, 0.0)),
     )
 
 
@@ -121,6 +122,8 @@ def test_more_memory_faster_links_and_looser_budgets_never_hurt(
     assert value(replace(problem, devices=tuple(devices))) <= before
     assert value(replace(problem, links=links)) <= before
     assert value(replace(problem, quality_budget=factor * problem.quality_budget)) <= before
+    fewer = replace(problem, hop_formats=problem.hop_formats[which:])
+    assert value(fewer) * (1 + 2e-6) >= value(problem)
 
 
 @settings(max_examples=20, deadline=None)
@@ -181,8 +184,9 @@ def test_search_alone_and_the_program_agree(kind: str) -> None:
         exact = value(problem)
         found = search(problem, deadline_s=time.monotonic() + 10, gap=0.01)
         assert found.bound_s <= exact * (1 + 1e-6)
-        if found.stages is not None:
-            plan = assess(problem, found.stages, Proof("search", 0.0, found.bound_s))
+        if found.choice is not None:
+            proof = Proof("search", 0.0, found.bound_s)
+            plan = assess(problem, found.choice.stages, proof, found.choice.hop_bits)
             verify(plan, problem)
             assert exact * (1 - 1e-6) <= plan.value_s
 

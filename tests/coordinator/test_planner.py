@@ -19,7 +19,7 @@ from coordinator.plan import InfeasiblePlan, Plan, PlanError, Proof, assess, ver
 from coordinator.plan_search import Found, search
 from coordinator.plan_solver import SolverName
 from coordinator.planner import solve
-from coordinator.problem import BlockOption, Device, Objective, PlanningProblem
+from coordinator.problem import BlockOption, Device, HopFormat, Objective, PlanningProblem
 from model.spec import LayerSpec, ModelSpec
 from wire.profile import LinkProfile
 
@@ -110,6 +110,7 @@ def make_problem(
         kv_bytes=(kv,) * blocks,
         weight_errors=tuple(errors or [{} for _ in range(blocks)]),
         max_weight_error=tuple(bounds or [math.inf] * blocks),
+        hop_formats=(HopFormat.unmeasured(32),),
     )
 
 
@@ -173,7 +174,9 @@ def random_problem(seed: int, *, tightness: float | None = None) -> PlanningProb
 
 
 def random_extras(seed: int) -> PlanningProblem:
-    """A random problem with a quality budget, any objective, pins, exclusions and migration."""
+    """A random problem with a quality budget, any objective, widths of hops, pins, exclusions and
+    migration.
+    """
     problem = random_problem(seed, tightness=random.Random(seed).uniform(0.9, 2.4))
     rng = random.Random(f"extras {seed}")
     widths = sorted(problem.stored_bytes[0])
@@ -198,6 +201,10 @@ def random_extras(seed: int) -> PlanningProblem:
         ),
         pins={rng.randrange(len(losses)): 0} if rng.random() < 0.2 else {},
         excluded=frozenset({1} if rng.random() < 0.2 and len(devices) > 1 else ()),
+        hop_formats=tuple(
+            HopFormat(bits, rng.choice([None, (worst - least) / bits, (worst - least) / bits**2]))
+            for bits in sorted(rng.sample([8, 16, 32], rng.randint(1, 3)))
+        ),
     )
 
 
@@ -253,6 +260,13 @@ def exhaustive_s(problem: PlanningProblem) -> float:
                     found.append((cost_s, decode_s if throughput else 0.0, loss))
         return best_of(found)
 
+    forms = {
+        bits: known
+        for bits, known in ((form.bits, form.sensitivity) for form in problem.hop_formats)
+        if budget is None or known is not None
+    }
+    hidden_bytes = {8: HIDDEN + 4, 16: 2 * HIDDEN + 4, 32: 4 * HIDDEN}
+
     def link_s(i: int, j: int, size_bytes: int, rtts: int, bytes_sent: int) -> float:
         link = problem.links.get((i, j))
         if link is None:
@@ -266,18 +280,23 @@ def exhaustive_s(problem: PlanningProblem) -> float:
     }
     best = math.inf
     for count in range(1, len(problem.devices) + 1):
-        for order in itertools.permutations(devices, count):
-            leaving = [link_s(i, j, 4 * HIDDEN, 1, 1) for i, j in itertools.pairwise(order)]
-            wire_s = sum(
-                link_s(i, j, 4 * HIDDEN, n_out, n_in + n_out) for i, j in itertools.pairwise(order)
-            )
+        for order, widths in itertools.product(
+            itertools.permutations(devices, count), itertools.product(forms, repeat=count - 1)
+        ):
+            hops = [
+                (i, j, hidden_bytes[bits])
+                for (i, j), bits in zip(itertools.pairwise(order), widths, strict=True)
+            ]
+            leaving = [link_s(*hop, 1, 1) for hop in hops]
+            wire_s = sum(link_s(*hop, n_out, n_in + n_out) for hop in hops)
+            sent = math.fsum(forms[bits] or 0.0 for bits in widths) if budget is not None else 0.0
             leaving.append(link_s(order[-1], order[0], 4, 1, 1) if count > 1 else 0.0)
             if count > 1:
                 wire_s += link_s(order[-1], order[0], 4, n_out, n_out)
             if math.inf in leaving:
                 continue
             for cuts in itertools.combinations(range(1, blocks), count - 1):
-                found: list[Figures] = [(wire_s, 0.0, 0.0)]
+                found: list[Figures] = [(wire_s, 0.0, sent)]
                 for *span, link in zip(order, (0, *cuts), (*cuts, blocks), leaving, strict=True):
                     found = best_of(
                         [
@@ -534,8 +553,9 @@ def test_search_keeps_limits_and_its_bound_holds(make: Callable[[int], PlanningP
         feasible += best_s < math.inf
         answer = search(problem, deadline_s=time.monotonic() + 10, gap=0.01)
         assert answer.bound_s <= best_s * (1 + 1e-9), seed
-        if answer.stages is not None:
-            plan = assess(problem, answer.stages, Proof("search", 0.0, answer.bound_s))
+        if answer.choice is not None:
+            proof = Proof("search", 0.0, answer.bound_s)
+            plan = assess(problem, answer.choice.stages, proof, answer.choice.hop_bits)
             verify(plan, problem)
             assert plan.value_s >= best_s * (1 - 1e-9), seed
             found += 1

@@ -69,7 +69,8 @@ def test_known_figures() -> None:
     assert kv_bytes(spec, 1, 10) == 2 * 2 * 8 * 10 * 4
     assert kv_bytes(spec, 1, 10, 2) == 2 * 2 * 8 * 10 * 2
     assert kv_bytes(spec, 0, 10) == kv_bytes(spec, spec.head_block, 10) == 0
-    assert hop_bytes(spec, 3) == 3 * 32 * 2
+    assert [hop_bytes(spec, bits) for bits in (8, 16, 32)] == [32 + 4, 64 + 4, 128]
+    assert hop_bytes(spec) == 64 + 4
     assert stored_bytes(spec, 0, Format.of(16)) == 260 * 32 * 2
     assert stored_bytes(spec, 0, Format(4)) == 260 * (16 + 2 + 1)
 
