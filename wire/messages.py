@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from wire.activations import DEFAULT_HOP_BITS, HopBits
 from wire.profile import BlockTiming, DeviceProfile
 
 PROTOCOL_VERSION = 1
@@ -122,6 +123,8 @@ class LoadStage:
     context_tokens: int
     first: str
     """Device of the first stage: where sampled tokens go."""
+    hop_bits: HopBits = DEFAULT_HOP_BITS
+    """Of the rows that this stage sends on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +255,8 @@ class PeerWelcome:
 class Activation:
     """Hidden rows [position, position + rows) of a sequence, to the next stage.
 
-    Payload: float32 [rows, hidden], little-endian, row-major. ``last`` is false for prompt chunks
-    that more chunks follow: the head need not run for them. The first chunk carries ``sampling``.
+    Payload: wire.activations, at ``bits`` a value. ``last`` is false for prompt chunks that more
+    chunks follow: the head need not run for them. The first chunk carries ``sampling``.
     """
 
     epoch: int
@@ -261,6 +264,7 @@ class Activation:
     slot: int
     position: int
     rows: int
+    bits: HopBits
     last: bool
     sampling: Sampling | None = None
 
