@@ -311,6 +311,7 @@ class Agent:
             epoch=request.epoch,
             slots=request.slots,
             context_tokens=request.context_tokens,
+            hop_bits=request.hop_bits,
             report=connection.send,
         )
         names = spec.block_name(indices[0]), spec.block_name(indices[-1])

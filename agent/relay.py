@@ -23,8 +23,9 @@ from agent.sampler import Sampler
 from backends.base import Array, BackendError, Stage, Tokens
 from model.spec import ModelSpec
 from wire import limits
+from wire.activations import HopBits, decode_rows, encode_rows, payload_bytes
 from wire.connection import Connection
-from wire.errors import WireError
+from wire.errors import ProtocolError, WireError
 from wire.messages import (
     Activation,
     FinishReason,
@@ -64,9 +65,12 @@ class Relay:
         epoch: int,
         slots: int,
         context_tokens: int,
+        hop_bits: HopBits,
         report: Callable[[Message], None],
     ) -> None:
-        """``report`` sends to the coordinator; it may raise WireError, which ends the relay."""
+        """``hop_bits``: of each value that goes on to the next device. ``report`` sends to the
+        coordinator; it may raise WireError, which ends the relay.
+        """
         self.epoch = epoch
         self._stage = stage
         self._spec = spec
@@ -74,6 +78,7 @@ class Relay:
         self._is_last = blocks.stop == spec.block_count
         self._slots = slots
         self._context_tokens = context_tokens
+        self._hop_bits = hop_bits
         self._report = report
         self._lock = threading.Lock()
         self._table_lock = threading.Lock()
@@ -128,7 +133,7 @@ class Relay:
         if isinstance(message, Activation) and (
             self._is_first
             or not self._fits(message.slot, message.position, rows)
-            or len(payload) != rows * self._spec.hidden * 4
+            or len(payload) != payload_bytes(rows, self._spec.hidden, message.bits)
         ):
             self._fail(message.sequence, "the previous device sent rows that do not fit")
             return
@@ -179,7 +184,11 @@ class Relay:
             sequence = self._current(message.sequence)
         if sequence is None or sequence.position != message.position:
             return  # Released here, and still on its way from the device before.
-        rows = np.frombuffer(payload, dtype="<f4").reshape(message.rows, self._spec.hidden)
+        try:
+            rows = decode_rows(payload, message.rows, self._spec.hidden, message.bits)
+        except ProtocolError as error:
+            self._fail(message.sequence, f"the previous device sent what is no activation: {error}")
+            return
         self._run(sequence, rows, last=message.last)
 
     # ---- what goes on ---------------------------------------------------------------------------
@@ -204,10 +213,11 @@ class Relay:
                             sequence.slot,
                             begin,
                             len(inputs),
+                            self._hop_bits,
                             last,
                             sequence.sampling if begin == 0 else None,
                         ),
-                        np.ascontiguousarray(output, dtype="<f4").data.cast("B"),
+                        encode_rows(output, self._hop_bits),
                     )
                     return
                 if not last:
@@ -297,6 +307,7 @@ class Relay:
     def _fits(self, slot: int, position: int, rows: int) -> bool:
         return (
             0 <= slot < self._slots
-            and min(position, rows) >= 0
+            and position >= 0
+            and rows > 0
             and position + rows <= self._context_tokens
         )

@@ -36,6 +36,7 @@ from model.quantize import BITS, Format, Scheme
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from wire import limits
+from wire.activations import DEFAULT_HOP_BITS
 from wire.messages import (
     BlockRef,
     ConnectStage,
@@ -380,6 +381,7 @@ class Fleet:
                         slots=slots,
                         context_tokens=planned.context_tokens,
                         first=members[0].device,
+                        hop_bits=DEFAULT_HOP_BITS,
                     ),
                     StageLoaded,
                     self._forward("load", member.name),

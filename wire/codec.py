@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import struct
+import threading
 import types
 import typing
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
     """
     kind = type(message)
     try:
-        header: bytes = msgpack.packb(_ENCODERS[kind](message), use_bin_type=True)
+        header: bytes = _packer.pack(_ENCODERS[kind](message))
     except (OverflowError, ValueError) as error:  # Over 64 bits; text that is no Unicode.
         raise ProtocolError(f"{kind.__name__} cannot be sent: {error}") from error
     if len(header) > limits.MAX_HEADER_BYTES or payload_bytes > limits.MAX_PAYLOAD_BYTES:
@@ -89,6 +90,15 @@ def decode_header(kind: type[Message], header: bytes | bytearray | memoryview) -
     message: Message = _DECODERS[kind](values)
     return message
 
+
+class _Packer(threading.local):
+    """One packer per thread: making one costs more than a small message does."""
+
+    def __init__(self) -> None:
+        self.pack: Callable[[Any], bytes] = msgpack.Packer(use_bin_type=True).pack
+
+
+_packer = _Packer()
 
 # ---- field by field: compiled once per message type from its annotations ------------------------
 
@@ -199,20 +209,45 @@ def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
         raise TypeError(f"{name}: cannot encode {kind!r}")
     hints = typing.get_type_hints(kind)
     fields = [field.name for field in dataclasses.fields(kind)]
+    count = len(fields)
     parts = [_converters(hints[field], f"{name}.{field}") for field in fields]
-    packers = [part[0] for part in parts]
-    unpackers = [part[1] for part in parts]
-    getters = [operator.attrgetter(field) for field in fields]
+    # Every token passes here: what needs no conversion costs one call for all fields together.
+    packers = [(index, part[0]) for index, part in enumerate(parts) if part[0] is not _same]
+    unpackers = [
+        (index, part[1])
+        for index, (field, part) in enumerate(zip(fields, parts, strict=True))
+        if hints[field] not in (int, str, bool)
+    ]
+    exact = [hints[field] if hints[field] in (int, str, bool) else None for field in fields]
+    get = _getter(fields)
 
-    def pack(value: Any) -> list[Any]:
-        return [pack_one(get(value)) for pack_one, get in zip(packers, getters, strict=True)]
+    def pack(value: Any) -> Any:
+        plain = get(value)
+        if packers:
+            plain = list(plain)
+            for index, convert in packers:
+                plain[index] = convert(plain[index])
+        return plain
 
     def unpack(values: Any) -> Any:
-        if type(values) is not list or len(values) != len(unpackers):
-            raise ProtocolError(f"{name}: expected {len(unpackers)} fields, got {_brief(values)}")
-        return kind(*[convert(item) for convert, item in zip(unpackers, values, strict=True)])
+        if type(values) is not list or len(values) != count:
+            raise ProtocolError(f"{name}: expected {count} fields, got {_brief(values)}")
+        for index, expected in enumerate(exact):
+            if expected is not None and type(values[index]) is not expected:
+                parts[index][1](values[index])  # Raises, naming the field.
+        for index, convert in unpackers:
+            values[index] = convert(values[index])
+        return kind(*values)
 
     return pack, unpack
+
+
+def _getter(fields: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """A record's fields as a tuple."""
+    if len(fields) > 1:
+        getter: Callable[[Any], tuple[Any, ...]] = operator.attrgetter(*fields)
+        return getter
+    return lambda value: tuple(getattr(value, field) for field in fields)
 
 
 def _brief(value: Any) -> str:

@@ -17,13 +17,21 @@ import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
+import numpy as np
+
 from wire import limits
 from wire.codec import PREFIX, decode_header, decode_prefix, encode
 from wire.errors import ConnectFailed, ConnectionLost
 from wire.messages import Endpoint, Message
 
 Buffer = bytes | bytearray | memoryview
+"""Raw bytes; a memoryview must be one of bytes."""
+
 NO_PAYLOAD = memoryview(b"")
+
+BUFFER_BYTES = 16 << 10
+"""Received in one call where they are there: a token's whole frame. Of a larger payload so
+much at most is copied, the rest comes straight into memory of its own."""
 
 ACCEPT_PAUSE_S = 0.1
 """Pause of a listener that has no file descriptor left for the next connection."""
@@ -39,7 +47,9 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._send_lock = threading.Lock()
-        self._prefix = bytearray(PREFIX.size)
+        # What has been received and not taken yet: [begin, end).
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._begin = self._end = 0
         self.peer = peer_name(sock)
         tune(sock)
         sock.settimeout(None)
@@ -68,17 +78,15 @@ class Connection:
         set_timeout(self._socket, socket.SO_RCVTIMEO, seconds or 0.0)
 
     def send(self, message: Message, payload: Buffer = b"") -> None:
-        """Send one frame."""
-        body = memoryview(payload).cast("B") if len(payload) else NO_PAYLOAD
-        head = encode(message, body.nbytes)
+        """Send one frame: header and payload leave in one call."""
+        body_bytes = len(payload)
+        head = encode(message, body_bytes)
         try:
             with self._send_lock:
-                sent = self._socket.sendmsg([head, body]) if body.nbytes else 0
-                if sent < len(head):
+                sent = self._socket.sendmsg((head, payload) if body_bytes else (head,))
+                if sent < len(head) + body_bytes:
                     self._socket.sendall(head[sent:])
-                    sent = len(head)
-                if sent < len(head) + body.nbytes:
-                    self._socket.sendall(body[sent - len(head) :])
+                    self._socket.sendall(memoryview(payload)[max(sent - len(head), 0) :])
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
@@ -86,15 +94,11 @@ class Connection:
     def receive(self) -> tuple[Message, memoryview]:
         """The next message and its payload (empty if none); the payload is the caller's to keep."""
         try:
-            self._read_into(memoryview(self._prefix), inside=False)
-            prefix = decode_prefix(self._prefix)
-            header = bytearray(prefix.header_bytes)
-            self._read_into(memoryview(header), inside=True)
-            message = decode_header(prefix.kind, header)
-            if not prefix.payload_bytes:
-                return message, NO_PAYLOAD
-            payload = memoryview(bytearray(prefix.payload_bytes))
-            self._read_into(payload, inside=True)
+            if self._end - self._begin < PREFIX.size:
+                self._fill(PREFIX.size, inside=False)
+            kind, header_bytes, payload_bytes = decode_prefix(self._take(PREFIX.size))
+            message = decode_header(kind, self._take(header_bytes))
+            payload = self._take_own(payload_bytes) if payload_bytes else NO_PAYLOAD
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
@@ -120,14 +124,49 @@ class Connection:
     ) -> None:
         self.close()
 
-    def _read_into(self, view: memoryview, *, inside: bool) -> None:
-        filled = 0
-        while filled < len(view):
-            count = self._socket.recv_into(view[filled:])
-            if count == 0:
-                where = " in the middle of a message" if inside or filled else ""
-                raise ConnectionLost(f"{self.peer} closed the connection{where}")
-            filled += count
+    def _fill(self, count: int, *, inside: bool = True) -> None:
+        """Have at least ``count`` bytes in the buffer, which must be able to hold them."""
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif self._begin + count > len(self._buffer):
+            rest = self._buffer[self._begin : self._end].tobytes()
+            self._buffer[: len(rest)] = rest
+            self._begin, self._end = 0, len(rest)
+        while self._end - self._begin < count:
+            self._end += self._receive_into(
+                self._buffer[self._end :], inside=inside or self._end > self._begin
+            )
+
+    def _take(self, count: int) -> memoryview:
+        """The next ``count`` bytes, valid until more are asked for."""
+        if self._end - self._begin < count:
+            if count > len(self._buffer):
+                return self._take_own(count)
+            self._fill(count)
+        begin = self._begin
+        self._begin = end = begin + count
+        return self._buffer[begin:end]
+
+    def _take_own(self, count: int) -> memoryview:
+        """The next ``count`` bytes in memory of their own, aligned for any number."""
+        begin = self._begin
+        filled = self._end - begin
+        if filled >= count:
+            self._begin = end = begin + count
+            return memoryview(bytearray(self._buffer[begin:end]))
+        data: memoryview = np.empty(count, np.uint8).data
+        data[:filled] = self._buffer[begin : self._end]
+        self._begin = self._end = 0
+        while filled < count:
+            filled += self._receive_into(data[filled:], socket.MSG_WAITALL)
+        return data
+
+    def _receive_into(self, view: memoryview, flags: int = 0, *, inside: bool = True) -> int:
+        count = self._socket.recv_into(view, 0, flags)
+        if count == 0:
+            where = " in the middle of a message" if inside else ""
+            raise ConnectionLost(f"{self.peer} closed the connection{where}")
+        return count
 
 
 class Listener:
@@ -258,6 +297,8 @@ def tune(sock: socket.socket, stall_s: float = limits.LIVENESS_S) -> None:
     A peer that reads nothing of what waits for it is dropped after ``stall_s``, too.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Acknowledge at once to begin with, so that the sender's window opens before the first prompt.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)

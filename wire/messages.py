@@ -1,4 +1,4 @@
-"""Every message that crosses a socket: one frozen dataclass each, one code each, one table.
+"""Every message that crosses a socket: one dataclass each, one code each, one table.
 
 Three kinds of connection exist, told apart by their first message:
 
@@ -8,6 +8,9 @@ Three kinds of connection exist, told apart by their first message:
 
 Names say who says what. Requests carry ``request``, answers repeat it. Data-plane messages carry
 the epoch of their deployment; a stage drops what belongs to another.
+
+All are frozen but the two that every token needs, Activation and TokenSampled: a frozen dataclass
+takes ten times as long to make.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from wire.activations import DEFAULT_HOP_BITS, HopBits
 from wire.profile import BlockTiming, DeviceProfile
 
 PROTOCOL_VERSION = 1
@@ -122,6 +126,8 @@ class LoadStage:
     context_tokens: int
     first: str
     """Device of the first stage: where sampled tokens go."""
+    hop_bits: HopBits = DEFAULT_HOP_BITS
+    """Of the rows that this stage sends on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,12 +254,12 @@ class PeerWelcome:
     device: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Activation:
     """Hidden rows [position, position + rows) of a sequence, to the next stage.
 
-    Payload: float32 [rows, hidden], little-endian, row-major. ``last`` is false for prompt chunks
-    that more chunks follow: the head need not run for them. The first chunk carries ``sampling``.
+    Payload: wire.activations, at ``bits`` a value. ``last`` is false for prompt chunks that more
+    chunks follow: the head need not run for them. The first chunk carries ``sampling``.
     """
 
     epoch: int
@@ -261,11 +267,12 @@ class Activation:
     slot: int
     position: int
     rows: int
+    bits: HopBits
     last: bool
     sampling: Sampling | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenSampled:
     """Last stage to first stage and to coordinator: token number ``index`` of the answer.
 

@@ -19,6 +19,7 @@ from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format
+from wire.activations import HopBits
 from wire.connection import Listener
 from wire.messages import (
     Activation,
@@ -67,7 +68,13 @@ class GatedStage(Stage):
 class Node:
     """A device of the ring; what it would tell the coordinator is in ``reports``."""
 
-    def __init__(self, device: str, artifacts: list[tuple[int, Path]], context: int) -> None:
+    def __init__(
+        self,
+        device: str,
+        artifacts: list[tuple[int, Path]],
+        context: int,
+        hop_bits: HopBits = 32,
+    ) -> None:
         spec = Checkpoint.open(LLAMA).spec
         blocks = range(artifacts[0][0], artifacts[-1][0] + 1)
         self.device = device
@@ -80,6 +87,7 @@ class Node:
             epoch=EPOCH,
             slots=1,
             context_tokens=context,
+            hop_bits=hop_bits,
             report=self.reports.put,
         )
         self.listener = Listener("127.0.0.1", 0)
@@ -140,7 +148,7 @@ def start(sequence: int, prompt: tuple[int, ...] = PROMPT, slot: int = 0) -> Sta
 
 def activation(sequence: int, rows: int, position: int = 0) -> tuple[Activation, memoryview]:
     payload: npt.NDArray[np.float32] = np.zeros((rows, 32), np.float32)
-    message = Activation(EPOCH, sequence, 0, position, rows, False, GREEDY)
+    message = Activation(EPOCH, sequence, 0, position, rows, 32, False, GREEDY)
     return message, payload.data.cast("B")
 
 
@@ -150,6 +158,20 @@ def test_two_stages_generate_what_the_whole_model_does(ring: tuple[Node, Node]) 
         first.relay.start(start(sequence))
         assert last.answer(sequence) == CONTINUATION
     assert first.reports.empty()
+
+
+@pytest.mark.parametrize(("bits", "tokens"), [(16, len(CONTINUATION)), (8, 64)])
+def test_fewer_bits_on_the_hop_generate_the_same_here(
+    artifacts: list[tuple[int, Path]], bits: HopBits, tokens: int
+) -> None:
+    """The fixture's logits are far enough apart for that; at 8 bits not for ever."""
+    first, last = Node("first", artifacts[:2], CONTEXT, bits), Node("last", artifacts[2:], CONTEXT)
+    first.connect(last)
+    last.connect(first)
+    first.relay.start(start(1))
+    assert last.answer(1)[:tokens] == CONTINUATION[:tokens]
+    for node in (first, last):
+        node.close()
 
 
 def test_one_stage_generates_by_itself(artifacts: list[tuple[int, Path]]) -> None:
@@ -219,6 +241,10 @@ def test_rows_that_do_not_fit_are_reported(ring: tuple[Node, Node]) -> None:
         (replace(good, position=CONTEXT - 3), payload),
         (replace(good, position=-1), payload),
         (replace(good, rows=-4), payload),
+        (replace(good, rows=0), payload[:0]),
+        (replace(good, bits=16), payload),
+        # 8 bits a value with scales that are all zero.
+        (replace(good, rows=1, bits=8), payload[: 32 + 4]),
         (replace(good, rows=1 << 40), payload),
         (good, payload[:-4]),
         (replace(good, sampling=replace(GREEDY, seed=-1)), payload),

@@ -107,8 +107,8 @@ def test_missing_and_surplus_fields_are_refused(kind: type[Message]) -> None:
 GOLDEN: dict[str, tuple[Message, int]] = {
     "heartbeat": (Heartbeat(1024), 0),
     "token": (TokenSampled(1, 7, 0, 42, ""), 0),
-    "activation": (Activation(1, 7, 0, 5, 1, True, None), 512),
-    "first chunk": (Activation(1, 7, 0, 0, 5, True, Sampling(64, (2,), 0.0, 0, 1.0, 9)), 2560),
+    "activation": (Activation(1, 7, 0, 5, 1, 16, True, None), 260),
+    "first chunk": (Activation(1, 7, 0, 0, 5, 16, True, Sampling(64, (2,), 0.0, 0, 1.0, 9)), 1300),
 }
 
 
@@ -175,7 +175,7 @@ def test_only_tensor_messages_carry_payloads() -> None:
 def test_infinite_and_nan_numbers_are_refused(value: float) -> None:
     header = msgpack.packb([64, [2], value, 0, 1.0, 9])
     with pytest.raises(ProtocolError, match="finite"):
-        decode_header(Activation, msgpack.packb([1, 7, 0, 0, 5, True, msgpack.unpackb(header)]))
+        decode_header(Activation, msgpack.packb([1, 7, 0, 0, 5, 32, True, msgpack.unpackb(header)]))
 
 
 def test_deep_nesting_is_refused() -> None:
@@ -183,7 +183,7 @@ def test_deep_nesting_is_refused() -> None:
     for _ in range(limits.MAX_NESTING + 1):
         nested = [nested]
     with pytest.raises(ProtocolError):
-        decode_header(LoadStage, msgpack.packb([1, 1, {"a": nested}, [], 1, 1, "x"]))
+        decode_header(LoadStage, msgpack.packb([1, 1, {"a": nested}, [], 1, 1, "x", 16]))
     bottomless = b"\x91" * 100_000 + b"\x00"
     with pytest.raises(ProtocolError):
         decode_header(LoadStage, bottomless)
@@ -191,4 +191,4 @@ def test_deep_nesting_is_refused() -> None:
 
 def test_what_is_too_large_to_send_fails_at_the_sender() -> None:
     with pytest.raises(ProtocolError, match="too large"):
-        encode(Activation(1, 1, 0, 0, 1, True, None), limits.MAX_PAYLOAD_BYTES + 1)
+        encode(Activation(1, 1, 0, 0, 1, 32, True, None), limits.MAX_PAYLOAD_BYTES + 1)

@@ -12,7 +12,7 @@ from wire.connection import AsyncConnection, Connection, Listener, serve
 from wire.errors import ConnectFailed, ConnectionLost, ProtocolError
 from wire.messages import Activation, Endpoint, Heartbeat, ProbePing, ProbePong
 
-ACTIVATION = Activation(1, 2, 0, 3, 4, True, None)
+ACTIVATION = Activation(1, 2, 0, 3, 4, 32, True, None)
 
 
 @pytest.fixture

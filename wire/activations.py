@@ -1,0 +1,122 @@
+"""Hidden rows on the wire: float32 outside, 32, 16 or 8 bits a value on the link.
+
+A payload is the values [rows, hidden] row by row, then, below 32 bits, one float32 scale per row;
+all little-endian. A value decodes as value * scale:
+
+    bits  value    scale of a row                                        error at most
+    32    float32  none                                                  0
+    16    float16  1, or a power of two where float16 would overflow     |x| / 2^11 + scale / 2^25
+    8     int8     largest magnitude / 127                               scale / 2
+
+What is not finite stays so: float16 has infinities and NaN; at 8 bits both are code -128, which
+decodes to NaN. Scales come from the finite values of a row. At 16 bits what is above 3.4e38 becomes
+infinite.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from wire.errors import ProtocolError
+
+Rows = npt.NDArray[np.float32]
+HopBits = Literal[32, 16, 8]
+
+HOP_BITS: tuple[HopBits, ...] = (32, 16, 8)
+DEFAULT_HOP_BITS: HopBits = 16
+
+_VALUE: dict[HopBits, np.dtype[np.generic]] = {
+    32: np.dtype("<f4"),
+    16: np.dtype("<f2"),
+    8: np.dtype("i1"),
+}
+_SCALE = np.dtype("<f4")
+
+_HALF_MAX = np.float32(65504)
+"""Largest finite float16."""
+
+_FLOAT_MAX = np.finfo(np.float32).max
+_BYTE_MAX = np.float32(127)
+_NOT_FINITE = -128
+
+_LEAST_SCALE = np.finfo(np.float32).tiny
+_LARGEST_SCALE: dict[HopBits, np.float32] = {
+    16: np.float32(2.0**113),
+    8: np.nextafter(_FLOAT_MAX / _BYTE_MAX, np.float32(0)),
+}
+"""No encoder needs a larger one; at 8 bits the largest value still is a finite float32."""
+
+# A NaN may signal, a division may underflow: neither is an error here, hence np.errstate below.
+
+
+def payload_bytes(rows: int, hidden: int, bits: HopBits) -> int:
+    """Size of a payload of ``rows`` hidden rows."""
+    return rows * (hidden * bits // 8 + (0 if bits == 32 else _SCALE.itemsize))
+
+
+@np.errstate(all="ignore")
+def encode_rows(rows: Rows, bits: HopBits) -> memoryview:
+    """The payload for hidden rows float32 [n, hidden]; a view of them where nothing changes."""
+    if bits == 32:
+        return np.ascontiguousarray(rows, _VALUE[32]).data.cast("B")
+    count, hidden = rows.shape
+    payload = np.empty(payload_bytes(count, hidden, bits), np.uint8).data
+    values, scales = _parts(payload, count, hidden, bits)
+    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    # False where a NaN is among them, too.
+    usual = bool((largest <= (_HALF_MAX if bits == 16 else _FLOAT_MAX)).all())
+    if not usual:
+        largest = np.abs(rows).max(axis=1, where=np.isfinite(rows), initial=0)
+    if bits == 16:
+        scales[:] = 1
+        if not usual:
+            wide = largest > _HALF_MAX
+            scales[wide] = np.ldexp(np.float32(1), np.frexp(largest[wide])[1] - 15)
+            rows = rows / scales[:, None]
+        values[:] = rows
+        return payload
+    np.clip(largest / _BYTE_MAX, _LEAST_SCALE, _LARGEST_SCALE[8], out=scales)
+    codes = rows / scales[:, None]
+    np.rint(codes, out=codes)
+    if not usual:
+        codes[~np.isfinite(rows)] = _NOT_FINITE
+    np.copyto(values, codes, casting="unsafe")
+    return payload
+
+
+@np.errstate(all="ignore")
+def decode_rows(payload: memoryview, count: int, hidden: int, bits: HopBits) -> Rows:
+    """Hidden rows float32 [count, hidden] of a payload; at 32 bits a view of it.
+
+    Raises ProtocolError for a payload of another length, and for scales that no encoder makes.
+    """
+    if count < 0 or len(payload) != payload_bytes(count, hidden, bits):
+        raise ProtocolError(f"{len(payload)} bytes are not {count} hidden rows at {bits} bits")
+    values, scales = _parts(payload, count, hidden, bits)
+    rows: Rows = values.astype(np.float32, copy=False)
+    if bits == 32:
+        return rows
+    least = 1 if bits == 16 else _LEAST_SCALE
+    # A NaN fails both comparisons.
+    if not (scales.min(initial=1) >= least and scales.max(initial=1) <= _LARGEST_SCALE[bits]):
+        raise ProtocolError("an activation's scales are out of range")
+    if bits == 16 and scales.max(initial=1) == 1:
+        return rows
+    rows *= scales[:, None]
+    if bits == 8 and values.min(initial=0) == _NOT_FINITE:
+        rows[values == _NOT_FINITE] = np.nan
+    return rows
+
+
+def _parts(
+    payload: memoryview, count: int, hidden: int, bits: HopBits
+) -> tuple[npt.NDArray[np.generic], Rows]:
+    """Values [count, hidden] and scales [count] of a payload, as views."""
+    kind = _VALUE[bits]
+    values = np.frombuffer(payload, kind, count * hidden).reshape(count, hidden)
+    if bits == 32:
+        return values, np.empty(0, _SCALE)
+    return values, np.frombuffer(payload, _SCALE, count, count * hidden * kind.itemsize)
