@@ -79,7 +79,10 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
 def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     """What to minimise, and what the user has decided already."""
     parser.add_argument(
-        "--objective", choices=("latency", "throughput", "request"), default="latency"
+        "--objective",
+        choices=("latency", "throughput", "request", "energy"),
+        default="latency",
+        help="what to minimise; energy: joules computing one token, on devices of known watts",
     )
     parser.add_argument(
         "--prompt-tokens", type=_count, default=256, metavar="N", help="of --objective request"
@@ -410,6 +413,8 @@ def _run_plan(
     from coordinator.explain import explain
     from coordinator.study import simulate
 
+    if options.simulate and options.objective == "energy":
+        raise UsageError("--simulate draws link speeds, which energy does not depend on")
     model = Path(options.model).absolute().name
     plan = _given_or_best(options, screen, problem)
     explanation: Explanation | None = None
@@ -419,7 +424,6 @@ def _run_plan(
             explanation = explain(
                 plan,
                 problem,
-                watts=lab.watts,
                 time_limit_s=EXPLAIN_LIMIT_S,
                 solve_limit_s=SOLVE_AGAIN_LIMIT_S,
                 on_trial=lambda what, done, total: on_step(
@@ -460,6 +464,8 @@ def _run_plan(
     screen.plan(described, f"plan for {model}, predicted from {options.devices}")
     if plan.total_sensitivity is not None:
         screen.out.print(f"predicted KL divergence: {plan.total_sensitivity:.3g} nats per token")
+    if plan.energy_j is not None:
+        screen.out.print(f"predicted energy of computing: {plan.energy_j:.3g} J per token")
     if explanation is not None:
         show_explanation(screen, explanation)
     if simulation is not None:
@@ -532,8 +538,8 @@ def _given_or_best(options: argparse.Namespace, screen: Screen, problem: Plannin
     if given is None:
         return best
     screen.note(
-        f"{options.plan} fits; its predicted objective is {given.value_s * 1e3:.2f} ms,"
-        f" the best plan found has {best.value_s * 1e3:.2f} ms"
+        f"{options.plan} fits; its predicted objective is {given.value_text},"
+        f" the best plan found has {best.value_text}"
     )
     return replace(given, proof=best.proof)
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ _UNITS = {
     "latency": "ms/token",
     "throughput": "time between tokens of the full pipeline",
     "request": "s/request",
+    "energy": "J/token",
 }
 
 
@@ -67,7 +68,7 @@ class StageView:
 
 @dataclass(frozen=True, slots=True)
 class Marginal:
-    """What one change does to the objective, in seconds. ``after_s`` None: no plan fits any more.
+    """What one change does to the objective. ``after`` None: no plan fits any more.
 
     ``subject`` is the device or pair that is changed, or several at once (``OTHERS``).
     ``solved`` False: true without solving, since the plan does not use what is dropped.
@@ -79,8 +80,8 @@ class Marginal:
     kind: Kind
     subject: str
     unit: str
-    before_s: float
-    after_s: float | None
+    before: float
+    after: float | None
     proof: MarginalProof
     solved: bool = True
 
@@ -92,9 +93,9 @@ class Marginal:
     @property
     def change(self) -> float | None:
         """Relative change of the objective; 0.0 for none, None where no plan fits."""
-        if self.after_s is None:
+        if self.after is None:
             return None
-        change = self.after_s / self.before_s - 1
+        change = self.after / self.before - 1
         return 0.0 if abs(change) <= _SAME else change
 
     @property
@@ -154,7 +155,6 @@ def explain(
     plan: Plan,
     problem: PlanningProblem,
     *,
-    watts: Mapping[str, float] | None = None,
     time_limit_s: float = 30.0,
     solve_limit_s: float = 5.0,
     solve_again: Solve | None = None,
@@ -192,11 +192,11 @@ def explain(
     unit = _UNITS[plan.objective.kind]
     marginals += [
         # The plan stays possible without what it does not use, and nothing better appears.
-        Marginal("drop", device.name, unit, plan.value_s, plan.value_s, "exact", False)
+        Marginal("drop", device.name, unit, plan.value, plan.value, "exact", False)
         for index, device in enumerate(problem.devices)
         if device.name not in used and index not in problem.excluded
     ]
-    views = _stage_views(plan, problem, watts or {})
+    views = _stage_views(plan, problem)
     return Explanation(
         views, _bottleneck(plan), _pipeline_bottleneck(views), tuple(marginals), complete
     )
@@ -213,23 +213,23 @@ def _tried(
     plan: Plan, trial: _Trial, again: Solve, limit_s: float
 ) -> tuple[Plan | None, Marginal | None]:
     """The changed problem's plan and the change's worth; neither where time ended first."""
-    before_s, unit = plan.value_s, _UNITS[plan.objective.kind]
+    before, unit = plan.value, _UNITS[plan.objective.kind]
     try:
         better = again(trial.problem, limit_s)
     except InfeasiblePlan:
-        return None, Marginal(trial.kind, trial.subject, unit, before_s, None, "exact")
+        return None, Marginal(trial.kind, trial.subject, unit, before, None, "exact")
     except PlanError:
         return None, None
-    after_s = better.value_s
+    after = better.value
     if trial.kind != "drop":
         # The plan itself still fits; a search that was cut short may not have found it.
-        after_s = min(after_s, before_s)
+        after = min(after, before)
     # With a device less no plan beats the optimum: one that equals it is optimal too.
-    equal = trial.kind == "drop" and after_s <= before_s * (1 + _SAME)
+    equal = trial.kind == "drop" and after <= before * (1 + _SAME)
     proof: MarginalProof = "found"
     if plan.proven_optimal:
         proof = "exact" if better.proven_optimal or equal else "bound"
-    return better, Marginal(trial.kind, trial.subject, unit, before_s, after_s, proof)
+    return better, Marginal(trial.kind, trial.subject, unit, before, after, proof)
 
 
 def _trials(plan: Plan, problem: PlanningProblem) -> Iterator[_Trial]:
@@ -319,16 +319,13 @@ def _faster_links(
         yield _Trial("link", subject, replace(problem, links=links))
 
 
-def _stage_views(
-    plan: Plan, problem: PlanningProblem, watts: Mapping[str, float]
-) -> tuple[StageView, ...]:
+def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
     ways = [hop.seconds for hop in plan.hops] + [plan.return_s]
     views = []
     for stage, way_s in zip(plan.stages, ways, strict=True):
         placed = list(enumerate(stage.bits, stage.first))
         errors = _if_all_known(problem.weight_error(*place) for place in placed)
         losses = _if_all_known(problem.sensitivity(*place) for place in placed)
-        power = watts.get(stage.device)
         views.append(
             StageView(
                 device=stage.device,
@@ -342,7 +339,7 @@ def _stage_views(
                 memory_limit_bytes=stage.memory_limit_bytes,
                 worst_weight_error=None if errors is None else max(errors),
                 sensitivity=None if losses is None else math.fsum(losses),
-                energy_j=None if power is None else power * stage.compute_s,
+                energy_j=stage.energy_j,
                 hop_bits=stage.hop_bits,
             )
         )

@@ -159,6 +159,7 @@ def lab_problem(
         pins=pins,
         excluded=excluded,
         hop_formats=lab.hop_formats if hop_formats is None else hop_formats,
+        watts=lab.watts,
     )
 
 

@@ -39,6 +39,7 @@ class Advice:
     max_weight_error: float | None = None
     quality_budget: float | None = None
     free_placement: bool = False
+    declare_watts: tuple[str, ...] = ()
 
 
 class InfeasiblePlan(PlanError):
@@ -65,6 +66,7 @@ class Stage:
     ``compute_s`` is one decoded token, the stage's call overhead included. ``memory_bytes`` counts
     weights as executed, KV cache and buffers; ``storage_bytes`` what is kept on disk.
     ``hop_bits`` is the width of the hidden values that it sends on; the last stage sends a token.
+    ``energy_j`` is the device's watts while it computes, times ``compute_s``; None: not known.
     """
 
     device: str
@@ -77,6 +79,7 @@ class Stage:
     storage_bytes: int
     storage_limit_bytes: int
     hop_bits: int | None = None
+    energy_j: float | None = None
 
     @property
     def last(self) -> int:
@@ -97,12 +100,12 @@ class Hop:
 class Proof:
     """Who found the plan, in how long, and how good it is known to be.
 
-    ``bound_s`` is a proved lower bound of the objective (``Plan.value_s``) of any plan.
+    ``bound`` is a proved lower bound of the objective (``Plan.value``) of any plan.
     """
 
     solver: str
     solve_s: float
-    bound_s: float
+    bound: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,8 @@ class Plan:
     on the links, within a chunk long enough to hide round trips. ``bottleneck_s`` is the slowest
     stage's compute + the link that leaves it. ``load_s`` is what bringing the missing blocks takes,
     one after the other. ``worst_weight_error`` and ``total_sensitivity`` (KL divergence of blocks
-    and hops, nats) are None where one of them was not measured.
+    and hops, nats) are None where one of them was not measured. ``energy_j`` is what the stages
+    draw while they compute a token; None where that of one is not known.
     """
 
     stages: tuple[Stage, ...]
@@ -127,11 +131,14 @@ class Plan:
     bottleneck_s: float = field(default=0.0, kw_only=True)
     load_s: float = field(default=0.0, kw_only=True)
     total_sensitivity: float | None = field(default=None, kw_only=True)
+    energy_j: float | None = field(default=None, kw_only=True)
     objective: Objective = field(default=Objective(), kw_only=True)
 
     @property
-    def value_s(self) -> float:
-        """The objective: what the planner minimised."""
+    def value(self) -> float:
+        """The objective: what the planner minimised, in seconds; energy in joules."""
+        if self.objective.kind == "energy":
+            return math.inf if self.energy_j is None else self.energy_j
         prompt, output = self.objective.tokens
         value = prompt * self.prefill_s_per_token + output * self.decode_s
         if self.objective.kind == "throughput":
@@ -139,9 +146,16 @@ class Plan:
         return value + self.objective.migration_weight * self.load_s
 
     @property
+    def value_text(self) -> str:
+        """The objective with its unit."""
+        if self.objective.kind == "energy":
+            return f"{self.value:.3g} J"
+        return f"{1e3 * self.value:.2f} ms"
+
+    @property
     def gap(self) -> float:
         """Share of the objective that a better plan might save, 0 to 1."""
-        return max(0.0, (self.value_s - self.proof.bound_s) / self.value_s)
+        return max(0.0, (self.value - self.proof.bound) / self.value)
 
     @property
     def proven_optimal(self) -> bool:
@@ -173,6 +187,11 @@ class Plan:
 
         What has a default may be left out. Figures are not checked: that is what ``verify`` is for.
         """
+        proof = values.get("proof") if isinstance(values, dict) else None
+        if isinstance(values, dict) and isinstance(proof, dict) and "bound_s" in proof:
+            # So it was called when all objectives were in seconds.
+            renamed = {{"bound_s": "bound"}.get(key, key): item for key, item in proof.items()}
+            values = {**values, "proof": renamed}
         try:
             plan: Plan = from_plain(Plan, values, "plan", finite=True)
         except ValueError as error:
@@ -192,7 +211,8 @@ class Plan:
         aim = {
             "latency": "",
             "throughput": f", a token each {1e3 * self.bottleneck_s:.2f} ms",
-            "request": f", {self.value_s:.2f} s per request",
+            "request": f", {self.value:.2f} s per request",
+            "energy": f", {self.value:.3g} J per token",
         }[self.objective.kind]
         lines = [f"{1e3 * self.decode_s:.2f} ms per token{aim}, {quality}"]
         if self.total_sensitivity is not None:
@@ -267,6 +287,7 @@ def assess(
         ),
         load_s=math.fsum(problem.load_s(*place) for place in places),
         total_sensitivity=_if_all_known(math.fsum, losses),
+        energy_j=_if_all_known(math.fsum, [stage.energy_j for stage in assessed]),
         objective=problem.objective,
     )
 
@@ -284,6 +305,9 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
     for stage in plan.stages:
         if stage.device not in indices:
             raise PlanError(f"unknown device {stage.device}")
+        known = problem.devices[indices[stage.device]].watts is not None
+        if problem.objective.kind == "energy" and not known:
+            raise PlanError(f"{stage.device} has no watts: nothing is known of its energy")
         if stage.device in seen:
             raise PlanError(f"{stage.device} has more than one stage")
         seen.add(stage.device)
@@ -330,8 +354,8 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
             f" above the budget {problem.quality_budget}"
         )
     _compare(plan.to_dict(), actual.to_dict(), "plan")
-    if not plan.proof.bound_s <= plan.value_s * (1 + OPTIMALITY_GAP):
-        raise PlanError(f"the proved bound {plan.proof.bound_s} s is above {plan.value_s} s")
+    if not plan.proof.bound <= plan.value * (1 + OPTIMALITY_GAP):
+        raise PlanError(f"the proved bound {plan.proof.bound} is above {plan.value}")
 
 
 def keeps_budget(plan: Plan, problem: PlanningProblem) -> bool:
@@ -368,17 +392,19 @@ def _assess_stage(
         storage += problem.stored_bytes[block][bits]
         decode.append(option.decode_s)
         prefill.append(option.prefill_s_per_token)
+    compute_s = math.fsum(decode)
     return Stage(
         device=device.name,
         first=first,
         bits=tuple(widths),
-        compute_s=math.fsum(decode),
+        compute_s=compute_s,
         prefill_s_per_token=math.fsum(prefill),
         memory_bytes=memory,
         memory_limit_bytes=device.memory_bytes,
         storage_bytes=storage,
         storage_limit_bytes=device.storage_bytes,
         hop_bits=hop_bits,
+        energy_j=None if device.watts is None else device.watts * compute_s,
     )
 
 

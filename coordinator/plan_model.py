@@ -97,7 +97,7 @@ def _figures(
     budget = problem.quality_budget
     return (
         option.decode_s,
-        problem.block_cost_s(device, block, option),
+        problem.block_cost(device, block, option),
         option.executed_bytes,
         problem.stored_bytes[block][option.bits],
         0.0 if budget is None else problem.sensitivities[block][option.bits],
@@ -124,7 +124,7 @@ class PlanProgram:
         else:
             self.program.setObjective(sensitivity if aim == "sensitivity" else excess)
 
-    def bound_s(self, bound: float | None) -> float:
+    def bound(self, bound: float | None) -> float:
         """A bound of the objective (None: not known) in seconds.
 
         Never below what the blocks cost, each where it is cheapest.
@@ -338,10 +338,10 @@ class PlanProgram:
         tie_break_s = self._unit_s * _OBJECTIVE_SCALE * _STAGE_TIE_BREAK / len(self._devices)
         terms = []
         for i in self._devices:
-            terms += [problem.block_cost_s(i, k, o) * count for count, o, k in self._counts(i)]
-            terms.append((problem.call_cost_s(i) + tie_break_s) * self._used[i])
-        terms += [problem.hop_cost_s(*key) * hop for key, hop in self._hop_at.items()]
-        terms += [problem.return_cost_s(j, i) * way for (i, j), way in self._back.items()]
+            terms += [problem.block_cost(i, k, o) * count for count, o, k in self._counts(i)]
+            terms.append((problem.call_cost(i) + tie_break_s) * self._used[i])
+        terms += [problem.hop_cost(*key) * hop for key, hop in self._hop_at.items()]
+        terms += [problem.return_cost(j, i) * way for (i, j), way in self._back.items()]
         if problem.objective.kind == "throughput":
             terms.append(self._slowest_s())
         return pulp.lpSum(terms)
@@ -394,7 +394,7 @@ class PlanProgram:
         for i, groups in enumerate(self._groups):
             for group in groups:
                 for k in group.blocks:
-                    cost = min(problem.block_cost_s(i, k, option) for option in group.options)
+                    cost = min(problem.block_cost(i, k, option) for option in group.options)
                     cost_s[k] = min(cost_s[k], cost)
                     decode_s[k] = min([decode_s[k], *(o.decode_s for o in group.options)])
         least_s = math.fsum(value for value in cost_s if value < math.inf)

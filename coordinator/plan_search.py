@@ -44,7 +44,7 @@ class Found:
     """The best choice that was found, if any, and a lower bound of the objective of any plan."""
 
     choice: Choice | None
-    bound_s: float
+    bound: float
 
 
 def search(
@@ -65,7 +65,7 @@ def search(
     kind = _Fastest if tables.throughput else _Cheapest
     # A little less than what is asked for, so that rounding does not miss it.
     found = kind(tables, deadline_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
-    return Found(found.choice, float(found.bound_s))
+    return Found(found.choice, float(found.bound))
 
 
 class _Cheapest:

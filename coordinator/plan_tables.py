@@ -144,7 +144,7 @@ class Tables:
         for i, rows in enumerate(self.options):
             for k, row in enumerate(rows):
                 for o, option in enumerate(row):
-                    self.cost[i, k, o] = problem.block_cost_s(i, k, option)
+                    self.cost[i, k, o] = problem.block_cost(i, k, option)
                     self.decode[i, k, o] = option.decode_s
                     self.memory[i, k, o] = option.executed_bytes + problem.kv_bytes[k]
                     self.storage[i, k, o] = problem.stored_bytes[k][option.bits]
@@ -159,7 +159,7 @@ class Tables:
         self.in_memory = [
             Knapsack(self.memory[i], self.memory_limit[i], self._reach(i)) for i in devices
         ]
-        self.entry = np.array([problem.call_cost_s(i) for i in devices])
+        self.entry = np.array([problem.call_cost(i) for i in devices])
         self.call_s = np.array([device.call_s for device in problem.devices])
         forms = problem.permitted_hops
         self.hop_bits = [form.bits for form in forms]
@@ -172,9 +172,9 @@ class Tables:
             for j in devices:
                 if i != j:
                     for f, form in enumerate(forms):
-                        self.hop[f, i, j] = problem.hop_cost_s(i, j, form.bits)
+                        self.hop[f, i, j] = problem.hop_cost(i, j, form.bits)
                         self.hop_s[f, i, j] = problem.hop_s(i, j, form.bits)
-                    self.back[i, j] = problem.return_cost_s(i, j)
+                    self.back[i, j] = problem.return_cost(i, j)
                     self.back_s[i, j] = problem.return_s(i, j)
 
         # Of the way back, what depends on the last stage, and on the first.

@@ -83,27 +83,27 @@ def _best(
 ) -> Plan | None:
     """The best plan that was found; None where none was."""
     size = _size(problem)
-    plan, bound_s = None, 0.0
+    plan, bound = None, 0.0
     if searching := size > _SMALL or gap > 0:
         report("searching")
-        plan, bound_s = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0)
+        plan, bound = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0)
         if plan is not None:
-            plan = replace(plan, proof=replace(plan.proof, bound_s=bound_s))
+            plan = replace(plan, proof=replace(plan.proof, bound=bound))
     if plan is None or (plan.gap > gap and size <= _LARGE and runner.left_s() > 0):
         report("solving the integer program")
-        exact, exact_bound_s = _solve(problem, runner, gap)
-        bound_s = max(bound_s, exact_bound_s)
+        exact, exact_bound = _solve(problem, runner, gap)
+        bound = max(bound, exact_bound)
         if runner.refused:
             return None
         if exact is None and not searching:
             report("the time limit has passed: looking for a plan at hand")
-            exact, exact_bound_s = _search(problem, runner, gap, share=1.0)
-            bound_s = max(bound_s, exact_bound_s)
+            exact, exact_bound = _search(problem, runner, gap, share=1.0)
+            bound = max(bound, exact_bound)
         found = [one for one in (exact, plan) if one is not None]
-        plan = min(found, key=lambda one: one.value_s, default=None)
+        plan = min(found, key=lambda one: one.value, default=None)
     if plan is None:
         return None
-    return replace(plan, proof=replace(plan.proof, bound_s=min(bound_s, plan.value_s)))
+    return replace(plan, proof=replace(plan.proof, bound=min(bound, plan.value)))
 
 
 def _size(problem: PlanningProblem) -> int:
@@ -127,22 +127,22 @@ def _search(
     devices = range(len(problem.devices))
     ties = np.array([[i < j and _twins(problem, i, j) for j in devices] for i in devices])
     found = search(problem, deadline_s=deadline_s, gap=gap, ties=ties)
-    return _plan_of(problem, found.choice, Proof("search", 0.0, 0.0)), found.bound_s
+    return _plan_of(problem, found.choice, Proof("search", 0.0, 0.0)), found.bound
 
 
 def _solve(problem: PlanningProblem, runner: _Runner, gap: float) -> tuple[Plan | None, float]:
     """A plan from the integer program, and a lower bound of the objective."""
-    bound_s = None
+    bound = None
     for margin in (0.0, _LIMIT_MARGIN):
         program = PlanProgram(problem, margin=margin)
         outcome = runner.run(program, gap)
-        if bound_s is None:
-            bound_s = program.bound_s(outcome.bound)
+        if bound is None:
+            bound = program.bound(outcome.bound)
         choice = program.choice(outcome.values) if outcome.values else None
         plan = _plan_of(problem, choice, Proof(outcome.solver, 0.0, 0.0))
         if plan is not None or choice is None:
-            return plan, bound_s
-    return None, bound_s or 0.0
+            return plan, bound
+    return None, bound or 0.0
 
 
 def _plan_of(problem: PlanningProblem, choice: Choice | None, proof: Proof) -> Plan | None:
@@ -209,7 +209,7 @@ def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
                 break
     chosen = [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
     plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
-    free_s = _FREE * plan.value_s / len(chosen)
+    free_s = _FREE * plan.value / len(chosen)
     return [_raise_bits(problem, stage, free_s) for stage in chosen]
 
 
@@ -249,8 +249,7 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
                 break
             cost_s = max(
                 option.decode_s - now.decode_s,
-                problem.block_cost_s(index, block, option)
-                - problem.block_cost_s(index, block, now),
+                problem.block_cost(index, block, option) - problem.block_cost(index, block, now),
             )
             new_memory = memory + option.executed_bytes - now.executed_bytes
             new_storage = storage + stored[option.bits] - stored[now.bits]
@@ -302,7 +301,10 @@ def _hopeless(problem: PlanningProblem) -> str | None:
             if device.option(block, bits) and problem.allows(i, block, bits)
         ]
         if not placed:
-            return f"the pins, the exclusions or unknown sensitivities leave no place for {name}"
+            unknown = "unknown watts" if problem.objective.kind == "energy" else ""
+            causes = ["the pins", "the exclusions", unknown, "unknown sensitivities"]
+            *some, last = [cause for cause in causes if cause]
+            return f"{', '.join(some)} or {last} leave no place for {name}"
         if problem.quality_budget is not None:
             least.append(min(problem.sensitivities[block][bits] for bits in placed))
     if problem.quality_budget is not None and math.fsum(least) > problem.quality_budget:
@@ -325,6 +327,7 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         max_weight_error=_enough_error(problem, runner),
         quality_budget=_enough_budget(problem, runner),
         free_placement=_placement_is_free(problem, runner),
+        declare_watts=_watts_to_declare(problem, runner),
     )
     ways = []
     lacking = [
@@ -344,6 +347,9 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         ways.append(f"raise the quality budget to {advice.quality_budget:g}")
     if advice.free_placement:
         ways.append("drop the pins and exclusions")
+    if advice.declare_watts:
+        names = ", ".join(advice.declare_watts)
+        ways.append(f"declare the watts of {names}: without them no plan for energy uses these")
     if reason is None and not ways and runner.unsure:
         reason = "the time limit passed before a change was found that is enough"
     elif reason is None and not ways and not problem.permitted_hops:
@@ -429,6 +435,17 @@ def _placement_is_free(problem: PlanningProblem, runner: _Runner) -> bool:
         return False
     free = replace(problem, pins={}, excluded=frozenset())
     return _hopeless(free) is None and runner.plan(free, "any") is not None
+
+
+def _watts_to_declare(problem: PlanningProblem, runner: _Runner) -> tuple[str, ...]:
+    """Devices without watts, where a plan for energy would be possible with them."""
+    if problem.objective.kind != "energy":
+        return ()
+    unknown = tuple(device.name for device in problem.devices if device.watts is None)
+    devices = tuple(replace(device, watts=device.watts or 1.0) for device in problem.devices)
+    known = replace(problem, devices=devices)
+    possible = unknown and _hopeless(known) is None and runner.plan(known, "any") is not None
+    return unknown if possible else ()
 
 
 def _three_digits(value: float) -> float:

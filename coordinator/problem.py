@@ -24,17 +24,19 @@ TOKEN_BYTES = 4
 """What the last stage sends the first: one token id. Half a round trip is all that it costs."""
 
 
-ObjectiveKind = Literal["latency", "throughput", "request"]
+ObjectiveKind = Literal["latency", "throughput", "request", "energy"]
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a plan is to minimise, in seconds.
+    """What a plan is to minimise, in seconds; ``energy`` in joules.
 
     ``latency``: one decoded token. ``throughput``: the slowest stage with the link that leaves it,
     which is what each token takes when many are on their way. ``request``: ``prompt_tokens`` of
-    prefill and ``output_tokens`` decoded one by one. ``migration_weight`` adds that many seconds
-    per second of loading what devices do not hold yet.
+    prefill and ``output_tokens`` decoded one by one. ``energy``: what the stages draw while they
+    compute one decoded token; what devices draw while they wait or send is left out.
+    ``migration_weight`` adds that many seconds per second of loading what devices do not hold yet;
+    ``energy`` has none.
     """
 
     kind: ObjectiveKind = "latency"
@@ -48,12 +50,13 @@ class Objective:
             self.kind not in get_args(ObjectiveKind)
             or min(*tokens, self.migration_weight) < 0
             or (self.kind == "request" and not any(tokens))
+            or (self.kind == "energy" and self.migration_weight)
         ):
             raise ValueError(f"cannot minimise {self}")
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """How often the seconds of a prompt token and of a decoded one are added up."""
+        """How often the seconds of a prompt token and of a decoded one count, outside energy."""
         if self.kind == "request":
             return self.prompt_tokens, self.output_tokens
         return 0, int(self.kind == "latency")
@@ -107,7 +110,8 @@ class Device:
     ``stage_bytes`` is memory that any stage here needs besides weights and KV cache;
     ``call_s`` is what each token pays once for there being a stage here. ``backend_bits`` are the
     widths that the backend takes, measured or not: only messages use them. ``held`` has the widths
-    of each block that are on the device's disk already (empty: nothing is).
+    of each block that are on the device's disk already (empty: nothing is). ``watts`` is what it
+    draws while it computes; where that is not known, no plan for ``energy`` uses it.
     """
 
     name: str
@@ -119,6 +123,7 @@ class Device:
     backend_bits: tuple[int, ...] = ()
     held: tuple[frozenset[int], ...] = ()
     load_bytes_per_s: float = math.inf
+    watts: float | None = None
 
     def option(self, block: int, bits: int) -> BlockOption | None:
         """How this device runs ``block`` at ``bits``; None where it cannot."""
@@ -173,7 +178,7 @@ class PlanningProblem:
         def figures(form: HopFormat) -> tuple[float, ...]:
             hop = source, target, form.bits
             loss = form.sensitivity if self.quality_budget is not None else 0.0
-            return self.hop_cost_s(*hop), self.hop_s(*hop), loss or 0.0
+            return self.hop_cost(*hop), self.hop_s(*hop), loss or 0.0
 
         best = sorted(self.permitted_hops, key=lambda form: (figures(form), -form.bits))
         return tuple(
@@ -206,18 +211,22 @@ class PlanningProblem:
         link = self.links.get((last, first))
         return math.inf if link is None else link.transfer_s(TOKEN_BYTES)
 
-    def block_cost_s(self, device: int, block: int, option: BlockOption) -> float:
+    def block_cost(self, device: int, block: int, option: BlockOption) -> float:
         """What a block adds to the objective; of a throughput, beside the slowest stage."""
+        if self.objective.kind == "energy":
+            return self._watts(device) * option.decode_s
         prompt, output = self.objective.tokens
         seconds = prompt * option.prefill_s_per_token + output * option.decode_s
         weight = self.objective.migration_weight
         return seconds + weight * self.load_s(device, block, option.bits) if weight else seconds
 
-    def call_cost_s(self, device: int) -> float:
+    def call_cost(self, device: int) -> float:
         """What a stage on the device adds to the objective, whatever its blocks."""
+        if self.objective.kind == "energy":
+            return self._watts(device) * self.devices[device].call_s
         return self.objective.tokens[1] * self.devices[device].call_s
 
-    def hop_cost_s(self, source: int, target: int, bits: int) -> float:
+    def hop_cost(self, source: int, target: int, bits: int) -> float:
         """What a hop adds to the objective; inf without a link."""
         link = self.links.get((source, target))
         if link is None:
@@ -226,10 +235,14 @@ class PlanningProblem:
         size = self.hop_bytes(bits)
         return prompt * size / link.bytes_per_s + output * link.transfer_s(size)
 
-    def return_cost_s(self, last: int, first: int) -> float:
+    def return_cost(self, last: int, first: int) -> float:
         """What the way back adds to the objective; 0 on one device, inf without a link."""
         seconds = self.return_s(last, first)
         return seconds if seconds == math.inf else self.objective.tokens[1] * seconds
+
+    def _watts(self, device: int) -> float:
+        # Where they are not known ``allows`` keeps all blocks away.
+        return self.devices[device].watts or 0.0
 
     def load_s(self, device: int, block: int, bits: int) -> float:
         """Seconds to bring the block to the device; 0 where it is."""
@@ -246,6 +259,7 @@ class PlanningProblem:
         """True where neither quality nor a pin nor an exclusion forbids this placement."""
         return (
             bits in self.bits
+            and (self.objective.kind != "energy" or self.devices[device].watts is not None)
             and device not in self.excluded
             and self.pins.get(block, device) == device
             and self.within_error(block, bits)
@@ -327,6 +341,7 @@ def build_problem(
     held: Mapping[str, Sequence[Collection[int]]] | None = None,
     load_bytes_per_s: Mapping[str, float] | None = None,
     hop_formats: Sequence[HopFormat] = DEFAULT_HOPS,
+    watts: Mapping[str, float] | None = None,
 ) -> PlanningProblem:
     """The problem of splitting ``spec`` over the devices in ``profiles``, in that order.
 
@@ -335,8 +350,9 @@ def build_problem(
     ``formats`` says how each width is stored (None: the defaults); ``weight_errors`` has one
     mapping of bits to the normalised error per block, needed with ``max_weight_error``;
     ``sensitivities`` the same of KL divergence, needed with ``quality_budget``.
-    ``hop_formats`` are the widths that hops may use. Links to or from other devices, and what they
-    hold or load, are ignored. Raises ValueError for input that is inconsistent.
+    ``hop_formats`` are the widths that hops may use, ``watts`` what devices draw while they
+    compute. Links to or from other devices, and what they hold, load or draw, are ignored.
+    Raises ValueError for input that is inconsistent.
     """
     blocks = range(spec.block_count)
     if formats is None:
@@ -355,6 +371,9 @@ def build_problem(
         raise ValueError(f"sensitivities of {len(sensitivities)} blocks, not {len(blocks)}")
     if not hop_formats or len({form.bits for form in hop_formats}) != len(hop_formats):
         raise ValueError("hops need at least one width, and each once")
+    for name, power in (watts or {}).items():
+        if not 0 < power < math.inf:
+            raise ValueError(f"{name} cannot draw {power} watts")
     indices = {name: index for index, name in enumerate(profiles)}
     for block, name in (pins or {}).items():
         if block not in blocks or name not in indices:
@@ -375,6 +394,7 @@ def build_problem(
             backend_bits=tuple(sorted(width for width, _ in profile.container_bits)),
             held=tuple(map(frozenset, (held or {}).get(name, ()))),
             load_bytes_per_s=(load_bytes_per_s or {}).get(name, math.inf),
+            watts=(watts or {}).get(name),
         )
         for name, profile in profiles.items()
     )

@@ -104,14 +104,14 @@ def simulate(
     for run in range(runs):
         on_run(run, runs)
         drawn = _drawn(problem, random_source)
-        same = assess(drawn, stages, plan.proof, hop_bits).value_s
+        same = assess(drawn, stages, plan.proof, hop_bits).value
         kept.append(same)
         try:
             found = again(drawn, solve_limit_s)
         except PlanError:
             continue
         unproven += not found.proven_optimal
-        best.append(min(found.value_s, same))
+        best.append(min(found.value, same))
         placements.add(found.placements)
     on_run(runs, runs)
     return Simulation(

@@ -130,7 +130,7 @@ def test_a_saved_plan_is_taken_and_compared_with_the_best(
     assert "[attic]" in {stage["device"] for stage in given["stages"]}
     assert given["predicted_ms_per_token"] > best["predicted_ms_per_token"]
     assert given["gap"] > 0
-    assert given["proof"]["bound_s"] == pytest.approx(best["proof"]["bound_s"])
+    assert given["proof"]["bound"] == pytest.approx(best["proof"]["bound"])
 
 
 def test_a_saved_plan_that_does_not_fit_is_refused(model: Path, lab: Path, tmp_path: Path) -> None:

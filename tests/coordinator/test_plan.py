@@ -183,6 +183,7 @@ def test_a_plan_from_before_hops_had_widths_is_read() -> None:
     plain = plan.to_dict()
     for stage in plain["stages"]:
         del stage["hop_bits"]
+    plain["proof"]["bound_s"] = plain["proof"].pop("bound")
     assert Plan.from_dict(plain) == plan
     verify(Plan.from_dict(plain), built)
 
@@ -291,7 +292,7 @@ def test_reading_is_strict(damage: Callable[[dict[str, Any]], object], message: 
         (lambda d: d.update(decode_s=0.01), "plan.decode_s: 0.01"),
         (lambda d: d.update(prefill_s_per_token=0.01), "plan.prefill_s_per_token: 0.01"),
         (lambda d: d.update(worst_weight_error=None), "plan.worst_weight_error: None"),
-        (lambda d: d["proof"].update(bound_s=1.0), "the proved bound 1.0 s is above"),
+        (lambda d: d["proof"].update(bound=1.0), "the proved bound 1.0 is above"),
     ],
 )
 def test_verify_catches_tampering(damage: Callable[[dict[str, Any]], object], message: str) -> None:

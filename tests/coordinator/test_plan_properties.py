@@ -100,7 +100,7 @@ def best(problem: PlanningProblem) -> Plan | None:
 
 def value(problem: PlanningProblem) -> float:
     plan = best(problem)
-    return math.inf if plan is None else plan.value_s
+    return math.inf if plan is None else plan.value
 
 
 @settings(max_examples=25, deadline=None)
@@ -158,11 +158,11 @@ def test_a_pin_or_an_exclusion_never_helps_and_is_kept(problem: PlanningProblem)
     free = value(problem)
     pinned = best(replace(problem, pins={1: 0}))
     if pinned is not None:
-        assert pinned.value_s >= free * (1 - 2e-6)
+        assert pinned.value >= free * (1 - 2e-6)
         assert next(place.device for place in pinned.placements if place.block == 1) == "d0"
     without = best(replace(problem, excluded=frozenset({0})))
     if without is not None:
-        assert without.value_s >= free * (1 - 2e-6)
+        assert without.value >= free * (1 - 2e-6)
         assert "d0" not in {stage.device for stage in without.stages}
 
 
@@ -183,12 +183,12 @@ def test_search_alone_and_the_program_agree(kind: str) -> None:
         problem = make(5, 3, seed, kind)
         exact = value(problem)
         found = search(problem, deadline_s=time.monotonic() + 10, gap=0.01)
-        assert found.bound_s <= exact * (1 + 1e-6)
+        assert found.bound <= exact * (1 + 1e-6)
         if found.choice is not None:
-            proof = Proof("search", 0.0, found.bound_s)
+            proof = Proof("search", 0.0, found.bound)
             plan = assess(problem, found.choice.stages, proof, found.choice.hop_bits)
             verify(plan, problem)
-            assert exact * (1 - 1e-6) <= plan.value_s
+            assert exact * (1 - 1e-6) <= plan.value
 
 
 def test_a_migration_weight_keeps_blocks_where_they_are() -> None:
