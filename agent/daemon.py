@@ -20,6 +20,7 @@ import psutil
 
 from agent.blocks import BlockCache, CacheError
 from agent.config import AgentConfig, claim, device_identity
+from agent.links import Link, Measuring
 from agent.peers import PeerServer, connect_peer, measure_link
 from agent.relay import Relay
 from backends.base import BackendError, StageOptions
@@ -77,6 +78,9 @@ class Agent:
         self._relay: Relay | None = None
         self._cancelled: set[int] = set()
         """Requests of this connection that nobody waits for any more."""
+        self._links: dict[str, Link] = {}
+        """By the peer's device: what the coordinator knows of them, and what was seen since."""
+        self._measuring = Measuring()
         self._state_lock = claim(config.state_dir)
         self._device = device_identity(config.state_dir)
         self._backend = backend_class(config.backend)()
@@ -254,11 +258,18 @@ class Agent:
         self, request: Request, connection: Connection, coordinator: Endpoint
     ) -> Message:
         if isinstance(request, MeasureModel):
-            return self._measure_model(request, connection)
+            with self._measuring:
+                return self._measure_model(request, connection)
         if isinstance(request, MeasureLink):
-            with connect_peer(self._device, request.device, request.endpoints) as peer:
-                rtt_s, bytes_per_s = measure_link(peer)
-            return LinkMeasured(request.request, rtt_s, bytes_per_s)
+            with (
+                self._measuring,
+                connect_peer(self._device, request.device, request.endpoints) as peer,
+            ):
+                figures = measure_link(peer)
+            self._links[request.device] = Link(request.device, figures)
+            return LinkMeasured(
+                request.request, figures.rtt_s, figures.bytes_per_s, figures.rtt_p90_s
+            )
         if isinstance(request, LoadStage):
             return self._load(request, connection, coordinator)
         if isinstance(request, ConnectStage):
@@ -266,7 +277,9 @@ class Agent:
             if relay is None:
                 raise BackendError("the stage to connect is not loaded")
             relay.connect(
-                request.device, connect_peer(self._device, request.device, request.endpoints)
+                connect_peer(self._device, request.device, request.endpoints),
+                self._links.get(request.device) or Link(request.device),
+                self._measuring,
             )
             return Done(request.request)
         self._unload()

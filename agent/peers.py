@@ -6,11 +6,11 @@ or, with several agents on one machine, somebody else's.
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+from agent.links import LinkFigures, summary_s
 from wire import limits
 from wire.connection import Connection, Listener
 from wire.errors import ConnectFailed, ProtocolError, WireError
@@ -120,8 +120,8 @@ class PeerServer:
                 self._connections.discard(connection)
 
 
-def measure_link(connection: Connection) -> tuple[float, float]:
-    """(median round trip in seconds of a small frame, bytes per second of large ones).
+def measure_link(connection: Connection) -> LinkFigures:
+    """Round trips of small frames, and the rate of large ones.
 
     Small frames are sent after a pause, as a stage's are: the peer's thread sleeps until they come,
     and waking it is part of what a hop costs. Bandwidth is what is left of a large frame's round
@@ -149,10 +149,10 @@ def measure_link(connection: Connection) -> tuple[float, float]:
     for _ in range(21):
         time.sleep(PROBE_PAUSE_S)
         times_s.append(round_trip_s(small))
-    rtt_s = statistics.median(times_s)
+    rtt_s, rtt_p90_s = summary_s(times_s)
     size = 64 << 10
     while round_trip_s(bytes(size)) < rtt_s + 0.02 and size < 4 << 20:
         size *= 4
     payload = bytes(size)
     best_s = min(round_trip_s(payload) for _ in range(3))
-    return rtt_s, size / max(best_s - rtt_s, 1e-6)
+    return LinkFigures(rtt_s, rtt_p90_s, size / max(best_s - rtt_s, 1e-6))

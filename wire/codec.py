@@ -223,11 +223,12 @@ def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
 
     def pack(value: Any) -> Any:
         plain = get(value)
-        if packers:
-            plain = list(plain)
-            for index, convert in packers:
-                plain[index] = convert(plain[index])
-        return plain
+        if not packers:
+            return plain
+        converted = list(plain)
+        for index, convert in packers:
+            converted[index] = convert(converted[index])
+        return converted
 
     def unpack(values: Any) -> Any:
         if type(values) is not list or len(values) != count:

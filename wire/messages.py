@@ -100,9 +100,22 @@ class MeasureLink:
 
 @dataclass(frozen=True, slots=True)
 class LinkMeasured:
+    """Round trips of a small frame (median, 90th percentile), and the rate of large ones."""
+
     request: int
     rtt_s: float
     bytes_per_s: float
+    rtt_p90_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkChanged:
+    """Agent to coordinator, unasked: the link to ``device`` is not what it was measured as."""
+
+    device: str
+    rtt_s: float
+    bytes_per_s: float
+    rtt_p90_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +344,7 @@ Message: TypeAlias = (
     | ModelMeasured
     | MeasureLink
     | LinkMeasured
+    | LinkChanged
     | LoadStage
     | StageLoaded
     | ConnectStage
@@ -371,6 +385,7 @@ CODES: dict[int, type[Message]] = {
     19: Progress,
     20: RequestFailed,
     21: CancelRequest,
+    29: LinkChanged,
     30: StartSequence,
     31: ReleaseSequence,
     32: SequenceFailed,
