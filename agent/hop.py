@@ -124,6 +124,8 @@ class Hop:
                     timed = warm and not self._unseen
                     self._unseen = not self._send_ping(started_s, size_bytes if timed else 0)
                 with self._changed:
+                    if self._over:
+                        return
                     self._waiting.popleft()
                     self._changed.notify_all()
         except WireError as error:
