@@ -93,7 +93,7 @@ class Agent:
         )
         self._store = CalibrationStore(config.state_dir / "calibration.json")
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
-        self._listener = Listener(config.bind_host, config.data_port)
+        self._listener = Listener(config.bind_host, config.data_port, token=config.token)
         self._peers = PeerServer(self._device, self._listener, self._deliver)
 
     def run(self) -> None:
@@ -140,7 +140,7 @@ class Agent:
         failure: WireError = ConnectFailed("stopped")
         for endpoint in candidates:
             try:
-                connection = Connection.connect(endpoint)
+                connection = Connection.connect(endpoint, token=self._config.token)
             except WireError as error:
                 failure = error
                 continue
@@ -263,7 +263,7 @@ class Agent:
         if isinstance(request, MeasureLink):
             with (
                 self._measuring,
-                connect_peer(self._device, request.device, request.endpoints) as peer,
+                self._connect(request) as peer,
             ):
                 figures = measure_link(peer)
             self._links[request.device] = Link(request.device, figures)
@@ -277,13 +277,17 @@ class Agent:
             if relay is None:
                 raise BackendError("the stage to connect is not loaded")
             relay.connect(
-                connect_peer(self._device, request.device, request.endpoints),
+                self._connect(request),
                 self._links.get(request.device) or Link(request.device),
                 self._measuring,
             )
             return Done(request.request)
         self._unload()
         return Done(request.request)
+
+    def _connect(self, request: MeasureLink | ConnectStage) -> Connection:
+        token = self._config.token
+        return connect_peer(self._device, request.device, request.endpoints, token=token)
 
     def _measure_model(self, request: MeasureModel, connection: Connection) -> Message:
         progress = self._progress(connection, request.request, "measure", "steps")
@@ -310,6 +314,7 @@ class Agent:
             coordinator,
             self._device,
             self._progress(connection, request.request, "fetch", "bytes"),
+            token=self._config.token,
         )
         started = time.perf_counter()
         stage = self._backend.load(

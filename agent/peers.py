@@ -6,16 +6,19 @@ or, with several agents on one machine, somebody else's.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from agent.links import LinkFigures, summary_s
 from wire import limits
+from wire.auth import Token
 from wire.connection import Connection, Listener
-from wire.errors import ConnectFailed, ProtocolError, WireError
+from wire.errors import AuthFailed, ConnectFailed, ProtocolError, WireError
 from wire.messages import (
     Endpoint,
+    JoinRefused,
     Message,
     PeerHello,
     PeerWelcome,
@@ -23,13 +26,17 @@ from wire.messages import (
     ProbePong,
 )
 
-HANDSHAKE_TIMEOUT_S = 5.0
+log = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
 
 PROBE_PAUSE_S = 0.002
 """Pause before a probe: about what a stage waits for its turn, long enough for threads to sleep."""
 
 
-def connect_peer(device: str, expected: str, endpoints: Sequence[Endpoint]) -> Connection:
+def connect_peer(
+    device: str, expected: str, endpoints: Sequence[Endpoint], *, token: Token | None = None
+) -> Connection:
     """Connect to the agent ``expected`` at the first of its addresses that is really it.
 
     Raises ConnectFailed naming every address that was tried.
@@ -37,11 +44,13 @@ def connect_peer(device: str, expected: str, endpoints: Sequence[Endpoint]) -> C
     failures: list[str] = []
     for endpoint in endpoints:
         try:
-            connection = Connection.connect(endpoint)
+            connection = Connection.connect(endpoint, token=token)
             try:
-                connection.set_receive_timeout(HANDSHAKE_TIMEOUT_S)
+                connection.set_receive_timeout(HELLO_TIMEOUT_S)
                 connection.send(PeerHello(device, expected))
                 answer, _ = connection.receive()
+                if isinstance(answer, JoinRefused):
+                    raise AuthFailed(f"{connection.peer} refused: {answer.reason}")
                 if answer != PeerWelcome(expected):
                     raise ProtocolError(f"{connection.peer} is another device")
             except WireError:
@@ -100,7 +109,7 @@ class PeerServer:
 
     def _serve(self, connection: Connection) -> None:
         try:
-            connection.set_receive_timeout(HANDSHAKE_TIMEOUT_S)
+            connection.set_receive_timeout(HELLO_TIMEOUT_S)
             hello, _ = connection.receive()
             if not isinstance(hello, PeerHello) or hello.expected != self._device:
                 return
@@ -112,6 +121,8 @@ class PeerServer:
                     connection.send(ProbePong(message.number))
                 else:
                     self._deliver(message, payload)
+        except AuthFailed as error:
+            log.warning("connection refused: %s", error)
         except WireError:
             pass  # The peer's own side, or the coordinator, reports a loss that matters.
         finally:

@@ -34,6 +34,28 @@ class Endpoint:
     port: int
 
 
+# ---- every connection, where there is a token: wire.auth ----------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AuthChallenge:
+    """The one that connects, before anything else."""
+
+    version: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AuthAnswer:
+    nonce: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AuthProof:
+    proof: bytes
+
+
 # ---- control: joining and liveness -------------------------------------------------------------
 
 
@@ -59,7 +81,10 @@ class CoordinatorWelcome:
 
 @dataclass(frozen=True, slots=True)
 class JoinRefused:
-    """Coordinator's answer to an agent that may not join; the agent shows it and retries."""
+    """Coordinator's answer to an agent that may not join; the agent shows it and retries.
+
+    Also what either end of any connection says to one that has not proved to know the token.
+    """
 
     reason: str
 
@@ -336,7 +361,10 @@ class BlockChunk:
 
 
 Message: TypeAlias = (
-    AgentHello
+    AuthChallenge
+    | AuthAnswer
+    | AuthProof
+    | AgentHello
     | CoordinatorWelcome
     | JoinRefused
     | Heartbeat
@@ -385,6 +413,9 @@ CODES: dict[int, type[Message]] = {
     19: Progress,
     20: RequestFailed,
     21: CancelRequest,
+    26: AuthChallenge,
+    27: AuthAnswer,
+    28: AuthProof,
     29: LinkChanged,
     30: StartSequence,
     31: ReleaseSequence,
