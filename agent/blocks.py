@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from wire.auth import Token
 from wire.connection import Connection
 from wire.errors import ProtocolError
 from wire.messages import BlockChunk, BlockRef, BlocksHello, Endpoint, FetchBlock
@@ -44,6 +45,8 @@ class BlockCache:
         coordinator: Endpoint,
         device: str,
         on_progress: Callable[[int, int], None],
+        *,
+        token: Token | None = None,
     ) -> int:
         """Make all ``blocks`` present; returns how many bytes came over the network.
 
@@ -67,7 +70,7 @@ class BlockCache:
             on_progress(present, total)
             if not missing:
                 return 0
-            with Connection.connect(coordinator) as connection:
+            with Connection.connect(coordinator, token=token) as connection:
                 connection.set_receive_timeout(30.0)
                 connection.send(BlocksHello(device))
                 for ref in missing:

@@ -6,10 +6,11 @@ import fcntl
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from wire.auth import Token
 from wire.messages import Endpoint
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -34,6 +35,8 @@ class AgentConfig:
     storage_bytes: int | None
     threads: int
     backend: str
+    token: Token | None = field(default=None, repr=False)
+    """Shared by all of the shoal; None where nobody has one."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

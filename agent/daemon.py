@@ -20,6 +20,7 @@ import psutil
 
 from agent.blocks import BlockCache, CacheError
 from agent.config import AgentConfig, claim, device_identity
+from agent.links import Link, Measuring
 from agent.peers import PeerServer, connect_peer, measure_link
 from agent.relay import Relay
 from backends.base import BackendError, StageOptions
@@ -77,6 +78,9 @@ class Agent:
         self._relay: Relay | None = None
         self._cancelled: set[int] = set()
         """Requests of this connection that nobody waits for any more."""
+        self._links: dict[str, Link] = {}
+        """By the peer's device: what the coordinator knows of them, and what was seen since."""
+        self._measuring = Measuring()
         self._state_lock = claim(config.state_dir)
         self._device = device_identity(config.state_dir)
         self._backend = backend_class(config.backend)()
@@ -89,7 +93,7 @@ class Agent:
         )
         self._store = CalibrationStore(config.state_dir / "calibration.json")
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
-        self._listener = Listener(config.bind_host, config.data_port)
+        self._listener = Listener(config.bind_host, config.data_port, token=config.token)
         self._peers = PeerServer(self._device, self._listener, self._deliver)
 
     def run(self) -> None:
@@ -136,7 +140,7 @@ class Agent:
         failure: WireError = ConnectFailed("stopped")
         for endpoint in candidates:
             try:
-                connection = Connection.connect(endpoint)
+                connection = Connection.connect(endpoint, token=self._config.token)
             except WireError as error:
                 failure = error
                 continue
@@ -254,11 +258,18 @@ class Agent:
         self, request: Request, connection: Connection, coordinator: Endpoint
     ) -> Message:
         if isinstance(request, MeasureModel):
-            return self._measure_model(request, connection)
+            with self._measuring:
+                return self._measure_model(request, connection)
         if isinstance(request, MeasureLink):
-            with connect_peer(self._device, request.device, request.endpoints) as peer:
-                rtt_s, bytes_per_s = measure_link(peer)
-            return LinkMeasured(request.request, rtt_s, bytes_per_s)
+            with (
+                self._measuring,
+                self._connect(request) as peer,
+            ):
+                figures = measure_link(peer)
+            self._links[request.device] = Link(request.device, figures)
+            return LinkMeasured(
+                request.request, figures.rtt_s, figures.bytes_per_s, figures.rtt_p90_s
+            )
         if isinstance(request, LoadStage):
             return self._load(request, connection, coordinator)
         if isinstance(request, ConnectStage):
@@ -266,11 +277,17 @@ class Agent:
             if relay is None:
                 raise BackendError("the stage to connect is not loaded")
             relay.connect(
-                request.device, connect_peer(self._device, request.device, request.endpoints)
+                self._connect(request),
+                self._links.get(request.device) or Link(request.device),
+                self._measuring,
             )
             return Done(request.request)
         self._unload()
         return Done(request.request)
+
+    def _connect(self, request: MeasureLink | ConnectStage) -> Connection:
+        token = self._config.token
+        return connect_peer(self._device, request.device, request.endpoints, token=token)
 
     def _measure_model(self, request: MeasureModel, connection: Connection) -> Message:
         progress = self._progress(connection, request.request, "measure", "steps")
@@ -297,6 +314,7 @@ class Agent:
             coordinator,
             self._device,
             self._progress(connection, request.request, "fetch", "bytes"),
+            token=self._config.token,
         )
         started = time.perf_counter()
         stage = self._backend.load(

@@ -6,16 +6,19 @@ or, with several agents on one machine, somebody else's.
 
 from __future__ import annotations
 
-import statistics
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+from agent.links import LinkFigures, summary_s
 from wire import limits
+from wire.auth import Token
 from wire.connection import Connection, Listener
-from wire.errors import ConnectFailed, ProtocolError, WireError
+from wire.errors import AuthFailed, ConnectFailed, ProtocolError, WireError
 from wire.messages import (
     Endpoint,
+    JoinRefused,
     Message,
     PeerHello,
     PeerWelcome,
@@ -23,13 +26,17 @@ from wire.messages import (
     ProbePong,
 )
 
-HANDSHAKE_TIMEOUT_S = 5.0
+log = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
 
 PROBE_PAUSE_S = 0.002
 """Pause before a probe: about what a stage waits for its turn, long enough for threads to sleep."""
 
 
-def connect_peer(device: str, expected: str, endpoints: Sequence[Endpoint]) -> Connection:
+def connect_peer(
+    device: str, expected: str, endpoints: Sequence[Endpoint], *, token: Token | None = None
+) -> Connection:
     """Connect to the agent ``expected`` at the first of its addresses that is really it.
 
     Raises ConnectFailed naming every address that was tried.
@@ -37,11 +44,13 @@ def connect_peer(device: str, expected: str, endpoints: Sequence[Endpoint]) -> C
     failures: list[str] = []
     for endpoint in endpoints:
         try:
-            connection = Connection.connect(endpoint)
+            connection = Connection.connect(endpoint, token=token)
             try:
-                connection.set_receive_timeout(HANDSHAKE_TIMEOUT_S)
+                connection.set_receive_timeout(HELLO_TIMEOUT_S)
                 connection.send(PeerHello(device, expected))
                 answer, _ = connection.receive()
+                if isinstance(answer, JoinRefused):
+                    raise AuthFailed(f"{connection.peer} refused: {answer.reason}")
                 if answer != PeerWelcome(expected):
                     raise ProtocolError(f"{connection.peer} is another device")
             except WireError:
@@ -100,7 +109,7 @@ class PeerServer:
 
     def _serve(self, connection: Connection) -> None:
         try:
-            connection.set_receive_timeout(HANDSHAKE_TIMEOUT_S)
+            connection.set_receive_timeout(HELLO_TIMEOUT_S)
             hello, _ = connection.receive()
             if not isinstance(hello, PeerHello) or hello.expected != self._device:
                 return
@@ -112,6 +121,8 @@ class PeerServer:
                     connection.send(ProbePong(message.number))
                 else:
                     self._deliver(message, payload)
+        except AuthFailed as error:
+            log.warning("connection refused: %s", error)
         except WireError:
             pass  # The peer's own side, or the coordinator, reports a loss that matters.
         finally:
@@ -120,8 +131,8 @@ class PeerServer:
                 self._connections.discard(connection)
 
 
-def measure_link(connection: Connection) -> tuple[float, float]:
-    """(median round trip in seconds of a small frame, bytes per second of large ones).
+def measure_link(connection: Connection) -> LinkFigures:
+    """Round trips of small frames, and the rate of large ones.
 
     Small frames are sent after a pause, as a stage's are: the peer's thread sleeps until they come,
     and waking it is part of what a hop costs. Bandwidth is what is left of a large frame's round
@@ -149,10 +160,10 @@ def measure_link(connection: Connection) -> tuple[float, float]:
     for _ in range(21):
         time.sleep(PROBE_PAUSE_S)
         times_s.append(round_trip_s(small))
-    rtt_s = statistics.median(times_s)
+    rtt_s, rtt_p90_s = summary_s(times_s)
     size = 64 << 10
     while round_trip_s(bytes(size)) < rtt_s + 0.02 and size < 4 << 20:
         size *= 4
     payload = bytes(size)
     best_s = min(round_trip_s(payload) for _ in range(3))
-    return rtt_s, size / max(best_s - rtt_s, 1e-6)
+    return LinkFigures(rtt_s, rtt_p90_s, size / max(best_s - rtt_s, 1e-6))

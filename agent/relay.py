@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agent.hop import Hop
+from agent.links import Link, Measuring
 from agent.sampler import Sampler
 from backends.base import Array, BackendError, Stage, Tokens
 from model.spec import ModelSpec
@@ -88,20 +90,24 @@ class Relay:
         """Slot -> the newest sequence that held it: numbers only grow."""
         self._waiting: deque[tuple[Activation | TokenSampled, memoryview]] = deque()
         """What the queue's thread has to do; the first is what it is doing."""
-        self._next: Connection | None = None
-        self._next_device = ""
+        self._hop: Hop | None = None
         self._closed = False
 
-    def connect(self, device: str, connection: Connection) -> None:
-        """Set the next device of the ring, and watch it. Not used where the stage is alone."""
-        self._next, self._next_device = connection, device
-        threading.Thread(target=self._watch, args=(connection,), name="hop", daemon=True).start()
+    def connect(self, connection: Connection, link: Link, measuring: Measuring) -> None:
+        """Set the way to the next device of the ring. Not used where the stage is alone."""
+        self._hop = Hop(
+            connection,
+            link,
+            measuring,
+            on_lost=lambda reason: self._try_report(PeerLost(self.epoch, link.device, reason)),
+            on_news=self._try_report,
+        )
 
     def close(self) -> None:
         """Drop every sequence, the hop and the stage; waits for a running forward pass."""
         self._closed = True
-        if self._next is not None:
-            self._next.close()
+        if self._hop is not None:
+            self._hop.close()
         with self._lock:
             with self._table_lock:
                 self._sequences.clear()
@@ -206,7 +212,7 @@ class Relay:
                     )
                     sequence.position += len(inputs)
                 if not self._is_last:
-                    self._send(
+                    self._next().send(
                         Activation(
                             self.epoch,
                             sequence.number,
@@ -229,7 +235,8 @@ class Relay:
         except BackendError as error:
             self._fail(sequence.number, str(error))
         except WireError as error:
-            self._lost(str(error))
+            # Lost is the hop, which says so itself, or the coordinator, which needs no telling.
+            log.info("sequence %d ends here: %s", sequence.number, error)
         except Exception:
             log.exception("stage failed")
             self._fail(sequence.number, "internal error in the stage; see the agent's log")
@@ -252,27 +259,14 @@ class Relay:
             finish = "length"
         message = TokenSampled(self.epoch, sequence.number, index, token, finish)
         if not finish and not self._is_first:
-            self._send(message)
+            self._next().send(message)
         self._report(message)
         return None if finish else token
 
-    def _send(self, message: Message, payload: memoryview | bytes = b"") -> None:
-        if self._next is None:
-            raise WireError("the next device is not connected yet")
-        self._next.send(message, payload)
-
-    def _watch(self, connection: Connection) -> None:
-        """The next device never speaks on this connection: an end of it is its end."""
-        try:
-            connection.receive()
-        except WireError as error:
-            self._lost(str(error))
-        finally:
-            connection.close()
-
-    def _lost(self, reason: str) -> None:
-        if not self._closed:
-            self._try_report(PeerLost(self.epoch, self._next_device, reason))
+    def _next(self) -> Hop:
+        if self._hop is None:
+            raise BackendError("the next device is not connected yet")
+        return self._hop
 
     def _fail(self, number: int, reason: str) -> None:
         self._try_report(SequenceFailed(self.epoch, number, reason))

@@ -22,7 +22,7 @@ from typing import Any
 
 from cli import planning
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
-from cli.errors import EXIT_INTERRUPTED, CommandFailed
+from cli.errors import EXIT_INTERRUPTED, CommandFailed, UsageError
 from cli.render import Screen
 from wire.errors import WireError
 from wire.messages import Endpoint
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from coordinator.config import ConfigError, CoordinatorConfig, default_state_dir
     from coordinator.server import Coordinator, Ready
+    from wire.auth import TokenError, create_token, read_token
 
     def on_ready(ready: Ready) -> None:
         if options.json:
@@ -92,6 +93,8 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             )
 
     try:
+        if options.create_token:
+            create_token(_required_token_file(options))
         coordinator = Coordinator(
             CoordinatorConfig(
                 cluster=options.cluster,
@@ -101,12 +104,13 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 http_host=options.http.host,
                 http_port=options.http.port,
                 advertise=not options.no_mdns,
+                token=read_token(options.token_file),
             ),
             screen.note,
         )
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
         asyncio.run(coordinator.run(on_ready))
-    except (ConfigError, WireError) as error:
+    except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
 
 
@@ -133,6 +137,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
 
     from agent.config import AgentConfig, ConfigError, default_state_dir
     from agent.daemon import Agent
+    from wire.auth import TokenError, read_token
 
     try:
         agent = Agent(
@@ -147,10 +152,11 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 storage_bytes=options.storage,
                 threads=options.threads,
                 backend=options.backend,
+                token=read_token(options.token_file),
             ),
             screen.note,
         )
-    except (ConfigError, BackendError, WireError) as error:
+    except (ConfigError, TokenError, BackendError, WireError) as error:
         raise CommandFailed(str(error)) from error
     _follow_parent(options, agent.stop)
     try:
@@ -243,6 +249,13 @@ def run_demo(options: argparse.Namespace, screen: Screen) -> None:
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _required_token_file(options: argparse.Namespace) -> Path:
+    path: Path | None = options.token_file
+    if path is None:
+        raise UsageError("--create-token writes a file: say which with --token-file FILE")
+    return path
 
 
 def _client(options: argparse.Namespace) -> Any:
@@ -381,7 +394,8 @@ def _parser() -> argparse.ArgumentParser:
         "coordinator",
         run_coordinator,
         "run the coordinator: agents join it, users talk to it",
-        "  shoal coordinator\n  shoal coordinator --cluster attic --http 0.0.0.0:7421\n",
+        "  shoal coordinator\n  shoal coordinator --cluster attic --http 0.0.0.0:7421\n"
+        "  shoal coordinator --create-token --token-file ~/shoal.token   then copy it to agents\n",
     )
     coordinator.add_argument("--cluster", default="shoal", help="default: shoal")
     coordinator.add_argument(
@@ -396,6 +410,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the API; default 127.0.0.1:{HTTP_PORT}, this machine only",
     )
     coordinator.add_argument("--state-dir", type=Path, metavar="DIR")
+    _add_token(coordinator)
+    coordinator.add_argument(
+        "--create-token", action="store_true", help="make the --token-file, if it is not there"
+    )
     coordinator.add_argument(
         "--no-mdns", action="store_true", help="do not announce; agents need --coordinator"
     )
@@ -408,6 +426,7 @@ def _parser() -> argparse.ArgumentParser:
         "  shoal agent\n"
         "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
         "  shoal agent --coordinator 192.168.1.10   where multicast is blocked\n"
+        "  shoal agent --token-file ~/shoal.token   the coordinator's, where it has one\n"
         "  shoal agent --list-backends\n",
     )
     agent.add_argument("--name", help="default: this machine's host name")
@@ -425,6 +444,7 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--bind", default=ALL_INTERFACES, metavar="HOST", help="for other agents")
     agent.add_argument("--port", type=_port, default=0, help="for other agents; default: any")
     agent.add_argument("--state-dir", type=Path, metavar="DIR")
+    _add_token(agent)
     agent.add_argument("--list-backends", action="store_true", help="show them and exit")
     agent.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
 
@@ -487,6 +507,15 @@ def _parser() -> argparse.ArgumentParser:
             "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
         )
     return parser
+
+
+def _add_token(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="the shoal's shared token; default: $SHOAL_TOKEN, or none",
+    )
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from wire.auth import Token
 
 CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 
@@ -26,6 +28,8 @@ class CoordinatorConfig:
     http_port: int
     advertise: bool
     """Announce the control address by mDNS."""
+    token: Token | None = field(default=None, repr=False)
+    """What agents must know to join; None lets everybody in."""
 
     def __post_init__(self) -> None:
         if not CLUSTER.fullmatch(self.cluster):

@@ -24,6 +24,7 @@ from wire.messages import (
     Endpoint,
     Heartbeat,
     JoinRefused,
+    LinkChanged,
     LinkMeasured,
     Message,
     ModelMeasured,
@@ -173,9 +174,14 @@ class Roster:
             if (link := self.link(source, target)) is not None
         )
 
-    def set_link(self, source: Member, target: Member, measured: LinkMeasured) -> None:
+    def set_link(
+        self, source: Member, target: Member, measured: LinkMeasured | LinkChanged
+    ) -> None:
+        """Take a link as the source measured it. Raises AgentFailed for an impossible one."""
+        if not (measured.rtt_s > 0 and measured.bytes_per_s > 0 and measured.rtt_p90_s >= 0):
+            raise AgentFailed(source.name, "reported an impossible link")
         self._links[source.device, target.device] = LinkProfile(
-            source.name, target.name, measured.rtt_s, measured.bytes_per_s
+            source.name, target.name, measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
         )
 
     async def serve(self, hello: AgentHello, connection: AsyncConnection) -> None:
@@ -224,6 +230,14 @@ class Roster:
             message, (ModelMeasured, LinkMeasured, StageLoaded, Done, Progress, RequestFailed)
         ):
             member.resolve(message.request, message)
+        elif isinstance(message, LinkChanged):
+            target = self._members.get(message.device)
+            if target is None or target is member:
+                return  # Lost meanwhile.
+            try:
+                self.set_link(member, target, message)
+            except AgentFailed as error:
+                raise ProtocolError(str(error)) from error
         elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost)):
             self._on_event(member, message)
         else:

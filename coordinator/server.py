@@ -28,7 +28,7 @@ from model.errors import ModelError
 from wire import limits
 from wire.connection import AsyncConnection, bind, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
-from wire.errors import WireError
+from wire.errors import AuthFailed, WireError
 from wire.messages import AgentHello, BlockChunk, BlocksHello, FetchBlock
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Coordinator:
         tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
-                config.control_host, config.control_port, self._handle
+                config.control_host, config.control_port, self._handle, token=config.token
             )
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
             async with self._advertised(control_port):
@@ -157,6 +157,8 @@ class Coordinator:
                 await self._serve_blocks(connection)
             else:
                 log.warning("%s began with %s", connection.peer, type(hello).__name__)
+        except AuthFailed as error:
+            log.warning("connection refused: %s", error)
         except WireError as error:
             log.info("connection dropped: %s", error)
         except OSError as error:

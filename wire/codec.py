@@ -104,6 +104,9 @@ _packer = _Packer()
 
 _Convert = Callable[[Any], Any]
 
+_PLAIN = (int, str, bool, bytes)
+"""Types that msgpack writes and reads as they are."""
+
 
 def _same(value: Any) -> Any:
     return value
@@ -149,7 +152,7 @@ def _converters(annotation: Any, name: str) -> tuple[_Convert, _Convert]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is float:
         return _same, _number(name)
-    if annotation in (int, str, bool):
+    if annotation in _PLAIN:
         return _same, _exactly(annotation, name)
     if origin is dict:
         return _same, _plain_dict(name)
@@ -216,18 +219,19 @@ def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
     unpackers = [
         (index, part[1])
         for index, (field, part) in enumerate(zip(fields, parts, strict=True))
-        if hints[field] not in (int, str, bool)
+        if hints[field] not in _PLAIN
     ]
-    exact = [hints[field] if hints[field] in (int, str, bool) else None for field in fields]
+    exact = [hints[field] if hints[field] in _PLAIN else None for field in fields]
     get = _getter(fields)
 
     def pack(value: Any) -> Any:
         plain = get(value)
-        if packers:
-            plain = list(plain)
-            for index, convert in packers:
-                plain[index] = convert(plain[index])
-        return plain
+        if not packers:
+            return plain
+        converted = list(plain)
+        for index, convert in packers:
+            converted[index] = convert(converted[index])
+        return converted
 
     def unpack(values: Any) -> Any:
         if type(values) is not list or len(values) != count:

@@ -1,8 +1,9 @@
 """One framed connection between two processes: the only module that touches stream sockets.
 
 ``Connection`` blocks (agents: a thread owns each connection), ``AsyncConnection`` awaits (the
-coordinator). Both speak wire.codec; a secure transport belongs under ``open_socket``/``Listener``
-and ``open_async``/``serve`` here, and nowhere else.
+coordinator). Both speak wire.codec. Where there is a token, the handshake of wire.auth comes before
+anything else: in ``Connection.connect``, in the first ``receive`` of what a Listener accepted, and
+in ``serve``. Nothing else in the program knows of it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import socket
 import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 
-from wire import limits
-from wire.codec import PREFIX, decode_header, decode_prefix, encode
-from wire.errors import ConnectFailed, ConnectionLost
-from wire.messages import Endpoint, Message
+from wire import auth, limits
+from wire.auth import Handshake, Token
+from wire.codec import PREFIX, Prefix, decode_header, decode_prefix, encode
+from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, WireError
+from wire.messages import AuthChallenge, Endpoint, JoinRefused, Message
+
+log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 """Raw bytes; a memoryview must be one of bytes."""
@@ -32,6 +38,10 @@ NO_PAYLOAD = memoryview(b"")
 BUFFER_BYTES = 16 << 10
 """Received in one call where they are there: a token's whole frame. Of a larger payload so
 much at most is copied, the rest comes straight into memory of its own."""
+
+REFUSAL_S = 0.5
+REFUSAL_READS = 16
+"""Patience with a peer that is refused, and may still be sending its first message."""
 
 ACCEPT_PAUSE_S = 0.1
 """Pause of a listener that has no file descriptor left for the next connection."""
@@ -44,8 +54,12 @@ class Connection:
     either, the connection is closed.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, handshake: Handshake | None = None) -> None:
+        """``handshake``: what the other end must pass before ``receive`` returns anything."""
         self._socket = sock
+        self._handshake = handshake
+        self._deadline_s: float | None = None
+        self._timeout_s: float | None = None
         self._send_lock = threading.Lock()
         # What has been received and not taken yet: [begin, end).
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
@@ -56,10 +70,18 @@ class Connection:
         set_timeout(sock, socket.SO_SNDTIMEO, limits.SEND_TIMEOUT_S)
 
     @staticmethod
-    def connect(endpoint: Endpoint, timeout_s: float = limits.CONNECT_TIMEOUT_S) -> Connection:
-        """Connect to an address. Raises ConnectFailed."""
+    def connect(
+        endpoint: Endpoint,
+        timeout_s: float = limits.CONNECT_TIMEOUT_S,
+        *,
+        token: Token | None = None,
+    ) -> Connection:
+        """Connect to an address; with a token, to somebody who knows it.
+
+        Raises ConnectFailed, AuthFailed.
+        """
         try:
-            return Connection(
+            connection = Connection(
                 socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
             )
         except (OSError, OverflowError, ValueError) as error:
@@ -67,6 +89,9 @@ class Connection:
             raise ConnectFailed(
                 f"cannot connect to {endpoint.host}:{endpoint.port}: {reason(error)}"
             ) from error
+        if token is not None:
+            connection._pass(auth.call(token))
+        return connection
 
     @property
     def local_host(self) -> str:
@@ -75,6 +100,7 @@ class Connection:
 
     def set_receive_timeout(self, seconds: float | None) -> None:
         """Let ``receive`` raise ConnectionLost after this much silence; None waits for ever."""
+        self._timeout_s = seconds
         set_timeout(self._socket, socket.SO_RCVTIMEO, seconds or 0.0)
 
     def send(self, message: Message, payload: Buffer = b"") -> None:
@@ -92,19 +118,16 @@ class Connection:
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
     def receive(self) -> tuple[Message, memoryview]:
-        """The next message and its payload (empty if none); the payload is the caller's to keep."""
-        try:
-            if self._end - self._begin < PREFIX.size:
-                self._fill(PREFIX.size, inside=False)
-            kind, header_bytes, payload_bytes = decode_prefix(self._take(PREFIX.size))
-            message = decode_header(kind, self._take(header_bytes))
-            payload = self._take_own(payload_bytes) if payload_bytes else NO_PAYLOAD
-        except OSError as error:
-            self.close()
-            raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
-        except BaseException:
-            self.close()
-            raise
+        """The next message and its payload (empty if none); the payload is the caller's to keep.
+
+        Raises AuthFailed where the other end has not proved to know the token.
+        """
+        if self._handshake is not None:
+            handshake, self._handshake = self._handshake, None
+            self._pass(handshake)
+        message, payload = self._receive()
+        if type(message) is AuthChallenge:
+            self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
         return message, payload
 
     def close(self) -> None:
@@ -123,6 +146,59 @@ class Connection:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _pass(self, handshake: Handshake) -> None:
+        """Go through a handshake within HANDSHAKE_TIMEOUT_S. Raises WireError."""
+        self._deadline_s = time.monotonic() + limits.HANDSHAKE_TIMEOUT_S
+        incoming: Message | None = None
+        try:
+            while True:
+                outgoing = handshake.send(incoming)
+                incoming = None
+                if outgoing is None:
+                    incoming, _ = self._receive(admit=auth.admit)
+                else:
+                    self.send(outgoing)
+        except StopIteration:
+            self._deadline_s = None
+            self.set_receive_timeout(self._timeout_s)
+        except AuthFailed as error:
+            self._refuse(error)
+
+    def _refuse(self, error: AuthFailed) -> NoReturn:
+        """Tell the other end why, close, and raise the error with its name."""
+        with contextlib.suppress(WireError, OSError):
+            if error.refusal is not None:
+                self.send(JoinRefused(error.refusal))
+                # Closed with something unread, the connection would be reset, and the refusal lost.
+                self._socket.shutdown(socket.SHUT_WR)
+                set_timeout(self._socket, socket.SO_RCVTIMEO, REFUSAL_S)
+                for _ in range(REFUSAL_READS):
+                    if not self._socket.recv_into(self._buffer):
+                        break
+        self.close()
+        raise AuthFailed(f"{self.peer}: {error}") from error
+
+    def _receive(self, admit: Callable[[Prefix], None] | None = None) -> tuple[Message, memoryview]:
+        """``admit`` may raise at what a prefix announces."""
+        try:
+            if self._end - self._begin < PREFIX.size:
+                self._fill(PREFIX.size, inside=False)
+            prefix = decode_prefix(self._take(PREFIX.size))
+            if admit is not None:
+                admit(prefix)
+            kind, header_bytes, payload_bytes = prefix
+            message = decode_header(kind, self._take(header_bytes))
+            payload = self._take_own(payload_bytes) if payload_bytes else NO_PAYLOAD
+        except AuthFailed:
+            raise  # The other end is still to be told.
+        except OSError as error:
+            self.close()
+            raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
+        except BaseException:
+            self.close()
+            raise
+        return message, payload
 
     def _fill(self, count: int, *, inside: bool = True) -> None:
         """Have at least ``count`` bytes in the buffer, which must be able to hold them."""
@@ -162,6 +238,11 @@ class Connection:
         return data
 
     def _receive_into(self, view: memoryview, flags: int = 0, *, inside: bool = True) -> int:
+        if self._deadline_s is not None:
+            left_s = self._deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise ConnectionLost(f"{self.peer} took too long for the handshake")
+            set_timeout(self._socket, socket.SO_RCVTIMEO, max(left_s, 1e-3))
         count = self._socket.recv_into(view, 0, flags)
         if count == 0:
             where = " in the middle of a message" if inside else ""
@@ -170,15 +251,16 @@ class Connection:
 
 
 class Listener:
-    """A listening TCP socket that yields Connections."""
+    """A listening TCP socket that yields Connections; with a token, of those who know it."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, token: Token | None = None) -> None:
         """Bind. Port 0 takes a free one. Raises ConnectFailed where the address is taken."""
+        self._token = token
         self._socket = bind(host, port)
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self) -> Connection | None:
-        """The next connection; None once the listener is closed."""
+        """The next connection, which has not proved anything yet; None once closed."""
         while True:
             try:
                 sock, _ = self._socket.accept()
@@ -189,7 +271,7 @@ class Listener:
                 if error.errno == errno.ECONNABORTED:
                     continue
                 return None
-            return Connection(sock)
+            return Connection(sock, None if self._token is None else auth.answer(self._token))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -225,8 +307,47 @@ class AsyncConnection:
 
     async def receive(self, timeout_s: float | None = None) -> tuple[Message, bytes]:
         """The next message and its payload; ConnectionLost after ``timeout_s`` of silence."""
+        message, payload = await self._receive_within(timeout_s)
+        if type(message) is AuthChallenge:
+            await self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
+        return message, payload
+
+    async def prove(self, handshake: Handshake) -> None:
+        """Go through a handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
+        deadline_s = time.monotonic() + limits.HANDSHAKE_TIMEOUT_S
+        incoming: Message | None = None
         try:
-            return await asyncio.wait_for(self._receive(), timeout_s)
+            while True:
+                outgoing = handshake.send(incoming)
+                incoming = None
+                if outgoing is None:
+                    left_s = max(deadline_s - time.monotonic(), 0.0)
+                    incoming, _ = await self._receive_within(left_s, auth.admit)
+                else:
+                    await self.send(outgoing)
+        except StopIteration:
+            pass
+        except AuthFailed as error:
+            await self._refuse(error)
+
+    async def _refuse(self, error: AuthFailed) -> NoReturn:
+        with contextlib.suppress(WireError, OSError, asyncio.TimeoutError):
+            if error.refusal is not None:
+                await self.send(JoinRefused(error.refusal))
+                self._writer.write_eof()
+                for _ in range(REFUSAL_READS):
+                    if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
+                        break
+        self.close()
+        raise AuthFailed(f"{self.peer}: {error}") from error
+
+    async def _receive_within(
+        self, timeout_s: float | None, admit: Callable[[Prefix], None] | None = None
+    ) -> tuple[Message, bytes]:
+        try:
+            return await asyncio.wait_for(self._receive(admit), timeout_s)
+        except AuthFailed:
+            raise  # The other end is still to be told.
         except asyncio.TimeoutError as error:
             self.close()
             raise ConnectionLost(f"{self.peer} was silent for {timeout_s:g} s") from error
@@ -245,8 +366,10 @@ class AsyncConnection:
         """Close at once. Idempotent."""
         self._writer.close()
 
-    async def _receive(self) -> tuple[Message, bytes]:
+    async def _receive(self, admit: Callable[[Prefix], None] | None) -> tuple[Message, bytes]:
         prefix = decode_prefix(await self._reader.readexactly(PREFIX.size))
+        if admit is not None:
+            admit(prefix)
         header = await self._reader.readexactly(prefix.header_bytes)
         message = decode_header(prefix.kind, header)
         payload = b""
@@ -256,17 +379,28 @@ class AsyncConnection:
 
 
 async def serve(
-    host: str, port: int, handle: Callable[[AsyncConnection], Awaitable[None]]
+    host: str,
+    port: int,
+    handle: Callable[[AsyncConnection], Awaitable[None]],
+    *,
+    token: Token | None = None,
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address; returns the server and its port.
 
-    Raises ConnectFailed where the address is taken.
+    With a token, only those who know it get to ``handle``; who does not is logged. Raises
+    ConnectFailed where the address is taken.
     """
 
     async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = AsyncConnection(reader, writer)
         try:
+            if token is not None:
+                await connection.prove(auth.answer(token))
             await handle(connection)
+        except AuthFailed as error:
+            log.warning("connection refused: %s", error)
+        except WireError as error:
+            log.info("connection dropped: %s", error)
         except asyncio.CancelledError:
             pass  # The event loop ends: asyncio would report it as an error of this task.
         finally:

@@ -3,6 +3,7 @@
 WireError
 ├── ProtocolError           the peer sent something this protocol does not allow
 │   └── VersionMismatch     ... because it speaks another version
+├── AuthFailed              the peer has no token, or another one
 ├── ConnectionLost          the peer is gone (closed, reset, or silent for too long)
 └── ConnectFailed           nobody answered at the address
 
@@ -31,6 +32,14 @@ class VersionMismatch(ProtocolError):
         )
         self.ours = ours
         self.theirs = theirs
+
+
+class AuthFailed(WireError):
+    """The peer did not prove that it knows the token; ``refusal`` is what it should be told."""
+
+    def __init__(self, reason: str, refusal: str | None = None) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
 
 
 class ConnectionLost(WireError):

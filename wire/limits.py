@@ -26,6 +26,12 @@ PREFILL_CHUNK_TOKENS = 64
 CONNECT_TIMEOUT_S = 3.0
 """A device on the same LAN answers in milliseconds, or not at all."""
 
+HANDSHAKE_TIMEOUT_S = 5.0
+"""For both ends to prove that they know the token, however slowly bytes come."""
+
+MAX_HANDSHAKE_BYTES = 1024
+"""Largest header of somebody who has proved nothing yet."""
+
 SEND_TIMEOUT_S = 10.0
 """A peer that accepts no byte for this long is as good as dead."""
 

@@ -34,6 +34,28 @@ class Endpoint:
     port: int
 
 
+# ---- every connection, where there is a token: wire.auth ----------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AuthChallenge:
+    """The one that connects, before anything else."""
+
+    version: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AuthAnswer:
+    nonce: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AuthProof:
+    proof: bytes
+
+
 # ---- control: joining and liveness -------------------------------------------------------------
 
 
@@ -59,7 +81,10 @@ class CoordinatorWelcome:
 
 @dataclass(frozen=True, slots=True)
 class JoinRefused:
-    """Coordinator's answer to an agent that may not join; the agent shows it and retries."""
+    """Coordinator's answer to an agent that may not join; the agent shows it and retries.
+
+    Also what either end of any connection says to one that has not proved to know the token.
+    """
 
     reason: str
 
@@ -100,9 +125,22 @@ class MeasureLink:
 
 @dataclass(frozen=True, slots=True)
 class LinkMeasured:
+    """Round trips of a small frame (median, 90th percentile), and the rate of large ones."""
+
     request: int
     rtt_s: float
     bytes_per_s: float
+    rtt_p90_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkChanged:
+    """Agent to coordinator, unasked: the link to ``device`` is not what it was measured as."""
+
+    device: str
+    rtt_s: float
+    bytes_per_s: float
+    rtt_p90_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +361,10 @@ class BlockChunk:
 
 
 Message: TypeAlias = (
-    AgentHello
+    AuthChallenge
+    | AuthAnswer
+    | AuthProof
+    | AgentHello
     | CoordinatorWelcome
     | JoinRefused
     | Heartbeat
@@ -331,6 +372,7 @@ Message: TypeAlias = (
     | ModelMeasured
     | MeasureLink
     | LinkMeasured
+    | LinkChanged
     | LoadStage
     | StageLoaded
     | ConnectStage
@@ -371,6 +413,10 @@ CODES: dict[int, type[Message]] = {
     19: Progress,
     20: RequestFailed,
     21: CancelRequest,
+    26: AuthChallenge,
+    27: AuthAnswer,
+    28: AuthProof,
+    29: LinkChanged,
     30: StartSequence,
     31: ReleaseSequence,
     32: SequenceFailed,

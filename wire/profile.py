@@ -57,12 +57,17 @@ class BlockTiming:
 
 @dataclass(frozen=True, slots=True)
 class LinkProfile:
-    """The link from ``source`` to ``target``, measured through the relay's own sockets."""
+    """The link from ``source`` to ``target``, measured through the relay's own sockets.
+
+    ``rtt_s`` is the median round trip of a small frame, ``rtt_p90_s`` its 90th percentile (0 where
+    that is not known).
+    """
 
     source: str
     target: str
     rtt_s: float
     bytes_per_s: float
+    rtt_p90_s: float = 0.0
 
     def transfer_s(self, size_bytes: int) -> float:
         """Predicted seconds until ``size_bytes`` have arrived: half a round trip plus the bytes."""

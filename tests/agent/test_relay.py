@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from agent.links import Link, Measuring
 from agent.peers import PeerServer, connect_peer
 from agent.relay import Relay
 from backends.base import Array, Stage, StageOptions, Tokens
@@ -96,7 +97,8 @@ class Node:
 
     def connect(self, other: Node) -> None:
         endpoint = Endpoint("127.0.0.1", other.listener.port)
-        self.relay.connect(other.device, connect_peer(self.device, other.device, [endpoint]))
+        connection = connect_peer(self.device, other.device, [endpoint])
+        self.relay.connect(connection, Link(other.device), Measuring())
 
     def close(self) -> None:
         self.stage.gate.set()

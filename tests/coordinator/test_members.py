@@ -24,14 +24,17 @@ from wire.messages import (
     Endpoint,
     Heartbeat,
     JoinRefused,
+    LinkChanged,
+    LinkMeasured,
     Message,
     PeerHello,
     Progress,
     RequestFailed,
     StageLoaded,
+    TokenSampled,
     UnloadStage,
 )
-from wire.profile import DeviceProfile
+from wire.profile import DeviceProfile, LinkProfile
 
 PROFILE = DeviceProfile(
     machine="x86_64",
@@ -274,3 +277,27 @@ def test_a_member_that_sends_what_only_others_may_is_lost() -> None:
         assert coordinator.roster.members == ()
 
     run(test)
+
+
+def test_a_link_that_changed_is_taken_over_for_the_next_plan() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        roster = coordinator.roster
+        here, member = await coordinator.joined(hello("a", "one"))
+        _, other = await coordinator.joined(hello("b", "two"))
+        roster.set_link(member, other, LinkMeasured(1, 1e-3, 1e6, 2e-3))
+        await here.send(LinkChanged("nobody", 1.0, 1.0, 1.0))
+        await here.send(LinkChanged("b", 5e-3, 2e5, 6e-3))
+        await here.send(TokenSampled(1, 1, 0, 0, ""))
+        while not coordinator.events:
+            await next_message_or_beat(here)
+        assert roster.links() == (LinkProfile("one", "two", 5e-3, 2e5, 6e-3),)
+        await here.send(LinkChanged("b", -1.0, 2e5, 0.0))
+        await coordinator.ended.get()
+        assert [lost.name for lost, _ in coordinator.lost] == ["one"]
+
+    run(test)
+
+
+async def next_message_or_beat(connection: AsyncConnection) -> None:
+    """Wait until the roster has said something, which it does each second."""
+    await connection.receive(5)

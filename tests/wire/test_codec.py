@@ -39,6 +39,8 @@ def strategy(annotation: Any) -> st.SearchStrategy[Any]:
         return st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
     if annotation is str:
         return st.text(max_size=20)
+    if annotation is bytes:
+        return st.binary(max_size=20)
     if annotation is bool:
         return st.booleans()
     if origin is dict:

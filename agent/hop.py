@@ -1,0 +1,197 @@
+"""The way to the next device of the ring, and the link's measure taken by the way.
+
+A token's row leaves in the thread that computed it: a hand-over would cost more than the call.
+Prompt chunks go through a short queue with a thread of its own, so that the stage computes the next
+chunk while the last one is on the wire.
+
+The next device says nothing on this connection but the answers to pings. One ping follows each
+chunk: its answer says when the chunk has arrived. One is sent now and then while nothing else is:
+that is the round trip.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.links import Link, Measuring
+from wire.connection import NO_PAYLOAD, Connection
+from wire.errors import ConnectionLost, WireError
+from wire.messages import Activation, LinkChanged, Message, ProbePing, ProbePong, TokenSampled
+
+QUEUED_CHUNKS = 2
+"""Chunks that wait to be sent; a stage that is further ahead waits for the link."""
+
+PING_S = 2.0
+"""Between two pings while nothing is sent."""
+
+ANSWER_S = 10.0
+"""A ping that is not answered for so long is forgotten."""
+
+TIMED_BYTES = 32 << 10
+"""Smaller frames take too short a time to measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ping:
+    number: int
+    started_s: float
+    """When the frame before it was begun, or the ping itself where there is none."""
+    size_bytes: int
+    """Of the frame before it; 0 where that one's time says nothing of the link."""
+
+
+class Hop:
+    """Sends to the next device until it is closed or lost."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        link: Link,
+        measuring: Measuring,
+        *,
+        on_lost: Callable[[str], None],
+        on_news: Callable[[LinkChanged], None],
+    ) -> None:
+        """``on_lost`` gets the reason, once, and not after ``close``. Both may be called by any
+        thread."""
+        self._connection = connection
+        self._link = link
+        self._measuring = measuring
+        self._on_lost = on_lost
+        self._on_news = on_news
+        self._changed = threading.Condition()
+        """Guards what follows."""
+        self._waiting: deque[tuple[Activation | TokenSampled, memoryview]] = deque()
+        """The first is being sent."""
+        self._pings: deque[_Ping] = deque()
+        """Not answered yet."""
+        self._number = 0
+        self._answered_s = 0.0
+        """When the newest answer came."""
+        self._unseen = True
+        """Whether something large may be under way that no ping follows."""
+        self._sent_s = float("-inf")
+        """When anything but a ping was sent last; written without the lock."""
+        self._over = False
+        for target in (self._receive, self._send_chunks):
+            threading.Thread(target=target, name="hop", daemon=True).start()
+
+    def send(self, message: Activation | TokenSampled, payload: memoryview = NO_PAYLOAD) -> None:
+        """Send now or, a prompt's chunk, soon; in order. Raises WireError once the hop is lost."""
+        if not self._waiting and (isinstance(message, TokenSampled) or message.rows == 1):
+            try:
+                self._connection.send(message, payload)
+            except WireError as error:
+                self._end(str(error))
+                raise
+            self._sent_s = time.monotonic()
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or len(self._waiting) < QUEUED_CHUNKS)
+            if self._over:
+                raise ConnectionLost(f"{self._connection.peer}: the hop is closed")
+            self._waiting.append((message, payload))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close at once; what still waits is dropped."""
+        self._end(None)
+
+    # ---- the sending thread ---------------------------------------------------------------------
+
+    def _send_chunks(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._over or self._waiting, PING_S)
+                    if self._over:
+                        return
+                    chunk = self._waiting[0] if self._waiting else None
+                if chunk is None:
+                    self._ping_if_idle()
+                    continue
+                started_s = time.monotonic()
+                # After a pause the window has shrunk: the time would be that of its growing.
+                warm = started_s - self._sent_s < PING_S
+                self._connection.send(*chunk)
+                self._sent_s = time.monotonic()
+                size_bytes = len(chunk[1])
+                if size_bytes >= TIMED_BYTES:
+                    timed = warm and not self._unseen
+                    self._unseen = not self._send_ping(started_s, size_bytes if timed else 0)
+                with self._changed:
+                    if self._over:
+                        return
+                    self._waiting.popleft()
+                    self._changed.notify_all()
+        except WireError as error:
+            self._end(str(error))
+
+    def _ping_if_idle(self) -> None:
+        now_s = time.monotonic()
+        with self._changed:
+            if self._pings and now_s - self._pings[0].started_s > ANSWER_S:
+                self._forget_pings()
+                self._unseen = True
+        if not self._pings and now_s - self._sent_s >= PING_S / 2:
+            self._send_ping(time.monotonic(), 0)
+
+    def _send_ping(self, started_s: float, size_bytes: int) -> bool:
+        """Unless something else is being measured on this device."""
+        with self._changed:
+            if self._over or not (self._pings or self._measuring.try_begin()):
+                return False
+            self._number += 1
+            ping = _Ping(self._number, started_s, size_bytes)
+            self._pings.append(ping)
+        self._connection.send(ProbePing(ping.number))
+        return True
+
+    def _forget_pings(self) -> None:
+        """The caller holds the lock."""
+        if self._pings:
+            self._pings.clear()
+            self._measuring.end()
+
+    # ---- the receiving thread -------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                message, _ = self._connection.receive()
+                self._on_answer(message, time.monotonic())
+        except WireError as error:
+            self._end(str(error))
+
+    def _on_answer(self, message: Message, now_s: float) -> None:
+        with self._changed:
+            if not self._pings or message != ProbePong(self._pings[0].number):
+                return  # Forgotten: answers come in order.
+            ping = self._pings.popleft()
+            if not self._pings:
+                self._measuring.end()
+            before_s, self._answered_s = self._answered_s, now_s
+            idle = self._sent_s < ping.started_s
+        rtt_s = self._link.rtt_s
+        if idle:
+            self._link.add_rtt(now_s - ping.started_s)
+        elif ping.size_bytes and rtt_s is not None:
+            # It left when it was sent, or when the one before it had left.
+            self._link.add_transfer(ping.size_bytes, now_s - max(ping.started_s + rtt_s, before_s))
+        news = self._link.news()
+        if news is not None:
+            self._on_news(news)
+
+    def _end(self, lost: str | None) -> None:
+        with self._changed:
+            over, self._over = self._over, True
+            self._forget_pings()
+            self._waiting.clear()
+            self._changed.notify_all()
+        self._connection.close()
+        if lost is not None and not over:
+            self._on_lost(lost)

@@ -1,0 +1,110 @@
+"""What is known of the links that this device sends over, and when it is news.
+
+The coordinator has each link measured once, before the first plan. From then on real traffic, and a
+ping now and then on the sockets that the relay uses anyway, tell whether a link has changed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wire.messages import LinkChanged
+
+RTT_SAMPLES = 9
+RATE_SAMPLES = 5
+"""Of so many newest samples the median counts; no verdict on fewer."""
+
+MOVED = 0.2
+"""What moved by more than this share is news."""
+
+REPORT_S = 10.0
+"""The least time between two reports of a link: some 10 bytes a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigures:
+    """A link one way: round trips of a small frame (median, 90th percentile), and its rate."""
+
+    rtt_s: float
+    rtt_p90_s: float
+    bytes_per_s: float
+
+
+class Link:
+    """The link to one peer: samples in, and out what the coordinator should know by now."""
+
+    def __init__(self, device: str, told: LinkFigures | None = None) -> None:
+        """``told``: what the coordinator has been told; None if nothing."""
+        self.device = device
+        self._told = told
+        self._told_at_s = float("-inf")
+        self._rtts_s: deque[float] = deque(maxlen=RTT_SAMPLES)
+        self._rates: deque[float] = deque(maxlen=RATE_SAMPLES)
+
+    @property
+    def rtt_s(self) -> float | None:
+        """The best estimate of a small frame's round trip; None as long as there is none."""
+        if self._rtts_s:
+            return statistics.median(self._rtts_s)
+        return None if self._told is None else self._told.rtt_s
+
+    def add_rtt(self, seconds: float) -> None:
+        self._rtts_s.append(seconds)
+
+    def add_transfer(self, size_bytes: int, seconds: float) -> None:
+        """How long the link was busy with a frame: dropped where that is less than a round trip,
+        whose jitter would be most of it."""
+        rtt_s = self.rtt_s
+        if rtt_s is not None and seconds >= rtt_s:
+            self._rates.append(size_bytes / seconds)
+
+    def news(self, now_s: float | None = None) -> LinkChanged | None:
+        """What to tell the coordinator, which counts as told then; None where nothing moved."""
+        now_s = time.monotonic() if now_s is None else now_s
+        if self._told is None or now_s - self._told_at_s < REPORT_S:
+            return None
+        told = self._told
+        rtt_s, rtt_p90_s, rate = told.rtt_s, told.rtt_p90_s, told.bytes_per_s
+        if len(self._rtts_s) == RTT_SAMPLES:
+            rtt_s, rtt_p90_s = summary_s(self._rtts_s)
+        if len(self._rates) == RATE_SAMPLES:
+            rate = statistics.median(self._rates)
+        if not (_moved(told.rtt_s, rtt_s) or _moved(told.bytes_per_s, rate)):
+            return None
+        self._told, self._told_at_s = LinkFigures(rtt_s, rtt_p90_s, rate), now_s
+        return LinkChanged(self.device, rtt_s, rate, rtt_p90_s)
+
+
+class Measuring:
+    """One measurement on this device at a time: others would be part of what it measures."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def try_begin(self) -> bool:
+        """Begin, unless something is being measured; then ``end`` must follow."""
+        return self._lock.acquire(blocking=False)
+
+    def end(self) -> None:
+        self._lock.release()
+
+
+def summary_s(times_s: Sequence[float] | deque[float]) -> tuple[float, float]:
+    """Median and 90th percentile of some times."""
+    ordered = sorted(times_s)
+    return statistics.median(ordered), ordered[min(len(ordered) * 9 // 10, len(ordered) - 1)]
+
+
+def _moved(before: float, now: float) -> bool:
+    return abs(now - before) > MOVED * before

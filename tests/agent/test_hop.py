@@ -1,0 +1,208 @@
+"""A hop between real sockets; the test is the next device."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from agent import hop as hop_module
+from agent.hop import QUEUED_CHUNKS, Hop
+from agent.links import Link, LinkFigures, Measuring
+from agent.peers import PeerServer, connect_peer, measure_link
+from tests.system.namespaces import Network, unavailable
+from wire.connection import Connection, Listener
+from wire.errors import ConnectionLost
+from wire.messages import (
+    Activation,
+    Endpoint,
+    LinkChanged,
+    Message,
+    ProbePing,
+    ProbePong,
+    TokenSampled,
+)
+
+ANSWER_S = 20
+LARGE = 8 << 20
+"""More than the buffers of two sockets hold."""
+
+
+def chunk(number: int, rows: int = 64) -> Activation:
+    return Activation(1, 1, 0, number, rows, 16, False)
+
+
+class Ends:
+    """A hop, what it reports, and the other end of its connection."""
+
+    def __init__(self, link: Link) -> None:
+        listener = Listener("127.0.0.1", 0)
+        connection = Connection.connect(Endpoint("127.0.0.1", listener.port))
+        peer = listener.accept()
+        listener.close()
+        assert peer is not None
+        self.peer = peer
+        self.peer.set_receive_timeout(ANSWER_S)
+        self.lost: queue.Queue[str] = queue.Queue()
+        self.news: queue.Queue[LinkChanged] = queue.Queue()
+        self.measuring = Measuring()
+        self.hop = Hop(
+            connection, link, self.measuring, on_lost=self.lost.put, on_news=self.news.put
+        )
+
+    def send(self, *messages: Activation | TokenSampled) -> threading.Thread:
+        """Send from a thread: prompt chunks are large."""
+
+        def run() -> None:
+            for message in messages:
+                large = isinstance(message, Activation) and message.rows > 1
+                self.hop.send(message, memoryview(bytes(LARGE if large else 0)))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def next(self) -> Message:
+        """What the peer receives next, pings aside."""
+        while True:
+            message, _ = self.peer.receive()
+            if not isinstance(message, ProbePing):
+                return message
+
+    def close(self) -> None:
+        self.hop.close()
+        self.peer.close()
+
+
+@pytest.fixture
+def make_ends() -> Iterator[Callable[[Link], Ends]]:
+    made: list[Ends] = []
+
+    def make(link: Link) -> Ends:
+        made.append(Ends(link))
+        return made[-1]
+
+    yield make
+    for ends in made:
+        ends.close()
+
+
+@pytest.fixture
+def ends(make_ends: Callable[[Link], Ends]) -> Ends:
+    return make_ends(Link("peer"))
+
+
+def test_chunks_do_not_wait_for_a_slow_link_until_the_queue_is_full(ends: Ends) -> None:
+    few = ends.send(*map(chunk, range(QUEUED_CHUNKS)))
+    few.join(ANSWER_S)
+    assert not few.is_alive()
+    # The rest cannot all have been taken as long as the peer reads nothing.
+    token = TokenSampled(1, 1, 0, 7, "")
+    more = ends.send(chunk(QUEUED_CHUNKS), chunk(QUEUED_CHUNKS + 1), chunk(99, rows=1), token)
+    assert more.is_alive()
+    arrived = [ends.next() for _ in range(QUEUED_CHUNKS + 4)]
+    more.join(ANSWER_S)
+    assert arrived == [*map(chunk, range(QUEUED_CHUNKS + 2)), chunk(99, rows=1), token]
+
+
+def test_a_lost_peer_is_told_once_and_whoever_waits_is_let_go(ends: Ends) -> None:
+    failed = threading.Event()
+
+    def run() -> None:
+        try:
+            while True:
+                ends.hop.send(chunk(0), memoryview(bytes(LARGE)))
+        except ConnectionLost:
+            failed.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    ends.next()
+    ends.peer.close()
+    assert failed.wait(ANSWER_S)
+    thread.join()
+    assert ends.lost.get(timeout=ANSWER_S)
+    with pytest.raises(ConnectionLost):
+        ends.hop.send(TokenSampled(1, 1, 0, 7, ""))
+    assert ends.lost.empty()
+
+
+def test_a_hop_that_is_closed_is_not_lost(ends: Ends) -> None:
+    ends.hop.close()
+    with pytest.raises(ConnectionLost):
+        ends.hop.send(chunk(0), memoryview(b""))
+    assert ends.lost.empty()
+
+
+def test_pings_of_an_idle_hop_tell_when_the_round_trip_grew(
+    make_ends: Callable[[Link], Ends], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hop_module, "PING_S", 0.01)
+    ends = make_ends(Link("peer", LinkFigures(1e-4, 1e-4, 1e9)))
+
+    told = threading.Event()
+
+    def answer() -> None:
+        while not told.is_set():
+            message, _ = ends.peer.receive()
+            assert isinstance(message, ProbePing)
+            told.wait(0.02)
+            ends.peer.send(ProbePong(message.number))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    news = ends.news.get(timeout=ANSWER_S)
+    told.set()
+    assert news.device == "peer"
+    assert 0.02 <= news.rtt_s <= news.rtt_p90_s
+    thread.join(ANSWER_S)
+
+
+def test_nothing_is_pinged_while_something_else_is_measured(
+    make_ends: Callable[[Link], Ends], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hop_module, "PING_S", 0.01)
+    ends = make_ends(Link("peer"))
+    # Without an answer the ping counts as one measurement, until the hop is over.
+    assert isinstance(ends.peer.receive()[0], ProbePing)
+    assert not ends.measuring.try_begin()
+    ends.hop.close()
+    assert ends.measuring.try_begin()
+    ends.measuring.end()
+
+
+@pytest.mark.netns
+def test_prompts_tell_when_a_link_got_slow() -> None:
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with Network() as network:
+        network.add_host("here")
+        address = network.add_host("there")
+        listener = network.inside("there", lambda: Listener(address, 0))
+        server = PeerServer("b", listener, lambda message, payload: None)
+        server.start()
+        endpoint = Endpoint(address, listener.port)
+        connection = network.inside("here", lambda: connect_peer("a", "b", [endpoint]))
+        before = measure_link(connection)
+        connection.set_receive_timeout(None)
+        news: queue.Queue[LinkChanged] = queue.Queue()
+        lost: queue.Queue[str] = queue.Queue()
+        hop = Hop(connection, Link("b", before), Measuring(), on_lost=lost.put, on_news=news.put)
+        shape = ("qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "40mbit", "burst", "16kb")
+        subprocess.run(
+            ["tc", "-n", network.namespace("here"), *shape, "latency", "100ms"], check=True
+        )
+        for _ in range(100):
+            hop.send(chunk(0), memoryview(bytes(64 << 10)))
+            if not news.empty():
+                break
+        told = news.get(timeout=ANSWER_S)
+        assert told.bytes_per_s == pytest.approx(40e6 / 8, rel=0.25)
+        assert told.bytes_per_s < before.bytes_per_s
+        hop.close()
+        server.close()
+        assert lost.empty()
