@@ -6,8 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := model wire backends calibration agent coordinator cli
 
+# What `make bundle` is for: a Raspberry Pi OS 12 or Debian 12 agent, unless told otherwise.
+MACHINE ?= aarch64
+PYTHON_VERSION ?= 3.11
+LOCK ?= agent
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-planner lock clean
+.PHONY: help demo test test-matrix test-install dist bundle check bench bench-planner lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +22,23 @@ demo: $(VENV)/run.stamp ## split the embedded model over three agents on this ma
 
 test: $(VENV)/dev.stamp ## run the tests (pass options in ARGS)
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
+
+test-matrix: ## the tests of an installation on every supported Python that pyenv or PATH has
+	tests/install/matrix.sh
+
+test-install: $(VENV)/dev.stamp ## services under a real systemd and on arm64 (root; makes Debian trees, minutes)
+	$(BIN)/python -m pytest tests/install -m slow $(ARGS)
+
+dist: $(VENV)/run.stamp ## a folder to install from: wheel, locks, install.sh
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	cp install.sh requirements/agent.lock requirements/run.lock dist/
+
+bundle: dist ## the same with every wheel for MACHINE and PYTHON_VERSION, to install without a network
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --only-binary=:all: --require-hashes \
+		--python-version $(PYTHON_VERSION) \
+		$(foreach level,2_17 2_27 2_28,--platform manylinux_$(level)_$(MACHINE)) --platform manylinux2014_$(MACHINE) \
+		-r requirements/$(LOCK).lock -d dist/wheels
 
 check: $(VENV)/dev.stamp ## style, types and the import contract
 	$(BIN)/ruff check .
@@ -38,9 +60,11 @@ lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Py
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
 			--no-header --upgrade $$extras pyproject.toml requirements/build.in -o requirements/$$name.lock || exit 1; \
 	done
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header \
+		--constraint requirements/run.lock --extra agent pyproject.toml -o requirements/agent.lock
 
 clean: ## remove what make made
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("shoal needs Python 3.10 or newer") if sys.version_info < (3, 10) else None'

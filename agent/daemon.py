@@ -25,7 +25,7 @@ from agent.peers import PeerServer, connect_peer, measure_link
 from agent.relay import Relay
 from backends.base import BackendError, StageOptions
 from backends.registry import backend_class
-from calibration.device import profile_device
+from calibration.device import profile_in_child
 from calibration.layers import measure_model
 from calibration.store import CalibrationStore
 from model.errors import ModelError
@@ -57,6 +57,7 @@ from wire.messages import (
     StartSequence,
     UnloadStage,
 )
+from wire.service import ServiceManager
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +70,17 @@ Request = MeasureModel | MeasureLink | LoadStage | ConnectStage | UnloadStage
 class Agent:
     """One device of the shoal."""
 
-    def __init__(self, config: AgentConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        say: Callable[[str], None],
+        service: ServiceManager | None = None,
+    ) -> None:
         """``say`` shows the user one line. Raises ConfigError, BackendError, ConnectFailed."""
         self._config = config
         self._say = say
+        self._service = service or ServiceManager()
+        self._joined = ""
         self._stop = threading.Event()
         self._control: Connection | None = None
         self._relay: Relay | None = None
@@ -83,8 +91,8 @@ class Agent:
         self._measuring = Measuring()
         self._state_lock = claim(config.state_dir)
         self._device = device_identity(config.state_dir)
-        self._backend = backend_class(config.backend)()
-        self._profile = profile_device(
+        # In a process of its own: at rest, an agent need not hold its accelerator's library.
+        self._profile = profile_in_child(
             backend=config.backend,
             cache_dir=config.cache_dir,
             memory_limit_bytes=config.memory_bytes,
@@ -99,9 +107,11 @@ class Agent:
     def run(self) -> None:
         """Serve until ``stop`` is called."""
         self._peers.start()
+        self._service.ready()
         attempt = 0
         try:
             while not self._stop.is_set():
+                self._service.alive()
                 try:
                     connection, coordinator = self._join()
                     attempt = 0
@@ -109,9 +119,11 @@ class Agent:
                 except WireError as error:
                     if not self._stop.is_set():
                         self._say(f"{error}; trying again")
+                        self._service.status(f"{error}; trying again")
                 self._stop.wait(RETRY_S[min(attempt, len(RETRY_S) - 1)])
                 attempt += 1
         finally:
+            self._service.stopping()
             self._peers.close()
             self._state_lock.close()
 
@@ -129,6 +141,7 @@ class Agent:
         if self._config.coordinator is not None:
             candidates: tuple[Endpoint, ...] = (self._config.coordinator,)
         else:
+            self._service.status(f"searching for cluster {self._config.cluster!r} by mDNS")
             candidates = find_coordinator(
                 self._config.cluster,
                 self._stop,
@@ -136,9 +149,11 @@ class Agent:
                     f"no coordinator of cluster {self._config.cluster!r} answers by mDNS yet; "
                     "start one, or name it with --coordinator HOST:PORT"
                 ),
+                self._service.alive,
             )
         failure: WireError = ConnectFailed("stopped")
         for endpoint in candidates:
+            self._service.alive()
             try:
                 connection = Connection.connect(endpoint, token=self._config.token)
             except WireError as error:
@@ -151,9 +166,11 @@ class Agent:
             connection.send(self._hello(connection))
             answer, _ = connection.receive()
             if isinstance(answer, CoordinatorWelcome):
-                self._say(
+                self._joined = (
                     f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
                 )
+                self._say(self._joined)
+                self._service.status(f"{self._joined}, no stage")
                 return connection, endpoint
             connection.close()
             if isinstance(answer, JoinRefused):
@@ -191,7 +208,8 @@ class Agent:
             thread.start()
         try:
             while True:
-                message, _ = connection.receive()
+                message, _ = connection.receive()  # A heartbeat each second, at least.
+                self._service.alive()
                 if isinstance(message, Request):
                     requests.put(message)
                 elif isinstance(message, CancelRequest):
@@ -216,7 +234,9 @@ class Agent:
             requests.put(None)
             if not self._stop.is_set():
                 # A load that is still under way belongs to this connection, not to the next.
-                threads[-1].join()
+                while threads[-1].is_alive():
+                    threads[-1].join(limits.HEARTBEAT_S)
+                    self._service.alive()
             raise
         finally:
             # Ctrl-C does not wait for what is under way: it ends with the process.
@@ -294,7 +314,7 @@ class Agent:
         timings = measure_model(
             ModelSpec.from_dict(request.spec),
             request.bits,
-            self._backend,
+            backend_class(self._config.backend)(),
             threads=self._config.threads,
             store=self._store,
             progress=progress,
@@ -317,7 +337,7 @@ class Agent:
             token=self._config.token,
         )
         started = time.perf_counter()
-        stage = self._backend.load(
+        stage = backend_class(self._config.backend)().load(
             spec,
             [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
             StageOptions(request.slots, request.context_tokens, self._config.threads),
@@ -332,8 +352,9 @@ class Agent:
             hop_bits=request.hop_bits,
             report=connection.send,
         )
-        names = spec.block_name(indices[0]), spec.block_name(indices[-1])
-        self._say(f"loaded {names[0]} .. {names[1]}" if len(indices) > 1 else f"loaded {names[0]}")
+        names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
+        self._say(f"loaded {' .. '.join(names)}")
+        self._service.status(f"{self._joined}, {' .. '.join(names)} of {len(spec.layers)} layers")
         return StageLoaded(
             request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
         )
@@ -366,6 +387,7 @@ class Agent:
         relay, self._relay = self._relay, None
         if relay is not None:
             relay.close()
+            self._service.status(f"{self._joined}, no stage")
 
 
 class _Cancelled(Exception):

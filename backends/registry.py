@@ -13,16 +13,21 @@ BACKENDS: dict[str, str] = {
 
 def backend_class(name: str) -> type[Backend]:
     """The backend called ``name``. Raises BackendUnavailable naming the known ones."""
-    location = BACKENDS.get(name)
-    if location is None:
-        raise BackendUnavailable(name, f"unknown; known are {', '.join(sorted(BACKENDS))}")
-    module_name, class_name = location.split(":")
+    module_name, class_name = require_known(name).split(":")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise BackendUnavailable(name, f"cannot import {error.name or module_name}") from error
     found: type[Backend] = getattr(module, class_name)
     return found
+
+
+def require_known(name: str) -> str:
+    """``module:class`` of the backend called ``name``, not imported. Raises BackendUnavailable."""
+    location = BACKENDS.get(name)
+    if location is None:
+        raise BackendUnavailable(name, f"unknown; known are {', '.join(sorted(BACKENDS))}")
+    return location
 
 
 def probe_all() -> dict[str, Capabilities | BackendUnavailable]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import mmap
 import os
 import platform
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import BackendError
-from backends.registry import backend_class
+from backends.base import BackendError, BackendUnavailable
+from backends.registry import backend_class, require_known
 from calibration.layers import measure_call
 from calibration.machine import memory_bytes, processor_name, usable_cores, usable_threads
 from wire.profile import DeviceProfile
@@ -31,6 +35,15 @@ _READ_TIME_S = 0.25
 _WRITE_CHUNK_BYTES = 1 << 20
 _WRITE_LIMIT_BYTES = 32 << 20
 _WRITE_TIME_S = 0.25
+
+_CHILD = """
+import json, sys
+settings = json.load(sys.stdin)
+sys.path[:] = settings.pop("path")
+from calibration.device import answer_parent
+answer_parent(settings)
+"""
+"""Finds modules where its parent does, and never in the directory that it happens to start in."""
 
 
 def profile_device(
@@ -74,6 +87,61 @@ def profile_device(
         disk_write_bytes_per_s=disk_write_bytes_per_s,
         call_s=measure_call(kind(), threads, cache_dir),
     )
+
+
+def profile_in_child(
+    *,
+    backend: str,
+    cache_dir: Path,
+    memory_limit_bytes: int | None = None,
+    storage_limit_bytes: int | None = None,
+    threads: int | None = None,
+) -> DeviceProfile:
+    """``profile_device`` in a process of its own, so that this one imports no backend for it.
+
+    A library that crashes while it is imported, as one built for newer processors does, is a
+    BackendUnavailable.
+    """
+    require_known(backend)
+    settings = {
+        "path": sys.path,
+        "backend": backend,
+        "cache_dir": str(cache_dir),
+        "memory_limit_bytes": memory_limit_bytes,
+        "storage_limit_bytes": storage_limit_bytes,
+        "threads": threads,
+    }
+    completed = subprocess.run(  # noqa: S603 - this interpreter, with our own settings
+        [sys.executable, "-I", "-c", _CHILD],
+        input=json.dumps(settings),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        answer = json.loads(completed.stdout.splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        how = (completed.stderr.strip().splitlines() or [f"exit code {completed.returncode}"])[-1]
+        raise BackendUnavailable(backend, f"it crashes on this machine ({how})") from error
+    if "unavailable" in answer:
+        raise BackendUnavailable(backend, answer["unavailable"])
+    if "error" in answer:
+        raise BackendError(answer["error"])
+    container_bits = tuple((bits, kept) for bits, kept in answer.pop("container_bits"))
+    return DeviceProfile(container_bits=container_bits, **answer)
+
+
+def answer_parent(settings: dict[str, Any]) -> None:
+    """The other process of ``profile_in_child``: the answer goes to stdout, as JSON."""
+    answer: dict[str, Any]
+    try:
+        profile = profile_device(**{**settings, "cache_dir": Path(settings["cache_dir"])})
+        answer = dataclasses.asdict(profile)
+    except BackendUnavailable as error:
+        answer = {"unavailable": error.reason}
+    except BackendError as error:
+        answer = {"error": str(error)}
+    sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
 def measure_memory_read(threads: int) -> float:

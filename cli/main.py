@@ -22,10 +22,16 @@ from typing import Any
 
 from cli import planning
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
-from cli.errors import EXIT_INTERRUPTED, CommandFailed, UsageError
+from cli.doctor import EXAMPLES as CHECKS
+from cli.doctor import add_doctor_arguments, run_doctor
+from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable, UsageError
+from cli.install import add_service_actions
+from cli.journal import JournalFormatter, under_journal
 from cli.render import Screen
+from cli.settings import read_settings
 from wire.errors import WireError
 from wire.messages import Endpoint
+from wire.service import ServiceManager
 from wire.sizes import parse_size
 
 CONTROL_PORT = 7420
@@ -35,18 +41,30 @@ ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - agents are on other machines
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code and lets no traceback reach the user."""
-    options = _parser().parse_args(arguments)
-    screen = Screen(json_output=getattr(options, "json", False))
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    journal = under_journal()
+    screen = Screen(json_output=getattr(options, "json", False), journal=journal)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
+    if journal:
+        logging.getLogger().handlers[0].setFormatter(JournalFormatter("%(name)s: %(message)s"))
     try:
         with _terminated_like_interrupted():
+            if getattr(options, "config", None) is not None:
+                options.parser.set_defaults(**read_settings(options.config, options.parser))
+                options = parser.parse_args(arguments)
             options.run(options, screen)
+    except _Terminated as signalled:
+        if options.run in (run_agent, run_coordinator) and signalled.number == signal.SIGTERM:
+            return 0  # Whoever stops a service has not made it fail.
+        screen.note("terminated")
+        return EXIT_SIGNAL + signalled.number
     except KeyboardInterrupt:
         screen.note("interrupted")
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + signal.SIGINT
     except CommandFailed as error:
         screen.error(str(error))
         return error.exit_code
@@ -56,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"this installation lacks {error.name}: pip install 'shoal-llm[{extra}]' "
             f"to use `shoal {options.command}`"
         )
-        return CommandFailed.exit_code
+        return Unavailable.exit_code
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -107,6 +125,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 token=read_token(options.token_file),
             ),
             screen.note,
+            ServiceManager.from_environment(),
         )
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
         asyncio.run(coordinator.run(on_ready))
@@ -139,6 +158,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     from agent.daemon import Agent
     from wire.auth import TokenError, read_token
 
+    service = ServiceManager.from_environment()
     try:
         agent = Agent(
             AgentConfig(
@@ -155,7 +175,10 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 token=read_token(options.token_file),
             ),
             screen.note,
+            service,
         )
+    except BackendUnavailable as error:
+        raise Unavailable(f"{error}; `shoal doctor` says how to get it") from error
     except (ConfigError, TokenError, BackendError, WireError) as error:
         raise CommandFailed(str(error)) from error
     _follow_parent(options, agent.stop)
@@ -309,12 +332,20 @@ def _follow_parent(options: argparse.Namespace, stop: Callable[[], None]) -> Non
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
+class _Terminated(KeyboardInterrupt):
+    """A signal other than Ctrl-C's asked this process to end; cleaning up is the same."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM and the end of the terminal clean up as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -418,6 +449,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-mdns", action="store_true", help="do not announce; agents need --coordinator"
     )
     coordinator.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    _add_config(coordinator)
 
     agent = command(
         "agent",
@@ -447,7 +479,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_token(agent)
     agent.add_argument("--list-backends", action="store_true", help="show them and exit")
     agent.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    _add_config(agent)
+    for service in (agent, coordinator):  # After their options, which installing takes as well.
+        add_service_actions(service)
 
+    doctor = command("doctor", run_doctor, "say what this machine is, and what it lacks", CHECKS)
+    add_doctor_arguments(doctor, _control_endpoint)
     devices = command(
         "devices",
         run_devices,
@@ -516,6 +553,16 @@ def _add_token(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the shoal's shared token; default: $SHOAL_TOKEN, or none",
     )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML with any of these options by their long names; the command line wins",
+    )
+    parser.set_defaults(parser=parser)
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:

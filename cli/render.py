@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cli.journal import prefixed
 from wire.sizes import format_size
 
 BAR_AFTER_S = 2.0
@@ -37,18 +39,25 @@ PHASES = {
 class Screen:
     """Where a command writes. With ``json_output`` stdout gets only JSON."""
 
-    def __init__(self, *, json_output: bool) -> None:
+    def __init__(self, *, json_output: bool, journal: bool = False) -> None:
+        """journal: begin lines on stderr with the priority that the journal reads (cli.journal)."""
         self.json_output = json_output
+        self._journal = journal
         self.out = Console(highlight=False, stderr=json_output)
         self.err = Console(highlight=False, stderr=True)
         self._plain = Console(highlight=False)
 
     def note(self, text: str) -> None:
         """One line about what is going on."""
+        if self._journal:
+            text = prefixed(logging.INFO, text)
         self.err.print(escape(text), style="dim", soft_wrap=True)
 
     def error(self, text: str) -> None:
         """The one line that says what went wrong."""
+        if self._journal:
+            self.err.print(escape(prefixed(logging.ERROR, f"error: {text}")), soft_wrap=True)
+            return
         self.err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
     def json(self, values: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from wire.connection import AsyncConnection, bind, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, WireError
 from wire.messages import AgentHello, BlockChunk, BlocksHello, FetchBlock
+from wire.service import ServiceManager
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,16 @@ class Ready:
 class Coordinator:
     """Everything the coordinator process runs."""
 
-    def __init__(self, config: CoordinatorConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        say: Callable[[str], None],
+        service: ServiceManager | None = None,
+    ) -> None:
         """``say`` shows the user one line."""
         self._config = config
         self._say = say
+        self._service = service or ServiceManager()
         self._store = ArtifactStore(config.state_dir)
         self.roster = Roster(
             config.cluster,
@@ -87,6 +94,10 @@ class Coordinator:
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
             async with self._advertised(control_port):
 
+                def on_started() -> None:
+                    self._service.ready()
+                    on_ready(ready)
+
                 def on_stop() -> None:
                     # In this order: a dropped agent tries to join again at once. Connections are
                     # not waited for, they would last as long as their other end likes.
@@ -94,14 +105,31 @@ class Coordinator:
                     self._fleet.close()
                     self.roster.close()
 
+                attendant = asyncio.create_task(self._attend())
                 try:
                     # A task of its own: uvicorn raises the signal that stopped it once more, and
                     # this way that ends the await here, not the first one of the cleaning up.
                     await asyncio.ensure_future(
-                        _serve_http(self._app(), http_socket, lambda: on_ready(ready), on_stop)
+                        _serve_http(self._app(), http_socket, on_started, on_stop)
                     )
                 finally:
+                    attendant.cancel()
+                    self._service.stopping()
                     on_stop()
+
+    async def _attend(self) -> None:
+        """Show the service manager that the event loop turns, and what it serves."""
+        while True:
+            count = len(self.roster.members)
+            deployment = self._fleet.deployment
+            serves = "no model" if deployment is None else deployment.name
+            if deployment is not None and deployment.broken is not None:
+                serves += ", broken"
+            self._service.status(
+                f"cluster {self._config.cluster!r}: {count} agent{'s' * (count != 1)}, {serves}"
+            )
+            self._service.alive()
+            await asyncio.sleep(limits.HEARTBEAT_S)
 
     @contextlib.asynccontextmanager
     async def _advertised(self, port: int):  # type: ignore[no-untyped-def]

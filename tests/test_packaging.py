@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -51,3 +52,11 @@ def test_a_coordinator_needs_no_accelerator_library(module: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_other_distribution_owns_our_packages(package: str) -> None:
     assert set(packages_distributions().get(package, ["shoal-llm"])) == {"shoal-llm"}
+
+
+def test_no_library_keeps_or_sends_an_identity_of_this_machine(tmp_path: Path) -> None:
+    """ONNX Runtime 1.29 and later does both, from its import on, unless it is told not to."""
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    program = "import backends.onnx_cpu as b; b.OnnxCpuBackend.probe()"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    assert list(tmp_path.rglob("*")) == []

@@ -131,17 +131,22 @@ class Advertisement:
 
 
 def find_coordinator(
-    cluster: str, stop: threading.Event, on_wait: Callable[[], None] | None = None
+    cluster: str,
+    stop: threading.Event,
+    on_wait: Callable[[], None] | None = None,
+    on_round: Callable[[], None] | None = None,
 ) -> tuple[Endpoint, ...]:
     """Search until a coordinator of ``cluster`` is announced; its addresses, or () once stopped.
 
-    ``on_wait`` is called once when none has answered within SEARCH_ROUND_S.
-    Raises DiscoveryUnavailable.
+    ``on_wait`` is called once when none has answered within SEARCH_ROUND_S, ``on_round`` after
+    each time of that length. Raises DiscoveryUnavailable.
     """
     found = _search(cluster, stop)
     if not found and not stop.is_set() and on_wait is not None:
         on_wait()
     while not found and not stop.is_set():
+        if on_round is not None:
+            on_round()
         found = _search(cluster, stop)
     return found
 

@@ -401,5 +401,23 @@ def test_agents_and_coordinator_end_on_ctrl_c(cluster: Cluster) -> None:
     assert coordinator.wait(10) == 130
 
 
+def test_a_service_that_is_stopped_has_not_failed(cluster: Cluster) -> None:
+    cluster.start_coordinator()
+    agent = cluster.start_agent("pi-1")
+    cluster.wait_for_agents("pi-1")
+    load = subprocess.Popen(
+        [*COMMAND, "load", str(LLAMA), f"--url={cluster.url}"], stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    try:
+        wait_for(lambda: _is_measuring(cluster), 30, "measuring")
+    finally:
+        load.terminate()
+        code = load.wait(10)
+    assert code == 128 + signal.SIGTERM
+    for process in (agent, cluster.processes["coordinator"]):
+        process.terminate()
+        assert process.wait(10) == 0
+
+
 def test_the_embedded_model_is_there() -> None:
     assert (TINY_OPT / "config.json").exists()

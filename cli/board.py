@@ -1,0 +1,59 @@
+"""Which board this is and which accelerators are plugged in, from what the kernel shows.
+
+Sources: the device tree's ``model`` (Raspberry Pi, Jetson), DMI (PCs), sysfs of USB and PCI. The
+Coral's USB ids are 1a6e:089a before its firmware is loaded and 18d1:9302 after; on PCIe 1ac1:089a.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_CORAL_USB = {("1a6e", "089a"), ("18d1", "9302")}
+_CORAL_PCI = ("0x1ac1", "0x089a")
+_SUPERSPEED_MBIT_S = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Coral:
+    """An Edge TPU. ``place`` is its name on the bus, ``slow`` a USB port below 5 Gbit/s."""
+
+    bus: str
+    place: str
+    slow: bool
+
+
+def board_model(root: Path = Path("/")) -> str:
+    """``Raspberry Pi 5 Model B Rev 1.0``, or a PC's maker and product; "" where nobody says."""
+    for name in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
+        model = read_text(root / name)
+        if model:
+            return model
+    names = [read_text(root / "sys/class/dmi/id" / name) for name in ("sys_vendor", "product_name")]
+    return " ".join(name for name in names if name)
+
+
+def is_jetson(root: Path = Path("/")) -> bool:
+    return (root / "etc/nv_tegra_release").exists() or "Jetson" in board_model(root)
+
+
+def corals(root: Path = Path("/")) -> list[Coral]:
+    """Edge TPUs that are plugged in, whether or not their library is installed."""
+    found = []
+    for device in sorted(root.glob("sys/bus/usb/devices/*")):
+        if (read_text(device / "idVendor"), read_text(device / "idProduct")) in _CORAL_USB:
+            speed = read_text(device / "speed")
+            slow = speed.isdigit() and int(speed) < _SUPERSPEED_MBIT_S
+            found.append(Coral("USB", device.name, slow))
+    for device in sorted(root.glob("sys/bus/pci/devices/*")):
+        if (read_text(device / "vendor"), read_text(device / "device")) == _CORAL_PCI:
+            found.append(Coral("PCIe", device.name, False))
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A small file of the kernel's, stripped; "" where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
+    except OSError:
+        return ""

@@ -1,0 +1,280 @@
+"""Installing below a directory, and the units that result: what needs no systemd running."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+from cli import errors
+from cli.install import template, with_settings
+from cli.main import main
+from cli.settings import parse_toml
+from wire.messages import Endpoint
+
+ROOT = Path(__file__).parents[2]
+UNITS = "etc/systemd/system"
+HIGHEST_EXPOSURE = 3.5
+
+needs_systemd_analyze = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze"
+)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Run `shoal KIND install --root` with more options; returns the root."""
+    monkeypatch.delenv("SHOAL_TOKEN", raising=False)
+
+    def run(kind: str, *options: str, action: str = "install") -> Path:
+        assert main([kind, action, f"--root={tmp_path}", *options]) == 0
+        return tmp_path
+
+    return run
+
+
+def files(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): path.read_text()
+        for path in root.rglob("*")
+        if path.is_file() or path.is_symlink()
+    }
+
+
+def test_everything_is_written_and_removed_again(
+    install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_TOKEN", "correct-horse")
+    root = install("agent", "--coordinator=10.0.0.1", "--memory=1.5G", "--name=pi-1")
+    settings = parse_toml((root / "etc/shoal/agent.toml").read_text(), root)
+    settings.pop("token_file", None)
+    assert settings == {"name": "pi-1", "coordinator": "10.0.0.1:7420", "memory": "1536M"}
+    limits = (root / UNITS / "shoal-agent.service.d/limits.conf").read_text()
+    assert f"MemoryMax={1536 + 384}M" in limits
+    wants = root / UNITS / "multi-user.target.wants/shoal-agent.service"
+    assert wants.resolve() == root / UNITS / "shoal-agent.service"
+    token = root / "etc/shoal/token"
+    assert token.read_text() == "correct-horse\n"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert "z /etc/shoal/token 0640 root shoal" in (root / "etc/tmpfiles.d/shoal.conf").read_text()
+
+    install("coordinator")
+    install("coordinator", "--yes", action="uninstall")
+    assert token.exists()  # The agent's still.
+    install("agent", "--yes", action="uninstall")
+    assert files(root) == {}
+
+
+def test_installing_again_keeps_what_it_is_not_told(install: Callable[..., Path]) -> None:
+    root = install("agent", "--memory=1G", "--cpu-weight=20")
+    path = root / "etc/shoal/agent.toml"
+    path.write_text(path.read_text() + "# mine\n")
+    before = files(root)
+    install("agent")
+    assert files(root) == before
+    install("agent", "--memory=2G", "--threads=3")
+    text = path.read_text()
+    assert text.endswith("# mine\n")
+    assert parse_toml(text, path) == {"memory": "2G", "threads": 3}
+    limits = (root / UNITS / "shoal-agent.service.d/limits.conf").read_text()
+    assert "MemoryMax=2432M" in limits
+    assert "CPUWeight=20" in limits
+
+
+def test_a_dry_run_shows_all_and_the_token_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHOAL_TOKEN", "correct-horse")
+    assert main(["agent", "install", "--dry-run", "--command=/opt/shoal/bin/shoal"]) == 0
+    shown = capsys.readouterr().out
+    assert template("shoal-agent.service") in shown
+    assert "$ systemctl --quiet enable shoal-agent.service" in shown
+    assert "correct-horse" not in shown
+    assert main(["agent", "install", "--dry-run", f"--root={tmp_path}"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_is_not_removed_unasked(
+    install: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = install("agent", "--memory=1G")
+    (root / "var/lib/shoal/agent").mkdir(parents=True)
+    with Path(os.devnull).open() as nobody:
+        monkeypatch.setattr(sys, "stdin", nobody)
+        assert main(["agent", "uninstall", f"--root={root}"]) == 2
+    assert "--keep-data" in capsys.readouterr().err
+    install("agent", "--keep-data", action="uninstall")
+    assert (root / "var/lib/shoal/agent").exists()
+    assert 'memory = "1G"' in (root / "etc/shoal/agent.toml").read_text()
+    assert not (root / UNITS / "shoal-agent.service").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--memory=lots"], "expected a size"),
+        (["--token-file=/nowhere"], "not a token file"),
+        (["--cpu-weight=0"], "must be between 1 and 10000"),
+    ],
+)
+def test_a_wrong_option_writes_nothing(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["agent", "install", f"--root={tmp_path}", *options])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_accelerators_get_their_device_nodes(install: Callable[..., Path], tmp_path: Path) -> None:
+    device = tmp_path / "sys/bus/usb/devices/1-1"
+    device.mkdir(parents=True)
+    (device / "idVendor").write_text("1a6e\n")
+    (device / "idProduct").write_text("089a\n")
+    drop_ins = install("agent") / UNITS / "shoal-agent.service.d"
+    assert sorted(path.name for path in drop_ins.iterdir()) == ["coral.conf"]
+    assert "DeviceAllow=char-usb_device rw" in (drop_ins / "coral.conf").read_text()
+    shutil.rmtree(tmp_path / "sys")
+    (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3\n")
+    install("agent")
+    assert sorted(path.name for path in drop_ins.iterdir()) == ["jetson.conf"]
+
+
+def test_settings_are_put_where_the_template_has_them() -> None:
+    text = '# Name.\n#name = "pi-1"\n\nport = 1\n'
+    changed = with_settings(text, {"name": 'a "b"', "port": 2, "coordinator": Endpoint("::1", 3)})
+    assert changed == '# Name.\nname = "a \\"b\\""\n\nport = 2\ncoordinator = "[::1]:3"\n'
+
+
+# ---- the units ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["agent", "coordinator", "agent with a Coral", "agent on a Jetson"])
+def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A unit with its drop-ins, starting a command that exists."""
+    kind, _, hardware = request.param.partition(" ")
+    assert main([kind, "install", f"--root={tmp_path}", "--command=/bin/true"]) == 0
+    path = tmp_path / UNITS / f"shoal-{kind}.service"
+    name = {"with a Coral": "coral.conf", "on a Jetson": "jetson.conf"}.get(hardware)
+    if name is not None:
+        # `systemd-analyze security --offline` reads the unit alone.
+        path.write_text(path.read_text() + template(name))
+    return path
+
+
+@needs_systemd_analyze
+def test_a_unit_is_one_that_systemd_understands(unit: Path) -> None:
+    completed = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False
+    )
+    # Of keys that it does not know it only warns. The words about char- groups are of this kernel.
+    complaints = [line for line in completed.stderr.splitlines() if unit.name in line]
+    assert (completed.returncode, complaints) == (0, [])
+
+
+@needs_systemd_analyze
+def test_a_unit_exposes_little(unit: Path) -> None:
+    shown = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--no-pager", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    found = re.search(r"Overall exposure level.*: ([0-9.]+)", shown)
+    assert found is not None, shown
+    assert float(found[1]) <= HIGHEST_EXPOSURE
+
+
+@pytest.mark.parametrize("kind", ["agent", "coordinator"])
+def test_a_unit_does_not_restart_what_cannot_work(kind: str) -> None:
+    line = f"RestartPreventExitStatus={errors.EXIT_USAGE} {errors.EXIT_UNAVAILABLE}\n"
+    assert line in template(f"shoal-{kind}.service")
+
+
+@pytest.mark.parametrize("kind", ["agent", "coordinator"])
+def test_a_settings_template_holds_only_what_the_command_knows(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = re.sub(r"^#(\w+ = )", r"\1", template(f"{kind}.toml"), flags=re.MULTILINE)
+    path = tmp_path / "settings.toml"
+    path.write_text(text + 'backend = "none"\n' if "backend" not in text else text)
+    known = parse_toml(text, path)
+    assert len(known) >= 4
+    path.write_text(text + "surely_unknown = 1\n")
+    assert main([kind, f"--config={path}"]) == 2
+    # It came past everything of the template.
+    assert "unknown setting 'surely_unknown'" in capsys.readouterr().err
+
+
+# ---- the wheel ---------------------------------------------------------------------------------
+
+
+def test_a_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
+    """Built as `pip wheel` does it, without a network."""
+    source = tmp_path / "source"
+    packages = ("model", "wire", "backends", "calibration", "agent", "coordinator", "cli")
+    for name in (*packages, "systemd"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    program = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=source, check=True, capture_output=True
+    )
+    (wheel,) = source.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
+    expected = {
+        str(path.relative_to(source)).replace("systemd/", "cli/units/")
+        for name in (*packages, "systemd")
+        for path in (source / name).rglob("*")
+        if path.is_file()
+    }
+    assert inside == expected
+
+
+def test_locks_cover_what_the_package_asks_for() -> None:
+    try:
+        requires = distribution("shoal-llm").requires or []
+    except PackageNotFoundError:
+        pytest.skip("run uninstalled")
+    for lock, extras in (("agent", {"agent"}), ("run", {"agent", "coordinator"})):
+        text = (ROOT / "requirements" / f"{lock}.lock").read_text()
+        locked = set(re.findall(r"^([a-z0-9-]+)==", text, re.MULTILINE))
+        for line in requires:
+            name = re.split(r"[^A-Za-z0-9_.-]", line)[0].lower().replace("_", "-")
+            extra = re.search(r"extra == ['\"](\w+)", line)
+            if extra is None or extra[1] in extras:
+                assert name in locked, f"{name} is missing in {lock}.lock: make lock"
+
+
+def test_the_board_script_is_one_that_a_shell_understands() -> None:
+    subprocess.run(["sh", "-n", str(ROOT / "install.sh")], check=True)
+    completed = subprocess.run(
+        ["sh", str(ROOT / "install.sh"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert "SHOAL_TOKEN" in completed.stdout
+    wrong = subprocess.run(["sh", str(ROOT / "install.sh")], capture_output=True, check=False)
+    assert wrong.returncode == 2
+
+
+def test_json_of_the_doctor_is_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--json", "--coordinator=127.0.0.1:9"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is (code == 0)
+    assert {"board", "backend", "disk", "multicast"} <= {c["name"] for c in report["checks"]}
