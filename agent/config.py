@@ -34,6 +34,8 @@ class AgentConfig:
     storage_bytes: int | None
     threads: int
     backend: str
+    watts: float | None = None
+    """What the device draws while it computes, as its user says; None: not known."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
