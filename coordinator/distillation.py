@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from coordinator.artifacts import ArtifactStore
-from coordinator.errors import AgentFailed, RequestInvalid
+from coordinator.errors import AgentFailed, AgentLost, RequestInvalid
 from coordinator.measurements import OnStep, Step, forward, in_thread, measure_blocks
 from coordinator.members import Member
 from coordinator.plan import Plan, PlanError
@@ -24,6 +24,7 @@ from coordinator.quality import (
     QualityStore,
     scaled,
     tightened,
+    with_lossless,
 )
 from model.checkpoint import Checkpoint
 from wire.messages import Done, MeasureQuality, QualityMeasured
@@ -55,7 +56,8 @@ class Distillation:
         known = self._quality.latest(checkpoint, request.scheme, request.group_size)
         if request.sensitivities is not None:
             margin = request.quality_margin or ASSUMED_MARGIN
-            return margin, scaled(request.sensitivities, margin), known
+            rows = with_lossless(request.sensitivities, checkpoint)
+            return margin, scaled(rows, margin), known
         if known is None:
             if request.quality_budget is None:
                 return None, None, None
@@ -67,7 +69,7 @@ class Distillation:
                 "quality_budget",
             )
         margin = request.quality_margin or known.margin
-        rows = known.sensitivities(checkpoint.spec.block_count)
+        rows = with_lossless(known.sensitivities(checkpoint.spec.block_count), checkpoint)
         return margin, scaled(rows, margin), known
 
     async def keep_budget(
@@ -81,9 +83,7 @@ class Distillation:
         on_step: OnStep,
     ) -> tuple[Plan, float]:
         """A plan whose measured divergence keeps the budget, and that. Raises PlanError."""
-        budget = (
-            problem.quality_budget or 0.0
-        )  # PlanRequest.from_dict sees to it that there is one.
+        budget = problem.quality_budget or 0.0  # There is one: PlanRequest.from_dict saw to it.
         member = await self.fastest(members, checkpoint, on_step)
         for _ in range(MAX_CHECKS):
             bits = tuple(placement.bits for placement in plan.placements)
@@ -104,6 +104,10 @@ class Distillation:
     async def calibrate(
         self, request: QualityRequest, members: tuple[Member, ...], on_step: OnStep
     ) -> QualityFound:
+        """Measure what is not known yet on the fastest of ``members``.
+
+        Raises AgentFailed, RequestInvalid, ModelError.
+        """
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
         request.check(checkpoint.spec)
         known = self._quality.open(
@@ -188,21 +192,28 @@ class Distillation:
                 log.warning("sensitivities cannot be kept: %s", error)
 
         on_step(Step("quality", member.name, 0, 0, ""))
-        await member.request(
-            partial(
-                MeasureQuality,
-                spec=spec.to_dict(),
-                blocks=refs,
-                sequences=known.sequences,
-                wanted=tuple(wanted.items()),
-                plans=tuple(plans),
-                scheme=known.scheme,
-                group_size=known.group_size,
-            ),
-            Done,
-            forward(on_step, "quality", member.name),
-            on_result,
-        )
+        try:
+            await member.request(
+                partial(
+                    MeasureQuality,
+                    spec=spec.to_dict(),
+                    blocks=refs,
+                    sequences=known.sequences,
+                    wanted=tuple(wanted.items()),
+                    plans=tuple(plans),
+                    scheme=known.scheme,
+                    group_size=known.group_size,
+                ),
+                Done,
+                forward(on_step, "quality", member.name),
+                on_result,
+            )
+        except AgentLost as error:
+            raise AgentFailed(
+                member.name,
+                "device lost while it measured; what it found is kept: run the same command again "
+                "to go on, with another agent if this one stays away",
+            ) from error
         missing = [place for place in asked if place not in known.blocks]
         if missing or any(plan not in known.plans for plan in plans):
             raise AgentFailed(member.name, "said it had measured everything, and had not")

@@ -33,6 +33,9 @@ STORE_VERSION = 1
 ASSUMED_MARGIN = 1.5
 """Where no plan was checked. The largest ratio measured so far is 1.37 (docs/calibration.md)."""
 
+_NOISE_KL = 1e-7
+"""Sums below it say nothing about ratios: rounding in fp32 is as large."""
+
 MAX_CHECKS = 8
 """Plans that are measured before a budget is given up."""
 
@@ -47,13 +50,29 @@ def budget_margin(checks: Iterable[tuple[float, float]]) -> float:
 
     The largest ratio, never below 1; ASSUMED_MARGIN without any plan.
     """
-    ratios = [measured / predicted for predicted, measured in checks if predicted > 0]
+    ratios = [measured / predicted for predicted, measured in checks if predicted > _NOISE_KL]
     return max(1.0, *ratios) if ratios else ASSUMED_MARGIN
 
 
 def scaled(rows: Sequence[Mapping[int, float]], margin: float) -> tuple[Mapping[int, float], ...]:
     """Sensitivities with the margin applied: what plans add up against a budget."""
     return tuple({bits: kl * margin for bits, kl in row.items()} for row in rows)
+
+
+def with_lossless(
+    rows: Sequence[Mapping[int, float]], checkpoint: Checkpoint
+) -> tuple[Mapping[int, float], ...]:
+    """Sensitivities, 0 where nothing was measured and the width keeps a block as it is.
+
+    Rows that are not one per block stay as they are, for ``build_problem`` to refuse.
+    """
+    if len(rows) != checkpoint.spec.block_count:
+        return tuple(rows)
+    lossless = [checkpoint.lossless_format(block).bits for block in range(len(rows))]
+    return tuple(
+        {bits: 0.0 for bits in (16, 32) if bits >= least} | dict(row)
+        for row, least in zip(rows, lossless, strict=True)
+    )
 
 
 def tightened(problem: PlanningProblem, plan: Plan, measured_kl: float) -> PlanningProblem:

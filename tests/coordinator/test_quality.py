@@ -24,6 +24,7 @@ from coordinator.quality import (
     budget_margin,
     scaled,
     tightened,
+    with_lossless,
 )
 from model.checkpoint import Checkpoint
 from model.quantize import Format
@@ -41,7 +42,18 @@ TEXT = tuple(
 def test_the_margin_is_the_largest_ratio_and_never_below_one() -> None:
     assert budget_margin([]) == budget_margin([(0.0, 0.0)]) == ASSUMED_MARGIN
     assert budget_margin([(1.0, 0.8), (2.0, 1.9)]) == 1.0
-    assert budget_margin([(1.0, 0.8), (2.0, 2.6), (0.0, 0.0)]) == 1.3
+    assert budget_margin([(1.0, 0.8), (2.0, 2.6), (0.0, 0.0), (1e-9, 1e-8)]) == 1.3
+
+
+def test_a_width_that_keeps_the_weights_adds_nothing() -> None:
+    rows: list[dict[int, float]] = [{8: 0.1} for _ in range(SPEC.block_count)]
+    least = CHECKPOINT.lossless_format(0).bits
+    known = with_lossless(rows, CHECKPOINT)
+    assert known[0][32] == 0.0
+    assert (16 in known[0]) == (least == 16)
+    assert known[0][8] == 0.1
+    assert with_lossless([{}], CHECKPOINT) == ({},)
+    assert with_lossless([{32: 0.2}] * SPEC.block_count, CHECKPOINT)[0][32] == 0.2
 
 
 def problem_of(rows: Any, margin: float, budget: float) -> PlanningProblem:
