@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,6 +38,12 @@ class BlockCache:
 
     def path(self, sha256: str) -> Path:
         return self._directory / sha256
+
+    def find(self, sha256s: Iterable[str]) -> tuple[str, ...]:
+        """Those of the artifacts, named by hashes from anyone, that are here."""
+        return tuple(
+            sha256 for sha256 in sha256s if SHA256.fullmatch(sha256) and self.path(sha256).is_file()
+        )
 
     def fetch(
         self,

@@ -35,6 +35,8 @@ class AgentConfig:
     storage_bytes: int | None
     threads: int
     backend: str
+    watts: float | None = None
+    """What the device draws while it computes, as its user says; None: not known."""
     token: Token | None = field(default=None, repr=False)
     """Shared by all of the shoal; None where nobody has one."""
 

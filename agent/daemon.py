@@ -22,6 +22,7 @@ from agent.blocks import BlockCache, CacheError
 from agent.config import AgentConfig, claim, device_identity
 from agent.links import Link, Measuring
 from agent.peers import PeerServer, connect_peer, measure_link
+from agent.quality import StreamedModel, measure_quality
 from agent.relay import Relay
 from backends.base import BackendError, StageOptions
 from backends.registry import backend_class
@@ -36,17 +37,20 @@ from wire.discovery import find_coordinator, reachable_addresses
 from wire.errors import ConnectFailed, ProtocolError, WireError
 from wire.messages import (
     AgentHello,
+    BlocksFound,
     CancelRequest,
     ConnectStage,
     CoordinatorWelcome,
     Done,
     Endpoint,
+    FindBlocks,
     Heartbeat,
     JoinRefused,
     LinkMeasured,
     LoadStage,
     MeasureLink,
     MeasureModel,
+    MeasureQuality,
     Message,
     ModelMeasured,
     Progress,
@@ -64,7 +68,15 @@ log = logging.getLogger(__name__)
 RETRY_S = (0.5, 1.0, 2.0, 5.0)
 """Pauses between attempts to join; the last one repeats."""
 
-Request = MeasureModel | MeasureLink | LoadStage | ConnectStage | UnloadStage
+Request = (
+    MeasureModel
+    | MeasureQuality
+    | MeasureLink
+    | FindBlocks
+    | LoadStage
+    | ConnectStage
+    | UnloadStage
+)
 
 
 class Agent:
@@ -83,6 +95,7 @@ class Agent:
         self._joined = ""
         self._stop = threading.Event()
         self._control: Connection | None = None
+        self._told = ""
         self._relay: Relay | None = None
         self._cancelled: set[int] = set()
         """Requests of this connection that nobody waits for any more."""
@@ -98,6 +111,7 @@ class Agent:
             memory_limit_bytes=config.memory_bytes,
             storage_limit_bytes=config.storage_bytes,
             threads=config.threads,
+            watts=config.watts,
         )
         self._store = CalibrationStore(config.state_dir / "calibration.json")
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
@@ -118,8 +132,7 @@ class Agent:
                     self._serve(connection, coordinator)
                 except WireError as error:
                     if not self._stop.is_set():
-                        self._say(f"{error}; trying again")
-                        self._service.status(f"{error}; trying again")
+                        self._tell(f"{error}; trying again")
                 self._stop.wait(RETRY_S[min(attempt, len(RETRY_S) - 1)])
                 attempt += 1
         finally:
@@ -145,7 +158,7 @@ class Agent:
             candidates = find_coordinator(
                 self._config.cluster,
                 self._stop,
-                lambda: self._say(
+                lambda: self._tell(
                     f"no coordinator of cluster {self._config.cluster!r} answers by mDNS yet; "
                     "start one, or name it with --coordinator HOST:PORT"
                 ),
@@ -155,28 +168,41 @@ class Agent:
         for endpoint in candidates:
             self._service.alive()
             try:
-                connection = Connection.connect(endpoint, token=self._config.token)
-            except WireError as error:
+                return self._join_at(endpoint), endpoint
+            except WireError as error:  # Of several addresses, another may be the right one.
                 failure = error
-                continue
-            self._control = connection
-            if self._stop.is_set():
-                connection.close()
+        raise failure
+
+    def _join_at(self, endpoint: Endpoint) -> Connection:
+        connection = Connection.connect(endpoint, token=self._config.token)
+        self._control = connection
+        if self._stop.is_set():
+            connection.close()
+        try:
             connection.set_receive_timeout(limits.LIVENESS_S)
             connection.send(self._hello(connection))
             answer, _ = connection.receive()
-            if isinstance(answer, CoordinatorWelcome):
-                self._joined = (
-                    f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
-                )
-                self._say(self._joined)
-                self._service.status(f"{self._joined}, no stage")
-                return connection, endpoint
+        except WireError:
             connection.close()
-            if isinstance(answer, JoinRefused):
-                raise ConnectFailed(f"the coordinator refused: {answer.reason}")
-            raise ProtocolError(f"{connection.peer} is not a coordinator")
-        raise failure
+            raise
+        if isinstance(answer, CoordinatorWelcome):
+            self._joined = (
+                f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
+            )
+            self._tell(self._joined)
+            self._service.status(f"{self._joined}, no stage")
+            return connection
+        connection.close()
+        if isinstance(answer, JoinRefused):
+            raise ConnectFailed(f"the coordinator refused: {answer.reason}")
+        raise ProtocolError(f"{connection.peer} is not a coordinator")
+
+    def _tell(self, state: str) -> None:
+        """Show the user how joining stands, when that has changed."""
+        self._service.status(state)
+        if state != self._told:
+            self._told = state
+            self._say(state)
 
     def _hello(self, connection: Connection) -> AgentHello:
         addresses = dict.fromkeys(
@@ -280,6 +306,11 @@ class Agent:
         if isinstance(request, MeasureModel):
             with self._measuring:
                 return self._measure_model(request, connection)
+        if isinstance(request, MeasureQuality):
+            with self._measuring:
+                return self._measure_quality(request, connection, coordinator)
+        if isinstance(request, FindBlocks):
+            return BlocksFound(request.request, self._cache.find(request.sha256s))
         if isinstance(request, MeasureLink):
             with (
                 self._measuring,
@@ -320,6 +351,30 @@ class Agent:
             progress=progress,
         )
         return ModelMeasured(request.request, timings)
+
+    def _measure_quality(
+        self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
+    ) -> Message:
+        progress = self._progress(connection, request.request, "quality", "steps")
+        source = StreamedModel(
+            ModelSpec.from_dict(request.spec),
+            request.blocks,
+            self._cache,
+            coordinator,
+            self._device,
+            self._config.token,
+        )
+        measure_quality(
+            request,
+            source,
+            backend_class(self._config.backend)(),
+            threads=self._config.threads,
+            directory=self._config.state_dir / "quality",
+            memory_bytes=self._profile.memory_bytes,
+            progress=progress,
+            report=connection.send,
+        )
+        return Done(request.request)
 
     def _load(self, request: LoadStage, connection: Connection, coordinator: Endpoint) -> Message:
         spec = ModelSpec.from_dict(request.spec)

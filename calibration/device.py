@@ -53,12 +53,14 @@ def profile_device(
     memory_limit_bytes: int | None = None,
     storage_limit_bytes: int | None = None,
     threads: int | None = None,
+    watts: float | None = None,
 ) -> DeviceProfile:
     """Measure this device for stages run by ``backend``; takes about a second.
 
     cache_dir: where blocks will be kept; created. A limit caps what is free, it cannot add to it.
-    threads: None for as many as ``usable_threads`` finds. Raises BackendUnavailable where the
-    backend does not run here, BackendError where the cache directory cannot be written.
+    threads: None for as many as ``usable_threads`` finds. watts: what its user says. Raises
+    BackendUnavailable where the backend does not run here, BackendError where the cache directory
+    cannot be written.
     """
     kind = backend_class(backend)
     capabilities = kind.probe()
@@ -86,6 +88,7 @@ def profile_device(
         memory_read_bytes_per_s=measure_memory_read(threads),
         disk_write_bytes_per_s=disk_write_bytes_per_s,
         call_s=measure_call(kind(), threads, cache_dir),
+        watts=watts,
     )
 
 
@@ -96,6 +99,7 @@ def profile_in_child(
     memory_limit_bytes: int | None = None,
     storage_limit_bytes: int | None = None,
     threads: int | None = None,
+    watts: float | None = None,
 ) -> DeviceProfile:
     """``profile_device`` in a process of its own, so that this one imports no backend for it.
 
@@ -110,6 +114,7 @@ def profile_in_child(
         "memory_limit_bytes": memory_limit_bytes,
         "storage_limit_bytes": storage_limit_bytes,
         "threads": threads,
+        "watts": watts,
     }
     completed = subprocess.run(  # noqa: S603 - this interpreter, with our own settings
         [sys.executable, "-I", "-c", _CHILD],

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ from model.artifact import Tensor, read_block, write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format, QuantizedMatrix, Scheme
 from model.reference import ReferenceModel
+from model.spec import ModelSpec
 
 SEQUENCE_TOKENS = 128
 MAX_TOKENS = 1024
@@ -80,6 +81,19 @@ class BlockQuality:
         return self.weight_error / 2.0**self.bits
 
 
+class BlockSource(Protocol):
+    """A model whose original blocks can be had one at a time; a Checkpoint is one."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Canonical tensors of one block as float32."""
+
+    def lossless_format(self, block: int) -> Format:
+        """The narrowest format that keeps the weights of a block as they are."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     """How to run: what all public functions take."""
@@ -87,6 +101,7 @@ class _Options:
     backend: Backend | None
     threads: int
     progress: Progress | None
+    kept_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +197,7 @@ def measure_quality(
     Raises ValueError for unusable sequences, CheckpointError for unreadable or absurd weights and
     a full disk, BackendError where the backend fails.
     """
-    _check(checkpoint, sequences)
+    _check(checkpoint.spec, sequences)
     formats = {width: Format.of(width, scheme, group_size) for width in sorted(set(bits))}
     blocks = range(checkpoint.spec.block_count)
     key = _text_key(checkpoint, sequences)
@@ -195,22 +210,84 @@ def measure_quality(
     missing = {
         block: widths
         for block in blocks
-        if (widths := [width for width in formats if (block, width) not in found])
+        if (widths := [fmt for bits, fmt in formats.items() if (block, bits) not in found])
     }
-    if missing:
-        options = _Options(backend, threads, progress)
-        with _runner(checkpoint, sequences, options, directory) as runner:
-            head = checkpoint.spec.head_block
-            # A block, those behind it, and the head.
-            runner.expect(head + sum(1 + head - block for block in missing))
-            final = runner.teach(missing)
-            for block, widths in missing.items():
-                results = runner.students(block, [formats[width] for width in widths], final)
-                for width, values in results.items():
-                    found[block, width] = values
-                    if store is not None:
-                        store.put(key | _format_key(block, formats[width]), values)
+    for quality in measure_blocks(
+        checkpoint,
+        missing,
+        sequences,
+        backend=backend,
+        threads=threads,
+        progress=progress,
+        directory=directory,
+    ):
+        values = quality.kl, quality.weight_error
+        found[quality.block, quality.bits] = values
+        if store is not None:
+            store.put(key | _format_key(quality.block, formats[quality.bits]), values)
     return tuple(BlockQuality(*place, *values) for place, values in sorted(found.items()))
+
+
+def measure_blocks(
+    source: BlockSource,
+    wanted: Mapping[int, Sequence[Format]],
+    sequences: Sequences,
+    *,
+    backend: Backend | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+    kept_bytes: int | None = None,
+) -> Generator[BlockQuality, None, None]:
+    """Each block alone in each of its wanted formats, as soon as it is measured.
+
+    Each original block is read from ``source`` once per pass, unless there is room to keep it:
+    ``kept_bytes`` (fp32) bounds that, None takes a share of free memory. The rest is as in
+    ``measure_quality``.
+    """
+    _check(source.spec, sequences)
+    if not wanted:
+        return
+    options = _Options(backend, threads, progress, kept_bytes)
+    with _runner(source, sequences, options, directory) as runner:
+        head = source.spec.head_block
+        # A block, those behind it, and the head.
+        runner.expect(head + sum(1 + head - block for block in wanted))
+        final = runner.teach(wanted)
+        for block, formats in wanted.items():
+            for width, values in runner.students(block, formats, final).items():
+                yield BlockQuality(block, width, *values)
+
+
+def measure_plans(
+    source: BlockSource,
+    plans: Sequence[Sequence[Format | None]],
+    sequences: Sequences,
+    *,
+    backend: Backend | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+    kept_bytes: int | None = None,
+) -> Generator[float, None, None]:
+    """Mean KL(original || plan) in nats of each plan, given as one format per block.
+
+    None leaves a block as it is; the rest is as in ``measure_blocks``. Raises ValueError for
+    another number of formats than blocks.
+    """
+    _check(source.spec, sequences)
+    count = source.spec.block_count
+    for formats in plans:
+        if len(formats) != count:
+            raise ValueError(f"{len(formats)} formats for a model with {count} blocks")
+    if not plans:
+        return
+    options = _Options(backend, threads, progress, kept_bytes)
+    with _runner(source, sequences, options, directory) as runner:
+        runner.expect(count - 1 + count * len(plans))
+        final = runner.teach()
+        for formats in plans:
+            yield runner.plan_kl(formats, final)
 
 
 def measure_plan_kl(
@@ -223,13 +300,16 @@ def measure_plan_kl(
     progress: Progress | None = None,
     directory: Path | None = None,
 ) -> float:
-    """Mean KL(original || plan) in nats of the model with each block in its format.
-
-    formats: one per block; None leaves a block as it is. The rest is as in ``measure_quality``.
-    Raises ValueError for another number of formats than blocks.
-    """
-    options = _Options(backend, threads, progress)
-    (kl,) = _plan_kls(checkpoint, [formats], sequences, options, directory)
+    """As ``measure_plans`` for one plan."""
+    (kl,) = measure_plans(
+        checkpoint,
+        [formats],
+        sequences,
+        backend=backend,
+        threads=threads,
+        progress=progress,
+        directory=directory,
+    )
     return kl
 
 
@@ -253,8 +333,15 @@ def check_plans(
     kl = {(quality.block, quality.bits): quality.kl for quality in qualities}
     predicted = [sum(kl[place] for place in enumerate(plan)) for plan in plans]
     formats = [[Format.of(width, scheme, group_size) for width in plan] for plan in plans]
-    options = _Options(backend, threads, progress)
-    measured = _plan_kls(checkpoint, formats, sequences, options, directory)
+    measured = measure_plans(
+        checkpoint,
+        formats,
+        sequences,
+        backend=backend,
+        threads=threads,
+        progress=progress,
+        directory=directory,
+    )
     return [
         PlanCheck(tuple(plan), before, after)
         for plan, before, after in zip(plans, predicted, measured, strict=True)
@@ -274,49 +361,31 @@ def random_plans(
     return plans
 
 
-def _plan_kls(
-    checkpoint: Checkpoint,
-    plans: Sequence[Sequence[Format | None]],
-    sequences: Sequences,
-    options: _Options,
-    directory: Path | None,
-) -> list[float]:
-    _check(checkpoint, sequences)
-    count = checkpoint.spec.block_count
-    for formats in plans:
-        if len(formats) != count:
-            raise ValueError(f"{len(formats)} formats for a model with {count} blocks")
-    with _runner(checkpoint, sequences, options, directory) as runner:
-        runner.expect(count - 1 + count * len(plans))
-        final = runner.teach()
-        return [runner.plan_kl(formats, final) for formats in plans]
-
-
 @contextmanager
 def _runner(
-    checkpoint: Checkpoint, sequences: Sequences, options: _Options, directory: Path | None
+    source: BlockSource, sequences: Sequences, options: _Options, directory: Path | None
 ) -> Iterator[_Runner]:
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(dir=directory, prefix=".quality-") as name,
-        _Runner(checkpoint, sequences, options, Path(name)) as runner,
+        _Runner(source, sequences, options, Path(name)) as runner,
     ):
         yield runner
 
 
 class _Runner:
-    """Runs blocks of one checkpoint, as they are or in a format, over all sequences.
+    """Runs blocks of one model, as they are or in a format, over all sequences.
 
     ``progress`` counts passes through blocks; ``expect`` says how many there will be.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, sequences: Sequences, options: _Options, directory: Path
+        self, source: BlockSource, sequences: Sequences, options: _Options, directory: Path
     ) -> None:
-        self.spec = checkpoint.spec
+        self.spec = source.spec
         self.tokens = _joined(sequences)
-        self._checkpoint = checkpoint
+        self._source = source
         self._bounds = _bounds(sequences)
         self._backend = options.backend
         self._progress = options.progress
@@ -325,7 +394,10 @@ class _Runner:
         self._stage_options = StageOptions(1, longest, options.threads)
         self._resources = ExitStack()
         self._kept: dict[int, Run] = {}
-        self._free_bytes = int(memory_bytes()[0] * _KEPT_SHARE)
+        if options.kept_bytes is None:
+            self._free_bytes = int(memory_bytes()[0] * _KEPT_SHARE)
+        else:
+            self._free_bytes = options.kept_bytes
         self._done = self._total = 0
 
     def __enter__(self) -> _Runner:
@@ -360,7 +432,7 @@ class _Runner:
         """(kl, weight error) by width of the students that have one block in a format."""
         head = self.spec.head_block
         rows = final if block == head else np.load(self._input(block))
-        tensors = self._checkpoint.block(block)
+        tensors = self._source.block(block)
         errors: dict[int, float] = {}
         hidden: dict[int, Rows] = {}
         results: dict[int, tuple[float, float]] = {}
@@ -420,7 +492,7 @@ class _Runner:
             with self._original(block) as run:
                 yield run
         else:
-            with self._changed(block, self._checkpoint.block(block), fmt) as (run, _):
+            with self._changed(block, self._source.block(block), fmt) as (run, _):
                 yield run
 
     @contextmanager
@@ -429,10 +501,9 @@ class _Runner:
         if block in self._kept:
             yield self._kept[block]
             return
-        tensors = self._checkpoint.block(block)
+        tensors = self._source.block(block)
         size_bytes = 4 * sum(tensor.size for tensor in tensors.values())
-        halves = all(kind != "F32" for kind in self._checkpoint.source_dtypes(block).values())
-        loading = self._loaded(block, tensors, Format.of(16 if halves else 32))
+        loading = self._loaded(block, tensors, self._source.lossless_format(block))
         if size_bytes > self._free_bytes:
             with loading as (run, _):
                 yield run
@@ -497,8 +568,7 @@ def _bounds(sequences: Sequences) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _check(checkpoint: Checkpoint, sequences: Sequences) -> None:
-    spec = checkpoint.spec
+def _check(spec: ModelSpec, sequences: Sequences) -> None:
     if not sequences:
         raise ValueError("no calibration text: at least one sequence of two tokens is needed")
     for sequence in sequences:

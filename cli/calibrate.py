@@ -1,15 +1,15 @@
 """``shoal calibrate``: what this device can do, alone, without a coordinator.
 
 Without options it measures the device. With a model (or only its shape) it adds the table of
-layer times, with ``--quality`` it measures instead what fewer bits do to the model's words.
+layer times, with ``--quality`` it measures instead what fewer bits do to the model's words: here,
+or with ``--on`` on an agent of the shoal.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from cli.calibrate_quality import quality_here, quality_on_agent
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
-    from calibration.quality import BlockQuality, PlanCheck
     from calibration.survey import DeviceSurvey
     from calibration.table import LayerTable
     from model.spec import ModelSpec
@@ -33,11 +33,12 @@ EXAMPLES = (
     "  shoal calibrate --sustain 60s --watts 6.5         does it keep its speed when it is hot?\n"
     "  shoal calibrate --shape llama-1b --plot roof.svg  seconds per layer, without the weights\n"
     "  shoal calibrate --quality --model ./opt-350m --bits 3,4,8 --plot heat.svg\n"
+    "  shoal calibrate --quality --model ./opt-350m --on auto    on the shoal's fastest agent\n"
 )
 """For the command's help."""
 
 DEFAULT_BITS = (4, 8, 16)
-QUALITY_BITS = (2, 3, 4, 6, 8)
+DEFAULT_CHECKED_PLANS = 8
 
 _BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 _MAX_SUSTAIN_S = 3600.0
@@ -91,9 +92,21 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--max-tokens", type=_count, default=1024, metavar="N", help="of the text")
     quality.add_argument(
         "--check-plans",
-        type=_count,
+        type=_whole,
+        default=DEFAULT_CHECKED_PLANS,
         metavar="N",
-        help="compare the sum over blocks with what N random mixed plans really do",
+        help="compare the sum over blocks with what N random mixed plans really do; the largest "
+        "ratio is the margin that plans keep; default 8",
+    )
+    quality.add_argument(
+        "--on",
+        metavar="NAME",
+        help="measure on this agent, or on the fastest ('auto'), with blocks streamed from the "
+        "coordinator, which keeps the result for --quality-budget; asked again it goes on where "
+        "it was",
+    )
+    quality.add_argument(
+        "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
     )
 
 
@@ -108,10 +121,14 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
 
     if options.plot is not None and options.plot.suffix.lower() != ".svg":
         raise UsageError(f"--plot {options.plot}: only SVG is drawn; end the name in .svg")
+    if options.on is not None and not options.quality:
+        raise UsageError("--on NAME goes with --quality: a device measures itself when it joins")
     state_dir = options.state_dir or default_state_dir()
     try:
-        if options.quality:
-            _quality(options, screen, state_dir)
+        if options.quality and options.on is not None:
+            quality_on_agent(options, screen)
+        elif options.quality:
+            quality_here(options, screen, state_dir)
         else:
             _device(options, screen, state_dir)
     except (BackendError, ModelError) as error:
@@ -134,7 +151,7 @@ def _device(options: argparse.Namespace, screen: Screen, state_dir: Path) -> Non
         spec = load_spec(options.model)
     elif options.shape is not None:
         spec = shape_spec(options.shape)
-    with _progress(screen, "measuring the device") as on_step:
+    with screen.counting("measuring the device") as on_step:
         survey = survey_device(
             state_dir,
             options.threads,
@@ -146,7 +163,7 @@ def _device(options: argparse.Namespace, screen: Screen, state_dir: Path) -> Non
     name = next(backend.name for backend in survey.backends if backend.reason is None)
     table = None
     if spec is not None:
-        with _progress(screen, "measuring layers") as on_step:
+        with screen.counting("measuring layers") as on_step:
             table = measure_table(
                 spec,
                 options.bits or DEFAULT_BITS,
@@ -164,7 +181,8 @@ def _device(options: argparse.Namespace, screen: Screen, state_dir: Path) -> Non
         if spec is not None and table is not None:
             _show_table(screen, spec, table, name)
     if options.plot is not None:
-        _write(screen, options.plot, _roofline(survey, table, name))
+        options.plot.write_text(_roofline(survey, table, name), encoding="utf-8")
+        screen.note(f"drawn to {options.plot}")
 
 
 def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
@@ -306,149 +324,7 @@ def _roofline(survey: DeviceSurvey, table: LayerTable | None, name: str) -> str:
     return roofline_svg(title, read, backend.best_flops, points)
 
 
-# ---- quality -----------------------------------------------------------------------------------
-
-
-def _quality(options: argparse.Namespace, screen: Screen, state_dir: Path) -> None:
-    from backends.registry import BACKENDS, backend_class
-    from calibration.charts import heatmap_svg
-    from calibration.quality import check_plans, measure_quality, random_plans
-    from calibration.store import CalibrationStore
-    from model.checkpoint import Checkpoint
-
-    if options.model is None:
-        raise UsageError("--quality compares weights: it needs --model DIR")
-    bits = options.bits or QUALITY_BITS
-    checkpoint = Checkpoint.open(options.model)
-    spec = checkpoint.spec
-    sequences = _sequences(options, spec)
-    form = {"scheme": options.scheme, "group_size": options.group_size}
-    how = form | {
-        "backend": backend_class(options.backend or next(iter(BACKENDS)))(),
-        "threads": options.threads,
-        "directory": state_dir,
-    }
-    try:
-        with _progress(screen, "measuring sensitivities") as on_step:
-            qualities = measure_quality(
-                checkpoint,
-                bits,
-                sequences,
-                store=CalibrationStore(state_dir / "quality.json"),
-                progress=on_step,
-                **how,
-            )
-        checks: list[PlanCheck] = []
-        if options.check_plans is not None:
-            plans = random_plans(spec.block_count, bits, options.check_plans)
-            with _progress(screen, "measuring plans") as on_step:
-                checks = check_plans(
-                    checkpoint, qualities, plans, sequences, progress=on_step, **how
-                )
-    except ValueError as error:
-        raise CommandFailed(str(error)) from error
-    names = [spec.block_name(block) for block in range(spec.block_count)]
-    tokens = sum(map(len, sequences))
-    title = f"{options.model.absolute().name}: KL(original || one block at b bits), nats per token"
-    if options.json:
-        screen.json(
-            {
-                "model": str(options.model.absolute()),
-                "fingerprint": checkpoint.fingerprint,
-                "tokens": tokens,
-                **form,
-                "blocks": [
-                    asdict(quality)
-                    | {
-                        "name": names[quality.block],
-                        "normalized_weight_error": quality.normalized_weight_error,
-                    }
-                    for quality in qualities
-                ],
-                "plans": [asdict(check) for check in checks],
-            }
-        )
-    else:
-        _show_quality(screen, title, names, bits, qualities)
-        screen.out.print(f"over {tokens} tokens of {len(sequences)} passages")
-        if checks:
-            _show_checks(screen, checks)
-    if options.plot is not None:
-        rows = sorted(set(bits), reverse=True)
-        values = {(rows.index(quality.bits), quality.block): quality.kl for quality in qualities}
-        picture = heatmap_svg(title, names, [f"{width} bits" for width in rows], values)
-        _write(screen, options.plot, picture)
-
-
-def _sequences(options: argparse.Namespace, spec: ModelSpec) -> list[list[int]]:
-    from calibration.quality import SEQUENCE_TOKENS, built_in_text, passages_of, split_passages
-    from model.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(options.model)
-    if options.text is None:
-        passages = built_in_text()
-    else:
-        try:
-            passages = passages_of(options.text.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise CommandFailed(f"{options.text}: not UTF-8 text") from error
-    encoded = (tokenizer.encode(passage) for passage in passages)
-    return split_passages(encoded, min(SEQUENCE_TOKENS, spec.max_context), options.max_tokens)
-
-
-def _show_quality(
-    screen: Screen,
-    title: str,
-    names: Sequence[str],
-    bits: Sequence[int],
-    qualities: Sequence[BlockQuality],
-) -> None:
-    widths = sorted(set(bits))
-    kl = {(item.block, item.bits): item.kl for item in qualities}
-    errors = {(item.block, item.bits): item.normalized_weight_error for item in qualities}
-    for heading, values in ((title, kl), ("max|w - w_b| / 2^b", errors)):
-        table = Table(title=escape(heading), title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("block", no_wrap=True)
-        for width in widths:
-            table.add_column(f"{width} bits", justify="right", no_wrap=True)
-        for block, name in enumerate(names):
-            table.add_row(name, *(f"{values[block, width]:.1e}" for width in widths))
-        screen.out.print(table)
-
-
-def _show_checks(screen: Screen, checks: Sequence[PlanCheck]) -> None:
-    table = Table(title="mixed plans, KL in nats per token", title_justify="left")
-    table.box = box.SIMPLE_HEAD
-    table.add_column("bits of each block")
-    for column in ("predicted sum", "measured", "measured / predicted"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for check in checks:
-        ratio = check.measured_kl / check.predicted_kl if check.predicted_kl else None
-        table.add_row(
-            " ".join(map(str, check.bits)),
-            f"{check.predicted_kl:.3e}",
-            f"{check.measured_kl:.3e}",
-            "-" if ratio is None else f"{ratio:.2f}",
-        )
-    screen.out.print(table)
-
-
 # ---- helpers -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(screen: Screen, label: str) -> Iterator[Callable[[int, int], None]]:
-    with screen.progress() as on_step:
-
-        def report(done: int, total: int) -> None:
-            on_step({"phase": label, "label": "", "unit": "steps", "done": done, "total": total})
-
-        yield report
-
-
-def _write(screen: Screen, path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")
-    screen.note(f"drawn to {path}")
 
 
 def _argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
@@ -475,6 +351,13 @@ def _parse_count(text: str) -> int:
     return value
 
 
+def _parse_whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
 def _parse_seconds(text: str) -> float:
     value = float(text.removesuffix("s"))
     if not 1 <= value <= _MAX_SUSTAIN_S:
@@ -491,5 +374,6 @@ def _parse_watts(text: str) -> float:
 
 _bits = _argument(_parse_bits, "widths out of " + ",".join(map(str, _BITS)))
 _count = _argument(_parse_count, "a whole number above 0")
+_whole = _argument(_parse_whole, "a whole number, 0 for none")
 _seconds = _argument(_parse_seconds, "seconds between 1 and 3600, such as 60s")
 _watts = _argument(_parse_watts, "watts above 0, such as 6.5")

@@ -28,8 +28,8 @@ from cli.generation import generate
 from cli.render import Screen
 from coordinator.artifacts import ArtifactStore
 from coordinator.errors import CoordinatorError
-from coordinator.fleet import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS
 from coordinator.gateway import room_for_answer
+from coordinator.plan_request import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS
 from model import costs
 from model.checkpoint import Checkpoint
 from model.errors import ModelError

@@ -123,6 +123,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 http_port=options.http.port,
                 advertise=not options.no_mdns,
                 token=read_token(options.token_file),
+                storage_bytes=options.storage,
             ),
             screen.note,
             ServiceManager.from_environment(),
@@ -173,6 +174,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 threads=options.threads,
                 backend=options.backend,
                 token=read_token(options.token_file),
+                watts=options.watts,
             ),
             screen.note,
             service,
@@ -200,21 +202,16 @@ def run_devices(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
-    planning.require_devices(options)
     if options.devices is not None:
         planning.run_offline_plan(options, screen)
         return
-    with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/plan", _plan_request(options), on_step)
-    if options.json:
-        screen.json(answer)
-    else:
-        screen.plan(answer["plan"], f"predicted plan for {answer['model']}")
+    with _client(options) as client:
+        planning.run_live_plan(options, screen, client)
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/load", _plan_request(options), on_step)
+        answer = client.operate("/shoal/v1/load", planning.request_of(options), on_step)
     if options.json:
         screen.json(answer)
     else:
@@ -285,21 +282,6 @@ def _client(options: argparse.Namespace) -> Any:
     from cli.client import Client, default_url
 
     return Client(options.url or default_url())
-
-
-def _plan_request(options: argparse.Namespace) -> dict[str, Any]:
-    request: dict[str, Any] = {
-        "model": str(Path(options.model).absolute()),
-        "scheme": options.scheme,
-        "group_size": options.group_size,
-        "max_weight_error": options.max_weight_error,
-        "context_tokens": options.context,
-        "time_limit_s": options.time_limit,
-        **planning.wishes_of(options),
-    }
-    if options.bits is not None:
-        request["bits"] = options.bits
-    return request
 
 
 def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
@@ -440,6 +422,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help=f"the API; default 127.0.0.1:{HTTP_PORT}, this machine only",
     )
+    coordinator.add_argument(
+        "--storage",
+        type=_size,
+        metavar="SIZE",
+        help="for quantized blocks, the least recently used make room; default: 90 %% of the free "
+        "disk",
+    )
     coordinator.add_argument("--state-dir", type=Path, metavar="DIR")
     _add_token(coordinator)
     coordinator.add_argument(
@@ -472,6 +461,9 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--memory", type=_size, metavar="SIZE", help="for weights, KV and buffers")
     agent.add_argument("--storage", type=_size, metavar="SIZE", help="for the block cache")
     agent.add_argument("--threads", type=_count, default=_default_threads(), metavar="N")
+    agent.add_argument(
+        "--watts", type=_watts, metavar="W", help="what it draws while it computes, for energy"
+    )
     agent.add_argument("--backend", default="onnx_cpu")
     agent.add_argument("--bind", default=ALL_INTERFACES, metavar="HOST", help="for other agents")
     agent.add_argument("--port", type=_port, default=0, help="for other agents; default: any")
@@ -495,13 +487,18 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         run_plan,
         "decide which device would run which blocks at how many bits",
-        "  shoal plan ~/models/llama-3.2-1b --bits 4,8\n",
+        "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
+        "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
+        "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
+        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n",
     )
     load = command(
         "load",
         run_load,
         "plan a model, quantize it and place it on the devices",
-        "  shoal load ~/models/llama-3.2-1b\n  shoal load ./opt-350m --bits 8,16 --context 1024\n",
+        "  shoal load ~/models/llama-3.2-1b\n"
+        "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
+        "  shoal load ./opt-350m --plan plan.json   exactly this plan\n",
     )
     for sub in (plan, load):
         sub.add_argument("model", metavar="MODEL", help="a Hugging Face model directory")
@@ -656,6 +653,7 @@ _sizes = _argument(lambda text: [parse_size(part) for part in text.split(",")], 
 _error_bound = _argument(_bound, "a number >= 0, or none")
 _temperature = _argument(_between(0, 2), "a number between 0 and 2")
 _share = _argument(_between(0, 1), "a number between 0 and 1")
+_watts = _argument(_between(0.01, 1e5), "watts, such as 6.5")
 _seconds = _argument(_between(0.01, 3600), "seconds between 0.01 and 3600")
 _port = _argument(_port_number, "a port between 0 and 65535")
 _http_endpoint = _argument(_endpoint(HTTP_PORT), "HOST:PORT")

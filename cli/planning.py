@@ -1,35 +1,37 @@
-"""What ``shoal plan`` does beyond asking a coordinator: described testbeds, files, explanations.
+"""``shoal plan`` and what goes with it: for the shoal as measured, or for a described testbed.
 
-``add_planning_arguments`` and ``run_offline_plan`` are wired up in cli.main. Figures made from a
-described testbed are predictions from what its file says, and are labelled so.
+Both ways lead to a planning problem, and everything beyond the best plan (explanations, drawings,
+files, simulations) is made from it by the same functions here. Figures made from a described
+testbed are predictions from what its file says, and are labelled so.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
 from cli.errors import CommandFailed, UsageError
+from cli.plan_views import (
+    show_difference,
+    show_dilemma,
+    show_divergence,
+    show_explanation,
+    show_simulation,
+    show_study,
+)
 from cli.render import Screen
-from wire.sizes import format_size
 
 if TYPE_CHECKING:
-    from coordinator.dilemma import Instance, Solution
-    from coordinator.explain import Explanation, Kind
-    from coordinator.lab import Lab, Sensitivities
+    from cli.client import Client
+    from coordinator.explain import Explanation
+    from coordinator.lab import Sensitivities
     from coordinator.plan import Plan
-    from coordinator.plan_file import Change, SavedPlan
     from coordinator.problem import Objective, PlanningProblem
-    from coordinator.study import DilemmaStudy, Simulation
+    from coordinator.study import Simulation
     from model.quantize import Format
     from model.spec import ModelSpec
 
@@ -44,7 +46,7 @@ _PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.
 
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``shoal plan`` that need no coordinator."""
+    """The options of ``shoal plan`` beyond those that ``shoal load`` shares."""
     parser.add_argument(
         "--devices",
         type=Path,
@@ -56,7 +58,6 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, to edit or load")
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="take this plan, verified")
     parser.add_argument(
         "--simulate", type=_count, metavar="N", help="draw the links' speeds anew N times"
     )
@@ -102,16 +103,32 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", action="append", default=[], metavar="NAME", help="plan without this device"
     )
     parser.add_argument(
+        "--migration-weight",
+        type=_budget,
+        default=0.0,
+        metavar="W",
+        help="add W seconds to the objective per second of loading what devices do not hold",
+    )
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="take the plan of this file, verified"
+    )
+    parser.add_argument(
         "--quality-budget",
         type=_budget,
         metavar="KL",
-        help="bound on the sum of all blocks' KL divergence, nats per token",
+        help="bound on the plan's KL divergence from the original model, nats per token",
     )
     parser.add_argument(
         "--sensitivities",
         type=Path,
         metavar="FILE",
-        help="what calibrate printed for the model with --json",
+        help="what calibrate printed for the model with --json; default: what the coordinator "
+        "has from `shoal calibrate --quality --on`",
+    )
+    parser.add_argument(
+        "--check-quality",
+        action="store_true",
+        help="measure the plan's divergence, and plan anew until it keeps --quality-budget",
     )
 
 
@@ -130,41 +147,65 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def objective_of(options: argparse.Namespace) -> Objective:
-    """The planner's objective that the arguments ask for."""
+    """The planner's objective that the arguments ask for. Raises UsageError."""
     from coordinator.problem import Objective
 
-    if options.objective == "request":
-        return Objective("request", options.prompt_tokens, options.output_tokens)
-    return Objective(options.objective)
+    weight = options.migration_weight
+    try:
+        if options.objective == "request":
+            return Objective("request", options.prompt_tokens, options.output_tokens, weight)
+        return Objective(options.objective, migration_weight=weight)
+    except ValueError as error:
+        raise UsageError(f"--objective {options.objective}: {error}") from error
 
 
-def wishes_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments ask of a live plan, as the coordinator's API takes it.
+def request_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The live plan or load that the arguments ask for, as the coordinator's API takes it.
 
     Raises UsageError, CommandFailed.
     """
-    wishes: dict[str, Any] = {
-        "objective": asdict(objective_of(options)),
-        "exclude": options.exclude,
-        "quality_budget": options.quality_budget,
-    }
-    if not options.pin and options.quality_budget is None and options.sensitivities is None:
-        return wishes
     from coordinator.lab import LabError
+    from coordinator.plan import PlanError
+    from coordinator.plan_file import read_plan
+    from coordinator.plan_request import DEFAULT_BITS
     from model.errors import ModelError
     from model.families import load_spec
 
+    if options.check_quality and options.quality_budget is None:
+        raise UsageError("--check-quality needs --quality-budget KL to compare with")
+    request: dict[str, Any] = {
+        "model": str(Path(options.model).absolute()),
+        "scheme": options.scheme,
+        "group_size": options.group_size,
+        "max_weight_error": options.max_weight_error,
+        "context_tokens": options.context,
+        "time_limit_s": options.time_limit,
+        "objective": asdict(objective_of(options)),
+        "exclude": options.exclude,
+        "quality_budget": options.quality_budget,
+        "check_quality": options.check_quality,
+    }
+    if options.bits is not None:
+        request["bits"] = options.bits
     try:
-        spec = load_spec(Path(options.model))
-        wishes["pins"] = {str(block): name for block, name in pins_of(options, spec).items()}
-        known_kl = _sensitivities(options, spec)
-    except (LabError, ModelError) as error:
+        if options.plan is not None:
+            saved = read_plan(options.plan)
+            request["plan"] = saved.to_dict()
+            if options.bits is None:
+                used = {bits for _, bits in saved.placements}
+                request["bits"] = sorted(used.union(DEFAULT_BITS))
+        if options.pin or options.sensitivities is not None:
+            spec = load_spec(Path(options.model))
+            request["pins"] = {str(block): name for block, name in pins_of(options, spec).items()}
+            known = _sensitivities(options, spec)
+            if known is not None:
+                request["quality_margin"] = known.margin
+                request["sensitivities"] = [
+                    {str(bits): kl for bits, kl in row.items()} for row in known.kl
+                ]
+    except (LabError, ModelError, PlanError) as error:
         raise CommandFailed(str(error)) from error
-    if known_kl is not None:
-        wishes["sensitivities"] = [
-            {str(bits): kl for bits, kl in row.items()} for row in known_kl.kl
-        ]
-    return wishes
+    return request
 
 
 def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:
@@ -224,13 +265,19 @@ def _repairs(text: str) -> tuple[str, ...]:
 
 def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     """``shoal plan MODEL --devices LAB.yaml``: no coordinator, no agent. Raises CommandFailed."""
-    from coordinator.fleet import DEFAULT_CONTEXT_TOKENS
+    from coordinator.admin_api import describe_plan
     from coordinator.lab import LabError, lab_problem, read_lab
     from coordinator.plan import PlanError
+    from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS
+    from coordinator.quality import scaled
     from model.errors import ModelError
     from model.families import load_spec
     from model.quantize import Format
 
+    if options.check_quality:
+        raise UsageError("--check-quality measures on the shoal's agents: drop --devices")
+    if options.migration_weight:
+        raise UsageError("--migration-weight needs agents: described devices hold nothing")
     model = Path(options.model)
     try:
         lab = read_lab(options.devices)
@@ -242,6 +289,8 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         }
         errors: Sequence[Mapping[int, float]] | None
         known_kl = _sensitivities(options, spec)
+        if options.quality_budget is not None and known_kl is None:
+            raise UsageError("--quality-budget needs --sensitivities FILE: run calibrate first")
         if known_kl is not None:
             errors, bound = known_kl.weight_errors, options.max_weight_error
         else:
@@ -255,7 +304,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             context_tokens=context_tokens,
             weight_errors=errors,
             max_weight_error=bound,
-            sensitivities=None if known_kl is None else known_kl.kl,
+            sensitivities=None if known_kl is None else scaled(known_kl.kl, known_kl.margin),
             quality_budget=options.quality_budget,
             objective=objective_of(options),
             pins=pins_of(options, spec),
@@ -264,23 +313,54 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         if options.formulation == "dilemma":
             _run_dilemma(options, screen, problem)
         else:
-            _run_plan(options, screen, lab, problem, context_tokens)
+            name = model.absolute().name
+            plan = _given_or_best(options, screen, problem)
+            wording = _Wording(
+                f"plan for {name}, predicted from {options.devices}",
+                f"{name} on {options.devices.name}",
+                {
+                    "devices": str(options.devices),
+                    "figures": "predicted from described devices",
+                },
+            )
+            found = _Found(name, context_tokens, describe_plan(spec, plan), wording)
+            found.margin = None if known_kl is None else known_kl.margin
+            _show_plan(options, screen, plan, problem, found)
     except (LabError, ModelError, PlanError, ValueError) as error:
         raise CommandFailed(str(error)) from error
 
 
-def require_devices(options: argparse.Namespace) -> None:
-    """Refuse options that only work on described devices. Raises UsageError."""
-    for name, asked in (
-        ("--explain", options.explain),
-        ("--plot", options.plot),
-        ("--save", options.save),
-        ("--plan", options.plan),
-        ("--simulate", options.simulate),
-        ("--formulation dilemma", options.formulation == "dilemma"),
-    ):
-        if asked and options.devices is None:
-            raise UsageError(f"{name} needs --devices LAB.yaml")
+def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -> None:
+    """``shoal plan MODEL``: what the coordinator measured. Raises CommandFailed."""
+    from coordinator.plan import Plan, PlanError, verify
+    from coordinator.problem import PlanningProblem
+
+    if options.formulation == "dilemma":
+        raise UsageError("--formulation dilemma needs --devices LAB.yaml")
+    request = request_of(options)
+    asked = (options.explain, options.plot, options.save, options.plan, options.simulate)
+    request["with_problem"] = any(asked)
+    with screen.progress() as on_step:
+        answer = client.operate("/shoal/v1/plan", request, on_step)
+    wording = _Wording(
+        f"predicted plan for {answer['model']}",
+        f"{answer['model']} on this shoal",
+        {"figures": "predicted from measured devices"},
+    )
+    found = _Found(answer["model"], answer["context_tokens"], answer["plan"], wording)
+    if "quality" in answer:
+        found.margin = answer["quality"]["margin"]
+        found.measured_kl = answer["quality"]["measured_kl"]
+    if not any(asked):
+        _show_found(options, screen, found)
+        return
+    try:
+        problem = PlanningProblem.from_dict(answer["problem"])
+        plan = Plan.from_dict({item.name: answer["plan"][item.name] for item in fields(Plan)})
+        verify(plan, problem)
+        _show_plan(options, screen, _compared(options, screen, plan, problem), problem, found)
+    except (PlanError, ValueError) as error:
+        raise CommandFailed(str(error)) from error
 
 
 def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
@@ -309,7 +389,7 @@ def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
             }
         )
     else:
-        _show_difference(screen, before, after, changes)
+        show_difference(screen, before, after, changes)
 
 
 def run_study(options: argparse.Namespace, screen: Screen) -> None:
@@ -360,8 +440,6 @@ def _sensitivities(options: argparse.Namespace, spec: ModelSpec) -> Sensitivitie
     from coordinator.lab import read_sensitivities
 
     if options.sensitivities is None:
-        if options.quality_budget is not None:
-            raise UsageError("--quality-budget needs --sensitivities FILE: run calibrate first")
         return None
     found = read_sensitivities(options.sensitivities, spec)
     asked = {"scheme": options.scheme, "group_size": options.group_size}
@@ -402,21 +480,42 @@ def _weight_errors(
     return errors, options.max_weight_error
 
 
-def _run_plan(
+@dataclass(frozen=True, slots=True)
+class _Wording:
+    """What tells a live plan from one for described devices."""
+
+    title: str
+    picture: str
+    labels: Mapping[str, str]
+    """Keys of the JSON answer that say where its figures are from."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """A plan as JSON, and what is known beside it."""
+
+    model: str
+    context_tokens: int
+    plan: Mapping[str, Any]
+    wording: _Wording
+    margin: float | None = None
+    measured_kl: float | None = None
+
+
+def _show_plan(
     options: argparse.Namespace,
     screen: Screen,
-    lab: Lab,
+    plan: Plan,
     problem: PlanningProblem,
-    context_tokens: int,
+    found: _Found,
 ) -> None:
+    """Explain, simulate, save and draw a plan as asked, then show it."""
     from coordinator.admin_api import describe_plan
     from coordinator.explain import explain
     from coordinator.study import simulate
 
     if options.simulate and options.objective == "energy":
         raise UsageError("--simulate draws link speeds, which energy does not depend on")
-    model = Path(options.model).absolute().name
-    plan = _given_or_best(options, screen, problem)
     explanation: Explanation | None = None
     simulation: Simulation | None = None
     with screen.progress() as on_step:
@@ -440,32 +539,44 @@ def _run_plan(
                 on_run=lambda done, total: on_step(_step("drawing links", "", done, total)),
             )
     if options.save:
-        save_plan(options.save, plan, model)
+        save_plan(options.save, plan, found.model)
         screen.note(f"saved to {options.save}")
     if options.plot:
         names = [device.name for device in problem.devices]
-        write_plot(options.plot, plan, problem.spec, f"{model} on {options.devices.name}", names)
+        write_plot(options.plot, plan, problem.spec, found.wording.picture, names)
         screen.note(f"drawn to {options.plot}")
-    described = describe_plan(problem.spec, plan)
+    found.plan = describe_plan(problem.spec, plan)
+    _show_found(options, screen, found, explanation, simulation)
+
+
+def _show_found(
+    options: argparse.Namespace,
+    screen: Screen,
+    found: _Found,
+    explanation: Explanation | None = None,
+    simulation: Simulation | None = None,
+) -> None:
+    """A plan as JSON or as tables."""
     if options.json:
         answer: dict[str, Any] = {
-            "model": model,
-            "devices": str(options.devices),
-            "figures": "predicted from described devices",
-            "context_tokens": context_tokens,
-            "plan": described,
+            "model": found.model,
+            **found.wording.labels,
+            "context_tokens": found.context_tokens,
+            "plan": found.plan,
         }
+        if found.margin is not None:
+            answer["quality"] = {"margin": found.margin, "measured_kl": found.measured_kl}
         if explanation is not None:
             answer["explanation"] = explanation.to_dict()
         if simulation is not None:
             answer["simulation"] = simulation.to_dict()
         screen.json(answer)
         return
-    screen.plan(described, f"plan for {model}, predicted from {options.devices}")
-    if plan.total_sensitivity is not None:
-        screen.out.print(f"predicted KL divergence: {plan.total_sensitivity:.3g} nats per token")
-    if plan.energy_j is not None:
-        screen.out.print(f"predicted energy of computing: {plan.energy_j:.3g} J per token")
+    screen.plan(found.plan, found.wording.title)
+    show_divergence(screen, found.plan, found.margin, found.measured_kl)
+    if found.plan["energy_j"] is not None:
+        energy_j = found.plan["energy_j"]
+        screen.out.print(f"predicted energy of computing: {energy_j:.3g} J per token")
     if explanation is not None:
         show_explanation(screen, explanation)
     if simulation is not None:
@@ -517,211 +628,44 @@ def _run_dilemma(options: argparse.Namespace, screen: Screen, problem: PlanningP
             }
         )
     else:
-        _show_dilemma(screen, problem.spec, instance, solution, options.repair)
+        show_dilemma(screen, problem.spec, instance, solution, options.repair)
 
 
 def _given_or_best(options: argparse.Namespace, screen: Screen, problem: PlanningProblem) -> Plan:
-    """The plan of --plan, else the best; a given one is told how far from the best it is."""
-    from coordinator.plan import PlanError
+    """The plan of --plan, else the best."""
     from coordinator.plan_file import read_plan
-    from coordinator.planner import solve
 
-    given = read_plan(options.plan).to_plan(problem) if options.plan else None
+    if options.plan:
+        return _compared(options, screen, read_plan(options.plan).to_plan(problem), problem)
+    return _solve(options, screen, problem)
+
+
+def _compared(
+    options: argparse.Namespace, screen: Screen, plan: Plan, problem: PlanningProblem
+) -> Plan:
+    """A plan of --plan with the user told how far from the best it is; another as it is."""
+    from coordinator.plan import PlanError
+
+    if not options.plan:
+        return plan
     try:
-        with screen.progress() as on_step:
-            on_step(_step("plan", "", 0, 0))
-            best = solve(problem, time_limit_s=options.time_limit)
+        best = _solve(options, screen, problem)
     except PlanError:
-        if given is None:
-            raise
-        return given
-    if given is None:
-        return best
+        return plan
     screen.note(
-        f"{options.plan} fits; its predicted objective is {given.value_text},"
+        f"{options.plan} fits; its predicted objective is {plan.value_text},"
         f" the best plan found has {best.value_text}"
     )
-    return replace(given, proof=best.proof)
+    return replace(plan, proof=best.proof)
+
+
+def _solve(options: argparse.Namespace, screen: Screen, problem: PlanningProblem) -> Plan:
+    from coordinator.planner import solve
+
+    with screen.progress() as on_step:
+        on_step(_step("plan", "", 0, 0))
+        return solve(problem, time_limit_s=options.time_limit)
 
 
 def _step(phase: str, label: str, done: int, total: int) -> dict[str, Any]:
     return {"phase": phase, "label": label, "done": done, "total": total, "unit": "steps"}
-
-
-# ---- tables ------------------------------------------------------------------------------------
-
-
-def show_explanation(screen: Screen, explanation: Explanation) -> None:
-    """Where a token's time goes, then one line per change that was tried."""
-    from coordinator.explain import change_text
-    from coordinator.plan_file import bits_text
-
-    table = _table("where a token's predicted time goes")
-    table.add_column("device", no_wrap=True)
-    table.add_column("bits", overflow="fold", min_width=6)
-    columns = ["compute ms", "hop ms", "share", "memory"]
-    optional = [
-        ("worst error", "1e", [stage.worst_weight_error for stage in explanation.stages]),
-        ("KL", "3g", [stage.sensitivity for stage in explanation.stages]),
-        ("J", "2f", [stage.energy_j for stage in explanation.stages]),
-    ]
-    # What is known of no stage takes no room.
-    known = [column for column in optional if any(value is not None for value in column[2])]
-    for name in [*columns, *(name for name, _, _ in known)]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for index, stage in enumerate(explanation.stages):
-        used = stage.memory_bytes / stage.memory_limit_bytes
-        table.add_row(
-            escape(stage.device),
-            bits_text(stage.bits),
-            f"{stage.compute_s * 1e3:.2f}",
-            f"{stage.hop_s * 1e3:.2f}",
-            f"{stage.share:.0%}",
-            f"{format_size(stage.memory_bytes)} ({used:.0%})",
-            *(
-                "-" if values[index] is None else format(values[index], f".{style}")
-                for _, style, values in known
-            ),
-        )
-    screen.out.print(table)
-    screen.out.print(f"bottleneck: {escape(explanation.bottleneck)}")
-    screen.out.print(f"pipelined: {escape(explanation.pipeline_bottleneck)}")
-    screen.out.print("\nsolved again with one thing changed:")
-    telling = [item for item in explanation.marginals if item.change != 0.0]
-    for item in telling:
-        screen.out.print(f"  {escape(str(item))}")
-    # What makes no difference takes one line per kind, however many there are.
-    same: dict[tuple[Kind, str], list[str]] = {}
-    for item in explanation.marginals:
-        if item.change == 0.0:
-            same.setdefault((item.kind, item.nothing), []).append(item.subject)
-    for (kind, verdict), subjects in same.items():
-        subject = subjects[0] if len(subjects) == 1 else f"any one of {', '.join(subjects)}"
-        screen.out.print(f"  {escape(change_text(kind, subject))}: {verdict}")
-    if not explanation.complete:
-        screen.out.print("  (time ended before all changes were tried)")
-
-
-def show_simulation(screen: Screen, simulation: Simulation) -> None:
-    """The spread over drawn link speeds."""
-    table = _table(f"{simulation.kept.runs} draws of link speeds, predicted ms")
-    table.add_column("plan")
-    for column in ("lowest", "10 %", "median", "90 %", "highest"):
-        table.add_column(column, justify="right", no_wrap=True)
-    rows = [("this one, kept", simulation.kept), ("planned anew", simulation.replanned)]
-    for label, spread in rows:
-        if spread is not None:
-            values = (spread.low, spread.tenth, spread.median, spread.ninetieth, spread.high)
-            table.add_row(label, *(f"{value * 1e3:.2f}" for value in values))
-    screen.out.print(table)
-    screen.out.print(f"{simulation.distinct} different plans were best for some draw")
-    if simulation.unproven:
-        screen.out.print(f"{simulation.unproven} of them may not be the best: time ended")
-    if simulation.unsolved:
-        screen.out.print(f"{simulation.unsolved} draws found no plan within the time limit")
-
-
-def _show_difference(
-    screen: Screen, before: SavedPlan, after: SavedPlan, changes: Sequence[Change]
-) -> None:
-    if not changes:
-        screen.out.print("the two plans place every block alike")
-    else:
-        table = _table(f"from {before.source} to {after.source}")
-        for column in ("blocks", "before", "after"):
-            table.add_column(column, no_wrap=True)
-        for change in changes:
-            one = change.last == change.first + 1
-            table.add_row(
-                str(change.first) if one else f"{change.first}-{change.last - 1}",
-                escape(f"{change.before[0]} {change.before[1]} bit"),
-                escape(f"{change.after[0]} {change.after[1]} bit"),
-            )
-        screen.out.print(table)
-    old = before.predicted.get("ms_per_token")
-    new = after.predicted.get("ms_per_token")
-    if old and new:
-        screen.out.print(
-            f"as predicted when they were saved: {old:.2f} -> {new:.2f} ms per token"
-            f" ({new / old - 1:+.1%})"
-        )
-
-
-def _show_dilemma(
-    screen: Screen,
-    spec: ModelSpec,
-    instance: Instance,
-    solution: Solution,
-    repairs: Sequence[str],
-) -> None:
-    table = _table(f"the paper's program, repaired: {', '.join(repairs) or 'nothing'}")
-    for column in ("blocks", "device", "bits"):
-        table.add_column(column, no_wrap=True)
-    runs = itertools.groupby(solution.choices, key=lambda choice: (choice.device, choice.bits))
-    for (device, bits), run in runs:
-        names = [spec.block_name(choice.layer) for choice in run]
-        table.add_row(
-            names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
-            escape(instance.devices[device]),
-            str(bits),
-        )
-    screen.out.print(table)
-    proven = "optimal" if solution.proven_optimal else "not proven optimal"
-    screen.out.print(
-        f"objective: {solution.objective_s * 1e3:.2f} ms per token predicted, {proven},"
-        f" by {solution.solver}"
-    )
-    if solution.honest_s is None:
-        screen.out.print("this places some layers twice or never: no model runs like that")
-    elif solution.honest_s > solution.objective_s * (1 + 1e-9):
-        screen.out.print(
-            f"with every transfer charged: {solution.honest_s * 1e3:.2f} ms"
-            " (the objective leaves some out; repair 2f)"
-        )
-
-
-def show_study(screen: Screen, study: DilemmaStudy) -> None:
-    """The bits of Table 1, then the figures' points."""
-    table = _table("Table 1 with synthetic weights: computed, not measured")
-    for column in ("delta", "bits", "paper", "ratio", "T, s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in study.table:
-        table.add_row(
-            f"{row.delta:g}",
-            ", ".join(map(str, row.bits)),
-            str(row.paper_bits),
-            f"{row.quantization_ratio:.2%}",
-            f"{row.objective_s:.2f}",
-        )
-    screen.out.print(table)
-    oddities = _table("one repair left out: four layers, four servers")
-    for column in ("left out", "T, s", "with every transfer", "bits", "servers", "verdict"):
-        oddities.add_column(column, overflow="fold")
-    for oddity in study.oddities:
-        figures = [
-            "-" if value is None else f"{value:.2f}"
-            for value in (oddity.objective_s, oddity.honest_s)
-        ]
-        bits = " ".join(map(str, oddity.bits))
-        oddities.add_row(
-            oddity.left_out, *figures, bits, str(oddity.servers or "-"), oddity.verdict
-        )
-    screen.out.print(oddities)
-    for title, label, sweep, unit in (
-        ("figure 5", "least Mbit/s", study.links, 1e6),
-        ("figure 6", "clock GHz", study.clocks, 1e9),
-    ):
-        points = _table(f"{title}: T in s over {study.runs} runs")
-        for column in (label, "10 %", "median", "90 %"):
-            points.add_column(column, justify="right", no_wrap=True)
-        for value, spread in zip(sweep.values, sweep.spreads, strict=True):
-            drawn = (spread.tenth, spread.median, spread.ninetieth)
-            points.add_row(f"{value / unit:g}", *(f"{figure:.2f}" for figure in drawn))
-        screen.out.print(points)
-    unproven = study.links.unproven + study.clocks.unproven
-    verdict = "all proven optimal" if not unproven else f"{unproven} not proven optimal"
-    screen.out.print(f"{verdict}, by {study.solver}")
-
-
-def _table(title: str) -> Table:
-    return Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

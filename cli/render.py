@@ -32,6 +32,7 @@ PHASES = {
     "weight errors": "measuring weight errors",
     "plan": "solving the plan",
     "quantize": "quantizing blocks",
+    "quality": "measuring sensitivities",
     "load": "loading stages",
 }
 
@@ -106,6 +107,18 @@ class Screen:
         finally:
             if bars.live.is_started:
                 bars.stop()
+
+    @contextmanager
+    def counting(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """As ``progress`` for work of this process: the function takes (done, total)."""
+        with self.progress() as on_step:
+
+            def report(done: int, total: int) -> None:
+                on_step(
+                    {"phase": label, "label": "", "unit": "steps", "done": done, "total": total}
+                )
+
+            yield report
 
     # ---- tables ---------------------------------------------------------------------------------
 

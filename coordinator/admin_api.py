@@ -1,7 +1,7 @@
-"""The routes behind the ``shoal`` command: devices, plan, load, unload, ps.
+"""The routes behind the ``shoal`` command: devices, plan, load, unload, ps, quality.
 
-Plan and load stream one JSON object a line: {"step": ...} for progress, then {"result": ...} or
-{"error": ...}. A client that goes away cancels the operation.
+Plan, load and quality stream one JSON object a line: {"step": ...} for progress, then
+{"result": ...} or {"error": ...}. A client that goes away cancels the operation.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coordinator.fleet import Deployment, Fleet, Planned, PlanRequest, Step, model_name
+from coordinator.distillation import QualityFound
+from coordinator.fleet import Deployment, Fleet, Planned
 from coordinator.http import json_lines, read_json
+from coordinator.measurements import Step
 from coordinator.members import Member, Roster
 from coordinator.plan import Plan
+from coordinator.plan_request import PlanRequest, model_name
+from coordinator.quality import QualityRequest
 from model.spec import ModelSpec
 
 Emit = Callable[[dict[str, Any]], None]
@@ -39,6 +43,7 @@ class AdminRoutes:
             Route("/shoal/v1/plan", self.plan, methods=["POST"]),
             Route("/shoal/v1/load", self.load, methods=["POST"]),
             Route("/shoal/v1/unload", self.unload, methods=["POST"]),
+            Route("/shoal/v1/quality", self.quality, methods=["POST"]),
         ]
 
     async def devices(self, request: Request) -> Response:
@@ -70,6 +75,14 @@ class AdminRoutes:
 
         return json_lines(work)
 
+    async def quality(self, request: Request) -> Response:
+        wanted = QualityRequest.from_dict(await read_json(request))
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            return _quality(await self._fleet.calibrate(wanted, _emitter(emit)))
+
+        return json_lines(work)
+
     async def unload(self, request: Request) -> Response:
         await read_json(request)
         return JSONResponse({"unloaded": await self._fleet.unload()})
@@ -92,10 +105,48 @@ def _device(member: Member) -> dict[str, Any]:
 
 
 def _planned(planned: Planned) -> dict[str, Any]:
-    return {
+    answer: dict[str, Any] = {
         "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
         "plan": describe_plan(planned.checkpoint.spec, planned.plan),
+    }
+    if planned.quality_margin is not None:
+        answer["quality"] = {
+            "margin": planned.quality_margin,
+            "measured_kl": planned.measured_kl,
+        }
+    if planned.request.with_problem:
+        answer["problem"] = planned.problem.to_dict()
+    return answer
+
+
+def _quality(found: QualityFound) -> dict[str, Any]:
+    """As ``shoal calibrate --quality --json`` prints what it measured by itself."""
+    known, spec = found.known, found.checkpoint.spec
+    return {
+        "model": str(found.request.model),
+        "fingerprint": found.checkpoint.fingerprint,
+        "measured_on": found.device,
+        "tokens": sum(map(len, known.sequences)),
+        "scheme": known.scheme,
+        "group_size": known.group_size,
+        "blocks": [
+            {
+                "block": block,
+                "bits": bits,
+                "kl": kl,
+                "weight_error": error,
+                "name": spec.block_name(block),
+                "normalized_weight_error": error / 2.0**bits,
+            }
+            for (block, bits), (kl, error) in sorted(known.blocks.items())
+            if bits in found.request.bits
+        ],
+        "plans": [
+            {"bits": plan, "predicted_kl": predicted, "measured_kl": measured}
+            for plan, predicted, measured in known.checks()
+            if plan in found.request.plans
+        ],
     }
 
 

@@ -2,7 +2,7 @@
 
 Layout under the state directory: ``artifacts/<sha256>`` (what agents fetch) and
 ``checkpoints/<fingerprint>.json`` (which hash is which block in which format, and the weight
-errors measured on the way). Losing the index costs time, never correctness.
+errors measured on the way). Losing an artifact or the index costs time, never correctness.
 """
 
 from __future__ import annotations
@@ -11,20 +11,31 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from coordinator.errors import StorageFull
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
+from model.costs import stored_bytes
 from model.quantize import Format, weight_error
 from model.spec import QUANTIZED_TENSORS
 from wire.messages import BlockRef
+from wire.sizes import format_size
 
 log = logging.getLogger(__name__)
 
 INDEX_VERSION = 1
+
+FREE_SHARE = 0.1
+"""Of the disk space that artifacts could take, where no limit is set: for everything else."""
+
+HEADER_BYTES = 4096
+"""What an artifact's file has besides its tensors, at most."""
+
 OnStep = Callable[[int, int], None]
 
 
@@ -33,11 +44,16 @@ class Cancelled(Exception):
 
 
 class ArtifactStore:
-    """Artifacts and their index. One thread at a time."""
+    """Artifacts and their index. One thread at a time.
 
-    def __init__(self, state_dir: Path) -> None:
+    Before a block is made, those that were used longest ago make room for it.
+    """
+
+    def __init__(self, state_dir: Path, limit_bytes: int | None = None) -> None:
+        """``limit_bytes`` of artifacts, or None: all but FREE_SHARE of what the disk can give."""
         self._artifacts = state_dir / "artifacts"
         self._indices = state_dir / "checkpoints"
+        self._limit_bytes = limit_bytes
 
     def prepare(self) -> None:
         """Make the directories. Raises OSError."""
@@ -60,7 +76,8 @@ class ArtifactStore:
     ) -> tuple[BlockRef, ...]:
         """The artifact of each (block, format), made where it does not exist yet.
 
-        Raises model.errors.ModelError (damaged weights, disk full), OSError, Cancelled.
+        Raises model.errors.ModelError (damaged weights, disk full), OSError, StorageFull,
+        Cancelled.
         """
         index = self._load(checkpoint)
         refs: list[BlockRef] = []
@@ -69,7 +86,11 @@ class ArtifactStore:
                 raise Cancelled
             key = f"{block}/{_key(fmt)}"
             entry = index["artifacts"].get(key)
-            if entry is None or self.path(entry[0]) is None:
+            if entry is not None and (path := self.path(entry[0])) is not None:
+                os.utime(path)
+            else:
+                size_bytes = stored_bytes(checkpoint.spec, block, fmt) + HEADER_BYTES
+                self._make_room(size_bytes, {ref.sha256 for ref in refs})
                 artifact = write_artifact(self._artifacts, block, checkpoint.block(block), fmt)
                 entry = [artifact.sha256, artifact.size_bytes]
                 index["artifacts"][key] = entry
@@ -77,6 +98,43 @@ class ArtifactStore:
             refs.append(BlockRef(block, entry[0], entry[1]))
             on_step(done + 1, len(wanted))
         return tuple(refs)
+
+    def _make_room(self, size_bytes: int, keep: set[str]) -> None:
+        """Delete what was used longest ago until ``size_bytes`` more fit.
+
+        Raises StorageFull where what must be kept leaves no room.
+        """
+        used: list[tuple[int, int, Path]] = []
+        for path in self._artifacts.iterdir():
+            status = path.stat()
+            used.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in used)
+        limit_bytes = self._limit_bytes
+        if limit_bytes is None:
+            limit_bytes = int((total + shutil.disk_usage(self._artifacts).free) * (1 - FREE_SHARE))
+        for _, size, path in sorted(used):
+            if total + size_bytes <= limit_bytes:
+                return
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+                total -= size
+        if total + size_bytes > limit_bytes:
+            raise StorageFull(
+                f"the blocks need more than the {format_size(limit_bytes)} that the coordinator "
+                f"may keep in {self._artifacts}: start it with a larger --storage"
+            )
+
+    def known(
+        self, checkpoint: Checkpoint, formats: Iterable[Format]
+    ) -> dict[tuple[int, int], str]:
+        """(block, bits) -> hash of each artifact of these formats that was ever made."""
+        index = self._load(checkpoint)["artifacts"]
+        return {
+            (block, fmt.bits): index[key][0]
+            for fmt in formats
+            for block in range(checkpoint.spec.block_count)
+            if (key := f"{block}/{_key(fmt)}") in index
+        }
 
     def weight_errors(
         self,

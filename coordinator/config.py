@@ -28,6 +28,8 @@ class CoordinatorConfig:
     http_port: int
     advertise: bool
     """Announce the control address by mDNS."""
+    storage_bytes: int | None = None
+    """For quantized blocks; None: most of the free disk."""
     token: Token | None = field(default=None, repr=False)
     """What agents must know to join; None lets everybody in."""
 
@@ -36,6 +38,8 @@ class CoordinatorConfig:
             raise ConfigError(
                 f"cluster {self.cluster!r}: use 1 to 41 letters, digits, dashes or underscores"
             )
+        if self.storage_bytes is not None and self.storage_bytes <= 0:
+            raise ConfigError(f"storage {self.storage_bytes}: must be more than nothing")
 
 
 def default_state_dir() -> Path:

@@ -7,6 +7,7 @@ CoordinatorError            one line, with what to do next
 ├── Stalled                 the devices live, but no token comes
 ├── Busy                    another plan, load or unload is under way
 ├── NotLoaded               no model is loaded, or its deployment is broken
+├── StorageFull             the coordinator may not keep as many blocks as it needs
 └── RequestInvalid          the request itself is wrong (param names the field)
 
 The gateway answers them as HTTP errors with ``status`` and ``code``.
@@ -74,6 +75,13 @@ class NotLoaded(CoordinatorError):
 
     status = 503
     code = "model_not_loaded"
+
+
+class StorageFull(CoordinatorError):
+    """The blocks of one operation exceed the coordinator's storage limit."""
+
+    status = 507
+    code = "storage_full"
 
 
 class RequestInvalid(CoordinatorError):

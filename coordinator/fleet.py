@@ -9,16 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
-import threading
-from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TypeVar
 
 from coordinator.artifacts import ArtifactStore
+from coordinator.distillation import Distillation, QualityFound
 from coordinator.errors import (
     AgentFailed,
     AgentLost,
@@ -27,131 +25,54 @@ from coordinator.errors import (
     NotLoaded,
     RequestInvalid,
 )
-from coordinator.members import Member, OnProgress, Roster
-from coordinator.plan import Plan
+from coordinator.measurements import (
+    Step,
+    find_held,
+    forward,
+    in_thread,
+    load_rates,
+    measure_blocks,
+    measure_links,
+    together,
+)
+from coordinator.members import Member, Roster
+from coordinator.plan import Plan, Stage
+from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_name
 from coordinator.planner import solve
-from coordinator.problem import Objective, ObjectiveKind, build_problem
+from coordinator.problem import PlanningProblem, build_problem
+from coordinator.quality import QualityRequest, QualityStore
 from model.checkpoint import Checkpoint
-from model.quantize import BITS, Format, Scheme
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from wire import limits
-from wire.activations import DEFAULT_HOP_BITS
+from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import (
     BlockRef,
     ConnectStage,
     Done,
-    LinkMeasured,
     LoadStage,
-    MeasureLink,
-    MeasureModel,
-    ModelMeasured,
-    Progress,
     StageLoaded,
     UnloadStage,
 )
-from wire.profile import BlockTiming
-
-log = logging.getLogger(__name__)
-
-DEFAULT_BITS = (4, 8, 16)
-DEFAULT_MAX_WEIGHT_ERROR = 1e-3
-"""Default bound on max|w - w_b| / 2^b: at this value the paper's model lost nothing measurable
-(Source: DILEMMA, Table 1)."""
-DEFAULT_CONTEXT_TOKENS = 2048
-DEFAULT_TIME_LIMIT_S = 20.0
 
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What a user asks to be planned. ``max_weight_error`` None means no bound."""
-
-    model: Path
-    bits: tuple[int, ...] = DEFAULT_BITS
-    scheme: Scheme = "rtn"
-    group_size: int = 32
-    max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
-    context_tokens: int | None = None
-    time_limit_s: float = DEFAULT_TIME_LIMIT_S
-    objective: Objective = field(default_factory=Objective)
-    pins: Mapping[int, str] = field(default_factory=dict)
-    """Block -> name of the device that it must be on."""
-    exclude: tuple[str, ...] = ()
-    sensitivities: tuple[Mapping[int, float], ...] | None = None
-    """Per block: bits -> what it adds to the KL divergence."""
-    quality_budget: float | None = None
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> PlanRequest:
-        """Read a user's JSON. Raises RequestInvalid naming the field."""
-        plain = dict(values)
-        model = plain.pop("model", None)
-        if not isinstance(model, str) or not Path(model).is_absolute():
-            raise RequestInvalid("model: the absolute path of a model directory", "model")
-        bits = plain.pop("bits", list(DEFAULT_BITS))
-        if (
-            not isinstance(bits, list)
-            or not bits
-            or any(type(item) is not int or item not in BITS for item in bits)
-        ):
-            known = ", ".join(map(str, BITS))
-            raise RequestInvalid(f"bits: a list out of {known}", "bits")
-        scheme = plain.pop("scheme", "rtn")
-        group_size = plain.pop("group_size", 32)
-        try:
-            Format.of(4, scheme, group_size)
-        except ValueError as error:
-            raise RequestInvalid(str(error), "scheme") from error
-        error_bound = plain.pop("max_weight_error", DEFAULT_MAX_WEIGHT_ERROR)
-        if error_bound is not None and (
-            not isinstance(error_bound, (int, float)) or not error_bound >= 0
-        ):
-            raise RequestInvalid("max_weight_error: a number >= 0, or null", "max_weight_error")
-        context = plain.pop("context_tokens", None)
-        if context is not None and (type(context) is not int or context < 1):
-            raise RequestInvalid("context_tokens: a positive whole number", "context_tokens")
-        limit_s = plain.pop("time_limit_s", DEFAULT_TIME_LIMIT_S)
-        if not isinstance(limit_s, (int, float)) or not 0 < limit_s <= 3600:
-            raise RequestInvalid("time_limit_s: between 0 and 3600", "time_limit_s")
-        wishes = _wishes(plain)
-        if plain:
-            raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
-        return PlanRequest(
-            Path(model),
-            tuple(sorted(set(bits))),
-            scheme,
-            group_size,
-            None if error_bound is None else float(error_bound),
-            context,
-            float(limit_s),
-            **wishes,
-        )
-
-    def format(self, bits: int) -> Format:
-        return Format.of(bits, self.scheme, self.group_size)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How far an operation is, for a progress bar. ``total`` 0: not known."""
-
-    phase: str
-    label: str
-    done: int
-    total: int
-    unit: str
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Planned:
-    """A plan with what it was made for."""
+    """A plan with what it was made for and from.
+
+    ``quality_margin`` is part of the problem's sensitivities; None where there are none.
+    ``measured_kl`` is the plan's divergence where it was asked for.
+    """
 
     request: PlanRequest
     checkpoint: Checkpoint
     context_tokens: int
+    problem: PlanningProblem
     plan: Plan
+    quality_margin: float | None
+    measured_kl: float | None
 
 
 @dataclass(slots=True, eq=False)
@@ -180,9 +101,10 @@ class Deployment:
 class Fleet:
     """Plans and deployments over the members of a roster."""
 
-    def __init__(self, roster: Roster, store: ArtifactStore) -> None:
+    def __init__(self, roster: Roster, store: ArtifactStore, quality: QualityStore) -> None:
         self._roster = roster
         self._store = store
+        self._distillation = Distillation(store, quality)
         self._lock = asyncio.Lock()
         self._epochs = itertools.count(1)
         self.deployment: Deployment | None = None
@@ -211,6 +133,21 @@ class Fleet:
             await self._unload()
             self.deployment = await self._deploy(planned, tokenizer, refs)
             return self.deployment
+
+    async def calibrate(
+        self, request: QualityRequest, on_step: Callable[[Step], None]
+    ) -> QualityFound:
+        """Measure what fewer bits do, on the fastest agent or the one asked for.
+
+        What an earlier run measured is not measured again. Raises CoordinatorError, ModelError.
+        """
+        async with self._exclusive(on_step):
+            self._require_idle()
+            members = self._roster.require_members()
+            _check_names((request.on,) if request.on else (), members)
+            if request.on is not None:
+                members = tuple(member for member in members if member.name == request.on)
+            return await self._distillation.calibrate(request, members, self._report)
 
     async def unload(self) -> str | None:
         """Stop what is loaded; its name, or None if nothing was."""
@@ -244,23 +181,68 @@ class Fleet:
 
     async def _plan(self, request: PlanRequest) -> Planned:
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
-        spec = checkpoint.spec
-        context_tokens = min(request.context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_context)
         members = self._roster.require_members()
-        _check_names(request, members)
-        timings = await self._measure(members, spec, request.bits)
-        await self._measure_links(members)
+        _check_names((*request.exclude, *request.pins.values()), members)
+        margin, sensitivities, known = self._distillation.sensitivities(checkpoint, request)
+        context_tokens = min(
+            request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
+        )
+        problem = await self._problem(request, checkpoint, members, context_tokens, sensitivities)
+        self._step("plan", "solving", 0, 0, "")
+        if request.given is not None:
+            plan = request.given.to_plan(problem)
+        else:
+            plan = await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
+        measured_kl = None
+        if request.check_quality:
+            self._require_idle()
+            if known is None:
+                raise RequestInvalid(
+                    "check_quality needs what this coordinator measured: run "
+                    "`shoal calibrate --quality --on auto` first",
+                    "check_quality",
+                )
+            plan, measured_kl = await self._distillation.keep_budget(
+                request, checkpoint, members, problem, plan, known, self._report
+            )
+        return Planned(request, checkpoint, context_tokens, problem, plan, margin, measured_kl)
+
+    def _require_idle(self) -> None:
+        if self.deployment is not None:
+            raise Busy(
+                f"{self.deployment.name} is loaded, and measuring quality needs the device for "
+                "itself: run `shoal unload` first"
+            )
+
+    async def _problem(
+        self,
+        request: PlanRequest,
+        checkpoint: Checkpoint,
+        members: tuple[Member, ...],
+        context_tokens: int,
+        sensitivities: Sequence[Mapping[int, float]] | None,
+    ) -> PlanningProblem:
+        """The problem as measured; what is not known yet is measured."""
+        spec = checkpoint.spec
+        timings = await measure_blocks(members, spec, request.bits, self._report)
+        await measure_links(self._roster, members, self._report)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
         if request.max_weight_error is not None:
-            errors = await self._in_thread(
+            errors = await in_thread(
                 "weight errors",
                 lambda on_step, cancelled: self._store.weight_errors(
                     checkpoint, map(request.format, request.bits), on_step, cancelled
                 ),
+                self._report,
             )
-        self._step("plan", "solving", 0, 0, "")
+        held: Mapping[str, Sequence[Collection[int]]] | None = None
+        rates: Mapping[str, float] | None = None
+        if request.objective.migration_weight > 0:
+            artifacts = self._store.known(checkpoint, map(request.format, request.bits))
+            held = await find_held(members, artifacts, spec.block_count)
+            rates = load_rates(self._roster, members)
         try:
-            problem = build_problem(
+            return build_problem(
                 spec,
                 {member.name: member.profile for member in members},
                 timings,
@@ -273,87 +255,35 @@ class Fleet:
                 slots=1,
                 context_tokens=context_tokens,
                 chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
-                sensitivities=request.sensitivities,
+                sensitivities=sensitivities,
                 quality_budget=request.quality_budget,
                 objective=request.objective,
                 pins=request.pins,
                 excluded=request.exclude,
+                held=held,
+                load_bytes_per_s=rates,
+                watts={
+                    member.name: member.profile.watts
+                    for member in members
+                    if member.profile.watts is not None
+                },
             )
         except ValueError as error:
             raise RequestInvalid(str(error)) from error
-        plan = await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
-        return Planned(request, checkpoint, context_tokens, plan)
 
-    async def _measure(
-        self, members: tuple[Member, ...], spec: ModelSpec, bits: tuple[int, ...]
-    ) -> dict[str, tuple[BlockTiming, ...]]:
-        """Seconds per block on each member; members on one machine take turns."""
-        hosts: dict[str, list[Member]] = defaultdict(list)
-        for member in members:
-            hosts[member.connection.peer_host].append(member)
-
-        async def one_host(residents: list[Member]) -> None:
-            for member in residents:
-                known = member.timings.setdefault(spec, {})
-                usable = dict(member.profile.container_bits)
-                missing = tuple(width for width in bits if width in usable and width not in known)
-                if not missing:
-                    continue
-                answer = await member.request(
-                    partial(MeasureModel, spec=spec.to_dict(), bits=missing),
-                    ModelMeasured,
-                    self._forward("measure", member.name),
-                )
-                if not all(_is_possible(timing) for timing in answer.timings):
-                    raise AgentFailed(member.name, "reported an impossible time")
-                for width in missing:
-                    known[width] = [timing for timing in answer.timings if timing.bits == width]
-
-        await _together(one_host(residents) for residents in hosts.values())
-        return {
-            member.name: tuple(
-                timing for width in bits for timing in member.timings[spec].get(width, ())
-            )
-            for member in members
-        }
-
-    async def _measure_links(self, members: tuple[Member, ...]) -> None:
-        """Measure each ordered pair that has not been, one at a time: none disturbs another.
-
-        A pair that cannot connect stays without a link: the plan will not make them neighbours.
-        """
-        pairs = [
-            (source, target)
-            for source in members
-            for target in members
-            if source is not target and self._roster.link(source, target) is None
-        ]
-        for done, (source, target) in enumerate(pairs):
-            self._step("links", f"{source.name} to {target.name}", done, len(pairs), "steps")
-            try:
-                measured = await source.request(
-                    partial(MeasureLink, device=target.device, endpoints=target.endpoints),
-                    LinkMeasured,
-                )
-            except AgentLost:
-                raise
-            except AgentFailed as error:
-                log.warning("no link from %s to %s: %s", source.name, target.name, error.reason)
-                continue
-            self._roster.set_link(source, target, measured)
-        if pairs:
-            self._step("links", "", len(pairs), len(pairs), "steps")
+    # ---- deploying ------------------------------------------------------------------------------
 
     async def _quantize(self, planned: Planned) -> tuple[BlockRef, ...]:
         wanted = [
             (placement.block, planned.request.format(placement.bits))
             for placement in planned.plan.placements
         ]
-        return await self._in_thread(
+        return await in_thread(
             "quantize",
             lambda on_step, cancelled: self._store.quantize(
                 planned.checkpoint, wanted, on_step, cancelled
             ),
+            self._report,
         )
 
     async def _deploy(
@@ -369,7 +299,7 @@ class Fleet:
         spec = planned.checkpoint.spec
         slots = 1
         try:
-            loaded = await _together(
+            loaded = await together(
                 member.request(
                     partial(
                         LoadStage,
@@ -379,10 +309,10 @@ class Fleet:
                         slots=slots,
                         context_tokens=planned.context_tokens,
                         first=members[0].device,
-                        hop_bits=DEFAULT_HOP_BITS,
+                        hop_bits=_hop_bits(stage),
                     ),
                     StageLoaded,
-                    self._forward("load", member.name),
+                    forward(self._report, "load", member.name),
                 )
                 for member, stage in zip(members, stages, strict=True)
             )
@@ -437,103 +367,21 @@ class Fleet:
     # ---- progress and threads -------------------------------------------------------------------
 
     def _step(self, phase: str, label: str, done: int, total: int, unit: str) -> None:
+        self._report(Step(phase, label, done, total, unit))
+
+    def _report(self, step: Step) -> None:
         if self.on_step is not None:
-            self.on_step(Step(phase, label, done, total, unit))
-
-    def _forward(self, phase: str, name: str) -> OnProgress:
-        def on_progress(progress: Progress) -> None:
-            self._step(phase, name, progress.done, progress.total, progress.unit)
-
-        return on_progress
-
-    async def _in_thread(
-        self,
-        phase: str,
-        work: Callable[[Callable[[int, int], None], Callable[[], bool]], Result],
-    ) -> Result:
-        """Run ``work(on_step, cancelled)`` in a thread; cancelling waits for it to notice."""
-        loop = asyncio.get_running_loop()
-        cancelled = threading.Event()
-
-        def on_step(done: int, total: int) -> None:
-            loop.call_soon_threadsafe(self._step, phase, "", done, total, "blocks")
-
-        thread = asyncio.ensure_future(asyncio.to_thread(work, on_step, cancelled.is_set))
-        try:
-            return await asyncio.shield(thread)
-        except asyncio.CancelledError:
-            cancelled.set()
-            thread.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-            await asyncio.wait({thread})
-            raise
+            self.on_step(step)
 
 
-def _is_possible(timing: BlockTiming) -> bool:
-    return min(timing.decode_s, timing.prefill_s_per_token) > 0
-
-
-def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
-    """Take what is optional about a plan's aim out of ``plain``. Raises RequestInvalid."""
-    wishes: dict[str, Any] = {}
-    objective = plain.pop("objective", None)
-    if objective is not None:
-        try:
-            wishes["objective"] = Objective(**objective)
-        except (TypeError, ValueError) as error:
-            kinds = ", ".join(get_args(ObjectiveKind))
-            raise RequestInvalid(
-                f"objective: kind ({kinds}), prompt_tokens, output_tokens", "objective"
-            ) from error
-    pins = plain.pop("pins", {})
-    if not isinstance(pins, dict) or not all(
-        block.isdecimal() and isinstance(device, str) for block, device in pins.items()
-    ):
-        raise RequestInvalid("pins: an object of block number to device name", "pins")
-    wishes["pins"] = {int(block): device for block, device in pins.items()}
-    exclude = plain.pop("exclude", [])
-    if not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
-        raise RequestInvalid("exclude: a list of device names", "exclude")
-    wishes["exclude"] = tuple(exclude)
-    budget = plain.pop("quality_budget", None)
-    if budget is not None and not (isinstance(budget, (int, float)) and budget >= 0):
-        raise RequestInvalid("quality_budget: a number >= 0, or null", "quality_budget")
-    wishes["quality_budget"] = budget
-    rows = plain.pop("sensitivities", None)
-    if rows is None:
-        if budget is not None:
-            raise RequestInvalid("quality_budget needs sensitivities", "sensitivities")
-        return wishes
-    try:
-        wishes["sensitivities"] = tuple(
-            {int(bits): float(kl) for bits, kl in row.items()} for row in rows
-        )
-    except (AttributeError, TypeError, ValueError) as error:
-        raise RequestInvalid(
-            "sensitivities: for each block an object of bits to KL divergence", "sensitivities"
-        ) from error
-    return wishes
-
-
-def _check_names(request: PlanRequest, members: tuple[Member, ...]) -> None:
+def _check_names(wanted: Iterable[str], members: tuple[Member, ...]) -> None:
     """Raise RequestInvalid for a wish about a device that has not joined."""
     names = [member.name for member in members]
-    for name in (*request.exclude, *request.pins.values()):
+    for name in wanted:
         if name not in names:
             raise RequestInvalid(f"no device is called {name!r}: {', '.join(names)} have joined")
 
 
-def model_name(directory: Path) -> str:
-    """What a model is called: its directory, or the one above where that is just ``model``."""
-    named = directory.parent if directory.name == "model" else directory
-    return named.name or "model"
-
-
-async def _together(work: Iterable[Awaitable[Result]]) -> tuple[Result, ...]:
-    """Await all; the first failure cancels the rest and is raised once they have ended."""
-    tasks = [asyncio.ensure_future(item) for item in work]
-    try:
-        return tuple(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def _hop_bits(stage: Stage) -> HopBits:
+    """Of the hidden values that a stage sends; the last one's token has none."""
+    return next((bits for bits in HOP_BITS if bits == stage.hop_bits), DEFAULT_HOP_BITS)

@@ -24,6 +24,7 @@ from coordinator.problem import (
     build_problem,
     layer_variants,
 )
+from coordinator.quality import budget_margin
 from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from wire import limits
@@ -167,12 +168,14 @@ def lab_problem(
 class Sensitivities:
     """What a calibration found out about a model's blocks, by bits; ``form`` is how it stored them.
 
-    ``kl`` is what a block adds to the KL divergence (nats), ``weight_errors`` max|w - w_b| / 2^b.
+    ``kl`` is what a block adds to the KL divergence (nats), ``weight_errors`` max|w - w_b| / 2^b,
+    ``margin`` what a plan's sum of ``kl`` is multiplied with (``coordinator.quality``).
     """
 
     kl: tuple[Mapping[int, float], ...]
     weight_errors: tuple[Mapping[int, float], ...]
     form: Mapping[str, object]
+    margin: float
 
 
 def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
@@ -209,7 +212,22 @@ def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
                 raise LabError(f"{where}: {key}: expected a number from 0 up")
             into[block][bits] = float(value)
     form = {key: values[key] for key in ("scheme", "group_size") if key in values}
-    return Sensitivities(tuple(kl), tuple(errors), form)
+    return Sensitivities(tuple(kl), tuple(errors), form, _margin(values.get("plans"), path))
+
+
+_CHECKED = ("predicted_kl", "measured_kl")
+
+
+def _margin(plans: object, path: Path) -> float:
+    """What whole plans were measured at, over the sum of their blocks. Raises LabError."""
+    checks: list[tuple[float, float]] = []
+    for index, plan in enumerate(plans if isinstance(plans, list) else ()):
+        values = [plan.get(key) if isinstance(plan, dict) else None for key in _CHECKED]
+        known = [float(v) for v in values if isinstance(v, (int, float)) and v >= 0]
+        if len(known) != 2 or not all(map(math.isfinite, known)):
+            raise LabError(f"{path}: plans[{index}]: expected {' and '.join(_CHECKED)}")
+        checks.append((known[0], known[1]))
+    return budget_margin(checks)
 
 
 def _profile(device: LabDevice) -> DeviceProfile:

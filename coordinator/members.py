@@ -18,6 +18,7 @@ from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
 from wire.messages import (
     AgentHello,
+    BlocksFound,
     CancelRequest,
     CoordinatorWelcome,
     Done,
@@ -30,6 +31,7 @@ from wire.messages import (
     ModelMeasured,
     PeerLost,
     Progress,
+    QualityMeasured,
     RequestFailed,
     SequenceFailed,
     StageLoaded,
@@ -42,8 +44,32 @@ log = logging.getLogger(__name__)
 MAX_MEMBERS = 256
 """More devices than anyone has on a shelf; a flood of joins stops here."""
 
+SIGN_OF_LIFE_S = 2 * limits.HEARTBEAT_S
+"""A living agent has sent a heartbeat by then."""
+
+_ANSWERS = (
+    ModelMeasured,
+    LinkMeasured,
+    QualityMeasured,
+    BlocksFound,
+    StageLoaded,
+    Done,
+    Progress,
+    RequestFailed,
+)
+
 Answer = TypeVar("Answer", bound=Message)
 OnProgress = Callable[[Progress], None]
+OnResult = Callable[[QualityMeasured], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A request that waits for its answer, and who is told what comes before that."""
+
+    answer: asyncio.Future[Message]
+    on_progress: OnProgress | None
+    on_result: OnResult | None
 
 
 @dataclass(slots=True, eq=False)
@@ -61,10 +87,10 @@ class Member:
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
     """What it measured of each model so far, by bits."""
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by whatever it says; whoever waits clears it first."""
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
-    _pending: dict[int, tuple[asyncio.Future[Message], OnProgress | None]] = field(
-        default_factory=dict
-    )
+    _pending: dict[int, _Pending] = field(default_factory=dict)
     _cancelling: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def request(
@@ -72,8 +98,9 @@ class Member:
         build: Callable[[int], Message],
         expect: type[Answer],
         on_progress: OnProgress | None = None,
+        on_result: OnResult | None = None,
     ) -> Answer:
-        """Send ``build(request number)`` and wait for the answer.
+        """Send ``build(request number)`` and wait for the answer; parts of it go to ``on_result``.
 
         Waits as long as heartbeats come: measuring and loading take their time. Raises AgentFailed,
         AgentLost.
@@ -82,7 +109,7 @@ class Member:
             raise self.lost.with_traceback(None)
         number = next(self._numbers)
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._pending[number] = (future, on_progress)
+        self._pending[number] = _Pending(future, on_progress, on_result)
         try:
             await self.send(build(number))
             answer = await future
@@ -112,20 +139,25 @@ class Member:
             await self.send(CancelRequest(number))
 
     def resolve(self, number: int, answer: Message) -> None:
-        """Hand an answer, or progress, to whoever asked; late ones are dropped."""
-        future, on_progress = self._pending.get(number, (None, None))
+        """Hand an answer, a part of it or progress to whoever asked; late ones are dropped."""
+        pending = self._pending.get(number)
+        if pending is None:
+            return
         if isinstance(answer, Progress):
-            if on_progress is not None:
-                on_progress(answer)
-        elif future is not None and not future.done():
-            future.set_result(answer)
+            if pending.on_progress is not None:
+                pending.on_progress(answer)
+        elif isinstance(answer, QualityMeasured):
+            if pending.on_result is not None:
+                pending.on_result(answer)
+        elif not pending.answer.done():
+            pending.answer.set_result(answer)
 
     def fail(self, error: AgentLost) -> None:
         """Mark as lost and fail every request that waits."""
         self.lost = error
-        for future, _ in self._pending.values():
-            if not future.done():
-                future.set_exception(error)
+        for pending in self._pending.values():
+            if not pending.answer.done():
+                pending.answer.set_exception(error)
 
 
 class Roster:
@@ -192,6 +224,16 @@ class Roster:
             return
         previous = self._members.get(hello.device)
         if previous is not None:
+            if await self._is_alive(previous):
+                log.warning("%s has the device id of %s", connection.peer, previous.name)
+                await connection.send(
+                    JoinRefused(
+                        f"{previous.name} at {previous.connection.peer_host} has the same device id"
+                        " and is alive; was its disk copied? Delete the file device-id in this"
+                        " agent's state directory and start it again"
+                    )
+                )
+                return
             self._lose(previous, AgentLost(previous.name, "it joined again"))
         member = Member(
             device=hello.device,
@@ -217,6 +259,17 @@ class Roster:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
 
+    async def _is_alive(self, member: Member) -> bool:
+        """True where the member says something within SIGN_OF_LIFE_S, which a dead one cannot.
+
+        One that lost its power or its network and joins again has left a connection behind that
+        does not look closed.
+        """
+        member.heard.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S)
+        return self._members.get(member.device) is member and member.heard.is_set()
+
     def close(self) -> None:
         """Drop every member, and take no more."""
         self._closed = True
@@ -224,11 +277,10 @@ class Roster:
             self._lose(member, AgentLost(member.name, "the coordinator stops"))
 
     def _receive(self, member: Member, message: Message) -> None:
+        member.heard.set()
         if isinstance(message, Heartbeat):
             member.memory_available_bytes = message.memory_available_bytes
-        elif isinstance(
-            message, (ModelMeasured, LinkMeasured, StageLoaded, Done, Progress, RequestFailed)
-        ):
+        elif isinstance(message, _ANSWERS):
             member.resolve(message.request, message)
         elif isinstance(message, LinkChanged):
             target = self._members.get(message.device)

@@ -25,6 +25,7 @@ _MAX_BLOCKS = 1 << 13
 
 _KEYS = ("shoal_plan", "model", "stages", "predicted", "predicted_for")
 _STAGE_KEYS = ("device", "bits", "hop_bits")
+_SENT_KEYS = ("source", "model", "stages")
 _RUN = re.compile(r"(\d{1,2})(?:x(\d{1,4}))?", re.ASCII)
 
 
@@ -47,6 +48,23 @@ class SavedPlan:
     def placements(self) -> tuple[tuple[str, int], ...]:
         """Device and bits of every block in order."""
         return tuple((device, bits) for device, widths in self.stages for bits in widths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` takes: where the plan is from, and its stages."""
+        stages = [
+            {"device": device, "bits": list(bits), "hop_bits": hop_bits}
+            for (device, bits), hop_bits in zip(self.stages, (*self.hop_bits, None), strict=True)
+        ]
+        return {"source": self.source, "model": self.model, "stages": stages}
+
+    @staticmethod
+    def from_dict(values: object) -> SavedPlan:
+        """A plan sent by someone, without its predictions. Raises PlanError."""
+        plan = _object(values, "plan", _SENT_KEYS, _SENT_KEYS)
+        if not isinstance(plan["source"], str):
+            raise PlanError("plan.source: expected a name")
+        sent = {key: plan[key] for key in ("model", "stages")}
+        return _read({"shoal_plan": FORMAT, **sent}, plan["source"])
 
     def to_plan(self, problem: PlanningProblem) -> Plan:
         """The plan with figures from ``problem``, verified. Raises PlanError naming the file.

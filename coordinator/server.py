@@ -24,6 +24,7 @@ from coordinator.http import ClientGone, on_error
 from coordinator.members import Roster
 from coordinator.openai_api import OpenAIRoutes
 from coordinator.plan import PlanError
+from coordinator.quality import QualityStore
 from model.errors import ModelError
 from wire import limits
 from wire.connection import AsyncConnection, bind, serve, tune
@@ -65,13 +66,13 @@ class Coordinator:
         self._config = config
         self._say = say
         self._service = service or ServiceManager()
-        self._store = ArtifactStore(config.state_dir)
+        self._store = ArtifactStore(config.state_dir, config.storage_bytes)
         self.roster = Roster(
             config.cluster,
             on_event=lambda member, message: self._gateway.on_event(member, message),
             on_lost=lambda member, error: self._gateway.on_lost(member, error),
         )
-        self._fleet = Fleet(self.roster, self._store)
+        self._fleet = Fleet(self.roster, self._store, QualityStore(config.state_dir))
         self._gateway = Gateway(self._fleet)
 
     async def run(self, on_ready: Callable[[Ready], None]) -> None:

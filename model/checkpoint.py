@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, describe, read_config, tensor_sources
+from model.quantize import Format
 from model.safetensors import SafetensorsFile, TensorEntry, read_safetensors
 from model.spec import ModelSpec
 
@@ -73,6 +74,11 @@ class Checkpoint:
             canonical: self.files[source].float32(source)
             for canonical, source in self._sources(block).items()
         }
+
+    def lossless_format(self, block: int) -> Format:
+        """The narrowest format that keeps the weights of a block as they are: 16 or 32 bits."""
+        wide = "F32" in self.source_dtypes(block).values()
+        return Format.of(32 if wide else 16)
 
     def source_dtypes(self, block: int) -> dict[str, str]:
         """How the checkpoint stores each canonical tensor of a block: F32, F16 or BF16."""

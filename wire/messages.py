@@ -192,6 +192,55 @@ class UnloadStage:
 
 
 @dataclass(frozen=True, slots=True)
+class FindBlocks:
+    """Which of these artifacts are in the block cache?"""
+
+    request: int
+    sha256s: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFound:
+    request: int
+    sha256s: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureQuality:
+    """Measure what fewer bits do to a model's predictions over ``sequences`` of token ids.
+
+    ``blocks`` are all of the model's, as its checkpoint has them. Each block at each width of
+    ``wanted`` is measured alone, each of ``plans`` (bits of every block) as a whole; results come
+    as QualityMeasured as soon as they are there, Done ends the request.
+    """
+
+    request: int
+    spec: dict[str, Any]
+    blocks: tuple[BlockRef, ...]
+    sequences: tuple[tuple[int, ...], ...]
+    wanted: tuple[tuple[int, tuple[int, ...]], ...]
+    """(block, widths) pairs."""
+    plans: tuple[tuple[int, ...], ...]
+    scheme: Literal["rtn", "truncate", "float"]
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class QualityMeasured:
+    """One result: mean KL divergence in nats of ``block`` alone at ``bits``, or of a plan.
+
+    A plan's result has no block, and the bits of all blocks. ``weight_error`` is max|w - w_b|, of a
+    plan 0.
+    """
+
+    request: int
+    block: int | None
+    bits: tuple[int, ...]
+    kl: float
+    weight_error: float
+
+
+@dataclass(frozen=True, slots=True)
 class CancelRequest:
     """Nobody waits for this request any more; its answer, if one comes, is dropped."""
 
@@ -377,6 +426,10 @@ Message: TypeAlias = (
     | StageLoaded
     | ConnectStage
     | UnloadStage
+    | FindBlocks
+    | BlocksFound
+    | MeasureQuality
+    | QualityMeasured
     | CancelRequest
     | Done
     | Progress
@@ -413,6 +466,10 @@ CODES: dict[int, type[Message]] = {
     19: Progress,
     20: RequestFailed,
     21: CancelRequest,
+    22: FindBlocks,
+    23: BlocksFound,
+    24: MeasureQuality,
+    25: QualityMeasured,
     26: AuthChallenge,
     27: AuthAnswer,
     28: AuthProof,

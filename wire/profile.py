@@ -17,7 +17,8 @@ class DeviceProfile:
 
     ``memory_bytes`` is what a stage may take (weights as executed, KV cache, compute buffers): the
     user's limit, or what was free at start less headroom. ``container_bits`` lists (bits, bits as
-    executed) pairs of the backend. ``call_s`` is what a call of a stage takes besides its blocks.
+    executed) pairs of the backend. ``call_s`` is what a call of a stage takes besides its blocks,
+    ``watts`` what the device draws while it computes, as declared.
     """
 
     machine: str
@@ -33,6 +34,7 @@ class DeviceProfile:
     memory_read_bytes_per_s: float
     disk_write_bytes_per_s: float
     call_s: float = 0.0
+    watts: float | None = None
 
     def container(self, bits: int) -> int | None:
         """Width in memory of a block stored at ``bits``; None where the backend cannot run it."""

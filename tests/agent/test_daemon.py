@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from agent import daemon
 from agent.config import AgentConfig
 from agent.daemon import Agent
 from model.checkpoint import Checkpoint
 from wire.connection import Connection, Listener
 from wire.messages import (
     AgentHello,
+    BlockRef,
+    BlocksFound,
     CancelRequest,
     ConnectStage,
     CoordinatorWelcome,
     Done,
     Endpoint,
+    FindBlocks,
     Heartbeat,
     JoinRefused,
     MeasureLink,
     MeasureModel,
+    MeasureQuality,
     Message,
     ModelMeasured,
     Progress,
@@ -35,6 +41,7 @@ from wire.messages import (
 
 SPEC = Checkpoint.open(Path(__file__).parents[1] / "fixtures" / "llama").spec
 ANSWER_S = 20.0
+REFS = tuple(BlockRef(block, "0" * 64, 1) for block in range(SPEC.block_count))
 
 
 class Coordinator:
@@ -98,14 +105,16 @@ def said() -> list[str]:
     return []
 
 
-@pytest.fixture
-def agent(coordinator: Coordinator, said: list[str], tmp_path: Path) -> Iterator[Agent]:
+@contextmanager
+def running_agent(
+    state_dir: Path, coordinator: Endpoint | None, said: list[str]
+) -> Iterator[Agent]:
     agent = Agent(
         AgentConfig(
             name="pi",
-            state_dir=tmp_path,
+            state_dir=state_dir,
             cluster="test",
-            coordinator=Endpoint("127.0.0.1", coordinator.listener.port),
+            coordinator=coordinator,
             bind_host="127.0.0.1",
             data_port=0,
             memory_bytes=None,
@@ -121,6 +130,13 @@ def agent(coordinator: Coordinator, said: list[str], tmp_path: Path) -> Iterator
     agent.stop()
     thread.join(ANSWER_S)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def agent(coordinator: Coordinator, said: list[str], tmp_path: Path) -> Iterator[Agent]:
+    endpoint = Endpoint("127.0.0.1", coordinator.listener.port)
+    with running_agent(tmp_path, endpoint, said) as agent:
+        yield agent
 
 
 @pytest.mark.usefixtures("agent")
@@ -176,3 +192,74 @@ def test_a_coordinator_that_breaks_the_protocol_is_left(coordinator: Coordinator
     coordinator.welcome()
     coordinator.send(Progress(1, "load", 0, 1, "bytes"))
     coordinator.welcome()
+
+
+def test_another_address_is_tried_where_the_first_is_no_coordinator(
+    coordinator: Coordinator, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = Listener("127.0.0.1", 0)
+
+    def hang_up() -> None:
+        while (connection := wrong.accept()) is not None:
+            connection.close()
+
+    listening = threading.Thread(target=hang_up)
+    listening.start()
+    endpoints = (
+        Endpoint("127.0.0.1", wrong.port),
+        Endpoint("127.0.0.1", coordinator.listener.port),
+    )
+    monkeypatch.setattr(daemon, "find_coordinator", lambda *_: endpoints)
+    with running_agent(tmp_path, None, said):
+        coordinator.welcome()
+        # Two refusals in a row are one line.
+        coordinator.close()
+        for _ in range(2):
+            coordinator.hello()
+            coordinator.send(JoinRefused("the cluster is full"))
+        coordinator.welcome()
+        coordinator.send(UnloadStage(1))
+        assert coordinator.answer() == Done(1)
+    wrong.close()
+    listening.join(ANSWER_S)
+    assert said.count("the coordinator refused: the cluster is full; trying again") == 1
+    assert sum(line.startswith("joined cluster") for line in said) == 2
+
+
+@pytest.mark.usefixtures("agent")
+def test_it_says_which_blocks_it_holds(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.welcome()
+    held, other = "a" * 64, "b" * 64
+    (tmp_path / "blocks" / held).write_bytes(b"x")
+    coordinator.send(FindBlocks(1, (other, held, "../device-id")))
+    assert coordinator.answer() == BlocksFound(1, (held,))
+
+
+@pytest.mark.usefixtures("agent")
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (MeasureQuality(1, SPEC.to_dict(), (), ((1, 2),), (), (), "rtn", 32), "not those of the"),
+        (
+            MeasureQuality(1, SPEC.to_dict(), REFS, ((1, 2),), ((9, (4,)),), (), "rtn", 32),
+            "no such",
+        ),
+        (MeasureQuality(1, SPEC.to_dict(), REFS, ((1, 2),), ((0, (7,)),), (), "rtn", 32), "widths"),
+        (MeasureQuality(1, SPEC.to_dict(), REFS, ((1, 2),), (), ((4,),), "rtn", 32), "1 formats"),
+        (MeasureQuality(1, SPEC.to_dict(), REFS, ((-1,),), ((0, (4,)),), (), "rtn", 32), "within"),
+        (
+            MeasureQuality(1, SPEC.to_dict(), REFS, (), ((0, (4,)),), (), "rtn", 32),
+            "no calibration",
+        ),
+        (MeasureQuality(1, SPEC.to_dict(), REFS, ((1, 2),), ((0, (4,)),), (), "rtn", 5), "group"),
+    ],
+)
+def test_a_measurement_of_quality_that_makes_no_sense_is_refused(
+    coordinator: Coordinator, request_: MeasureQuality, reason: str
+) -> None:
+    coordinator.welcome()
+    coordinator.send(request_)
+    answer = coordinator.answer()
+    assert isinstance(answer, RequestFailed)
+    assert reason in answer.reason
+    assert "internal" not in answer.reason

@@ -111,6 +111,10 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
         shoal("--backend", "abacus", *state)
     with pytest.raises(CommandFailed, match="no such directory"):
         shoal("--quality", "--model", tmp_path / "none", *state)
+    with pytest.raises(UsageError, match="--on NAME goes with --quality"):
+        shoal("--on", "auto", *state)
+    with pytest.raises(UsageError, match="--model"):
+        shoal("--quality", "--on", "auto", *state)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(CommandFailed, match="no calibration text"):
         shoal("--quality", "--model", FIXTURES / "llama", "--text", tmp_path / "empty.txt", *state)
@@ -119,7 +123,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [("--bits", "7"), ("--bits", "x"), ("--sustain", "0"), ("--watts", "-1"), ("--threads", "0"),
-     ("--model", "a", "--shape", "b"), ("--check-plans", "0")],
+     ("--model", "a", "--shape", "b"), ("--check-plans", "-1")],
 )  # fmt: skip
 def test_the_parser_refuses(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

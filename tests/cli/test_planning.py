@@ -213,13 +213,19 @@ def test_pins_exclusions_and_objectives(
     assert "pi-1" not in places.values()
 
 
-def test_options_for_described_devices_need_them() -> None:
-    planning.require_devices(options("m"))
-    planning.require_devices(options("m", "--explain", "--devices", "lab.yaml"))
-    with pytest.raises(UsageError, match="--simulate needs --devices"):
-        planning.require_devices(options("m", "--simulate", "3"))
-    with pytest.raises(UsageError, match="--formulation dilemma needs --devices"):
-        planning.require_devices(options("m", "--formulation", "dilemma"))
+def test_what_needs_agents_says_so(model: Path, lab: Path) -> None:
+    for asked, message in (
+        (["--check-quality"], "drop --devices"),
+        (["--migration-weight", "1"], "described devices hold nothing"),
+        (["--quality-budget", "1"], "--quality-budget needs --sensitivities"),
+        (["--objective", "energy", "--simulate", "2"], "energy does not depend on"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            plan(model, "--devices", lab, *asked)
+    with pytest.raises(UsageError, match="--check-quality needs --quality-budget"):
+        planning.request_of(options(model, "--check-quality"))
+    with pytest.raises(UsageError, match="--objective energy: cannot minimise"):
+        planning.request_of(options(model, "--objective", "energy", "--migration-weight", "1"))
 
 
 def test_pins_name_blocks() -> None:

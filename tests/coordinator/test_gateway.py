@@ -21,9 +21,11 @@ from coordinator.errors import (
     RequestInvalid,
     Stalled,
 )
-from coordinator.fleet import Deployment, Fleet, PlanRequest
+from coordinator.fleet import Deployment, Fleet
 from coordinator.gateway import Gateway, Piece, Timing, _StopFilter, room_for_answer
 from coordinator.members import Member, Roster
+from coordinator.plan_request import PlanRequest
+from coordinator.quality import QualityStore
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from wire.connection import AsyncConnection, serve
@@ -132,7 +134,7 @@ class Cluster:
             lambda member, message: self.gateway.on_event(member, message),
             lambda member, error: self.gateway.on_lost(member, error),
         )
-        self.fleet = Fleet(self.roster, ArtifactStore(directory))
+        self.fleet = Fleet(self.roster, ArtifactStore(directory), QualityStore(directory))
         self.gateway = Gateway(self.fleet)
         self.agents: list[AsyncConnection] = []
 

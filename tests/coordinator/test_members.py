@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from coordinator import members
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
 from coordinator.members import Member, Roster
 from wire import limits
@@ -140,7 +141,9 @@ def test_names_are_made_unique() -> None:
     run(test)
 
 
-def test_an_agent_that_joins_again_replaces_itself() -> None:
+def test_an_agent_that_joins_again_replaces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "SIGN_OF_LIFE_S", 0.05)
+
     async def test(coordinator: Coordinator) -> None:
         old, member = await coordinator.joined(hello())
         waiting = asyncio.ensure_future(member.request(UnloadStage, Done))
@@ -159,6 +162,24 @@ def test_an_agent_that_joins_again_replaces_itself() -> None:
         assert await waiting == Done(1)
         with pytest.raises(AgentLost):
             await member.request(UnloadStage, Done)
+
+    run(test)
+
+
+def test_a_second_device_with_the_same_id_is_told_how_to_get_its_own() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        first, member = await coordinator.joined(hello(name="pi-1"))
+        second = await coordinator.join(hello(name="pi-2"))
+        refused = asyncio.ensure_future(next_message(second))
+        while not refused.done():
+            await first.send(Heartbeat())
+            await asyncio.wait({refused}, timeout=0.05)
+        answer = await refused
+        assert isinstance(answer, JoinRefused)
+        assert "pi-1 at 127.0.0.1 has the same device id and is alive" in answer.reason
+        assert "Delete the file device-id" in answer.reason
+        assert coordinator.roster.members == (member,)
+        assert coordinator.lost == []
 
     run(test)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import httpx
 import pytest
@@ -133,6 +134,67 @@ def test_wishes_about_a_live_plan_are_kept(serving: Cluster) -> None:
         completed = serving.run("plan", model, wrong)
         assert completed.returncode in (1, 2)
         assert len(completed.stderr.strip().splitlines()) == 1
+
+
+def test_what_offline_plans_can_do_live_ones_can(serving: Cluster, tmp_path: Path) -> None:
+    model = str(FIXTURES / "opt-pre")
+    saved, other, drawn = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "plan.svg"
+    answer = last_json(
+        serving.run(
+            "plan", model, "--json", "--bits=4,8", "--explain", "--simulate=3",
+            f"--plot={drawn}", f"--save={saved}",
+        )
+    )  # fmt: skip
+    assert answer["figures"] == "predicted from measured devices"
+    assert answer["plan"]["proven_optimal"]
+    assert answer["simulation"]["kept"]["runs"] == 3
+    assert any("dropping pi-" in item["text"] for item in answer["explanation"]["marginals"])
+    assert ElementTree.parse(drawn).getroot().tag.endswith("svg")  # noqa: S314 - our own
+    serving.run("plan", model, "--bits=4,8", "--pin=head:pi-3", f"--save={other}")
+    given = serving.run("plan", model, "--bits=4,8", f"--plan={other}", "--json")
+    assert last_json(given)["plan"]["blocks"][-1]["device"] == "pi-3"
+    assert "b.json fits" in given.stderr
+    changes = last_json(shoal("diff", str(saved), str(other), "--json"))["changes"]
+    assert changes == [] or changes[-1]["after"]["device"] == "pi-3"
+
+    edited = json.loads(other.read_text())
+    edited["stages"][-1]["device"] = "pi-9"
+    other.write_text(json.dumps(edited))
+    refused = serving.run("plan", model, f"--plan={other}")
+    assert refused.returncode == 1
+    assert "b.json: unknown device pi-9: there are pi-1, pi-2, pi-3" in refused.stderr
+
+
+def test_exactly_the_plan_of_a_file_is_loaded_and_moving_costs(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.start_coordinator()
+    for name in ("pi-1", "pi-2"):
+        cluster.start_agent(name, f"--coordinator=127.0.0.1:{cluster.control_port}", "--watts=5")
+    cluster.wait_for_agents("pi-1", "pi-2")
+    model = FIXTURES / "opt-pre"
+    plan = tmp_path / "plan.json"
+    stages = [{"device": "pi-2", "bits": "8 4x2"}, {"device": "pi-1", "bits": "3 16"}]
+    plan.write_text(json.dumps({"shoal_plan": 1, "model": "opt-pre", "stages": stages}))
+    loaded = cluster.load(model, f"--plan={plan}", "--max-weight-error=none")
+    places = [(block["device"], block["bits"]) for block in loaded["plan"]["blocks"]]
+    assert places == [("pi-2", 8), ("pi-2", 4), ("pi-2", 4), ("pi-1", 3), ("pi-1", 16)]
+    assert cluster.run("run", "opt-pre", "the", "--max-tokens=3").returncode == 0
+
+    # With moving weighed above all, the plan is what is there already.
+    stay = ("--bits=3,4,8,16", "--max-weight-error=none", "--migration-weight=1e6")
+    planned = last_json(cluster.run("plan", str(model), "--json", *stay))["plan"]
+    assert planned["load_s"] == 0
+    assert [(block["device"], block["bits"]) for block in planned["blocks"]] == places
+    assert cluster.load(model, *stay)["plan"]["load_s"] == 0
+    frugal = last_json(cluster.run("plan", str(model), "--json", "--objective=energy"))["plan"]
+    seconds = sum(stage["compute_s"] for stage in frugal["stages"])
+    assert frugal["energy_j"] == pytest.approx(5 * seconds)
+    stages[0]["bits"] = "8 4"
+    plan.write_text(json.dumps({"shoal_plan": 1, "model": "opt-pre", "stages": stages}))
+    refused = cluster.run("load", str(model), f"--plan={plan}")
+    assert refused.returncode == 1
+    assert "plan.json: its stages have 4 blocks and the model 5" in refused.stderr
 
 
 def test_a_kl_budget_is_kept(serving: Cluster, tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""What fewer bits do to a model, measured here with blocks that come from the coordinator.
+
+A block is fetched when it is needed and evicted when the cache is full, so that neither the memory
+nor the storage of the device has to hold the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.blocks import BlockCache
+from backends.base import Backend, BackendError
+from calibration.quality import measure_blocks, measure_plans
+from model.artifact import read_block
+from model.errors import CheckpointError
+from model.quantize import BITS, Format, QuantizedMatrix
+from model.spec import ModelSpec
+from wire.auth import Token
+from wire.messages import BlockRef, Endpoint, MeasureQuality, Message, QualityMeasured
+
+KEPT_SHARE = 0.4
+"""Of the device's memory, for original blocks that are kept instead of read again."""
+
+
+class StreamedModel:
+    """A ``calibration.quality.BlockSource`` over artifacts of a model's original blocks."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: Sequence[BlockRef],
+        cache: BlockCache,
+        coordinator: Endpoint,
+        device: str,
+        token: Token | None = None,
+    ) -> None:
+        """Raises BackendError where ``blocks`` are not those of the model."""
+        if [ref.block for ref in blocks] != list(range(spec.block_count)):
+            raise BackendError("the blocks are not those of the model")
+        self.spec = spec
+        self._blocks = blocks
+        self._cache = cache
+        self._coordinator = coordinator
+        self._device = device
+        self._token = token
+        self._formats: dict[int, Format] = {}
+
+    def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Raises CacheError, WireError, CheckpointError."""
+        fmt, tensors = read_block(self._path(block), self.spec, block)
+        self._formats[block] = fmt
+        return {
+            name: tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def lossless_format(self, block: int) -> Format:
+        """The format that the block came in. Raises as ``block``."""
+        if block not in self._formats:
+            self._formats[block], _ = read_block(self._path(block), self.spec, block)
+        return self._formats[block]
+
+    def _path(self, block: int) -> Path:
+        ref = self._blocks[block]
+        self._cache.fetch(
+            [ref], self._coordinator, self._device, lambda done, total: None, token=self._token
+        )
+        return self._cache.path(ref.sha256)
+
+
+def measure_quality(
+    request: MeasureQuality,
+    source: StreamedModel,
+    backend: Backend,
+    *,
+    threads: int,
+    directory: Path,
+    memory_bytes: int,
+    progress: Callable[[int, int], None],
+    report: Callable[[Message], None],
+) -> None:
+    """Carry out a request; each result goes to ``report`` as soon as it is there.
+
+    ``directory`` is emptied first: a run that was killed leaves hidden states there. ``progress``
+    gets (done, all) passes of the blocks, then of the plans. Raises BackendError for a request
+    that makes no sense, and what reading and running blocks raise.
+    """
+    formats = _formats(request, source.spec)
+    shutil.rmtree(directory, ignore_errors=True)
+    kept_bytes = int(memory_bytes * KEPT_SHARE)
+
+    def send(block: int | None, bits: tuple[int, ...], kl: float, weight_error: float) -> None:
+        report(QualityMeasured(request.request, block, bits, kl, weight_error))
+
+    try:
+        with closing(
+            measure_blocks(
+                source,
+                {block: [formats[bits] for bits in widths] for block, widths in request.wanted},
+                request.sequences,
+                backend=backend,
+                threads=threads,
+                progress=progress,
+                directory=directory,
+                kept_bytes=kept_bytes,
+            )
+        ) as found:
+            for one in found:
+                send(one.block, (one.bits,), one.kl, one.weight_error)
+        with closing(
+            measure_plans(
+                source,
+                [[formats[bits] for bits in plan] for plan in request.plans],
+                request.sequences,
+                backend=backend,
+                threads=threads,
+                progress=progress,
+                directory=directory,
+                kept_bytes=kept_bytes,
+            )
+        ) as measured:
+            for plan, kl in zip(request.plans, measured, strict=True):
+                send(None, plan, kl, 0.0)
+    except ValueError as error:
+        raise BackendError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{directory}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _formats(request: MeasureQuality, spec: ModelSpec) -> dict[int, Format]:
+    """The format of each width asked for. Raises BackendError."""
+    blocks = [block for block, _ in request.wanted]
+    if len(set(blocks)) != len(blocks) or not all(0 <= k < spec.block_count for k in blocks):
+        raise BackendError("the model has no such blocks")
+    asked = {bits for _, widths in request.wanted for bits in widths}
+    asked.update(bits for plan in request.plans for bits in plan)
+    if not asked <= set(BITS):
+        raise BackendError(f"unknown widths: known are {', '.join(map(str, BITS))}")
+    try:
+        return {bits: Format.of(bits, request.scheme, request.group_size) for bits in asked}
+    except ValueError as error:
+        raise BackendError(str(error)) from error

@@ -1,0 +1,138 @@
+"""Does a plan keep its KL budget? Plans the demo model under several and measures each plan.
+
+    python -m benchmarks.quality_budget
+
+Two alike devices, whose layers take as many milliseconds as they have bits, so that the planner
+spends all of the budget. Each budget is planned with the plain sum of sensitivities and with the
+margin that ``shoal calibrate --quality`` derives from eight random plans; where the measured
+divergence is above the budget, it is planned again as ``shoal plan --check-quality`` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from backends.registry import BACKENDS, backend_class
+from calibration.quality import (
+    built_in_text,
+    check_plans,
+    measure_plan_kl,
+    measure_quality,
+    random_plans,
+    split_passages,
+)
+from coordinator.plan import Plan
+from coordinator.planner import solve
+from coordinator.problem import PlanningProblem, build_problem
+from coordinator.quality import budget_margin, scaled, tightened
+from model.checkpoint import Checkpoint
+from model.quantize import Format
+from model.tokenizer import Tokenizer
+from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "examples" / "tiny-opt" / "model"
+BITS = (2, 3, 4, 5, 6, 8)
+BUDGETS = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1)
+
+
+def problem_of(
+    checkpoint: Checkpoint, rows: Sequence[dict[int, float]], margin: float, budget: float
+) -> PlanningProblem:
+    """Two devices that are slower with each bit, and the budget."""
+    profile = DeviceProfile(
+        "x", "x", 1, 1, "described", "", tuple((bits, bits) for bits in BITS),
+        1 << 30, 1 << 30, 1 << 30, 0.0, 0.0,
+    )  # fmt: skip
+    timings = [
+        BlockTiming(kind, 0, bits, bits * 1e-3, bits * 1e-3)
+        for kind in ("embedding", "layer", "head")
+        for bits in BITS
+    ]
+    return build_problem(
+        checkpoint.spec,
+        {"a": profile, "b": profile},
+        {"a": timings, "b": timings},
+        [LinkProfile("a", "b", 1e-3, 1e8), LinkProfile("b", "a", 1e-3, 1e8)],
+        bits=BITS,
+        slots=1,
+        context_tokens=128,
+        chunk_tokens=64,
+        sensitivities=scaled(rows, margin),
+        quality_budget=budget,
+    )
+
+
+def passages() -> list[str]:
+    """The development questions of the demo model with their answers, as docs/calibration.md."""
+    entries = json.loads((ROOT / "examples" / "tiny-opt" / "dev.json").read_text())["data"]
+    return [
+        " ".join((paragraph["context"], qa["question"], qa["answers"][0]["text"]))
+        for entry in entries
+        for paragraph in entry["paragraphs"]
+        for qa in paragraph["qas"]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--built-in-text", action="store_true", help="instead of the dev questions")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N")
+    parser.add_argument("--checked-plans", type=int, default=8, metavar="N")
+    options = parser.parse_args()
+    checkpoint = Checkpoint.open(MODEL)
+    tokenizer = Tokenizer.load(MODEL)
+    texts = built_in_text() if options.built_in_text else passages()
+    sequences = split_passages(map(tokenizer.encode, texts), 128, options.max_tokens)
+    backend = backend_class(next(iter(BACKENDS)))()
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        found = measure_quality(
+            checkpoint, BITS, sequences, backend=backend, threads=2, directory=directory
+        )
+        rows: list[dict[int, float]] = [{} for _ in range(checkpoint.spec.block_count)]
+        for one in found:
+            rows[one.block][one.bits] = one.kl
+        plans = random_plans(checkpoint.spec.block_count, BITS, options.checked_plans)
+        checks = check_plans(
+            checkpoint, found, plans, sequences, backend=backend, threads=2, directory=directory
+        )
+        margin = budget_margin((check.predicted_kl, check.measured_kl) for check in checks)
+
+        def measured(plan: Plan) -> float:
+            formats = [Format.of(placement.bits) for placement in plan.placements]
+            return measure_plan_kl(
+                checkpoint, formats, sequences, backend=backend, threads=2, directory=directory
+            )
+
+        print(f"{sum(map(len, sequences))} tokens, margin {margin:.2f} of {len(checks)} plans\n")
+        print("| budget | margin | bits | sum | predicted | measured | of the budget | plans |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for budget in BUDGETS:
+            for used in (1.0, margin):
+                problem = problem_of(checkpoint, rows, used, budget)
+                plan = solve(problem)
+                kl = measured(plan)
+                tries = [(plan, kl)]
+                while used == margin and kl > budget:
+                    plan = solve(tightened(problem, plan, kl))
+                    kl = measured(plan)
+                    tries.append((plan, kl))
+                for number, (choice, real) in enumerate(islice(tries, 8), 1):
+                    predicted = choice.total_sensitivity or 0.0
+                    print(
+                        f"| {budget:g} | {used:.2f} |"
+                        f" {' '.join(str(item.bits) for item in choice.placements)} |"
+                        f" {predicted / used:.2e} | {predicted:.2e} | {real:.2e} |"
+                        f" {real / budget:.0%} | {number} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

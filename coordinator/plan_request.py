@@ -1,0 +1,167 @@
+"""What a user asks to be planned or loaded, checked before anything is done about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from coordinator.errors import RequestInvalid
+from coordinator.plan import PlanError
+from coordinator.plan_file import SavedPlan
+from coordinator.problem import Objective, ObjectiveKind
+from model.quantize import BITS, Format, Scheme
+
+DEFAULT_BITS = (4, 8, 16)
+DEFAULT_MAX_WEIGHT_ERROR = 1e-3
+"""Default bound on max|w - w_b| / 2^b: at this value the paper's model lost nothing measurable
+(Source: DILEMMA, Table 1)."""
+DEFAULT_CONTEXT_TOKENS = 2048
+DEFAULT_TIME_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a user asks to be planned. ``max_weight_error`` None means no bound."""
+
+    model: Path
+    bits: tuple[int, ...] = DEFAULT_BITS
+    scheme: Scheme = "rtn"
+    group_size: int = 32
+    max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
+    context_tokens: int | None = None
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S
+    objective: Objective = field(default_factory=Objective)
+    pins: Mapping[int, str] = field(default_factory=dict)
+    """Block -> name of the device that it must be on."""
+    exclude: tuple[str, ...] = ()
+    sensitivities: tuple[Mapping[int, float], ...] | None = None
+    """Per block: bits -> what it adds to the KL divergence. None: what the coordinator measured,
+    where there is a budget."""
+    quality_budget: float | None = None
+    quality_margin: float | None = None
+    """What ``sensitivities`` are multiplied with; None: what the coordinator knows or assumes."""
+    check_quality: bool = False
+    """Measure the plan's divergence, and plan again until it keeps the budget."""
+    given: SavedPlan | None = None
+    """This plan instead of the best."""
+    with_problem: bool = False
+    """Answer with the planning problem too."""
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> PlanRequest:
+        """Read a user's JSON. Raises RequestInvalid naming the field."""
+        plain = dict(values)
+        model = plain.pop("model", None)
+        if not isinstance(model, str) or not Path(model).is_absolute():
+            raise RequestInvalid("model: the absolute path of a model directory", "model")
+        bits = plain.pop("bits", list(DEFAULT_BITS))
+        if (
+            not isinstance(bits, list)
+            or not bits
+            or any(type(item) is not int or item not in BITS for item in bits)
+        ):
+            known = ", ".join(map(str, BITS))
+            raise RequestInvalid(f"bits: a list out of {known}", "bits")
+        scheme = plain.pop("scheme", "rtn")
+        group_size = plain.pop("group_size", 32)
+        try:
+            Format.of(4, scheme, group_size)
+        except ValueError as error:
+            raise RequestInvalid(str(error), "scheme") from error
+        error_bound = plain.pop("max_weight_error", DEFAULT_MAX_WEIGHT_ERROR)
+        if error_bound is not None and (
+            not isinstance(error_bound, (int, float)) or not error_bound >= 0
+        ):
+            raise RequestInvalid("max_weight_error: a number >= 0, or null", "max_weight_error")
+        context = plain.pop("context_tokens", None)
+        if context is not None and (type(context) is not int or context < 1):
+            raise RequestInvalid("context_tokens: a positive whole number", "context_tokens")
+        limit_s = plain.pop("time_limit_s", DEFAULT_TIME_LIMIT_S)
+        if not isinstance(limit_s, (int, float)) or not 0 < limit_s <= 3600:
+            raise RequestInvalid("time_limit_s: between 0 and 3600", "time_limit_s")
+        wishes = _wishes(plain)
+        if plain:
+            raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
+        return PlanRequest(
+            Path(model),
+            tuple(sorted(set(bits))),
+            scheme,
+            group_size,
+            None if error_bound is None else float(error_bound),
+            context,
+            float(limit_s),
+            **wishes,
+        )
+
+    def format(self, bits: int) -> Format:
+        return Format.of(bits, self.scheme, self.group_size)
+
+
+def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
+    """Take what is optional about a plan's aim out of ``plain``. Raises RequestInvalid."""
+    wishes: dict[str, Any] = {}
+    objective = plain.pop("objective", None)
+    if objective is not None:
+        try:
+            wishes["objective"] = Objective(**objective)
+        except (TypeError, ValueError) as error:
+            kinds = ", ".join(get_args(ObjectiveKind))
+            raise RequestInvalid(
+                f"objective: kind ({kinds}), prompt_tokens, output_tokens", "objective"
+            ) from error
+    pins = plain.pop("pins", {})
+    if not isinstance(pins, dict) or not all(
+        block.isdecimal() and isinstance(device, str) for block, device in pins.items()
+    ):
+        raise RequestInvalid("pins: an object of block number to device name", "pins")
+    wishes["pins"] = {int(block): device for block, device in pins.items()}
+    exclude = plain.pop("exclude", [])
+    if not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
+        raise RequestInvalid("exclude: a list of device names", "exclude")
+    wishes["exclude"] = tuple(exclude)
+    budget = plain.pop("quality_budget", None)
+    if budget is not None and not (isinstance(budget, (int, float)) and budget >= 0):
+        raise RequestInvalid("quality_budget: a number >= 0, or null", "quality_budget")
+    wishes["quality_budget"] = budget
+    margin = plain.pop("quality_margin", None)
+    if margin is not None and not (isinstance(margin, (int, float)) and 1 <= margin < math.inf):
+        raise RequestInvalid("quality_margin: a number >= 1, or null", "quality_margin")
+    wishes["quality_margin"] = margin
+    for flag in ("check_quality", "with_problem"):
+        wishes[flag] = plain.pop(flag, False)
+        if not isinstance(wishes[flag], bool):
+            raise RequestInvalid(f"{flag}: true or false", flag)
+    if wishes["check_quality"] and budget is None:
+        raise RequestInvalid("check_quality needs a quality_budget", "check_quality")
+    wishes["given"] = _given(plain.pop("plan", None))
+    rows = plain.pop("sensitivities", None)
+    if rows is None:
+        return wishes
+    try:
+        wishes["sensitivities"] = tuple(
+            {int(bits): float(kl) for bits, kl in row.items()} for row in rows
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RequestInvalid(
+            "sensitivities: for each block an object of bits to KL divergence", "sensitivities"
+        ) from error
+    return wishes
+
+
+def _given(values: object) -> SavedPlan | None:
+    """A plan file's stages, as JSON. Raises RequestInvalid."""
+    if values is None:
+        return None
+    try:
+        return SavedPlan.from_dict(values)
+    except PlanError as error:
+        raise RequestInvalid(str(error), "plan") from error
+
+
+def model_name(directory: Path) -> str:
+    """What a model is called: its directory, or the one above where that is just ``model``."""
+    named = directory.parent if directory.name == "model" else directory
+    return named.name or "model"

@@ -1,0 +1,267 @@
+"""Every advice of an infeasible plan, tried on a case that needs it, read, and followed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from coordinator.plan import Advice, InfeasiblePlan, verify
+from coordinator.planner import solve
+from coordinator.problem import HopFormat, Objective, PlanningProblem, build_problem
+from coordinator.study import opt_350m
+from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+
+MB = 1_000_000
+WIDTHS = (4, 8)
+SPEC = opt_350m(4)
+BLOCKS = range(SPEC.block_count)
+ERRORS = {4: 2e-3, 8: 1e-4}
+LOSSES = {4: 0.02, 8: 0.001}
+
+
+def profile(memory_bytes: int, storage_bytes: int) -> DeviceProfile:
+    return DeviceProfile(
+        "x", "x", 1, 1, "described", "", tuple((bits, bits) for bits in WIDTHS),
+        memory_bytes, memory_bytes, storage_bytes, 0.0, 0.0,
+    )  # fmt: skip
+
+
+def problem_of(memory: int = 900, storage: int = 900, **changes: Any) -> PlanningProblem:
+    """Two alike devices of so many MB that hold the model with ease, and both widths."""
+    timings = [
+        BlockTiming(kind, 0, bits, bits * 1e-3, bits * 1e-4)
+        for kind in ("embedding", "layer", "head")
+        for bits in WIDTHS
+    ]
+    problem = build_problem(
+        SPEC,
+        {name: profile(memory * MB, storage * MB) for name in ("pi-1", "pi-2")},
+        {"pi-1": timings, "pi-2": timings},
+        [LinkProfile("pi-1", "pi-2", 1e-3, 1e8), LinkProfile("pi-2", "pi-1", 1e-3, 1e8)],
+        bits=WIDTHS,
+        slots=1,
+        context_tokens=128,
+        chunk_tokens=64,
+        weight_errors=[ERRORS for _ in BLOCKS],
+        sensitivities=[LOSSES for _ in BLOCKS],
+    )
+    return replace(problem, **changes)
+
+
+def bounded(bound: float, **changes: Any) -> PlanningProblem:
+    return problem_of(max_weight_error=(bound,) * len(BLOCKS), **changes)
+
+
+Ease = Callable[[PlanningProblem, Advice], PlanningProblem]
+
+
+def more_room(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    memory, storage = dict(advice.memory_short_bytes), dict(advice.storage_short_bytes)
+    return replace(
+        problem,
+        devices=tuple(
+            replace(
+                device,
+                memory_bytes=device.memory_bytes + memory.get(device.name, 0),
+                storage_bytes=device.storage_bytes + storage.get(device.name, 0),
+            )
+            for device in problem.devices
+        ),
+    )
+
+
+def other_bits(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    assert advice.allow_bits is not None
+    return replace(problem, bits=tuple(sorted((*problem.bits, advice.allow_bits))))
+
+
+def larger_error(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    assert advice.max_weight_error is not None
+    bound = advice.max_weight_error
+    return replace(problem, max_weight_error=tuple(max(b, bound) for b in problem.max_weight_error))
+
+
+def larger_budget(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    return replace(problem, quality_budget=advice.quality_budget)
+
+
+def free_placement(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    assert advice.free_placement
+    return replace(problem, pins={}, excluded=frozenset())
+
+
+def with_watts(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    return replace(
+        problem,
+        devices=tuple(
+            replace(device, watts=5.0) if device.name in advice.declare_watts else device
+            for device in problem.devices
+        ),
+    )
+
+
+FOLLOW: dict[str, Ease] = {
+    "memory_short_bytes": more_room,
+    "storage_short_bytes": more_room,
+    "allow_bits": other_bits,
+    "max_weight_error": larger_error,
+    "quality_budget": larger_budget,
+    "free_placement": free_placement,
+    "declare_watts": with_watts,
+}
+"""How each field of Advice is followed; one without a way here fails a test below."""
+
+CASES: dict[str, tuple[PlanningProblem, set[str]]] = {
+    "memory": (problem_of(memory=20), {"memory_short_bytes"}),
+    "storage": (problem_of(storage=20), {"storage_short_bytes"}),
+    "memory and storage": (
+        problem_of(memory=20, storage=20),
+        {"memory_short_bytes", "storage_short_bytes"},
+    ),
+    "narrower bits": (problem_of(memory=60, bits=(8,)), {"memory_short_bytes", "allow_bits"}),
+    "wider bits": (bounded(1e-3, bits=(4,)), {"allow_bits", "max_weight_error"}),
+    "bits that devices run": (problem_of(bits=(3,)), {"allow_bits"}),
+    "weight error": (bounded(1e-5), {"max_weight_error"}),
+    "weight error, for want of memory": (
+        bounded(1e-3, memory=60),
+        {"max_weight_error", "memory_short_bytes"},
+    ),
+    "budget": (problem_of(quality_budget=0.003), {"quality_budget"}),
+    "budget, for want of memory": (
+        problem_of(memory=60, quality_budget=0.02),
+        {"quality_budget", "memory_short_bytes"},
+    ),
+    "pins": (
+        problem_of(memory=60, bits=(4,), pins=dict.fromkeys(BLOCKS, 0)),
+        {"memory_short_bytes", "free_placement"},
+    ),
+    "a pin on an excluded device": (
+        problem_of(pins={0: 0}, excluded=frozenset({0})),
+        {"free_placement"},
+    ),
+    "exclusions": (
+        problem_of(memory=60, bits=(4,), excluded=frozenset({1})),
+        {"memory_short_bytes", "free_placement"},
+    ),
+    "watts": (problem_of(objective=Objective("energy")), {"declare_watts"}),
+    "two bounds of which each is enough": (
+        bounded(1e-3, memory=60, bits=(8,)),
+        {"memory_short_bytes"},
+    ),
+}
+
+
+def given(advice: Advice) -> set[str]:
+    """The fields that say something."""
+    return {item.name for item in fields(advice) if getattr(advice, item.name) != item.default}
+
+
+def read(message: str) -> Advice:
+    """The advice that the words of a message give, for comparison with its numbers."""
+
+    def sizes(kind: str) -> tuple[tuple[str, int], ...]:
+        found = re.search(rf"{kind} is short by [\d.]+ MB in all \(([^)]*)\)", message)
+        parts = found[1].split(", ") if found else []
+        pairs = [part.removesuffix(" MB").split(" +") for part in parts]
+        return tuple((name, round(float(size) * MB)) for name, size in pairs)
+
+    def number(pattern: str) -> float | None:
+        found = re.search(pattern + r" ([\d.e+-]+)", message)
+        return float(found[1]) if found else None
+
+    bits = number("allow")
+    watts = re.search(r"declare the watts of ([^:]+):", message)
+    return Advice(
+        sizes("memory"),
+        sizes("storage"),
+        None if bits is None else int(bits),
+        number("raise --max-weight-error to"),
+        number("raise the quality budget to"),
+        "drop the pins and exclusions" in message,
+        tuple(watts[1].split(", ")) if watts else (),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_advice_is_read_and_followed(case: str) -> None:
+    problem, expected = CASES[case]
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(problem)
+    advice = caught.value.advice
+    assert given(advice) == expected
+    assert read(str(caught.value)) == advice
+    for kind in expected:
+        eased = FOLLOW[kind](problem, advice)
+        verify(solve(eased), eased)
+
+
+def test_every_kind_of_advice_has_a_case() -> None:
+    kinds = {item.name for item in fields(Advice)}
+    assert set(FOLLOW) == kinds
+    assert set().union(*(expected for _, expected in CASES.values())) == kinds
+
+
+@pytest.mark.parametrize("case", ["memory", "storage", "weight error", "budget"])
+def test_little_less_than_advised_is_not_enough(case: str) -> None:
+    problem, _ = CASES[case]
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(problem)
+    advice = caught.value.advice
+    short = [dict(advice.memory_short_bytes), dict(advice.storage_short_bytes)]
+    # Each device's part is rounded up to 0.1 MB.
+    less = [
+        tuple((name, size - 200_000) for name, size in sizes.items() if size) for sizes in short
+    ]
+    fewer = replace(
+        advice,
+        memory_short_bytes=less[0],
+        storage_short_bytes=less[1],
+        max_weight_error=0.98 * (advice.max_weight_error or 0),
+        quality_budget=0.98 * (advice.quality_budget or 0),
+    )
+    for kind in given(advice):
+        with pytest.raises(InfeasiblePlan):
+            solve(FOLLOW[kind](problem, fewer))
+
+
+def test_missing_links_and_unknown_hops_are_named() -> None:
+    two_needed = problem_of(memory=60, bits=(4,))
+    solve(two_needed)
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(replace(two_needed, links={}))
+    # More memory on one of them needs no link, and is what is advised.
+    assert given(caught.value.advice) == {"memory_short_bytes"}
+    eased = more_room(replace(two_needed, links={}), caught.value.advice)
+    assert len(solve(eased).stages) == 1
+
+    apart = replace(two_needed, pins={0: 0, len(BLOCKS) - 1: 1})
+    solve(apart)
+    with pytest.raises(InfeasiblePlan, match="drop the pins"):
+        solve(problem_of(pins=apart.pins, links={}))
+    halves = tuple(
+        replace(
+            device,
+            options=tuple(
+                row if (block < 3) == (index == 0) else ()
+                for block, row in enumerate(device.options)
+            ),
+        )
+        for index, device in enumerate(two_needed.devices)
+    )
+    with pytest.raises(InfeasiblePlan, match="are links missing") as caught:
+        solve(replace(two_needed, devices=halves, links={}))
+    assert caught.value.advice == Advice()
+    solve(replace(two_needed, devices=halves))
+    unknown = replace(
+        two_needed,
+        devices=halves,
+        quality_budget=10.0,
+        hop_formats=(HopFormat(8, None),),
+    )
+    with pytest.raises(InfeasiblePlan, match="no width of hops has a known sensitivity"):
+        solve(unknown)
+    solve(replace(unknown, hop_formats=(HopFormat(8, 0.001),)))

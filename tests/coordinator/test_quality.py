@@ -1,0 +1,207 @@
+"""Margins, budgets and what is kept of sensitivities, on a real model where that can be."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.quality import check_plans, measure_plan_kl, measure_quality, random_plans
+from coordinator.errors import RequestInvalid
+from coordinator.plan import Plan, verify
+from coordinator.plan_request import PlanRequest
+from coordinator.planner import solve
+from coordinator.problem import PlanningProblem, build_problem
+from coordinator.quality import (
+    ASSUMED_MARGIN,
+    KnownQuality,
+    QualityRequest,
+    QualityStore,
+    budget_margin,
+    scaled,
+    tightened,
+    with_lossless,
+)
+from model.checkpoint import Checkpoint
+from model.quantize import Format
+from wire.profile import BlockTiming, DeviceProfile
+
+CHECKPOINT = Checkpoint.open(Path(__file__).parents[1] / "fixtures" / "opt-pre")
+SPEC = CHECKPOINT.spec
+BITS = (2, 3, 4, 8)
+TEXT = tuple(
+    tuple(int(token) for token in tokens)
+    for tokens in np.random.default_rng(0).integers(0, SPEC.vocab, (4, 16))
+)
+
+
+def test_the_margin_is_the_largest_ratio_and_never_below_one() -> None:
+    assert budget_margin([]) == budget_margin([(0.0, 0.0)]) == ASSUMED_MARGIN
+    assert budget_margin([(1.0, 0.8), (2.0, 1.9)]) == 1.0
+    assert budget_margin([(1.0, 0.8), (2.0, 2.6), (0.0, 0.0), (1e-9, 1e-8)]) == 1.3
+
+
+def test_a_width_that_keeps_the_weights_adds_nothing() -> None:
+    rows: list[dict[int, float]] = [{8: 0.1} for _ in range(SPEC.block_count)]
+    least = CHECKPOINT.lossless_format(0).bits
+    known = with_lossless(rows, CHECKPOINT)
+    assert known[0][32] == 0.0
+    assert (16 in known[0]) == (least == 16)
+    assert known[0][8] == 0.1
+    assert with_lossless([{}], CHECKPOINT) == ({},)
+    assert with_lossless([{32: 0.2}] * SPEC.block_count, CHECKPOINT)[0][32] == 0.2
+
+
+def problem_of(rows: Any, margin: float, budget: float) -> PlanningProblem:
+    """One device that is slower with each bit, so that a plan spends all of its budget."""
+    profile = DeviceProfile(
+        "x", "x", 1, 1, "described", "", tuple((bits, bits) for bits in BITS),
+        1 << 30, 1 << 30, 1 << 30, 0.0, 0.0,
+    )  # fmt: skip
+    timings = [
+        BlockTiming(kind, 0, bits, bits * 1e-3, bits * 1e-3)
+        for kind in ("embedding", "layer", "head")
+        for bits in BITS
+    ]
+    return build_problem(
+        SPEC,
+        {"a": profile},
+        {"a": timings},
+        [],
+        bits=BITS,
+        slots=1,
+        context_tokens=32,
+        chunk_tokens=32,
+        sensitivities=scaled(rows, margin),
+        quality_budget=budget,
+    )
+
+
+def test_budgets_are_kept_by_the_model_that_was_planned(tmp_path: Path) -> None:
+    found = measure_quality(CHECKPOINT, BITS, TEXT, directory=tmp_path)
+    rows: list[dict[int, float]] = [{} for _ in range(SPEC.block_count)]
+    for one in found:
+        rows[one.block][one.bits] = one.kl
+    plans = random_plans(SPEC.block_count, BITS, 4)
+    checks = check_plans(CHECKPOINT, found, plans, TEXT, directory=tmp_path)
+    margin = budget_margin((check.predicted_kl, check.measured_kl) for check in checks)
+
+    def measured(plan: Plan) -> float:
+        formats = [Format.of(placement.bits) for placement in plan.placements]
+        return measure_plan_kl(CHECKPOINT, formats, TEXT, directory=tmp_path)
+
+    low, high = (sum(kl[bits] for kl in rows) for bits in (8, 2))
+    spent = []
+    for budget in np.geomspace(3 * low * margin, 0.7 * high, 4):
+        problem = problem_of(rows, margin, float(budget))
+        plan, kl = solve(problem), None
+        for _ in range(4):
+            kl = measured(plan)
+            if kl <= budget:
+                break
+            plan = solve(tightened(problem, plan, kl))
+        assert kl is not None
+        assert kl <= budget
+        verify(plan, problem)
+        spent.append(kl / budget)
+    assert max(spent) > 0.4  # What is kept is a budget, not a ban.
+
+
+def test_a_plan_above_its_budget_is_followed_by_one_below() -> None:
+    rows = [{2: 0.08, 3: 0.04, 4: 0.02, 8: 0.001} for _ in range(SPEC.block_count)]
+    problem = problem_of(rows, 1.0, 0.2)
+    plan = solve(problem)
+    for times in (1.0001, 1.5, 4.0):
+        # As if blocks together did so many times what they do alone.
+        kl = times * (plan.total_sensitivity or 0) if times > 1.01 else 0.2 * times
+        again = solve(tightened(problem, plan, kl))
+        assert again.total_sensitivity is not None
+        assert plan.total_sensitivity is not None
+        assert again.total_sensitivity < plan.total_sensitivity
+        assert again.total_sensitivity * kl / plan.total_sensitivity <= 0.2 * 1.0001
+    with pytest.raises(ValueError, match="no budget"):
+        tightened(replace(problem, quality_budget=None), plan, 1.0)
+
+
+def test_what_is_known_is_kept_by_checkpoint_text_and_format(tmp_path: Path) -> None:
+    store = QualityStore(tmp_path)
+    assert store.latest(CHECKPOINT, "rtn", 32) is None
+    known = store.open(CHECKPOINT, TEXT, "rtn", 32)
+    assert known == KnownQuality(TEXT, "rtn", 32, {}, {})
+    plan = (8,) * SPEC.block_count
+    known.blocks.update({(block, 8): (0.5, 0.1) for block in range(SPEC.block_count)})
+    known.plans[plan] = 0.5 * SPEC.block_count * 1.2
+    store.save(CHECKPOINT, known)
+    assert store.open(CHECKPOINT, TEXT, "rtn", 32) == known
+    assert store.latest(CHECKPOINT, "rtn", 32) == known
+    assert known.margin == pytest.approx(1.2)
+    assert known.sensitivities(SPEC.block_count)[3] == {8: 0.5}
+    assert store.latest(CHECKPOINT, "rtn", 64) is None
+    assert store.latest(CHECKPOINT, "truncate", 32) is None
+    other = store.open(CHECKPOINT, TEXT[:2], "rtn", 32)
+    assert other.blocks == {}
+    store.save(CHECKPOINT, other)
+    first, second = sorted((tmp_path / "quality").iterdir(), key=lambda path: path.stat().st_size)
+    os.utime(first, ns=(2, 2))
+    os.utime(second, ns=(1, 1))
+    assert store.latest(CHECKPOINT, "rtn", 32) == other
+    first.write_text("{")
+    assert store.latest(CHECKPOINT, "rtn", 32) == known
+
+
+GOOD: dict[str, Any] = {"model": "/m", "bits": [4], "sequences": [[1, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": "m"}, "model"),
+        ({"bits": []}, "bits"),
+        ({"bits": [7]}, "bits"),
+        ({"sequences": []}, "sequences"),
+        ({"sequences": [[-1]]}, "sequences"),
+        ({"sequences": [[0] * (1 << 16), [0]]}, "sequences"),
+        ({"plans": [[4]] * 65}, "plans"),
+        ({"plans": [["4"]]}, "plans"),
+        ({"on": 3}, "on"),
+        ({"scheme": "magic"}, "scheme"),
+        ({"more": 1}, "unknown fields: more"),
+    ],
+)
+def test_a_request_that_makes_no_sense_names_the_field(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestInvalid, match=field):
+        QualityRequest.from_dict(GOOD | change)
+
+
+def test_a_request_must_fit_the_model() -> None:
+    QualityRequest.from_dict(GOOD).check(SPEC)
+    for change in (
+        {"sequences": [[1]]},
+        {"sequences": [[1, SPEC.vocab]]},
+        {"sequences": [[1] * (SPEC.max_context + 1)]},
+        {"plans": [[4, 4]]},
+    ):
+        with pytest.raises(RequestInvalid):
+            QualityRequest.from_dict(GOOD | change).check(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quality_margin": 0.5}, "quality_margin"),
+        ({"check_quality": 1}, "check_quality"),
+        ({"check_quality": True}, "check_quality needs a quality_budget"),
+        ({"with_problem": None}, "with_problem"),
+        ({"plan": 3}, "plan: expected an object"),
+        ({"plan": {"source": "a.json", "model": "m", "stages": []}}, "at least one stage"),
+    ],
+)
+def test_a_plan_request_that_makes_no_sense_names_the_field(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestInvalid, match=message):
+        PlanRequest.from_dict({"model": "/m"} | change)

@@ -1,0 +1,116 @@
+"""Sensitivities measured by an agent with streamed blocks, and plans that keep a budget by them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calibration.quality import built_in_text, measure_quality, split_passages
+from model.checkpoint import Checkpoint
+from model.tokenizer import Tokenizer
+from tests.system.cluster import FIXTURES, Cluster, interrupt_at, last_json, wait_for
+
+MODEL = FIXTURES / "llama"
+MISTRAL = FIXTURES / "mistral"
+WORK = ("--bits=3,8", "--max-tokens=60", "--check-plans=2")
+
+
+def calibrate(cluster: Cluster, model: Path, *options: str) -> Any:
+    return cluster.run("calibrate", "--quality", f"--model={model}", "--json", *options)
+
+
+def kept(cluster: Cluster) -> list[dict[str, Any]]:
+    """What the coordinator has on disk of each model and text."""
+    files = (cluster.directory / "coordinator" / "quality").glob("*.json")
+    return [json.loads(path.read_text()) for path in files]
+
+
+@pytest.fixture
+def shoal(cluster: Cluster) -> Cluster:
+    cluster.start_coordinator()
+    for name in ("pi-1", "pi-2"):
+        # A cache that holds a block or two at a time, not the model.
+        cluster.start_agent(
+            name, f"--coordinator=127.0.0.1:{cluster.control_port}", "--storage=64K"
+        )
+    cluster.wait_for_agents("pi-1", "pi-2")
+    return cluster
+
+
+def test_an_agent_finds_what_one_process_finds(shoal: Cluster) -> None:
+    completed = calibrate(shoal, MODEL, "--on=auto", *WORK)
+    answer = last_json(completed)
+    assert answer["measured_on"] in ("pi-1", "pi-2")
+    assert f"{answer['measured_on']} measures" in completed.stderr
+    checkpoint = Checkpoint.open(MODEL)
+    tokenizer = Tokenizer.load(MODEL)
+    sequences = split_passages(map(tokenizer.encode, built_in_text()), 128, 60)
+    expected = measure_quality(checkpoint, (3, 8), sequences)
+    found = {(item["block"], item["bits"]): item for item in answer["blocks"]}
+    assert len(found) == len(expected)
+    for one in expected:
+        item = found[one.block, one.bits]
+        assert item["kl"] == pytest.approx(one.kl, rel=1e-2, abs=1e-8)
+        assert item["weight_error"] == pytest.approx(one.weight_error)
+    assert len(answer["plans"]) == 2
+    again = calibrate(shoal, MODEL, "--on=pi-2", *WORK)
+    assert last_json(again)["measured_on"] is None
+    assert "measured before" in again.stderr
+    assert last_json(again)["blocks"] == answer["blocks"]
+
+    # Plans use it, with its margin; a measured plan keeps its budget.
+    asked = ("plan", str(MODEL), "--json", "--bits=3,8", "--max-weight-error=none")
+    best = sum(item["kl"] for item in answer["blocks"] if item["bits"] == 8)
+    ratios = [plan["measured_kl"] / plan["predicted_kl"] for plan in answer["plans"]]
+    margin = max(1.0, *ratios)
+    budget = best * margin * 3
+    planned = last_json(shoal.run(*asked, f"--quality-budget={budget}"))
+    assert planned["quality"]["margin"] == pytest.approx(margin)
+    bits = [block["bits"] for block in planned["plan"]["blocks"]]
+    total = sum(found[place]["kl"] for place in enumerate(bits))
+    assert planned["plan"]["total_sensitivity"] == pytest.approx(total * margin)
+    assert total * margin <= budget
+    checked = last_json(shoal.run(*asked, f"--quality-budget={budget}", "--check-quality"))
+    assert 0 < checked["quality"]["measured_kl"] <= budget
+    impossible = shoal.run(*asked, f"--quality-budget={best / 2}")
+    assert impossible.returncode == 1
+    assert "budget" in impossible.stderr
+    unknown = shoal.run("plan", str(FIXTURES / "opt-pre"), "--quality-budget=1")
+    assert unknown.returncode == 1
+    assert "calibrate --quality --on auto" in unknown.stderr
+
+
+def test_what_was_measured_before_ctrl_c_and_a_lost_agent_is_kept(shoal: Cluster) -> None:
+    arguments = (
+        "calibrate", "--quality", f"--model={MISTRAL}", "--on=pi-1", "--json",
+        "--bits=2,3,4,5,6,8", "--check-plans=1", f"--url={shoal.url}",
+    )  # fmt: skip
+    blocks = Checkpoint.open(MISTRAL).spec.block_count
+
+    def some(least: int) -> bool:
+        return any(least < len(one["blocks"]) for one in kept(shoal))
+
+    code, stderr, _ = interrupt_at(list(arguments), lambda: some(0))
+    assert code == 130, stderr
+    wait_for(lambda: not (shoal.directory / "pi-1" / "quality").exists(), 20, "the agent to stop")
+    (before,) = kept(shoal)
+    assert 0 < len(before["blocks"]) < 6 * blocks
+    # Ask for another and switch the agent off meanwhile.
+    done = len(before["blocks"])
+    process = shoal.spawn("user", *arguments)
+    wait_for(lambda: some(done), 60, "one more block")
+    shoal.kill("pi-1")
+    assert process.wait(20) == 1
+    assert "pi-1: device lost while it measured" in shoal.log("user")
+    (between,) = kept(shoal)
+    assert done < len(between["blocks"]) < 6 * blocks
+    rest = last_json(
+        shoal.run(*(part for part in arguments[:-1] if "--on" not in part), "--on=auto")
+    )
+    assert rest["measured_on"] == "pi-2"
+    assert len(rest["blocks"]) == 6 * blocks
+    (after,) = kept(shoal)
+    assert [one for one in after["blocks"] if one in between["blocks"]] == between["blocks"]
