@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -312,6 +312,7 @@ def _roofline(survey: DeviceSurvey, table: LayerTable | None, name: str) -> str:
 def _quality(options: argparse.Namespace, screen: Screen, state_dir: Path) -> None:
     from backends.registry import BACKENDS, backend_class
     from calibration.charts import heatmap_svg
+    from calibration.hops import measure_hops, worst_hops
     from calibration.quality import check_plans, measure_quality, random_plans
     from calibration.store import CalibrationStore
     from model.checkpoint import Checkpoint
@@ -337,6 +338,16 @@ def _quality(options: argparse.Namespace, screen: Screen, state_dir: Path) -> No
                 store=CalibrationStore(state_dir / "quality.json"),
                 progress=on_step,
                 **how,
+            )
+        with _progress(screen, "measuring hops") as on_step:
+            hops = measure_hops(
+                checkpoint,
+                sequences,
+                backend=how["backend"],
+                threads=options.threads,
+                store=CalibrationStore(state_dir / "quality.json"),
+                progress=on_step,
+                directory=state_dir,
             )
         checks: list[PlanCheck] = []
         if options.check_plans is not None:
@@ -365,11 +376,18 @@ def _quality(options: argparse.Namespace, screen: Screen, state_dir: Path) -> No
                     }
                     for quality in qualities
                 ],
+                "hops": [
+                    {"after": names[boundary], "bits": bits, "kl": kl}
+                    for boundary, kls in hops.items()
+                    for bits, kl in kls.items()
+                ],
+                "worst_hops": worst_hops(hops),
                 "plans": [asdict(check) for check in checks],
             }
         )
     else:
         _show_quality(screen, title, names, bits, qualities)
+        _show_hops(screen, names, hops)
         screen.out.print(f"over {tokens} tokens of {len(sequences)} passages")
         if checks:
             _show_checks(screen, checks)
@@ -414,6 +432,19 @@ def _show_quality(
         for block, name in enumerate(names):
             table.add_row(name, *(f"{values[block, width]:.1e}" for width in widths))
         screen.out.print(table)
+
+
+def _show_hops(
+    screen: Screen, names: Sequence[str], hops: Mapping[int, Mapping[int, float]]
+) -> None:
+    table = Table(title="hops, KL in nats", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("behind", no_wrap=True)
+    widths = list(next(iter(hops.values())))
+    for width in widths:
+        table.add_column(f"{width} bits", justify="right", no_wrap=True)
+    for boundary, kls in hops.items():
+        table.add_row(names[boundary], *(f"{kls[width]:.1e}" for width in widths))
+    screen.out.print(table)
 
 
 def _show_checks(screen: Screen, checks: Sequence[PlanCheck]) -> None:
