@@ -15,6 +15,7 @@ from backends.base import Backend
 from calibration.quality import (
     Progress,
     Rows,
+    Run,
     Sequences,
     _check,
     _Options,
@@ -65,11 +66,13 @@ def measure_hops(
             run.expect(head + sum(head - boundary for boundary in missing))
             final = run.teach([boundary + 1 for boundary in missing])
             for boundary, widths in missing.items():
-                changes = {width: partial(through_hop, bits=width) for width in widths}
-                for width, kl in run.rounded(boundary + 1, changes, final).items():
-                    found[boundary][width] = kl
+                changes: dict[int, Run] = {
+                    width: partial(through_hop, bits=width) for width in widths
+                }
+                for sent_bits, kl in run.rounded(boundary + 1, changes, final).items():
+                    found[boundary][sent_bits] = kl
                     if store is not None:
-                        store.put(key | {"block": boundary, "bits": width}, (kl,))
+                        store.put(key | {"block": boundary, "bits": sent_bits}, (kl,))
     return found
 
 

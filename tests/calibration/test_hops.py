@@ -74,13 +74,17 @@ def test_what_is_stored_is_not_measured_again(tmp_path: Path) -> None:
     def progress(done: int, total: int) -> None:
         steps.append((done, total))
 
+    def until_the_last(done: int, total: int) -> None:
+        progress(done, total)
+        if done == total - 1:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         measure_hops(
             checkpoint,
             texts(checkpoint),
             store=store,
-            # At the end of the second boundary of three.
-            progress=lambda done, total: progress(done, total) or stop_at(done, total - 1),
+            progress=until_the_last,
         )
     half = len(steps)
     first = measure_hops(checkpoint, texts(checkpoint), store=store, progress=progress)
@@ -92,8 +96,3 @@ def test_what_is_stored_is_not_measured_again(tmp_path: Path) -> None:
     assert measure_hops(checkpoint, texts(checkpoint), (16,), store=store) == {
         boundary: {16: kls[16]} for boundary, kls in first.items()
     }
-
-
-def stop_at(done: int, last: int) -> None:
-    if done >= last:
-        raise KeyboardInterrupt
