@@ -10,9 +10,10 @@ nobody sleeps, and after a pause of 2 ms, as between two steps of a stage, where
 has to be woken. Throughput: prompt chunks of 256 rows one way, until the last is confirmed. Raw TCP
 and the hop take turns in each round.
 
-Loopback, and with root between two network namespaces that a bridge joins.
+Loopback, and with root between two network namespaces that a bridge joins, and between two hosts of
+an emulated LAN (testbed/): 1 Gbit/s, 0.2 ms round trip.
 
---share: the thread that receives a row, runs a stage that takes no time, and sends the next;
+--share: the thread that receives a row, runs a stage that only reads memory, and sends the next;
 counted is what is neither within the stage nor within a call of the socket.
 """
 
@@ -39,7 +40,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from agent.links import Link, Measuring, summary_s
+from testbed.bed import Testbed, TestbedError
+from testbed.network import Host, Link
+from testbed.network import Network as Lan
+
+from agent.links import Link as PeerLink
+from agent.links import Measuring, summary_s
 from agent.relay import Relay
 from backends.base import Array, Stage, Tokens
 from model.spec import LayerSpec, ModelSpec
@@ -66,7 +72,9 @@ CHUNKS = 24
 BACK_TO_BACK = 500
 PAUSED = 100
 PAUSE_S = 0.002
-SHARE_STEPS = 3000
+ROUND_TRIP_S = 0.2e-3
+BYTES_PER_S = 125e6
+SHARE_STEPS = 500
 
 ROW = Activation(1, 7, 0, 300, 1, 16, True)
 CHUNK = Activation(1, 7, 0, 256, CHUNK_ROWS, 16, False)
@@ -253,6 +261,18 @@ def places(stack: contextlib.ExitStack) -> Iterator[Place]:
         lambda call: network.inside("near", call),
         lambda call: network.inside("far", call),
     )
+    lan = Lan({"near": Host(), "far": Host()}, default=Link(ROUND_TRIP_S / 2, BYTES_PER_S))
+    try:
+        bed = stack.enter_context(Testbed(lan, "hop"))
+    except TestbedError as error:
+        print(f"no emulated LAN: {error}", file=sys.stderr)
+        return
+    yield Place(
+        "LAN",
+        lan.address("far"),
+        lambda call: bed.inside("near", call),
+        lambda call: bed.inside("far", call),
+    )
 
 
 # ---- Python's share of a step -------------------------------------------------------------------
@@ -285,15 +305,20 @@ class ClockedSocket(socket.socket):
             self.clock.outside_s += time.perf_counter() - started_s
 
 
-class InstantStage(Stage):
-    """Returns the same rows or logits each time."""
+class ReadingStage(Stage):
+    """Returns the same rows or logits each time, after reading as much memory as weights would be:
+    what Python needs is no longer in a cache then."""
 
-    def __init__(self, clock: Clock, output: Array) -> None:
-        self._clock, self._output = clock, output
+    def __init__(self, clock: Clock, output: Array, weights: Array) -> None:
+        self._clock, self._output, self._weights = clock, output, weights
 
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
     ) -> Array:
+        started_s = time.perf_counter()
+        if len(self._weights):
+            self._weights.max()
+        self._clock.outside_s += time.perf_counter() - started_s
         return self._output
 
     @property
@@ -349,7 +374,7 @@ def clocked_pair(clock: Clock) -> tuple[Connection, Connection]:
     return Connection(near), far
 
 
-def share(role: str, steps: int, vocab: int) -> list[float]:
+def share(role: str, steps: int, vocab: int, weights_mib: int) -> list[float]:
     """Seconds of Python in each step of a first, middle or last stage, in the order measured."""
     clock = Clock()
     model = spec(vocab)
@@ -360,7 +385,7 @@ def share(role: str, steps: int, vocab: int) -> list[float]:
     here, before = clocked_pair(clock)
     onwards, after = clocked_pair(clock)
     relay = Relay(
-        InstantStage(clock, output),
+        ReadingStage(clock, output, np.zeros(weights_mib << 18, np.float32)),
         model,
         blocks,
         epoch=1,
@@ -369,7 +394,7 @@ def share(role: str, steps: int, vocab: int) -> list[float]:
         hop_bits=DEFAULT_HOP_BITS,
         report=lambda message: None,
     )
-    relay.connect(onwards, Link("next"), Measuring())
+    relay.connect(onwards, PeerLink("next"), Measuring())
     sampling = Sampling(steps + 10, ())
     payload = bytes(payload_bytes(1, HIDDEN, DEFAULT_HOP_BITS))[:-4] + np.float32(1).tobytes()
 
@@ -401,7 +426,7 @@ def share(role: str, steps: int, vocab: int) -> list[float]:
 def show_shares(options: argparse.Namespace) -> None:
     rows = []
     for role in ("first", "middle", "last"):
-        times_s = share(role, options.steps, options.vocab)[options.steps // 10 :]
+        times_s = share(role, options.steps, options.vocab, options.weights)[options.steps // 10 :]
         median_s, p90_s = summary_s(times_s)
         p99_s = float(np.percentile(times_s, 99))
         rows.append(
@@ -462,6 +487,7 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="Python's share of a decode step")
     parser.add_argument("--steps", type=int, default=SHARE_STEPS, help="of --share")
     parser.add_argument("--vocab", type=int, default=32000, help="of --share's last stage")
+    parser.add_argument("--weights", type=int, default=64, help="MiB that --share's stage reads")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.share:
