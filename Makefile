@@ -12,7 +12,7 @@ PYTHON_VERSION ?= 3.11
 LOCK ?= agent
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix test-install dist bundle check bench bench-planner lock clean
+.PHONY: help demo test test-matrix test-install dist bundle check bench bench-hop bench-pipeline bench-planner lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,12 @@ check: $(VENV)/dev.stamp ## style, types and the import contract
 
 bench: $(VENV)/run.stamp ## measure what splitting costs on this machine
 	$(BIN)/python benchmarks/split.py $(ARGS)
+
+bench-hop: $(VENV)/run.stamp ## what a hop costs beside raw TCP
+	$(BIN)/python benchmarks/hop.py $(ARGS)
+
+bench-pipeline: $(VENV)/run.stamp ## what splitting over 1 to 4 emulated devices costs
+	$(BIN)/python benchmarks/pipeline.py $(ARGS)
 
 bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
 	$(BIN)/python benchmarks/planner.py $(ARGS)

@@ -7,6 +7,7 @@ at the next one. The coordinator is told every token but is not waited for.
 
 Single tokens run in the thread that received them. Prompt chunks wait in a queue with a thread of
 its own: a connection that is not read for as long as some chunks take looks dead to its sender.
+What goes on leaves by agent.hop.
 """
 
 from __future__ import annotations

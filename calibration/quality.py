@@ -460,6 +460,21 @@ class _Runner:
             self._input(block).unlink()
         return results
 
+    def rounded(self, block: int, changes: Mapping[int, Run], final: Rows) -> dict[int, float]:
+        """KL by width of the students whose hidden rows before a block are changed."""
+        head = self.spec.head_block
+        rows = final if block == head else np.load(self._input(block))
+        hidden = {width: change(rows) for width, change in changes.items()}
+        for later in range(block, head):
+            with self._original(later) as run:
+                hidden = {width: run(it) for width, it in hidden.items()}
+            self.step()
+        kls = self._head_kls(final, [(None, it) for it in hidden.values()])
+        self.step()
+        if block != head:
+            self._input(block).unlink()
+        return dict(zip(hidden, kls, strict=True))
+
     def plan_kl(self, formats: Sequence[Format | None], final: Rows) -> float:
         """Divergence of a student that has every block in its format."""
         rows = self.tokens

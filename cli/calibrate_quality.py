@@ -25,6 +25,7 @@ QUALITY_BITS = (2, 3, 4, 6, 8)
 def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -> None:
     """Measure on this device, in this process. Raises CommandFailed, ModelError, BackendError."""
     from backends.registry import BACKENDS, backend_class
+    from calibration.hops import measure_hops, worst_hops
     from calibration.quality import check_plans, measure_quality, random_plans
     from calibration.store import CalibrationStore
     from model.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
         "threads": options.threads,
         "directory": state_dir,
     }
+    store = CalibrationStore(state_dir / "quality.json")
     checks: list[PlanCheck] = []
     try:
         with screen.counting("measuring sensitivities") as on_step:
@@ -48,9 +50,19 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
                 checkpoint,
                 bits,
                 sequences,
-                store=CalibrationStore(state_dir / "quality.json"),
+                store=store,
                 progress=on_step,
                 **how,
+            )
+        with screen.counting("measuring hops") as on_step:
+            hops = measure_hops(
+                checkpoint,
+                sequences,
+                backend=how["backend"],
+                threads=options.threads,
+                store=store,
+                progress=on_step,
+                directory=state_dir,
             )
         if options.check_plans:
             plans = random_plans(spec.block_count, bits, options.check_plans)
@@ -73,6 +85,12 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
             }
             for quality in qualities
         ],
+        "hops": [
+            {"after": spec.block_name(boundary), "bits": width, "kl": kl}
+            for boundary, kls in hops.items()
+            for width, kl in kls.items()
+        ],
+        "worst_hops": worst_hops(hops),
         "plans": [asdict(check) for check in checks],
     }
     _show_quality(options, screen, answer, qualities, checks)

@@ -38,18 +38,16 @@ _SCALE = np.dtype("<f4")
 _HALF_MAX = np.float32(65504)
 """Largest finite float16."""
 
-_FLOAT_MAX = np.finfo(np.float32).max
 _BYTE_MAX = np.float32(127)
 _NOT_FINITE = -128
 
 _LEAST_SCALE = np.finfo(np.float32).tiny
+_SMALLEST_SCALE: dict[HopBits, np.float32] = {16: np.float32(1), 8: _LEAST_SCALE}
 _LARGEST_SCALE: dict[HopBits, np.float32] = {
     16: np.float32(2.0**113),
-    8: np.nextafter(_FLOAT_MAX / _BYTE_MAX, np.float32(0)),
+    8: np.nextafter(np.finfo(np.float32).max / _BYTE_MAX, np.float32(0)),
 }
 """No encoder needs a larger one; at 8 bits the largest value still is a finite float32."""
-
-# A NaN may signal, a division may underflow: neither is an error here, hence np.errstate below.
 
 
 def payload_bytes(rows: int, hidden: int, bits: HopBits) -> int:
@@ -57,7 +55,6 @@ def payload_bytes(rows: int, hidden: int, bits: HopBits) -> int:
     return rows * (hidden * bits // 8 + (0 if bits == 32 else _SCALE.itemsize))
 
 
-@np.errstate(all="ignore")
 def encode_rows(rows: Rows, bits: HopBits) -> memoryview:
     """The payload for hidden rows float32 [n, hidden]; a view of them where nothing changes."""
     if bits == 32:
@@ -65,48 +62,52 @@ def encode_rows(rows: Rows, bits: HopBits) -> memoryview:
     count, hidden = rows.shape
     payload = np.empty(payload_bytes(count, hidden, bits), np.uint8).data
     values, scales = _parts(payload, count, hidden, bits)
-    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    magnitudes = np.abs(rows)
     # False where a NaN is among them, too.
-    usual = bool((largest <= (_HALF_MAX if bits == 16 else _FLOAT_MAX)).all())
-    if not usual:
-        largest = np.abs(rows).max(axis=1, where=np.isfinite(rows), initial=0)
-    if bits == 16:
+    if bits == 16 and magnitudes.max() <= _HALF_MAX:
+        values[:] = rows
         scales[:] = 1
-        if not usual:
+        return payload
+    with np.errstate(all="ignore"):  # A NaN may signal.
+        largest = magnitudes.max(axis=1)
+        finite = None if np.isfinite(largest).all() else np.isfinite(rows)
+        if finite is not None:
+            largest = magnitudes.max(axis=1, where=finite, initial=0)
+        if bits == 16:
+            scales[:] = 1
             wide = largest > _HALF_MAX
             scales[wide] = np.ldexp(np.float32(1), np.frexp(largest[wide])[1] - 15)
-            rows = rows / scales[:, None]
-        values[:] = rows
+            values[:] = rows / scales[:, None]
+            return payload
+        np.clip(largest / _BYTE_MAX, _LEAST_SCALE, _LARGEST_SCALE[8], out=scales)
+        codes = np.divide(rows, scales[:, None], out=magnitudes)
+        np.rint(codes, out=codes)
+        if finite is not None:
+            codes[~finite] = _NOT_FINITE
+        np.copyto(values, codes, casting="unsafe")
         return payload
-    np.clip(largest / _BYTE_MAX, _LEAST_SCALE, _LARGEST_SCALE[8], out=scales)
-    codes = rows / scales[:, None]
-    np.rint(codes, out=codes)
-    if not usual:
-        codes[~np.isfinite(rows)] = _NOT_FINITE
-    np.copyto(values, codes, casting="unsafe")
-    return payload
 
 
-@np.errstate(all="ignore")
 def decode_rows(payload: memoryview, count: int, hidden: int, bits: HopBits) -> Rows:
     """Hidden rows float32 [count, hidden] of a payload; at 32 bits a view of it.
 
     Raises ProtocolError for a payload of another length, and for scales that no encoder makes.
     """
-    if count < 0 or len(payload) != payload_bytes(count, hidden, bits):
+    if count < 1 or len(payload) != payload_bytes(count, hidden, bits):
         raise ProtocolError(f"{len(payload)} bytes are not {count} hidden rows at {bits} bits")
     values, scales = _parts(payload, count, hidden, bits)
     rows: Rows = values.astype(np.float32, copy=False)
     if bits == 32:
         return rows
-    least = 1 if bits == 16 else _LEAST_SCALE
-    # A NaN fails both comparisons.
-    if not (scales.min(initial=1) >= least and scales.max(initial=1) <= _LARGEST_SCALE[bits]):
+    least, largest = scales.min(), scales.max()
+    # Both are NaN where one is, and a NaN fails both comparisons.
+    if not (least >= _SMALLEST_SCALE[bits] and largest <= _LARGEST_SCALE[bits]):
         raise ProtocolError("an activation's scales are out of range")
-    if bits == 16 and scales.max(initial=1) == 1:
+    if bits == 16 and largest == 1:
         return rows
-    rows *= scales[:, None]
-    if bits == 8 and values.min(initial=0) == _NOT_FINITE:
+    with np.errstate(all="ignore"):
+        rows *= scales[:, None]
+    if bits == 8 and values.min() == _NOT_FINITE:
         rows[values == _NOT_FINITE] = np.nan
     return rows
 

@@ -56,7 +56,7 @@ def call(token: Token) -> Handshake:
     yield AuthChallenge(HANDSHAKE_VERSION, ours)
     answer = yield None
     if isinstance(answer, JoinRefused):
-        raise AuthFailed(answer.reason)
+        raise AuthFailed(_printable(answer.reason))
     if not isinstance(answer, AuthAnswer) or len(answer.nonce) != NONCE_BYTES:
         raise AuthFailed("it does not answer the handshake")
     nonces = ours + answer.nonce
@@ -77,7 +77,7 @@ def answer(token: Token) -> Handshake:
     yield AuthAnswer(ours, _proof(token, "answerer", nonces))
     message = yield None
     if isinstance(message, JoinRefused):
-        raise AuthFailed(message.reason)
+        raise AuthFailed(_printable(message.reason))
     expected = _proof(token, "caller", nonces)
     if not isinstance(message, AuthProof) or not hmac.compare_digest(message.proof, expected):
         raise AuthFailed(DIFFERENT, DIFFERENT)
@@ -124,6 +124,11 @@ def create_token(path: Path) -> None:
         raise TokenError(f"token file {path} cannot be made: {reason}") from error
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_urlsafe(32) + "\n")
+
+
+def _printable(reason: str) -> str:
+    """What somebody unknown says, safe for a terminal."""
+    return "".join(character for character in reason if character.isprintable())
 
 
 def _checked(data: bytes, where: str) -> Token:

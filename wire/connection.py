@@ -99,9 +99,15 @@ class Connection:
         return str(self._socket.getsockname()[0])
 
     def set_receive_timeout(self, seconds: float | None) -> None:
-        """Let ``receive`` raise ConnectionLost after this much silence; None waits for ever."""
+        """Let ``receive`` raise ConnectionLost after this much silence; None waits for ever.
+
+        Raises ConnectionLost where another thread has closed the connection meanwhile.
+        """
         self._timeout_s = seconds
-        set_timeout(self._socket, socket.SO_RCVTIMEO, seconds or 0.0)
+        try:
+            set_timeout(self._socket, socket.SO_RCVTIMEO, seconds or 0.0)
+        except OSError as error:
+            raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
     def send(self, message: Message, payload: Buffer = b"") -> None:
         """Send one frame: header and payload leave in one call."""

@@ -201,7 +201,7 @@ def test_prompts_tell_when_a_link_got_slow() -> None:
             if not news.empty():
                 break
         told = news.get(timeout=ANSWER_S)
-        assert told.bytes_per_s == pytest.approx(40e6 / 8, rel=0.25)
+        assert told.bytes_per_s == pytest.approx(40e6 / 8, rel=0.5)
         assert told.bytes_per_s < before.bytes_per_s
         hop.close()
         server.close()

@@ -10,7 +10,7 @@ def test_who_knows_the_token_works_and_nobody_else_joins(cluster: Cluster) -> No
     other.write_text("x" * 40)
     cluster.start_coordinator("--no-mdns", "--create-token", f"--token-file={token}")
     where = f"--coordinator=127.0.0.1:{cluster.control_port}"
-    limit = "--memory=3700000"
+    limit = "--memory=4500000"
     cluster.start_agent("one", where, limit, f"--token-file={token}")
     cluster.start_agent("two", where, limit, f"--token-file={token}")
     cluster.start_agent("other", where, f"--token-file={other}")

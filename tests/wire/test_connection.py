@@ -5,12 +5,21 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from wire.codec import encode
-from wire.connection import AsyncConnection, Connection, Listener, serve
+from wire.connection import BUFFER_BYTES, AsyncConnection, Connection, Listener, serve
 from wire.errors import ConnectFailed, ConnectionLost, ProtocolError
-from wire.messages import Activation, Endpoint, Heartbeat, ProbePing, ProbePong
+from wire.messages import (
+    Activation,
+    Endpoint,
+    Heartbeat,
+    Message,
+    ProbePing,
+    ProbePong,
+    RequestFailed,
+)
 
 ACTIVATION = Activation(1, 2, 0, 3, 4, 32, True, None)
 
@@ -58,6 +67,39 @@ def test_messages_and_payloads_arrive_in_order(pair: tuple[Connection, Connectio
     thread.join()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_frames_of_all_sizes_arrive_however_the_stream_is_cut(
+    raw: tuple[socket.socket, Connection], seed: int
+) -> None:
+    sender, receiver = raw
+    random = np.random.default_rng(seed)
+    sizes = [0, 1, BUFFER_BYTES - 64, BUFFER_BYTES, BUFFER_BYTES + 1, 3 * BUFFER_BYTES, 200_000]
+    frames: list[tuple[Message, bytes]] = []
+    for number, size in enumerate(random.choice(sizes, 40).tolist()):
+        if size:
+            frames.append((ProbePing(number), random.bytes(size)))
+        else:
+            # A header of any length, larger than the buffer included.
+            text = "x" * int(random.choice([0, 40, BUFFER_BYTES - 40, 2 * BUFFER_BYTES]))
+            frames.append((RequestFailed(number, text), b""))
+    stream = b"".join(encode(message, len(data)) + data for message, data in frames)
+
+    def send() -> None:
+        begin = 0
+        while begin < len(stream):
+            end = begin + int(random.choice([1, 19, 21, 4096, 50_000]))
+            sender.sendall(stream[begin:end])
+            begin = end
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    for message, data in frames:
+        got, payload = receiver.receive()
+        assert got == message
+        assert bytes(payload) == data
+    thread.join()
+
+
 def test_many_threads_may_send(pair: tuple[Connection, Connection]) -> None:
     here, there = pair
     threads = [
@@ -96,6 +138,15 @@ def test_every_truncation_is_told_from_an_orderly_end(
     assert receiver.receive()[0] == ACTIVATION
     with pytest.raises(ConnectionLost, match=r"closed the connection$"):
         receiver.receive()
+
+
+def test_a_connection_closed_by_another_thread_is_lost_not_broken(
+    pair: tuple[Connection, Connection],
+) -> None:
+    here, _ = pair
+    here.close()
+    with pytest.raises(ConnectionLost):
+        here.set_receive_timeout(None)
 
 
 def test_a_peer_that_breaks_the_protocol_is_dropped(

@@ -1,0 +1,98 @@
+"""What rounding at a boundary does, against two halves of a whole model in fp64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.hops import MEASURED_BITS, measure_hops, through_hop, worst_hops
+from calibration.store import CalibrationStore
+from model.checkpoint import Checkpoint
+from model.reference import ReferenceModel
+from wire.activations import HopBits
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+def texts(checkpoint: Checkpoint) -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, checkpoint.spec.vocab, count).tolist() for count in (9, 2, 14)]
+
+
+def chances(logits: Any) -> Any:
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def brute_force(checkpoint: Checkpoint, boundary: int, bits: HopBits) -> float:
+    """KL with the rows of one boundary rounded, from the model cut in two."""
+    blocks = [checkpoint.block(block) for block in range(checkpoint.spec.block_count)]
+    cut = boundary + 1
+    results: list[float] = []
+    for sequence in texts(checkpoint):
+        # Each run has a cache of its own.
+        first = ReferenceModel(checkpoint.spec, blocks[:cut], dtype=np.float64)
+        rows = first.forward(sequence)
+        sent = through_hop(rows.astype(np.float32), bits).astype(np.float64)
+        logits = [
+            ReferenceModel(
+                checkpoint.spec, blocks[cut:], first_block=cut, dtype=np.float64
+            ).forward(it)
+            for it in (rows, sent)
+        ]
+        expected, got = map(chances, logits)
+        results += (np.exp(expected) * (expected - got)).sum(axis=1).tolist()
+    return float(np.mean(results))
+
+
+@pytest.mark.parametrize("fixture", ["llama", "opt-post"])
+def test_each_boundary_alone_is_what_cutting_the_model_there_gives(
+    fixture: str, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / fixture)
+    kls = measure_hops(checkpoint, texts(checkpoint), directory=tmp_path)
+    assert list(kls) == list(range(checkpoint.spec.head_block))
+    for boundary, by_width in kls.items():
+        assert list(by_width) == list(MEASURED_BITS)
+        expected = brute_force(checkpoint, boundary, 8)
+        assert by_width[8] == pytest.approx(expected, rel=0.02)
+        # So small that fp32 sums of another order show.
+        assert by_width[16] == pytest.approx(brute_force(checkpoint, boundary, 16), rel=0.2)
+    worst = worst_hops(kls)
+    assert worst == {bits: max(kl[bits] for kl in kls.values()) for bits in MEASURED_BITS}
+    assert 0 < worst[16] < worst[8] / 100
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_stored_is_not_measured_again(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / "llama")
+    store = CalibrationStore(tmp_path / "quality.json")
+    steps: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        steps.append((done, total))
+
+    def until_the_last(done: int, total: int) -> None:
+        progress(done, total)
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_hops(
+            checkpoint,
+            texts(checkpoint),
+            store=store,
+            progress=until_the_last,
+        )
+    half = len(steps)
+    first = measure_hops(checkpoint, texts(checkpoint), store=store, progress=progress)
+    assert len(steps) - half < half
+    assert steps[-1][0] == steps[-1][1]
+    count = len(steps)
+    assert measure_hops(checkpoint, texts(checkpoint), store=store, progress=progress) == first
+    assert len(steps) == count
+    assert measure_hops(checkpoint, texts(checkpoint), (16,), store=store) == {
+        boundary: {16: kls[16]} for boundary, kls in first.items()
+    }
