@@ -11,6 +11,9 @@ MACHINE ?= aarch64
 PYTHON_VERSION ?= 3.11
 LOCK ?= agent
 
+# Where make test-install keeps its Debian trees.
+PREPARED ?= $(HOME)/.cache/shoal/prepared
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-matrix test-install dist bundle check bench bench-planner lock clean
 
@@ -27,7 +30,8 @@ test-matrix: ## the tests of an installation on every supported Python that pyen
 	tests/install/matrix.sh
 
 test-install: $(VENV)/dev.stamp ## services under a real systemd and on arm64 (root; makes Debian trees, minutes)
-	$(BIN)/python -m pytest tests/install -m slow $(ARGS)
+	tests/install/prepare.sh $(PREPARED)
+	SHOAL_PREPARED=$(PREPARED) $(BIN)/python -m pytest tests/install -m slow $(ARGS)
 
 dist: $(VENV)/run.stamp ## a folder to install from: wheel, locks, install.sh
 	rm -rf build dist
