@@ -21,7 +21,8 @@ QUESTION = "The lamp is in the attic. The meter in the cellar reads 42. Where is
 ANSWER = "in the attic"
 AGENT = "shoal-agent.service"
 COORDINATOR = "shoal-coordinator.service"
-INSTALL = "SHOAL_WHEELS=/mnt/wheels SHOAL_TOKEN=correct-horse-battery sh /mnt/bundle/install.sh"
+PHRASE = "correct-horse-battery-staple-4711"
+INSTALL = f"SHOAL_WHEELS=/mnt/wheels SHOAL_TOKEN={PHRASE} sh /mnt/bundle/install.sh"
 
 
 class Shoal:
