@@ -125,6 +125,14 @@ def test_little_memory_is_said(board: Callable[..., Machine], kib: int, state: s
     assert only(checks.check_memory(board({"proc/meminfo": text}))).state == state
 
 
+def test_a_kernel_that_bounds_no_memory_is_named(board: Callable[..., Machine]) -> None:
+    path = "sys/fs/cgroup/cgroup.controllers"
+    assert checks.check_limits(board({path: "cpuset cpu io memory pids\n"})) == []
+    check = only(checks.check_limits(board({path: "cpuset cpu io pids\n"})))
+    assert check.state == "note"
+    assert "cgroup_enable=memory" in check.fix
+
+
 def test_swap_on_a_card_is_told_from_compressed_memory(board: Callable[..., Machine]) -> None:
     head = "Filename\tType\tSize\tUsed\tPriority\n"
     assert only(checks.check_swap(board({"proc/swaps": head}))).text == "none"

@@ -6,9 +6,9 @@ cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || set -- tests/wire tests/model tests/cli tests/install tests/test_packaging.py
 failed=
 for version in 3.10 3.11 3.12 3.13; do
-    python=$(command -v "python$version" || true)
-    for candidate in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
-        if [ -z "$python" ] && [ -x "$candidate" ]; then python=$candidate; fi
+    python=
+    for candidate in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python "python$version"; do
+        if [ -z "$python" ] && "$candidate" -c pass 2>/dev/null; then python=$candidate; fi
     done
     if [ -z "$python" ]; then
         echo "Python $version: not on this machine"

@@ -6,19 +6,19 @@
 set -eu
 cd "$(dirname "$0")/../.."
 folder=$1
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+mirror=${DEBIAN_MIRROR:-} # Empty: debootstrap's own.
 common=ca-certificates,iproute2,procps,python3,python3-pip,python3-venv
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 
 if [ ! -e "$folder/systemd" ]; then
     debootstrap --variant=minbase --include="systemd,systemd-sysv,dbus,$common" \
-        bookworm "$folder/systemd.new" "$mirror"
+        bookworm "$folder/systemd.new" $mirror
     mv "$folder/systemd.new" "$folder/systemd"
 fi
 if [ ! -e "$folder/arm64" ]; then
     debootstrap --foreign --arch=arm64 --variant=minbase --include="$common" \
-        bookworm "$folder/arm64.new" "$mirror"
+        bookworm "$folder/arm64.new" $mirror
     if ! mountpoint -q /proc/sys/fs/binfmt_misc; then
         mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
     fi

@@ -167,6 +167,21 @@ def test_installing_again_upgrades_in_place(shoal: Shoal) -> None:
     agent.wait(f"systemctl show -P StatusText {AGENT}", "joined", 30)
 
 
+def test_a_service_without_its_library_waits_for_a_person(shoal: Shoal) -> None:
+    agent = shoal.agents[1]
+    agent.shell("/opt/shoal/bin/pip uninstall --quiet --yes onnxruntime")
+    agent.shell(f"systemctl restart {AGENT}", check=False)
+    assert agent.property(AGENT, "ActiveState") == "failed"
+    assert agent.property(AGENT, "ExecMainStatus") == "4"
+    said = agent.shell("shoal doctor; echo exit code $?")
+    assert "onnx_cpu: cannot import onnxruntime" in said
+    assert "-> /opt/shoal/bin/python -m pip install onnx onnxruntime" in said
+    assert "exit code 1" in said
+    agent.shell(f"{INSTALL} agent")
+    agent.wait(f"systemctl show -P StatusText {AGENT}", "joined", 30)
+    assert "onnx_cpu: available" in agent.shell("shoal doctor")
+
+
 def test_uninstalling_leaves_nothing(shoal: Shoal) -> None:
     for machine in (shoal.hub, *shoal.agents):
         machine.shell("sh /mnt/bundle/install.sh uninstall --yes")

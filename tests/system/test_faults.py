@@ -405,6 +405,8 @@ def test_a_service_that_is_stopped_has_not_failed(cluster: Cluster) -> None:
     cluster.start_coordinator()
     agent = cluster.start_agent("pi-1")
     cluster.wait_for_agents("pi-1")
+    # At rest an agent holds no accelerator library: it was profiled in another process.
+    assert "onnxruntime" not in Path(f"/proc/{agent.pid}/maps").read_text()
     load = subprocess.Popen(
         [*COMMAND, "load", str(LLAMA), f"--url={cluster.url}"], stderr=subprocess.DEVNULL, cwd=ROOT
     )
