@@ -15,7 +15,7 @@ LOCK ?= agent
 PREPARED ?= $(HOME)/.cache/shoal/prepared
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix test-install dist bundle check bench bench-planner lock clean
+.PHONY: help demo test test-matrix test-install dist bundle check bench bench-rest bench-planner lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ check: $(VENV)/dev.stamp ## style, types and the import contract
 
 bench: $(VENV)/run.stamp ## measure what splitting costs on this machine
 	$(BIN)/python benchmarks/split.py $(ARGS)
+
+bench-rest: $(VENV)/run.stamp ## measure what an agent and its coordinator take while nobody asks (root)
+	unshare --net $(BIN)/python benchmarks/at_rest.py $(ARGS)
 
 bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
 	$(BIN)/python benchmarks/planner.py $(ARGS)
