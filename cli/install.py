@@ -98,7 +98,13 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
     install.add_argument(
         "--cpu-weight", type=int, metavar="1..10000", help="its share of a busy processor"
     )
-    install.add_argument("--command", type=Path, metavar="FILE", help="the shoal command to start")
+    install.add_argument(
+        "--command",
+        dest="executable",
+        type=Path,
+        metavar="FILE",
+        help="the shoal command to start; default: this one",
+    )
     install.add_argument("--no-start", action="store_true", help="enable it, but start it later")
     uninstall = actions.add_parser("uninstall", help="remove the service and what it wrote")
     uninstall.add_argument("--yes", action="store_true", help="remove data without asking")
@@ -323,9 +329,9 @@ def _limits(options: argparse.Namespace, text: str, config: Path, before: str) -
 
 
 def _command(options: argparse.Namespace) -> Path:
-    if options.command is not None:
-        command: Path = options.command
-        return command.absolute()
+    if options.executable is not None:
+        executable: Path = options.executable
+        return executable.absolute()
     if options.root is not None:
         return DEFAULT_COMMAND
     command = Path(sys.prefix, "bin", "shoal")

@@ -185,6 +185,7 @@ def test_a_service_without_its_library_waits_for_a_person(shoal: Shoal) -> None:
 def test_uninstalling_leaves_nothing(shoal: Shoal) -> None:
     for machine in (shoal.hub, *shoal.agents):
         machine.shell("sh /mnt/bundle/install.sh uninstall --yes")
+        assert "'stop-sigterm' timed out" not in machine.shell("journalctl --no-pager")
         assert machine.files() == shoal.before[machine.name]
         assert "shoal" not in machine.shell("cat /etc/passwd /etc/group")
 
