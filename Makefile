@@ -11,8 +11,11 @@ MACHINE ?= aarch64
 PYTHON_VERSION ?= 3.11
 LOCK ?= agent
 
+# Where make test-install keeps its Debian trees.
+PREPARED ?= $(HOME)/.cache/shoal/prepared
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix test-install dist bundle check bench bench-hop bench-pipeline bench-planner lock clean
+.PHONY: $(shell sed -nE 's/^([a-z-]+):.*\#\# .*/\1/p' $(MAKEFILE_LIST))
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,7 +30,8 @@ test-matrix: ## the tests of an installation on every supported Python that pyen
 	tests/install/matrix.sh
 
 test-install: $(VENV)/dev.stamp ## services under a real systemd and on arm64 (root; makes Debian trees, minutes)
-	$(BIN)/python -m pytest tests/install -m slow $(ARGS)
+	tests/install/prepare.sh $(PREPARED)
+	SHOAL_PREPARED=$(PREPARED) $(BIN)/python -m pytest tests/install -m slow $(ARGS)
 
 dist: $(VENV)/run.stamp ## a folder to install from: wheel, locks, install.sh
 	rm -rf build dist
@@ -54,6 +58,9 @@ bench-hop: $(VENV)/run.stamp ## what a hop costs beside raw TCP
 
 bench-pipeline: $(VENV)/run.stamp ## what splitting over 1 to 4 emulated devices costs
 	$(BIN)/python benchmarks/pipeline.py $(ARGS)
+
+bench-rest: $(VENV)/run.stamp ## measure what an agent and its coordinator take while nobody asks (root)
+	unshare --net $(BIN)/python benchmarks/at_rest.py $(ARGS)
 
 bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
 	$(BIN)/python benchmarks/planner.py $(ARGS)

@@ -241,6 +241,16 @@ def check_memory(machine: Machine) -> list[Check]:
     return [Check("memory", "ok", text)]
 
 
+def check_limits(machine: Machine) -> list[Check]:
+    """Raspberry Pi OS starts its kernel without the control group that bounds memory."""
+    controllers = read_text(machine.root / "sys/fs/cgroup/cgroup.controllers").split()
+    if controllers and "memory" not in controllers:
+        fix = "add cgroup_enable=memory to /boot/firmware/cmdline.txt and reboot"
+        text = "the kernel does not enforce the service's MemoryMax"
+        return [Check("limits", "note", text, fix)]
+    return []
+
+
 def check_swap(machine: Machine) -> list[Check]:
     """Swap on a card makes a stage hundreds of times slower instead of failing."""
     lines = read_text(machine.root / "proc/swaps").splitlines()[1:]

@@ -34,6 +34,7 @@ CHECKS: tuple[tuple[Callable[[Machine], list[Check]], float], ...] = (
     (checks.check_accelerators, 5.0),
     (checks.check_clock, 5.0),
     (checks.check_memory, 5.0),
+    (checks.check_limits, 5.0),
     (checks.check_swap, 5.0),
     (checks.check_disk, 10.0),
     (checks.check_heat, 5.0),

@@ -12,6 +12,7 @@ import json
 import os
 import pwd
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,13 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
     install.add_argument(
         "--cpu-weight", type=int, metavar="1..10000", help="its share of a busy processor"
     )
-    install.add_argument("--command", type=Path, metavar="FILE", help="the shoal command to start")
+    install.add_argument(
+        "--command",
+        dest="executable",
+        type=Path,
+        metavar="FILE",
+        help="the shoal command to start; default: this one",
+    )
     install.add_argument("--no-start", action="store_true", help="enable it, but start it later")
     uninstall = actions.add_parser("uninstall", help="remove the service and what it wrote")
     uninstall.add_argument("--yes", action="store_true", help="remove data without asking")
@@ -125,6 +132,8 @@ def run_install(options: argparse.Namespace, screen: Screen) -> None:
         f"`systemctl status shoal-{options.kind}` says how it goes, "
         f"settings are in {CONFIG}/{options.kind}.toml"
     )
+    if any(file.path == TOKEN for file in work.files):
+        screen.note(f"the shoal's token is in {TOKEN}; every machine needs the same")
 
 
 def run_uninstall(options: argparse.Namespace, screen: Screen) -> None:
@@ -157,12 +166,14 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
 
     given = _given(options)
     token = _token(options)
+    authenticates = "token_file" in settings_of(options.parser)
+    if token is None and kind == "coordinator" and authenticates:
+        # The first machine of a shoal makes the token that the others are given.
+        token = None if _below(root, TOKEN).exists() else secrets.token_urlsafe(32)
     if token is not None:
         work.files.append(File(TOKEN, token + "\n", 0o600))
     given.pop("token_file", None)
-    if "token_file" in settings_of(options.parser) and (
-        token is not None or _below(root, TOKEN).exists()
-    ):
+    if authenticates and (token is not None or _below(root, TOKEN).exists()):
         given["token_file"] = str(TOKEN)
     config = CONFIG / f"{kind}.toml"
     text = with_settings(_existing(_below(root, config)) or template(f"{kind}.toml"), given)
@@ -286,8 +297,11 @@ def _token(options: argparse.Namespace) -> str | None:
         token = os.environ.get(TOKEN_VARIABLE, "").strip()
         if not token:
             return None
-    if not re.fullmatch(r"[!-~]{1,512}", token):
-        raise UsageError("a token is one line of printable characters without spaces")
+    if not re.fullmatch(r"[!-~]{32,4000}", token):
+        raise UsageError(
+            "a token is one line of 32 or more printable characters without spaces; "
+            f"`sudo cat {TOKEN}` on the coordinator shows its own"
+        )
     return str(token)
 
 
@@ -315,9 +329,9 @@ def _limits(options: argparse.Namespace, text: str, config: Path, before: str) -
 
 
 def _command(options: argparse.Namespace) -> Path:
-    if options.command is not None:
-        command: Path = options.command
-        return command.absolute()
+    if options.executable is not None:
+        executable: Path = options.executable
+        return executable.absolute()
     if options.root is not None:
         return DEFAULT_COMMAND
     command = Path(sys.prefix, "bin", "shoal")

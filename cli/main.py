@@ -356,6 +356,8 @@ def _parser() -> argparse.ArgumentParser:
             "  shoal agent --memory 2G           on each device\n"
             "  shoal load ~/models/llama-3.2-1b  plan, quantize, place\n"
             '  shoal run llama-3.2-1b "Hello"    generate\n'
+            "exit codes: 0 it worked, 1 it did not, 2 a wrong argument or setting,\n"
+            "  3 no coordinator answers, 4 something is not installed, 128 + N ended by signal N"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

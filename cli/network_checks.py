@@ -38,12 +38,14 @@ def check_multicast(machine: Machine) -> list[Check]:
     addresses = [address for address in host_addresses() if not address.startswith("127.")]
     if not addresses:
         return [Check("multicast", "failed", "no network interface has an address", "connect it")]
-    unable = [
-        path.parent.name
+    flags = {
+        path.parent.name: int(read_text(path) or "0", 16)
         for path in sorted(machine.root.glob("sys/class/net/*/flags"))
-        if path.parent.name != "lo"
-        and int(read_text(path) or "0", 16) & (_IFF_UP | _IFF_MULTICAST) == _IFF_UP
-    ]
+    }
+    up = [name for name, value in flags.items() if value & _IFF_UP and name != "lo"]
+    unable = [name for name in up if not flags[name] & _IFF_MULTICAST]
+    if up and unable == up:
+        addresses = []
     heard, why = [], ""
     for address in addresses:
         try:
@@ -56,7 +58,7 @@ def check_multicast(machine: Machine) -> list[Check]:
             Check(
                 "multicast",
                 "warning",
-                f"not from {', '.join(addresses)}{why}: no discovery by mDNS",
+                f"not on {', '.join(addresses or unable)}{why}: no discovery by mDNS",
                 WITHOUT_MULTICAST,
             )
         ]

@@ -18,7 +18,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NOT_SETTINGS = {"help", "json", "config", "list_backends", "until_stdin_closes", "verbose"}
+NOT_SETTINGS = {
+    "config",
+    "create_token",
+    "help",
+    "json",
+    "list_backends",
+    "until_stdin_closes",
+    "verbose",
+}
 
 
 def settings_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

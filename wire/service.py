@@ -1,5 +1,7 @@
 """What a service manager is told, by the protocol of sd_notify(3): ready, how it goes, alive.
 
+Container engines have no such protocol: for them, SHOAL_ALIVE_FILE names a file to touch.
+
 ``alive`` is for the loop whose progress proves that the process does its work; a thread that only
 pings would keep a hung process alive.
 """
@@ -11,9 +13,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, MutableMapping
+from pathlib import Path
 
 PINGS_PER_TIMEOUT = 4
 """Watchdog messages in the time after which the manager would end us: some may come late."""
+
+TOUCH_INTERVAL_S = 5.0
+"""Between two touches of the file, for whoever looks at its age."""
 
 MAX_STATUS_CHARACTERS = 200
 
@@ -25,11 +31,16 @@ class ServiceManager:
         self,
         address: str | None = None,
         watchdog_s: float | None = None,
+        alive_file: Path | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """address: a datagram socket, a path or ``@name``. watchdog_s: silence it bears."""
         self._address = address
-        self._interval_s = None if watchdog_s is None else watchdog_s / PINGS_PER_TIMEOUT
+        self._watchdog = watchdog_s is not None
+        self._alive_file = alive_file
+        self._interval_s = None if alive_file is None else TOUCH_INTERVAL_S
+        if watchdog_s is not None:
+            self._interval_s = watchdog_s / PINGS_PER_TIMEOUT
         self._clock_s = clock_s
         self._pinged_s = float("-inf")
         self._status = ""
@@ -39,11 +50,13 @@ class ServiceManager:
         """The manager that the environment names. Takes the names out of it: children are not the
         service."""
         address = environment.pop("NOTIFY_SOCKET", None)
+        name = environment.pop("SHOAL_ALIVE_FILE", "")
+        alive_file = Path(name) if name else None
         microseconds = environment.pop("WATCHDOG_USEC", "")
         meant = environment.pop("WATCHDOG_PID", str(os.getpid()))
         if not microseconds.isdigit() or int(microseconds) == 0 or meant != str(os.getpid()):
-            return cls(address)
-        return cls(address, int(microseconds) * 1e-6)
+            return cls(address, alive_file=alive_file)
+        return cls(address, int(microseconds) * 1e-6, alive_file)
 
     def ready(self) -> None:
         """It serves, or searches whom to serve."""
@@ -66,7 +79,11 @@ class ServiceManager:
         now_s = self._clock_s()
         if now_s - self._pinged_s >= self._interval_s:
             self._pinged_s = now_s
-            self._send("WATCHDOG=1")
+            if self._watchdog:
+                self._send("WATCHDOG=1")
+            if self._alive_file is not None:
+                with contextlib.suppress(OSError):
+                    self._alive_file.touch()
 
     def _send(self, text: str) -> None:
         if self._address is None:

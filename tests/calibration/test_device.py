@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from backends.base import BackendError, BackendUnavailable
 from backends.registry import BACKENDS, backend_class
-from calibration.device import measure_disk_write, measure_memory_read, profile_device
+from calibration.device import (
+    measure_disk_write,
+    measure_memory_read,
+    profile_device,
+    profile_in_child,
+)
 
 
 def available_backend() -> str:
@@ -75,3 +81,28 @@ def test_more_threads_than_cores_are_measured_too() -> None:
 def test_the_disk_measurement_leaves_nothing(tmp_path: Path) -> None:
     assert measure_disk_write(tmp_path) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_measures_the_same_device(tmp_path: Path) -> None:
+    name = available_backend()
+    limits = {"memory_limit_bytes": 1 << 20, "storage_limit_bytes": 1 << 21, "threads": 1}
+    here = profile_device(backend=name, cache_dir=tmp_path, **limits)
+    there = profile_in_child(backend=name, cache_dir=tmp_path, **limits)
+    measured = ("memory_read_bytes_per_s", "disk_write_bytes_per_s", "call_s")
+    assert replace(there, **{field: getattr(here, field) for field in measured}) == here
+
+
+def test_what_a_child_cannot_do_is_said_as_here(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="unknown; known are"):
+        profile_in_child(backend="quantum", cache_dir=tmp_path)
+    with pytest.raises(BackendError, match="cache directory /proc/x is not usable"):
+        profile_in_child(backend=available_backend(), cache_dir=Path("/proc/x"))
+
+
+def test_a_library_that_crashes_is_a_backend_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("import os; os.abort()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BackendUnavailable, match=r"crashes on this machine \(exit code -6\)"):
+        profile_in_child(backend="onnx_cpu", cache_dir=tmp_path)

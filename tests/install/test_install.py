@@ -23,6 +23,7 @@ from cli.settings import parse_toml
 from wire.messages import Endpoint
 
 ROOT = Path(__file__).parents[2]
+PHRASE = "correct-horse-battery-staple-4711"
 UNITS = "etc/systemd/system"
 HIGHEST_EXPOSURE = 3.5
 
@@ -54,7 +55,7 @@ def files(root: Path) -> dict[str, str]:
 def test_everything_is_written_and_removed_again(
     install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SHOAL_TOKEN", "correct-horse")
+    monkeypatch.setenv("SHOAL_TOKEN", PHRASE)
     root = install("agent", "--coordinator=10.0.0.1", "--memory=1.5G", "--name=pi-1")
     settings = parse_toml((root / "etc/shoal/agent.toml").read_text(), root)
     settings.pop("token_file", None)
@@ -64,7 +65,7 @@ def test_everything_is_written_and_removed_again(
     wants = root / UNITS / "multi-user.target.wants/shoal-agent.service"
     assert wants.resolve() == root / UNITS / "shoal-agent.service"
     token = root / "etc/shoal/token"
-    assert token.read_text() == "correct-horse\n"
+    assert token.read_text() == f"{PHRASE}\n"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert "z /etc/shoal/token 0640 root shoal" in (root / "etc/tmpfiles.d/shoal.conf").read_text()
 
@@ -94,12 +95,12 @@ def test_installing_again_keeps_what_it_is_not_told(install: Callable[..., Path]
 def test_a_dry_run_shows_all_and_the_token_to_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SHOAL_TOKEN", "correct-horse")
+    monkeypatch.setenv("SHOAL_TOKEN", PHRASE)
     assert main(["agent", "install", "--dry-run", "--command=/opt/shoal/bin/shoal"]) == 0
     shown = capsys.readouterr().out
     assert template("shoal-agent.service") in shown
     assert "$ systemctl --quiet enable shoal-agent.service" in shown
-    assert "correct-horse" not in shown
+    assert PHRASE not in shown
     assert main(["agent", "install", "--dry-run", f"--root={tmp_path}"]) == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -126,6 +127,7 @@ def test_data_is_not_removed_unasked(
     [
         (["--memory=lots"], "expected a size"),
         (["--token-file=/nowhere"], "not a token file"),
+        (["--token-file=/etc/hostname"], "32 or more printable characters"),
         (["--cpu-weight=0"], "must be between 1 and 10000"),
     ],
 )

@@ -21,7 +21,8 @@ QUESTION = "The lamp is in the attic. The meter in the cellar reads 42. Where is
 ANSWER = "in the attic"
 AGENT = "shoal-agent.service"
 COORDINATOR = "shoal-coordinator.service"
-INSTALL = "SHOAL_WHEELS=/mnt/wheels SHOAL_TOKEN=correct-horse-battery sh /mnt/bundle/install.sh"
+PHRASE = "correct-horse-battery-staple-4711"
+INSTALL = f"SHOAL_WHEELS=/mnt/wheels SHOAL_TOKEN={PHRASE} sh /mnt/bundle/install.sh"
 
 
 class Shoal:
@@ -166,9 +167,25 @@ def test_installing_again_upgrades_in_place(shoal: Shoal) -> None:
     agent.wait(f"systemctl show -P StatusText {AGENT}", "joined", 30)
 
 
+def test_a_service_without_its_library_waits_for_a_person(shoal: Shoal) -> None:
+    agent = shoal.agents[1]
+    agent.shell("/opt/shoal/bin/pip uninstall --quiet --yes onnxruntime")
+    agent.shell(f"systemctl restart {AGENT}", check=False)
+    assert agent.property(AGENT, "ActiveState") == "failed"
+    assert agent.property(AGENT, "ExecMainStatus") == "4"
+    said = agent.shell("shoal doctor; echo exit code $?")
+    assert "onnx_cpu: cannot import onnxruntime" in said
+    assert "-> /opt/shoal/bin/python -m pip install onnx onnxruntime" in said
+    assert "exit code 1" in said
+    agent.shell(f"{INSTALL} agent")
+    agent.wait(f"systemctl show -P StatusText {AGENT}", "joined", 30)
+    assert "onnx_cpu: available" in agent.shell("shoal doctor")
+
+
 def test_uninstalling_leaves_nothing(shoal: Shoal) -> None:
     for machine in (shoal.hub, *shoal.agents):
         machine.shell("sh /mnt/bundle/install.sh uninstall --yes")
+        assert "'stop-sigterm' timed out" not in machine.shell("journalctl --no-pager")
         assert machine.files() == shoal.before[machine.name]
         assert "shoal" not in machine.shell("cat /etc/passwd /etc/group")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from model import costs
@@ -33,6 +34,9 @@ from tests.system.cluster import (
 from wire import limits
 
 LLAMA = FIXTURES / "llama"
+
+AT_REST_BYTES = 90_000_000
+"""More than an agent may hold before it has a stage; it is about 55 MB."""
 
 LOST_WITHIN_S = 10.0
 """How long a user may wait to be told that a device is gone."""
@@ -405,6 +409,9 @@ def test_a_service_that_is_stopped_has_not_failed(cluster: Cluster) -> None:
     cluster.start_coordinator()
     agent = cluster.start_agent("pi-1")
     cluster.wait_for_agents("pi-1")
+    # At rest an agent holds no accelerator library: it was profiled in another process.
+    assert "onnxruntime" not in Path(f"/proc/{agent.pid}/maps").read_text()
+    assert psutil.Process(agent.pid).memory_info().rss < AT_REST_BYTES
     load = subprocess.Popen(
         [*COMMAND, "load", str(LLAMA), f"--url={cluster.url}"], stderr=subprocess.DEVNULL, cwd=ROOT
     )

@@ -60,6 +60,20 @@ def test_the_watchdog_is_fed_a_few_times_in_its_patience(listener: Listener) -> 
     assert listener.heard() == ["WATCHDOG=1"] * 4
 
 
+def test_a_container_engine_sees_a_file_grow_young(tmp_path: Path) -> None:
+    path = tmp_path / "alive"
+    now_s = 0.0
+    service = ServiceManager.from_environment({"SHOAL_ALIVE_FILE": str(path)})
+    service._clock_s = lambda: now_s
+    service.alive()
+    os.utime(path, (0, 0))
+    service.alive()
+    assert path.stat().st_mtime == 0  # Too soon to be worth a write.
+    now_s = 6.0
+    service.alive()
+    assert path.stat().st_mtime > 0
+
+
 def test_the_environment_is_read_once_and_not_inherited() -> None:
     environment = {
         "NOTIFY_SOCKET": "/nowhere",

@@ -1,0 +1,263 @@
+"""`shoal doctor` says the true thing about machines that lack something."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli import checks, network_checks
+from cli.checks import Check, Machine
+from cli.doctor import bounded
+from tests.system.cluster import COMMAND, ROOT
+from tests.system.namespaces import Network, ip
+
+PI_4 = {
+    "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\0",
+    "proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\n",
+    "etc/os-release": 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
+    "proc/meminfo": "MemTotal: 3884000 kB\nMemAvailable: 3400000 kB\n",
+    "sys/class/thermal/thermal_zone0/temp": "48200\n",
+}
+CORAL = {
+    "sys/bus/usb/devices/2-1/idVendor": "18d1\n",
+    "sys/bus/usb/devices/2-1/idProduct": "9302\n",
+    "sys/bus/usb/devices/2-1/speed": "5000\n",
+}
+LIBEDGETPU = {"usr/lib/aarch64-linux-gnu/libedgetpu.so.1": "\x7fELF"}
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Callable[..., Machine]:
+    """A machine whose kernel shows these files."""
+
+    def make(*parts: dict[str, str], backend: str = "onnx_cpu") -> Machine:
+        root = tmp_path / "root"
+        for part in parts:
+            for name, text in part.items():
+                path = root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        return Machine(root, tmp_path, "shoal", None, backend)
+
+    return make
+
+
+def only(found: list[Check]) -> Check:
+    (check,) = found
+    return check
+
+
+def test_a_board_is_named_with_its_instructions(board: Callable[..., Machine]) -> None:
+    machine = board(PI_4)
+    check = only(checks.check_board(machine))
+    assert check.state == "ok"
+    assert check.text.startswith("Raspberry Pi 4 Model B Rev 1.4; ")
+    assert check.text.endswith(" asimd")
+    assert "Debian GNU/Linux 12" in only(checks.check_system(machine)).text
+    assert only(checks.check_memory(machine)).text == "3.2 GiB of 3.7 GiB available"
+    heat = only(checks.check_heat(machine))
+    assert (heat.state, heat.text) == ("ok", "none seen; 48 °C")
+
+
+@pytest.mark.parametrize(
+    ("flags", "state", "said"),
+    [
+        ("50005", "warning", "under-voltage, throttled; 48 °C"),
+        ("50000", "note", "since boot: under-voltage, throttled; now none; 48 °C"),
+        ("0", "ok", "none seen; 48 °C"),
+    ],
+)
+def test_throttling_is_told_as_the_firmware_tells_it(
+    board: Callable[..., Machine], flags: str, state: str, said: str
+) -> None:
+    path = "sys/devices/platform/soc/soc:firmware/get_throttled"
+    check = only(checks.check_heat(board(PI_4, {path: flags})))
+    assert (check.state, check.text) == (state, said)
+
+
+@pytest.mark.parametrize(
+    ("parts", "state", "said", "fix"),
+    [
+        ((), "ok", "none besides the CPU", ""),
+        ((CORAL,), "warning", "its library libedgetpu is not installed", "apt install libedgetpu1"),
+        ((CORAL, LIBEDGETPU), "ok", "Coral Edge TPU on USB 2-1", ""),
+        (
+            (CORAL, LIBEDGETPU, {"sys/bus/usb/devices/2-1/speed": "480\n"}),
+            "warning",
+            "at USB 2 speed",
+            "USB 3",
+        ),
+        (
+            ({"etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 1\nmore\n"},),
+            "ok",
+            "Jetson: # R36 (release), REVISION: 4.3, GCID: 1",
+            "",
+        ),
+    ],
+)
+def test_accelerators_are_seen_where_the_kernel_shows_them(
+    board: Callable[..., Machine],
+    parts: tuple[dict[str, str], ...],
+    state: str,
+    said: str,
+    fix: str,
+) -> None:
+    check = only(checks.check_accelerators(board(PI_4, *parts)))
+    assert check.state == state
+    assert said in check.text
+    assert fix in check.fix
+
+
+@pytest.mark.parametrize(
+    ("kib", "state"), [(100_000, "failed"), (300_000, "warning"), (900_000, "ok")]
+)
+def test_little_memory_is_said(board: Callable[..., Machine], kib: int, state: str) -> None:
+    text = f"MemTotal: 1000000 kB\nMemAvailable: {kib} kB\n"
+    assert only(checks.check_memory(board({"proc/meminfo": text}))).state == state
+
+
+def test_a_kernel_that_bounds_no_memory_is_named(board: Callable[..., Machine]) -> None:
+    path = "sys/fs/cgroup/cgroup.controllers"
+    assert checks.check_limits(board({path: "cpuset cpu io memory pids\n"})) == []
+    check = only(checks.check_limits(board({path: "cpuset cpu io pids\n"})))
+    assert check.state == "note"
+    assert "cgroup_enable=memory" in check.fix
+
+
+def test_swap_on_a_card_is_told_from_compressed_memory(board: Callable[..., Machine]) -> None:
+    head = "Filename\tType\tSize\tUsed\tPriority\n"
+    assert only(checks.check_swap(board({"proc/swaps": head}))).text == "none"
+    machine = board({"proc/swaps": head + "/dev/zram0 partition 1 0 100\n"})
+    assert only(checks.check_swap(machine)).state == "ok"
+    check = only(checks.check_swap(board({"proc/swaps": head + "/var/swap file 1 0 -2\n"})))
+    assert check.state == "note"
+    assert "/var/swap" in check.text
+
+
+@pytest.mark.parametrize(
+    ("source", "reason", "fix"),
+    [
+        (
+            "raise ModuleNotFoundError(\"No module named 'onnxruntime'\", name='onnxruntime')",
+            "cannot import onnxruntime",
+            "-m pip install onnx onnxruntime",
+        ),
+        ("import os; os.abort()", "its library crashes here (signal 6)", ""),
+        ("raise SystemError('wrong glibc')", "its library fails: SystemError: wrong glibc", ""),
+    ],
+    ids=["missing", "crashing", "failing"],
+)
+def test_a_library_that_does_not_load_is_named(
+    board: Callable[..., Machine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    reason: str,
+    fix: str,
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = next(c for c in checks.check_backends(board()) if c.text.startswith("onnx_cpu:"))
+    assert first.state == "failed"
+    assert first.text == f"onnx_cpu: {reason}"
+    assert first.fix.endswith(fix)
+
+
+def test_an_available_backend_has_a_version_and_an_unknown_one_is_refused(
+    board: Callable[..., Machine],
+) -> None:
+    found = checks.check_backends(board(backend="quantum"))
+    assert any(c.state == "ok" and c.text.startswith("onnx_cpu: available (1.") for c in found)
+    assert found[-1].state == "failed"
+    assert "quantum: unknown" in found[-1].text
+
+
+@needs_root
+def test_a_full_disk_is_called_full(tmp_path: Path) -> None:
+    """A file system of 2 MiB, in a mount namespace that ends with the command."""
+    script = (
+        f"mount -t tmpfs -o size=2m tmpfs {tmp_path} && head -c 2M /dev/zero > {tmp_path}/x; "
+        f'exec "$@" doctor --json --coordinator=127.0.0.1:9 --state-dir={tmp_path}/state'
+    )
+    code, found = report(["unshare", "--mount", "sh", "-c", script, "sh", *COMMAND])
+    assert code == 1
+    assert found["disk"]["state"] == "failed"
+    assert "the disk is full" in found["disk"]["text"]
+
+
+def test_a_check_that_hangs_or_crashes_is_a_finding(board: Callable[..., Machine]) -> None:
+    released = threading.Event()
+
+    def check_hung(machine: Machine) -> list[Check]:
+        released.wait()
+        return []
+
+    def check_broken(machine: Machine) -> list[Check]:
+        raise RuntimeError("surprise")
+
+    machine = board()
+    assert only(bounded(check_hung, machine, 0.05)) == Check(
+        "hung", "failed", "no answer within 0.05 s"
+    )
+    assert "RuntimeError('surprise')" in only(bounded(check_broken, machine, 5)).text
+    released.set()
+
+
+@pytest.mark.parametrize(
+    ("policy", "drops"), [("accept", False), ("drop", True)], ids=["open", "closed"]
+)
+def test_a_firewall_is_judged_by_its_policy(policy: str, drops: bool) -> None:
+    chain = {"family": "inet", "hook": "input", "policy": policy, "name": "input"}
+    rules = json.dumps({"nftables": [{"metainfo": {}}, {"chain": chain}]})
+    assert network_checks._nft_drops(rules) is drops
+    assert network_checks._iptables_drops(f"-P INPUT {policy.upper()}\n-A INPUT -j x\n") is drops
+    assert not network_checks._nft_drops("not json")
+
+
+# ---- on networks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    with Network() as network:
+        yield network
+
+
+def report(command: list[str]) -> tuple[int, dict[str, Any]]:
+    """Exit code and findings by name of a doctor's --json."""
+    completed = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+    assert "Traceback" not in completed.stderr
+    found = json.loads(completed.stdout.splitlines()[-1])["checks"]
+    return completed.returncode, {check["name"]: check for check in found}
+
+
+@needs_root
+@pytest.mark.netns
+def test_a_machine_without_multicast_is_told_to_name_the_coordinator(network: Network) -> None:
+    network.add_host("pi")
+    ip("-n", network.namespace("pi"), "link", "set", "eth0", "multicast", "off")
+    code, found = report([*network.command("pi"), *COMMAND, "doctor", "--json"])
+    assert code == 0
+    assert found["multicast"]["state"] == "warning"
+    assert "--coordinator HOST" in found["multicast"]["fix"]
+
+
+@needs_root
+@pytest.mark.netns
+def test_a_machine_without_a_network_is_told_so(network: Network) -> None:
+    network.add_host("pi")
+    network.remove_addresses("pi")
+    code, found = report([*network.command("pi"), *COMMAND, "doctor", "--json"])
+    assert code == 1
+    assert found["multicast"]["text"] == "no network interface has an address"
