@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := model wire backends calibration agent coordinator cli
+PACKAGES := model wire backends calibration agent coordinator testbed cli
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench bench-planner lock clean
