@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PACKAGES := model wire backends calibration agent coordinator testbed cli
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-planner lock clean
+.PHONY: help demo test test-system check bench bench-planner bench-fidelity lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ demo: $(VENV)/run.stamp ## split the embedded model over three agents on this ma
 
 test: $(VENV)/dev.stamp ## run the tests (pass options in ARGS)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-system: $(VENV)/dev.stamp ## run the tests on emulated hosts (needs root)
+	$(BIN)/python -m pytest -m netns $(ARGS)
 
 check: $(VENV)/dev.stamp ## style, types and the import contract
 	$(BIN)/ruff check .
@@ -29,6 +32,9 @@ bench: $(VENV)/run.stamp ## measure what splitting costs on this machine
 
 bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
 	$(BIN)/python benchmarks/planner.py $(ARGS)
+
+bench-fidelity: $(VENV)/run.stamp ## predicted and measured times of many plans on emulated hosts (needs root)
+	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv

@@ -24,6 +24,8 @@ from cli import planning
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
 from cli.errors import EXIT_INTERRUPTED, CommandFailed
 from cli.render import Screen
+from cli.testbed import EXAMPLES as TESTBED_EXAMPLES
+from cli.testbed import add_testbed_arguments, run_testbed
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.sizes import parse_size
@@ -465,6 +467,10 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_study_arguments(study)
     calibrate = command("calibrate", run_calibrate, "measure what this device can do", EXAMPLES)
     add_calibrate_arguments(calibrate)
+    testbed = command(
+        "testbed", run_testbed, "emulate a lab's hosts on this machine", TESTBED_EXAMPLES
+    )
+    add_testbed_arguments(testbed)
     ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
     run = command(
         "run",

@@ -240,7 +240,7 @@ def _timings(device: LabDevice, spec: ModelSpec) -> Iterator[BlockTiming]:
 _Node = yaml.Node
 _Fields = dict[str, _Node]
 
-_TOP = ("devices", "links", "default_link", "templates")
+_TOP = ("devices", "links", "default_link", "templates", "emulation")  # The last: testbed.lab's.
 _DEVICE = (
     "name", "memory", "storage", "bits", "container", "layer_ms", "embed_ms", "head_ms",
     "call_ms", "watts",

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from testbed.network import Network, NetworkError
 from testbed.switch import PortFault, fault_to_dict, request_fault
 
 RUN = Path("/run/shoal-testbed")
+FILES = Path("/var/tmp/shoal-testbed")  # noqa: S108 - below it only root's, by name
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 
 FAULTS = (
@@ -40,7 +42,8 @@ FAULTS = (
 _SWITCH = ".switch"
 """Its control group; no host can be called that."""
 
-_PACKAGES = Path(__file__).parents[1]
+PACKAGES = Path(__file__).parents[1]
+"""Where the packages of shoal are imported from, installed or not."""
 
 Result = TypeVar("Result")
 
@@ -99,8 +102,8 @@ class Testbed:
 
     @property
     def directory(self) -> Path:
-        """For files that go with the testbed; in memory, and only root's."""
-        return self._directory
+        """For files on disk that go when the testbed goes."""
+        return FILES / self.name
 
     def up(self) -> None:
         """Make hosts and switch, in place of what had this name."""
@@ -115,21 +118,19 @@ class Testbed:
                     raise TestbedError(f"cannot make the testbed: {error}") from error
                 raise
 
-    def down(self) -> None:
-        """As the function ``down``."""
-        down(self.name)
-
     def command(self, host: str, command: Sequence[str] = ()) -> list[str]:
         """The command line that runs ``command`` on ``host``, as the same process."""
         self._require(host)
         place = ["--net", str(self.namespace(host)), "--host", host]
         return [*self._entry(host), *place, "--", *command]
 
-    def popen(self, host: str, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    def popen(
+        self, host: str, command: Sequence[str], *, descriptors: Sequence[int] = (), **options: Any
+    ) -> subprocess.Popen[Any]:
         """Start a process on a host; returns once it is there, and every fault will meet it.
 
-        ``options`` are those of ``subprocess.Popen``. A command that cannot be started says so on
-        its stderr and ends with exit code 1.
+        It inherits ``descriptors``; ``options`` are further ones of ``subprocess.Popen``. A command
+        that cannot be started says so on its stderr and ends with exit code 1.
         """
         started, running = os.pipe()
         with os.fdopen(started, "rb") as event:
@@ -137,7 +138,9 @@ class Testbed:
             at = line.index("--")
             line[at:at] = ["--ready", str(running)]
             try:
-                process = subprocess.Popen(line, pass_fds=[running], **options)  # noqa: S603
+                process = subprocess.Popen(  # noqa: S603 - the caller's
+                    line, pass_fds=[running, *descriptors], **options
+                )
             finally:
                 os.close(running)
             event.read()
@@ -195,7 +198,8 @@ class Testbed:
     # ---- making -----------------------------------------------------------------------------
 
     def _make(self) -> None:
-        self._directory.mkdir(parents=True, mode=0o700)
+        for directory in (self._directory, self.directory):
+            directory.mkdir(parents=True, mode=0o700)
         self._ports = {}
         self._save()
         for name, host in self.network.hosts.items():
@@ -212,7 +216,7 @@ class Testbed:
 
     def _entry(self, host: str) -> list[str]:
         """What puts a process into the control groups of a host."""
-        entry = [sys.executable, "-I", "-S", str(_PACKAGES / "testbed" / "enter.py")]
+        entry = [sys.executable, "-I", "-S", str(PACKAGES / "testbed" / "enter.py")]
         for group in self._groups.directories(host):
             entry += ["--group", str(group)]
         return entry
@@ -229,7 +233,7 @@ class Testbed:
                     stdout=running,
                     stderr=stderr,
                     start_new_session=True,
-                    env={**os.environ, "PYTHONPATH": str(_PACKAGES)},
+                    env={**os.environ, "PYTHONPATH": str(PACKAGES)},
                 )
             finally:
                 os.close(running)
@@ -321,15 +325,15 @@ def _locked() -> Iterator[None]:
 def _remove(name: str) -> None:
     groups = _groups(name)
     groups.remove()
+    if (FILES / name).is_dir():
+        shutil.rmtree(FILES / name)
     directory = RUN / name
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        if path.suffix == ".net":
+    if directory.is_dir():
+        for path in directory.glob("*.net"):
             namespaces.delete(path)
-        else:
-            path.unlink(missing_ok=True)
-    directory.rmdir()
+        shutil.rmtree(directory)
+    with contextlib.suppress(OSError):
+        FILES.rmdir()  # Unless testbeds are left.
 
 
 def _groups(name: str) -> Groups:

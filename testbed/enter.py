@@ -58,7 +58,10 @@ def main(arguments: Sequence[str]) -> None:
             os.set_inheritable(int(value), False)
         else:
             raise ValueError(name)
-    os.execvp(command[0], list(command))  # noqa: S606 - becoming the caller's command is its purpose
+    try:
+        os.execvp(command[0], list(command))  # noqa: S606 - becoming the command is its purpose
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, command[0]) from None
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_a_large_vocabulary_is_scaled_up_from_a_part(
 ) -> None:
     monkeypatch.setattr(layers, "HEAD_BYTES", 1 << 18)
     # Every call takes 2 ms, half of which at most is for the call itself.
-    monkeypatch.setattr(layers, "_median_s", lambda call: (call(), 2e-3)[1])
+    monkeypatch.setattr(layers, "_seconds_per_call", lambda call: (call(), 2e-3)[1])
     spec = replace(SPEC, vocab=1 << 16, embed_dim=64)
     timings = measure_model(spec, (4,), backend, threads=1, directory=tmp_path)
     (head,) = (timing for timing in timings if timing.kind == "head")
