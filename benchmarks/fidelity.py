@@ -18,16 +18,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from calibration.machine import processor_name
 from cli.client import Client
+from cli.errors import CommandFailed
+from coordinator.forecast import prefill_s
+from coordinator.plan import Stage
 from model import costs
 from model.families import load_spec
 from model.quantize import Format
@@ -38,6 +43,9 @@ from testbed.cluster import Cluster
 from testbed.lab import AgentLimits
 from testbed.network import HUB, Host, Link, Network
 from wire import limits
+from wire.profile import LinkProfile
+
+Made = TypeVar("Made")
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples" / "tiny-opt" / "model"
@@ -45,8 +53,9 @@ STATE = Path("/var/tmp/shoal-fidelity")  # noqa: S108 - a fixed place, to go on 
 
 HIDDEN, FFN, LAYERS, HEADS, VOCAB = 1536, 4096, 20, 12, 8192
 CONTEXT_TOKENS = 512
-PROMPT_TOKENS = 128
-OUTPUT_TOKENS = 11
+WIDTHS = (4, 8)
+PROMPT_TOKENS = 64
+OUTPUT_TOKENS = 13
 SEED = 7
 
 CPU_PERCENT = {"ash": 60, "birch": 45, "cedar": 30, "dogwood": 20}
@@ -85,7 +94,10 @@ def main() -> None:
             for case in (case for case in todo if case.memory == memory):
                 say(f"{case.name}: planning and loading")
                 results.put(case.name, run(client, case, spec, options, fastest))
-    report([results.rows[case.name] for case in cases if case.name in results.rows], options.json)
+    report(
+        [results.rows[case.name] for case in cases if case.name in results.rows],
+        as_json=options.json,
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -96,7 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help=f"default {STATE}")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="plans")
     parser.add_argument("--again", action="store_true", help="measure anew what is in --state")
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="generations per plan")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="generations per plan")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -203,10 +215,15 @@ def cluster(state: Path, spec: ModelSpec, memory: str) -> Iterator[tuple[Client,
     with Testbed(network(), "fidelity") as bed:
         shoal = Cluster(bed, state / "hosts")
         shoal.start_coordinator()
-        for name, limit in memory_bytes(spec, memory).items():
-            shoal.start_agent(name, AgentLimits(limit, 8 << 30))
-        shoal.wait_for_agents(NAMES)
         with Client(shoal.open_door(0)) as client:
+            for count, (name, limit) in enumerate(memory_bytes(spec, memory).items(), start=1):
+                shoal.start_agent(name, AgentLimits(limit, 8 << 30))
+                shoal.wait_for_agents(NAMES[:count])
+                say(f"{name}: calibrating")
+                # One at a time: real hosts share nothing, but threads of one core do. All that is
+                # wanted of the plan is that the new agent measures itself and its links.
+                with suppress(CommandFailed):
+                    client.operate("/shoal/v1/plan", request(state, WIDTHS), lambda step: None)
             yield client, sorted(NAMES, key=lambda name: -CPU_PERCENT[name])
 
 
@@ -288,13 +305,7 @@ def run(
     wishes = dict(case.wishes)
     if case.split is not None:
         wishes["pins"] = {str(block): name for block, name in case.split(spec, fastest).items()}
-    body = {
-        "model": str((options.state / "model").absolute()),
-        "bits": list(case.bits),
-        "max_weight_error": None,
-        "context_tokens": CONTEXT_TOKENS,
-        **wishes,
-    }
+    body = {**request(options.state, case.bits), **wishes}
     plan = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
     links = client.get("/shoal/v1/devices")["links"]
     say(f"{case.name}: measuring")
@@ -312,11 +323,20 @@ def run(
         "predicted_ms_per_token": plan["predicted_ms_per_token"],
         "measured_ms_per_token": statistics.median(decode_ms),
         "all_measured_ms_per_token": decode_ms,
-        "predicted_prefill_ms": PROMPT_TOKENS * plan["predicted_prefill_ms_per_token"],
         "measured_prefill_ms": statistics.median(prefill_ms),
         "all_measured_prefill_ms": prefill_ms,
         "described": plan,
         "links": links,
+    }
+
+
+def request(state: Path, bits: Sequence[int]) -> dict[str, Any]:
+    """A plan of the model at these widths, all else free."""
+    return {
+        "model": str((state / "model").absolute()),
+        "bits": list(bits),
+        "max_weight_error": None,
+        "context_tokens": CONTEXT_TOKENS,
     }
 
 
@@ -337,26 +357,73 @@ def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) ->
     return account
 
 
-def report(rows: list[dict[str, Any]], as_json: bool) -> None:
-    for row in rows:
-        row["decode_error"] = row["predicted_ms_per_token"] / row["measured_ms_per_token"] - 1
-        row["prefill_error"] = row["predicted_prefill_ms"] / row["measured_prefill_ms"] - 1
-    print(json.dumps(rows)) if as_json else None
-    table = Table()
-    for c in ("plan", "stages", "pred", "meas", "err", "pre pred", "pre meas", "err"):
-        table.add_column(c)
+def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Print the table, or everything that was measured as JSON."""
+    rows = [row | judged(row) for row in rows]
+    chosen = next((row for row in rows if row["plan"] == "chosen"), None)
+    ratios = {
+        row["plan"]: row["measured_ms_per_token"] / chosen["measured_ms_per_token"]
+        for row in rows
+        if chosen is not None and row["plan"] in BASELINES
+    }
+    summary = {
+        f"{which}_error": {
+            "median": statistics.median(abs(row[f"{which}_error"]) for row in rows),
+            "worst": max(abs(row[f"{which}_error"]) for row in rows),
+        }
+        for which in ("decode", "prefill")
+        if rows
+    }
+    if as_json:
+        machine = {"machine": processor_name(), "date": date.today().isoformat()}
+        print(json.dumps(machine | {"rows": rows, "summary": summary, "ratios": ratios}))
+        return
+    table = Table(title=f"{processor_name()}, {date.today()}", title_justify="left")
+    for column in ("plan", "stages"):
+        table.add_column(column)
+    for column in ("ms per token", "predicted", "error", "prefill ms", "predicted", "error"):
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row["plan"],
-            " ".join(f"{d}:{len(b)}@{b[0]}" for d, _, b in row["stages"]),
-            f"{row['predicted_ms_per_token']:.2f}",
-            f"{row['measured_ms_per_token']:.2f}",
+            "\n".join(
+                f"{device} {len(bits)} @ {'/'.join(map(str, sorted(set(bits))))}"
+                for device, _, bits in row["stages"]
+            ),
+            f"{row['measured_ms_per_token']:.1f}",
+            f"{row['predicted_ms_per_token']:.1f}",
             f"{row['decode_error']:+.1%}",
-            f"{row['predicted_prefill_ms']:.0f}",
             f"{row['measured_prefill_ms']:.0f}",
+            f"{row['predicted_prefill_ms']:.0f}",
             f"{row['prefill_error']:+.1%}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for which, error in summary.items():
+        name = which.replace("_", " ")
+        console.print(f"{name}: median {error['median']:.1%}, worst {error['worst']:.1%}")
+    for name, ratio in ratios.items():
+        console.print(f"{name}: {ratio:.2f} times the chosen plan's ms per token")
+
+
+def judged(row: Mapping[str, Any]) -> dict[str, float]:
+    """The predicted prefill of a row, and both relative errors."""
+    plan = row["described"]
+    stages = [from_fields(Stage, stage) for stage in plan["stages"]]
+    links = [from_fields(LinkProfile, link) for link in row["links"]]
+    hop_bits = {hop.get("bits", 32) for hop in plan["hops"]} or {32}
+    prefill_ms = 1e3 * prefill_s(stages, links, PROMPT_TOKENS, HIDDEN * max(hop_bits) // 8)
+    return {
+        "predicted_prefill_ms": prefill_ms,
+        "decode_error": row["predicted_ms_per_token"] / row["measured_ms_per_token"] - 1,
+        "prefill_error": prefill_ms / row["measured_prefill_ms"] - 1,
+    }
+
+
+def from_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
+    """A dataclass from those of the values that are its fields."""
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type] # any dataclass
+    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def say(text: str) -> None:

@@ -15,9 +15,9 @@ _NO_LIMIT_BYTES = 1 << 60
 """Version 1 of control groups says "no limit" by a number near 2^63."""
 
 
-def hardware_id() -> str:
+def hardware_id(root: Path = Path("/")) -> str:
     """What measured times depend on: processor, machine type and cores (or the share of some)."""
-    return f"{processor_name()}, {platform.machine()}, {_usable_share():.4g} cores"
+    return f"{processor_name(root)}, {platform.machine()}, {_usable_share(root):.4g} cores"
 
 
 def processor_name(root: Path = Path("/")) -> str:

@@ -26,7 +26,7 @@ def fabric(**options: object) -> Fabric:
 
 def learn(fabric: Fabric) -> None:
     for name in "abc":
-        list(fabric.carry(name, frame(name, BROADCAST), -100.0))
+        list(fabric.carry(name, frame(name, BROADCAST), 0.0))
 
 
 def test_a_frame_takes_its_bytes_and_the_delay() -> None:
@@ -81,7 +81,7 @@ def test_jitter_spreads_and_does_not_reorder() -> None:
     net = Fabric(
         Network({"a": Host(jitter_s=1e-3), "b": Host()}, default=Link(5e-3)), random.Random(1)
     )
-    list(net.carry("b", frame("b", BROADCAST), -100.0))
+    list(net.carry("b", frame("b", BROADCAST), 0.0))
     times = [next(net.carry("a", frame("a", ADDRESS["b"]), now))[0] - now for now in range(200)]
     assert min(times) < 4.1e-3
     assert max(times) > 5.9e-3
@@ -92,7 +92,7 @@ def test_jitter_spreads_and_does_not_reorder() -> None:
 def test_loss_is_met_on_both_ends() -> None:
     hosts = {"a": Host(loss=0.2), "b": Host(loss=0.5)}
     net = Fabric(Network(hosts), random.Random(1))
-    list(net.carry("b", frame("b", BROADCAST), -100.0))
+    list(net.carry("b", frame("b", BROADCAST), 0.0))
     arrived = sum(bool(list(net.carry("a", frame("a", ADDRESS["b"]), now))) for now in range(4000))
     # 0.8 * 0.5 of 4000, three standard deviations of 31.
     assert arrived == pytest.approx(1600, abs=93)
