@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := model wire backends calibration agent coordinator cli
+PACKAGES := model wire backends calibration agent coordinator testbed cli
 
 # What `make bundle` is for: a Raspberry Pi OS 12 or Debian 12 agent, unless told otherwise.
 MACHINE ?= aarch64
@@ -44,6 +44,9 @@ bundle: dist ## the same with every wheel for MACHINE and PYTHON_VERSION, to ins
 		$(foreach level,2_17 2_27 2_28,--platform manylinux_$(level)_$(MACHINE)) --platform manylinux2014_$(MACHINE) \
 		-r requirements/$(LOCK).lock -d dist/wheels
 
+test-system: $(VENV)/dev.stamp ## run the tests on emulated hosts (needs root)
+	$(BIN)/python -m pytest -m netns $(ARGS)
+
 check: $(VENV)/dev.stamp ## style, types and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,6 +67,9 @@ bench-rest: $(VENV)/run.stamp ## measure what an agent and its coordinator take 
 
 bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
 	$(BIN)/python benchmarks/planner.py $(ARGS)
+
+bench-fidelity: $(VENV)/run.stamp ## predicted and measured times of many plans on emulated hosts (needs root)
+	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv

@@ -10,7 +10,7 @@ nobody sleeps, and after a pause of 2 ms, as between two steps of a stage, where
 has to be woken. Throughput: prompt chunks of 256 rows one way, until the last is confirmed. Raw TCP
 and the hop take turns in each round.
 
-Loopback, and with root between two network namespaces that a bridge joins, and between two hosts of
+Loopback, and with root between two hosts of
 an emulated LAN (testbed/): 1 Gbit/s, 0.2 ms round trip.
 
 --share: the thread that receives a row, runs a stage that only reads memory, and sends the next;
@@ -40,16 +40,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from testbed.bed import Testbed, TestbedError
-from testbed.network import Host, Link
-from testbed.network import Network as Lan
-
 from agent.links import Link as PeerLink
 from agent.links import Measuring, summary_s
 from agent.relay import Relay
 from backends.base import Array, Stage, Tokens
 from model.spec import LayerSpec, ModelSpec
-from tests.system.namespaces import Network, unavailable
+from testbed.bed import Testbed, TestbedError
+from testbed.network import Host, Link, Network
 from wire.activations import DEFAULT_HOP_BITS, payload_bytes
 from wire.codec import encode
 from wire.connection import Connection, Listener
@@ -248,20 +245,7 @@ def compare(place: Place, rounds: int, console: Console) -> dict[str, Any]:
 
 def places(stack: contextlib.ExitStack) -> Iterator[Place]:
     yield Place("loopback", "127.0.0.1", lambda call: call(), lambda call: call())
-    reason = unavailable()
-    if reason is not None:
-        print(f"no network namespaces: {reason}", file=sys.stderr)
-        return
-    network = stack.enter_context(Network())
-    network.add_host("near")
-    address = network.add_host("far")
-    yield Place(
-        "namespaces",
-        address,
-        lambda call: network.inside("near", call),
-        lambda call: network.inside("far", call),
-    )
-    lan = Lan({"near": Host(), "far": Host()}, default=Link(ROUND_TRIP_S / 2, BYTES_PER_S))
+    lan = Network({"near": Host(), "far": Host()}, default=Link(ROUND_TRIP_S / 2, BYTES_PER_S))
     try:
         bed = stack.enter_context(Testbed(lan, "hop"))
     except TestbedError as error:

@@ -47,6 +47,8 @@ _CONTEXT_TOKENS = 4 * PREFILL_CHUNK_TOKENS
 _MIN_REPEATS = 5
 _MIN_TIME_S = 0.2
 _MAX_TIME_S = 2.0
+_ROUND_S = 0.04
+"""Several periods of the kernel's CPU quotas, which are 5 to 10 ms where they are short."""
 
 Progress = Callable[[int, int], None]
 
@@ -184,13 +186,16 @@ class Bench:
         return decode_s, decode_s / PREFILL_CHUNK_TOKENS
 
     def _time(self, spec: ModelSpec, blocks: range, bits: int, rows: Sequence[int]) -> list[float]:
-        """Median seconds of a call with each number of ``rows``, through a stage of random blocks,
+        """Seconds of a call with each number of ``rows``, through a stage of random blocks,
         behind as many tokens as a chunk has."""
         context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), chunk_tokens(spec)
         options = StageOptions(1, context_tokens, self.threads)
         inputs = random_inputs(spec, blocks, chunk)
         with self.stage(spec, blocks, bits, options) as stage:
-            return [_median_s(partial(stage.forward, 0, chunk, inputs[:count])) for count in rows]
+            return [
+                _seconds_per_call(partial(stage.forward, 0, chunk, inputs[:count]))
+                for count in rows
+            ]
 
     @contextmanager
     def stage(
@@ -328,26 +333,34 @@ def _tiny_model(layers: int) -> ModelSpec:
     )
 
 
-def _median_s(call: Callable[[], object]) -> float:
-    """Median seconds of a call: a fifth of a second's worth of repeats, fewer of a slow one."""
-    return median_s(call, _MIN_REPEATS, _MIN_TIME_S, _MAX_TIME_S)
+def _seconds_per_call(call: Callable[[], object]) -> float:
+    """A fifth of a second's worth of repeats, fewer of a slow one."""
+    return seconds_per_call(call, _MIN_REPEATS, _MIN_TIME_S, _MAX_TIME_S)
 
 
-def median_s(
+def seconds_per_call(
     call: Callable[[], object], min_repeats: int, min_time_s: float, max_time_s: float
 ) -> float:
-    """Median seconds of a call, after one that does not count.
+    """Seconds of a call that follows on others, after one that does not count.
 
-    It is repeated until both minima are reached, or ``max_time_s`` is (once at least).
+    The median over rounds of _ROUND_S of the mean in each: a processor that is shared or limited
+    runs a call at full speed or holds it up for milliseconds, so that only a mean tells what many
+    cost, while the median keeps out what happened once. Repeated until both minima are reached, or
+    ``max_time_s`` is (once at least).
     """
     call()
-    times_s: list[float] = []
+    rounds_s: list[float] = []
+    calls, total = 0, 0
     started_s = before_s = time.perf_counter()
     while True:
         call()
+        calls, total = calls + 1, total + 1
         now_s = time.perf_counter()
-        times_s.append(now_s - before_s)
-        before_s, elapsed_s = now_s, now_s - started_s
-        enough = len(times_s) >= min_repeats and elapsed_s >= min_time_s
-        if enough or elapsed_s >= max_time_s:
-            return float(np.median(times_s))
+        elapsed_s = now_s - started_s
+        done = (total >= min_repeats and elapsed_s >= min_time_s) or elapsed_s >= max_time_s
+        # What is left over at the end is no round, unless it is all there is.
+        if now_s - before_s >= _ROUND_S or (done and not rounds_s):
+            rounds_s.append((now_s - before_s) / calls)
+            before_s, calls = now_s, 0
+        if done:
+            return float(np.median(rounds_s))

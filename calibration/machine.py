@@ -15,9 +15,9 @@ _NO_LIMIT_BYTES = 1 << 60
 """Version 1 of control groups says "no limit" by a number near 2^63."""
 
 
-def hardware_id() -> str:
-    """What measured times depend on: processor, machine type and number of cores."""
-    return f"{processor_name()}, {platform.machine()}, {usable_cores()} cores"
+def hardware_id(root: Path = Path("/")) -> str:
+    """What measured times depend on: processor, machine type and cores (or the share of some)."""
+    return f"{processor_name(root)}, {platform.machine()}, {_usable_share(root):.4g} cores"
 
 
 def processor_name(root: Path = Path("/")) -> str:
@@ -35,6 +35,11 @@ def processor_name(root: Path = Path("/")) -> str:
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Logical cores this process may use: its affinity, and the CPU quota of its container."""
+    return max(1, math.ceil(_usable_share(root)))
+
+
+def _usable_share(root: Path = Path("/")) -> float:
+    """As ``usable_cores``, as the quota has it: less than 1 for a part of a core."""
     cores = float(len(os.sched_getaffinity(0)))
     for group in _cgroups(root, "cpu"):
         words = " ".join(_lines(group / "cpu.max")).split()
@@ -45,7 +50,7 @@ def usable_cores(root: Path = Path("/")) -> int:
             ]
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
             cores = min(cores, int(words[0]) / int(words[1]))
-    return max(1, math.ceil(cores))
+    return cores
 
 
 def usable_threads() -> int:

@@ -23,8 +23,8 @@ from calibration.layers import (
     layer_share_s,
     layer_variants,
     machine_key,
-    median_s,
     random_inputs,
+    seconds_per_call,
     timed_layers,
     timing_dependencies,
     timing_tasks,
@@ -262,7 +262,7 @@ class _Run:
                     continue
                 rows, _, position = point
                 call = partial(stage.forward, 0, position, inputs[:rows])
-                measured = layer_share_s(median_s(call, *self._effort), call_s, count)
+                measured = layer_share_s(seconds_per_call(call, *self._effort), call_s, count)
                 known[point] = (measured,)
                 self._store.put(self._key(task, several, point), (measured,))
                 on_point(done + index + 1)

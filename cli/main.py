@@ -29,6 +29,8 @@ from cli.install import add_service_actions
 from cli.journal import JournalFormatter, under_journal
 from cli.render import Screen
 from cli.settings import read_settings
+from cli.testbed import EXAMPLES as TESTBED_EXAMPLES
+from cli.testbed import add_testbed_arguments, run_testbed
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager
@@ -521,6 +523,10 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_study_arguments(study)
     calibrate = command("calibrate", run_calibrate, "measure what this device can do", EXAMPLES)
     add_calibrate_arguments(calibrate)
+    testbed = command(
+        "testbed", run_testbed, "emulate a lab's hosts on this machine", TESTBED_EXAMPLES
+    )
+    add_testbed_arguments(testbed)
     ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
     run = command(
         "run",

@@ -270,7 +270,8 @@ def _timings(device: LabDevice, spec: ModelSpec) -> Iterator[BlockTiming]:
 _Node = yaml.Node
 _Fields = dict[str, _Node]
 
-_TOP = ("devices", "links", "default_link", "hops", "templates")
+# The last is testbed.lab's.
+_TOP = ("devices", "links", "default_link", "hops", "templates", "emulation")
 _DEVICE = (
     "name", "memory", "storage", "bits", "container", "layer_ms", "embed_ms", "head_ms",
     "call_ms", "watts",

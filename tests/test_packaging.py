@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("model", "wire", "backends", "calibration", "agent", "coordinator", "cli")
+PACKAGES = ("model", "wire", "backends", "calibration", "agent", "coordinator", "testbed", "cli")
 MODULES = sorted(
     f"{package}.{path.stem}" for package in PACKAGES for path in (ROOT / package).glob("[a-z]*.py")
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 
@@ -13,7 +12,7 @@ from agent import hop as hop_module
 from agent.hop import QUEUED_CHUNKS, Hop
 from agent.links import Link, LinkFigures, Measuring
 from agent.peers import PeerServer, connect_peer, measure_link
-from tests.system.namespaces import Network, unavailable
+from tests.system.namespaces import bed_of, unavailable
 from wire.connection import Connection, Listener
 from wire.errors import ConnectionLost
 from wire.messages import (
@@ -179,23 +178,19 @@ def test_prompts_tell_when_a_link_got_slow() -> None:
     reason = unavailable()
     if reason is not None:
         pytest.skip(reason)
-    with Network() as network:
-        network.add_host("here")
-        address = network.add_host("there")
-        listener = network.inside("there", lambda: Listener(address, 0))
+    with bed_of("here", "there") as bed:
+        address = bed.network.address("there")
+        listener = bed.inside("there", lambda: Listener(address, 0))
         server = PeerServer("b", listener, lambda message, payload: None)
         server.start()
         endpoint = Endpoint(address, listener.port)
-        connection = network.inside("here", lambda: connect_peer("a", "b", [endpoint]))
+        connection = bed.inside("here", lambda: connect_peer("a", "b", [endpoint]))
         before = measure_link(connection)
         connection.set_receive_timeout(None)
         news: queue.Queue[LinkChanged] = queue.Queue()
         lost: queue.Queue[str] = queue.Queue()
         hop = Hop(connection, Link("b", before), Measuring(), on_lost=lost.put, on_news=news.put)
-        shape = ("qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "40mbit", "burst", "16kb")
-        subprocess.run(
-            ["tc", "-n", network.namespace("here"), *shape, "latency", "100ms"], check=True
-        )
+        bed.fault("here", "link:rate=40")
         for _ in range(100):
             hop.send(chunk(0), memoryview(bytes(64 << 10)))
             if not news.empty():

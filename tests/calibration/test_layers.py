@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_a_large_vocabulary_is_scaled_up_from_a_part(
 ) -> None:
     monkeypatch.setattr(layers, "HEAD_BYTES", 1 << 18)
     # Every call takes 2 ms, half of which at most is for the call itself.
-    monkeypatch.setattr(layers, "_median_s", lambda call: (call(), 2e-3)[1])
+    monkeypatch.setattr(layers, "_seconds_per_call", lambda call: (call(), 2e-3)[1])
     spec = replace(SPEC, vocab=1 << 16, embed_dim=64)
     timings = measure_model(spec, (4,), backend, threads=1, directory=tmp_path)
     (head,) = (timing for timing in timings if timing.kind == "head")
@@ -188,3 +189,28 @@ def test_a_failing_backend_leaves_no_files(backend: Recorder, tmp_path: Path) ->
 def test_the_cost_of_a_call_is_small_and_not_negative(backend: Recorder, tmp_path: Path) -> None:
     assert 0 <= measure_call(backend, 1, tmp_path) < 0.1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("calls_ms", "expected_ms"),
+    [
+        # The kernel of a device with half a core lets nine calls through and holds up the tenth.
+        ([1.0] * 9 + [11.0], 2.0),
+        # Something that happens once in half a second is no part of a call.
+        ([1.0] * 100 + [200.0] + [1.0] * 100, 1.0),
+        ([60.0], 60.0),
+    ],
+    ids=["quota", "hiccup", "slow"],
+)
+def test_calls_count_as_many_of_them_cost(
+    monkeypatch: pytest.MonkeyPatch, calls_ms: list[float], expected_ms: float
+) -> None:
+    durations_ms = itertools.cycle(calls_ms)
+    now_ms = [0.0]
+
+    def call() -> None:
+        now_ms[0] += next(durations_ms)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now_ms[0] / 1e3)
+    seconds = layers.seconds_per_call(call, 5, 0.4, 2.0)
+    assert seconds == pytest.approx(expected_ms / 1e3, rel=0.05)

@@ -15,8 +15,9 @@ import pytest
 from cli import checks, network_checks
 from cli.checks import Check, Machine
 from cli.doctor import bounded
+from testbed.bed import Testbed
 from tests.system.cluster import COMMAND, ROOT
-from tests.system.namespaces import Network, ip
+from tests.system.namespaces import bed_of
 
 PI_4 = {
     "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\0",
@@ -227,9 +228,10 @@ def test_a_firewall_is_judged_by_its_policy(policy: str, drops: bool) -> None:
 
 
 @pytest.fixture
-def network() -> Iterator[Network]:
-    with Network() as network:
-        yield network
+def bed() -> Iterator[Testbed]:
+    """One host, ``pi``."""
+    with bed_of("pi") as bed:
+        yield bed
 
 
 def report(command: list[str]) -> tuple[int, dict[str, Any]]:
@@ -244,10 +246,12 @@ def report(command: list[str]) -> tuple[int, dict[str, Any]]:
 
 @needs_root
 @pytest.mark.netns
-def test_a_machine_without_multicast_is_told_to_name_the_coordinator(network: Network) -> None:
-    network.add_host("pi")
-    ip("-n", network.namespace("pi"), "link", "set", "eth0", "multicast", "off")
-    code, found = report([*network.command("pi"), *COMMAND, "doctor", "--json"])
+def test_a_machine_without_multicast_is_told_to_name_the_coordinator(bed: Testbed) -> None:
+    off = ["ip", "link", "set", "eth0", "multicast", "off"]
+    subprocess.run(bed.command("pi", off), check=True)
+    # As `ip netns exec` does: with the /sys of this host's network.
+    own_sys = ["unshare", "--mount", "sh", "-c", 'mount -t sysfs sysfs /sys && exec "$@"', "sh"]
+    code, found = report(bed.command("pi", [*own_sys, *COMMAND, "doctor", "--json"]))
     assert code == 0
     assert found["multicast"]["state"] == "warning"
     assert "--coordinator HOST" in found["multicast"]["fix"]
@@ -255,9 +259,8 @@ def test_a_machine_without_multicast_is_told_to_name_the_coordinator(network: Ne
 
 @needs_root
 @pytest.mark.netns
-def test_a_machine_without_a_network_is_told_so(network: Network) -> None:
-    network.add_host("pi")
-    network.remove_addresses("pi")
-    code, found = report([*network.command("pi"), *COMMAND, "doctor", "--json"])
+def test_a_machine_without_a_network_is_told_so(bed: Testbed) -> None:
+    subprocess.run(bed.command("pi", ["ip", "address", "flush", "dev", "eth0"]), check=True)
+    code, found = report(bed.command("pi", [*COMMAND, "doctor", "--json"]))
     assert code == 1
     assert found["multicast"]["text"] == "no network interface has an address"

@@ -196,10 +196,12 @@ def test_the_shipped_labs_plan(path: Path) -> None:
     verify(solve(problem, time_limit_s=20), problem)
 
 
-def test_four_labs_are_shipped() -> None:
+def test_six_labs_are_shipped() -> None:
     assert [path.stem for path in LABS] == [
+        "four-pis",
         "home-4-pis",
         "jetson-pis-coral",
         "mixed-32",
         "smart-city-16",
+        "wifi-3",
     ]

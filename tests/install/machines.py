@@ -1,4 +1,4 @@
-"""Machines with a real systemd as PID 1: nspawn containers on the hosts of tests.system.namespaces.
+"""Machines with a real systemd as PID 1: nspawn containers on the hosts of a testbed.
 
 Each has an overlay over one Debian tree, so that what an installation leaves behind can be listed.
 """
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from testbed.bed import Testbed
 from tests.system.cluster import wait_for
-from tests.system.namespaces import Network
 
 BOOT_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 300.0
@@ -30,13 +30,13 @@ class Machine:
     """A container while the context is open; ``name`` is its host on the network."""
 
     def __init__(
-        self, name: str, tree: Path, directory: Path, network: Network, binds: dict[Path, str]
+        self, name: str, tree: Path, directory: Path, bed: Testbed, binds: dict[Path, str]
     ) -> None:
         """tree: a Debian tree with systemd and python3-venv. binds: shown read-only inside."""
         self.name = name
-        self.address = network.add_host(name)
+        self.address = bed.network.address(name)
         self._tree = tree
-        self._network = network
+        self._bed = bed
         self._binds = binds
         self._upper, self._work, self.root = (
             directory / name / part for part in ("upper", "work", "root")
@@ -80,7 +80,7 @@ class Machine:
                 (hierarchy / self._group).mkdir(exist_ok=True)
                 groups.append(hierarchy / self._group / "cgroup.procs")
         enter = "".join(f"echo $$ > {path} 2>/dev/null; " for path in groups)
-        namespace = f"/run/netns/{self._network.namespace(self.name)}"
+        namespace = self._bed.namespace(self.name)
         command = [
             "systemd-nspawn",
             "--quiet",

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from testbed.bed import Testbed
 from tests.install.conftest import prepared
 from tests.system.cluster import TINY_OPT, last_json
-from tests.system.namespaces import Network, NetworkCluster
+from tests.system.namespaces import NetworkCluster, bed_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(900)]
 
@@ -58,23 +59,21 @@ def arm64(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 class MixedCluster(NetworkCluster):
     """The agent ``arm`` runs in the Arm tree."""
 
-    def __init__(self, directory: Path, network: Network, root: Path) -> None:
-        super().__init__(directory, network)
+    def __init__(self, directory: Path, bed: Testbed, root: Path) -> None:
+        super().__init__(directory, bed)
         self._root = root
 
     def command(self, name: str) -> list[str]:
         if name == "arm":
-            return [*self.network.command(name), "chroot", str(self._root), SHOAL]
+            return self.bed.command(name, ["chroot", str(self._root), SHOAL])
         return super().command(name)
 
 
 @pytest.fixture
 def cluster(arm64: Path, tmp_path: Path) -> Iterator[MixedCluster]:
-    with Network() as network:
-        cluster = MixedCluster(tmp_path, network, arm64)
+    with bed_of("hub", "arm", "pc", "twin") as bed:
+        cluster = MixedCluster(tmp_path, bed, arm64)
         cluster.start_coordinator("--no-mdns")
-        for name in ("arm", "pc", "twin"):
-            network.add_host(name)
         yield cluster
         cluster.stop()
 

@@ -13,7 +13,7 @@ import pytest
 from tests.install.conftest import prepared
 from tests.install.machines import Machine
 from tests.system.cluster import TINY_OPT
-from tests.system.namespaces import Network
+from tests.system.namespaces import bed_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(900)]
 
@@ -61,10 +61,10 @@ def shoal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shoal]:
     }
     directory = tmp_path_factory.mktemp("machines")
     with contextlib.ExitStack() as stack:
-        network = stack.enter_context(Network())
+        names = ("hub", "pi-1", "pi-2")
+        bed = stack.enter_context(bed_of(*names))
         hub, *agents = (
-            stack.enter_context(Machine(name, tree, directory, network, binds))
-            for name in ("hub", "pi-1", "pi-2")
+            stack.enter_context(Machine(name, tree, directory, bed, binds)) for name in names
         )
         shoal = Shoal(hub, agents)
         for machine in (hub, *agents):

@@ -16,8 +16,9 @@ import pytest
 from model import costs
 from model.families import load_spec
 from model.quantize import Format
+from testbed.bed import Testbed
 from tests.system.cluster import FIXTURES, ROOT, START_TIMEOUT_S, last_json, wait_for
-from tests.system.namespaces import Network, NetworkCluster, unavailable
+from tests.system.namespaces import NetworkCluster, bed_of, unavailable
 from wire import limits
 from wire.discovery import SEARCH_ROUND_S
 
@@ -40,20 +41,19 @@ ENDLESS_CONTEXT = 20_000
 
 
 @pytest.fixture
-def network() -> Iterator[Network]:
+def bed() -> Iterator[Testbed]:
+    """Hosts for two coordinators and two agents."""
     reason = unavailable()
     if reason is not None:
         pytest.skip(reason)
-    with Network() as network:
-        yield network
+    with bed_of("hub", "hub-2", *AGENTS) as bed:
+        yield bed
 
 
 @pytest.fixture
-def cluster(network: Network, tmp_path: Path) -> Iterator[NetworkCluster]:
-    """A cluster that the test starts as it likes, and hosts for two agents."""
-    cluster = NetworkCluster(tmp_path, network)
-    for name in AGENTS:
-        network.add_host(name)
+def cluster(bed: Testbed, tmp_path: Path) -> Iterator[NetworkCluster]:
+    """A cluster that the test starts as it likes."""
+    cluster = NetworkCluster(tmp_path, bed)
     yield cluster
     cluster.stop()
 
@@ -112,20 +112,19 @@ def test_new_agents_find_a_running_coordinator(cluster: NetworkCluster) -> None:
 
 @pytest.mark.parametrize("late", ["hub", "ash"], ids=["coordinator", "agent"])
 def test_an_address_may_come_late(cluster: NetworkCluster, late: str) -> None:
-    cluster.network.remove_addresses(late)
+    cluster.remove_addresses(late)
     cluster.start_coordinator()
     cluster.start_agent("ash")
     cluster.wait_for_line("ash", UNHEARD.format("shoal"), START_TIMEOUT_S)
-    cluster.network.add_address(late, "10.77.0.99")
+    cluster.add_address(late, "10.77.0.99")
     wait_until_listed(cluster, ("ash",), time.monotonic(), f"address of {late} came last")
 
 
-def test_clusters_of_other_names_do_not_mix(network: Network, tmp_path: Path) -> None:
+def test_clusters_of_other_names_do_not_mix(bed: Testbed, tmp_path: Path) -> None:
     clusters = []
-    for number, (name, agent) in enumerate(zip(("attic", "cellar"), AGENTS, strict=True)):
+    for name, host in (("attic", "hub"), ("cellar", "hub-2")):
         (tmp_path / name).mkdir()
-        clusters.append(NetworkCluster(tmp_path / name, network, f"hub-{number}", name))
-        network.add_host(agent)
+        clusters.append(NetworkCluster(tmp_path / name, bed, host, name))
     attic, cellar = clusters
     try:
         attic.start_coordinator()
@@ -142,7 +141,8 @@ def test_clusters_of_other_names_do_not_mix(network: Network, tmp_path: Path) ->
 
 
 def test_without_multicast_an_agent_asks_for_the_address(cluster: NetworkCluster) -> None:
-    cluster.network.block_multicast()
+    for host in cluster.bed.network.hosts:
+        cluster.bed.fault(host, "multicast=off")
     cluster.start_coordinator()
     agent = cluster.start_agent("ash")
     cluster.wait_for_line("ash", UNHEARD.format("shoal"), START_TIMEOUT_S)
@@ -166,7 +166,7 @@ def test_a_split_model_computes_what_it_computes_whole(cluster: NetworkCluster) 
         cluster.start_agent(name, f"--memory={memory_for_two(LLAMA, spec.max_context)}")
     cluster.wait_for_agents(*AGENTS)
     first, last = load_on_two(cluster, LLAMA, spec.max_context)
-    before = {name: cluster.network.received_bytes(name) for name in AGENTS}
+    before = {name: cluster.received_bytes(name) for name in AGENTS}
     body = {
         "prompt": prompt,
         "max_tokens": len(expected),
@@ -174,13 +174,13 @@ def test_a_split_model_computes_what_it_computes_whole(cluster: NetworkCluster) 
         "return_token_ids": True,
     }
     url = f"{cluster.url}/v1/completions"
-    answer = cluster.network.inside(
+    answer = cluster.bed.inside(
         cluster.host, lambda: httpx.post(url, json=body, timeout=60, trust_env=False).json()
     )
     assert answer["shoal"]["tokens"] == expected
     # Each row of hidden values went from the first to the last, each token the way back.
     rows = len(prompt) + len(expected) - 1
-    received = {name: cluster.network.received_bytes(name) - before[name] for name in AGENTS}
+    received = {name: cluster.received_bytes(name) - before[name] for name in AGENTS}
     assert received[last] > rows * spec.hidden * 4
     assert received[first] > len(expected)
 
@@ -220,7 +220,7 @@ def test_a_host_that_loses_its_link_is_named_and_returns(
         )
     try:
         wait_for(lambda: said.stat().st_size > 0, 30, "the first token")
-        cluster.network.pull_cable(victim)
+        cluster.bed.fault(victim, "cut")
         cut_s = time.monotonic()
         _, stderr = generation.communicate(timeout=30)
         told_s = time.monotonic() - cut_s
@@ -235,7 +235,7 @@ def test_a_host_that_loses_its_link_is_named_and_returns(
     cluster.wait_for_line(victim, "; trying again", LOST_WITHIN_S)
     cluster.wait_for_line(victim, UNHEARD.format("shoal"), LOST_WITHIN_S)
     time.sleep(ZEROCONF_ASKS_S - SEARCH_ROUND_S + 1)
-    cluster.network.plug_cable(victim)
+    cluster.bed.fault(victim, "heal")
     wait_until_listed(cluster, AGENTS, time.monotonic(), "link healed")
     load_on_two(cluster, endless, ENDLESS_CONTEXT)
 

@@ -1,0 +1,435 @@
+"""How well plans predict: emulated hosts of different speed, many plans, predicted and measured.
+
+    make bench-fidelity
+    python benchmarks/fidelity.py --only chosen,uniform --again --json
+
+Four hosts with CPU quotas and links of their own (testbed/), agents that measure themselves inside
+their quota and the links between them, and a model of random weights. Each plan is loaded, run a
+few times, and compared with what was predicted when it was made. Results are kept in --state: what
+is there is not measured again, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from calibration.machine import processor_name
+from cli.client import Client
+from cli.errors import CommandFailed
+from coordinator.forecast import prefill_s
+from coordinator.plan import Stage
+from model import costs
+from model.families import load_spec
+from model.quantize import Format
+from model.safetensors import write_safetensors
+from model.spec import ModelSpec
+from testbed.bed import Testbed
+from testbed.cluster import Cluster
+from testbed.lab import AgentLimits
+from testbed.network import HUB, Host, Link, Network
+from wire import limits
+from wire.profile import LinkProfile
+
+Made = TypeVar("Made")
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "examples" / "tiny-opt" / "model"
+STATE = Path("/var/tmp/shoal-fidelity")  # noqa: S108 - a fixed place, to go on where one was
+
+HIDDEN, FFN, LAYERS, HEADS, VOCAB = 1536, 4096, 20, 12, 8192
+CONTEXT_TOKENS = 512
+WIDTHS = (4, 8)
+PROMPT_TOKENS = 64
+OUTPUT_TOKENS = 13
+SEED = 7
+
+CPU_PERCENT = {"ash": 60, "birch": 45, "cedar": 30, "dogwood": 20}
+TIGHT_SHARE = {"ash": 0.40, "birch": 0.32, "cedar": 0.36, "dogwood": 0.30}
+"""Of what the model takes at 8 bits: no host holds it, any three do, and memory is no measure of
+speed."""
+
+WIRED = Link(0.2e-3, 125e6)
+FAST = Link(0.4e-3, 12.5e6)
+RADIO = Link(2.5e-3, 5e6)
+SLOW_HOST = "dogwood"
+NAMES = tuple(CPU_PERCENT)
+REQUEST = {"kind": "request", "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS}
+BASELINES = ("uniform", "RAM-proportional", "greedy", "single fastest")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One plan. ``pins`` None: the planner is free; ``memory`` says which limits agents have."""
+
+    name: str
+    memory: str
+    bits: tuple[int, ...]
+    wishes: Mapping[str, Any] = field(default_factory=dict)
+    split: Callable[[ModelSpec, Sequence[str]], Mapping[int, str]] | None = None
+
+
+def main() -> None:
+    options = _arguments()
+    spec = make_model(options.state / "model")
+    results = Results(options.state / "results.json", again=options.again)
+    cases = [case for case in CASES if not options.only or case.name in options.only]
+    todo = [case for case in cases if case.name not in results.rows]
+    for memory in dict.fromkeys(case.memory for case in todo):
+        with cluster(options.state, spec, memory) as (client, fastest):
+            for case in (case for case in todo if case.memory == memory):
+                say(f"{case.name}: planning and loading")
+                results.put(case.name, run(client, case, spec, options, fastest))
+    report(
+        [results.rows[case.name] for case in cases if case.name in results.rows],
+        as_json=options.json,
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Predicted and measured times of many plans on emulated hosts; needs root.",
+        epilog="example: python benchmarks/fidelity.py --only chosen,uniform --again",
+    )
+    parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help=f"default {STATE}")
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="plans")
+    parser.add_argument("--again", action="store_true", help="measure anew what is in --state")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="generations per plan")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+class Results:
+    """Rows by the name of their plan, on disk."""
+
+    def __init__(self, path: Path, *, again: bool) -> None:
+        self._path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.exists() and not again:
+            self.rows = json.loads(path.read_text())
+
+    def put(self, name: str, row: dict[str, Any]) -> None:
+        self.rows[name] = row
+        self._path.write_text(json.dumps(self.rows, indent=1))
+
+
+# ---- the model and the hosts ---------------------------------------------------------------------
+
+
+def make_model(directory: Path) -> ModelSpec:
+    """A checkpoint of random weights in ``directory``, unless it is there."""
+    if not (directory / "model.safetensors").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": HIDDEN,
+            "intermediate_size": FFN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS // 4,
+            "max_position_embeddings": CONTEXT_TOKENS,
+            "vocab_size": VOCAB,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        (directory / "config.json").write_text(json.dumps(config))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TOKENIZER / name, directory / name)
+        random = np.random.default_rng(SEED)
+        shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
+        width = HIDDEN // HEADS
+        for layer in range(LAYERS):
+            prefix = f"model.layers.{layer}."
+            shapes |= {
+                prefix + "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+                prefix + "self_attn.k_proj.weight": (HEADS // 4 * width, HIDDEN),
+                prefix + "self_attn.v_proj.weight": (HEADS // 4 * width, HIDDEN),
+                prefix + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+                prefix + "mlp.gate_proj.weight": (FFN, HIDDEN),
+                prefix + "mlp.up_proj.weight": (FFN, HIDDEN),
+                prefix + "mlp.down_proj.weight": (HIDDEN, FFN),
+            }
+        tensors = {
+            name: random.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
+            for name, shape in shapes.items()
+        }
+        for layer in range(LAYERS):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{layer}.{norm}.weight"] = np.ones(HIDDEN, np.float32)
+        tensors["model.norm.weight"] = np.ones(HIDDEN, np.float32)
+        write_safetensors(directory / "model.safetensors", tensors)
+    return load_spec(directory)
+
+
+def network() -> Network:
+    """Three wired hosts, one of them behind a 100 Mbit port, and one on radio."""
+    links = {(a, b): WIRED for a in NAMES for b in NAMES if a != b}
+    for name in NAMES:
+        if name not in ("cedar", SLOW_HOST):
+            links[name, "cedar"] = links["cedar", name] = FAST
+        if name != SLOW_HOST:
+            links[name, SLOW_HOST] = links[SLOW_HOST, name] = RADIO
+    for name in NAMES:
+        links[HUB, name] = links[name, HUB] = Link()
+    hosts = {HUB: Host()} | {name: Host(cpu_percent=CPU_PERCENT[name]) for name in NAMES}
+    return Network(hosts, links, None)
+
+
+def memory_bytes(spec: ModelSpec, memory: str) -> dict[str, int]:
+    """What each agent may give: TIGHT_SHARE of the model at 8 bits, or more than enough."""
+    blocks = range(spec.block_count)
+    total = sum(
+        costs.executed_bytes(spec, block, Format.of(8), 8)
+        + costs.kv_bytes(spec, block, CONTEXT_TOKENS)
+        for block in blocks
+    )
+    rows = limits.PREFILL_CHUNK_TOKENS
+    buffers = costs.stage_buffer_bytes(spec, blocks, rows, CONTEXT_TOKENS)
+    if memory == "tight":
+        return {name: buffers + int(share * total) for name, share in TIGHT_SHARE.items()}
+    return dict.fromkeys(NAMES, 3 << 30)
+
+
+@contextmanager
+def cluster(state: Path, spec: ModelSpec, memory: str) -> Iterator[tuple[Client, list[str]]]:
+    """A coordinator and agents with these limits; yields its API, and hosts from fast to slow."""
+    with Testbed(network(), "fidelity") as bed:
+        shoal = Cluster(bed, state / "hosts")
+        shoal.start_coordinator()
+        with Client(shoal.open_door(0)) as client:
+            for count, (name, limit) in enumerate(memory_bytes(spec, memory).items(), start=1):
+                shoal.start_agent(name, AgentLimits(limit, 8 << 30))
+                shoal.wait_for_agents(NAMES[:count])
+                say(f"{name}: calibrating")
+                # One at a time: real hosts share nothing, but threads of one core do. All that is
+                # wanted of the plan is that the new agent measures itself and its links.
+                with suppress(CommandFailed):
+                    client.operate("/shoal/v1/plan", request(state, WIDTHS), lambda step: None)
+            yield client, sorted(NAMES, key=lambda name: -CPU_PERCENT[name])
+
+
+# ---- plans ---------------------------------------------------------------------------------------
+
+
+def _in_shares(spec: ModelSpec, shares: Mapping[str, float]) -> dict[int, str]:
+    """Layers in proportion to ``shares``; embedding with the first, head with the last."""
+    total, names = sum(shares.values()), list(shares)
+    ends, run = [], 0.0
+    for name in names:
+        run += shares[name]
+        ends.append(round(run / total * len(spec.layers)))
+    pins: dict[int, str] = {}
+    begin = 0
+    for name, end in zip(names, ends, strict=True):
+        pins |= dict.fromkeys(range(1 + begin, 1 + end), name)
+        begin = end
+    return {0: pins[1], **pins, spec.head_block: pins[len(spec.layers)]}
+
+
+def uniform(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
+    return _in_shares(spec, dict.fromkeys(NAMES, 1.0))
+
+
+def by_memory(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
+    return _in_shares(spec, TIGHT_SHARE)
+
+
+def greedy(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
+    """Fill the fastest host, then the next, whatever the links are."""
+    room = memory_bytes(spec, "tight")
+    buffers = costs.stage_buffer_bytes(
+        spec, range(spec.block_count), limits.PREFILL_CHUNK_TOKENS, CONTEXT_TOKENS
+    )
+    pins: dict[int, str] = {}
+    hosts = iter(fastest)
+    name, left = "", 0
+    for block in range(spec.block_count):
+        size = costs.executed_bytes(spec, block, Format.of(8), 8)
+        size += costs.kv_bytes(spec, block, CONTEXT_TOKENS)
+        while size > left:
+            name = next(hosts)
+            left = room[name] - buffers
+        pins[block] = name
+        left -= size
+    return pins
+
+
+def single(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
+    return dict.fromkeys(range(spec.block_count), fastest[0])
+
+
+def backwards(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
+    """Over the radio link twice, and the fastest host last."""
+    return _in_shares(spec, {"cedar": 2.0, SLOW_HOST: 1.0, "ash": 3.0})
+
+
+CASES = (
+    Case("chosen", "tight", (8,)),
+    Case("uniform", "tight", (8,), split=uniform),
+    Case("RAM-proportional", "tight", (8,), split=by_memory),
+    Case("greedy", "tight", (8,), split=greedy),
+    Case("single fastest", "roomy", (8,), split=single),
+    Case("throughput", "tight", (4, 8), {"objective": {"kind": "throughput"}}),
+    Case("without ash", "tight", (4, 8), {"exclude": ["ash"]}),
+    Case("request", "tight", (4, 8), {"objective": REQUEST}),
+    Case("over radio", "roomy", (4,), split=backwards),
+)
+
+
+def run(
+    client: Client,
+    case: Case,
+    spec: ModelSpec,
+    options: argparse.Namespace,
+    fastest: Sequence[str],
+) -> dict[str, Any]:
+    """Load a case's plan and measure it; a row of the table."""
+    wishes = dict(case.wishes)
+    if case.split is not None:
+        wishes["pins"] = {str(block): name for block, name in case.split(spec, fastest).items()}
+    body = {**request(options.state, case.bits), **wishes}
+    plan = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
+    links = client.get("/shoal/v1/devices")["links"]
+    say(f"{case.name}: measuring")
+    generate(client, 2, 8)
+    decode_ms, prefill_ms = [], []
+    for _ in range(options.rounds):
+        timing = generate(client, OUTPUT_TOKENS)
+        decode_ms.append(1e3 / timing["decode_tokens_per_s"])
+        prefill_ms.append(1e3 * PROMPT_TOKENS / timing["prefill_tokens_per_s"])
+    client.post("/shoal/v1/unload", {})
+    return {
+        "plan": case.name,
+        "memory": case.memory,
+        "stages": [[s["device"], s["first"], s["bits"]] for s in plan["stages"]],
+        "predicted_ms_per_token": plan["predicted_ms_per_token"],
+        "measured_ms_per_token": statistics.median(decode_ms),
+        "all_measured_ms_per_token": decode_ms,
+        "measured_prefill_ms": statistics.median(prefill_ms),
+        "all_measured_prefill_ms": prefill_ms,
+        "described": plan,
+        "links": links,
+    }
+
+
+def request(state: Path, bits: Sequence[int]) -> dict[str, Any]:
+    """A plan of the model at these widths, all else free."""
+    return {
+        "model": str((state / "model").absolute()),
+        "bits": list(bits),
+        "max_weight_error": None,
+        "context_tokens": CONTEXT_TOKENS,
+    }
+
+
+def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> dict[str, Any]:
+    """One generation's own account of itself."""
+    random = np.random.default_rng(SEED)
+    body = {
+        "prompt": random.integers(0, 256, prompt_tokens).tolist(),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    account: dict[str, Any] = {}
+    with closing(client.stream("/v1/completions", body)) as events:
+        for event in events:
+            account = event.get("shoal") or account
+    return account
+
+
+def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Print the table, or everything that was measured as JSON."""
+    rows = [row | judged(row) for row in rows]
+    chosen = next((row for row in rows if row["plan"] == "chosen"), None)
+    ratios = {
+        row["plan"]: row["measured_ms_per_token"] / chosen["measured_ms_per_token"]
+        for row in rows
+        if chosen is not None and row["plan"] in BASELINES
+    }
+    summary = {
+        f"{which}_error": {
+            "median": statistics.median(abs(row[f"{which}_error"]) for row in rows),
+            "worst": max(abs(row[f"{which}_error"]) for row in rows),
+        }
+        for which in ("decode", "prefill")
+        if rows
+    }
+    if as_json:
+        machine = {"machine": processor_name(), "date": date.today().isoformat()}
+        print(json.dumps(machine | {"rows": rows, "summary": summary, "ratios": ratios}))
+        return
+    table = Table(title=f"{processor_name()}, {date.today()}", title_justify="left")
+    for column in ("plan", "stages"):
+        table.add_column(column)
+    for column in ("ms per token", "predicted", "error", "prefill ms", "predicted", "error"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["plan"],
+            "\n".join(
+                f"{device} {len(bits)} @ {'/'.join(map(str, sorted(set(bits))))}"
+                for device, _, bits in row["stages"]
+            ),
+            f"{row['measured_ms_per_token']:.1f}",
+            f"{row['predicted_ms_per_token']:.1f}",
+            f"{row['decode_error']:+.1%}",
+            f"{row['measured_prefill_ms']:.0f}",
+            f"{row['predicted_prefill_ms']:.0f}",
+            f"{row['prefill_error']:+.1%}",
+        )
+    console = Console()
+    console.print(table)
+    for which, error in summary.items():
+        name = which.replace("_", " ")
+        console.print(f"{name}: median {error['median']:.1%}, worst {error['worst']:.1%}")
+    for name, ratio in ratios.items():
+        console.print(f"{name}: {ratio:.2f} times the chosen plan's ms per token")
+
+
+def judged(row: Mapping[str, Any]) -> dict[str, float]:
+    """The predicted prefill of a row, and both relative errors."""
+    plan = row["described"]
+    stages = [from_fields(Stage, stage) for stage in plan["stages"]]
+    links = [from_fields(LinkProfile, link) for link in row["links"]]
+    hop_bits = {hop.get("bits", 32) for hop in plan["hops"]} or {32}
+    prefill_ms = 1e3 * prefill_s(stages, links, PROMPT_TOKENS, HIDDEN * max(hop_bits) // 8)
+    return {
+        "predicted_prefill_ms": prefill_ms,
+        "decode_error": row["predicted_ms_per_token"] / row["measured_ms_per_token"] - 1,
+        "prefill_error": prefill_ms / row["measured_prefill_ms"] - 1,
+    }
+
+
+def from_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
+    """A dataclass from those of the values that are its fields."""
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type] # any dataclass
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

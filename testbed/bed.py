@@ -1,0 +1,383 @@
+"""A testbed while it stands: hosts with networks and limits of their own, and faults.
+
+    with Testbed(Network({"a": Host(cpu_percent=40), "b": Host()}), "try") as bed:
+        process = bed.popen("a", ["shoal", "agent"])
+        bed.fault("a", "slow=10")
+
+Everything that is made has the testbed's name: a directory below RUN (namespaces, the switch's
+socket, state), control groups, and one process, the switch. ``down`` finds all of it by that name
+alone, whatever became of the process that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from testbed import namespaces, tap
+from testbed.cgroups import GroupError, Groups
+from testbed.network import Network, NetworkError
+from testbed.switch import PortFault, fault_to_dict, request_fault
+
+RUN = Path("/run/shoal-testbed")
+FILES = Path("/var/tmp/shoal-testbed")  # noqa: S108 - below it only root's, by name
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
+
+FAULTS = (
+    "kill, freeze, thaw, cut, heal, blackhole, multicast=off, slow=PERCENT, slow=off,"
+    " link:rate=MBIT,delay=MS,jitter=MS,loss=PERCENT"
+)
+
+_SWITCH = ".switch"
+"""Its control group; no host can be called that."""
+
+PACKAGES = Path(__file__).parents[1]
+"""Where the packages of shoal are imported from, installed or not."""
+
+Result = TypeVar("Result")
+
+
+class TestbedError(Exception):
+    """A testbed cannot be made or used; one line for the user, with what to do."""
+
+    __test__ = False  # Not a test, whatever its name suggests to pytest.
+
+
+class Testbed:
+    """One testbed by name. Everything raises TestbedError."""
+
+    __test__ = False
+
+    def __init__(self, network: Network, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise TestbedError(
+                f"testbed name {name!r}: use up to 24 small letters, digits and dashes"
+            )
+        self.network = network
+        self.name = name
+        self._directory = RUN / name
+        self._groups = _groups(name)
+        self._ports: dict[str, PortFault] = {}
+
+    @staticmethod
+    def standing(name: str) -> Testbed:
+        """The testbed of that name that somebody has made."""
+        try:
+            state = json.loads((RUN / name / "state.json").read_text())
+        except FileNotFoundError:
+            names = ", ".join(standing()) or "none"
+            raise TestbedError(
+                f"no testbed {name!r} stands here (there is: {names}): run `shoal testbed up`"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise TestbedError(
+                f"testbed {name!r} is damaged ({error}): run `shoal testbed down`"
+            ) from error
+        bed = Testbed(Network.from_dict(state["network"]), name)
+        bed._ports = {host: PortFault(**fault) for host, fault in state["faults"].items()}
+        return bed
+
+    def __enter__(self) -> Testbed:
+        self.up()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        down(self.name)
+
+    @property
+    def directory(self) -> Path:
+        """For files on disk that go when the testbed goes."""
+        return FILES / self.name
+
+    def up(self) -> None:
+        """Make hosts and switch, in place of what had this name."""
+        check_possible()
+        with _locked():
+            _remove(self.name)
+            try:
+                self._make()
+            except BaseException as error:
+                _remove(self.name)
+                if isinstance(error, (OSError, GroupError)):
+                    raise TestbedError(f"cannot make the testbed: {error}") from error
+                raise
+
+    def command(self, host: str, command: Sequence[str] = ()) -> list[str]:
+        """The command line that runs ``command`` on ``host``, as the same process."""
+        self._require(host)
+        place = ["--net", str(self.namespace(host)), "--host", host]
+        return [*self._entry(host), *place, "--", *command]
+
+    def popen(
+        self, host: str, command: Sequence[str], *, descriptors: Sequence[int] = (), **options: Any
+    ) -> subprocess.Popen[Any]:
+        """Start a process on a host; returns once it is there, and every fault will meet it.
+
+        It inherits ``descriptors``; ``options`` are further ones of ``subprocess.Popen``. A command
+        that cannot be started says so on its stderr and ends with exit code 1.
+        """
+        started, running = os.pipe()
+        with os.fdopen(started, "rb") as event:
+            line = self.command(host, command)
+            at = line.index("--")
+            line[at:at] = ["--ready", str(running)]
+            try:
+                process = subprocess.Popen(  # noqa: S603 - the caller's
+                    line, pass_fds=[running, *descriptors], **options
+                )
+            finally:
+                os.close(running)
+            event.read()
+        return process
+
+    def inside(self, host: str, call: Callable[[], Result]) -> Result:
+        """Call in this process with the network of ``host``, for its sockets."""
+        self._require(host)
+        return namespaces.inside(self.namespace(host), call)
+
+    def namespace(self, host: str) -> Path:
+        """The file that holds the host's network namespace."""
+        return self._directory / f"{host}.net"
+
+    def processes(self, host: str) -> set[int]:
+        """The processes on a host, as this machine numbers them."""
+        self._require(host)
+        return self._groups.processes(host)
+
+    def port(self, host: str) -> PortFault:
+        """What is wrong with the host's cable now."""
+        return self._ports.get(host, PortFault())
+
+    def fault(self, host: str, what: str) -> None:
+        """Do something to a host; returns once it is in force.
+
+        ``kill``: power loss: the link goes first, so that nobody is told, then every process.
+        ``freeze``, ``thaw``: stop all processes where they are, let them go on. ``cut``: pull the
+        cable; ``blackhole``: lose every frame while the cable seems fine. ``link:rate=5,delay=50``:
+        Mbit/s and ms (one way) of all its links, also jitter (ms) and loss (%). ``multicast=off``:
+        as some access points do. ``heal``: the link as described again. ``slow=10``: percent of a
+        core; ``slow=off``: as described.
+        """
+        self._require(host)
+        with _locked(), _reported():
+            self._apply(host, what)
+
+    def status(self) -> dict[str, Any]:
+        """What stands, as JSON can hold it."""
+        return {
+            "name": self.name,
+            "switch": bool(self._groups.processes(_SWITCH)),
+            "hosts": {
+                name: {
+                    "address": self.network.address(name),
+                    "cpu_percent": host.cpu_percent,
+                    "memory_bytes": host.memory_bytes,
+                    "processes": sorted(self.processes(name)),
+                    "fault": fault_to_dict(self.port(name)),
+                }
+                for name, host in self.network.hosts.items()
+            },
+        }
+
+    # ---- making -----------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        for directory in (self._directory, self.directory):
+            directory.mkdir(parents=True, mode=0o700)
+        self._ports = {}
+        self._save()
+        for name, host in self.network.hosts.items():
+            namespaces.create(self.namespace(name))
+            self._groups.create(
+                name, cpu=host.cpu_percent is not None, memory=host.memory_bytes is not None
+            )
+            if host.cpu_percent is not None:
+                self._groups.limit_cpu(name, host.cpu_percent)
+            if host.memory_bytes is not None:
+                self._groups.limit_memory(name, host.memory_bytes)
+        self._groups.create(_SWITCH, cpu=False, memory=False)
+        self._start_switch()
+
+    def _entry(self, host: str) -> list[str]:
+        """What puts a process into the control groups of a host."""
+        entry = [sys.executable, "-I", "-S", str(PACKAGES / "testbed" / "enter.py")]
+        for group in self._groups.directories(host):
+            entry += ["--group", str(group)]
+        return entry
+
+    def _start_switch(self) -> None:
+        command = [sys.executable, "-m", "testbed.switch", str(self._directory)]
+        log = self._directory / "switch.log"
+        ready, running = os.pipe()
+        with os.fdopen(ready, "rb") as event, log.open("w") as stderr:
+            try:
+                process = subprocess.Popen(  # noqa: S603 - our own command
+                    [*self._entry(_SWITCH), "--", *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=running,
+                    stderr=stderr,
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONPATH": str(PACKAGES)},
+                )
+            finally:
+                os.close(running)
+            said = event.readline()
+        if not said:
+            process.wait()
+            reason = log.read_text().strip().splitlines()
+            raise TestbedError(f"the switch did not start: {reason[-1] if reason else 'it ended'}")
+        # It outlives this process, or is ended by ``down``, which has no use for its exit code.
+        process.returncode = 0
+
+    def _apply(self, host: str, what: str) -> None:
+        port, described = self.port(host), self.network.hosts[host]
+        kind, _, value = what.partition("=")
+        if what == "kill":
+            self._set_port(host, replace(port, blackhole=True))
+            self._groups.kill(host)
+        elif what in ("freeze", "thaw"):
+            self._groups.freeze(host, what == "freeze")
+        elif what in ("cut", "blackhole"):
+            self._set_port(host, replace(port, **{what: True}))
+        elif what == "heal":
+            self._set_port(host, PortFault())
+        elif what == "multicast=off":
+            self._set_port(host, replace(port, multicast=False))
+        elif what.startswith("link:"):
+            self._set_port(host, replace(port, **_link_fault(what.removeprefix("link:"))))
+        elif kind == "slow":
+            if described.cpu_percent is None:
+                self._groups.create(host, cpu=True, memory=False)
+            percent = described.cpu_percent if value == "off" else _number(value, what)
+            self._groups.limit_cpu(host, percent)
+        else:
+            raise TestbedError(f"unknown fault {what!r}: known are {FAULTS}")
+
+    def _set_port(self, host: str, fault: PortFault) -> None:
+        request_fault(self._directory, host, fault)
+        self._ports[host] = fault
+        self._save()
+
+    def _save(self) -> None:
+        faults = {host: fault_to_dict(fault) for host, fault in self._ports.items()}
+        state = {"network": self.network.to_dict(), "faults": faults}
+        part = self._directory / "state.json.part"
+        part.write_text(json.dumps(state))
+        part.replace(self._directory / "state.json")
+
+    def _require(self, host: str) -> None:
+        if host not in self.network.hosts:
+            raise TestbedError(f"no host {host!r}: there are {', '.join(self.network.hosts)}")
+
+
+def standing() -> list[str]:
+    """The names of the testbeds that stand on this machine, or whose remains lie there."""
+    return sorted(path.name for path in RUN.iterdir()) if RUN.is_dir() else []
+
+
+def down(name: str) -> None:
+    """Remove all of the testbed of that name, and end every process on it. Idempotent."""
+    check_possible()
+    with _locked(), _reported():
+        _remove(name)
+
+
+def check_possible() -> None:
+    """Raises TestbedError where this machine or user cannot have a testbed."""
+    if os.geteuid() != 0:
+        raise TestbedError(
+            "a testbed needs root (network namespaces, control groups): run it with sudo"
+        )
+    if not Path(tap.DEVICE).exists():
+        raise TestbedError(f"there is no {tap.DEVICE}: load the kernel module tun (modprobe tun)")
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """One change at a time. The lock dies with its process."""
+    RUN.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(RUN, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            RUN.rmdir()  # Unless testbeds are left.
+        os.close(descriptor)
+
+
+def _remove(name: str) -> None:
+    groups = _groups(name)
+    groups.remove()
+    if (FILES / name).is_dir():
+        shutil.rmtree(FILES / name)
+    directory = RUN / name
+    if directory.is_dir():
+        for path in directory.glob("*.net"):
+            namespaces.delete(path)
+        shutil.rmtree(directory)
+    with contextlib.suppress(OSError):
+        FILES.rmdir()  # Unless testbeds are left.
+
+
+def _groups(name: str) -> Groups:
+    try:
+        return Groups(f"shoal-testbed-{name}")
+    except GroupError as error:
+        raise TestbedError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, GroupError, NetworkError) as error:
+        raise TestbedError(str(error)) from error
+
+
+def _link_fault(text: str) -> dict[str, Any]:
+    """The fields of a PortFault from ``rate=MBIT,delay=MS,jitter=MS,loss=PERCENT``."""
+    fields = {
+        "rate": ("bytes_per_s", 1e6 / 8),
+        "delay": ("delay_s", 1e-3),
+        "jitter": ("jitter_s", 1e-3),
+        "loss": ("loss", 1e-2),
+    }
+    found = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key not in fields:
+            raise TestbedError(f"unknown key {key!r} of a link: known are {', '.join(fields)}")
+        name, unit = fields[key]
+        found[name] = _number(value, part) * unit
+    return found
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise TestbedError(f"{what}: expected a number, like slow=10") from None
+
+
+def describe(faults: Mapping[str, Any]) -> str:
+    """Faults of a port, as ``status`` has them, in words."""
+    return ", ".join(
+        name if value is True else f"{name}={value:g}" for name, value in faults.items()
+    )

@@ -1,0 +1,67 @@
+"""Network namespaces by system calls: no helper process that could outlive a killed parent."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from testbed.enter import CLONE_NEWNET, enter_network, last_error, libc, unshare
+
+Result = TypeVar("Result")
+
+_MS_BIND = 4096
+_MNT_DETACH = 2
+_THREAD_NETWORK = Path("/proc/thread-self/ns/net")
+_OWN_NETWORK = Path("/proc/self/ns/net")
+
+
+def create(path: Path) -> None:
+    """Make a network namespace that lives until ``delete(path)``. Raises OSError."""
+
+    def unshare_and_keep() -> None:
+        unshare(CLONE_NEWNET)
+        path.touch(exist_ok=False)
+        if libc.mount(bytes(_THREAD_NETWORK), bytes(path), b"none", _MS_BIND, None):
+            raise last_error(path)
+
+    _in_thread(unshare_and_keep)
+
+
+def delete(path: Path) -> None:
+    """Let go of a namespace; what is left of one that was only half made, too. Idempotent."""
+    libc.umount2(bytes(path), _MNT_DETACH)
+    path.unlink(missing_ok=True)
+
+
+def inside(path: Path, call: Callable[[], Result]) -> Result:
+    """Call with the network at ``path``: sockets belong to where they are made. Raises OSError."""
+
+    def enter_and_call() -> Result:
+        enter_network(path)
+        return call()
+
+    return _in_thread(enter_and_call)
+
+
+@contextlib.contextmanager
+def entered(path: Path) -> Iterator[None]:
+    """Be inside while the context is open; for processes of one thread. Raises OSError."""
+    if threading.active_count() > 1:
+        raise RuntimeError("other threads would stay outside")
+    with _OWN_NETWORK.open() as own:
+        enter_network(path)
+        try:
+            yield
+        finally:
+            if libc.setns(own.fileno(), CLONE_NEWNET):
+                raise last_error(None)
+
+
+def _in_thread(call: Callable[[], Result]) -> Result:
+    """A namespace belongs to a thread: one of its own keeps it from the caller."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(call).result()
