@@ -33,7 +33,7 @@ class TorchCudaBackend(Backend):
     @classmethod
     def probe(cls) -> Capabilities:
         torch = _torch("torch_cuda")
-        _check_gpu(torch)
+        check_gpu(torch)
         gpu = torch.cuda.get_device_properties(0)
         parts = [
             str(torch.__version__),
@@ -46,7 +46,7 @@ class TorchCudaBackend(Backend):
     @classmethod
     def memory_bytes(cls) -> tuple[int, int] | None:
         torch = _torch("torch_cuda")
-        _check_gpu(torch)
+        check_gpu(torch)
         if is_integrated(torch.cuda.get_device_properties(0)):
             # Shared with the CPU: what the system has available is what there is, and it already
             # lacks what CUDA took when it started.
@@ -59,7 +59,7 @@ class TorchCudaBackend(Backend):
     ) -> TorchStage:
         check_blocks(spec, [block for block, _ in artifacts], options)
         torch = _torch("torch_cuda")
-        _check_gpu(torch)
+        check_gpu(torch)
         return _load(torch, spec, artifacts, options, "cuda:0")
 
 
@@ -125,7 +125,7 @@ def _torch(backend: str) -> Any:
     return torch
 
 
-def _check_gpu(torch: Any) -> None:
+def check_gpu(torch: Any) -> None:
     """Raise BackendUnavailable unless a kernel runs on the first GPU."""
     if torch.version.cuda is None:
         raise BackendUnavailable(
