@@ -21,6 +21,7 @@ import importlib
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,10 @@ class KernelChooser:
         try:
             for rows in MEASURED_ROWS:
                 x = torch.randn((rows, weight.columns), generator=generator).to(self._device, dtype)
+                with warnings.catch_warnings():
+                    # Of compilers, about what nobody here can change.
+                    warnings.simplefilter("ignore")
+                    kernel(x, held)
                 error = _error(kernel(x, held), _multiply_plainly(x.float(), weight))
                 if not error <= form.tolerance:
                     raise ArithmeticError(f"its results are off by {error:.2g}")

@@ -76,7 +76,7 @@ class TorchStage(Stage):
         self._options = options
         self._device = device
         self._open = True
-        loader = _Loader(spec, options, device, [block for block, _ in artifacts])
+        loader = _Loader(spec, artifacts, options, device)
         for block, path in artifacts:
             loader.add(block, path)
         self._tokens = loader.tokens
@@ -322,13 +322,17 @@ class _Loader:
     """Brings artifacts to the device, block by block."""
 
     def __init__(
-        self, spec: ModelSpec, options: StageOptions, device: torch.device, blocks: Sequence[int]
+        self,
+        spec: ModelSpec,
+        artifacts: Sequence[tuple[int, Path]],
+        options: StageOptions,
+        device: torch.device,
     ) -> None:
         self._spec = spec
         self._options = options
         self._device = device
         self._chooser = KernelChooser(
-            device, exact=options.exact, roomy=_has_room(spec, options, device, blocks)
+            device, exact=options.exact, roomy=_has_room(spec, artifacts, options, device)
         )
         self._rotary: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tokens: QuantizedMatrix | None = None
@@ -427,18 +431,27 @@ def compute_dtype(device: torch.device, bits: int, *, exact: bool) -> torch.dtyp
 
 
 def _has_room(
-    spec: ModelSpec, options: StageOptions, device: torch.device, blocks: Sequence[int]
+    spec: ModelSpec,
+    artifacts: Sequence[tuple[int, Path]],
+    options: StageOptions,
+    device: torch.device,
 ) -> bool:
     """Whether the stage's memory holds all its matrices as plain numbers."""
     if options.memory_bytes is None:
         return False
     item_bytes = compute_dtype(device, 16, exact=options.exact).itemsize
     needed = stage_buffer_bytes(
-        spec, blocks, min(PROMPT_ROWS, options.context_tokens), options.context_tokens
+        spec,
+        [block for block, _ in artifacts],
+        min(PROMPT_ROWS, options.context_tokens),
+        options.context_tokens,
     )
-    for block in blocks:
+    for block, path in artifacts:
+        weights = sum(prod(shape) for shape in spec.block_tensors(block).values())
+        # A block stored at 32 bits stays so.
+        stored_bytes = path.stat().st_size if path.is_file() else 0
+        needed += max(item_bytes * weights, stored_bytes)
         needed += options.slots * kv_bytes(spec, block, options.context_tokens)
-        needed += sum(item_bytes * prod(shape) for shape in spec.block_tensors(block).values())
     return needed <= options.memory_bytes
 
 

@@ -17,11 +17,13 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from backends import torch_matmul, torch_stage
 from backends.base import Backend, BackendError, BackendUnavailable, StageOptions, highest
 from backends.registry import backend_class
 from backends.torch_cuda import TorchCpuBackend, TorchCudaBackend, check_gpu, is_integrated
+from backends.torch_layers import TokenPass
 from backends.torch_matmul import INT4_TOLERANCE, Form, KernelChooser, candidate_forms
 from backends.torch_packed import CONTAINERS, PackedWeight
 from calibration.device import profile_device
@@ -34,6 +36,9 @@ from model.spec import ModelSpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CPU = torch.device("cpu")
+HALF_TOLERANCE = 1e-2
+"""Relative to the largest logit, after the three layers of a fixture in fp16."""
+
 OPTIONS = StageOptions(slots=2, context_tokens=48, threads=1, exact=True)
 FORMATS = [
     *(Format.of(bits, "rtn", 32) for bits in INTEGER_BITS),
@@ -96,6 +101,30 @@ def test_triton_kernels(where: str, request: pytest.FixtureRequest) -> None:
         check=False,
     )
     assert completed.returncode == 0, completed.stdout
+
+
+# sm_75 is Turing, sm_87 Jetson Orin, sm_110 Jetson Thor.
+@pytest.mark.filterwarnings("ignore:TRITON_")
+@pytest.mark.parametrize("capability", [75, 87, 110])
+@pytest.mark.parametrize("bits", sorted(set(CONTAINERS.values())))
+def test_triton_kernels_compile_for(capability: int, bits: int) -> None:
+    """All the way to machine code, for which no GPU is needed."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.backends.compiler import GPUTarget
+
+    from backends import torch_kernels
+
+    pointers = {"x": "*fp16", "words": "*i32", "scales": "*fp16", "zeros": "*u8", "result": "*fp16"}
+    constants = {"BITS": bits, "GROUP_WORDS": bits, "OUTPUTS": 8, "WORDS": 128}
+    for kernel in (torch_kernels.gemv_kernel, torch_kernels.unpack_kernel):
+        names = kernel.arg_names
+        signature = {
+            name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
+        }
+        fixed = {(names.index(name),): constants[name] for name in names if name in constants}
+        source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=fixed)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"]
 
 
 @pytest.mark.parametrize("fmt", [Format.of(4, "rtn", group) for group in (32, 64)])
@@ -251,6 +280,39 @@ def test_a_device_with_memory_of_its_own_is_profiled_by_it(
     assert profile.backend == "torch_cpu"
     assert profile.memory_total_bytes == 8 << 30
     assert 5 << 30 < profile.memory_bytes < 6 << 30
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("name", ["opt-post", "llama-linear", "mistral", "qwen3"])
+def test_half_precision(
+    name: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU computes in, here by the CPU."""
+    monkeypatch.setattr(torch_stage, "compute_dtype", lambda *_, **__: torch.float16)
+    spec, artifacts = stored_model(tmp_path, name, bits)
+    stage = TorchCpuBackend().load(spec, artifacts, OPTIONS)
+    check(stage_logits(stage, tokens(spec, 20)), reference(spec, artifacts, 20), HALF_TOLERANCE)
+    stage.close()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ["opt-post", "mistral", "qwen3"])
+def test_a_token_pass_asks_the_host_for_nothing(name: str, count: int, tmp_path: Path) -> None:
+    """A graph cannot contain what depends on values: with fake tensors, which have none, it fails.
+
+    They also refuse operands on different devices and of types that do not go together.
+    """
+    spec, artifacts = stored_model(tmp_path, name, 4)
+    stage = TorchCpuBackend().load(spec, artifacts, replace(OPTIONS, slots=count))
+    width = spec.embed_dim
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        places = torch.arange(count)
+        rows = TokenPass(places, places, 16, 0 if count == 1 else None)
+        result = stage._token_pass(torch.zeros((count, width)), rows)
+        assert result.shape == (count, spec.vocab)
+        with pytest.raises(DataDependentOutputException):
+            bool(result.sum() > 0)
+    stage.close()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
