@@ -7,7 +7,10 @@ remedy.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +42,7 @@ class TorchCudaBackend(Backend):
             str(torch.__version__),
             f"CUDA {torch.version.cuda}",
             f"{gpu.name} sm_{gpu.major}{gpu.minor}",
-            _triton_version(),
+            triton_version(),
         ]
         return Capabilities("torch_cuda", ", ".join(parts), GPU_CONTAINER_BITS)
 
@@ -107,11 +110,9 @@ def _torch(backend: str) -> Any:
     try:
         import torch
     except ModuleNotFoundError as error:
-        extra = "cuda" if backend == "torch_cuda" else "torch"
+        board = " (Jetson: NVIDIA's build for its JetPack)" if backend == "torch_cuda" else ""
         raise BackendUnavailable(
-            backend,
-            f"{error.name} is not installed: pip install 'shoal-llm[{extra}]'"
-            + (" (on a Jetson: NVIDIA's torch for its JetPack)" if extra == "cuda" else ""),
+            backend, f"{error.name} is not installed: pip install torch{board}"
         ) from error
     except (ImportError, OSError) as error:
         # A wheel for another JetPack or another CUDA: the first line names the missing library.
@@ -144,12 +145,19 @@ def check_gpu(torch: Any) -> None:
         raise BackendUnavailable("torch_cuda", f"no usable GPU: {_line(error)}") from error
 
 
-def _triton_version() -> str:
+def triton_version() -> str:
+    """What the speed of quantized layers depends on; not imported, since that may fail."""
     if importlib.util.find_spec("triton") is None:
         return "no Triton"
-    import triton
-
-    return f"Triton {triton.__version__}"
+    try:
+        found = f"Triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        found = "Triton"
+    # Triton compiles what launches its kernels on the machine that runs them.
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    if not any(shutil.which(name) for name in compilers if name):
+        found += " without a C compiler"
+    return found
 
 
 def _line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,6 +181,12 @@ class Layer:
             return hidden + self._mlp(self._norm("mlp_norm", hidden))
         hidden = self._norm("attn_norm", hidden + self._attention(hidden, rows))
         return self._norm("mlp_norm", hidden + self._mlp(hidden))
+
+    def empty(self, slots: Sequence[int]) -> None:
+        """Forget what the slots' caches hold."""
+        for slot in slots:
+            self._cache.keys[slot].zero_()
+            self._cache.values[slot].zero_()
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         return norm(hidden, self._vectors, name, self._spec.norm_eps)

@@ -29,7 +29,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from backends.torch_packed import PackedWeight, held_bytes
+from backends.torch_packed import (
+    STRIP_WEIGHT_BYTES,
+    STRIP_WEIGHTS,
+    PackedWeight,
+    held_bytes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,9 @@ a result by 2^-11 each."""
 
 INT4_TOLERANCE = 2e-2
 """bfloat16 rounds inputs, scales, zeros and results by 2^-9 each, which random signs average."""
+
+UNPACKED_WEIGHTS = 1 << 24
+"""Weights that Triton unpacks at once: few enough to hold, many enough to multiply fast with."""
 
 _REPEATS = 5
 
@@ -113,6 +121,8 @@ class KernelChooser:
         self._exact = exact
         self._roomy = roomy
         self._choices: dict[tuple[object, ...], Choice] = {}
+        self.scratch_bytes = 0
+        """What the kernels chosen so far take while they run, on a CPU."""
 
     def linear(self, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
         layout = (weight.shape, weight.bits, weight.group_size, weight.scales.dtype, dtype)
@@ -128,6 +138,10 @@ class KernelChooser:
             )
         choice = self._choices[layout]
         held = choice.form.convert(weight)
+        if isinstance(held, PackedWeight):
+            rows, columns = weight.shape
+            strip = min(rows * columns, STRIP_WEIGHTS)
+            self.scratch_bytes = max(self.scratch_bytes, STRIP_WEIGHT_BYTES * strip)
         kernels = tuple(choice.form.kernels[name] for name in choice.kernels)
         return Linear(held, kernels, bias, weight_bytes(held))
 
@@ -302,7 +316,10 @@ def _multiply_after(
     x: torch.Tensor,
     weight: PackedWeight,
 ) -> torch.Tensor:
-    parts = [functional.linear(x, unpack(weight.part(rows), x.dtype)) for rows in weight.strips()]
+    parts = [
+        functional.linear(x, unpack(weight.part(rows), x.dtype))
+        for rows in weight.strips(UNPACKED_WEIGHTS)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -15,8 +15,11 @@ from model.quantize import QuantizedMatrix
 CONTAINERS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
 """Width in memory of each integer format: those that fill a 32-bit word."""
 
-STRIP_WEIGHTS = 1 << 22
-"""Weights that are unpacked at once: bounds what a product takes besides its operands."""
+STRIP_WEIGHTS = 1 << 20
+"""Weights that torch unpacks at once: bounds what a product takes besides its operands."""
+
+STRIP_WEIGHT_BYTES = 16
+"""What it takes for each of them meanwhile: shifted, masked and offset codes, values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +94,10 @@ class PackedWeight:
             self.zeros[rows],
         )
 
-    def strips(self) -> Iterator[slice]:
-        """Row ranges of about STRIP_WEIGHTS weights."""
+    def strips(self, weights: int = STRIP_WEIGHTS) -> Iterator[slice]:
+        """Row ranges of about so many weights."""
         rows = self.words.shape[0]
-        step = max(1, STRIP_WEIGHTS // self.columns)
+        step = max(1, weights // self.columns)
         for first in range(0, rows, step):
             yield slice(first, min(first + step, rows))
 

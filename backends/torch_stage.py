@@ -8,6 +8,7 @@ SHORTEST_LENGTH on. Where capturing fails, and on a CPU, the same pass runs eage
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -46,8 +47,8 @@ from model.spec import QUANTIZED_TENSORS, ModelSpec
 
 log = logging.getLogger(__name__)
 
-PROMPT_ROWS = 256
-"""Rows of a prompt that run at once: bounds masks, scores and intermediates."""
+PROMPT_ROWS = 64
+"""Rows of a prompt that run at once: as many as plans reckon with."""
 
 SHORTEST_LENGTH = 256
 """Positions that the shortest graph looks at."""
@@ -97,7 +98,8 @@ class TorchStage(Stage):
             min(PROMPT_ROWS, options.context_tokens),
             options.context_tokens,
         )
-        self._memory_bytes = loader.memory_bytes + max(estimate, self._warm_up())
+        used = self._warm_up() or estimate + loader.scratch_bytes
+        self._memory_bytes = loader.memory_bytes + used
 
     @property
     def memory_bytes(self) -> int:
@@ -109,25 +111,29 @@ class TorchStage(Stage):
         rows = self._check([slot], [position], inputs, len(inputs) if inputs.ndim else 0)
         with translated("cannot run the stage"), torch.inference_mode():
             if rows == 1 and (logits or self._head is None):
-                return self._decoder.run([slot], [position], self._rows(inputs)).fetch()
+                result = self._decoder.run([slot], [position], self._rows(inputs)).fetch()
+                return self._finite(result, [slot])
             results = [
                 self._prompt(slot, position + first, inputs[first : first + PROMPT_ROWS])
                 for first in range(0, rows, PROMPT_ROWS)
             ]
             if self._head is None:
-                return np.concatenate([_to_host(result) for result in results])
+                hidden = np.concatenate([_to_host(result) for result in results])
+                return self._finite(hidden, [slot])
             if not logits:
                 return np.empty((0, self._spec.vocab), np.float32)
-            return _to_host(self._head(results[-1][-1:]))
+            return self._finite(_to_host(self._head(results[-1][-1:])), [slot])
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
     ) -> Array:
-        if len(set(slots)) != len(slots) or not len(slots) == len(positions) == len(inputs):
-            raise BackendError("several rows of one pass must be of as many different slots")
+        count = len(slots)
+        if not 0 < count == len(set(slots)) == len(positions) == len(inputs):
+            raise BackendError("the rows of a pass must be of as many different slots")
         self._check(slots, positions, inputs, 1)
         with translated("cannot run the stage"), torch.inference_mode():
-            return self._decoder.run(slots, positions, self._rows(inputs)).fetch()
+            result = self._decoder.run(slots, positions, self._rows(inputs)).fetch()
+            return self._finite(result, slots)
 
     def candidates(
         self, slot: int, position: int, inputs: Array | Tokens, count: int
@@ -137,6 +143,7 @@ class TorchStage(Stage):
         self._check([slot], [position], inputs, 1)
         with translated("cannot run the stage"), torch.inference_mode():
             logits = self._decoder.run([slot], [position], self._rows(inputs)).result[0]
+            self._finite(_to_host(logits.sum()), [slot])
             # All that may be among them, equals of the last one included, by rising id.
             floor = logits.topk(min(count, len(logits))).values[-1]
             tokens = (logits >= floor).nonzero()[:, 0]
@@ -159,6 +166,21 @@ class TorchStage(Stage):
             check_rows(slot, position, rows, self._options.slots, self._options.context_tokens)
         check_inputs(inputs, self._spec, tokens=self._tokens is not None)
         return rows
+
+    def _finite(self, result: Array, slots: Sequence[int]) -> Array:
+        """The result, or BackendError where values left the range of fp16.
+
+        A token's pass multiplies what it must not see by zero, which does not undo infinities: the
+        slots are emptied, or whoever gets them next would inherit these.
+        """
+        if math.isfinite(float(result.sum())):
+            return result
+        for layer in self._layers:
+            layer.empty(slots)
+        raise BackendError(
+            "the stage's results are not finite: this model's values leave the range of 16 bits; "
+            "load it at 32 bits, or on a device that computes in fp32"
+        )
 
     def _rows(self, inputs: Array | Tokens) -> Array:
         """What goes to the device: rows of the token table, which stays mapped, or of hidden."""
@@ -340,6 +362,10 @@ class _Loader:
         self.layers: list[Layer] = []
         self.head: Head | None = None
         self.memory_bytes = 0
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._chooser.scratch_bytes
 
     def add(self, block: int, path: Path) -> None:
         fmt, tensors = read_block(path, self._spec, block)

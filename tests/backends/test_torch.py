@@ -22,7 +22,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from backends import torch_matmul, torch_stage
 from backends.base import Backend, BackendError, BackendUnavailable, StageOptions, highest
 from backends.registry import backend_class
-from backends.torch_cuda import TorchCpuBackend, TorchCudaBackend, check_gpu, is_integrated
+from backends.torch_cuda import (
+    TorchCpuBackend,
+    TorchCudaBackend,
+    check_gpu,
+    is_integrated,
+    triton_version,
+)
 from backends.torch_layers import TokenPass
 from backends.torch_matmul import INT4_TOLERANCE, Form, KernelChooser, candidate_forms
 from backends.torch_packed import CONTAINERS, PackedWeight
@@ -219,11 +225,29 @@ def test_candidates_are_the_highest_with_ties_by_id(tmp_path: Path) -> None:
     stage.close()
 
 
-def test_one_slot_twice_in_a_pass_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [1, 6])
+def test_values_out_of_range_are_an_error_that_ends_with_its_sequence(
+    rows: int, tmp_path: Path
+) -> None:
+    spec, artifacts = stored_model(tmp_path, "llama", 8)
+    stage = TorchCpuBackend().load(spec, artifacts[1:3], OPTIONS)
+    hidden = np.random.default_rng(0).standard_normal((6, spec.hidden)).astype(np.float32)
+    expected = [stage.forward(1, at, hidden[at : at + 1]) for at in range(6)]
+    overflown = np.full((rows, spec.hidden), np.inf, np.float32)
+    with pytest.raises(BackendError, match="range of 16 bits"):
+        stage.forward(0, 0, overflown)
+    for at in range(6):
+        np.testing.assert_array_equal(stage.forward(0, at, hidden[at : at + 1]), expected[at])
+    stage.close()
+
+
+def test_a_pass_of_one_slot_twice_or_of_none_is_refused(tmp_path: Path) -> None:
     spec, artifacts = stored_model(tmp_path, "llama", 4)
     stage = TorchCpuBackend().load(spec, artifacts, OPTIONS)
     with pytest.raises(BackendError, match="different slots"):
         stage.decode([1, 1], [0, 1], tokens(spec, 2))
+    with pytest.raises(BackendError, match="different slots"):
+        stage.decode([], [], tokens(spec, 0))
     stage.close()
 
 
@@ -259,6 +283,14 @@ def test_reasons_why_there_is_no_gpu() -> None:
     with pytest.raises(BackendUnavailable) as caught:
         check_gpu(old)
     assert caught.value.reason == "no usable GPU: The NVIDIA driver on your system is too old"
+
+
+def test_the_version_says_what_slows_a_gpu_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert triton_version() == "no Triton" or triton_version().endswith("without a C compiler")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert triton_version() == "no Triton"
 
 
 def test_what_shares_the_memory_of_the_machine(tmp_path: Path) -> None:
