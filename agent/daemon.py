@@ -395,7 +395,12 @@ class Agent:
         stage = backend_class(self._config.backend)().load(
             spec,
             [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
-            StageOptions(request.slots, request.context_tokens, self._config.threads),
+            StageOptions(
+                request.slots,
+                request.context_tokens,
+                self._config.threads,
+                memory_bytes=self._profile.memory_bytes,
+            ),
         )
         self._relay = Relay(
             stage,

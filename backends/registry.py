@@ -8,6 +8,8 @@ from backends.base import Backend, BackendUnavailable, Capabilities
 
 BACKENDS: dict[str, str] = {
     "onnx_cpu": "backends.onnx_cpu:OnnxCpuBackend",
+    "torch_cuda": "backends.torch_cuda:TorchCudaBackend",
+    "torch_cpu": "backends.torch_cuda:TorchCpuBackend",
 }
 
 

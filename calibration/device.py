@@ -65,7 +65,9 @@ def profile_device(
     kind = backend_class(backend)
     capabilities = kind.probe()
     threads = threads or usable_threads()
-    available_bytes, total_bytes = memory_bytes()
+    # The backend first: what a GPU that shares the memory takes at its start is then gone already.
+    of_its_own = kind.memory_bytes()
+    available_bytes, total_bytes = of_its_own or memory_bytes()
     headroom_bytes = max(MIN_HEADROOM_BYTES, int(available_bytes * HEADROOM_SHARE))
     usable_bytes = max(available_bytes - headroom_bytes, 0)
     try:

@@ -153,8 +153,11 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
             )
             return
         for name, result in found.items():
-            state = result.reason if isinstance(result, BackendUnavailable) else "available"
-            screen.out.print(f"{name}: {state}")
+            if isinstance(result, BackendUnavailable):
+                state = result.reason
+            else:
+                state = f"available ({result.version})"
+            screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
         return
 
     from agent.config import AgentConfig, ConfigError, default_state_dir

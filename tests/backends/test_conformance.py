@@ -30,7 +30,7 @@ ATOL = 1e-5
 
 CONTEXT = 48
 CHUNKS = (7, 1, 1, 13, 2, 1, 8)
-OPTIONS = StageOptions(slots=2, context_tokens=CONTEXT, threads=1)
+OPTIONS = StageOptions(slots=2, context_tokens=CONTEXT, threads=1, exact=True)
 
 Artifacts = list[tuple[int, Path]]
 Tensors = list[dict[str, npt.NDArray[np.float32]]]
@@ -154,6 +154,34 @@ def test_two_stages_give_what_one_gives(
         first.close()
         second.close()
         assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 32])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_sequences_decode_together(backend: Backend, name: str, bits: int, tmp_path: Path) -> None:
+    """One to eight at once, each with a prompt of another length, in changing company."""
+    checkpoint = Checkpoint.open(FIXTURES / name)
+    spec = checkpoint.spec
+    tensors = [checkpoint.block(block) for block in range(spec.block_count)]
+    artifacts = stored(tmp_path, tensors, Format.of(bits))
+    slots, steps = 8, 8
+    sequences = [some_tokens(spec, 3 * slot + 1 + steps, seed=slot) for slot in range(slots)]
+    reference = ReferenceModel.from_artifacts(spec, artifacts, np.float64)
+    expected = [reference.forward(sequence) for sequence in sequences]
+    stage = backend.load(spec, artifacts, replace(OPTIONS, slots=slots))
+    positions = [len(sequence) - steps for sequence in sequences]
+    for slot, sequence in enumerate(sequences):
+        stage.forward(slot, 0, sequence[: positions[slot]], logits=False)
+    for step in range(steps):
+        together = [(slot * 3 + step) % slots for slot in range(slots - step)]
+        at = [positions[slot] for slot in together]
+        tokens = np.array([sequences[slot][positions[slot]] for slot in together])
+        rows = stage.decode(together, at, tokens)
+        wanted = np.stack([expected[slot][positions[slot]] for slot in together])
+        assert_close(rows, wanted)
+        for slot in together:
+            positions[slot] += 1
+    stage.close()
 
 
 @pytest.fixture(scope="module")

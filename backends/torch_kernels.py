@@ -1,0 +1,165 @@
+"""Triton kernels for packed weights: multiply without unpacking, or unpack in one pass.
+
+Imported only where Triton is installed and a device can run it; whether a kernel is used is
+decided by comparing and timing it (backends.torch_matmul). A kernel may name nothing of Python but
+what is Triton's, in annotations either. Both take words that hold 32 / BITS
+codes each, low bits first, and scales and zeros with a stride of 0 where they do not change.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from backends.torch_packed import PackedWeight
+
+_WORDS = 128
+"""Words of a row in one step: 512 consecutive bytes."""
+
+_UNPACK_WORDS = 1024
+
+
+def _gemv(
+    x: tl.tensor,
+    words: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    result: tl.tensor,
+    outputs: tl.tensor,
+    row_words: tl.tensor,
+    columns: tl.tensor,
+    scale_row: tl.tensor,
+    scale_group: tl.tensor,
+    zero_row: tl.tensor,
+    zero_group: tl.tensor,
+    BITS: tl.constexpr,
+    GROUP_WORDS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    WORDS: tl.constexpr,
+) -> None:
+    """One program: OUTPUTS outputs of one row of x. Sums in fp32."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    MASK: tl.constexpr = (1 << BITS) - 1
+    # Programs that read the same weights for different rows of x run next to each other.
+    row = tl.program_id(0)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    output_exists = output < outputs
+    wide = output.to(tl.int64)  # Offsets into a large head leave 32 bits.
+    code = tl.arange(0, PER_WORD)
+    sums = tl.zeros((OUTPUTS, WORDS), dtype=tl.float32)
+    for first in range(0, row_words, WORDS):
+        word = first + tl.arange(0, WORDS)
+        exists = output_exists[:, None] & (word < row_words)[None, :]
+        group = word // GROUP_WORDS
+        packed = tl.load(words + wide[:, None] * row_words + word[None, :], mask=exists, other=0)
+        scale = tl.load(
+            scales + wide[:, None] * scale_row + group[None, :] * scale_group,
+            mask=exists,
+            other=0.0,
+        ).to(tl.float32)
+        zero = tl.load(
+            zeros + wide[:, None] * zero_row + group[None, :] * zero_group, mask=exists, other=0
+        ).to(tl.float32)
+        column = word[:, None] * PER_WORD + code[None, :]  # [WORDS, PER_WORD]
+        values = tl.load(x + row * columns + column, mask=column < columns, other=0.0)
+        # The sign that a right shift drags in is masked away. As the low bits of the float 2^23, a
+        # code is 2^23 + code: one logical operation, where conversions run at a fraction of it.
+        codes = ((packed[:, :, None] >> (code * BITS)[None, None, :]) & MASK) | 0x4B000000
+        steps = codes.to(tl.float32, bitcast=True) - (zero + 8388608.0)[:, :, None]  # exact
+        sums += tl.sum(steps * values.to(tl.float32)[None, :, :], axis=2) * scale
+    total = tl.sum(sums, axis=1)
+    tl.store(
+        result + row * outputs + output,
+        total.to(result.dtype.element_ty),
+        mask=output_exists,
+    )
+
+
+def _unpack(
+    words: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    result: tl.tensor,
+    row_words: tl.tensor,
+    columns: tl.tensor,
+    scale_row: tl.tensor,
+    scale_group: tl.tensor,
+    zero_row: tl.tensor,
+    zero_group: tl.tensor,
+    BITS: tl.constexpr,
+    GROUP_WORDS: tl.constexpr,
+    WORDS: tl.constexpr,
+) -> None:
+    """One program: WORDS words of one row."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    MASK: tl.constexpr = (1 << BITS) - 1
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    exists = word < row_words
+    group = word // GROUP_WORDS
+    packed = tl.load(words + row * row_words + word, mask=exists, other=0)
+    scale = tl.load(scales + row * scale_row + group * scale_group, mask=exists, other=0.0)
+    zero = tl.load(zeros + row * zero_row + group * zero_group, mask=exists, other=0)
+    code = tl.arange(0, PER_WORD)
+    codes = (packed[:, None] >> (code * BITS)[None, :]) & MASK
+    values = (codes - zero.to(tl.int32)[:, None]).to(tl.float32) * scale.to(tl.float32)[:, None]
+    column = word[:, None] * PER_WORD + code[None, :]
+    tl.store(
+        result + row * columns + column,
+        values.to(result.dtype.element_ty),
+        mask=column < columns,
+    )
+
+
+# Not as decorators: those of an untyped library would leave the functions untyped.
+gemv_kernel = triton.jit(_gemv)
+unpack_kernel = triton.jit(_unpack)
+
+
+def gemv(
+    x: torch.Tensor, weight: PackedWeight, outputs_per_program: int, warps: int
+) -> torch.Tensor:
+    """x [n, K] by the packed weight, to [n, N] of x's dtype; meant for few rows."""
+    x = x.contiguous()
+    outputs = weight.words.shape[0]
+    result = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
+    grid = (x.shape[0], triton.cdiv(outputs, outputs_per_program))
+    gemv_kernel[grid](
+        x,
+        weight.words,
+        weight.scales,
+        weight.zeros,
+        result,
+        outputs,
+        weight.words.shape[1],
+        weight.columns,
+        *weight.scales.stride(),
+        *weight.zeros.stride(),
+        BITS=weight.bits,
+        GROUP_WORDS=weight.group_size * weight.bits // 32,
+        OUTPUTS=outputs_per_program,
+        WORDS=_WORDS,
+        num_warps=warps,
+    )
+    return result
+
+
+def unpack(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The values [N, K] in ``dtype``."""
+    outputs, row_words = weight.words.shape
+    result = torch.empty((outputs, weight.columns), dtype=dtype, device=weight.words.device)
+    unpack_kernel[(outputs, triton.cdiv(row_words, _UNPACK_WORDS))](
+        weight.words,
+        weight.scales,
+        weight.zeros,
+        result,
+        row_words,
+        weight.columns,
+        *weight.scales.stride(),
+        *weight.zeros.stride(),
+        BITS=weight.bits,
+        GROUP_WORDS=weight.group_size * weight.bits // 32,
+        WORDS=_UNPACK_WORDS,
+    )
+    return result

@@ -1,0 +1,392 @@
+"""Products with quantized weights on a torch device: several ways, chosen by measuring.
+
+A *form* is a way to keep a matrix; it has one or more kernels. The first matrix of each layout is
+kept in every form that may be, every kernel is compared with the plain one, and the fastest serves
+all matrices of that layout:
+
+    packed    codes and scales as stored. Kernels: Triton multiplies without unpacking (few rows);
+              Triton unpacks, then torch multiplies; torch does both (always works)
+    int4      torch's own 4-bit product. On CUDA it takes bfloat16 alone (an error of 0.4 % of a
+              product's largest, see TOLERANCE), so never where a stage must be exact
+    unpacked  unpacked once at load, where the stage's memory has room for it
+
+torch._weight_int8pack_mm is not among them: it takes one scale per row, ours have one per group.
+Source: https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/int4mm.cu
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from backends.torch_packed import (
+    STRIP_WEIGHT_BYTES,
+    STRIP_WEIGHTS,
+    PackedWeight,
+    held_bytes,
+)
+
+log = logging.getLogger(__name__)
+
+FEW_ROWS = 8
+"""Up to here a product is limited by reading the weights."""
+
+MEASURED_ROWS = (1, FEW_ROWS, 64)
+"""A token, tokens of several sequences, a chunk of a prompt."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+"""Largest error of a kernel against fp32, relative to the largest result. fp16 rounds a weight and
+a result by 2^-11 each."""
+
+INT4_TOLERANCE = 2e-2
+"""bfloat16 rounds inputs, scales, zeros and results by 2^-9 each, which random signs average."""
+
+UNPACKED_WEIGHTS = 1 << 24
+"""Weights that Triton unpacks at once: few enough to hold, many enough to multiply fast with."""
+
+_REPEATS = 5
+
+Kernel = Callable[[torch.Tensor, Any], torch.Tensor]
+"""x [n, K] and a matrix [N, K] in the kernel's form, to [n, N] of x's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """What torch's 4-bit product takes: its own tiles, and [G, N, 2] of scales and offsets."""
+
+    tiles: torch.Tensor
+    scales_and_offsets: torch.Tensor
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A way to keep a packed matrix, with the kernels that multiply with it by name."""
+
+    name: str
+    convert: Callable[[PackedWeight], Any]
+    kernels: Mapping[str, Kernel]
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The form of a layout, and the kernel for each of MEASURED_ROWS."""
+
+    form: Form
+    kernels: tuple[str, ...]
+
+
+class Linear:
+    """A matrix with its bias: rows [n, K] to [n, N], both of the block's dtype."""
+
+    def __init__(
+        self, weight: Any, kernels: tuple[Kernel, ...], bias: torch.Tensor | None, nbytes: int
+    ) -> None:
+        self._weight = weight
+        self._kernels = kernels
+        self._bias = bias
+        self.nbytes = nbytes + (0 if bias is None else held_bytes(bias))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[0]
+        kernel = self._kernels[0 if rows == 1 else 1 if rows <= FEW_ROWS else 2]
+        result = kernel(x, self._weight)
+        if self._bias is not None:
+            result += self._bias
+        return result
+
+
+def unpacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """Of a matrix stored as plain numbers."""
+    return Linear(weight, (_multiply_unpacked,) * 3, bias, held_bytes(weight))
+
+
+class KernelChooser:
+    """Makes packed matrices into ``Linear``, by measuring each layout once."""
+
+    def __init__(self, device: torch.device, *, exact: bool, roomy: bool) -> None:
+        """``roomy``: matrices may take more memory than their packed codes do."""
+        self._device = device
+        self._exact = exact
+        self._roomy = roomy
+        self._choices: dict[tuple[object, ...], Choice] = {}
+        self.scratch_bytes = 0
+        """What the kernels chosen so far take while they run, on a CPU."""
+
+    def linear(self, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+        layout = (weight.shape, weight.bits, weight.group_size, weight.scales.dtype, dtype)
+        if layout not in self._choices:
+            choice = self._choose(weight, dtype)
+            self._choices[layout] = choice
+            log.info(
+                "%d x %d at %d bits: kept %s, multiplied by %s",
+                *weight.shape,
+                weight.bits,
+                choice.form.name,
+                ", ".join(choice.kernels),
+            )
+        choice = self._choices[layout]
+        held = choice.form.convert(weight)
+        if isinstance(held, PackedWeight):
+            rows, columns = weight.shape
+            strip = min(rows * columns, STRIP_WEIGHTS)
+            self.scratch_bytes = max(self.scratch_bytes, STRIP_WEIGHT_BYTES * strip)
+        kernels = tuple(choice.form.kernels[name] for name in choice.kernels)
+        return Linear(held, kernels, bias, weight_bytes(held))
+
+    def _choose(self, weight: PackedWeight, dtype: torch.dtype) -> Choice:
+        forms = [
+            form
+            for form in candidate_forms(self._device, dtype, exact=self._exact)
+            if form.name == "packed" or _may_keep(form, weight, roomy=self._roomy)
+        ]
+        plain = forms[0]
+        if len(forms) == 1 and len(plain.kernels) == 1:
+            return Choice(plain, tuple(plain.kernels) * len(MEASURED_ROWS))
+        best: tuple[float, Choice] | None = None
+        for form in forms:
+            measured = self._measure(form, weight, dtype)
+            if measured is not None and (best is None or measured[0] < best[0]):
+                best = measured
+        if best is None:
+            return Choice(plain, ("torch",) * len(MEASURED_ROWS))
+        return best[1]
+
+    def _measure(
+        self, form: Form, weight: PackedWeight, dtype: torch.dtype
+    ) -> tuple[float, Choice] | None:
+        """(seconds of one row, the best kernels); None where no kernel of the form is right."""
+        try:
+            held = form.convert(weight)
+        except Exception as error:  # As in _times.
+            _give_up(form.name, error)
+            return None
+        times = {name: self._times(form, name, held, weight, dtype) for name in form.kernels}
+        del held
+        fastest = [
+            min(times, key=lambda name: times[name][index]) for index in range(len(MEASURED_ROWS))
+        ]
+        if any(math.isinf(times[name][index]) for index, name in enumerate(fastest)):
+            return None
+        return times[fastest[0]][0], Choice(form, tuple(fastest))
+
+    def _times(
+        self, form: Form, name: str, held: Any, weight: PackedWeight, dtype: torch.dtype
+    ) -> list[float]:
+        """Seconds at each of MEASURED_ROWS, or infinity for all where the kernel fails."""
+        kernel, times = form.kernels[name], []
+        generator = torch.Generator().manual_seed(0)
+        try:
+            for rows in MEASURED_ROWS:
+                x = torch.randn((rows, weight.columns), generator=generator).to(self._device, dtype)
+                with warnings.catch_warnings():
+                    # Of compilers, about what nobody here can change.
+                    warnings.simplefilter("ignore")
+                    kernel(x, held)
+                error = _error(kernel(x, held), _multiply_plainly(x.float(), weight))
+                if not error <= form.tolerance:
+                    raise ArithmeticError(f"its results are off by {error:.2g}")
+                times.append(_seconds(functools.partial(kernel, x, held), self._device))
+        except Exception as failure:
+            # Compilers, drivers and operators fail in every way; any failure costs this path only.
+            _give_up(f"{form.name}/{name}", failure)
+            return [math.inf] * len(MEASURED_ROWS)
+        return times
+
+
+def candidate_forms(device: torch.device, dtype: torch.dtype, *, exact: bool) -> list[Form]:
+    """The forms to measure; the first is ``packed``, which has a kernel that always works."""
+    kernels: dict[str, Kernel] = {"torch": _multiply_plainly}
+    triton_kernels = load_triton(device)
+    if triton_kernels is not None:
+        kernels["triton-unpack"] = functools.partial(_multiply_after, triton_kernels.unpack)
+        for outputs, warps in ((2, 4), (4, 4), (8, 8)):
+            kernels[f"triton-gemv-{outputs}x{warps}"] = functools.partial(
+                _multiply_few, triton_kernels.gemv, outputs, warps
+            )
+    tolerance = TOLERANCE[dtype]
+    forms = [Form("packed", _as_is, kernels, tolerance)]
+    if device.type == "cpu" and dtype == torch.float32:
+        forms.append(Form("int4", _int4_cpu, {"int4": _multiply_int4_cpu}, tolerance))
+    elif device.type == "cuda" and not exact and torch.cuda.get_device_capability(device) >= (8, 0):
+        forms.append(Form("int4", _int4_cuda, {"int4": _multiply_int4_cuda}, INT4_TOLERANCE))
+    unpack = functools.partial(_unpacked, dtype=dtype)
+    forms.append(Form("unpacked", unpack, {"torch": _multiply_unpacked}, tolerance))
+    return forms
+
+
+@functools.cache
+def load_triton(device: torch.device) -> Any | None:
+    """The module of Triton kernels, or None (said once, in the log) where there can be none."""
+    if device.type != "cuda":
+        return None
+    try:
+        return importlib.import_module("backends.torch_kernels")
+    except Exception as error:
+        # A broken installation fails in every way, and costs this path only.
+        log.warning(
+            "no Triton kernels (%s: %s): quantized layers will be slow; install triton and gcc",
+            type(error).__name__,
+            _first_line(error),
+        )
+        return None
+
+
+def weight_bytes(held: Any) -> int:
+    """Bytes of a matrix in its form."""
+    if isinstance(held, PackedWeight):
+        return held.nbytes
+    if isinstance(held, Int4Weight):
+        return held_bytes(held.tiles) + held_bytes(held.scales_and_offsets)
+    return held_bytes(held)
+
+
+# ---- forms --------------------------------------------------------------------------------------
+
+
+def _as_is(weight: PackedWeight) -> PackedWeight:
+    return weight
+
+
+def _may_keep(form: Form, weight: PackedWeight, *, roomy: bool) -> bool:
+    rows, columns = weight.shape
+    if form.name == "unpacked":
+        return roomy
+    if weight.bits != 4 or columns % weight.group_size:
+        return False
+    if form.convert is _int4_cpu:
+        # Its fp32 scales and offsets take more than a plan charges.
+        return roomy and rows % 16 == 0
+    return rows % 8 == 0 and columns % 32 == 0
+
+
+def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.empty(weight.shape, dtype=dtype, device=weight.words.device)
+    for rows in weight.strips():
+        values[rows] = weight.dequantize(dtype, rows)
+    return values
+
+
+def _int4_cpu(weight: PackedWeight) -> Int4Weight:
+    tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes(), 2)
+    return Int4Weight(tiles, _scales_and_offsets(weight, torch.float32), weight.group_size)
+
+
+def _int4_cuda(weight: PackedWeight) -> Int4Weight:
+    pairs = torch.empty(
+        (weight.shape[0], weight.columns // 2), dtype=torch.uint8, device=weight.words.device
+    )
+    for rows in weight.strips():
+        codes = weight.codes(rows)
+        # The first of two codes goes to the high half of a byte.
+        pairs[rows] = ((codes[:, ::2] << 4) | codes[:, 1::2]).to(torch.uint8)
+    inner_tiles = next(tiles for tiles in (8, 4, 2) if weight.columns % (16 * tiles) == 0)
+    tiles = torch.ops.aten._convert_weight_to_int4pack(pairs, inner_tiles)
+    return Int4Weight(tiles, _scales_and_offsets(weight, torch.bfloat16), weight.group_size)
+
+
+def _scales_and_offsets(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """[G, N, 2] so that value = (code - 8) * scale + offset."""
+    scales = weight.scales.float()
+    offsets = (8 - weight.zeros.float()) * scales
+    return torch.stack([scales.T, offsets.T], dim=-1).to(dtype).contiguous()
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+def _multiply_plainly(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    parts = [functional.linear(x, weight.dequantize(x.dtype, rows)) for rows in weight.strips()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _multiply_after(
+    unpack: Callable[[PackedWeight, torch.dtype], torch.Tensor],
+    x: torch.Tensor,
+    weight: PackedWeight,
+) -> torch.Tensor:
+    parts = [
+        functional.linear(x, unpack(weight.part(rows), x.dtype))
+        for rows in weight.strips(UNPACKED_WEIGHTS)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _multiply_few(
+    gemv: Callable[[torch.Tensor, PackedWeight, int, int], torch.Tensor],
+    outputs: int,
+    warps: int,
+    x: torch.Tensor,
+    weight: PackedWeight,
+) -> torch.Tensor:
+    return gemv(x, weight, outputs, warps)
+
+
+def _multiply_int4_cpu(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x.contiguous(), weight.tiles, weight.group_size, weight.scales_and_offsets
+    )
+    return product
+
+
+def _multiply_int4_cuda(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.aten._weight_int4pack_mm(
+        x.to(torch.bfloat16).contiguous(),
+        weight.tiles,
+        weight.group_size,
+        weight.scales_and_offsets,
+    )
+    return product.to(x.dtype)
+
+
+def _multiply_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if weight.dtype == x.dtype:
+        return functional.linear(x, weight)
+    # Wider than the rest, because fp16 does not hold its values.
+    return functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest value; NaN where ``actual`` has one."""
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((actual.float() - expected).abs().max() / scale)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Least seconds of a call. It has run once: compiled, and with its memory allocated."""
+    best_s = math.inf
+    for _ in range(_REPEATS):
+        _finish(device)
+        before_s = time.perf_counter()
+        call()
+        _finish(device)
+        best_s = min(best_s, time.perf_counter() - before_s)
+    return best_s
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _give_up(what: str, error: Exception) -> None:
+    log.warning("%s is not used (%s: %s)", what, type(error).__name__, _first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "no message"

@@ -1,0 +1,496 @@
+"""A stage on a torch device: blocks loaded, prompts run eagerly, tokens as captured graphs.
+
+A token's pass reads slots and positions from device memory and looks at a fixed length of the
+cache, so that one CUDA graph serves every position below that length; lengths double from
+SHORTEST_LENGTH on. Where capturing fails, and on a CPU, the same pass runs eagerly.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from backends.base import (
+    Array,
+    BackendError,
+    Candidates,
+    Stage,
+    StageOptions,
+    Tokens,
+    highest,
+)
+from backends.checks import check_inputs, check_rows
+from backends.torch_layers import (
+    Cache,
+    EmbeddingTail,
+    Head,
+    Layer,
+    Pass,
+    PromptPass,
+    TokenPass,
+)
+from backends.torch_matmul import KernelChooser, Linear, unpacked_linear
+from backends.torch_packed import PackedWeight, held_bytes, plain_weight
+from model.artifact import Tensor, read_block
+from model.costs import kv_bytes, stage_buffer_bytes
+from model.quantize import QuantizedMatrix
+from model.rotary import rotary_table
+from model.spec import QUANTIZED_TENSORS, ModelSpec
+
+log = logging.getLogger(__name__)
+
+PROMPT_ROWS = 64
+"""Rows of a prompt that run at once: as many as plans reckon with."""
+
+SHORTEST_LENGTH = 256
+"""Positions that the shortest graph looks at."""
+
+GRAPH_TOLERANCE = 1e-2
+"""A graph runs the very kernels it was captured from; what differs more is not the same pass."""
+
+_JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+"""Matrices that see the same rows, multiplied as one."""
+
+Compute = Callable[[torch.Tensor, TokenPass], torch.Tensor]
+
+
+class TorchStage(Stage):
+    """Blocks on one device, with the KV cache of every slot."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        artifacts: Sequence[tuple[int, Path]],
+        options: StageOptions,
+        device: torch.device,
+    ) -> None:
+        """Raises BackendError, and CheckpointError for an artifact that is not what it says."""
+        self._spec = spec
+        self._options = options
+        self._device = device
+        self._open = True
+        loader = _Loader(spec, artifacts, options, device)
+        for block, path in artifacts:
+            loader.add(block, path)
+        self._tokens = loader.tokens
+        self._tail = loader.tail
+        self._layers = loader.layers
+        self._head = loader.head
+        self._width = spec.hidden if loader.tokens is None else spec.embed_dim
+        self._decoder = _TokenRunner(
+            self._token_pass,
+            device,
+            self._width,
+            spec.hidden if loader.head is None else spec.vocab,
+            options.context_tokens,
+        )
+        estimate = stage_buffer_bytes(
+            spec,
+            [block for block, _ in artifacts],
+            min(PROMPT_ROWS, options.context_tokens),
+            options.context_tokens,
+        )
+        used = self._warm_up() or estimate + loader.scratch_bytes
+        self._memory_bytes = loader.memory_bytes + used
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._memory_bytes
+
+    def forward(
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+    ) -> Array:
+        rows = self._check([slot], [position], inputs, len(inputs) if inputs.ndim else 0)
+        with translated("cannot run the stage"), torch.inference_mode():
+            if rows == 1 and (logits or self._head is None):
+                result = self._decoder.run([slot], [position], self._rows(inputs)).fetch()
+                return self._finite(result, [slot])
+            results = [
+                self._prompt(slot, position + first, inputs[first : first + PROMPT_ROWS])
+                for first in range(0, rows, PROMPT_ROWS)
+            ]
+            if self._head is None:
+                hidden = np.concatenate([_to_host(result) for result in results])
+                return self._finite(hidden, [slot])
+            if not logits:
+                return np.empty((0, self._spec.vocab), np.float32)
+            return self._finite(_to_host(self._head(results[-1][-1:])), [slot])
+
+    def decode(
+        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
+    ) -> Array:
+        count = len(slots)
+        if not 0 < count == len(set(slots)) == len(positions) == len(inputs):
+            raise BackendError("the rows of a pass must be of as many different slots")
+        self._check(slots, positions, inputs, 1)
+        with translated("cannot run the stage"), torch.inference_mode():
+            result = self._decoder.run(slots, positions, self._rows(inputs)).fetch()
+            return self._finite(result, slots)
+
+    def candidates(
+        self, slot: int, position: int, inputs: Array | Tokens, count: int
+    ) -> Candidates:
+        if self._head is None or len(inputs) != 1:
+            return super().candidates(slot, position, inputs, count)
+        self._check([slot], [position], inputs, 1)
+        with translated("cannot run the stage"), torch.inference_mode():
+            logits = self._decoder.run([slot], [position], self._rows(inputs)).result[0]
+            self._finite(_to_host(logits.sum()), [slot])
+            # All that may be among them, equals of the last one included, by rising id.
+            floor = logits.topk(min(count, len(logits))).values[-1]
+            tokens = (logits >= floor).nonzero()[:, 0]
+            few = highest(_to_host(logits[tokens]), count)
+            return Candidates(tokens.cpu().numpy()[few.tokens], few.logits)
+
+    def close(self) -> None:
+        self._open = False
+        self._tokens, self._tail, self._layers, self._head = None, None, [], None
+        self._decoder.close()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check(
+        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens, rows: int
+    ) -> int:
+        if not self._open:
+            raise BackendError("the stage is closed")
+        for slot, position in zip(slots, positions, strict=True):
+            check_rows(slot, position, rows, self._options.slots, self._options.context_tokens)
+        check_inputs(inputs, self._spec, tokens=self._tokens is not None)
+        return rows
+
+    def _finite(self, result: Array, slots: Sequence[int]) -> Array:
+        """The result, or BackendError where values left the range of fp16.
+
+        A token's pass multiplies what it must not see by zero, which does not undo infinities: the
+        slots are emptied, or whoever gets them next would inherit these.
+        """
+        if math.isfinite(float(result.sum())):
+            return result
+        for layer in self._layers:
+            layer.empty(slots)
+        raise BackendError(
+            "the stage's results are not finite: this model's values leave the range of 16 bits; "
+            "load it at 32 bits, or on a device that computes in fp32"
+        )
+
+    def _rows(self, inputs: Array | Tokens) -> Array:
+        """What goes to the device: rows of the token table, which stays mapped, or of hidden."""
+        if self._tokens is None:
+            return np.asarray(inputs, np.float32)
+        return self._tokens.dequantize(np.asarray(inputs, np.int64))
+
+    def _prompt(self, slot: int, position: int, inputs: Array | Tokens) -> torch.Tensor:
+        """All rows through all blocks but the head."""
+        rows = PromptPass(slot, position, len(inputs), self._device)
+        hidden = torch.from_numpy(np.array(self._rows(inputs))).to(self._device)
+        return self._body(hidden, rows)
+
+    def _token_pass(self, hidden: torch.Tensor, rows: TokenPass) -> torch.Tensor:
+        hidden = self._body(hidden, rows)
+        return hidden if self._head is None else self._head(hidden)
+
+    def _body(self, hidden: torch.Tensor, rows: Pass) -> torch.Tensor:
+        if self._tail is not None:
+            hidden = self._tail(hidden, rows)
+        for layer in self._layers:
+            hidden = layer(hidden, rows)
+        return hidden
+
+    def _warm_up(self) -> int:
+        """Bytes that a chunk and a token take on a GPU besides what is loaded; 0 on a CPU.
+
+        Compiles, captures and allocates now what would otherwise delay or end the first answer.
+        """
+        if self._device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before_bytes = torch.cuda.memory_allocated(self._device)
+        count = min(PROMPT_ROWS, self._options.context_tokens)
+        with translated("cannot run the stage"), torch.inference_mode():
+            hidden = torch.zeros((count, self._width), device=self._device)
+            last = self._body(hidden, PromptPass(0, 0, count, self._device))[-1:]
+            if self._head is not None:
+                self._head(last)
+            del hidden, last
+            self._decoder.run([0], [0], np.zeros((1, self._width), np.float32))
+            torch.cuda.synchronize(self._device)
+        return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
+
+
+class _Buffers:
+    """Memory with fixed addresses for the passes of ``count`` sequences, on device and host."""
+
+    def __init__(self, count: int, width: int, result_width: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._device = device
+        # Pinned, so that copies need no intermediate one.
+        self._host_rows = torch.zeros((count, width), pin_memory=pinned)
+        self._host_places = torch.zeros((2, count), dtype=torch.int64, pin_memory=pinned)
+        self._host_result = torch.zeros((count, result_width), pin_memory=pinned)
+        self.rows = torch.zeros((count, width), device=device)
+        self._places = torch.zeros((2, count), dtype=torch.int64, device=device)
+        self.slots, self.positions = self._places
+        self.result = torch.zeros((count, result_width), device=device)
+
+    def fill(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> None:
+        self._host_rows.numpy()[...] = rows
+        self._host_places.numpy()[...] = (slots, positions)
+        self.rows.copy_(self._host_rows, non_blocking=True)
+        self._places.copy_(self._host_places, non_blocking=True)
+
+    def fetch(self) -> Array:
+        """The result as an array of its own, once it is there."""
+        self._host_result.copy_(self.result, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        fetched: Array = self._host_result.numpy().copy()
+        return fetched
+
+
+class _TokenRunner:
+    """Runs passes of one row per sequence; on CUDA as graphs, captured when first needed."""
+
+    def __init__(
+        self, compute: Compute, device: torch.device, width: int, result_width: int, context: int
+    ) -> None:
+        self._compute: Compute | None = compute
+        self._device = device
+        self._widths = width, result_width
+        self._context = context
+        self._buffers: dict[int, _Buffers] = {}
+        self._graphs: dict[tuple[int, int, int | None], Any] = {}
+        self._captures = device.type == "cuda"
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
+
+    def run(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> _Buffers:
+        """One row [width] of each sequence; the result is in the buffers until the next run."""
+        count, only_slot = len(slots), slots[0] if len(slots) == 1 else None
+        if count not in self._buffers:
+            self._buffers[count] = _Buffers(count, *self._widths, self._device)
+        buffers = self._buffers[count]
+        buffers.fill(slots, positions, rows)
+        length = self._length(max(positions) + 1)
+
+        def compute() -> None:
+            if self._compute is None:
+                raise BackendError("the stage is closed")
+            rows = TokenPass(buffers.slots, buffers.positions, length, only_slot)
+            buffers.result.copy_(self._compute(buffers.rows, rows))
+
+        key = count, length, only_slot
+        if self._captures and key not in self._graphs:
+            self._capture(key, compute, buffers)
+        elif self._captures:
+            self._graphs[key].replay()
+        else:
+            compute()
+        return buffers
+
+    def close(self) -> None:
+        self._graphs.clear()
+        self._buffers.clear()
+        self._compute = self._pool = None
+
+    def _length(self, positions: int) -> int:
+        """The shortest captured length that holds so many positions."""
+        length = SHORTEST_LENGTH
+        while length < positions:
+            length *= 2
+        return min(length, self._context)
+
+    def _capture(
+        self, key: tuple[int, int, int | None], compute: Callable[[], None], buffers: _Buffers
+    ) -> None:
+        """Run the pass, capture it, and keep the graph if it gives the same; else none any more."""
+        # Libraries allocate and kernels are compiled in the first run, which no graph may contain.
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            compute()
+            compute()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        torch.cuda.synchronize(self._device)
+        expected = buffers.result.clone()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the agent may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                compute()
+            buffers.result.zero_()
+            graph.replay()
+            torch.cuda.synchronize(self._device)
+            difference = (buffers.result - expected).abs().max() / expected.abs().max().clamp_min(1)
+            if not float(difference) <= GRAPH_TOLERANCE:
+                raise ArithmeticError(f"its results are off by {float(difference):.2g}")
+            self._graphs[key] = graph
+        except (RuntimeError, ArithmeticError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            log.warning("tokens run without CUDA graphs, slower: %s", lines[0][:200])
+            self._captures = False
+            self._graphs.clear()
+            compute()
+
+
+class _Loader:
+    """Brings artifacts to the device, block by block."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        artifacts: Sequence[tuple[int, Path]],
+        options: StageOptions,
+        device: torch.device,
+    ) -> None:
+        self._spec = spec
+        self._options = options
+        self._device = device
+        self._chooser = KernelChooser(
+            device, exact=options.exact, roomy=_has_room(spec, artifacts, options, device)
+        )
+        self._rotary: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.tokens: QuantizedMatrix | None = None
+        self.tail: EmbeddingTail | None = None
+        self.layers: list[Layer] = []
+        self.head: Head | None = None
+        self.memory_bytes = 0
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._chooser.scratch_bytes
+
+    def add(self, block: int, path: Path) -> None:
+        fmt, tensors = read_block(path, self._spec, block)
+        dtype = compute_dtype(self._device, fmt.bits, exact=self._options.exact)
+        with translated(f"cannot load {self._spec.block_name(block)}"), torch.inference_mode():
+            kind = self._spec.block_kind(block)
+            if kind == "embedding":
+                self._add_embedding(tensors, dtype)
+            elif kind == "layer":
+                self._add_layer(block, tensors, dtype)
+            else:
+                names = [name for name in ("project_out", "lm_head") if f"{name}.weight" in tensors]
+                linears = {name: self._linear(tensors, (name,), dtype) for name in names}
+                self.head = Head(self._spec, linears, self._vectors(tensors), dtype)
+
+    def _add_embedding(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        table, vectors = tensors["tokens.weight"], self._vectors(tensors)
+        if not isinstance(table, QuantizedMatrix):
+            raise BackendError("the token table is not in the form it is stored in")
+        self.tokens = table
+        self.memory_bytes += table.stored_bytes
+        projection = None
+        if self._spec.projected:
+            projection = self._linear(tensors, ("project_in",), dtype)
+        positions = vectors.get("positions.weight")
+        self.tail = EmbeddingTail(projection, positions, self._spec.position_offset, dtype)
+
+    def _add_layer(self, block: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        layer = self._spec.layer(block)
+        names = ("qkv", "o", "gate_up" if layer.gated else "up", "down")
+        linears = {name: self._linear(tensors, _JOINED.get(name, (name,)), dtype) for name in names}
+        shape = (self._options.slots, layer.kv_heads, self._options.context_tokens, layer.head_dim)
+        # Filled, so that a lack of memory shows now and not in the middle of a text.
+        cache = Cache(*(torch.zeros(shape, dtype=dtype, device=self._device) for _ in range(2)))
+        self.memory_bytes += held_bytes(cache.keys) + held_bytes(cache.values)
+        rotary = None
+        if layer.rope is not None:
+            key = layer.rope, layer.head_dim
+            if key not in self._rotary:
+                tables = rotary_table(layer.rope, layer.head_dim, self._options.context_tokens)
+                cos, sin = (torch.from_numpy(table).to(self._device) for table in tables)
+                self._rotary[key] = cos, sin
+                self.memory_bytes += held_bytes(cos) + held_bytes(sin)
+            rotary = self._rotary[key]
+        self.layers.append(Layer(layer, linears, self._vectors(tensors), cache, rotary, dtype))
+
+    def _linear(
+        self, tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype
+    ) -> Linear:
+        """The matrices ``names``, stacked, with their biases."""
+        matrices = []
+        for name in names:
+            matrix = tensors[f"{name}.weight"]
+            if not isinstance(matrix, QuantizedMatrix):
+                raise BackendError(f"{name} is not in the form it is stored in")
+            matrices.append(matrix)
+        bias = None
+        if f"{names[0]}.bias" in tensors:
+            parts = [np.array(tensors[f"{name}.bias"], np.float32) for name in names]
+            bias = torch.from_numpy(np.concatenate(parts)).to(self._device, dtype)
+        if matrices[0].format.scheme == "float":
+            linear = unpacked_linear(plain_weight(matrices, self._device, dtype), bias)
+        else:
+            linear = self._chooser.linear(PackedWeight.of(matrices, self._device), bias, dtype)
+        self.memory_bytes += linear.nbytes
+        return linear
+
+    def _vectors(self, tensors: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
+        """All but matrices and the biases that go with them, fp32 on the device."""
+        vectors = {}
+        for name, tensor in tensors.items():
+            linear_bias = f"{name.removesuffix('bias')}weight" in QUANTIZED_TENSORS
+            if isinstance(tensor, QuantizedMatrix) or linear_bias:
+                continue
+            vectors[name] = torch.from_numpy(np.array(tensor, np.float32)).to(self._device)
+            self.memory_bytes += held_bytes(vectors[name])
+        return vectors
+
+
+def _to_host(values: torch.Tensor) -> Array:
+    array: Array = values.cpu().numpy()
+    return array
+
+
+def compute_dtype(device: torch.device, bits: int, *, exact: bool) -> torch.dtype:
+    """What a block of ``bits`` multiplies and caches in."""
+    half = device.type == "cuda" and bits < 32 and not exact
+    return torch.float16 if half else torch.float32
+
+
+def _has_room(
+    spec: ModelSpec,
+    artifacts: Sequence[tuple[int, Path]],
+    options: StageOptions,
+    device: torch.device,
+) -> bool:
+    """Whether the stage's memory holds all its matrices as plain numbers."""
+    if options.memory_bytes is None:
+        return False
+    item_bytes = compute_dtype(device, 16, exact=options.exact).itemsize
+    needed = stage_buffer_bytes(
+        spec,
+        [block for block, _ in artifacts],
+        min(PROMPT_ROWS, options.context_tokens),
+        options.context_tokens,
+    )
+    for block, path in artifacts:
+        weights = sum(prod(shape) for shape in spec.block_tensors(block).values())
+        # A block stored at 32 bits stays so.
+        stored_bytes = path.stat().st_size if path.is_file() else 0
+        needed += max(item_bytes * weights, stored_bytes)
+        needed += options.slots * kv_bytes(spec, block, options.context_tokens)
+    return needed <= options.memory_bytes
+
+
+@contextmanager
+def translated(context: str) -> Iterator[None]:
+    """torch's exceptions as BackendError in one line that says what to do."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise BackendError(
+            f"{context}: the GPU is out of memory; use fewer bits, a shorter context, or give the "
+            "device less with --memory"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackendError(f"{context}: {lines[0][:300]}") from error
