@@ -49,11 +49,28 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class StageOptions:
-    """What a stage is loaded for. ``slots`` sequences of at most ``context_tokens`` each."""
+    """What a stage is loaded for. ``slots`` sequences of at most ``context_tokens`` each.
+
+    exact: every product takes its activations as they are; else a backend may round them (to 8
+    bits, say) where that is faster and its documentation states the error.
+    prepared_dir: where the backend may keep what it makes of artifacts, to load them faster the
+    next time; None keeps nothing. What lies there is used only for what it was made from.
+    """
 
     slots: int
     context_tokens: int
     threads: int
+    exact: bool = False
+    prepared_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest next tokens: ids int64 [k] and their logits float32 [k], falling; equal logits
+    by rising id."""
+
+    tokens: Tokens
+    logits: Array
 
 
 class Stage(ABC):
@@ -73,6 +90,25 @@ class Stage(ABC):
         float32 [1, vocab] of the last row, or [0, vocab] with ``logits=False``.
         Raises BackendError when rows do not fit the context.
         """
+
+    def decode(
+        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
+    ) -> Array:
+        """One row of each of several sequences: row i of ``inputs`` at positions[i] of slots[i].
+
+        Slots are distinct. As ``forward`` in all else; returns hidden float32 [n, hidden], or
+        logits float32 [n, vocab] of a stage with the head. This default runs one after another.
+        """
+        calls = zip(slots, positions, range(len(inputs)), strict=True)
+        rows = [self.forward(slot, at, inputs[row : row + 1]) for slot, at, row in calls]
+        return np.concatenate(rows)
+
+    def candidates(
+        self, slot: int, position: int, inputs: Array | Tokens, count: int
+    ) -> Candidates:
+        """``forward`` of a stage with the head, of whose logits only the ``count`` highest are
+        wanted (1: greedy): a backend on another chip need not copy the rest."""
+        return highest(self.forward(slot, position, inputs)[0], count)
 
     @property
     @abstractmethod
@@ -101,3 +137,19 @@ class Backend(ABC):
         Raises BackendError where the blocks cannot be run, model.errors.CheckpointError where an
         artifact is not what it says.
         """
+
+
+def highest(logits: Array, count: int) -> Candidates:
+    """The ``count`` highest of logits [vocab], or all of a smaller vocabulary."""
+    if count == 1:
+        best = np.atleast_1d(logits.argmax())
+        return Candidates(best.astype(np.int64), logits[best])
+    chosen = np.arange(len(logits))
+    if count < len(logits):
+        # Everything above the lowest that is kept, and of its equals those with the lowest ids.
+        floor = np.partition(logits, -count)[-count]
+        above = np.flatnonzero(logits > floor)
+        equal = np.flatnonzero(logits == floor)[: count - len(above)]
+        chosen = np.concatenate([above, equal])
+    order = chosen[np.lexsort((chosen, -logits[chosen]))]
+    return Candidates(order.astype(np.int64), logits[order])
