@@ -498,7 +498,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
     )
     parser.add_argument("--scheme", choices=("rtn", "truncate"), default="rtn")
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
     parser.add_argument(
         "--context", type=_count, metavar="TOKENS", help="default: the model's, at most 2048"
     )

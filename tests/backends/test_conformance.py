@@ -30,7 +30,7 @@ ATOL = 1e-5
 
 CONTEXT = 48
 CHUNKS = (7, 1, 1, 13, 2, 1, 8)
-OPTIONS = StageOptions(slots=2, context_tokens=CONTEXT, threads=1)
+OPTIONS = StageOptions(slots=2, context_tokens=CONTEXT, threads=1, exact=True)
 
 Artifacts = list[tuple[int, Path]]
 Tensors = list[dict[str, npt.NDArray[np.float32]]]
