@@ -1,9 +1,9 @@
 """Any CPU: ONNX Runtime, weights packed in 2, 4 or 8 bits, activations rounded to 8 bits.
 
-A stage is a chain of graphs: runs of layers, and the head by itself, which only the last row goes
-through. A run ends once its artifacts reach SEGMENT_BYTES, because ONNX Runtime holds a graph's
-weights twice while it rearranges them for its kernels: this bounds what loading needs beyond what
-stays.
+A stage is a graph of its layers and one of the head, which only the last row goes through. ONNX
+Runtime holds a graph's weights twice while it rearranges them for its kernels, so layers are built
+in segments of SEGMENT_BYTES. Where prepared weights can be kept they become one session; else each
+segment is one, which decodes slower: every session wakes threads of its own.
 
 Packed matrices are multiplied with activations rounded to 8 bits in blocks of a group's size:
 relative errors of a product of 1 to 2 % at any width (docs/performance.md). With
@@ -43,8 +43,8 @@ from backends.onnx_graph import (
     head_graph,
 )
 from backends.onnx_matrix import CONTAINER_BITS, executable
+from backends.onnx_prepared import Prepared
 from backends.onnx_session import (
-    Prepared,
     flush_denormals,
     new_session,
     return_free_memory,
@@ -58,6 +58,8 @@ from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec
 
 SEGMENT_BYTES = 64 << 20
+MAX_EXPANSION = 2
+"""Bytes of a block as executed over those of its file, at most (16 bits run as 32)."""
 
 CHUNK_ROWS = 64
 """Rows of a call that compute buffers are estimated for."""
@@ -279,14 +281,14 @@ class _Loader:
     def load(self, artifacts: Sequence[tuple[int, Path]]) -> OnnxCpuStage:
         spec = self._spec
         embedding, layers, head = None, [], None
-        for part in _segments(spec, artifacts):
-            kind = spec.block_kind(part[0][0])
+        for kind, group in itertools.groupby(artifacts, lambda item: spec.block_kind(item[0])):
+            part = list(group)
             if kind == "embedding":
                 embedding = self._embedding(part[0])
             elif kind == "layer":
-                layers.append(self._segment(part, spec.hidden))
+                layers = [self._segment(*found, spec.hidden) for found in self._sessions(part)]
             else:
-                head = self._segment(part, spec.vocab)
+                (head,) = (self._segment(*found, spec.vocab) for found in self._sessions(part))
         if self._prepared is not None:
             self._prepared.drop_others()
         blocks = [block for block, _ in artifacts]
@@ -316,27 +318,42 @@ class _Loader:
         self._memory_bytes += tokens.stored_bytes + (0 if positions is None else positions.nbytes)
         return _Embedding(tokens, positions, spec.position_offset, projection)
 
-    def _segment(self, artifacts: Sequence[tuple[int, Path]], width: int) -> _Segment:
-        """The session of some layers, or of the head."""
-        session, executed_bytes = self._session(artifacts)
+    def _segment(self, session: Any, layers: Sequence[LayerSpec], width: int) -> _Segment:
         caches = [
             CacheShape(layer.kv_heads, self._options.context_tokens, cached_head_width(layer))
-            for layer in map(self._layer, artifacts)
-            if layer is not None
+            for layer in layers
         ]
-        segment = _Segment(session, caches, width, self._options.slots)
         kv_floats = sum(2 * int(np.prod(cache.of(self._options.slots))) for cache in caches)
-        self._memory_bytes += executed_bytes + 4 * kv_floats
-        return segment
+        self._memory_bytes += 4 * kv_floats
+        return _Segment(session, caches, width, self._options.slots)
 
-    def _session(self, artifacts: Sequence[tuple[int, Path]]) -> tuple[Any, int]:
-        """A session and the bytes of its weights."""
-        prepared, threads = self._prepared, self._options.threads
-        if prepared is None or not all(_SHA256.fullmatch(path.name) for _, path in artifacts):
-            graph = self._graph(artifacts)
-            executed_bytes = graph.executed_bytes
-            return new_session(graph, threads), executed_bytes
-        key = prepared.key(
+    def _sessions(
+        self, artifacts: Sequence[tuple[int, Path]]
+    ) -> Iterator[tuple[Any, list[LayerSpec]]]:
+        """Sessions for layers, or for the head: one where prepared weights can be kept."""
+        threads, parts = self._options.threads, list(_segments(artifacts))
+        key, found = self._key(artifacts), None
+        if self._prepared is not None and key is not None:
+            found = self._prepared.open(key, threads)
+            if found is None:
+                needed_bytes = MAX_EXPANSION * sum(path.stat().st_size for _, path in artifacts)
+                if self._prepared.keep(key, map(self._graph, parts), needed_bytes):
+                    found = self._prepared.open(key, threads)
+        if found is not None:
+            session, executed_bytes = found
+            self._memory_bytes += executed_bytes
+            yield session, self._layers(artifacts)
+            return
+        for part in parts:
+            graph = self._graph(part)
+            self._memory_bytes += graph.executed_bytes
+            yield new_session(graph, threads), self._layers(part)
+
+    def _key(self, artifacts: Sequence[tuple[int, Path]]) -> str | None:
+        """Names what would be prepared; None for files that are not named by their content."""
+        if not all(_SHA256.fullmatch(path.name) and path.exists() for _, path in artifacts):
+            return None
+        return Prepared.key(
             {
                 "spec": self._spec.to_dict(),
                 "blocks": [(block, path.name) for block, path in artifacts],
@@ -344,16 +361,10 @@ class _Loader:
                 "exact": self._options.exact,
             }
         )
-        found = prepared.open(key, threads)
-        if found is None:
-            graph = self._graph(artifacts)
-            facts = {"executed_bytes": graph.executed_bytes}
-            kept = prepared.keep(key, graph, facts)
-            found = prepared.open(key, threads) if kept else None
-            if found is None:
-                return new_session(graph, threads), facts["executed_bytes"]
-        session, facts = found
-        return session, int(facts["executed_bytes"])
+
+    def _layers(self, artifacts: Sequence[tuple[int, Path]]) -> list[LayerSpec]:
+        blocks = (block for block, _ in artifacts if self._spec.block_kind(block) == "layer")
+        return [self._spec.layer(block) for block in blocks]
 
     def _graph(self, artifacts: Sequence[tuple[int, Path]]) -> Graph:
         spec, run = self._spec, None
@@ -371,10 +382,6 @@ class _Loader:
             raise BackendError("a graph without blocks")
         return run.finish()
 
-    def _layer(self, artifact: tuple[int, Path]) -> LayerSpec | None:
-        block = artifact[0]
-        return self._spec.layer(block) if self._spec.block_kind(block) == "layer" else None
-
     def _rotary_table(self, layer: LayerSpec) -> tuple[Array, Array] | None:
         if layer.rope is None:
             return None
@@ -386,20 +393,13 @@ class _Loader:
         return self._rotary[key]
 
 
-def _segments(
-    spec: ModelSpec, artifacts: Sequence[tuple[int, Path]]
-) -> Iterator[list[tuple[int, Path]]]:
-    """Embedding and head by themselves, layers together up to SEGMENT_BYTES of files."""
+def _segments(artifacts: Sequence[tuple[int, Path]]) -> Iterator[list[tuple[int, Path]]]:
+    """Runs of blocks whose files reach SEGMENT_BYTES."""
     run: list[tuple[int, Path]] = []
     run_bytes = 0
     for artifact in artifacts:
-        if spec.block_kind(artifact[0]) != "layer":
-            if run:
-                yield run
-                run, run_bytes = [], 0
-            yield [artifact]
-            continue
         run.append(artifact)
+        # What is missing fails where it is read.
         run_bytes += artifact[1].stat().st_size if artifact[1].exists() else 0
         if run_bytes >= SEGMENT_BYTES:
             yield run

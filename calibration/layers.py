@@ -207,17 +207,13 @@ class Bench:
 def random_artifacts(
     directory: Path, spec: ModelSpec, blocks: Sequence[int], formats: Sequence[Format]
 ) -> Iterator[tuple[int, Path]]:
-    """Write blocks of random weights, each in its format; layers that are alike hold the same."""
+    """Write blocks of random weights, each in its format.
+
+    All differ: a runtime may keep equal weights once, and then reads them from a cache.
+    """
     random = np.random.default_rng(0)
-    layers: dict[tuple[LayerSpec, Format], dict[str, Tensor]] = {}
     for block, fmt in zip(blocks, formats, strict=True):
-        if spec.block_kind(block) == "layer":
-            alike = (spec.layer(block), fmt)
-            if alike not in layers:
-                layers = {alike: _random_block(spec, block, fmt, random)}
-            tensors = layers[alike]
-        else:
-            tensors = _random_block(spec, block, fmt, random)
+        tensors = _random_block(spec, block, fmt, random)
         yield block, store_block(directory, block, tensors, fmt).path
 
 

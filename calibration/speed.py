@@ -11,7 +11,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -221,6 +221,13 @@ class Trial:
         self._decode_s[context].append(median(times_s))
         return 1 / median(times_s)
 
+    def latest(self) -> dict[str, float]:
+        """Tokens per second of the last round, by what was run."""
+        rates = {
+            f"decode past {context}": 1 / times_s[-1] for context, times_s in self._decode_s.items()
+        }
+        return {"prefill": self._options.prompt_tokens / self._prefill_s[-1]} | rates
+
     def _fill(self, begin: int, end: int) -> float:
         chunk = chunk_tokens(self._spec)
         started_s = time.perf_counter()
@@ -278,11 +285,6 @@ def packed_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
             total += rows * (groups * (fmt.group_size * fmt.bits // 8 + 4))
             total += 0 if fmt.symmetric else rows * -(-groups * fmt.bits // 8)
     return total
-
-
-def with_vocabulary(spec: ModelSpec, vocab: int) -> ModelSpec:
-    """The same layers with another vocabulary: published comparisons fix it."""
-    return replace(spec, vocab=vocab)
 
 
 class _Steps:

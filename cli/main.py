@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cli import planning
+from cli.bench import EXAMPLES as BENCH_EXAMPLES
+from cli.bench import add_bench_arguments, run_bench
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
 from cli.errors import EXIT_INTERRUPTED, CommandFailed
 from cli.render import Screen
@@ -465,6 +467,8 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_study_arguments(study)
     calibrate = command("calibrate", run_calibrate, "measure what this device can do", EXAMPLES)
     add_calibrate_arguments(calibrate)
+    bench = command("bench", run_bench, "measure tokens per second of a shape", BENCH_EXAMPLES)
+    add_bench_arguments(bench)
     ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
     run = command(
         "run",
