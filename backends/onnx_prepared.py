@@ -36,6 +36,9 @@ DISK_FACTOR = 2.1
 _GRAPH_FILE = "graph.onnx"
 _FACTS_FILE = "facts.json"
 
+_INLINE_BYTES = "128"
+"""Smaller tensors stay in the graph: sizes that it needs to be read at all."""
+
 _CACHES = re.compile(r"(past_key|past_value|key|value)_(\d+)")
 _SHARED = ("", "seqlens_k", "total")
 
@@ -107,7 +110,7 @@ def _write(home: Path, pieces: Iterable[Graph]) -> None:
         options.optimized_model_filepath = str(part)
         for entry, value in (
             ("session.optimized_model_external_initializers_file_name", f"weights-{number}.bin"),
-            ("session.optimized_model_external_initializers_min_size_in_bytes", "0"),
+            ("session.optimized_model_external_initializers_min_size_in_bytes", _INLINE_BYTES),
             ("session.save_external_prepacked_constant_initializers", "1"),
         ):
             options.add_session_config_entry(entry, value)
@@ -131,8 +134,8 @@ def _write(home: Path, pieces: Iterable[Graph]) -> None:
 def _output(session: Any) -> npt.NDArray[np.float32]:
     """What a session makes of one row without a past.
 
-    The runtime (1.31) is not to be trusted with what it saves: beside small tensors, and of some
-    small matrices of 2 bits, what it reads back are other weights.
+    The runtime (1.31) is not to be trusted with what it saves: of matrices with inline scales, and
+    of some small ones of 2 bits, what it reads back are other weights.
     """
     values: dict[str, npt.NDArray[Any]] = {}
     for value in session.get_inputs():
