@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 
@@ -63,6 +64,10 @@ RETRY_S = (0.5, 1.0, 2.0, 5.0)
 """Pauses between attempts to join; the last one repeats."""
 
 Request = MeasureModel | MeasureLink | LoadStage | ConnectStage | UnloadStage
+
+
+PREPARED_FACTOR = 4.5
+"""Bytes that a backend keeps of prepared weights over those of the artifacts, at most."""
 
 
 class Agent:
@@ -302,7 +307,12 @@ class Agent:
         stage = self._backend.load(
             spec,
             [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
-            StageOptions(request.slots, request.context_tokens, self._config.threads),
+            StageOptions(
+                request.slots,
+                request.context_tokens,
+                self._config.threads,
+                prepared_dir=self._prepared_dir(sum(ref.size_bytes for ref in request.blocks)),
+            ),
         )
         self._relay = Relay(
             stage,
@@ -318,6 +328,13 @@ class Agent:
         return StageLoaded(
             request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
         )
+
+    def _prepared_dir(self, artifact_bytes: int) -> Path | None:
+        """Where prepared weights may be kept: nowhere if the user's limit leaves them no room."""
+        limit = self._config.storage_bytes
+        if limit is not None and (1 + PREPARED_FACTOR) * artifact_bytes > limit:
+            return None
+        return self._config.state_dir / "prepared"
 
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str
