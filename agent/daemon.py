@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 
@@ -77,6 +78,10 @@ Request = (
     | ConnectStage
     | UnloadStage
 )
+
+
+PREPARED_FACTOR = 4.5
+"""Bytes that a backend keeps of prepared weights over those of the artifacts, at most."""
 
 
 class Agent:
@@ -400,6 +405,7 @@ class Agent:
                 request.context_tokens,
                 self._config.threads,
                 memory_bytes=self._profile.memory_bytes,
+                prepared_dir=self._prepared_dir(sum(ref.size_bytes for ref in request.blocks)),
             ),
         )
         self._relay = Relay(
@@ -418,6 +424,13 @@ class Agent:
         return StageLoaded(
             request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
         )
+
+    def _prepared_dir(self, artifact_bytes: int) -> Path | None:
+        """Where prepared weights may be kept: nowhere if the user's limit leaves them no room."""
+        limit = self._config.storage_bytes
+        if limit is not None and (1 + PREPARED_FACTOR) * artifact_bytes > limit:
+            return None
+        return self._config.state_dir / "prepared"
 
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str

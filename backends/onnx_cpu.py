@@ -1,26 +1,27 @@
-"""Any CPU: ONNX Runtime, with 4-bit and paired 4-bit kernels on fp32 activations.
+"""Any CPU: ONNX Runtime, weights packed in 2, 4 or 8 bits, activations rounded to 8 bits.
 
-A stage is a chain of graphs: runs of layers, and the head by itself, which only the last row goes
-through. A run ends once its weights reach SEGMENT_BYTES, because ONNX Runtime holds a graph's
-weights twice while it rearranges them for its kernels: this bounds what loading needs beyond what
-stays.
+A stage is a graph of its layers and one of the head, which only the last row goes through. ONNX
+Runtime holds a graph's weights twice while it rearranges them for its kernels, so layers are built
+in segments of SEGMENT_BYTES. Where prepared weights can be kept they become one session; else each
+segment is one, which decodes slower: every session wakes threads of its own.
+
+Packed matrices are multiplied with activations rounded to 8 bits in blocks of a group's size:
+relative errors of a product of 1 to 2 % at any width (docs/performance.md). With
+``StageOptions.exact`` all matrices run as fp32 instead, and results are the reference's.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import importlib.metadata
+import itertools
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from backends.base import (
     Array,
@@ -33,15 +34,22 @@ from backends.base import (
     Tokens,
 )
 from backends.onnx_graph import (
-    MICROSOFT,
     BlockWeights,
     CacheShape,
     Graph,
     LayerGraph,
-    Matrix,
-    PackedMatrix,
+    cached_head_width,
     embedding_graph,
     head_graph,
+)
+from backends.onnx_matrix import CONTAINER_BITS, executable
+from backends.onnx_prepared import Prepared
+from backends.onnx_session import (
+    flush_denormals,
+    new_session,
+    return_free_memory,
+    translated,
+    window_offset,
 )
 from model.artifact import Tensor, read_block
 from model.costs import stage_buffer_bytes
@@ -49,31 +57,14 @@ from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec
 
-CONTAINER_BITS = {2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 32, 32: 32}
-"""The kernels with fp32 activations that are fast: 4-bit, two of them for 8 bits, and fp32. Those
-for 2 and 8 bits take 75 and 45 times as long, and on x86 there is none for 16."""
-
-SEGMENT_BYTES = 128 << 20
+SEGMENT_BYTES = 64 << 20
+MAX_EXPANSION = 2
+"""Bytes of a block as executed over those of its file, at most (16 bits run as 32)."""
 
 CHUNK_ROWS = 64
 """Rows of a call that compute buffers are estimated for."""
 
-_FATAL = 4
-"""Log severity: failures come as exceptions, and are reported once by whoever catches them."""
-
-_PROVIDERS = ["CPUExecutionProvider"]
-_ERRORS = (
-    ort_errors.EPFail,
-    ort_errors.EngineError,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-    RuntimeError,
-    MemoryError,
-)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class OnnxCpuBackend(Backend):
@@ -82,7 +73,7 @@ class OnnxCpuBackend(Backend):
     @classmethod
     def probe(cls) -> Capabilities:
         try:
-            _window_offset()
+            window_offset()
         except BackendError as error:
             raise BackendUnavailable("onnx_cpu", str(error)) from error
         return Capabilities("onnx_cpu", importlib.metadata.version("onnxruntime"), CONTAINER_BITS)
@@ -91,9 +82,9 @@ class OnnxCpuBackend(Backend):
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
     ) -> OnnxCpuStage:
         _check_request(spec, [block for block, _ in artifacts], options)
-        with _translated("cannot load the stage"):
+        with translated("cannot load the stage"):
             stage = _Loader(spec, options).load(artifacts)
-        _return_free_memory()
+        return_free_memory()
         return stage
 
 
@@ -126,87 +117,136 @@ class OnnxCpuStage(Stage):
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
     ) -> Array:
-        self._check_call(slot, position, inputs)
-        with _translated("cannot run the stage"):
-            hidden: Array
-            if self._embedding is not None:
-                hidden = self._embedding.rows(np.asarray(inputs, np.int64), position)
-            else:
-                hidden = np.ascontiguousarray(inputs, np.float32)[None]
+        rows = self._check_inputs(inputs)
+        self._check_rows(slot, position, rows)
+        positions = np.arange(position, position + rows)
+        with translated("cannot run the stage"):
+            hidden = self._enter(inputs, positions)[None]
             for segment in self._layers:
-                hidden = segment.run(hidden, slot, position)
+                hidden = segment.run(hidden, slot, positions[-1:])
             if self._head is not None:
                 if not logits:
                     return np.empty((0, self._vocab), np.float32)
-                hidden = self._head.run(hidden[:, -1:], slot, position)
-            return hidden.reshape(hidden.shape[1:])
+                hidden = self._head.run(hidden[:, -1:])
+            result: Array = hidden[0]
+            return result
+
+    def decode(
+        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
+    ) -> Array:
+        if not self._check_inputs(inputs) == len(slots) == len(positions) == len(set(slots)):
+            raise BackendError("decoding takes one row of each of some distinct slots")
+        for slot, position in zip(slots, positions, strict=True):
+            self._check_rows(slot, position, 1)
+        order = np.argsort(slots)
+        at = np.asarray(positions)[order]
+        with translated("cannot run the stage"):
+            hidden = self._enter(inputs[order], at)[:, None]
+            # Sequences share a call where their slots are neighbours, as in memory.
+            runs = _neighbours([slots[index] for index in order])
+            for segment in self._layers:
+                parts = [segment.run(hidden[run], first, at[run]) for first, run in runs]
+                hidden = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            rows = hidden[:, 0]
+            if self._head is not None:
+                rows = self._head.run(rows[None])[0]
+        result = np.empty_like(rows)
+        result[order] = rows
+        return result
 
     def close(self) -> None:
         self._open = False
         self._embedding, self._layers, self._head = None, [], None
-        _return_free_memory()
+        return_free_memory()
 
-    def _check_call(self, slot: int, position: int, inputs: Array | Tokens) -> None:
+    def _enter(self, inputs: Array | Tokens, positions: Tokens) -> Array:
+        """Hidden rows [n, hidden] of ``inputs`` at ``positions``."""
+        flush_denormals()
+        if self._embedding is not None:
+            return self._embedding.rows(np.asarray(inputs, np.int64), positions)
+        return np.ascontiguousarray(inputs, np.float32)
+
+    def _check_inputs(self, inputs: Array | Tokens) -> int:
+        """How many rows there are."""
         if not self._open:
             raise BackendError("the stage is closed")
-        if not 0 <= slot < self._options.slots:
-            raise BackendError(f"slot {slot} of a stage with {self._options.slots} slots")
-        context = self._options.context_tokens
-        rows = inputs.shape[0] if inputs.ndim else 0
-        if rows == 0 or position < 0 or position + rows > context:
-            raise BackendError(
-                f"rows [{position}, {position + rows}) do not fit the context of {context} tokens"
-            )
+        rows: int = inputs.shape[0] if inputs.ndim else 0
         if self._embedding is None:
             if inputs.shape != (rows, self._width):
                 raise BackendError(f"hidden rows are {inputs.shape}, not [n, {self._width}]")
         elif inputs.ndim != 1 or not np.issubdtype(inputs.dtype, np.integer):
             raise BackendError(f"token ids are {inputs.dtype} {inputs.shape}, not integers [n]")
-        elif inputs.min() < 0 or inputs.max() >= self._vocab:
+        elif rows and (inputs.min() < 0 or inputs.max() >= self._vocab):
             raise BackendError(f"token ids must be within [0, {self._vocab})")
+        return rows
+
+    def _check_rows(self, slot: int, position: int, rows: int) -> None:
+        if not 0 <= slot < self._options.slots:
+            raise BackendError(f"slot {slot} of a stage with {self._options.slots} slots")
+        context = self._options.context_tokens
+        if rows == 0 or position < 0 or position + rows > context:
+            raise BackendError(
+                f"rows [{position}, {position + rows}) do not fit the context of {context} tokens"
+            )
 
 
 class _Segment:
-    """One session with the KV caches of its layers, bound once for every slot."""
+    """One session with the KV caches of its layers."""
 
-    def __init__(
-        self, graph: Graph, caches: Sequence[CacheShape], width: int, options: StageOptions
-    ) -> None:
-        self._session = _session(graph, options.threads)
+    def __init__(self, session: Any, caches: Sequence[CacheShape], width: int, slots: int) -> None:
+        self._session = session
         self._width = width
-        # Inputs that change every call: the runtime reads this memory in place.
-        self._last = np.zeros(1, np.int32)
-        self._total = np.zeros((), np.int32)
-        scalars = {"seqlens_k": self._last, "total": self._total} if caches else {}
-        # A binding does not keep the arrays alive that it points into.
-        self._caches: list[Array] = []
-        self._bindings = []
-        for _ in range(options.slots if caches else 1):
-            binding = self._session.io_binding()
-            for name, array in scalars.items():
-                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-            for index, cache in enumerate(caches):
-                for kind in ("key", "value"):
-                    # Filled, so that a lack of memory shows now and not in the middle of a text.
-                    memory = np.full(cache.shape, 0, np.float32)
-                    self._caches.append(memory)
-                    # Past and present are one buffer, in which only the new rows are written.
-                    shared = ort.OrtValue.ortvalue_from_numpy(memory)
-                    binding.bind_ortvalue_input(f"past_{kind}_{index}", shared)
-                    binding.bind_ortvalue_output(f"{kind}_{index}", shared)
-            self._bindings.append(binding)
+        # Filled, so that a lack of memory shows now and not in the middle of a text.
+        self._caches = [
+            [np.full(cache.of(slots), 0, np.float32) for _ in ("key", "value")] for cache in caches
+        ]
+        self._bindings: dict[tuple[int, int], _Binding] = {}
 
-    def run(self, hidden: Array, slot: int, position: int) -> Array:
-        """hidden [1, n, any] to [1, n, width]; position is that of the first row."""
-        rows = hidden.shape[1]
-        self._last[0] = position + rows - 1
-        self._total[...] = position + rows
-        binding = self._bindings[slot if len(self._bindings) > 1 else 0]
-        result = np.empty((1, rows, self._width), np.float32)
-        binding.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(hidden))
-        binding.bind_ortvalue_output("output", ort.OrtValue.ortvalue_from_numpy(result))
-        self._session.run_with_iobinding(binding)
+    def run(self, hidden: Array, first_slot: int = 0, last: Tokens | None = None) -> Array:
+        """hidden [b, n, any] to [b, n, width]; ``last``: the last row's position of each of b
+        sequences in consecutive slots (unused by a segment without layers)."""
+        count, rows, _ = hidden.shape
+        binding = self._bindings.get((first_slot, count))
+        if binding is None:
+            binding = self._bind(first_slot, count)
+        if last is not None:
+            binding.last[:] = last
+            binding.total[...] = last.max() + 1
+        result = np.empty((count, rows, self._width), np.float32)
+        values = binding.values
+        values.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(hidden))
+        values.bind_ortvalue_output("output", ort.OrtValue.ortvalue_from_numpy(result))
+        self._session.run_with_iobinding(values)
         return result
+
+    def _bind(self, first_slot: int, count: int) -> _Binding:
+        # Inputs that change every call: the runtime reads this memory in place.
+        binding = _Binding(
+            self._session.io_binding(), np.zeros(count, np.int32), np.zeros((), np.int32)
+        )
+        if self._caches:
+            for name, array in (("seqlens_k", binding.last), ("total", binding.total)):
+                value = ort.OrtValue.ortvalue_from_numpy(array)
+                binding.values.bind_ortvalue_input(name, value)
+        for index, pair in enumerate(self._caches):
+            for kind, memory in zip(("key", "value"), pair, strict=True):
+                # Past and present are one buffer, in which only the new rows are written.
+                part = memory[first_slot : first_slot + count]
+                shared = ort.OrtValue.ortvalue_from_numpy(part)
+                binding.values.bind_ortvalue_input(f"past_{kind}_{index}", shared)
+                binding.values.bind_ortvalue_output(f"{kind}_{index}", shared)
+        self._bindings[first_slot, count] = binding
+        return binding
+
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """Memory bound for some consecutive slots. It does not keep arrays alive: those it points to
+    are here and in the segment."""
+
+    values: Any
+    last: Any
+    total: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,99 +258,163 @@ class _Embedding:
     position_offset: int
     projection: _Segment | None
 
-    def rows(self, tokens: Tokens, position: int) -> Array:
-        """Token ids [n] to hidden [1, n, hidden]."""
-        hidden = self.tokens.dequantize(tokens)[None]
+    def rows(self, tokens: Tokens, positions: Tokens) -> Array:
+        """Token ids [n] to hidden [n, hidden]."""
+        hidden: Array = self.tokens.dequantize(tokens)
         if self.projection is not None:
-            hidden = self.projection.run(hidden, 0, position)
+            hidden = self.projection.run(hidden[None])[0]
         if self.positions is not None:
-            first = position + self.position_offset
-            hidden = hidden + self.positions[first : first + len(tokens)]
+            hidden = hidden + self.positions[positions + self.position_offset]
         return hidden
 
 
 class _Loader:
-    """Builds a stage block by block, and a session as soon as its graph is complete."""
+    """Builds a stage segment by segment."""
 
     def __init__(self, spec: ModelSpec, options: StageOptions) -> None:
         self._spec = spec
         self._options = options
+        self._prepared = None if options.prepared_dir is None else Prepared(options.prepared_dir)
         self._rotary: dict[Any, tuple[Array, Array]] = {}
-        self._embedding: _Embedding | None = None
-        self._layers: list[_Segment] = []
-        self._head: _Segment | None = None
-        self._open: LayerGraph | None = None
         self._memory_bytes = 0
 
     def load(self, artifacts: Sequence[tuple[int, Path]]) -> OnnxCpuStage:
-        for block, path in artifacts:
-            _, tensors = read_block(path, self._spec, block)
-            kind = self._spec.block_kind(block)
+        spec = self._spec
+        embedding, layers, head = None, [], None
+        for kind, group in itertools.groupby(artifacts, lambda item: spec.block_kind(item[0])):
+            part = list(group)
             if kind == "embedding":
-                self._add_embedding(tensors)
+                embedding = self._embedding(part[0])
             elif kind == "layer":
-                self._add_layer(self._spec.layer(block), tensors)
+                layers = [self._segment(*found, spec.hidden) for found in self._sessions(part)]
             else:
-                self._finish_layers()
-                self._add_head(tensors)
-        self._finish_layers()
-        buffer_bytes = stage_buffer_bytes(
-            self._spec,
-            [block for block, _ in artifacts],
-            CHUNK_ROWS,
-            self._options.context_tokens,
-        )
+                (head,) = (self._segment(*found, spec.vocab) for found in self._sessions(part))
+        if self._prepared is not None:
+            self._prepared.drop_others()
+        blocks = [block for block, _ in artifacts]
+        buffer_bytes = stage_buffer_bytes(spec, blocks, CHUNK_ROWS, self._options.context_tokens)
         return OnnxCpuStage(
-            self._embedding,
-            self._layers,
-            self._head,
-            self._spec.vocab,
-            self._spec.hidden,
+            embedding,
+            layers,
+            head,
+            spec.vocab,
+            spec.hidden,
             self._options,
             self._memory_bytes + buffer_bytes,
         )
 
-    def _add_embedding(self, tensors: dict[str, Tensor]) -> None:
+    def _embedding(self, artifact: tuple[int, Path]) -> _Embedding:
         spec, projection = self._spec, None
+        _, tensors = read_block(artifact[1], spec, artifact[0])
         if spec.projected:
-            graph = embedding_graph(spec.embed_dim, _matrix(tensors["project_in.weight"]))
-            projection = self._segment(graph, (), spec.hidden)
+            matrix = executable(tensors["project_in.weight"], exact=self._options.exact)
+            graph = embedding_graph(spec.embed_dim, matrix)
+            self._memory_bytes += graph.executed_bytes
+            session = new_session(graph, self._options.threads)
+            projection = _Segment(session, (), spec.hidden, 1)
         tokens, positions = tensors["tokens.weight"], tensors.get("positions.weight")
         if not isinstance(tokens, QuantizedMatrix) or isinstance(positions, QuantizedMatrix):
             raise BackendError("the embedding's tensors are not in the form they are stored in")
         self._memory_bytes += tokens.stored_bytes + (0 if positions is None else positions.nbytes)
-        self._embedding = _Embedding(tokens, positions, spec.position_offset, projection)
+        return _Embedding(tokens, positions, spec.position_offset, projection)
 
-    def _add_layer(self, layer: LayerSpec, tensors: dict[str, Tensor]) -> None:
-        context = self._options.context_tokens
-        if self._open is None:
-            self._open = LayerGraph(self._spec.hidden, context, _window_offset())
-        rotary = None
-        if layer.rope is not None:
-            key = (layer.rope, layer.head_dim)
-            if key not in self._rotary:
-                self._rotary[key] = rotary_table(layer.rope, layer.head_dim, context)
-            rotary = self._rotary[key]
-        self._open.layer(layer, _block_weights(tensors), rotary)
-        if self._open.graph.weight_bytes >= SEGMENT_BYTES:
-            self._finish_layers()
+    def _segment(self, session: Any, layers: Sequence[LayerSpec], width: int) -> _Segment:
+        caches = [
+            CacheShape(layer.kv_heads, self._options.context_tokens, cached_head_width(layer))
+            for layer in layers
+        ]
+        kv_floats = sum(2 * int(np.prod(cache.of(self._options.slots))) for cache in caches)
+        self._memory_bytes += 4 * kv_floats
+        return _Segment(session, caches, width, self._options.slots)
 
-    def _finish_layers(self) -> None:
-        if self._open is None:
+    def _sessions(
+        self, artifacts: Sequence[tuple[int, Path]]
+    ) -> Iterator[tuple[Any, list[LayerSpec]]]:
+        """Sessions for layers, or for the head: one where prepared weights can be kept."""
+        threads, parts = self._options.threads, list(_segments(artifacts))
+        key, found = self._key(artifacts), None
+        if self._prepared is not None and key is not None:
+            found = self._prepared.open(key, threads)
+            if found is None:
+                needed_bytes = MAX_EXPANSION * sum(path.stat().st_size for _, path in artifacts)
+                if self._prepared.keep(key, map(self._graph, parts), needed_bytes):
+                    found = self._prepared.open(key, threads)
+        if found is not None:
+            session, executed_bytes = found
+            self._memory_bytes += executed_bytes
+            yield session, self._layers(artifacts)
             return
-        graph, caches, self._open = self._open.finish(), self._open.caches, None
-        self._layers.append(self._segment(graph, caches, self._spec.hidden))
+        for part in parts:
+            graph = self._graph(part)
+            self._memory_bytes += graph.executed_bytes
+            yield new_session(graph, threads), self._layers(part)
 
-    def _add_head(self, tensors: dict[str, Tensor]) -> None:
-        spec = self._spec
-        epsilon = spec.layers[-1].norm_eps if spec.final_norm else None
-        graph = head_graph(spec.hidden, spec.vocab, _block_weights(tensors), epsilon)
-        self._head = self._segment(graph, (), spec.vocab)
+    def _key(self, artifacts: Sequence[tuple[int, Path]]) -> str | None:
+        """Names what would be prepared; None for files that are not named by their content."""
+        if not all(_SHA256.fullmatch(path.name) and path.exists() for _, path in artifacts):
+            return None
+        return Prepared.key(
+            {
+                "spec": self._spec.to_dict(),
+                "blocks": [(block, path.name) for block, path in artifacts],
+                "context": self._options.context_tokens,
+                "exact": self._options.exact,
+            }
+        )
 
-    def _segment(self, graph: Graph, caches: Sequence[CacheShape], width: int) -> _Segment:
-        floats = sum(2 * int(np.prod(cache.shape)) for cache in caches)
-        self._memory_bytes += graph.weight_bytes + self._options.slots * 4 * floats
-        return _Segment(graph, caches, width, self._options)
+    def _layers(self, artifacts: Sequence[tuple[int, Path]]) -> list[LayerSpec]:
+        blocks = (block for block, _ in artifacts if self._spec.block_kind(block) == "layer")
+        return [self._spec.layer(block) for block in blocks]
+
+    def _graph(self, artifacts: Sequence[tuple[int, Path]]) -> Graph:
+        spec, run = self._spec, None
+        for block, path in artifacts:
+            _, tensors = read_block(path, spec, block)
+            weights = _block_weights(tensors, exact=self._options.exact)
+            if spec.block_kind(block) == "head":
+                epsilon = spec.layers[-1].norm_eps if spec.final_norm else None
+                return head_graph(spec.hidden, spec.vocab, weights, epsilon)
+            if run is None:
+                run = LayerGraph(spec.hidden, self._options.context_tokens, window_offset())
+            layer = spec.layer(block)
+            run.layer(layer, weights, self._rotary_table(layer))
+        if run is None:
+            raise BackendError("a graph without blocks")
+        return run.finish()
+
+    def _rotary_table(self, layer: LayerSpec) -> tuple[Array, Array] | None:
+        if layer.rope is None:
+            return None
+        key = (layer.rope, layer.head_dim)
+        if key not in self._rotary:
+            self._rotary[key] = rotary_table(
+                layer.rope, layer.head_dim, self._options.context_tokens
+            )
+        return self._rotary[key]
+
+
+def _segments(artifacts: Sequence[tuple[int, Path]]) -> Iterator[list[tuple[int, Path]]]:
+    """Runs of blocks whose files reach SEGMENT_BYTES."""
+    run: list[tuple[int, Path]] = []
+    run_bytes = 0
+    for artifact in artifacts:
+        run.append(artifact)
+        # What is missing fails where it is read.
+        run_bytes += artifact[1].stat().st_size if artifact[1].exists() else 0
+        if run_bytes >= SEGMENT_BYTES:
+            yield run
+            run, run_bytes = [], 0
+    if run:
+        yield run
+
+
+def _neighbours(slots: Sequence[int]) -> list[tuple[int, slice]]:
+    """Runs of consecutive numbers in rising ``slots``, as (first, where they are)."""
+    runs = []
+    for _, group in itertools.groupby(enumerate(slots), key=lambda pair: pair[1] - pair[0]):
+        pairs = list(group)
+        runs.append((pairs[0][1], slice(pairs[0][0], pairs[-1][0] + 1)))
+    return runs
 
 
 def _check_request(spec: ModelSpec, blocks: Sequence[int], options: StageOptions) -> None:
@@ -329,102 +433,11 @@ def _check_request(spec: ModelSpec, blocks: Sequence[int], options: StageOptions
             raise BackendError(f"head width {layer.head_dim} is odd, which no kernel takes")
 
 
-def _block_weights(tensors: dict[str, Tensor]) -> BlockWeights:
+def _block_weights(tensors: dict[str, Tensor], *, exact: bool) -> BlockWeights:
     matrices, vectors = {}, {}
     for name, tensor in tensors.items():
         if isinstance(tensor, QuantizedMatrix):
-            matrices[name] = _matrix(tensor)
+            matrices[name] = executable(tensor, exact=exact)
         else:
             vectors[name] = tensor
     return BlockWeights(matrices, vectors)
-
-
-def _matrix(stored: Tensor) -> Matrix:
-    """A stored matrix in the form it is executed in; values are exactly the stored ones."""
-    if not isinstance(stored, QuantizedMatrix):
-        return stored
-    container = CONTAINER_BITS[stored.format.bits]
-    if container == 32:
-        return stored.dequantize()
-    codes, zeros = stored.in_container(container)
-    pack = PackedMatrix.of_nibbles if container == 4 else PackedMatrix.of_bytes
-    return pack(stored.shape[1], codes, stored.scales(), zeros)
-
-
-def _session(graph: Graph, threads: int) -> Any:
-    """An InferenceSession that has taken over the graph's weights."""
-    # numpy probes the smallest denormals once, which must be before they read as zero.
-    for dtype in (np.float16, np.float32, np.float64):
-        np.finfo(dtype)
-    # On some boards the runtime complains of processors that it does not know, to no effect.
-    ort.set_default_logger_severity(_FATAL)
-    options = ort.SessionOptions()
-    options.log_severity_level = _FATAL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Waiting threads sleep: spinning gains a few microseconds per operator on an idle machine, and
-    # loses a quarter of the speed where another process wants a core.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Hidden states that decay towards zero would otherwise halve the speed.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    serialized = graph.serialized()
-    # The runtime copies what it keeps, so that the arrays may go once the session exists.
-    weights, graph.weights = graph.weights, {}
-    values = [
-        ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in weights.values()
-    ]
-    if values:
-        options.add_external_initializers(list(weights), values)
-    return ort.InferenceSession(serialized, options, _PROVIDERS)
-
-
-@functools.lru_cache(maxsize=1)
-def _window_offset() -> int:
-    """Positions that GroupQueryAttention sees beyond ``local_window_size``; depends on the version.
-
-    Measured on a head whose values are the unit vectors and whose scores are all equal.
-    """
-    width, window, rows = 8, 3, 6
-    graph = Graph()
-    value = graph.input("hidden", TensorProto.FLOAT, (1, rows, width))
-    zeros = graph.input("zeros", TensorProto.FLOAT, (1, rows, width))
-    past = graph.input("past", TensorProto.FLOAT, (1, 1, 0, width))
-    last = graph.input("last", TensorProto.INT32, (1,))
-    total = graph.input("total", TensorProto.INT32, ())
-    (seen, *_) = graph.node(
-        "GroupQueryAttention",
-        [zeros, zeros, value, past, past, last, total],
-        3,
-        MICROSOFT,
-        num_heads=1,
-        kv_num_heads=1,
-        local_window_size=window,
-    )
-    graph.output(seen, "output", TensorProto.FLOAT, (1, rows, width))
-    inputs = {
-        "hidden": np.eye(rows, width, dtype=np.float32)[None],
-        "zeros": np.zeros((1, rows, width), np.float32),
-        "past": np.zeros((1, 1, 0, width), np.float32),
-        "last": np.array([rows - 1], np.int32),
-        "total": np.array(rows, np.int32),
-    }
-    with _translated("onnxruntime lacks an operator, install a newer one"):
-        (result,) = _session(graph, 1).run(["output"], inputs)
-    return int(np.count_nonzero(result[0, -1])) - window
-
-
-def _return_free_memory() -> None:
-    """Give the heap that loading leaves behind back to the system: as much as the weights again."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def _translated(context: str) -> Iterator[None]:
-    """The runtime's exceptions as BackendError in one line."""
-    try:
-        yield
-    except _ERRORS as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BackendError(f"{context}: {lines[0][:300]}") from error

@@ -1,7 +1,8 @@
 """ONNX graphs of decoder blocks, built from LayerSpec features alone.
 
-Activations are fp32 [1, rows, width]. Weights are kept out of the protobuf (which ends at 2 GB):
-the graph only names them, and ``Graph.weights`` holds their arrays for the session to take over.
+Activations are fp32 [sequences, rows, width]. Weights are kept out of the protobuf (which ends at
+2 GB): the graph only names them, and ``Graph.weights`` holds their arrays for the session to take
+over.
 
 Operators of the domain com.microsoft are ONNX Runtime's own:
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
@@ -18,91 +19,19 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from backends.onnx_matrix import Matrix, PackedMatrix, stack_rows
 from model.spec import LayerSpec
 
 MICROSOFT = "com.microsoft"
 OPSET = 21
 IR_VERSION = 10
 
-FP32_ACTIVATIONS = 0
-"""MatMulNBits accuracy_level: anything above 1 rounds activations to 8 bits (errors of 1 %)."""
+INT8_ACTIVATIONS = 4
+"""MatMulNBits accuracy_level: each block of a row of activations is rounded to 8 bits, and products
+are summed as integers."""
 
 AnyArray: TypeAlias = npt.NDArray[Any]
-Bytes: TypeAlias = npt.NDArray[np.uint8]
 Array: TypeAlias = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class PackedMatrix:
-    """A matrix [rows, columns] as 4-bit planes: what MatMulNBits multiplies without unpacking.
-
-    One plane holds codes below 16. Two planes hold codes below 256, as a matrix of high nibbles at
-    16 times the scale next to one of low nibbles: [x, x] times both is exactly x times the whole.
-
-    codes: uint8 [rows, planes * blocks, block_size / 2], low nibble first; scales: float32 [rows,
-    planes * blocks]; zero_points: uint8 [rows, ceil(planes * blocks / 2)], packed like codes.
-    """
-
-    columns: int
-    block_size: int
-    planes: int
-    codes: Bytes
-    scales: Array
-    zero_points: Bytes
-
-    @staticmethod
-    def of_nibbles(columns: int, codes: Bytes, scales: Array, zero_points: Bytes) -> PackedMatrix:
-        """From 4-bit codes as MatMulNBits takes them, [rows, blocks, block_size / 2]."""
-        return PackedMatrix(columns, codes.shape[2] * 2, 1, codes, scales, zero_points)
-
-    @staticmethod
-    def of_bytes(columns: int, codes: Bytes, scales: Array, zero_points: Bytes) -> PackedMatrix:
-        """From 8-bit codes [rows, blocks, block_size] and zero points [rows, blocks]."""
-        rows, blocks, block_size = codes.shape
-        planes = np.empty((rows, 2 * blocks, block_size // 2), np.uint8)
-        # In pieces: the head of a large vocabulary has temporaries of its own size otherwise.
-        step = max(1, (1 << 22) // (blocks * block_size))
-        for first in range(0, rows, step):
-            part = slice(first, first + step)
-            even, odd = codes[part, :, 0::2], codes[part, :, 1::2]
-            planes[part, :blocks] = (even >> 4) | (odd & 0xF0)
-            planes[part, blocks:] = (even & 0x0F) | (odd << 4)
-        zeros = np.concatenate([zero_points >> 4, zero_points & 0x0F], axis=1)
-        packed_zeros = zeros[:, 0::2] | (zeros[:, 1::2] << 4)
-        both = np.concatenate([scales * np.float32(16), scales], axis=1)
-        return PackedMatrix(columns, block_size, 2, planes, both, packed_zeros.astype(np.uint8))
-
-    @property
-    def plane_columns(self) -> int:
-        """Inputs of one plane: whole blocks where another plane follows."""
-        if self.planes == 1:
-            return self.columns
-        blocks: int = self.codes.shape[1] // self.planes
-        return blocks * self.block_size
-
-
-Matrix: TypeAlias = PackedMatrix | Array
-"""A packed matrix, or a dense one as float32 [rows, columns]."""
-
-
-def stack_rows(matrices: Sequence[Matrix]) -> Matrix | None:
-    """One matrix with the rows of all, or None where their layouts differ."""
-    if len(matrices) == 1:
-        return matrices[0]
-    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
-    if not packed:
-        return np.concatenate([np.asarray(matrix) for matrix in matrices])
-    layouts = {(matrix.columns, matrix.block_size, matrix.planes) for matrix in packed}
-    if len(packed) < len(matrices) or len(layouts) > 1:
-        return None
-    return PackedMatrix(
-        columns=packed[0].columns,
-        block_size=packed[0].block_size,
-        planes=packed[0].planes,
-        codes=np.concatenate([matrix.codes for matrix in packed]),
-        scales=np.concatenate([matrix.scales for matrix in packed]),
-        zero_points=np.concatenate([matrix.zero_points for matrix in packed]),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +44,14 @@ class BlockWeights:
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """KV cache of one layer and slot: two float32 tensors [1, heads, context, width]."""
+    """KV cache of one layer: two float32 tensors [slots, heads, context, width]."""
 
     heads: int
     context: int
     width: int
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (1, self.heads, self.context, self.width)
+    def of(self, slots: int) -> tuple[int, int, int, int]:
+        return (slots, self.heads, self.context, self.width)
 
 
 def cached_head_width(layer: LayerSpec) -> int:
@@ -143,10 +71,17 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._count = 0
+        self._added_bytes = 0
 
     @property
     def weight_bytes(self) -> int:
         return sum(array.nbytes for array in self.weights.values())
+
+    @property
+    def executed_bytes(self) -> int:
+        """``weight_bytes`` and what kernels add to packed matrices: a copy of the scales beside
+        the codes, and a sum per block."""
+        return self.weight_bytes + self._added_bytes
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
@@ -210,31 +145,28 @@ class Graph:
         return serialized
 
     def linear(self, value: str, matrix: Matrix, bias: Array | None = None) -> str:
-        """value [1, n, columns] times ``matrix`` transposed, plus ``bias``: [1, n, rows]."""
+        """value [b, n, columns] times ``matrix`` transposed, plus ``bias``: [b, n, rows]."""
         if not isinstance(matrix, PackedMatrix):
             weight = self.weight(_transposed(matrix))
             (result,) = self.node("MatMul", [value, weight])
             if bias is not None:
                 (result,) = self.node("Add", [result, self.weight(bias)])
             return result
-        padding = matrix.plane_columns - matrix.columns
-        if padding:
-            (value,) = self.node("Pad", [value, self.integers(0, 0, 0, 0, 0, padding)])
-        if matrix.planes == 2:
-            (value,) = self.node("Concat", [value, value], axis=2)
-        parts: list[AnyArray] = [matrix.codes, matrix.scales, matrix.zero_points]
-        inputs = [value, *(self.weight(part) for part in parts)]
+        self._added_bytes += 2 * matrix.scales.nbytes
+        inputs = [value, self.weight(matrix.codes), self.weight(matrix.scales)]
+        if matrix.zero_points is not None:
+            inputs.append(self.weight(matrix.zero_points))
         if bias is not None:
-            inputs += ["", self.weight(bias)]
+            inputs += [""] * (5 - len(inputs)) + [self.weight(bias)]
         return self.node(
             "MatMulNBits",
             inputs,
             domain=MICROSOFT,
-            K=matrix.planes * matrix.plane_columns,
-            N=matrix.codes.shape[0],
-            bits=4,
+            K=matrix.columns,
+            N=len(matrix.codes),
+            bits=matrix.bits,
             block_size=matrix.block_size,
-            accuracy_level=FP32_ACTIVATIONS,
+            accuracy_level=INT8_ACTIVATIONS,
         )[0]
 
     def norm(self, value: str, weight: Array, bias: Array | None, epsilon: float) -> str:
@@ -270,8 +202,9 @@ class Graph:
 class LayerGraph:
     """A run of decoder layers in one graph: ``begin``, ``layer`` for each, ``finish``.
 
-    Inputs: ``hidden`` float32 [1, n, hidden]; ``seqlens_k`` int32 [1], the last position; ``total``
-    int32 [], positions after this call; ``past_key_i`` and ``past_value_i`` of the i-th layer.
+    Inputs: ``hidden`` float32 [b, n, hidden], n rows of each of b sequences (n or b is 1);
+    ``seqlens_k`` int32 [b], the last positions; ``total`` int32 [], the most positions that a
+    sequence has after this call; ``past_key_i`` and ``past_value_i`` of the i-th layer.
     Outputs: ``output`` like ``hidden``; ``key_i`` and ``value_i``, to be bound to the same memory
     as their past, so that only the new rows are written.
     """
@@ -284,10 +217,9 @@ class LayerGraph:
         self._context = context
         self._window_offset = window_offset
         self._rotary: dict[Any, tuple[str, str]] = {}
-        shape = (1, "n", hidden)
-        self._value = self.graph.input("hidden", TensorProto.FLOAT, shape)
+        self._value = self.graph.input("hidden", TensorProto.FLOAT, ("b", "n", hidden))
         self._delta: str | None = None
-        self.graph.input("seqlens_k", TensorProto.INT32, (1,))
+        self.graph.input("seqlens_k", TensorProto.INT32, ("b",))
         self.graph.input("total", TensorProto.INT32, ())
 
     def layer(
@@ -308,7 +240,7 @@ class LayerGraph:
 
     def finish(self) -> Graph:
         """The graph with its output in place."""
-        self.graph.output(self._sum(), "output", TensorProto.FLOAT, (1, "n", self._hidden))
+        self.graph.output(self._sum(), "output", TensorProto.FLOAT, ("b", "n", self._hidden))
         return self.graph
 
     def _sum(self) -> str:
@@ -383,7 +315,7 @@ class LayerGraph:
         cache = CacheShape(layer.kv_heads, self._context, width)
         self.caches.append(cache)
         past = [
-            graph.input(f"past_{kind}_{index}", TensorProto.FLOAT, cache.shape)
+            graph.input(f"past_{kind}_{index}", TensorProto.FLOAT, ("b", *cache.of(1)[1:]))
             for kind in ("key", "value")
         ]
         attributes: dict[str, Any] = {}
@@ -405,32 +337,33 @@ class LayerGraph:
             **attributes,
         )
         for kind in ("key", "value"):
-            graph.output(f"{kind}_{index}", f"{kind}_{index}", TensorProto.FLOAT, cache.shape)
+            name = f"{kind}_{index}"
+            graph.output(name, name, TensorProto.FLOAT, ("b", *cache.of(1)[1:]))
         if padded:
             attended = self._unpad_heads(layer, attended)
         return self._linear(weights, attended, "o")
 
     def _head_norm(self, layer: LayerSpec, scale: Array, value: str, heads: int) -> str:
         graph, width = self.graph, layer.head_dim
-        (split,) = graph.node("Reshape", [value, graph.integers(1, -1, heads, width)])
+        (split,) = graph.node("Reshape", [value, graph.integers(0, -1, heads, width)])
         normed = graph.norm(split, scale, None, layer.norm_eps)
-        return graph.node("Reshape", [normed, graph.integers(1, -1, heads * width)])[0]
+        return graph.node("Reshape", [normed, graph.integers(0, -1, heads * width)])[0]
 
     def _pad_heads(self, layer: LayerSpec, value: str, heads: int) -> str:
         """Zeros behind each half of each head, so that rotary pairs stay pairs."""
         graph, half = self.graph, layer.head_dim // 2
         padding = cached_head_width(layer) // 2 - half
-        (split,) = graph.node("Reshape", [value, graph.integers(1, -1, heads * 2, half)])
+        (split,) = graph.node("Reshape", [value, graph.integers(0, -1, heads * 2, half)])
         (wide,) = graph.node("Pad", [split, graph.integers(*[0] * 7, padding)])
-        return graph.node("Reshape", [wide, graph.integers(1, -1, heads * 2 * (half + padding))])[0]
+        return graph.node("Reshape", [wide, graph.integers(0, -1, heads * 2 * (half + padding))])[0]
 
     def _unpad_heads(self, layer: LayerSpec, value: str) -> str:
         graph, half = self.graph, layer.head_dim // 2
         wide = cached_head_width(layer) // 2
-        (split,) = graph.node("Reshape", [value, graph.integers(1, -1, layer.heads * 2, wide)])
+        (split,) = graph.node("Reshape", [value, graph.integers(0, -1, layer.heads * 2, wide)])
         bounds = [graph.integers(bound) for bound in (0, half, 3)]
         (narrow,) = graph.node("Slice", [split, *bounds])
-        return graph.node("Reshape", [narrow, graph.integers(1, -1, layer.heads * 2 * half)])[0]
+        return graph.node("Reshape", [narrow, graph.integers(0, -1, layer.heads * 2 * half)])[0]
 
     def _rotary_tables(
         self, layer: LayerSpec, rotary: tuple[Array, Array], width: int

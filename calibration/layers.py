@@ -23,10 +23,10 @@ import numpy.typing as npt
 from backends.base import Backend, Capabilities, Stage, StageOptions
 from calibration.machine import hardware_id, memory_bytes
 from calibration.store import CalibrationStore
-from model.artifact import write_artifact
+from model.artifact import Tensor, store_block
 from model.costs import executed_bytes
-from model.quantize import Format
-from model.spec import LayerSpec, ModelSpec
+from model.quantize import Format, random_matrix
+from model.spec import QUANTIZED_TENSORS, LayerSpec, ModelSpec
 from wire.limits import PREFILL_CHUNK_TOKENS
 from wire.profile import BlockTiming, TimingKind
 
@@ -202,19 +202,24 @@ class Bench:
         self, spec: ModelSpec, blocks: range, bits: int, options: StageOptions
     ) -> Iterator[Stage]:
         """A stage of random blocks, loaded for as long as the context lasts."""
-        random = np.random.default_rng(0)
         with TemporaryDirectory(dir=self._directory, prefix=".calibration-") as name:
-            artifacts = [
-                (
-                    block,
-                    write_artifact(
-                        Path(name), block, _random_block(spec, block, random), Format.of(bits)
-                    ).path,
-                )
-                for block in blocks
-            ]
+            formats = [Format.of(bits)] * len(blocks)
+            artifacts = list(random_artifacts(Path(name), spec, blocks, formats))
             with closing(self.backend.load(spec, artifacts, options)) as stage:
                 yield stage
+
+
+def random_artifacts(
+    directory: Path, spec: ModelSpec, blocks: Sequence[int], formats: Sequence[Format]
+) -> Iterator[tuple[int, Path]]:
+    """Write blocks of random weights, each in its format.
+
+    All differ: a runtime may keep equal weights once, and then reads them from a cache.
+    """
+    random = np.random.default_rng(0)
+    for block, fmt in zip(blocks, formats, strict=True):
+        tensors = _random_block(spec, block, fmt, random)
+        yield block, store_block(directory, block, tensors, fmt).path
 
 
 def timed_layers(spec: ModelSpec, task: Task) -> ModelSpec | None:
@@ -291,14 +296,17 @@ def chunk_tokens(spec: ModelSpec) -> int:
 
 
 def _random_block(
-    spec: ModelSpec, block: int, random: np.random.Generator
-) -> dict[str, npt.NDArray[np.float32]]:
-    tensors = {}
+    spec: ModelSpec, block: int, fmt: Format, random: np.random.Generator
+) -> dict[str, Tensor]:
+    """Matrices of random codes; norms of ones, and biases and positions of small numbers."""
+    tensors: dict[str, Tensor] = {}
     for name, shape in spec.block_tensors(block).items():
-        values = random.random(shape, np.float32)
-        values -= 0.5
-        values *= np.float32(2 / shape[-1] ** 0.5)
-        tensors[name] = values
+        if name in QUANTIZED_TENSORS:
+            tensors[name] = random_matrix((shape[0], shape[1]), fmt, random)
+        elif name.endswith("norm.weight"):
+            tensors[name] = np.ones(shape, np.float32)
+        else:
+            tensors[name] = (random.random(shape, np.float32) - 0.5) * np.float32(0.02)
     return tensors
 
 

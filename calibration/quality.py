@@ -38,7 +38,7 @@ from calibration.machine import memory_bytes
 from calibration.store import CalibrationStore
 from model.artifact import Tensor, read_block, write_artifact
 from model.checkpoint import Checkpoint
-from model.quantize import Format, QuantizedMatrix, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, Format, QuantizedMatrix, Scheme
 from model.reference import ReferenceModel
 from model.spec import ModelSpec
 
@@ -180,7 +180,7 @@ def measure_quality(
     sequences: Sequences,
     *,
     scheme: Scheme = "rtn",
-    group_size: int = 32,
+    group_size: int = DEFAULT_GROUP_SIZE,
     backend: Backend | None = None,
     threads: int = 1,
     store: CalibrationStore | None = None,
@@ -320,7 +320,7 @@ def check_plans(
     sequences: Sequences,
     *,
     scheme: Scheme = "rtn",
-    group_size: int = 32,
+    group_size: int = DEFAULT_GROUP_SIZE,
     backend: Backend | None = None,
     threads: int = 1,
     progress: Progress | None = None,
@@ -391,7 +391,7 @@ class _Runner:
         self._progress = options.progress
         self._directory = directory
         longest = max(len(sequence) for sequence in sequences)
-        self._stage_options = StageOptions(1, longest, options.threads)
+        self._stage_options = StageOptions(1, longest, options.threads, exact=True)
         self._resources = ExitStack()
         self._kept: dict[int, Run] = {}
         if options.kept_bytes is None:

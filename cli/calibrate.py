@@ -88,7 +88,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         help="calibration text, passages between blank lines; default: the built-in English",
     )
     quality.add_argument("--scheme", choices=("rtn", "truncate"), default="rtn")
-    quality.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
+    quality.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
     quality.add_argument("--max-tokens", type=_count, default=1024, metavar="N", help="of the text")
     quality.add_argument(
         "--check-plans",

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cli import planning
+from cli.bench import EXAMPLES as BENCH_EXAMPLES
+from cli.bench import add_bench_arguments, run_bench
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
 from cli.doctor import EXAMPLES as CHECKS
 from cli.doctor import add_doctor_arguments, run_doctor
@@ -530,6 +532,8 @@ def _parser() -> argparse.ArgumentParser:
         "testbed", run_testbed, "emulate a lab's hosts on this machine", TESTBED_EXAMPLES
     )
     add_testbed_arguments(testbed)
+    bench = command("bench", run_bench, "measure tokens per second of a shape", BENCH_EXAMPLES)
+    add_bench_arguments(bench)
     ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
     run = command(
         "run",
@@ -582,7 +586,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
     )
     parser.add_argument("--scheme", choices=("rtn", "truncate"), default="rtn")
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
     parser.add_argument(
         "--context", type=_count, metavar="TOKENS", help="default: the model's, at most 2048"
     )

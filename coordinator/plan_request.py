@@ -12,7 +12,7 @@ from coordinator.errors import RequestInvalid
 from coordinator.plan import PlanError
 from coordinator.plan_file import SavedPlan
 from coordinator.problem import Objective, ObjectiveKind
-from model.quantize import BITS, Format, Scheme
+from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
 
 DEFAULT_BITS = (4, 8, 16)
 DEFAULT_MAX_WEIGHT_ERROR = 1e-3
@@ -29,7 +29,7 @@ class PlanRequest:
     model: Path
     bits: tuple[int, ...] = DEFAULT_BITS
     scheme: Scheme = "rtn"
-    group_size: int = 32
+    group_size: int = DEFAULT_GROUP_SIZE
     max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
     context_tokens: int | None = None
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
@@ -66,7 +66,7 @@ class PlanRequest:
             known = ", ".join(map(str, BITS))
             raise RequestInvalid(f"bits: a list out of {known}", "bits")
         scheme = plain.pop("scheme", "rtn")
-        group_size = plain.pop("group_size", 32)
+        group_size = plain.pop("group_size", DEFAULT_GROUP_SIZE)
         try:
             Format.of(4, scheme, group_size)
         except ValueError as error:

@@ -23,7 +23,7 @@ from coordinator.errors import RequestInvalid
 from coordinator.plan import Plan
 from coordinator.problem import PlanningProblem
 from model.checkpoint import Checkpoint
-from model.quantize import BITS, Format, Scheme
+from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
 from model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class QualityRequest:
     sequences: Sequences
     plans: tuple[tuple[int, ...], ...] = ()
     scheme: Scheme = "rtn"
-    group_size: int = 32
+    group_size: int = DEFAULT_GROUP_SIZE
     on: str | None = None
 
     @staticmethod
@@ -117,7 +117,7 @@ class QualityRequest:
         on = plain.pop("on", None)
         if on is not None and not isinstance(on, str):
             raise RequestInvalid("on: an agent's name, or null", "on")
-        scheme, group_size = plain.pop("scheme", "rtn"), plain.pop("group_size", 32)
+        scheme, group_size = plain.pop("scheme", "rtn"), plain.pop("group_size", DEFAULT_GROUP_SIZE)
         try:
             Format.of(4, scheme, group_size)
         except ValueError as error:

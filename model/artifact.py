@@ -55,24 +55,36 @@ def write_artifact(
     Raises CheckpointError for values that cannot be stored and when the disk is full; nothing
     partial is left behind.
     """
+    stored: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        if name in QUANTIZED_TENSORS:
+            stored[name] = quantize(tensors[name], fmt, name)
+        else:
+            stored[name] = np.asarray(tensors[name], np.float32)
+    return store_block(directory, block, stored, fmt)
+
+
+def store_block(
+    directory: Path, block: int, tensors: Mapping[str, Tensor], fmt: Format
+) -> Artifact:
+    """As ``write_artifact``, of matrices that are in the format already."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     shapes: dict[str, list[int]] = {}
     bfloat16: set[str] = set()
-    for name in sorted(tensors):
-        if name not in QUANTIZED_TENSORS:
-            arrays[name] = _finite(name, np.asarray(tensors[name], np.float32))
+    for name, tensor in sorted(tensors.items()):
+        if not isinstance(tensor, QuantizedMatrix):
+            arrays[name] = _finite(name, tensor)
             continue
-        matrix = quantize(tensors[name], fmt, name)
         if fmt.scheme == "float":
-            arrays[name] = matrix.data
-            if matrix.data.dtype == np.uint16:
+            arrays[name] = tensor.data
+            if tensor.data.dtype == np.uint16:
                 bfloat16.add(name)
             continue
-        shapes[name] = list(matrix.shape)
-        arrays[f"{name}.codes"] = matrix.data
-        arrays[f"{name}.scales"] = _present(matrix.scale_data)
-        if matrix.zero_data is not None:
-            arrays[f"{name}.zeros"] = matrix.zero_data
+        shapes[name] = list(tensor.shape)
+        arrays[f"{name}.codes"] = tensor.data
+        arrays[f"{name}.scales"] = _present(tensor.scale_data)
+        if tensor.zero_data is not None:
+            arrays[f"{name}.zeros"] = tensor.zero_data
     temporary, sha256, size_bytes = write_temporary(
         directory, arrays, _metadata(block, fmt, shapes), frozenset(bfloat16)
     )

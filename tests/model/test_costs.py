@@ -44,8 +44,8 @@ def test_executed_bytes_are_those_of_the_container(name: str, fmt: Format, conta
                 total += matrix.stored_bytes
                 continue
             data, zeros = matrix.in_container(container)
-            planes = 2 if container == 8 else 1
-            total += data.nbytes + planes * matrix.scales().nbytes + zeros.nbytes
+            # Scales, their copy beside the codes, and the sums of the codes.
+            total += data.nbytes + 3 * matrix.scales().nbytes + zeros.nbytes
         assert executed_bytes(checkpoint.spec, block, fmt, container) == total
 
 
@@ -72,7 +72,7 @@ def test_known_figures() -> None:
     assert [hop_bytes(spec, bits) for bits in (8, 16, 32)] == [32 + 4, 64 + 4, 128]
     assert hop_bytes(spec) == 64 + 4
     assert stored_bytes(spec, 0, Format.of(16)) == 260 * 32 * 2
-    assert stored_bytes(spec, 0, Format(4)) == 260 * (16 + 2 + 1)
+    assert stored_bytes(spec, 0, Format(4, "rtn", 32)) == 260 * (16 + 2 + 1)
 
 
 def test_a_window_bounds_the_work_of_attention() -> None:

@@ -1,0 +1,88 @@
+"""Stored matrices in the forms that ONNX Runtime's CPU kernels multiply.
+
+Integer codes stay packed: MatMulNBits has kernels for 2, 4 and 8 bits, so 3 bits are kept as 4, and
+5 and 6 as 8. (6 bits as a plane of 4 and one of 2 would take 0.8 of the memory, but decode no
+faster and read a prompt at half the speed.) There is no kernel for 16 bits on x86: fp16 and bf16
+are widened to fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from model.artifact import Tensor
+from model.quantize import QuantizedMatrix
+
+Array: TypeAlias = npt.NDArray[np.float32]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+CONTAINER_BITS: Mapping[int, int] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 32, 32: 32}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A matrix [rows, columns] as MatMulNBits takes it.
+
+    codes: uint8 [rows, blocks, block_size * bits / 8], low bits first; scales: float32 [rows,
+    blocks]; zero_points: uint8 [rows, ceil(blocks * bits / 8)], packed like codes, or None where
+    all are 2^(bits - 1).
+    """
+
+    columns: int
+    bits: int
+    block_size: int
+    codes: Bytes
+    scales: Array
+    zero_points: Bytes | None
+
+
+Matrix: TypeAlias = PackedMatrix | Array
+"""A packed matrix, or a dense one as float32 [rows, columns]."""
+
+
+def executable(stored: Tensor, *, exact: bool) -> Matrix:
+    """A stored matrix in the form it is executed in; values are exactly the stored ones.
+
+    exact: as fp32, because the packed kernels round activations.
+    """
+    if not isinstance(stored, QuantizedMatrix):
+        return stored
+    bits = CONTAINER_BITS[stored.format.bits]
+    if exact or bits == 32:
+        return stored.dequantize()
+    codes, zeros = stored.in_container(bits)
+    centred = stored.format.symmetric and stored.format.bits == bits
+    return PackedMatrix(
+        columns=stored.shape[1],
+        bits=bits,
+        block_size=stored.format.group_size,
+        codes=codes,
+        scales=stored.scales(),
+        zero_points=None if centred else zeros,
+    )
+
+
+def stack_rows(matrices: Sequence[Matrix]) -> Matrix | None:
+    """One matrix with the rows of all, or None where their layouts differ."""
+    if len(matrices) == 1:
+        return matrices[0]
+    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
+    if not packed:
+        return np.concatenate([np.asarray(matrix) for matrix in matrices])
+    zeros = [matrix.zero_points for matrix in packed if matrix.zero_points is not None]
+    layouts = {(matrix.columns, matrix.bits, matrix.block_size) for matrix in packed}
+    if len(packed) < len(matrices) or len(layouts) > 1 or len(zeros) not in (0, len(packed)):
+        return None
+    return PackedMatrix(
+        columns=packed[0].columns,
+        bits=packed[0].bits,
+        block_size=packed[0].block_size,
+        codes=np.concatenate([matrix.codes for matrix in packed]),
+        scales=np.concatenate([matrix.scales for matrix in packed]),
+        zero_points=np.concatenate(zeros) if zeros else None,
+    )

@@ -1,0 +1,144 @@
+"""Sessions of ONNX Runtime's CPU provider, and what its threads need."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from backends.base import BackendError
+from backends.onnx_graph import MICROSOFT, Graph
+
+_FATAL = 4
+"""Log severity: failures come as exceptions, and are reported once by whoever catches them."""
+
+PROVIDERS = ["CPUExecutionProvider"]
+ERRORS = (
+    ort_errors.EPFail,
+    ort_errors.EngineError,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    RuntimeError,
+    MemoryError,
+)
+
+_DENORMAL = np.array([1e-40], np.float32)
+_ONE = np.array([1.0], np.float32)
+
+
+def new_session(graph: Graph, threads: int) -> Any:
+    """An InferenceSession that has taken over the graph's weights."""
+    return session_of(graph, session_options(threads))
+
+
+def session_options(threads: int) -> Any:
+    """The settings that every session shares."""
+    # numpy probes the smallest denormals once, which must be before they read as zero.
+    for dtype in (np.float16, np.float32, np.float64):
+        np.finfo(dtype)
+    # On some boards the runtime complains of processors that it does not know, to no effect.
+    ort.set_default_logger_severity(_FATAL)
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Waiting threads sleep: spinning gains a few microseconds per operator on an idle machine, and
+    # loses a quarter of the speed where another process wants a core.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Hidden states that decay towards zero would otherwise halve the speed.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
+
+
+def session_of(graph: Graph, options: Any) -> Any:
+    """As ``new_session``, with ``session_options`` to which something was added."""
+    serialized = graph.serialized()
+    # The runtime copies what it keeps, so that the arrays may go once the session exists.
+    weights, graph.weights = graph.weights, {}
+    values = [
+        ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in weights.values()
+    ]
+    if values:
+        options.add_external_initializers(list(weights), values)
+    return ort.InferenceSession(serialized, options, PROVIDERS)
+
+
+def flush_denormals() -> None:
+    """Let the calling thread read denormals as zero, as the runtime's own threads do.
+
+    The runtime sets this in the thread that makes a session, and a stage may run in another, which
+    computes its share of every operator: at long contexts a decisive one.
+    """
+    if (_DENORMAL * _ONE)[0]:
+        _tiny_session()
+
+
+def _tiny_session() -> None:
+    graph = Graph()
+    value = graph.input("hidden", TensorProto.FLOAT, (1,))
+    graph.output(value, "output", TensorProto.FLOAT, (1,))
+    new_session(graph, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def window_offset() -> int:
+    """Positions that GroupQueryAttention sees beyond ``local_window_size``; depends on the version.
+
+    Measured on a head whose values are the unit vectors and whose scores are all equal.
+    """
+    width, window, rows = 8, 3, 6
+    graph = Graph()
+    value = graph.input("hidden", TensorProto.FLOAT, (1, rows, width))
+    zeros = graph.input("zeros", TensorProto.FLOAT, (1, rows, width))
+    past = graph.input("past", TensorProto.FLOAT, (1, 1, 0, width))
+    last = graph.input("last", TensorProto.INT32, (1,))
+    total = graph.input("total", TensorProto.INT32, ())
+    (seen, *_) = graph.node(
+        "GroupQueryAttention",
+        [zeros, zeros, value, past, past, last, total],
+        3,
+        MICROSOFT,
+        num_heads=1,
+        kv_num_heads=1,
+        local_window_size=window,
+    )
+    graph.output(seen, "output", TensorProto.FLOAT, (1, rows, width))
+    inputs = {
+        "hidden": np.eye(rows, width, dtype=np.float32)[None],
+        "zeros": np.zeros((1, rows, width), np.float32),
+        "past": np.zeros((1, 1, 0, width), np.float32),
+        "last": np.array([rows - 1], np.int32),
+        "total": np.array(rows, np.int32),
+    }
+    with translated("onnxruntime lacks an operator, install a newer one"):
+        (result,) = new_session(graph, 1).run(["output"], inputs)
+    return int(np.count_nonzero(result[0, -1])) - window
+
+
+def return_free_memory() -> None:
+    """Give the heap that loading leaves behind back to the system: as much as the weights again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def translated(context: str) -> Iterator[None]:
+    """The runtime's exceptions as BackendError in one line."""
+    try:
+        yield
+    except ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackendError(f"{context}: {lines[0][:300]}") from error

@@ -1,0 +1,149 @@
+"""Decode and prefill speed of a Llama shape here and in llama.cpp, interleaved.
+
+    python -m benchmarks.compare_llama_cpp --llama-python ~/llama/bin/python --bits 4 --against q4_0
+    LLAMA_CPP_LIB_PATH=~/llama.cpp/build/bin python -m benchmarks.compare_llama_cpp ... --json
+
+Both run the same shape with random weights, the same threads and contexts, in processes of their
+own, in turns of a few seconds. Reported are medians over rounds and the median of the ratios within
+a round. llama.cpp is llama-cpp-python's, under the Python given (LLAMA_CPP_LIB_PATH points it to
+another build of the library).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from backends.registry import backend_class
+from benchmarks import gguf
+from calibration.machine import processor_name
+from calibration.shapes import shape_spec
+from calibration.speed import SpeedOptions, prepared_stage
+from model.quantize import Format
+
+
+class LlamaCpp:
+    """A worker process with one model."""
+
+    def __init__(self, python: str, model: Path, threads: int, context_tokens: int) -> None:
+        script = Path(__file__).with_name("llama_cpp_worker.py")
+        command = [python, str(script), str(model), str(threads), str(context_tokens)]
+        self._process = subprocess.Popen(  # noqa: S603 - the user's own Python
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.version = self._line()
+
+    def ask(self, *words: object) -> float:
+        """Seconds that the worker measured."""
+        assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
+        print(*words, file=self._process.stdin, flush=True)
+        return float(self._line())
+
+    def close(self) -> None:
+        """End the worker."""
+        self._process.communicate()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit("llama.cpp ended: does the Python given have llama-cpp-python?")
+        return line.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--llama-python", required=True, help="a Python with llama-cpp-python")
+    parser.add_argument("--shape", default="llama-1b", help="as for `shoal bench`")
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--against", choices=sorted(gguf.TYPES), default="q4_0")
+    parser.add_argument("--backend", default="onnx_cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32, 900])
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", type=Path, help="for 2 GB of weights meanwhile")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    spec = replace(shape_spec(options.shape), vocab=options.vocab)
+    speed = SpeedOptions(
+        threads=options.threads,
+        contexts=tuple(options.contexts),
+        prompt_tokens=options.prompt,
+        decode_tokens=options.tokens,
+    )
+    context_tokens = max(options.prompt, *options.contexts) + options.tokens
+    ours: dict[str, list[float]] = defaultdict(list)
+    theirs: dict[str, list[float]] = defaultdict(list)
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(TemporaryDirectory(dir=options.directory)))
+        model = home / "model.gguf"
+        gguf.write_llama(model, spec, options.against, context_tokens)
+        formats = [Format.of(options.bits, "rtn", options.group_size)]
+        backend = backend_class(options.backend)()
+        trial = stack.enter_context(prepared_stage(spec, formats, backend, speed, home))
+        llama = LlamaCpp(options.llama_python, model, options.threads, context_tokens)
+        stack.callback(llama.close)
+        for number in range(options.rounds):
+            # Whoever comes second finds the machine warmer: they take turns.
+            for which in (0, 1) if number % 2 else (1, 0):
+                if which:
+                    trial.round()
+                    continue
+                seconds = llama.ask("prefill", options.prompt)
+                theirs["prefill"].append(options.prompt / seconds)
+                for context in options.contexts:
+                    seconds = llama.ask("decode", context, options.tokens)
+                    theirs[f"decode past {context}"].append(1 / seconds)
+            for name, rate in trial.latest().items():
+                ours[name].append(rate)
+        result = trial.result()
+        version = llama.version
+    rows = [
+        {
+            "what": name,
+            "shoal_tokens_per_s": median(ours[name]),
+            "llama_cpp_tokens_per_s": median(theirs[name]),
+            "ratio": median(a / b for a, b in zip(ours[name], theirs[name], strict=True)),
+            "lowest_ratio": min(a / b for a, b in zip(ours[name], theirs[name], strict=True)),
+        }
+        for name in theirs
+    ]
+    if options.json:
+        answer: dict[str, Any] = {
+            "machine": processor_name(),
+            "llama_cpp": version,
+            "shape": options.shape,
+            "against": options.against,
+            "rows": rows,
+            "shoal": asdict(result),
+        }
+        print(json.dumps(answer))
+        return
+    table = Table(title=f"{options.shape}, {options.bits} bits against {options.against}")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(str(row["what"]), *(f"{row[key]:.2f}" for key in list(row)[1:]))
+    Console().print(table, f"{processor_name()}; {version}")
+
+
+if __name__ == "__main__":
+    main()
