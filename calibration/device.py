@@ -73,6 +73,7 @@ def profile_device(
         memory_read_bytes_per_s=measure_memory_read(threads),
         disk_write_bytes_per_s=disk_write_bytes_per_s,
         call_s=measure_call(kind(), threads, cache_dir),
+        on_chip_bytes=capabilities.on_chip_bytes,
     )
 
 

@@ -408,6 +408,7 @@ def _run_plan(
 ) -> None:
     from coordinator.admin_api import describe_plan
     from coordinator.explain import explain
+    from coordinator.idle import idle_reasons
     from coordinator.study import simulate
 
     model = Path(options.model).absolute().name
@@ -453,6 +454,7 @@ def _run_plan(
         }
         if explanation is not None:
             answer["explanation"] = explanation.to_dict()
+            answer["idle"] = idle_reasons(plan, problem)
         if simulation is not None:
             answer["simulation"] = simulation.to_dict()
         screen.json(answer)
@@ -462,6 +464,8 @@ def _run_plan(
         screen.out.print(f"predicted KL divergence: {plan.total_sensitivity:.3g} nats per token")
     if explanation is not None:
         show_explanation(screen, explanation)
+        for line in idle_reasons(plan, problem):
+            screen.out.print(escape(line))
     if simulation is not None:
         show_simulation(screen, simulation)
 

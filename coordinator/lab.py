@@ -38,6 +38,7 @@ class LabDevice:
     """One described device. Times are seconds, by width; ``container`` is the width executed.
 
     ``watts`` is what the device draws while it computes; None where that is not known.
+    ``on_chip_bytes`` is as in DeviceProfile.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LabDevice:
     head_s: Mapping[int, float]
     call_s: float = 0.0
     watts: float | None = None
+    on_chip_bytes: int | None = None
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -216,6 +218,7 @@ def _profile(device: LabDevice) -> DeviceProfile:
         memory_read_bytes_per_s=0.0,
         disk_write_bytes_per_s=0.0,
         call_s=device.call_s,
+        on_chip_bytes=device.on_chip_bytes,
     )
 
 
@@ -243,7 +246,7 @@ _Fields = dict[str, _Node]
 _TOP = ("devices", "links", "default_link", "templates")
 _DEVICE = (
     "name", "memory", "storage", "bits", "container", "layer_ms", "embed_ms", "head_ms",
-    "call_ms", "watts",
+    "call_ms", "watts", "on_chip",
 )  # fmt: skip
 _REQUIRED = ("name", "memory", "storage", "layer_ms", "embed_ms", "head_ms")
 _LAYER_MS = ("decode", "prefill_per_token")
@@ -316,6 +319,9 @@ class _Reader:
                 else 0.0
             ),
             watts=self._number(fields["watts"], "watts") if "watts" in fields else None,
+            on_chip_bytes=(
+                self._size(fields["on_chip"], "on_chip") if "on_chip" in fields else None
+            ),
         )
 
     def _links(
