@@ -8,6 +8,8 @@ from backends.base import Backend, BackendUnavailable, Capabilities
 
 BACKENDS: dict[str, str] = {
     "onnx_cpu": "backends.onnx_cpu:OnnxCpuBackend",
+    "edgetpu": "backends.edgetpu:EdgeTpuBackend",
+    "tflite_cpu": "backends.edgetpu:TfliteCpuBackend",
 }
 
 
