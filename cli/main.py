@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cli import planning
+from cli import edgetpu, planning
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
 from cli.errors import EXIT_INTERRUPTED, CommandFailed
 from cli.render import Screen
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         screen.error(str(error))
         return error.exit_code
     except ModuleNotFoundError as error:
-        extra = "agent" if options.command == "agent" else "coordinator"
+        extra = "agent" if options.command in ("agent", "edgetpu") else "coordinator"
         screen.error(
             f"this installation lacks {error.name}: pip install 'shoal-llm[{extra}]' "
             f"to use `shoal {options.command}`"
@@ -465,6 +465,10 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_study_arguments(study)
     calibrate = command("calibrate", run_calibrate, "measure what this device can do", EXAMPLES)
     add_calibrate_arguments(calibrate)
+    coral = command(
+        "edgetpu", edgetpu.run_edgetpu, "compile for a Coral, and check one", edgetpu.EXAMPLES
+    )
+    edgetpu.add_edgetpu_arguments(coral)
     ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
     run = command(
         "run",
