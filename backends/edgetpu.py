@@ -271,9 +271,25 @@ def _load(
     make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
 ) -> Int8Stage:
     _check_request(spec, [block for block, _ in artifacts], options)
+    directory = artifacts[0][1].parent
+    try:
+        return _build(spec, artifacts, options, make_engines, directory)
+    except OSError as error:
+        # Files of a byte per weight lie there until they are mapped.
+        reason = (error.strerror or str(error)).lower()
+        raise BackendError(f"cannot write products to {directory}: {reason}") from error
+
+
+def _build(
+    spec: ModelSpec,
+    artifacts: Sequence[tuple[int, Path]],
+    options: StageOptions,
+    make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
+    directory: Path,
+) -> Int8Stage:
     with (
         ExitStack() as resources,
-        tempfile.TemporaryDirectory(dir=artifacts[0][1].parent, prefix=".products-") as name,
+        tempfile.TemporaryDirectory(dir=directory, prefix=".products-") as name,
     ):
         ends = {
             spec.block_kind(block): resources.enter_context(

@@ -5,9 +5,14 @@ What runs here is `tflite_cpu`: the files of an Edge TPU, interpreted on the CPU
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import gc
 import itertools
 import json
 import logging
+import os
+import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +31,7 @@ from backends.onnx_cpu import OnnxCpuBackend
 from calibration.quality import divergences, measure_quality, split_passages
 from model.artifact import read_block
 from model.checkpoint import Checkpoint
+from model.costs import executed_bytes, kv_bytes, stage_buffer_bytes
 from model.errors import CheckpointError
 from model.quantize import Format, QuantizedMatrix
 from model.reference import ReferenceModel
@@ -238,6 +244,52 @@ def test_what_does_not_fit_is_refused(
         backend.load(spec, [(1, artifacts[2][1])], OPTIONS)
     with pytest.raises(CheckpointError):
         backend.load(spec, [(1, tmp_path / "absent")], OPTIONS)
+
+
+def test_a_full_disk_is_an_error_of_one_line(
+    backend: Backend, small: tuple[ModelSpec, Artifacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_bytes(path: Path, _: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    spec, artifacts = small
+    with pytest.raises(BackendError, match=r"cannot write products to .*: no space left"):
+        backend.load(spec, artifacts[1:2], OPTIONS)
+    assert not list(artifacts[0][1].parent.glob(".products-*"))
+
+
+def test_memory_is_within_what_is_stated_and_planned(backend: Backend, tmp_path: Path) -> None:
+    layer = replace(
+        LAYERS["rmsnorm-post"], hidden=768, heads=12, kv_heads=12, head_dim=64, ffn=3072
+    )
+    spec, tensors = random_model(layer)
+    artifacts = stored(tmp_path, tensors, Format.of(8))[1:-1]
+    # What the first stage of a process costs is the library's.
+    backend.load(spec, artifacts[:1], OPTIONS).close()
+    del tensors
+    gc.collect()
+    before = anonymous_bytes()
+    with closing(backend.load(spec, artifacts, OPTIONS)) as stage:
+        stage.forward(0, 0, np.ones((CONTEXT, 768), np.float32))
+        grown = anonymous_bytes() - before
+        stated = stage.memory_bytes
+    blocks = [block for block, _ in artifacts]
+    planned = sum(
+        executed_bytes(spec, block, Format.of(8), 8) + 8 * kv_bytes(spec, block, CONTEXT)
+        for block in blocks
+    ) + stage_buffer_bytes(spec, blocks, 64, CONTEXT)
+    assert 0.3 * stated < grown < 1.25 * stated
+    assert stated < planned
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is neither a mapped file's nor free."""
+    ctypes.CDLL(None).malloc_trim(0)
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    found = re.search(r"Anonymous:\s+(\d+) kB", rollup)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 @pytest.mark.parametrize("bits", [2, 4, 16, 32])

@@ -6,6 +6,7 @@ and the child processes are real.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -330,6 +331,13 @@ def fake_module(directory: Path, name: str, content: str = "") -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 2.14.0\n")
 
 
+litert_alone = pytest.mark.skipif(
+    importlib.util.find_spec("tflite_runtime") is not None
+    or importlib.util.find_spec("ai_edge_litert") is None,
+    reason="made for an installation with ai-edge-litert alone",
+)
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that modules are imported from first."""
@@ -347,18 +355,21 @@ def without_litert(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return site
 
 
+@litert_alone
 @pytest.mark.usefixtures("without_litert")
 def test_no_runtime_says_what_to_install() -> None:
     with pytest.raises(BackendError, match=r"neither ai-edge-litert nor .*shoal-llm\[coral\]"):
         find_runtime()
 
 
+@litert_alone
 def test_a_runtime_for_another_numpy_is_no_crash(without_litert: Path) -> None:
     fake_module(without_litert, "tflite_runtime.interpreter", "raise SystemError('bad numpy')")
     with pytest.raises(BackendError, match=r"tflite-runtime cannot be imported \(bad numpy\)"):
         find_runtime()
 
 
+@litert_alone
 @pytest.mark.usefixtures("library")
 def test_googles_pycoral_prefers_the_runtime_that_it_came_with(site: Path) -> None:
     fake_module(site, "tflite_runtime.interpreter")

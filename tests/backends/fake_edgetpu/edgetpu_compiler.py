@@ -13,11 +13,11 @@ from pathlib import Path
 
 import flatbuffers
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from backends import edgetpu_tflite as writer
+from backends.edgetpu_runtime import find_runtime
 
 CUSTOM = 32
 SCALE = np.array([writer.SCALE], np.float32)
@@ -25,7 +25,7 @@ SCALE = np.array([writer.SCALE], np.float32)
 
 def compiled(content: bytes) -> bytes:
     """The file with its product as one custom operator."""
-    interpreter = Interpreter(model_content=content)
+    interpreter = find_runtime().module.Interpreter(model_content=content)
     interpreter.allocate_tensors()
     details = {detail["name"]: detail for detail in interpreter.get_tensor_details()}
     weights = interpreter.get_tensor(details["weights"]["index"])
