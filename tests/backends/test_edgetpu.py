@@ -29,6 +29,7 @@ from backends.edgetpu_product import Counts, Int8Weights
 from backends.edgetpu_runtime import Engine
 from backends.onnx_cpu import OnnxCpuBackend
 from calibration.quality import divergences, measure_quality, split_passages
+from calibration.store import CalibrationStore
 from model.artifact import read_block
 from model.checkpoint import Checkpoint
 from model.costs import executed_bytes, kv_bytes, stage_buffer_bytes
@@ -356,11 +357,15 @@ def test_the_demo_model_says_the_same(backend: Backend, tmp_path: Path) -> None:
     assert kls[type(backend)] < 5e-4
 
 
-def test_a_blocks_sensitivity_is_that_of_the_backend(backend: Backend) -> None:
-    """What 8 bits do to a block here is more than what they do to its weights."""
+def test_a_blocks_sensitivity_is_that_of_the_backend(backend: Backend, tmp_path: Path) -> None:
+    """What 8 bits do to a block here is more than what they do to its weights, and kept apart."""
     checkpoint, sequences = Checkpoint.open(TINY_OPT / "model"), demo_sequences(300)
+    store = CalibrationStore(tmp_path / "quality.json")
     weights_only, whole = (
-        {item.block: item.kl for item in measure_quality(checkpoint, [8], sequences, backend=it)}
+        {
+            item.block: item.kl
+            for item in measure_quality(checkpoint, [8], sequences, backend=it, store=store)
+        }
         for it in (None, backend)
     )
     layers = range(1, checkpoint.spec.head_block)
