@@ -241,6 +241,12 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         known_kl = _sensitivities(options, spec)
         if known_kl is not None:
             errors, bound = known_kl.weight_errors, options.max_weight_error
+            rounding = [device.name for device in lab.devices if device.on_chip_bytes is not None]
+            if rounding:
+                screen.note(
+                    f"{', '.join(rounding)} rounds activations too: {options.sensitivities} must"
+                    " come from `shoal calibrate --quality --backend tflite_cpu`"
+                )
         else:
             errors, bound = _weight_errors(options, model, formats, screen)
         context_tokens = min(options.context or DEFAULT_CONTEXT_TOKENS, spec.max_context)

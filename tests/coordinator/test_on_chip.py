@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from calibration.shapes import shape_spec
+from cli.main import main
 from coordinator.idle import idle_reasons
 from coordinator.lab import Lab, LabError, lab_problem, parse_lab, read_lab
 from coordinator.plan import Plan, verify
@@ -130,6 +132,24 @@ def test_reasons_name_what_keeps_a_device_out(tiny_opt: ModelSpec) -> None:
     for wanted, case in cases.items():
         plan = solve(case, time_limit_s=20)
         assert any(line.startswith(wanted) for line in idle_reasons(plan, case))
+
+
+def test_sensitivities_are_to_be_measured_as_the_chip_computes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_opt: ModelSpec
+) -> None:
+    blocks = [
+        {"block": block, "bits": bits, "kl": 1e-5, "normalized_weight_error": 1e-6}
+        for block in range(tiny_opt.block_count)
+        for bits in (4, 8)
+    ]
+    path = tmp_path / "sensitivities.json"
+    path.write_text(json.dumps({"blocks": blocks}))
+    labs, model = EXAMPLES / "labs", str(EXAMPLES / "tiny-opt" / "model")
+    for lab, noted in (("coral-and-pi", True), ("home-4-pis", False)):
+        devices = f"--devices={labs / lab}.yaml"
+        assert main(["plan", model, devices, f"--sensitivities={path}", "--json"]) == 0
+        said = capsys.readouterr().err
+        assert ("coral rounds activations too" in said) == noted
 
 
 def test_a_wrong_capacity_is_refused() -> None:
