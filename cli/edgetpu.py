@@ -53,7 +53,7 @@ def add_edgetpu_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: where agents on this machine look, ~/.cache/shoal/edgetpu",
     )
     parser.add_argument("--scheme", choices=("rtn", "truncate"), default="rtn")
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), help="default: load's")
 
 
 def run_edgetpu(options: argparse.Namespace, screen: Screen) -> None:
@@ -87,7 +87,9 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
         )
     directory = options.out or default_directory()
     checkpoint = Checkpoint.open(options.model)
-    spec, fmt = checkpoint.spec, Format.of(BITS, options.scheme, options.group_size)
+    spec, fmt = checkpoint.spec, Format.of(BITS, options.scheme)
+    if options.group_size is not None:
+        fmt = Format.of(BITS, options.scheme, options.group_size)
     for first, end in options.layers:
         if end > len(spec.layers):
             raise UsageError(f"--layers {first}:{end}: the model has {len(spec.layers)} layers")
