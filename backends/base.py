@@ -39,12 +39,15 @@ class Capabilities:
     """What a backend offers on this machine.
 
     ``container_bits`` maps each width it accepts to the width its kernels keep in memory and
-    compute with (6 -> 8): what the planner charges for memory.
+    compute with (6 -> 8): what the planner charges for memory. ``on_chip_bytes`` is what an
+    accelerator keeps of a stage's layers (one byte per weight at 8 bits); what is beyond it crosses
+    a bus at every call. None where weights are in ordinary memory.
     """
 
     backend: str
     version: str
     container_bits: Mapping[int, int]
+    on_chip_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ BACKENDS: dict[str, str] = {
     "onnx_cpu": "backends.onnx_cpu:OnnxCpuBackend",
     "torch_cuda": "backends.torch_cuda:TorchCudaBackend",
     "torch_cpu": "backends.torch_cuda:TorchCpuBackend",
+    "edgetpu": "backends.edgetpu:EdgeTpuBackend",
+    "tflite_cpu": "backends.edgetpu:TfliteCpuBackend",
 }
 
 

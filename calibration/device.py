@@ -91,6 +91,7 @@ def profile_device(
         disk_write_bytes_per_s=disk_write_bytes_per_s,
         call_s=measure_call(kind(), threads, cache_dir),
         watts=watts,
+        on_chip_bytes=capabilities.on_chip_bytes,
     )
 
 

@@ -24,7 +24,7 @@ from backends.base import Backend, Capabilities, Stage, StageOptions
 from calibration.machine import hardware_id, memory_bytes
 from calibration.store import CalibrationStore
 from model.artifact import Tensor, store_block
-from model.costs import executed_bytes
+from model.costs import executed_bytes, on_chip_layer_bytes
 from model.quantize import Format, random_matrix
 from model.spec import QUANTIZED_TENSORS, LayerSpec, ModelSpec
 from wire.limits import PREFILL_CHUNK_TOKENS
@@ -159,7 +159,7 @@ class Bench:
         return decode_s, prefill_s / chunk
 
     def _layer(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
-        several = timed_layers(spec, task)
+        several = timed_layers(spec, task, self.backend.probe().on_chip_bytes)
         if several is None:
             return None
         count, chunk = len(several.layers), chunk_tokens(spec)
@@ -222,12 +222,17 @@ def random_artifacts(
         yield block, store_block(directory, block, tensors, fmt).path
 
 
-def timed_layers(spec: ModelSpec, task: Task) -> ModelSpec | None:
-    """The model of as many equal layers as are timed at once; None where not even one fits."""
+def timed_layers(spec: ModelSpec, task: Task, on_chip_bytes: int | None = None) -> ModelSpec | None:
+    """The model of as many equal layers as are timed at once; None where not even one fits.
+
+    ``on_chip_bytes`` is the backend's: a stage that a plan may make is within it, or one layer.
+    """
     layer = layer_variants(spec)[task.variant]
     single = replace(spec, layers=(layer,))
     one_bytes = executed_bytes(single, 1, Format.of(task.bits), task.container_bits)
     wanted = min(ceil(STAGE_BYTES / one_bytes), MAX_TIMED_LAYERS, spec.layers.count(layer))
+    if on_chip_bytes is not None:
+        wanted = max(min(wanted, on_chip_bytes // on_chip_layer_bytes(layer)), 1)
     for count in range(wanted, 0, -1):
         several = replace(spec, layers=(layer,) * count)
         if fits_memory(several, range(1, 1 + count), task):

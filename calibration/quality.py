@@ -201,6 +201,9 @@ def measure_quality(
     formats = {width: Format.of(width, scheme, group_size) for width in sorted(set(bits))}
     blocks = range(checkpoint.spec.block_count)
     key = _text_key(checkpoint, sequences)
+    if backend is not None:
+        # One that rounds activations makes a block more sensitive than its weights alone do.
+        key["backend"] = backend.probe().backend
     found: dict[tuple[int, int], tuple[float, ...]] = {}
     for block in blocks:
         for width, fmt in formats.items():

@@ -182,7 +182,7 @@ def _with_flops(
     flops: dict[int, float] = {}
     best_flops: dict[int, float] = {}
     for container, bits in _widths(survey).items():
-        with _compute_call(backend, bits, threads, directory) as (call, operations):
+        with compute_call(backend, bits, threads, directory) as (call, operations):
             call()
             times_s: list[float] = []
             while sum(times_s) < _FLOPS_TIME_S:
@@ -213,15 +213,18 @@ def _sustain(
 
     bits = min(survey.container_bits)
     backend = backend_class(survey.name)()
-    with _compute_call(backend, bits, threads, directory) as (call, operations):
+    with compute_call(backend, bits, threads, directory) as (call, operations):
         return measure_sustained(call, operations, duration_s, sensors, progress=on_time)
 
 
 @contextmanager
-def _compute_call(
+def compute_call(
     backend: Backend, bits: int, threads: int, directory: Path
 ) -> Iterator[tuple[Callable[[], object], int]]:
-    """A call of FLOPS_ROWS rows through one large layer, and its floating-point operations."""
+    """A call of FLOPS_ROWS rows through one large layer, and its floating-point operations.
+
+    directory: for the layer's random weights meanwhile.
+    """
     layer = LayerSpec(
         hidden=_HIDDEN,
         heads=_HIDDEN // 64,

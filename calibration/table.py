@@ -226,7 +226,7 @@ class _Run:
         on_point: Callable[[int], None],
         done: int,
     ) -> None:
-        several = timed_layers(self._spec, task)
+        several = timed_layers(self._spec, task, self._bench.backend.probe().on_chip_bytes)
         if several is None:
             self.left_out += len(points)
             return

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cli import planning
+from cli import edgetpu, planning
 from cli.bench import EXAMPLES as BENCH_EXAMPLES
 from cli.bench import add_bench_arguments, run_bench
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         screen.error(str(error))
         return error.exit_code
     except ModuleNotFoundError as error:
-        extra = "agent" if options.command == "agent" else "coordinator"
+        extra = "agent" if options.command in ("agent", "edgetpu") else "coordinator"
         screen.error(
             f"this installation lacks {error.name}: pip install 'shoal-llm[{extra}]' "
             f"to use `shoal {options.command}`"
@@ -534,6 +534,10 @@ def _parser() -> argparse.ArgumentParser:
     add_testbed_arguments(testbed)
     bench = command("bench", run_bench, "measure tokens per second of a shape", BENCH_EXAMPLES)
     add_bench_arguments(bench)
+    coral = command(
+        "edgetpu", edgetpu.run_edgetpu, "compile for a Coral, and check one", edgetpu.EXAMPLES
+    )
+    edgetpu.add_edgetpu_arguments(coral)
     ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
     run = command(
         "run",

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from cli.errors import CommandFailed, UsageError
 from cli.plan_views import (
     show_difference,
@@ -293,6 +295,12 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             raise UsageError("--quality-budget needs --sensitivities FILE: run calibrate first")
         if known_kl is not None:
             errors, bound = known_kl.weight_errors, options.max_weight_error
+            rounding = [device.name for device in lab.devices if device.on_chip_bytes is not None]
+            if rounding:
+                screen.note(
+                    f"{', '.join(rounding)} rounds activations too: {options.sensitivities} must"
+                    " come from `shoal calibrate --quality --backend tflite_cpu`"
+                )
         else:
             errors, bound = _weight_errors(options, model, formats, screen)
         context_tokens = min(options.context or DEFAULT_CONTEXT_TOKENS, spec.max_context)
@@ -512,6 +520,7 @@ def _show_plan(
     """Explain, simulate, save and draw a plan as asked, then show it."""
     from coordinator.admin_api import describe_plan
     from coordinator.explain import explain
+    from coordinator.idle import idle_reasons
     from coordinator.study import simulate
 
     if options.simulate and options.objective == "energy":
@@ -546,7 +555,8 @@ def _show_plan(
         write_plot(options.plot, plan, problem.spec, found.wording.picture, names)
         screen.note(f"drawn to {options.plot}")
     found.plan = describe_plan(problem.spec, plan)
-    _show_found(options, screen, found, explanation, simulation)
+    idle = () if explanation is None else idle_reasons(plan, problem)
+    _show_found(options, screen, found, explanation, idle, simulation)
 
 
 def _show_found(
@@ -554,9 +564,10 @@ def _show_found(
     screen: Screen,
     found: _Found,
     explanation: Explanation | None = None,
+    idle: Sequence[str] = (),
     simulation: Simulation | None = None,
 ) -> None:
-    """A plan as JSON or as tables."""
+    """A plan as JSON or as tables. ``idle`` says of devices that it leaves out, why."""
     if options.json:
         answer: dict[str, Any] = {
             "model": found.model,
@@ -568,6 +579,7 @@ def _show_found(
             answer["quality"] = {"margin": found.margin, "measured_kl": found.measured_kl}
         if explanation is not None:
             answer["explanation"] = explanation.to_dict()
+            answer["idle"] = list(idle)
         if simulation is not None:
             answer["simulation"] = simulation.to_dict()
         screen.json(answer)
@@ -579,6 +591,8 @@ def _show_found(
         screen.out.print(f"predicted energy of computing: {energy_j:.3g} J per token")
     if explanation is not None:
         show_explanation(screen, explanation)
+        for line in idle:
+            screen.out.print(escape(line))
     if simulation is not None:
         show_simulation(screen, simulation)
 

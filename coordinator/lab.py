@@ -47,6 +47,7 @@ class LabDevice:
     """One described device. Times are seconds, by width; ``container`` is the width executed.
 
     ``watts`` is what the device draws while it computes; None where that is not known.
+    ``on_chip_bytes`` is as in DeviceProfile.
     """
 
     name: str
@@ -59,6 +60,7 @@ class LabDevice:
     head_s: Mapping[int, float]
     call_s: float = 0.0
     watts: float | None = None
+    on_chip_bytes: int | None = None
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -246,6 +248,7 @@ def _profile(device: LabDevice) -> DeviceProfile:
         memory_read_bytes_per_s=0.0,
         disk_write_bytes_per_s=0.0,
         call_s=device.call_s,
+        on_chip_bytes=device.on_chip_bytes,
     )
 
 
@@ -274,7 +277,7 @@ _Fields = dict[str, _Node]
 _TOP = ("devices", "links", "default_link", "hops", "templates", "emulation")
 _DEVICE = (
     "name", "memory", "storage", "bits", "container", "layer_ms", "embed_ms", "head_ms",
-    "call_ms", "watts",
+    "call_ms", "watts", "on_chip",
 )  # fmt: skip
 _REQUIRED = ("name", "memory", "storage", "layer_ms", "embed_ms", "head_ms")
 _LAYER_MS = ("decode", "prefill_per_token")
@@ -349,6 +352,9 @@ class _Reader:
                 else 0.0
             ),
             watts=self._number(fields["watts"], "watts") if "watts" in fields else None,
+            on_chip_bytes=(
+                self._size(fields["on_chip"], "on_chip") if "on_chip" in fields else None
+            ),
         )
 
     def _hops(self, node: _Node) -> tuple[HopFormat, ...]:

@@ -382,12 +382,20 @@ def build_problem(
         if name not in indices:
             raise ValueError(f"cannot exclude {name}, which is not there")
     stage_bytes = costs.stage_buffer_bytes(spec, blocks, chunk_tokens, context_tokens)
+    kv_bytes = tuple(slots * costs.kv_bytes(spec, k, context_tokens) for k in blocks)
+    options = {
+        name: _options(spec, profile, timings.get(name, ()), formats)
+        for name, profile in profiles.items()
+    }
     devices = tuple(
         Device(
             name=name,
-            memory_bytes=profile.memory_bytes,
+            memory_bytes=min(
+                profile.memory_bytes,
+                _on_chip_limit(spec, profile, options[name], kv_bytes, stage_bytes),
+            ),
             storage_bytes=profile.storage_bytes,
-            options=_options(spec, profile, timings.get(name, ()), formats),
+            options=options[name],
             # The largest of all blocks, although a stage needs only the largest of its own.
             stage_bytes=stage_bytes,
             call_s=(call_s or {}).get(name, 0.0),
@@ -411,7 +419,7 @@ def build_problem(
             {width: costs.stored_bytes(spec, k, fmt) for width, fmt in formats.items()}
             for k in blocks
         ),
-        kv_bytes=tuple(slots * costs.kv_bytes(spec, k, context_tokens) for k in blocks),
+        kv_bytes=kv_bytes,
         weight_errors=tuple(dict(errors) for errors in weight_errors),
         max_weight_error=(math.inf if max_weight_error is None else max_weight_error,)
         * len(blocks),
@@ -429,6 +437,34 @@ def layer_variants(spec: ModelSpec) -> list[int]:
     shapes: dict[LayerSpec, int] = {}
     layers = [shapes.setdefault(layer, len(shapes)) for layer in spec.layers]
     return [0, *layers, 0]
+
+
+def _on_chip_limit(
+    spec: ModelSpec,
+    profile: DeviceProfile,
+    options: Sequence[Sequence[BlockOption]],
+    kv_bytes: Sequence[int],
+    stage_bytes: int,
+) -> int:
+    """What a stage takes of as many layers as the device's chip holds; else no limit.
+
+    Timings were taken with all weights on the chip, which this keeps true. Where not even one layer
+    fits, they are those of weights that cross the bus at every call, and hold for any number.
+    Embedding and head count as well, although they are not the chip's: never too little.
+    """
+    unlimited = profile.memory_bytes
+    if profile.on_chip_bytes is None:
+        return unlimited
+    layers = profile.on_chip_bytes // max(map(costs.on_chip_layer_bytes, spec.layers))
+    largest = max(
+        (
+            option.executed_bytes + kv_bytes[block]
+            for block in range(1, spec.head_block)
+            for option in options[block]
+        ),
+        default=0,
+    )
+    return stage_bytes + layers * largest if layers else unlimited
 
 
 def _options(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from math import prod
 
 from model.quantize import INTEGER_BITS, Format
-from model.spec import QUANTIZED_TENSORS, ModelSpec
+from model.spec import QUANTIZED_TENSORS, LayerSpec, ModelSpec
 
 BUFFER_FACTOR = 3
 """Buffers of ONNX Runtime 1.31 over the intermediates live at once (measured, hidden 2048)."""
@@ -50,6 +50,11 @@ def executed_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int
         else:
             total += prod(shape) * container_bits // 8
     return total
+
+
+def on_chip_layer_bytes(layer: LayerSpec) -> int:
+    """Bytes that a layer's matrices take on a chip with a memory of its own: one per weight."""
+    return sum(prod(shape) for name, shape in layer.tensors().items() if name in QUANTIZED_TENSORS)
 
 
 def kv_bytes(spec: ModelSpec, block: int, tokens: int, item_bytes: int = 4) -> int:

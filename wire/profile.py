@@ -18,7 +18,9 @@ class DeviceProfile:
     ``memory_bytes`` is what a stage may take (weights as executed, KV cache, compute buffers): the
     user's limit, or what was free at start less headroom. ``container_bits`` lists (bits, bits as
     executed) pairs of the backend. ``call_s`` is what a call of a stage takes besides its blocks,
-    ``watts`` what the device draws while it computes, as declared.
+    ``watts`` what the device draws while it computes, as declared. ``on_chip_bytes``: where an
+    accelerator keeps weights, how many (one byte each at 8 bits) cross no bus at a call; None where
+    weights are in ordinary memory.
     """
 
     machine: str
@@ -35,6 +37,7 @@ class DeviceProfile:
     disk_write_bytes_per_s: float
     call_s: float = 0.0
     watts: float | None = None
+    on_chip_bytes: int | None = None
 
     def container(self, bits: int) -> int | None:
         """Width in memory of a block stored at ``bits``; None where the backend cannot run it."""

@@ -196,8 +196,9 @@ def test_the_shipped_labs_plan(path: Path) -> None:
     verify(solve(problem, time_limit_s=20), problem)
 
 
-def test_six_labs_are_shipped() -> None:
+def test_seven_labs_are_shipped() -> None:
     assert [path.stem for path in LABS] == [
+        "coral-and-pi",
         "four-pis",
         "home-4-pis",
         "jetson-pis-coral",

@@ -1,0 +1,411 @@
+"""Google's Coral Edge TPU: a layer's matrix products on the chip, everything else on the host.
+
+Two backends run the same files. ``edgetpu`` has them compiled and gives them to the chip;
+``tflite_cpu`` interprets them as they are, so that what the chip would compute can be had, tested
+and measured without one. Embedding and head are ONNX Runtime's: looking up rows is no product, and
+no vocabulary fits on the chip.
+
+Each of a layer's products (q, k and v stacked; o; gate and up stacked; down) is one file; see
+edgetpu_product for what 8 bits do to it, and edgetpu_compiler for where compiled files are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from backends.base import (
+    Array,
+    Backend,
+    BackendError,
+    BackendUnavailable,
+    Capabilities,
+    Stage,
+    StageOptions,
+    Tokens,
+)
+from backends.edgetpu_compiler import (
+    COMPILER,
+    Compiled,
+    compile_files,
+    default_directory,
+    find_compiled,
+    find_compiler,
+)
+from backends.edgetpu_devices import check_in_child, choose_target
+from backends.edgetpu_host import HostLayer, Span, stacks
+from backends.edgetpu_product import Counts, Int8Product, Int8Weights
+from backends.edgetpu_runtime import Engine, Runtime, Target, find_runtime
+from backends.edgetpu_tflite import fully_connected
+from backends.onnx_cpu import CHUNK_ROWS, OnnxCpuBackend
+from model.artifact import Tensor, read_block
+from model.costs import stage_buffer_bytes
+from model.quantize import QuantizedMatrix
+from model.rotary import rotary_table
+from model.spec import LayerSpec, ModelSpec, RopeSpec
+
+log = logging.getLogger(__name__)
+
+BITS = 8
+CONTAINER_BITS = {BITS: BITS}
+
+ON_CHIP_BYTES = 7_500_000
+"""Of the chip's 8 MB, what compilers were seen to leave to weights (7.7 to 7.9 MiB) less the
+programs of some twenty products."""
+
+MANY_SATURATED = 0.05
+"""Share of a product's outputs from which on the host's part is worth a warning."""
+
+
+class TfliteCpuBackend(Backend):
+    """The Edge TPU's files, interpreted by TensorFlow Lite on the CPU."""
+
+    @classmethod
+    def probe(cls) -> Capabilities:
+        try:
+            runtime = find_runtime()
+            OnnxCpuBackend.probe()
+        except BackendError as error:
+            raise BackendUnavailable("tflite_cpu", _reason(error)) from error
+        return Capabilities("tflite_cpu", str(runtime), CONTAINER_BITS)
+
+    def load(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> Int8Stage:
+        runtime = find_runtime()
+
+        def engines(files: Sequence[ProductFile]) -> list[Engine]:
+            return [Engine(runtime, file.path, None, options.threads) for file in files]
+
+        return _load(spec, artifacts, options, engines)
+
+
+class EdgeTpuBackend(Backend):
+    """An Edge TPU on USB or PCIe, reached through libedgetpu."""
+
+    root: ClassVar[Path] = Path("/")
+    """Where /sys and /dev are."""
+
+    @classmethod
+    def probe(cls) -> Capabilities:
+        try:
+            runtime = find_runtime(edge_tpu=True)
+            OnnxCpuBackend.probe()
+            target = choose_target(cls.root)
+            _check_once(runtime, target)
+        except BackendError as error:
+            raise BackendUnavailable("edgetpu", _reason(error)) from error
+        return Capabilities("edgetpu", f"{runtime}, {target.device}", CONTAINER_BITS, ON_CHIP_BYTES)
+
+    def load(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> Int8Stage:
+        runtime, target = find_runtime(edge_tpu=True), choose_target(self.root)
+
+        def engines(files: Sequence[ProductFile]) -> list[Engine]:
+            compiled = _compiled(spec, artifacts, files)
+            _check_once(runtime, target, (compiled.files[0], files[0].path))
+            return [Engine(runtime, path, target, options.threads) for path in compiled.files]
+
+        return _load(spec, artifacts, options, engines)
+
+
+@dataclass(frozen=True, slots=True)
+class ProductFile:
+    """One product's .tflite file, and its weights, whose codes are a view of it."""
+
+    name: str
+    path: Path
+    weights: Int8Weights
+
+
+class Int8Stage(Stage):
+    """Layers whose products are an Engine's, between ONNX Runtime's embedding and head."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        embedding: Stage | None,
+        layers: Sequence[HostLayer],
+        products: Sequence[tuple[str, Int8Product]],
+        head: Stage | None,
+        options: StageOptions,
+        memory_bytes: int,
+        resources: ExitStack,
+    ) -> None:
+        self._spec = spec
+        self._embedding = embedding
+        self._layers = list(layers)
+        self._products = list(products)
+        self._head = head
+        self._options = options
+        self._memory_bytes = memory_bytes
+        self._resources = resources
+        self._open = True
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._memory_bytes
+
+    @property
+    def counts(self) -> dict[str, Counts]:
+        """What the host had to compute of each product so far."""
+        return {name: product.counts for name, product in self._products}
+
+    def forward(
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+    ) -> Array:
+        self._check_call([slot], position, inputs)
+        rows = len(inputs)
+        hidden: Array = np.asarray(inputs, np.float32)
+        if self._embedding is not None:
+            hidden = self._embedding.forward(slot, position, inputs)
+        hidden = self._run_layers(hidden, [Span(slot, position, 0, rows)])
+        if self._head is None:
+            return hidden
+        if not logits:
+            return np.empty((0, self._spec.vocab), np.float32)
+        return self._head.forward(slot, position + rows - 1, hidden[-1:])
+
+    def decode(
+        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
+    ) -> Array:
+        """One row of each of several sequences: the layers' products take all rows at once."""
+        for row, position in enumerate(positions):
+            self._check_call(slots, position, inputs[row : row + 1])
+        places = list(zip(slots, positions, strict=True))
+        hidden: Array = np.asarray(inputs, np.float32)
+        if self._embedding is not None:
+            hidden = _each_row(self._embedding, places, inputs)
+        spans = [Span(*place, row, row + 1) for row, place in enumerate(places)]
+        hidden = self._run_layers(hidden, spans)
+        return hidden if self._head is None else _each_row(self._head, places, hidden)
+
+    def _run_layers(self, hidden: Array, spans: Sequence[Span]) -> Array:
+        # What a damaged model or peer makes infinite gives NaN, not a line on stderr.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for layer in self._layers:
+                hidden = layer(hidden, spans)
+        # A stage of no layers hands on what it was given, and the result is the caller's.
+        return hidden if self._layers else hidden.copy()
+
+    def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        for name, counts in self.counts.items():
+            share = counts.saturated / max(counts.outputs, 1)
+            log.log(
+                logging.WARNING if share > MANY_SATURATED else logging.DEBUG,
+                "%s: the host computed the %.2g %% of the outputs that left the range, and %.2g %%"
+                " of the inputs, which stood out",
+                name,
+                100 * share,
+                100 * counts.outliers / max(counts.inputs, 1),
+            )
+        self._layers, self._products = [], []
+        self._embedding = self._head = None
+        self._resources.close()
+
+    def _check_call(self, slots: Sequence[int], position: int, inputs: Array | Tokens) -> None:
+        if not self._open:
+            raise BackendError("the stage is closed")
+        if len(set(slots)) < len(slots) or not all(0 <= s < self._options.slots for s in slots):
+            raise BackendError(f"slots {list(slots)} of a stage with {self._options.slots} slots")
+        context = self._options.context_tokens
+        rows = inputs.shape[0] if inputs.ndim else 0
+        if rows == 0 or position < 0 or position + rows > context:
+            raise BackendError(
+                f"rows [{position}, {position + rows}) do not fit the context of {context} tokens"
+            )
+        if self._embedding is None and inputs.shape != (rows, self._spec.hidden):
+            raise BackendError(f"hidden rows are {inputs.shape}, not [n, {self._spec.hidden}]")
+
+
+def product_files(
+    spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], directory: Path
+) -> tuple[list[ProductFile], dict[int, dict[str, Array]]]:
+    """The .tflite files of all layers in order, and each layer's norms and biases by block.
+
+    The files are written to ``directory``, and stay mapped after it is gone. Equal artifacts make
+    equal files on every machine.
+    Raises BackendError for other than 8 bits, CheckpointError for damaged artifacts.
+    """
+    files: list[ProductFile] = []
+    vectors: dict[int, dict[str, Array]] = {}
+    for block, source in artifacts:
+        fmt, tensors = read_block(source, spec, block)
+        if fmt.bits != BITS:
+            raise BackendError(
+                f"{spec.block_name(block)} is stored at {fmt.bits} bits: an Edge TPU takes {BITS}"
+            )
+        if spec.block_kind(block) != "layer":
+            continue
+        vectors[block] = {
+            name: tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)
+        }
+        for name, parts in stacks(spec.layer(block)).items():
+            matrix = np.concatenate([_values(tensors[f"{part}.weight"]) for part in parts])
+            weights = Int8Weights.of(matrix)
+            written = fully_connected(weights.codes, weights.multipliers)
+            path = directory / f"{len(files):03}.tflite"
+            path.write_bytes(written.content)
+            codes = np.memmap(path, np.int8, "r", written.weights_offset, matrix.shape)
+            mapped = replace(weights, codes=np.asarray(codes))
+            files.append(ProductFile(f"{spec.block_name(block)} {name}", path, mapped))
+    return files, vectors
+
+
+def _load(
+    spec: ModelSpec,
+    artifacts: Sequence[tuple[int, Path]],
+    options: StageOptions,
+    make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
+) -> Int8Stage:
+    _check_request(spec, [block for block, _ in artifacts], options)
+    directory = artifacts[0][1].parent
+    try:
+        return _build(spec, artifacts, options, make_engines, directory)
+    except OSError as error:
+        # Files of a byte per weight lie there until they are mapped.
+        reason = (error.strerror or str(error)).lower()
+        raise BackendError(f"cannot write products to {directory}: {reason}") from error
+
+
+def _build(
+    spec: ModelSpec,
+    artifacts: Sequence[tuple[int, Path]],
+    options: StageOptions,
+    make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
+    directory: Path,
+) -> Int8Stage:
+    with (
+        ExitStack() as resources,
+        tempfile.TemporaryDirectory(dir=directory, prefix=".products-") as name,
+    ):
+        ends = {
+            spec.block_kind(block): resources.enter_context(
+                closing(OnnxCpuBackend().load(spec, [(block, path)], options))
+            )
+            for block, path in artifacts
+            if spec.block_kind(block) != "layer"
+        }
+        files, vectors = product_files(spec, artifacts, Path(name))
+        engines = make_engines(files) if files else []
+        products = []
+        for file, engine in zip(files, engines, strict=True):
+            resources.callback(engine.close)
+            products.append((file.name, Int8Product(file.weights, engine)))
+        left = iter(product for _, product in products)
+        layers = [
+            HostLayer(
+                spec.layer(block),
+                own,
+                {name: next(left) for name in stacks(spec.layer(block))},
+                _rotary(spec.layer(block), options.context_tokens),
+                options.slots,
+                options.context_tokens,
+            )
+            for block, own in vectors.items()
+        ]
+        memory_bytes = sum(layer.memory_bytes for layer in layers)
+        memory_bytes += sum(
+            file.weights.codes.size + 2 * file.weights.steps.nbytes for file in files
+        )
+        memory_bytes += sum(stage.memory_bytes for stage in ends.values())
+        if layers:
+            blocks = list(vectors)
+            memory_bytes += stage_buffer_bytes(spec, blocks, CHUNK_ROWS, options.context_tokens)
+        return Int8Stage(
+            spec,
+            ends.get("embedding"),
+            layers,
+            products,
+            ends.get("head"),
+            options,
+            memory_bytes,
+            resources.pop_all(),
+        )
+
+
+def _check_request(spec: ModelSpec, blocks: Sequence[int], options: StageOptions) -> None:
+    if not blocks or list(blocks) != list(range(blocks[0], blocks[0] + len(blocks))):
+        raise BackendError(f"a stage is a contiguous run of blocks, not {list(blocks)}")
+    if blocks[0] < 0 or blocks[-1] >= spec.block_count:
+        raise BackendError(f"blocks {list(blocks)} of a model with {spec.block_count}")
+    if options.slots < 1 or options.threads < 1:
+        raise BackendError("a stage needs at least one slot and one thread")
+    if not 0 < options.context_tokens <= spec.max_context:
+        raise BackendError(
+            f"context of {options.context_tokens} tokens: the model has 1 to {spec.max_context}"
+        )
+
+
+def _compiled(
+    spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], files: Sequence[ProductFile]
+) -> Compiled:
+    """The files for the chip: found, or made where the compiler is. Raises BackendError."""
+    paths, directory = [file.path for file in files], default_directory()
+    compiler = find_compiler()
+    if compiler is not None:
+        compiled: Compiled | None = compile_files(compiler, paths, directory)
+    else:
+        compiled = find_compiled(directory, paths, None)
+    layers = [block - 1 for block, _ in artifacts if spec.block_kind(block) == "layer"]
+    if compiled is None:
+        raise BackendError(
+            f"layers {layers[0]} to {layers[-1]} are not compiled for the Edge TPU: on an x86-64"
+            f" machine with {COMPILER}, `shoal edgetpu compile MODEL --layers"
+            f" {layers[0]}:{layers[-1] + 1} -o DIR`, and copy what is in DIR to {directory}"
+        )
+    if compiled.streamed_bytes:
+        log.warning(
+            "%.1f MB of layers %d to %d do not fit on the chip and cross the bus at every call",
+            compiled.streamed_bytes / 1e6,
+            layers[0],
+            layers[-1],
+        )
+    return compiled
+
+
+_checked: set[tuple[Target, str, bool]] = set()
+
+
+def _check_once(runtime: Runtime, target: Target, files: tuple[Path, ...] = ()) -> None:
+    """Let a child open the device, or run a product, before this process does: see there."""
+    key = target, str(runtime), bool(files)
+    if key not in _checked:
+        check_in_child(runtime, target, files)
+        _checked.add(key)
+
+
+def _each_row(stage: Stage, places: Sequence[tuple[int, int]], inputs: Array | Tokens) -> Array:
+    rows = [stage.forward(*place, inputs[row : row + 1]) for row, place in enumerate(places)]
+    return np.concatenate(rows)
+
+
+@functools.lru_cache(maxsize=4)
+def _rotary_table(rope: RopeSpec, head_dim: int, context_tokens: int) -> tuple[Array, Array]:
+    return rotary_table(rope, head_dim, context_tokens)
+
+
+def _rotary(layer: LayerSpec, context_tokens: int) -> tuple[Array, Array] | None:
+    if layer.rope is None:
+        return None
+    return _rotary_table(layer.rope, layer.head_dim, context_tokens)
+
+
+def _values(tensor: Tensor) -> Array:
+    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
+
+
+def _reason(error: BackendError) -> str:
+    return error.reason if isinstance(error, BackendUnavailable) else str(error)

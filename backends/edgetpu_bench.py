@@ -1,0 +1,139 @@
+"""What an owner of an Edge TPU runs by hand: compiling ahead, and seeing that the chip works."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from backends.base import BackendError, Capabilities, StageOptions
+from backends.edgetpu import ON_CHIP_BYTES, Int8Stage, TfliteCpuBackend, product_files
+from backends.edgetpu_compiler import (
+    Compiled,
+    Compiler,
+    compile_files,
+    default_directory,
+    find_compiled,
+)
+from backends.edgetpu_devices import check_in_child
+from backends.edgetpu_product import Int8Weights
+from backends.edgetpu_runtime import Engine, Runtime, Target
+from backends.edgetpu_tflite import fully_connected
+from model.spec import ModelSpec
+
+SHAPES = ((512, 512), (2048, 2048), (4096, 4096))
+"""Small; most of the chip; twice what it holds, so that weights cross the bus at every call."""
+
+_ROWS = 64
+_REPEATS = 20
+
+
+class CompilingBackend(TfliteCpuBackend):
+    """Runs on the CPU, and leaves what it loads compiled for the chip in ``directory``.
+
+    Measuring a model with it makes the files that measuring on a device without compiler needs: its
+    random blocks are the same everywhere. ``compiled`` has them by what they are.
+    """
+
+    def __init__(self, compiler: Compiler, directory: Path) -> None:
+        self.compiled: dict[str, Compiled] = {}
+        self._compiler = compiler
+        self._directory = directory
+
+    @classmethod
+    def probe(cls) -> Capabilities:
+        # What is timed at once depends on it.
+        return replace(super().probe(), on_chip_bytes=ON_CHIP_BYTES)
+
+    def load(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> Int8Stage:
+        layers = sum(spec.block_kind(block) == "layer" for block, _ in artifacts)
+        if layers:
+            what = f"measuring: {layers} of hidden {spec.hidden}, MLP {spec.layers[0].ffn}"
+            self.compiled[what] = compile_stage(spec, artifacts, self._compiler, self._directory)
+        return super().load(spec, artifacts, options)
+
+
+def compile_stage(
+    spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], compiler: Compiler, directory: Path
+) -> Compiled:
+    """Compile the layers of a stage together. Raises BackendError, CheckpointError."""
+    with tempfile.TemporaryDirectory(prefix="shoal-edgetpu-") as name:
+        files, _ = product_files(spec, artifacts, Path(name))
+        return compile_files(compiler, [file.path for file in files], directory)
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTiming:
+    """One product [N, K] on the chip: seconds of a call with one row, and per row of 64."""
+
+    shape: tuple[int, int]
+    one_row_s: float
+    s_per_row: float
+    streamed_bytes: int
+
+
+def compile_check(compiler: Compiler, directory: Path) -> list[tuple[str, Compiled]]:
+    """Compile the products that ``check_products`` runs. Raises BackendError."""
+    with tempfile.TemporaryDirectory(prefix="shoal-edgetpu-") as name:
+        return [
+            (f"check {shape[0]} x {shape[1]}", compile_files(compiler, [path], directory))
+            for shape, path in _files(Path(name))
+        ]
+
+
+def check_products(
+    runtime: Runtime, target: Target, compiler: Compiler | None, directory: Path | None
+) -> list[ProductTiming]:
+    """Run each product on the chip: compared with the CPU in a child process, timed in this one.
+
+    directory: of compiled files. Raises BackendError where one is missing, fails, or differs.
+    """
+    directory = directory or default_directory()
+    check_in_child(runtime, target)
+    timings = []
+    with tempfile.TemporaryDirectory(prefix="shoal-edgetpu-") as name:
+        for shape, path in _files(Path(name)):
+            if compiler is not None:
+                found: Compiled | None = compile_files(compiler, [path], directory)
+            else:
+                found = find_compiled(directory, [path], None)
+            if found is None:
+                raise BackendError(
+                    f"the chip can be opened, but {directory} has no compiled product to run: on an"
+                    " x86-64 machine, `shoal edgetpu compile MODEL -o DIR`, and copy what is in DIR"
+                )
+            check_in_child(runtime, target, (found.files[0], path))
+            with closing(Engine(runtime, found.files[0], target, 1)) as engine:
+                one_row_s, rows_s = _median_s(engine, 1), _median_s(engine, _ROWS)
+            timings.append(ProductTiming(shape, one_row_s, rows_s / _ROWS, found.streamed_bytes))
+    return timings
+
+
+def _files(directory: Path) -> list[tuple[tuple[int, int], Path]]:
+    """The products' .tflite files: random weights, the same bytes on every machine."""
+    files = []
+    for shape in SHAPES:
+        random = np.random.default_rng(0)
+        weights = Int8Weights.of(random.random(shape, np.float32) - np.float32(0.5))
+        path = directory / f"{shape[0]}x{shape[1]}.tflite"
+        path.write_bytes(fully_connected(weights.codes, weights.multipliers).content)
+        files.append((shape, path))
+    return files
+
+
+def _median_s(engine: Engine, rows: int) -> float:
+    codes = np.random.default_rng(0).integers(-127, 128, (rows, engine.width)).astype(np.int8)
+    engine.run(codes)
+    times_s = []
+    for _ in range(_REPEATS):
+        before_s = time.perf_counter()
+        engine.run(codes)
+        times_s.append(time.perf_counter() - before_s)
+    return float(np.median(times_s))

@@ -1,0 +1,58 @@
+"""What a child process runs to find out whether libedgetpu works here; see edgetpu_devices.
+
+    python -m backends.edgetpu_check LIBRARY DEVICE [COMPILED PLAIN]
+
+Ends with 0, or with 1 after one line on stdout, or as the library makes it end. What else a library
+or a runtime has to say goes to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from backends.base import BackendError
+from backends.edgetpu_runtime import Engine, Target, find_runtime, load_delegate
+
+ROWS = 3
+"""More than one: the batch of a compiled file is set at run time."""
+
+
+def check(target: Target, files: list[Path]) -> None:
+    """Raises BackendError where the device cannot be opened or computes something else."""
+    runtime = find_runtime(edge_tpu=True)
+    if not files:
+        load_delegate(runtime, target)
+        return
+    compiled, plain = files
+    with (
+        closing(Engine(runtime, plain, None, 1)) as cpu,
+        closing(Engine(runtime, compiled, target, 1)) as tpu,
+    ):
+        if cpu.width != tpu.width:
+            raise BackendError(f"{compiled} is not what {plain} was compiled to: compile it again")
+        codes = np.random.default_rng(0).integers(-127, 128, (ROWS, cpu.width)).astype(np.int8)
+        difference = np.abs(tpu.run(codes).astype(np.int16) - cpu.run(codes))
+    if difference.max() > 1:
+        wrong = np.count_nonzero(difference > 1) / difference.size
+        raise BackendError(
+            f"Edge TPU {target.device} computes something else than the CPU: {100 * wrong:.1f} % of"
+            f" a product's outputs differ, by up to {difference.max()} of 255 codes"
+        )
+
+
+def main() -> int:
+    library, device, *files = sys.argv[1:]
+    try:
+        check(Target(device, library), [Path(file) for file in files])
+    except BackendError as error:
+        print(error)  # noqa: T201 - this is its answer
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

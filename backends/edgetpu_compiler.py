@@ -1,0 +1,179 @@
+"""Files for the chip: what edgetpu_compiler makes of .tflite files, kept by what they were made of.
+
+The compiler exists for x86-64 only. A stage's files are compiled together, because only then do
+they share the chip's memory; a stage of other blocks is another compilation. What it made is kept
+in a directory that can be copied to devices without a compiler:
+
+    DIRECTORY/KEY-VERSION/000.tflite ...    KEY: SHA-256 over the stage's files in order
+
+Source: the Edge TPU compiler's documentation (co-compilation, -s, on- and off-chip memory).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.base import BackendError
+from model.artifact import file_sha256
+
+COMPILER = "edgetpu_compiler"
+DIRECTORY_VARIABLE = "SHOAL_EDGETPU_DIR"
+CUSTOM_OPERATOR = b"edgetpu-custom-op"
+"""Only what the compiler mapped to the chip has it; all else would run on the CPU unnoticed."""
+
+COMPILE_TIMEOUT_S = 1800.0
+
+_LOG = "compiler.log"
+_OFF_CHIP = re.compile(
+    r"Off-chip memory used for streaming uncached model parameters:\s*([\d.]+)\s*([KMG]?i?B)"
+)
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 1000, "MB": 10**6}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """An installed edgetpu_compiler."""
+
+    path: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A stage's files for the chip, in the order of the files that they were made of.
+
+    ``streamed_bytes``: weights that did not fit on the chip, as the compiler says.
+    """
+
+    files: tuple[Path, ...]
+    version: str
+    streamed_bytes: int
+
+
+def default_directory() -> Path:
+    """Where compiled files are kept: SHOAL_EDGETPU_DIR, else below the user's cache directory."""
+    base = os.environ.get(DIRECTORY_VARIABLE)
+    if base:
+        return Path(base)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "shoal" / "edgetpu"
+
+
+def find_compiler() -> Compiler | None:
+    """The compiler on PATH; None where there is none. Raises BackendError where it does not run."""
+    path = shutil.which(COMPILER)
+    if path is None:
+        return None
+    found = re.search(r"version\s+([\w.]+)", _run([path, "--version"]))
+    if found is None:
+        raise BackendError(f"{path} does not say its version: is it Google's {COMPILER}?")
+    return Compiler(path, found[1])
+
+
+def stage_key(files: Sequence[Path]) -> str:
+    """What files of a stage, in this order, are known by."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file_sha256(file).encode())
+    return digest.hexdigest()
+
+
+def find_compiled(directory: Path, files: Sequence[Path], version: str | None) -> Compiled | None:
+    """What ``files`` were compiled to, by that version or (None) the latest there is."""
+    key = stage_key(files)
+    for path in sorted(directory.glob(f"{key}-{version or '*'}"), reverse=True):
+        compiled = tuple(path / f"{index:03}.tflite" for index in range(len(files)))
+        if all(file.is_file() for file in compiled):
+            streamed_bytes = _streamed(_read(path / _LOG))
+            return Compiled(compiled, path.name.partition("-")[2], streamed_bytes)
+    return None
+
+
+def compile_files(compiler: Compiler, files: Sequence[Path], directory: Path) -> Compiled:
+    """Compile a stage's files together, or find that this was done before.
+
+    Raises BackendError where the compiler refuses one or maps none of its operators, or the
+    directory cannot be written.
+    """
+    found = find_compiled(directory, files, compiler.version)
+    if found is not None:
+        return found
+    target = directory / f"{stage_key(files)}-{compiler.version}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".compiling-") as name:
+            work = Path(name)
+            made = _compile(compiler, files, work)
+            finished = work / "finished"
+            finished.mkdir()
+            for index, path in enumerate(made):
+                path.rename(finished / f"{index:03}.tflite")
+            (work / _LOG).rename(finished / _LOG)
+            if not target.exists():
+                finished.rename(target)
+    except OSError as error:
+        raise BackendError(f"{directory}: {(error.strerror or str(error)).lower()}") from error
+    found = find_compiled(directory, files, compiler.version)
+    if found is None:
+        raise BackendError(f"{target} is incomplete: remove it and try again")
+    return found
+
+
+def _compile(compiler: Compiler, files: Sequence[Path], work: Path) -> list[Path]:
+    """The compiled files in ``work``, and the compiler's words in its log."""
+    inputs = []
+    for index, file in enumerate(files):
+        link = work / f"{index:03}.tflite"
+        link.symlink_to(file)
+        inputs.append(link)
+    said = _run([compiler.path, "-s", "-o", str(work), *map(str, inputs)])
+    (work / _LOG).write_text(said, encoding="utf-8")
+    outputs = [work / f"{path.stem}_edgetpu.tflite" for path in inputs]
+    for file, output in zip(files, outputs, strict=True):
+        if not output.is_file():
+            raise BackendError(f"{COMPILER} {compiler.version} made nothing of {file}")
+        if CUSTOM_OPERATOR not in output.read_bytes():
+            raise BackendError(
+                f"{COMPILER} {compiler.version} mapped no operator of {file} to the Edge TPU"
+            )
+    return outputs
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(  # noqa: S603 - found on the user's PATH by its own name
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=COMPILE_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BackendError(f"{command[0]} did not end within {COMPILE_TIMEOUT_S:g} s") from error
+    except OSError as error:
+        raise BackendError(f"{command[0]}: {(error.strerror or str(error)).lower()}") from error
+    if done.returncode:
+        said = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise BackendError(f"{COMPILER} failed: {said[-1][:300]}")
+    return done.stdout
+
+
+def _streamed(log: str) -> int:
+    return int(sum(float(number) * _UNITS.get(unit, 1) for number, unit in _OFF_CHIP.findall(log)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

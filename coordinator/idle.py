@@ -1,0 +1,57 @@
+"""Why a plan leaves a device out, as far as the numbers that it was made from tell."""
+
+from __future__ import annotations
+
+from coordinator.plan import Plan
+from coordinator.problem import PlanningProblem
+from wire.sizes import format_size
+
+
+def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
+    """One line for each device that runs nothing: its fastest layer against those of the plan."""
+    layers = range(1, problem.spec.head_block)
+    devices = {device.name: device for device in problem.devices}
+    times_s = [
+        option.decode_s
+        for stage in plan.stages
+        for block, bits in enumerate(stage.bits, stage.first)
+        if block in layers and (option := devices[stage.device].option(block, bits)) is not None
+    ]
+    used = {stage.device for stage in plan.stages}
+    return [
+        f"{device.name} is left out: {_reason(problem, index, times_s)}"
+        for index, device in enumerate(problem.devices)
+        if device.name not in used
+    ]
+
+
+def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
+    if index in problem.excluded:
+        return "it is excluded"
+    device = problem.devices[index]
+    options = [
+        (option.executed_bytes + problem.kv_bytes[block], option)
+        for block in range(1, problem.spec.head_block)
+        for option in device.options[block]
+        if problem.allows(index, block, option.bits)
+    ]
+    if not options:
+        return "it runs no layer at a width that is allowed"
+    room = device.memory_bytes - device.stage_bytes
+    fitting = [option for size, option in options if size <= room]
+    if not fitting:
+        least = min(size for size, _ in options)
+        return (
+            f"a layer takes {format_size(least)}, and {format_size(max(room, 0))} are left for"
+            " layers"
+        )
+    fastest = min(fitting, key=lambda option: option.decode_s)
+    return (
+        f"its fastest layer takes {1e3 * fastest.decode_s:.2f} ms at {fastest.bits} bits, those of"
+        f" the plan {_span_ms(times_s)}"
+    )
+
+
+def _span_ms(times_s: list[float]) -> str:
+    low, high = (f"{1e3 * bound:.2f}" for bound in (min(times_s), max(times_s)))
+    return f"{low} ms" if low == high else f"{low} to {high} ms"
