@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -22,7 +23,7 @@ from agent.blocks import BlockCache, CacheError
 from agent.config import AgentConfig, claim, device_identity
 from agent.peers import PeerServer, connect_peer, measure_link
 from agent.relay import Relay
-from backends.base import BackendError, StageOptions
+from backends.base import Backend, BackendError, StageOptions
 from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_model
@@ -87,7 +88,6 @@ class Agent:
         """Requests of this connection that nobody waits for any more."""
         self._state_lock = claim(config.state_dir)
         self._device = device_identity(config.state_dir)
-        # In a process of its own: at rest, an agent need not hold its accelerator's library.
         self._profile = profile_in_child(
             backend=config.backend,
             cache_dir=config.cache_dir,
@@ -129,6 +129,11 @@ class Agent:
         control = self._control
         if control is not None:
             control.close()
+
+    @cached_property
+    def _backend(self) -> Backend:
+        """Imported when first used: at rest, an agent need not hold an accelerator's library."""
+        return backend_class(self._config.backend)()
 
     # ---- joining --------------------------------------------------------------------------------
 
@@ -297,7 +302,7 @@ class Agent:
         timings = measure_model(
             ModelSpec.from_dict(request.spec),
             request.bits,
-            backend_class(self._config.backend)(),
+            self._backend,
             threads=self._config.threads,
             store=self._store,
             progress=progress,
@@ -319,7 +324,7 @@ class Agent:
             self._progress(connection, request.request, "fetch", "bytes"),
         )
         started = time.perf_counter()
-        stage = backend_class(self._config.backend)().load(
+        stage = self._backend.load(
             spec,
             [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
             StageOptions(request.slots, request.context_tokens, self._config.threads),
