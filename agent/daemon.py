@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from agent.links import Link, Measuring
 from agent.peers import PeerServer, connect_peer, measure_link
 from agent.quality import StreamedModel, measure_quality
 from agent.relay import Relay
-from backends.base import BackendError, StageOptions
+from backends.base import Backend, BackendError, StageOptions
 from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_model
@@ -109,7 +110,6 @@ class Agent:
         self._measuring = Measuring()
         self._state_lock = claim(config.state_dir)
         self._device = device_identity(config.state_dir)
-        # In a process of its own: at rest, an agent need not hold its accelerator's library.
         self._profile = profile_in_child(
             backend=config.backend,
             cache_dir=config.cache_dir,
@@ -151,6 +151,11 @@ class Agent:
         control = self._control
         if control is not None:
             control.close()
+
+    @cached_property
+    def _backend(self) -> Backend:
+        """Imported when first used: at rest, an agent need not hold an accelerator's library."""
+        return backend_class(self._config.backend)()
 
     # ---- joining --------------------------------------------------------------------------------
 
@@ -350,7 +355,7 @@ class Agent:
         timings = measure_model(
             ModelSpec.from_dict(request.spec),
             request.bits,
-            backend_class(self._config.backend)(),
+            self._backend,
             threads=self._config.threads,
             store=self._store,
             progress=progress,
@@ -397,7 +402,7 @@ class Agent:
             token=self._config.token,
         )
         started = time.perf_counter()
-        stage = backend_class(self._config.backend)().load(
+        stage = self._backend.load(
             spec,
             [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
             StageOptions(
