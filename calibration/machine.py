@@ -17,7 +17,7 @@ _NO_LIMIT_BYTES = 1 << 60
 
 def hardware_id(root: Path = Path("/")) -> str:
     """What measured times depend on: processor, machine type and cores (or the share of some)."""
-    return f"{processor_name(root)}, {platform.machine()}, {_usable_share(root):.4g} cores"
+    return f"{processor_name(root)}, {platform.machine()}, {usable_share(root):.4g} cores"
 
 
 def processor_name(root: Path = Path("/")) -> str:
@@ -35,10 +35,10 @@ def processor_name(root: Path = Path("/")) -> str:
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Logical cores this process may use: its affinity, and the CPU quota of its container."""
-    return max(1, math.ceil(_usable_share(root)))
+    return max(1, math.ceil(usable_share(root)))
 
 
-def _usable_share(root: Path = Path("/")) -> float:
+def usable_share(root: Path = Path("/")) -> float:
     """As ``usable_cores``, as the quota has it: less than 1 for a part of a core."""
     cores = float(len(os.sched_getaffinity(0)))
     for group in _cgroups(root, "cpu"):
