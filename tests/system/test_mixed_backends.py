@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from backends.base import BackendUnavailable
-from backends.edgetpu import TfliteCpuBackend
 from backends.edgetpu_devices import find_devices
-from tests.system.cluster import TINY_OPT, Cluster, last_json
+from backends.registry import backend_class
+from cli.errors import EXIT_UNAVAILABLE
+from tests.system.cluster import FIXTURES, TINY_OPT, Cluster, last_json
 
 QUESTION = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"
+BACKENDS = {
+    "gpu": "torch_cpu",
+    "int8": "tflite_cpu",
+    "pi-1": "onnx_cpu",
+    "pi-2": "onnx_cpu",
+}
 
 
-def test_a_tflite_device_takes_part_in_an_answer(cluster: Cluster, tmp_path: Path) -> None:
-    try:
-        TfliteCpuBackend.probe()
-    except BackendUnavailable as unavailable:
-        pytest.skip(unavailable.reason)
+def test_four_agents_with_three_backends_answer_together(cluster: Cluster) -> None:
+    for backend in set(BACKENDS.values()):
+        try:
+            backend_class(backend).probe()
+        except BackendUnavailable as unavailable:
+            pytest.skip(str(unavailable))
     cluster.start_coordinator()
-    backends = {"int8": "tflite_cpu", "pi": "onnx_cpu"}
-    for name, backend in backends.items():
-        cluster.start_agent(
-            name,
-            f"--coordinator=127.0.0.1:{cluster.control_port}",
-            "--memory=1G" if name == "int8" else "--memory=6M",
-            f"--backend={backend}",
-        )
-    cluster.wait_for_agents(*backends)
+    for name, backend in BACKENDS.items():
+        where = f"--coordinator=127.0.0.1:{cluster.control_port}"
+        cluster.start_agent(name, where, "--memory=1G", f"--backend={backend}")
+    cluster.wait_for_agents(*BACKENDS)
     devices = cluster.get("/shoal/v1/devices")["devices"]
-    assert {device["name"]: device["backend"] for device in devices} == backends
+    assert {device["name"]: device["backend"] for device in devices} == BACKENDS
     assert "tflite_cpu" in cluster.run("devices").stdout
-    # Neither may take all.
-    answer = cluster.load(TINY_OPT, "--bits=8", "--pin=layers=1-3:int8", "--pin=layers=6-6:pi")
-    assert {stage["device"] for stage in answer["plan"]["stages"]} == set(backends)
+
+    pins = "--pin=layers=0-1:pi-1", "--pin=layers=2-3:gpu", "--pin=layers=4-5:int8"
+    answer = cluster.load(TINY_OPT, "--bits=8", *pins, "--pin=layers=6-7:pi-2")
+    assert {stage["device"] for stage in answer["plan"]["stages"]} == set(BACKENDS)
     said = last_json(cluster.run("run", "tiny-opt", QUESTION, "--json"))
     assert said["text"].strip() == "in the attic"
     assert said["finish_reason"] == "stop"
+
+    # Three layers of random weights: the fourth device gets the head.
+    pins = "--pin=layers=0-0:pi-1", "--pin=layers=1-1:gpu", "--pin=layers=2-2:int8"
+    answer = cluster.load(FIXTURES / "llama", "--bits=8", *pins, "--exclude=pi-2")
+    assert len(answer["plan"]["stages"]) >= 3
+    run = "run", "llama", "one two", "--json", "--max-tokens=12", "--temperature=0"
+    first, second = (last_json(cluster.run(*run)) for _ in range(2))
+    assert first["text"] == second["text"]
 
 
 @pytest.mark.skipif(bool(find_devices()), reason="this machine has an Edge TPU")
@@ -46,5 +56,5 @@ def test_a_backend_without_its_hardware_says_so(cluster: Cluster) -> None:
     process = cluster.start_agent(
         "coral", f"--coordinator=127.0.0.1:{cluster.control_port}", "--backend=edgetpu"
     )
-    assert process.wait(60) == 1
+    assert process.wait(60) == EXIT_UNAVAILABLE
     assert "backend edgetpu is not available: no Edge TPU on USB" in cluster.log("coral")
