@@ -34,6 +34,8 @@ class AgentConfig:
     storage_bytes: int | None
     threads: int
     backend: str
+    exact: bool = False
+    """Do not round activations: slower, for comparing results."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

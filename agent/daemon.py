@@ -311,6 +311,7 @@ class Agent:
                 request.slots,
                 request.context_tokens,
                 self._config.threads,
+                exact=self._config.exact,
                 prepared_dir=self._prepared_dir(sum(ref.size_bytes for ref in request.blocks)),
             ),
         )

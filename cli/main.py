@@ -148,6 +148,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 memory_bytes=options.memory,
                 storage_bytes=options.storage,
                 threads=options.threads,
+                exact=options.exact,
                 backend=options.backend,
             ),
             screen.note,
@@ -377,6 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-tokens", type=_count, default=64, metavar="N")
     demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--exact", action="store_true", help="do not round activations")
     _add_quality(demo)
 
     coordinator = command(
@@ -424,6 +426,9 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--storage", type=_size, metavar="SIZE", help="for the block cache")
     agent.add_argument("--threads", type=_count, default=_default_threads(), metavar="N")
     agent.add_argument("--backend", default="onnx_cpu")
+    agent.add_argument(
+        "--exact", action="store_true", help="do not round activations: slow, to compare results"
+    )
     agent.add_argument("--bind", default=ALL_INTERFACES, metavar="HOST", help="for other agents")
     agent.add_argument("--port", type=_port, default=0, help="for other agents; default: any")
     agent.add_argument("--state-dir", type=Path, metavar="DIR")
