@@ -39,6 +39,8 @@ class AgentConfig:
     """What the device draws while it computes, as its user says; None: not known."""
     token: Token | None = field(default=None, repr=False)
     """Shared by all of the shoal; None where nobody has one."""
+    exact: bool = False
+    """Do not round activations: slower, for comparing results."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

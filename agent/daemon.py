@@ -410,6 +410,7 @@ class Agent:
                 request.context_tokens,
                 self._config.threads,
                 memory_bytes=self._profile.memory_bytes,
+                exact=self._config.exact,
                 prepared_dir=self._prepared_dir(sum(ref.size_bytes for ref in request.blocks)),
             ),
         )

@@ -3,7 +3,7 @@
 A stage is a graph of its layers and one of the head, which only the last row goes through. ONNX
 Runtime holds a graph's weights twice while it rearranges them for its kernels, so layers are built
 in segments of SEGMENT_BYTES. Where prepared weights can be kept they become one session; else each
-segment is one, which decodes slower: every session wakes threads of its own.
+segment is one, with threads of its own.
 
 Packed matrices are multiplied with activations rounded to 8 bits in blocks of a group's size:
 relative errors of a product of 1 to 2 % at any width (docs/performance.md). With

@@ -191,7 +191,7 @@ def main() -> None:
     for row in results:
         kind = "fp32" if row["exact"] else "8 bits"
         print(
-            f"| {row['bits']} | {row['group_size'] or '-'} | {kind} | {row['loss']:.4f} "
+            f"| {row['bits']} | {row['group_size'] or '-'} | {kind} | {row['loss']:.2e} "
             f"| {row['exact_match']:.1%} |"
         )
 

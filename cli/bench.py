@@ -121,7 +121,7 @@ def run_bench(options: argparse.Namespace, screen: Screen) -> None:
 
 def _show(screen: Screen, title: str, result: StageSpeed) -> None:
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("measured", no_wrap=True)
+    table.add_column("measured", no_wrap=True, min_width=18)
     table.add_column("", no_wrap=True)
     bits = ",".join(map(str, result.bits))
     group = f", groups of {result.group_size}" if result.group_size else ""

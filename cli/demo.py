@@ -285,6 +285,7 @@ class Demo:
                     f"--threads={threads}",
                     f"--backend={BACKEND}",
                     f"--state-dir={self._directory / name}",
+                    *(["--exact"] if self._options.exact else []),
                     *where,
                 ],
             )

@@ -179,6 +179,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 memory_bytes=options.memory,
                 storage_bytes=options.storage,
                 threads=options.threads,
+                exact=options.exact,
                 backend=options.backend,
                 token=read_token(options.token_file),
                 watts=options.watts,
@@ -410,6 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-tokens", type=_count, default=64, metavar="N")
     demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--exact", action="store_true", help="do not round activations")
     _add_quality(demo)
 
     coordinator = command(
@@ -474,6 +476,9 @@ def _parser() -> argparse.ArgumentParser:
         "--watts", type=_watts, metavar="W", help="what it draws while it computes, for energy"
     )
     agent.add_argument("--backend", default="onnx_cpu")
+    agent.add_argument(
+        "--exact", action="store_true", help="do not round activations: slow, to compare results"
+    )
     agent.add_argument("--bind", default=ALL_INTERFACES, metavar="HOST", help="for other agents")
     agent.add_argument("--port", type=_port, default=0, help="for other agents; default: any")
     agent.add_argument("--state-dir", type=Path, metavar="DIR")

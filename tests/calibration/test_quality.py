@@ -200,7 +200,7 @@ def test_another_text_or_format_is_another_measurement(tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path / "quality.json")
     first = measure_quality(checkpoint, (4,), sequences, store=store)
     assert measure_quality(checkpoint, (4,), sequences[:2], store=store) != first
-    assert measure_quality(checkpoint, (4,), sequences, group_size=128, store=store) != first
+    assert measure_quality(checkpoint, (4,), sequences, group_size=32, store=store) != first
     assert measure_quality(checkpoint, (4,), sequences, store=store) == first
 
 

@@ -67,7 +67,8 @@ def test_rounding_is_within_half_a_step(weights: np.ndarray, fmt: Format) -> Non
     matrix = quantize(weights, fmt)
     steps = np.repeat(matrix.scales(), fmt.group_size, axis=1)[:, : weights.shape[1]]
     error = np.abs(matrix.dequantize().astype(np.float64) - weights)
-    slack = 1e-6 * (np.abs(weights) + steps)
+    # A stage that ran in this process leaves denormals reading as zero.
+    slack = 1e-6 * (np.abs(weights) + steps) + 2 * np.finfo(np.float32).tiny
     assert (error <= steps / 2 + slack).all()
 
 

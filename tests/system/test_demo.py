@@ -48,7 +48,12 @@ def test_quantized_tokens_are_those_of_the_reference(
     model = FIXTURES / family
     prompt = "The quick brown fox"
     answer = demo(
-        model, prompt, f"--bits={bits}", "--max-weight-error=none", f"--max-tokens={TOKENS}"
+        model,
+        prompt,
+        "--exact",
+        f"--bits={bits}",
+        "--max-weight-error=none",
+        f"--max-tokens={TOKENS}",
     )
     assert len(answer["plan"]["stages"]) == 3
     checkpoint = Checkpoint.open(model)
