@@ -38,11 +38,16 @@ dist: $(VENV)/run.stamp ## a folder to install from: wheel, locks, install.sh
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	cp install.sh requirements/agent.lock requirements/run.lock dist/
 
+# pip judges "python_full_version < '3.11'" by the Python that runs it: uv resolves the lock for the target.
 bundle: dist ## the same with every wheel for MACHINE and PYTHON_VERSION, to install without a network
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --only-binary=:all: --require-hashes \
-		--python-version $(PYTHON_VERSION) \
-		$(foreach level,2_17 2_27 2_28,--platform manylinux_$(level)_$(MACHINE)) --platform manylinux2014_$(MACHINE) \
-		-r requirements/$(LOCK).lock -d dist/wheels
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \
+		--python-platform $(MACHINE)-manylinux_2_28 requirements/$(LOCK).lock -o dist/wheels.lock
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --only-binary=:all: --no-deps --require-hashes \
+		--python-version $(PYTHON_VERSION) --platform manylinux2014_$(MACHINE) \
+		$(foreach level,2_17 2_26 2_27 2_28,--platform manylinux_$(level)_$(MACHINE)) \
+		-r dist/wheels.lock -d dist/wheels
+	rm dist/wheels.lock
 
 test-system: $(VENV)/dev.stamp ## run the tests on emulated hosts (needs root)
 	$(BIN)/python -m pytest -m netns $(ARGS)

@@ -95,33 +95,17 @@ def profile_device(
     )
 
 
-def profile_in_child(
-    *,
-    backend: str,
-    cache_dir: Path,
-    memory_limit_bytes: int | None = None,
-    storage_limit_bytes: int | None = None,
-    threads: int | None = None,
-    watts: float | None = None,
-) -> DeviceProfile:
+def profile_in_child(*, backend: str, cache_dir: Path, **settings: float | None) -> DeviceProfile:
     """``profile_device`` in a process of its own, so that this one imports no backend for it.
 
-    A library that crashes while it is imported, as one built for newer processors does, is a
-    BackendUnavailable.
+    settings: its other arguments. A library that crashes while it is imported, as one built for
+    newer processors does, is a BackendUnavailable.
     """
     require_known(backend)
-    settings = {
-        "path": sys.path,
-        "backend": backend,
-        "cache_dir": str(cache_dir),
-        "memory_limit_bytes": memory_limit_bytes,
-        "storage_limit_bytes": storage_limit_bytes,
-        "threads": threads,
-        "watts": watts,
-    }
+    everything = {"path": sys.path, "backend": backend, "cache_dir": str(cache_dir), **settings}
     completed = subprocess.run(  # noqa: S603 - this interpreter, with our own settings
         [sys.executable, "-I", "-c", _CHILD],
-        input=json.dumps(settings),
+        input=json.dumps(everything),
         capture_output=True,
         text=True,
         check=False,
