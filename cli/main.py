@@ -388,7 +388,8 @@ def _parser() -> argparse.ArgumentParser:
         "  shoal demo\n"
         "  shoal demo --agents 2 --bits 8 --prompt 'The lamp is in the attic. "
         "Where is the lamp?'\n"
-        "  shoal demo --model ~/models/opt-125m --memory 300M,200M,200M --json\n",
+        "  shoal demo --model ~/models/opt-125m --memory 300M,200M,200M --json\n"
+        "  shoal demo --bits 32 --hop-bits 32   computes what the model computes unsplit\n",
     )
     demo.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded tiny OPT")
     demo.add_argument("--agents", type=_count, default=None, metavar="N", help="default: 3")
