@@ -210,8 +210,8 @@ def _show_sensitivities(
 def _show_hops(screen: Screen, hops: Sequence[Mapping[str, Any]]) -> None:
     widths = sorted({hop["bits"] for hop in hops}, reverse=True)
     kl = {(hop["after"], hop["bits"]): hop["kl"] for hop in hops}
-    heading = "KL(original || rows behind one block at b bits), nats per token"
-    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD)
+    # The table is narrow, and a title no wider.
+    table = Table(title="hops, KL in nats per token", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("behind", no_wrap=True)
     for width in widths:
         table.add_column(f"{width} bits", justify="right", no_wrap=True)
