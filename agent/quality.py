@@ -16,20 +16,28 @@ import numpy.typing as npt
 
 from agent.blocks import BlockCache
 from backends.base import Backend, BackendError
+from calibration.hops import measure_boundaries
 from calibration.quality import measure_blocks, measure_plans
 from model.artifact import read_block
 from model.errors import CheckpointError
 from model.quantize import BITS, Format, QuantizedMatrix
 from model.spec import ModelSpec
 from wire.auth import Token
-from wire.messages import BlockRef, Endpoint, MeasureQuality, Message, QualityMeasured
+from wire.messages import (
+    BlockRef,
+    Endpoint,
+    HopMeasured,
+    MeasureQuality,
+    Message,
+    QualityMeasured,
+)
 
 KEPT_SHARE = 0.4
 """Of the device's memory, for original blocks that are kept instead of read again."""
 
 
 class StreamedModel:
-    """A ``calibration.quality.BlockSource`` over artifacts of a model's original blocks."""
+    """A ``calibration.distiller.BlockSource`` over artifacts of a model's original blocks."""
 
     def __init__(
         self,
@@ -88,8 +96,8 @@ def measure_quality(
     """Carry out a request; each result goes to ``report`` as soon as it is there.
 
     ``directory`` is emptied first: a run that was killed leaves hidden states there. ``progress``
-    gets (done, all) passes of the blocks, then of the plans. Raises BackendError for a request
-    that makes no sense, and what reading and running blocks raise.
+    gets (done, all) passes of the blocks, then of the hops, then of the plans. Raises BackendError
+    for a request that makes no sense, and what reading and running blocks raise.
     """
     formats = _formats(request, source.spec)
     shutil.rmtree(directory, ignore_errors=True)
@@ -113,6 +121,20 @@ def measure_quality(
         ) as found:
             for one in found:
                 send(one.block, (one.bits,), one.kl, one.weight_error)
+        with closing(
+            measure_boundaries(
+                source,
+                dict(request.hops),
+                request.sequences,
+                backend=backend,
+                threads=threads,
+                progress=progress,
+                directory=directory,
+                kept_bytes=kept_bytes,
+            )
+        ) as hops:
+            for hop in hops:
+                report(HopMeasured(request.request, hop.boundary, hop.bits, hop.kl))
         with closing(
             measure_plans(
                 source,
@@ -140,6 +162,11 @@ def _formats(request: MeasureQuality, spec: ModelSpec) -> dict[int, Format]:
     blocks = [block for block, _ in request.wanted]
     if len(set(blocks)) != len(blocks) or not all(0 <= k < spec.block_count for k in blocks):
         raise BackendError("the model has no such blocks")
+    boundaries = [boundary for boundary, _ in request.hops]
+    if len(set(boundaries)) != len(boundaries) or not all(
+        0 <= boundary < spec.head_block for boundary in boundaries
+    ):
+        raise BackendError("the model has no such boundaries between blocks")
     asked = {bits for _, widths in request.wanted for bits in widths}
     asked.update(bits for plan in request.plans for bits in plan)
     if not asked <= set(BITS):

@@ -86,9 +86,7 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
             for quality in qualities
         ],
         "hops": [
-            {"after": spec.block_name(boundary), "bits": width, "kl": kl}
-            for boundary, kls in hops.items()
-            for width, kl in kls.items()
+            {"after": spec.block_name(hop.boundary), "bits": hop.bits, "kl": hop.kl} for hop in hops
         ],
         "worst_hops": worst_hops(hops),
         "plans": [asdict(check) for check in checks],
@@ -161,6 +159,7 @@ def _show_quality(
         screen.json(answer)
     else:
         _show_sensitivities(screen, title, names, bits, qualities)
+        _show_hops(screen, answer["hops"])
         screen.out.print(f"over {answer['tokens']} tokens")
         if checks:
             _show_checks(screen, checks)
@@ -206,6 +205,22 @@ def _show_sensitivities(
         for block, name in enumerate(names):
             table.add_row(name, *(f"{values[block, width]:.1e}" for width in widths))
         screen.out.print(table)
+
+
+def _show_hops(screen: Screen, hops: Sequence[Mapping[str, Any]]) -> None:
+    widths = sorted({hop["bits"] for hop in hops}, reverse=True)
+    kl = {(hop["after"], hop["bits"]): hop["kl"] for hop in hops}
+    # The table is narrow, and a title no wider.
+    table = Table(title="hops, KL in nats per token", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("behind", no_wrap=True)
+    for width in widths:
+        table.add_column(f"{width} bits", justify="right", no_wrap=True)
+    for name in dict.fromkeys(hop["after"] for hop in hops):
+        table.add_row(
+            name,
+            *(f"{kl[name, width]:.1e}" if (name, width) in kl else "-" for width in widths),
+        )
+    screen.out.print(table)
 
 
 def _show_checks(screen: Screen, checks: Sequence[PlanCheck]) -> None:

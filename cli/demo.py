@@ -97,6 +97,7 @@ class Demo:
             request = {
                 "model": str(model.absolute()),
                 "bits": options.bits or list(DEFAULT_BITS),
+                "hop_bits": options.hop_bits,
                 "scheme": options.scheme,
                 "group_size": options.group_size,
                 "max_weight_error": options.max_weight_error,

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cli import edgetpu, planning
+from cli import edgetpu, plan_arguments, planning
 from cli.bench import EXAMPLES as BENCH_EXAMPLES
 from cli.bench import add_bench_arguments, run_bench
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
@@ -219,7 +219,7 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/load", planning.request_of(options), on_step)
+        answer = client.operate("/shoal/v1/load", plan_arguments.request_of(options), on_step)
     if options.json:
         screen.json(answer)
     else:
@@ -293,7 +293,7 @@ def _client(options: argparse.Namespace) -> Any:
 
 
 def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
-    """The name of the loaded model, which is MODEL; loads it with default settings if need be."""
+    """The name of the loaded model, which is MODEL; loads it if need be, otherwise by default."""
     loaded = client.get("/shoal/v1/ps")["model"]
     path = Path(options.model).absolute()
     if loaded is not None and options.model in (loaded["model"], loaded["directory"]):
@@ -305,7 +305,9 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
     if not path.is_dir():
         raise CommandFailed(f"{options.model} is not loaded and is no directory: run `shoal load`")
     with screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/load", {"model": str(path)}, on_step)
+        answer = client.operate(
+            "/shoal/v1/load", {"model": str(path), "hop_bits": options.hop_bits}, on_step
+        )
     return str(answer["model"])
 
 
@@ -396,7 +398,8 @@ def _parser() -> argparse.ArgumentParser:
         "  shoal demo\n"
         "  shoal demo --agents 2 --bits 8 --prompt 'The lamp is in the attic. "
         "Where is the lamp?'\n"
-        "  shoal demo --model ~/models/opt-125m --memory 300M,200M,200M --json\n",
+        "  shoal demo --model ~/models/opt-125m --memory 300M,200M,200M --json\n"
+        "  shoal demo --bits 32 --hop-bits 32   computes what the model computes unsplit\n",
     )
     demo.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded tiny OPT")
     demo.add_argument("--agents", type=_count, default=None, metavar="N", help="default: 3")
@@ -407,6 +410,7 @@ def _parser() -> argparse.ArgumentParser:
         help="each agent's memory limit; default: so little that the model must be split",
     )
     demo.add_argument("--bits", type=_bits, metavar="4,8,16", help="widths to choose from")
+    plan_arguments.add_hop_argument(demo)
     demo.add_argument("--prompt", metavar="TEXT")
     demo.add_argument("--max-tokens", type=_count, default=64, metavar="N")
     demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
@@ -512,25 +516,27 @@ def _parser() -> argparse.ArgumentParser:
         "plan a model, quantize it and place it on the devices",
         "  shoal load ~/models/llama-3.2-1b\n"
         "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
-        "  shoal load ./opt-350m --plan plan.json   exactly this plan\n",
+        "  shoal load ./opt-350m --plan plan.json   exactly this plan\n"
+        "  shoal load ./opt-350m --bits 32 --hop-bits 32   computes what one machine computes\n",
     )
     for sub in (plan, load):
         sub.add_argument("model", metavar="MODEL", help="a Hugging Face model directory")
         sub.add_argument("--bits", type=_bits, metavar="4,8,16", help="widths to choose from")
         _add_quality(sub)
-        planning.add_objective_arguments(sub)
-    planning.add_planning_arguments(plan)
+        plan_arguments.add_hop_argument(sub)
+        plan_arguments.add_objective_arguments(sub)
+    plan_arguments.add_planning_arguments(plan)
     diff = command(
         "diff", planning.run_plan_diff, "compare two saved plans", "  shoal diff a.json b.json\n"
     )
-    planning.add_diff_arguments(diff)
+    plan_arguments.add_diff_arguments(diff)
     study = command(
         "study",
         planning.run_study,
         "repeat the DILEMMA paper's experiments",
         "  shoal study dilemma --out figures\n",
     )
-    planning.add_study_arguments(study)
+    plan_arguments.add_study_arguments(study)
     calibrate = command("calibrate", run_calibrate, "measure what this device can do", EXAMPLES)
     add_calibrate_arguments(calibrate)
     testbed = command(
@@ -553,6 +559,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("model", metavar="MODEL", help="a loaded model's name, or a directory")
     run.add_argument("prompt", metavar="PROMPT")
+    plan_arguments.add_hop_argument(run)
     run.add_argument("--chat", action="store_true", help="use the model's chat template")
     run.add_argument("--max-tokens", type=_count, default=256, metavar="N")
     run.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")

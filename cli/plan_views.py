@@ -30,7 +30,7 @@ def show_divergence(
         return
     line = f"predicted KL divergence: {total:.3g} nats per token"
     if margin is not None:
-        line += f" (sum over blocks {total / margin:.3g}, margin {margin:.2f})"
+        line += f" (sum over blocks and hops {total / margin:.3g}, margin {margin:.2f})"
     if measured_kl is not None:
         line += f"; measured: {measured_kl:.3g}"
     screen.out.print(line)

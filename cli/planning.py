@@ -8,15 +8,15 @@ testbed are predictions from what its file says, and are labelled so.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from cli.errors import CommandFailed, UsageError
+from cli.plan_arguments import objective_of, pins_of, request_of, sensitivities_of
 from cli.plan_views import (
     show_difference,
     show_dilemma,
@@ -30,9 +30,9 @@ from cli.render import Screen
 if TYPE_CHECKING:
     from cli.client import Client
     from coordinator.explain import Explanation
-    from coordinator.lab import Sensitivities
+    from coordinator.lab import Lab, Sensitivities
     from coordinator.plan import Plan
-    from coordinator.problem import Objective, PlanningProblem
+    from coordinator.problem import HopFormat, PlanningProblem
     from coordinator.study import Simulation
     from model.quantize import Format
     from model.spec import ModelSpec
@@ -40,229 +40,6 @@ if TYPE_CHECKING:
 EXPLAIN_LIMIT_S = 60.0
 """What all trials of an explanation may take together."""
 SOLVE_AGAIN_LIMIT_S = 5.0
-
-_PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.ASCII)
-
-
-# ---- arguments ---------------------------------------------------------------------------------
-
-
-def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``shoal plan`` beyond those that ``shoal load`` shares."""
-    parser.add_argument(
-        "--devices",
-        type=Path,
-        metavar="LAB.yaml",
-        help="plan for described devices, without agents",
-    )
-    parser.add_argument(
-        "--explain", action="store_true", help="where the time goes and what each change would give"
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, to edit or load")
-    parser.add_argument(
-        "--simulate", type=_count, metavar="N", help="draw the links' speeds anew N times"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of --simulate; default 0")
-    parser.add_argument(
-        "--formulation",
-        choices=("shoal", "dilemma"),
-        default="shoal",
-        help="dilemma: the paper's integer program (with --devices)",
-    )
-    parser.add_argument(
-        "--repair",
-        type=_repairs,
-        default=("2c", "2d", "2e", "2f", "cm"),
-        metavar="2c,2d,2e,2f,cm",
-        help="what to repair in the paper's program, or 'none'; default: all",
-    )
-
-
-def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to minimise, and what the user has decided already."""
-    parser.add_argument(
-        "--objective",
-        choices=("latency", "throughput", "request", "energy"),
-        default="latency",
-        help="what to minimise; energy: joules computing one token, on devices of known watts",
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=_count, default=256, metavar="N", help="of --objective request"
-    )
-    parser.add_argument(
-        "--output-tokens", type=_count, default=128, metavar="N", help="of --objective request"
-    )
-    parser.add_argument(
-        "--pin",
-        type=_pin,
-        action="append",
-        default=[],
-        metavar="layers=0-5:NAME",
-        help="these blocks on this device; also embedding:NAME, head:NAME",
-    )
-    parser.add_argument(
-        "--exclude", action="append", default=[], metavar="NAME", help="plan without this device"
-    )
-    parser.add_argument(
-        "--migration-weight",
-        type=_budget,
-        default=0.0,
-        metavar="W",
-        help="add W seconds to the objective per second of loading what devices do not hold",
-    )
-    parser.add_argument(
-        "--plan", type=Path, metavar="FILE", help="take the plan of this file, verified"
-    )
-    parser.add_argument(
-        "--quality-budget",
-        type=_budget,
-        metavar="KL",
-        help="bound on the plan's KL divergence from the original model, nats per token",
-    )
-    parser.add_argument(
-        "--sensitivities",
-        type=Path,
-        metavar="FILE",
-        help="what calibrate printed for the model with --json; default: what the coordinator "
-        "has from `shoal calibrate --quality --on`",
-    )
-    parser.add_argument(
-        "--check-quality",
-        action="store_true",
-        help="measure the plan's divergence, and plan anew until it keeps --quality-budget",
-    )
-
-
-def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two files of a comparison."""
-    parser.add_argument("before", type=Path, metavar="A.json")
-    parser.add_argument("after", type=Path, metavar="B.json")
-
-
-def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``shoal study dilemma`` takes."""
-    parser.add_argument("study", choices=("dilemma",))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the figures there as SVG")
-    parser.add_argument("--runs", type=_count, default=100, metavar="N", help="default 100")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-
-
-def objective_of(options: argparse.Namespace) -> Objective:
-    """The planner's objective that the arguments ask for. Raises UsageError."""
-    from coordinator.problem import Objective
-
-    weight = options.migration_weight
-    try:
-        if options.objective == "request":
-            return Objective("request", options.prompt_tokens, options.output_tokens, weight)
-        return Objective(options.objective, migration_weight=weight)
-    except ValueError as error:
-        raise UsageError(f"--objective {options.objective}: {error}") from error
-
-
-def request_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The live plan or load that the arguments ask for, as the coordinator's API takes it.
-
-    Raises UsageError, CommandFailed.
-    """
-    from coordinator.lab import LabError
-    from coordinator.plan import PlanError
-    from coordinator.plan_file import read_plan
-    from coordinator.plan_request import DEFAULT_BITS
-    from model.errors import ModelError
-    from model.families import load_spec
-
-    if options.check_quality and options.quality_budget is None:
-        raise UsageError("--check-quality needs --quality-budget KL to compare with")
-    request: dict[str, Any] = {
-        "model": str(Path(options.model).absolute()),
-        "scheme": options.scheme,
-        "group_size": options.group_size,
-        "max_weight_error": options.max_weight_error,
-        "context_tokens": options.context,
-        "time_limit_s": options.time_limit,
-        "objective": asdict(objective_of(options)),
-        "exclude": options.exclude,
-        "quality_budget": options.quality_budget,
-        "check_quality": options.check_quality,
-    }
-    if options.bits is not None:
-        request["bits"] = options.bits
-    try:
-        if options.plan is not None:
-            saved = read_plan(options.plan)
-            request["plan"] = saved.to_dict()
-            if options.bits is None:
-                used = {bits for _, bits in saved.placements}
-                request["bits"] = sorted(used.union(DEFAULT_BITS))
-        if options.pin or options.sensitivities is not None:
-            spec = load_spec(Path(options.model))
-            request["pins"] = {str(block): name for block, name in pins_of(options, spec).items()}
-            known = _sensitivities(options, spec)
-            if known is not None:
-                request["quality_margin"] = known.margin
-                request["sensitivities"] = [
-                    {str(bits): kl for bits, kl in row.items()} for row in known.kl
-                ]
-    except (LabError, ModelError, PlanError) as error:
-        raise CommandFailed(str(error)) from error
-    return request
-
-
-def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:
-    """Block to device name. Raises UsageError for layers that the model does not have."""
-    pins: dict[int, str] = {}
-    for first, last, device in options.pin:
-        if isinstance(first, str):
-            blocks = range(1) if first == "embedding" else range(spec.head_block, spec.block_count)
-        else:
-            if last >= len(spec.layers):
-                raise UsageError(f"--pin: the model has layers 0 to {len(spec.layers) - 1}")
-            blocks = range(first + 1, last + 2)
-        for block in blocks:
-            if pins.setdefault(block, device) != device:
-                raise UsageError(f"--pin: {spec.block_name(block)} is pinned to two devices")
-    return pins
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return int(text)
-
-
-def _budget(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number >= 0")
-    return value
-
-
-def _pin(text: str) -> tuple[int | str, int, str]:
-    """First and last layer, or the name of another block, and the device."""
-    match = _PIN.fullmatch(text)
-    if match is None or (match[3] is not None and int(match[3]) < int(match[2])):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected layers=0-5:NAME, embedding:NAME or head:NAME"
-        )
-    if match[2] is None:
-        return match[1], 0, match[4]
-    return int(match[2]), int(match[3] or match[2]), match[4]
-
-
-def _repairs(text: str) -> tuple[str, ...]:
-    known = ("2c", "2d", "2e", "2f", "cm")
-    parts = () if text == "none" else tuple(text.split(","))
-    if any(part not in known for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}, or none")
-    return parts
-
-
-# ---- commands ----------------------------------------------------------------------------------
 
 
 def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
@@ -290,7 +67,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             for bits in sorted(known | set(options.bits or ()))
         }
         errors: Sequence[Mapping[int, float]] | None
-        known_kl = _sensitivities(options, spec)
+        known_kl = sensitivities_of(options, spec)
         if options.quality_budget is not None and known_kl is None:
             raise UsageError("--quality-budget needs --sensitivities FILE: run calibrate first")
         if known_kl is not None:
@@ -314,6 +91,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             max_weight_error=bound,
             sensitivities=None if known_kl is None else scaled(known_kl.kl, known_kl.margin),
             quality_budget=options.quality_budget,
+            hop_formats=_hop_formats(options, lab, known_kl),
             objective=objective_of(options),
             pins=pins_of(options, spec),
             excluded=options.exclude,
@@ -444,20 +222,19 @@ def save_plan(path: Path, plan: Plan, model: str) -> None:
 # ---- steps -------------------------------------------------------------------------------------
 
 
-def _sensitivities(options: argparse.Namespace, spec: ModelSpec) -> Sensitivities | None:
-    from coordinator.lab import read_sensitivities
+def _hop_formats(
+    options: argparse.Namespace, lab: Lab, known: Sensitivities | None
+) -> tuple[HopFormat, ...]:
+    """--hop-bits, else what the lab says of hops; what was measured of the model comes first."""
+    from coordinator.quality import choose_hops, scaled
 
-    if options.sensitivities is None:
-        return None
-    found = read_sensitivities(options.sensitivities, spec)
-    asked = {"scheme": options.scheme, "group_size": options.group_size}
-    for key, value in found.form.items():
-        if value != asked[key]:
-            raise UsageError(
-                f"{options.sensitivities} was measured with {key} {value}:"
-                f" plan with --{key.replace('_', '-')} {value}, or calibrate anew"
-            )
-    return found
+    declared = {
+        form.bits: form.sensitivity for form in lab.hop_formats if form.sensitivity is not None
+    }
+    if known is not None:
+        declared |= scaled([known.hops], known.margin)[0]
+    asked = options.hop_bits or [form.bits for form in lab.hop_formats] or None
+    return choose_hops(asked, declared, options.quality_budget)
 
 
 def _weight_errors(

@@ -146,12 +146,14 @@ class Screen:
             links.add_column("from")
             links.add_column("to")
             links.add_column("round trip ms", justify="right")
+            links.add_column("90 %", justify="right")
             links.add_column("Mbit/s", justify="right")
             for link in answer["links"]:
                 links.add_row(
                     escape(link["source"]),
                     escape(link["target"]),
                     f"{link['rtt_s'] * 1e3:.2f}",
+                    f"{link['rtt_p90_s'] * 1e3:.2f}" if link["rtt_p90_s"] else "-",
                     f"{link['bytes_per_s'] * 8e-6:.0f}",
                 )
             self.out.print(links)

@@ -142,6 +142,13 @@ def _quality(found: QualityFound) -> dict[str, Any]:
             for (block, bits), (kl, error) in sorted(known.blocks.items())
             if bits in found.request.bits
         ],
+        "hops": [
+            {"after": spec.block_name(boundary), "bits": bits, "kl": kl}
+            for (boundary, bits), kl in sorted(
+                known.hops.items(), key=lambda hop: (hop[0][0], -hop[0][1])
+            )
+        ],
+        "worst_hops": known.worst_hops(spec.block_count),
         "plans": [
             {"bits": plan, "predicted_kl": predicted, "measured_kl": measured}
             for plan, predicted, measured in known.checks()

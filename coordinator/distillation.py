@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from coordinator.artifacts import ArtifactStore
@@ -27,9 +28,14 @@ from coordinator.quality import (
     with_lossless,
 )
 from model.checkpoint import Checkpoint
-from wire.messages import Done, MeasureQuality, QualityMeasured
+from model.spec import ModelSpec
+from wire.activations import HOP_BITS, HopBits
+from wire.messages import Done, HopMeasured, MeasureQuality, QualityMeasured
 
 log = logging.getLogger(__name__)
+
+MEASURED_HOPS: tuple[HopBits, ...] = tuple(bits for bits in HOP_BITS if bits != 32)
+"""32 bits lose nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +48,70 @@ class QualityFound:
     device: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What is to be measured: widths of blocks and of boundaries, and whole plans."""
+
+    blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    hops: Mapping[int, tuple[HopBits, ...]] = field(default_factory=dict)
+    plans: tuple[tuple[int, ...], ...] = ()
+
+    @staticmethod
+    def of(request: QualityRequest, spec: ModelSpec, known: KnownQuality) -> Missing:
+        """What ``request`` asks for beyond what is known; every boundary is part of it."""
+        return Missing(
+            {
+                block: widths
+                for block in range(spec.block_count)
+                if (widths := tuple(b for b in request.bits if (block, b) not in known.blocks))
+            },
+            {
+                boundary: hops
+                for boundary in range(spec.head_block)
+                if (hops := tuple(b for b in MEASURED_HOPS if (boundary, b) not in known.hops))
+            },
+            tuple(plan for plan in request.plans if plan not in known.plans),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.blocks or self.hops or self.plans)
+
+    def keep(self, result: QualityMeasured | HopMeasured, known: KnownQuality) -> None:
+        """Add a result to what is known, unless it is absurd or nobody asked for it."""
+        if isinstance(result, HopMeasured):
+            if 0 <= result.kl < math.inf and result.bits in self.hops.get(result.boundary, ()):
+                known.hops[result.boundary, result.bits] = result.kl
+        elif not (result.kl >= 0 and result.weight_error >= 0):
+            return
+        elif result.block is None:
+            if result.bits in self.plans:
+                known.plans[result.bits] = result.kl
+        elif set(result.bits) <= set(self.blocks.get(result.block, ())):
+            for bits in result.bits:
+                known.blocks[result.block, bits] = result.kl, result.weight_error
+
+    def answered(self, known: KnownQuality) -> bool:
+        """Whether all of it is known now."""
+        return (
+            all((k, bits) in known.blocks for k, widths in self.blocks.items() for bits in widths)
+            and all((k, bits) in known.hops for k, widths in self.hops.items() for bits in widths)
+            and all(plan in known.plans for plan in self.plans)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Losses:
+    """What fewer bits do, as a plan counts it: ``margin`` is part of ``blocks`` and ``hops``.
+
+    All are None or empty where nothing is known; ``known`` is what this coordinator measured.
+    """
+
+    margin: float | None
+    blocks: tuple[Mapping[int, float], ...] | None
+    hops: Mapping[int, float]
+    known: KnownQuality | None
+
+
 class Distillation:
     """Measurements of quality on members, kept in a store. One at a time: the fleet's lock."""
 
@@ -49,18 +119,17 @@ class Distillation:
         self._store = store
         self._quality = quality
 
-    def sensitivities(
-        self, checkpoint: Checkpoint, request: PlanRequest
-    ) -> tuple[float | None, tuple[Mapping[int, float], ...] | None, KnownQuality | None]:
-        """(margin, sensitivities with it, what they are from) for a plan; None where unknown."""
+    def losses(self, checkpoint: Checkpoint, request: PlanRequest) -> Losses:
+        """What a plan has to reckon with. Raises RequestInvalid where a budget lacks it."""
         known = self._quality.latest(checkpoint, request.scheme, request.group_size)
         if request.sensitivities is not None:
             margin = request.quality_margin or ASSUMED_MARGIN
             rows = with_lossless(request.sensitivities, checkpoint)
-            return margin, scaled(rows, margin), known
+            (hops,) = scaled([request.hop_sensitivities], margin)
+            return Losses(margin, scaled(rows, margin), hops, known)
         if known is None:
             if request.quality_budget is None:
-                return None, None, None
+                return Losses(None, None, {}, None)
             raise RequestInvalid(
                 f"nothing is known of what fewer bits do to {model_name(request.model)} "
                 f"({request.scheme}, groups of {request.group_size}): run `shoal calibrate "
@@ -69,8 +138,10 @@ class Distillation:
                 "quality_budget",
             )
         margin = request.quality_margin or known.margin
-        rows = with_lossless(known.sensitivities(checkpoint.spec.block_count), checkpoint)
-        return margin, scaled(rows, margin), known
+        count = checkpoint.spec.block_count
+        rows = with_lossless(known.sensitivities(count), checkpoint)
+        (hops,) = scaled([known.worst_hops(count)], margin)
+        return Losses(margin, scaled(rows, margin), hops, known)
 
     async def keep_budget(
         self,
@@ -82,22 +153,30 @@ class Distillation:
         known: KnownQuality,
         on_step: OnStep,
     ) -> tuple[Plan, float]:
-        """A plan whose measured divergence keeps the budget, and that. Raises PlanError."""
+        """A plan whose measured divergence keeps the budget, and that. Raises PlanError.
+
+        Blocks are measured; what hops add is predicted, and counted against the budget.
+        """
         budget = problem.quality_budget or 0.0  # There is one: PlanRequest.from_dict saw to it.
         member = await self.fastest(members, checkpoint, on_step)
         for _ in range(MAX_CHECKS):
             bits = tuple(placement.bits for placement in plan.placements)
             if bits not in known.plans:
-                await self.measure(member, checkpoint, known, {}, (bits,), on_step)
-            if known.plans[bits] <= budget:
+                await self.measure(member, checkpoint, known, Missing(plans=(bits,)), on_step)
+            total = known.plans[bits] + sum(
+                problem.hop_sensitivity(stage.hop_bits) or 0.0
+                for stage in plan.stages
+                if stage.hop_bits is not None
+            )
+            if total <= budget:
                 return plan, known.plans[bits]
             if request.given is not None:
                 break
             on_step(Step("plan", "again, with a tighter budget", 0, 0, ""))
-            tighter = tightened(problem, plan, known.plans[bits])
+            tighter = tightened(problem, plan, total)
             plan = await asyncio.to_thread(solve, tighter, time_limit_s=request.time_limit_s)
         raise PlanError(
-            f"the plan's measured KL divergence is {known.plans[bits]:.3g}, above the budget of "
+            f"the plan's measured KL divergence is {total:.3g} with its hops, above the budget of "
             f"{budget:g}: raise the budget, or allow more bits"
         )
 
@@ -113,19 +192,12 @@ class Distillation:
         known = self._quality.open(
             checkpoint, request.sequences, request.scheme, request.group_size
         )
-        wanted = {
-            block: missing
-            for block in range(checkpoint.spec.block_count)
-            if (
-                missing := tuple(bits for bits in request.bits if (block, bits) not in known.blocks)
-            )
-        }
-        plans = tuple(plan for plan in request.plans if plan not in known.plans)
+        missing = Missing.of(request, checkpoint.spec, known)
         name = None
-        if wanted or plans:
+        if missing:
             member = await self.fastest(members, checkpoint, on_step)
             name = member.name
-            await self.measure(member, checkpoint, known, wanted, plans, on_step)
+            await self.measure(member, checkpoint, known, missing, on_step)
         else:
             self._quality.save(checkpoint, known)  # It is the latest again.
         return QualityFound(request, checkpoint, known, name)
@@ -160,8 +232,7 @@ class Distillation:
         member: Member,
         checkpoint: Checkpoint,
         known: KnownQuality,
-        wanted: Mapping[int, tuple[int, ...]],
-        plans: Sequence[tuple[int, ...]],
+        wanted: Missing,
         on_step: OnStep,
     ) -> None:
         """Let ``member`` measure; results are kept as soon as they come. Raises AgentFailed."""
@@ -174,18 +245,9 @@ class Distillation:
             ),
             on_step,
         )
-        asked = {(block, bits) for block, widths in wanted.items() for bits in widths}
 
-        def on_result(result: QualityMeasured) -> None:
-            if not (result.kl >= 0 and result.weight_error >= 0):
-                return
-            if result.block is None and result.bits in plans:
-                known.plans[result.bits] = result.kl
-            elif result.block is not None and asked.issuperset(
-                (result.block, bits) for bits in result.bits
-            ):
-                for bits in result.bits:
-                    known.blocks[result.block, bits] = result.kl, result.weight_error
+        def on_result(result: QualityMeasured | HopMeasured) -> None:
+            wanted.keep(result, known)
             try:
                 self._quality.save(checkpoint, known)
             except OSError as error:
@@ -199,10 +261,11 @@ class Distillation:
                     spec=spec.to_dict(),
                     blocks=refs,
                     sequences=known.sequences,
-                    wanted=tuple(wanted.items()),
-                    plans=tuple(plans),
+                    wanted=tuple(wanted.blocks.items()),
+                    plans=wanted.plans,
                     scheme=known.scheme,
                     group_size=known.group_size,
+                    hops=tuple(wanted.hops.items()),
                 ),
                 Done,
                 forward(on_step, "quality", member.name),
@@ -214,6 +277,5 @@ class Distillation:
                 "device lost while it measured; what it found is kept: run the same command again "
                 "to go on, with another agent if this one stays away",
             ) from error
-        missing = [place for place in asked if place not in known.blocks]
-        if missing or any(plan not in known.plans for plan in plans):
+        if not wanted.answered(known):
             raise AgentFailed(member.name, "said it had measured everything, and had not")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coordinator.artifacts import ArtifactStore
-from coordinator.distillation import Distillation, QualityFound
+from coordinator.distillation import Distillation, Losses, QualityFound
 from coordinator.errors import (
     AgentFailed,
     AgentLost,
@@ -40,7 +40,7 @@ from coordinator.plan import Plan, Stage
 from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_name
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem, build_problem
-from coordinator.quality import QualityRequest, QualityStore
+from coordinator.quality import QualityRequest, QualityStore, choose_hops
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
@@ -183,11 +183,11 @@ class Fleet:
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
         members = self._roster.require_members()
         _check_names((*request.exclude, *request.pins.values()), members)
-        margin, sensitivities, known = self._distillation.sensitivities(checkpoint, request)
+        losses = self._distillation.losses(checkpoint, request)
         context_tokens = min(
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
         )
-        problem = await self._problem(request, checkpoint, members, context_tokens, sensitivities)
+        problem = await self._problem(request, checkpoint, members, context_tokens, losses)
         self._step("plan", "solving", 0, 0, "")
         if request.given is not None:
             plan = request.given.to_plan(problem)
@@ -196,16 +196,18 @@ class Fleet:
         measured_kl = None
         if request.check_quality:
             self._require_idle()
-            if known is None:
+            if losses.known is None:
                 raise RequestInvalid(
                     "check_quality needs what this coordinator measured: run "
                     "`shoal calibrate --quality --on auto` first",
                     "check_quality",
                 )
             plan, measured_kl = await self._distillation.keep_budget(
-                request, checkpoint, members, problem, plan, known, self._report
+                request, checkpoint, members, problem, plan, losses.known, self._report
             )
-        return Planned(request, checkpoint, context_tokens, problem, plan, margin, measured_kl)
+        return Planned(
+            request, checkpoint, context_tokens, problem, plan, losses.margin, measured_kl
+        )
 
     def _require_idle(self) -> None:
         if self.deployment is not None:
@@ -220,7 +222,7 @@ class Fleet:
         checkpoint: Checkpoint,
         members: tuple[Member, ...],
         context_tokens: int,
-        sensitivities: Sequence[Mapping[int, float]] | None,
+        losses: Losses,
     ) -> PlanningProblem:
         """The problem as measured; what is not known yet is measured."""
         spec = checkpoint.spec
@@ -255,11 +257,12 @@ class Fleet:
                 slots=1,
                 context_tokens=context_tokens,
                 chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
-                sensitivities=sensitivities,
+                sensitivities=losses.blocks,
                 quality_budget=request.quality_budget,
                 objective=request.objective,
                 pins=request.pins,
                 excluded=request.exclude,
+                hop_formats=choose_hops(request.hop_bits, losses.hops, request.quality_budget),
                 held=held,
                 load_bytes_per_s=rates,
                 watts={

@@ -75,7 +75,8 @@ class Lab:
     source: str
     devices: tuple[LabDevice, ...]
     links: tuple[LinkProfile, ...]
-    hop_formats: tuple[HopFormat, ...] = DEFAULT_HOPS
+    hop_formats: tuple[HopFormat, ...] = ()
+    """What the file says of hops; empty where it says nothing."""
 
     @property
     def watts(self) -> dict[str, float]:
@@ -131,8 +132,9 @@ def lab_problem(
     """The problem of splitting ``spec`` over the lab; ``bits`` None: all that any device runs.
 
     The lab's layer times are taken as those of this model's layers, whatever their shape;
-    ``hop_formats`` None takes the lab's. The other arguments are those of ``build_problem``.
-    Raises ValueError as ``build_problem``, LabError where no device runs any of ``bits``.
+    ``hop_formats`` None takes the lab's, else the default. The other arguments are those of
+    ``build_problem``. Raises ValueError as ``build_problem``, LabError where no device runs any of
+    ``bits``.
     """
     known = {width for device in lab.devices for width in device.bits}
     wanted = sorted(known if bits is None else set(bits))
@@ -161,7 +163,7 @@ def lab_problem(
         objective=objective,
         pins=pins,
         excluded=excluded,
-        hop_formats=lab.hop_formats if hop_formats is None else hop_formats,
+        hop_formats=hop_formats or lab.hop_formats or DEFAULT_HOPS,
         watts=lab.watts,
     )
 
@@ -171,13 +173,15 @@ class Sensitivities:
     """What a calibration found out about a model's blocks, by bits; ``form`` is how it stored them.
 
     ``kl`` is what a block adds to the KL divergence (nats), ``weight_errors`` max|w - w_b| / 2^b,
-    ``margin`` what a plan's sum of ``kl`` is multiplied with (``coordinator.quality``).
+    ``hops`` what one hop adds, by its bits, ``margin`` what a plan's sum of both is multiplied with
+    (``coordinator.quality``).
     """
 
     kl: tuple[Mapping[int, float], ...]
     weight_errors: tuple[Mapping[int, float], ...]
     form: Mapping[str, object]
     margin: float
+    hops: Mapping[int, float]
 
 
 def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
@@ -214,7 +218,24 @@ def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
                 raise LabError(f"{where}: {key}: expected a number from 0 up")
             into[block][bits] = float(value)
     form = {key: values[key] for key in ("scheme", "group_size") if key in values}
-    return Sensitivities(tuple(kl), tuple(errors), form, _margin(values.get("plans"), path))
+    margin = _margin(values.get("plans"), path)
+    hops = _worst_hops(values.get("worst_hops"), path)
+    return Sensitivities(tuple(kl), tuple(errors), form, margin, hops)
+
+
+def _worst_hops(values: object, path: Path) -> dict[int, float]:
+    """KL divergence of one hop by its bits; a file without knows none. Raises LabError."""
+    found: dict[int, float] = {}
+    known = {str(bits): bits for bits in HOP_BITS}
+    if values is not None and not isinstance(values, dict):
+        raise LabError(f"{path}: worst_hops: expected an object of bits to KL divergence")
+    for key, kl in (values or {}).items():
+        if key not in known:
+            raise LabError(f"{path}: worst_hops: {key:.20}: known are {_list(HOP_BITS)}")
+        if not isinstance(kl, (int, float)) or isinstance(kl, bool) or not 0 <= kl < math.inf:
+            raise LabError(f"{path}: worst_hops: {key}: expected a number from 0 up")
+        found[known[key]] = float(kl)
+    return found
 
 
 _CHECKED = ("predicted_kl", "measured_kl")
@@ -306,7 +327,7 @@ class _Reader:
                 )
             lines[device.name] = node
         links = self._links(fields, root, tuple(lines))
-        hops = self._hops(fields["hops"]) if "hops" in fields else DEFAULT_HOPS
+        hops = self._hops(fields["hops"]) if "hops" in fields else ()
         return Lab(self._source, devices, links, hops)
 
     def _device(self, node: _Node) -> LabDevice:

@@ -24,6 +24,7 @@ from wire.messages import (
     Done,
     Endpoint,
     Heartbeat,
+    HopMeasured,
     JoinRefused,
     LinkChanged,
     LinkMeasured,
@@ -51,6 +52,7 @@ _ANSWERS = (
     ModelMeasured,
     LinkMeasured,
     QualityMeasured,
+    HopMeasured,
     BlocksFound,
     StageLoaded,
     Done,
@@ -60,7 +62,7 @@ _ANSWERS = (
 
 Answer = TypeVar("Answer", bound=Message)
 OnProgress = Callable[[Progress], None]
-OnResult = Callable[[QualityMeasured], None]
+OnResult = Callable[[QualityMeasured | HopMeasured], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class Member:
         if isinstance(answer, Progress):
             if pending.on_progress is not None:
                 pending.on_progress(answer)
-        elif isinstance(answer, QualityMeasured):
+        elif isinstance(answer, (QualityMeasured, HopMeasured)):
             if pending.on_result is not None:
                 pending.on_result(answer)
         elif not pending.answer.done():

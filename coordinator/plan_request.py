@@ -11,7 +11,7 @@ from typing import Any, get_args
 from coordinator.errors import RequestInvalid
 from coordinator.plan import PlanError
 from coordinator.plan_file import SavedPlan
-from coordinator.problem import Objective, ObjectiveKind
+from coordinator.problem import HOP_BITS, Objective, ObjectiveKind
 from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
 
 DEFAULT_BITS = (4, 8, 16)
@@ -40,6 +40,10 @@ class PlanRequest:
     sensitivities: tuple[Mapping[int, float], ...] | None = None
     """Per block: bits -> what it adds to the KL divergence. None: what the coordinator measured,
     where there is a budget."""
+    hop_sensitivities: Mapping[int, float] = field(default_factory=dict)
+    """Bits -> what one hop at them adds; goes with ``sensitivities``."""
+    hop_bits: tuple[int, ...] | None = None
+    """Widths that a hop may use; None: ``coordinator.quality.choose_hops``."""
     quality_budget: float | None = None
     quality_margin: float | None = None
     """What ``sensitivities`` are multiplied with; None: what the coordinator knows or assumes."""
@@ -136,7 +140,18 @@ def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
             raise RequestInvalid(f"{flag}: true or false", flag)
     if wishes["check_quality"] and budget is None:
         raise RequestInvalid("check_quality needs a quality_budget", "check_quality")
+    hop_bits = plain.pop("hop_bits", None)
+    if hop_bits is not None:
+        if (
+            not isinstance(hop_bits, list)
+            or not hop_bits
+            or any(type(item) is not int or item not in HOP_BITS for item in hop_bits)
+        ):
+            known = ", ".join(map(str, HOP_BITS))
+            raise RequestInvalid(f"hop_bits: a list out of {known}, or null", "hop_bits")
+        wishes["hop_bits"] = tuple(sorted(set(hop_bits)))
     wishes["given"] = _given(plain.pop("plan", None))
+    wishes["hop_sensitivities"] = _hop_sensitivities(plain.pop("hop_sensitivities", {}))
     rows = plain.pop("sensitivities", None)
     if rows is None:
         return wishes
@@ -149,6 +164,19 @@ def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
             "sensitivities: for each block an object of bits to KL divergence", "sensitivities"
         ) from error
     return wishes
+
+
+def _hop_sensitivities(values: object) -> dict[int, float]:
+    """Bits to KL divergence of one hop. Raises RequestInvalid."""
+    known = {str(bits): bits for bits in HOP_BITS}
+    if not isinstance(values, dict) or not all(
+        key in known and type(kl) in (int, float) and 0 <= kl < math.inf
+        for key, kl in values.items()
+    ):
+        raise RequestInvalid(
+            "hop_sensitivities: an object of bits to KL divergence", "hop_sensitivities"
+        )
+    return {known[key]: float(kl) for key, kl in values.items()}
 
 
 def _given(values: object) -> SavedPlan | None:

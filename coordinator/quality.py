@@ -15,13 +15,13 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from coordinator.errors import RequestInvalid
 from coordinator.plan import Plan
-from coordinator.problem import PlanningProblem
+from coordinator.problem import DEFAULT_HOPS, HOP_BITS, HopFormat, PlanningProblem
 from model.checkpoint import Checkpoint
 from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
 from model.spec import ModelSpec
@@ -73,6 +73,29 @@ def with_lossless(
         {bits: 0.0 for bits in (16, 32) if bits >= least} | dict(row)
         for row, least in zip(rows, lossless, strict=True)
     )
+
+
+def choose_hops(
+    asked: Iterable[int] | None, sensitivities: Mapping[int, float], quality_budget: float | None
+) -> tuple[HopFormat, ...]:
+    """What hops may be sent as, with the known ``sensitivities`` (bits -> KL divergence).
+
+    Not asked for, it is the default alone, or every width of known sensitivity where there is a
+    budget that bounds what narrow ones do.
+    """
+    if asked is not None:
+        widths = sorted(set(asked))
+    elif quality_budget is not None:
+        widths = sorted(HOP_BITS)
+    else:
+        widths = [form.bits for form in DEFAULT_HOPS]
+    forms = (
+        HopFormat(bits, sensitivities[bits])
+        if bits in sensitivities
+        else HopFormat.unmeasured(bits)
+        for bits in widths
+    )
+    return tuple(form for form in forms if asked is not None or form.sensitivity is not None)
 
 
 def tightened(problem: PlanningProblem, plan: Plan, measured_kl: float) -> PlanningProblem:
@@ -150,7 +173,7 @@ class KnownQuality:
     """What is known of a model over one text and in one kind of format.
 
     ``blocks`` maps (block, bits) to (KL divergence, max|w - w_b|), ``plans`` the bits of all blocks
-    to the plan's KL divergence.
+    to the plan's KL divergence, ``hops`` (boundary, bits) to that of rounding the rows there.
     """
 
     sequences: Sequences
@@ -158,6 +181,7 @@ class KnownQuality:
     group_size: int
     blocks: dict[tuple[int, int], tuple[float, float]]
     plans: dict[tuple[int, ...], float]
+    hops: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def sensitivities(self, block_count: int) -> tuple[Mapping[int, float], ...]:
         """For each block: bits -> KL divergence of the block alone."""
@@ -165,6 +189,15 @@ class KnownQuality:
         for (block, bits), (kl, _) in self.blocks.items():
             rows[block][bits] = kl
         return rows
+
+    def worst_hops(self, block_count: int) -> dict[int, float]:
+        """Bits -> the largest KL divergence of all boundaries, where all of them are known."""
+        boundaries = range(block_count - 1)
+        return {
+            bits: max((self.hops[boundary, bits] for boundary in boundaries), default=0.0)
+            for bits in sorted({bits for _, bits in self.hops}, reverse=True)
+            if all((boundary, bits) in self.hops for boundary in boundaries)
+        }
 
     def checks(self) -> list[tuple[tuple[int, ...], float, float]]:
         """(bits, predicted, measured) of each measured plan whose blocks are all known."""
@@ -220,6 +253,7 @@ class QualityStore:
             "sequences": known.sequences,
             "blocks": [[*place, *values] for place, values in known.blocks.items()],
             "plans": [[list(plan), kl] for plan, kl in known.plans.items()],
+            "hops": [[*place, kl] for place, kl in known.hops.items()],
         }
         self._directory.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=self._directory)
@@ -238,8 +272,16 @@ class QualityStore:
                 (int(block), int(bits)): (float(kl), float(error))
                 for block, bits, kl, error in content["blocks"]
             }
-            if content["version"] == STORE_VERSION and all(
-                0 <= block < spec.block_count for block, _ in blocks
+            hops = {
+                (int(boundary), int(bits)): float(kl)
+                # Files of before hops were measured have none.
+                for boundary, bits, kl in content.get("hops", ())
+            }
+            if (
+                content["version"] == STORE_VERSION
+                and all(0 <= block < spec.block_count for block, _ in blocks)
+                and all(0 <= b < spec.head_block and bits in HOP_BITS for b, bits in hops)
+                and all(0 <= kl < math.inf for kl in hops.values())
             ):
                 return KnownQuality(
                     tuple(map(tuple, content["sequences"])),
@@ -247,6 +289,7 @@ class QualityStore:
                     content["group_size"],
                     blocks,
                     {tuple(plan): float(kl) for plan, kl in content["plans"]},
+                    hops,
                 )
         log.warning("%s is damaged or of another version: measured anew", path)
         return None

@@ -210,8 +210,9 @@ class MeasureQuality:
     """Measure what fewer bits do to a model's predictions over ``sequences`` of token ids.
 
     ``blocks`` are all of the model's, as its checkpoint has them. Each block at each width of
-    ``wanted`` is measured alone, each of ``plans`` (bits of every block) as a whole; results come
-    as QualityMeasured as soon as they are there, Done ends the request.
+    ``wanted`` is measured alone, so is each boundary of ``hops``, and each of ``plans`` (bits of
+    every block) as a whole; results come as QualityMeasured and HopMeasured as soon as they are
+    there, Done ends the request.
     """
 
     request: int
@@ -223,6 +224,8 @@ class MeasureQuality:
     plans: tuple[tuple[int, ...], ...]
     scheme: Literal["rtn", "truncate", "float"]
     group_size: int
+    hops: tuple[tuple[int, tuple[HopBits, ...]], ...] = ()
+    """(boundary, widths) pairs; boundary b lies behind block b."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,16 @@ class QualityMeasured:
     bits: tuple[int, ...]
     kl: float
     weight_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class HopMeasured:
+    """One result: mean KL divergence in nats of sending the rows behind a block at ``bits``."""
+
+    request: int
+    boundary: int
+    bits: HopBits
+    kl: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +443,7 @@ Message: TypeAlias = (
     | BlocksFound
     | MeasureQuality
     | QualityMeasured
+    | HopMeasured
     | CancelRequest
     | Done
     | Progress
@@ -478,6 +492,7 @@ CODES: dict[int, type[Message]] = {
     31: ReleaseSequence,
     32: SequenceFailed,
     33: PeerLost,
+    34: HopMeasured,
     40: PeerHello,
     41: PeerWelcome,
     42: Activation,

@@ -245,6 +245,12 @@ def test_it_says_which_blocks_it_holds(coordinator: Coordinator, tmp_path: Path)
             "no such",
         ),
         (MeasureQuality(1, SPEC.to_dict(), REFS, ((1, 2),), ((0, (7,)),), (), "rtn", 32), "widths"),
+        (
+            MeasureQuality(
+                1, SPEC.to_dict(), REFS, ((1, 2),), (), (), "rtn", 32, ((SPEC.head_block, (8,)),)
+            ),
+            "no such boundaries",
+        ),
         (MeasureQuality(1, SPEC.to_dict(), REFS, ((1, 2),), (), ((4,),), "rtn", 32), "1 formats"),
         (MeasureQuality(1, SPEC.to_dict(), REFS, ((-1,),), ((0, (4,)),), (), "rtn", 32), "within"),
         (

@@ -28,7 +28,7 @@ from backends.edgetpu import Int8Stage, TfliteCpuBackend
 from backends.edgetpu_product import Counts, Int8Weights
 from backends.edgetpu_runtime import Engine
 from backends.onnx_cpu import OnnxCpuBackend
-from calibration.quality import divergences, measure_quality, split_passages
+from calibration.distiller import divergences, measure_quality, split_passages
 from calibration.store import CalibrationStore
 from model.artifact import read_block
 from model.checkpoint import Checkpoint

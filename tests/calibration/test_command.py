@@ -13,6 +13,8 @@ from calibration import layers, survey, table
 from cli.calibrate import add_calibrate_arguments, run_calibrate
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
+from coordinator.lab import read_sensitivities
+from model.families import load_spec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -81,12 +83,21 @@ def test_quality_with_a_heat_map_and_plans(
     shown = capsys.readouterr().out
     assert "predicted sum" in shown
     assert "layer 0" in shown
+    hops = shown[shown.index("hops, KL in nats") :]
+    assert hops.index("embedding") < hops.index("predicted sum")
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")  # noqa: S314 - our own
     shoal(*arguments, "--json")
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["plans"]) == 2
     assert {item["bits"] for item in answer["blocks"]} == {3, 8}
     assert answer["blocks"][0]["name"] == "embedding"
+    assert answer["hops"][0]["after"] == "embedding"
+    # What was printed is what a plan reads.
+    saved = tmp_path / "quality-answer.json"
+    saved.write_text(json.dumps(answer))
+    known = read_sensitivities(saved, load_spec(FIXTURES / "llama"))
+    worst = max(hop["kl"] for hop in answer["hops"] if hop["bits"] == 8)
+    assert known.hops[8] == worst > known.hops[16]
 
 
 def test_quality_without_a_text_uses_the_built_in_one(

@@ -11,12 +11,12 @@ import pytest
 
 from backends.base import Backend, BackendUnavailable, Capabilities
 from backends.registry import BACKENDS, backend_class
-from calibration import quality
+from calibration import distiller
+from calibration.distiller import divergences
 from calibration.quality import (
     BlockQuality,
     built_in_text,
     check_plans,
-    divergences,
     measure_plan_kl,
     measure_quality,
     passages_of,
@@ -151,8 +151,8 @@ def test_memory_for_no_block_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     checkpoint = Checkpoint.open(FIXTURES / "opt-post")
     sequences = texts(checkpoint)
     kept = measure_quality(checkpoint, BITS, sequences)
-    monkeypatch.setattr(quality, "_KEPT_SHARE", 0.0)
-    monkeypatch.setattr(quality, "_LOGITS", checkpoint.spec.vocab * 3)
+    monkeypatch.setattr(distiller, "_KEPT_SHARE", 0.0)
+    monkeypatch.setattr(distiller, "_LOGITS", checkpoint.spec.vocab * 3)
     assert [item.kl for item in measure_quality(checkpoint, BITS, sequences)] == pytest.approx(
         [item.kl for item in kept], rel=1e-3, abs=1e-9
     )

@@ -11,9 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cli import planning
+from cli import plan_arguments, planning
 from cli.errors import CommandFailed, UsageError
+from cli.plan_arguments import pins_of, request_of
 from cli.render import Screen
+from coordinator.plan_request import PlanRequest
 from coordinator.study import opt_350m
 
 CONFIG = Path(__file__).parents[1] / "fixtures" / "opt-pre" / "config.json"
@@ -61,11 +63,13 @@ def options(*arguments: str | Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("model")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--bits", type=lambda text: [int(text)])
     parser.set_defaults(
-        bits=None, max_weight_error=1e-3, scheme="rtn", group_size=32, context=64, time_limit=20.0
+        max_weight_error=1e-3, scheme="rtn", group_size=32, context=64, time_limit=20.0
     )
-    planning.add_planning_arguments(parser)
-    planning.add_objective_arguments(parser)
+    plan_arguments.add_planning_arguments(parser)
+    plan_arguments.add_objective_arguments(parser)
+    plan_arguments.add_hop_argument(parser)
     return parser.parse_args([str(argument) for argument in arguments])
 
 
@@ -177,6 +181,59 @@ def test_a_quality_budget_is_kept(
     assert "predicted KL divergence" in capsys.readouterr().out
 
 
+def sent_at(answer: dict[str, Any]) -> list[int | None]:
+    return [stage["hop_bits"] for stage in answer["plan"]["stages"]]
+
+
+def test_widths_of_hops_are_asked_for_or_follow_from_the_budget(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    split = (
+        "--devices", lab, "--bits", "8",
+        "--pin", "head:[attic]", "--pin", "embedding:pi-1", "--pin", "layers=0-2:pi-1",
+    )  # fmt: skip
+    lab.write_text(LAB.replace("440K", "4M").replace("1M", "8M"))
+
+    def found(*more: str | Path) -> list[int | None]:
+        return sent_at(plan_json(capsys, model, *split, *more))
+
+    assert found() == [16, None]
+    assert found("--hop-bits", "32") == [32, None]
+    assert found("--hop-bits", "8,32") == [8, None]
+    # With a budget every width whose divergence is known, which is scaled like that of blocks.
+    blocks = 5 * 0.01
+    worst = {"16": 0.0, "8": 0.02}
+    file = write_sensitivities(tmp_path / "quality.json", worst_hops=worst)
+    measured = "--sensitivities", file, "--quality-budget"
+    for budget, expected in ((blocks + 0.021, 8), (blocks + 0.019, 16)):
+        answer = plan_json(capsys, model, *split, *measured, str(1.5 * budget))
+        assert sent_at(answer) == [expected, None]
+        total = 1.5 * (blocks + worst[str(expected)])
+        assert answer["plan"]["total_sensitivity"] == pytest.approx(total)
+    known = write_sensitivities(tmp_path / "older.json")
+    assert found("--sensitivities", known, "--quality-budget", "9") == [16, None]
+    # What the lab permits is the default here; what was measured of the model comes first.
+    lab.write_text(lab.read_text() + "hops: {8: 0.5, 32: 0}\n")
+    assert found() == [8, None]
+    assert found("--hop-bits", "16") == [16, None]
+    enough = str(1.5 * (blocks + 0.021))
+    assert found(*measured, enough) == [8, None]
+    assert found("--sensitivities", known, "--quality-budget", enough) == [32, None]
+
+
+def test_a_saved_plan_brings_the_widths_of_its_hops(model: Path, lab: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    plan(model, "--devices", lab, "--hop-bits", "8", "--save", saved, "--pin", "head:[attic]")
+    request = request_of(options(model, "--plan", saved))
+    assert request["hop_bits"] == [8, 16]
+    assert PlanRequest.from_dict(request).hop_bits == (8, 16)
+    assert request_of(options(model, "--plan", saved, "--hop-bits", "32,8"))["hop_bits"] == [8, 32]
+    assert "hop_bits" not in request_of(options(model))
+    file = write_sensitivities(tmp_path / "quality.json", worst_hops={"8": 0.25})
+    sent = PlanRequest.from_dict(request_of(options(model, "--sensitivities", file)))
+    assert sent.hop_sensitivities == {8: 0.25}
+
+
 def test_sensitivities_that_do_not_fit_are_refused(model: Path, lab: Path, tmp_path: Path) -> None:
     file = tmp_path / "quality.json"
     with pytest.raises(UsageError, match="--quality-budget needs --sensitivities"):
@@ -194,6 +251,15 @@ def test_sensitivities_that_do_not_fit_are_refused(model: Path, lab: Path, tmp_p
         ([good | {"kl": True}], "kl: expected a number from 0 up"),
     ):
         write_sensitivities(file, blocks=bad)
+        with pytest.raises(CommandFailed, match=message):
+            plan(model, "--devices", lab, "--sensitivities", file)
+    for hops, message in (
+        ([3], "worst_hops: expected an object"),
+        ({"4": 0.1}, "worst_hops: 4: known are"),
+        ({"8": -1}, "worst_hops: 8: expected a number from 0 up"),
+        ({"8": True}, "worst_hops: 8: expected a number from 0 up"),
+    ):
+        write_sensitivities(file, blocks=[good], worst_hops=hops)
         with pytest.raises(CommandFailed, match=message):
             plan(model, "--devices", lab, "--sensitivities", file)
     file.write_text("{")
@@ -223,19 +289,19 @@ def test_what_needs_agents_says_so(model: Path, lab: Path) -> None:
         with pytest.raises(UsageError, match=message):
             plan(model, "--devices", lab, *asked)
     with pytest.raises(UsageError, match="--check-quality needs --quality-budget"):
-        planning.request_of(options(model, "--check-quality"))
+        request_of(options(model, "--check-quality"))
     with pytest.raises(UsageError, match="--objective energy: cannot minimise"):
-        planning.request_of(options(model, "--objective", "energy", "--migration-weight", "1"))
+        request_of(options(model, "--objective", "energy", "--migration-weight", "1"))
 
 
 def test_pins_name_blocks() -> None:
     parsed = options("m", "--pin", "layers=0-1:a", "--pin", "embedding:b", "--pin", "head:c")
-    assert planning.pins_of(parsed, opt_350m(3)) == {0: "b", 1: "a", 2: "a", 4: "c"}
-    assert planning.pins_of(options("m", "--pin", "layer=2:a"), opt_350m(3)) == {3: "a"}
+    assert pins_of(parsed, opt_350m(3)) == {0: "b", 1: "a", 2: "a", 4: "c"}
+    assert pins_of(options("m", "--pin", "layer=2:a"), opt_350m(3)) == {3: "a"}
     with pytest.raises(UsageError, match="layers 0 to 2"):
-        planning.pins_of(options("m", "--pin", "layers=2-3:a"), opt_350m(3))
+        pins_of(options("m", "--pin", "layers=2-3:a"), opt_350m(3))
     with pytest.raises(UsageError, match="layer 1 is pinned to two devices"):
-        planning.pins_of(options("m", "--pin", "layers=0-1:a", "--pin", "layer=1:b"), opt_350m(3))
+        pins_of(options("m", "--pin", "layers=0-1:a", "--pin", "layer=1:b"), opt_350m(3))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +314,8 @@ def test_pins_name_blocks() -> None:
         ["--simulate", "0"],
         ["--quality-budget", "-1"],
         ["--quality-budget", "nan"],
+        ["--hop-bits", "4"],
+        ["--hop-bits", ""],
     ],
 )
 def test_arguments_that_mean_nothing(arguments: list[str]) -> None:
@@ -288,7 +356,7 @@ def test_a_difference_is_shown(
     plan(model, "--devices", lab, "--save", before)
     plan(model, "--devices", lab, "--save", after, "--pin", "head:[attic]")
     parser = argparse.ArgumentParser()
-    planning.add_diff_arguments(parser)
+    plan_arguments.add_diff_arguments(parser)
     parsed = parser.parse_args([str(before), str(after)])
     capsys.readouterr()
     parsed.json = False
@@ -313,7 +381,7 @@ def test_a_study_is_shown_and_drawn(
     whole = study.study_dilemma
     monkeypatch.setattr(study, "study_dilemma", lambda **given: whole(layers=3, **given))
     parser = argparse.ArgumentParser()
-    planning.add_study_arguments(parser)
+    plan_arguments.add_study_arguments(parser)
     parsed = parser.parse_args(["dilemma", "--out", str(tmp_path / "figures"), "--runs", "1"])
     parsed.json = False
     planning.run_study(parsed, Screen(json_output=False))

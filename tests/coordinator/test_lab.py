@@ -10,6 +10,7 @@ import pytest
 from coordinator.lab import LabError, lab_problem, parse_lab, read_lab
 from coordinator.plan import verify
 from coordinator.planner import solve
+from coordinator.problem import DEFAULT_HOPS
 from coordinator.study import opt_350m
 
 LABS = sorted((Path(__file__).parents[2] / "examples" / "labs").glob("*.yaml"))
@@ -85,7 +86,7 @@ def test_pairs_may_have_no_link() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", [(16, 0.0)]),
+        ("", []),
         ("hops: [16, 8, 32]", [(8, None), (16, 0.0), (32, 0.0)]),
         ("hops: {8: 4e-3, 16: 0}", [(8, 0.004), (16, 0.0)]),
     ],
@@ -93,7 +94,9 @@ def test_pairs_may_have_no_link() -> None:
 def test_widths_of_hops(text: str, expected: list[tuple[int, float | None]]) -> None:
     lab = parse_lab(f"{LAB}\n{text}\n", "lab.yaml")
     assert [(form.bits, form.sensitivity) for form in lab.hop_formats] == expected
-    assert lab_problem(lab, opt_350m(2), context_tokens=64).hop_formats == lab.hop_formats
+    assert lab_problem(lab, opt_350m(2), context_tokens=64).hop_formats == (
+        lab.hop_formats or DEFAULT_HOPS
+    )
 
 
 def test_prefill_defaults_to_decode() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from calibration.quality import check_plans, measure_plan_kl, measure_quality, random_plans
+from coordinator.distillation import Missing
 from coordinator.errors import RequestInvalid
 from coordinator.plan import Plan, verify
 from coordinator.plan_request import PlanRequest
@@ -22,12 +24,14 @@ from coordinator.quality import (
     QualityRequest,
     QualityStore,
     budget_margin,
+    choose_hops,
     scaled,
     tightened,
     with_lossless,
 )
 from model.checkpoint import Checkpoint
 from model.quantize import Format
+from wire.messages import HopMeasured, QualityMeasured
 from wire.profile import BlockTiming, DeviceProfile
 
 CHECKPOINT = Checkpoint.open(Path(__file__).parents[1] / "fixtures" / "opt-pre")
@@ -111,6 +115,57 @@ def test_budgets_are_kept_by_the_model_that_was_planned(tmp_path: Path) -> None:
     assert max(spent) > 0.4  # What is kept is a budget, not a ban.
 
 
+def test_a_hop_counts_once_all_boundaries_are_known() -> None:
+    known = KnownQuality(TEXT, "rtn", 32, {}, {})
+    assert known.worst_hops(SPEC.block_count) == {}
+    known.hops = {(boundary, 8): boundary / 10 for boundary in range(SPEC.head_block)}
+    known.hops[0, 16] = 0.1
+    assert known.worst_hops(SPEC.block_count) == {8: (SPEC.head_block - 1) / 10}
+
+
+def test_hops_are_chosen_by_wish_budget_and_what_is_known() -> None:
+    known = {8: 0.5, 16: 0.25}
+
+    def chosen(asked: Any, sensitivities: Any, budget: float | None) -> dict[int, float | None]:
+        forms = choose_hops(asked, sensitivities, budget)
+        return {form.bits: form.sensitivity for form in forms}
+
+    assert chosen(None, {}, None) == {16: 0.0}
+    assert chosen(None, known, None) == {16: 0.25}
+    assert chosen(None, {}, 1.0) == {16: 0.0, 32: 0.0}
+    assert chosen(None, known, 1.0) == {8: 0.5, 16: 0.25, 32: 0.0}
+    for budget in (None, 1.0):
+        assert chosen((32, 8), {}, budget) == {8: None, 32: 0.0}
+        assert chosen((8,), known, budget) == {8: 0.5}
+
+
+def test_only_what_was_asked_for_is_kept_of_an_agents_answers() -> None:
+    request = QualityRequest(Path("/m"), (4,), TEXT, ((8,) * SPEC.block_count,))
+    known = KnownQuality(TEXT, "rtn", 32, {}, {})
+    missing = Missing.of(request, SPEC, known)
+    assert missing.hops == dict.fromkeys(range(SPEC.head_block), (16, 8))
+    for stranger in (
+        HopMeasured(1, SPEC.head_block, 8, 0.1),
+        HopMeasured(1, 0, 32, 0.1),
+        HopMeasured(1, 0, 8, float("nan")),
+        HopMeasured(1, 0, 8, float("inf")),
+        QualityMeasured(1, 0, (8,), 0.1, 0.1),
+        QualityMeasured(1, None, (4,), 0.1, 0.0),
+    ):
+        missing.keep(stranger, known)
+    assert known == KnownQuality(TEXT, "rtn", 32, {}, {})
+    for block in range(SPEC.block_count):
+        missing.keep(QualityMeasured(1, block, (4,), 0.1, 0.2), known)
+    missing.keep(QualityMeasured(1, None, request.plans[0], 0.3, 0.0), known)
+    for boundary in range(SPEC.head_block):
+        assert not missing.answered(known)
+        assert Missing.of(request, SPEC, known)
+        missing.keep(HopMeasured(1, boundary, 16, 0.0), known)
+        missing.keep(HopMeasured(1, boundary, 8, boundary / 10), known)
+    assert missing.answered(known)
+    assert not Missing.of(request, SPEC, known)
+
+
 def test_a_plan_above_its_budget_is_followed_by_one_below() -> None:
     rows = [{2: 0.08, 3: 0.04, 4: 0.02, 8: 0.001} for _ in range(SPEC.block_count)]
     problem = problem_of(rows, 1.0, 0.2)
@@ -135,11 +190,21 @@ def test_what_is_known_is_kept_by_checkpoint_text_and_format(tmp_path: Path) -> 
     plan = (8,) * SPEC.block_count
     known.blocks.update({(block, 8): (0.5, 0.1) for block in range(SPEC.block_count)})
     known.plans[plan] = 0.5 * SPEC.block_count * 1.2
+    known.hops[0, 8] = 0.25
     store.save(CHECKPOINT, known)
     assert store.open(CHECKPOINT, TEXT, "rtn", 32) == known
     assert store.latest(CHECKPOINT, "rtn", 32) == known
     assert known.margin == pytest.approx(1.2)
     assert known.sensitivities(SPEC.block_count)[3] == {8: 0.5}
+    (path,) = (tmp_path / "quality").iterdir()
+    written = json.loads(path.read_text())
+    older = {key: value for key, value in written.items() if key != "hops"}
+    path.write_text(json.dumps(older))
+    assert store.latest(CHECKPOINT, "rtn", 32) == replace(known, hops={})
+    for bad in ([SPEC.head_block, 8, 0.1], [0, 4, 0.1], [0, 8, -0.1], [0, 8]):
+        path.write_text(json.dumps(older | {"hops": [bad]}))
+        assert store.latest(CHECKPOINT, "rtn", 32) is None
+    store.save(CHECKPOINT, known)
     assert store.latest(CHECKPOINT, "rtn", 64) is None
     assert store.latest(CHECKPOINT, "truncate", 32) is None
     other = store.open(CHECKPOINT, TEXT[:2], "rtn", 32)
@@ -196,6 +261,12 @@ def test_a_request_must_fit_the_model() -> None:
         ({"check_quality": 1}, "check_quality"),
         ({"check_quality": True}, "check_quality needs a quality_budget"),
         ({"with_problem": None}, "with_problem"),
+        ({"hop_bits": []}, "hop_bits: a list out of"),
+        ({"hop_bits": [4]}, "hop_bits: a list out of"),
+        ({"hop_bits": 8}, "hop_bits: a list out of"),
+        ({"hop_sensitivities": {"4": 0}}, "hop_sensitivities"),
+        ({"hop_sensitivities": {"8": -1}}, "hop_sensitivities"),
+        ({"hop_sensitivities": [8]}, "hop_sensitivities"),
         ({"plan": 3}, "plan: expected an object"),
         ({"plan": {"source": "a.json", "model": "m", "stages": []}}, "at least one stage"),
     ],

@@ -83,8 +83,8 @@ def memory_for_two(model: Path, context_tokens: int) -> int:
 
 
 def load_on_two(cluster: NetworkCluster, model: Path, context_tokens: int) -> list[str]:
-    """Load at 32 bits; the devices of the two stages."""
-    answer = cluster.load(model, "--bits=32", f"--context={context_tokens}")
+    """Load at 32 bits, hops too; the devices of the two stages."""
+    answer = cluster.load(model, "--bits=32", "--hop-bits=32", f"--context={context_tokens}")
     devices = [stage["device"] for stage in answer["plan"]["stages"]]
     assert sorted(devices) == sorted(AGENTS)
     return devices

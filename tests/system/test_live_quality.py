@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from calibration.hops import measure_hops
 from calibration.quality import built_in_text, measure_quality, split_passages
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
@@ -55,6 +56,14 @@ def test_an_agent_finds_what_one_process_finds(shoal: Cluster) -> None:
         item = found[one.block, one.bits]
         assert item["kl"] == pytest.approx(one.kl, rel=1e-2, abs=1e-8)
         assert item["weight_error"] == pytest.approx(one.weight_error)
+    hops = measure_hops(checkpoint, sequences)
+    assert [(hop["after"], hop["bits"]) for hop in answer["hops"]] == [
+        (checkpoint.spec.block_name(hop.boundary), hop.bits) for hop in hops
+    ]
+    for item, hop in zip(answer["hops"], hops, strict=True):
+        assert item["kl"] == pytest.approx(hop.kl, rel=2e-2 if hop.bits == 8 else 0.3)
+    worst = max(item["kl"] for item in answer["hops"] if item["bits"] == 8)
+    assert answer["worst_hops"]["8"] == worst
     assert len(answer["plans"]) == 2
     again = calibrate(shoal, MODEL, "--on=pi-2", *WORK)
     assert last_json(again)["measured_on"] is None
@@ -73,6 +82,13 @@ def test_an_agent_finds_what_one_process_finds(shoal: Cluster) -> None:
     total = sum(found[place]["kl"] for place in enumerate(bits))
     assert planned["plan"]["total_sensitivity"] == pytest.approx(total * margin)
     assert total * margin <= budget
+    # Split, a hop counts as the worst boundary does.
+    pinned = "--pin=head:pi-1", "--pin=embedding:pi-2", "--bits=8"
+    for hop_bits, kl in (("8", worst), ("32", 0.0)):
+        wide = f"--quality-budget={margin * (best + kl) * 1.001}"
+        split = last_json(shoal.run(*asked, wide, *pinned, f"--hop-bits={hop_bits}"))
+        assert [stage["hop_bits"] for stage in split["plan"]["stages"]] == [int(hop_bits), None]
+        assert split["plan"]["total_sensitivity"] == pytest.approx(margin * (best + kl))
     checked = last_json(shoal.run(*asked, f"--quality-budget={budget}", "--check-quality"))
     assert 0 < checked["quality"]["measured_kl"] <= budget
     impossible = shoal.run(*asked, f"--quality-budget={best / 2}")

@@ -1,0 +1,276 @@
+"""What the planning commands take, and the requests and wishes that it makes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.errors import CommandFailed, UsageError
+from wire.activations import HOP_BITS
+
+if TYPE_CHECKING:
+    from coordinator.lab import Sensitivities
+    from coordinator.problem import Objective
+    from model.spec import ModelSpec
+
+_PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.ASCII)
+
+
+def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``shoal plan`` beyond those that ``shoal load`` shares."""
+    parser.add_argument(
+        "--devices",
+        type=Path,
+        metavar="LAB.yaml",
+        help="plan for described devices, without agents",
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="where the time goes and what each change would give"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, to edit or load")
+    parser.add_argument(
+        "--simulate", type=_count, metavar="N", help="draw the links' speeds anew N times"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --simulate; default 0")
+    parser.add_argument(
+        "--formulation",
+        choices=("shoal", "dilemma"),
+        default="shoal",
+        help="dilemma: the paper's integer program (with --devices)",
+    )
+    parser.add_argument(
+        "--repair",
+        type=_repairs,
+        default=("2c", "2d", "2e", "2f", "cm"),
+        metavar="2c,2d,2e,2f,cm",
+        help="what to repair in the paper's program, or 'none'; default: all",
+    )
+
+
+def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to minimise, and what the user has decided already."""
+    parser.add_argument(
+        "--objective",
+        choices=("latency", "throughput", "request", "energy"),
+        default="latency",
+        help="what to minimise; energy: joules computing one token, on devices of known watts",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=_count, default=256, metavar="N", help="of --objective request"
+    )
+    parser.add_argument(
+        "--output-tokens", type=_count, default=128, metavar="N", help="of --objective request"
+    )
+    parser.add_argument(
+        "--pin",
+        type=_pin,
+        action="append",
+        default=[],
+        metavar="layers=0-5:NAME",
+        help="these blocks on this device; also embedding:NAME, head:NAME",
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="NAME", help="plan without this device"
+    )
+    parser.add_argument(
+        "--migration-weight",
+        type=_budget,
+        default=0.0,
+        metavar="W",
+        help="add W seconds to the objective per second of loading what devices do not hold",
+    )
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="take the plan of this file, verified"
+    )
+    parser.add_argument(
+        "--quality-budget",
+        type=_budget,
+        metavar="KL",
+        help="bound on the plan's KL divergence from the original model, nats per token",
+    )
+    parser.add_argument(
+        "--sensitivities",
+        type=Path,
+        metavar="FILE",
+        help="what calibrate printed for the model with --json; default: what the coordinator "
+        "has from `shoal calibrate --quality --on`",
+    )
+    parser.add_argument(
+        "--check-quality",
+        action="store_true",
+        help="measure the plan's divergence, and plan anew until it keeps --quality-budget",
+    )
+
+
+def add_hop_argument(parser: argparse.ArgumentParser) -> None:
+    """At how many bits hidden values may cross a link."""
+    parser.add_argument(
+        "--hop-bits",
+        type=_hop_bits,
+        metavar="32|16|8[,...]",
+        help="bits of a hidden value between devices, to choose from; 32 is exact; default: 16, or "
+        "with --quality-budget every width of known divergence",
+    )
+
+
+def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two files of a comparison."""
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``shoal study dilemma`` takes."""
+    parser.add_argument("study", choices=("dilemma",))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the figures there as SVG")
+    parser.add_argument("--runs", type=_count, default=100, metavar="N", help="default 100")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+
+
+def objective_of(options: argparse.Namespace) -> Objective:
+    """The planner's objective that the arguments ask for. Raises UsageError."""
+    from coordinator.problem import Objective
+
+    weight = options.migration_weight
+    try:
+        if options.objective == "request":
+            return Objective("request", options.prompt_tokens, options.output_tokens, weight)
+        return Objective(options.objective, migration_weight=weight)
+    except ValueError as error:
+        raise UsageError(f"--objective {options.objective}: {error}") from error
+
+
+def request_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The live plan or load that the arguments ask for, as the coordinator's API takes it.
+
+    Raises UsageError, CommandFailed.
+    """
+    from coordinator.lab import LabError
+    from coordinator.plan import PlanError
+    from coordinator.plan_file import read_plan
+    from coordinator.plan_request import DEFAULT_BITS
+    from coordinator.problem import DEFAULT_HOPS
+    from model.errors import ModelError
+    from model.families import load_spec
+
+    if options.check_quality and options.quality_budget is None:
+        raise UsageError("--check-quality needs --quality-budget KL to compare with")
+    request: dict[str, Any] = {
+        "model": str(Path(options.model).absolute()),
+        "scheme": options.scheme,
+        "group_size": options.group_size,
+        "max_weight_error": options.max_weight_error,
+        "context_tokens": options.context,
+        "time_limit_s": options.time_limit,
+        "objective": asdict(objective_of(options)),
+        "exclude": options.exclude,
+        "quality_budget": options.quality_budget,
+        "check_quality": options.check_quality,
+    }
+    if options.bits is not None:
+        request["bits"] = options.bits
+    if options.hop_bits is not None:
+        request["hop_bits"] = options.hop_bits
+    try:
+        if options.plan is not None:
+            saved = read_plan(options.plan)
+            request["plan"] = saved.to_dict()
+            if options.bits is None:
+                used = {bits for _, bits in saved.placements}
+                request["bits"] = sorted(used.union(DEFAULT_BITS))
+            if options.hop_bits is None and options.quality_budget is None:
+                sent = {bits for bits in saved.hop_bits if bits is not None}
+                request["hop_bits"] = sorted(sent.union(form.bits for form in DEFAULT_HOPS))
+        if options.pin or options.sensitivities is not None:
+            spec = load_spec(Path(options.model))
+            request["pins"] = {str(block): name for block, name in pins_of(options, spec).items()}
+            known = sensitivities_of(options, spec)
+            if known is not None:
+                request["quality_margin"] = known.margin
+                request["sensitivities"] = [
+                    {str(bits): kl for bits, kl in row.items()} for row in known.kl
+                ]
+                request["hop_sensitivities"] = {str(bits): kl for bits, kl in known.hops.items()}
+    except (LabError, ModelError, PlanError) as error:
+        raise CommandFailed(str(error)) from error
+    return request
+
+
+def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:
+    """Block to device name. Raises UsageError for layers that the model does not have."""
+    pins: dict[int, str] = {}
+    for first, last, device in options.pin:
+        if isinstance(first, str):
+            blocks = range(1) if first == "embedding" else range(spec.head_block, spec.block_count)
+        else:
+            if last >= len(spec.layers):
+                raise UsageError(f"--pin: the model has layers 0 to {len(spec.layers) - 1}")
+            blocks = range(first + 1, last + 2)
+        for block in blocks:
+            if pins.setdefault(block, device) != device:
+                raise UsageError(f"--pin: {spec.block_name(block)} is pinned to two devices")
+    return pins
+
+
+def sensitivities_of(options: argparse.Namespace, spec: ModelSpec) -> Sensitivities | None:
+    from coordinator.lab import read_sensitivities
+
+    if options.sensitivities is None:
+        return None
+    found = read_sensitivities(options.sensitivities, spec)
+    asked = {"scheme": options.scheme, "group_size": options.group_size}
+    for key, value in found.form.items():
+        if value != asked[key]:
+            raise UsageError(
+                f"{options.sensitivities} was measured with {key} {value}:"
+                f" plan with --{key.replace('_', '-')} {value}, or calibrate anew"
+            )
+    return found
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
+def _hop_bits(text: str) -> list[int]:
+    known = {str(bits): bits for bits in HOP_BITS}
+    parts = set(text.split(","))
+    if not parts <= set(known):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}")
+    return sorted(known[part] for part in parts)
+
+
+def _budget(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number >= 0")
+    return value
+
+
+def _pin(text: str) -> tuple[int | str, int, str]:
+    """First and last layer, or the name of another block, and the device."""
+    match = _PIN.fullmatch(text)
+    if match is None or (match[3] is not None and int(match[3]) < int(match[2])):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected layers=0-5:NAME, embedding:NAME or head:NAME"
+        )
+    if match[2] is None:
+        return match[1], 0, match[4]
+    return int(match[2]), int(match[3] or match[2]), match[4]
+
+
+def _repairs(text: str) -> tuple[str, ...]:
+    known = ("2c", "2d", "2e", "2f", "cm")
+    parts = () if text == "none" else tuple(text.split(","))
+    if any(part not in known for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}, or none")
+    return parts
