@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,7 +28,7 @@ from calibration.quality import (
 from coordinator.plan import Plan
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem, build_problem
-from coordinator.quality import budget_margin, scaled, tightened
+from coordinator.quality import MAX_CHECKS, budget_margin, scaled, tightened
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.tokenizer import Tokenizer
@@ -111,7 +110,7 @@ def main() -> None:
             )
 
         print(f"{sum(map(len, sequences))} tokens, margin {margin:.2f} of {len(checks)} plans\n")
-        print("| budget | margin | bits | sum | predicted | measured | of the budget | plans |")
+        print("| budget | margin | bits | sum | predicted | measured | of the budget | try |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for budget in BUDGETS:
             for used in (1.0, margin):
@@ -119,11 +118,11 @@ def main() -> None:
                 plan = solve(problem)
                 kl = measured(plan)
                 tries = [(plan, kl)]
-                while used == margin and kl > budget:
+                while kl > budget and len(tries) < MAX_CHECKS:
                     plan = solve(tightened(problem, plan, kl))
                     kl = measured(plan)
                     tries.append((plan, kl))
-                for number, (choice, real) in enumerate(islice(tries, 8), 1):
+                for number, (choice, real) in enumerate(tries, 1):
                     predicted = choice.total_sensitivity or 0.0
                     print(
                         f"| {budget:g} | {used:.2f} |"

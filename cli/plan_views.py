@@ -33,7 +33,7 @@ def show_divergence(
         line += f" (sum over blocks and hops {total / margin:.3g}, margin {margin:.2f})"
     if measured_kl is not None:
         line += f"; measured: {measured_kl:.3g}"
-    screen.out.print(line)
+    screen.out.print(line, soft_wrap=True)
 
 
 def show_explanation(screen: Screen, explanation: Explanation) -> None:

@@ -31,6 +31,7 @@ from testbed.network import Network, NetworkError
 QUEUE_S = 0.05
 """A frame that would wait longer than this for a port or link is dropped, as by a small router."""
 
+_BROADCAST = b"\xff" * 6
 _FRAME_BYTES = 1 << 17
 _BURST_FRAMES = 16
 _NICE = -15
@@ -127,8 +128,9 @@ class Fabric:
             self.dropped += 1
             return
         port.send_free_s = sent_s + size * port.send_s_per_byte
-        multicast = bool(target[0] & 1)
-        known = None if multicast else self._owner.get(target)
+        to_group = bool(target[0] & 1)
+        multicast = to_group and target != _BROADCAST
+        known = None if to_group else self._owner.get(target)
         for name in self._ports if known is None else (known,):
             blocked = multicast and not (port.fault.multicast and self._ports[name].fault.multicast)
             if name == source or blocked:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,8 @@ from backends.edgetpu import Int8Stage, TfliteCpuBackend
 from backends.edgetpu_product import Counts, Int8Weights
 from backends.edgetpu_runtime import Engine
 from backends.onnx_cpu import OnnxCpuBackend
-from calibration.distiller import divergences, measure_quality, split_passages
+from calibration.distiller import divergences
+from calibration.quality import measure_quality, split_passages
 from calibration.store import CalibrationStore
 from model.artifact import read_block
 from model.checkpoint import Checkpoint
@@ -384,7 +386,8 @@ def demo_sequences(max_tokens: int) -> list[list[int]]:
         for paragraph in entry["paragraphs"]
         for qa in paragraph["qas"]
     )
-    return split_passages((tokenizer.encode(text).ids for text in texts), 128, max_tokens)
+    encoded: Iterator[list[int]] = (tokenizer.encode(text).ids for text in texts)
+    return split_passages(encoded, 128, max_tokens)
 
 
 def assert_alike(actual: Logits, expected: Logits) -> None:

@@ -229,7 +229,16 @@ def test_a_settings_template_holds_only_what_the_command_knows(
 def test_a_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
     """Built as `pip wheel` does it, without a network."""
     source = tmp_path / "source"
-    packages = ("model", "wire", "backends", "calibration", "agent", "coordinator", "cli")
+    packages = (
+        "model",
+        "wire",
+        "backends",
+        "calibration",
+        "agent",
+        "coordinator",
+        "testbed",
+        "cli",
+    )
     for name in (*packages, "systemd"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
