@@ -80,14 +80,16 @@ def test_an_agent_finds_what_one_process_finds(shoal: Cluster) -> None:
     assert planned["quality"]["margin"] == pytest.approx(margin)
     bits = [block["bits"] for block in planned["plan"]["blocks"]]
     total = sum(found[place]["kl"] for place in enumerate(bits))
+    hop_bits = [stage["hop_bits"] for stage in planned["plan"]["stages"][:-1]]
+    total += sum(answer["worst_hops"].get(str(width), 0.0) for width in hop_bits)
     assert planned["plan"]["total_sensitivity"] == pytest.approx(total * margin)
     assert total * margin <= budget
     # Split, a hop counts as the worst boundary does.
     pinned = "--pin=head:pi-1", "--pin=embedding:pi-2", "--bits=8"
-    for hop_bits, kl in (("8", worst), ("32", 0.0)):
+    for asked_bits, kl in (("8", worst), ("32", 0.0)):
         wide = f"--quality-budget={margin * (best + kl) * 1.001}"
-        split = last_json(shoal.run(*asked, wide, *pinned, f"--hop-bits={hop_bits}"))
-        assert [stage["hop_bits"] for stage in split["plan"]["stages"]] == [int(hop_bits), None]
+        split = last_json(shoal.run(*asked, wide, *pinned, f"--hop-bits={asked_bits}"))
+        assert [stage["hop_bits"] for stage in split["plan"]["stages"]] == [int(asked_bits), None]
         assert split["plan"]["total_sensitivity"] == pytest.approx(margin * (best + kl))
     checked = last_json(shoal.run(*asked, f"--quality-budget={budget}", "--check-quality"))
     assert 0 < checked["quality"]["measured_kl"] <= budget
