@@ -40,7 +40,7 @@ from model.safetensors import write_safetensors
 from model.spec import ModelSpec
 from testbed.bed import Testbed
 from testbed.cluster import Cluster
-from testbed.lab import AgentLimits
+from testbed.lab import AgentSettings
 from testbed.network import HUB, Host, Link, Network
 from wire import limits
 from wire.profile import LinkProfile
@@ -217,7 +217,7 @@ def cluster(state: Path, spec: ModelSpec, memory: str) -> Iterator[tuple[Client,
         shoal.start_coordinator()
         with Client(shoal.open_door(0)) as client:
             for count, (name, limit) in enumerate(memory_bytes(spec, memory).items(), start=1):
-                shoal.start_agent(name, AgentLimits(limit, 8 << 30))
+                shoal.start_agent(name, AgentSettings(limit, 8 << 30))
                 shoal.wait_for_agents(NAMES[:count])
                 say(f"{name}: calibrating")
                 # One at a time: real hosts share nothing, but threads of one core do. All that is

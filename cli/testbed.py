@@ -103,8 +103,8 @@ def _up(options: argparse.Namespace, screen: Screen) -> None:
                 cluster = Cluster(bed, bed.directory)
                 say("starting the coordinator")
                 cluster.start_coordinator()
-                for host, limits in lab.agents.items():
-                    cluster.start_agent(host, limits)
+                for host, settings in lab.agents.items():
+                    cluster.start_agent(host, settings)
                 total = len(lab.agents)
                 cluster.wait_for_agents(
                     list(lab.agents),

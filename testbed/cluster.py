@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.bed import PACKAGES, Testbed, TestbedError
-from testbed.lab import AgentLimits
+from testbed.lab import AgentSettings
 from testbed.network import HUB
 
 HTTP_PORT = 7421
@@ -54,11 +54,13 @@ class Cluster:
                 process.wait()
                 raise TestbedError(f"the coordinator did not start: {self.last_line(self.hub)}")
 
-    def start_agent(self, host: str, limits: AgentLimits | None = None, *options: str) -> None:
+    def start_agent(self, host: str, settings: AgentSettings | None = None, *options: str) -> None:
         """Start the agent of a host; ``options`` are further ones of `shoal agent`."""
         given = []
-        if limits is not None:
-            given = [f"--memory={limits.memory_bytes}", f"--storage={limits.storage_bytes}"]
+        if settings is not None:
+            given = [f"--memory={settings.memory_bytes}", f"--storage={settings.storage_bytes}"]
+            if settings.backend is not None:
+                given.append(f"--backend={settings.backend}")
         self._start(
             host,
             [

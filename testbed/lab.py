@@ -19,15 +19,16 @@ WEIGHT_FACTOR = 1.25
 blocks are loaded. The limit is there to catch what takes far more than it was planned for."""
 
 _SECTION = ("hosts", "default")
-_HOST = ("cpu", "jitter_ms", "loss")
+_HOST = ("cpu", "jitter_ms", "loss", "backend")
 
 
 @dataclass(frozen=True, slots=True)
-class AgentLimits:
-    """What the agent on a host is told to give."""
+class AgentSettings:
+    """What the agent on a host is told to give, and what it runs stages with; None: its default."""
 
     memory_bytes: int
     storage_bytes: int
+    backend: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class EmulatedLab:
     """A lab's devices as hosts, and HUB for the coordinator, whose links are not shaped."""
 
     network: Network
-    agents: Mapping[str, AgentLimits]
+    agents: Mapping[str, AgentSettings]
 
 
 def read_emulated_lab(path: Path) -> EmulatedLab:
@@ -58,12 +59,18 @@ def emulate(lab: Lab, section: Mapping[str, Any]) -> EmulatedLab:
     _check_keys(settings, names, f"{where}: hosts")
     default = section.get("default") or {}
     hosts: dict[str, Host] = {HUB: Host()}
+    agents: dict[str, AgentSettings] = {}
     for device in lab.devices:
         own = settings.get(device.name) or {}
         for values, place in ((default, "default"), (own, f"hosts: {device.name}")):
             _check_keys(values, _HOST, f"{where}: {place}")
         memory_bytes = AGENT_BYTES + int(WEIGHT_FACTOR * device.memory_bytes)
-        hosts[device.name] = _host({**default, **own}, memory_bytes, f"{where}: {device.name}")
+        values = {**default, **own}
+        backend = values.pop("backend", None)
+        if backend is not None and not (isinstance(backend, str) and backend.isidentifier()):
+            raise LabError(f"{where}: {device.name}: backend: expected a name like onnx_cpu")
+        hosts[device.name] = _host(values, memory_bytes, f"{where}: {device.name}")
+        agents[device.name] = AgentSettings(device.memory_bytes, device.storage_bytes, backend)
     links = {
         (link.source, link.target): Link(link.rtt_s / 2, link.bytes_per_s) for link in lab.links
     }
@@ -73,10 +80,6 @@ def emulate(lab: Lab, section: Mapping[str, Any]) -> EmulatedLab:
         network = Network(hosts, links, None)
     except NetworkError as error:
         raise LabError(f"{lab.source}: {error}") from error
-    agents = {
-        device.name: AgentLimits(device.memory_bytes, device.storage_bytes)
-        for device in lab.devices
-    }
     return EmulatedLab(network, agents)
 
 

@@ -41,7 +41,14 @@ def test_links_and_limits_are_the_labs(tmp_path: Path) -> None:
     assert lab.agents["a"].memory_bytes == 400 << 20
     assert a.memory_bytes == AGENT_BYTES + (500 << 20)
     assert lab.network.link("a", "b") == Link(2e-3, 1e7)
+    assert lab.agents["b"].backend is None
     assert lab.network.link(HUB, "a") == Link()
+
+
+def test_the_coral_of_a_lab_runs_its_files_on_the_processor() -> None:
+    lab = read_emulated_lab(LABS / "jetson-pis-coral.yaml")
+    backends = {name: settings.backend for name, settings in lab.agents.items()}
+    assert backends == {"nano": None, "pi-1": None, "pi-2": None, "coral-1": "tflite_cpu"}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,7 @@ def test_links_and_limits_are_the_labs(tmp_path: Path) -> None:
         ("emulation: {default: {cpu: 0.5}}", "percent of one core"),
         ("emulation: {default: {cpu: fast}}", "expected a number"),
         ("emulation: {default: {loss: 100}}", "below 100"),
+        ("emulation: {default: {backend: 3}}", "backend: expected a name"),
         ("emulation: [1]", "expected `key: value` pairs"),
     ],
 )
