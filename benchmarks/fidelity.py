@@ -51,7 +51,7 @@ ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples" / "tiny-opt" / "model"
 STATE = Path("/var/tmp/shoal-fidelity")  # noqa: S108 - a fixed place, to go on where one was
 
-HIDDEN, FFN, LAYERS, HEADS, VOCAB = 1536, 4096, 20, 12, 8192
+HIDDEN, FFN, LAYERS, HEADS, VOCAB = 2048, 5632, 20, 16, 8192
 CONTEXT_TOKENS = 512
 WIDTHS = (4, 8)
 PROMPT_TOKENS = 64
