@@ -117,6 +117,7 @@ class Agent:
             storage_limit_bytes=config.storage_bytes,
             threads=config.threads,
             watts=config.watts,
+            exact=config.exact,
         )
         self._store = CalibrationStore(config.state_dir / "calibration.json")
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
@@ -359,6 +360,7 @@ class Agent:
             threads=self._config.threads,
             store=self._store,
             progress=progress,
+            exact=self._config.exact,
         )
         return ModelMeasured(request.request, timings)
 
@@ -377,7 +379,7 @@ class Agent:
         measure_quality(
             request,
             source,
-            backend_class(self._config.backend)(),
+            self._backend,
             threads=self._config.threads,
             directory=self._config.state_dir / "quality",
             memory_bytes=self._profile.memory_bytes,
@@ -432,7 +434,12 @@ class Agent:
         )
 
     def _prepared_dir(self, artifact_bytes: int) -> Path | None:
-        """Where prepared weights may be kept: nowhere if the user's limit leaves them no room."""
+        """Where prepared weights may be kept: nowhere if the user's limit leaves them no room.
+
+        Exact stages keep none: theirs are many times larger, and nobody is in a hurry.
+        """
+        if self._config.exact:
+            return None
         limit = self._config.storage_bytes
         if limit is not None and (1 + PREPARED_FACTOR) * artifact_bytes > limit:
             return None

@@ -39,15 +39,23 @@ class Capabilities:
     """What a backend offers on this machine.
 
     ``container_bits`` maps each width it accepts to the width its kernels keep in memory and
-    compute with (6 -> 8): what the planner charges for memory. ``on_chip_bytes`` is what an
-    accelerator keeps of a stage's layers (one byte per weight at 8 bits); what is beyond it crosses
-    a bus at every call. None where weights are in ordinary memory.
+    compute with (6 -> 8): what the planner charges for memory. ``exact_container_bits`` is that of
+    stages loaded as ``StageOptions.exact``: None where it is the same, empty where results are
+    rounded all the same. ``on_chip_bytes`` is what an accelerator keeps of a stage's layers (one
+    byte per weight at 8 bits); what is beyond it crosses a bus at every call. None where weights
+    are in ordinary memory.
     """
 
     backend: str
     version: str
     container_bits: Mapping[int, int]
     on_chip_bytes: int | None = None
+    exact_container_bits: Mapping[int, int] | None = None
+
+    def containers(self, *, exact: bool) -> Mapping[int, int]:
+        """``container_bits`` of stages that are, or are not, loaded as exact."""
+        own = self.exact_container_bits
+        return self.container_bits if own is None or not exact else own
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from backends.base import (
     StageOptions,
     Tokens,
 )
+from backends.checks import check_blocks, check_inputs, check_rows
 from backends.edgetpu_compiler import (
     COMPILER,
     Compiled,
@@ -75,7 +76,7 @@ class TfliteCpuBackend(Backend):
             OnnxCpuBackend.probe()
         except BackendError as error:
             raise BackendUnavailable("tflite_cpu", _reason(error)) from error
-        return Capabilities("tflite_cpu", str(runtime), CONTAINER_BITS)
+        return Capabilities("tflite_cpu", str(runtime), CONTAINER_BITS, exact_container_bits={})
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
@@ -103,7 +104,8 @@ class EdgeTpuBackend(Backend):
             _check_once(runtime, target)
         except BackendError as error:
             raise BackendUnavailable("edgetpu", _reason(error)) from error
-        return Capabilities("edgetpu", f"{runtime}, {target.device}", CONTAINER_BITS, ON_CHIP_BYTES)
+        version = f"{runtime}, {target.device}"
+        return Capabilities("edgetpu", version, CONTAINER_BITS, ON_CHIP_BYTES, {})
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
@@ -218,16 +220,13 @@ class Int8Stage(Stage):
     def _check_call(self, slots: Sequence[int], position: int, inputs: Array | Tokens) -> None:
         if not self._open:
             raise BackendError("the stage is closed")
-        if len(set(slots)) < len(slots) or not all(0 <= s < self._options.slots for s in slots):
-            raise BackendError(f"slots {list(slots)} of a stage with {self._options.slots} slots")
-        context = self._options.context_tokens
-        rows = inputs.shape[0] if inputs.ndim else 0
-        if rows == 0 or position < 0 or position + rows > context:
-            raise BackendError(
-                f"rows [{position}, {position + rows}) do not fit the context of {context} tokens"
+        if len(set(slots)) < len(slots):
+            raise BackendError("the rows of a pass must be of as many different slots")
+        check_inputs(inputs, self._spec, tokens=self._embedding is not None)
+        for slot in slots:
+            check_rows(
+                slot, position, len(inputs), self._options.slots, self._options.context_tokens
             )
-        if self._embedding is None and inputs.shape != (rows, self._spec.hidden):
-            raise BackendError(f"hidden rows are {inputs.shape}, not [n, {self._spec.hidden}]")
 
 
 def product_files(
@@ -270,7 +269,7 @@ def _load(
     options: StageOptions,
     make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
 ) -> Int8Stage:
-    _check_request(spec, [block for block, _ in artifacts], options)
+    check_blocks(spec, [block for block, _ in artifacts], options)
     directory = artifacts[0][1].parent
     try:
         return _build(spec, artifacts, options, make_engines, directory)
@@ -291,12 +290,18 @@ def _build(
         ExitStack() as resources,
         tempfile.TemporaryDirectory(dir=directory, prefix=".products-") as name,
     ):
+        # Two stages cannot share one directory of prepared weights: each drops what it did not use.
+        end_options = replace(options, prepared_dir=None)
         ends = {
-            spec.block_kind(block): resources.enter_context(
-                closing(OnnxCpuBackend().load(spec, [(block, path)], options))
+            kind: resources.enter_context(
+                closing(
+                    OnnxCpuBackend().load(
+                        spec, [(block, path)], options if kind == "head" else end_options
+                    )
+                )
             )
             for block, path in artifacts
-            if spec.block_kind(block) != "layer"
+            if (kind := spec.block_kind(block)) != "layer"
         }
         files, vectors = product_files(spec, artifacts, Path(name))
         engines = make_engines(files) if files else []
@@ -333,19 +338,6 @@ def _build(
             options,
             memory_bytes,
             resources.pop_all(),
-        )
-
-
-def _check_request(spec: ModelSpec, blocks: Sequence[int], options: StageOptions) -> None:
-    if not blocks or list(blocks) != list(range(blocks[0], blocks[0] + len(blocks))):
-        raise BackendError(f"a stage is a contiguous run of blocks, not {list(blocks)}")
-    if blocks[0] < 0 or blocks[-1] >= spec.block_count:
-        raise BackendError(f"blocks {list(blocks)} of a model with {spec.block_count}")
-    if options.slots < 1 or options.threads < 1:
-        raise BackendError("a stage needs at least one slot and one thread")
-    if not 0 < options.context_tokens <= spec.max_context:
-        raise BackendError(
-            f"context of {options.context_tokens} tokens: the model has 1 to {spec.max_context}"
         )
 
 

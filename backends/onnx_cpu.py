@@ -33,6 +33,7 @@ from backends.base import (
     StageOptions,
     Tokens,
 )
+from backends.checks import check_blocks, check_inputs, check_rows
 from backends.onnx_graph import (
     BlockWeights,
     CacheShape,
@@ -76,12 +77,20 @@ class OnnxCpuBackend(Backend):
             window_offset()
         except BackendError as error:
             raise BackendUnavailable("onnx_cpu", str(error)) from error
-        return Capabilities("onnx_cpu", importlib.metadata.version("onnxruntime"), CONTAINER_BITS)
+        return Capabilities(
+            "onnx_cpu",
+            importlib.metadata.version("onnxruntime"),
+            CONTAINER_BITS,
+            exact_container_bits=dict.fromkeys(CONTAINER_BITS, 32),
+        )
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
     ) -> OnnxCpuStage:
-        _check_request(spec, [block for block, _ in artifacts], options)
+        check_blocks(spec, [block for block, _ in artifacts], options)
+        for layer in spec.layers:
+            if layer.head_dim % 2:
+                raise BackendError(f"head width {layer.head_dim} is odd, which no kernel takes")
         with translated("cannot load the stage"):
             stage = _Loader(spec, options).load(artifacts)
         return_free_memory()
@@ -96,16 +105,14 @@ class OnnxCpuStage(Stage):
         embedding: _Embedding | None,
         layers: list[_Segment],
         head: _Segment | None,
-        vocab: int,
-        width: int,
+        spec: ModelSpec,
         options: StageOptions,
         memory_bytes: int,
     ) -> None:
         self._embedding = embedding
         self._layers = layers
         self._head = head
-        self._vocab = vocab
-        self._width = width
+        self._spec = spec
         self._options = options
         self._memory_bytes = memory_bytes
         self._open = True
@@ -117,8 +124,8 @@ class OnnxCpuStage(Stage):
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
     ) -> Array:
-        rows = self._check_inputs(inputs)
-        self._check_rows(slot, position, rows)
+        rows = len(inputs) if inputs.ndim else 0
+        self._check([slot], [position], inputs, rows)
         positions = np.arange(position, position + rows)
         with translated("cannot run the stage"):
             hidden = self._enter(inputs, positions)[None]
@@ -126,7 +133,7 @@ class OnnxCpuStage(Stage):
                 hidden = segment.run(hidden, slot, positions[-1:])
             if self._head is not None:
                 if not logits:
-                    return np.empty((0, self._vocab), np.float32)
+                    return np.empty((0, self._spec.vocab), np.float32)
                 hidden = self._head.run(hidden[:, -1:])
             result: Array = hidden[0]
             return result
@@ -134,10 +141,9 @@ class OnnxCpuStage(Stage):
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
     ) -> Array:
-        if not self._check_inputs(inputs) == len(slots) == len(positions) == len(set(slots)):
+        if not len(slots) == len(set(slots)) == len(positions) == len(inputs):
             raise BackendError("decoding takes one row of each of some distinct slots")
-        for slot, position in zip(slots, positions, strict=True):
-            self._check_rows(slot, position, 1)
+        self._check(slots, positions, inputs, 1)
         order = np.argsort(slots)
         at = np.asarray(positions)[order]
         with translated("cannot run the stage"):
@@ -166,28 +172,14 @@ class OnnxCpuStage(Stage):
             return self._embedding.rows(np.asarray(inputs, np.int64), positions)
         return np.ascontiguousarray(inputs, np.float32)
 
-    def _check_inputs(self, inputs: Array | Tokens) -> int:
-        """How many rows there are."""
+    def _check(
+        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens, rows: int
+    ) -> None:
         if not self._open:
             raise BackendError("the stage is closed")
-        rows: int = inputs.shape[0] if inputs.ndim else 0
-        if self._embedding is None:
-            if inputs.shape != (rows, self._width):
-                raise BackendError(f"hidden rows are {inputs.shape}, not [n, {self._width}]")
-        elif inputs.ndim != 1 or not np.issubdtype(inputs.dtype, np.integer):
-            raise BackendError(f"token ids are {inputs.dtype} {inputs.shape}, not integers [n]")
-        elif rows and (inputs.min() < 0 or inputs.max() >= self._vocab):
-            raise BackendError(f"token ids must be within [0, {self._vocab})")
-        return rows
-
-    def _check_rows(self, slot: int, position: int, rows: int) -> None:
-        if not 0 <= slot < self._options.slots:
-            raise BackendError(f"slot {slot} of a stage with {self._options.slots} slots")
-        context = self._options.context_tokens
-        if rows == 0 or position < 0 or position + rows > context:
-            raise BackendError(
-                f"rows [{position}, {position + rows}) do not fit the context of {context} tokens"
-            )
+        check_inputs(inputs, self._spec, tokens=self._embedding is not None)
+        for slot, position in zip(slots, positions, strict=True):
+            check_rows(slot, position, rows, self._options.slots, self._options.context_tokens)
 
 
 class _Segment:
@@ -297,8 +289,7 @@ class _Loader:
             embedding,
             layers,
             head,
-            spec.vocab,
-            spec.hidden,
+            spec,
             self._options,
             self._memory_bytes + buffer_bytes,
         )
@@ -415,22 +406,6 @@ def _neighbours(slots: Sequence[int]) -> list[tuple[int, slice]]:
         pairs = list(group)
         runs.append((pairs[0][1], slice(pairs[0][0], pairs[-1][0] + 1)))
     return runs
-
-
-def _check_request(spec: ModelSpec, blocks: Sequence[int], options: StageOptions) -> None:
-    if not blocks or list(blocks) != list(range(blocks[0], blocks[0] + len(blocks))):
-        raise BackendError(f"a stage is a contiguous run of blocks, not {list(blocks)}")
-    if blocks[0] < 0 or blocks[-1] >= spec.block_count:
-        raise BackendError(f"blocks {list(blocks)} of a model with {spec.block_count}")
-    if options.slots < 1 or options.threads < 1:
-        raise BackendError("a stage needs at least one slot and one thread")
-    if not 0 < options.context_tokens <= spec.max_context:
-        raise BackendError(
-            f"context of {options.context_tokens} tokens: the model has 1 to {spec.max_context}"
-        )
-    for layer in spec.layers:
-        if layer.head_dim % 2:
-            raise BackendError(f"head width {layer.head_dim} is odd, which no kernel takes")
 
 
 def _block_weights(tensors: dict[str, Tensor], *, exact: bool) -> BlockWeights:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GPU_CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 16, 32: 32}
 CPU_CONTAINER_BITS = GPU_CONTAINER_BITS | {16: 32}
-"""A CPU multiplies in fp32, so that results equal the reference."""
+"""A CPU, or an exact stage, multiplies in fp32, so that results equal the reference."""
 
 _DEVICE_TREE = Path("/proc/device-tree/compatible")
 
@@ -44,7 +44,12 @@ class TorchCudaBackend(Backend):
             f"{gpu.name} sm_{gpu.major}{gpu.minor}",
             triton_version(),
         ]
-        return Capabilities("torch_cuda", ", ".join(parts), GPU_CONTAINER_BITS)
+        return Capabilities(
+            "torch_cuda",
+            ", ".join(parts),
+            GPU_CONTAINER_BITS,
+            exact_container_bits=CPU_CONTAINER_BITS,
+        )
 
     @classmethod
     def memory_bytes(cls) -> tuple[int, int] | None:

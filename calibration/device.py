@@ -54,16 +54,20 @@ def profile_device(
     storage_limit_bytes: int | None = None,
     threads: int | None = None,
     watts: float | None = None,
+    exact: bool = False,
 ) -> DeviceProfile:
     """Measure this device for stages run by ``backend``; takes about a second.
 
     cache_dir: where blocks will be kept; created. A limit caps what is free, it cannot add to it.
-    threads: None for as many as ``usable_threads`` finds. watts: what its user says. Raises
-    BackendUnavailable where the backend does not run here, BackendError where the cache directory
-    cannot be written.
+    threads: None for as many as ``usable_threads`` finds. watts: what its user says. exact: stages
+    will be loaded so. Raises BackendUnavailable where the backend does not run here, BackendError
+    where it cannot be exact or the cache directory cannot be written.
     """
     kind = backend_class(backend)
     capabilities = kind.probe()
+    containers = capabilities.containers(exact=exact)
+    if not containers:
+        raise BackendError(f"{backend} always rounds activations: start it without --exact")
     threads = threads or usable_threads()
     # The backend first: what a GPU that shares the memory takes at its start is then gone already.
     of_its_own = kind.memory_bytes()
@@ -83,13 +87,13 @@ def profile_device(
         threads=threads,
         backend=capabilities.backend,
         backend_version=capabilities.version,
-        container_bits=tuple(sorted(capabilities.container_bits.items())),
+        container_bits=tuple(sorted(containers.items())),
         memory_bytes=min(usable_bytes, memory_limit_bytes or usable_bytes),
         memory_total_bytes=total_bytes,
         storage_bytes=min(storage_bytes, storage_limit_bytes or storage_bytes),
         memory_read_bytes_per_s=measure_memory_read(threads),
         disk_write_bytes_per_s=disk_write_bytes_per_s,
-        call_s=measure_call(kind(), threads, cache_dir),
+        call_s=measure_call(kind(), threads, cache_dir, exact=exact),
         watts=watts,
         on_chip_bytes=capabilities.on_chip_bytes,
     )

@@ -76,21 +76,23 @@ def measure_model(
     store: CalibrationStore | None = None,
     progress: Progress | None = None,
     directory: Path | None = None,
+    exact: bool = False,
 ) -> tuple[BlockTiming, ...]:
     """Timings of embedding, distinct layers and head of ``spec`` at each of ``bits``.
 
     Widths that the backend does not take, and blocks too large to be loaded here, have none. What
     is in ``store`` is not measured again. ``progress`` is called with (done, all) steps.
-    directory: where the random blocks are written meanwhile, by default beside the store.
-    Raises BackendError where the backend fails, CheckpointError where the disk is full.
+    directory: where the random blocks are written meanwhile, by default beside the store. exact:
+    of stages loaded so. Raises BackendError where the backend fails, CheckpointError where the disk
+    is full.
     """
     capabilities = backend.probe()
-    tasks = timing_tasks(spec, bits, capabilities.container_bits)
+    tasks = timing_tasks(spec, bits, capabilities.containers(exact=exact))
     if directory is None and store is not None:
         directory = store.path.parent
         directory.mkdir(parents=True, exist_ok=True)
-    common = machine_key(capabilities, threads)
-    bench = Bench(backend, threads, directory)
+    common = machine_key(capabilities, threads) | ({"exact": True} if exact else {})
+    bench = Bench(backend, threads, directory, exact=exact)
     timings: list[BlockTiming] = []
     for done, task in enumerate(tasks):
         if progress is not None:
@@ -120,17 +122,22 @@ def machine_key(capabilities: Capabilities, threads: int) -> dict[str, Any]:
     }
 
 
-def measure_call(backend: Backend, threads: int, directory: Path | None = None) -> float:
+def measure_call(
+    backend: Backend, threads: int, directory: Path | None = None, *, exact: bool = False
+) -> float:
     """Seconds that a call of a stage takes besides its blocks, from stages of tiny layers."""
-    return Bench(backend, threads, directory).call_s
+    return Bench(backend, threads, directory, exact=exact).call_s
 
 
 class Bench:
     """Builds stages of random blocks, times them, and leaves nothing behind."""
 
-    def __init__(self, backend: Backend, threads: int, directory: Path | None) -> None:
+    def __init__(
+        self, backend: Backend, threads: int, directory: Path | None, *, exact: bool = False
+    ) -> None:
         self.backend = backend
         self.threads = threads
+        self._exact = exact
         self._directory = directory
         self._call_s: float | None = None
 
@@ -192,7 +199,7 @@ class Bench:
         """Seconds of a call with each number of ``rows``, through a stage of random blocks,
         behind as many tokens as a chunk has."""
         context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), chunk_tokens(spec)
-        options = StageOptions(1, context_tokens, self.threads)
+        options = StageOptions(1, context_tokens, self.threads, exact=self._exact)
         inputs = random_inputs(spec, blocks, chunk)
         with self.stage(spec, blocks, bits, options) as stage:
             return [

@@ -175,7 +175,7 @@ class Demo:
         """Per block the least and the most bytes any allowed width takes, and a stage's own."""
         options, spec = self._options, checkpoint.spec
         try:
-            containers = backend_class(BACKEND).probe().container_bits
+            containers = backend_class(BACKEND).probe().containers(exact=options.exact)
         except BackendUnavailable as error:
             raise CommandFailed(str(error)) from error
         formats = [

@@ -15,7 +15,7 @@ from pathlib import Path
 from agent.config import default_state_dir
 from cli import checks, network_checks
 from cli.checks import Check, Machine
-from cli.errors import CommandFailed
+from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.settings import parse_toml
 from wire.messages import Endpoint
@@ -107,14 +107,21 @@ def bounded(
 
 
 def _machine(options: argparse.Namespace) -> Machine:
+    """What the arguments and the service's settings say. Raises UsageError."""
     root: Path = options.root
     settings = {}
     path = root / SETTINGS.relative_to("/")
     if path.is_file() and os.access(path, os.R_OK):
-        settings = parse_toml(path.read_text(encoding="utf-8"), path)
+        try:
+            settings = parse_toml(path.read_text(encoding="utf-8"), path)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text: {error}") from error
     coordinator = options.coordinator
     if coordinator is None and "coordinator" in settings:
-        coordinator = options.endpoint(str(settings["coordinator"]))
+        try:
+            coordinator = options.endpoint(str(settings["coordinator"]))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{path}: coordinator: {error}") from error
     state_dir = options.state_dir
     if state_dir is None:
         service = root / SERVICE_STATE.relative_to("/")

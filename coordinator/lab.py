@@ -17,7 +17,6 @@ import yaml
 
 from coordinator.problem import (
     DEFAULT_HOPS,
-    HOP_BITS,
     HopFormat,
     Objective,
     PlanningProblem,
@@ -28,6 +27,7 @@ from coordinator.quality import budget_margin
 from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from wire import limits
+from wire.activations import HOP_BITS
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 from wire.sizes import parse_size
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.plan import Plan, PlanError, Proof, assess, verify
-from coordinator.problem import HOP_BITS, PlanningProblem
+from coordinator.problem import PlanningProblem
 from model.quantize import BITS
+from wire.activations import HOP_BITS
 
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 20

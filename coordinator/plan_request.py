@@ -11,8 +11,9 @@ from typing import Any, get_args
 from coordinator.errors import RequestInvalid
 from coordinator.plan import PlanError
 from coordinator.plan_file import SavedPlan
-from coordinator.problem import HOP_BITS, Objective, ObjectiveKind
+from coordinator.problem import Objective, ObjectiveKind
 from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
+from wire.activations import HOP_BITS
 
 DEFAULT_BITS = (4, 8, 16)
 DEFAULT_MAX_WEIGHT_ERROR = 1e-3

@@ -15,10 +15,8 @@ from coordinator.plain import from_plain, to_plain
 from model import costs
 from model.quantize import BITS, Format
 from model.spec import LayerSpec, ModelSpec
+from wire.activations import HOP_BITS
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
-
-HOP_BITS = (8, 16, 32)
-"""Widths of hidden values on a link: int8 and fp16 with one scale per row, raw fp32."""
 
 TOKEN_BYTES = 4
 """What the last stage sends the first: one token id. Half a round trip is all that it costs."""

@@ -21,10 +21,11 @@ from typing import Any
 
 from coordinator.errors import RequestInvalid
 from coordinator.plan import Plan
-from coordinator.problem import DEFAULT_HOPS, HOP_BITS, HopFormat, PlanningProblem
+from coordinator.problem import DEFAULT_HOPS, HopFormat, PlanningProblem
 from model.checkpoint import Checkpoint
 from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
 from model.spec import ModelSpec
+from wire.activations import HOP_BITS
 
 log = logging.getLogger(__name__)
 

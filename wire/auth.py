@@ -2,7 +2,7 @@
 
 The one that connects is the caller, the other the answerer:
 
-    caller      AuthChallenge   protocol version, the caller's nonce
+    caller      AuthChallenge   version of the handshake, the caller's nonce
     answerer    AuthAnswer      the answerer's nonce, proof of the answerer
     caller      AuthProof       proof of the caller
 

@@ -17,9 +17,6 @@ SEND_TIMEOUT_S on a link of 0.25 Mbit/s."""
 MAX_NESTING = 8
 """Depth of containers in a header; the deepest real one (a layer's rotary settings) is 5."""
 
-MAX_PROMPT_TOKENS = 1 << 17
-"""Longest prompt accepted from a peer, beyond any context that fits these devices."""
-
 PREFILL_CHUNK_TOKENS = 64
 """Rows of a prompt that a stage runs in one call: bounds compute buffers and frame sizes."""
 

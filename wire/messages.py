@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 from wire.activations import DEFAULT_HOP_BITS, HopBits
 from wire.profile import BlockTiming, DeviceProfile
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 FinishReason = Literal["", "stop", "length"]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,11 +86,31 @@ def test_the_disk_measurement_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_child_measures_the_same_device(tmp_path: Path) -> None:
     name = available_backend()
-    limits = {"memory_limit_bytes": 1 << 20, "storage_limit_bytes": 1 << 21, "threads": 1}
+    limits: dict[str, Any] = {
+        "memory_limit_bytes": 1 << 20,
+        "storage_limit_bytes": 1 << 21,
+        "threads": 1,
+    }
     here = profile_device(backend=name, cache_dir=tmp_path, **limits)
     there = profile_in_child(backend=name, cache_dir=tmp_path, **limits)
     measured = ("memory_read_bytes_per_s", "disk_write_bytes_per_s", "call_s")
     assert replace(there, **{field: getattr(here, field) for field in measured}) == here
+
+
+def test_an_exact_agent_says_what_its_weights_take_then(tmp_path: Path) -> None:
+    usual = profile_in_child(backend="onnx_cpu", cache_dir=tmp_path, threads=1)
+    exact = profile_in_child(backend="onnx_cpu", cache_dir=tmp_path, threads=1, exact=True)
+    assert usual.container(4) == 4
+    assert [exact.container(bits) for bits, _ in usual.container_bits] == [32] * 8
+
+
+def test_a_backend_that_always_rounds_is_not_exact(tmp_path: Path) -> None:
+    try:
+        backend_class("tflite_cpu").probe()
+    except BackendUnavailable as error:
+        pytest.skip(error.reason)
+    with pytest.raises(BackendError, match="start it without --exact"):
+        profile_device(backend="tflite_cpu", cache_dir=tmp_path, exact=True)
 
 
 def test_what_a_child_cannot_do_is_said_as_here(tmp_path: Path) -> None:

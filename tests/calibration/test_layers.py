@@ -145,6 +145,17 @@ def test_what_is_stored_is_not_measured_again(backend: Recorder, tmp_path: Path)
     assert backend.loaded != []
 
 
+def test_exact_stages_have_times_of_their_own(backend: Recorder, tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    measure_model(SPEC, (4, 8), backend, threads=1, store=store)
+    backend.loaded.clear()
+    timings = measure_model(SPEC, (4, 8), backend, threads=1, store=store, exact=True)
+    assert backend.loaded
+    assert all(options.exact for _, _, options in backend.loaded)
+    heads = [timing for timing in timings if timing.kind == "head"]
+    assert [timing.bits for timing in heads] == [4, 8]
+
+
 def test_other_models_share_what_is_alike(backend: Recorder, tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path / "calibration.json")
     measure_model(SPEC, (4,), backend, threads=1, store=store)

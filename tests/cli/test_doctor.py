@@ -15,6 +15,7 @@ import pytest
 from cli import checks, network_checks
 from cli.checks import Check, Machine
 from cli.doctor import bounded
+from cli.main import main
 from testbed.bed import Testbed
 from tests.system.cluster import COMMAND, ROOT
 from tests.system.namespaces import bed_of
@@ -225,6 +226,23 @@ def test_a_firewall_is_judged_by_its_policy(policy: str, drops: bool) -> None:
 
 
 # ---- on networks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'coordinator = "pi:99999"', "agent.toml: coordinator: 'pi:99999'"),
+        (b'cluster = "\xff"', "agent.toml is not UTF-8 text"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_one_clear_error(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "etc/shoal/agent.toml"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert main(["doctor", "--root", str(tmp_path)]) == 2
+    assert message in "".join(capsys.readouterr().err.split("\n"))
 
 
 @pytest.fixture

@@ -137,7 +137,11 @@ def test_prefill_defaults_to_decode() -> None:
         ("embed_ms: 0.1", "storage: 1G", "9: storage is there twice in a device: drop one"),
         ("    embed_ms: 0.1\n", "", "a device has no embed_ms: add it"),
         ("links:", "links: 5", "not YAML"),
-        ("links:", "hops: [8, 4]\nlinks:", "19: hops: '4': expected each width once, out of 8, 16"),
+        (
+            "links:",
+            "hops: [8, 4]\nlinks:",
+            "19: hops: '4': expected each width once, out of 32, 16, 8",
+        ),
         ("links:", "hops: [8, 8]\nlinks:", "19: hops: '8': expected each width once"),
         ("links:", "hops: []\nlinks:", "19: hops: expected widths like [16, 8]"),
         ("links:", "hops: 8\nlinks:", "19: hops: expected a list"),
