@@ -18,12 +18,12 @@ PREPARED ?= $(HOME)/.cache/shoal/prepared
 .PHONY: $(shell sed -nE 's/^([a-z-]+):.*\#\# .*/\1/p' $(MAKEFILE_LIST))
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/run.stamp ## split the embedded model over three agents on this machine and ask it
 	$(BIN)/shoal demo
 
-test: $(VENV)/dev.stamp ## run the tests (pass options in ARGS)
+test: $(VENV)/dev.stamp ## run the tests in 4 processes (pass options in ARGS)
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
 
 test-matrix: ## the tests of an installation on every supported Python that pyenv or PATH has
@@ -61,10 +61,10 @@ check: $(VENV)/dev.stamp ## style, types and the import contract
 bench: $(VENV)/run.stamp ## measure what splitting costs on this machine
 	$(BIN)/python benchmarks/split.py $(ARGS)
 
-bench-hop: $(VENV)/run.stamp ## what a hop costs beside raw TCP
+bench-hop: $(VENV)/run.stamp ## what a hop costs beside raw TCP (with root on a LAN, too)
 	$(BIN)/python benchmarks/hop.py $(ARGS)
 
-bench-pipeline: $(VENV)/run.stamp ## what splitting over 1 to 4 emulated devices costs
+bench-pipeline: $(VENV)/run.stamp ## what splitting over 1 to 4 emulated devices costs (needs root)
 	$(BIN)/python benchmarks/pipeline.py $(ARGS)
 
 bench-rest: $(VENV)/run.stamp ## measure what an agent and its coordinator take while nobody asks (root)

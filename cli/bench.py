@@ -38,11 +38,13 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="llama-1b, opt-350m, tinyllama, qwen2.5-0.5b, or a config.json; default llama-1b",
     )
-    parser.add_argument("--backend", default="onnx_cpu", metavar="NAME")
+    parser.add_argument("--backend", default="onnx_cpu", metavar="NAME", help="default: onnx_cpu")
     parser.add_argument(
         "--bits", type=_numbers, default=[4], metavar="4", help="one run each; default 4"
     )
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
+    parser.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), default=64, help="default 64"
+    )
     parser.add_argument("--threads", type=_count, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument(
         "--context",

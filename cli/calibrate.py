@@ -87,8 +87,15 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="calibration text, passages between blank lines; default: the built-in English",
     )
-    quality.add_argument("--scheme", choices=("rtn", "truncate"), default="rtn")
-    quality.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
+    quality.add_argument(
+        "--scheme",
+        choices=("rtn", "truncate"),
+        default="rtn",
+        help="as for `shoal load`; default rtn",
+    )
+    quality.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), default=64, help="default 64"
+    )
     quality.add_argument("--max-tokens", type=_count, default=1024, metavar="N", help="of the text")
     quality.add_argument(
         "--check-plans",

@@ -410,7 +410,7 @@ def _parser() -> argparse.ArgumentParser:
         help="each agent's memory limit; default: so little that the model must be split",
     )
     demo.add_argument("--bits", type=_bits, metavar="4,8,16", help="widths to choose from")
-    plan_arguments.add_hop_argument(demo)
+    plan_arguments.add_hop_argument(demo, with_budget=False)
     demo.add_argument("--prompt", metavar="TEXT")
     demo.add_argument("--max-tokens", type=_count, default=64, metavar="N")
     demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
@@ -479,7 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument(
         "--watts", type=_watts, metavar="W", help="what it draws while it computes, for energy"
     )
-    agent.add_argument("--backend", default="onnx_cpu")
+    agent.add_argument("--backend", default="onnx_cpu", help="default: onnx_cpu")
     agent.add_argument(
         "--exact", action="store_true", help="do not round activations: slow, to compare results"
     )
@@ -523,7 +523,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("model", metavar="MODEL", help="a Hugging Face model directory")
         sub.add_argument("--bits", type=_bits, metavar="4,8,16", help="widths to choose from")
         _add_quality(sub)
-        plan_arguments.add_hop_argument(sub)
+        plan_arguments.add_hop_argument(sub, with_budget=True)
         plan_arguments.add_objective_arguments(sub)
     plan_arguments.add_planning_arguments(plan)
     diff = command(
@@ -559,7 +559,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("model", metavar="MODEL", help="a loaded model's name, or a directory")
     run.add_argument("prompt", metavar="PROMPT")
-    plan_arguments.add_hop_argument(run)
+    plan_arguments.add_hop_argument(run, with_budget=False)
     run.add_argument("--chat", action="store_true", help="use the model's chat template")
     run.add_argument("--max-tokens", type=_count, default=256, metavar="N")
     run.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
@@ -601,8 +601,19 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         metavar="DELTA",
         help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
     )
-    parser.add_argument("--scheme", choices=("rtn", "truncate"), default="rtn")
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
+    parser.add_argument(
+        "--scheme",
+        choices=("rtn", "truncate"),
+        default="rtn",
+        help="round to nearest (the default), or as the DILEMMA paper does",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        default=64,
+        help="weights per scale, of rtn; default 64",
+    )
     parser.add_argument(
         "--context", type=_count, metavar="TOKENS", help="default: the model's, at most 2048"
     )

@@ -106,14 +106,15 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_hop_argument(parser: argparse.ArgumentParser) -> None:
-    """At how many bits hidden values may cross a link."""
+def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
+    """At how many bits hidden values may cross a link. ``with_budget``: the command has one."""
+    unless = ", or with --quality-budget every width of known divergence" if with_budget else ""
     parser.add_argument(
         "--hop-bits",
         type=_hop_bits,
         metavar="32|16|8[,...]",
-        help="bits of a hidden value between devices, to choose from; 32 is exact; default: 16, or "
-        "with --quality-budget every width of known divergence",
+        help="bits of a hidden value between devices, to choose from; 32 is exact; default: 16"
+        + unless,
     )
 
 

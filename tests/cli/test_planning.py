@@ -69,7 +69,7 @@ def options(*arguments: str | Path) -> argparse.Namespace:
     )
     plan_arguments.add_planning_arguments(parser)
     plan_arguments.add_objective_arguments(parser)
-    plan_arguments.add_hop_argument(parser)
+    plan_arguments.add_hop_argument(parser, with_budget=True)
     return parser.parse_args([str(argument) for argument in arguments])
 
 
