@@ -105,6 +105,7 @@ def instance(layers: int, count: int, seed: int, objective: Objective) -> Planni
                 storage_bytes=10**12,
                 options=(row(0), *[row(1)] * layers, row(blocks - 1)),
                 call_s=rng.uniform(1e-4, 4e-4),
+                watts=5 + 10 / milliseconds,
             )
         )
     wires = [rng.choice(WIRES) for _ in devices]
