@@ -42,6 +42,8 @@ from wire.messages import (
 
 log = logging.getLogger(__name__)
 
+INTERNAL_ERROR = "internal error in the stage; see the agent's log"
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -174,7 +176,12 @@ class Relay:
         """Take what waits, in order, until nothing does."""
         more = True
         while more:
-            self._take(*self._waiting[0])
+            message, payload = self._waiting[0]
+            try:
+                self._take(message, payload)
+            except Exception:  # Whatever it is, what waits behind it must not wait for ever.
+                log.exception("relay failed")
+                self._fail(message.sequence, INTERNAL_ERROR)
             with self._table_lock:
                 self._waiting.popleft()
                 more = bool(self._waiting)
@@ -240,7 +247,7 @@ class Relay:
             log.info("sequence %d ends here: %s", sequence.number, error)
         except Exception:
             log.exception("stage failed")
-            self._fail(sequence.number, "internal error in the stage; see the agent's log")
+            self._fail(sequence.number, INTERNAL_ERROR)
 
     def _sample(self, sequence: _Sequence, logits: Array) -> int | None:
         """Sample, tell both ends; the token if the generation goes on."""

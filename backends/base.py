@@ -62,8 +62,8 @@ class Capabilities:
 class StageOptions:
     """What a stage is loaded for. ``slots`` sequences of at most ``context_tokens`` each.
 
-    exact: every product takes its activations as they are; else a backend may round them (to 8
-    bits, say) where that is faster and its documentation states the error.
+    exact: every product takes its activations as they are, on a backend that can; else it may round
+    them (to 8 bits, say) where that is faster and its documentation states the error.
     prepared_dir: where the backend may keep what it makes of artifacts, to load them faster the
     next time; None keeps nothing. What lies there is used only for what it was made from.
     memory_bytes: what the stage may take, where that is more than a plan charges for it: room to

@@ -74,6 +74,14 @@ def spec(layers: int) -> ModelSpec:
     )
 
 
+OBJECTIVES = {
+    "latency": Objective("latency"),
+    "throughput": Objective("throughput"),
+    "request": Objective("request", prompt_tokens=512, output_tokens=128),
+    "energy": Objective("energy"),
+}
+
+
 def instance(layers: int, count: int, seed: int, objective: Objective) -> PlanningProblem:
     """A random problem; the same for the same arguments."""
     rng = random.Random(f"{layers} {count} {seed}")
@@ -155,7 +163,7 @@ def measure(options: argparse.Namespace, layers: int, count: int, kind: Any) -> 
     """One row of the table."""
     seconds, gaps, failed = [], [], 0
     for seed in range(options.seeds):
-        problem = instance(layers, count, seed, Objective(kind))
+        problem = instance(layers, count, seed, OBJECTIVES[kind])
         started_s = time.monotonic()
         try:
             plan = solve(problem, time_limit_s=options.limit, gap=options.gap)
@@ -185,7 +193,9 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 32, 48, 80])
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--objectives", nargs="+", default=["latency", "throughput"])
+    parser.add_argument(
+        "--objectives", nargs="+", choices=tuple(OBJECTIVES), default=["latency", "throughput"]
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=10.0, help="seconds per plan")
     parser.add_argument("--gap", type=float, default=0.01, help="stop where this is proved")

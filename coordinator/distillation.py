@@ -81,7 +81,7 @@ class Missing:
         if isinstance(result, HopMeasured):
             if 0 <= result.kl < math.inf and result.bits in self.hops.get(result.boundary, ()):
                 known.hops[result.boundary, result.bits] = result.kl
-        elif not (result.kl >= 0 and result.weight_error >= 0):
+        elif not (0 <= result.kl < math.inf and 0 <= result.weight_error < math.inf):
             return
         elif result.block is None:
             if result.bits in self.plans:

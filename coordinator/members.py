@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -212,7 +213,8 @@ class Roster:
         self, source: Member, target: Member, measured: LinkMeasured | LinkChanged
     ) -> None:
         """Take a link as the source measured it. Raises AgentFailed for an impossible one."""
-        if not (measured.rtt_s > 0 and measured.bytes_per_s > 0 and measured.rtt_p90_s >= 0):
+        figures = measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
+        if not (all(map(math.isfinite, figures)) and min(figures[:2]) > 0 and figures[2] >= 0):
             raise AgentFailed(source.name, "reported an impossible link")
         self._links[source.device, target.device] = LinkProfile(
             source.name, target.name, measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s

@@ -160,6 +160,8 @@ def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
         wishes["sensitivities"] = tuple(
             {int(bits): float(kl) for bits, kl in row.items()} for row in rows
         )
+        if not all(0 <= kl < math.inf for row in wishes["sensitivities"] for kl in row.values()):
+            raise ValueError("not a divergence")
     except (AttributeError, TypeError, ValueError) as error:
         raise RequestInvalid(
             "sensitivities: for each block an object of bits to KL divergence", "sensitivities"

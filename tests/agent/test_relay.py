@@ -20,7 +20,7 @@ from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format
-from wire.activations import HopBits
+from wire.activations import HopBits, Rows
 from wire.connection import Listener
 from wire.messages import (
     Activation,
@@ -316,3 +316,21 @@ def test_a_next_device_that_is_gone_is_reported(ring: tuple[Node, Node]) -> None
     lost = first.reports.get(timeout=ANSWER_S)
     assert isinstance(lost, PeerLost)
     assert (lost.epoch, lost.device) == (EPOCH, "last")
+
+
+def test_a_chunk_that_cannot_be_unpacked_fails_its_sequence_and_no_other(
+    ring: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, last = ring
+
+    def no_memory(*_: object) -> Rows:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agent.relay.decode_rows", no_memory)
+        last.relay.deliver(*activation(1, 2))
+        failed = last.reports.get(timeout=ANSWER_S)
+    assert isinstance(failed, SequenceFailed)
+    assert failed.sequence == 1
+    first.relay.start(start(2))
+    assert last.answer(2) == CONTINUATION

@@ -300,6 +300,21 @@ def test_a_member_that_sends_what_only_others_may_is_lost() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("figures", [(0.0, 1e6, 0.0), (1e-3, float("inf"), 0.0), (1e-3, 1e6, -1.0)])
+def test_an_impossible_link_is_refused(figures: tuple[float, float, float]) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        _, member = await coordinator.joined(hello("a", "one"))
+        _, other = await coordinator.joined(hello("b", "two"))
+        rtt_s, bytes_per_s, rtt_p90_s = figures
+        with pytest.raises(AgentFailed, match="impossible link"):
+            coordinator.roster.set_link(
+                member, other, LinkMeasured(1, rtt_s, bytes_per_s, rtt_p90_s)
+            )
+        assert coordinator.roster.links() == ()
+
+    run(test)
+
+
 def test_a_link_that_changed_is_taken_over_for_the_next_plan() -> None:
     async def test(coordinator: Coordinator) -> None:
         roster = coordinator.roster

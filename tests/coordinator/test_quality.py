@@ -151,6 +151,8 @@ def test_only_what_was_asked_for_is_kept_of_an_agents_answers() -> None:
         HopMeasured(1, 0, 8, float("inf")),
         QualityMeasured(1, 0, (8,), 0.1, 0.1),
         QualityMeasured(1, None, (4,), 0.1, 0.0),
+        QualityMeasured(1, 0, (4,), float("inf"), 0.1),
+        QualityMeasured(1, None, request.plans[0], float("inf"), 0.0),
     ):
         missing.keep(stranger, known)
     assert known == KnownQuality(TEXT, "rtn", 32, {}, {})
@@ -264,6 +266,8 @@ def test_a_request_must_fit_the_model() -> None:
         ({"hop_bits": []}, "hop_bits: a list out of"),
         ({"hop_bits": [4]}, "hop_bits: a list out of"),
         ({"hop_bits": 8}, "hop_bits: a list out of"),
+        ({"sensitivities": [{"4": float("nan")}]}, "sensitivities"),
+        ({"sensitivities": [{"4": -0.1}]}, "sensitivities"),
         ({"hop_sensitivities": {"4": 0}}, "hop_sensitivities"),
         ({"hop_sensitivities": {"8": -1}}, "hop_sensitivities"),
         ({"hop_sensitivities": [8]}, "hop_sensitivities"),
