@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cli.board import corals, is_jetson
+from cli.board import corals, has_nvidia_driver, is_jetson
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.settings import parse_toml, settings_of
@@ -177,11 +177,15 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
         wanted["backoff.conf"] = template("backoff.conf")
     if kind == "agent":
         # Without a root of its own it is this machine that matters.
-        hardware = {"coral.conf": bool(corals(root)), "jetson.conf": is_jetson(root)}
+        hardware = {
+            "coral.conf": bool(corals(root)),
+            "jetson.conf": is_jetson(root),
+            "nvidia.conf": has_nvidia_driver(root),
+        }
         wanted |= {name: template(name) for name, present in hardware.items() if present}
     for name, content in wanted.items():
         work.files.append(File(drop_ins / name, content))
-    for name in ("limits.conf", "backoff.conf", "coral.conf", "jetson.conf"):
+    for name in ("limits.conf", "backoff.conf", "coral.conf", "jetson.conf", "nvidia.conf"):
         if name not in wanted and _below(root, drop_ins / name).exists():
             work.removed.append(drop_ins / name)
 

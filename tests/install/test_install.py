@@ -156,6 +156,13 @@ def test_accelerators_get_their_device_nodes(install: Callable[..., Path], tmp_p
     assert sorted(path.name for path in drop_ins.iterdir()) == ["coral.conf"]
     assert "DeviceAllow=char-usb_device rw" in (drop_ins / "coral.conf").read_text()
     shutil.rmtree(tmp_path / "sys")
+    driver = tmp_path / "proc/driver/nvidia/version"
+    driver.parent.mkdir(parents=True)
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  575.51\n")
+    install("agent")
+    assert sorted(path.name for path in drop_ins.iterdir()) == ["nvidia.conf"]
+    assert "DeviceAllow=char-nvidia* rw" in (drop_ins / "nvidia.conf").read_text()
+    # A Jetson's GPU is another kind of device.
     (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3\n")
     install("agent")
     assert sorted(path.name for path in drop_ins.iterdir()) == ["jetson.conf"]
@@ -170,13 +177,19 @@ def test_settings_are_put_where_the_template_has_them() -> None:
 # ---- the units ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["agent", "coordinator", "agent with a Coral", "agent on a Jetson"])
+@pytest.fixture(
+    params=["agent", "coordinator", "agent with a Coral", "agent on a Jetson", "agent with a GPU"]
+)
 def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A unit with its drop-ins, starting a command that exists."""
     kind, _, hardware = request.param.partition(" ")
     assert main([kind, "install", f"--root={tmp_path}", "--command=/bin/true"]) == 0
     path = tmp_path / UNITS / f"shoal-{kind}.service"
-    name = {"with a Coral": "coral.conf", "on a Jetson": "jetson.conf"}.get(hardware)
+    name = {
+        "with a Coral": "coral.conf",
+        "on a Jetson": "jetson.conf",
+        "with a GPU": "nvidia.conf",
+    }.get(hardware)
     if name is not None:
         # `systemd-analyze security --offline` reads the unit alone.
         path.write_text(path.read_text() + template(name))
