@@ -98,9 +98,9 @@ class EdgeTpuBackend(Backend):
     @classmethod
     def probe(cls) -> Capabilities:
         try:
+            target = choose_target(cls.root)  # First: without one, nothing is worth installing.
             runtime = find_runtime(edge_tpu=True)
             OnnxCpuBackend.probe()
-            target = choose_target(cls.root)
             _check_once(runtime, target)
         except BackendError as error:
             raise BackendUnavailable("edgetpu", _reason(error)) from error

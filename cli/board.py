@@ -37,6 +37,11 @@ def is_jetson(root: Path = Path("/")) -> bool:
     return (root / "etc/nv_tegra_release").exists() or "Jetson" in board_model(root)
 
 
+def has_nvidia_driver(root: Path = Path("/")) -> bool:
+    """Whether a PC's driver for NVIDIA's GPUs is loaded."""
+    return not is_jetson(root) and (root / "proc/driver/nvidia/version").exists()
+
+
 def corals(root: Path = Path("/")) -> list[Coral]:
     """Edge TPUs that are plugged in, whether or not their library is installed."""
     found = []

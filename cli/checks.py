@@ -171,14 +171,9 @@ def check_backends(machine: Machine) -> list[Check]:
             found.append(Check("backend", "ok", f"{name}: available ({answer['version']})"))
             continue
         essential = name == machine.backend or not usable
-        found.append(
-            Check(
-                "backend",
-                "failed" if essential else "note",
-                f"{name}: {answer['reason']}",
-                _backend_fix(answer["reason"], machine),
-            )
-        )
+        reason, fix = _backend_fix(answer["reason"], machine)
+        state: State = "failed" if essential else "note"
+        found.append(Check("backend", state, f"{name}: {reason}", fix))
     if machine.backend not in answers:
         fix = f"set backend to one of {', '.join(answers)}"
         found.append(Check("backend", "failed", f"{machine.backend}: unknown", fix))
@@ -353,15 +348,22 @@ def _coral(machine: Machine, coral: Coral) -> Check:
     return Check("accelerator", "ok", text)
 
 
-def _backend_fix(reason: str, machine: Machine) -> str:
-    found = re.match(r"cannot import (\w+)", reason)
-    if found is None:
-        return ""
-    name = found[1]
-    if name == "torch" and is_jetson(machine.root):
-        return "install NVIDIA's torch, then run install.sh again (docs/install.md)"
-    packages = {"onnx": "onnx onnxruntime", "onnxruntime": "onnx onnxruntime"}
-    return _pip(packages.get(name, name.replace("_", "-")))
+def _backend_fix(reason: str, machine: Machine) -> tuple[str, str]:
+    """What of ``reason`` is to be said, and the command that mends it, for this environment.
+
+    A backend's own advice is to "pip install" something, which is rarely this environment's pip.
+    """
+    reason, _, advice = reason.partition(": pip install ")
+    if advice:
+        packages = re.split(r",| \(", advice)[0]
+    elif found := re.match(r"cannot import (\w+)", reason):
+        known = {"onnx": "onnx onnxruntime", "onnxruntime": "onnx onnxruntime"}
+        packages = known.get(found[1], found[1].replace("_", "-"))
+    else:
+        return reason, ""
+    if packages == "torch" and is_jetson(machine.root):
+        return reason, "install NVIDIA's torch, then run install.sh again (docs/install.md)"
+    return reason, _pip(packages)
 
 
 def _pip(packages: str) -> str:

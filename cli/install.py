@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cli.board import corals, is_jetson
+from cli.board import corals, has_nvidia_driver, is_jetson
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.settings import parse_toml, settings_of
@@ -88,13 +88,6 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
     )
     for action in settings.values():
         install._add_action(action)  # The same options, with the same checks.
-    if "token_file" not in settings:
-        install.add_argument(
-            "--token-file",
-            type=Path,
-            metavar="FILE",
-            help=f"the cluster's token, copied to {TOKEN}; default: {TOKEN_VARIABLE}",
-        )
     install.add_argument(
         "--cpu-weight", type=int, metavar="1..10000", help="its share of a busy processor"
     )
@@ -166,14 +159,13 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
 
     given = _given(options)
     token = _token(options)
-    authenticates = "token_file" in settings_of(options.parser)
-    if token is None and kind == "coordinator" and authenticates:
+    if token is None and kind == "coordinator" and not _below(root, TOKEN).exists():
         # The first machine of a shoal makes the token that the others are given.
-        token = None if _below(root, TOKEN).exists() else secrets.token_urlsafe(32)
+        token = secrets.token_urlsafe(32)
     if token is not None:
         work.files.append(File(TOKEN, token + "\n", 0o600))
     given.pop("token_file", None)
-    if authenticates and (token is not None or _below(root, TOKEN).exists()):
+    if token is not None or _below(root, TOKEN).exists():
         given["token_file"] = str(TOKEN)
     config = CONFIG / f"{kind}.toml"
     text = with_settings(_existing(_below(root, config)) or template(f"{kind}.toml"), given)
@@ -185,11 +177,15 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
         wanted["backoff.conf"] = template("backoff.conf")
     if kind == "agent":
         # Without a root of its own it is this machine that matters.
-        hardware = {"coral.conf": bool(corals(root)), "jetson.conf": is_jetson(root)}
+        hardware = {
+            "coral.conf": bool(corals(root)),
+            "jetson.conf": is_jetson(root),
+            "nvidia.conf": has_nvidia_driver(root),
+        }
         wanted |= {name: template(name) for name, present in hardware.items() if present}
     for name, content in wanted.items():
         work.files.append(File(drop_ins / name, content))
-    for name in ("limits.conf", "backoff.conf", "coral.conf", "jetson.conf"):
+    for name in ("limits.conf", "backoff.conf", "coral.conf", "jetson.conf", "nvidia.conf"):
         if name not in wanted and _below(root, drop_ins / name).exists():
             work.removed.append(drop_ins / name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from backends.registry import BACKENDS
 from cli import checks, network_checks
 from cli.checks import Check, Machine
 from cli.doctor import bounded
@@ -172,6 +174,36 @@ def test_a_library_that_does_not_load_is_named(
     assert first.state == "failed"
     assert first.text == f"onnx_cpu: {reason}"
     assert first.fix.endswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said", "fix"),
+    [
+        (
+            "torch is not installed: pip install torch (Jetson: ...)",
+            "torch is not installed",
+            "torch",
+        ),
+        ("neither is installed: pip install 'a[b]', or [c]", "neither is installed", "'a[b]'"),
+        ("cannot import ml_dtypes", "cannot import ml_dtypes", "ml-dtypes"),
+    ],
+)
+def test_what_is_to_be_installed_goes_into_this_environment(
+    board: Callable[..., Machine], reason: str, said: str, fix: str
+) -> None:
+    assert checks._backend_fix(reason, board()) == (said, f"{sys.executable} -m pip install {fix}")
+
+
+def test_a_jetson_is_not_told_to_install_the_common_torch(board: Callable[..., Machine]) -> None:
+    jetson = board({"etc/nv_tegra_release": "# R36 (release), REVISION: 4.3\n"})
+    _, fix = checks._backend_fix("torch is not installed: pip install torch (Jetson: ...)", jetson)
+    assert "NVIDIA's torch" in fix
+    assert "pip install" not in fix
+
+
+def test_every_backend_is_listed(board: Callable[..., Machine]) -> None:
+    found = checks.check_backends(board())
+    assert [check.text.partition(":")[0] for check in found] == list(BACKENDS)
 
 
 def test_an_available_backend_has_a_version_and_an_unknown_one_is_refused(
