@@ -53,7 +53,8 @@ def beam(
     waiting: list[list[tuple[Any, ...]]] = [[] for _ in range(blocks + 1)]
     start = np.flatnonzero(~(ties > 0).any(0))
     lengths = np.array([r.enter + r.fixed for r in relaxations]).T
-    bounds = (np.array([r.enter for r in relaxations]) + [g[:-1, 0] for g in go]).T - constant
+    enter = np.array([r.enter for r in relaxations])
+    bounds = (enter + [g[:, 0] for g in go]).T - constant
     first_used = np.zeros((devices, devices), dtype=bool)
     waiting[0].append(
         (
@@ -120,11 +121,17 @@ def beam(
         for r in rank[1:]:
             np.maximum(least, values[r] + ahead[r] - constant[r], out=least)
         blocked = used | ((~used).astype(float) @ ties > 0)
-        least[:, :, :devices][np.broadcast_to(blocked[:, None, :], least[:, :, :devices].shape)] = (
-            math.inf
-        )
-        if k + tables.longest >= blocks:
-            least[:, blocks - k - 1, devices] += tables.back_rest[device, first]
+        least[np.broadcast_to(blocked[:, None, :], least.shape)] = math.inf
+        if blocks - k <= tables.longest:
+            # The way back is known here: what the relaxations charge for beginning is refunded.
+            ends = [
+                r.arcs.ends[device, blocks - k - 1, first] - enter[at, first] - constant[at]
+                for at, r in enumerate(relaxations)
+            ]
+            whole = (length + np.array(ends).T).max(1)
+            for who in np.flatnonzero(whole < cutoff):
+                spans = trace(base[k] + int(who), blocks)
+                finished.append(Walk(float(whole[who]), spans, bool(mixed[who])))
         label, size, target = np.nonzero(least < cutoff)
         if len(label) > 20 * width:
             value = least[label, size, target]
@@ -132,12 +139,6 @@ def beam(
             dropped = min(dropped, float(value[keep[20 * width]]))
             keep = np.sort(keep[: 20 * width])
             label, size, target = label[keep], size[keep], target[keep]
-        ends = target == devices
-        for one in np.flatnonzero(ends):
-            who = int(label[one])
-            value = float(least[who, size[one], devices])
-            finished.append(Walk(value, trace(base[k] + who, blocks), bool(mixed[who])))
-        label, size, target = label[~ends], size[~ends], target[~ends]
         grown = np.array([value[label, size, target] for value in values]).T + fixed.T[target]
         for more in np.unique(size):
             here = size == more

@@ -124,18 +124,18 @@ class _Cheapest:
         tables = self.tables
         arcs: Joint | Separate
         if mu in self.found:
-            priced, lambdas = self.found[mu]
+            priced, prices = self.found[mu]
             arcs = priced.arcs
         else:
             segments = tables.segments(tables.cost + mu * tables.loss)
-            arcs = Separate(segments, tables.links(mu), -tables.ahead)
+            arcs = Separate(segments, tables.links(mu), tables.back)
             nearest = min(self.found, key=lambda at: abs(math.log(at / mu)), default=None)
-            lambdas = np.zeros(tables.shape[0]) if nearest is None else self.found[nearest][1]
+            prices = np.zeros(2 * tables.shape[0]) if nearest is None else self.found[nearest][1]
         reach = self.value if self.value < math.inf else 1.1 * self._best()
         self.found[mu] = self.pricer.price(
             arcs,
             mu * (tables.budget or 0.0),
-            lambdas,
+            prices,
             target=self.value * (1 - self.gap) if self.value < math.inf else math.inf,
             reach=reach,
             rounds=rounds,
@@ -246,7 +246,7 @@ class _Fastest:
         self.gap = gap
         self.pricer = Pricer(tables, deadline_s)
         self.budget = tables.budget or 0.0
-        self.lambdas = np.zeros(tables.shape[0])
+        self.prices = np.zeros(2 * tables.shape[0])
         self.choice: Choice | None = None
         self.value = math.inf
         self.full = False
@@ -310,45 +310,51 @@ class _Fastest:
         self.profiles = []
         for i, knapsack in enumerate(tables.in_memory):
             limit = top - tables.call_s[i]
-            self.in_time.append(Knapsack(tables.decode[i], limit, knapsack.longest))
+            self.in_time.append(Knapsack(tables.decode[i], limit, knapsack.longest, tables.units))
             self.profiles.append(self.in_time[-1].profiles(self.cost[i]))
 
-    def _arcs(self, limit: float) -> Floats:
-        """Least sensitivity [block, device, length - 1, next device or sink] in that time."""
+    def _arcs(self, limit: float) -> Joint:
+        """Least sensitivities within that time."""
         tables = self.tables
         devices, blocks, _ = tables.shape
-        found = np.full((blocks, devices, tables.longest, devices + 1), math.inf)
+        limit *= 1 + 1e-9
+        found = np.full((blocks, devices, tables.longest, devices), math.inf)
+        ends = np.full((devices, tables.longest, devices), math.inf)
         firsts, lengths = np.indices((blocks, tables.longest))
         for i, (knapsack, profile) in enumerate(zip(self.in_time, self.profiles, strict=True)):
             reach = knapsack.longest
             if not reach:
                 continue
-            # To each next device in each format, then the way back.
-            ways_s = np.append(tables.hop_s[:, i], tables.sink_s[i])
-            room = limit * (1 + 1e-9) - tables.call_s[i] - ways_s - knapsack.least[..., None]
+            within = self.within_memory[i, :, :reach, None]
+            here = found[:, i, :reach]
+            for hop_s, loss in zip(tables.hop_s[:, i], tables.hop_loss, strict=True):
+                room = limit - tables.call_s[i] - hop_s - knapsack.least[..., None]
+                # A room of -inf, where there is no link, has no index.
+                index = knapsack.index(np.maximum(room, 0.0))
+                part = profile[lengths[:, :reach, None], firsts[:, :reach, None], index]
+                part[room < 0] = math.inf
+                np.minimum(here, np.maximum(part, within) + loss, out=here)
+            size = np.arange(reach)
+            first = blocks - 1 - size
+            room = limit - tables.call_s[i] - tables.back_s[i] - knapsack.least[first, size, None]
             if reach == blocks:
-                room[0, -1, -1] = limit * (1 + 1e-9) - tables.call_s[i] - knapsack.least[0, -1]
-            # A room of -inf, where there is no link, has no index.
-            index = knapsack.index(np.maximum(room, 0.0))
-            part = profile[lengths[:, :reach, None], firsts[:, :reach, None], index]
+                # One stage has no way back.
+                room[-1] = -math.inf
+                room[-1, i] = limit - tables.call_s[i] - knapsack.least[0, -1]
+            part = profile[size[:, None], first[:, None], knapsack.index(np.maximum(room, 0.0))]
             part[room < 0] = math.inf
-            np.maximum(part, self.within_memory[i, :, :reach, None], out=part)
-            found[:, i, :reach, devices] = part[..., -1]
-            for f, loss in enumerate(tables.hop_loss):
-                sent = part[..., f * devices : (f + 1) * devices] + loss
-                here = found[:, i, :reach, :devices]
-                np.minimum(here, sent, out=here)
-        return found
+            ends[i, :reach] = np.maximum(part, within[first, size])
+        return Joint(found, ends)
 
     def _try(self, limit: float, width: int) -> None:
         """Look for a plan with this slowest stage, or prove that there is none."""
         tables = self.tables
-        arcs = Joint(self._arcs(limit))
+        arcs = self._arcs(limit)
         enough = self.budget * (1 + 1e-9) + 1e-9
-        priced, self.lambdas = self.pricer.price(
+        priced, self.prices = self.pricer.price(
             arcs,
             0.0,
-            self.lambdas,
+            self.prices,
             target=enough,
             reach=1.1 * self.budget or 1.0,
             rounds=100,

@@ -25,8 +25,12 @@ Span = tuple[int, int, int]
 
 # In seconds or bytes: less than this is rounding.
 _LEAST_ROOM = 1e-12
-_UNITS = 320
-"""Steps that a limit is divided in at the most."""
+_LEAST_UNITS, _MOST_UNITS = 320, 1_600
+"""Steps that a limit is divided in: rounding loses up to one per block of a stage, so that long
+stages need more."""
+
+_TABLE_CELLS = 20_000_000
+"""Of the tables of all devices together, 8 bytes each, beyond which steps are saved on."""
 
 
 class Knapsack:
@@ -36,7 +40,8 @@ class Knapsack:
     are counted in whole units, rounded down: costs are never above the true ones.
     """
 
-    def __init__(self, sizes: Floats, limit: float, longest: int) -> None:
+    def __init__(self, sizes: Floats, limit: float, longest: int, units: int) -> None:
+        """``units`` is the most steps that the room above the least sizes is divided in."""
         blocks, _ = sizes.shape
         self.longest = longest
         least = np.where(np.isfinite(sizes).any(1), sizes.min(1), 0.0)
@@ -48,7 +53,7 @@ class Knapsack:
         most = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(extra), extra, 0.0).max(1))])
         room = np.minimum(limit - self.least, most[end] - most[first])
         widest = float(room.max(initial=0.0))
-        self.unit = _unit(extra[np.isfinite(extra) & (extra > 0)], widest)
+        self.unit = _unit(extra[np.isfinite(extra) & (extra > 0)], widest, units)
         self.steps = int(widest / self.unit) + 1
         self._runs: list[tuple[int, int, int, int]] = []
         finite = np.where(np.isfinite(extra), extra, math.inf)
@@ -107,12 +112,12 @@ class Knapsack:
         return chosen, total
 
 
-def _unit(sizes: Floats, room: float) -> float:
-    """The unit, not below room / _UNITS, by which rounding sizes down loses the least of them."""
+def _unit(sizes: Floats, room: float, steps: int) -> float:
+    """The unit, not below room / steps, by which rounding sizes down loses the least of them."""
     if not len(sizes) or room < _LEAST_ROOM:
         return max(room, 1.0)
     sizes = np.unique(sizes)
-    finest = max(room / _UNITS, float(sizes[0]) / 40)
+    finest = max(room / steps, float(sizes[0]) / 40)
     units = np.geomspace(finest, max(finest, float(sizes[0])), 400)
     # One that divides the sizes is made a little less, so that none falls just below a multiple.
     units = np.concatenate([float(sizes[0]) / np.arange(1, 41) * (1 - 1e-6), units])
@@ -156,8 +161,13 @@ class Tables:
         self.longest = int(lengths[-1]) + 1 if len(lengths) else 0
         self.fits = self.fits[:, :, : self.longest]
         self.memory_limit = [device.memory_bytes - device.stage_bytes for device in problem.devices]
+        self.reach = [self._reach(i) for i in devices]
+        cells = max(1, sum(self.reach) * len(blocks))
+        self.units = min(max(40 * self.longest, _LEAST_UNITS), _MOST_UNITS)
+        self.units = max(min(self.units, _TABLE_CELLS // cells), _LEAST_UNITS)
         self.in_memory = [
-            Knapsack(self.memory[i], self.memory_limit[i], self._reach(i)) for i in devices
+            Knapsack(self.memory[i], self.memory_limit[i], self.reach[i], _LEAST_UNITS)
+            for i in devices
         ]
         self.entry = np.array([problem.call_cost(i) for i in devices])
         self.call_s = np.array([device.call_s for device in problem.devices])
@@ -177,24 +187,10 @@ class Tables:
                     self.back[i, j] = problem.return_cost(i, j)
                     self.back_s[i, j] = problem.return_s(i, j)
 
-        # Of the way back, what depends on the last stage, and on the first.
-        self.sink = self._least(self.back)
-        self.sink_s = self._least(self.back_s)
-        rest = np.where(np.isfinite(self.back), self.back - self.sink[:, None], math.inf)
-        self.ahead = self._least(rest.T)
-        self.back_rest = np.where(np.isfinite(self.back), rest - self.ahead, math.inf)
-        # A plan of one stage has no way back.
-        np.fill_diagonal(self.back_rest, 0.0)
-
     def links(self, mu: float) -> Floats:
-        """[device, next device or sink]: least cost of a hop, its loss at ``mu``; the way back."""
-        hops = (self.hop + mu * self.hop_loss[:, None, None]).min(0, initial=math.inf)
-        return np.concatenate([hops, self.sink[:, None]], axis=1)
-
-    @staticmethod
-    def _least(ways: Floats) -> Floats:
-        found = ways.min(1)
-        return np.where(np.isfinite(found), found, 0.0)
+        """[device, next device]: the least cost of a hop, its loss counted at ``mu``."""
+        found: Floats = (self.hop + mu * self.hop_loss[:, None, None]).min(0, initial=math.inf)
+        return found
 
     def _fits(self) -> npt.NDArray[np.bool_]:
         """[device, first block, length - 1]: whether the least sizes of such a stage do."""
