@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,12 @@ ERRORS = (
     RuntimeError,
     MemoryError,
 )
+
+# fenv_t of glibc: its bytes, where the control word of the vector unit is, and the bits in it that
+# flush denormals, results and operands: DAZ and FTZ of MXCSR, FZ of FPCR.
+_MODES = {"x86_64": (32, 28, 0x8040), "aarch64": (8, 0, 1 << 24)}
+_MODE = _MODES.get(platform.machine()) if platform.libc_ver()[0] == "glibc" else None
+_MATH = ctypes.CDLL("libm.so.6") if _MODE is not None else ctypes.CDLL(None)
 
 _DENORMAL = np.array([1e-40], np.float32)
 _ONE = np.array([1.0], np.float32)
@@ -78,18 +85,17 @@ def session_of(graph: Graph, options: Any) -> Any:
 def flush_denormals() -> None:
     """Let the calling thread read denormals as zero, as the runtime's own threads do.
 
-    The runtime sets this in the thread that makes a session, and a stage may run in another, which
-    computes its share of every operator: at long contexts a decisive one.
+    The runtime sets this once, in the thread that makes the first session of the process, and a
+    stage may run in another, which computes its share of every operator: at long contexts a
+    decisive one. On other processors and C libraries than those known here nothing happens.
     """
-    if (_DENORMAL * _ONE)[0]:
-        _tiny_session()
-
-
-def _tiny_session() -> None:
-    graph = Graph()
-    value = graph.input("hidden", TensorProto.FLOAT, (1,))
-    graph.output(value, "output", TensorProto.FLOAT, (1,))
-    new_session(graph, 1)
+    if (_DENORMAL * _ONE)[0] and _MODE is not None:
+        size, offset, bits = _MODE
+        environment = (ctypes.c_uint8 * size)()
+        _MATH.fegetenv(environment)
+        word = ctypes.c_uint32.from_buffer(environment, offset)
+        word.value |= bits
+        _MATH.fesetenv(environment)
 
 
 @functools.lru_cache(maxsize=1)
