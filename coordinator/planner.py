@@ -37,6 +37,10 @@ _FREE = 1e-9
 # With more counts than this the search goes first, as it does where a gap is allowed: it closes
 # large problems sooner, but seldom to nothing. With more than the other the program is hopeless.
 _SMALL, _LARGE = 600, 6_000
+DEFAULT_GAP = 0.005
+"""What is aimed at where nothing else is asked for and the search has to go first: closing the
+last half percent can take as long as there is time."""
+
 # Saying what is wrong is worth this much, even when the search has used up the limit.
 _ADVICE_S = 5.0
 # And so is finding any plan.
@@ -47,13 +51,14 @@ def solve(
     problem: PlanningProblem,
     *,
     time_limit_s: float = 60.0,
-    gap: float = 0.0,
+    gap: float | None = None,
     on_progress: Callable[[str], None] | None = None,
     solver: SolverName | None = None,
 ) -> Plan:
     """The best plan, verified; at the time limit, the best one found with its proved gap.
 
-    A plan that is proved to be within ``gap`` (0.01: one percent) of the best may end it early.
+    A plan that is proved to be within ``gap`` (0.01: one percent) of the best may end it early;
+    None: 0 for small problems, DEFAULT_GAP for those where the search goes first.
     ``on_progress`` gets one line per step. ``solver`` None takes HiGHS where it is installed.
     Raises InfeasiblePlan with advice, PlanError where the limit passed without any plan.
     """
@@ -79,10 +84,11 @@ def solve(
 
 
 def _best(
-    problem: PlanningProblem, runner: _Runner, gap: float, report: Callable[[str], None]
+    problem: PlanningProblem, runner: _Runner, asked: float | None, report: Callable[[str], None]
 ) -> Plan | None:
     """The best plan that was found; None where none was."""
     size = _size(problem)
+    gap = (DEFAULT_GAP if size > _SMALL else 0.0) if asked is None else asked
     plan, bound = None, 0.0
     if searching := size > _SMALL or gap > 0:
         report("searching")
