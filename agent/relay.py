@@ -179,8 +179,8 @@ class Relay:
             message, payload = self._waiting[0]
             try:
                 self._take(message, payload)
-            except Exception:  # Whatever it is, what waits behind it must not wait for ever.
-                log.exception("relay failed")
+            except MemoryError:  # Of a long chunk; what waits behind it may well fit.
+                log.exception("no memory to unpack a chunk")
                 self._fail(message.sequence, INTERNAL_ERROR)
             with self._table_lock:
                 self._waiting.popleft()
