@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,25 +53,28 @@ class BlockCache:
         on_progress: Callable[[int, int], None],
         *,
         token: Token | None = None,
+        keep: Collection[str] = (),
     ) -> int:
         """Make all ``blocks`` present; returns how many bytes came over the network.
 
-        ``on_progress`` gets (bytes present, bytes in all). Raises CacheError, WireError.
+        ``on_progress`` gets (bytes present, bytes in all). Artifacts in ``keep``, by their hashes,
+        do not make room for others. Raises CacheError, WireError.
         """
         wanted = {ref.sha256: ref for ref in blocks}
         for ref in wanted.values():
             if not SHA256.fullmatch(ref.sha256) or ref.size_bytes <= 0:
                 raise CacheError(f"block {ref.block} has no valid address")
         total = sum(ref.size_bytes for ref in wanted.values())
-        if total > self._limit_bytes:
+        needed_bytes = total + self._held_bytes(set(keep) - set(wanted))
+        if needed_bytes > self._limit_bytes:
             raise CacheError(
-                f"the blocks need {format_size(total)}, "
+                f"the blocks need {format_size(needed_bytes)}, "
                 f"the storage limit is {format_size(self._limit_bytes)}"
             )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             missing = [ref for ref in wanted.values() if not self._present(ref)]
-            self._evict(set(wanted), total)
+            self._evict({*wanted, *keep}, needed_bytes)
             present = total - sum(ref.size_bytes for ref in missing)
             on_progress(present, total)
             if not missing:
@@ -90,6 +93,9 @@ class BlockCache:
                 ) from error
             raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
         return sum(ref.size_bytes for ref in missing)
+
+    def _held_bytes(self, sha256s: Collection[str]) -> int:
+        return sum(self.path(sha256).stat().st_size for sha256 in self.find(sha256s))
 
     def _present(self, ref: BlockRef) -> bool:
         path = self.path(ref.sha256)

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import psutil
 
 from agent.blocks import BlockCache, CacheError
 from agent.config import AgentConfig, claim, device_identity
+from agent.files import FileExchange
 from agent.links import Link, Measuring
 from agent.peers import PeerServer, connect_peer, measure_link
 from agent.quality import StreamedModel, measure_quality
@@ -29,7 +30,7 @@ from agent.relay import Relay
 from backends.base import Backend, BackendError, StageOptions
 from backends.registry import backend_class
 from calibration.device import profile_in_child
-from calibration.layers import measure_model
+from calibration.layers import measure_call, measure_model
 from calibration.store import CalibrationStore
 from model.errors import ModelError
 from model.spec import ModelSpec
@@ -50,6 +51,7 @@ from wire.messages import (
     JoinRefused,
     LinkMeasured,
     LoadStage,
+    MakeFiles,
     MeasureLink,
     MeasureModel,
     MeasureQuality,
@@ -78,6 +80,7 @@ Request = (
     | LoadStage
     | ConnectStage
     | UnloadStage
+    | MakeFiles
 )
 
 
@@ -119,6 +122,7 @@ class Agent:
             watts=config.watts,
             exact=config.exact,
         )
+        self._call_s = self._profile.call_s
         self._store = CalibrationStore(config.state_dir / "calibration.json")
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
         self._listener = Listener(config.bind_host, config.data_port, token=config.token)
@@ -316,7 +320,7 @@ class Agent:
     ) -> Message:
         if isinstance(request, MeasureModel):
             with self._measuring:
-                return self._measure_model(request, connection)
+                return self._measure_model(request, connection, coordinator)
         if isinstance(request, MeasureQuality):
             with self._measuring:
                 return self._measure_quality(request, connection, coordinator)
@@ -344,25 +348,45 @@ class Agent:
                 self._measuring,
             )
             return Done(request.request)
+        if isinstance(request, MakeFiles):
+            return self._exchange(request.request, connection, coordinator).make(request)
         self._unload()
         return Done(request.request)
+
+    def _exchange(
+        self, request: int, connection: Connection, coordinator: Endpoint
+    ) -> FileExchange:
+        progress = self._progress(connection, request, "files", "bytes")
+        return FileExchange(self._device, self._cache, coordinator, self._config.token, progress)
+
+    def _supplied(self, request: int, connection: Connection, coordinator: Endpoint) -> Backend:
+        """The backend, which gets the files that it lacks for as long as ``request`` lasts."""
+        exchange = self._exchange(request, connection, coordinator)
+        self._backend.supplier = partial(exchange.supply, self._config.backend)
+        return self._backend
 
     def _connect(self, request: MeasureLink | ConnectStage) -> Connection:
         token = self._config.token
         return connect_peer(self._device, request.device, request.endpoints, token=token)
 
-    def _measure_model(self, request: MeasureModel, connection: Connection) -> Message:
+    def _measure_model(
+        self, request: MeasureModel, connection: Connection, coordinator: Endpoint
+    ) -> Message:
         progress = self._progress(connection, request.request, "measure", "steps")
+        backend = self._supplied(request.request, connection, coordinator)
+        threads, exact = self._config.threads, self._config.exact
+        if not self._call_s:
+            self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
         timings = measure_model(
             ModelSpec.from_dict(request.spec),
             request.bits,
-            self._backend,
-            threads=self._config.threads,
+            backend,
+            threads=threads,
             store=self._store,
             progress=progress,
-            exact=self._config.exact,
+            exact=exact,
         )
-        return ModelMeasured(request.request, timings)
+        return ModelMeasured(request.request, timings, self._call_s)
 
     def _measure_quality(
         self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
@@ -379,7 +403,7 @@ class Agent:
         measure_quality(
             request,
             source,
-            self._backend,
+            self._supplied(request.request, connection, coordinator),
             threads=self._config.threads,
             directory=self._config.state_dir / "quality",
             memory_bytes=self._profile.memory_bytes,
@@ -404,7 +428,7 @@ class Agent:
             token=self._config.token,
         )
         started = time.perf_counter()
-        stage = self._backend.load(
+        stage = self._supplied(request.request, connection, coordinator).load(
             spec,
             [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
             StageOptions(

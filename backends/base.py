@@ -8,7 +8,7 @@ hardware is one file with both and one line in ``backends.registry``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,10 @@ class BackendUnavailable(BackendError):
         super().__init__(f"backend {backend} is not available: {reason}")
         self.backend = backend
         self.reason = reason
+
+
+class FilesMissing(BackendError):
+    """A stage needs files made of its blocks, which nobody at hand can make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,14 @@ class Candidates:
     logits: Array
 
 
+Artifacts = Sequence[tuple[int, Path]]
+"""(block, path of its artifact), in order."""
+
+Supplier = Callable[[ModelSpec, Artifacts], Sequence[Path]]
+"""Has ``Backend.make_files`` run on another machine. Raises FilesMissing where none can, or
+whatever else the way there and back raises."""
+
+
 class Stage(ABC):
     """Loaded blocks [first, last) with their KV cache; one caller at a time."""
 
@@ -135,7 +147,14 @@ class Stage(ABC):
 
 
 class Backend(ABC):
-    """A kind of hardware with the library that drives it."""
+    """A kind of hardware with the library that drives it.
+
+    Hardware that runs only what a tool of its maker's has made of the blocks, which may not run on
+    the device itself, has ``maker`` and ``make_files`` too; ``load`` asks the ``supplier``.
+    """
+
+    supplier: Supplier | None = None
+    """Who gets files made elsewhere; None where nobody does."""
 
     @classmethod
     @abstractmethod
@@ -147,10 +166,27 @@ class Backend(ABC):
         """(free, total) bytes of the memory that stages live in; None: it is the machine's own."""
         return None
 
+    @classmethod
+    def maker(cls) -> str | None:
+        """The version of what makes this backend's files here; None without it, or the need.
+
+        Files of another version are other files. Raises BackendError where it does not run.
+        """
+        return None
+
+    @classmethod
+    def make_files(
+        cls, spec: ModelSpec, artifacts: Artifacts, directory: Path, tick: Callable[[], None]
+    ) -> Sequence[Path]:
+        """Make, in ``directory``, the files that ``load`` needs beside these blocks.
+
+        ``artifacts`` may be a stranger's. ``tick`` is called each second or so; what it raises ends
+        the work. Raises BackendError, model.errors.CheckpointError, OSError.
+        """
+        raise FilesMissing(f"{cls.__name__} needs no files")
+
     @abstractmethod
-    def load(
-        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> Stage:
+    def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
         """Load contiguous blocks, given as (block, path of its artifact) in order.
 
         Raises BackendError where the blocks cannot be run, model.errors.CheckpointError where an

@@ -24,18 +24,22 @@ import numpy as np
 
 from backends.base import (
     Array,
+    Artifacts,
     Backend,
     BackendError,
     BackendUnavailable,
     Capabilities,
+    FilesMissing,
     Stage,
     StageOptions,
+    Supplier,
     Tokens,
 )
 from backends.checks import check_blocks, check_inputs, check_rows
 from backends.edgetpu_compiler import (
     COMPILER,
     Compiled,
+    Compiler,
     compile_files,
     default_directory,
     find_compiled,
@@ -62,6 +66,9 @@ ON_CHIP_BYTES = 7_500_000
 """Of the chip's 8 MB, what compilers were seen to leave to weights (7.7 to 7.9 MiB) less the
 programs of some twenty products."""
 
+FILES_VERSION = 1
+"""Of what ``product_files`` writes: another one's files are compiled anew."""
+
 MANY_SATURATED = 0.05
 """Share of a product's outputs from which on the host's part is worth a warning."""
 
@@ -78,9 +85,7 @@ class TfliteCpuBackend(Backend):
             raise BackendUnavailable("tflite_cpu", _reason(error)) from error
         return Capabilities("tflite_cpu", str(runtime), CONTAINER_BITS, exact_container_bits={})
 
-    def load(
-        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> Int8Stage:
+    def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
         runtime = find_runtime()
 
         def engines(files: Sequence[ProductFile]) -> list[Engine]:
@@ -107,17 +112,43 @@ class EdgeTpuBackend(Backend):
         version = f"{runtime}, {target.device}"
         return Capabilities("edgetpu", version, CONTAINER_BITS, ON_CHIP_BYTES, {})
 
-    def load(
-        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> Int8Stage:
+    def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
         runtime, target = find_runtime(edge_tpu=True), choose_target(self.root)
 
         def engines(files: Sequence[ProductFile]) -> list[Engine]:
-            compiled = _compiled(spec, artifacts, files)
-            _check_once(runtime, target, (compiled.files[0], files[0].path))
+            compiled = _compiled(files)
+            if compiled is None:
+                compiled = _supplied(self.supplier, spec, artifacts, files)
+                # What others made must be right in every product.
+                pairs = zip(compiled.files, [file.path for file in files], strict=True)
+                check_in_child(runtime, target, [path for pair in pairs for path in pair])
+            else:
+                _check_once(runtime, target, (compiled.files[0], files[0].path))
+            if compiled.streamed_bytes:
+                log.warning(
+                    "%.1f MB of %s do not fit on the chip and cross the bus at every call",
+                    compiled.streamed_bytes / 1e6,
+                    _layer_names(spec, artifacts),
+                )
             return [Engine(runtime, path, target, options.threads) for path in compiled.files]
 
         return _load(spec, artifacts, options, engines)
+
+    @classmethod
+    def maker(cls) -> str | None:
+        compiler = find_compiler()
+        return None if compiler is None else f"{compiler.version}-{FILES_VERSION}"
+
+    @classmethod
+    def make_files(
+        cls, spec: ModelSpec, artifacts: Artifacts, directory: Path, tick: Callable[[], None]
+    ) -> list[Path]:
+        """The compiled products of all layers in order, then what the compiler said."""
+        compiler = find_compiler()
+        if compiler is None:
+            raise FilesMissing(f"{COMPILER} is not on PATH")
+        compiled = compile_stage(spec, artifacts, compiler, directory, tick)
+        return [*compiled.files, compiled.log]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +261,7 @@ class Int8Stage(Stage):
 
 
 def product_files(
-    spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], directory: Path
+    spec: ModelSpec, artifacts: Artifacts, directory: Path
 ) -> tuple[list[ProductFile], dict[int, dict[str, Array]]]:
     """The .tflite files of all layers in order, and each layer's norms and biases by block.
 
@@ -265,7 +296,7 @@ def product_files(
 
 def _load(
     spec: ModelSpec,
-    artifacts: Sequence[tuple[int, Path]],
+    artifacts: Artifacts,
     options: StageOptions,
     make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
 ) -> Int8Stage:
@@ -281,7 +312,7 @@ def _load(
 
 def _build(
     spec: ModelSpec,
-    artifacts: Sequence[tuple[int, Path]],
+    artifacts: Artifacts,
     options: StageOptions,
     make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
     directory: Path,
@@ -341,31 +372,55 @@ def _build(
         )
 
 
-def _compiled(
-    spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], files: Sequence[ProductFile]
+def compile_stage(
+    spec: ModelSpec,
+    artifacts: Artifacts,
+    compiler: Compiler,
+    directory: Path,
+    tick: Callable[[], None] = lambda: None,
 ) -> Compiled:
-    """The files for the chip: found, or made where the compiler is. Raises BackendError."""
+    """Compile the layers of a stage together. Raises BackendError, CheckpointError."""
+    with tempfile.TemporaryDirectory(prefix="shoal-edgetpu-") as name:
+        files, _ = product_files(spec, artifacts, Path(name))
+        if not files:
+            raise BackendError("there is no layer to compile")
+        return compile_files(compiler, [file.path for file in files], directory, tick)
+
+
+def _compiled(files: Sequence[ProductFile]) -> Compiled | None:
+    """The files for the chip: made where the compiler is, or found. Raises BackendError."""
     paths, directory = [file.path for file in files], default_directory()
     compiler = find_compiler()
     if compiler is not None:
-        compiled: Compiled | None = compile_files(compiler, paths, directory)
-    else:
-        compiled = find_compiled(directory, paths, None)
+        return compile_files(compiler, paths, directory)
+    return find_compiled(directory, paths, None)
+
+
+def _supplied(
+    supplier: Supplier | None, spec: ModelSpec, artifacts: Artifacts, files: Sequence[ProductFile]
+) -> Compiled:
+    """The files for the chip as another machine made them. Raises FilesMissing, BackendError."""
+    layers = [item for item in artifacts if spec.block_kind(item[0]) == "layer"]
+    first, end = layers[0][0] - 1, layers[-1][0]
+    try:
+        if supplier is None:
+            raise FilesMissing(f"{COMPILER} is not on PATH")
+        *paths, said = supplier(spec, layers)
+    except FilesMissing as error:
+        raise FilesMissing(
+            f"{_layer_names(spec, layers)} are not compiled for the Edge TPU ({error}): put"
+            f" {COMPILER} on the PATH of the coordinator or of an agent, on x86-64; or there,"
+            f" `shoal edgetpu compile MODEL --layers {first}:{end} -o DIR`, and copy what is in DIR"
+            f" to {default_directory()}"
+        ) from error
+    if len(paths) != len(files):
+        raise BackendError(f"{len(paths)} compiled files came for {len(files)} products")
+    return Compiled.of(paths, said)
+
+
+def _layer_names(spec: ModelSpec, artifacts: Artifacts) -> str:
     layers = [block - 1 for block, _ in artifacts if spec.block_kind(block) == "layer"]
-    if compiled is None:
-        raise BackendError(
-            f"layers {layers[0]} to {layers[-1]} are not compiled for the Edge TPU: on an x86-64"
-            f" machine with {COMPILER}, `shoal edgetpu compile MODEL --layers"
-            f" {layers[0]}:{layers[-1] + 1} -o DIR`, and copy what is in DIR to {directory}"
-        )
-    if compiled.streamed_bytes:
-        log.warning(
-            "%.1f MB of layers %d to %d do not fit on the chip and cross the bus at every call",
-            compiled.streamed_bytes / 1e6,
-            layers[0],
-            layers[-1],
-        )
-    return compiled
+    return f"layers {layers[0]} to {layers[-1]}"
 
 
 _checked: set[tuple[Target, str, bool]] = set()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from backends.base import BackendError, Capabilities, StageOptions
-from backends.edgetpu import ON_CHIP_BYTES, Int8Stage, TfliteCpuBackend, product_files
+from backends.edgetpu import ON_CHIP_BYTES, Int8Stage, TfliteCpuBackend, compile_stage
 from backends.edgetpu_compiler import (
     Compiled,
     Compiler,
@@ -58,15 +58,6 @@ class CompilingBackend(TfliteCpuBackend):
             what = f"measuring: {layers} of hidden {spec.hidden}, MLP {spec.layers[0].ffn}"
             self.compiled[what] = compile_stage(spec, artifacts, self._compiler, self._directory)
         return super().load(spec, artifacts, options)
-
-
-def compile_stage(
-    spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], compiler: Compiler, directory: Path
-) -> Compiled:
-    """Compile the layers of a stage together. Raises BackendError, CheckpointError."""
-    with tempfile.TemporaryDirectory(prefix="shoal-edgetpu-") as name:
-        files, _ = product_files(spec, artifacts, Path(name))
-        return compile_files(compiler, [file.path for file in files], directory)
 
 
 @dataclass(frozen=True, slots=True)

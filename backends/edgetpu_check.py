@@ -1,6 +1,6 @@
 """What a child process runs to find out whether libedgetpu works here; see edgetpu_devices.
 
-    python -m backends.edgetpu_check LIBRARY DEVICE [COMPILED PLAIN]
+    python -m backends.edgetpu_check LIBRARY DEVICE [COMPILED PLAIN ...]
 
 Ends with 0, or with 1 after one line on stdout, or as the library makes it end. What else a library
 or a runtime has to say goes to stderr.
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from backends.base import BackendError
-from backends.edgetpu_runtime import Engine, Target, find_runtime, load_delegate
+from backends.edgetpu_runtime import Engine, Runtime, Target, find_runtime, load_delegate
 
 ROWS = 3
 """More than one: the batch of a compiled file is set at run time."""
@@ -27,7 +27,11 @@ def check(target: Target, files: list[Path]) -> None:
     if not files:
         load_delegate(runtime, target)
         return
-    compiled, plain = files
+    for compiled, plain in zip(files[::2], files[1::2], strict=True):
+        _compare(runtime, target, compiled, plain)
+
+
+def _compare(runtime: Runtime, target: Target, compiled: Path, plain: Path) -> None:
     with (
         closing(Engine(runtime, plain, None, 1)) as cpu,
         closing(Engine(runtime, compiled, target, 1)) as tpu,

@@ -11,13 +11,15 @@ Source: the Edge TPU compiler's documentation (co-compilation, -s, on- and off-c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,8 @@ CUSTOM_OPERATOR = b"edgetpu-custom-op"
 """Only what the compiler mapped to the chip has it; all else would run on the CPU unnoticed."""
 
 COMPILE_TIMEOUT_S = 1800.0
+
+TICK_S = 0.5
 
 _LOG = "compiler.log"
 _OFF_CHIP = re.compile(
@@ -50,12 +54,16 @@ class Compiler:
 class Compiled:
     """A stage's files for the chip, in the order of the files that they were made of.
 
-    ``streamed_bytes``: weights that did not fit on the chip, as the compiler says.
+    ``streamed_bytes``: weights that did not fit on the chip, as the compiler says in its ``log``.
     """
 
     files: tuple[Path, ...]
-    version: str
+    log: Path
     streamed_bytes: int
+
+    @staticmethod
+    def of(files: Sequence[Path], log: Path) -> Compiled:
+        return Compiled(tuple(files), log, _streamed(_read(log)))
 
 
 def default_directory() -> Path:
@@ -90,18 +98,22 @@ def find_compiled(directory: Path, files: Sequence[Path], version: str | None) -
     """What ``files`` were compiled to, by that version or (None) the latest there is."""
     key = stage_key(files)
     for path in sorted(directory.glob(f"{key}-{version or '*'}"), reverse=True):
-        compiled = tuple(path / f"{index:03}.tflite" for index in range(len(files)))
+        compiled = [path / f"{index:03}.tflite" for index in range(len(files))]
         if all(file.is_file() for file in compiled):
-            streamed_bytes = _streamed(_read(path / _LOG))
-            return Compiled(compiled, path.name.partition("-")[2], streamed_bytes)
+            return Compiled.of(compiled, path / _LOG)
     return None
 
 
-def compile_files(compiler: Compiler, files: Sequence[Path], directory: Path) -> Compiled:
+def compile_files(
+    compiler: Compiler,
+    files: Sequence[Path],
+    directory: Path,
+    tick: Callable[[], None] = lambda: None,
+) -> Compiled:
     """Compile a stage's files together, or find that this was done before.
 
-    Raises BackendError where the compiler refuses one or maps none of its operators, or the
-    directory cannot be written.
+    ``tick`` is called each TICK_S; what it raises ends the compiler. Raises BackendError where the
+    compiler refuses a file or maps none of its operators, or the directory cannot be written.
     """
     found = find_compiled(directory, files, compiler.version)
     if found is not None:
@@ -111,7 +123,7 @@ def compile_files(compiler: Compiler, files: Sequence[Path], directory: Path) ->
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".compiling-") as name:
             work = Path(name)
-            made = _compile(compiler, files, work)
+            made = _compile(compiler, files, work, tick)
             finished = work / "finished"
             finished.mkdir()
             for index, path in enumerate(made):
@@ -127,15 +139,18 @@ def compile_files(compiler: Compiler, files: Sequence[Path], directory: Path) ->
     return found
 
 
-def _compile(compiler: Compiler, files: Sequence[Path], work: Path) -> list[Path]:
+def _compile(
+    compiler: Compiler, files: Sequence[Path], work: Path, tick: Callable[[], None]
+) -> list[Path]:
     """The compiled files in ``work``, and the compiler's words in its log."""
     inputs = []
     for index, file in enumerate(files):
         link = work / f"{index:03}.tflite"
         link.symlink_to(file)
         inputs.append(link)
-    said = _run([compiler.path, "-s", "-o", str(work), *map(str, inputs)])
-    (work / _LOG).write_text(said, encoding="utf-8")
+    said = _run([compiler.path, "-s", "-o", str(work), *map(str, inputs)], tick)
+    # Never empty, or it could not be sent to other machines.
+    (work / _LOG).write_text(said or "\n", encoding="utf-8")
     outputs = [work / f"{path.stem}_edgetpu.tflite" for path in inputs]
     for file, output in zip(files, outputs, strict=True):
         if not output.is_file():
@@ -147,25 +162,34 @@ def _compile(compiler: Compiler, files: Sequence[Path], work: Path) -> list[Path
     return outputs
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], tick: Callable[[], None] = lambda: None) -> str:
     try:
-        done = subprocess.run(  # noqa: S603 - found on the user's PATH by its own name
+        process = subprocess.Popen(  # noqa: S603 - found on the user's PATH by its own name
             command,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            timeout=COMPILE_TIMEOUT_S,
-            check=False,
         )
-    except subprocess.TimeoutExpired as error:
-        raise BackendError(f"{command[0]} did not end within {COMPILE_TIMEOUT_S:g} s") from error
     except OSError as error:
         raise BackendError(f"{command[0]}: {(error.strerror or str(error)).lower()}") from error
-    if done.returncode:
-        said = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise BackendError(f"{COMPILER} failed: {said[-1][:300]}")
-    return done.stdout
+    deadline_s = time.monotonic() + COMPILE_TIMEOUT_S
+    with process:
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    said, _ = process.communicate(timeout=TICK_S)
+                    break
+                tick()
+                if time.monotonic() > deadline_s:
+                    raise BackendError(f"{command[0]} did not end within {COMPILE_TIMEOUT_S:g} s")
+        finally:
+            process.kill()
+    if process.returncode:
+        lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
+        raise BackendError(f"{COMPILER} failed: {lines[-1][:300]}")
+    return said
 
 
 def _streamed(log: str) -> int:

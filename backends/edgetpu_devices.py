@@ -77,9 +77,9 @@ def choose_target(root: Path = Path("/")) -> Target:
 def check_in_child(
     runtime: Runtime, target: Target, files: Sequence[Path] = (), timeout_s: float = CHECK_TIMEOUT_S
 ) -> None:
-    """Let a child process open the device and, given (compiled, plain) files, run a product.
+    """Let a child process open the device and, given (compiled, plain, ...) files, run products.
 
-    The plain file runs on the CPU, and both must give the same within one code.
+    Plain files run on the CPU, and both of a pair must give the same within one code.
     Raises BackendError with what the child said or died of, and what to do about it.
     """
     packages = str(Path(__file__).parents[1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
-from backends.base import Backend, BackendUnavailable, Capabilities
+from backends.base import Backend, BackendError, BackendUnavailable, Capabilities
 
 BACKENDS: dict[str, str] = {
     "onnx_cpu": "backends.onnx_cpu:OnnxCpuBackend",
@@ -43,3 +44,14 @@ def probe_all() -> dict[str, Capabilities | BackendUnavailable]:
         except BackendUnavailable as reason:
             results[name] = reason
     return results
+
+
+def makers() -> dict[str, str]:
+    """Backends whose files can be made here, with the version of what makes them."""
+    found: dict[str, str] = {}
+    for name in BACKENDS:
+        with contextlib.suppress(BackendError):
+            version = backend_class(name).maker()
+            if version is not None:
+                found[name] = version
+    return found

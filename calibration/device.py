@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import BackendError, BackendUnavailable
-from backends.registry import backend_class, require_known
+from backends.base import Backend, BackendError, BackendUnavailable, FilesMissing
+from backends.registry import backend_class, makers, require_known
 from calibration.layers import measure_call
 from calibration.machine import memory_bytes, processor_name, usable_cores, usable_threads
 from wire.profile import DeviceProfile
@@ -93,9 +93,10 @@ def profile_device(
         storage_bytes=min(storage_bytes, storage_limit_bytes or storage_bytes),
         memory_read_bytes_per_s=measure_memory_read(threads),
         disk_write_bytes_per_s=disk_write_bytes_per_s,
-        call_s=measure_call(kind(), threads, cache_dir, exact=exact),
+        call_s=_call_s(kind(), threads, cache_dir, exact),
         watts=watts,
         on_chip_bytes=capabilities.on_chip_bytes,
+        makes=tuple(sorted(makers().items())),
     )
 
 
@@ -123,8 +124,9 @@ def profile_in_child(*, backend: str, cache_dir: Path, **settings: float | None)
         raise BackendUnavailable(backend, answer["unavailable"])
     if "error" in answer:
         raise BackendError(answer["error"])
-    container_bits = tuple((bits, kept) for bits, kept in answer.pop("container_bits"))
-    return DeviceProfile(container_bits=container_bits, **answer)
+    for name in ("container_bits", "makes"):
+        answer[name] = tuple(map(tuple, answer[name]))
+    return DeviceProfile(**answer)
 
 
 def answer_parent(settings: dict[str, Any]) -> None:
@@ -138,6 +140,14 @@ def answer_parent(settings: dict[str, Any]) -> None:
     except BackendError as error:
         answer = {"error": str(error)}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
+
+
+def _call_s(backend: Backend, threads: int, directory: Path, exact: bool) -> float:
+    """0 where the shoal has to make files for it first: the agent measures it then."""
+    try:
+        return measure_call(backend, threads, directory, exact=exact)
+    except FilesMissing:
+        return 0.0
 
 
 def measure_memory_read(threads: int) -> float:

@@ -70,8 +70,8 @@ def run_edgetpu(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def _compile(options: argparse.Namespace, screen: Screen) -> None:
-    from backends.edgetpu import BITS
-    from backends.edgetpu_bench import CompilingBackend, compile_check, compile_stage
+    from backends.edgetpu import BITS, compile_stage
+    from backends.edgetpu_bench import CompilingBackend, compile_check
     from backends.edgetpu_compiler import COMPILER, default_directory, find_compiler
     from calibration.layers import measure_call, measure_model
     from calibration.survey import compute_call

@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.making import LocalMakers
     from coordinator.config import ConfigError, CoordinatorConfig, default_state_dir
     from coordinator.server import Coordinator, Ready
     from wire.auth import TokenError, create_token, read_token
@@ -131,6 +132,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             ),
             screen.note,
             ServiceManager.from_environment(),
+            LocalMakers(),
         )
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
         asyncio.run(coordinator.run(on_ready))

@@ -34,6 +34,7 @@ PHASES = {
     "quantize": "quantizing blocks",
     "quality": "measuring sensitivities",
     "load": "loading stages",
+    "files": "having files made",
 }
 
 

@@ -8,17 +8,19 @@ errors measured on the way). Losing an artifact or the index costs time, never c
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.errors import StorageFull
-from model.artifact import write_artifact
+from coordinator.errors import MakingFailed, StorageFull
+from model.artifact import file_sha256, write_artifact
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
 from model.quantize import Format, weight_error
@@ -36,11 +38,56 @@ FREE_SHARE = 0.1
 HEADER_BYTES = 4096
 """What an artifact's file has besides its tensors, at most."""
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_READ_BYTES = 1 << 20
+
 OnStep = Callable[[int, int], None]
 
 
 class Cancelled(Exception):
     """The user went away; raised between two blocks."""
+
+
+class Upload:
+    """A file that comes in pieces; what came stays for the next attempt. Use as a context."""
+
+    def __init__(self, part: Path, target: Path, size_bytes: int) -> None:
+        """Raises OSError."""
+        self._part, self._target, self._size_bytes = part, target, size_bytes
+        self._digest = hashlib.sha256()
+        self.offset = 0
+        self._file = part.open("ab+")
+        if self._file.seek(0, os.SEEK_END) > size_bytes:
+            self._file.truncate(0)
+        self._file.seek(0)
+        while piece := self._file.read(_READ_BYTES):
+            self._digest.update(piece)
+            self.offset += len(piece)
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def complete(self) -> bool:
+        return self.offset == self._size_bytes
+
+    def write(self, piece: bytes) -> None:
+        """Append what comes next. Raises OSError."""
+        self._file.write(piece)
+        self._digest.update(piece)
+        self.offset += len(piece)
+
+    def finish(self) -> bool:
+        """Keep the complete file under its hash; False, and nothing is kept, if it has another."""
+        self._file.close()
+        if self._digest.hexdigest() != self._target.name:
+            self._part.unlink(missing_ok=True)
+            return False
+        self._part.replace(self._target)
+        return True
 
 
 class ArtifactStore:
@@ -54,6 +101,8 @@ class ArtifactStore:
         self._artifacts = state_dir / "artifacts"
         self._indices = state_dir / "checkpoints"
         self._limit_bytes = limit_bytes
+        self._in_use: set[str] = set()
+        """What was quantized last: agents may be fetching it."""
 
     def prepare(self) -> None:
         """Make the directories. Raises OSError."""
@@ -62,7 +111,7 @@ class ArtifactStore:
 
     def path(self, sha256: str) -> Path | None:
         """The artifact with this hash, if there is one. ``sha256`` may come from anyone."""
-        if len(sha256) != 64 or not all(digit in "0123456789abcdef" for digit in sha256):
+        if not _SHA256.fullmatch(sha256):
             return None
         path = self._artifacts / sha256
         return path if path.is_file() else None
@@ -81,6 +130,7 @@ class ArtifactStore:
         """
         index = self._load(checkpoint)
         refs: list[BlockRef] = []
+        self._in_use.clear()
         for done, (block, fmt) in enumerate(wanted):
             if cancelled():
                 raise Cancelled
@@ -90,17 +140,39 @@ class ArtifactStore:
                 os.utime(path)
             else:
                 size_bytes = stored_bytes(checkpoint.spec, block, fmt) + HEADER_BYTES
-                self._make_room(size_bytes, {ref.sha256 for ref in refs})
+                self._make_room(size_bytes, set())
                 artifact = write_artifact(self._artifacts, block, checkpoint.block(block), fmt)
                 entry = [artifact.sha256, artifact.size_bytes]
                 index["artifacts"][key] = entry
                 self._save(checkpoint, index)
             refs.append(BlockRef(block, entry[0], entry[1]))
+            self._in_use.add(entry[0])
             on_step(done + 1, len(wanted))
         return tuple(refs)
 
+    def adopt(self, path: Path, keep: set[str]) -> tuple[str, int]:
+        """Move a finished file here, without making room of ``keep``; its hash and size.
+
+        Raises CheckpointError, OSError, StorageFull.
+        """
+        sha256, size_bytes = file_sha256(path), path.stat().st_size
+        self._make_room(size_bytes, keep)
+        path.replace(self._artifacts / sha256)
+        return sha256, size_bytes
+
+    def begin(self, sha256: str, size_bytes: int, keep: set[str]) -> Upload:
+        """Receive a file from somebody, from where an earlier attempt was cut off.
+
+        Raises MakingFailed for no valid address, OSError, StorageFull.
+        """
+        if not _SHA256.fullmatch(sha256) or size_bytes <= 0:
+            raise MakingFailed("a file has no valid address")
+        part = self._artifacts / f"{sha256}.part"
+        self._make_room(size_bytes, {*keep, part.name})
+        return Upload(part, self._artifacts / sha256, size_bytes)
+
     def _make_room(self, size_bytes: int, keep: set[str]) -> None:
-        """Delete what was used longest ago until ``size_bytes`` more fit.
+        """Delete what was used longest ago, nothing in use, until ``size_bytes`` more fit.
 
         Raises StorageFull where what must be kept leaves no room.
         """
@@ -115,7 +187,7 @@ class ArtifactStore:
         for _, size, path in sorted(used):
             if total + size_bytes <= limit_bytes:
                 return
-            if path.name not in keep:
+            if path.name not in keep and path.name not in self._in_use:
                 path.unlink(missing_ok=True)
                 total -= size
         if total + size_bytes > limit_bytes:

@@ -8,6 +8,7 @@ CoordinatorError            one line, with what to do next
 ├── Busy                    another plan, load or unload is under way
 ├── NotLoaded               no model is loaded, or its deployment is broken
 ├── StorageFull             the coordinator may not keep as many blocks as it needs
+├── MakingFailed            files that a backend needs beside blocks could not be made
 └── RequestInvalid          the request itself is wrong (param names the field)
 
 The gateway answers them as HTTP errors with ``status`` and ``code``.
@@ -82,6 +83,12 @@ class StorageFull(CoordinatorError):
 
     status = 507
     code = "storage_full"
+
+
+class MakingFailed(CoordinatorError):
+    """Files that a backend needs beside blocks could not be made."""
+
+    code = "making_failed"
 
 
 class RequestInvalid(CoordinatorError):

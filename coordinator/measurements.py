@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -30,6 +30,9 @@ from wire.messages import (
 from wire.profile import BlockTiming
 
 log = logging.getLogger(__name__)
+
+FILES = "files"
+"""An agent's own phase within any other: it waits for files that its backend needs."""
 
 Result = TypeVar("Result")
 
@@ -52,7 +55,8 @@ def forward(on_step: OnStep, phase: str, name: str) -> OnProgress:
     """What hands an agent's progress on as steps of ``phase``, labelled with its name."""
 
     def on_progress(progress: Progress) -> None:
-        on_step(Step(phase, name, progress.done, progress.total, progress.unit))
+        own = FILES if progress.phase == FILES else phase
+        on_step(Step(own, name, progress.done, progress.total, progress.unit))
 
     return on_progress
 
@@ -77,8 +81,10 @@ async def measure_blocks(
                 ModelMeasured,
                 forward(on_step, "measure", member.name),
             )
-            if not all(_is_possible(timing) for timing in answer.timings):
+            if answer.call_s < 0 or not all(map(_is_possible, answer.timings)):
                 raise AgentFailed(member.name, "reported an impossible time")
+            if answer.call_s:
+                member.profile = replace(member.profile, call_s=answer.call_s)
             for width in missing:
                 known[width] = [timing for timing in answer.timings if timing.bits == width]
 

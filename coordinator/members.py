@@ -24,6 +24,7 @@ from wire.messages import (
     CoordinatorWelcome,
     Done,
     Endpoint,
+    FilesMade,
     Heartbeat,
     HopMeasured,
     JoinRefused,
@@ -55,6 +56,7 @@ _ANSWERS = (
     QualityMeasured,
     HopMeasured,
     BlocksFound,
+    FilesMade,
     StageLoaded,
     Done,
     Progress,
@@ -95,6 +97,11 @@ class Member:
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _cancelling: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it has a request to carry out."""
+        return bool(self._pending)
 
     async def request(
         self,
@@ -186,6 +193,10 @@ class Roster:
     def members(self) -> tuple[Member, ...]:
         """Living members, ordered by name."""
         return tuple(sorted(self._members.values(), key=lambda member: member.name))
+
+    def find(self, device: str) -> Member | None:
+        """The living member with this device id."""
+        return self._members.get(device)
 
     def require_members(self) -> tuple[Member, ...]:
         """Living members, at least one. Raises NoAgents."""

@@ -25,12 +25,20 @@ from coordinator.members import Roster
 from coordinator.openai_api import OpenAIRoutes
 from coordinator.plan import PlanError
 from coordinator.quality import QualityStore
+from coordinator.workshop import Makers, Workshop
 from model.errors import ModelError
 from wire import limits
 from wire.connection import AsyncConnection, bind, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, WireError
-from wire.messages import AgentHello, BlockChunk, BlocksHello, FetchBlock
+from wire.messages import (
+    AgentHello,
+    BlockChunk,
+    BlocksHello,
+    FetchBlock,
+    FilesMade,
+    MakeFiles,
+)
 from wire.service import ServiceManager
 
 log = logging.getLogger(__name__)
@@ -61,8 +69,9 @@ class Coordinator:
         config: CoordinatorConfig,
         say: Callable[[str], None],
         service: ServiceManager | None = None,
+        makers: Makers | None = None,
     ) -> None:
-        """``say`` shows the user one line."""
+        """``say`` shows the user one line; ``makers`` make files for backends on this machine."""
         self._config = config
         self._say = say
         self._service = service or ServiceManager()
@@ -74,6 +83,7 @@ class Coordinator:
         )
         self._fleet = Fleet(self.roster, self._store, QualityStore(config.state_dir))
         self._gateway = Gateway(self._fleet)
+        self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
 
     async def run(self, on_ready: Callable[[Ready], None]) -> None:
         """Serve until interrupted. Raises ConfigError, wire.errors.ConnectFailed."""
@@ -183,33 +193,43 @@ class Coordinator:
             if isinstance(hello, AgentHello):
                 await self.roster.serve(hello, connection)
             elif isinstance(hello, BlocksHello):
-                await self._serve_blocks(connection)
+                await self._serve_files(hello.device, connection)
             else:
                 log.warning("%s began with %s", connection.peer, type(hello).__name__)
         except AuthFailed as error:
             log.warning("connection refused: %s", error)
         except WireError as error:
             log.info("connection dropped: %s", error)
-        except OSError as error:
-            log.warning("cannot read a block for %s: %s", connection.peer, error)
+        except (OSError, CoordinatorError) as error:
+            log.warning("no files for %s: %s", connection.peer, error)
 
-    async def _serve_blocks(self, connection: AsyncConnection) -> None:
-        """Answer FetchBlock with the artifact's bytes; ends with the connection."""
+    async def _serve_files(self, device: str, connection: AsyncConnection) -> None:
+        """Send files that are asked for, and have them made; ends with the connection."""
         while True:
             request, _ = await connection.receive(DOWNLOAD_IDLE_S)
-            path = self._store.path(request.sha256) if isinstance(request, FetchBlock) else None
-            if path is None or not isinstance(request, FetchBlock):
+            if isinstance(request, MakeFiles):
+                await self._workshop.serve(device, request, connection)
+            elif isinstance(request, FilesMade):
+                await self._workshop.take(device, request, connection)
+            elif not isinstance(request, FetchBlock) or not await self._send(request, connection):
                 log.warning("%s asked for a block that does not exist", connection.peer)
                 return
-            with path.open("rb") as file:
-                total = path.stat().st_size
-                offset = file.seek(min(max(request.offset, 0), total))
-                while offset < total:
-                    data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
-                    if not data:
-                        return  # Truncated under our hands: the agent notices.
-                    await connection.send(BlockChunk(offset, total), data)
-                    offset += len(data)
+
+    async def _send(self, request: FetchBlock, connection: AsyncConnection) -> bool:
+        """Send an artifact's bytes; False where there is none."""
+        path = self._store.path(request.sha256)
+        if path is None:
+            return False
+        with path.open("rb") as file:
+            total = path.stat().st_size
+            offset = file.seek(min(max(request.offset, 0), total))
+            while offset < total:
+                data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
+                if not data:
+                    raise OSError(f"{path} was cut short")  # The agent notices, too.
+                await connection.send(BlockChunk(offset, total), data)
+                offset += len(data)
+        return True
 
 
 class _Server(uvicorn.Server):

@@ -3,7 +3,7 @@
 Three kinds of connection exist, told apart by their first message:
 
     AgentHello      agent -> coordinator   control: profile, commands, results, heartbeats
-    BlocksHello     agent -> coordinator   block download: FetchBlock / BlockChunk
+    BlocksHello     agent -> coordinator   files: FetchBlock / BlockChunk, MakeFiles / FilesMade
     PeerHello       agent -> agent         data plane: activations, tokens, link probes
 
 Names say who says what. Requests carry ``request``, answers repeat it. Data-plane messages carry
@@ -110,8 +110,11 @@ class MeasureModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelMeasured:
+    """``call_s`` is not 0 where the agent could not measure it before it joined."""
+
     request: int
     timings: tuple[BlockTiming, ...]
+    call_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +254,33 @@ class HopMeasured:
     boundary: int
     bits: HopBits
     kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class MakeFiles:
+    """Make what ``backend`` needs beside these blocks, on a machine that has what makes it.
+
+    An agent asks the coordinator (on a connection of files, ``request`` 0), and serves the blocks
+    that the coordinator does not have; heartbeats come until the answer does. The coordinator asks
+    an agent that can, which fetches the blocks as for a stage.
+    """
+
+    request: int
+    backend: str
+    spec: dict[str, Any]
+    blocks: tuple[BlockRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FilesMade:
+    """The files in their order, which ``BlockRef.block`` counts; none: nobody here can make them.
+
+    From the agent that made them first on a connection of files, where the coordinator fetches
+    what it lacks and then says Done, and then as the answer.
+    """
+
+    request: int
+    files: tuple[BlockRef, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +474,8 @@ Message: TypeAlias = (
     | MeasureQuality
     | QualityMeasured
     | HopMeasured
+    | MakeFiles
+    | FilesMade
     | CancelRequest
     | Done
     | Progress
@@ -502,6 +534,8 @@ CODES: dict[int, type[Message]] = {
     50: BlocksHello,
     51: FetchBlock,
     52: BlockChunk,
+    53: MakeFiles,
+    54: FilesMade,
 }
 """Message codes on the wire. Never reuse a number."""
 

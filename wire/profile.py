@@ -17,10 +17,12 @@ class DeviceProfile:
 
     ``memory_bytes`` is what a stage may take (weights as executed, KV cache, compute buffers): the
     user's limit, or what was free at start less headroom. ``container_bits`` lists (bits, bits as
-    executed) pairs of the backend. ``call_s`` is what a call of a stage takes besides its blocks,
-    ``watts`` what the device draws while it computes, as declared. ``on_chip_bytes``: where an
+    executed) pairs of the backend. ``call_s`` is what a call of a stage takes besides its blocks; 0
+    where measuring it takes files that others make, and comes with the first model measured.
+    ``watts`` is what the device draws while it computes, as declared. ``on_chip_bytes``: where an
     accelerator keeps weights, how many (one byte each at 8 bits) cross no bus at a call; None where
-    weights are in ordinary memory.
+    weights are in ordinary memory. ``makes`` lists (backend, version of what makes them) of the
+    files that this device can make for others.
     """
 
     machine: str
@@ -38,6 +40,7 @@ class DeviceProfile:
     call_s: float = 0.0
     watts: float | None = None
     on_chip_bytes: int | None = None
+    makes: tuple[tuple[str, str], ...] = ()
 
     def container(self, bits: int) -> int | None:
         """Width in memory of a block stored at ``bits``; None where the backend cannot run it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import pytest
 
 from backends import edgetpu, edgetpu_devices
-from backends.base import BackendError, BackendUnavailable, StageOptions
+from backends.base import Artifacts, BackendError, BackendUnavailable, StageOptions
 from backends.edgetpu import (
     ON_CHIP_BYTES,
     EdgeTpuBackend,
@@ -38,29 +37,19 @@ from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.spec import ModelSpec
+from tests.backends.fake_edgetpu.stand_ins import build_library, usb_device, write_compiler
 
-FAKES = Path(__file__).with_name("fake_edgetpu")
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt" / "model"
 OPTIONS = StageOptions(slots=2, context_tokens=64, threads=1)
 
-Artifacts = list[tuple[int, Path]]
-Model = tuple[ModelSpec, Artifacts]
+Model = tuple[ModelSpec, list[tuple[int, Path]]]
 Shoal = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fake libedgetpu, built."""
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc to build the fake libedgetpu with")
-    try:
-        TfliteCpuBackend.probe()
-    except BackendUnavailable as unavailable:
-        pytest.skip(unavailable.reason)
-    path = tmp_path_factory.mktemp("library") / "libedgetpu.so.1"
-    flags = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(["gcc", *flags, "-o", path, FAKES / "libedgetpu.c", "-lm"], check=True)
-    return path
+    return build_library(tmp_path_factory.mktemp("library"))
 
 
 @pytest.fixture
@@ -77,11 +66,7 @@ def chip(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def compiler(chip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     """The same machine with a compiler on its PATH."""
-    script = tmp_path / "bin" / "edgetpu_compiler"
-    script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKES}/edgetpu_compiler.py "$@"\n')
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+    monkeypatch.setenv("PATH", str(write_compiler(tmp_path / "bin")), prepend=":")
     found = find_compiler()
     assert found is not None
     return found
@@ -95,15 +80,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         (block, write_artifact(directory, block, checkpoint.block(block), Format.of(8)).path)
         for block in (1, 2, 3)
     ]
-
-
-def usb_device(root: Path, name: str, vendor: str, product: str, speed: str | None = None) -> None:
-    device = root / "sys/bus/usb/devices" / name
-    device.mkdir(parents=True)
-    (device / "idVendor").write_text(vendor + "\n")
-    (device / "idProduct").write_text(product + "\n")
-    if speed is not None:
-        (device / "speed").write_text(speed + "\n")
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -257,6 +233,37 @@ def test_compiled_files_serve_a_machine_without_a_compiler(
         EdgeTpuBackend().load(spec, artifacts[1:], OPTIONS)
 
 
+@pytest.mark.parametrize("tampered", [None, 5])
+def test_a_machine_without_a_compiler_uses_only_what_is_right_of_others(
+    tampered: int | None, compiler: Compiler, chip: Path, model: Model, tmp_path: Path
+) -> None:
+    spec, artifacts = model
+    expected = outputs(EdgeTpuBackend().load(spec, artifacts, OPTIONS))
+    elsewhere, asked = tmp_path / "elsewhere", []
+
+    def supplier(spec: ModelSpec, wanted: Artifacts) -> list[Path]:
+        asked.append([block for block, _ in wanted])
+        files = EdgeTpuBackend.make_files(spec, wanted, elsewhere, lambda: None)
+        if tampered is not None:
+            files[tampered] = files[tampered + 4]
+        return files
+
+    assert EdgeTpuBackend.maker() == f"{compiler.version}-1"
+    shutil.rmtree(chip)
+    with pytest.MonkeyPatch.context() as patch:
+        # The supplier runs where the compiler is.
+        patch.setattr(edgetpu, "_compiled", lambda files: None)
+        backend = EdgeTpuBackend()
+        backend.supplier = supplier
+        if tampered is None:
+            assert_alike(outputs(backend.load(spec, artifacts, OPTIONS)), expected)
+        else:
+            with pytest.raises(BackendError, match="computes something else than the CPU"):
+                backend.load(spec, artifacts, OPTIONS)
+    assert asked == [[1, 2, 3]]
+    assert not chip.exists()
+
+
 # ---- compiling -----------------------------------------------------------------------------------
 
 
@@ -272,7 +279,8 @@ def test_compiling_is_done_once(
 ) -> None:
     files, directory = [product_file(tmp_path, "a"), product_file(tmp_path, "b", 1)], tmp_path / "c"
     first = compile_files(compiler, files, directory)
-    assert first.version == compiler.version == "16.0.384591198"
+    assert compiler.version == "16.0.384591198"
+    assert {path.parent.name.partition("-")[2] for path in first.files} == {compiler.version}
     assert first.streamed_bytes == 0
     monkeypatch.setenv("FAKE_COMPILER", "refuse")
     assert compile_files(compiler, files, directory) == first

@@ -1,0 +1,147 @@
+"""Files that a backend needs beside its blocks, made by another machine of the shoal, or for one.
+
+Whoever asks names the blocks by hash and serves those that the coordinator does not have; so does
+whoever has made files serve them. What comes is verified against its hash by the block cache.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from agent.blocks import BlockCache
+from backends.base import Artifacts, BackendError, FilesMissing
+from backends.registry import backend_class
+from model.artifact import file_sha256
+from model.spec import ModelSpec
+from wire import limits
+from wire.auth import Token
+from wire.connection import Connection
+from wire.errors import ProtocolError
+from wire.messages import (
+    BlockChunk,
+    BlockRef,
+    BlocksHello,
+    Done,
+    Endpoint,
+    FetchBlock,
+    FilesMade,
+    Heartbeat,
+    MakeFiles,
+    Message,
+    RequestFailed,
+)
+
+SILENCE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class FileExchange:
+    """Files to and from the coordinator, on behalf of one request that is carried out.
+
+    progress: called with (done, total) now and then; what it raises ends the exchange.
+    """
+
+    device: str
+    cache: BlockCache
+    coordinator: Endpoint
+    token: Token | None
+    progress: Callable[[int, int], None]
+
+    def supply(self, backend: str, spec: ModelSpec, artifacts: Artifacts) -> list[Path]:
+        """What ``backend`` needs beside these blocks, in the cache.
+
+        Raises FilesMissing where nobody can make it, BackendError where making fails, CacheError,
+        WireError.
+        """
+        paths = {file_sha256(path): path for _, path in artifacts}
+        refs = tuple(
+            BlockRef(block, sha256, path.stat().st_size)
+            for (block, path), sha256 in zip(artifacts, paths, strict=True)
+        )
+        with self._connect() as connection:
+            connection.send(MakeFiles(0, backend, spec.to_dict(), refs))
+            answer = self._serve(connection, paths, self._waiting(refs))
+        if isinstance(answer, RequestFailed):
+            raise BackendError(answer.reason)
+        if not isinstance(answer, FilesMade):
+            raise ProtocolError(f"{connection.peer}: unexpected answer to MakeFiles")
+        if not answer.files:
+            raise FilesMissing("neither the coordinator nor any agent here can make them")
+        self.cache.fetch(
+            answer.files,
+            self.coordinator,
+            self.device,
+            self.progress,
+            token=self.token,
+            keep=paths,
+        )
+        return [self.cache.path(ref.sha256) for ref in answer.files]
+
+    def make(self, request: MakeFiles) -> FilesMade:
+        """Make files for another device, and hand them to the coordinator.
+
+        Raises BackendError, ModelError, CacheError, WireError.
+        """
+        spec = ModelSpec.from_dict(request.spec)
+        self.cache.fetch(
+            request.blocks, self.coordinator, self.device, self.progress, token=self.token
+        )
+        artifacts = [(ref.block, self.cache.path(ref.sha256)) for ref in request.blocks]
+        waiting = self._waiting(request.blocks)
+        try:
+            with tempfile.TemporaryDirectory(prefix="shoal-files-") as name:
+                made = backend_class(request.backend).make_files(
+                    spec, artifacts, Path(name), waiting
+                )
+                paths = [(file_sha256(path), path) for path in made]
+                answer = FilesMade(
+                    request.request,
+                    tuple(
+                        BlockRef(number, sha256, path.stat().st_size)
+                        for number, (sha256, path) in enumerate(paths)
+                    ),
+                )
+                with self._connect() as connection:
+                    connection.send(answer)
+                    if not isinstance(self._serve(connection, dict(paths), waiting), Done):
+                        raise ProtocolError(f"{connection.peer}: unexpected answer to FilesMade")
+        except OSError as error:
+            raise BackendError(f"cannot make files: {error.strerror or error}") from error
+        return answer
+
+    def _connect(self) -> Connection:
+        connection = Connection.connect(self.coordinator, token=self.token)
+        connection.set_receive_timeout(SILENCE_S)
+        connection.send(BlocksHello(self.device))
+        return connection
+
+    def _waiting(self, blocks: Iterable[BlockRef]) -> Callable[[], None]:
+        """Says that nothing is finished yet, and ends a request that nobody waits for."""
+        return partial(self.progress, 0, sum(ref.size_bytes for ref in blocks))
+
+    def _serve(
+        self, connection: Connection, paths: Mapping[str, Path], waiting: Callable[[], None]
+    ) -> Message:
+        """Send what is asked for of ``paths``, by hash, until the coordinator says more."""
+        while True:
+            message, _ = connection.receive()
+            waiting()
+            if isinstance(message, FetchBlock) and message.sha256 in paths:
+                for chunk, payload in _chunks(paths[message.sha256], message.offset):
+                    connection.send(chunk, payload)
+                    waiting()
+            elif not isinstance(message, Heartbeat):
+                return message
+
+
+def _chunks(path: Path, offset: int) -> Iterable[tuple[BlockChunk, bytes]]:
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(offset, 0))
+        while payload := file.read(limits.FILE_CHUNK_BYTES):
+            yield BlockChunk(offset, total), payload
+            offset += len(payload)
