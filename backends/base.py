@@ -47,7 +47,9 @@ class Capabilities:
     stages loaded as ``StageOptions.exact``: None where it is the same, empty where results are
     rounded all the same. ``on_chip_bytes`` is what an accelerator keeps of a stage's layers (one
     byte per weight at 8 bits); what is beyond it crosses a bus at every call. None where weights
-    are in ordinary memory.
+    are in ordinary memory. ``arithmetic`` names the backend that computes layers with the same
+    rounding on any CPU, where that rounding, exact or not, loses much more than the weights' own
+    does; it is measured apart. Empty: it does not.
     """
 
     backend: str
@@ -55,6 +57,7 @@ class Capabilities:
     container_bits: Mapping[int, int]
     on_chip_bytes: int | None = None
     exact_container_bits: Mapping[int, int] | None = None
+    arithmetic: str = ""
 
     def containers(self, *, exact: bool) -> Mapping[int, int]:
         """``container_bits`` of stages that are, or are not, loaded as exact."""
@@ -108,7 +111,8 @@ class Stage(ABC):
     ) -> Array:
         """Run rows [position, position + n) of the sequence in ``slot``.
 
-        The slot's cached rows below ``position`` must be valid; rows at and above it are
+        The slot's cached rows below ``position`` must be valid for the result to be; where they
+        never were written, as when calls are timed, any result will do. Rows at and above it are
         overwritten, so starting again at 0 starts a new sequence and a smaller position rolls back.
 
         inputs: token ids int64 [n] where the stage holds the embedding, else hidden float32
