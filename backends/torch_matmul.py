@@ -56,6 +56,14 @@ UNPACKED_WEIGHTS = 1 << 24
 
 _REPEATS = 5
 
+_OPERATOR_ERRORS = (RuntimeError, AttributeError, TypeError, ValueError, MemoryError)
+"""What torch raises where an operator fails (also for lack of memory or of an implementation), is
+not there, or takes other arguments in this version."""
+
+_IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
+"""What a broken or unfitting Triton raises when it is imported and its kernels are declared: parts
+that are missing or do not load, no driver, an interface of another version."""
+
 Kernel = Callable[[torch.Tensor, Any], torch.Tensor]
 """x [n, K] and a matrix [N, K] in the kernel's form, to [n, N] of x's dtype."""
 
@@ -169,7 +177,7 @@ class KernelChooser:
         """(seconds of one row, the best kernels); None where no kernel of the form is right."""
         try:
             held = form.convert(weight)
-        except Exception as error:  # As in _times.
+        except _OPERATOR_ERRORS as error:
             _give_up(form.name, error)
             return None
         times = {name: self._times(form, name, held, weight, dtype) for name in form.kernels}
@@ -199,7 +207,8 @@ class KernelChooser:
                     raise ArithmeticError(f"its results are off by {error:.2g}")
                 times.append(_seconds(functools.partial(kernel, x, held), self._device))
         except Exception as failure:
-            # Compilers, drivers and operators fail in every way; any failure costs this path only.
+            # Triton's compiler, its C compiler and drivers have exceptions of their own, which are
+            # no subclasses of anything; any failure costs this path only.
             _give_up(f"{form.name}/{name}", failure)
             return [math.inf] * len(MEASURED_ROWS)
         return times
@@ -233,8 +242,7 @@ def load_triton(device: torch.device) -> Any | None:
         return None
     try:
         return importlib.import_module("backends.torch_kernels")
-    except Exception as error:
-        # A broken installation fails in every way, and costs this path only.
+    except _IMPORT_ERRORS as error:
         log.warning(
             "no Triton kernels (%s: %s): quantized layers will be slow; install triton and gcc",
             type(error).__name__,
