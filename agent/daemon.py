@@ -403,7 +403,7 @@ class Agent:
         measure_quality(
             request,
             source,
-            self._supplied(request.request, connection, coordinator),
+            self._measured_backend(request, connection, coordinator),
             threads=self._config.threads,
             directory=self._config.state_dir / "quality",
             memory_bytes=self._profile.memory_bytes,
@@ -411,6 +411,16 @@ class Agent:
             report=connection.send,
         )
         return Done(request.request)
+
+    def _measured_backend(
+        self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
+    ) -> Backend:
+        """The one asked for, which need not be this agent's own. Raises BackendUnavailable."""
+        if request.backend in ("", self._config.backend):
+            return self._supplied(request.request, connection, coordinator)
+        backend = backend_class(request.backend)()
+        backend.probe()
+        return backend
 
     def _load(self, request: LoadStage, connection: Connection, coordinator: Endpoint) -> Message:
         spec = ModelSpec.from_dict(request.spec)

@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 
 BITS = 8
 CONTAINER_BITS = {BITS: BITS}
+ARITHMETIC = "tflite_cpu"
 
 ON_CHIP_BYTES = 7_500_000
 """Of the chip's 8 MB, what compilers were seen to leave to weights (7.7 to 7.9 MiB) less the
@@ -83,7 +84,13 @@ class TfliteCpuBackend(Backend):
             OnnxCpuBackend.probe()
         except BackendError as error:
             raise BackendUnavailable("tflite_cpu", _reason(error)) from error
-        return Capabilities("tflite_cpu", str(runtime), CONTAINER_BITS, exact_container_bits={})
+        return Capabilities(
+            "tflite_cpu",
+            str(runtime),
+            CONTAINER_BITS,
+            exact_container_bits={},
+            arithmetic=ARITHMETIC,
+        )
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
         runtime = find_runtime()
@@ -110,7 +117,7 @@ class EdgeTpuBackend(Backend):
         except BackendError as error:
             raise BackendUnavailable("edgetpu", _reason(error)) from error
         version = f"{runtime}, {target.device}"
-        return Capabilities("edgetpu", version, CONTAINER_BITS, ON_CHIP_BYTES, {})
+        return Capabilities("edgetpu", version, CONTAINER_BITS, ON_CHIP_BYTES, {}, ARITHMETIC)
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
         runtime, target = find_runtime(edge_tpu=True), choose_target(self.root)

@@ -97,6 +97,7 @@ def profile_device(
         watts=watts,
         on_chip_bytes=capabilities.on_chip_bytes,
         makes=tuple(sorted(makers().items())),
+        arithmetic=capabilities.arithmetic,
     )
 
 

@@ -37,8 +37,13 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
     spec = checkpoint.spec
     sequences = _sequences(options, spec)
     form = {"scheme": options.scheme, "group_size": options.group_size}
+    first = next(iter(BACKENDS))
+    backend = backend_class(options.backend or first)()
+    capabilities = backend.probe()
+    # One that rounds is measured beside what the weights' bits alone lose.
+    rounding = bool(capabilities.arithmetic)
     how = form | {
-        "backend": backend_class(options.backend or next(iter(BACKENDS)))(),
+        "backend": backend_class(first)() if rounding else backend,
         "threads": options.threads,
         "directory": state_dir,
     }
@@ -53,6 +58,14 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
                 store=store,
                 progress=on_step,
                 **how,
+            )
+            own = measure_quality(
+                checkpoint,
+                [width for width in bits if rounding and width in capabilities.container_bits],
+                sequences,
+                store=store,
+                progress=on_step,
+                **(how | {"backend": backend}),
             )
         with screen.counting("measuring hops") as on_step:
             hops = measure_hops(
@@ -83,7 +96,10 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
                 "name": spec.block_name(quality.block),
                 "normalized_weight_error": quality.normalized_weight_error,
             }
-            for quality in qualities
+            | ({"arithmetic": arithmetic} if arithmetic else {})
+            for arithmetic, some in (("", qualities), (capabilities.arithmetic, own))
+            for quality in some
+            if not arithmetic or spec.block_kind(quality.block) == "layer"
         ],
         "hops": [
             {"after": spec.block_name(hop.boundary), "bits": hop.bits, "kl": hop.kl} for hop in hops
@@ -133,6 +149,7 @@ def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
     qualities = [
         BlockQuality(item["block"], item["bits"], item["kl"], item["weight_error"])
         for item in answer["blocks"]
+        if "arithmetic" not in item
     ]
     checks = [
         PlanCheck(tuple(item["bits"]), item["predicted_kl"], item["measured_kl"])
@@ -159,6 +176,7 @@ def _show_quality(
         screen.json(answer)
     else:
         _show_sensitivities(screen, title, names, bits, qualities)
+        _show_own(screen, [item for item in answer["blocks"] if "arithmetic" in item])
         _show_hops(screen, answer["hops"])
         screen.out.print(f"over {answer['tokens']} tokens")
         if checks:
@@ -204,6 +222,22 @@ def _show_sensitivities(
             table.add_column(f"{width} bits", justify="right", no_wrap=True)
         for block, name in enumerate(names):
             table.add_row(name, *(f"{values[block, width]:.1e}" for width in widths))
+        screen.out.print(table)
+
+
+def _show_own(screen: Screen, items: Sequence[Mapping[str, Any]]) -> None:
+    """What arithmetics add that lose more than the weights' bits do."""
+    for arithmetic in dict.fromkeys(item["arithmetic"] for item in items):
+        some = [item for item in items if item["arithmetic"] == arithmetic]
+        title = f"layers as {arithmetic} computes them, KL in nats per token"
+        table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("block", no_wrap=True)
+        widths = sorted({item["bits"] for item in some})
+        for width in widths:
+            table.add_column(f"{width} bits", justify="right", no_wrap=True)
+        kl = {(item["name"], item["bits"]): f"{item['kl']:.1e}" for item in some}
+        for name in dict.fromkeys(item["name"] for item in some):
+            table.add_row(name, *(kl.get((name, width), "-") for width in widths))
         screen.out.print(table)
 
 

@@ -196,6 +196,13 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
                     {str(bits): kl for bits, kl in row.items()} for row in known.kl
                 ]
                 request["hop_sensitivities"] = {str(bits): kl for bits, kl in known.hops.items()}
+                request["own_sensitivities"] = {
+                    arithmetic: {
+                        str(block): {str(bits): kl for bits, kl in row.items()}
+                        for block, row in rows.items()
+                    }
+                    for arithmetic, rows in known.own.items()
+                }
     except (LabError, ModelError, PlanError) as error:
         raise CommandFailed(str(error)) from error
     return request

@@ -48,7 +48,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     from coordinator.lab import LabError, lab_problem, read_lab
     from coordinator.plan import PlanError
     from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS
-    from coordinator.quality import scaled
+    from coordinator.quality import scaled, scaled_own
     from model.errors import ModelError
     from model.families import load_spec
     from model.quantize import Format
@@ -72,11 +72,15 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             raise UsageError("--quality-budget needs --sensitivities FILE: run calibrate first")
         if known_kl is not None:
             errors, bound = known_kl.weight_errors, options.max_weight_error
-            rounding = [device.name for device in lab.devices if device.on_chip_bytes is not None]
-            if rounding:
+            unknown = [
+                device.name
+                for device in lab.devices
+                if device.arithmetic and not (device.layer_kl or device.arithmetic in known_kl.own)
+            ]
+            if unknown:
                 screen.note(
-                    f"{', '.join(rounding)} rounds activations too: {options.sensitivities} must"
-                    " come from `shoal calibrate --quality --backend tflite_cpu`"
+                    f"{options.sensitivities} says nothing of what the arithmetic of"
+                    f" {', '.join(unknown)} loses: see docs/calibration.md"
                 )
         else:
             errors, bound = _weight_errors(options, model, formats, screen)
@@ -90,6 +94,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             weight_errors=errors,
             max_weight_error=bound,
             sensitivities=None if known_kl is None else scaled(known_kl.kl, known_kl.margin),
+            own=None if known_kl is None else scaled_own(known_kl.own, known_kl.margin),
             quality_budget=options.quality_budget,
             hop_formats=_hop_formats(options, lab, known_kl),
             objective=objective_of(options),

@@ -141,6 +141,19 @@ def _quality(found: QualityFound) -> dict[str, Any]:
             }
             for (block, bits), (kl, error) in sorted(known.blocks.items())
             if bits in found.request.bits
+        ]
+        + [
+            {
+                "block": block,
+                "bits": bits,
+                "kl": kl,
+                "weight_error": error,
+                "name": spec.block_name(block),
+                "normalized_weight_error": error / 2.0**bits,
+                "arithmetic": arithmetic,
+            }
+            for (arithmetic, block, bits), (kl, error) in sorted(known.own.items())
+            if bits in found.request.bits
         ],
         "hops": [
             {"after": spec.block_name(boundary), "bits": bits, "kl": kl}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,9 +21,12 @@ from coordinator.quality import (
     ASSUMED_MARGIN,
     MAX_CHECKS,
     KnownQuality,
+    Own,
     QualityRequest,
     QualityStore,
+    own_share,
     scaled,
+    scaled_own,
     tightened,
     with_lossless,
 )
@@ -50,11 +53,15 @@ class QualityFound:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What is to be measured: widths of blocks and of boundaries, and whole plans."""
+    """What is to be measured: widths of blocks and of boundaries, and whole plans.
+
+    ``arithmetic``: blocks are layers to be computed by the backend of that name; empty: by any.
+    """
 
     blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     hops: Mapping[int, tuple[HopBits, ...]] = field(default_factory=dict)
     plans: tuple[tuple[int, ...], ...] = ()
+    arithmetic: str = ""
 
     @staticmethod
     def of(request: QualityRequest, spec: ModelSpec, known: KnownQuality) -> Missing:
@@ -73,6 +80,19 @@ class Missing:
             tuple(plan for plan in request.plans if plan not in known.plans),
         )
 
+    @staticmethod
+    def own(arithmetic: str, bits: Iterable[int], spec: ModelSpec, known: KnownQuality) -> Missing:
+        """What is not known of layers at ``bits`` in an arithmetic of its own."""
+        layers = range(1, spec.head_block)
+        return Missing(
+            {
+                block: widths
+                for block in layers
+                if (widths := tuple(b for b in bits if (arithmetic, block, b) not in known.own))
+            },
+            arithmetic=arithmetic,
+        )
+
     def __bool__(self) -> bool:
         return bool(self.blocks or self.hops or self.plans)
 
@@ -88,12 +108,19 @@ class Missing:
                 known.plans[result.bits] = result.kl
         elif set(result.bits) <= set(self.blocks.get(result.block, ())):
             for bits in result.bits:
-                known.blocks[result.block, bits] = result.kl, result.weight_error
+                values = result.kl, result.weight_error
+                if self.arithmetic:
+                    known.own[self.arithmetic, result.block, bits] = values
+                else:
+                    known.blocks[result.block, bits] = values
 
     def answered(self, known: KnownQuality) -> bool:
         """Whether all of it is known now."""
+        asked = [(k, bits) for k, widths in self.blocks.items() for bits in widths]
         return (
-            all((k, bits) in known.blocks for k, widths in self.blocks.items() for bits in widths)
+            all((self.arithmetic, *place) in known.own for place in asked)
+            if self.arithmetic
+            else all(place in known.blocks for place in asked)
             and all((k, bits) in known.hops for k, widths in self.hops.items() for bits in widths)
             and all(plan in known.plans for plan in self.plans)
         )
@@ -101,7 +128,7 @@ class Missing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Losses:
-    """What fewer bits do, as a plan counts it: ``margin`` is part of ``blocks`` and ``hops``.
+    """What fewer bits do, as a plan counts it: ``margin`` is part of ``blocks``, ``hops``, ``own``.
 
     All are None or empty where nothing is known; ``known`` is what this coordinator measured.
     """
@@ -110,6 +137,7 @@ class Losses:
     blocks: tuple[Mapping[int, float], ...] | None
     hops: Mapping[int, float]
     known: KnownQuality | None
+    own: Own = field(default_factory=dict)
 
 
 class Distillation:
@@ -126,7 +154,8 @@ class Distillation:
             margin = request.quality_margin or ASSUMED_MARGIN
             rows = with_lossless(request.sensitivities, checkpoint)
             (hops,) = scaled([request.hop_sensitivities], margin)
-            return Losses(margin, scaled(rows, margin), hops, known)
+            own = scaled_own(request.own_sensitivities, margin)
+            return Losses(margin, scaled(rows, margin), hops, known, own)
         if known is None:
             if request.quality_budget is None:
                 return Losses(None, None, {}, None)
@@ -141,7 +170,8 @@ class Distillation:
         count = checkpoint.spec.block_count
         rows = with_lossless(known.sensitivities(count), checkpoint)
         (hops,) = scaled([known.worst_hops(count)], margin)
-        return Losses(margin, scaled(rows, margin), hops, known)
+        own = scaled_own(known.own_sensitivities(), margin)
+        return Losses(margin, scaled(rows, margin), hops, known, own)
 
     async def keep_budget(
         self,
@@ -155,7 +185,8 @@ class Distillation:
     ) -> tuple[Plan, float]:
         """A plan whose measured divergence keeps the budget, and that. Raises PlanError.
 
-        Blocks are measured; what hops add is predicted, and counted against the budget.
+        Blocks are measured; what hops and the arithmetic of single devices add is predicted, and
+        counted against the budget.
         """
         budget = problem.quality_budget or 0.0  # There is one: PlanRequest.from_dict saw to it.
         member = await self.fastest(members, checkpoint, on_step)
@@ -163,10 +194,14 @@ class Distillation:
             bits = tuple(placement.bits for placement in plan.placements)
             if bits not in known.plans:
                 await self.measure(member, checkpoint, known, Missing(plans=(bits,)), on_step)
-            total = known.plans[bits] + sum(
-                problem.hop_sensitivity(stage.hop_bits) or 0.0
-                for stage in plan.stages
-                if stage.hop_bits is not None
+            total = (
+                known.plans[bits]
+                + own_share(problem, plan)
+                + sum(
+                    problem.hop_sensitivity(stage.hop_bits) or 0.0
+                    for stage in plan.stages
+                    if stage.hop_bits is not None
+                )
             )
             if total <= budget:
                 return plan, known.plans[bits]
@@ -176,14 +211,19 @@ class Distillation:
             tighter = tightened(problem, plan, total)
             plan = await asyncio.to_thread(solve, tighter, time_limit_s=request.time_limit_s)
         raise PlanError(
-            f"the plan's measured KL divergence is {total:.3g} with its hops, above the budget of "
+            f"the plan's KL divergence is {total:.3g} with its hops, above the budget of "
             f"{budget:g}: raise the budget, or allow more bits"
         )
 
     async def calibrate(
-        self, request: QualityRequest, members: tuple[Member, ...], on_step: OnStep
+        self,
+        request: QualityRequest,
+        members: tuple[Member, ...],
+        everybody: tuple[Member, ...],
+        on_step: OnStep,
     ) -> QualityFound:
-        """Measure what is not known yet on the fastest of ``members``.
+        """Measure what is not known yet on the fastest of ``members``; then what the arithmetics
+        of ``everybody`` add, each on one that has it, of ``members`` if there is one.
 
         Raises AgentFailed, RequestInvalid, ModelError.
         """
@@ -200,6 +240,22 @@ class Distillation:
             await self.measure(member, checkpoint, known, missing, on_step)
         else:
             self._quality.save(checkpoint, known)  # It is the latest again.
+        for arithmetic in sorted({one.profile.arithmetic for one in everybody} - {""}):
+            able = [one for one in everybody if one.profile.arithmetic == arithmetic]
+            runs = {bits for one in able for bits, _ in one.profile.container_bits}
+            wanted = sorted(runs.intersection(request.bits))
+            missing = Missing.own(arithmetic, wanted, checkpoint.spec, known)
+            if missing:
+                # Whoever has it can run the backend that it is named after; whose own it is first.
+                member = min(
+                    able,
+                    key=lambda one: (
+                        one not in members,
+                        one.profile.backend != one.profile.arithmetic,
+                    ),
+                )
+                name = name or member.name
+                await self.measure(member, checkpoint, known, missing, on_step)
         return QualityFound(request, checkpoint, known, name)
 
     async def fastest(
@@ -266,6 +322,7 @@ class Distillation:
                     scheme=known.scheme,
                     group_size=known.group_size,
                     hops=tuple(wanted.hops.items()),
+                    backend=wanted.arithmetic,
                 ),
                 Done,
                 forward(on_step, "quality", member.name),

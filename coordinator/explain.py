@@ -9,13 +9,13 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from coordinator.plan import InfeasiblePlan, Plan, PlanError
 from coordinator.planner import solve
-from coordinator.problem import PlanningProblem
+from coordinator.problem import BlockOption, PlanningProblem
 
 MORE_MEMORY_BYTES = 1 << 30
 FAST_LINK_BYTES_PER_S = 125e6
@@ -29,7 +29,7 @@ _SAME = 2e-6
 OTHERS = "all others"
 """The subject of changes everywhere that the plan does not go, made at once."""
 
-Kind = Literal["memory", "link", "drop"]
+Kind = Literal["memory", "link", "drop", "quality"]
 MarginalProof = Literal["exact", "bound", "found"]
 Solve = Callable[[PlanningProblem, float], Plan]
 
@@ -129,6 +129,8 @@ def change_text(kind: Kind, subject: str) -> str:
         return f"{MORE_MEMORY_BYTES >> 30} GiB more on {subject}"
     if kind == "drop":
         return f"dropping {subject}"
+    if kind == "quality":
+        return f"{subject} losing no more quality than the others at equal bits"
     ends = f"between {subject}" if subject == OTHERS else subject
     return f"a 1 Gbit/s, {FAST_LINK_RTT_S * 1e3:g} ms link {ends}"
 
@@ -246,6 +248,7 @@ def _trials(plan: Plan, problem: PlanningProblem) -> Iterator[_Trial]:
     for index in used:
         excluded = replace(problem, excluded=problem.excluded | {index})
         yield _Trial("drop", problem.devices[index].name, excluded)
+    yield from _no_own_losses(problem)
     places = range(len(problem.devices))
     met = {frozenset(pair) for pair in own}
     others = [pair for pair in itertools.combinations(places, 2) if frozenset(pair) not in met]
@@ -295,6 +298,27 @@ def _more_memory(problem: PlanningProblem, which: Sequence[int], subject: str) -
     return _Trial("memory", subject, replace(problem, devices=tuple(devices)))
 
 
+def _no_own_losses(problem: PlanningProblem) -> Iterator[_Trial]:
+    """Each device whose arithmetic adds its own losses without them, where a budget counts them."""
+
+    def relieved(option: BlockOption, common: Mapping[int, float]) -> BlockOption:
+        own, block = option.sensitivity, common.get(option.bits)
+        worse = own is not None and block is not None and own > block
+        return replace(option, sensitivity=None) if worse else option
+
+    if problem.quality_budget is None:
+        return
+    for index, device in enumerate(problem.devices):
+        options = tuple(
+            tuple(relieved(option, common) for option in row)
+            for row, common in zip(device.options, problem.sensitivities, strict=True)
+        )
+        if options != device.options and index not in problem.excluded:
+            devices = list(problem.devices)
+            devices[index] = replace(device, options=options)
+            yield _Trial("quality", device.name, replace(problem, devices=tuple(devices)))
+
+
 def _faster_links(
     problem: PlanningProblem, pairs: Sequence[tuple[int, int]], subject: str
 ) -> Iterator[_Trial]:
@@ -322,10 +346,10 @@ def _faster_links(
 def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
     ways = [hop.seconds for hop in plan.hops] + [plan.return_s]
     views = []
-    for stage, way_s in zip(plan.stages, ways, strict=True):
+    for index, stage, way_s in zip(_used(plan, problem), plan.stages, ways, strict=True):
         placed = list(enumerate(stage.bits, stage.first))
         errors = _if_all_known(problem.weight_error(*place) for place in placed)
-        losses = _if_all_known(problem.sensitivity(*place) for place in placed)
+        losses = _if_all_known(problem.sensitivity(index, *place) for place in placed)
         views.append(
             StageView(
                 device=stage.device,

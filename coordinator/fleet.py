@@ -40,7 +40,7 @@ from coordinator.plan import Plan, Stage
 from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_name
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem, build_problem
-from coordinator.quality import QualityRequest, QualityStore, choose_hops
+from coordinator.quality import QualityRequest, QualityStore, choose_hops, own_rows
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
@@ -143,11 +143,11 @@ class Fleet:
         """
         async with self._exclusive(on_step):
             self._require_idle()
-            members = self._roster.require_members()
+            everybody = members = self._roster.require_members()
             _check_names((request.on,) if request.on else (), members)
             if request.on is not None:
                 members = tuple(member for member in members if member.name == request.on)
-            return await self._distillation.calibrate(request, members, self._report)
+            return await self._distillation.calibrate(request, members, everybody, self._report)
 
     async def unload(self) -> str | None:
         """Stop what is loaded; its name, or None if nothing was."""
@@ -258,6 +258,11 @@ class Fleet:
                 context_tokens=context_tokens,
                 chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
                 sensitivities=losses.blocks,
+                own_sensitivities=own_rows(
+                    {member.name: member.profile.arithmetic for member in members},
+                    losses.blocks,
+                    losses.own,
+                ),
                 quality_budget=request.quality_budget,
                 objective=request.objective,
                 pins=request.pins,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from coordinator.plan import Plan
 from coordinator.problem import PlanningProblem
 from wire.sizes import format_size
@@ -36,6 +38,8 @@ def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
         if problem.allows(index, block, option.bits)
     ]
     if not options:
+        if problem.quality_budget is not None and _has_unknown_losses(problem, index):
+            return "its arithmetic adds losses of its own, and what they are was not measured"
         return "it runs no layer at a width that is allowed"
     room = device.memory_bytes - device.stage_bytes
     fitting = [option for size, option in options if size <= room]
@@ -48,8 +52,26 @@ def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
     fastest = min(fitting, key=lambda option: option.decode_s)
     return (
         f"its fastest layer takes {1e3 * fastest.decode_s:.2f} ms at {fastest.bits} bits, those of"
-        f" the plan {_span_ms(times_s)}"
+        f" the plan {_span_ms(times_s)}{_own_losses(problem, index, fastest.bits)}"
     )
+
+
+def _has_unknown_losses(problem: PlanningProblem, index: int) -> bool:
+    rows = problem.devices[index].options
+    return any(option.sensitivity == math.inf for row in rows for option in row)
+
+
+def _own_losses(problem: PlanningProblem, index: int, bits: int) -> str:
+    """What the device's arithmetic makes of the layers' losses at ``bits``, where they count."""
+    if problem.quality_budget is None:
+        return ""
+    layers = range(1, problem.spec.head_block)
+    own = [problem.sensitivity(index, block, bits) for block in layers]
+    common = [problem.sensitivities[block].get(bits) for block in layers]
+    if own == common or None in own or None in common:
+        return ""
+    ours, theirs = (math.fsum(kl or 0.0 for kl in losses) for losses in (own, common))
+    return f"; all layers there at {bits} bits would lose {ours:.2g} of KL, elsewhere {theirs:.2g}"
 
 
 def _span_ms(times_s: list[float]) -> str:

@@ -23,7 +23,7 @@ from coordinator.problem import (
     build_problem,
     layer_variants,
 )
-from coordinator.quality import budget_margin
+from coordinator.quality import Own, budget_margin, own_rows
 from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from wire import limits
@@ -47,7 +47,8 @@ class LabDevice:
     """One described device. Times are seconds, by width; ``container`` is the width executed.
 
     ``watts`` is what the device draws while it computes; None where that is not known.
-    ``on_chip_bytes`` is as in DeviceProfile.
+    ``on_chip_bytes`` and ``arithmetic`` are as in DeviceProfile. ``layer_kl`` is what a layer adds
+    to the KL divergence here, by width, where the file says so itself.
     """
 
     name: str
@@ -61,6 +62,8 @@ class LabDevice:
     call_s: float = 0.0
     watts: float | None = None
     on_chip_bytes: int | None = None
+    arithmetic: str = ""
+    layer_kl: Mapping[int, float] | None = None
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -128,13 +131,14 @@ def lab_problem(
     pins: Mapping[int, str] | None = None,
     excluded: Collection[str] = (),
     hop_formats: Sequence[HopFormat] | None = None,
+    own: Own | None = None,
 ) -> PlanningProblem:
     """The problem of splitting ``spec`` over the lab; ``bits`` None: all that any device runs.
 
     The lab's layer times are taken as those of this model's layers, whatever their shape;
-    ``hop_formats`` None takes the lab's, else the default. The other arguments are those of
-    ``build_problem``. Raises ValueError as ``build_problem``, LabError where no device runs any of
-    ``bits``.
+    ``hop_formats`` None takes the lab's, else the default; ``own`` has the sensitivities of layers
+    in arithmetics that devices name. The other arguments are those of ``build_problem``. Raises
+    ValueError as ``build_problem``, LabError where no device runs any of ``bits``.
     """
     known = {width for device in lab.devices for width in device.bits}
     wanted = sorted(known if bits is None else set(bits))
@@ -165,7 +169,20 @@ def lab_problem(
         excluded=excluded,
         hop_formats=hop_formats or lab.hop_formats or DEFAULT_HOPS,
         watts=lab.watts,
+        own_sensitivities=_own_rows(lab, sensitivities, own or {}),
     )
+
+
+def _own_rows(
+    lab: Lab, sensitivities: Sequence[Mapping[int, float]] | None, own: Own
+) -> dict[str, tuple[Mapping[int, float], ...]]:
+    """As ``coordinator.quality.own_rows``; what a device says itself goes before."""
+    rows = own_rows({device.name: device.arithmetic for device in lab.devices}, sensitivities, own)
+    for device in lab.devices:
+        if sensitivities and device.layer_kl is not None:
+            layers = [device.layer_kl] * (len(sensitivities) - 2)
+            rows[device.name] = (sensitivities[0], *layers, sensitivities[-1])
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +191,7 @@ class Sensitivities:
 
     ``kl`` is what a block adds to the KL divergence (nats), ``weight_errors`` max|w - w_b| / 2^b,
     ``hops`` what one hop adds, by its bits, ``margin`` what a plan's sum of both is multiplied with
-    (``coordinator.quality``).
+    (``coordinator.quality``). ``own`` is ``kl`` of layers in arithmetics that add their own.
     """
 
     kl: tuple[Mapping[int, float], ...]
@@ -182,6 +199,7 @@ class Sensitivities:
     form: Mapping[str, object]
     margin: float
     hops: Mapping[int, float]
+    own: Own
 
 
 def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
@@ -197,7 +215,7 @@ def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
     blocks = values.get("blocks") if isinstance(values, dict) else None
     if not isinstance(blocks, list):
         raise LabError(f"{path}: has no list of blocks: expected what calibrate --json prints")
-    kl: list[dict[int, float]] = [{} for _ in range(spec.block_count)]
+    kl: dict[str, list[dict[int, float]]] = {"": [{} for _ in range(spec.block_count)]}
     errors: list[dict[int, float]] = [{} for _ in range(spec.block_count)]
     for index, item in enumerate(blocks):
         where = f"{path}: blocks[{index}]"
@@ -208,7 +226,11 @@ def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
             raise LabError(f"{where}: block {block!r:.20}, the model has {spec.block_count}")
         if type(bits) is not int or bits not in BITS:
             raise LabError(f"{where}: {bits!r:.20} is no width: known are {_list(BITS)}")
-        for key, into in (("kl", kl), ("normalized_weight_error", errors)):
+        arithmetic = item.get("arithmetic", "")
+        if not isinstance(arithmetic, str) or (arithmetic and spec.block_kind(block) != "layer"):
+            raise LabError(f"{where}: arithmetic: expected a backend's name, of a layer")
+        rows = kl.setdefault(arithmetic, [{} for _ in range(spec.block_count)])
+        for key, into in (("kl", rows), ("normalized_weight_error", errors)):
             value = item.get(key)
             if (
                 not isinstance(value, (int, float))
@@ -220,7 +242,9 @@ def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
     form = {key: values[key] for key in ("scheme", "group_size") if key in values}
     margin = _margin(values.get("plans"), path)
     hops = _worst_hops(values.get("worst_hops"), path)
-    return Sensitivities(tuple(kl), tuple(errors), form, margin, hops)
+    common = kl.pop("")
+    own = {arithmetic: dict(enumerate(rows)) for arithmetic, rows in kl.items()}
+    return Sensitivities(tuple(common), tuple(errors), form, margin, hops, own)
 
 
 def _worst_hops(values: object, path: Path) -> dict[int, float]:
@@ -270,6 +294,7 @@ def _profile(device: LabDevice) -> DeviceProfile:
         disk_write_bytes_per_s=0.0,
         call_s=device.call_s,
         on_chip_bytes=device.on_chip_bytes,
+        arithmetic=device.arithmetic,
     )
 
 
@@ -298,7 +323,7 @@ _Fields = dict[str, _Node]
 _TOP = ("devices", "links", "default_link", "hops", "templates", "emulation")
 _DEVICE = (
     "name", "memory", "storage", "bits", "container", "layer_ms", "embed_ms", "head_ms",
-    "call_ms", "watts", "on_chip",
+    "call_ms", "watts", "on_chip", "arithmetic", "layer_kl",
 )  # fmt: skip
 _REQUIRED = ("name", "memory", "storage", "layer_ms", "embed_ms", "head_ms")
 _LAYER_MS = ("decode", "prefill_per_token")
@@ -376,7 +401,20 @@ class _Reader:
             on_chip_bytes=(
                 self._size(fields["on_chip"], "on_chip") if "on_chip" in fields else None
             ),
+            arithmetic=(
+                self._name(fields["arithmetic"], "arithmetic") if "arithmetic" in fields else ""
+            ),
+            layer_kl=self._layer_kl(fields["layer_kl"], bits) if "layer_kl" in fields else None,
         )
+
+    def _layer_kl(self, node: _Node, bits: tuple[int, ...]) -> dict[int, float]:
+        found = {
+            self._width(key, "layer_kl"): self._number(value, "layer_kl", least=0.0)
+            for key, value in self._pairs(node, "layer_kl")
+        }
+        if sorted(found) != sorted(bits):
+            raise self._error(node, f"layer_kl: expected a number at each of {_list(bits)} bit")
+        return found
 
     def _hops(self, node: _Node) -> tuple[HopFormat, ...]:
         """``[16, 8]``, or KL divergences by width: ``{16: 0, 8: 0.004}``."""

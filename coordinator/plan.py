@@ -271,7 +271,7 @@ def assess(
         raise PlanError(f"there is no link from {assessed[-1].device} to {assessed[0].device}")
     places = [(i, k, bits) for i, first, widths in stages for k, bits in enumerate(widths, first)]
     errors = [problem.weight_error(block, bits) for _, block, bits in places]
-    losses = [problem.sensitivity(block, bits) for _, block, bits in places]
+    losses = [problem.sensitivity(*place) for place in places]
     losses += [problem.hop_sensitivity(bits) for bits in sent]
     leaving_s = [hop.seconds for hop in hops] + [return_s]
     return Plan(

@@ -94,13 +94,12 @@ def _figures(
     problem: PlanningProblem, device: int, block: int, option: BlockOption
 ) -> tuple[float, ...]:
     """All that plans are judged by, the less the better."""
-    budget = problem.quality_budget
     return (
         option.decode_s,
         problem.block_cost(device, block, option),
         option.executed_bytes,
         problem.stored_bytes[block][option.bits],
-        0.0 if budget is None else problem.sensitivities[block][option.bits],
+        problem.loss(device, block, option.bits),
     )
 
 
@@ -317,9 +316,8 @@ class PlanProgram:
         budget = self._problem.quality_budget
         if budget is None:
             return pulp.lpSum([])
-        rows = self._problem.sensitivities
         counts = [
-            (rows[block][option.bits], count)
+            (self._problem.loss(i, block, option.bits), count)
             for i in self._devices
             for count, option, block in self._counts(i)
         ]

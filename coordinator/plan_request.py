@@ -12,6 +12,7 @@ from coordinator.errors import RequestInvalid
 from coordinator.plan import PlanError
 from coordinator.plan_file import SavedPlan
 from coordinator.problem import Objective, ObjectiveKind
+from coordinator.quality import Own
 from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
 from wire.activations import HOP_BITS
 
@@ -41,6 +42,8 @@ class PlanRequest:
     sensitivities: tuple[Mapping[int, float], ...] | None = None
     """Per block: bits -> what it adds to the KL divergence. None: what the coordinator measured,
     where there is a budget."""
+    own_sensitivities: Own = field(default_factory=dict)
+    """Those of layers in arithmetics that add their own; goes with ``sensitivities``."""
     hop_sensitivities: Mapping[int, float] = field(default_factory=dict)
     """Bits -> what one hop at them adds; goes with ``sensitivities``."""
     hop_bits: tuple[int, ...] | None = None
@@ -153,6 +156,7 @@ def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
         wishes["hop_bits"] = tuple(sorted(set(hop_bits)))
     wishes["given"] = _given(plain.pop("plan", None))
     wishes["hop_sensitivities"] = _hop_sensitivities(plain.pop("hop_sensitivities", {}))
+    wishes["own_sensitivities"] = _own_sensitivities(plain.pop("own_sensitivities", {}))
     rows = plain.pop("sensitivities", None)
     if rows is None:
         return wishes
@@ -167,6 +171,33 @@ def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
             "sensitivities: for each block an object of bits to KL divergence", "sensitivities"
         ) from error
     return wishes
+
+
+def _own_sensitivities(values: object) -> Own:
+    """By arithmetic, block and bits. Raises RequestInvalid."""
+    try:
+        if not isinstance(values, dict):
+            raise TypeError("not an object")
+        own = {
+            str(arithmetic): {
+                int(block): {int(bits): float(kl) for bits, kl in row.items()}
+                for block, row in rows.items()
+            }
+            for arithmetic, rows in values.items()
+        }
+        if not all(
+            0 <= kl < math.inf
+            for rows in own.values()
+            for row in rows.values()
+            for kl in row.values()
+        ):
+            raise ValueError("not a divergence")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RequestInvalid(
+            "own_sensitivities: an object of arithmetic to block to bits to KL divergence",
+            "own_sensitivities",
+        ) from error
+    return own
 
 
 def _hop_sensitivities(values: object) -> dict[int, float]:

@@ -155,7 +155,7 @@ class Tables:
                     self.storage[i, k, o] = problem.stored_bytes[k][option.bits]
                     self.bits[i, k, o] = option.bits
                     if self.budget is not None:
-                        self.loss[i, k, o] = problem.sensitivities[k][option.bits]
+                        self.loss[i, k, o] = problem.loss(i, k, option.bits)
         self.fits = self._fits()
         lengths = np.flatnonzero(self.fits.any((0, 1)))
         self.longest = int(lengths[-1]) + 1 if len(lengths) else 0

@@ -261,7 +261,7 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
             new_storage = storage + stored[option.bits] - stored[now.bits]
             if (
                 problem.allows(index, block, option.bits)
-                and not _worse(problem, block, option.bits, now.bits)
+                and problem.loss(index, block, option.bits) <= problem.loss(index, block, now.bits)
                 and cost_s <= free_s
                 and new_memory <= device.memory_bytes
                 and new_storage <= device.storage_bytes
@@ -270,13 +270,6 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
                 chosen[block] = option.bits
                 break
     return index, first, tuple(chosen[block] for block in sorted(chosen))
-
-
-def _worse(problem: PlanningProblem, block: int, bits: int, than: int) -> bool:
-    """True where ``bits`` would take more of the quality budget."""
-    if problem.quality_budget is None:
-        return False
-    return problem.sensitivities[block][bits] > problem.sensitivities[block][than]
 
 
 def _hopeless(problem: PlanningProblem) -> str | None:
@@ -301,7 +294,7 @@ def _hopeless(problem: PlanningProblem) -> str | None:
         if not any(device.option(block, bits) for device in problem.devices for bits in allowed):
             return f"no device can run {name} at {_list(allowed)} bit ({runs})"
         placed = [
-            bits
+            (i, bits)
             for i, device in enumerate(problem.devices)
             for bits in allowed
             if device.option(block, bits) and problem.allows(i, block, bits)
@@ -312,7 +305,7 @@ def _hopeless(problem: PlanningProblem) -> str | None:
             *some, last = [cause for cause in causes if cause]
             return f"{', '.join(some)} or {last} leave no place for {name}"
         if problem.quality_budget is not None:
-            least.append(min(problem.sensitivities[block][bits] for bits in placed))
+            least.append(min(problem.loss(i, block, bits) for i, bits in placed))
     if problem.quality_budget is not None and math.fsum(least) > problem.quality_budget:
         return (
             f"the sensitivities add up to {math.fsum(least):.3g} at the best widths asked for,"

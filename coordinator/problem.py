@@ -93,12 +93,19 @@ class BlockOption:
     """One block run at ``bits`` on one device.
 
     ``executed_bytes`` are the weights in the device's memory, which may be wider than ``bits``.
+    ``sensitivity`` is what the block adds to the KL divergence here, where the device's arithmetic
+    adds its own: inf where that was not measured. None: what it adds anywhere.
     """
 
     bits: int
     executed_bytes: int
     decode_s: float
     prefill_s_per_token: float
+    sensitivity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sensitivity is not None and not self.sensitivity >= 0:
+            raise ValueError(f"a sensitivity cannot be {self.sensitivity}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +143,10 @@ class PlanningProblem:
     neighbours in a plan. ``weight_errors`` maps bits to the normalised error of a block, and
     ``max_weight_error`` is its bound (inf: none). Only widths in ``bits`` are planned with;
     those beside them serve for advice. ``sensitivities`` maps bits to what a block adds to the
-    mean KL divergence of the model's next token (nats); their sum, hops included, keeps
-    ``quality_budget``. A hop uses one of ``hop_formats``; with a budget, one of known sensitivity.
-    ``pins`` maps blocks to the device (an index) that must run them, ``excluded`` devices run none.
+    mean KL divergence of the model's next token (nats), where the device's option does not say
+    otherwise; their sum, hops included, keeps ``quality_budget``. A hop uses one of
+    ``hop_formats``; with a budget, one of known sensitivity. ``pins`` maps blocks to the device (an
+    index) that must run them, ``excluded`` devices run none.
     """
 
     spec: ModelSpec
@@ -249,9 +257,19 @@ class PlanningProblem:
             return 0.0
         return self.stored_bytes[block][bits] / own.load_bytes_per_s
 
-    def sensitivity(self, block: int, bits: int) -> float | None:
-        """KL divergence that the block at ``bits`` adds; None where it was not measured."""
+    def sensitivity(self, device: int, block: int, bits: int) -> float | None:
+        """KL divergence that the block at ``bits`` adds there; None where it was not measured."""
+        option = self.devices[device].option(block, bits)
+        if option is not None and option.sensitivity is not None:
+            return None if option.sensitivity == math.inf else option.sensitivity
         return self.sensitivities[block].get(bits) if self.sensitivities else None
+
+    def loss(self, device: int, block: int, bits: int) -> float:
+        """What the block there takes of the quality budget; 0 without one, inf if not known."""
+        if self.quality_budget is None:
+            return 0.0
+        known = self.sensitivity(device, block, bits)
+        return math.inf if known is None else known
 
     def allows(self, device: int, block: int, bits: int) -> bool:
         """True where neither quality nor a pin nor an exclusion forbids this placement."""
@@ -261,7 +279,7 @@ class PlanningProblem:
             and device not in self.excluded
             and self.pins.get(block, device) == device
             and self.within_error(block, bits)
-            and (self.quality_budget is None or self.sensitivity(block, bits) is not None)
+            and self.loss(device, block, bits) < math.inf
         )
 
     def weight_error(self, block: int, bits: int) -> float | None:
@@ -340,6 +358,7 @@ def build_problem(
     load_bytes_per_s: Mapping[str, float] | None = None,
     hop_formats: Sequence[HopFormat] = DEFAULT_HOPS,
     watts: Mapping[str, float] | None = None,
+    own_sensitivities: Mapping[str, Sequence[Mapping[int, float]]] | None = None,
 ) -> PlanningProblem:
     """The problem of splitting ``spec`` over the devices in ``profiles``, in that order.
 
@@ -347,7 +366,8 @@ def build_problem(
     ``slots`` sequences of ``context_tokens`` are held, prompts computed ``chunk_tokens`` at a time.
     ``formats`` says how each width is stored (None: the defaults); ``weight_errors`` has one
     mapping of bits to the normalised error per block, needed with ``max_weight_error``;
-    ``sensitivities`` the same of KL divergence, needed with ``quality_budget``.
+    ``sensitivities`` the same of KL divergence, needed with ``quality_budget``, and
+    ``own_sensitivities`` those of devices whose arithmetic adds its own: all of theirs.
     ``hop_formats`` are the widths that hops may use, ``watts`` what devices draw while they
     compute. Links to or from other devices, and what they hold, load or draw, are ignored.
     Raises ValueError for input that is inconsistent.
@@ -367,6 +387,9 @@ def build_problem(
         raise ValueError("a quality budget needs the sensitivities")
     if sensitivities is not None and len(sensitivities) != len(blocks):
         raise ValueError(f"sensitivities of {len(sensitivities)} blocks, not {len(blocks)}")
+    for name, rows in (own_sensitivities or {}).items():
+        if len(rows) != len(blocks):
+            raise ValueError(f"{name}: sensitivities of {len(rows)} blocks, not {len(blocks)}")
     if not hop_formats or len({form.bits for form in hop_formats}) != len(hop_formats):
         raise ValueError("hops need at least one width, and each once")
     for name, power in (watts or {}).items():
@@ -382,7 +405,9 @@ def build_problem(
     stage_bytes = costs.stage_buffer_bytes(spec, blocks, chunk_tokens, context_tokens)
     kv_bytes = tuple(slots * costs.kv_bytes(spec, k, context_tokens) for k in blocks)
     options = {
-        name: _options(spec, profile, timings.get(name, ()), formats)
+        name: _options(
+            spec, profile, timings.get(name, ()), formats, (own_sensitivities or {}).get(name)
+        )
         for name, profile in profiles.items()
     }
     devices = tuple(
@@ -470,6 +495,7 @@ def _options(
     profile: DeviceProfile,
     timings: Iterable[BlockTiming],
     formats: Mapping[int, Format],
+    sensitivities: Sequence[Mapping[int, float]] | None,
 ) -> tuple[tuple[BlockOption, ...], ...]:
     measured = {(timing.kind, timing.variant, timing.bits): timing for timing in timings}
     for timing in measured.values():
@@ -484,6 +510,9 @@ def _options(
             found = measured.get((spec.block_kind(block), variant, bits))
             if container is not None and found is not None:
                 executed = costs.executed_bytes(spec, block, fmt, container)
-                row.append(BlockOption(bits, executed, found.decode_s, found.prefill_s_per_token))
+                own = None if sensitivities is None else sensitivities[block].get(bits, math.inf)
+                row.append(
+                    BlockOption(bits, executed, found.decode_s, found.prefill_s_per_token, own)
+                )
         rows.append(tuple(row))
     return tuple(rows)

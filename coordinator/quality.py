@@ -76,6 +76,44 @@ def with_lossless(
     )
 
 
+Own = Mapping[str, Mapping[int, Mapping[int, float]]]
+"""By arithmetic, layer's block and bits: what the block adds where it is computed so."""
+
+
+def scaled_own(own: Own, margin: float) -> Own:
+    """As ``scaled``."""
+    return {
+        arithmetic: {
+            block: {bits: kl * margin for bits, kl in row.items()} for block, row in rows.items()
+        }
+        for arithmetic, rows in own.items()
+    }
+
+
+def own_rows(
+    arithmetics: Mapping[str, str],
+    sensitivities: Sequence[Mapping[int, float]] | None,
+    own: Own,
+) -> dict[str, tuple[Mapping[int, float], ...]]:
+    """Sensitivities per block of each device in ``arithmetics`` (device -> arithmetic, or empty)
+    whose arithmetic adds its own; ``build_problem`` takes them.
+
+    Layers have what was measured of the arithmetic, and nothing where nothing was. Embedding and
+    head are computed alike everywhere.
+    """
+    if not sensitivities:
+        return {}
+    ends = (0, len(sensitivities) - 1)
+    return {
+        device: tuple(
+            row if block in ends else own.get(arithmetic, {}).get(block, {})
+            for block, row in enumerate(sensitivities)
+        )
+        for device, arithmetic in arithmetics.items()
+        if arithmetic
+    }
+
+
 def choose_hops(
     asked: Iterable[int] | None, sensitivities: Mapping[int, float], quality_budget: float | None
 ) -> tuple[HopFormat, ...]:
@@ -110,6 +148,16 @@ def tightened(problem: PlanningProblem, plan: Plan, measured_kl: float) -> Plann
         raise ValueError("there is no budget to tighten")
     budget = predicted * min(problem.quality_budget / measured_kl, 0.99)
     return replace(problem, quality_budget=budget)
+
+
+def own_share(problem: PlanningProblem, plan: Plan) -> float:
+    """What the arithmetic of single devices is predicted to add to what the plan's bits lose."""
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    return math.fsum(
+        max((problem.sensitivity(indices[one.device], one.block, one.bits) or 0.0) - common, 0.0)
+        for one in plan.placements
+        if (common := problem.sensitivities[one.block].get(one.bits)) is not None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +223,8 @@ class KnownQuality:
 
     ``blocks`` maps (block, bits) to (KL divergence, max|w - w_b|), ``plans`` the bits of all blocks
     to the plan's KL divergence, ``hops`` (boundary, bits) to that of rounding the rows there.
+    ``own`` is as ``blocks``, by (arithmetic, block, bits), of layers computed with an arithmetic
+    that loses more than weights do (DeviceProfile).
     """
 
     sequences: Sequences
@@ -183,6 +233,14 @@ class KnownQuality:
     blocks: dict[tuple[int, int], tuple[float, float]]
     plans: dict[tuple[int, ...], float]
     hops: dict[tuple[int, int], float] = field(default_factory=dict)
+    own: dict[tuple[str, int, int], tuple[float, float]] = field(default_factory=dict)
+
+    def own_sensitivities(self) -> dict[str, dict[int, dict[int, float]]]:
+        """By arithmetic, block and bits: KL divergence of the block alone so computed."""
+        found: dict[str, dict[int, dict[int, float]]] = {}
+        for (arithmetic, block, bits), (kl, _) in self.own.items():
+            found.setdefault(arithmetic, {}).setdefault(block, {})[bits] = kl
+        return found
 
     def sensitivities(self, block_count: int) -> tuple[Mapping[int, float], ...]:
         """For each block: bits -> KL divergence of the block alone."""
@@ -255,6 +313,7 @@ class QualityStore:
             "blocks": [[*place, *values] for place, values in known.blocks.items()],
             "plans": [[list(plan), kl] for plan, kl in known.plans.items()],
             "hops": [[*place, kl] for place, kl in known.hops.items()],
+            "own": [[*place, *values] for place, values in known.own.items()],
         }
         self._directory.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=self._directory)
@@ -278,9 +337,15 @@ class QualityStore:
                 # Files of before hops were measured have none.
                 for boundary, bits, kl in content.get("hops", ())
             }
+            own = {
+                (str(arithmetic), int(block), int(bits)): (float(kl), float(error))
+                for arithmetic, block, bits, kl, error in content.get("own", ())
+            }
             if (
                 content["version"] == STORE_VERSION
                 and all(0 <= block < spec.block_count for block, _ in blocks)
+                and all(0 < block < spec.head_block for _, block, _ in own)
+                and all(0 <= kl < math.inf for kl, _ in own.values())
                 and all(0 <= b < spec.head_block and bits in HOP_BITS for b, bits in hops)
                 and all(0 <= kl < math.inf for kl in hops.values())
             ):
@@ -291,6 +356,7 @@ class QualityStore:
                     blocks,
                     {tuple(plan): float(kl) for plan, kl in content["plans"]},
                     hops,
+                    own,
                 )
         log.warning("%s is damaged or of another version: measured anew", path)
         return None

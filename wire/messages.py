@@ -229,6 +229,8 @@ class MeasureQuality:
     group_size: int
     hops: tuple[tuple[int, tuple[HopBits, ...]], ...] = ()
     """(boundary, widths) pairs; boundary b lies behind block b."""
+    backend: str = ""
+    """What computes the layers, for the sake of its arithmetic; empty: the agent's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ class DeviceProfile:
     ``watts`` is what the device draws while it computes, as declared. ``on_chip_bytes``: where an
     accelerator keeps weights, how many (one byte each at 8 bits) cross no bus at a call; None where
     weights are in ordinary memory. ``makes`` lists (backend, version of what makes them) of the
-    files that this device can make for others.
+    files that this device can make for others. ``arithmetic`` names the backend whose rounding of
+    layers the device's has, where that is measured apart from what the weights' bits lose.
     """
 
     machine: str
@@ -41,6 +42,7 @@ class DeviceProfile:
     watts: float | None = None
     on_chip_bytes: int | None = None
     makes: tuple[tuple[str, str], ...] = ()
+    arithmetic: str = ""
 
     def container(self, bits: int) -> int | None:
         """Width in memory of a block stored at ``bits``; None where the backend cannot run it."""

@@ -199,6 +199,7 @@ def random_extras(seed: int) -> PlanningProblem:
             held=tuple(held),
             load_bytes_per_s=rng.uniform(1e5, 1e6),
             watts=rng.choice([None, *(rng.uniform(1.0, 20.0) for _ in range(5))]),
+            options=with_own_losses(device, losses, random.Random(f"own {seed} {device.name}")),
         )
         for device in problem.devices
     )
@@ -219,6 +220,23 @@ def random_extras(seed: int) -> PlanningProblem:
             HopFormat(bits, rng.choice([None, (worst - least) / bits, (worst - least) / bits**2]))
             for bits in sorted(rng.sample([8, 16, 32], rng.randint(1, 3)))
         ),
+    )
+
+
+def with_own_losses(
+    device: Device, losses: list[dict[int, float]], rng: random.Random
+) -> tuple[tuple[BlockOption, ...], ...]:
+    """The device's options; of every third device with an arithmetic that adds its own losses,
+    of which some were not measured.
+    """
+    if rng.random() < 2 / 3:
+        return device.options
+    return tuple(
+        tuple(
+            replace(o, sensitivity=rng.choice([math.inf, *[rng.uniform(0.3, 4) * row[o.bits]] * 9]))
+            for o in options
+        )
+        for options, row in zip(device.options, losses, strict=True)
     )
 
 
@@ -270,7 +288,8 @@ def exhaustive_s(problem: PlanningProblem) -> float:
                     load_s = problem.stored_bytes[k][option.bits] / device.load_bytes_per_s
                     cost_s += aim.migration_weight * load_s
                 if budget is not None:
-                    loss += problem.sensitivities[k][option.bits]
+                    own = option.sensitivity
+                    loss += problem.sensitivities[k][option.bits] if own is None else own
             else:
                 cost_s += (power or 0.0) * decode_s
                 if memory <= device.memory_bytes and storage <= device.storage_bytes:

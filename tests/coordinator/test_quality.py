@@ -26,6 +26,7 @@ from coordinator.quality import (
     budget_margin,
     choose_hops,
     scaled,
+    scaled_own,
     tightened,
     with_lossless,
 )
@@ -168,6 +169,24 @@ def test_only_what_was_asked_for_is_kept_of_an_agents_answers() -> None:
     assert not Missing.of(request, SPEC, known)
 
 
+def test_an_arithmetic_of_its_own_is_kept_apart() -> None:
+    known = KnownQuality(TEXT, "rtn", 32, {(1, 8): (0.1, 0.2)}, {})
+    missing = Missing.own("tflite_cpu", (8,), SPEC, known)
+    assert missing.blocks == dict.fromkeys(range(1, SPEC.head_block), (8,))
+    for block in missing.blocks:
+        assert not missing.answered(known)
+        missing.keep(QualityMeasured(1, block, (4,), 0.3, 0.2), known)
+        missing.keep(QualityMeasured(1, block, (8,), 0.3, 0.2), known)
+    missing.keep(QualityMeasured(1, 0, (8,), 0.3, 0.2), known)
+    assert missing.answered(known)
+    assert not Missing.own("tflite_cpu", (8,), SPEC, known)
+    assert Missing.own("another", (8,), SPEC, known)
+    assert known.blocks == {(1, 8): (0.1, 0.2)}
+    assert set(known.own) == {("tflite_cpu", block, 8) for block in missing.blocks}
+    margin = scaled_own(known.own_sensitivities(), 2.0)
+    assert margin["tflite_cpu"][1] == {8: 0.6}
+
+
 def test_a_plan_above_its_budget_is_followed_by_one_below() -> None:
     rows = [{2: 0.08, 3: 0.04, 4: 0.02, 8: 0.001} for _ in range(SPEC.block_count)]
     problem = problem_of(rows, 1.0, 0.2)
@@ -193,6 +212,8 @@ def test_what_is_known_is_kept_by_checkpoint_text_and_format(tmp_path: Path) -> 
     known.blocks.update({(block, 8): (0.5, 0.1) for block in range(SPEC.block_count)})
     known.plans[plan] = 0.5 * SPEC.block_count * 1.2
     known.hops[0, 8] = 0.25
+    known.own["tflite_cpu", 1, 8] = (0.75, 0.1)
+    assert known.own_sensitivities() == {"tflite_cpu": {1: {8: 0.75}}}
     store.save(CHECKPOINT, known)
     assert store.open(CHECKPOINT, TEXT, "rtn", 32) == known
     assert store.latest(CHECKPOINT, "rtn", 32) == known
@@ -200,9 +221,12 @@ def test_what_is_known_is_kept_by_checkpoint_text_and_format(tmp_path: Path) -> 
     assert known.sensitivities(SPEC.block_count)[3] == {8: 0.5}
     (path,) = (tmp_path / "quality").iterdir()
     written = json.loads(path.read_text())
-    older = {key: value for key, value in written.items() if key != "hops"}
+    older = {key: value for key, value in written.items() if key not in ("hops", "own")}
     path.write_text(json.dumps(older))
-    assert store.latest(CHECKPOINT, "rtn", 32) == replace(known, hops={})
+    assert store.latest(CHECKPOINT, "rtn", 32) == replace(known, hops={}, own={})
+    for bad_own in (["a", 0, 8, 0.1, 0.1], ["a", 1, 8, -0.1, 0.1], ["a", 1, 8, 0.1], [1]):
+        path.write_text(json.dumps(older | {"own": [bad_own]}))
+        assert store.latest(CHECKPOINT, "rtn", 32) is None
     for bad in ([SPEC.head_block, 8, 0.1], [0, 4, 0.1], [0, 8, -0.1], [0, 8]):
         path.write_text(json.dumps(older | {"hops": [bad]}))
         assert store.latest(CHECKPOINT, "rtn", 32) is None

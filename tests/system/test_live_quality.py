@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from backends.base import BackendUnavailable
+from backends.registry import backend_class
 from calibration.hops import measure_hops
 from calibration.quality import built_in_text, measure_quality, split_passages
 from model.checkpoint import Checkpoint
@@ -99,6 +101,61 @@ def test_an_agent_finds_what_one_process_finds(shoal: Cluster) -> None:
     unknown = shoal.run("plan", str(FIXTURES / "opt-pre"), "--quality-budget=1")
     assert unknown.returncode == 1
     assert "calibrate --quality --on auto" in unknown.stderr
+
+
+def test_a_device_is_charged_what_its_arithmetic_loses(cluster: Cluster) -> None:
+    try:
+        backend_class("tflite_cpu").probe()
+    except BackendUnavailable as unavailable:
+        pytest.skip(str(unavailable))
+    cluster.start_coordinator()
+    for name, backend in (("pi", "onnx_cpu"), ("int8", "tflite_cpu")):
+        where = f"--coordinator=127.0.0.1:{cluster.control_port}"
+        cluster.start_agent(name, where, f"--backend={backend}")
+    cluster.wait_for_agents("int8", "pi")
+    work = "--bits=4,8", "--max-tokens=60", "--check-plans=0"
+    answer = last_json(calibrate(cluster, MODEL, "--on=pi", *work))
+    assert answer["measured_on"] == "pi"
+    common = {i["block"]: i["kl"] for i in answer["blocks"] if i["bits"] == 8 and not own(i)}
+    ours = {item["block"]: item["kl"] for item in answer["blocks"] if own(item)}
+    checkpoint = Checkpoint.open(MODEL)
+    tokenizer = Tokenizer.load(MODEL)
+    sequences = split_passages(map(tokenizer.encode, built_in_text()), 128, 60)
+    tflite_cpu = backend_class("tflite_cpu")()
+    for one in measure_quality(checkpoint, (8,), sequences, backend=tflite_cpu):
+        if checkpoint.spec.block_kind(one.block) == "layer":
+            assert ours.pop(one.block) == pytest.approx(one.kl, rel=1e-2)
+            assert one.kl > 2 * common[one.block]
+    assert not ours
+    assert last_json(calibrate(cluster, MODEL, "--on=auto", *work))["measured_on"] is None
+
+    layers = range(1, checkpoint.spec.head_block)
+    ours = {item["block"]: item["kl"] for item in answer["blocks"] if own(item)}
+    asked = (
+        "plan",
+        str(MODEL),
+        "--json",
+        "--bits=8",
+        "--max-weight-error=none",
+        "--quality-budget=9",
+    )
+    pins = [f"--pin=layers=0-{len(layers) - 1}:int8", "--pin=head:pi"]
+    planned = last_json(cluster.run(*asked, *pins))
+    assert [stage["device"] for stage in planned["plan"]["stages"]][-1] == "pi"
+    hop = answer["worst_hops"][str(planned["plan"]["stages"][-2]["hop_bits"])]
+    hops = hop * (len(planned["plan"]["stages"]) - 1)
+    expected = sum(ours[k] for k in layers) + common[0] + common[checkpoint.spec.head_block] + hops
+    total = planned["plan"]["total_sensitivity"] / planned["quality"]["margin"]
+    assert total == pytest.approx(expected, rel=1e-3)
+    # All of it on the other device is within a budget that this one would exceed.
+    budget = 1.01 * sum(common.values()) * planned["quality"]["margin"]
+    within = last_json(cluster.run(*asked[:-1], f"--quality-budget={budget}", "--explain"))
+    assert [stage["device"] for stage in within["plan"]["stages"]] == ["pi"]
+
+
+def own(item: dict[str, Any]) -> bool:
+    """Whether a result is of a layer in an arithmetic of its own."""
+    return bool(item.get("arithmetic") == "tflite_cpu")
 
 
 def test_what_was_measured_before_ctrl_c_and_a_lost_agent_is_kept(shoal: Cluster) -> None:
