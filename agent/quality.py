@@ -86,6 +86,7 @@ def measure_quality(
     request: MeasureQuality,
     source: StreamedModel,
     backend: Backend,
+    plain: Backend | None = None,
     *,
     threads: int,
     directory: Path,
@@ -96,8 +97,9 @@ def measure_quality(
     """Carry out a request; each result goes to ``report`` as soon as it is there.
 
     ``directory`` is emptied first: a run that was killed leaves hidden states there. ``progress``
-    gets (done, all) passes of the blocks, then of the hops, then of the plans. Raises BackendError
-    for a request that makes no sense, and what reading and running blocks raise.
+    gets (done, all) passes of the blocks, then of the hops, then of the plans. ``plain`` runs
+    layers of blocks at widths that the backend lacks; without it the reference does. Raises
+    BackendError for a request that makes no sense, and what reading and running blocks raise.
     """
     formats = _formats(request, source.spec)
     shutil.rmtree(directory, ignore_errors=True)
@@ -117,6 +119,7 @@ def measure_quality(
                 progress=progress,
                 directory=directory,
                 kept_bytes=kept_bytes,
+                plain=plain,
             )
         ) as found:
             for one in found:

@@ -68,6 +68,8 @@ class Options:
     threads: int
     progress: Progress | None
     kept_bytes: int | None = None
+    plain: Backend | None = None
+    """For layers at widths that ``backend`` lacks; None: the reference."""
 
 
 def divergences(expected: Rows, got: Rows) -> npt.NDArray[np.float64]:
@@ -144,7 +146,7 @@ class Distiller:
         self.tokens = _joined(sequences)
         self._source = source
         self._bounds = _bounds(sequences)
-        self._backend = options.backend
+        self._backends = [one for one in (options.backend, options.plain) if one is not None]
         self._progress = options.progress
         self._directory = directory
         longest = max(len(sequence) for sequence in sequences)
@@ -307,8 +309,9 @@ class Distiller:
         path = write_artifact(self._directory, block, tensors, fmt).path
         try:
             _, stored = read_block(path, self.spec, block)
-            backend, kind = self._backend, self.spec.block_kind(block)
-            if backend and kind == "layer" and fmt.bits in backend.probe().container_bits:
+            kind = self.spec.block_kind(block)
+            able = (one for one in self._backends if fmt.bits in one.probe().container_bits)
+            if kind == "layer" and (backend := next(able, None)) is not None:
                 with closing(
                     backend.load(self.spec, [(block, path)], self._stage_options)
                 ) as stage:

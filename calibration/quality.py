@@ -118,11 +118,13 @@ def measure_quality(
     store: CalibrationStore | None = None,
     progress: Progress | None = None,
     directory: Path | None = None,
+    plain: Backend | None = None,
 ) -> tuple[BlockQuality, ...]:
     """Sensitivity of every block of a model at each of ``bits``, by block and then by width.
 
     sequences: token ids, each at most the model's context. backend: what decoder layers run on;
-    None for the reference, which also runs embedding and head, and widths that the backend lacks.
+    None for the reference, which also runs embedding and head. plain: what layers run on at widths
+    that the backend lacks, the original's above all; None for the reference.
     What ``store`` holds for the same checkpoint, text and format is not measured again, and each
     block is stored as soon as it is done: an interrupted run is taken up where it was. directory:
     for hidden states and blocks meanwhile. ``progress`` is called with (done, all) passes.
@@ -155,6 +157,7 @@ def measure_quality(
         threads=threads,
         progress=progress,
         directory=directory,
+        plain=plain,
     ):
         values = quality.kl, quality.weight_error
         found[quality.block, quality.bits] = values
@@ -173,6 +176,7 @@ def measure_blocks(
     progress: Progress | None = None,
     directory: Path | None = None,
     kept_bytes: int | None = None,
+    plain: Backend | None = None,
 ) -> Generator[BlockQuality, None, None]:
     """Each block alone in each of its wanted formats, as soon as it is measured.
 
@@ -183,7 +187,7 @@ def measure_blocks(
     check_text(source.spec, sequences)
     if not wanted:
         return
-    options = Options(backend, threads, progress, kept_bytes)
+    options = Options(backend, threads, progress, kept_bytes, plain)
     with distiller(source, sequences, options, directory) as students:
         head = source.spec.head_block
         # A block, those behind it, and the head.

@@ -65,7 +65,7 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
                 sequences,
                 store=store,
                 progress=on_step,
-                **(how | {"backend": backend}),
+                **(how | {"backend": backend, "plain": how["backend"]}),
             )
         with screen.counting("measuring hops") as on_step:
             hops = measure_hops(
