@@ -28,7 +28,7 @@ from agent.peers import PeerServer, connect_peer, measure_link
 from agent.quality import StreamedModel, measure_quality
 from agent.relay import Relay
 from backends.base import Backend, BackendError, StageOptions
-from backends.registry import BACKENDS, backend_class
+from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_call, measure_model
 from calibration.store import CalibrationStore
@@ -403,7 +403,7 @@ class Agent:
         measure_quality(
             request,
             source,
-            *self._measured_backends(request, connection, coordinator),
+            self._supplied(request.request, connection, coordinator),
             threads=self._config.threads,
             directory=self._config.state_dir / "quality",
             memory_bytes=self._profile.memory_bytes,
@@ -411,19 +411,6 @@ class Agent:
             report=connection.send,
         )
         return Done(request.request)
-
-    def _measured_backends(
-        self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
-    ) -> tuple[Backend, Backend | None]:
-        """The one asked for, which need not be this agent's own, and for widths that it lacks this
-        machine's default. Raises BackendUnavailable.
-        """
-        if not request.backend:
-            return self._supplied(request.request, connection, coordinator), None
-        backend, plain = backend_class(request.backend)(), backend_class(next(iter(BACKENDS)))()
-        for one in (backend, plain):
-            one.probe()
-        return backend, plain
 
     def _load(self, request: LoadStage, connection: Connection, coordinator: Endpoint) -> Message:
         spec = ModelSpec.from_dict(request.spec)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from agent.blocks import BlockCache
 from backends.base import Backend, BackendError
+from backends.registry import BACKENDS, backend_class
 from calibration.hops import measure_boundaries
 from calibration.quality import measure_blocks, measure_plans
 from model.artifact import read_block
@@ -85,8 +86,7 @@ class StreamedModel:
 def measure_quality(
     request: MeasureQuality,
     source: StreamedModel,
-    backend: Backend,
-    plain: Backend | None = None,
+    own: Backend,
     *,
     threads: int,
     directory: Path,
@@ -96,12 +96,14 @@ def measure_quality(
 ) -> None:
     """Carry out a request; each result goes to ``report`` as soon as it is there.
 
-    ``directory`` is emptied first: a run that was killed leaves hidden states there. ``progress``
-    gets (done, all) passes of the blocks, then of the hops, then of the plans. ``plain`` runs
-    layers of blocks at widths that the backend lacks; without it the reference does. Raises
-    BackendError for a request that makes no sense, and what reading and running blocks raise.
+    ``own`` is the agent's backend, for requests that name none. ``directory`` is emptied first: a
+    run that was killed leaves hidden states there. ``progress`` gets (done, all) passes of the
+    blocks, then of the hops, then of the plans. Raises BackendError for a request that makes no
+    sense, BackendUnavailable for a backend that is not here, and what reading and running blocks
+    raise.
     """
     formats = _formats(request, source.spec)
+    backend, plain = _backends(request.backend, own)
     shutil.rmtree(directory, ignore_errors=True)
     kept_bytes = int(memory_bytes * KEPT_SHARE)
 
@@ -158,6 +160,18 @@ def measure_quality(
         raise CheckpointError(f"{directory}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _backends(name: str, own: Backend) -> tuple[Backend, Backend | None]:
+    """What runs layers, and what runs them at widths that it lacks: the default, or (None) the
+    reference. Raises BackendUnavailable.
+    """
+    if not name:
+        return own, None
+    backend, plain = (backend_class(one)() for one in (name, next(iter(BACKENDS))))
+    for one in (backend, plain):
+        one.probe()
+    return backend, plain
 
 
 def _formats(request: MeasureQuality, spec: ModelSpec) -> dict[int, Format]:

@@ -15,7 +15,7 @@ from coordinator.lab import LabError, lab_problem, parse_lab, read_sensitivities
 from coordinator.plan import Plan, PlanError, verify
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem
-from coordinator.quality import Own, own_rows
+from coordinator.quality import Own, own_rows, own_share
 from coordinator.study import opt_350m
 
 LAYERS = 6
@@ -77,11 +77,13 @@ def test_each_device_is_charged_its_own(named: str) -> None:
     roomy = solved(problem_of(1.0, named, own))
     assert layers_on(roomy, "coral") == LAYERS
     assert roomy.total_sensitivity == pytest.approx(LAYERS * CORAL_KL + 2 * 1e-5)
+    assert own_share(problem_of(1.0, named, own), roomy) == pytest.approx(LAYERS * 19e-5)
     # A budget for two layers there.
     some = solved(problem_of(TIGHT + 2 * (CORAL_KL - 1e-5), named, own))
     assert layers_on(some, "coral") == 2
     tight = solved(problem_of(TIGHT, named, own))
     assert layers_on(tight, "coral") == 0
+    assert own_share(problem_of(TIGHT, named, own), tight) == 0
     assert tight.value > some.value > roomy.value
 
 
