@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -171,6 +172,7 @@ def _run(command: list[str], tick: Callable[[], None] = lambda: None) -> str:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
     except OSError as error:
         raise BackendError(f"{command[0]}: {(error.strerror or str(error)).lower()}") from error
@@ -185,7 +187,9 @@ def _run(command: list[str], tick: Callable[[], None] = lambda: None) -> str:
                 if time.monotonic() > deadline_s:
                     raise BackendError(f"{command[0]} did not end within {COMPILE_TIMEOUT_S:g} s")
         finally:
-            process.kill()
+            if process.poll() is None:
+                # With what it may have started: Google's is said to be a script.
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
         raise BackendError(f"{COMPILER} failed: {lines[-1][:300]}")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from backends import edgetpu, edgetpu_devices
+from backends import edgetpu, edgetpu_compiler, edgetpu_devices
 from backends.base import Artifacts, BackendError, BackendUnavailable, StageOptions
 from backends.edgetpu import (
     ON_CHIP_BYTES,
@@ -313,6 +315,41 @@ def test_a_compiler_that_does_not_do_it(
     monkeypatch.setenv("FAKE_COMPILER", mode)
     with pytest.raises(BackendError, match=reason):
         compile_files(compiler, [product_file(tmp_path)], tmp_path / "compiled")
+    assert not list((tmp_path / "compiled").iterdir())
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiler_ends_with_what_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, held = tmp_path / "bin" / "edgetpu_compiler", tmp_path / "held"
+    os.mkfifo(held)
+    version = "[ $1 = --version ] && echo version 1 && exit"
+    script.write_text(f"#!/bin/sh\n{version}\nsleep 60 > {held}\n")
+    monkeypatch.setattr(edgetpu_compiler, "TICK_S", 0.01)
+    running = threading.Event()
+
+    class Cancelled(Exception):
+        pass
+
+    def tick() -> None:
+        if running.is_set():
+            raise Cancelled
+
+    def read() -> None:
+        with held.open("rb") as pipe:
+            running.set()
+            pipe.read()
+
+    compiler = find_compiler()
+    assert compiler is not None
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    with pytest.raises(Cancelled):
+        compile_files(compiler, [product_file(tmp_path)], tmp_path / "compiled", tick)
+    # Reading ends when nothing that was started holds the other end.
+    reading.join(10)
+    assert not reading.is_alive()
     assert not list((tmp_path / "compiled").iterdir())
 
 
