@@ -360,7 +360,7 @@ class Agent:
         return FileExchange(self._device, self._cache, coordinator, self._config.token, progress)
 
     def _supplied(self, request: int, connection: Connection, coordinator: Endpoint) -> Backend:
-        """The backend, which gets the files that it lacks for as long as ``request`` lasts."""
+        """The backend, which has the shoal make the files that it lacks, for ``request``."""
         exchange = self._exchange(request, connection, coordinator)
         self._backend.supplier = partial(exchange.supply, self._config.backend)
         return self._backend

@@ -116,11 +116,10 @@ class Missing:
 
     def answered(self, known: KnownQuality) -> bool:
         """Whether all of it is known now."""
-        asked = [(k, bits) for k, widths in self.blocks.items() for bits in widths]
+        own = {place[1:] for place in known.own if place[0] == self.arithmetic}
+        found = own if self.arithmetic else known.blocks
         return (
-            all((self.arithmetic, *place) in known.own for place in asked)
-            if self.arithmetic
-            else all(place in known.blocks for place in asked)
+            all((k, bits) in found for k, widths in self.blocks.items() for bits in widths)
             and all((k, bits) in known.hops for k, widths in self.hops.items() for bits in widths)
             and all(plan in known.plans for plan in self.plans)
         )

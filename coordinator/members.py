@@ -339,6 +339,8 @@ class Roster:
             return f"the cluster is full ({MAX_MEMBERS} agents)"
         if not hello.device or len(hello.device) > 64 or not 0 < len(hello.name) <= 63:
             return "device id or name is empty or too long"
+        if len(hello.profile.arithmetic) > 64 or len(hello.profile.makes) > 64:
+            return "the profile names more than there is"
         if not hello.name.isprintable() or not 0 < len(hello.endpoints) <= 64:
             return "the name is not printable, or there are no addresses"
         return None
