@@ -110,7 +110,7 @@ class MeasureModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelMeasured:
-    """``call_s`` is not 0 where the agent could not measure it before it joined."""
+    """``call_s`` is the profile's, or measured now by an agent that could not before it joined."""
 
     request: int
     timings: tuple[BlockTiming, ...]

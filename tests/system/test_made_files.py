@@ -86,7 +86,6 @@ def test_the_coordinator_compiles_once_for_a_device_that_cannot(corals: CoralClu
     answer = corals.load(TINY_OPT, *PINS[:2])
     assert answer["plan"]["stages"][0]["device"] == "coral"
     corals.answers()
-    assert corals.get("/shoal/v1/devices")["devices"][0]["call_s"] > 0
     # A stage of four layers, one layer alone to be timed, and two sizes of a tiny model.
     first = corals.compilations()
     assert 0 < first <= 4
