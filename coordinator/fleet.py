@@ -226,8 +226,9 @@ class Fleet:
     ) -> PlanningProblem:
         """The problem as measured; what is not known yet is measured."""
         spec = checkpoint.spec
-        timings = await measure_blocks(members, spec, request.bits, self._report)
-        await measure_links(self._roster, members, self._report)
+        timings = await measure_blocks(members, spec, request.bits, self._report, request.exclude)
+        measured = [member for member in members if member.name not in request.exclude]
+        await measure_links(self._roster, measured, self._report)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
         if request.max_weight_error is not None:
             errors = await in_thread(

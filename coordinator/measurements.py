@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -62,12 +62,20 @@ def forward(on_step: OnStep, phase: str, name: str) -> OnProgress:
 
 
 async def measure_blocks(
-    members: Sequence[Member], spec: ModelSpec, bits: Sequence[int], on_step: OnStep
+    members: Sequence[Member],
+    spec: ModelSpec,
+    bits: Sequence[int],
+    on_step: OnStep,
+    excluded: Collection[str] = (),
 ) -> dict[str, tuple[BlockTiming, ...]]:
-    """Seconds per block on each member; members on one machine take turns. Raises AgentFailed."""
+    """Seconds per block on each member; members on one machine take turns.
+
+    Of the ``excluded``, who are not asked, is what is known. Raises AgentFailed.
+    """
     hosts: dict[str, list[Member]] = defaultdict(list)
     for member in members:
-        hosts[member.connection.peer_host].append(member)
+        if member.name not in excluded:
+            hosts[member.connection.peer_host].append(member)
 
     async def one_host(residents: list[Member]) -> None:
         for member in residents:
@@ -76,11 +84,17 @@ async def measure_blocks(
             missing = tuple(width for width in bits if width in usable and width not in known)
             if not missing:
                 continue
-            answer = await member.request(
-                partial(MeasureModel, spec=spec.to_dict(), bits=missing),
-                ModelMeasured,
-                forward(on_step, "measure", member.name),
-            )
+            try:
+                answer = await member.request(
+                    partial(MeasureModel, spec=spec.to_dict(), bits=missing),
+                    ModelMeasured,
+                    forward(on_step, "measure", member.name),
+                )
+            except AgentLost:
+                raise
+            except AgentFailed as error:
+                reason = f"{error.reason}; --exclude {member.name} plans without it"
+                raise AgentFailed(member.name, reason) from error
             if answer.call_s < 0 or not all(map(_is_possible, answer.timings)):
                 raise AgentFailed(member.name, "reported an impossible time")
             if answer.call_s:
@@ -91,7 +105,7 @@ async def measure_blocks(
     await together(one_host(residents) for residents in hosts.values())
     return {
         member.name: tuple(
-            timing for width in bits for timing in member.timings[spec].get(width, ())
+            timing for width in bits for timing in member.timings.get(spec, {}).get(width, ())
         )
         for member in members
     }

@@ -104,14 +104,18 @@ def test_an_agent_compiles_where_the_coordinator_cannot(corals: CoralCluster) ->
     corals.compiling.add("maker")
     corals.start_coordinator()
     corals.start("coral", "edgetpu")
-    corals.wait_for_agents("coral")
+    corals.start("pi")
+    corals.wait_for_agents("coral", "pi")
     refused = corals.run("load", str(TINY_OPT), "--bits=8")
     assert refused.returncode != 0
     assert "not compiled for the Edge TPU (neither the coordinator nor any agent" in refused.stderr
     assert "put edgetpu_compiler on the PATH of" in refused.stderr
+    assert "--exclude coral plans without it" in refused.stderr
+    corals.load(TINY_OPT, "--bits=8", "--exclude=coral")
+    corals.answers()
+    corals.run("unload")
 
     corals.start("maker")
-    corals.start("pi")
     corals.wait_for_agents("coral", "maker", "pi")
     answer = corals.load(TINY_OPT, *PINS)
     assert "maker" not in {stage["device"] for stage in answer["plan"]["stages"]}
