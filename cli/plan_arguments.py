@@ -12,8 +12,8 @@ from cli.errors import CommandFailed, UsageError
 from wire.activations import HOP_BITS
 
 if TYPE_CHECKING:
-    from coordinator.lab import Sensitivities
     from coordinator.problem import Objective
+    from coordinator.sensitivity_file import Sensitivities
     from model.spec import ModelSpec
 
 _PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.ASCII)
@@ -150,11 +150,11 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises UsageError, CommandFailed.
     """
-    from coordinator.lab import LabError
     from coordinator.plan import PlanError
     from coordinator.plan_file import read_plan
     from coordinator.plan_request import DEFAULT_BITS
     from coordinator.problem import DEFAULT_HOPS
+    from coordinator.sensitivity_file import SensitivityError
     from model.errors import ModelError
     from model.families import load_spec
 
@@ -196,7 +196,7 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
                     {str(bits): kl for bits, kl in row.items()} for row in known.kl
                 ]
                 request["hop_sensitivities"] = {str(bits): kl for bits, kl in known.hops.items()}
-    except (LabError, ModelError, PlanError) as error:
+    except (ModelError, PlanError, SensitivityError) as error:
         raise CommandFailed(str(error)) from error
     return request
 
@@ -218,7 +218,7 @@ def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:
 
 
 def sensitivities_of(options: argparse.Namespace, spec: ModelSpec) -> Sensitivities | None:
-    from coordinator.lab import read_sensitivities
+    from coordinator.sensitivity_file import read_sensitivities
 
     if options.sensitivities is None:
         return None

@@ -30,9 +30,10 @@ from cli.render import Screen
 if TYPE_CHECKING:
     from cli.client import Client
     from coordinator.explain import Explanation
-    from coordinator.lab import Lab, Sensitivities
+    from coordinator.lab import Lab
     from coordinator.plan import Plan
     from coordinator.problem import HopFormat, PlanningProblem
+    from coordinator.sensitivity_file import Sensitivities
     from coordinator.study import Simulation
     from model.quantize import Format
     from model.spec import ModelSpec
@@ -45,10 +46,12 @@ SOLVE_AGAIN_LIMIT_S = 5.0
 def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     """``shoal plan MODEL --devices LAB.yaml``: no coordinator, no agent. Raises CommandFailed."""
     from coordinator.admin_api import describe_plan
-    from coordinator.lab import LabError, lab_problem, read_lab
+    from coordinator.lab import LabError, lab_problem
+    from coordinator.lab_file import read_lab
     from coordinator.plan import PlanError
     from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS
     from coordinator.quality import scaled
+    from coordinator.sensitivity_file import SensitivityError
     from model.errors import ModelError
     from model.families import load_spec
     from model.quantize import Format
@@ -112,7 +115,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             found = _Found(name, context_tokens, describe_plan(spec, plan), wording)
             found.margin = None if known_kl is None else known_kl.margin
             _show_plan(options, screen, plan, problem, found)
-    except (LabError, ModelError, PlanError, ValueError) as error:
+    except (LabError, ModelError, PlanError, SensitivityError, ValueError) as error:
         raise CommandFailed(str(error)) from error
 
 

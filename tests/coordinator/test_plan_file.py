@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.lab import lab_problem, parse_lab
+from coordinator.lab import lab_problem
+from coordinator.lab_file import parse_lab
 from coordinator.plan import PlanError, Proof, assess
 from coordinator.plan_file import Change, bits_text, difference, parse_plan, plan_text, read_plan
 from coordinator.problem import HopFormat
