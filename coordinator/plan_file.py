@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.plan import Plan, PlanError, Proof, assess, verify
+from coordinator.plan import Plan, PlanError, Proof, assess, bits_text, verify
 from coordinator.problem import PlanningProblem
 from model.quantize import BITS
 from wire.activations import HOP_BITS
@@ -180,12 +180,6 @@ def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
         if a != b:
             changes.append(Change(blocks[0], blocks[-1] + 1, a, b))
     return tuple(changes)
-
-
-def bits_text(bits: Iterable[int]) -> str:
-    """Widths of consecutive blocks, repeats counted: ``16 8x11 4``."""
-    runs = [(width, len(list(group))) for width, group in itertools.groupby(bits)]
-    return " ".join(str(width) if count == 1 else f"{width}x{count}" for width, count in runs)
 
 
 def _read(values: object, source: str) -> SavedPlan:

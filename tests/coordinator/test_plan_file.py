@@ -10,8 +10,8 @@ import pytest
 
 from coordinator.lab import lab_problem
 from coordinator.lab_file import parse_lab
-from coordinator.plan import PlanError, Proof, assess
-from coordinator.plan_file import Change, bits_text, difference, parse_plan, plan_text, read_plan
+from coordinator.plan import PlanError, Proof, assess, bits_text
+from coordinator.plan_file import Change, difference, parse_plan, plan_text, read_plan
 from coordinator.problem import HopFormat
 from coordinator.study import opt_350m
 
