@@ -83,7 +83,10 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=argument_types.size, metavar="SIZE", help="for weights, KV and buffers"
     )
     parser.add_argument(
-        "--storage", type=argument_types.size, metavar="SIZE", help="for the block cache"
+        "--storage",
+        type=argument_types.size,
+        metavar="SIZE",
+        help="for blocks and what is prepared of them",
     )
     parser.add_argument(
         "--threads", type=argument_types.count, default=len(os.sched_getaffinity(0)), metavar="N"
