@@ -132,7 +132,10 @@ def _show(screen: Screen, title: str, result: StageSpeed) -> None:
     table.add_column("", no_wrap=True)
     bits = ",".join(map(str, result.bits))
     group = f", groups of {result.group_size}" if result.group_size else ""
-    table.add_row("weights", f"{bits} bits{group}; {format_size(result.packed_bytes)} packed")
+    weights = f"{bits} bits{group}; {format_size(result.packed_bytes)} packed"
+    if result.executed_bytes != result.packed_bytes:
+        weights += f", {format_size(result.executed_bytes)} as executed"
+    table.add_row("weights", weights)
     table.add_row("threads", str(result.threads))
     for decode in result.decode:
         table.add_row(
@@ -145,7 +148,7 @@ def _show(screen: Screen, title: str, result: StageSpeed) -> None:
     )
     again = ""
     if result.load_again_s is not None:
-        rate = result.packed_bytes / result.load_again_s / 1e6
+        rate = result.executed_bytes / result.load_again_s / 1e6
         again = f", then {result.load_again_s:.2f} s ({rate:.0f} MB/s)"
     table.add_row("load", f"{result.load_s:.2f} s{again}")
     table.add_row(
