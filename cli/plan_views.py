@@ -14,7 +14,7 @@ from wire.sizes import format_size
 if TYPE_CHECKING:
     from coordinator.dilemma import Instance, Solution
     from coordinator.explain import Explanation, Kind
-    from coordinator.plan_file import Change, SavedPlan
+    from coordinator.plan_file import Change, HopChange, SavedPlan
     from coordinator.study import DilemmaStudy, Simulation
     from model.spec import ModelSpec
 
@@ -105,11 +105,16 @@ def show_simulation(screen: Screen, simulation: Simulation) -> None:
 
 
 def show_difference(
-    screen: Screen, before: SavedPlan, after: SavedPlan, changes: Sequence[Change]
+    screen: Screen,
+    before: SavedPlan,
+    after: SavedPlan,
+    changes: Sequence[Change],
+    hops: Sequence[HopChange],
 ) -> None:
     if not changes:
-        screen.out.print("the two plans place every block alike")
-    else:
+        alike = ", and send at other bits" if hops else ""
+        screen.out.print(f"the two plans place every block alike{alike}")
+    if changes or hops:
         table = titled_table(f"from {before.source} to {after.source}")
         for column in ("blocks", "before", "after"):
             table.add_column(column, no_wrap=True)
@@ -120,6 +125,9 @@ def show_difference(
                 escape(f"{change.before[0]} {change.before[1]} bit"),
                 escape(f"{change.after[0]} {change.after[1]} bit"),
             )
+        for hop in hops:
+            sent = ("no hop" if bits is None else f"{bits} bit" for bits in (hop.before, hop.after))
+            table.add_row(f"hop behind {hop.block}", *sent)
         screen.out.print(table)
     old = before.predicted.get("ms_per_token")
     new = after.predicted.get("ms_per_token")

@@ -155,11 +155,11 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
 def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
     """Compare two saved plans. Raises CommandFailed."""
     from coordinator.plan import PlanError
-    from coordinator.plan_file import difference, read_plan
+    from coordinator.plan_file import difference, hop_difference, read_plan
 
     try:
         before, after = read_plan(options.before), read_plan(options.after)
-        changes = difference(before, after)
+        changes, hops = difference(before, after), hop_difference(before, after)
     except PlanError as error:
         raise CommandFailed(str(error)) from error
     if options.json:
@@ -174,11 +174,14 @@ def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
                     }
                     for change in changes
                 ],
+                "hops": [
+                    {"behind": hop.block, "before": hop.before, "after": hop.after} for hop in hops
+                ],
                 "predicted": {"before": dict(before.predicted), "after": dict(after.predicted)},
             }
         )
     else:
-        show_difference(screen, before, after, changes)
+        show_difference(screen, before, after, changes, hops)
 
 
 def run_study(options: argparse.Namespace, screen: Screen) -> None:
