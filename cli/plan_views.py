@@ -67,6 +67,11 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
             ),
         )
     screen.out.print(table)
+    if any(stage.sensitivity is not None for stage in explanation.stages):
+        screen.out.print(
+            "KL counts weights and hops; stages that round activations lose more"
+            " (docs/calibration.md)"
+        )
     screen.out.print(f"bottleneck: {escape(explanation.bottleneck)}")
     screen.out.print(f"pipelined: {escape(explanation.pipeline_bottleneck)}")
     screen.out.print("\nsolved again with one thing changed:")

@@ -179,7 +179,9 @@ def test_a_quality_budget_is_kept(
     parts = [stage["sensitivity"] for stage in answer["explanation"]["stages"]]
     assert sum(parts) == pytest.approx(answer["plan"]["total_sensitivity"])
     plan(model, "--devices", lab, "--sensitivities", file, "--explain")
-    assert "predicted KL divergence" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "predicted KL divergence" in shown
+    assert "stages that round activations lose more" in shown
 
 
 def sent_at(answer: dict[str, Any]) -> list[int | None]:
