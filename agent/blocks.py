@@ -1,16 +1,17 @@
-"""The block cache: artifacts on this device's disk, by content hash.
+"""The block cache: artifacts on this device's disk, by content hash, and what is made of them.
 
 What is in the cache under a hash has been verified against it. A download that was cut off stays
-as a .part file and goes on where it stopped. The least recently used artifacts make room.
+as a .part file and goes on where it stopped. What was used longest ago makes room, be it an
+artifact or the weights that a backend prepared for a stage.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -30,10 +31,11 @@ class CacheError(Exception):
 
 
 class BlockCache:
-    """Artifacts under ``directory``, never more than ``limit_bytes`` of them."""
+    """Artifacts and prepared weights under ``directory``, together never above ``limit_bytes``."""
 
     def __init__(self, directory: Path, limit_bytes: int) -> None:
         self._directory = directory
+        self._prepared = directory / "prepared"
         self._limit_bytes = limit_bytes
 
     def path(self, sha256: str) -> Path:
@@ -94,6 +96,24 @@ class BlockCache:
             raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
         return sum(ref.size_bytes for ref in missing)
 
+    def prepare(self, blocks: Sequence[BlockRef], size_bytes: int) -> Path | None:
+        """Where a backend may keep ``size_bytes`` that it makes of ``blocks``, which are here.
+
+        The same blocks have the same place. None where the limit leaves no room for both.
+        """
+        wanted = {ref.sha256: ref.size_bytes for ref in blocks}
+        home = self._prepared / hashlib.sha256("".join(wanted).encode()).hexdigest()
+        needed_bytes = sum(wanted.values()) + size_bytes
+        if needed_bytes > self._limit_bytes:
+            return None
+        try:
+            self._evict({*wanted, home.name}, needed_bytes)
+            if home.exists():
+                os.utime(home)
+        except OSError:
+            return None
+        return home
+
     def _held_bytes(self, sha256s: Collection[str]) -> int:
         return sum(self.path(sha256).stat().st_size for sha256 in self.find(sha256s))
 
@@ -138,7 +158,7 @@ class BlockCache:
         part.replace(self.path(ref.sha256))
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
-        """Drop what was used longest ago until the wanted blocks fit below the limit."""
+        """Drop what was used longest ago until ``needed_bytes`` for what is kept are free."""
         others = [
             path
             for path in self._directory.iterdir()
@@ -146,14 +166,37 @@ class BlockCache:
             and SHA256.fullmatch(path.stem)
             and path.suffix in ("", ".part")
         ]
+        if self._prepared.is_dir():
+            others += [path for path in self._prepared.iterdir() if path.name not in keep]
         others.sort(key=lambda path: path.stat().st_mtime)
-        used = needed_bytes + sum(path.stat().st_size for path in others)
+        sizes = {path: _size_bytes(path) for path in others}
+        used = needed_bytes + sum(sizes.values())
         for path in others:
             if used <= self._limit_bytes:
                 break
-            used -= path.stat().st_size
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            used -= sizes[path]
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what loads that were killed left in a cache: folders whose names begin with a dot.
+
+    For the agent that has claimed the state directory, before it loads anything: nobody else
+    writes there.
+    """
+    for folder, names, _ in os.walk(directory):
+        for name in [name for name in names if name.startswith(".")]:
+            names.remove(name)
+            shutil.rmtree(Path(folder, name), ignore_errors=True)
+
+
+def _size_bytes(path: Path) -> int:
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
 
 
 def _hash_existing(file: BinaryIO, digest: hashlib._Hash, size_bytes: int) -> int:

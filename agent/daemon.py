@@ -13,14 +13,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
-from agent.blocks import BlockCache, CacheError
+from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
 from agent.links import Link, Measuring
@@ -40,6 +40,7 @@ from wire.discovery import find_coordinator, reachable_addresses
 from wire.errors import ConnectFailed, ProtocolError, WireError
 from wire.messages import (
     AgentHello,
+    BlockRef,
     BlocksFound,
     CancelRequest,
     ConnectStage,
@@ -84,10 +85,6 @@ Request = (
 )
 
 
-PREPARED_FACTOR = 4.5
-"""Bytes that a backend keeps of prepared weights over those of the artifacts, at most."""
-
-
 class Agent:
     """One device of the shoal."""
 
@@ -112,6 +109,7 @@ class Agent:
         """By the peer's device: what the coordinator knows of them, and what was seen since."""
         self._measuring = Measuring()
         self._state_lock = claim(config.state_dir)
+        remove_leftovers(config.cache_dir)
         self._device = device_identity(config.state_dir)
         self._profile = profile_in_child(
             backend=config.backend,
@@ -437,7 +435,7 @@ class Agent:
                 self._config.threads,
                 memory_bytes=self._profile.memory_bytes,
                 exact=self._config.exact,
-                prepared_dir=self._prepared_dir(sum(ref.size_bytes for ref in request.blocks)),
+                prepared_dir=self._prepared_dir(request.blocks),
             ),
         )
         self._relay = Relay(
@@ -457,17 +455,15 @@ class Agent:
             request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
         )
 
-    def _prepared_dir(self, artifact_bytes: int) -> Path | None:
-        """Where prepared weights may be kept: nowhere if the user's limit leaves them no room.
+    def _prepared_dir(self, blocks: Sequence[BlockRef]) -> Path | None:
+        """Where the backend may keep prepared weights: nowhere if storage leaves them no room.
 
         Exact stages keep none: theirs are many times larger, and nobody is in a hurry.
         """
-        if self._config.exact:
+        factor = self._backend.PREPARED_FACTOR
+        if self._config.exact or factor == 0:
             return None
-        limit = self._config.storage_bytes
-        if limit is not None and (1 + PREPARED_FACTOR) * artifact_bytes > limit:
-            return None
-        return self._config.state_dir / "prepared"
+        return self._cache.prepare(blocks, int(factor * sum(ref.size_bytes for ref in blocks)))
 
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str

@@ -136,14 +136,13 @@ class Hop:
         with self._changed:
             if self._pings and now_s - self._pings[0].started_s > ANSWER_S:
                 self._forget_pings()
-                self._unseen = True
         if not self._pings and now_s - self._sent_s >= PING_S / 2:
             self._send_ping(time.monotonic(), 0)
 
     def _send_ping(self, started_s: float, size_bytes: int) -> bool:
         """Unless something else is being measured on this device."""
         with self._changed:
-            if self._over or not (self._pings or self._measuring.try_begin()):
+            if self._over or not (self._pings or self._measuring.try_begin(self._give_up)):
                 return False
             self._number += 1
             ping = _Ping(self._number, started_s, size_bytes)
@@ -151,10 +150,16 @@ class Hop:
         self._connection.send(ProbePing(ping.number))
         return True
 
+    def _give_up(self) -> None:
+        """Something that was asked for is to be measured, and does not wait for answers."""
+        with self._changed:
+            self._forget_pings()
+
     def _forget_pings(self) -> None:
         """The caller holds the lock."""
         if self._pings:
             self._pings.clear()
+            self._unseen = True
             self._measuring.end()
 
     # ---- the receiving thread -------------------------------------------------------------------

@@ -10,7 +10,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wire.messages import LinkChanged
@@ -45,59 +45,89 @@ class Link:
         self._told_at_s = float("-inf")
         self._rtts_s: deque[float] = deque(maxlen=RTT_SAMPLES)
         self._rates: deque[float] = deque(maxlen=RATE_SAMPLES)
+        self._lock = threading.RLock()
+        """Guards all of it: a closed hop may still read an answer beside its successor."""
 
     @property
     def rtt_s(self) -> float | None:
         """The best estimate of a small frame's round trip; None as long as there is none."""
-        if self._rtts_s:
-            return statistics.median(self._rtts_s)
-        return None if self._told is None else self._told.rtt_s
+        with self._lock:
+            if self._rtts_s:
+                return statistics.median(self._rtts_s)
+            return None if self._told is None else self._told.rtt_s
 
     def add_rtt(self, seconds: float) -> None:
-        self._rtts_s.append(seconds)
+        with self._lock:
+            self._rtts_s.append(seconds)
 
     def add_transfer(self, size_bytes: int, seconds: float) -> None:
         """How long the link was busy with a frame: dropped where that is less than a round trip,
         whose jitter would be most of it."""
-        rtt_s = self.rtt_s
-        if rtt_s is not None and seconds >= rtt_s:
-            self._rates.append(size_bytes / seconds)
+        with self._lock:
+            rtt_s = self.rtt_s
+            if rtt_s is not None and seconds >= rtt_s:
+                self._rates.append(size_bytes / seconds)
 
     def news(self, now_s: float | None = None) -> LinkChanged | None:
         """What to tell the coordinator, which counts as told then; None where nothing moved."""
         now_s = time.monotonic() if now_s is None else now_s
-        if self._told is None or now_s - self._told_at_s < REPORT_S:
-            return None
-        told = self._told
-        rtt_s, rtt_p90_s, rate = told.rtt_s, told.rtt_p90_s, told.bytes_per_s
-        if len(self._rtts_s) == RTT_SAMPLES:
-            rtt_s, rtt_p90_s = summary_s(self._rtts_s)
-        if len(self._rates) == RATE_SAMPLES:
-            rate = statistics.median(self._rates)
-        if not (_moved(told.rtt_s, rtt_s) or _moved(told.bytes_per_s, rate)):
-            return None
-        self._told, self._told_at_s = LinkFigures(rtt_s, rtt_p90_s, rate), now_s
-        return LinkChanged(self.device, rtt_s, rate, rtt_p90_s)
+        with self._lock:
+            if self._told is None or now_s - self._told_at_s < REPORT_S:
+                return None
+            told = self._told
+            rtt_s, rtt_p90_s, rate = told.rtt_s, told.rtt_p90_s, told.bytes_per_s
+            if len(self._rtts_s) == RTT_SAMPLES:
+                rtt_s, rtt_p90_s = summary_s(self._rtts_s)
+            if len(self._rates) == RATE_SAMPLES:
+                rate = statistics.median(self._rates)
+            if not (_moved(told.rtt_s, rtt_s) or _moved(told.bytes_per_s, rate)):
+                return None
+            self._told, self._told_at_s = LinkFigures(rtt_s, rtt_p90_s, rate), now_s
+            return LinkChanged(self.device, rtt_s, rate, rtt_p90_s)
 
 
 class Measuring:
-    """One measurement on this device at a time: others would be part of what it measures."""
+    """One measurement on this device at a time: others would be part of what it measures.
+
+    One that was asked for (``with``) does not wait for one that was only tried: that gives up.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        """Guards what follows."""
+        self._busy = False
+        self._waiting = 0
+        self._give_up: Callable[[], None] | None = None
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        with self._changed:
+            self._waiting += 1
+            give_up = self._give_up
+        if give_up is not None:
+            give_up()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy)
+            self._busy = True
+            self._waiting -= 1
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self.end()
 
-    def try_begin(self) -> bool:
-        """Begin, unless something is being measured; then ``end`` must follow."""
-        return self._lock.acquire(blocking=False)
+    def try_begin(self, give_up: Callable[[], None]) -> bool:
+        """Begin, unless something is being measured; then ``end`` must follow.
+
+        ``give_up`` may be called by any thread: it ends the measurement soon, unless it has ended.
+        """
+        with self._changed:
+            if self._busy or self._waiting:
+                return False
+            self._busy, self._give_up = True, give_up
+            return True
 
     def end(self) -> None:
-        self._lock.release()
+        with self._changed:
+            self._busy, self._give_up = False, None
+            self._changed.notify()
 
 
 def summary_s(times_s: Sequence[float] | deque[float]) -> tuple[float, float]:

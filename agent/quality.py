@@ -107,9 +107,6 @@ def measure_quality(
     shutil.rmtree(directory, ignore_errors=True)
     kept_bytes = int(memory_bytes * KEPT_SHARE)
 
-    def send(block: int | None, bits: tuple[int, ...], kl: float, weight_error: float) -> None:
-        report(QualityMeasured(request.request, block, bits, kl, weight_error))
-
     try:
         with closing(
             measure_blocks(
@@ -125,7 +122,11 @@ def measure_quality(
             )
         ) as found:
             for one in found:
-                send(one.block, (one.bits,), one.kl, one.weight_error)
+                report(
+                    QualityMeasured(
+                        request.request, one.block, (one.bits,), one.kl, one.weight_error
+                    )
+                )
         with closing(
             measure_boundaries(
                 source,
@@ -153,7 +154,7 @@ def measure_quality(
             )
         ) as measured:
             for plan, kl in zip(request.plans, measured, strict=True):
-                send(None, plan, kl, 0.0)
+                report(QualityMeasured(request.request, None, plan, kl, 0.0))
     except ValueError as error:
         raise BackendError(str(error)) from error
     except OSError as error:

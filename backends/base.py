@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -160,6 +161,9 @@ class Backend(ABC):
     supplier: Supplier | None = None
     """Who gets files made elsewhere; None where nobody does."""
 
+    PREPARED_FACTOR: ClassVar[float] = 0.0
+    """Bytes kept in ``StageOptions.prepared_dir`` over those of the artifacts, at most."""
+
     @classmethod
     @abstractmethod
     def probe(cls) -> Capabilities:
@@ -193,6 +197,8 @@ class Backend(ABC):
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
         """Load contiguous blocks, given as (block, path of its artifact) in order.
 
+        What has to lie on the disk meanwhile is in folders whose names begin with a dot, beside the
+        artifacts or in ``prepared_dir``: their owner removes those of a load that was killed.
         Raises BackendError where the blocks cannot be run, model.errors.CheckpointError where an
         artifact is not what it says.
         """

@@ -71,6 +71,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class OnnxCpuBackend(Backend):
     """ONNX Runtime's CPU provider on any machine that has it."""
 
+    PREPARED_FACTOR = 4.5  # MAX_EXPANSION * DISK_FACTOR, and what tables and graphs take.
+
     @classmethod
     def probe(cls) -> Capabilities:
         try:

@@ -80,6 +80,7 @@ class Prepared:
         ``needed_bytes`` of weights or fails."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
+            self.drop_others()  # They are not both kept, not even meanwhile.
             # Leave as much free again: other files have to fit as well.
             if shutil.disk_usage(self._directory).free < 2 * DISK_FACTOR * needed_bytes:
                 return False

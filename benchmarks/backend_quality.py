@@ -7,6 +7,7 @@ answers exactly. Beside them, what its host had to compute of the products, wher
 examples:
   python benchmarks/backend_quality.py
   python benchmarks/backend_quality.py --backends tflite_cpu --questions 100 --json
+  python benchmarks/backend_quality.py --backends onnx_cpu --bits 4 --exact
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def measure(
     bits: int,
     questions: Sequence[Question],
     original: ReferenceModel,
+    *,
+    exact_stages: bool,
 ) -> dict[str, Any]:
-    """All figures of one backend."""
+    """All figures of one backend. ``exact_stages``: as ``StageOptions.exact``."""
     spec = checkpoint.spec
     with tempfile.TemporaryDirectory() as name:
         artifacts = [
@@ -72,7 +75,7 @@ def measure(
         ]
         # A stage gives the logits of a prompt's last row; all rows' are the reference head's.
         head = ReferenceModel.from_artifacts(spec, artifacts[-1:])
-        options = StageOptions(1, spec.max_context, 1)
+        options = StageOptions(1, spec.max_context, 1, exact=exact_stages)
         kls, losses, exact = [], [], 0
         with (
             closing(backend.load(spec, artifacts[:-1], options)) as body,
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["onnx_cpu", "tflite_cpu"])
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--questions", type=int, default=750, metavar="N")
+    parser.add_argument("--exact", action="store_true", help="do not round activations")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     checkpoint = Checkpoint.open(TINY_OPT / "model")
@@ -125,7 +129,14 @@ def main() -> None:
     questions = questions_of(TINY_OPT / "dev.json", tokenizer, eos, options.questions)
     original = ReferenceModel.from_checkpoint(checkpoint)
     for name in options.backends:
-        result = measure(checkpoint, backend_class(name)(), options.bits, questions, original)
+        result = measure(
+            checkpoint,
+            backend_class(name)(),
+            options.bits,
+            questions,
+            original,
+            exact_stages=options.exact,
+        )
         if options.json:
             print(json.dumps(result), flush=True)
             continue

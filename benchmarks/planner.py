@@ -74,14 +74,6 @@ def spec(layers: int) -> ModelSpec:
     )
 
 
-OBJECTIVES = {
-    "latency": Objective("latency"),
-    "throughput": Objective("throughput"),
-    "request": Objective("request", prompt_tokens=512, output_tokens=128),
-    "energy": Objective("energy"),
-}
-
-
 def instance(layers: int, count: int, seed: int, objective: Objective) -> PlanningProblem:
     """A random problem; the same for the same arguments."""
     rng = random.Random(f"{layers} {count} {seed}")

@@ -12,7 +12,8 @@ rows and a few rows of logits. More blocks are kept where memory is free.
 
 Decoder layers run through a backend where one is given, which is several times as fast as the
 reference; embedding and head run as ``model.reference`` does, because a stage gives logits of a
-prompt's last row only. Activations are fp32 in both.
+prompt's last row only. Activations are fp32 in both, but for a backend that always rounds them
+(``exact_container_bits`` is empty): what it loses so is then part of the layers' sensitivities.
 
 Source: DILEMMA, "Estimating LLM Performance After Layer-wise Quantization" (teacher and student,
 the weight error); the divergence in place of the weights is this project's.

@@ -51,7 +51,7 @@ class SpeedOptions:
 class DecodeSpeed:
     """One token at a time behind ``context`` tokens: the median over rounds.
 
-    ``read_bytes``: weights and cached keys and values that a token reads at least;
+    ``read_bytes``: weights as executed and cached keys and values that a token reads at least;
     ``bandwidth_share``: those per second over the memory bandwidth of the same round.
     """
 
@@ -66,8 +66,10 @@ class StageSpeed:
     """One model in one format. Seconds and rates are medians, sizes in bytes.
 
     ``packed_bytes``: codes, fp32 scales and zeros, or plain numbers, of all blocks as stored
-    widths; ``stated_bytes``: what the stage says it takes; ``rss_bytes``: what the process has,
-    libraries included. ``load_s``: the first load; ``load_again_s``: with prepared weights.
+    widths; ``executed_bytes``: the same, of plain numbers where those are kept instead (exactly,
+    or of 16 bits as 32); ``stated_bytes``: what the stage says it takes; ``rss_bytes``: what the
+    process has, libraries included. ``load_s``: the first load; ``load_again_s``: with prepared
+    weights.
     """
 
     bits: tuple[int, ...]
@@ -80,6 +82,7 @@ class StageSpeed:
     load_again_s: float | None
     artifact_bytes: int
     packed_bytes: int
+    executed_bytes: int
     kv_bytes: int
     stated_bytes: int
     rss_bytes: int
@@ -124,7 +127,8 @@ def prepared_stage(
         )
     chosen = [formats[max(block - 1, 0) % len(formats)] for block in range(spec.block_count)]
     chosen[-1] = formats[0]
-    weights = sum(packed_bytes(spec, block, fmt) for block, fmt in enumerate(chosen))
+    executed = executed_formats(backend, chosen, exact=options.exact)
+    weights = sum(packed_bytes(spec, block, fmt) for block, fmt in enumerate(executed))
     caches = sum(kv_bytes(spec, block, most) for block in range(spec.block_count))
     available_bytes, _ = memory_bytes()
     if weights + caches > LOAD_SHARE * available_bytes:
@@ -158,8 +162,8 @@ def prepared_stage(
         steps.done()
         with closing(stage):
             artifact_bytes = sum(path.stat().st_size for _, path in artifacts)
-            trial = Trial(spec, chosen, stage, options, steps)
-            trial.loaded(load_s, again_s, artifact_bytes, weights, caches)
+            trial = Trial(spec, chosen, executed, stage, options, steps)
+            trial.loaded(load_s, again_s, artifact_bytes, caches)
             yield trial
 
 
@@ -170,12 +174,14 @@ class Trial:
         self,
         spec: ModelSpec,
         formats: Sequence[Format],
+        executed: Sequence[Format],
         stage: Stage,
         options: SpeedOptions,
         steps: _Steps,
     ) -> None:
         self._spec = spec
         self._formats = formats
+        self._executed = executed
         self._stage = stage
         self._options = options
         self._steps = steps
@@ -185,12 +191,10 @@ class Trial:
         self._filled = 0
         self._tokens = np.random.default_rng(0).integers(0, spec.vocab, spec.max_context)
 
-    def loaded(
-        self, load_s: float, again_s: float | None, artifact: int, packed: int, kv: int
-    ) -> None:
+    def loaded(self, load_s: float, again_s: float | None, artifact: int, kv: int) -> None:
         """What was measured before the first round."""
         self._load_s, self._again_s = load_s, again_s
-        self._artifact_bytes, self._packed_bytes, self._kv_bytes = artifact, packed, kv
+        self._artifact_bytes, self._kv_bytes = artifact, kv
 
     def round(self) -> None:
         """The bandwidth, a prompt, and some tokens at each context."""
@@ -258,7 +262,8 @@ class Trial:
             load_s=self._load_s,
             load_again_s=self._again_s,
             artifact_bytes=self._artifact_bytes,
-            packed_bytes=self._packed_bytes,
+            packed_bytes=self._sum(self._formats),
+            executed_bytes=self._sum(self._executed),
             kv_bytes=self._kv_bytes,
             stated_bytes=self._stage.memory_bytes,
             rss_bytes=psutil.Process().memory_info().rss,
@@ -267,8 +272,37 @@ class Trial:
 
     def _read_bytes(self, context: int) -> int:
         blocks = range(1, self._spec.block_count)
-        weights = sum(packed_bytes(self._spec, block, self._formats[block]) for block in blocks)
-        return weights + sum(kv_bytes(self._spec, block, context) for block in blocks)
+        return self._sum(self._executed, first=1) + sum(
+            kv_bytes(self._spec, block, context) for block in blocks
+        )
+
+    def _sum(self, formats: Sequence[Format], first: int = 0) -> int:
+        blocks = range(first, self._spec.block_count)
+        return sum(packed_bytes(self._spec, block, formats[block]) for block in blocks)
+
+
+def executed_formats(
+    backend: Backend, formats: Sequence[Format], *, exact: bool
+) -> tuple[Format, ...]:
+    """By block, what kernels read: plain numbers where the backend keeps a width as those, and the
+    format itself where it packs; the embedding's table (block 0) stays as it is stored.
+
+    Raises BackendError for widths that it does not run, or not exactly.
+    """
+    capabilities = backend.probe()
+    containers = capabilities.containers(exact=exact)
+    missing = sorted({fmt.bits for fmt in formats} - set(containers))
+    if missing:
+        known = ", ".join(map(str, sorted(containers))) or "none"
+        raise BackendError(
+            f"{capabilities.backend} does not run {', '.join(map(str, missing))} bits"
+            f"{' exactly' if exact else ''}: it runs {known}"
+        )
+    kept = [containers[fmt.bits] for fmt in formats]
+    return tuple(
+        Format.of(bits) if block and bits >= 16 else fmt
+        for block, (fmt, bits) in enumerate(zip(formats, kept, strict=True))
+    )
 
 
 def packed_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:

@@ -8,12 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
+from cli import argument_types
 from cli.errors import CommandFailed, UsageError
-from cli.render import Screen
+from cli.render import Screen, titled_table
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -27,7 +24,9 @@ EXAMPLES = (
 )
 """For the command's help."""
 
-_BITS = (2, 3, 4, 5, 6, 8, 16, 32)
+
+def _numbers(text: str) -> list[int]:
+    return [argument_types.count(part) for part in text.split(",")]
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +44,9 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-size", type=int, choices=(32, 64, 128), default=64, help="default 64"
     )
-    parser.add_argument("--threads", type=_count, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument(
+        "--threads", type=argument_types.count, default=len(os.sched_getaffinity(0)), metavar="N"
+    )
     parser.add_argument(
         "--context",
         type=_numbers,
@@ -53,8 +54,12 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens behind the decoded ones; default 32,900",
     )
-    parser.add_argument("--prompt", type=_count, default=512, metavar="N", help="default 512")
-    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="default 5")
+    parser.add_argument(
+        "--prompt", type=argument_types.count, default=512, metavar="N", help="default 512"
+    )
+    parser.add_argument(
+        "--rounds", type=argument_types.count, default=5, metavar="N", help="default 5"
+    )
     parser.add_argument(
         "--mixed", action="store_true", help="one run, whose layers take the widths in turn"
     )
@@ -74,10 +79,10 @@ def run_bench(options: argparse.Namespace, screen: Screen) -> None:
     from calibration.shapes import shape_spec
     from calibration.speed import SpeedOptions, measure_speed
     from model.errors import ModelError
-    from model.quantize import Format
+    from model.quantize import BITS, Format
 
-    if not set(options.bits) <= set(_BITS):
-        raise UsageError(f"--bits {options.bits}: only {', '.join(map(str, _BITS))} exist")
+    if not set(options.bits) <= set(BITS):
+        raise UsageError(f"--bits {options.bits}: only {', '.join(map(str, BITS))} exist")
     formats = [Format.of(width, "rtn", options.group_size) for width in options.bits]
     runs = [formats] if options.mixed else [[fmt] for fmt in formats]
     speed_options = SpeedOptions(
@@ -122,12 +127,15 @@ def run_bench(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def _show(screen: Screen, title: str, result: StageSpeed) -> None:
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = titled_table(title)
     table.add_column("measured", no_wrap=True, min_width=18)
     table.add_column("", no_wrap=True)
     bits = ",".join(map(str, result.bits))
     group = f", groups of {result.group_size}" if result.group_size else ""
-    table.add_row("weights", f"{bits} bits{group}; {format_size(result.packed_bytes)} packed")
+    weights = f"{bits} bits{group}; {format_size(result.packed_bytes)} packed"
+    if result.executed_bytes != result.packed_bytes:
+        weights += f", {format_size(result.executed_bytes)} as executed"
+    table.add_row("weights", weights)
     table.add_row("threads", str(result.threads))
     for decode in result.decode:
         table.add_row(
@@ -140,7 +148,7 @@ def _show(screen: Screen, title: str, result: StageSpeed) -> None:
     )
     again = ""
     if result.load_again_s is not None:
-        rate = result.packed_bytes / result.load_again_s / 1e6
+        rate = result.executed_bytes / result.load_again_s / 1e6
         again = f", then {result.load_again_s:.2f} s ({rate:.0f} MB/s)"
     table.add_row("load", f"{result.load_s:.2f} s{again}")
     table.add_row(
@@ -149,14 +157,3 @@ def _show(screen: Screen, title: str, result: StageSpeed) -> None:
         f"of which KV cache {format_size(result.kv_bytes)}",
     )
     screen.out.print(table)
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return value
-
-
-def _numbers(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]

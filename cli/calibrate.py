@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from cli import argument_types
+from cli.argument_types import argument, between, whole
 from cli.calibrate_quality import quality_here, quality_on_agent
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
@@ -40,8 +41,8 @@ EXAMPLES = (
 DEFAULT_BITS = (4, 8, 16)
 DEFAULT_CHECKED_PLANS = 8
 
-_BITS = (2, 3, 4, 5, 6, 8, 16, 32)
-_MAX_SUSTAIN_S = 3600.0
+_sustained_s = argument(between(1, 3600, "s"), "seconds between 1 and 3600, such as 60s")
+_plans = argument(whole, "a whole number, 0 for none")
 
 
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,15 +56,27 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         "config.json",
     )
     parser.add_argument(
-        "--bits", type=_bits, metavar="4,8,16", help="widths; default 4,8,16, or 2,3,4,6,8"
+        "--bits",
+        type=argument_types.bits,
+        metavar="4,8,16",
+        help="widths; default 4,8,16, or 2,3,4,6,8",
     )
     parser.add_argument("--backend", metavar="NAME", help="default: all that run here")
-    parser.add_argument("--threads", type=_count, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument(
-        "--sustain", type=_seconds, default=0.0, metavar="60s", help="compute for so long, get hot"
+        "--threads", type=argument_types.count, default=len(os.sched_getaffinity(0)), metavar="N"
     )
     parser.add_argument(
-        "--watts", type=_watts, metavar="W", help="what it draws, where no sensor tells"
+        "--sustain",
+        type=_sustained_s,
+        default=0.0,
+        metavar="60s",
+        help="compute for so long, get hot",
+    )
+    parser.add_argument(
+        "--watts",
+        type=argument_types.watts,
+        metavar="W",
+        help="what it draws, where no sensor tells",
     )
     parser.add_argument(
         "--full", action="store_true", help="the whole layer table, however long it takes"
@@ -96,10 +109,12 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument(
         "--group-size", type=int, choices=(32, 64, 128), default=64, help="default 64"
     )
-    quality.add_argument("--max-tokens", type=_count, default=1024, metavar="N", help="of the text")
+    quality.add_argument(
+        "--max-tokens", type=argument_types.count, default=1024, metavar="N", help="of the text"
+    )
     quality.add_argument(
         "--check-plans",
-        type=_whole,
+        type=_plans,
         default=DEFAULT_CHECKED_PLANS,
         metavar="N",
         help="compare the sum over blocks with what N random mixed plans really do; the largest "
@@ -329,58 +344,3 @@ def _roofline(survey: DeviceSurvey, table: LayerTable | None, name: str) -> str:
     title = f"{survey.machine}, {survey.threads} threads, {name} {backend.version}"
     read = survey.memory_read_bytes_per_s[survey.threads]
     return roofline_svg(title, read, backend.best_flops, points)
-
-
-# ---- helpers -----------------------------------------------------------------------------------
-
-
-def _argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            return convert(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from error
-
-    return parse
-
-
-def _parse_bits(text: str) -> list[int]:
-    bits = sorted({int(part) for part in text.split(",")})
-    if any(value not in _BITS for value in bits):
-        raise ValueError(text)
-    return bits
-
-
-def _parse_count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _parse_whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
-def _parse_seconds(text: str) -> float:
-    value = float(text.removesuffix("s"))
-    if not 1 <= value <= _MAX_SUSTAIN_S:
-        raise ValueError(text)
-    return value
-
-
-def _parse_watts(text: str) -> float:
-    value = float(text.removesuffix("W"))
-    if not 0 < value < 1e5:
-        raise ValueError(text)
-    return value
-
-
-_bits = _argument(_parse_bits, "widths out of " + ",".join(map(str, _BITS)))
-_count = _argument(_parse_count, "a whole number above 0")
-_whole = _argument(_parse_whole, "a whole number, 0 for none")
-_seconds = _argument(_parse_seconds, "seconds between 1 and 3600, such as 60s")
-_watts = _argument(_parse_watts, "watts above 0, such as 6.5")

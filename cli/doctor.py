@@ -14,11 +14,11 @@ from pathlib import Path
 
 from agent.config import default_state_dir
 from cli import checks, network_checks
+from cli.argument_types import control_endpoint
 from cli.checks import Check, Machine
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.settings import parse_toml
-from wire.messages import Endpoint
 
 EXAMPLES = (
     "  shoal doctor\n"
@@ -50,19 +50,16 @@ SERVICE_STATE = Path("/var/lib/shoal/agent")
 COLOURS = {"ok": "green", "note": "default", "warning": "yellow", "failed": "bold red"}
 
 
-def add_doctor_arguments(
-    parser: argparse.ArgumentParser, endpoint: Callable[[str], Endpoint]
-) -> None:
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", help="which one to look for; default: the service's, or shoal")
     parser.add_argument(
         "--coordinator",
-        type=endpoint,
+        type=control_endpoint,
         metavar="HOST[:PORT]",
         help="its address; default: the service's, or search by mDNS",
     )
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where blocks are kept")
     parser.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
-    parser.set_defaults(endpoint=endpoint)
 
 
 def run_doctor(options: argparse.Namespace, screen: Screen) -> None:
@@ -119,7 +116,7 @@ def _machine(options: argparse.Namespace) -> Machine:
     coordinator = options.coordinator
     if coordinator is None and "coordinator" in settings:
         try:
-            coordinator = options.endpoint(str(settings["coordinator"]))
+            coordinator = control_endpoint(str(settings["coordinator"]))
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{path}: coordinator: {error}") from error
     state_dir = options.state_dir

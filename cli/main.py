@@ -7,12 +7,9 @@ that need them, so that a Raspberry Pi carries only what it runs.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
-import re
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,27 +17,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cli import edgetpu, plan_arguments, planning
+from cli import argument_types, daemons, edgetpu, plan_arguments, planning
+from cli.argument_types import argument, between
 from cli.bench import EXAMPLES as BENCH_EXAMPLES
 from cli.bench import add_bench_arguments, run_bench
 from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
 from cli.doctor import EXAMPLES as CHECKS
 from cli.doctor import add_doctor_arguments, run_doctor
-from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable, UsageError
-from cli.install import add_service_actions
+from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable
 from cli.journal import JournalFormatter, under_journal
 from cli.render import Screen
 from cli.settings import read_settings
 from cli.testbed import EXAMPLES as TESTBED_EXAMPLES
 from cli.testbed import add_testbed_arguments, run_testbed
-from wire.errors import WireError
-from wire.messages import Endpoint
-from wire.service import ServiceManager
 from wire.sizes import parse_size
 
-CONTROL_PORT = 7420
-HTTP_PORT = 7421
-ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - agents are on other machines
+_sizes = argument(lambda text: [parse_size(part) for part in text.split(",")], "sizes: 1G,512M")
+_temperature = argument(between(0, 2), "a number between 0 and 2")
+_share = argument(between(0, 1), "a number between 0 and 1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options = parser.parse_args(arguments)
             options.run(options, screen)
     except _Terminated as signalled:
-        if options.run in (run_agent, run_coordinator) and signalled.number == signal.SIGTERM:
+        if options.run in daemons.SERVICES and signalled.number == signal.SIGTERM:
             return 0  # Whoever stops a service has not made it fail.
         screen.note("terminated")
         return EXIT_SIGNAL + signalled.number
@@ -92,112 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # ---- commands ----------------------------------------------------------------------------------
-
-
-def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
-    from cli.making import LocalMakers
-    from coordinator.config import ConfigError, CoordinatorConfig, default_state_dir
-    from coordinator.server import Coordinator, Ready
-    from wire.auth import TokenError, create_token, read_token
-
-    def on_ready(ready: Ready) -> None:
-        if options.json:
-            screen.json(
-                {
-                    "event": "ready",
-                    "control_port": ready.control_port,
-                    "http": _url(ready.http_host, ready.http_port),
-                }
-            )
-        else:
-            screen.out.print(
-                f"cluster {options.cluster}: agents join at port {ready.control_port}, "
-                f"API at {_url(ready.http_host, ready.http_port)}"
-            )
-
-    try:
-        if options.create_token:
-            create_token(_required_token_file(options))
-        coordinator = Coordinator(
-            CoordinatorConfig(
-                cluster=options.cluster,
-                state_dir=options.state_dir or default_state_dir(),
-                control_host=options.bind,
-                control_port=options.port,
-                http_host=options.http.host,
-                http_port=options.http.port,
-                advertise=not options.no_mdns,
-                token=read_token(options.token_file),
-                storage_bytes=options.storage,
-            ),
-            screen.note,
-            ServiceManager.from_environment(),
-            LocalMakers(),
-        )
-        _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
-        asyncio.run(coordinator.run(on_ready))
-    except (ConfigError, TokenError, WireError) as error:
-        raise CommandFailed(str(error)) from error
-
-
-def run_agent(options: argparse.Namespace, screen: Screen) -> None:
-    from backends.base import BackendError, BackendUnavailable
-    from backends.registry import probe_all
-
-    if options.list_backends:
-        found = probe_all()
-        if options.json:
-            screen.json(
-                {
-                    name: {"available": False, "reason": result.reason}
-                    if isinstance(result, BackendUnavailable)
-                    else {"available": True, "version": result.version}
-                    for name, result in found.items()
-                }
-            )
-            return
-        for name, result in found.items():
-            if isinstance(result, BackendUnavailable):
-                state = result.reason
-            else:
-                state = f"available ({result.version})"
-            screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
-        return
-
-    from agent.config import AgentConfig, ConfigError, default_state_dir
-    from agent.daemon import Agent
-    from wire.auth import TokenError, read_token
-
-    service = ServiceManager.from_environment()
-    try:
-        agent = Agent(
-            AgentConfig(
-                name=options.name or socket.gethostname().split(".")[0],
-                state_dir=options.state_dir or default_state_dir(),
-                cluster=options.cluster,
-                coordinator=options.coordinator,
-                bind_host=options.bind,
-                data_port=options.port,
-                memory_bytes=options.memory,
-                storage_bytes=options.storage,
-                threads=options.threads,
-                exact=options.exact,
-                backend=options.backend,
-                token=read_token(options.token_file),
-                watts=options.watts,
-            ),
-            screen.note,
-            service,
-        )
-    except BackendUnavailable as error:
-        raise Unavailable(f"{error}; `shoal doctor` says how to get it") from error
-    except (ConfigError, TokenError, BackendError, WireError) as error:
-        raise CommandFailed(str(error)) from error
-    _follow_parent(options, agent.stop)
-    try:
-        agent.run()
-    finally:
-        agent.stop()
 
 
 def run_devices(options: argparse.Namespace, screen: Screen) -> None:
@@ -277,17 +165,6 @@ def run_demo(options: argparse.Namespace, screen: Screen) -> None:
 # ---- helpers of commands -----------------------------------------------------------------------
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _required_token_file(options: argparse.Namespace) -> Path:
-    path: Path | None = options.token_file
-    if path is None:
-        raise UsageError("--create-token writes a file: say which with --token-file FILE")
-    return path
-
-
 def _client(options: argparse.Namespace) -> Any:
     from cli.client import Client, default_url
 
@@ -311,19 +188,6 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
             "/shoal/v1/load", {"model": str(path), "hop_bits": options.hop_bits}, on_step
         )
     return str(answer["model"])
-
-
-def _follow_parent(options: argparse.Namespace, stop: Callable[[], None]) -> None:
-    """With --until-stdin-closes: end when the process that started this one does, however."""
-    if not options.until_stdin_closes:
-        return
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        stop()
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class _Terminated(KeyboardInterrupt):
@@ -404,99 +268,37 @@ def _parser() -> argparse.ArgumentParser:
         "  shoal demo --bits 32 --hop-bits 32   computes what the model computes unsplit\n",
     )
     demo.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded tiny OPT")
-    demo.add_argument("--agents", type=_count, default=None, metavar="N", help="default: 3")
+    demo.add_argument(
+        "--agents", type=argument_types.count, default=None, metavar="N", help="default: 3"
+    )
     demo.add_argument(
         "--memory",
         type=_sizes,
         metavar="A,B,C",
         help="each agent's memory limit; default: so little that the model must be split",
     )
-    demo.add_argument("--bits", type=_bits, metavar="4,8,16", help="widths to choose from")
+    demo.add_argument(
+        "--bits", type=argument_types.bits, metavar="4,8,16", help="widths to choose from"
+    )
     plan_arguments.add_hop_argument(demo, with_budget=False)
     demo.add_argument("--prompt", metavar="TEXT")
-    demo.add_argument("--max-tokens", type=_count, default=64, metavar="N")
+    demo.add_argument("--max-tokens", type=argument_types.count, default=64, metavar="N")
     demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--exact", action="store_true", help="do not round activations")
-    _add_quality(demo)
+    plan_arguments.add_quality_arguments(demo)
 
     coordinator = command(
         "coordinator",
-        run_coordinator,
+        daemons.run_coordinator,
         "run the coordinator: agents join it, users talk to it",
-        "  shoal coordinator\n  shoal coordinator --cluster attic --http 0.0.0.0:7421\n"
-        "  shoal coordinator --create-token --token-file ~/shoal.token   then copy it to agents\n",
+        daemons.COORDINATOR_EXAMPLES,
     )
-    coordinator.add_argument("--cluster", default="shoal", help="default: shoal")
-    coordinator.add_argument(
-        "--bind", default=ALL_INTERFACES, metavar="HOST", help="where agents connect"
-    )
-    coordinator.add_argument("--port", type=_port, default=CONTROL_PORT, help="for agents")
-    coordinator.add_argument(
-        "--http",
-        type=_http_endpoint,
-        default=Endpoint("127.0.0.1", HTTP_PORT),
-        metavar="HOST:PORT",
-        help=f"the API; default 127.0.0.1:{HTTP_PORT}, this machine only",
-    )
-    coordinator.add_argument(
-        "--storage",
-        type=_size,
-        metavar="SIZE",
-        help="for quantized blocks, the least recently used make room; default: 90 %% of the free "
-        "disk",
-    )
-    coordinator.add_argument("--state-dir", type=Path, metavar="DIR")
-    _add_token(coordinator)
-    coordinator.add_argument(
-        "--create-token", action="store_true", help="make the --token-file, if it is not there"
-    )
-    coordinator.add_argument(
-        "--no-mdns", action="store_true", help="do not announce; agents need --coordinator"
-    )
-    coordinator.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
-    _add_config(coordinator)
-
-    agent = command(
-        "agent",
-        run_agent,
-        "run the agent on a device",
-        "  shoal agent\n"
-        "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
-        "  shoal agent --coordinator 192.168.1.10   where multicast is blocked\n"
-        "  shoal agent --token-file ~/shoal.token   the coordinator's, where it has one\n"
-        "  shoal agent --list-backends\n",
-    )
-    agent.add_argument("--name", help="default: this machine's host name")
-    agent.add_argument("--cluster", default="shoal", help="which cluster to look for by mDNS")
-    agent.add_argument(
-        "--coordinator",
-        type=_control_endpoint,
-        metavar="HOST[:PORT]",
-        help="its address; default: search by mDNS",
-    )
-    agent.add_argument("--memory", type=_size, metavar="SIZE", help="for weights, KV and buffers")
-    agent.add_argument("--storage", type=_size, metavar="SIZE", help="for the block cache")
-    agent.add_argument("--threads", type=_count, default=_default_threads(), metavar="N")
-    agent.add_argument(
-        "--watts", type=_watts, metavar="W", help="what it draws while it computes, for energy"
-    )
-    agent.add_argument("--backend", default="onnx_cpu", help="default: onnx_cpu")
-    agent.add_argument(
-        "--exact", action="store_true", help="do not round activations: slow, to compare results"
-    )
-    agent.add_argument("--bind", default=ALL_INTERFACES, metavar="HOST", help="for other agents")
-    agent.add_argument("--port", type=_port, default=0, help="for other agents; default: any")
-    agent.add_argument("--state-dir", type=Path, metavar="DIR")
-    _add_token(agent)
-    agent.add_argument("--list-backends", action="store_true", help="show them and exit")
-    agent.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
-    _add_config(agent)
-    for service in (agent, coordinator):  # After their options, which installing takes as well.
-        add_service_actions(service)
-
+    daemons.add_coordinator_arguments(coordinator)
+    agent = command("agent", daemons.run_agent, "run the agent on a device", daemons.AGENT_EXAMPLES)
+    daemons.add_agent_arguments(agent)
     doctor = command("doctor", run_doctor, "say what this machine is, and what it lacks", CHECKS)
-    add_doctor_arguments(doctor, _control_endpoint)
+    add_doctor_arguments(doctor)
     devices = command(
         "devices",
         run_devices,
@@ -523,8 +325,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     for sub in (plan, load):
         sub.add_argument("model", metavar="MODEL", help="a Hugging Face model directory")
-        sub.add_argument("--bits", type=_bits, metavar="4,8,16", help="widths to choose from")
-        _add_quality(sub)
+        sub.add_argument(
+            "--bits", type=argument_types.bits, metavar="4,8,16", help="widths to choose from"
+        )
+        plan_arguments.add_quality_arguments(sub)
         plan_arguments.add_hop_argument(sub, with_budget=True)
         plan_arguments.add_objective_arguments(sub)
     plan_arguments.add_planning_arguments(plan)
@@ -563,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("prompt", metavar="PROMPT")
     plan_arguments.add_hop_argument(run, with_budget=False)
     run.add_argument("--chat", action="store_true", help="use the model's chat template")
-    run.add_argument("--max-tokens", type=_count, default=256, metavar="N")
+    run.add_argument("--max-tokens", type=argument_types.count, default=256, metavar="N")
     run.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
     run.add_argument("--top-k", type=int, default=0, metavar="K")
     run.add_argument("--top-p", type=_share, default=1.0, metavar="P")
@@ -574,143 +378,6 @@ def _parser() -> argparse.ArgumentParser:
             "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
         )
     return parser
-
-
-def _add_token(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="the shoal's shared token; default: $SHOAL_TOKEN, or none",
-    )
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="TOML with any of these options by their long names; the command line wins",
-    )
-    parser.set_defaults(parser=parser)
-
-
-def _add_quality(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-weight-error",
-        type=_error_bound,
-        default=1e-3,
-        metavar="DELTA",
-        help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
-    )
-    parser.add_argument(
-        "--scheme",
-        choices=("rtn", "truncate"),
-        default="rtn",
-        help="round to nearest (the default), or as the DILEMMA paper does",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=(32, 64, 128),
-        default=64,
-        help="weights per scale, of rtn; default 64",
-    )
-    parser.add_argument(
-        "--context", type=_count, metavar="TOKENS", help="default: the model's, at most 2048"
-    )
-    parser.add_argument(
-        "--time-limit",
-        type=_seconds,
-        default=20.0,
-        metavar="S",
-        help="for the solver, which ends early on a plan proved optimal, of large problems one"
-        " within 0.5%% of that; default 20",
-    )
-
-
-def _argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            return convert(text)
-        except (ValueError, KeyError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from error
-
-    return parse
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _known_bits(text: str) -> list[int]:
-    bits = sorted({int(part) for part in text.split(",")})
-    if not bits or any(value not in (2, 3, 4, 5, 6, 8, 16, 32) for value in bits):
-        raise ValueError(text)
-    return bits
-
-
-def _bound(text: str) -> float | None:
-    value = None if text == "none" else float(text)
-    if value is not None and not 0 <= value < float("inf"):
-        raise ValueError(text)
-    return value
-
-
-def _between(low: float, high: float) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError(text)
-        return value
-
-    return convert
-
-
-def _port_number(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 65536:
-        raise ValueError(text)
-    return value
-
-
-_ENDPOINT = re.compile(
-    r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII
-)
-
-
-def _endpoint(default_port: int) -> Callable[[str], Endpoint]:
-    def convert(text: str) -> Endpoint:
-        match = _ENDPOINT.fullmatch(text)
-        if match is None:
-            raise ValueError(text)
-        port = match["port"]
-        return Endpoint(
-            match["v6"] or match["host"], default_port if port is None else _port_number(port)
-        )
-
-    return convert
-
-
-_count = _argument(_positive, "a whole number above 0")
-_bits = _argument(_known_bits, "widths out of 2,3,4,5,6,8,16,32")
-_size = _argument(parse_size, "a size such as 512M, 1.5G or 200MiB")
-_sizes = _argument(lambda text: [parse_size(part) for part in text.split(",")], "sizes: 1G,512M")
-_error_bound = _argument(_bound, "a number >= 0, or none")
-_temperature = _argument(_between(0, 2), "a number between 0 and 2")
-_share = _argument(_between(0, 1), "a number between 0 and 1")
-_watts = _argument(_between(0.01, 1e5), "watts, such as 6.5")
-_seconds = _argument(_between(0.01, 3600), "seconds between 0.01 and 3600")
-_port = _argument(_port_number, "a port between 0 and 65535")
-_http_endpoint = _argument(_endpoint(HTTP_PORT), "HOST:PORT")
-_control_endpoint = _argument(_endpoint(CONTROL_PORT), "HOST or HOST:PORT")
-
-
-def _default_threads() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

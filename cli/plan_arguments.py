@@ -8,15 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli import argument_types
+from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
 from wire.activations import HOP_BITS
 
 if TYPE_CHECKING:
-    from coordinator.lab import Sensitivities
     from coordinator.problem import Objective
+    from coordinator.sensitivity_file import Sensitivities
     from model.spec import ModelSpec
 
 _PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.ASCII)
+
+_budget = argument(at_least_0, "a number >= 0")
+_error_bound = argument(
+    lambda text: None if text == "none" else at_least_0(text), "a number >= 0, or none"
+)
+_seconds = argument(between(0.01, 3600), "seconds between 0.01 and 3600")
 
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +41,10 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, to edit or load")
     parser.add_argument(
-        "--simulate", type=_count, metavar="N", help="draw the links' speeds anew N times"
+        "--simulate",
+        type=argument_types.count,
+        metavar="N",
+        help="draw the links' speeds anew N times",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --simulate; default 0")
     parser.add_argument(
@@ -60,10 +71,18 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to minimise; energy: joules computing one token, on devices of known watts",
     )
     parser.add_argument(
-        "--prompt-tokens", type=_count, default=256, metavar="N", help="of --objective request"
+        "--prompt-tokens",
+        type=argument_types.count,
+        default=256,
+        metavar="N",
+        help="of --objective request",
     )
     parser.add_argument(
-        "--output-tokens", type=_count, default=128, metavar="N", help="of --objective request"
+        "--output-tokens",
+        type=argument_types.count,
+        default=128,
+        metavar="N",
+        help="of --objective request",
     )
     parser.add_argument(
         "--pin",
@@ -106,6 +125,44 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
+    """How weights are stored, what they may lose, and for how long a plan is sought."""
+    parser.add_argument(
+        "--max-weight-error",
+        type=_error_bound,
+        default=1e-3,
+        metavar="DELTA",
+        help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=("rtn", "truncate"),
+        default="rtn",
+        help="round to nearest (the default), or as the DILEMMA paper does",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        default=64,
+        help="weights per scale, of rtn; default 64",
+    )
+    parser.add_argument(
+        "--context",
+        type=argument_types.count,
+        metavar="TOKENS",
+        help="default: the model's, at most 2048",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=_seconds,
+        default=20.0,
+        metavar="S",
+        help="for the solver, which ends early on a plan proved optimal, of large problems one"
+        " within 0.5%% of that; default 20",
+    )
+
+
 def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
     """At how many bits hidden values may cross a link. ``with_budget``: the command has one."""
     unless = ", or with --quality-budget every width of known divergence" if with_budget else ""
@@ -128,7 +185,9 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``shoal study dilemma`` takes."""
     parser.add_argument("study", choices=("dilemma",))
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the figures there as SVG")
-    parser.add_argument("--runs", type=_count, default=100, metavar="N", help="default 100")
+    parser.add_argument(
+        "--runs", type=argument_types.count, default=100, metavar="N", help="default 100"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default 0")
 
 
@@ -150,11 +209,11 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises UsageError, CommandFailed.
     """
-    from coordinator.lab import LabError
     from coordinator.plan import PlanError
     from coordinator.plan_file import read_plan
     from coordinator.plan_request import DEFAULT_BITS
     from coordinator.problem import DEFAULT_HOPS
+    from coordinator.sensitivity_file import SensitivityError
     from model.errors import ModelError
     from model.families import load_spec
 
@@ -203,7 +262,7 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
                     }
                     for arithmetic, rows in known.own.items()
                 }
-    except (LabError, ModelError, PlanError) as error:
+    except (ModelError, PlanError, SensitivityError) as error:
         raise CommandFailed(str(error)) from error
     return request
 
@@ -225,7 +284,7 @@ def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:
 
 
 def sensitivities_of(options: argparse.Namespace, spec: ModelSpec) -> Sensitivities | None:
-    from coordinator.lab import read_sensitivities
+    from coordinator.sensitivity_file import read_sensitivities
 
     if options.sensitivities is None:
         return None
@@ -240,28 +299,12 @@ def sensitivities_of(options: argparse.Namespace, spec: ModelSpec) -> Sensitivit
     return found
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return int(text)
-
-
 def _hop_bits(text: str) -> list[int]:
     known = {str(bits): bits for bits in HOP_BITS}
     parts = set(text.split(","))
     if not parts <= set(known):
         raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}")
     return sorted(known[part] for part in parts)
-
-
-def _budget(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number >= 0")
-    return value
 
 
 def _pin(text: str) -> tuple[int | str, int, str]:

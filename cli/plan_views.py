@@ -6,17 +6,15 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from cli.render import Screen
+from cli.render import Screen, titled_table
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
     from coordinator.dilemma import Instance, Solution
     from coordinator.explain import Explanation, Kind
-    from coordinator.plan_file import Change, SavedPlan
+    from coordinator.plan_file import Change, HopChange, SavedPlan
     from coordinator.study import DilemmaStudy, Simulation
     from model.spec import ModelSpec
 
@@ -39,9 +37,9 @@ def show_divergence(
 def show_explanation(screen: Screen, explanation: Explanation) -> None:
     """Where a token's time goes, then one line per change that was tried."""
     from coordinator.explain import change_text
-    from coordinator.plan_file import bits_text
+    from coordinator.plan import bits_text
 
-    table = _table("where a token's predicted time goes")
+    table = titled_table("where a token's predicted time goes")
     table.add_column("device", no_wrap=True)
     table.add_column("bits", overflow="fold", min_width=6)
     columns = ["compute ms", "hop ms", "share", "memory"]
@@ -69,6 +67,11 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
             ),
         )
     screen.out.print(table)
+    if any(stage.sensitivity is not None for stage in explanation.stages):
+        screen.out.print(
+            "KL counts weights and hops; stages that round activations lose more"
+            " (docs/calibration.md)"
+        )
     screen.out.print(f"bottleneck: {escape(explanation.bottleneck)}")
     screen.out.print(f"pipelined: {escape(explanation.pipeline_bottleneck)}")
     screen.out.print("\nsolved again with one thing changed:")
@@ -89,7 +92,7 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
 
 def show_simulation(screen: Screen, simulation: Simulation) -> None:
     """The spread over drawn link speeds."""
-    table = _table(f"{simulation.kept.runs} draws of link speeds, predicted ms")
+    table = titled_table(f"{simulation.kept.runs} draws of link speeds, predicted ms")
     table.add_column("plan")
     for column in ("lowest", "10 %", "median", "90 %", "highest"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -107,12 +110,17 @@ def show_simulation(screen: Screen, simulation: Simulation) -> None:
 
 
 def show_difference(
-    screen: Screen, before: SavedPlan, after: SavedPlan, changes: Sequence[Change]
+    screen: Screen,
+    before: SavedPlan,
+    after: SavedPlan,
+    changes: Sequence[Change],
+    hops: Sequence[HopChange],
 ) -> None:
     if not changes:
-        screen.out.print("the two plans place every block alike")
-    else:
-        table = _table(f"from {before.source} to {after.source}")
+        alike = ", and send at other bits" if hops else ""
+        screen.out.print(f"the two plans place every block alike{alike}")
+    if changes or hops:
+        table = titled_table(f"from {before.source} to {after.source}")
         for column in ("blocks", "before", "after"):
             table.add_column(column, no_wrap=True)
         for change in changes:
@@ -122,6 +130,9 @@ def show_difference(
                 escape(f"{change.before[0]} {change.before[1]} bit"),
                 escape(f"{change.after[0]} {change.after[1]} bit"),
             )
+        for hop in hops:
+            sent = ("no hop" if bits is None else f"{bits} bit" for bits in (hop.before, hop.after))
+            table.add_row(f"hop behind {hop.block}", *sent)
         screen.out.print(table)
     old = before.predicted.get("ms_per_token")
     new = after.predicted.get("ms_per_token")
@@ -139,7 +150,7 @@ def show_dilemma(
     solution: Solution,
     repairs: Sequence[str],
 ) -> None:
-    table = _table(f"the paper's program, repaired: {', '.join(repairs) or 'nothing'}")
+    table = titled_table(f"the paper's program, repaired: {', '.join(repairs) or 'nothing'}")
     for column in ("blocks", "device", "bits"):
         table.add_column(column, no_wrap=True)
     runs = itertools.groupby(solution.choices, key=lambda choice: (choice.device, choice.bits))
@@ -167,7 +178,7 @@ def show_dilemma(
 
 def show_study(screen: Screen, study: DilemmaStudy) -> None:
     """The bits of Table 1, then the figures' points."""
-    table = _table("Table 1 with synthetic weights: computed, not measured")
+    table = titled_table("Table 1 with synthetic weights: computed, not measured")
     for column in ("delta", "bits", "paper", "ratio", "T, s"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in study.table:
@@ -179,7 +190,7 @@ def show_study(screen: Screen, study: DilemmaStudy) -> None:
             f"{row.objective_s:.2f}",
         )
     screen.out.print(table)
-    oddities = _table("one repair left out: four layers, four servers")
+    oddities = titled_table("one repair left out: four layers, four servers")
     for column in ("left out", "T, s", "with every transfer", "bits", "servers", "verdict"):
         oddities.add_column(column, overflow="fold")
     for oddity in study.oddities:
@@ -196,7 +207,7 @@ def show_study(screen: Screen, study: DilemmaStudy) -> None:
         ("figure 5", "least Mbit/s", study.links, 1e6),
         ("figure 6", "clock GHz", study.clocks, 1e9),
     ):
-        points = _table(f"{title}: T in s over {study.runs} runs")
+        points = titled_table(f"{title}: T in s over {study.runs} runs")
         for column in (label, "10 %", "median", "90 %"):
             points.add_column(column, justify="right", no_wrap=True)
         for value, spread in zip(sweep.values, sweep.spreads, strict=True):
@@ -206,7 +217,3 @@ def show_study(screen: Screen, study: DilemmaStudy) -> None:
     unproven = study.links.unproven + study.clocks.unproven
     verdict = "all proven optimal" if not unproven else f"{unproven} not proven optimal"
     screen.out.print(f"{verdict}, by {study.solver}")
-
-
-def _table(title: str) -> Table:
-    return Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -30,9 +30,10 @@ from cli.render import Screen
 if TYPE_CHECKING:
     from cli.client import Client
     from coordinator.explain import Explanation
-    from coordinator.lab import Lab, Sensitivities
+    from coordinator.lab import Lab
     from coordinator.plan import Plan
     from coordinator.problem import HopFormat, PlanningProblem
+    from coordinator.sensitivity_file import Sensitivities
     from coordinator.study import Simulation
     from model.quantize import Format
     from model.spec import ModelSpec
@@ -45,10 +46,12 @@ SOLVE_AGAIN_LIMIT_S = 5.0
 def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     """``shoal plan MODEL --devices LAB.yaml``: no coordinator, no agent. Raises CommandFailed."""
     from coordinator.admin_api import describe_plan
-    from coordinator.lab import LabError, lab_problem, read_lab
+    from coordinator.lab import LabError, lab_problem
+    from coordinator.lab_file import read_lab
     from coordinator.plan import PlanError
     from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS
     from coordinator.quality import scaled, scaled_own
+    from coordinator.sensitivity_file import SensitivityError
     from model.errors import ModelError
     from model.families import load_spec
     from model.quantize import Format
@@ -117,7 +120,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             found = _Found(name, context_tokens, describe_plan(spec, plan), wording)
             found.margin = None if known_kl is None else known_kl.margin
             _show_plan(options, screen, plan, problem, found)
-    except (LabError, ModelError, PlanError, ValueError) as error:
+    except (LabError, ModelError, PlanError, SensitivityError, ValueError) as error:
         raise CommandFailed(str(error)) from error
 
 
@@ -157,11 +160,11 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
 def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
     """Compare two saved plans. Raises CommandFailed."""
     from coordinator.plan import PlanError
-    from coordinator.plan_file import difference, read_plan
+    from coordinator.plan_file import difference, hop_difference, read_plan
 
     try:
         before, after = read_plan(options.before), read_plan(options.after)
-        changes = difference(before, after)
+        changes, hops = difference(before, after), hop_difference(before, after)
     except PlanError as error:
         raise CommandFailed(str(error)) from error
     if options.json:
@@ -176,11 +179,14 @@ def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
                     }
                     for change in changes
                 ],
+                "hops": [
+                    {"behind": hop.block, "before": hop.before, "after": hop.after} for hop in hops
+                ],
                 "predicted": {"before": dict(before.predicted), "after": dict(after.predicted)},
             }
         )
     else:
-        show_difference(screen, before, after, changes)
+        show_difference(screen, before, after, changes, hops)
 
 
 def run_study(options: argparse.Namespace, screen: Screen) -> None:

@@ -6,11 +6,10 @@ what was asked for.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,7 +124,7 @@ class Screen:
 
     def devices(self, answer: Mapping[str, Any]) -> None:
         """Joined devices as they measured themselves."""
-        table = _table(f"measured devices of cluster {answer['cluster']}")
+        table = titled_table(f"measured devices of cluster {answer['cluster']}")
         table.add_column("device", no_wrap=True)
         table.add_column("processor", no_wrap=True, max_width=20)
         table.add_column("backend", no_wrap=True)
@@ -143,7 +142,7 @@ class Screen:
             )
         self.out.print(table)
         if answer["links"]:
-            links = _table("measured links")
+            links = titled_table("measured links")
             links.add_column("from")
             links.add_column("to")
             links.add_column("round trip ms", justify="right")
@@ -161,7 +160,9 @@ class Screen:
 
     def plan(self, plan: Mapping[str, Any], title: str) -> None:
         """A plan: its stages, and what each block was given."""
-        table = _table(title)
+        from coordinator.plan import bits_text
+
+        table = titled_table(title)
         table.add_column("device", no_wrap=True)
         table.add_column("blocks", no_wrap=True)
         table.add_column("bits", overflow="fold", min_width=8)
@@ -173,7 +174,7 @@ class Screen:
             table.add_row(
                 escape(stage["device"]),
                 names[0] if len(blocks) == 1 else f"{names[0]} .. {names[1]}",
-                _runs([item["bits"] for item in blocks]),
+                bits_text([item["bits"] for item in blocks]),
                 format_size(stage["memory_bytes"]),
                 format_size(stage["memory_limit_bytes"]),
                 f"{stage['compute_s'] * 1e3:.2f}",
@@ -197,7 +198,7 @@ class Screen:
         if model is None:
             self.out.print("no model is loaded")
             return
-        table = _table(f"{model['model']}: {model['state']}")
+        table = titled_table(f"{model['model']}: {model['state']}")
         table.add_column("device")
         for column in ("blocks", "memory", "fetched", "load s"):
             table.add_column(column, justify="right")
@@ -215,11 +216,6 @@ class Screen:
             self.out.print(f"[red]{escape(model['reason'])}[/]")
 
 
-def _table(title: str) -> Table:
+def titled_table(title: str) -> Table:
+    """An empty table in the style of all commands; ``title`` is plain text."""
     return Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _runs(bits: Sequence[int]) -> str:
-    """Widths of consecutive blocks, repeats counted: 16 8x11 4."""
-    runs = [(width, len(list(group))) for width, group in itertools.groupby(bits)]
-    return " ".join(str(width) if count == 1 else f"{width}x{count}" for width, count in runs)

@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.status import Status
-from rich.table import Table
 
 from cli.errors import CommandFailed
-from cli.render import Screen
+from cli.render import Screen, titled_table
 from wire.sizes import format_size
 
 DEFAULT_NAME = "lab"
@@ -131,7 +129,7 @@ def _show(status: dict[str, Any], options: argparse.Namespace, screen: Screen) -
         screen.json(status)
         return
     title = f"testbed {status['name']}" + ("" if status["switch"] else ": its switch has ended")
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = titled_table(title)
     for column in ("host", "address"):
         shown.add_column(column, no_wrap=True)
     for column in ("CPU %", "memory", "processes"):

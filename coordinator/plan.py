@@ -9,10 +9,10 @@ from anywhere. Neither needs a solver.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 from coordinator.plain import from_plain, to_plain
@@ -205,32 +205,6 @@ class Plan:
             plan = replace(plan, stages=stages)
         return plan
 
-    def __str__(self) -> str:
-        """A few lines for a terminal."""
-        quality = "optimal" if self.proven_optimal else f"within {self.gap:.2%} of optimal"
-        aim = {
-            "latency": "",
-            "throughput": f", a token each {1e3 * self.bottleneck_s:.2f} ms",
-            "request": f", {self.value:.2f} s per request",
-            "energy": f", {self.value:.3g} J per token",
-        }[self.objective.kind]
-        lines = [f"{1e3 * self.decode_s:.2f} ms per token{aim}, {quality}"]
-        if self.total_sensitivity is not None:
-            lines.append(f"  predicted KL divergence {self.total_sensitivity:.3g}")
-        for index, stage in enumerate(self.stages):
-            lines.append(
-                f"  {stage.device}: blocks [{stage.first}, {stage.last}) at"
-                f" {_runs(stage.bits)} bit, {1e3 * stage.compute_s:.2f} ms,"
-                f" memory {_share(stage.memory_bytes, stage.memory_limit_bytes)},"
-                f" storage {_share(stage.storage_bytes, stage.storage_limit_bytes)}"
-            )
-            if index < len(self.hops):
-                hop_s = self.hops[index].seconds
-                lines.append(f"    hop {1e3 * hop_s:.2f} ms at {stage.hop_bits} bit")
-        if self.hops:
-            lines.append(f"    return {1e3 * self.return_s:.2f} ms")
-        return "\n".join(lines)
-
 
 def assess(
     problem: PlanningProblem,
@@ -248,7 +222,7 @@ def assess(
     if not stages:
         raise PlanError("the plan has no stages")
     order = [device for device, _, _ in stages]
-    pairs = list(pairwise(order))
+    pairs = list(itertools.pairwise(order))
     sent = [
         _usual_hop_bits(problem, *pair) if bits is None else bits
         for pair, bits in zip(pairs, hop_bits or [None] * len(pairs), strict=True)
@@ -366,6 +340,12 @@ def keeps_budget(plan: Plan, problem: PlanningProblem) -> bool:
     return total is not None and total <= problem.quality_budget
 
 
+def bits_text(bits: Iterable[int]) -> str:
+    """Widths of consecutive blocks, repeats counted: ``16 8x11 4``."""
+    runs = [(width, len(list(group))) for width, group in itertools.groupby(bits)]
+    return " ".join(str(width) if count == 1 else f"{width}x{count}" for width, count in runs)
+
+
 def _usual_hop_bits(problem: PlanningProblem, source: int, target: int) -> int:
     """The width of a hop that nothing else is said of."""
     choices = problem.hop_choices(source, target)
@@ -430,20 +410,3 @@ def _compare(claimed: Any, actual: Any, where: str) -> None:
             raise PlanError(f"{where}: {claimed}, recomputed {actual}")
     elif claimed != actual:
         raise PlanError(f"{where}: {claimed}, recomputed {actual}")
-
-
-def _runs(widths: Iterable[int]) -> str:
-    """Widths with repeats counted: 8, 4 (x11), 8."""
-    runs: list[list[int]] = []
-    for bits in widths:
-        if runs and runs[-1][0] == bits:
-            runs[-1][1] += 1
-        else:
-            runs.append([bits, 1])
-    if len(runs) == 1:
-        return str(runs[0][0])
-    return ", ".join(str(bits) if count == 1 else f"{bits} (x{count})" for bits, count in runs)
-
-
-def _share(used_bytes: int, limit_bytes: int) -> str:
-    return f"{used_bytes / 1e6:.1f} of {limit_bytes / 1e6:.1f} MB"

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from coordinator.plan import Plan, PlanError, Proof, assess, verify
+from coordinator.plan import Plan, PlanError, Proof, assess, bits_text, verify
 from coordinator.problem import PlanningProblem
 from model.quantize import BITS
 from wire.activations import HOP_BITS
@@ -49,6 +49,12 @@ class SavedPlan:
     def placements(self) -> tuple[tuple[str, int], ...]:
         """Device and bits of every block in order."""
         return tuple((device, bits) for device, widths in self.stages for bits in widths)
+
+    @property
+    def hops(self) -> dict[int, int | Literal["default"]]:
+        """What the rows behind a block are sent at, where a hop is."""
+        ends = itertools.accumulate(len(widths) for _, widths in self.stages[:-1])
+        return {end - 1: bits or "default" for end, bits in zip(ends, self.hop_bits, strict=True)}
 
     def to_dict(self) -> dict[str, Any]:
         """What ``from_dict`` takes: where the plan is from, and its stages."""
@@ -105,6 +111,15 @@ class Change:
     before: tuple[str, int]
     """Device and bits."""
     after: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HopChange:
+    """The rows behind ``block`` are sent at other bits; None where no hop is."""
+
+    block: int
+    before: int | Literal["default"] | None
+    after: int | Literal["default"] | None
 
 
 def plan_text(plan: Plan, model: str) -> str:
@@ -182,10 +197,14 @@ def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
     return tuple(changes)
 
 
-def bits_text(bits: Iterable[int]) -> str:
-    """Widths of consecutive blocks, repeats counted: ``16 8x11 4``."""
-    runs = [(width, len(list(group))) for width, group in itertools.groupby(bits)]
-    return " ".join(str(width) if count == 1 else f"{width}x{count}" for width, count in runs)
+def hop_difference(before: SavedPlan, after: SavedPlan) -> tuple[HopChange, ...]:
+    """The hops that change from plan to plan of one model, in order."""
+    old, new = before.hops, after.hops
+    return tuple(
+        HopChange(block, old.get(block), new.get(block))
+        for block in sorted(old.keys() | new.keys())
+        if old.get(block) != new.get(block)
+    )
 
 
 def _read(values: object, source: str) -> SavedPlan:

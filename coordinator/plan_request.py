@@ -13,7 +13,8 @@ from coordinator.plan import PlanError
 from coordinator.plan_file import SavedPlan
 from coordinator.problem import Objective, ObjectiveKind
 from coordinator.quality import Own
-from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
+from coordinator.request_fields import read_widths, take_form, take_model
+from model.quantize import DEFAULT_GROUP_SIZE, Format, Scheme
 from wire.activations import HOP_BITS
 
 DEFAULT_BITS = (4, 8, 16)
@@ -62,23 +63,9 @@ class PlanRequest:
     def from_dict(values: Mapping[str, Any]) -> PlanRequest:
         """Read a user's JSON. Raises RequestInvalid naming the field."""
         plain = dict(values)
-        model = plain.pop("model", None)
-        if not isinstance(model, str) or not Path(model).is_absolute():
-            raise RequestInvalid("model: the absolute path of a model directory", "model")
-        bits = plain.pop("bits", list(DEFAULT_BITS))
-        if (
-            not isinstance(bits, list)
-            or not bits
-            or any(type(item) is not int or item not in BITS for item in bits)
-        ):
-            known = ", ".join(map(str, BITS))
-            raise RequestInvalid(f"bits: a list out of {known}", "bits")
-        scheme = plain.pop("scheme", "rtn")
-        group_size = plain.pop("group_size", DEFAULT_GROUP_SIZE)
-        try:
-            Format.of(4, scheme, group_size)
-        except ValueError as error:
-            raise RequestInvalid(str(error), "scheme") from error
+        model = take_model(plain)
+        bits = read_widths(plain.pop("bits", list(DEFAULT_BITS)), "bits")
+        scheme, group_size = take_form(plain)
         error_bound = plain.pop("max_weight_error", DEFAULT_MAX_WEIGHT_ERROR)
         if error_bound is not None and (
             not isinstance(error_bound, (int, float)) or not error_bound >= 0
@@ -94,7 +81,7 @@ class PlanRequest:
         if plain:
             raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
         return PlanRequest(
-            Path(model),
+            model,
             tuple(sorted(set(bits))),
             scheme,
             group_size,

@@ -22,8 +22,9 @@ from typing import Any
 from coordinator.errors import RequestInvalid
 from coordinator.plan import Plan
 from coordinator.problem import DEFAULT_HOPS, HopFormat, PlanningProblem
+from coordinator.request_fields import read_widths, take_form, take_model
 from model.checkpoint import Checkpoint
-from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, Scheme
 from model.spec import ModelSpec
 from wire.activations import HOP_BITS
 
@@ -176,10 +177,8 @@ class QualityRequest:
     def from_dict(values: Mapping[str, Any]) -> QualityRequest:
         """Read a user's JSON. Raises RequestInvalid naming the field."""
         plain = dict(values)
-        model = plain.pop("model", None)
-        if not isinstance(model, str) or not Path(model).is_absolute():
-            raise RequestInvalid("model: the absolute path of a model directory", "model")
-        bits = _widths(plain.pop("bits", None), "bits")
+        model = take_model(plain)
+        bits = read_widths(plain.pop("bits", None), "bits")
         sequences = plain.pop("sequences", None)
         if not _is_token_lists(sequences):
             raise RequestInvalid("sequences: lists of token ids", "sequences")
@@ -189,18 +188,14 @@ class QualityRequest:
         on = plain.pop("on", None)
         if on is not None and not isinstance(on, str):
             raise RequestInvalid("on: an agent's name, or null", "on")
-        scheme, group_size = plain.pop("scheme", "rtn"), plain.pop("group_size", DEFAULT_GROUP_SIZE)
-        try:
-            Format.of(4, scheme, group_size)
-        except ValueError as error:
-            raise RequestInvalid(str(error), "scheme") from error
+        scheme, group_size = take_form(plain)
         if plain:
             raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
         return QualityRequest(
-            Path(model),
+            model,
             tuple(sorted(set(bits))),
             tuple(map(tuple, sequences)),
-            tuple(_widths(plan, "plans") for plan in plans),
+            tuple(read_widths(plan, "plans") for plan in plans),
             scheme,
             group_size,
             on,
@@ -366,16 +361,6 @@ class QualityStore:
     ) -> Path:
         text = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]
         return self._directory / f"{checkpoint.fingerprint}-{scheme}-{group_size}-{text}.json"
-
-
-def _widths(values: object, field: str) -> tuple[int, ...]:
-    if (
-        not isinstance(values, list)
-        or not values
-        or any(type(item) is not int or item not in BITS for item in values)
-    ):
-        raise RequestInvalid(f"{field}: widths out of {', '.join(map(str, BITS))}", field)
-    return tuple(values)
 
 
 def _is_token_lists(values: object) -> bool:

@@ -94,20 +94,11 @@ def store_block(
     return Artifact(sha256, size_bytes, payload_bytes, block, fmt.bits, path)
 
 
-def read_artifact(path: Path) -> tuple[Format, dict[str, Tensor]]:
+def read_block(path: Path, spec: ModelSpec, block: int) -> tuple[Format, dict[str, Tensor]]:
     """The format and the tensors of a file that may come from a peer, mapped read-only.
 
-    Every size, dtype and scale is checked. Whether it is the block that was asked for, only
-    ``read_block`` can tell. Raises CheckpointError.
-    """
-    _, fmt, tensors = _read(path)
-    return fmt, tensors
-
-
-def read_block(path: Path, spec: ModelSpec, block: int) -> tuple[Format, dict[str, Tensor]]:
-    """As ``read_artifact``, and the file must hold exactly the tensors of this block.
-
-    Raises CheckpointError when it is another block's, or of another model.
+    Every size, dtype and scale is checked, and that the file holds exactly the tensors of this
+    block. Raises CheckpointError.
     """
     stored_block, fmt, tensors = _read(path)
     expected = spec.block_tensors(block)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from model.spec import LayerSpec, ModelSpec
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Array]
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """A greedy continuation; ``margins[i]`` is by how much the logit of token i beat the next."""
-
-    tokens: list[int]
-    margins: list[float]
 
 
 class ReferenceModel:
@@ -92,19 +83,6 @@ class ReferenceModel:
             else:
                 rows = self._layer(block, weights, rows.astype(self._dtype), position)
         return rows
-
-    def generate_greedy(self, prompt: Sequence[int], max_tokens: int) -> Generation:
-        """Continue ``prompt`` by the most likely token, ``max_tokens`` times, ignoring eos."""
-        tokens: list[int] = []
-        margins: list[float] = []
-        logits = self.forward(prompt)[-1]
-        while True:
-            second, first = np.partition(logits, -2)[-2:]
-            tokens.append(int(logits.argmax()))
-            margins.append(float(first - second))
-            if len(tokens) == max_tokens:
-                return Generation(tokens, margins)
-            logits = self.forward(tokens[-1:], len(prompt) + len(tokens) - 1)[-1]
 
     def _embed(self, weights: Weights, tokens: npt.NDArray[Any], position: int) -> Array:
         hidden: Array = weights["tokens.weight"][tokens]  # [n, embed]

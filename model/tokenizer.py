@@ -63,15 +63,6 @@ class Tokenizer:
         template = None if text is None else ChatTemplate(text, source)
         return Tokenizer(backend, special, template, directory)
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens it can produce, special ones included; the model's table may have more rows."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Tokens of a text; ``add_special`` puts in what the model expects around it (bos).
 
@@ -82,10 +73,6 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of tokens; bytes that are no UTF-8 become replacement characters."""
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special)
-
-    def token_text(self, token: int) -> str | None:
-        """How the vocabulary writes one token; None for an id it does not have."""
-        return self._backend.id_to_token(token)
 
     def stream(self) -> StreamDecoder:
         """A decoder for one sequence whose tokens arrive one by one."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from coordinator.lab import Lab, LabError, read_lab
+from coordinator.lab import Lab, LabError
+from coordinator.lab_file import read_lab
 from testbed.network import HUB, Host, Link, Network, NetworkError
 
 AGENT_BYTES = 320 << 20

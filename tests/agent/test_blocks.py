@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.blocks import BlockCache, CacheError
+from agent.blocks import BlockCache, CacheError, remove_leftovers
 from wire.connection import Connection, Listener
 from wire.errors import WireError
 from wire.messages import BlockChunk, BlockRef, BlocksHello, Endpoint, FetchBlock
@@ -155,6 +155,70 @@ def test_more_than_the_limit_is_refused_before_anything_moves(
     with pytest.raises(CacheError, match="storage limit"):
         fetch(BlockCache(tmp_path, 2999), ref)
     assert server.offsets == []
+
+
+def prepared(cache: BlockCache, size_bytes: int, *refs: BlockRef) -> Path:
+    """As a backend that prepares weights of the blocks ``refs``."""
+    home = cache.prepare(refs, size_bytes)
+    assert home is not None
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "weights").write_bytes(bytes(size_bytes))
+    return home
+
+
+def test_prepared_weights_are_part_of_the_limit(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    cache = BlockCache(tmp_path, 5000)
+    a, b, c = (server.add(number, os.urandom(1000)) for number in range(3))
+    fetch(cache, a)
+    of_a = prepared(cache, 1500, a)
+    os.utime(of_a, (1e9, 1e9))
+    os.utime(cache.path(a.sha256), (1e9 + 1, 1e9 + 1))
+    fetch(cache, b)
+    assert of_a.is_dir()  # 3500 bytes.
+    assert cache.prepare([b], 1600) != of_a  # 5100 with these: the oldest makes room.
+    assert not of_a.exists()
+    assert cache.path(a.sha256).exists()
+    of_b = prepared(cache, 2500, b)
+    fetch(cache, c)  # 4500 with b and of_b.
+    assert not cache.path(a.sha256).exists()
+    assert of_b.is_dir()
+    # What a stage is loaded from stays, however old it is; what else is there goes.
+    for path in (of_b, cache.path(b.sha256)):
+        os.utime(path, (1e9, 1e9))
+    assert cache.prepare([b], 4000) == of_b
+    assert of_b.is_dir()
+    assert cache.find([b.sha256, c.sha256]) == (b.sha256,)
+
+
+def test_blocks_come_before_what_is_prepared_of_them(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    cache = BlockCache(tmp_path, 2500)
+    small, large = server.add(0, os.urandom(1000)), server.add(1, os.urandom(2500))
+    fetch(cache, small)
+    assert cache.prepare([small], 1501) is None
+    home = prepared(cache, 1500, small)
+    fetch(cache, large)
+    assert cache.find([small.sha256, large.sha256]) == (large.sha256,)
+    assert not home.exists()
+
+
+def test_what_killed_loads_left_is_removed(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    remove_leftovers(tmp_path / "none")
+    cache = BlockCache(tmp_path, 1 << 20)
+    ref = server.add(0, os.urandom(1000))
+    fetch(cache, ref)
+    home = prepared(cache, 1500, ref)
+    before = sorted(tmp_path.rglob("*"))
+    for left in (".products-abc", "prepared/.new-abc", f"prepared/{home.name}/.new-abc"):
+        (tmp_path / left / "deep").mkdir(parents=True)
+        (tmp_path / left / "deep" / "weights").write_bytes(b"1")
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("sha256", ["", "../../etc/passwd", "A" * 64, "0" * 63])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent import daemon
-from agent.config import AgentConfig
+from agent.config import AgentConfig, ConfigError
 from agent.daemon import Agent
 from model.checkpoint import Checkpoint
 from wire.connection import Connection, Listener
@@ -137,6 +137,19 @@ def agent(coordinator: Coordinator, said: list[str], tmp_path: Path) -> Iterator
     endpoint = Endpoint("127.0.0.1", coordinator.listener.port)
     with running_agent(tmp_path, endpoint, said) as agent:
         yield agent
+
+
+def test_what_a_killed_agent_left_goes_with_the_next_start_and_not_before(
+    said: list[str], tmp_path: Path
+) -> None:
+    leftover = tmp_path / "blocks" / ".products-killed"
+    with running_agent(tmp_path, Endpoint("127.0.0.1", 9), said):
+        leftover.mkdir(parents=True)  # As a load that is under way.
+        with pytest.raises(ConfigError), running_agent(tmp_path, None, said):
+            pass
+        assert leftover.exists()
+    with running_agent(tmp_path, Endpoint("127.0.0.1", 9), said):
+        assert not leftover.exists()
 
 
 @pytest.mark.usefixtures("agent")

@@ -167,13 +167,29 @@ def test_nothing_is_pinged_while_something_else_is_measured(
     ends = make_ends(Link("peer"))
     # Without an answer the ping counts as one measurement, until the hop is over.
     assert isinstance(ends.peer.receive()[0], ProbePing)
-    assert not ends.measuring.try_begin()
+    assert not ends.measuring.try_begin(lambda: None)
     ends.hop.close()
-    assert ends.measuring.try_begin()
+    assert ends.measuring.try_begin(lambda: None)
     ends.measuring.end()
 
 
 @pytest.mark.netns
+def test_a_measurement_does_not_wait_for_a_ping_that_nobody_answers(
+    make_ends: Callable[[Link], Ends], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hop_module, "PING_S", 0.01)
+    monkeypatch.setattr(hop_module, "ANSWER_S", 3600.0)
+    ends = make_ends(Link("b", LinkFigures(1e-3, 1e-3, 1e9)))
+    first, _ = ends.peer.receive()
+    assert isinstance(first, ProbePing)
+    with ends.measuring:
+        ends.peer.send(ProbePong(first.number))  # Too late: forgotten.
+        assert not ends.measuring.try_begin(lambda: None)
+    again, _ = ends.peer.receive()
+    assert isinstance(again, ProbePing)
+    assert again.number > first.number
+
+
 def test_prompts_tell_when_a_link_got_slow() -> None:
     reason = unavailable()
     if reason is not None:

@@ -9,6 +9,7 @@ import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -168,6 +169,42 @@ def test_prepared_weights_are_used_only_for_what_they_were_made_from(tmp_path: P
     assert_similar(different, some_results(spec, others, OPTIONS))
     assert not np.allclose(different, expected, atol=0.1)
     assert len(list(home.iterdir())) == 2
+
+
+def test_what_was_prepared_before_makes_room_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = replace(LAYER, hidden=256, ffn=512)
+    spec, artifacts = stored_model(tmp_path / "one", layer, layers=2, bits=4)
+    home = tmp_path / "prepared"
+    options = replace(OPTIONS, prepared_dir=home)
+    some_results(spec, artifacts, options)
+    old = set(home.iterdir())
+    (home / ".new-of-a-killed-load").mkdir()
+    seen: list[set[Path]] = []
+    write = onnx_prepared._write
+
+    def watched(*arguments: Any) -> None:
+        seen.append(set(home.iterdir()) & {*old, home / ".new-of-a-killed-load"})
+        write(*arguments)
+
+    monkeypatch.setattr(onnx_prepared, "_write", watched)
+    some_results(spec, artifacts, replace(options, context_tokens=20))
+    assert len(old) == 2
+    assert seen == [set(), set()]
+    assert len(list(home.iterdir())) == 2
+
+
+def test_prepared_weights_take_no_more_than_they_may(tmp_path: Path) -> None:
+    layer = replace(LAYER, hidden=256, ffn=1024)
+    for bits in (2, 3, 4, 8, 16):
+        spec, artifacts = stored_model(tmp_path / f"{bits}", layer, layers=2, bits=bits)
+        home = tmp_path / f"{bits}" / "prepared"
+        some_results(spec, artifacts, replace(OPTIONS, prepared_dir=home))
+        kept = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+        stored = sum(path.stat().st_size for _, path in artifacts)
+
+        assert 0 < kept <= OnnxCpuBackend.PREPARED_FACTOR * stored
 
 
 def test_a_disk_without_room_prepares_nothing(

@@ -13,7 +13,7 @@ from calibration import layers, survey, table
 from cli.calibrate import add_calibrate_arguments, run_calibrate
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from coordinator.lab import read_sensitivities
+from coordinator.sensitivity_file import read_sensitivities
 from model.families import load_spec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

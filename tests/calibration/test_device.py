@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from backends.base import BackendError, BackendUnavailable
 from backends.registry import BACKENDS, backend_class
+from calibration import device
 from calibration.device import (
     measure_disk_write,
     measure_memory_read,
@@ -127,3 +130,13 @@ def test_a_library_that_crashes_is_a_backend_that_is_not_there(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(BackendUnavailable, match=r"crashes on this machine \(exit code -6\)"):
         profile_in_child(backend="onnx_cpu", cache_dir=tmp_path)
+
+
+def test_what_lies_in_the_cache_may_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("a" * 64, 1000), (f"prepared/{'b' * 64}/key/weights-0.bin", 4500)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    assert device._storage_bytes(tmp_path) == 5600

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from calibration.speed import packed_bytes
+from calibration import speed
+from calibration.speed import LOAD_SHARE, executed_formats, packed_bytes
 from cli.main import main
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
+from model.costs import kv_bytes
 from model.quantize import Format
 
 pytest.importorskip("onnxruntime")
+
+from backends.base import BackendError, Capabilities
+from backends.onnx_cpu import OnnxCpuBackend
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FAST = ("--rounds=1", "--context=3,20", "--prompt=10", "--threads=1")
@@ -34,6 +39,49 @@ def test_every_width_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list(tmp_path.iterdir()) == []
     assert main([*command, "--mixed", "--exact"]) == 0
     assert "4,16 bits" in capsys.readouterr().out
+
+
+def test_exact_weights_are_read_as_floats(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Checkpoint.open(FIXTURES / "llama").spec
+    command = ["bench", f"--shape={FIXTURES / 'llama' / 'config.json'}", "--bits=4", *FAST]
+    reads = {}
+    for options in ((), ("--exact",)):
+        assert main([*command, *options, "--json"]) == 0
+        (run,) = json.loads(capsys.readouterr().out)["runs"]
+        packed = sum(packed_bytes(spec, block, Format(4)) for block in range(spec.block_count))
+        assert run["packed_bytes"] == packed
+        reads[options] = [decode["read_bytes"] for decode in run["decode"]]
+    table = packed_bytes(spec, 0, Format(4))
+    floats = sum(packed_bytes(spec, k, Format.of(32)) for k in range(1, spec.block_count))
+    cached = [
+        sum(kv_bytes(spec, block, context) for block in range(spec.block_count))
+        for context in (3, 20)
+    ]
+    assert reads[()] == [packed - table + read for read in cached]
+    assert reads["--exact",] == [floats + read for read in cached]
+    assert run["executed_bytes"] == table + floats
+    # Room for the packed weights, not for the floats.
+    free = int((packed + floats) / 2 / LOAD_SHARE) + cached[-1]
+    monkeypatch.setattr(speed, "memory_bytes", lambda: (free, free))
+    assert main([*command, "--json"]) == 0
+    assert main([*command, "--exact"]) == 1
+    assert "fewer bits, or a smaller shape" in capsys.readouterr().err
+
+
+def test_a_backend_that_rounds_cannot_be_exact() -> None:
+    class Rounding(OnnxCpuBackend):
+        @classmethod
+        def probe(cls) -> Capabilities:
+            return Capabilities("rounding", "1", {8: 8}, exact_container_bits={})
+
+    formats = [Format(8)] * 2
+    assert executed_formats(Rounding(), formats, exact=False) == (Format(8),) * 2
+    with pytest.raises(BackendError, match="rounding does not run 8 bits exactly: it runs none"):
+        executed_formats(Rounding(), formats, exact=True)
+    with pytest.raises(BackendError, match="does not run 4 bits: it runs 8"):
+        executed_formats(Rounding(), [Format(4)], exact=False)
 
 
 @pytest.mark.parametrize(

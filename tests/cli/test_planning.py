@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,9 @@ def test_a_quality_budget_is_kept(
     parts = [stage["sensitivity"] for stage in answer["explanation"]["stages"]]
     assert sum(parts) == pytest.approx(answer["plan"]["total_sensitivity"])
     plan(model, "--devices", lab, "--sensitivities", file, "--explain")
-    assert "predicted KL divergence" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "predicted KL divergence" in shown
+    assert "stages that round activations lose more" in shown
 
 
 def sent_at(answer: dict[str, Any]) -> list[int | None]:
@@ -368,6 +371,20 @@ def test_a_difference_is_shown(
     planning.run_plan_diff(parsed, Screen(json_output=True))
     answer = json.loads(capsys.readouterr().out)
     assert answer["changes"][-1]["after"]["device"] == "[attic]"
+    # The same placement, a hop at other bits.
+    saved = json.loads(after.read_text())
+    saved["stages"][0]["hop_bits"] = 8
+    parsed.before = tmp_path / "c.json"
+    parsed.before.write_text(json.dumps(saved))
+    planning.run_plan_diff(parsed, Screen(json_output=True))
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["changes"] == []
+    assert [(hop["before"], hop["after"]) for hop in answer["hops"]] == [(8, 16)]
+    parsed.json = False
+    planning.run_plan_diff(parsed, Screen(json_output=False))
+    shown = capsys.readouterr().out
+    assert "alike, and send at other bits" in shown
+    assert re.search(r"hop behind \d +8 bit +16 bit", shown)
     parsed.after = tmp_path / "none.json"
     with pytest.raises(CommandFailed, match="no such file"):
         planning.run_plan_diff(parsed, Screen(json_output=True))

@@ -14,7 +14,8 @@ import pytest
 
 from coordinator import dilemma, study
 from coordinator.dilemma import ALL_REPAIRS, Choice, Instance, Repairs, solve
-from coordinator.lab import lab_problem, parse_lab
+from coordinator.lab import lab_problem
+from coordinator.lab_file import parse_lab
 from coordinator.plan import PlanError
 from model.quantize import Format, weight_error
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from coordinator.explain import MORE_MEMORY_BYTES, Kind, Marginal, MarginalProof, explain
-from coordinator.lab import Lab, lab_problem, parse_lab
+from coordinator.lab import Lab, lab_problem
+from coordinator.lab_file import parse_lab
 from coordinator.plan import InfeasiblePlan, Plan, PlanError
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem

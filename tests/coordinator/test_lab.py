@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.lab import LabError, lab_problem, parse_lab, read_lab
+from coordinator.lab import LabError, lab_problem
+from coordinator.lab_file import parse_lab, read_lab
 from coordinator.plan import verify
 from coordinator.planner import solve
 from coordinator.problem import DEFAULT_HOPS

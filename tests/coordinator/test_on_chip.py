@@ -11,7 +11,8 @@ import pytest
 from calibration.shapes import shape_spec
 from cli.main import main
 from coordinator.idle import idle_reasons
-from coordinator.lab import Lab, LabError, lab_problem, parse_lab, read_lab
+from coordinator.lab import Lab, LabError, lab_problem
+from coordinator.lab_file import parse_lab, read_lab
 from coordinator.plan import Plan, verify
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem

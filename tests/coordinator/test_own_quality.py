@@ -11,11 +11,13 @@ import pytest
 
 from coordinator.explain import explain
 from coordinator.idle import idle_reasons
-from coordinator.lab import LabError, lab_problem, parse_lab, read_sensitivities
+from coordinator.lab import LabError, lab_problem
+from coordinator.lab_file import parse_lab
 from coordinator.plan import Plan, PlanError, verify
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem
 from coordinator.quality import Own, own_rows, own_share
+from coordinator.sensitivity_file import SensitivityError, read_sensitivities
 from coordinator.study import opt_350m
 
 LAYERS = 6
@@ -164,5 +166,7 @@ def test_a_file_may_know_of_arithmetics(tmp_path: Path) -> None:
     assert known.own["tflite_cpu"][2] == {8: CORAL_KL}
     for wrong in (entry(0, arithmetic="tflite_cpu"), entry(1, arithmetic=8)):
         path.write_text(json.dumps({"blocks": [wrong]}))
-        with pytest.raises(LabError, match=r"blocks\[0\]: arithmetic: expected a backend's name"):
+        with pytest.raises(
+            SensitivityError, match=r"blocks\[0\]: arithmetic: expected a backend's name"
+        ):
             read_sensitivities(path, SPEC)

@@ -6,7 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from coordinator.lab import lab_problem, parse_lab
+from coordinator.lab import lab_problem
+from coordinator.lab_file import parse_lab
 from coordinator.picture import COLOURS, Curve, curves_svg, plan_svg
 from coordinator.plan import Plan, Proof, assess
 from coordinator.study import opt_350m

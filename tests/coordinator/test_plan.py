@@ -167,14 +167,10 @@ def test_figures_of_a_split() -> None:
     verify(plan, problem())
 
 
-def test_text_and_json_forms() -> None:
+def test_json_form() -> None:
     built = problem()
     plan = solve(built)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    text = str(assess(built, SPLIT, PROOF))
-    assert "15.26 ms per token, within 100.00% of optimal" in text
-    assert "b: blocks [2, 5) at 4, 8 (x2) bit, 9.00 ms" in text
-    assert "hop 1.26 ms at 32 bit" in text
 
 
 def test_a_plan_from_before_hops_had_widths_is_read() -> None:

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.lab import lab_problem, parse_lab
-from coordinator.plan import PlanError, Proof, assess
-from coordinator.plan_file import Change, bits_text, difference, parse_plan, plan_text, read_plan
+from coordinator.lab import lab_problem
+from coordinator.lab_file import parse_lab
+from coordinator.plan import PlanError, Proof, assess, bits_text
+from coordinator.plan_file import (
+    Change,
+    HopChange,
+    SavedPlan,
+    difference,
+    hop_difference,
+    parse_plan,
+    plan_text,
+    read_plan,
+)
 from coordinator.problem import HopFormat
 from coordinator.study import opt_350m
 
@@ -137,6 +147,26 @@ def test_a_difference_joins_blocks_that_change_alike() -> None:
         Change(2, 4, ("a", 4), ("b", 4)),
     )
     assert difference(before, before) == ()
+
+
+def test_hops_that_change_their_bits_or_place() -> None:
+    values = json.loads(plan_text(PLAN, "opt"))
+
+    def saved(*stages: tuple[str, int | None]) -> SavedPlan:
+        names = "abc"
+        values["stages"] = [
+            {"device": names[index], "bits": bits} | ({"hop_bits": hop} if hop else {})
+            for index, (bits, hop) in enumerate(stages)
+        ]
+        return parse_plan(json.dumps(values), "plan.json")
+
+    before = saved(("8x2", 16), ("4x2", 8), ("4x2", None))
+    assert hop_difference(before, before) == ()
+    assert hop_difference(before, saved(("8x2", 8), ("4x3", None), ("4", None))) == (
+        HopChange(1, 16, 8),
+        HopChange(3, 8, None),
+        HopChange(4, None, "default"),
+    )
 
 
 def test_plans_of_different_models_cannot_be_compared() -> None:

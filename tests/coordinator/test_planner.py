@@ -468,7 +468,6 @@ def test_energy_is_watts_times_computing_on_devices_of_known_watts() -> None:
     assert described(plan) == [("a", 0, 4)]
     assert plan.value == plan.energy_j == pytest.approx(0.026)
     assert plan.value_text == "0.026 J"
-    assert "13.00 ms per token, 0.026 J per token, optimal" in str(plan)
     unknown = assess(problem, [(0, 0, (8,) * 4)], Proof("by hand", 0.0, 0.0))
     assert unknown.energy_j is None
     with pytest.raises(PlanError, match="c has no watts"):

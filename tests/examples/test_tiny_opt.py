@@ -17,6 +17,7 @@ from model.quantize import Format, quantize
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS
 from model.tokenizer import Tokenizer
+from tests.greedy import generate_greedy
 
 HOME = Path(__file__).parents[2] / "examples" / "tiny-opt"
 MODEL = HOME / "model"
@@ -55,7 +56,7 @@ def share_right(bits: int, kind: str, count: int) -> float:
     end = model.spec.eos_tokens[0]
     right = 0
     for prompt, answer in list(questions(kind))[:count]:
-        tokens = model.generate_greedy(tokenizer.encode(prompt), 8).tokens
+        tokens = generate_greedy(model, tokenizer.encode(prompt), 8).tokens
         if end in tokens:
             tokens = tokens[: tokens.index(end)]
         right += tokenizer.decode(tokens).strip().lower() == answer.lower()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.artifact import file_sha256, read_artifact, read_block, write_artifact
+from model.artifact import file_sha256, read_block, write_artifact
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
 from model.errors import CheckpointError
@@ -89,10 +89,10 @@ def test_truncation_and_extension_are_noticed(checkpoint: Checkpoint, tmp_path: 
     for size in [*range(64), *range(64, len(original), 997), len(original) - 1]:
         tampered.write_bytes(original[:size])
         with pytest.raises(CheckpointError):
-            read_artifact(tampered)
+            read_block(tampered, checkpoint.spec, 1)
     tampered.write_bytes(original + b"\0")
     with pytest.raises(CheckpointError, match="truncated or damaged"):
-        read_artifact(tampered)
+        read_block(tampered, checkpoint.spec, 1)
 
 
 def rewritten(path: Path, change: Any) -> Path:
@@ -132,7 +132,7 @@ def test_lies_are_noticed(
 ) -> None:
     artifact = write_artifact(tmp_path, 1, checkpoint.block(1), Format(4))
     with pytest.raises(CheckpointError, match=message):
-        read_artifact(rewritten(artifact.path, change))
+        read_block(rewritten(artifact.path, change), checkpoint.spec, 1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
@@ -145,7 +145,7 @@ def test_scales_from_a_peer_must_be_sane(
     data[begin : begin + 2] = np.float16(value).tobytes()
     artifact.path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"up\.weight\.scales (holds NaN|has negative)"):
-        read_artifact(artifact.path)
+        read_block(artifact.path, checkpoint.spec, 1)
 
 
 def test_another_block_or_model_is_not_accepted(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -191,14 +191,14 @@ def test_a_read_block_holds_one_file_descriptor(checkpoint: Checkpoint, tmp_path
     artifact = write_artifact(tmp_path, 1, checkpoint.block(1), Format(4))
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir()))
-    tensors = [read_artifact(artifact.path) for _ in range(5)]
+    tensors = [read_block(artifact.path, checkpoint.spec, 1) for _ in range(5)]
     assert len(list(descriptors.iterdir())) <= before + len(tensors)
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
-        read_artifact(tmp_path / "absent")
+        read_block(tmp_path / "absent", checkpoint.spec, 1)
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         file_sha256(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_artifact(tmp_path)
+        read_block(tmp_path, checkpoint.spec, 1)

@@ -15,6 +15,7 @@ from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.reference import ReferenceModel
 from model.spec import LayerSpec, ModelSpec
+from tests.greedy import generate_greedy
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/golden.npz"))
@@ -31,7 +32,7 @@ def test_equals_transformers(name: str) -> None:
     model = ReferenceModel.from_checkpoint(Checkpoint.open(FIXTURES / name))
     prompt = golden["prompt"].tolist()
     np.testing.assert_allclose(model.forward(prompt), golden["logits"], atol=1e-4)
-    generation = model.generate_greedy(prompt, len(golden["continuation"]))
+    generation = generate_greedy(model, prompt, len(golden["continuation"]))
     assert generation.tokens == golden["continuation"].tolist()
     np.testing.assert_allclose(generation.margins, golden["margins"], atol=1e-4)
 

@@ -50,9 +50,6 @@ def test_encode_adds_bos_and_decode_drops_it() -> None:
     assert BYTES.decode(tokens) == "Hi there"
     assert BYTES.decode(tokens, skip_special=False) == "<s>Hi there"
     assert BYTES.encode("Hi there", add_special=False) == tokens[1:]
-    assert BYTES.vocab_size == 260
-    assert BYTES.token_text(256) == "<s>"
-    assert BYTES.token_text(1_000_000) is None
 
 
 @pytest.mark.parametrize(
@@ -154,7 +151,6 @@ def test_chat_of_the_fixture_has_each_special_token_once() -> None:
 
 def test_no_template_is_an_error_with_advice(model: Path) -> None:
     tokenizer = with_template(model, None)
-    assert not tokenizer.has_chat_template
     with pytest.raises(TokenizerError, match=r"no chat template; .*put a chat_template\.jinja"):
         tokenizer.apply_chat_template(USER)
 

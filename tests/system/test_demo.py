@@ -13,6 +13,7 @@ from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.reference import ReferenceModel
 from model.tokenizer import Tokenizer
+from tests.greedy import generate_greedy
 from tests.system.cluster import FIXTURES, TINY_OPT, demo_processes, last_json, shoal
 
 FAMILIES = ("opt-pre", "opt-post", "llama", "mistral", "qwen2", "qwen3")
@@ -68,9 +69,8 @@ def test_quantized_tokens_are_those_of_the_reference(
         (block, write_artifact(tmp_path, block, checkpoint.block(block), Format.of(bits)).path)
         for block in range(checkpoint.spec.block_count)
     ]
-    expected = ReferenceModel.from_artifacts(checkpoint.spec, blocks).generate_greedy(
-        answer["prompt_tokens"], TOKENS
-    )
+    reference = ReferenceModel.from_artifacts(checkpoint.spec, blocks)
+    expected = generate_greedy(reference, answer["prompt_tokens"], TOKENS)
     for index, token in enumerate(answer["tokens"]):
         if token != expected.tokens[index]:
             # After a tie the continuations may differ; before one they must not.

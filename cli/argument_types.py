@@ -1,0 +1,103 @@
+"""Types of arguments: from text to a value, or to a message that says what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from model.quantize import BITS
+from wire.messages import Endpoint
+from wire.sizes import parse_size
+
+CONTROL_PORT = 7420
+HTTP_PORT = 7421
+
+
+def argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
+    """``convert``, with its ValueError or KeyError as a message for the user."""
+
+    def parse(text: str) -> Any:
+        try:
+            return convert(text)
+        except (ValueError, KeyError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from error
+
+    return parse
+
+
+def whole(text: str) -> int:
+    """A whole number from 0 up, in plain digits. Raises ValueError."""
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(text)
+    return int(text)
+
+
+def between(low: float, high: float, unit: str = "") -> Callable[[str], float]:
+    """Numbers from ``low`` to ``high``, with or without ``unit`` behind them."""
+
+    def convert(text: str) -> float:
+        value = float(text.removesuffix(unit))
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return convert
+
+
+def at_least_0(text: str) -> float:
+    """A finite number from 0 up. Raises ValueError."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def _positive(text: str) -> int:
+    value = whole(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _known_bits(text: str) -> list[int]:
+    bits = sorted({int(part) for part in text.split(",")})
+    if any(value not in BITS for value in bits):
+        raise ValueError(text)
+    return bits
+
+
+def _port_number(text: str) -> int:
+    value = whole(text)
+    if value >= 65536:
+        raise ValueError(text)
+    return value
+
+
+_ENDPOINT = re.compile(
+    r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII
+)
+
+
+def _endpoint(default_port: int) -> Callable[[str], Endpoint]:
+    def convert(text: str) -> Endpoint:
+        match = _ENDPOINT.fullmatch(text)
+        if match is None:
+            raise ValueError(text)
+        port = match["port"]
+        return Endpoint(
+            match["v6"] or match["host"], default_port if port is None else _port_number(port)
+        )
+
+    return convert
+
+
+count = argument(_positive, "a whole number above 0")
+bits = argument(_known_bits, "widths out of " + ",".join(map(str, BITS)))
+size = argument(parse_size, "a size such as 512M, 1.5G or 200MiB")
+watts = argument(between(0.01, 1e5, "W"), "watts, such as 6.5")
+port = argument(_port_number, "a port between 0 and 65535")
+http_endpoint = argument(_endpoint(HTTP_PORT), "HOST:PORT")
+control_endpoint = argument(_endpoint(CONTROL_PORT), "HOST or HOST:PORT")
