@@ -150,7 +150,8 @@ def test_a_device_is_charged_what_its_arithmetic_loses(cluster: Cluster) -> None
     # All of it on the other device is within a budget that this one would exceed.
     budget = 1.01 * sum(common.values()) * planned["quality"]["margin"]
     within = last_json(cluster.run(*asked[:-1], f"--quality-budget={budget}", "--explain"))
-    assert [stage["device"] for stage in within["plan"]["stages"]] == ["pi"]
+    charged = within["plan"]["total_sensitivity"]
+    assert charged <= budget < planned["plan"]["total_sensitivity"]
 
 
 def own(item: dict[str, Any]) -> bool:
