@@ -147,6 +147,17 @@ def test_a_wrong_setting_does_not_restart_for_ever(shoal: Shoal) -> None:
     agent.shell(f"cp /tmp/agent.toml /etc/shoal/ && systemctl restart {AGENT}")
 
 
+def test_more_memory_than_the_limit_ends_a_service(shoal: Shoal) -> None:
+    agent = shoal.agents[0]
+    agent.enforce_limits()
+    agent.shell(f"systemctl set-property --runtime {AGENT} MemoryMax=20M")
+    agent.shell(f"systemctl restart {AGENT}", check=False)  # Python and ONNX Runtime take 55 MB.
+    agent.wait(f"journalctl -u {AGENT} --no-pager", "status=9/KILL", 20)
+    agent.shell(f"systemctl set-property --runtime {AGENT} MemoryMax={(6 + 384) << 20}")
+    agent.shell(f"systemctl reset-failed {AGENT}; systemctl restart {AGENT}")
+    agent.wait(f"systemctl show -P StatusText {AGENT}", "joined", 60)
+
+
 def test_they_serve_again_after_a_reboot(shoal: Shoal) -> None:
     shoal.agents[0].reboot()
     shoal.wait_for_agents()
