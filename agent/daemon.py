@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import psutil
 
@@ -79,10 +78,6 @@ Request = (
     | ConnectStage
     | UnloadStage
 )
-
-
-PREPARED_FACTOR = 4.5
-"""Bytes that a backend keeps of prepared weights over those of the artifacts, at most."""
 
 
 class Agent:
@@ -403,6 +398,8 @@ class Agent:
             self._progress(connection, request.request, "fetch", "bytes"),
             token=self._config.token,
         )
+        held_bytes = sum(ref.size_bytes for ref in request.blocks)
+        limit = self._config.storage_bytes
         started = time.perf_counter()
         stage = self._backend.load(
             spec,
@@ -413,7 +410,9 @@ class Agent:
                 self._config.threads,
                 memory_bytes=self._profile.memory_bytes,
                 exact=self._config.exact,
-                prepared_dir=self._prepared_dir(sum(ref.size_bytes for ref in request.blocks)),
+                # Exact stages keep none: theirs are many times larger, and nobody is in a hurry.
+                prepared_dir=None if self._config.exact else self._config.state_dir / "prepared",
+                prepared_bytes=None if limit is None else max(limit - held_bytes, 0),
             ),
         )
         self._relay = Relay(
@@ -432,18 +431,6 @@ class Agent:
         return StageLoaded(
             request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
         )
-
-    def _prepared_dir(self, artifact_bytes: int) -> Path | None:
-        """Where prepared weights may be kept: nowhere if the user's limit leaves them no room.
-
-        Exact stages keep none: theirs are many times larger, and nobody is in a hurry.
-        """
-        if self._config.exact:
-            return None
-        limit = self._config.storage_bytes
-        if limit is not None and (1 + PREPARED_FACTOR) * artifact_bytes > limit:
-            return None
-        return self._config.state_dir / "prepared"
 
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str

@@ -32,6 +32,7 @@ from calibration.machine import processor_name
 from calibration.shapes import shape_spec
 from calibration.speed import SpeedOptions, prepared_stage
 from model.quantize import Format
+from wire.sizes import parse_size
 
 
 class LlamaCpp:
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", type=parse_size, help="that the stage may take: 8G")
     parser.add_argument("--directory", type=Path, help="for 2 GB of weights meanwhile")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -88,6 +90,7 @@ def main() -> None:
         contexts=tuple(options.contexts),
         prompt_tokens=options.prompt,
         decode_tokens=options.tokens,
+        memory_bytes=options.memory,
     )
     context_tokens = max(options.prompt, *options.contexts) + options.tokens
     ours: dict[str, list[float]] = defaultdict(list)

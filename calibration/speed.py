@@ -36,7 +36,7 @@ LOAD_SHARE = 0.8
 @dataclass(frozen=True, slots=True)
 class SpeedOptions:
     """What to run. ``contexts``: tokens already behind the decoded ones. ``cached``: load a second
-    time, from what the backend prepared the first time."""
+    time, from what the backend prepared the first time. ``memory_bytes``: as of StageOptions."""
 
     threads: int
     contexts: tuple[int, ...] = (32, 900)
@@ -45,6 +45,7 @@ class SpeedOptions:
     rounds: int = 5
     exact: bool = False
     cached: bool = True
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ def prepared_stage(
             threads=options.threads,
             exact=options.exact,
             prepared_dir=Path(name) / "prepared" if options.cached else None,
+            memory_bytes=options.memory_bytes,
         )
         started_s = time.perf_counter()
         stage = backend.load(spec, artifacts, stage_options)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from wire.sizes import format_size
+from wire.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from calibration.speed import StageSpeed
@@ -23,6 +23,7 @@ EXAMPLES = (
     "  shoal bench                                         llama-1b at 4 bits\n"
     "  shoal bench --shape qwen2.5-0.5b --bits 8 --threads 4\n"
     "  shoal bench --shape ./config.json --context 32,4000 --json\n"
+    "  shoal bench --memory 8G                             with room for a copy for prompts\n"
     "  shoal bench --bits 4,8 --mixed                      layers at 4 and 8 bits in turn\n"
 )
 """For the command's help."""
@@ -62,6 +63,9 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--exact", action="store_true", help="fp32 activations, as results are compared with"
     )
     parser.add_argument(
+        "--memory", type=_size, metavar="SIZE", help="that a stage may take, as an agent's: 8G"
+    )
+    parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="for the weights meanwhile; default: /tmp"
     )
 
@@ -86,6 +90,7 @@ def run_bench(options: argparse.Namespace, screen: Screen) -> None:
         prompt_tokens=options.prompt,
         rounds=options.rounds,
         exact=options.exact,
+        memory_bytes=options.memory,
     )
     results = []
     try:
@@ -156,6 +161,13 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
     return value
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _numbers(text: str) -> list[int]:
