@@ -41,6 +41,8 @@ class AgentConfig:
     """Shared by all of the shoal; None where nobody has one."""
     exact: bool = False
     """Do not round activations: slower, for comparing results."""
+    fast_prompts: bool = False
+    """Read prompts faster through a coarser copy of the layers, where memory has room for it."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

@@ -425,6 +425,7 @@ class Agent:
             self._progress(connection, request.request, "fetch", "bytes"),
             token=self._config.token,
         )
+        prepared_dir, prepared_bytes = self._prepared(request.blocks)
         started = time.perf_counter()
         stage = self._supplied(request.request, connection, coordinator).load(
             spec,
@@ -435,7 +436,9 @@ class Agent:
                 self._config.threads,
                 memory_bytes=self._profile.memory_bytes,
                 exact=self._config.exact,
-                prepared_dir=self._prepared_dir(request.blocks),
+                prepared_dir=prepared_dir,
+                prepared_bytes=prepared_bytes,
+                fast_prompts=self._config.fast_prompts,
             ),
         )
         self._relay = Relay(
@@ -455,15 +458,17 @@ class Agent:
             request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
         )
 
-    def _prepared_dir(self, blocks: Sequence[BlockRef]) -> Path | None:
-        """Where the backend may keep prepared weights: nowhere if storage leaves them no room.
+    def _prepared(self, blocks: Sequence[BlockRef]) -> tuple[Path | None, int]:
+        """Where the backend may keep prepared weights, and how many bytes: nowhere if storage
+        leaves them no room.
 
         Exact stages keep none: theirs are many times larger, and nobody is in a hurry.
         """
-        factor = self._backend.PREPARED_FACTOR
+        factor = self._backend.PREPARED_FACTOR * (2 if self._config.fast_prompts else 1)
         if self._config.exact or factor == 0:
-            return None
-        return self._cache.prepare(blocks, int(factor * sum(ref.size_bytes for ref in blocks)))
+            return None, 0
+        size_bytes = int(factor * sum(ref.size_bytes for ref in blocks))
+        return self._cache.prepare(blocks, size_bytes), size_bytes
 
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str

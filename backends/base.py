@@ -74,6 +74,9 @@ class StageOptions:
     them (to 8 bits, say) where that is faster and its documentation states the error.
     prepared_dir: where the backend may keep what it makes of artifacts, to load them faster the
     next time; None keeps nothing. What lies there is used only for what it was made from.
+    prepared_bytes: what may lie there at most; None: as much as the disk has room for.
+    fast_prompts: prompts may round weights and activations once more where that is faster and
+    memory_bytes leaves room for it. Has no effect on exact stages.
     memory_bytes: what the stage may take, where that is more than a plan charges for it: room to
     keep weights in a form that is faster and larger. None: nothing beyond what is charged.
     """
@@ -83,6 +86,8 @@ class StageOptions:
     threads: int
     exact: bool = False
     prepared_dir: Path | None = None
+    prepared_bytes: int | None = None
+    fast_prompts: bool = False
     memory_bytes: int | None = None
 
 

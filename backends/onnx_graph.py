@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from backends.onnx_matrix import Matrix, PackedMatrix, stack_rows
+from backends.onnx_matrix import ByteMatrix, Matrix, PackedMatrix, stack_rows
 from model.spec import LayerSpec
 
 MICROSOFT = "com.microsoft"
@@ -146,6 +146,8 @@ class Graph:
 
     def linear(self, value: str, matrix: Matrix, bias: Array | None = None) -> str:
         """value [b, n, columns] times ``matrix`` transposed, plus ``bias``: [b, n, rows]."""
+        if isinstance(matrix, ByteMatrix):
+            return self._linear_of_bytes(value, matrix, bias)
         if not isinstance(matrix, PackedMatrix):
             weight = self.weight(_transposed(matrix))
             (result,) = self.node("MatMul", [value, weight])
@@ -168,6 +170,22 @@ class Graph:
             block_size=matrix.block_size,
             accuracy_level=INT8_ACTIVATIONS,
         )[0]
+
+    def _linear_of_bytes(self, value: str, matrix: ByteMatrix, bias: Array | None) -> str:
+        # The operator rounds to 256 steps between the extremes of all rows; rows that are divided
+        # by their largest magnitude share these without loss.
+        (magnitudes,) = self.node("Abs", [value])
+        (largest,) = self.node("ReduceMax", [magnitudes, self.integers(-1)], keepdims=1)
+        (scale,) = self.node("Max", [largest, self.weight(np.array([1e-30], np.float32))])
+        (level,) = self.node("Div", [value, scale])
+        weights = [self.weight(matrix.codes), self.weight(matrix.scales)]
+        (product,) = self.node("DynamicQuantizeMatMul", [level, *weights], domain=MICROSOFT)
+        (result,) = self.node("Mul", [product, scale])
+        if bias is not None:
+            (result,) = self.node("Add", [result, self.weight(bias)])
+        # The kernel keeps a sum per row beside the codes.
+        self._added_bytes += matrix.scales.nbytes
+        return result
 
     def norm(self, value: str, weight: Array, bias: Array | None, epsilon: float) -> str:
         """LayerNorm, or RMSNorm where there is no bias, over the last axis."""

@@ -23,6 +23,9 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 CONTAINER_BITS: Mapping[int, int] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 32, 32: 32}
 
+# Rows that are rounded to bytes at once: the transposed copy then writes whole cache lines.
+_STRIP_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
@@ -41,8 +44,19 @@ class PackedMatrix:
     zero_points: Bytes | None
 
 
-Matrix: TypeAlias = PackedMatrix | Array
-"""A packed matrix, or a dense one as float32 [rows, columns]."""
+@dataclass(frozen=True, slots=True)
+class ByteMatrix:
+    """A matrix [rows, columns] of signed bytes as DynamicQuantizeMatMul takes it.
+
+    codes: int8 [columns, rows], within +-127; scales: float32 [rows].
+    """
+
+    codes: npt.NDArray[np.int8]
+    scales: Array
+
+
+Matrix: TypeAlias = PackedMatrix | ByteMatrix | Array
+"""A packed matrix, one of bytes, or a dense one as float32 [rows, columns]."""
 
 
 def executable(stored: Tensor, *, exact: bool) -> Matrix:
@@ -67,10 +81,34 @@ def executable(stored: Tensor, *, exact: bool) -> Matrix:
     )
 
 
+def bytes_of(stored: QuantizedMatrix) -> ByteMatrix:
+    """A stored matrix rounded to nearest at one scale per row: no value is further than
+    max|row| / 254 from the stored one."""
+    rows, columns = stored.shape
+    codes = np.empty((columns, rows), np.int8)
+    scales = np.empty(rows, np.float32)
+    for first in range(0, rows, _STRIP_ROWS):
+        part = slice(first, first + _STRIP_ROWS)
+        values = stored.dequantize(part)
+        scales[part] = np.maximum(np.abs(values).max(axis=1) / 127, np.finfo(np.float32).tiny)
+        values /= scales[part, None]
+        np.rint(values, out=values)
+        codes[:, part] = values.astype(np.int8).T
+    return ByteMatrix(codes, scales)
+
+
 def stack_rows(matrices: Sequence[Matrix]) -> Matrix | None:
     """One matrix with the rows of all, or None where their layouts differ."""
     if len(matrices) == 1:
         return matrices[0]
+    narrow = [matrix for matrix in matrices if isinstance(matrix, ByteMatrix)]
+    if narrow:
+        if len(narrow) < len(matrices):
+            return None
+        return ByteMatrix(
+            np.concatenate([matrix.codes for matrix in narrow], axis=1),
+            np.concatenate([matrix.scales for matrix in narrow]),
+        )
     packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
     if not packed:
         return np.concatenate([np.asarray(matrix) for matrix in matrices])

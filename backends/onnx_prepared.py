@@ -28,7 +28,13 @@ import onnxruntime as ort
 
 from backends import onnx_graph, onnx_matrix, onnx_session
 from backends.onnx_graph import Graph
-from backends.onnx_session import ERRORS, PROVIDERS, session_of, session_options
+from backends.onnx_session import (
+    ERRORS,
+    PROVIDERS,
+    release_mapped,
+    session_of,
+    session_options,
+)
 
 DISK_FACTOR = 2.1
 """Bytes on disk over those of the weights: the runtime keeps them as given and rearranged."""
@@ -44,11 +50,12 @@ _SHARED = ("", "seqlens_k", "total")
 
 
 class Prepared:
-    """Graphs under ``directory``, each by its key."""
+    """Graphs under ``directory``, each by its key, which take ``limit_bytes`` at most."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, limit_bytes: int | None = None) -> None:
         self._directory = directory
-        self._used: set[str] = set()
+        self._limit_bytes = limit_bytes
+        self._used: dict[str, int] = {}
 
     @staticmethod
     def key(content: Mapping[str, Any]) -> str:
@@ -72,17 +79,22 @@ class Prepared:
             executed_bytes = int(facts["executed_bytes"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, *ERRORS):
             return None
-        self._used.add(key)
+        release_mapped(home.resolve())
+        self._used[key] = sum(facts["files"].values())
         return session, executed_bytes
 
     def keep(self, key: str, pieces: Iterable[Graph], needed_bytes: int) -> bool:
-        """Save graphs that follow one another as one; False where the disk has no room for
-        ``needed_bytes`` of weights or fails."""
+        """Save graphs that follow one another as one; False where the disk or the limit has no
+        room for ``needed_bytes`` of weights, or the disk fails."""
+        needed_bytes = int(DISK_FACTOR * needed_bytes)
+        kept_bytes = sum(self._used.values())
+        if self._limit_bytes is not None and kept_bytes + needed_bytes > self._limit_bytes:
+            return False
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self.drop_others()  # They are not both kept, not even meanwhile.
             # Leave as much free again: other files have to fit as well.
-            if shutil.disk_usage(self._directory).free < 2 * DISK_FACTOR * needed_bytes:
+            if shutil.disk_usage(self._directory).free < 2 * needed_bytes:
                 return False
             with tempfile.TemporaryDirectory(dir=self._directory, prefix=".new-") as name:
                 home = Path(name) / key

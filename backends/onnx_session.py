@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import mmap
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from backends.base import BackendError
 from backends.onnx_graph import MICROSOFT, Graph
+from backends.onnx_matrix import ByteMatrix
 
 _FATAL = 4
 """Log severity: failures come as exceptions, and are reported once by whoever catches them."""
@@ -40,6 +45,9 @@ ERRORS = (
 _MODES = {"x86_64": (32, 28, 0x8040), "aarch64": (8, 0, 1 << 24)}
 _MODE = _MODES.get(platform.machine()) if platform.libc_ver()[0] == "glibc" else None
 _MATH = ctypes.CDLL("libm.so.6") if _MODE is not None else ctypes.CDLL(None)
+
+# A region in /proc/self/smaps: its bounds and its file.
+_REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)")
 
 _DENORMAL = np.array([1e-40], np.float32)
 _ONE = np.array([1.0], np.float32)
@@ -133,11 +141,46 @@ def window_offset() -> int:
     return int(np.count_nonzero(result[0, -1])) - window
 
 
+@functools.lru_cache(maxsize=1)
+def sums_bytes_exactly() -> bool:
+    """Whether sums of products of bytes are exact: x86 processors without VNNI add pairs of them in
+    16 bits, which is too narrow."""
+    columns = 64
+    graph = Graph()
+    value = graph.input("hidden", TensorProto.FLOAT, (1, 1, columns))
+    largest = ByteMatrix(np.full((columns, 1), 127, np.int8), np.ones(1, np.float32))
+    graph.output(graph.linear(value, largest), "output", TensorProto.FLOAT, (1, 1, 1))
+    inputs = {"hidden": np.ones((1, 1, columns), np.float32)}
+    try:
+        (result,) = new_session(graph, 1).run(["output"], inputs)
+    except ERRORS:
+        return False
+    return bool(np.isclose(result[0, 0, 0], 127 * columns))
+
+
 def return_free_memory() -> None:
     """Give the heap that loading leaves behind back to the system: as much as the weights again."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def release_mapped(directory: Path) -> None:
+    """Let go of what this process has mapped of the files in ``directory``; it is mapped again when
+    it is read. A session is made from tensors that no kernel looks at afterwards.
+
+    Linux only; elsewhere, and for what was changed in memory, nothing happens.
+    """
+    begin, size, mapped = 0, 0, False
+    with contextlib.suppress(OSError), Path("/proc/self/smaps").open(encoding="utf-8") as regions:
+        for line in regions:
+            header = _REGION.match(line)
+            if header is not None:
+                begin, end = int(header[1], 16), int(header[2], 16)
+                size, mapped = end - begin, header[3].startswith(f"{directory}/")
+            elif mapped and line.split() == ["Anonymous:", "0", "kB"]:
+                advise = ctypes.CDLL(None).madvise
+                advise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 @contextmanager

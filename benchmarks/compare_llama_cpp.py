@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fast-prompts", action="store_true", help="through a copy in bytes")
     parser.add_argument("--directory", type=Path, help="for 2 GB of weights meanwhile")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -88,6 +89,7 @@ def main() -> None:
         contexts=tuple(options.contexts),
         prompt_tokens=options.prompt,
         decode_tokens=options.tokens,
+        fast_prompts=options.fast_prompts,
     )
     context_tokens = max(options.prompt, *options.contexts) + options.tokens
     ours: dict[str, list[float]] = defaultdict(list)

@@ -2,11 +2,15 @@
 
     python -m benchmarks.stage                      # demo model: loss and exact match, both modes
     python -m benchmarks.stage --bits 4 --groups 64 --questions 100 --json
+    python -m benchmarks.stage --layers --bits 4 8  # what rounding does to each layer's result
     python -m benchmarks.stage --mixed llama-1b     # 4, 6, 8 and 16 bits in one stage
 
 Quality: every token of the dev set goes through a stage of the embedded model, with activations
-rounded as in serving and not rounded (exact). Loss is of the answer's tokens and the end of the
-text, given the question, in nats; exact match compares greedy answers as the SQuAD v1.1 script.
+not rounded (fp32), rounded as in serving (packed), and where memory leaves room for a copy that
+prompts run through (bytes). Loss is of the answer's tokens and the end of the text, given the
+question, in nats; exact match compares greedy answers as the SQuAD v1.1 script.
+
+Layers: relative L2 error of what a layer adds to the hidden states of prompts.
 
 Mixed: seconds per token of stages of one width each, of one with all widths in turn, and what the
 first predict for the last.
@@ -46,6 +50,13 @@ END = 2
 
 MIXED_BITS = (4, 6, 8, 16)
 
+MODES: dict[str, dict[str, Any]] = {
+    "fp32": {"exact": True},
+    "packed": {},
+    "bytes": {"memory_bytes": 1 << 40, "fast_prompts": True},
+}
+"""Options of a stage, by how it treats activations."""
+
 
 def questions(count: int) -> list[tuple[str, str]]:
     """(prompt, answer) of the dev set, evenly picked."""
@@ -60,13 +71,17 @@ def questions(count: int) -> list[tuple[str, str]]:
 
 
 def quality(
-    backend: Backend, fmt: Format, *, exact: bool, asked: Sequence[tuple[str, str]]
+    backend: Backend,
+    fmt: Format,
+    *,
+    mode: str,
+    asked: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
     """Loss and exact match of the demo model with every block in ``fmt``."""
     checkpoint = Checkpoint.open(DEMO / "model")
     spec = checkpoint.spec
     tokenizer = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
-    options = StageOptions(slots=1, context_tokens=spec.max_context, threads=1, exact=exact)
+    options = StageOptions(1, spec.max_context, 1, **MODES[mode])
     loss, count, right = 0.0, 0, 0
     with TemporaryDirectory() as name:
         artifacts = [
@@ -85,10 +100,36 @@ def quality(
     return {
         "bits": fmt.bits,
         "group_size": fmt.group_size,
-        "exact": exact,
+        "mode": mode,
         "loss": loss / count,
         "exact_match": right / len(asked),
     }
+
+
+def layer_errors(backend: Backend, fmt: Format, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Per layer and mode, the error of what the layer makes of the exact layers' results."""
+    checkpoint = Checkpoint.open(DEMO / "model")
+    spec = checkpoint.spec
+    tokenizer = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
+    inputs = [np.array(tokenizer.encode(prompt).ids) for prompt in prompts]
+    found = []
+    with TemporaryDirectory() as name:
+        for block in range(spec.head_block):
+            artifact = write_artifact(Path(name), block, checkpoint.block(block), fmt).path
+            outputs = {}
+            for mode, chosen in MODES.items():
+                options = StageOptions(1, spec.max_context, 1, **chosen)
+                with closing(backend.load(spec, [(block, artifact)], options)) as stage:
+                    outputs[mode] = [stage.forward(0, 0, rows) for rows in inputs]
+            exact = np.concatenate(outputs["fp32"])
+            if block:
+                row: dict[str, Any] = {"bits": fmt.bits, "layer": block - 1}
+                for mode in ("packed", "bytes"):
+                    error = np.linalg.norm(np.concatenate(outputs[mode]) - exact)
+                    row[mode] = float(error / np.linalg.norm(exact - np.concatenate(inputs)))
+                found.append(row)
+            inputs = outputs["fp32"]
+    return found
 
 
 def forced(stage: Stage, prompt: Sequence[int], wanted: Sequence[int]) -> Iterator[Any]:
@@ -163,6 +204,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 16])
     parser.add_argument("--groups", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--questions", type=int, default=750)
+    parser.add_argument("--layers", action="store_true", help="measure this instead")
     parser.add_argument("--mixed", metavar="SHAPE", help="measure this instead")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
@@ -173,25 +215,31 @@ def main() -> None:
         print(json.dumps(mixed(options.mixed, backend, options.threads, options.rounds)))
         return
     asked = questions(options.questions)
+    if options.layers:
+        prompts = [prompt for prompt, _ in asked[:40]]
+        for bits in options.bits:
+            for row in layer_errors(backend, Format.of(bits), prompts):
+                print(json.dumps(row))
+        return
     cases = [
-        (bits, group, exact)
+        (bits, group, mode)
         for bits in options.bits
         for group in (options.groups if bits < 16 else [0])
-        for exact in (False, True)
+        for mode in MODES
+        if bits < 16 or mode != "bytes"
     ]
     results = []
-    for bits, group, exact in track(cases, console=Console(stderr=True), transient=True):
+    for bits, group, mode in track(cases, console=Console(stderr=True), transient=True):
         fmt = Format.of(bits, "rtn", group or 64)
-        results.append(quality(backend, fmt, exact=exact, asked=asked))
+        results.append(quality(backend, fmt, mode=mode, asked=asked))
     if options.json:
         print(json.dumps(results))
         return
-    print("| bits | group | activations | loss | exact match |")
+    print("| bits | group | products | loss | exact match |")
     print("| ---: | ---: | --- | ---: | ---: |")
     for row in results:
-        kind = "fp32" if row["exact"] else "8 bits"
         print(
-            f"| {row['bits']} | {row['group_size'] or '-'} | {kind} | {row['loss']:.2e} "
+            f"| {row['bits']} | {row['group_size'] or '-'} | {row['mode']} | {row['loss']:.2e} "
             f"| {row['exact_match']:.1%} |"
         )
 

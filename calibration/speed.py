@@ -36,7 +36,8 @@ LOAD_SHARE = 0.8
 @dataclass(frozen=True, slots=True)
 class SpeedOptions:
     """What to run. ``contexts``: tokens already behind the decoded ones. ``cached``: load a second
-    time, from what the backend prepared the first time."""
+    time, from what the backend prepared the first time. ``fast_prompts``: as of
+    StageOptions, with all memory that is free."""
 
     threads: int
     contexts: tuple[int, ...] = (32, 900)
@@ -45,6 +46,7 @@ class SpeedOptions:
     rounds: int = 5
     exact: bool = False
     cached: bool = True
+    fast_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ def prepared_stage(
             threads=options.threads,
             exact=options.exact,
             prepared_dir=Path(name) / "prepared" if options.cached else None,
+            fast_prompts=options.fast_prompts,
+            memory_bytes=memory_bytes()[0] if options.fast_prompts else None,
         )
         started_s = time.perf_counter()
         stage = backend.load(spec, artifacts, stage_options)

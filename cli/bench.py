@@ -20,6 +20,7 @@ EXAMPLES = (
     "  shoal bench                                         llama-1b at 4 bits\n"
     "  shoal bench --shape qwen2.5-0.5b --bits 8 --threads 4\n"
     "  shoal bench --shape ./config.json --context 32,4000 --json\n"
+    "  shoal bench --fast-prompts                          prompts through a copy in bytes\n"
     "  shoal bench --bits 4,8 --mixed                      layers at 4 and 8 bits in turn\n"
 )
 """For the command's help."""
@@ -67,6 +68,9 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--exact", action="store_true", help="fp32 activations, as results are compared with"
     )
     parser.add_argument(
+        "--fast-prompts", action="store_true", help="as an agent's: through a copy in bytes"
+    )
+    parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="for the weights meanwhile; default: /tmp"
     )
 
@@ -91,6 +95,7 @@ def run_bench(options: argparse.Namespace, screen: Screen) -> None:
         prompt_tokens=options.prompt,
         rounds=options.rounds,
         exact=options.exact,
+        fast_prompts=options.fast_prompts,
     )
     results = []
     try:

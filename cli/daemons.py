@@ -101,6 +101,11 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact", action="store_true", help="do not round activations: slow, to compare results"
     )
+    parser.add_argument(
+        "--fast-prompts",
+        action="store_true",
+        help="where memory has room for a copy in bytes: twice as fast, less accurate",
+    )
     parser.add_argument("--bind", default=ALL_INTERFACES, metavar="HOST", help="for other agents")
     parser.add_argument(
         "--port", type=argument_types.port, default=0, help="for other agents; default: any"
@@ -201,6 +206,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 storage_bytes=options.storage,
                 threads=options.threads,
                 exact=options.exact,
+                fast_prompts=options.fast_prompts,
                 backend=options.backend,
                 token=read_token(options.token_file),
                 watts=options.watts,

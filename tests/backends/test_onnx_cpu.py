@@ -17,12 +17,20 @@ import psutil
 import pytest
 
 pytest.importorskip("onnxruntime")
+from onnx import TensorProto
 
 from backends import onnx_cpu, onnx_prepared
 from backends.base import BackendError, BackendUnavailable, StageOptions
 from backends.onnx_cpu import OnnxCpuBackend
 from backends.onnx_graph import Graph, cached_head_width
-from backends.onnx_matrix import CONTAINER_BITS, PackedMatrix, executable, stack_rows
+from backends.onnx_matrix import (
+    CONTAINER_BITS,
+    PackedMatrix,
+    bytes_of,
+    executable,
+    stack_rows,
+)
+from backends.onnx_session import new_session
 from backends.registry import BACKENDS, backend_class, probe_all
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
@@ -50,6 +58,7 @@ LAYER = LayerSpec(
 )
 ROOT = Path(__file__).parents[2]
 OPTIONS = StageOptions(slots=1, context_tokens=32, threads=1)
+ROOMY = replace(OPTIONS, memory_bytes=1 << 40, fast_prompts=True)
 
 
 @pytest.mark.parametrize("columns", [64, 72, 20])
@@ -113,6 +122,107 @@ def test_rounded_activations_cost_a_few_percent_at_most(
     error = np.linalg.norm(np.concatenate(rows) - expected) / np.linalg.norm(expected)
     assert error < 0.06
     assert np.linalg.norm(chunk[0] - rows[-1][0]) < 0.06 * np.linalg.norm(expected[-1])
+
+
+@pytest.mark.parametrize("columns", [64, 72, 20])
+def test_bytes_are_within_half_a_step_of_the_stored_values(columns: int) -> None:
+    weights = some_weights(columns)
+    weights[2] *= 1e4
+    weights[4] = 0
+    stored = quantize(weights, Format.of(4))
+    narrow = bytes_of(stored)
+    values = stored.dequantize()
+    assert narrow.codes.shape == (columns, 6)
+    assert np.abs(narrow.codes.astype(int)).max() == 127
+    error = np.abs(narrow.codes.T * narrow.scales[:, None] - values).max(axis=1)
+    assert (error <= np.abs(values).max(axis=1) / 254 * 1.0001).all()
+    assert not error[4]
+
+
+def test_each_row_of_activations_has_a_scale_of_its_own() -> None:
+    """Relative L2 error of a row's products, whatever the other rows are: 1 % on normal values."""
+    random = np.random.default_rng(0)
+    stored = quantize(random.standard_normal((96, 256), np.float32), Format.of(8))
+    bias = random.standard_normal(96, np.float32)
+    sizes = np.array([1e-4, 1e-3, 0.01, 0.1, 1, 10, 100, 1000, 0])
+    rows = (random.standard_normal((9, 256)) * sizes[:, None]).astype(np.float32)
+    graph = Graph()
+    value = graph.input("hidden", TensorProto.FLOAT, (1, "n", 256))
+    result = graph.linear(value, bytes_of(stored), bias)
+    graph.output(result, "output", TensorProto.FLOAT, (1, "n", 96))
+    (found,) = new_session(graph, 1).run(["output"], {"hidden": rows[None]})
+    expected = rows @ stored.dequantize().T
+    error = np.linalg.norm(found[0] - bias - expected, axis=1)
+    assert (error <= 0.02 * np.linalg.norm(expected, axis=1) + 1e-5).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", ["llama", "opt-post", "qwen3"])
+def test_prompts_in_bytes_cost_a_few_percent_at_most(name: str, bits: int, tmp_path: Path) -> None:
+    """As above, of a prompt that runs through the copy and of tokens behind it, which do not: about
+    a quarter more."""
+    checkpoint = Checkpoint.open(FIXTURES / name)
+    spec = checkpoint.spec
+    artifacts = [
+        (block, write_artifact(tmp_path, block, checkpoint.block(block), Format.of(bits)).path)
+        for block in range(spec.block_count)
+    ]
+    tokens = np.random.default_rng(1).integers(0, spec.vocab, 24)
+    expected = ReferenceModel.from_artifacts(spec, artifacts, np.float64).forward(tokens)
+    with closing(OnnxCpuBackend().load(spec, artifacts, ROOMY)) as stage:
+        rows = [stage.forward(0, 0, tokens[:20])]
+        rows += [stage.forward(0, at, tokens[at : at + 1]) for at in range(20, 24)]
+    error = np.linalg.norm(np.concatenate(rows) - expected[19:])
+    assert error < 0.08 * np.linalg.norm(expected[19:])
+
+
+def test_bytes_are_only_for_prompts_of_stages_with_room_that_may_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, artifacts = stored_model(tmp_path / "four", LAYER, layers=2, bits=4)
+    plain, roomy = some_results(spec, artifacts, OPTIONS), some_results(spec, artifacts, ROOMY)
+    # Prompts of fewer rows than pay take the same way as tokens.
+    np.testing.assert_array_equal(roomy, plain)
+    long = some_results(spec, artifacts, OPTIONS, rows=20)
+    in_bytes = some_results(spec, artifacts, ROOMY, rows=20)
+    assert not np.array_equal(in_bytes, long)
+    assert_similar(in_bytes, long)
+    with closing(OnnxCpuBackend().load(spec, artifacts, OPTIONS)) as stage:
+        base_bytes = stage.memory_bytes
+    with closing(OnnxCpuBackend().load(spec, artifacts, ROOMY)) as stage:
+        needed_bytes = stage.memory_bytes
+    weights = 2 * (64 * 64 * 3 + 64 * 96 * 3)
+    assert weights < needed_bytes - base_bytes < 1.2 * weights
+    exact = some_results(spec, artifacts, replace(OPTIONS, exact=True), rows=20)
+    same = some_results(spec, artifacts, replace(ROOMY, exact=True), rows=20)
+    np.testing.assert_array_equal(same, exact)
+    small = replace(ROOMY, memory_bytes=base_bytes)
+    np.testing.assert_array_equal(some_results(spec, artifacts, small, rows=20), long)
+    wide = stored_model(tmp_path / "wide", LAYER, layers=2, bits=16)[1]
+    mixed = [*artifacts[:2], wide[2], artifacts[3]]
+    expected = some_results(spec, mixed, OPTIONS, rows=20)
+    np.testing.assert_array_equal(some_results(spec, mixed, ROOMY, rows=20), expected)
+    monkeypatch.setattr(onnx_cpu, "sums_bytes_exactly", lambda: False)
+    np.testing.assert_array_equal(some_results(spec, artifacts, ROOMY, rows=20), long)
+
+
+def test_prepared_bytes_are_those_that_were_made(tmp_path: Path) -> None:
+    layer = replace(LAYER, hidden=256, ffn=512)
+    spec, artifacts = stored_model(tmp_path / "blocks", layer, layers=3, bits=4)
+    expected = some_results(spec, artifacts, ROOMY, rows=20)
+    home = tmp_path / "prepared"
+    options = replace(ROOMY, prepared_dir=home)
+    for _ in ("made", "opened"):
+        np.testing.assert_allclose(
+            some_results(spec, artifacts, options, rows=20), expected, atol=1e-5
+        )
+        assert len(list(home.iterdir())) == 3  # The layers, the head, and the layers as bytes.
+    # Within a limit nothing is kept that would exceed it.
+    limit = 3 * sum(path.stat().st_size for _, path in artifacts)
+    few = tmp_path / "few"
+    some_results(spec, artifacts, replace(options, prepared_dir=few, prepared_bytes=limit))
+    assert 0 < sum(path.stat().st_size for path in few.glob("*/*")) <= limit
+    some_results(spec, artifacts, replace(options, prepared_dir=few, prepared_bytes=0))
 
 
 @pytest.mark.parametrize(
@@ -207,6 +317,20 @@ def test_prepared_weights_take_no_more_than_they_may(tmp_path: Path) -> None:
         assert 0 < kept <= OnnxCpuBackend.PREPARED_FACTOR * stored
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_prepared_weights_take_memory_only_as_they_are_read(tmp_path: Path) -> None:
+    layer = replace(LAYER, hidden=256, ffn=512)
+    spec, artifacts = stored_model(tmp_path / "blocks", layer, layers=2, bits=4)
+    home = tmp_path / "prepared"
+    options = replace(OPTIONS, prepared_dir=home)
+    expected = some_results(spec, artifacts, options)
+    with closing(OnnxCpuBackend().load(spec, artifacts, options)) as stage:
+        assert resident_bytes(home) == 0
+        tokens = np.random.default_rng(1).integers(0, spec.vocab, 9)
+        np.testing.assert_array_equal(stage.forward(0, 0, tokens)[0], expected[0])
+        assert resident_bytes(home) > 0
+
+
 def test_a_disk_without_room_prepares_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,11 +364,11 @@ def test_neighbouring_slots_share_a_call_and_others_do_not(tmp_path: Path) -> No
             stage.decode([6], [1], tokens[0, :1])
 
 
-@pytest.mark.parametrize("bits", [4, 8, 32])
-def test_memory_is_what_the_process_grows_by(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "base"), [(4, OPTIONS), (8, OPTIONS), (32, OPTIONS), (4, ROOMY)])
+def test_memory_is_what_the_process_grows_by(bits: int, base: StageOptions, tmp_path: Path) -> None:
     layer = replace(LAYER, hidden=768, heads=12, kv_heads=12, head_dim=64, ffn=3072)
     spec, artifacts = stored_model(tmp_path, layer, layers=3, bits=bits)
-    options = replace(OPTIONS, slots=2, context_tokens=1024)
+    options = replace(base, slots=2, context_tokens=1024)
     spec = replace(spec, max_context=1024)
     # What the first stage of a process costs is the library's.
     OnnxCpuBackend().load(spec, artifacts[1:2], OPTIONS).close()
@@ -341,12 +465,24 @@ def some_weights(columns: int) -> npt.NDArray[np.float32]:
 
 
 def some_results(
-    spec: ModelSpec, artifacts: list[tuple[int, Path]], options: StageOptions
+    spec: ModelSpec, artifacts: list[tuple[int, Path]], options: StageOptions, rows: int = 9
 ) -> npt.NDArray[np.float32]:
-    """Logits of a prompt and of the token behind it."""
-    tokens = np.random.default_rng(1).integers(0, spec.vocab, 10)
+    """Logits of a prompt of ``rows`` tokens and of the token behind it."""
+    tokens = np.random.default_rng(1).integers(0, spec.vocab, rows + 1)
     with closing(OnnxCpuBackend().load(spec, artifacts, options)) as stage:
-        return np.concatenate([stage.forward(0, 0, tokens[:9]), stage.forward(0, 9, tokens[9:])])
+        prompt, last = tokens[:rows], tokens[rows:]
+        return np.concatenate([stage.forward(0, 0, prompt), stage.forward(0, rows, last)])
+
+
+def resident_bytes(directory: Path) -> int:
+    """What this process has in memory of the files in ``directory``."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if line[:1].islower() or line[:1].isdigit():
+            ours = f" {directory}/" in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
 
 
 def assert_similar(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
