@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
@@ -224,34 +225,35 @@ class Relay:
 
     def _pass(self, turns: list[Turn]) -> None:
         # Whatever is raised ends one sequence: the thread is the others', too.
-        try:
-            outputs = self._compute(turns)
-        except Exception as error:
-            if len(turns) == 1:
-                self._give_up(turns[0][0], error)
-                return
-            for turn in turns:  # Whose fault it is shows when each runs by itself.
-                self._pass([turn])
-            return
-        for (sequence, rows), output in zip(turns, outputs, strict=True):
+        if len(turns) == 1:
+            sequence, rows = turns[0]
             try:
+                content, logits = self._unpacked(rows), rows.last and self._is_last
+                output = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
                 self._pass_on(sequence, rows, output)
             except Exception as error:
                 self._give_up(sequence, error)
+            return
+        try:
+            outputs = self._decode(turns)
+        except Exception as error:
+            log.info("%d rows at once failed: %s", len(turns), error)
+            for turn in turns:  # Whose fault it is shows when each runs by itself.
+                self._pass([turn])
+            return
+        for index, (sequence, rows) in enumerate(turns):
+            try:
+                self._pass_on(sequence, rows, outputs[index : index + 1])
+            except Exception as error:
+                self._give_up(sequence, error)
 
-    def _compute(self, turns: list[Turn]) -> list[Array]:
-        """Hidden rows, or logits [1, vocab] where a token is to be sampled, of each turn."""
-        if len(turns) == 1:
-            sequence, rows = turns[0]
-            logits = rows.last and self._is_last
-            inputs = self._unpacked(rows)
-            return [self._stage.forward(sequence.slot, rows.position, inputs, logits=logits)]
+    def _decode(self, turns: list[Turn]) -> Array:
+        """Hidden rows, or logits [n, vocab], of one row of each of n sequences."""
         slots = [sequence.slot for sequence, _ in turns]
         positions = [rows.position for _, rows in turns]
         parts = [self._unpacked(rows) for _, rows in turns]
-        inputs: Array | Tokens = np.concatenate(parts)
-        outputs = self._stage.decode(slots, positions, inputs)
-        return [outputs[row : row + 1] for row in range(len(turns))]
+        inputs = cast("Array | Tokens", np.concatenate(parts))  # All of a stage's are alike.
+        return self._stage.decode(slots, positions, inputs)
 
     def _unpacked(self, rows: Rows) -> Array | Tokens:
         if isinstance(rows.content, tuple):
