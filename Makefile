@@ -76,6 +76,9 @@ bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
 bench-fidelity: $(VENV)/run.stamp ## predicted and measured times of many plans on emulated hosts (needs root)
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
+bench-throughput: $(VENV)/run.stamp ## several generations at once over 1 to 4 emulated hosts (needs root)
+	$(BIN)/python -m benchmarks.throughput $(ARGS)
+
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \

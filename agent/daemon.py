@@ -1,8 +1,8 @@
 """The agent: find the coordinator, join, carry out what it asks, and say that one is alive.
 
 Threads: the main one reads the control connection; a heartbeat thread writes to it; one worker
-carries out the long requests (measure, fetch, load) in order; each prompt has a thread of its own
-while it is prefilled; agent.peers has one per peer. Losing the coordinator ends the stage, not the
+carries out the long requests (measure, fetch, load) in order; agent.relay has one that runs the
+stage, agent.hop two, agent.peers one per peer. Losing the coordinator ends the stage, not the
 agent: it searches again.
 """
 
@@ -259,9 +259,7 @@ class Agent:
                         reason = "the stage is not loaded"
                         connection.send(SequenceFailed(message.epoch, message.sequence, reason))
                     else:
-                        threading.Thread(
-                            target=relay.start, args=(message,), name="prefill", daemon=True
-                        ).start()
+                        relay.start(message)
                 elif isinstance(message, ReleaseSequence):
                     relay = self._relay_of(message.epoch)
                     if relay is not None:

@@ -2,7 +2,7 @@
 
 A token's row leaves in the thread that computed it: a hand-over would cost more than the call.
 Prompt chunks go through a short queue with a thread of its own, so that the stage computes the next
-chunk while the last one is on the wire.
+chunk while the last one is on the wire, and other sequences' tokens pass them.
 
 The next device says nothing on this connection but the answers to pings. One ping follows each
 chunk: its answer says when the chunk has arrived. One is sent now and then while nothing else is:
@@ -55,18 +55,22 @@ class Hop:
         *,
         on_lost: Callable[[str], None],
         on_news: Callable[[LinkChanged], None],
+        on_room: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_lost`` gets the reason, once, and not after ``close``. Both may be called by any
-        thread."""
+        """``on_lost`` gets the reason, once, and not after ``close``; ``on_room`` is told each time
+        that a chunk has been sent. All may be called by any thread."""
         self._connection = connection
         self._link = link
         self._measuring = measuring
         self._on_lost = on_lost
         self._on_news = on_news
+        self._on_room = on_room
         self._changed = threading.Condition()
         """Guards what follows."""
         self._waiting: deque[tuple[Activation | TokenSampled, memoryview]] = deque()
         """The first is being sent."""
+        self._passing = 0
+        """Small messages that the next chunk lets go first."""
         self._pings: deque[_Ping] = deque()
         """Not answered yet."""
         self._number = 0
@@ -80,26 +84,51 @@ class Hop:
         for target in (self._receive, self._send_chunks):
             threading.Thread(target=target, name="hop", daemon=True).start()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a chunk can be sent without waiting for one before it."""
+        return len(self._waiting) < QUEUED_CHUNKS
+
     def send(self, message: Activation | TokenSampled, payload: memoryview = NO_PAYLOAD) -> None:
-        """Send now or, a prompt's chunk, soon; in order. Raises WireError once the hop is lost."""
-        if not self._waiting and (isinstance(message, TokenSampled) or message.rows == 1):
-            try:
-                self._connection.send(message, payload)
-            except WireError as error:
-                self._end(str(error))
-                raise
-            self._sent_s = time.monotonic()
+        """Send now or, a prompt's chunk and what follows it in its sequence, soon.
+
+        A chunk waits for room. Raises WireError once the hop is lost.
+        """
+        small = isinstance(message, TokenSampled) or message.rows == 1
+        if small and not self._waiting:  # As a rule: no lock for that.
+            self._send_now(message, payload)
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._over or len(self._waiting) < QUEUED_CHUNKS)
-            if self._over:
-                raise ConnectionLost(f"{self._connection.peer}: the hop is closed")
-            self._waiting.append((message, payload))
-            self._changed.notify_all()
+            passing = small and all(
+                message.sequence != waiting.sequence for waiting, _ in self._waiting
+            )
+            if passing:
+                self._passing += 1
+            else:
+                self._changed.wait_for(lambda: self._over or small or self.has_room)
+                if self._over:
+                    raise ConnectionLost(f"{self._connection.peer}: the hop is closed")
+                self._waiting.append((message, payload))
+                self._changed.notify_all()
+        if passing:
+            try:
+                self._send_now(message, payload)
+            finally:
+                with self._changed:
+                    self._passing -= 1
+                    self._changed.notify_all()
 
     def close(self) -> None:
         """Close at once; what still waits is dropped."""
         self._end(None)
+
+    def _send_now(self, message: Activation | TokenSampled, payload: memoryview) -> None:
+        try:
+            self._connection.send(message, payload)
+        except WireError as error:
+            self._end(str(error))
+            raise
+        self._sent_s = time.monotonic()
 
     # ---- the sending thread ---------------------------------------------------------------------
 
@@ -107,7 +136,9 @@ class Hop:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._over or self._waiting, PING_S)
+                    self._changed.wait_for(
+                        lambda: self._over or (self._waiting and not self._passing), PING_S
+                    )
                     if self._over:
                         return
                     chunk = self._waiting[0] if self._waiting else None
@@ -128,6 +159,7 @@ class Hop:
                         return
                     self._waiting.popleft()
                     self._changed.notify_all()
+                self._on_room()
         except WireError as error:
             self._end(str(error))
 

@@ -1,28 +1,30 @@
 """A stage at work: rows come in, run through the blocks, and go on to the next device.
 
 The ring is first stage -> ... -> last stage -> first stage. Prompt chunks and single tokens take
-the same way; the last stage samples, and its token is the first stage's next input. One lock
-serialises the stage; it is held for one forward pass at a time, so that a cancelled sequence stops
-at the next one. The coordinator is told every token but is not waited for.
+the same way; the last stage samples, and its token is the first stage's next input. The coordinator
+is told every token but is not waited for.
 
-Single tokens run in the thread that received them. Prompt chunks wait in a queue with a thread of
-its own: a connection that is not read for as long as some chunks take looks dead to its sender.
-What goes on leaves by agent.hop.
+One thread at a time runs the stage. A token that finds it idle, of the only sequence here, runs in
+the thread that received it: a hand-over would cost more than the call. All else waits in
+agent.sequences for the stage's own thread, which takes what is there: the tokens of several
+sequences in one pass, and between two such passes one chunk of a prompt. Meanwhile connections are
+read on: one that is not read for as long as some chunks take looks dead to its sender. What goes on
+leaves by agent.hop.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from agent.hop import Hop
 from agent.links import Link, Measuring
 from agent.sampler import Sampler
+from agent.sequences import Rows, Sequence, SequenceTable, Turn
 from backends.base import Array, BackendError, Stage, Tokens
 from model.spec import ModelSpec
 from wire import limits
@@ -45,19 +47,6 @@ log = logging.getLogger(__name__)
 INTERNAL_ERROR = "internal error in the stage; see the agent's log"
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """The generation that holds a KV slot. ``sampler`` exists on the last stage only."""
-
-    number: int
-    slot: int
-    position: int
-    """Rows that have been run: where the next ones go."""
-    sampling: Sampling | None
-    sampler: Sampler | None
-    sampled_tokens: int = 0
-
-
 class Relay:
     """The stage of one deployment on this device, with its hop to the next."""
 
@@ -74,27 +63,25 @@ class Relay:
         report: Callable[[Message], None],
     ) -> None:
         """``hop_bits``: of each value that goes on to the next device. ``report`` sends to the
-        coordinator; it may raise WireError, which ends the relay.
+        coordinator; it may raise WireError, which ends the sequence it was about.
         """
         self.epoch = epoch
         self._stage = stage
         self._spec = spec
         self._is_first = blocks.start == 0
         self._is_last = blocks.stop == spec.block_count
-        self._slots = slots
         self._context_tokens = context_tokens
         self._hop_bits = hop_bits
         self._report = report
-        self._lock = threading.Lock()
-        self._table_lock = threading.Lock()
-        """Guards what follows; never held while the stage runs or a message is sent."""
-        self._sequences: dict[int, _Sequence] = {}
-        self._newest: dict[int, int] = {}
-        """Slot -> the newest sequence that held it: numbers only grow."""
-        self._waiting: deque[tuple[Activation | TokenSampled, memoryview]] = deque()
-        """What the queue's thread has to do; the first is what it is doing."""
         self._hop: Hop | None = None
+        self._lock = threading.Lock()
+        """Guards what follows; never held while the stage runs or a message is sent."""
+        self._changed = threading.Condition(self._lock)
+        self._table = SequenceTable(slots, context_tokens)
+        self._busy = False
+        """Whether a thread runs the stage, which is that thread's until it is done."""
         self._closed = False
+        threading.Thread(target=self._work, name="stage", daemon=True).start()
 
     def connect(self, connection: Connection, link: Link, measuring: Measuring) -> None:
         """Set the way to the next device of the ring. Not used where the stage is alone."""
@@ -104,177 +91,233 @@ class Relay:
             measuring,
             on_lost=lambda reason: self._try_report(PeerLost(self.epoch, link.device, reason)),
             on_news=self._try_report,
+            on_room=self._wake,
         )
 
     def close(self) -> None:
         """Drop every sequence, the hop and the stage; waits for a running forward pass."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            self._table.clear()
+            self._changed.notify_all()
         if self._hop is not None:
             self._hop.close()
         with self._lock:
-            with self._table_lock:
-                self._sequences.clear()
-            self._stage.close()
+            self._changed.wait_for(lambda: not self._busy)
+        self._stage.close()
 
     # ---- what arrives ---------------------------------------------------------------------------
 
     def start(self, message: StartSequence) -> None:
-        """Run a prompt through the first stage, chunk by chunk; returns when all are on the way."""
-        prompt = np.asarray(message.prompt, dtype=np.int64)
-        if not self._is_first or not self._fits(message.slot, 0, len(prompt)):
-            self._fail(message.sequence, "the coordinator sent a prompt that does not fit")
-            return
-        if not len(prompt) or prompt.min() < 0 or prompt.max() >= self._spec.vocab:
-            self._fail(message.sequence, "the prompt has tokens outside the vocabulary")
-            return
-        sequence = self._open(message.sequence, message.slot, message.sampling)
-        if sequence is None:
-            return
-        for begin in range(0, len(prompt), limits.PREFILL_CHUNK_TOKENS):
-            end = min(begin + limits.PREFILL_CHUNK_TOKENS, len(prompt))
-            self._run(sequence, prompt[begin:end], last=end == len(prompt))
+        """Have a prompt run through the first stage, chunk by chunk."""
+        number, prompt = message.sequence, np.asarray(message.prompt, dtype=np.int64)
+        if not self._is_first or not self._table.fits(message.slot, 0, len(prompt)):
+            self._fail(number, "the coordinator sent a prompt that does not fit")
+        elif prompt.min() < 0 or prompt.max() >= self._spec.vocab:
+            self._fail(number, "the prompt has tokens outside the vocabulary")
+        elif message.sampling.seed < 0:
+            self._fail(number, "the seed is negative")
+        else:
+            with self._lock:
+                sequence = self._open(number, message.slot, message.sampling)
+                if sequence is not None:
+                    for begin in range(0, len(prompt), limits.PREFILL_CHUNK_TOKENS):
+                        chunk = prompt[begin : begin + limits.PREFILL_CHUNK_TOKENS]
+                        last = begin + len(chunk) == len(prompt)
+                        self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
+                    self._changed.notify_all()
 
     def deliver(self, message: Message, payload: memoryview) -> None:
         """Take a data-plane message from a peer; what belongs to another epoch is dropped."""
-        if not isinstance(message, (Activation, TokenSampled)) or message.epoch != self.epoch:
-            return
-        rows = message.rows if isinstance(message, Activation) else 1
-        if isinstance(message, Activation) and (
-            self._is_first
-            or not self._fits(message.slot, message.position, rows)
-            or len(payload) != payload_bytes(rows, self._spec.hidden, message.bits)
-        ):
-            self._fail(message.sequence, "the previous device sent rows that do not fit")
-            return
-        with self._table_lock:
-            queued = bool(self._waiting) or rows > 1
-            room = not queued or self._enqueue(message, payload)
-        if not queued:
-            self._take(message, payload)
-        elif not room:
-            self._fail(message.sequence, "the previous device sends more than the context holds")
+        if isinstance(message, Activation):
+            if message.epoch == self.epoch:
+                self._deliver_rows(message, payload)
+        elif isinstance(message, TokenSampled) and message.epoch == self.epoch:
+            self._deliver_token(message)
 
     def release(self, number: int) -> None:
         """Forget a sequence: what still arrives for it is dropped."""
-        with self._table_lock:
-            for slot, sequence in list(self._sequences.items()):
-                if sequence.number == number:
-                    del self._sequences[slot]
+        with self._lock:
+            self._table.drop(number)
 
-    def _enqueue(self, message: Activation | TokenSampled, payload: memoryview) -> bool:
-        """Add to the queue if it has room; starts its thread. The caller holds the table's lock."""
-        # A prompt that was cancelled, and the one that came after it.
-        most_bytes = 2 * self._slots * self._context_tokens * self._spec.hidden * 4
-        if len(payload) + sum(len(held) for _, held in self._waiting) > most_bytes:
-            return False
-        self._waiting.append((message, payload))
-        if len(self._waiting) == 1:
-            threading.Thread(target=self._work_off, name="chunks", daemon=True).start()
-        return True
-
-    def _work_off(self) -> None:
-        """Take what waits, in order, until nothing does."""
-        more = True
-        while more:
-            message, payload = self._waiting[0]
-            try:
-                self._take(message, payload)
-            except MemoryError:  # Of a long chunk; what waits behind it may well fit.
-                log.exception("no memory to unpack a chunk")
-                self._fail(message.sequence, INTERNAL_ERROR)
-            with self._table_lock:
-                self._waiting.popleft()
-                more = bool(self._waiting)
-
-    def _take(self, message: Activation | TokenSampled, payload: memoryview) -> None:
-        if isinstance(message, TokenSampled):
-            sequence = self._current(message.sequence)
-            if sequence is not None and self._is_first and 0 <= message.token < self._spec.vocab:
-                self._run(sequence, np.array([message.token], dtype=np.int64), last=True)
+    def _deliver_rows(self, message: Activation, payload: memoryview) -> None:
+        number, position, count = message.sequence, message.position, message.rows
+        if (
+            self._is_first
+            or not self._table.fits(message.slot, position, count)
+            or len(payload) != payload_bytes(count, self._spec.hidden, message.bits)
+        ):
+            self._fail(number, "the previous device sent rows that do not fit")
             return
-        if message.position == 0 and message.sampling is not None:
-            sequence = self._open(message.sequence, message.slot, message.sampling)
+        sampling = message.sampling if position == 0 else None
+        if sampling is not None and sampling.seed < 0:
+            self._fail(number, "the seed is negative")
+            return
+        with self._lock:
+            if sampling is not None:
+                sequence = self._open(number, message.slot, sampling)
+            else:
+                sequence = self._table.find(number)
+            rows = Rows(position, count, message.last, (payload, message.bits))
+            turns = self._add(sequence, rows)
+        if turns:
+            self._run(turns)
+
+    def _deliver_token(self, message: TokenSampled) -> None:
+        if not self._is_first or self._is_last or not 0 <= message.token < self._spec.vocab:
+            return
+        token = np.array([message.token], dtype=np.int64)
+        with self._lock:
+            sequence = self._table.find(message.sequence)
+            position = 0 if sequence is None else sequence.arrived
+            turns = self._add(sequence, Rows(position, 1, True, token))
+        if turns:
+            self._run(turns)
+
+    def _open(self, number: int, slot: int, sampling: Sampling) -> Sequence | None:
+        """The caller holds the lock."""
+        sampler = Sampler(sampling) if self._is_last else None
+        return self._table.open(number, slot, sampling, sampler)
+
+    def _add(self, sequence: Sequence | None, rows: Rows) -> list[Turn]:
+        """Let rows wait for the stage's thread; returns what this thread has to run instead.
+
+        What is not the next of a sequence here is dropped: it was released, and this was still on
+        its way from the device before. The caller holds the lock.
+        """
+        if self._closed or sequence is None or not self._table.add(sequence, rows) or self._busy:
+            return []
+        turns = self._table.take(chunks=False) if self._table.alone else []
+        if turns:
+            self._busy = True
         else:
-            sequence = self._current(message.sequence)
-        if sequence is None or sequence.position != message.position:
-            return  # Released here, and still on its way from the device before.
-        try:
-            rows = decode_rows(payload, message.rows, self._spec.hidden, message.bits)
-        except ProtocolError as error:
-            self._fail(message.sequence, f"the previous device sent what is no activation: {error}")
-            return
-        self._run(sequence, rows, last=message.last)
+            self._changed.notify_all()
+        return turns
 
-    # ---- what goes on ---------------------------------------------------------------------------
+    # ---- one pass after the other ---------------------------------------------------------------
 
-    def _run(self, sequence: _Sequence, inputs: Array | Tokens, *, last: bool) -> None:
-        """One forward pass and what follows from it; all further ones where the stage is alone."""
-        try:
-            while True:
-                begin = sequence.position
-                with self._lock:
-                    if self._closed or self._sequences.get(sequence.slot) is not sequence:
+    def _work(self) -> None:
+        """The stage's thread: runs what waits, until the relay is closed."""
+        while True:
+            with self._lock:
+                while self._busy or not (turns := self._table.take(chunks=self._has_room())):
+                    if self._closed:
                         return
-                    output = self._stage.forward(
-                        sequence.slot, begin, inputs, logits=last and self._is_last
-                    )
-                    sequence.position += len(inputs)
-                if not self._is_last:
-                    self._next().send(
-                        Activation(
-                            self.epoch,
-                            sequence.number,
-                            sequence.slot,
-                            begin,
-                            len(inputs),
-                            self._hop_bits,
-                            last,
-                            sequence.sampling if begin == 0 else None,
-                        ),
-                        encode_rows(output, self._hop_bits),
-                    )
-                    return
-                if not last:
-                    return
-                token = self._sample(sequence, output)
-                if token is None or not self._is_first:
-                    return
-                inputs = np.array([token], dtype=np.int64)
-        except BackendError as error:
-            self._fail(sequence.number, str(error))
-        except WireError as error:
-            # Lost is the hop, which says so itself, or the coordinator, which needs no telling.
-            log.info("sequence %d ends here: %s", sequence.number, error)
-        except Exception:
-            log.exception("stage failed")
-            self._fail(sequence.number, INTERNAL_ERROR)
+                    self._changed.wait()
+                self._busy = True
+            self._run(turns)
 
-    def _sample(self, sequence: _Sequence, logits: Array) -> int | None:
-        """Sample, tell both ends; the token if the generation goes on."""
-        sampler, sampling = sequence.sampler, sequence.sampling
-        if sampler is None or sampling is None:
-            return None
-        token = sampler.sample(logits[0])
+    def _has_room(self) -> bool:
+        """Whether a chunk can be sent on; else tokens go first, which need not wait for room."""
+        return self._hop is None or self._hop.has_room
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._changed.notify_all()
+
+    def _run(self, turns: list[Turn]) -> None:
+        """One pass and what follows from it, in the thread that made the relay busy."""
+        self._pass(turns)
+        with self._lock:
+            self._busy = False
+            if self._closed or self._table.waiting:
+                self._changed.notify_all()
+
+    def _pass(self, turns: list[Turn]) -> None:
+        # Whatever is raised ends one sequence: the thread is the others', too.
+        if len(turns) == 1:
+            sequence, rows = turns[0]
+            try:
+                content, logits = self._unpacked(rows), rows.last and self._is_last
+                output = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
+                self._pass_on(sequence, rows, output)
+            except Exception as error:
+                self._give_up(sequence, error)
+            return
+        try:
+            outputs = self._decode(turns)
+        except Exception as error:
+            log.info("%d rows at once failed: %s", len(turns), error)
+            for turn in turns:  # Whose fault it is shows when each runs by itself.
+                self._pass([turn])
+            return
+        for index, (sequence, rows) in enumerate(turns):
+            try:
+                self._pass_on(sequence, rows, outputs[index : index + 1])
+            except Exception as error:
+                self._give_up(sequence, error)
+
+    def _decode(self, turns: list[Turn]) -> Array:
+        """Hidden rows, or logits [n, vocab], of one row of each of n sequences."""
+        slots = [sequence.slot for sequence, _ in turns]
+        positions = [rows.position for _, rows in turns]
+        parts = [self._unpacked(rows) for _, rows in turns]
+        inputs = cast("Array | Tokens", np.concatenate(parts))  # All of a stage's are alike.
+        return self._stage.decode(slots, positions, inputs)
+
+    def _unpacked(self, rows: Rows) -> Array | Tokens:
+        if isinstance(rows.content, tuple):
+            payload, bits = rows.content
+            return decode_rows(payload, rows.count, self._spec.hidden, bits)
+        return rows.content
+
+    def _pass_on(self, sequence: Sequence, rows: Rows, output: Array) -> None:
+        """Send rows on, or sample and tell both ends."""
+        end = rows.position + rows.count
+        if not self._is_last:
+            message = Activation(
+                self.epoch,
+                sequence.number,
+                sequence.slot,
+                rows.position,
+                rows.count,
+                self._hop_bits,
+                rows.last,
+                sequence.sampling if rows.position == 0 else None,
+            )
+            self._next().send(message, encode_rows(output, self._hop_bits))
+            return
+        if not rows.last or sequence.sampler is None:
+            return
+        token = sequence.sampler.sample(output[0])
         index = sequence.sampled_tokens
         sequence.sampled_tokens += 1
         finish: FinishReason = ""
-        if token in sampling.stop_tokens:
+        if token in sequence.sampling.stop_tokens:
             finish = "stop"
-        elif (
-            sequence.sampled_tokens >= sampling.max_tokens
-            or sequence.position >= self._context_tokens
-        ):
+        elif index + 1 >= sequence.sampling.max_tokens or end >= self._context_tokens:
             finish = "length"
-        message = TokenSampled(self.epoch, sequence.number, index, token, finish)
+        sampled = TokenSampled(self.epoch, sequence.number, index, token, finish)
         if not finish and not self._is_first:
-            self._next().send(message)
-        self._report(message)
-        return None if finish else token
+            self._next().send(sampled)
+        self._report(sampled)
+        if not finish and self._is_first:
+            following = Rows(end, 1, True, np.array([token], dtype=np.int64))
+            with self._lock:
+                self._table.add(sequence, following)
 
     def _next(self) -> Hop:
         if self._hop is None:
             raise BackendError("the next device is not connected yet")
         return self._hop
+
+    # ---- what fails -----------------------------------------------------------------------------
+
+    def _give_up(self, sequence: Sequence, error: Exception) -> None:
+        """Forget a sequence that cannot go on, and say so."""
+        self.release(sequence.number)
+        if isinstance(error, ProtocolError):
+            reason = f"the previous device sent what is no activation: {error}"
+        elif isinstance(error, WireError):
+            # Lost is the hop, which says so itself, or the coordinator, which needs no telling.
+            log.info("sequence %d ends here: %s", sequence.number, error)
+            return
+        elif isinstance(error, BackendError):
+            reason = str(error)
+        else:
+            log.error("stage failed", exc_info=error)
+            reason = INTERNAL_ERROR
+        self._fail(sequence.number, reason)
 
     def _fail(self, number: int, reason: str) -> None:
         self._try_report(SequenceFailed(self.epoch, number, reason))
@@ -284,32 +327,3 @@ class Relay:
             self._report(message)
         except WireError:
             log.info("not reported, the coordinator is gone: %s", message)
-
-    # ---- bookkeeping ----------------------------------------------------------------------------
-
-    def _open(self, number: int, slot: int, sampling: Sampling) -> _Sequence | None:
-        """Give the slot to a new sequence, whoever held it is over; None for one from the past."""
-        if sampling.seed < 0:
-            self._fail(number, "the seed is negative")
-            return None
-        sampler = Sampler(sampling) if self._is_last else None
-        sequence = _Sequence(number, slot, 0, sampling, sampler)
-        with self._table_lock:
-            if number <= self._newest.get(slot, number - 1):
-                return None  # Cancelled, and still on its way when the slot was given on.
-            self._newest[slot] = number
-            self._sequences[slot] = sequence
-        return sequence
-
-    def _current(self, number: int) -> _Sequence | None:
-        with self._table_lock:
-            held = self._sequences.values()
-            return next((item for item in held if item.number == number), None)
-
-    def _fits(self, slot: int, position: int, rows: int) -> bool:
-        return (
-            0 <= slot < self._slots
-            and position >= 0
-            and rows > 0
-            and position + rows <= self._context_tokens
-        )

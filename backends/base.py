@@ -133,7 +133,9 @@ class Stage(ABC):
         """One row of each of several sequences: row i of ``inputs`` at positions[i] of slots[i].
 
         Slots are distinct. As ``forward`` in all else; returns hidden float32 [n, hidden], or
-        logits float32 [n, vocab] of a stage with the head. This default runs one after another.
+        logits float32 [n, vocab] of a stage with the head. Where several rows fail together, no
+        slot's earlier rows are lost: whoever runs each alone finds out which one it is. This
+        default runs one after another.
         """
         calls = zip(slots, positions, range(len(inputs)), strict=True)
         rows = [self.forward(slot, at, inputs[row : row + 1]) for slot, at, row in calls]

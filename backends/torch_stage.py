@@ -171,11 +171,12 @@ class TorchStage(Stage):
         """The result, or BackendError where values left the range of fp16.
 
         A token's pass multiplies what it must not see by zero, which does not undo infinities: the
-        slots are emptied, or whoever gets them next would inherit these.
+        slot is emptied, or whoever gets it next would inherit these. Of several slots none is, as
+        only one may be to blame, which shows when each runs alone.
         """
         if math.isfinite(float(result.sum())):
             return result
-        for layer in self._layers:
+        for layer in self._layers if len(slots) == 1 else ():
             layer.empty(slots)
         raise BackendError(
             "the stage's results are not finite: this model's values leave the range of 16 bits; "

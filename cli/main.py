@@ -321,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
         "  shoal load ~/models/llama-3.2-1b\n"
         "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
         "  shoal load ./opt-350m --plan plan.json   exactly this plan\n"
+        "  shoal load ./opt-350m --objective throughput --slots 8   for many users at once\n"
         "  shoal load ./opt-350m --bits 32 --hop-bits 32   computes what one machine computes\n",
     )
     for sub in (plan, load):

@@ -71,6 +71,13 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to minimise; energy: joules computing one token, on devices of known watts",
     )
     parser.add_argument(
+        "--slots",
+        type=argument_types.count,
+        metavar="N",
+        help="sequences at once, each with a KV cache of --context tokens; default: 1, with "
+        "--objective throughput 4",
+    )
+    parser.add_argument(
         "--prompt-tokens",
         type=argument_types.count,
         default=256,
@@ -204,6 +211,16 @@ def objective_of(options: argparse.Namespace) -> Objective:
         raise UsageError(f"--objective {options.objective}: {error}") from error
 
 
+def slots_of(options: argparse.Namespace) -> int:
+    """How many sequences at once. Raises UsageError."""
+    from coordinator.plan_request import MAX_SLOTS, default_slots
+
+    slots: int = options.slots or default_slots(options.objective)
+    if slots > MAX_SLOTS:
+        raise UsageError(f"--slots {slots}: at most {MAX_SLOTS}")
+    return slots
+
+
 def request_of(options: argparse.Namespace) -> dict[str, Any]:
     """The live plan or load that the arguments ask for, as the coordinator's API takes it.
 
@@ -226,6 +243,7 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
         "max_weight_error": options.max_weight_error,
         "context_tokens": options.context,
         "time_limit_s": options.time_limit,
+        "slots": slots_of(options),
         "objective": asdict(objective_of(options)),
         "exclude": options.exclude,
         "quality_budget": options.quality_budget,

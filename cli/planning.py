@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from cli.errors import CommandFailed, UsageError
-from cli.plan_arguments import objective_of, pins_of, request_of, sensitivities_of
+from cli.plan_arguments import objective_of, pins_of, request_of, sensitivities_of, slots_of
 from cli.plan_views import (
     show_difference,
     show_dilemma,
@@ -88,12 +88,14 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         else:
             errors, bound = _weight_errors(options, model, formats, screen)
         context_tokens = min(options.context or DEFAULT_CONTEXT_TOKENS, spec.max_context)
+        slots = slots_of(options)
         problem = lab_problem(
             lab,
             spec,
             bits=options.bits,
             formats=formats,
             context_tokens=context_tokens,
+            slots=slots,
             weight_errors=errors,
             max_weight_error=bound,
             sensitivities=None if known_kl is None else scaled(known_kl.kl, known_kl.margin),
@@ -117,7 +119,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
                     "figures": "predicted from described devices",
                 },
             )
-            found = _Found(name, context_tokens, describe_plan(spec, plan), wording)
+            found = _Found(name, context_tokens, describe_plan(spec, plan, slots), wording)
             found.margin = None if known_kl is None else known_kl.margin
             _show_plan(options, screen, plan, problem, found)
     except (LabError, ModelError, PlanError, SensitivityError, ValueError) as error:
@@ -342,7 +344,7 @@ def _show_plan(
         names = [device.name for device in problem.devices]
         write_plot(options.plot, plan, problem.spec, found.wording.picture, names)
         screen.note(f"drawn to {options.plot}")
-    found.plan = describe_plan(problem.spec, plan)
+    found.plan = describe_plan(problem.spec, plan, found.plan["slots"])
     idle = () if explanation is None else idle_reasons(plan, problem)
     _show_found(options, screen, found, explanation, idle, simulation)
 

@@ -192,6 +192,11 @@ class Screen:
             f"predicted: {ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s), proven {proof} "
             f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s"
         )
+        if plan["slots"] > 1:
+            self.out.print(
+                f"predicted for {plan['slots']} sequences at once: "
+                f"{plan['predicted_tokens_per_s']:.1f} tokens/s in all"
+            )
 
     def deployment(self, model: Mapping[str, Any] | None) -> None:
         """What is loaded."""
@@ -212,6 +217,9 @@ class Screen:
                 f"{stage['load_s']:.2f}",
             )
         self.out.print(table)
+        slots = model["slots"]
+        line = f", {slots['waiting']} in line" if slots["waiting"] else ""
+        self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")
         if model["reason"]:
             self.out.print(f"[red]{escape(model['reason'])}[/]")
 

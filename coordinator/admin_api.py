@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from coordinator.distillation import QualityFound
 from coordinator.fleet import Deployment, Fleet, Planned
+from coordinator.forecast import decode_tokens_per_s
 from coordinator.http import json_lines, read_json
 from coordinator.measurements import Step
 from coordinator.members import Member, Roster
@@ -108,7 +109,7 @@ def _planned(planned: Planned) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
-        "plan": describe_plan(planned.checkpoint.spec, planned.plan),
+        "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
     }
     if planned.quality_margin is not None:
         answer["quality"] = {
@@ -171,13 +172,15 @@ def _quality(found: QualityFound) -> dict[str, Any]:
 
 
 def _deployment(deployment: Deployment) -> dict[str, Any]:
+    slots = deployment.slots
     return {
         "model": deployment.name,
         "directory": str(deployment.model),
         "state": "broken" if deployment.broken else "ready",
         "reason": str(deployment.broken) if deployment.broken else None,
         "context_tokens": deployment.context_tokens,
-        "plan": describe_plan(deployment.spec, deployment.plan),
+        "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
+        "plan": describe_plan(deployment.spec, deployment.plan, slots.total),
         "stages": [
             {
                 "device": member.name,
@@ -190,8 +193,9 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
     }
 
 
-def describe_plan(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
-    """A plan as JSON: its own fields, and each block by name with its device and bits."""
+def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:
+    """A plan as JSON: its own fields, and each block by name with its device and bits; predicted
+    tokens per second are those of ``slots`` sequences at once."""
     return {
         **plan.to_dict(),
         "blocks": [
@@ -205,6 +209,8 @@ def describe_plan(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
         ],
         "predicted_ms_per_token": plan.decode_s * 1e3,
         "predicted_prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
+        "slots": slots,
+        "predicted_tokens_per_s": decode_tokens_per_s(plan, slots),
         "proven_optimal": plan.proven_optimal,
         "gap": plan.gap,
     }

@@ -41,6 +41,7 @@ from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem, build_problem
 from coordinator.quality import QualityRequest, QualityStore, choose_hops, own_rows
+from coordinator.slots import Slots
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ class Deployment:
     tokenizer: Tokenizer
     plan: Plan
     epoch: int
-    slots: int
+    slots: Slots
     context_tokens: int
     members: tuple[Member, ...]
     loaded: tuple[StageLoaded, ...]
@@ -255,7 +256,7 @@ class Fleet:
                 call_s={member.name: member.profile.call_s for member in members},
                 bits=request.bits,
                 formats={bits: request.format(bits) for bits in request.bits},
-                slots=1,
+                slots=request.slots,
                 context_tokens=context_tokens,
                 chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
                 sensitivities=losses.blocks,
@@ -306,7 +307,6 @@ class Fleet:
         members = tuple(by_name[stage.device] for stage in stages)
         epoch = next(self._epochs)
         spec = planned.checkpoint.spec
-        slots = 1
         try:
             loaded = await together(
                 member.request(
@@ -315,7 +315,7 @@ class Fleet:
                         epoch=epoch,
                         spec=spec.to_dict(),
                         blocks=refs[stage.first : stage.last],
-                        slots=slots,
+                        slots=planned.request.slots,
                         context_tokens=planned.context_tokens,
                         first=members[0].device,
                         hop_bits=_hop_bits(stage),
@@ -349,7 +349,7 @@ class Fleet:
             tokenizer=tokenizer,
             plan=planned.plan,
             epoch=epoch,
-            slots=slots,
+            slots=Slots(planned.request.slots),
             context_tokens=planned.context_tokens,
             members=members,
             loaded=loaded,

@@ -1,4 +1,4 @@
-"""What a plan predicts of a whole prompt: chunks that follow each other through the stages.
+"""What a plan predicts of many rows on their way: a prompt in chunks, several sequences at once.
 
 ``Plan.prefill_s_per_token`` adds up what one token costs everywhere. A prompt of several chunks
 takes less, because a stage computes one chunk while the next stage computes the one before.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from coordinator.plan import Stage
+from coordinator.plan import Plan, Stage
 from wire import limits
 from wire.profile import LinkProfile
 
@@ -43,3 +43,10 @@ def prefill_s(
                 sent_s[index] += rows * hop_bytes / link.bytes_per_s
                 arrived_s = sent_s[index] + link.rtt_s / 2
     return computed_s[-1]
+
+
+def decode_tokens_per_s(plan: Plan, sequences: int) -> float:
+    """Tokens per second of so many sequences at once, in all: as fast as each goes round the ring,
+    or as the slowest stage lets one after the other through. Rows that a stage runs in one pass
+    cost it less than this assumes."""
+    return 1 / max(plan.bottleneck_s, plan.decode_s / sequences)

@@ -1,8 +1,8 @@
 """Generations: a prompt goes to the first stage, tokens come back, text goes to the user.
 
-The gateway gives out KV slots in the order of arrival, follows each sequence to its end, and frees
-its slot on every stage whatever ends it: the model, a stop string, an error, or the user going
-away.
+As many sequences are in flight as the deployment has KV slots; who comes later stands in line. The
+gateway follows each sequence to its end, and frees its slot on every stage whatever ends it: the
+model, a stop string, an error, or the user going away.
 """
 
 from __future__ import annotations
@@ -85,7 +85,6 @@ class Gateway:
         self._fleet = fleet
         self._numbers = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
-        self._turn = asyncio.Lock()
         fleet.on_broken = self._break
 
     async def generate(
@@ -106,7 +105,7 @@ class Gateway:
         timing.prompt_tokens = len(prompt)
         decoder = deployment.tokenizer.stream()
         text = _StopFilter(stop)
-        async with self._turn:
+        async with deployment.slots.one() as slot:
             deployment.require()
             number = next(self._numbers)
             flight = self._flights[number] = _Flight(deployment)
@@ -116,7 +115,7 @@ class Gateway:
                     StartSequence(
                         deployment.epoch,
                         number,
-                        0,
+                        slot,
                         tuple(prompt),
                         Sampling(
                             min(sampling.max_tokens, room),

@@ -24,6 +24,16 @@ DEFAULT_MAX_WEIGHT_ERROR = 1e-3
 DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_TIME_LIMIT_S = 20.0
 
+MAX_SLOTS = 64
+"""More would fill no stage better, and each takes a context of memory."""
+THROUGHPUT_SLOTS = 4
+"""Default for the objective ``throughput``, which one sequence at a time cannot reach."""
+
+
+def default_slots(objective: ObjectiveKind) -> int:
+    """How many sequences a deployment holds unless told otherwise."""
+    return THROUGHPUT_SLOTS if objective == "throughput" else 1
+
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
@@ -36,6 +46,8 @@ class PlanRequest:
     max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
     context_tokens: int | None = None
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
+    slots: int = 1
+    """Sequences at once, each with a KV cache of ``context_tokens``."""
     objective: Objective = field(default_factory=Objective)
     pins: Mapping[int, str] = field(default_factory=dict)
     """Block -> name of the device that it must be on."""
@@ -77,7 +89,11 @@ class PlanRequest:
         limit_s = plain.pop("time_limit_s", DEFAULT_TIME_LIMIT_S)
         if not isinstance(limit_s, (int, float)) or not 0 < limit_s <= 3600:
             raise RequestInvalid("time_limit_s: between 0 and 3600", "time_limit_s")
+        slots = plain.pop("slots", None)
+        if slots is not None and (type(slots) is not int or not 1 <= slots <= MAX_SLOTS):
+            raise RequestInvalid(f"slots: a whole number from 1 to {MAX_SLOTS}, or null", "slots")
         wishes = _wishes(plain)
+        kind = wishes.get("objective", Objective()).kind
         if plain:
             raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
         return PlanRequest(
@@ -88,6 +104,7 @@ class PlanRequest:
             None if error_bound is None else float(error_bound),
             context,
             float(limit_s),
+            slots or default_slots(kind),
             **wishes,
         )
 

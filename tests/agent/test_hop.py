@@ -107,6 +107,22 @@ def test_chunks_do_not_wait_for_a_slow_link_until_the_queue_is_full(ends: Ends) 
     assert arrived == [*map(chunk, range(QUEUED_CHUNKS + 2)), chunk(99, rows=1), token]
 
 
+def test_tokens_of_other_sequences_pass_the_chunks_that_wait(ends: Ends) -> None:
+    chunks = ends.send(*map(chunk, range(QUEUED_CHUNKS)))
+    chunks.join(ANSWER_S)
+    token = TokenSampled(1, 2, 0, 7, "")
+    passing = ends.send(token)
+    while passing.is_alive() and not ends.hop._passing:
+        pass  # It waits for the chunk that is being sent, if that has begun.
+    rest = ends.send(TokenSampled(1, 1, 0, 7, ""))
+    arrived = [ends.next() for _ in range(QUEUED_CHUNKS + 2)]
+    assert arrived.index(token) < arrived.index(chunk(QUEUED_CHUNKS - 1))
+    arrived.remove(token)
+    assert arrived == [*map(chunk, range(QUEUED_CHUNKS)), TokenSampled(1, 1, 0, 7, "")]
+    for thread in (passing, rest):
+        thread.join(ANSWER_S)
+
+
 def test_a_lost_peer_is_told_once_and_whoever_waits_is_let_go(ends: Ends) -> None:
     failed = threading.Event()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 from agent.links import Link, Measuring
 from agent.peers import PeerServer, connect_peer
 from agent.relay import Relay
-from backends.base import Array, Stage, StageOptions, Tokens
+from backends.base import Array, BackendError, Stage, StageOptions, Tokens
 from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
@@ -45,18 +45,40 @@ GREEDY = Sampling(len(CONTINUATION), ())
 
 
 class GatedStage(Stage):
-    """A real stage that runs only while its gate is open, as slow as a test needs it."""
+    """A real stage that runs only while its gate is open, as slow as a test needs it.
+
+    ``calls`` has the slots and the number of rows of each, and the thread that made it; ``broken``
+    slots fail whatever they are part of.
+    """
 
     def __init__(self, stage: Stage) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.calls: queue.Queue[tuple[tuple[int, ...], int, threading.Thread]] = queue.Queue()
+        self.broken: set[int] = set()
         self._stage = stage
 
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
     ) -> Array:
-        assert self.gate.wait(ANSWER_S)
+        self._enter((slot,), len(inputs))
         return self._stage.forward(slot, position, inputs, logits=logits)
+
+    def decode(
+        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
+    ) -> Array:
+        self._enter(tuple(slots), len(inputs))
+        return self._stage.decode(slots, positions, inputs)
+
+    def next_call(self) -> tuple[tuple[int, ...], int]:
+        slots, rows, _ = self.calls.get(timeout=ANSWER_S)
+        return slots, rows
+
+    def _enter(self, slots: tuple[int, ...], rows: int) -> None:
+        self.calls.put((slots, rows, threading.current_thread()))
+        assert self.gate.wait(ANSWER_S)
+        if not self.broken.isdisjoint(slots):
+            raise BackendError("this slot is broken")
 
     @property
     def memory_bytes(self) -> int:
@@ -75,18 +97,20 @@ class Node:
         artifacts: list[tuple[int, Path]],
         context: int,
         hop_bits: HopBits = 32,
+        slots: int = 1,
     ) -> None:
         spec = Checkpoint.open(LLAMA).spec
         blocks = range(artifacts[0][0], artifacts[-1][0] + 1)
         self.device = device
         self.reports: queue.Queue[Message] = queue.Queue()
-        self.stage = GatedStage(OnnxCpuBackend().load(spec, artifacts, StageOptions(1, context, 1)))
+        options = StageOptions(slots, context, 1)
+        self.stage = GatedStage(OnnxCpuBackend().load(spec, artifacts, options))
         self.relay = Relay(
             self.stage,
             spec,
             blocks,
             epoch=EPOCH,
-            slots=1,
+            slots=slots,
             context_tokens=context,
             hop_bits=hop_bits,
             report=self.reports.put,
@@ -124,14 +148,17 @@ class Node:
                 return tokens
 
 
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, Path]]:
-    directory = tmp_path_factory.mktemp("blocks")
+def blocks_at(bits: int, directory: Path) -> list[tuple[int, Path]]:
     checkpoint = Checkpoint.open(LLAMA)
     return [
-        (block, write_artifact(directory, block, checkpoint.block(block), Format.of(32)).path)
+        (block, write_artifact(directory, block, checkpoint.block(block), Format.of(bits)).path)
         for block in range(checkpoint.spec.block_count)
     ]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, Path]]:
+    return blocks_at(32, tmp_path_factory.mktemp("blocks"))
 
 
 @pytest.fixture
@@ -148,9 +175,12 @@ def start(sequence: int, prompt: tuple[int, ...] = PROMPT, slot: int = 0) -> Sta
     return StartSequence(EPOCH, sequence, slot, prompt, GREEDY)
 
 
-def activation(sequence: int, rows: int, position: int = 0) -> tuple[Activation, memoryview]:
+def activation(
+    sequence: int, rows: int, position: int = 0, *, slot: int = 0, last: bool = False
+) -> tuple[Activation, memoryview]:
     payload: npt.NDArray[np.float32] = np.zeros((rows, 32), np.float32)
-    message = Activation(EPOCH, sequence, 0, position, rows, 32, False, GREEDY)
+    sampling = GREEDY if position == 0 else None
+    message = Activation(EPOCH, sequence, slot, position, rows, 32, last, sampling)
     return message, payload.data.cast("B")
 
 
@@ -284,6 +314,7 @@ def test_a_released_sequence_stops_and_its_slot_serves_the_next(ring: tuple[Node
     first, last = ring
     last.stage.gate.clear()
     first.relay.start(start(1))
+    last.stage.next_call()
     first.stage.gate.clear()
     last.stage.gate.set()
     last.token(1)  # The next one waits at the first stage's gate.
@@ -298,16 +329,19 @@ def test_a_released_sequence_stops_and_its_slot_serves_the_next(ring: tuple[Node
 
 def test_chunks_are_taken_while_the_stage_is_busy(ring: tuple[Node, Node]) -> None:
     """A sender sees a connection that nobody reads as dead after seconds; some chunks take more."""
-    first, last = ring
+    _, last = ring
     last.stage.gate.clear()
-    first.relay.start(start(1, (PROMPT * 6)[:150]))
     last.relay.deliver(*activation(2, 64))
-    last.relay.deliver(*activation(2, 64, position=64))
+    assert last.stage.next_call() == ((0,), 64)
+    # Nothing beyond a context is kept, nor is anything twice.
+    for position in (64, 64, 0, 128, 0):
+        last.relay.deliver(*activation(2, 32 if position == 128 else 64, position))
+    last.stage.gate.set()
+    assert [last.stage.next_call() for _ in range(2)] == [((0,), 64), ((0,), 32)]
+    last.relay.deliver(*activation(3, 1))
+    assert last.stage.next_call() == ((0,), 1)
     assert last.reports.empty()
-    # More than two contexts of rows cannot be honest.
-    for _ in range(CONTEXT):
-        last.relay.deliver(*activation(3, 64))
-    assert isinstance(last.reports.get(timeout=ANSWER_S), SequenceFailed)
+    assert last.stage.calls.empty()
 
 
 def test_a_next_device_that_is_gone_is_reported(ring: tuple[Node, Node]) -> None:
@@ -334,3 +368,131 @@ def test_a_chunk_that_cannot_be_unpacked_fails_its_sequence_and_no_other(
     assert failed.sequence == 1
     first.relay.start(start(2))
     assert last.answer(2) == CONTINUATION
+
+
+# ---- several sequences -------------------------------------------------------------------------
+
+SLOTS = 4
+DRAWN = Sampling(40, (), temperature=1.0, top_p=0.95, seed=3)
+
+
+@pytest.fixture
+def shared_ring(artifacts: list[tuple[int, Path]]) -> Iterator[tuple[Node, Node]]:
+    first = Node("first", artifacts[:2], CONTEXT, slots=SLOTS)
+    last = Node("last", artifacts[2:], CONTEXT, slots=SLOTS)
+    first.connect(last)
+    last.connect(first)
+    yield first, last
+    for node in (first, last):
+        node.close()
+
+
+def asked(slot: int) -> StartSequence:
+    """A request of its own for each slot: greedy and drawn, short prompts and long ones."""
+    prompt = (PROMPT * 6)[slot : slot + (7, 65, 1, 100)[slot]]
+    sampling = replace(GREEDY, max_tokens=40) if slot % 2 else replace(DRAWN, seed=slot)
+    return StartSequence(EPOCH, slot + 1, slot, prompt, sampling)
+
+
+def by_sequence(node: Node, count: int) -> dict[int, list[int]]:
+    """The answers of ``count`` sequences whose tokens come in any order."""
+    answers: dict[int, list[int]] = {}
+    while count:
+        message = node.reports.get(timeout=ANSWER_S)
+        assert isinstance(message, TokenSampled), message
+        tokens = answers.setdefault(message.sequence, [])
+        assert message.index == len(tokens)
+        tokens.append(message.token)
+        count -= bool(message.finish)
+    return answers
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_sequences_at_once_give_what_each_gives_alone(bits: int, tmp_path: Path) -> None:
+    """Greedy and drawn; on stages that round activations, too, as they do so row by row."""
+    blocks = blocks_at(bits, tmp_path)
+    alone = Node("alone", blocks, CONTEXT)
+    expected = {}
+    for slot in range(SLOTS):
+        alone.relay.start(replace(asked(slot), slot=0))
+        expected[slot + 1] = alone.answer(slot + 1)
+    first = Node("first", blocks[:2], CONTEXT, slots=SLOTS)
+    last = Node("last", blocks[2:], CONTEXT, slots=SLOTS)
+    whole = Node("whole", blocks, CONTEXT, slots=SLOTS)
+    first.connect(last)
+    last.connect(first)
+    for begin, end in ((first, last), (whole, whole)):
+        begin.stage.gate.clear()
+        for slot in range(SLOTS):
+            begin.relay.start(asked(slot))
+        begin.stage.gate.set()
+        assert by_sequence(end, SLOTS) == expected
+    # A stage that holds the whole model has all four tokens at hand once the prompts are through.
+    assert any(len(whole.stage.next_call()[0]) == SLOTS for _ in range(60))
+    for node in (alone, first, last, whole):
+        node.close()
+
+
+def test_tokens_that_wait_run_together_and_between_the_chunks_of_a_prompt(
+    artifacts: list[tuple[int, Path]],
+) -> None:
+    last = Node("last", artifacts[2:], CONTEXT, slots=SLOTS)
+    for slot in range(3):
+        last.relay.deliver(*activation(1 + slot, 4, slot=slot))
+        assert last.stage.next_call() == ((slot,), 4)
+    last.stage.gate.clear()
+    last.relay.deliver(*activation(9, 64, slot=3))
+    assert last.stage.next_call() == ((3,), 64)
+    last.relay.deliver(*activation(9, 64, 64, slot=3))
+    last.relay.deliver(*activation(9, 32, 128, slot=3))
+    for position in (4, 5):
+        for slot in range(3):
+            last.relay.deliver(*activation(1 + slot, 1, position, slot=slot))
+    last.stage.gate.set()
+    calls = [last.stage.next_call() for _ in range(4)]
+    assert calls == [((0, 1, 2), 3), ((3,), 64), ((0, 1, 2), 3), ((3,), 32)]
+    last.close()
+
+
+def test_a_token_of_the_only_sequence_runs_in_the_thread_that_brings_it(
+    artifacts: list[tuple[int, Path]],
+) -> None:
+    last = Node("last", artifacts[2:], CONTEXT, slots=SLOTS)
+    last.relay.deliver(*activation(1, 1))
+    last.relay.deliver(*activation(1, 1, 1))
+    last.relay.deliver(*activation(2, 1, slot=1))  # From here on, two might come at once.
+    threads = [last.stage.calls.get(timeout=ANSWER_S)[2] for _ in range(3)]
+    assert [thread is threading.current_thread() for thread in threads] == [True, True, False]
+    last.close()
+
+
+def test_a_sequence_that_fails_leaves_its_neighbours(shared_ring: tuple[Node, Node]) -> None:
+    _, last = shared_ring
+    for slot in range(3):
+        last.relay.deliver(*activation(1 + slot, 4, slot=slot))
+        last.stage.next_call()
+    last.stage.gate.clear()
+    last.relay.deliver(*activation(9, 2, slot=3))
+    last.stage.next_call()
+    for slot in range(3):
+        last.relay.deliver(*activation(1 + slot, 1, 4, slot=slot, last=True))
+    last.stage.broken = {1}
+    last.stage.gate.set()
+    reports = [last.reports.get(timeout=ANSWER_S) for _ in range(3)]
+    assert sorted((type(report).__name__, number_of(report)) for report in reports) == [
+        ("SequenceFailed", 2),
+        ("TokenSampled", 1),
+        ("TokenSampled", 3),
+    ]
+    assert [last.stage.next_call()[0] for _ in range(4)] == [(0, 1, 2), (0,), (1,), (2,)]
+    # It is over: what follows is dropped, even where the slot works again.
+    last.stage.broken = set()
+    last.relay.deliver(*activation(2, 1, 5, slot=1))
+    last.relay.deliver(*activation(10, 1, slot=1))
+    assert last.stage.next_call() == ((1,), 1)
+    assert last.stage.calls.empty()
+
+
+def number_of(message: Message) -> int:
+    assert isinstance(message, (SequenceFailed, TokenSampled))
+    return message.sequence

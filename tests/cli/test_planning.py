@@ -18,6 +18,8 @@ from cli.plan_arguments import pins_of, request_of
 from cli.render import Screen
 from coordinator.plan_request import PlanRequest
 from coordinator.study import opt_350m
+from model import costs
+from model.families import load_spec
 
 CONFIG = Path(__file__).parents[1] / "fixtures" / "opt-pre" / "config.json"
 
@@ -105,6 +107,34 @@ def test_json_is_one_object_that_says_what_its_figures_are(
     assert answer["simulation"]["kept"]["runs"] == 3
     texts = [item["text"] for item in answer["explanation"]["marginals"]]
     assert any(text.startswith("dropping ") for text in texts)
+
+
+def test_slots_take_memory_and_let_more_tokens_through(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path
+) -> None:
+    lab.write_text(LAB.replace("440K", "4M"))
+    wishes = (model, "--devices", lab, "--bits", "4", "--exclude", "[attic]")
+    one = plan_json(capsys, *wishes)["plan"]
+    two = plan_json(capsys, *wishes, "--slots", "2")["plan"]
+    assert (one["slots"], two["slots"]) == (1, 2)
+
+    def memory(plan: dict[str, Any]) -> int:
+        return sum(stage["memory_bytes"] for stage in plan["stages"])
+
+    spec = load_spec(model)
+    tokens = plan_json(capsys, *wishes)["context_tokens"]
+    kv_bytes = sum(costs.kv_bytes(spec, block, tokens) for block in range(spec.block_count))
+    assert memory(two) - memory(one) == kv_bytes
+    assert one["predicted_tokens_per_s"] == pytest.approx(1e3 / one["predicted_ms_per_token"])
+    assert two["predicted_tokens_per_s"] == pytest.approx(
+        min(2e3 / two["predicted_ms_per_token"], 1 / two["bottleneck_s"])
+    )
+    throughput = plan_json(capsys, *wishes, "--objective", "throughput")["plan"]
+    assert throughput["slots"] == 4
+    plan(*wishes, "--slots", "2")
+    assert "2 sequences at once" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="at most 64"):
+        plan(*wishes, "--slots", "65")
 
 
 def test_everything_at_once(

@@ -26,6 +26,7 @@ from coordinator.gateway import Gateway, Piece, Timing, _StopFilter, room_for_an
 from coordinator.members import Member, Roster
 from coordinator.plan_request import PlanRequest
 from coordinator.quality import QualityStore
+from coordinator.slots import Slots
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from wire.connection import AsyncConnection, serve
@@ -151,7 +152,7 @@ class Cluster:
             await agent.receive(5)
             self.agents.append(agent)
 
-    def deploy(self) -> Deployment:
+    def deploy(self, slots: int = 1) -> Deployment:
         self.fleet.deployment = Deployment(
             name="llama",
             model=LLAMA,
@@ -159,7 +160,7 @@ class Cluster:
             tokenizer=Tokenizer.load(LLAMA),
             plan=cast(Any, SimpleNamespace(prefill_s_per_token=0.0)),
             epoch=EPOCH,
-            slots=1,
+            slots=Slots(slots),
             context_tokens=CONTEXT,
             members=self.roster.members,
             loaded=(),
@@ -417,6 +418,86 @@ def test_devices_that_live_and_give_no_token_are_not_waited_for_for_ever(
     run(test)
 
 
+async def begun_as(cluster: Cluster, prompt: int) -> StartSequence:
+    begun = await cluster.begun()
+    assert begun.prompt == (prompt,)
+    return begun
+
+
+async def ended(cluster: Cluster, number: int) -> None:
+    """Both agents hear that a sequence is over."""
+    for agent in cluster.agents:
+        assert await said(agent) == ReleaseSequence(EPOCH, number)
+
+
+def test_as_many_sequences_as_slots_and_the_rest_in_line(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        slots = cluster.deploy(2).slots
+        tasks = [asyncio.ensure_future(collect(cluster, (prompt,))) for prompt in range(1, 6)]
+        first, second = [await begun_as(cluster, prompt) for prompt in (1, 2)]
+        assert (first.slot, second.slot) == (0, 1)
+        assert (slots.total, slots.used, slots.waiting) == (2, 2, 3)
+        # Tokens of both, in turns; and who leaves the line holds nobody up.
+        await cluster.sample(first.sequence, "a")
+        await cluster.sample(second.sequence, "b", "length")
+        tasks[2].cancel()
+        assert text_of(await tasks[1]) == "b"
+        await ended(cluster, second.sequence)
+        fourth = await begun_as(cluster, 4)
+        assert fourth.slot == 1
+        # One that fails leaves its neighbour, and its slot serves the next.
+        await cluster.agents[0].send(SequenceFailed(EPOCH, fourth.sequence, "no memory"))
+        with pytest.raises(AgentFailed, match="first: no memory"):
+            await tasks[3]
+        await ended(cluster, fourth.sequence)
+        fifth = await begun_as(cluster, 5)
+        assert fifth.slot == 1
+        # As does one whose user goes away.
+        tasks[4].cancel()
+        await ended(cluster, fifth.sequence)
+        await cluster.sample(first.sequence, "c", "length")
+        assert text_of(await tasks[0]) == "ac"
+        await ended(cluster, first.sequence)
+        assert (slots.used, slots.waiting) == (0, 0)
+
+    run(test)
+
+
+def test_a_lost_device_ends_all_that_run_and_all_in_line(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        slots = cluster.deploy(2).slots
+        tasks = [asyncio.ensure_future(collect(cluster, (prompt,))) for prompt in range(1, 5)]
+        for prompt in (1, 2):
+            await begun_as(cluster, prompt)
+        await loss(cluster)
+        for task in tasks:
+            with pytest.raises(AgentLost, match="last: device lost"):
+                await task
+        assert (slots.used, slots.waiting) == (0, 0)
+
+    run(test)
+
+
+def test_a_slot_given_to_somebody_who_leaves_at_that_moment_goes_to_the_next() -> None:
+    async def hold(slots: Slots) -> int:
+        async with slots.one() as slot:
+            return slot
+
+    async def test() -> None:
+        slots = Slots(1)
+        async with slots.one():
+            leaving, following = [asyncio.ensure_future(hold(slots)) for _ in range(2)]
+            await asyncio.sleep(0)
+            assert slots.waiting == 2
+        leaving.cancel()
+        assert await following == 0
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert (slots.used, slots.waiting) == (0, 0)
+
+    asyncio.run(test())
+
+
 # ---- what users may ask of the fleet -----------------------------------------------------------
 
 
@@ -436,6 +517,9 @@ def test_devices_that_live_and_give_no_token_are_not_waited_for_for_ever(
         ("max_weight_error", "none"),
         ("context_tokens", 0),
         ("context_tokens", 1.5),
+        ("slots", 0),
+        ("slots", 65),
+        ("slots", True),
         ("time_limit_s", 0),
         ("time_limit_s", None),
         ("colour", "red"),
@@ -445,3 +529,13 @@ def test_a_plan_request_that_makes_no_sense_is_refused(field: str, value: object
     values: dict[str, object] = {"model": "/models/llama", field: value}
     with pytest.raises(RequestInvalid, match=field):
         PlanRequest.from_dict(values)
+
+
+def test_the_default_of_slots_goes_with_the_objective() -> None:
+    def slots(**values: object) -> int:
+        return PlanRequest.from_dict({"model": "/models/llama", **values}).slots
+
+    assert slots() == 1
+    assert slots(objective={"kind": "throughput"}) == 4
+    assert slots(objective={"kind": "throughput"}, slots=1) == 1
+    assert slots(slots=64) == 64
