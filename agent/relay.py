@@ -121,7 +121,12 @@ class Relay:
     def start(self, message: StartSequence) -> None:
         """Run a prompt through the first stage, chunk by chunk; returns when all are on the way."""
         prompt = np.asarray(message.prompt, dtype=np.int64)
-        if not self._is_first or not self._fits(message.slot, 0, len(prompt)):
+        chunk_tokens = message.chunk_tokens
+        if (
+            not self._is_first
+            or not self._fits(message.slot, 0, len(prompt))
+            or not 0 < chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
+        ):
             self._fail(message.sequence, "the coordinator sent a prompt that does not fit")
             return
         if not len(prompt) or prompt.min() < 0 or prompt.max() >= self._spec.vocab:
@@ -130,8 +135,8 @@ class Relay:
         sequence = self._open(message.sequence, message.slot, message.sampling)
         if sequence is None:
             return
-        for begin in range(0, len(prompt), limits.PREFILL_CHUNK_TOKENS):
-            end = min(begin + limits.PREFILL_CHUNK_TOKENS, len(prompt))
+        for begin in range(0, len(prompt), chunk_tokens):
+            end = min(begin + chunk_tokens, len(prompt))
             self._run(sequence, prompt[begin:end], last=end == len(prompt))
 
     def deliver(self, message: Message, payload: memoryview) -> None:

@@ -52,6 +52,8 @@ from agent.links import LinkFigures
 from benchmarks import gguf, llama_cpp_process
 from benchmarks.pipeline_stage import model_spec
 from calibration.machine import processor_name
+from coordinator.forecast import best_chunk_tokens
+from coordinator.plan import Stage
 from model.artifact import write_artifact
 from model.quantize import Format
 from model.spec import ModelSpec
@@ -70,7 +72,7 @@ SHORT_TOKENS = 8
 """The prompt that decoding starts from."""
 
 CLIENT = "client"
-STAGE = Path(__file__).with_name("pipeline_stage.py")
+STAGE_SCRIPT = Path(__file__).with_name("pipeline_stage.py")
 
 
 def split(spec: ModelSpec, stages: int) -> list[range]:
@@ -124,7 +126,7 @@ class Line:
         self._processes: list[subprocess.Popen[str]] = [
             bed.popen(
                 name,
-                [sys.executable, str(STAGE), json.dumps(config)],
+                [sys.executable, str(STAGE_SCRIPT), json.dumps(config)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -133,6 +135,7 @@ class Line:
         ]
         ports = [self._hear(index)["port"] for index in range(len(names))]
         self.links: list[LinkFigures] = []
+        self.chunk_tokens = limits.PREFILL_CHUNK_TOKENS
         if len(names) > 1:
             for index, _ in enumerate(names):
                 after = (index + 1) % len(names)
@@ -147,7 +150,14 @@ class Line:
 
     def generate(self, sequence: int, prompt_tokens: int, tokens: int) -> list[float]:
         """Seconds after the start at which the tokens were there."""
-        self._tell(0, do="start", sequence=sequence, prompt_tokens=prompt_tokens, tokens=tokens)
+        self._tell(
+            0,
+            do="start",
+            sequence=sequence,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            chunk_tokens=self.chunk_tokens,
+        )
         started_s = self._hear(0)["started_s"]
         answer = self._hear(len(self._processes) - 1)
         if "failed" in answer:
@@ -235,6 +245,7 @@ class Split:
             "hops_ms": self.hop_s * 1e3,
             "step_ms": median(rounds["step_s"]) * 1e3,
             "speed_against_bound": median(against_bound),
+            "chunk_tokens": self.line.chunk_tokens,
             "prompt_s": median(rounds["prompt_s"]),
             "prompt_against_first": median(ratios(first.rounds["prompt_s"], rounds["prompt_s"])),
             "busy_s": self.busy_s,
@@ -281,7 +292,6 @@ def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[di
                     "paths": paths,
                     "backend": options.backend,
                     "hop_bits": options.hop_bits,
-                    "chunk": options.chunk,
                     "threads": THREADS,
                     "context_tokens": context_tokens,
                 }
@@ -294,7 +304,10 @@ def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[di
                 say(f"{count} RPC servers ...")
                 llama = start_llama(options, bed, names[:count], client, runs, model, stack)
                 llama.ask("decode", SHORT_TOKENS, 4)
-            line.generate(1, SHORT_TOKENS, 4)
+            line.generate(1, limits.PREFILL_CHUNK_TOKENS, 4)
+            line.chunk_tokens = options.chunk or best_chunk_tokens(
+                timed(line.calls()), PROMPT_TOKENS
+            )
             row_bytes = payload_bytes(1, spec.hidden, options.hop_bits)
             hop_s = sum(
                 link.rtt_s / 2 + row_bytes / link.bytes_per_s for link in line.links[:-1]
@@ -310,6 +323,19 @@ def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[di
                 if not number % 2:
                     each.measure_llama(options.tokens)
         return [each.row(splits[0]) for each in splits]
+
+
+def timed(calls: Sequence[Sequence[tuple[int, float]]]) -> list[Stage]:
+    """Stages as a plan has them, with what a row took and a row of a whole chunk."""
+    stages = []
+    for stage in calls:
+        row_s, chunk_s = (
+            median(s for rows, s in stage if rows == count)
+            for count in (1, limits.PREFILL_CHUNK_TOKENS)
+        )
+        prompt_s = chunk_s / limits.PREFILL_CHUNK_TOKENS
+        stages.append(Stage("", 0, (), row_s, prompt_s, 0, 0, 0, 0))
+    return stages
 
 
 def start_llama(
@@ -362,7 +388,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a round")
     parser.add_argument(
-        "--chunk", type=int, default=limits.PREFILL_CHUNK_TOKENS, help="rows of a prompt at once"
+        "--chunk", type=int, help="rows of a prompt at once (as a coordinator would choose)"
     )
     parser.add_argument("--hop-bits", type=int, choices=HOP_BITS, default=DEFAULT_HOP_BITS)
     parser.add_argument("--backend", default="onnx_cpu")
@@ -387,7 +413,7 @@ def main() -> None:
             sys.exit(str(error))
     if options.json:
         answer = {"machine": processor_name(), "layers": options.layers, "vocab": options.vocab}
-        print(json.dumps(answer | {"chunk": options.chunk, "rows": rows}))
+        print(json.dumps(answer | {"rows": rows}))
         return
     table = Table(title=f"{options.layers} layers of Llama-1B, {BITS} bits; {processor_name()}")
     columns = {
@@ -396,6 +422,7 @@ def main() -> None:
         "compute_ms": "{:.1f}",
         "hops_ms": "{:.2f}",
         "speed_against_bound": "{:.2f}",
+        "chunk_tokens": "{}",
         "prompt_s": "{:.2f}",
         "prompt_against_first": "{:.2f}",
         "llama_tokens_per_s": "{:.2f}",

@@ -70,7 +70,6 @@ class StageProcess:
         config = self.config
         spec = model_spec(config["layers"], config["vocab"])
         blocks = range(*config["blocks"])
-        limits.PREFILL_CHUNK_TOKENS = config["chunk"]
         stage = TimedStage(
             backend_class(config["backend"])().load(
                 spec,
@@ -115,7 +114,11 @@ class StageProcess:
                 prompt = tuple(random.integers(0, spec.vocab, command["prompt_tokens"]).tolist())
                 say({"started_s": time.monotonic()})
                 sampling = Sampling(command["tokens"], ())
-                relay.start(StartSequence(EPOCH, command["sequence"], 0, prompt, sampling))
+                chunk_tokens = command["chunk_tokens"]
+                # So that longer ones can be tried than a coordinator may ask for.
+                limits.PREFILL_CHUNK_TOKENS = max(limits.PREFILL_CHUNK_TOKENS, chunk_tokens)
+                number = command["sequence"]
+                relay.start(StartSequence(EPOCH, number, 0, prompt, sampling, chunk_tokens))
             else:
                 calls, stage.calls = stage.calls, []
                 say({"calls": calls})
