@@ -65,7 +65,7 @@ bench-hop: $(VENV)/run.stamp ## what a hop costs beside raw TCP (with root on a 
 	$(BIN)/python benchmarks/hop.py $(ARGS)
 
 bench-pipeline: $(VENV)/run.stamp ## what splitting over 1 to 4 emulated devices costs (needs root)
-	$(BIN)/python benchmarks/pipeline.py $(ARGS)
+	$(BIN)/python -m benchmarks.pipeline $(ARGS)
 
 bench-rest: $(VENV)/run.stamp ## measure what an agent and its coordinator take while nobody asks (root)
 	unshare --net $(BIN)/python benchmarks/at_rest.py $(ARGS)

@@ -111,7 +111,12 @@ class Relay:
     def start(self, message: StartSequence) -> None:
         """Have a prompt run through the first stage, chunk by chunk."""
         number, prompt = message.sequence, np.asarray(message.prompt, dtype=np.int64)
-        if not self._is_first or not self._table.fits(message.slot, 0, len(prompt)):
+        chunk_tokens = message.chunk_tokens
+        if (
+            not self._is_first
+            or not self._table.fits(message.slot, 0, len(prompt))
+            or not 0 < chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
+        ):
             self._fail(number, "the coordinator sent a prompt that does not fit")
         elif prompt.min() < 0 or prompt.max() >= self._spec.vocab:
             self._fail(number, "the prompt has tokens outside the vocabulary")
@@ -121,8 +126,8 @@ class Relay:
             with self._lock:
                 sequence = self._open(number, message.slot, message.sampling)
                 if sequence is not None:
-                    for begin in range(0, len(prompt), limits.PREFILL_CHUNK_TOKENS):
-                        chunk = prompt[begin : begin + limits.PREFILL_CHUNK_TOKENS]
+                    for begin in range(0, len(prompt), chunk_tokens):
+                        chunk = prompt[begin : begin + chunk_tokens]
                         last = begin + len(chunk) == len(prompt)
                         self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
                     self._changed.notify_all()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -28,39 +27,11 @@ from rich.table import Table
 
 from backends.registry import backend_class
 from benchmarks import gguf
+from benchmarks.llama_cpp_process import Worker, worker_command
 from calibration.machine import processor_name
 from calibration.shapes import shape_spec
 from calibration.speed import SpeedOptions, prepared_stage
 from model.quantize import Format
-
-
-class LlamaCpp:
-    """A worker process with one model."""
-
-    def __init__(self, python: str, model: Path, threads: int, context_tokens: int) -> None:
-        script = Path(__file__).with_name("llama_cpp_worker.py")
-        command = [python, str(script), str(model), str(threads), str(context_tokens)]
-        self._process = subprocess.Popen(  # noqa: S603 - the user's own Python
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.version = self._line()
-
-    def ask(self, *words: object) -> float:
-        """Seconds that the worker measured."""
-        assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
-        print(*words, file=self._process.stdin, flush=True)
-        return float(self._line())
-
-    def close(self) -> None:
-        """End the worker."""
-        self._process.communicate()
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit("llama.cpp ended: does the Python given have llama-cpp-python?")
-        return line.strip()
 
 
 def main() -> None:
@@ -101,7 +72,11 @@ def main() -> None:
         formats = [Format.of(options.bits, "rtn", options.group_size)]
         backend = backend_class(options.backend)()
         trial = stack.enter_context(prepared_stage(spec, formats, backend, speed, home))
-        llama = LlamaCpp(options.llama_python, model, options.threads, context_tokens)
+        command = worker_command(options.llama_python, model, options.threads, context_tokens)
+        process = subprocess.Popen(  # noqa: S603 - the user's own Python
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        llama = Worker(process)
         stack.callback(llama.close)
         for number in range(options.rounds):
             # Whoever comes second finds the machine warmer: they take turns.
@@ -109,10 +84,10 @@ def main() -> None:
                 if which:
                     trial.round()
                     continue
-                seconds = llama.ask("prefill", options.prompt)
+                (seconds,) = llama.ask("prefill", options.prompt)
                 theirs["prefill"].append(options.prompt / seconds)
                 for context in options.contexts:
-                    seconds = llama.ask("decode", context, options.tokens)
+                    seconds = median(llama.ask("decode", context, options.tokens))
                     theirs[f"decode past {context}"].append(1 / seconds)
             for name, rate in trial.latest().items():
                 ours[name].append(rate)

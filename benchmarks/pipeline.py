@@ -1,21 +1,28 @@
-"""What splitting over 1 to 4 equal devices costs, on an emulated LAN.
+"""What splitting over 1 to 4 equal devices costs, on an emulated LAN, and what it costs llama.cpp.
 
     make bench-pipeline
-    python benchmarks/pipeline.py --stages 1,4 --layers 16 --vocab 128256 --json
+    python -m benchmarks.pipeline --stages 1,4 --rounds 5 --json
+    python -m benchmarks.pipeline --llama-cpp ~/llama.cpp/build/bin --llama-python PYTHON
 
 Each stage is a process on a host of its own (testbed/): 40 % of a core in periods of 5 ms, 1
-Gbit/s, 0.2 ms round trip. The model has Llama-1B's layers and random weights at 4 bits; the default
-is 4 of its 16 layers and a small vocabulary. Stages and hops are the agent's own (agent.relay,
-agent.peers, agent.hop); no coordinator takes part.
+Gbit/s, 0.2 ms round trip. The model is Llama-1B with random weights at 4 bits and a vocabulary of
+32,000. Stages and hops are the agent's own (benchmarks/pipeline_stage.py); no coordinator takes
+part. All numbers of stages stand at once and take turns.
 
-Reported for each number of stages: decoded tokens per second, against one stage and against
-1 / (sum of what the stages' calls took + sum of the measured hops); the time of a prompt of 512
-tokens, and against one stage. The hop of a link is half its median round trip and the bytes of a
-row at its rate, as measured by the relay's own probe on the emulated network.
+Reported for each: decoded tokens per second, against what the stages' calls took and the measured
+hops add up to (1 / (sum of compute + sum of hops)); the time of a prompt of 512 tokens, and against
+the first number of stages given, as the median of the ratios within a round. The hop of a link is
+half its median round trip and the bytes of a row at its rate, as measured by the relay's own probe
+on the emulated network.
+
+With --llama-cpp, the same shape as GGUF in Q4_0, as many layers on each of llama.cpp's RPC servers
+on the same hosts with one thread each. Its client holds the embedding only; it is on a host of its
+own without a limit, or on the first of the others (--client-shares). The Python given has the
+llama-cpp-python that the libraries were built for.
 
 The quota flatters a split: a stage that computes for less than its share of a period is not slowed
 down at all, and a short call of a small stage is just that. Compare with the bound, not with one
-stage.
+stage's decoding.
 """
 
 from __future__ import annotations
@@ -24,14 +31,15 @@ import argparse
 import itertools
 import json
 import math
-import statistics
+import os
 import subprocess
 import sys
-import time
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -40,54 +48,54 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from agent.links import Link as PeerLink
-from agent.links import LinkFigures, Measuring
-from agent.peers import PeerServer, connect_peer, measure_link
-from agent.relay import Relay
-from backends.base import Array, Stage, StageOptions, Tokens
-from backends.registry import backend_class
-from calibration.shapes import shape_spec
+from agent.links import LinkFigures
+from benchmarks import gguf, llama_cpp_process
+from benchmarks.pipeline_stage import model_spec
+from calibration.machine import processor_name
+from coordinator.forecast import best_chunk_tokens
+from coordinator.plan import Stage
 from model.artifact import write_artifact
 from model.quantize import Format
 from model.spec import ModelSpec
+from testbed.bed import Testbed, TestbedError
+from testbed.network import Host, Link, Network
+from wire import limits
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, payload_bytes
-from wire.connection import Listener
-from wire.messages import Endpoint, Message, Sampling, SequenceFailed, StartSequence, TokenSampled
 
 CPU_PERCENT = 40.0
 ROUND_TRIP_S = 0.2e-3
 BYTES_PER_S = 125e6
 BITS = 4
+THREADS = 1
 PROMPT_TOKENS = 512
-EPOCH = 1
-ANSWER_S = 600
+SHORT_TOKENS = 8
+"""The prompt that decoding starts from."""
+
+CLIENT = "client"
+STAGE_SCRIPT = Path(__file__).with_name("pipeline_stage.py")
 
 
-def model_spec(layers: int, vocab: int) -> ModelSpec:
-    """Llama-1B with fewer layers and words."""
-    whole = shape_spec("llama-1b")
-    return replace(whole, vocab=vocab, layers=whole.layers[:layers], max_context=2048)
+def split(spec: ModelSpec, stages: int) -> list[range]:
+    """Contiguous runs of blocks, the longest prompt time as short as can be, then the decoding.
 
-
-def balanced(weights: Sequence[int], parts: int) -> list[range]:
-    """Contiguous runs of blocks whose largest is as light as it can be."""
-    best: list[range] = []
-    least = math.inf
-    for cuts in itertools.combinations(range(1, len(weights)), parts - 1):
-        ends = (0, *cuts, len(weights))
-        runs = [range(first, last) for first, last in itertools.pairwise(ends)]
-        largest = max(sum(weights[run.start : run.stop]) for run in runs)
-        if largest < least:
-            best, least = runs, largest
-    return best
-
-
-def block_weights(spec: ModelSpec) -> list[int]:
-    """What decoding a token reads of each block; of the embedding one row."""
-    return [
+    A single sequence decodes equally fast however its blocks are shared out, a prompt does not.
+    """
+    reads = [
         0 if block == 0 else sum(map(math.prod, spec.block_tensors(block).values()))
         for block in range(spec.block_count)
     ]
+    # The head runs for one row of a prompt.
+    prompt = [*reads[:-1], reads[-1] // PROMPT_TOKENS]
+
+    def longest(runs: list[range]) -> tuple[int, int]:
+        return (
+            max(sum(prompt[run.start : run.stop]) for run in runs),
+            max(sum(reads[run.start : run.stop]) for run in runs),
+        )
+
+    cuts = itertools.combinations(range(2, spec.block_count), stages - 1)
+    ends = ((0, *cut, spec.block_count) for cut in cuts)
+    return min(([range(*pair) for pair in itertools.pairwise(end)] for end in ends), key=longest)
 
 
 def write_blocks(spec: ModelSpec, directory: Path) -> list[str]:
@@ -106,120 +114,19 @@ def write_blocks(spec: ModelSpec, directory: Path) -> list[str]:
     return paths
 
 
-# ---- a stage, in a process on its host ----------------------------------------------------------
-
-
-class TimedStage(Stage):
-    """Puts down how long each call takes, by its rows."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.calls: list[tuple[int, float]] = []
-        self._stage = stage
-
-    def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
-    ) -> Array:
-        started_s = time.perf_counter()
-        output = self._stage.forward(slot, position, inputs, logits=logits)
-        self.calls.append((len(inputs), time.perf_counter() - started_s))
-        return output
-
-    @property
-    def memory_bytes(self) -> int:
-        return self._stage.memory_bytes
-
-    def close(self) -> None:
-        self._stage.close()
-
-
-@dataclass(slots=True)
-class StageProcess:
-    """Carries out the lines of JSON on stdin, and answers each with one on stdout."""
-
-    config: dict[str, Any]
-    arrived_s: list[float] = field(default_factory=list)
-
-    def run(self) -> None:
-        config = self.config
-        spec = model_spec(config["layers"], config["vocab"])
-        blocks = range(*config["blocks"])
-        stage = TimedStage(
-            backend_class(config["backend"])().load(
-                spec,
-                [(block, Path(config["paths"][block])) for block in blocks],
-                StageOptions(1, config["context_tokens"], 1),
-            )
-        )
-        relay = Relay(
-            stage,
-            spec,
-            blocks,
-            epoch=EPOCH,
-            slots=1,
-            context_tokens=config["context_tokens"],
-            hop_bits=config["hop_bits"],
-            report=self._report,
-        )
-        listener = Listener(config["address"], 0)
-        server = PeerServer(config["name"], listener, relay.deliver)
-        server.start()
-        say({"port": listener.port})
-        for line in sys.stdin:
-            command = json.loads(line)
-            if command["do"] == "connect":
-                endpoint = Endpoint(command["host"], command["port"])
-                with connect_peer(config["name"], command["name"], [endpoint]) as probe:
-                    figures = measure_link(probe)
-                relay.connect(
-                    connect_peer(config["name"], command["name"], [endpoint]),
-                    PeerLink(command["name"], figures),
-                    Measuring(),
-                )
-                say(
-                    {
-                        "rtt_s": figures.rtt_s,
-                        "rtt_p90_s": figures.rtt_p90_s,
-                        "bytes_per_s": figures.bytes_per_s,
-                    }
-                )
-            elif command["do"] == "start":
-                random = np.random.default_rng(command["sequence"])
-                prompt = tuple(random.integers(0, spec.vocab, command["prompt_tokens"]).tolist())
-                say({"started_s": time.monotonic()})
-                sampling = Sampling(command["tokens"], ())
-                relay.start(StartSequence(EPOCH, command["sequence"], 0, prompt, sampling))
-            else:
-                calls, stage.calls = stage.calls, []
-                say({"calls": calls})
-        relay.close()
-        server.close()
-
-    def _report(self, message: Message) -> None:
-        """The last stage's tokens; they are told when all are there."""
-        if isinstance(message, SequenceFailed):
-            say({"failed": message.reason})
-        elif isinstance(message, TokenSampled):
-            self.arrived_s.append(time.monotonic())
-            if message.finish:
-                arrived_s, self.arrived_s = self.arrived_s, []
-                say({"arrived_s": arrived_s})
-
-
-def say(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
-
-
 # ---- the line of stages, as the benchmark sees it ------------------------------------------------
 
 
 class Line:
     """Stages on hosts, connected to a ring."""
 
-    def __init__(self, bed: Any, names: Sequence[str], configs: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, bed: Testbed, names: Sequence[str], configs: Sequence[dict[str, Any]]
+    ) -> None:
         self._processes: list[subprocess.Popen[str]] = [
             bed.popen(
                 name,
-                [sys.executable, __file__, "--stage-process", json.dumps(config)],
+                [sys.executable, str(STAGE_SCRIPT), json.dumps(config)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -228,6 +135,7 @@ class Line:
         ]
         ports = [self._hear(index)["port"] for index in range(len(names))]
         self.links: list[LinkFigures] = []
+        self.chunk_tokens = limits.PREFILL_CHUNK_TOKENS
         if len(names) > 1:
             for index, _ in enumerate(names):
                 after = (index + 1) % len(names)
@@ -242,7 +150,14 @@ class Line:
 
     def generate(self, sequence: int, prompt_tokens: int, tokens: int) -> list[float]:
         """Seconds after the start at which the tokens were there."""
-        self._tell(0, do="start", sequence=sequence, prompt_tokens=prompt_tokens, tokens=tokens)
+        self._tell(
+            0,
+            do="start",
+            sequence=sequence,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            chunk_tokens=self.chunk_tokens,
+        )
         started_s = self._hear(0)["started_s"]
         answer = self._hear(len(self._processes) - 1)
         if "failed" in answer:
@@ -280,114 +195,248 @@ class Line:
         return answer
 
 
-def measure(
-    options: argparse.Namespace, spec: ModelSpec, paths: list[str], stages: int
-) -> dict[str, Any]:
-    """One number of stages, on a testbed of its own."""
-    from testbed.bed import Testbed
-    from testbed.network import Host, Link, Network
+# ---- the measurement ----------------------------------------------------------------------------
 
-    names = [f"stage-{number}" for number in range(1, stages + 1)]
-    network = Network(
-        {name: Host(cpu_percent=CPU_PERCENT) for name in names},
-        default=Link(ROUND_TRIP_S / 2, BYTES_PER_S),
-    )
-    runs = balanced(block_weights(spec), stages)
+
+@dataclass(slots=True)
+class Split:
+    """One number of stages, here and in llama.cpp, and what each round gave."""
+
+    runs: list[range]
+    line: Line
+    llama: llama_cpp_process.Worker | None
+    hop_s: float
+    rounds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    busy_s: list[float] = field(default_factory=list)
+    """What each stage computed for the last prompt."""
+
+    def measure(self, number: int, tokens: int) -> None:
+        """Decode and prefill, here; ``number`` differs from all before."""
+        self.line.calls()
+        step_s = fmean(np.diff(self.line.generate(2 * number, SHORT_TOKENS, tokens + 1)))
+        calls = self.line.calls()
+        compute_s = sum(fmean(s for rows, s in stage if rows == 1) for stage in calls)
+        self.rounds["step_s"].append(step_s)
+        self.rounds["compute_s"].append(compute_s)
+        self.rounds["prompt_s"].append(self.line.generate(2 * number + 1, PROMPT_TOKENS, 1)[0])
+        self.busy_s = [sum(s for _, s in stage) for stage in self.line.calls()]
+
+    def measure_llama(self, tokens: int) -> None:
+        """The same in llama.cpp."""
+        if self.llama is not None:
+            decode_s = self.llama.ask("decode", SHORT_TOKENS, tokens)
+            self.rounds["llama_step_s"].append(fmean(decode_s))
+            self.rounds["llama_prompt_s"] += self.llama.ask("prefill", PROMPT_TOKENS)
+
+    def row(self, first: Split) -> dict[str, Any]:
+        """Medians over the rounds, and of the ratios within each."""
+        rounds = self.rounds
+
+        def ratios(above: list[float], below: list[float]) -> list[float]:
+            return [a / b for a, b in zip(above, below, strict=True)]
+
+        bound_s = [compute_s + self.hop_s for compute_s in rounds["compute_s"]]
+        against_bound = ratios(bound_s, rounds["step_s"])
+        result: dict[str, Any] = {
+            "stages": len(self.runs),
+            "blocks": [len(run) for run in self.runs],
+            "tokens_per_s": 1 / median(rounds["step_s"]),
+            "compute_ms": median(rounds["compute_s"]) * 1e3,
+            "hops_ms": self.hop_s * 1e3,
+            "step_ms": median(rounds["step_s"]) * 1e3,
+            "speed_against_bound": median(against_bound),
+            "chunk_tokens": self.line.chunk_tokens,
+            "prompt_s": median(rounds["prompt_s"]),
+            "prompt_against_first": median(ratios(first.rounds["prompt_s"], rounds["prompt_s"])),
+            "busy_s": self.busy_s,
+            "rounds": dict(rounds),
+        }
+        if self.llama is not None:
+            decode = ratios(rounds["llama_step_s"], rounds["step_s"])
+            prompt = ratios(rounds["llama_prompt_s"], rounds["prompt_s"])
+            result |= {
+                "llama_tokens_per_s": 1 / median(rounds["llama_step_s"]),
+                "against_llama": median(decode),
+                "lowest_against_llama": min(decode),
+                "llama_prompt_s": median(rounds["llama_prompt_s"]),
+                "prompt_against_llama": median(prompt),
+            }
+        return result
+
+
+def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[dict[str, Any]]:
+    """A row for each number of stages, all on one testbed."""
+    counts = [int(count) for count in options.stages.split(",")]
+    names = [f"stage-{number}" for number in range(1, max(counts) + 1)]
+    hosts = {name: Host(cpu_percent=CPU_PERCENT) for name in names}
+    client = names[0] if options.client_shares else CLIENT
+    network = Network(hosts | {CLIENT: Host()}, default=Link(ROUND_TRIP_S / 2, BYTES_PER_S))
+    context_tokens = PROMPT_TOKENS + options.tokens + 1
+    paths = write_blocks(spec, home)
+    model = home / "model.gguf"
+    if options.llama_cpp:
+        gguf.write_llama(model, spec, "q4_0", context_tokens)
     with ExitStack() as stack:
         bed = stack.enter_context(Testbed(network, "pipeline"))
-        configs = [
-            {
-                "name": name,
-                "address": network.address(name),
-                "layers": options.layers,
-                "vocab": options.vocab,
-                "blocks": [run.start, run.stop],
-                "paths": paths,
-                "backend": options.backend,
-                "hop_bits": options.hop_bits,
-                "context_tokens": PROMPT_TOKENS + options.tokens + 1,
-            }
-            for name, run in zip(names, runs, strict=True)
-        ]
-        line = Line(bed, names, configs)
-        stack.callback(line.close)
-        line.generate(1, 8, 4)
-        line.calls()
-        step_s: list[float] = []
-        compute_s: list[float] = []
-        for sequence in range(2, 2 + options.rounds):
-            arrived_s = line.generate(sequence, 8, options.tokens + 1)
-            step_s += np.diff(arrived_s).tolist()
-            decode = [[s for rows, s in calls if rows == 1] for calls in line.calls()]
-            compute_s.append(sum(statistics.fmean(calls) for calls in decode))
-        prefill_s = [
-            line.generate(100 + turn, PROMPT_TOKENS, 1)[0] for turn in range(options.prefills)
-        ]
-        row_bytes = payload_bytes(1, spec.hidden, options.hop_bits)
-        hop_s = sum(
-            link.rtt_s / 2 + row_bytes / link.bytes_per_s for link in line.links[:-1]
-        ) + sum(link.rtt_s / 2 for link in line.links[-1:])
-        return {
-            "stages": stages,
-            "blocks": [len(run) for run in runs],
-            "tokens_per_s": 1 / statistics.fmean(step_s),
-            "compute_ms": statistics.fmean(compute_s) * 1e3,
-            "hops_ms": hop_s * 1e3,
-            "rtt_ms": [link.rtt_s * 1e3 for link in line.links],
-            "prefill_s": min(prefill_s),
-        }
+        splits = []
+        for count in counts:
+            say(f"{count} stages ...")
+            runs = split(spec, count)
+            configs = [
+                {
+                    "name": name,
+                    "address": network.address(name),
+                    "layers": options.layers,
+                    "vocab": options.vocab,
+                    "blocks": [run.start, run.stop],
+                    "paths": paths,
+                    "backend": options.backend,
+                    "hop_bits": options.hop_bits,
+                    "threads": THREADS,
+                    "context_tokens": context_tokens,
+                }
+                for name, run in zip(names, runs, strict=False)
+            ]
+            line = Line(bed, names[:count], configs)
+            stack.callback(line.close)
+            llama = None
+            if options.llama_cpp:
+                say(f"{count} RPC servers ...")
+                llama = start_llama(options, bed, names[:count], client, runs, model, stack)
+                llama.ask("decode", SHORT_TOKENS, 4)
+            line.generate(1, limits.PREFILL_CHUNK_TOKENS, 4)
+            line.chunk_tokens = options.chunk or best_chunk_tokens(
+                timed(line.calls()), PROMPT_TOKENS
+            )
+            row_bytes = payload_bytes(1, spec.hidden, options.hop_bits)
+            hop_s = sum(
+                link.rtt_s / 2 + row_bytes / link.bytes_per_s for link in line.links[:-1]
+            ) + sum(link.rtt_s / 2 for link in line.links[-1:])
+            splits.append(Split(runs, line, llama, hop_s))
+        for number in range(options.rounds):
+            say(f"round {number + 1} of {options.rounds} ...")
+            # Whoever comes second finds the machine warmer: they take turns.
+            for each in splits if number % 2 else reversed(splits):
+                if number % 2:
+                    each.measure_llama(options.tokens)
+                each.measure(number + 1, options.tokens)
+                if not number % 2:
+                    each.measure_llama(options.tokens)
+        return [each.row(splits[0]) for each in splits]
+
+
+def timed(calls: Sequence[Sequence[tuple[int, float]]]) -> list[Stage]:
+    """Stages as a plan has them, with what a row took and a row of a whole chunk."""
+    stages = []
+    for stage in calls:
+        row_s, chunk_s = (
+            median(s for rows, s in stage if rows == count)
+            for count in (1, limits.PREFILL_CHUNK_TOKENS)
+        )
+        prompt_s = chunk_s / limits.PREFILL_CHUNK_TOKENS
+        stages.append(Stage("", 0, (), row_s, prompt_s, 0, 0, 0, 0))
+    return stages
+
+
+def start_llama(
+    options: argparse.Namespace,
+    bed: Testbed,
+    hosts: Sequence[str],
+    client: str,
+    runs: Sequence[range],
+    model: Path,
+    stack: ExitStack,
+) -> llama_cpp_process.Worker:
+    """llama.cpp's servers on the hosts, and a worker that has put the model there."""
+    server = llama_cpp_process.find_server(options.llama_cpp)
+    addresses = llama_cpp_process.start_servers(bed, hosts, server, THREADS, client, stack)
+    # The embedding stays with the client; the output counts as a layer.
+    layers = [len(run) - (run.start == 0) for run in runs]
+    command = llama_cpp_process.worker_command(
+        options.llama_python,
+        model,
+        THREADS,
+        PROMPT_TOKENS + options.tokens + 1,
+        *("--rpc", ",".join(addresses), "--split", ",".join(map(str, layers))),
+        *("--batch", str(options.llama_batch)),
+    )
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(options.llama_cpp.resolve())}
+    process = bed.popen(
+        client,
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return llama_cpp_process.Worker(process)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="What splitting over 1 to 4 equal devices costs, on an emulated LAN.",
-        epilog="example: python benchmarks/pipeline.py --stages 1,4 --rounds 3 --json",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stages", default="1,2,3,4", help="numbers of stages")
-    parser.add_argument("--layers", type=int, default=4, help="of Llama-1B's 16")
-    parser.add_argument("--vocab", type=int, default=8192, help="Llama-1B's is 128256")
+    parser.add_argument("--layers", type=int, default=16, help="of Llama-1B's 16")
+    parser.add_argument("--vocab", type=int, default=32000, help="Llama-1B's is 128256")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=24, help="decoded in a round")
-    parser.add_argument("--prefills", type=int, default=2, help=f"of {PROMPT_TOKENS} tokens")
+    parser.add_argument("--tokens", type=int, default=16, help="decoded in a round")
+    parser.add_argument(
+        "--chunk", type=int, help="rows of a prompt at once (as a coordinator would choose)"
+    )
     parser.add_argument("--hop-bits", type=int, choices=HOP_BITS, default=DEFAULT_HOP_BITS)
     parser.add_argument("--backend", default="onnx_cpu")
+    parser.add_argument("--llama-cpp", type=Path, help="bin folder of a build with RPC")
+    parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
+    parser.add_argument("--llama-batch", type=int, default=512, help="rows that it has at once")
+    parser.add_argument(
+        "--client-shares", action="store_true", help="llama.cpp's client is on the first host"
+    )
+    parser.add_argument("--directory", type=Path, help="for 2 GB of weights meanwhile")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--stage-process", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.stage_process:
-        StageProcess(json.loads(options.stage_process)).run()
-        return
+    if (options.llama_cpp is None) != (options.llama_python is None):
+        parser.error("--llama-cpp and --llama-python belong together")
+    if options.llama_cpp:
+        llama_cpp_process.find_server(options.llama_cpp)
     spec = model_spec(options.layers, options.vocab)
-    with TemporaryDirectory(prefix="shoal-pipeline-") as directory:
-        paths = write_blocks(spec, Path(directory))
-        rows = []
-        for stages in map(int, options.stages.split(",")):
-            print(f"{stages} stages ...", file=sys.stderr)
-            rows.append(measure(options, spec, paths, stages))
-    for row in rows:
-        row["speed_against_one"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        bound = 1e3 / (row["compute_ms"] + row["hops_ms"])
-        row["speed_against_bound"] = row["tokens_per_s"] / bound
-        row["prefill_against_one"] = rows[0]["prefill_s"] / row["prefill_s"]
+    with TemporaryDirectory(prefix="shoal-pipeline-", dir=options.directory) as directory:
+        try:
+            rows = measure(options, spec, Path(directory))
+        except TestbedError as error:
+            sys.exit(str(error))
     if options.json:
-        print(json.dumps({"layers": options.layers, "vocab": options.vocab, "rows": rows}))
+        answer = {"machine": processor_name(), "layers": options.layers, "vocab": options.vocab}
+        print(json.dumps(answer | {"rows": rows}))
         return
-    table = Table(title=f"{options.layers} layers of Llama-1B, {BITS} bits")
+    table = Table(title=f"{options.layers} layers of Llama-1B, {BITS} bits; {processor_name()}")
     columns = {
         "stages": "{}",
         "tokens_per_s": "{:.2f}",
-        "speed_against_one": "{:.2f}",
         "compute_ms": "{:.1f}",
         "hops_ms": "{:.2f}",
         "speed_against_bound": "{:.2f}",
-        "prefill_s": "{:.2f}",
-        "prefill_against_one": "{:.2f}",
+        "chunk_tokens": "{}",
+        "prompt_s": "{:.2f}",
+        "prompt_against_first": "{:.2f}",
+        "llama_tokens_per_s": "{:.2f}",
+        "against_llama": "{:.2f}",
+        "lowest_against_llama": "{:.2f}",
+        "llama_prompt_s": "{:.2f}",
+        "prompt_against_llama": "{:.2f}",
     }
-    for name in columns:
-        table.add_column(name, justify="right")
+    shown = {name: form for name, form in columns.items() if name in rows[0]}
+    for name in shown:
+        table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(shown.format(row[name]) for name, shown in columns.items()))
-    Console().print(table)
+        table.add_row(*(form.format(row[name]) for name, form in shown.items()))
+    Console(width=max(Console().width, 120)).print(table)
 
 
 if __name__ == "__main__":

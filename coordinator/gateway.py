@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid, Stalled
 from coordinator.fleet import Deployment, Fleet
+from coordinator.forecast import best_chunk_tokens
 from coordinator.members import Member
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
@@ -125,6 +126,7 @@ class Gateway:
                             sampling.top_p,
                             sampling.seed,
                         ),
+                        best_chunk_tokens(deployment.plan.stages, len(prompt)),
                     )
                 )
                 while True:

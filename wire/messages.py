@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from wire import limits
 from wire.activations import DEFAULT_HOP_BITS, HopBits
 from wire.profile import BlockTiming, DeviceProfile
 
@@ -342,6 +343,8 @@ class StartSequence:
     slot: int
     prompt: tuple[int, ...]
     sampling: Sampling
+    chunk_tokens: int = limits.PREFILL_CHUNK_TOKENS
+    """Rows of the prompt that go through the stages at once, at most that many."""
 
 
 @dataclass(frozen=True, slots=True)

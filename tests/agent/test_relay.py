@@ -20,6 +20,7 @@ from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format
+from wire import limits
 from wire.activations import HopBits, Rows
 from wire.connection import Listener
 from wire.messages import (
@@ -222,8 +223,21 @@ def test_a_prompt_of_several_chunks(
     alone = Node("alone", artifacts, CONTEXT)
     alone.relay.start(start(1, prompt))
     # The token of the last position is sampled although nothing can follow it.
-    assert last.answer(1) == alone.answer(1)
+    answer = alone.answer(1)
+    assert last.answer(1) == answer
+    first.relay.start(replace(start(2, prompt), chunk_tokens=17))
+    assert last.answer(2) == answer
     alone.close()
+
+
+@pytest.mark.parametrize("chunk_tokens", [-1, 0, limits.PREFILL_CHUNK_TOKENS + 1])
+def test_a_prompt_in_impossible_chunks_is_refused(
+    ring: tuple[Node, Node], chunk_tokens: int
+) -> None:
+    first, _ = ring
+    first.relay.start(replace(start(1), chunk_tokens=chunk_tokens))
+    reason = "the coordinator sent a prompt that does not fit"
+    assert first.reports.get(timeout=ANSWER_S) == SequenceFailed(EPOCH, 1, reason)
 
 
 def test_a_prompt_that_leaves_room_for_one_token(ring: tuple[Node, Node]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from coordinator.forecast import prefill_s
+from coordinator.forecast import best_chunk_tokens, prefill_s
 from coordinator.plan import Stage
+from wire import limits
 from wire.profile import LinkProfile
 
 
@@ -42,3 +45,33 @@ def test_the_last_chunk_may_be_short() -> None:
 def test_neighbours_need_a_link() -> None:
     with pytest.raises(KeyError):
         prefill_s([stage("b", 1.0), stage("a", 1.0)], LINKS, 1, 1)
+
+
+def timed(row_s: float, chunk_s: float) -> Stage:
+    """A stage by what one row takes, and a whole chunk."""
+    return Stage("a", 0, (8,), row_s, chunk_s / limits.PREFILL_CHUNK_TOKENS, 0, 0, 0, 0)
+
+
+def test_chunks_are_small_where_stages_follow_each_other_and_rows_cost_alike() -> None:
+    # 64 rows take 64 s. Four stages: 4 + 7, 4 + 15 and 4 + 31 turns of 64, 32 and 16 s, less one.
+    alike = timed(1.0, 64.0)
+    assert best_chunk_tokens([alike] * 4, 512) == 16
+    assert best_chunk_tokens([alike], 512) == limits.PREFILL_CHUNK_TOKENS
+    # A single chunk would keep three of the stages waiting.
+    assert best_chunk_tokens([alike] * 4, 64) == 16
+
+
+def test_chunks_stay_large_where_a_call_costs_as_much_for_few_rows() -> None:
+    assert best_chunk_tokens([timed(1.0, 1.0)] * 4, 512) == limits.PREFILL_CHUNK_TOKENS
+    # One row takes 18.75 s, 64 take 64: 16, 32 and 64 rows take 29.5, 41 and 64 s each, so that
+    # 35, 19 and 11 turns take 1032, 779 and 704 s.
+    assert best_chunk_tokens([timed(18.75, 64.0)] * 4, 512) == limits.PREFILL_CHUNK_TOKENS
+    # 5, 6 and 11 turns of 128 tokens: 320 s, then 287, then 325.
+    assert best_chunk_tokens([timed(18.75, 64.0)] * 4, 128) == 32
+
+
+def test_a_forecast_is_of_the_chunks_that_will_be_run() -> None:
+    stages = [replace(timed(1.0, 64.0), device=name) for name in "abc"]
+    links = [LinkProfile("a", "b", 0.0, 1e9), LinkProfile("b", "c", 0.0, 1e9)]
+    # Four chunks of 16 rows through three stages.
+    assert prefill_s(stages, links, 64, 0) == pytest.approx((4 + 2) * 16)

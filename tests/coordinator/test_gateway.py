@@ -24,6 +24,7 @@ from coordinator.errors import (
 from coordinator.fleet import Deployment, Fleet
 from coordinator.gateway import Gateway, Piece, Timing, _StopFilter, room_for_answer
 from coordinator.members import Member, Roster
+from coordinator.plan import Stage
 from coordinator.plan_request import PlanRequest
 from coordinator.quality import QualityStore
 from coordinator.slots import Slots
@@ -51,6 +52,11 @@ LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 EPOCH = 3
 CONTEXT = 32
 SAMPLING = Sampling(8, ())
+STAGES = (
+    Stage("first", 0, (8,), 1.0, 1.0, 0, 0, 0, 0),
+    Stage("last", 1, (8,), 1.0, 1.0, 0, 0, 0, 0),
+)
+"""Two, to which a row costs the same in any number."""
 PROFILE = DeviceProfile(
     "x86_64", "test", 1, 1, "onnx_cpu", "1", ((32, 32),), 1 << 30, 1 << 30, 1 << 30, 1e9, 1e9
 )
@@ -158,7 +164,7 @@ class Cluster:
             model=LLAMA,
             spec=Checkpoint.open(LLAMA).spec,
             tokenizer=Tokenizer.load(LLAMA),
-            plan=cast(Any, SimpleNamespace(prefill_s_per_token=0.0)),
+            plan=cast(Any, SimpleNamespace(prefill_s_per_token=0.0, stages=STAGES)),
             epoch=EPOCH,
             slots=Slots(slots),
             context_tokens=CONTEXT,
@@ -243,6 +249,9 @@ def test_an_answer_and_its_release(run: Run) -> None:
         task = asyncio.ensure_future(collect(cluster, (1,) * (CONTEXT - 3)))
         begun = await cluster.begun()
         assert begun.sampling.max_tokens == 3
+        assert (
+            begun.chunk_tokens == 16
+        )  # 29 rows in one chunk would keep one of the stages waiting.
         await cluster.sample(begun.sequence, "é!", "length")
         pieces = await task
         assert [(piece.text, piece.finish) for piece in pieces] == [
