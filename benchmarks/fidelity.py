@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -27,19 +26,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.random_model import Shape, make_model
 from calibration.machine import processor_name
 from cli.client import Client
 from cli.errors import CommandFailed
 from coordinator.forecast import prefill_s
 from coordinator.plan import Stage
 from model import costs
-from model.families import load_spec
 from model.quantize import Format
-from model.safetensors import write_safetensors
 from model.spec import ModelSpec
 from testbed.bed import Testbed
 from testbed.cluster import Cluster
@@ -50,11 +47,10 @@ from wire.profile import LinkProfile
 
 Made = TypeVar("Made")
 
-ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "examples" / "tiny-opt" / "model"
 STATE = Path("/var/tmp/shoal-fidelity")  # noqa: S108 - a fixed place, to go on where one was
 
-HIDDEN, FFN, LAYERS, HEADS, VOCAB = 3072, 8192, 24, 24, 8192
+SHAPE = Shape(hidden=3072, ffn=8192, layers=24, heads=24)
+"""2.4 billion weights: a stage outlasts what a quota lets through at full speed."""
 CONTEXT_TOKENS = 512
 WIDTHS = (4, 8)
 PROMPT_TOKENS = 64
@@ -90,7 +86,7 @@ class Case:
 
 def main() -> None:
     options = _arguments()
-    spec = make_model(options.state / "model")
+    spec = make_model(options.state / "model", SHAPE, CONTEXT_TOKENS)
     results = Results(options.state / "results.json", again=options.again)
     cases = [case for case in CASES if not options.only or case.name in options.only]
     for number in range(options.passes):
@@ -143,60 +139,7 @@ class Results:
         self._path.write_text(json.dumps(self._rows, indent=1))
 
 
-# ---- the model and the hosts ---------------------------------------------------------------------
-
-
-def make_model(directory: Path) -> ModelSpec:
-    """A checkpoint of random weights in ``directory``, unless it is there."""
-    if not (directory / "model.safetensors").exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": HIDDEN,
-            "intermediate_size": FFN,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": HEADS // 4,
-            "max_position_embeddings": CONTEXT_TOKENS,
-            "vocab_size": VOCAB,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        (directory / "config.json").write_text(json.dumps(config))
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(TOKENIZER / name, directory / name)
-        random = np.random.default_rng(SEED)
-        shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
-        width = HIDDEN // HEADS
-        for layer in range(LAYERS):
-            prefix = f"model.layers.{layer}."
-            shapes |= {
-                prefix + "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-                prefix + "self_attn.k_proj.weight": (HEADS // 4 * width, HIDDEN),
-                prefix + "self_attn.v_proj.weight": (HEADS // 4 * width, HIDDEN),
-                prefix + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-                prefix + "mlp.gate_proj.weight": (FFN, HIDDEN),
-                prefix + "mlp.up_proj.weight": (FFN, HIDDEN),
-                prefix + "mlp.down_proj.weight": (HIDDEN, FFN),
-            }
-        tensors = {name: _random_matrix(random, shape) for name, shape in shapes.items()}
-        for layer in range(LAYERS):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"model.layers.{layer}.{norm}.weight"] = np.ones(HIDDEN, np.float16)
-        tensors["model.norm.weight"] = np.ones(HIDDEN, np.float16)
-        write_safetensors(directory / "model.safetensors", tensors)
-    return load_spec(directory)
-
-
-def _random_matrix(random: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[np.float16]:
-    values = random.standard_normal(shape, np.float32)
-    values *= np.float32(shape[1] ** -0.5)
-    return values.astype(np.float16)
+# ---- the hosts ----------------------------------------------------------------------------------
 
 
 def network() -> Network:
@@ -394,7 +337,7 @@ def predicted_prefill_ms(
     stages = [from_fields(Stage, stage) for stage in plan["stages"]]
     links = [from_fields(LinkProfile, link) for link in described_links]
     hop_bits = {hop.get("bits", 32) for hop in plan["hops"]} or {32}
-    return 1e3 * prefill_s(stages, links, PROMPT_TOKENS, HIDDEN * max(hop_bits) // 8)
+    return 1e3 * prefill_s(stages, links, PROMPT_TOKENS, SHAPE.hidden * max(hop_bits) // 8)
 
 
 def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

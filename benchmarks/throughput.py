@@ -3,8 +3,8 @@
     make bench-throughput
     python -m benchmarks.throughput --hosts 1,4 --sequences 4 --json
 
-Each host has 30 % of a core and a wired link (testbed/); the model is that of benchmarks/fidelity,
-of random weights at 8 bits. For each number of hosts the planner's best plan for throughput is
+Each host has 30 % of a core and a wired link (testbed/); the model has 943 million random weights
+at 8 bits. For each number of hosts the planner's best plan for throughput is
 loaded, and runs one generation at a time, then several at once, in turns. A prompt is one token
 long, so that every pass is a token's. Tokens per second are those of all generations, from the
 first request to the end of the last answer, measured by the client. A plan predicts them without
@@ -27,7 +27,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.fidelity import CONTEXT_TOKENS, LAYERS, WIRED, make_model, request, say
+from benchmarks.fidelity import CONTEXT_TOKENS, WIRED, request, say
+from benchmarks.random_model import Shape, make_model
 from cli.client import Client
 from coordinator.forecast import decode_tokens_per_s
 from coordinator.plan import Plan
@@ -38,6 +39,7 @@ from testbed.network import HUB, Host, Link, Network
 
 STATE = Path("/var/tmp/shoal-throughput")  # noqa: S108 - a fixed place, to go on where one was
 
+SHAPE = Shape(hidden=2048, ffn=5632, layers=20, heads=16)
 CPU_PERCENT = 30.0
 BITS = 8
 MEMORY_BYTES = 3 << 30
@@ -63,7 +65,9 @@ def measure(options: argparse.Namespace, hosts: int) -> dict[str, Any]:
         "objective": {"kind": "throughput"},
         "slots": most,
         # As many stages as there are hosts: each holds some of the layers.
-        "pins": {str(1 + at * LAYERS // hosts): name for at, name in enumerate(NAMES[:hosts])},
+        "pins": {
+            str(1 + at * SHAPE.layers // hosts): name for at, name in enumerate(NAMES[:hosts])
+        },
     }
     with Testbed(network(hosts), "throughput") as bed:
         shoal = Cluster(bed, options.state / "hosts")
@@ -153,7 +157,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="of a generation")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    make_model(options.state / "model")
+    make_model(options.state / "model", SHAPE, CONTEXT_TOKENS)
     rows = [measure(options, hosts) for hosts in options.hosts]
     if options.json:
         print(json.dumps({"context_tokens": CONTEXT_TOKENS, "rows": rows}))
