@@ -74,7 +74,7 @@ bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
 	$(BIN)/python benchmarks/planner.py $(ARGS)
 
 bench-fidelity: $(VENV)/run.stamp ## predicted and measured times of many plans on emulated hosts (needs root)
-	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
 bench-throughput: $(VENV)/run.stamp ## several generations at once over 1 to 4 emulated hosts (needs root)
 	$(BIN)/python -m benchmarks.throughput $(ARGS)

@@ -1,7 +1,7 @@
 """How well plans predict: emulated hosts of different speed, many plans, predicted and measured.
 
     make bench-fidelity
-    python benchmarks/fidelity.py --only chosen,uniform --again --json
+    python -m benchmarks.fidelity --only chosen,uniform --again --json
 
 Four hosts with CPU quotas and links of their own (testbed/), agents that measure themselves inside
 their quota and the links between them, and a model of random weights. Each plan is loaded, run a
@@ -105,7 +105,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Predicted and measured times of many plans on emulated hosts; needs root.",
-        epilog="example: python benchmarks/fidelity.py --only chosen,uniform --again",
+        epilog="example: python -m benchmarks.fidelity --only chosen,uniform --again",
     )
     parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help=f"default {STATE}")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="plans")

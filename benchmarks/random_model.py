@@ -67,7 +67,7 @@ def make_model(directory: Path, shape: Shape, context_tokens: int) -> ModelSpec:
                 prefix + "mlp.up_proj.weight": (ffn, hidden),
                 prefix + "mlp.down_proj.weight": (hidden, ffn),
             }
-        tensors = {name: _random_matrix(random, shape) for name, shape in shapes.items()}
+        tensors = {name: _random_matrix(random, size) for name, size in shapes.items()}
         for layer in range(shape.layers):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"model.layers.{layer}.{norm}.weight"] = np.ones(hidden, np.float16)
@@ -76,7 +76,7 @@ def make_model(directory: Path, shape: Shape, context_tokens: int) -> ModelSpec:
     return load_spec(directory)
 
 
-def _random_matrix(random: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[np.float16]:
-    values = random.standard_normal(shape, np.float32)
-    values *= np.float32(shape[1] ** -0.5)
+def _random_matrix(random: np.random.Generator, size: tuple[int, int]) -> npt.NDArray[np.float16]:
+    values = random.standard_normal(size, np.float32)
+    values *= np.float32(size[1] ** -0.5)
     return values.astype(np.float16)
