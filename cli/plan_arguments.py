@@ -14,6 +14,7 @@ from cli.errors import CommandFailed, UsageError
 from wire.activations import HOP_BITS
 
 if TYPE_CHECKING:
+    from coordinator.plan_file import SavedPlan
     from coordinator.problem import Objective
     from coordinator.sensitivity_file import Sensitivities
     from model.spec import ModelSpec
@@ -74,8 +75,8 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         "--slots",
         type=argument_types.count,
         metavar="N",
-        help="sequences at once, each with a KV cache of --context tokens; default: 1, with "
-        "--objective throughput 4",
+        help="sequences at once, each with a KV cache of --context tokens; default: as --plan says,"
+        " else 1, with --objective throughput 4",
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -158,7 +159,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=argument_types.count,
         metavar="TOKENS",
-        help="default: the model's, at most 2048",
+        help="default: as --plan says, else the model's, at most 2048",
     )
     parser.add_argument(
         "--time-limit",
@@ -211,11 +212,18 @@ def objective_of(options: argparse.Namespace) -> Objective:
         raise UsageError(f"--objective {options.objective}: {error}") from error
 
 
-def slots_of(options: argparse.Namespace) -> int:
-    """How many sequences at once. Raises UsageError."""
+def context_of(options: argparse.Namespace, given: SavedPlan | None) -> int | None:
+    """Tokens of a sequence, as asked for or as the plan of --plan was made for; None: neither."""
+    asked: int | None = options.context
+    return asked or (given.context_tokens if given is not None else None)
+
+
+def slots_of(options: argparse.Namespace, given: SavedPlan | None) -> int:
+    """How many sequences at once, as ``context_of`` or by default. Raises UsageError."""
     from coordinator.plan_request import MAX_SLOTS, default_slots
 
-    slots: int = options.slots or default_slots(options.objective)
+    saved = given.slots if given is not None else None
+    slots: int = options.slots or saved or default_slots(options.objective)
     if slots > MAX_SLOTS:
         raise UsageError(f"--slots {slots}: at most {MAX_SLOTS}")
     return slots
@@ -236,14 +244,18 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.check_quality and options.quality_budget is None:
         raise UsageError("--check-quality needs --quality-budget KL to compare with")
+    try:
+        saved = read_plan(options.plan) if options.plan is not None else None
+    except PlanError as error:
+        raise CommandFailed(str(error)) from error
     request: dict[str, Any] = {
         "model": str(Path(options.model).absolute()),
         "scheme": options.scheme,
         "group_size": options.group_size,
         "max_weight_error": options.max_weight_error,
-        "context_tokens": options.context,
+        "context_tokens": context_of(options, saved),
         "time_limit_s": options.time_limit,
-        "slots": slots_of(options),
+        "slots": slots_of(options, saved),
         "objective": asdict(objective_of(options)),
         "exclude": options.exclude,
         "quality_budget": options.quality_budget,
@@ -254,8 +266,7 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
     if options.hop_bits is not None:
         request["hop_bits"] = options.hop_bits
     try:
-        if options.plan is not None:
-            saved = read_plan(options.plan)
+        if saved is not None:
             request["plan"] = saved.to_dict()
             if options.bits is None:
                 used = {bits for _, bits in saved.placements}

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from cli.errors import CommandFailed, UsageError
-from cli.plan_arguments import objective_of, pins_of, request_of, sensitivities_of, slots_of
+from cli.plan_arguments import (
+    context_of,
+    objective_of,
+    pins_of,
+    request_of,
+    sensitivities_of,
+    slots_of,
+)
 from cli.plan_views import (
     show_difference,
     show_dilemma,
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
     from coordinator.explain import Explanation
     from coordinator.lab import Lab
     from coordinator.plan import Plan
+    from coordinator.plan_file import SavedPlan
     from coordinator.problem import HopFormat, PlanningProblem
     from coordinator.sensitivity_file import Sensitivities
     from coordinator.study import Simulation
@@ -49,6 +57,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     from coordinator.lab import LabError, lab_problem
     from coordinator.lab_file import read_lab
     from coordinator.plan import PlanError
+    from coordinator.plan_file import read_plan
     from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS
     from coordinator.quality import scaled, scaled_own
     from coordinator.sensitivity_file import SensitivityError
@@ -87,8 +96,10 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
                 )
         else:
             errors, bound = _weight_errors(options, model, formats, screen)
-        context_tokens = min(options.context or DEFAULT_CONTEXT_TOKENS, spec.max_context)
-        slots = slots_of(options)
+        given = read_plan(options.plan) if options.plan else None
+        wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
+        context_tokens = min(wanted_tokens, spec.max_context)
+        slots = slots_of(options, given)
         problem = lab_problem(
             lab,
             spec,
@@ -110,7 +121,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             _run_dilemma(options, screen, problem)
         else:
             name = model.absolute().name
-            plan = _given_or_best(options, screen, problem)
+            plan = _given_or_best(options, screen, problem, given)
             wording = _Wording(
                 f"plan for {name}, predicted from {options.devices}",
                 f"{name} on {options.devices.name}",
@@ -225,11 +236,14 @@ def write_plot(path: Path, plan: Plan, spec: ModelSpec, title: str, devices: Seq
     path.write_text(plan_svg(plan, spec, title, unused), encoding="utf-8")
 
 
-def save_plan(path: Path, plan: Plan, model: str) -> None:
+def save_plan(path: Path, plan: Plan, found: _Found) -> None:
     """Write a plan to edit, compare and load. Raises OSError."""
     from coordinator.plan_file import plan_text
 
-    path.write_text(plan_text(plan, model), encoding="utf-8")
+    text = plan_text(
+        plan, found.model, slots=found.plan["slots"], context_tokens=found.context_tokens
+    )
+    path.write_text(text, encoding="utf-8")
 
 
 # ---- steps -------------------------------------------------------------------------------------
@@ -338,7 +352,7 @@ def _show_plan(
                 on_run=lambda done, total: on_step(_step("drawing links", "", done, total)),
             )
     if options.save:
-        save_plan(options.save, plan, found.model)
+        save_plan(options.save, plan, found)
         screen.note(f"saved to {options.save}")
     if options.plot:
         names = [device.name for device in problem.devices]
@@ -435,12 +449,12 @@ def _run_dilemma(options: argparse.Namespace, screen: Screen, problem: PlanningP
         show_dilemma(screen, problem.spec, instance, solution, options.repair)
 
 
-def _given_or_best(options: argparse.Namespace, screen: Screen, problem: PlanningProblem) -> Plan:
+def _given_or_best(
+    options: argparse.Namespace, screen: Screen, problem: PlanningProblem, given: SavedPlan | None
+) -> Plan:
     """The plan of --plan, else the best."""
-    from coordinator.plan_file import read_plan
-
-    if options.plan:
-        return _compared(options, screen, read_plan(options.plan).to_plan(problem), problem)
+    if given is not None:
+        return _compared(options, screen, given.to_plan(problem), problem)
     return _solve(options, screen, problem)
 
 

@@ -1,7 +1,8 @@
 """A plan as a file that a person can read, edit and compare.
 
-Only who runs which blocks at how many bits is read back; figures are recomputed from the problem,
-so that an edited line cannot leave a stale prediction behind.
+Only who runs which blocks at how many bits is read back, and for how many sequences of what length;
+figures are recomputed from the problem, so that an edited line cannot leave a stale prediction
+behind.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FORMAT = 1
 MAX_FILE_BYTES = 1 << 20
 _MAX_BLOCKS = 1 << 13
 
-_KEYS = ("shoal_plan", "model", "stages", "predicted", "predicted_for")
+_KEYS = ("shoal_plan", "model", "stages", "slots", "context_tokens", "predicted", "predicted_for")
 _STAGE_KEYS = ("device", "bits", "hop_bits")
 _SENT_KEYS = ("source", "model", "stages")
 _RUN = re.compile(r"(\d{1,2})(?:x(\d{1,4}))?", re.ASCII)
@@ -44,6 +45,9 @@ class SavedPlan:
     predicted: Mapping[str, float]
     hop_bits: tuple[int | None, ...]
     """What each stage but the last sends at; None where the file does not say."""
+    slots: int | None = None
+    context_tokens: int | None = None
+    """What the plan was made for; None where the file does not say."""
 
     @property
     def placements(self) -> tuple[tuple[str, int], ...]:
@@ -122,10 +126,13 @@ class HopChange:
     after: int | Literal["default"] | None
 
 
-def plan_text(plan: Plan, model: str) -> str:
+def plan_text(
+    plan: Plan, model: str, *, slots: int | None = None, context_tokens: int | None = None
+) -> str:
     """The file of a plan: JSON with one stage a line, ``bits`` as runs like ``16 4x11 8``.
 
-    ``hop_bits`` is what the stage sends at; the last has none.
+    ``hop_bits`` is what the stage sends at; the last has none. slots, context_tokens: what it was
+    made for; None leaves that to whoever loads it.
     """
     stages = []
     for stage in plan.stages:
@@ -137,6 +144,7 @@ def plan_text(plan: Plan, model: str) -> str:
         "ms_per_token": plan.decode_s * 1e3,
         "prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
     }
+    made_for = {"slots": slots, "context_tokens": context_tokens}
     lines = [
         "{",
         f'  "shoal_plan": {FORMAT},',
@@ -144,6 +152,7 @@ def plan_text(plan: Plan, model: str) -> str:
         '  "stages": [',
         ",\n".join(f"    {stage}" for stage in stages),
         "  ],",
+        *(f'  "{key}": {value},' for key, value in made_for.items() if value is not None),
         f'  "predicted": {json.dumps(predicted)},',
         f'  "predicted_for": "{_mark((s.device, s.bits, s.hop_bits) for s in plan.stages)}"',
         "}",
@@ -229,6 +238,10 @@ def _read(values: object, source: str) -> SavedPlan:
                 known = ", ".join(map(str, HOP_BITS))
                 raise PlanError(f"{where}.hop_bits: {hop_bits!r:.20}: known are {known}")
         stages.append((stage["device"], _bits(stage["bits"], f"{where}.bits"), hop_bits))
+    for key in ("slots", "context_tokens"):
+        value = plan.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise PlanError(f"{key}: expected a whole number above 0")
     predicted = plan.get("predicted", {})
     if not isinstance(predicted, dict) or not all(
         type(value) in (int, float) for value in predicted.values()
@@ -242,6 +255,8 @@ def _read(values: object, source: str) -> SavedPlan:
         tuple((device, bits) for device, bits, _ in stages),
         predicted,
         tuple(hop_bits for _, _, hop_bits in stages[:-1]),
+        plan.get("slots"),
+        plan.get("context_tokens"),
     )
 
 

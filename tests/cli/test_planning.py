@@ -168,6 +168,27 @@ def test_a_saved_plan_is_taken_and_compared_with_the_best(
     assert given["proof"]["bound"] == pytest.approx(best["proof"]["bound"])
 
 
+def test_a_saved_plan_is_for_as_many_sequences_as_it_was_made_for(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "plan.json"
+
+    def made(context: int | None, *wishes: str | Path) -> tuple[int, int]:
+        parsed = options(model, "--devices", lab, "--json", *wishes)
+        parsed.context = context
+        planning.run_offline_plan(parsed, Screen(json_output=True))
+        values = json.loads(capsys.readouterr().out)
+        return values["plan"]["slots"], values["context_tokens"]
+
+    assert made(40, "--save", saved, "--slots", "3") == (3, 40)
+    assert made(None, "--plan", saved) == (3, 40)
+    assert made(30, "--plan", saved, "--slots", "2") == (2, 30)
+    parsed = options(model, "--plan", saved)
+    parsed.context = None
+    request = request_of(parsed)
+    assert (request["slots"], request["context_tokens"]) == (3, 40)
+
+
 def test_a_saved_plan_that_does_not_fit_is_refused(model: Path, lab: Path, tmp_path: Path) -> None:
     saved = tmp_path / "plan.json"
     plan(model, "--devices", lab, "--save", saved)

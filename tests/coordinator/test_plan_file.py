@@ -65,6 +65,18 @@ def test_hops_are_saved_and_may_be_left_out() -> None:
     assert older.to_plan(problem).stages[0].hop_bits == 8
 
 
+def test_what_a_plan_was_made_for_is_saved_and_may_be_left_out() -> None:
+    text = plan_text(PLAN, "opt", slots=3, context_tokens=64)
+    saved = parse_plan(text, "p")
+    assert (saved.slots, saved.context_tokens) == (3, 64)
+    assert saved.predicted
+    older = parse_plan(plan_text(PLAN, "opt"), "p")
+    assert (older.slots, older.context_tokens) == (None, None)
+    for wrong in ("0", "true", '"3"', "1.5"):
+        with pytest.raises(PlanError, match="slots: expected a whole number above 0"):
+            parse_plan(text.replace('"slots": 3', f'"slots": {wrong}'), "p")
+
+
 def test_an_edited_plan_is_priced_anew_and_says_nothing_of_the_old_price() -> None:
     text = plan_text(PLAN, "opt").replace("8 4x3", "8x4")
     saved = parse_plan(text, "plan.json")
