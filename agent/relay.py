@@ -228,29 +228,32 @@ class Relay:
             if self._closed or self._table.waiting:
                 self._changed.notify_all()
 
-    def _pass(self, turns: list[Turn]) -> None:
-        # Whatever is raised ends one sequence: the thread is the others', too.
-        if len(turns) == 1:
-            sequence, rows = turns[0]
-            try:
-                content, logits = self._unpacked(rows), rows.last and self._is_last
-                output = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
-                self._pass_on(sequence, rows, output)
-            except Exception as error:
-                self._give_up(sequence, error)
-            return
+    def _pass(self, turns: list[Turn], outputs: Array | None = None) -> None:
+        """Run the stage, unless ``outputs`` are there, and pass each row's on.
+
+        Where several rows fail together each runs alone: whose fault it is shows then.
+        """
+        alone = len(turns) == 1
         try:
-            outputs = self._decode(turns)
-        except Exception as error:
+            if outputs is None:
+                outputs = self._forward(*turns[0]) if alone else self._decode(turns)
+            if alone:
+                self._pass_on(*turns[0], outputs)
+                return
+        except Exception as error:  # Whatever it is ends one sequence: the thread is the others'.
+            if alone:
+                self._give_up(turns[0][0], error)
+                return
             log.info("%d rows at once failed: %s", len(turns), error)
-            for turn in turns:  # Whose fault it is shows when each runs by itself.
-                self._pass([turn])
-            return
-        for index, (sequence, rows) in enumerate(turns):
-            try:
-                self._pass_on(sequence, rows, outputs[index : index + 1])
-            except Exception as error:
-                self._give_up(sequence, error)
+            outputs = None
+        for index, turn in enumerate(turns):
+            self._pass([turn], None if outputs is None else outputs[index : index + 1])
+
+    def _forward(self, sequence: Sequence, rows: Rows) -> Array:
+        """Hidden rows of one sequence, or logits [1, vocab] of the last."""
+        logits = rows.last and self._is_last
+        content = self._unpacked(rows)
+        return self._stage.forward(sequence.slot, rows.position, content, logits=logits)
 
     def _decode(self, turns: list[Turn]) -> Array:
         """Hidden rows, or logits [n, vocab], of one row of each of n sequences."""
