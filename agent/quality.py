@@ -17,6 +17,7 @@ import numpy.typing as npt
 from agent.blocks import BlockCache
 from backends.base import Backend, BackendError
 from backends.registry import BACKENDS, backend_class
+from calibration.distiller import Options
 from calibration.hops import measure_boundaries
 from calibration.quality import measure_blocks, measure_plans
 from model.artifact import read_block
@@ -105,7 +106,7 @@ def measure_quality(
     formats = _formats(request, source.spec)
     backend, plain = _backends(request.backend, own)
     shutil.rmtree(directory, ignore_errors=True)
-    kept_bytes = int(memory_bytes * KEPT_SHARE)
+    options = Options(backend, threads, progress, int(memory_bytes * KEPT_SHARE), plain)
 
     try:
         with closing(
@@ -113,12 +114,8 @@ def measure_quality(
                 source,
                 {block: [formats[bits] for bits in widths] for block, widths in request.wanted},
                 request.sequences,
-                backend=backend,
-                threads=threads,
-                progress=progress,
-                directory=directory,
-                kept_bytes=kept_bytes,
-                plain=plain,
+                options,
+                directory,
             )
         ) as found:
             for one in found:
@@ -132,11 +129,8 @@ def measure_quality(
                 source,
                 dict(request.hops),
                 request.sequences,
-                backend=backend,
-                threads=threads,
-                progress=progress,
-                directory=directory,
-                kept_bytes=kept_bytes,
+                options,
+                directory,
             )
         ) as hops:
             for hop in hops:
@@ -146,11 +140,8 @@ def measure_quality(
                 source,
                 [[formats[bits] for bits in plan] for plan in request.plans],
                 request.sequences,
-                backend=backend,
-                threads=threads,
-                progress=progress,
-                directory=directory,
-                kept_bytes=kept_bytes,
+                options,
+                directory,
             )
         ) as measured:
             for plan, kl in zip(request.plans, measured, strict=True):

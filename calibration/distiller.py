@@ -62,7 +62,8 @@ class BlockSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run: what all public functions take."""
+    """How to run. ``kept_bytes`` bounds the original blocks (fp32) that are kept between passes;
+    None takes a share of free memory."""
 
     backend: Backend | None
     threads: int

@@ -73,10 +73,8 @@ def measure_hops(
         checkpoint,
         missing,
         sequences,
-        backend=backend,
-        threads=threads,
-        progress=progress,
-        directory=directory,
+        Options(backend, threads, progress),
+        directory,
     ):
         found[hop.boundary, hop.bits] = hop.kl
         if store is not None:
@@ -92,12 +90,8 @@ def measure_boundaries(
     source: BlockSource,
     wanted: Mapping[int, Sequence[HopBits]],
     sequences: Sequences,
-    *,
-    backend: Backend | None = None,
-    threads: int = 1,
-    progress: Progress | None = None,
+    options: Options,
     directory: Path | None = None,
-    kept_bytes: int | None = None,
 ) -> Generator[HopQuality, None, None]:
     """Each boundary alone at each of its wanted widths, as soon as it is measured.
 
@@ -107,7 +101,6 @@ def measure_boundaries(
     if not wanted:
         return
     head = source.spec.head_block
-    options = Options(backend, threads, progress, kept_bytes)
     with distiller(source, sequences, options, directory) as students:
         # The blocks behind a boundary, and the head.
         students.expect(head + sum(head - boundary for boundary in wanted))

@@ -154,11 +154,8 @@ def measure_quality(
         checkpoint,
         missing,
         sequences,
-        backend=backend,
-        threads=threads,
-        progress=progress,
-        directory=directory,
-        plain=plain,
+        Options(backend, threads, progress, plain=plain),
+        directory,
     ):
         values = quality.kl, quality.weight_error
         found[quality.block, quality.bits] = values
@@ -171,24 +168,17 @@ def measure_blocks(
     source: BlockSource,
     wanted: Mapping[int, Sequence[Format]],
     sequences: Sequences,
-    *,
-    backend: Backend | None = None,
-    threads: int = 1,
-    progress: Progress | None = None,
+    options: Options,
     directory: Path | None = None,
-    kept_bytes: int | None = None,
-    plain: Backend | None = None,
 ) -> Generator[BlockQuality, None, None]:
     """Each block alone in each of its wanted formats, as soon as it is measured.
 
-    Each original block is read from ``source`` once per pass, unless there is room to keep it:
-    ``kept_bytes`` (fp32) bounds that, None takes a share of free memory. The rest is as in
-    ``measure_quality``.
+    Each original block is read from ``source`` once per pass, unless there is room to keep it. The
+    rest is as in ``measure_quality``.
     """
     check_text(source.spec, sequences)
     if not wanted:
         return
-    options = Options(backend, threads, progress, kept_bytes, plain)
     with distiller(source, sequences, options, directory) as students:
         head = source.spec.head_block
         # A block, those behind it, and the head.
@@ -203,12 +193,8 @@ def measure_plans(
     source: BlockSource,
     plans: Sequence[Sequence[Format | None]],
     sequences: Sequences,
-    *,
-    backend: Backend | None = None,
-    threads: int = 1,
-    progress: Progress | None = None,
+    options: Options,
     directory: Path | None = None,
-    kept_bytes: int | None = None,
 ) -> Generator[float, None, None]:
     """Mean KL(original || plan) in nats of each plan, given as one format per block.
 
@@ -222,7 +208,6 @@ def measure_plans(
             raise ValueError(f"{len(formats)} formats for a model with {count} blocks")
     if not plans:
         return
-    options = Options(backend, threads, progress, kept_bytes)
     with distiller(source, sequences, options, directory) as students:
         students.expect(count - 1 + count * len(plans))
         final = students.teach()
@@ -245,10 +230,8 @@ def measure_plan_kl(
         checkpoint,
         [formats],
         sequences,
-        backend=backend,
-        threads=threads,
-        progress=progress,
-        directory=directory,
+        Options(backend, threads, progress),
+        directory,
     )
     return kl
 
@@ -277,10 +260,8 @@ def check_plans(
         checkpoint,
         formats,
         sequences,
-        backend=backend,
-        threads=threads,
-        progress=progress,
-        directory=directory,
+        Options(backend, threads, progress),
+        directory,
     )
     return [
         PlanCheck(tuple(plan), before, after)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import uvicorn
@@ -143,7 +143,7 @@ class Coordinator:
             await asyncio.sleep(limits.HEARTBEAT_S)
 
     @contextlib.asynccontextmanager
-    async def _advertised(self, port: int):  # type: ignore[no-untyped-def]
+    async def _advertised(self, port: int) -> AsyncIterator[None]:
         """Announce by mDNS in the background: it takes seconds, and joining does not need it."""
         if not self._config.advertise:
             yield

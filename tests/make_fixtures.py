@@ -121,7 +121,7 @@ def main(names: list[str]) -> None:
     for name in names or MODELS:
         seed = make(name)
         size_bytes = sum(path.stat().st_size for path in (FIXTURES / name).iterdir())
-        print(f"{name}: seed {seed}, {size_bytes / 1000:.0f} KB")  # noqa: T201
+        print(f"{name}: seed {seed}, {size_bytes / 1000:.0f} KB")  # noqa: T201 - a command
 
 
 def make(name: str) -> int:

@@ -159,7 +159,7 @@ class TinyOPT(nn.Module):
     def decoder(self) -> Decoder:
         """Return the decoder."""
         decoder = self.model["decoder"]
-        assert isinstance(decoder, Decoder)  # noqa: S101
+        assert isinstance(decoder, Decoder)  # noqa: S101 - for mypy
         return decoder
 
     def forward(
@@ -480,7 +480,7 @@ def build_tokenizer() -> Any:
         word if i < first or word in ".?" else "\u0120" + word: i
         for i, word in enumerate(generate.VOCABULARY)
     }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - a word
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),

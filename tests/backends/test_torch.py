@@ -255,9 +255,9 @@ def test_errors_of_torch_are_backend_errors_of_one_line() -> None:
     with pytest.raises(BackendError) as caught, torch_stage.translated("cannot run"):
         raise RuntimeError("CUDA error: unspecified\nCompile with TORCH_USE_CUDA_DSA\n")
     assert str(caught.value) == "cannot run: CUDA error: unspecified"
-    with pytest.raises(BackendError, match="out of memory; use fewer bits"):  # noqa: SIM117
-        with torch_stage.translated("cannot load"):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+    expected = pytest.raises(BackendError, match="out of memory; use fewer bits")
+    with expected, torch_stage.translated("cannot load"):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
 
 @pytest.mark.parametrize("name", ["torch_cuda", "torch_cpu"])

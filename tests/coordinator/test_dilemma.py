@@ -330,7 +330,7 @@ def test_the_study_gives_the_papers_table_and_figures() -> None:
     assert sorted(figures) == ["figure-3-delta.svg", "figure-5-links.svg", "figure-6-clock.svg"]
     for text in figures.values():
         assert "computed, not measured" in text
-        ElementTree.fromstring(text)  # noqa: S314
+        ElementTree.fromstring(text)  # noqa: S314 - our own
     assert steps[-1] == ("figure 6", 8, 8)
     oddities = {row.left_out: row for row in result.oddities}
     best = oddities["nothing"].objective_s

@@ -31,7 +31,7 @@ def make_plan(stages: int, layers: int = 30) -> Plan:
 @pytest.mark.parametrize("stages", [1, 2, 4, 5, 11])
 def test_a_plan_is_drawn_whole_and_inside_the_page(stages: int) -> None:
     plan = make_plan(stages)
-    root = ElementTree.fromstring(plan_svg(plan, opt_350m(30), "a plan", ["idle"]))  # noqa: S314
+    root = ElementTree.fromstring(plan_svg(plan, opt_350m(30), "a plan", ["idle"]))  # noqa: S314 - our own
     texts = [item.text for item in root.iter(f"{SVG}text")]
     for stage in plan.stages:
         assert stage.device in texts
@@ -54,7 +54,7 @@ def test_a_plan_is_drawn_whole_and_inside_the_page(stages: int) -> None:
 
 def test_names_are_escaped() -> None:
     text = plan_svg(make_plan(2), opt_350m(30), "<&>", ["</svg><script>"])
-    root = ElementTree.fromstring(text)  # noqa: S314
+    root = ElementTree.fromstring(text)  # noqa: S314 - our own
     assert "<&>" in [item.text for item in root.iter(f"{SVG}text")]
     assert not list(root.iter(f"{SVG}script"))
 
@@ -75,7 +75,7 @@ def test_curves(from_zero: bool) -> None:
         y_label="y",
         from_zero=from_zero,
     )
-    root = ElementTree.fromstring(text)  # noqa: S314
+    root = ElementTree.fromstring(text)  # noqa: S314 - our own
     texts = [item.text or "" for item in root.iter(f"{SVG}text")]
     assert ("y (axis not from 0)" in texts) != from_zero
     assert ("0" in texts) == from_zero
@@ -88,4 +88,4 @@ def test_a_flat_curve_of_one_point_is_drawn() -> None:
     text = curves_svg(
         [Curve("a", ((3.0, 0.0),))], title="t", note="n", x_label="x", y_label="y", from_zero=False
     )
-    ElementTree.fromstring(text)  # noqa: S314
+    ElementTree.fromstring(text)  # noqa: S314 - our own

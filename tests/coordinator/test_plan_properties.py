@@ -79,7 +79,7 @@ def make(layers: int, count: int, seed: int, kind: str | None = None) -> Plannin
         max_weight_error=(math.inf,) * blocks,
         sensitivities=losses,
         quality_budget=share * math.fsum(row[4] for row in losses),
-        objective=Objective(kind or rng.choice(KINDS), prompt_tokens=20, output_tokens=3),  # type: ignore[arg-type]
+        objective=Objective(kind or rng.choice(KINDS), prompt_tokens=20, output_tokens=3),  # type: ignore[arg-type] # any
         hop_formats=(HopFormat(8, 2e-3 * rng.random()), HopFormat(16, 2e-4), HopFormat(32, 0.0)),
     )
 
@@ -169,7 +169,7 @@ def test_a_pin_or_an_exclusion_never_helps_and_is_kept(problem: PlanningProblem)
 @pytest.mark.parametrize(("layers", "count"), [(12, 2), (12, 4), (24, 8), (32, 8)])
 def test_plans_of_large_problems_are_verified(layers: int, count: int) -> None:
     for seed, kind in itertools.product(range(5), ("latency", "throughput")):
-        problem = instance(layers, count, seed, Objective(kind))  # type: ignore[arg-type]
+        problem = instance(layers, count, seed, Objective(kind))  # type: ignore[arg-type] # any
         plan = solve(problem, gap=0.05, time_limit_s=5.0)
         verify(plan, problem)
         # How small the gap is depends on the machine: benchmarks/planner.py measures it.
@@ -252,4 +252,4 @@ def test_verify_checks_budget_pins_and_exclusions(change: dict[str, object], mes
     plan = assess(problem, [(0, 0, (4,) * 4)], Proof("by hand", 0.0, 0.0))
     verify(plan, problem)
     with pytest.raises(PlanError, match=message):
-        verify(plan, replace(problem, **change))  # type: ignore[arg-type]
+        verify(plan, replace(problem, **change))  # type: ignore[arg-type] # any

@@ -88,7 +88,7 @@ def test_the_training_code_and_the_reference_are_the_same_model(
 ) -> None:
     torch = pytest.importorskip("torch", reason="needs the extra torch")
     monkeypatch.syspath_prepend(str(HOME))
-    import evaluate  # type: ignore[import-not-found]
+    import evaluate  # type: ignore[import-not-found] # beside it
 
     tokens = Tokenizer.load(MODEL).encode(next(questions("two-hop"))[0])
     with torch.no_grad():

@@ -64,7 +64,7 @@ def wait_until_listed(
     """Within FOUND_WITHIN_S of ``since_s``, and say how long it took."""
     timeout_s = FOUND_WITHIN_S - (time.monotonic() - since_s)
     cluster.wait_for_agents(*names, timeout_s=timeout_s)
-    print(f"{what}: listed after {time.monotonic() - since_s:.2f} s")  # noqa: T201
+    print(f"{what}: listed after {time.monotonic() - since_s:.2f} s")  # noqa: T201 - a figure
     shown = last_json(cluster.run("devices", "--json"))
     assert tuple(device["name"] for device in shown["devices"]) == names
 
@@ -228,7 +228,7 @@ def test_a_host_that_loses_its_link_is_named_and_returns(
         if generation.poll() is None:
             generation.kill()
             generation.communicate()
-    print(f"link cut: told after {told_s:.2f} s: {stderr.strip()}")  # noqa: T201
+    print(f"link cut: told after {told_s:.2f} s: {stderr.strip()}")  # noqa: T201 - a figure
     assert told_s < LOST_WITHIN_S
     assert generation.returncode == 1
     assert f"{victim}: device lost" in stderr

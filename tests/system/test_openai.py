@@ -69,7 +69,7 @@ def test_completions_with_text_and_with_tokens(client: openai.OpenAI, model: str
         max_tokens=8,
         extra_body={"return_token_ids": True},
     )
-    tokens = details.model_extra["shoal"]["prompt_tokens"]  # type: ignore[index]
+    tokens = details.model_extra["shoal"]["prompt_tokens"]  # type: ignore[index] # is there
     again = client.completions.create(model=model, prompt=tokens, temperature=0, max_tokens=8)
     assert again.choices[0].text == text.choices[0].text
 
