@@ -234,26 +234,24 @@ class Relay:
         Where several rows fail together each runs alone: whose fault it is shows then.
         """
         alone = len(turns) == 1
+        sequence, rows = turns[0]
         try:
-            if outputs is None:
-                outputs = self._forward(*turns[0]) if alone else self._decode(turns)
+            if outputs is None and alone:
+                content, logits = self._unpacked(rows), rows.last and self._is_last
+                outputs = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
+            elif outputs is None:
+                outputs = self._decode(turns)
             if alone:
-                self._pass_on(*turns[0], outputs)
+                self._pass_on(sequence, rows, outputs)
                 return
         except Exception as error:  # Whatever it is ends one sequence: the thread is the others'.
             if alone:
-                self._give_up(turns[0][0], error)
+                self._give_up(sequence, error)
                 return
             log.info("%d rows at once failed: %s", len(turns), error)
             outputs = None
         for index, turn in enumerate(turns):
             self._pass([turn], None if outputs is None else outputs[index : index + 1])
-
-    def _forward(self, sequence: Sequence, rows: Rows) -> Array:
-        """Hidden rows of one sequence, or logits [1, vocab] of the last."""
-        logits = rows.last and self._is_last
-        content = self._unpacked(rows)
-        return self._stage.forward(sequence.slot, rows.position, content, logits=logits)
 
     def _decode(self, turns: list[Turn]) -> Array:
         """Hidden rows, or logits [n, vocab], of one row of each of n sequences."""
