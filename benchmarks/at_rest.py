@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
-SHOAL = (sys.executable, "-m", "cli.main")
+SHOAL = (sys.executable, "-m", "cli")
 SETTLE_S = 10.0
 """Joining, and the search by mDNS, are over by then."""
 

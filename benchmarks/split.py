@@ -32,7 +32,7 @@ PROMPT = "The lamp is in the attic."
 def demo(options: argparse.Namespace, agents: int) -> dict[str, Any]:
     """One run of `shoal demo`; its JSON object. Exits where it fails."""
     command = [
-        *(sys.executable, "-m", "cli.main", "demo", "--json"),
+        *(sys.executable, "-m", "cli", "demo", "--json"),
         *(f"--agents={agents}", f"--bits={options.bits}", "--max-weight-error=none"),
         *(f"--prompt={PROMPT}", "--temperature=2", f"--max-tokens={options.tokens}"),
     ]

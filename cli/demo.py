@@ -26,6 +26,7 @@ from cli.client import Client
 from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import Screen
+from cli.signals import held_signals
 from coordinator.artifacts import ArtifactStore
 from coordinator.errors import CoordinatorError
 from coordinator.gateway import room_for_answer
@@ -237,9 +238,10 @@ class Demo:
 
     def _start(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
         log = self._directory / f"{name}.log"
-        with log.open("w", encoding="utf-8") as errors:
+        # A process that runs must be one that is stopped.
+        with held_signals(), log.open("w", encoding="utf-8") as errors:
             process = subprocess.Popen(  # noqa: S603 - our own command
-                [sys.executable, "-m", "cli.main", *arguments, "--until-stdin-closes"],
+                [sys.executable, "-m", "cli", *arguments, "--until-stdin-closes"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -247,7 +249,7 @@ class Demo:
                 # Ctrl-C is for the demo, which stops its processes in order.
                 start_new_session=True,
             )
-        self._processes.append((name, process, log))
+            self._processes.append((name, process, log))
         return process
 
     def _start_coordinator(self, cluster: str) -> dict[str, Any]:
@@ -311,17 +313,18 @@ class Demo:
 
     def _stop_agents(self) -> None:
         agents = [item for item in self._processes if item[0] != "coordinator"]
-        self._processes = [item for item in self._processes if item[0] == "coordinator"]
-        _stop(process for _, process, _ in agents)
+        with held_signals():
+            _stop([process for _, process, _ in agents])
+            self._processes = [item for item in self._processes if item not in agents]
 
     def _stop_all(self) -> None:
-        self._stop_agents()
-        _stop(process for _, process, _ in self._processes)
+        with held_signals():
+            self._stop_agents()
+            _stop([process for _, process, _ in self._processes])
 
 
-def _stop(processes: Iterator[subprocess.Popen[str]]) -> None:
-    """End processes: politely, then not."""
-    ending = list(processes)
+def _stop(ending: Sequence[subprocess.Popen[str]]) -> None:
+    """End processes: politely, then not. Takes some seconds at most."""
     for process in ending:
         process.terminate()
     deadline_s = time.monotonic() + 5

@@ -11,9 +11,7 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable
 from cli.journal import JournalFormatter, under_journal
 from cli.render import Screen
 from cli.settings import read_settings
+from cli.signals import Terminated, terminated_like_interrupted
 from cli.testbed import EXAMPLES as TESTBED_EXAMPLES
 from cli.testbed import add_testbed_arguments, run_testbed
 from wire.sizes import parse_size
@@ -50,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if journal:
         logging.getLogger().handlers[0].setFormatter(JournalFormatter("%(name)s: %(message)s"))
     try:
-        with _terminated_like_interrupted():
+        with terminated_like_interrupted():
             if getattr(options, "config", None) is not None:
                 options.parser.set_defaults(**read_settings(options.config, options.parser))
                 options = parser.parse_args(arguments)
             options.run(options, screen)
-    except _Terminated as signalled:
+    except Terminated as signalled:
         if options.run in daemons.SERVICES and signalled.number == signal.SIGTERM:
             return 0  # Whoever stops a service has not made it fail.
         screen.note("terminated")
@@ -188,34 +187,6 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
             "/shoal/v1/load", {"model": str(path), "hop_bits": options.hop_bits}, on_step
         )
     return str(answer["model"])
-
-
-class _Terminated(KeyboardInterrupt):
-    """A signal other than Ctrl-C's asked this process to end; cleaning up is the same."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM and the end of the terminal clean up as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise _Terminated(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Which is what nohup asks for.
-        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -379,7 +350,3 @@ def _parser() -> argparse.ArgumentParser:
             "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
         )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -137,7 +137,7 @@ class Cluster:
         with self.log(host).open("a") as log:
             return self.bed.popen(
                 host,
-                [sys.executable, "-m", "cli.main", *arguments],
+                [sys.executable, "-m", "cli", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=log,
