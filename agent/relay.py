@@ -285,7 +285,7 @@ class Relay:
             return
         if not rows.last or sequence.sampler is None:
             return
-        token = sequence.sampler.sample(output[0])
+        token = sequence.sampler.sample(output[0], end)
         index = sequence.sampled_tokens
         sequence.sampled_tokens += 1
         finish: FinishReason = ""

@@ -9,14 +9,17 @@ from wire.messages import Sampling
 
 
 class Sampler:
-    """Draws the tokens of one sequence; equal settings and logits give equal tokens."""
+    """Draws the tokens of one sequence; equal settings, positions and logits give equal tokens."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._random = np.random.Generator(np.random.PCG64(sampling.seed))
 
-    def sample(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token of ``logits`` [vocab]; greedy (lowest id on ties) at temperature 0."""
+    def sample(self, logits: npt.NDArray[np.float32], position: int) -> int:
+        """The token at ``position`` by ``logits`` [vocab]; greedy (lowest id on ties) at
+        temperature 0.
+
+        What is drawn depends on nothing that was drawn before: another device can go on.
+        """
         sampling = self._sampling
         if sampling.temperature <= 0 or sampling.top_k == 1:
             return int(np.argmax(logits))
@@ -32,4 +35,5 @@ class Sampler:
             before = np.cumsum(probabilities) - probabilities
             keep = max(int(np.count_nonzero(before < sampling.top_p)), 1)
             order, probabilities = order[:keep], probabilities[:keep] / probabilities[:keep].sum()
-        return int(self._random.choice(order, p=probabilities))
+        random = np.random.Generator(np.random.PCG64(sampling.seed).advance(position))
+        return int(random.choice(order, p=probabilities))

@@ -16,6 +16,7 @@ from cli.argument_types import CONTROL_PORT, HTTP_PORT
 from cli.errors import CommandFailed, Unavailable, UsageError
 from cli.install import add_service_actions
 from cli.render import Screen
+from coordinator.config import DEFAULT_RECOVERY_WAIT_S
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager
@@ -55,6 +56,14 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="for quantized blocks, the least recently used make room; default: 90 %% of the free "
         "disk",
+    )
+    parser.add_argument(
+        "--recovery-wait",
+        type=argument_types.seconds,
+        default=DEFAULT_RECOVERY_WAIT_S,
+        metavar="S",
+        help="how long answers wait for a lost device whose place no other can take; default: "
+        f"{DEFAULT_RECOVERY_WAIT_S:g}",
     )
     parser.add_argument("--state-dir", type=Path, metavar="DIR")
     _add_token(parser)
@@ -153,6 +162,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 advertise=not options.no_mdns,
                 token=read_token(options.token_file),
                 storage_bytes=options.storage,
+                recovery_wait_s=options.recovery_wait,
             ),
             screen.note,
             ServiceManager.from_environment(),

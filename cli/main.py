@@ -175,10 +175,10 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
     loaded = client.get("/shoal/v1/ps")["model"]
     path = Path(options.model).absolute()
     if loaded is not None and options.model in (loaded["model"], loaded["directory"]):
-        if loaded["state"] != "ready":
+        if loaded["state"] == "broken":
             raise CommandFailed(loaded["reason"])
         return str(loaded["model"])
-    if loaded is not None and str(path) == loaded["directory"] and loaded["state"] == "ready":
+    if loaded is not None and str(path) == loaded["directory"] and loaded["state"] != "broken":
         return str(loaded["model"])
     if not path.is_dir():
         raise CommandFailed(f"{options.model} is not loaded and is no directory: run `shoal load`")

@@ -175,8 +175,8 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
     slots = deployment.slots
     return {
         "model": deployment.name,
-        "directory": str(deployment.model),
-        "state": "broken" if deployment.broken else "ready",
+        "directory": str(deployment.request.model),
+        "state": _state(deployment),
         "reason": str(deployment.broken) if deployment.broken else None,
         "context_tokens": deployment.context_tokens,
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
@@ -191,6 +191,12 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             for member, loaded in zip(deployment.members, deployment.loaded, strict=True)
         ],
     }
+
+
+def _state(deployment: Deployment) -> str:
+    if deployment.is_recovering:
+        return "recovering"
+    return "broken" if deployment.broken else "ready"
 
 
 def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from wire.auth import Token
 
+DEFAULT_RECOVERY_WAIT_S = 30.0
+"""An agent that its service manager starts again is back by then."""
+
 CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 
 
@@ -30,6 +33,8 @@ class CoordinatorConfig:
     """Announce the control address by mDNS."""
     storage_bytes: int | None = None
     """For quantized blocks; None: most of the free disk."""
+    recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S
+    """How long answers wait for a lost device where the others cannot take its place."""
     token: Token | None = field(default=None, repr=False)
     """What agents must know to join; None lets everybody in."""
 

@@ -49,12 +49,15 @@ class AgentLost(AgentFailed):
     status = 503
     code = "device_lost"
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, cause: str, alone: str | None = None) -> None:
+        """``alone``: why the other devices cannot take its place, once that was tried."""
+        advice = "then run `shoal load` again to place the model on the devices that are left"
+        if alone is not None:
+            advice = f"the others cannot take its place: {alone}"
         super().__init__(
-            name,
-            f"device lost ({reason}); check its power, network and agent, "
-            "then run `shoal load` again to place the model on the devices that are left",
+            name, f"device lost ({cause}); check its power, network and agent, {advice}"
         )
+        self.cause = cause
 
 
 class Stalled(CoordinatorError):

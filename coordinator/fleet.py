@@ -1,7 +1,7 @@
 """From a model directory to a running deployment: measure, plan, quantize, load, connect.
 
 One operation at a time. Whatever ends an operation early (an error, a lost agent, the user going
-away) leaves no half-loaded stage behind.
+away) leaves no half-loaded stage behind. A deployment that loses a device is placed anew.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from coordinator.artifacts import ArtifactStore
+from coordinator.config import DEFAULT_RECOVERY_WAIT_S
 from coordinator.distillation import Distillation, Losses, QualityFound
 from coordinator.errors import (
     AgentFailed,
@@ -41,6 +42,7 @@ from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem, build_problem
 from coordinator.quality import QualityRequest, QualityStore, choose_hops, own_rows
+from coordinator.recovery import recover, remaining
 from coordinator.slots import Slots
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
@@ -55,6 +57,8 @@ from wire.messages import (
     StageLoaded,
     UnloadStage,
 )
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -80,8 +84,7 @@ class Planned:
 class Deployment:
     """A plan in force. ``broken`` says why it no longer is."""
 
-    name: str
-    model: Path
+    request: PlanRequest
     spec: ModelSpec
     tokenizer: Tokenizer
     plan: Plan
@@ -91,6 +94,31 @@ class Deployment:
     members: tuple[Member, ...]
     loaded: tuple[StageLoaded, ...]
     broken: CoordinatorError | None = None
+    successor: asyncio.Future[Deployment] | None = None
+    """Once a device was lost: what takes this deployment's place, or why nothing does."""
+
+    @property
+    def name(self) -> str:
+        return model_name(self.request.model)
+
+    @property
+    def is_recovering(self) -> bool:
+        return self.successor is not None and not self.successor.done()
+
+    async def latest(self) -> Deployment:
+        """This deployment or, after devices were lost, the one that took its place; waits for that.
+
+        Raises what broke it for good.
+        """
+        deployment = self
+        while deployment.successor is not None:
+            await asyncio.wait([deployment.successor])
+            error = deployment.successor.exception()
+            if error is not None:
+                raise error.with_traceback(None)
+            deployment = deployment.successor.result()
+        deployment.require()
+        return deployment
 
     def require(self) -> None:
         """Raise why the deployment is broken, if it is."""
@@ -102,8 +130,19 @@ class Deployment:
 class Fleet:
     """Plans and deployments over the members of a roster."""
 
-    def __init__(self, roster: Roster, store: ArtifactStore, quality: QualityStore) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        store: ArtifactStore,
+        quality: QualityStore,
+        recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S,
+    ) -> None:
+        """``recovery_wait_s``: how long answers wait for a device that no other can replace."""
         self._roster = roster
+        self._recovery_wait_s = recovery_wait_s
+        self._recovery: asyncio.Task[None] | None = None
+        self._placing = False
+        """Whether what holds the lock is not a user's, but places a broken deployment anew."""
         self._store = store
         self._distillation = Distillation(store, quality)
         self._lock = asyncio.Lock()
@@ -113,12 +152,11 @@ class Fleet:
         self.on_broken: Callable[[Deployment, CoordinatorError], None] = lambda *_: None
         """Told when a deployment can run nothing any more, and why."""
 
-    def require_deployment(self) -> Deployment:
-        """The deployment in force. Raises NotLoaded, or what broke it."""
+    async def require_deployment(self) -> Deployment:
+        """The deployment in force, once it is. Raises NotLoaded, or what broke it."""
         if self.deployment is None:
             raise NotLoaded("no model is loaded: run `shoal load MODEL`")
-        self.deployment.require()
-        return self.deployment
+        return await self.deployment.latest()
 
     async def plan(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
@@ -152,27 +190,40 @@ class Fleet:
 
     async def unload(self) -> str | None:
         """Stop what is loaded; its name, or None if nothing was."""
+        recovery = self._give_up(NotLoaded("the model was unloaded"))
+        if recovery is not None:
+            await asyncio.wait([recovery])
         async with self._exclusive(lambda step: None):
             name = self.deployment.name if self.deployment else None
             await self._unload()
             return name
 
-    def lose(self, member: Member, error: CoordinatorError) -> None:
-        """Break the deployment if ``member`` is part of it."""
-        if self.deployment is not None and member in self.deployment.members:
-            self._break(self.deployment, error)
+    def lose(self, member: Member, error: AgentLost) -> None:
+        """Break the deployment if ``member`` is part of it, and place it anew."""
+        deployment = self.deployment
+        if deployment is None or deployment.broken or member not in deployment.members:
+            return
+        successor = deployment.successor = asyncio.get_running_loop().create_future()
+        # Whoever waits is told; if nobody does, nobody need be.
+        successor.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self._break(deployment, error)
+        self._recovery = asyncio.create_task(self._recover(deployment, error, successor))
 
     def close(self) -> None:
         """Break what is loaded, because the coordinator stops."""
+        stopped = NotLoaded("the coordinator was stopped")
         if self.deployment is not None:
-            self._break(self.deployment, NotLoaded("the coordinator was stopped"))
+            self._break(self.deployment, stopped)
+        self._give_up(stopped)
 
     # ---- steps ----------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def _exclusive(self, on_step: Callable[[Step], None]) -> AsyncIterator[None]:
         if self._lock.locked():
-            raise Busy("another plan, load or unload is under way: wait for it, or stop it")
+            if not self._placing:
+                raise Busy("another plan, load or unload is under way: wait for it, or stop it")
+            on_step(Step("wait", "a lost device is being replaced", 0, 0, ""))
         async with self._lock:
             self.on_step = on_step
             try:
@@ -343,8 +394,7 @@ class Fleet:
             await asyncio.shield(self._unload_members(members))
             raise
         return Deployment(
-            name=model_name(planned.request.model),
-            model=planned.request.model,
+            request=planned.request,
             spec=spec,
             tokenizer=tokenizer,
             plan=planned.plan,
@@ -355,10 +405,63 @@ class Fleet:
             loaded=loaded,
         )
 
+    # ---- lost devices ---------------------------------------------------------------------------
+
+    async def _recover(
+        self, broken: Deployment, lost: AgentLost, successor: asyncio.Future[Deployment]
+    ) -> None:
+        """Replace ``broken``, as soon as the members allow."""
+
+        async def place() -> Deployment:
+            async with self._lock:
+                self._placing = True
+                try:
+                    self.deployment = await self._place_anew(broken)
+                finally:
+                    self._placing = False
+                return self.deployment
+
+        def failed(error: AgentLost) -> None:
+            broken.broken = error
+
+        log.warning("placing %s on the devices that are left", broken.name)
+        try:
+            placed = await recover(
+                lost, place, failed, self._roster.changed, successor, self._recovery_wait_s
+            )
+        finally:
+            if not successor.done():  # Whatever went wrong, nobody must wait for ever.
+                successor.set_exception(lost)
+        names = ", ".join(member.name for member in placed.members)
+        log.warning("%s is loaded again, on %s", placed.name, names)
+
+    async def _place_anew(self, broken: Deployment) -> Deployment:
+        await self._unload_members(broken.members)
+        names = [member.name for member in self._roster.members]
+        planned = await self._plan(remaining(broken.request, names))
+        refs = await self._quantize(planned)
+        deployment = await self._deploy(planned, broken.tokenizer, refs)
+        # What was asked for, and not what is left of it, counts next time.
+        deployment.request = broken.request
+        return deployment
+
+    def _give_up(self, why: CoordinatorError) -> asyncio.Task[None] | None:
+        """Stop placing a deployment anew; whoever waits for it gets ``why``. The task that ends."""
+        task, self._recovery = self._recovery, None
+        if task is None or task.done():
+            return None
+        task.cancel()
+        successor = self.deployment.successor if self.deployment is not None else None
+        if successor is not None and not successor.done():
+            successor.set_exception(why)
+        return task
+
     async def _unload(self) -> None:
+        unloaded = NotLoaded("the model was unloaded")
+        self._give_up(unloaded)
         deployment, self.deployment = self.deployment, None
         if deployment is not None:
-            self._break(deployment, NotLoaded("the model was unloaded"))
+            self._break(deployment, unloaded)
             await asyncio.shield(self._unload_members(deployment.members))
 
     def _break(self, deployment: Deployment, error: CoordinatorError) -> None:

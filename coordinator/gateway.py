@@ -2,7 +2,9 @@
 
 As many sequences are in flight as the deployment has KV slots; who comes later stands in line. The
 gateway follows each sequence to its end, and frees its slot on every stage whatever ends it: the
-model, a stop string, an error, or the user going away.
+model, a stop string, an error, or the user going away. It keeps every token: where a device is lost
+and the model placed anew, prompt and answer so far run through the new stages, and the answer goes
+on.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid, Stalled
 from coordinator.fleet import Deployment, Fleet
@@ -98,48 +100,43 @@ class Gateway:
     ) -> AsyncGenerator[Piece, None]:
         """Pieces of the answer until one has a finish reason; waits for its turn first.
 
-        ``max_tokens`` is cut to what the context leaves. Closing the iterator cancels the sequence
-        on every stage. Raises RequestInvalid, CoordinatorError.
+        ``max_tokens`` is cut to what the context leaves. Where a device is lost, the answer goes on
+        once the model is placed anew. Closing the iterator cancels the sequence on every stage.
+        Raises RequestInvalid, CoordinatorError.
         """
         room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
+        limit = min(sampling.max_tokens, room)
         timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
         decoder = deployment.tokenizer.stream()
         text = _StopFilter(stop)
-        async with deployment.slots.one() as slot:
-            deployment.require()
-            number = next(self._numbers)
-            flight = self._flights[number] = _Flight(deployment)
-            try:
-                timing.started_s = time.monotonic()
-                await deployment.members[0].send(
-                    StartSequence(
-                        deployment.epoch,
-                        number,
-                        slot,
-                        tuple(prompt),
-                        Sampling(
-                            min(sampling.max_tokens, room),
-                            sampling.stop_tokens,
-                            sampling.temperature,
-                            sampling.top_k,
-                            sampling.top_p,
-                            sampling.seed,
-                        ),
-                        best_chunk_tokens(deployment.plan.stages, len(prompt)),
-                    )
-                )
-                while True:
-                    event = await _next_event(flight, len(prompt))
-                    if isinstance(event, CoordinatorError):
-                        raise event
-                    piece = _piece(event, decoder, text, timing)
-                    yield piece
-                    if piece.finish:
-                        return
-            finally:
-                del self._flights[number]
-                await asyncio.shield(_release(deployment, number))
+        answer: list[int] = []
+        while True:
+            deployment = await deployment.latest()
+            async with deployment.slots.one() as slot:
+                if deployment.broken is not None:
+                    continue  # It lost a device while this one stood in line.
+                number = next(self._numbers)
+                flight = self._flights[number] = _Flight(deployment)
+                try:
+                    timing.started_s = timing.started_s or time.monotonic()
+                    so_far = (*prompt, *answer)
+                    left = replace(sampling, max_tokens=limit - len(answer))
+                    await _begin(deployment, number, slot, so_far, left)
+                    while True:
+                        event = await _next_event(flight, len(so_far))
+                        if isinstance(event, CoordinatorError):
+                            if deployment.successor is None:
+                                raise event
+                            break
+                        piece = _piece(event, decoder, text, timing)
+                        answer += piece.tokens
+                        yield piece
+                        if piece.finish:
+                            return
+                finally:
+                    del self._flights[number]
+                    await asyncio.shield(_release(deployment, number))
 
     def on_event(self, member: Member, message: Message) -> None:
         """Take what an agent says of its own accord; what belongs to no flight is dropped."""
@@ -236,6 +233,16 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
         more, stopped = text.feed(decoder.finish())
         return Piece(shown + more + text.rest(), (event.token,), "stop" if stopped else "length")
     return Piece(shown, (event.token,), "")
+
+
+async def _begin(
+    deployment: Deployment, number: int, slot: int, prompt: tuple[int, ...], sampling: Sampling
+) -> None:
+    """Have a sequence start; where the first device is gone, its flight is told by others."""
+    chunk_tokens = best_chunk_tokens(deployment.plan.stages, len(prompt))
+    start = StartSequence(deployment.epoch, number, slot, prompt, sampling, chunk_tokens)
+    with contextlib.suppress(AgentLost):
+        await deployment.members[0].send(start)
 
 
 async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | CoordinatorError:

@@ -131,6 +131,8 @@ class Member:
             raise
         finally:
             self._pending.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # Lost while sending: asyncio complains of what nobody looks at.
         if isinstance(answer, RequestFailed):
             raise AgentFailed(self.name, answer.reason)
         if not isinstance(answer, expect):

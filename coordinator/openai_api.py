@@ -83,8 +83,9 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         body = await read_json(request)
+        deployment = await while_connected(request, self._fleet.require_deployment())
         # Tokenizing a long text takes seconds, in which agents must be heard.
-        job = await asyncio.to_thread(_job, self._fleet, body, chat=chat)
+        job = await asyncio.to_thread(_job, deployment, body, chat=chat)
         if job.stream:
             return server_sent_events(self._stream(job))
         return JSONResponse(await while_connected(request, self._whole(job)))
@@ -218,7 +219,7 @@ _KNOWN = frozenset(
 )
 
 
-def _job(fleet: Fleet, body: Mapping[str, Any], *, chat: bool) -> _Job:
+def _job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> _Job:
     own = {"messages", "max_completion_tokens"} if chat else {"prompt"}
     for field, value in body.items():
         if field in _NEUTRAL:
@@ -226,7 +227,6 @@ def _job(fleet: Fleet, body: Mapping[str, Any], *, chat: bool) -> _Job:
                 raise RequestInvalid(f"{field} is not supported by this server", field)
         elif field not in _KNOWN | own | _IGNORED:
             raise RequestInvalid(f"unknown field {field!r}", field)
-    deployment = fleet.require_deployment()
     model = body.get("model", deployment.name)
     if model != deployment.name:
         raise RequestInvalid(

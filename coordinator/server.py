@@ -81,7 +81,12 @@ class Coordinator:
             on_event=lambda member, message: self._gateway.on_event(member, message),
             on_lost=lambda member, error: self._gateway.on_lost(member, error),
         )
-        self._fleet = Fleet(self.roster, self._store, QualityStore(config.state_dir))
+        self._fleet = Fleet(
+            self.roster,
+            self._store,
+            QualityStore(config.state_dir),
+            config.recovery_wait_s,
+        )
         self._gateway = Gateway(self._fleet)
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
 
@@ -135,7 +140,7 @@ class Coordinator:
             deployment = self._fleet.deployment
             serves = "no model" if deployment is None else deployment.name
             if deployment is not None and deployment.broken is not None:
-                serves += ", broken"
+                serves += ", recovering" if deployment.is_recovering else ", broken"
             self._service.status(
                 f"cluster {self._config.cluster!r}: {count} agent{'s' * (count != 1)}, {serves}"
             )

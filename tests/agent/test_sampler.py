@@ -17,13 +17,13 @@ def sampling(
 
 def frequencies(settings: Sampling, draws: int = 20_000) -> np.ndarray:
     sampler = Sampler(settings)
-    return np.bincount([sampler.sample(LOGITS) for _ in range(draws)], minlength=4) / draws
+    return np.bincount([sampler.sample(LOGITS, at) for at in range(draws)], minlength=4) / draws
 
 
 def test_greedy_takes_the_largest_and_the_lowest_id_on_ties() -> None:
     sampler = Sampler(sampling(temperature=0))
-    assert sampler.sample(np.array([1, 3, 2], np.float32)) == 1
-    assert sampler.sample(np.array([3, 1, 3], np.float32)) == 0
+    assert sampler.sample(np.array([1, 3, 2], np.float32), 0) == 1
+    assert sampler.sample(np.array([3, 1, 3], np.float32), 0) == 0
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,17 @@ def test_frequencies_are_those_of_the_distribution(
 def test_equal_seeds_draw_equal_tokens_and_others_do_not() -> None:
     def draw(seed: int) -> list[int]:
         sampler = Sampler(sampling(seed=seed))
-        return [sampler.sample(LOGITS) for _ in range(50)]
+        return [sampler.sample(LOGITS, position) for position in range(50)]
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
+    # Another device goes on with what this one would have drawn.
+    other = Sampler(sampling(seed=7))
+    assert [other.sample(LOGITS, position) for position in range(20, 50)] == draw(7)[20:]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-5])
 def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
     for logits in (LOGITS, -LOGITS, 100 * LOGITS):
         sampler = Sampler(sampling(temperature=temperature))
-        assert sampler.sample(logits.astype(np.float32)) == int(np.argmax(logits))
+        assert sampler.sample(logits.astype(np.float32), 3) == int(np.argmax(logits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,6 +26,15 @@ def test_a_held_interrupt_comes_at_the_end_of_the_block() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as without nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("hangup")
 def test_a_held_signal_keeps_its_number() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         with (

@@ -35,11 +35,15 @@ from wire.messages import (
     AgentHello,
     Done,
     Endpoint,
+    FindBlocks,
     FinishReason,
     Heartbeat,
+    LoadStage,
+    MeasureModel,
     Message,
     PeerLost,
     ReleaseSequence,
+    RequestFailed,
     Sampling,
     SequenceFailed,
     StartSequence,
@@ -141,9 +145,12 @@ class Cluster:
             lambda member, message: self.gateway.on_event(member, message),
             lambda member, error: self.gateway.on_lost(member, error),
         )
-        self.fleet = Fleet(self.roster, ArtifactStore(directory), QualityStore(directory))
+        store = ArtifactStore(directory)
+        store.prepare()
+        self.fleet = Fleet(self.roster, store, QualityStore(directory), recovery_wait_s=0)
         self.gateway = Gateway(self.fleet)
         self.agents: list[AsyncConnection] = []
+        self.playing: list[asyncio.Task[None]] = []
 
     async def handle(self, connection: AsyncConnection) -> None:
         message, _ = await connection.receive(5)
@@ -158,14 +165,26 @@ class Cluster:
             await agent.receive(5)
             self.agents.append(agent)
 
-    def deploy(self, slots: int = 1) -> Deployment:
+    def play_helpless(self, *agents: AsyncConnection) -> None:
+        """Agents that can no more than unload from now on."""
+
+        async def answer(agent: AsyncConnection) -> None:
+            while True:
+                message = await said(agent)
+                if isinstance(message, UnloadStage):
+                    await agent.send(Done(message.request))
+                elif isinstance(message, (MeasureModel, FindBlocks, LoadStage)):
+                    await agent.send(RequestFailed(message.request, "no room"))
+
+        self.playing += [asyncio.ensure_future(answer(agent)) for agent in agents]
+
+    def deploy(self, slots: int = 1, epoch: int = EPOCH) -> Deployment:
         self.fleet.deployment = Deployment(
-            name="llama",
-            model=LLAMA,
+            request=PlanRequest(LLAMA),
             spec=Checkpoint.open(LLAMA).spec,
             tokenizer=Tokenizer.load(LLAMA),
             plan=cast(Any, SimpleNamespace(prefill_s_per_token=0.0, stages=STAGES)),
-            epoch=EPOCH,
+            epoch=epoch,
             slots=Slots(slots),
             context_tokens=CONTEXT,
             members=self.roster.members,
@@ -182,14 +201,20 @@ class Cluster:
         return message
 
     async def sample(
-        self, number: int, text: str, finish: FinishReason = "", *, cut: int | None = None
+        self,
+        number: int,
+        text: str,
+        finish: FinishReason = "",
+        *,
+        cut: int | None = None,
+        epoch: int = EPOCH,
     ) -> None:
         """The last stage's tokens, one per byte (up to ``cut``); the last one has ``finish``."""
         tokens = Tokenizer.load(LLAMA).encode(text, add_special=False)[:cut]
         assert cut is not None or len(tokens) == len(text.encode())
         for index, token in enumerate(tokens):
             reason: FinishReason = finish if index == len(tokens) - 1 else ""
-            await self.agents[1].send(TokenSampled(EPOCH, number, index, token, reason))
+            await self.agents[1].send(TokenSampled(epoch, number, index, token, reason))
 
 
 async def said(agent: AsyncConnection) -> Message:
@@ -209,7 +234,10 @@ async def running(directory: Path) -> AsyncIterator[Cluster]:
         yield cluster
     finally:
         server.close()
+        cluster.fleet.close()
         cluster.roster.close()
+        for task in cluster.playing:
+            task.cancel()
         for agent in cluster.agents:
             agent.close()
 
@@ -235,7 +263,7 @@ async def collect(
     sampling: Sampling = SAMPLING,
     stop: tuple[str, ...] = (),
 ) -> list[Piece]:
-    deployment = cluster.fleet.require_deployment()
+    deployment = await cluster.fleet.require_deployment()
     return [piece async for piece in cluster.gateway.generate(deployment, prompt, sampling, stop)]
 
 
@@ -330,9 +358,11 @@ def test_closing_cancels_and_the_next_in_line_has_its_turn(run: Run) -> None:
 
 async def loss(cluster: Cluster) -> None:
     cluster.agents[1].close()
+    cluster.play_helpless(cluster.agents[0])
 
 
 async def lost_hop(cluster: Cluster) -> None:
+    cluster.play_helpless(*cluster.agents)
     await cluster.agents[0].send(PeerLost(EPOCH, "last", "reset"))
 
 
@@ -355,7 +385,7 @@ async def stop(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("end", "error", "words"),
     [
-        (loss, AgentLost, "last: device lost"),
+        (loss, AgentLost, "last: device lost .*others cannot take its place: first: no room"),
         (lost_hop, AgentLost, "last: device lost .first cannot reach it"),
         (unload, NotLoaded, "unloaded"),
         (stop, NotLoaded, "stopped"),
@@ -379,6 +409,45 @@ def test_whatever_ends_a_deployment_ends_its_sequences(
                 await task
         with pytest.raises(error, match=words):
             deployment.require()
+
+    run(test)
+
+
+async def next_begun(cluster: Cluster) -> StartSequence:
+    while not isinstance(message := await said(cluster.agents[0]), StartSequence):
+        pass
+    return message
+
+
+def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        broken = cluster.deploy()
+        pieces = cluster.gateway.generate(broken, (1, 2), SAMPLING)
+        first = asyncio.ensure_future(anext(pieces))
+        begun = await cluster.begun()
+        in_line = asyncio.ensure_future(collect(cluster, (7,)))
+        await cluster.sample(begun.sequence, "ab")
+        shown = [await first, await anext(pieces)]
+        successor = broken.successor = asyncio.get_running_loop().create_future()
+        cluster.fleet._break(broken, AgentLost("last", "gone"))
+
+        async def rest() -> list[Piece]:
+            return [*shown, *[piece async for piece in pieces]]
+
+        running_one = asyncio.ensure_future(rest())
+        late = asyncio.ensure_future(collect(cluster, (8,)))
+        await ended(cluster, begun.sequence)
+        await cluster.sample(begun.sequence, "too late")
+        successor.set_result(cluster.deploy(epoch=EPOCH + 1))
+        letters = Tokenizer.load(LLAMA).encode("ab", add_special=False)
+        left = {(1, 2, *letters): 6, (7,): 8, (8,): 8}
+        for _ in range(3):
+            message = await next_begun(cluster)
+            assert message.epoch == EPOCH + 1
+            assert message.sampling.max_tokens == left.pop(message.prompt)
+            await cluster.sample(message.sequence, "cd", "length", epoch=EPOCH + 1)
+        assert text_of(await running_one) == "abcd"
+        assert text_of(await in_line) == text_of(await late) == "cd"
 
     run(test)
 

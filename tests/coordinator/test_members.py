@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -211,6 +212,27 @@ def test_nobody_joins_a_coordinator_that_stops() -> None:
         assert member.lost is not None
         connection = await coordinator.join(hello())
         assert await next_message(connection) == JoinRefused("the coordinator stops")
+
+    run(test)
+
+
+def test_a_member_lost_while_it_is_asked_leaves_nothing_for_asyncio_to_complain_of() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        complaints: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: complaints.append(context)
+        )
+        _, member = await coordinator.joined(hello())
+
+        def lost_meanwhile(number: int) -> Message:
+            member.fail(AgentLost(member.name, "gone"))
+            member.connection.close()
+            return UnloadStage(number)
+
+        with pytest.raises(AgentLost):
+            await member.request(lost_meanwhile, Done)
+        gc.collect()
+        assert complaints == []
 
     run(test)
 

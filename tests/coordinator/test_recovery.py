@@ -1,0 +1,123 @@
+"""When a lost device's work is placed anew, and what of the request still counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from coordinator import recovery
+from coordinator.errors import AgentLost
+from coordinator.plan import PlanError
+from coordinator.plan_request import PlanRequest
+from coordinator.problem import Objective
+from coordinator.recovery import AMORTIZED_TOKENS, TIME_LIMIT_S, recover, remaining
+
+LOST = AgentLost("pi-2", "silent")
+
+
+class Shoal:
+    """Placing works once ``enough`` is set; every attempt is announced."""
+
+    def __init__(self) -> None:
+        self.enough = False
+        self.joined = asyncio.Event()
+        self.outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.attempts: asyncio.Queue[int] = asyncio.Queue()
+        self.failures: list[AgentLost] = []
+
+    async def place(self) -> str:
+        self.attempts.put_nowait(1)
+        if not self.enough:
+            raise PlanError("memory is short")
+        return "placed"
+
+    async def recover(self, wait_s: float) -> str:
+        return await recover(
+            LOST, self.place, self.failures.append, self.joined, self.outcome, wait_s
+        )
+
+
+def run(test: Callable[[Shoal], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(test(Shoal()), 30)
+
+    asyncio.run(main())
+
+
+def test_the_rest_takes_over_at_once() -> None:
+    async def test(shoal: Shoal) -> None:
+        shoal.enough = True
+        assert await shoal.recover(0) == "placed"
+        assert await shoal.outcome == "placed"
+        assert shoal.failures == []
+
+    run(test)
+
+
+def test_whoever_waits_goes_on_when_a_device_joins_in_time() -> None:
+    async def test(shoal: Shoal) -> None:
+        task = asyncio.ensure_future(shoal.recover(60))
+        await shoal.attempts.get()
+        shoal.enough = True
+        shoal.joined.set()
+        assert await shoal.outcome == "placed"
+        assert await task == "placed"
+        assert [str(error) for error in shoal.failures] == [
+            "pi-2: device lost (silent); check its power, network and agent, the others cannot "
+            "take its place: memory is short"
+        ]
+
+    run(test)
+
+
+def test_who_waited_long_enough_is_told_and_a_later_join_still_helps() -> None:
+    async def test(shoal: Shoal) -> None:
+        task = asyncio.ensure_future(shoal.recover(0))
+        with pytest.raises(AgentLost, match=r"pi-2: device lost .* memory is short"):
+            await shoal.outcome
+        await shoal.attempts.get()
+        shoal.joined.set()
+        await shoal.attempts.get()
+        shoal.enough = True
+        shoal.joined.set()
+        assert await task == "placed"
+
+    run(test)
+
+
+def test_the_same_devices_are_tried_again_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "RETRY_S", 0.01)
+
+    async def test(shoal: Shoal) -> None:
+        task = asyncio.ensure_future(shoal.recover(60))
+        for _ in range(3):
+            await shoal.attempts.get()
+        shoal.enough = True
+        assert await task == "placed"
+
+    run(test)
+
+
+def test_what_still_counts_of_a_request() -> None:
+    asked = PlanRequest(
+        Path("model"),
+        bits=(4, 8),
+        pins={0: "pi-1", 1: "pi-2"},
+        exclude=("pi-2", "pi-3"),
+        check_quality=True,
+        quality_budget=0.1,
+        slots=4,
+    )
+    left = remaining(asked, {"pi-1", "pi-3"})
+    assert left.pins == {0: "pi-1"}
+    assert left.exclude == ("pi-3",)
+    assert not left.check_quality
+    assert (left.bits, left.quality_budget, left.slots) == ((4, 8), 0.1, 4)
+    assert left.objective == Objective(migration_weight=1 / AMORTIZED_TOKENS)
+    assert left.time_limit_s == TIME_LIMIT_S
+    frugal = PlanRequest(Path("model"), objective=Objective("energy"), time_limit_s=1)
+    assert remaining(frugal, ()).objective == Objective("energy")
+    assert remaining(frugal, ()).time_limit_s == 1

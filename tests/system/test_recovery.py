@@ -1,0 +1,164 @@
+"""Devices that are lost while they answer: the answer goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from model import costs
+from model.checkpoint import Checkpoint
+from tests.system.cluster import FIXTURES, Cluster, wait_for
+from wire import limits
+
+NAMES = ("pi-1", "pi-2", "pi-3")
+CONTEXT = 2000
+TOKENS = 400
+LOST_AFTER = 20
+REQUESTS: tuple[dict[str, Any], ...] = (
+    {"prompt": "The lamp", "temperature": 0},
+    {"prompt": "a long one " * 30, "temperature": 1.2, "seed": 5},
+    {"prompt": "x", "temperature": 1, "top_p": 0.9, "seed": 6},
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model that talks as long as it is let."""
+    model = Path(shutil.copytree(FIXTURES / "llama", tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    changes = {"max_position_embeddings": CONTEXT, "eos_token_id": None}
+    (model / "config.json").write_text(json.dumps(config | changes))
+    return model
+
+
+def start(cluster: Cluster, name: str, *options: str) -> None:
+    cluster.start_agent(name, f"--coordinator=127.0.0.1:{cluster.control_port}", *options)
+
+
+def load(cluster: Cluster, model: Path, *options: str) -> list[str]:
+    """The devices of the stages."""
+    answer = cluster.load(
+        model,
+        *("--bits=32", "--hop-bits=32", f"--context={CONTEXT}", "--slots=2"),
+        *options,
+    )
+    return [stage["device"] for stage in answer["plan"]["stages"]]
+
+
+def answer(cluster: Cluster, request: dict[str, Any], begun: threading.Event) -> list[int]:
+    """The tokens of a streamed answer; ``begun`` once some are there."""
+    body = {**request, "max_tokens": TOKENS, "stream": True, "return_token_ids": True}
+    url, pieces, tokens = f"{cluster.url}/v1/completions", 0, list[int]()
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                tokens = event.get("shoal", {}).get("tokens", tokens)
+                pieces += 1
+            if pieces == LOST_AFTER:
+                begun.set()
+    return tokens
+
+
+def ask(cluster: Cluster, pool: ThreadPoolExecutor) -> list[Future[list[int]]]:
+    """All requests at once, when the first two are being answered; the third stands in line."""
+    events = [threading.Event() for _ in REQUESTS]
+    answers = [
+        pool.submit(answer, cluster, request, event)
+        for request, event in zip(REQUESTS, events, strict=True)
+    ]
+    wait_for(lambda: sum(event.is_set() for event in events) >= 2, 60, "two answers")
+    return answers
+
+
+def state(cluster: Cluster) -> Any:
+    return cluster.get("/shoal/v1/ps")["model"]
+
+
+@pytest.mark.parametrize("victim", NAMES)
+def test_answers_go_on_over_the_devices_that_are_left(
+    cluster: Cluster, model: Path, victim: str
+) -> None:
+    cluster.start_coordinator()
+    for name in NAMES:
+        start(cluster, name)
+    cluster.wait_for_agents(*NAMES)
+    pins = ("--pin=embedding:pi-1", "--pin=layers=1:pi-2", "--pin=head:pi-3")
+    assert load(cluster, model, *pins) == list(NAMES)
+    undisturbed = [answer(cluster, request, threading.Event()) for request in REQUESTS]
+    assert all(len(tokens) == TOKENS for tokens in undisturbed)
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        answers = ask(cluster, pool)
+        cluster.kill(victim)
+        cluster.processes[victim].wait()
+        assert [future.result(60) for future in answers] == undisturbed
+    left = state(cluster)
+    assert left["state"] == "ready"
+    devices = {stage["device"] for stage in left["plan"]["stages"]}
+    assert devices <= set(NAMES) - {victim}
+    assert f"{victim}: device lost" in cluster.log("coordinator")
+    assert f"{left['model']} is loaded again" in cluster.log("coordinator")
+    # What was asked of a device that is back counts again.
+    start(cluster, victim)
+    cluster.wait_for_agents(*NAMES)
+    assert load(cluster, model, *pins) == list(NAMES)
+
+
+def short_of_one(model: Path) -> str:
+    """Memory with which two agents do not hold the model, and three do."""
+    spec = Checkpoint.open(model).spec
+    layer = costs.kv_bytes(spec, 1, CONTEXT) * 2
+    buffers = costs.stage_buffer_bytes(
+        spec, range(spec.block_count), limits.PREFILL_CHUNK_TOKENS, CONTEXT
+    )
+    return f"--memory={int(1.9 * layer) + buffers}"
+
+
+def test_answers_wait_for_a_device_that_no_other_can_replace(cluster: Cluster, model: Path) -> None:
+    memory = short_of_one(model)
+    cluster.start_coordinator("--no-mdns", "--recovery-wait=60")
+    for name in NAMES:
+        start(cluster, name, memory)
+    cluster.wait_for_agents(*NAMES)
+    assert len(load(cluster, model)) == 3
+    undisturbed = [answer(cluster, request, threading.Event()) for request in REQUESTS]
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        answers = ask(cluster, pool)
+        cluster.kill("pi-2")
+        cluster.processes["pi-2"].wait()
+        told = wait_for(
+            lambda: (now := state(cluster))["reason"] and "take its place" in now["reason"] and now,
+            30,
+            "an attempt",
+        )
+        assert told["state"] == "recovering"
+        assert "memory is short" in told["reason"]
+        start(cluster, "pi-2", memory)
+        assert [future.result(60) for future in answers] == undisturbed
+    assert state(cluster)["state"] == "ready"
+
+
+def test_an_unload_ends_the_waiting(cluster: Cluster, model: Path) -> None:
+    memory = short_of_one(model)
+    cluster.start_coordinator("--no-mdns", "--recovery-wait=600")
+    for name in NAMES:
+        start(cluster, name, memory)
+    cluster.wait_for_agents(*NAMES)
+    load(cluster, model)
+    cluster.processes["pi-3"].send_signal(signal.SIGKILL)
+    wait_for(lambda: state(cluster)["state"] == "recovering", 30, "the loss")
+    with ThreadPoolExecutor(1) as pool:
+        name = state(cluster)["model"]
+        waiting = pool.submit(cluster.run, "run", name, "x")
+        assert cluster.run("unload").stdout == f"{name} is unloaded\n"
+        assert waiting.result(30).returncode == 1
+    assert state(cluster) is None
