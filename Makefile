@@ -79,6 +79,9 @@ bench-fidelity: $(VENV)/run.stamp ## predicted and measured times of many plans 
 bench-throughput: $(VENV)/run.stamp ## several generations at once over 1 to 4 emulated hosts (needs root)
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
+bench-recovery: $(VENV)/run.stamp ## how long an answer pauses when a device is lost (needs root)
+	$(BIN)/python -m benchmarks.recovery $(ARGS)
+
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \

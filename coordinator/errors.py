@@ -51,12 +51,8 @@ class AgentLost(AgentFailed):
 
     def __init__(self, name: str, cause: str, alone: str | None = None) -> None:
         """``alone``: why the other devices cannot take its place, once that was tried."""
-        advice = "then run `shoal load` again to place the model on the devices that are left"
-        if alone is not None:
-            advice = f"the others cannot take its place: {alone}"
-        super().__init__(
-            name, f"device lost ({cause}); check its power, network and agent, {advice}"
-        )
+        rest = "" if alone is None else f"; the others cannot take its place: {alone}"
+        super().__init__(name, f"device lost ({cause}); check its power, network and agent{rest}")
         self.cause = cause
 
 

@@ -66,7 +66,7 @@ def test_whoever_waits_goes_on_when_a_device_joins_in_time() -> None:
         assert await shoal.outcome == "placed"
         assert await task == "placed"
         assert [str(error) for error in shoal.failures] == [
-            "pi-2: device lost (silent); check its power, network and agent, the others cannot "
+            "pi-2: device lost (silent); check its power, network and agent; the others cannot "
             "take its place: memory is short"
         ]
 
