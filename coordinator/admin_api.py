@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from coordinator.deployment import Deployment, Planned
 from coordinator.distillation import QualityFound
-from coordinator.fleet import Deployment, Fleet, Planned
+from coordinator.fleet import Fleet
 from coordinator.forecast import decode_tokens_per_s
 from coordinator.http import json_lines, read_json
 from coordinator.measurements import Step

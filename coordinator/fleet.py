@@ -10,16 +10,29 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from typing import TypeVar
 
 from coordinator.artifacts import ArtifactStore
 from coordinator.config import DEFAULT_RECOVERY_WAIT_S
+from coordinator.deployment import (
+    Deployment,
+    Planned,
+    deploy,
+    new_outcome,
+    outcome_of,
+    unload,
+)
 from coordinator.distillation import Distillation, Losses, QualityFound
 from coordinator.errors import (
-    AgentFailed,
     AgentLost,
     Busy,
     CoordinatorError,
@@ -29,102 +42,27 @@ from coordinator.errors import (
 from coordinator.measurements import (
     Step,
     find_held,
-    forward,
     in_thread,
     load_rates,
     measure_blocks,
     measure_links,
-    together,
 )
 from coordinator.members import Member, Roster
-from coordinator.plan import Plan, Stage
 from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_name
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem, build_problem
 from coordinator.quality import QualityRequest, QualityStore, choose_hops, own_rows
-from coordinator.recovery import recover, remaining
-from coordinator.slots import Slots
+from coordinator.recovery import LoadedFile, joined, recover, remaining
 from model.checkpoint import Checkpoint
-from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from wire import limits
-from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import (
     BlockRef,
-    ConnectStage,
-    Done,
-    LoadStage,
-    StageLoaded,
-    UnloadStage,
 )
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Planned:
-    """A plan with what it was made for and from.
-
-    ``quality_margin`` is part of the problem's sensitivities; None where there are none.
-    ``measured_kl`` is the plan's divergence where it was asked for.
-    """
-
-    request: PlanRequest
-    checkpoint: Checkpoint
-    context_tokens: int
-    problem: PlanningProblem
-    plan: Plan
-    quality_margin: float | None
-    measured_kl: float | None
-
-
-@dataclass(slots=True, eq=False)
-class Deployment:
-    """A plan in force. ``broken`` says why it no longer is."""
-
-    request: PlanRequest
-    spec: ModelSpec
-    tokenizer: Tokenizer
-    plan: Plan
-    epoch: int
-    slots: Slots
-    context_tokens: int
-    members: tuple[Member, ...]
-    loaded: tuple[StageLoaded, ...]
-    broken: CoordinatorError | None = None
-    successor: asyncio.Future[Deployment] | None = None
-    """Once a device was lost: what takes this deployment's place, or why nothing does."""
-
-    @property
-    def name(self) -> str:
-        return model_name(self.request.model)
-
-    @property
-    def is_recovering(self) -> bool:
-        return self.successor is not None and not self.successor.done()
-
-    async def latest(self) -> Deployment:
-        """This deployment or, after devices were lost, the one that took its place; waits for that.
-
-        Raises what broke it for good.
-        """
-        deployment = self
-        while deployment.successor is not None:
-            await asyncio.wait([deployment.successor])
-            error = deployment.successor.exception()
-            if error is not None:
-                raise error.with_traceback(None)
-            deployment = deployment.successor.result()
-        deployment.require()
-        return deployment
-
-    def require(self) -> None:
-        """Raise why the deployment is broken, if it is."""
-        if self.broken is not None:
-            # Raised again and again: its traceback would keep the frames of every time.
-            raise self.broken.with_traceback(None)
 
 
 class Fleet:
@@ -135,11 +73,15 @@ class Fleet:
         roster: Roster,
         store: ArtifactStore,
         quality: QualityStore,
+        kept: LoadedFile,
         recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S,
     ) -> None:
         """``recovery_wait_s``: how long answers wait for a device that no other can replace."""
         self._roster = roster
+        self._kept = kept
         self._recovery_wait_s = recovery_wait_s
+        self._outcome: asyncio.Future[Deployment] | None = None
+        """Of ``_recovery``: what it loads, or why nothing."""
         self._recovery: asyncio.Task[None] | None = None
         self._placing = False
         """Whether what holds the lock is not a user's, but places a broken deployment anew."""
@@ -154,9 +96,11 @@ class Fleet:
 
     async def require_deployment(self) -> Deployment:
         """The deployment in force, once it is. Raises NotLoaded, or what broke it."""
-        if self.deployment is None:
-            raise NotLoaded("no model is loaded: run `shoal load MODEL`")
-        return await self.deployment.latest()
+        if self.deployment is not None:
+            return await self.deployment.latest()
+        if self._recovery is not None and self._outcome is not None:
+            return await outcome_of(self._outcome)
+        raise NotLoaded("no model is loaded: run `shoal load MODEL`")
 
     async def plan(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
@@ -171,6 +115,7 @@ class Fleet:
             refs = await self._quantize(planned)
             await self._unload()
             self.deployment = await self._deploy(planned, tokenizer, refs)
+            self._kept.keep(request, [member.name for member in self.deployment.members])
             return self.deployment
 
     async def calibrate(
@@ -196,6 +141,7 @@ class Fleet:
         async with self._exclusive(lambda step: None):
             name = self.deployment.name if self.deployment else None
             await self._unload()
+            self._kept.forget()
             return name
 
     def lose(self, member: Member, error: AgentLost) -> None:
@@ -203,11 +149,16 @@ class Fleet:
         deployment = self.deployment
         if deployment is None or deployment.broken or member not in deployment.members:
             return
-        successor = deployment.successor = asyncio.get_running_loop().create_future()
-        # Whoever waits is told; if nobody does, nobody need be.
-        successor.add_done_callback(lambda future: future.cancelled() or future.exception())
+        deployment.successor = self._outcome = new_outcome()
         self._break(deployment, error)
-        self._recovery = asyncio.create_task(self._recover(deployment, error, successor))
+        self._recovery = asyncio.create_task(self._recover(deployment, error, self._outcome))
+
+    def resume(self) -> None:
+        """Load what was loaded when the coordinator was stopped, as soon as its devices join."""
+        kept = self._kept.read()
+        if kept is not None:
+            self._outcome = new_outcome()
+            self._recovery = asyncio.create_task(self._resume(*kept, self._outcome))
 
     def close(self) -> None:
         """Break what is loaded, because the coordinator stops."""
@@ -348,64 +299,12 @@ class Fleet:
         )
 
     async def _deploy(
-        self, planned: Planned, tokenizer: Tokenizer, refs: tuple[BlockRef, ...]
+        self, planned: Planned, tokenizer: Tokenizer, refs: Sequence[BlockRef]
     ) -> Deployment:
-        by_name = {member.name: member for member in self._roster.members}
-        stages = planned.plan.stages
-        for stage in stages:
-            if stage.device not in by_name:
-                raise AgentLost(stage.device, "it left while the plan was made")
-        members = tuple(by_name[stage.device] for stage in stages)
         epoch = next(self._epochs)
-        spec = planned.checkpoint.spec
-        try:
-            loaded = await together(
-                member.request(
-                    partial(
-                        LoadStage,
-                        epoch=epoch,
-                        spec=spec.to_dict(),
-                        blocks=refs[stage.first : stage.last],
-                        slots=planned.request.slots,
-                        context_tokens=planned.context_tokens,
-                        first=members[0].device,
-                        hop_bits=_hop_bits(stage),
-                    ),
-                    StageLoaded,
-                    forward(self._report, "load", member.name),
-                )
-                for member, stage in zip(members, stages, strict=True)
-            )
-            if len(members) > 1:
-                for member, after in zip(members, members[1:] + members[:1], strict=True):
-                    await member.request(
-                        partial(
-                            ConnectStage,
-                            epoch=epoch,
-                            device=after.device,
-                            endpoints=after.endpoints,
-                        ),
-                        Done,
-                    )
-            for member in members:  # One that had answered may be gone before all have.
-                if member.lost is not None:
-                    raise member.lost.with_traceback(None)
-        except BaseException:
-            await asyncio.shield(self._unload_members(members))
-            raise
-        return Deployment(
-            request=planned.request,
-            spec=spec,
-            tokenizer=tokenizer,
-            plan=planned.plan,
-            epoch=epoch,
-            slots=Slots(planned.request.slots),
-            context_tokens=planned.context_tokens,
-            members=members,
-            loaded=loaded,
-        )
+        return await deploy(planned, tokenizer, refs, self._roster.members, epoch, self._report)
 
-    # ---- lost devices ---------------------------------------------------------------------------
+    # ---- without being asked --------------------------------------------------------------------
 
     async def _recover(
         self, broken: Deployment, lost: AgentLost, successor: asyncio.Future[Deployment]
@@ -413,47 +312,76 @@ class Fleet:
         """Replace ``broken``, as soon as the members allow."""
 
         async def place() -> Deployment:
+            await unload(broken.members)
+            return await self._place(broken.request, broken.tokenizer)
+
+        def explain(error: Exception) -> CoordinatorError:
+            broken.broken = AgentLost(lost.name, lost.cause, str(error))
+            return broken.broken
+
+        log.warning("placing %s on the devices that are left", broken.name)
+        await self._until_placed(place, explain, successor, self._recovery_wait_s)
+
+    async def _resume(
+        self, request: PlanRequest, names: Collection[str], outcome: asyncio.Future[Deployment]
+    ) -> None:
+        """Load what was loaded once its devices have joined, or without those that do not come."""
+        name = model_name(request.model)
+        log.warning("%s was loaded: waiting for %s", name, ", ".join(names))
+        await joined(self._roster, names, self._recovery_wait_s)
+
+        async def place() -> Deployment:
+            return await self._place(
+                request, await asyncio.to_thread(Tokenizer.load, request.model)
+            )
+
+        def explain(error: Exception) -> CoordinatorError:
+            return NotLoaded(f"{name} cannot be loaded again yet: {error}")
+
+        await self._until_placed(place, explain, outcome, 0)
+
+    async def _until_placed(
+        self,
+        place: Callable[[], Awaitable[Deployment]],
+        explain: Callable[[Exception], CoordinatorError],
+        outcome: asyncio.Future[Deployment],
+        wait_s: float,
+    ) -> None:
+        async def alone() -> Deployment:
             async with self._lock:
                 self._placing = True
                 try:
-                    self.deployment = await self._place_anew(broken)
+                    self.deployment = await place()
                 finally:
                     self._placing = False
                 return self.deployment
 
-        def failed(error: AgentLost) -> None:
-            broken.broken = error
-
-        log.warning("placing %s on the devices that are left", broken.name)
         try:
-            placed = await recover(
-                lost, place, failed, self._roster.changed, successor, self._recovery_wait_s
-            )
+            placed = await recover(alone, explain, self._roster.changed, outcome, wait_s)
         finally:
-            if not successor.done():  # Whatever went wrong, nobody must wait for ever.
-                successor.set_exception(lost)
+            if not outcome.done():  # Whatever went wrong, nobody must wait for ever.
+                outcome.set_exception(NotLoaded("no model is loaded: run `shoal load MODEL`"))
         names = ", ".join(member.name for member in placed.members)
         log.warning("%s is loaded again, on %s", placed.name, names)
 
-    async def _place_anew(self, broken: Deployment) -> Deployment:
-        await self._unload_members(broken.members)
+    async def _place(self, request: PlanRequest, tokenizer: Tokenizer) -> Deployment:
+        """What is left of ``request``, on who is left."""
         names = [member.name for member in self._roster.members]
-        planned = await self._plan(remaining(broken.request, names))
+        planned = await self._plan(remaining(request, names))
         refs = await self._quantize(planned)
-        deployment = await self._deploy(planned, broken.tokenizer, refs)
+        deployment = await self._deploy(planned, tokenizer, refs)
         # What was asked for, and not what is left of it, counts next time.
-        deployment.request = broken.request
+        deployment.request = request
         return deployment
 
     def _give_up(self, why: CoordinatorError) -> asyncio.Task[None] | None:
-        """Stop placing a deployment anew; whoever waits for it gets ``why``. The task that ends."""
+        """End what happens without being asked; whoever waits gets ``why``. The task that ends."""
         task, self._recovery = self._recovery, None
         if task is None or task.done():
             return None
         task.cancel()
-        successor = self.deployment.successor if self.deployment is not None else None
-        if successor is not None and not successor.done():
-            successor.set_exception(why)
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_exception(why)
         return task
 
     async def _unload(self) -> None:
@@ -462,19 +390,12 @@ class Fleet:
         deployment, self.deployment = self.deployment, None
         if deployment is not None:
             self._break(deployment, unloaded)
-            await asyncio.shield(self._unload_members(deployment.members))
+            await asyncio.shield(unload(deployment.members))
 
     def _break(self, deployment: Deployment, error: CoordinatorError) -> None:
         if deployment.broken is None:
             deployment.broken = error
             self.on_broken(deployment, error)
-
-    async def _unload_members(self, members: tuple[Member, ...]) -> None:
-        async def unload(member: Member) -> None:
-            with contextlib.suppress(AgentFailed):
-                await member.request(UnloadStage, Done)
-
-        await asyncio.gather(*(unload(member) for member in members))
 
     # ---- progress and threads -------------------------------------------------------------------
 
@@ -492,8 +413,3 @@ def _check_names(wanted: Iterable[str], members: tuple[Member, ...]) -> None:
     for name in wanted:
         if name not in names:
             raise RequestInvalid(f"no device is called {name!r}: {', '.join(names)} have joined")
-
-
-def _hop_bits(stage: Stage) -> HopBits:
-    """Of the hidden values that a stage sends; the last one's token has none."""
-    return next((bits for bits in HOP_BITS if bits == stage.hop_bits), DEFAULT_HOP_BITS)

@@ -16,8 +16,9 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
+from coordinator.deployment import Deployment
 from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid, Stalled
-from coordinator.fleet import Deployment, Fleet
+from coordinator.fleet import Fleet
 from coordinator.forecast import best_chunk_tokens
 from coordinator.members import Member
 from model.spec import ModelSpec

@@ -19,8 +19,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from coordinator.deployment import Deployment
 from coordinator.errors import RequestInvalid
-from coordinator.fleet import Deployment, Fleet
+from coordinator.fleet import Fleet
 from coordinator.gateway import Gateway, Timing, room_for_answer
 from coordinator.http import read_json, server_sent_events, while_connected
 from wire.messages import Sampling

@@ -70,6 +70,8 @@ class PlanRequest:
     """This plan instead of the best."""
     with_problem: bool = False
     """Answer with the planning problem too."""
+    asked: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The JSON that this was read from."""
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> PlanRequest:
@@ -105,6 +107,7 @@ class PlanRequest:
             context,
             float(limit_s),
             slots or default_slots(kind),
+            asked=values,
             **wishes,
         )
 

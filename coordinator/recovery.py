@@ -1,4 +1,4 @@
-"""What becomes of a deployment that lost a device: the model is placed anew on those that are left.
+"""Loading without being asked: after a device was lost, and after the coordinator was restarted.
 
 Answers in flight wait for the outcome and go on (coordinator.gateway). An attempt that fails, for
 instance because the rest has too little memory, is repeated when devices join, and for a while
@@ -8,13 +8,16 @@ without a reason that could be seen: a link that was cut may be back.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
-from coordinator.errors import AgentLost, CoordinatorError
+from coordinator.errors import CoordinatorError
+from coordinator.members import Roster
 from coordinator.plan import PlanError
 from coordinator.plan_request import PlanRequest
 from model.errors import ModelError
@@ -36,8 +39,11 @@ Placed = TypeVar("Placed")
 def remaining(request: PlanRequest, names: Collection[str]) -> PlanRequest:
     """``request`` as the devices ``names`` can carry it out, and soon.
 
-    Wishes about devices that are gone fall away, and so does a plan that was given.
+    Wishes about devices that are gone fall away, and so does a given plan that needs them.
     """
+    given = request.given
+    if given is not None and not {device for device, _ in given.stages} <= set(names):
+        given = None
     objective = request.objective
     if objective.kind != "energy":
         weight = max(objective.migration_weight, 1 / AMORTIZED_TOKENS)
@@ -48,44 +54,85 @@ def remaining(request: PlanRequest, names: Collection[str]) -> PlanRequest:
         time_limit_s=min(request.time_limit_s, TIME_LIMIT_S),
         pins={block: name for block, name in request.pins.items() if name in names},
         exclude=tuple(name for name in request.exclude if name in names),
-        given=None,
+        given=given,
         check_quality=False,
     )
 
 
+class LoadedFile:
+    """What is loaded, on disk, for a coordinator that is started again."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "loaded.json"
+
+    def keep(self, request: PlanRequest, devices: Sequence[str]) -> None:
+        """Replace what is kept."""
+        new = self._path.with_suffix(".new")
+        try:
+            new.write_text(json.dumps({"request": request.asked, "devices": list(devices)}))
+            new.replace(self._path)
+        except OSError as error:
+            log.warning("%s: %s: a restart will load nothing", self._path, error.strerror)
+
+    def forget(self) -> None:
+        """Keep nothing any more."""
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s: %s: a restart will load it", self._path, error.strerror)
+
+    def read(self) -> tuple[PlanRequest, tuple[str, ...]] | None:
+        """What was asked for and the devices that it was on; None where nothing is kept."""
+        try:
+            kept = json.loads(self._path.read_bytes())
+            return PlanRequest.from_dict(kept["request"]), tuple(map(str, kept["devices"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, CoordinatorError, PlanError) as error:
+            log.warning("%s is of no use (%s): run `shoal load`", self._path, error)
+            return None
+
+
+async def joined(roster: Roster, names: Collection[str], wait_s: float) -> None:
+    """Wait until devices with these names have joined, or ``wait_s`` seconds."""
+    deadline_s = time.monotonic() + wait_s
+    while set(names) - {member.name for member in roster.members}:
+        roster.changed.clear()
+        try:
+            await asyncio.wait_for(roster.changed.wait(), deadline_s - time.monotonic())
+        except asyncio.TimeoutError:
+            return
+
+
 async def recover(
-    lost: AgentLost,
     place: Callable[[], Awaitable[Placed]],
-    failed: Callable[[AgentLost], None],
-    joined: asyncio.Event,
+    explain: Callable[[Exception], CoordinatorError],
+    changed: asyncio.Event,
     outcome: asyncio.Future[Placed],
     wait_s: float,
 ) -> Placed:
     """Call ``place`` until it works; sets ``outcome`` then, or after ``wait_s`` seconds to why not.
 
-    ``failed`` is told of each attempt why the others cannot take the place of the ``lost`` device.
-
-    ``joined`` is set by others whenever devices come or go. Goes on after ``wait_s``, but only
-    when devices have come or gone.
+    ``explain`` makes of an attempt's error what users are told. ``changed`` is set by others when
+    devices come or go. Goes on after ``wait_s``, but only when that happens.
     """
     deadline_s = time.monotonic() + wait_s
     while True:
-        joined.clear()
+        changed.clear()
         try:
             placed = await place()
         except (CoordinatorError, ModelError, PlanError, OSError) as error:
-            failure = AgentLost(lost.name, lost.cause, str(error))
+            failure = explain(error)
             log.warning("%s", failure)
-            failed(failure)
         else:
             if not outcome.done():
                 outcome.set_result(placed)
             return placed
-        while not joined.is_set():
+        while not changed.is_set():
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 and not outcome.done():
                 outcome.set_exception(failure)
             try:
-                await asyncio.wait_for(joined.wait(), min(left_s, RETRY_S) if left_s > 0 else None)
+                await asyncio.wait_for(changed.wait(), min(left_s, RETRY_S) if left_s > 0 else None)
             except asyncio.TimeoutError:
                 break

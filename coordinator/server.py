@@ -25,6 +25,7 @@ from coordinator.members import Roster
 from coordinator.openai_api import OpenAIRoutes
 from coordinator.plan import PlanError
 from coordinator.quality import QualityStore
+from coordinator.recovery import LoadedFile
 from coordinator.workshop import Makers, Workshop
 from model.errors import ModelError
 from wire import limits
@@ -85,6 +86,7 @@ class Coordinator:
             self.roster,
             self._store,
             QualityStore(config.state_dir),
+            LoadedFile(config.state_dir),
             config.recovery_wait_s,
         )
         self._gateway = Gateway(self._fleet)
@@ -121,6 +123,7 @@ class Coordinator:
                     self._fleet.close()
                     self.roster.close()
 
+                self._fleet.resume()
                 attendant = asyncio.create_task(self._attend())
                 try:
                     # A task of its own: uvicorn raises the signal that stopped it once more, and

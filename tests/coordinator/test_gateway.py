@@ -13,6 +13,7 @@ import pytest
 
 from coordinator import gateway
 from coordinator.artifacts import ArtifactStore
+from coordinator.deployment import Deployment
 from coordinator.errors import (
     AgentFailed,
     AgentLost,
@@ -21,12 +22,13 @@ from coordinator.errors import (
     RequestInvalid,
     Stalled,
 )
-from coordinator.fleet import Deployment, Fleet
+from coordinator.fleet import Fleet
 from coordinator.gateway import Gateway, Piece, Timing, _StopFilter, room_for_answer
 from coordinator.members import Member, Roster
 from coordinator.plan import Stage
 from coordinator.plan_request import PlanRequest
 from coordinator.quality import QualityStore
+from coordinator.recovery import LoadedFile
 from coordinator.slots import Slots
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
@@ -147,7 +149,7 @@ class Cluster:
         )
         store = ArtifactStore(directory)
         store.prepare()
-        self.fleet = Fleet(self.roster, store, QualityStore(directory), recovery_wait_s=0)
+        self.fleet = Fleet(self.roster, store, QualityStore(directory), LoadedFile(directory), 0)
         self.gateway = Gateway(self.fleet)
         self.agents: list[AsyncConnection] = []
         self.playing: list[asyncio.Task[None]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import pytest
 from coordinator import recovery
 from coordinator.errors import AgentLost
 from coordinator.plan import PlanError
+from coordinator.plan_file import SavedPlan
 from coordinator.plan_request import PlanRequest
 from coordinator.problem import Objective
-from coordinator.recovery import AMORTIZED_TOKENS, TIME_LIMIT_S, recover, remaining
+from coordinator.recovery import AMORTIZED_TOKENS, TIME_LIMIT_S, LoadedFile, recover, remaining
 
+LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 LOST = AgentLost("pi-2", "silent")
 
 
@@ -35,9 +38,11 @@ class Shoal:
         return "placed"
 
     async def recover(self, wait_s: float) -> str:
-        return await recover(
-            LOST, self.place, self.failures.append, self.joined, self.outcome, wait_s
-        )
+        def explain(error: Exception) -> AgentLost:
+            self.failures.append(AgentLost(LOST.name, LOST.cause, str(error)))
+            return self.failures[-1]
+
+        return await recover(self.place, explain, self.joined, self.outcome, wait_s)
 
 
 def run(test: Callable[[Shoal], Awaitable[None]]) -> None:
@@ -101,6 +106,25 @@ def test_the_same_devices_are_tried_again_for_a_while(monkeypatch: pytest.Monkey
     run(test)
 
 
+def test_what_is_loaded_is_kept_until_it_is_unloaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = LoadedFile(tmp_path)
+    assert kept.read() is None
+    asked = {"model": str(LLAMA), "bits": [4, 8], "slots": 2, "pins": {"0": "pi-1"}}
+    request = PlanRequest.from_dict(asked)
+    kept.keep(request, ["pi-1", "pi-2"])
+    assert LoadedFile(tmp_path).read() == (request, ("pi-1", "pi-2"))
+    for damaged in (b"", b"{}", b"[1]", b'{"request": {"model": 3}, "devices": []}', b"\xff"):
+        (tmp_path / "loaded.json").write_bytes(damaged)
+        assert kept.read() is None
+    assert caplog.text.count("is of no use") == 5
+    kept.forget()
+    kept.forget()
+    assert kept.read() is None
+    assert caplog.text.count("is of no use") == 5
+
+
 def test_what_still_counts_of_a_request() -> None:
     asked = PlanRequest(
         Path("model"),
@@ -111,6 +135,9 @@ def test_what_still_counts_of_a_request() -> None:
         quality_budget=0.1,
         slots=4,
     )
+    given = SavedPlan("plan.json", "model", (("pi-1", (8,)), ("pi-3", (8,))), {}, (None,))
+    assert remaining(replace(asked, given=given), {"pi-1"}).given is None
+    assert remaining(replace(asked, given=given), {"pi-1", "pi-3"}).given is given
     left = remaining(asked, {"pi-1", "pi-3"})
     assert left.pins == {0: "pi-1"}
     assert left.exclude == ("pi-3",)

@@ -162,3 +162,35 @@ def test_an_unload_ends_the_waiting(cluster: Cluster, model: Path) -> None:
         assert cluster.run("unload").stdout == f"{name} is unloaded\n"
         assert waiting.result(30).returncode == 1
     assert state(cluster) is None
+
+
+def test_a_coordinator_that_is_started_again_loads_what_was_loaded(
+    cluster: Cluster, model: Path
+) -> None:
+    def restart(how: signal.Signals) -> None:
+        coordinator = cluster.processes["coordinator"]
+        coordinator.send_signal(how)
+        coordinator.wait(10)
+        if coordinator.stdout is not None:
+            coordinator.stdout.close()
+        # Nobody finds it by mDNS here: it has to come back where it was.
+        cluster.start_coordinator("--no-mdns", f"--port={cluster.control_port}")
+
+    cluster.start_coordinator()
+    for name in NAMES:
+        start(cluster, name)
+    cluster.wait_for_agents(*NAMES)
+    load(cluster, model, "--pin=embedding:pi-1", "--pin=layers=1:pi-2", "--pin=head:pi-3")
+    before = answer(cluster, REQUESTS[0], threading.Event())
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        restart(how)
+        # Asked for before the agents are back: it waits for them.
+        assert answer(cluster, REQUESTS[0], threading.Event()) == before
+        plan = state(cluster)["plan"]
+        assert [stage["device"] for stage in plan["stages"]] == list(NAMES)
+    assert cluster.run("unload").returncode == 0
+    said = len(cluster.log("coordinator"))
+    restart(signal.SIGTERM)
+    cluster.wait_for_agents(*NAMES)
+    assert state(cluster) is None
+    assert "was loaded" not in cluster.log("coordinator")[said:]
