@@ -79,7 +79,7 @@ bench-fidelity: $(VENV)/run.stamp ## predicted and measured times of many plans 
 bench-throughput: $(VENV)/run.stamp ## several generations at once over 1 to 4 emulated hosts (needs root)
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
-bench-recovery: $(VENV)/run.stamp ## how long an answer pauses when a device is lost (needs root)
+bench-recovery: $(VENV)/run.stamp ## how much later an answer ends when a device is lost (needs root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
