@@ -56,9 +56,7 @@ from coordinator.recovery import LoadedFile, joined, recover, remaining
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from wire import limits
-from wire.messages import (
-    BlockRef,
-)
+from wire.messages import BlockRef
 
 log = logging.getLogger(__name__)
 
@@ -135,13 +133,13 @@ class Fleet:
 
     async def unload(self) -> str | None:
         """Stop what is loaded; its name, or None if nothing was."""
+        self._require_free()
         recovery = self._give_up(NotLoaded("the model was unloaded"))
         if recovery is not None:
             await asyncio.wait([recovery])
         async with self._exclusive(lambda step: None):
             name = self.deployment.name if self.deployment else None
             await self._unload()
-            self._kept.forget()
             return name
 
     def lose(self, member: Member, error: AgentLost) -> None:
@@ -171,9 +169,8 @@ class Fleet:
 
     @contextlib.asynccontextmanager
     async def _exclusive(self, on_step: Callable[[Step], None]) -> AsyncIterator[None]:
-        if self._lock.locked():
-            if not self._placing:
-                raise Busy("another plan, load or unload is under way: wait for it, or stop it")
+        self._require_free()
+        if self._placing:
             on_step(Step("wait", "a lost device is being replaced", 0, 0, ""))
         async with self._lock:
             self.on_step = on_step
@@ -181,6 +178,11 @@ class Fleet:
                 yield
             finally:
                 self.on_step = None
+
+    def _require_free(self) -> None:
+        """Raise Busy while an operation of a user's is under way."""
+        if self._lock.locked() and not self._placing:
+            raise Busy("another plan, load or unload is under way: wait for it, or stop it")
 
     async def _plan(self, request: PlanRequest) -> Planned:
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
@@ -387,6 +389,7 @@ class Fleet:
     async def _unload(self) -> None:
         unloaded = NotLoaded("the model was unloaded")
         self._give_up(unloaded)
+        self._kept.forget()
         deployment, self.deployment = self.deployment, None
         if deployment is not None:
             self._break(deployment, unloaded)

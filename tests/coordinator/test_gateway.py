@@ -17,6 +17,7 @@ from coordinator.deployment import Deployment
 from coordinator.errors import (
     AgentFailed,
     AgentLost,
+    Busy,
     CoordinatorError,
     NotLoaded,
     RequestInvalid,
@@ -450,6 +451,27 @@ def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
             await cluster.sample(message.sequence, "cd", "length", epoch=EPOCH + 1)
         assert text_of(await running_one) == "abcd"
         assert text_of(await in_line) == text_of(await late) == "cd"
+
+    run(test)
+
+
+def test_an_unload_that_has_to_wait_for_others_ends_no_recovery(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        async with cluster.fleet._exclusive(lambda step: None):
+            await loss(cluster)
+            while deployment.broken is None:
+                cluster.roster.changed.clear()
+                await cluster.roster.changed.wait()
+            with pytest.raises(Busy):
+                await cluster.fleet.unload()
+            assert deployment.is_recovering
+        with pytest.raises(AgentLost, match="no room"):
+            await deployment.latest()
+        # Attempts go on as devices join, until somebody says what he wants.
+        assert await cluster.fleet.unload() == "llama"
+        with pytest.raises(NotLoaded):
+            await cluster.fleet.require_deployment()
 
     run(test)
 
