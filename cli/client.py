@@ -89,8 +89,10 @@ class Client:
                     return result
         raise CommandFailed("the coordinator stopped before it was done")
 
-    def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """Server-sent events of a completion, as objects."""
+    def stream(
+        self, path: str, body: Mapping[str, Any], on_notice: Callable[[str], None] | None = None
+    ) -> Generator[dict[str, Any], None, None]:
+        """Server-sent events of a completion, as objects; ``on_notice`` is told why none comes."""
         with (
             self._reporting(),
             self._http.stream("POST", self._url + path, json=body) as response,
@@ -99,6 +101,8 @@ class Client:
                 response.read()
                 _object(response)
             for line in response.iter_lines():
+                if line.startswith(": ") and on_notice is not None:
+                    on_notice(line.removeprefix(": "))
                 data = line.removeprefix("data: ")
                 if not line.startswith("data: ") or data == "[DONE]":
                     continue

@@ -43,7 +43,7 @@ def generate(
     else:
         path, body["prompt"] = "/v1/completions", prompt
     text, result = "", None
-    with closing(client.stream(path, body)) as events:
+    with closing(client.stream(path, body, screen.note)) as events:
         for event in events:
             for choice in event["choices"]:
                 piece = choice["delta"].get("content", "") if chat else choice["text"]

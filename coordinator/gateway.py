@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from coordinator.deployment import Deployment
@@ -47,6 +48,8 @@ class Piece:
     text: str
     tokens: tuple[int, ...]
     finish: FinishReason
+    notice: str = ""
+    """Why nothing comes for a while; then nothing else is there."""
 
 
 @dataclass(slots=True)
@@ -114,30 +117,41 @@ class Gateway:
         answer: list[int] = []
         while True:
             deployment = await deployment.latest()
-            async with deployment.slots.one() as slot:
-                if deployment.broken is not None:
-                    continue  # It lost a device while this one stood in line.
-                number = next(self._numbers)
-                flight = self._flights[number] = _Flight(deployment)
-                try:
-                    timing.started_s = timing.started_s or time.monotonic()
-                    so_far = (*prompt, *answer)
-                    left = replace(sampling, max_tokens=limit - len(answer))
-                    await _begin(deployment, number, slot, so_far, left)
-                    while True:
-                        event = await _next_event(flight, len(so_far))
-                        if isinstance(event, CoordinatorError):
-                            if deployment.successor is None:
-                                raise event
-                            break
+            left = replace(sampling, max_tokens=limit - len(answer))
+            events = self._tokens(deployment, (*prompt, *answer), left, timing)
+            try:
+                async with aclosing(events):
+                    async for event in events:
                         piece = _piece(event, decoder, text, timing)
                         answer += piece.tokens
                         yield piece
                         if piece.finish:
                             return
-                finally:
-                    del self._flights[number]
-                    await asyncio.shield(_release(deployment, number))
+            except CoordinatorError as error:
+                if deployment.successor is None:
+                    raise
+                notice = f"{error}. The answer goes on once the model is placed anew"
+            yield Piece("", (), "", notice)
+
+    async def _tokens(
+        self, deployment: Deployment, prompt: tuple[int, ...], sampling: Sampling, timing: Timing
+    ) -> AsyncGenerator[TokenSampled, None]:
+        """What follows a prompt here, once a slot is free. Raises CoordinatorError."""
+        async with deployment.slots.one() as slot:
+            deployment.require()
+            number = next(self._numbers)
+            flight = self._flights[number] = _Flight(deployment)
+            try:
+                timing.started_s = timing.started_s or time.monotonic()
+                await _begin(deployment, number, slot, prompt, sampling)
+                while True:
+                    event = await _next_event(flight, len(prompt))
+                    if isinstance(event, CoordinatorError):
+                        raise event.with_traceback(None)
+                    yield event
+            finally:
+                del self._flights[number]
+                await asyncio.shield(_release(deployment, number))
 
     def on_event(self, member: Member, message: Message) -> None:
         """Take what an agent says of its own accord; what belongs to no flight is dropped."""

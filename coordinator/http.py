@@ -130,14 +130,20 @@ async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
 
 
 def server_sent_events(
-    events: AsyncIterator[dict[str, Any]],
+    events: AsyncIterator[dict[str, Any] | str],
 ) -> StreamingResponse:
-    """Stream JSON objects as server-sent events, closed by OpenAI's [DONE]; errors come as one."""
+    """Stream JSON objects as server-sent events, closed by OpenAI's [DONE]; errors come as one.
+
+    A plain line becomes a comment, which clients that do not know it pass over.
+    """
 
     async def lines() -> AsyncIterator[str]:
         try:
             async for event in events:
-                yield f"data: {json.dumps(event)}\n\n"
+                if isinstance(event, str):
+                    yield f": {event}\n\n"
+                else:
+                    yield f"data: {json.dumps(event)}\n\n"
         except Exception as error:
             yield f"data: {json.dumps({'error': describe(error)[1]})}\n\n"
         yield "data: [DONE]\n\n"

@@ -111,7 +111,7 @@ class OpenAIRoutes:
             **_details(job, tokens, timing),
         }
 
-    async def _stream(self, job: _Job) -> AsyncIterator[dict[str, Any]]:
+    async def _stream(self, job: _Job) -> AsyncIterator[dict[str, Any] | str]:
         envelope, timing, tokens = _envelope(job), Timing(), list[int]()
         if job.include_usage:
             envelope["usage"] = None
@@ -121,6 +121,8 @@ class OpenAIRoutes:
         async with aclosing(pieces):
             async for piece in pieces:
                 tokens += piece.tokens
+                if piece.notice:
+                    yield " ".join(piece.notice.split())
                 if piece.text:
                     part = _delta({"content": piece.text}, None)
                     if not job.chat:

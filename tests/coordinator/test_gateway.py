@@ -451,6 +451,8 @@ def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
             await cluster.sample(message.sequence, "cd", "length", epoch=EPOCH + 1)
         assert text_of(await running_one) == "abcd"
         assert text_of(await in_line) == text_of(await late) == "cd"
+        (notice,) = [piece.notice for piece in await running_one if piece.notice]
+        assert "last: device lost (gone)" in notice
 
     run(test)
 

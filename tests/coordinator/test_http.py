@@ -71,15 +71,16 @@ class Server:
         return json_lines(work)
 
     async def events(self, request: Request) -> Response:
-        async def events() -> AsyncIterator[dict[str, Any]]:
+        async def events() -> AsyncIterator[dict[str, Any] | str]:
             yield {"text": "a\nb"}
             await self._work()
 
         return server_sent_events(events())
 
     async def broken(self, request: Request) -> Response:
-        async def events() -> AsyncIterator[dict[str, Any]]:
+        async def events() -> AsyncIterator[dict[str, Any] | str]:
             yield {"n": 1}
+            yield "wait a little"
             raise AgentLost("pi", "gone")
 
         return server_sent_events(events())
@@ -228,6 +229,7 @@ def test_an_error_in_a_stream_is_its_last_event() -> None:
         assert status == 200
         events = [line for line in text.splitlines() if line.startswith("data: ")]
         assert json.loads(events[0][6:]) == {"n": 1}
+        assert ": wait a little" in text.splitlines()
         assert json.loads(events[1][6:])["error"]["code"] == "device_lost"
         assert events[2:] == ["data: [DONE]"]
 

@@ -245,6 +245,8 @@ def test_a_host_that_loses_its_link_is_named_and_its_answer_goes_on_when_it_is_b
             generation.kill()
             generation.communicate()
     assert generation.returncode in (130, -signal.SIGINT), stderr
+    assert f"{victim}: device lost" in stderr
+    assert "The answer goes on" in stderr
     load_on_two(cluster, endless, ENDLESS_CONTEXT)
 
 

@@ -105,7 +105,7 @@ class Endless:
         self._response.close()
 
     def _data(self) -> str:
-        return next(line for line in self._lines if line)
+        return next(line for line in self._lines if line.startswith("data: "))
 
 
 @pytest.fixture
