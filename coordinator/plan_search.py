@@ -53,29 +53,32 @@ def search(
     deadline_s: float,
     gap: float,
     ties: npt.NDArray[np.bool_] | None = None,
+    last_resort_s: float | None = None,
 ) -> Found:
     """The best plan found until its gap is proved to be at most ``gap``, or the deadline.
 
-    ``deadline_s`` is a time of time.monotonic(). ``ties`` [i, j] is True for i < j that are twins:
-    exchanging them changes no figure of any plan. Gaps below one in a thousand are not aimed at.
+    ``deadline_s`` is a time of time.monotonic(); while there is no plan at all, ``last_resort_s``
+    (None: the same) takes its place. ``ties`` [i, j] is True for i < j that are twins: exchanging
+    them changes no figure of any plan. Gaps below one in a thousand are not aimed at.
     """
     tables = Tables(problem, ties)
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
         return Found(None, 0.0)
     kind = _Fastest if tables.throughput else _Cheapest
     # A little less than what is asked for, so that rounding does not miss it.
-    found = kind(tables, deadline_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
+    until_s = deadline_s, deadline_s if last_resort_s is None else last_resort_s
+    found = kind(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
     return Found(found.choice, float(found.bound))
 
 
 class _Cheapest:
     """The search for objectives that are sums over blocks and hops."""
 
-    def __init__(self, tables: Tables, deadline_s: float, gap: float) -> None:
+    def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
         self.tables = tables
-        self.deadline_s = deadline_s
+        self.deadline_s, self.last_resort_s = until_s
         self.gap = gap
-        self.pricer = Pricer(tables, deadline_s)
+        self.pricer = Pricer(tables, self.deadline_s)
         self.found: dict[float, tuple[Priced, Floats]] = {}
         self.choice: Choice | None = None
         self.value = math.inf
@@ -97,7 +100,7 @@ class _Cheapest:
             cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
             chosen = [self.found[mu][0] for mu in mus]
             finished, dropped = beam(
-                tables, chosen, width=width, cutoff=cutoff, deadline_s=self.deadline_s
+                tables, chosen, width=width, cutoff=cutoff, deadline_s=self._until_s()
             )
             bounds = [min(cutoff, dropped)]
             for count, walk in enumerate(finished):
@@ -114,7 +117,11 @@ class _Cheapest:
         return Found(self.choice, self.bound)
 
     def _late(self) -> bool:
-        return time.monotonic() > self.deadline_s
+        return time.monotonic() > self._until_s()
+
+    def _until_s(self) -> float:
+        """When to end: any plan is worth more time than a better one."""
+        return self.last_resort_s if self.choice is None else self.deadline_s
 
     def _done(self) -> bool:
         return self._late() or self.bound >= (1 - self.gap) * self.value
@@ -158,7 +165,7 @@ class _Cheapest:
         while step > 1.15 and len(self.found) < 40:
             mu = max(self.found, key=lambda at: self.found[at][0].bound)
             for other in (mu * step, mu / step):
-                if other not in self.found and not self._late():
+                if other not in self.found and time.monotonic() <= self.deadline_s:
                     self._price(other, 15)
             if max(self.found, key=lambda at: self.found[at][0].bound) == mu:
                 step = step**0.5
@@ -240,11 +247,11 @@ class _Fastest:
     Loading (``Objective.migration_weight``) is left out of the bound, which stays valid.
     """
 
-    def __init__(self, tables: Tables, deadline_s: float, gap: float) -> None:
+    def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
         self.tables = tables
-        self.deadline_s = deadline_s
+        self.deadline_s, self.last_resort_s = until_s
         self.gap = gap
-        self.pricer = Pricer(tables, deadline_s)
+        self.pricer = Pricer(tables, self.deadline_s)
         self.budget = tables.budget or 0.0
         self.prices = np.zeros(2 * tables.shape[0])
         self.choice: Choice | None = None
@@ -278,7 +285,11 @@ class _Fastest:
         return Found(self.choice, self.bound)
 
     def _late(self) -> bool:
-        return time.monotonic() > self.deadline_s
+        return time.monotonic() > self._until_s()
+
+    def _until_s(self) -> float:
+        """When to end: any plan is worth more time than a better one."""
+        return self.last_resort_s if self.choice is None else self.deadline_s
 
     def _lower(self, width: int) -> None:
         """Bisect for better plans, up to where none is found."""
@@ -351,6 +362,7 @@ class _Fastest:
         tables = self.tables
         arcs = self._arcs(limit)
         enough = self.budget * (1 + 1e-9) + 1e-9
+        self.pricer.deadline_s = self._until_s()  # Without prices few walks keep the budget.
         priced, self.prices = self.pricer.price(
             arcs,
             0.0,
@@ -364,7 +376,7 @@ class _Fastest:
             self.bound = max(self.bound, limit)
             return
         finished, dropped = beam(
-            tables, [priced], width=width, cutoff=enough, deadline_s=self.deadline_s
+            tables, [priced], width=width, cutoff=enough, deadline_s=self._until_s()
         )
         self.full = self.full or dropped < math.inf
         least = [self._finish(walk.spans) for walk in finished[:_FINISHED]]

@@ -43,8 +43,10 @@ last half percent can take as long as there is time."""
 
 # Saying what is wrong is worth this much, even when the search has used up the limit.
 _ADVICE_S = 5.0
-# And so is finding any plan.
-_LAST_RESORT_S = 1.0
+# The search gets this long in any case.
+_SEARCH_S = 1.0
+# And this long while there is no plan: the first takes a slow or busy machine longer.
+_LAST_RESORT_S = 5.0
 
 
 def solve(
@@ -129,10 +131,12 @@ def _search(
     problem: PlanningProblem, runner: _Runner, gap: float, *, share: float
 ) -> tuple[Plan | None, float]:
     """A plan by search within a share of the time left, and a lower bound of the objective."""
-    deadline_s = time.monotonic() + max(_LAST_RESORT_S, share * runner.left_s())
+    started_s = time.monotonic()
+    deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
+    last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S)
     devices = range(len(problem.devices))
     ties = np.array([[i < j and _twins(problem, i, j) for j in devices] for i in devices])
-    found = search(problem, deadline_s=deadline_s, gap=gap, ties=ties)
+    found = search(problem, deadline_s=deadline_s, gap=gap, ties=ties, last_resort_s=last_resort_s)
     return _plan_of(problem, found.choice, Proof("search", 0.0, 0.0)), found.bound
 
 

@@ -596,6 +596,19 @@ def test_time_limit_gives_a_plan_with_its_gap(limit_s: float, solver: SolverName
     assert not plan.proven_optimal
 
 
+@pytest.mark.parametrize("kind", ["latency", "throughput"])
+def test_a_plan_is_looked_for_even_when_the_limit_has_passed(
+    kind: ObjectiveKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine so slow that the bounds take all the time there is."""
+    monkeypatch.setattr(planner, "_SEARCH_S", 0.0)
+    problem = replace(hard_problem(), objective=Objective(kind))
+    found = search(problem, deadline_s=0.0, gap=0.01, last_resort_s=time.monotonic() + 60)
+    assert found.choice is not None
+    assert search(problem, deadline_s=0.0, gap=0.01).choice is None
+    verify(solve(problem, time_limit_s=1e-6), problem)
+
+
 def test_cbc_that_overruns_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_solver, "_CBC_SHARE", 1000.0)
     plan = solve(hard_problem(), time_limit_s=0.5, solver="cbc")
