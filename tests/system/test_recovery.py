@@ -19,6 +19,7 @@ from tests.system.cluster import FIXTURES, Cluster, wait_for
 from wire import limits
 
 NAMES = ("pi-1", "pi-2", "pi-3")
+PINS = ("--pin=embedding:pi-1", "--pin=layers=1:pi-2", "--pin=head:pi-3")
 CONTEXT = 2000
 TOKENS = 400
 LOST_AFTER = 20
@@ -41,6 +42,14 @@ def model(tmp_path: Path) -> Path:
 
 def start(cluster: Cluster, name: str, *options: str) -> None:
     cluster.start_agent(name, f"--coordinator=127.0.0.1:{cluster.control_port}", *options)
+
+
+def start_all(cluster: Cluster, coordinator: tuple[str, ...] = (), *options: str) -> None:
+    """The coordinator and all agents, these with ``options``."""
+    cluster.start_coordinator(*coordinator)
+    for name in NAMES:
+        start(cluster, name, *options)
+    cluster.wait_for_agents(*NAMES)
 
 
 def load(cluster: Cluster, model: Path, *options: str) -> list[str]:
@@ -88,12 +97,8 @@ def state(cluster: Cluster) -> Any:
 def test_answers_go_on_over_the_devices_that_are_left(
     cluster: Cluster, model: Path, victim: str
 ) -> None:
-    cluster.start_coordinator()
-    for name in NAMES:
-        start(cluster, name)
-    cluster.wait_for_agents(*NAMES)
-    pins = ("--pin=embedding:pi-1", "--pin=layers=1:pi-2", "--pin=head:pi-3")
-    assert load(cluster, model, *pins) == list(NAMES)
+    start_all(cluster)
+    assert load(cluster, model, *PINS) == list(NAMES)
     undisturbed = [answer(cluster, request, threading.Event()) for request in REQUESTS]
     assert all(len(tokens) == TOKENS for tokens in undisturbed)
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
@@ -110,7 +115,7 @@ def test_answers_go_on_over_the_devices_that_are_left(
     # What was asked of a device that is back counts again.
     start(cluster, victim)
     cluster.wait_for_agents(*NAMES)
-    assert load(cluster, model, *pins) == list(NAMES)
+    assert load(cluster, model, *PINS) == list(NAMES)
 
 
 def short_of_one(model: Path) -> str:
@@ -125,10 +130,7 @@ def short_of_one(model: Path) -> str:
 
 def test_answers_wait_for_a_device_that_no_other_can_replace(cluster: Cluster, model: Path) -> None:
     memory = short_of_one(model)
-    cluster.start_coordinator("--no-mdns", "--recovery-wait=60")
-    for name in NAMES:
-        start(cluster, name, memory)
-    cluster.wait_for_agents(*NAMES)
+    start_all(cluster, ("--no-mdns", "--recovery-wait=60"), memory)
     assert len(load(cluster, model)) == 3
     undisturbed = [answer(cluster, request, threading.Event()) for request in REQUESTS]
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
@@ -149,10 +151,7 @@ def test_answers_wait_for_a_device_that_no_other_can_replace(cluster: Cluster, m
 
 def test_an_unload_ends_the_waiting(cluster: Cluster, model: Path) -> None:
     memory = short_of_one(model)
-    cluster.start_coordinator("--no-mdns", "--recovery-wait=600")
-    for name in NAMES:
-        start(cluster, name, memory)
-    cluster.wait_for_agents(*NAMES)
+    start_all(cluster, ("--no-mdns", "--recovery-wait=600"), memory)
     load(cluster, model)
     cluster.processes["pi-3"].send_signal(signal.SIGKILL)
     wait_for(lambda: state(cluster)["state"] == "recovering", 30, "the loss")
@@ -176,11 +175,8 @@ def test_a_coordinator_that_is_started_again_loads_what_was_loaded(
         # Nobody finds it by mDNS here: it has to come back where it was.
         cluster.start_coordinator("--no-mdns", f"--port={cluster.control_port}")
 
-    cluster.start_coordinator()
-    for name in NAMES:
-        start(cluster, name)
-    cluster.wait_for_agents(*NAMES)
-    load(cluster, model, "--pin=embedding:pi-1", "--pin=layers=1:pi-2", "--pin=head:pi-3")
+    start_all(cluster)
+    load(cluster, model, *PINS)
     before = answer(cluster, REQUESTS[0], threading.Event())
     for how in (signal.SIGTERM, signal.SIGKILL):
         restart(how)
