@@ -98,7 +98,7 @@ def start_servers(
         while not _answers(bed, client, address, port):
             if process.poll() is not None or time.monotonic() > deadline_s:
                 sys.exit(f"{server} does not start or does not listen on {address}:{port}")
-            time.sleep(0.2)
+            time.sleep(0.2)  # Another program's port: nothing announces it.
     return [f"{address}:{port}" for _, address in addresses]
 
 

@@ -150,7 +150,7 @@ async def deploy(
         for member in members:  # One that had answered may be gone before all have.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
-    except BaseException:
+    except BaseException:  # Cancelled or failed, however: no stage stays half loaded.
         await asyncio.shield(unload(members))
         raise
     return Deployment(

@@ -71,19 +71,33 @@ def search(
     return Found(found.choice, float(found.bound))
 
 
-class _Cheapest:
-    """The search for objectives that are sums over blocks and hops."""
+class _Search:
+    """The best plan so far, what is proved of it, and how long to go on."""
 
     def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
         self.tables = tables
         self.deadline_s, self.last_resort_s = until_s
         self.gap = gap
         self.pricer = Pricer(tables, self.deadline_s)
-        self.found: dict[float, tuple[Priced, Floats]] = {}
         self.choice: Choice | None = None
         self.value = math.inf
         self.bound = 0.0
         self.seen: dict[tuple[Span, ...], float] = {}
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._until_s()
+
+    def _until_s(self) -> float:
+        """When to end: any plan is worth more time than a better one."""
+        return self.last_resort_s if self.choice is None else self.deadline_s
+
+
+class _Cheapest(_Search):
+    """The search for objectives that are sums over blocks and hops."""
+
+    def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
+        super().__init__(tables, until_s, gap)
+        self.found: dict[float, tuple[Priced, Floats]] = {}
 
     def run(self) -> Found:
         tables = self.tables
@@ -115,13 +129,6 @@ class _Cheapest:
             if self._late() or (dropped == math.inf and cutoff < math.inf):
                 break
         return Found(self.choice, self.bound)
-
-    def _late(self) -> bool:
-        return time.monotonic() > self._until_s()
-
-    def _until_s(self) -> float:
-        """When to end: any plan is worth more time than a better one."""
-        return self.last_resort_s if self.choice is None else self.deadline_s
 
     def _done(self) -> bool:
         return self._late() or self.bound >= (1 - self.gap) * self.value
@@ -241,24 +248,17 @@ class _Cheapest:
         return found
 
 
-class _Fastest:
+class _Fastest(_Search):
     """The search for throughput: bisection over the time of the slowest stage.
 
     Loading (``Objective.migration_weight``) is left out of the bound, which stays valid.
     """
 
     def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
-        self.tables = tables
-        self.deadline_s, self.last_resort_s = until_s
-        self.gap = gap
-        self.pricer = Pricer(tables, self.deadline_s)
+        super().__init__(tables, until_s, gap)
         self.budget = tables.budget or 0.0
         self.prices = np.zeros(2 * tables.shape[0])
-        self.choice: Choice | None = None
-        self.value = math.inf
         self.full = False
-        self.bound = 0.0
-        self.seen: dict[tuple[Span, ...], float] = {}
         cost = np.where(np.isfinite(tables.decode), tables.loss, math.inf)
         self.within_memory = tables.segments(cost)
         self.cost = cost
@@ -283,13 +283,6 @@ class _Fastest:
             if not self.full or self.bound >= self.value * (1 - self.gap) or self._late():
                 break
         return Found(self.choice, self.bound)
-
-    def _late(self) -> bool:
-        return time.monotonic() > self._until_s()
-
-    def _until_s(self) -> float:
-        """When to end: any plan is worth more time than a better one."""
-        return self.last_resort_s if self.choice is None else self.deadline_s
 
     def _lower(self, width: int) -> None:
         """Bisect for better plans, up to where none is found."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
@@ -69,7 +70,10 @@ class LoadedFile:
         """Replace what is kept."""
         new = self._path.with_suffix(".new")
         try:
-            new.write_text(json.dumps({"request": request.asked, "devices": list(devices)}))
+            with new.open("w", encoding="utf-8") as file:
+                json.dump({"request": request.asked, "devices": list(devices)}, file)
+                file.flush()
+                os.fsync(file.fileno())  # A power cut is what it is kept for.
             new.replace(self._path)
         except OSError as error:
             log.warning("%s: %s: a restart will load nothing", self._path, error.strerror)
