@@ -182,6 +182,14 @@ class Backend(ABC):
         return None
 
     @classmethod
+    def memory_read_bytes_per_s(cls) -> float | None:
+        """Measure how fast kernels read the stages' memory; None: it is the machine's own.
+
+        Raises BackendUnavailable.
+        """
+        return None
+
+    @classmethod
     def maker(cls) -> str | None:
         """The version of what makes this backend's files here; None without it, or the need.
 

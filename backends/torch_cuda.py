@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import shutil
 import warnings
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 GPU_CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 16, 32: 32}
 CPU_CONTAINER_BITS = GPU_CONTAINER_BITS | {16: 32}
 """A CPU, or an exact stage, multiplies in fp32, so that results equal the reference."""
+
+READ_PROBE_BYTES = 1 << 30
+"""Larger than the cache of any GPU, so that the probe reads memory."""
+
+READ_PROBES = 5
 
 _DEVICE_TREE = Path("/proc/device-tree/compatible")
 
@@ -61,6 +67,25 @@ class TorchCudaBackend(Backend):
             return None
         free, total = torch.cuda.mem_get_info(0)
         return int(free), int(total)
+
+    @classmethod
+    def memory_read_bytes_per_s(cls) -> float | None:
+        torch = _torch("torch_cuda")
+        check_gpu(torch)
+        free, _ = torch.cuda.mem_get_info(0)
+        size_bytes = min(READ_PROBE_BYTES, free // 4)
+        values = torch.ones(size_bytes // 4, dtype=torch.int32, device="cuda:0")
+        best_s = math.inf
+        for _ in range(READ_PROBES):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            values.amax()
+            end.record()
+            end.synchronize()
+            best_s = min(best_s, start.elapsed_time(end) / 1e3)
+        del values
+        torch.cuda.empty_cache()
+        return float(size_bytes // 4 * 4 / best_s)
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions

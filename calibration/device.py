@@ -91,7 +91,7 @@ def profile_device(
         memory_bytes=min(usable_bytes, memory_limit_bytes or usable_bytes),
         memory_total_bytes=total_bytes,
         storage_bytes=min(storage_bytes, storage_limit_bytes or storage_bytes),
-        memory_read_bytes_per_s=measure_memory_read(threads),
+        memory_read_bytes_per_s=kind.memory_read_bytes_per_s() or measure_memory_read(threads),
         disk_write_bytes_per_s=disk_write_bytes_per_s,
         call_s=_call_s(kind(), threads, cache_dir, exact),
         watts=watts,

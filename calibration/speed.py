@@ -166,7 +166,7 @@ def prepared_stage(
         steps.done()
         with closing(stage):
             artifact_bytes = sum(path.stat().st_size for _, path in artifacts)
-            trial = Trial(spec, chosen, executed, stage, options, steps)
+            trial = Trial(spec, chosen, executed, backend, stage, options, steps)
             trial.loaded(load_s, again_s, artifact_bytes, caches)
             yield trial
 
@@ -179,6 +179,7 @@ class Trial:
         spec: ModelSpec,
         formats: Sequence[Format],
         executed: Sequence[Format],
+        backend: Backend,
         stage: Stage,
         options: SpeedOptions,
         steps: _Steps,
@@ -186,6 +187,7 @@ class Trial:
         self._spec = spec
         self._formats = formats
         self._executed = executed
+        self._backend = backend
         self._stage = stage
         self._options = options
         self._steps = steps
@@ -202,7 +204,8 @@ class Trial:
 
     def round(self) -> None:
         """The bandwidth, a prompt, and some tokens at each context."""
-        self._bandwidths.append(measure_memory_read(self._options.threads))
+        rate = self._backend.memory_read_bytes_per_s()
+        self._bandwidths.append(rate or measure_memory_read(self._options.threads))
         self.prefill()
         for context in self._options.contexts:
             self.decode(context)
