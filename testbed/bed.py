@@ -35,7 +35,7 @@ FILES = Path("/var/tmp/shoal-testbed")  # noqa: S108 - below it only root's, by 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 
 FAULTS = (
-    "kill, freeze, thaw, cut, heal, blackhole, multicast=off, slow=PERCENT, slow=off,"
+    "kill, freeze, thaw, cut, heal, blackhole, lost-to=HOST, multicast=off, slow=PERCENT, slow=off,"
     " link:rate=MBIT,delay=MS,jitter=MS,loss=PERCENT"
 )
 
@@ -169,7 +169,8 @@ class Testbed:
 
         ``kill``: power loss: the link goes first, so that nobody is told, then every process.
         ``freeze``, ``thaw``: stop all processes where they are, let them go on. ``cut``: pull the
-        cable; ``blackhole``: lose every frame while the cable seems fine. ``link:rate=5,delay=50``:
+        cable; ``blackhole``: lose every frame while the cable seems fine. ``lost-to=b``: lose every
+        frame to the host b, while frames from b still arrive. ``link:rate=5,delay=50``:
         Mbit/s and ms (one way) of all its links, also jitter (ms) and loss (%). ``multicast=off``:
         as some access points do. ``heal``: the link as described again. ``slow=10``: percent of a
         core; ``slow=off``: as described.
@@ -253,10 +254,15 @@ class Testbed:
             self._groups.kill(host)
         elif what in ("freeze", "thaw"):
             self._groups.freeze(host, what == "freeze")
-        elif what in ("cut", "blackhole"):
-            self._set_port(host, replace(port, **{what: True}))
+        elif what == "cut":
+            self._set_port(host, replace(port, cut=True))
+        elif what == "blackhole":
+            self._set_port(host, replace(port, blackhole=True))
         elif what == "heal":
             self._set_port(host, PortFault())
+        elif kind == "lost-to":
+            self._require(value)
+            self._set_port(host, replace(port, lost_to=value))
         elif what == "multicast=off":
             self._set_port(host, replace(port, multicast=False))
         elif what.startswith("link:"):
@@ -379,5 +385,6 @@ def _number(text: str, what: str) -> float:
 def describe(faults: Mapping[str, Any]) -> str:
     """Faults of a port, as ``status`` has them, in words."""
     return ", ".join(
-        name if value is True else f"{name}={value:g}" for name, value in faults.items()
+        name if value is True else f"{name}={value if isinstance(value, str) else f'{value:g}'}"
+        for name, value in faults.items()
     )

@@ -43,12 +43,14 @@ _REQUEST_BYTES = 1 << 16
 class PortFault:
     """What is wrong with a host's cable. None, or the default: nothing.
 
-    ``cut`` takes the carrier away as well, ``blackhole`` only loses every frame. The others stand
+    ``cut`` takes the carrier away as well, ``blackhole`` only loses every frame. ``lost_to`` names
+    a host that no frame from here reaches, while its own frames arrive here. The others stand
     in for what the description says: of every link of the host, in both directions.
     """
 
     cut: bool = False
     blackhole: bool = False
+    lost_to: str | None = None
     multicast: bool = True
     delay_s: float | None = None
     bytes_per_s: float | None = None
@@ -152,6 +154,8 @@ class Fabric:
         """
         path = self._paths.get((source, target))
         if path is None or not self.reaches(target):
+            return None
+        if self._ports[source].fault.lost_to == target:
             return None
         if path.loss and self.chance.random() < path.loss:
             return None

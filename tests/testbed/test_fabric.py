@@ -99,6 +99,15 @@ def test_loss_is_met_on_both_ends() -> None:
     assert net.loses_frames
 
 
+def test_frames_to_one_host_are_lost_in_one_direction() -> None:
+    net = fabric()
+    learn(net)
+    net.set_fault("a", PortFault(lost_to="b"))
+    assert list(net.carry("a", frame("a", ADDRESS["b"]), 1.0)) == []
+    assert [name for _, name in net.carry("a", frame("a", BROADCAST), 1.0)] == ["c"]
+    assert [name for _, name in net.carry("b", frame("b", ADDRESS["a"]), 1.0)] == ["a"]
+
+
 @pytest.mark.parametrize("fault", [PortFault(cut=True), PortFault(blackhole=True)])
 @pytest.mark.parametrize("host", ["a", "b"])
 def test_a_lost_link_carries_nothing_until_it_is_healed(host: str, fault: PortFault) -> None:
