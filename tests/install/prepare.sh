@@ -1,6 +1,7 @@
 #!/bin/sh
 # Make what the slow tests of installations need, once: about 15 minutes and 1.5 GB. Needs root and
-# debootstrap, systemd-container, qemu-user-static and binfmt-support.
+# debootstrap, systemd-container, qemu-user-static and binfmt-support. The test of the container
+# images also needs buildah, podman and runc.
 #
 #   tests/install/prepare.sh FOLDER
 set -eu

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -49,6 +50,12 @@ def test_every_manifest_is_listed_and_in_the_namespace() -> None:
     for document in documents():
         namespace = document["metadata"].get("namespace", document["metadata"]["name"])
         assert namespace == kustomization["namespace"] == "shoal"
+
+
+@pytest.mark.parametrize("document", documents(), ids=name_of)
+def test_a_manifest_follows_the_schema(document: dict[str, Any]) -> None:
+    """Of the newest Kubernetes that the package knows, without unknown keys; nothing is fetched."""
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=name_of)
