@@ -23,8 +23,11 @@ help: ## list the targets
 demo: $(VENV)/run.stamp ## split the embedded model over three agents on this machine and ask it
 	$(BIN)/shoal demo
 
-test: $(VENV)/dev.stamp ## run the tests in 4 processes (pass options in ARGS)
-	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
+test: $(VENV)/dev.stamp ## run the tests in 4 processes (pass options in ARGS); durations in build/tests.xml
+	$(BIN)/python -m pytest -n 4 --dist worksteal --durations 20 --junitxml build/tests.xml $(ARGS)
+
+test-fast: $(VENV)/dev.stamp ## the tests that start no process and open no connection
+	$(BIN)/python -m pytest -n 2 --dist worksteal --fast $(ARGS)
 
 test-matrix: ## the tests of an installation on every supported Python that pyenv or PATH has
 	tests/install/matrix.sh

@@ -1,13 +1,44 @@
-"""Hygiene for every test: nothing may outlive it."""
+"""Hygiene for every test: nothing may outlive it. And ``--fast``: the tests of pure code alone."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import hypothesis
 import pytest
+
+FAST = ("model", "wire", "coordinator", "calibration", "agent", "cli")
+"""Folders whose tests ``--fast`` runs, but for those in SLOW."""
+
+SLOW = {
+    "agent/test_blocks.py",
+    "agent/test_daemon.py",
+    "agent/test_files.py",
+    "agent/test_hop.py",
+    "agent/test_relay.py",
+    "calibration/test_command.py",
+    "calibration/test_device.py",
+    "calibration/test_survey.py",
+    "cli/test_doctor.py",
+    "cli/test_process.py",
+    "coordinator/test_http.py",
+    "coordinator/test_members.py",
+    "coordinator/test_gateway.py",
+    "coordinator/test_workshop.py",
+    "wire/test_auth.py",
+    "wire/test_connection.py",
+    "wire/test_hostile.py",
+    "wire/test_service.py",
+}
+"""Tests with processes or connections. Whoever adds one finds out by ``--fast`` failing."""
+
+SOLVERS = ("cbc",)
+"""Programs that a test of ``--fast`` may run."""
 
 LIBRARY_THREADS = ("asyncio_", "AnyIO", "ThreadPoolExecutor")
 """Pools that their libraries keep for the life of the process."""
@@ -28,3 +59,55 @@ def no_thread_outlives_the_test() -> Iterator[None]:
         if not thread.name.startswith(LIBRARY_THREADS):
             thread.join(max(deadline - time.monotonic(), 0))
             assert not thread.is_alive(), f"thread {thread.name} outlived the test"
+
+
+@pytest.fixture(autouse=True)
+def only_pure_code(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under ``--fast``: fails tests that start processes or open connections."""
+    if not request.config.getoption("--fast"):
+        yield
+        return
+    if not _guard:
+        sys.addaudithook(_refuse)
+    _guard[:] = [True]
+    yield
+    _guard[:] = [False]
+
+
+_guard: list[bool] = []
+"""Whether a fast test runs now; an audit hook cannot be taken away."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="only tests without processes and connections"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        hypothesis.settings.register_profile("fast", max_examples=20, deadline=None)
+        hypothesis.settings.load_profile("fast")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+    here = Path(__file__).parent
+    chosen, others = list[pytest.Item](), list[pytest.Item]()
+    for item in items:
+        name = item.path.relative_to(here).as_posix()
+        fast = name.startswith(FAST) and name not in SLOW
+        (chosen if fast else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
+def _refuse(event: str, details: tuple[object, ...]) -> None:
+    """Stop a test of ``--fast`` that starts a process or opens a connection."""
+    if not any(_guard):
+        return
+    if event == "subprocess.Popen" and Path(str(details[0])).name not in SOLVERS:
+        raise AssertionError(f"a fast test starts {details[0]}: list its file as SLOW")
+    if event == "socket.connect" and isinstance(details[1], tuple):
+        raise AssertionError(f"a fast test connects to {details[1]}: list its file as SLOW")

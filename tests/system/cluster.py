@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,15 @@ def demo_processes() -> list[psutil.Process]:
     ]
 
 
+LOG_CHARACTERS = 6000
+"""Of each process, for the report of a test that failed."""
+
+
 class Cluster:
     """A coordinator and agents of this test, on the loopback interface."""
 
     def __init__(self, directory: Path) -> None:
+        _clusters.add(self)
         self.directory = directory
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.control_port = 0
@@ -152,6 +158,16 @@ class Cluster:
                     process.stdout.close()
         for name in self.processes:
             assert "Traceback" not in self.log(name), self.log(name)
+
+
+_clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
+
+
+def logs() -> Iterator[tuple[str, str]]:
+    """(name, end of its log) of every process of every cluster that is still in use."""
+    for cluster in _clusters:
+        for name in cluster.processes:
+            yield name, cluster.log(name)[-LOG_CHARACTERS:]
 
 
 def interrupt_at(

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.cluster import TINY_OPT, Cluster
+from tests.system.cluster import TINY_OPT, Cluster, logs
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what its processes have logged."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"log of {name} ({report.when})", text) for name, text in logs()]
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
