@@ -19,6 +19,7 @@ from coordinator.errors import (
     AgentLost,
     Busy,
     CoordinatorError,
+    LinkFailed,
     NotLoaded,
     RequestInvalid,
     Stalled,
@@ -42,6 +43,7 @@ from wire.messages import (
     FinishReason,
     Heartbeat,
     LoadStage,
+    MeasureLink,
     MeasureModel,
     Message,
     PeerLost,
@@ -176,7 +178,7 @@ class Cluster:
                 message = await said(agent)
                 if isinstance(message, UnloadStage):
                     await agent.send(Done(message.request))
-                elif isinstance(message, (MeasureModel, FindBlocks, LoadStage)):
+                elif isinstance(message, (MeasureModel, MeasureLink, FindBlocks, LoadStage)):
                     await agent.send(RequestFailed(message.request, "no room"))
 
         self.playing += [asyncio.ensure_future(answer(agent)) for agent in agents]
@@ -364,9 +366,26 @@ async def loss(cluster: Cluster) -> None:
     cluster.play_helpless(cluster.agents[0])
 
 
+async def beat(agent: AsyncConnection) -> None:
+    while True:
+        await agent.send(Heartbeat())
+        await asyncio.sleep(0.05)
+
+
 async def lost_hop(cluster: Cluster) -> None:
+    """Both devices live on."""
     cluster.play_helpless(*cluster.agents)
-    await cluster.agents[0].send(PeerLost(EPOCH, "last", "reset"))
+    cluster.playing += [asyncio.ensure_future(beat(agent)) for agent in cluster.agents]
+    # Who is not the next device is none of the first one's business.
+    await cluster.agents[0].send(PeerLost(EPOCH, "first", "reset"))
+    await cluster.agents[0].send(PeerLost(EPOCH, "last", "10.0.0.2:4100: reset"))
+
+
+async def silent_hop(cluster: Cluster) -> None:
+    """The device says nothing more to anybody."""
+    cluster.play_helpless(cluster.agents[0])
+    cluster.playing.append(asyncio.ensure_future(beat(cluster.agents[0])))
+    await cluster.agents[0].send(PeerLost(EPOCH, "last", "no answer in time"))
 
 
 async def unload(cluster: Cluster) -> None:
@@ -389,7 +408,13 @@ async def stop(cluster: Cluster) -> None:
     ("end", "error", "words"),
     [
         (loss, AgentLost, "last: device lost .*others cannot take its place: first: no room"),
-        (lost_hop, AgentLost, "last: device lost .first cannot reach it"),
+        (
+            lost_hop,
+            LinkFailed,
+            r"link lost: first cannot reach last \(10.0.0.2:4100: reset\), and both are alive"
+            ".*no plan does without this link: ",
+        ),
+        (silent_hop, AgentLost, r"last: device lost \(.* silent .*others cannot take its place"),
         (unload, NotLoaded, "unloaded"),
         (stop, NotLoaded, "stopped"),
     ],
