@@ -14,7 +14,7 @@ from wire.profile import LinkProfile
 Pair = tuple[str, str]
 """(source, target), as device ids."""
 
-RETRY_S = (30.0, 60.0, 120.0, 240.0, 480.0, 600.0)
+RETRY_S = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0)
 """Pauses before a link is tried again, by the number of failures; the last one repeats."""
 
 REMEMBERED_S = 600.0

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator import gateway
+from coordinator import fleet, gateway, links
 from coordinator.artifacts import ArtifactStore
 from coordinator.deployment import Deployment
 from coordinator.errors import (
@@ -42,6 +42,7 @@ from wire.messages import (
     FindBlocks,
     FinishReason,
     Heartbeat,
+    LinkMeasured,
     LoadStage,
     MeasureLink,
     MeasureModel,
@@ -499,6 +500,47 @@ def test_an_unload_that_has_to_wait_for_others_ends_no_recovery(run: Run) -> Non
         assert await cluster.fleet.unload() == "llama"
         with pytest.raises(NotLoaded):
             await cluster.fleet.require_deployment()
+
+    run(test)
+
+
+def test_a_link_that_failed_is_tried_again_while_nothing_else_is_done(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "WATCH_S", 0.01)
+    monkeypatch.setattr(links, "RETRY_S", (0.0,))
+
+    async def test(cluster: Cluster) -> None:
+        first, last = cluster.member("first"), cluster.member("last")
+        cluster.roster.fail_link(first, last, "refused")
+        deployment = cluster.deploy()
+        answering = asyncio.ensure_future(collect(cluster))
+        watching = asyncio.ensure_future(cluster.fleet.watch_links())
+        begun = await cluster.begun()
+        cluster.roster.changed.clear()
+        await cluster.sample(begun.sequence, "a", "length")
+        await answering
+        assert await said(cluster.agents[0]) == ReleaseSequence(EPOCH, begun.sequence)
+        message = await said(cluster.agents[0])
+        assert isinstance(message, MeasureLink)
+        # Who asks for something now is not refused.
+        unloading = asyncio.ensure_future(cluster.fleet.unload())
+        await cluster.agents[0].send(RequestFailed(message.request, "refused again"))
+        message = await said(cluster.agents[0])
+        cluster.play_helpless(cluster.agents[1])
+        if isinstance(message, MeasureLink):
+            await cluster.agents[0].send(LinkMeasured(message.request, 1e-3, 1e8))
+            message = await said(cluster.agents[0])
+        assert isinstance(message, UnloadStage)
+        await cluster.agents[0].send(Done(message.request))
+        assert await unloading == deployment.name
+        while cluster.roster.link(first, last) is None:
+            message = await said(cluster.agents[0])
+            assert isinstance(message, MeasureLink)
+            await cluster.agents[0].send(LinkMeasured(message.request, 1e-3, 1e8))
+            await cluster.roster.changed.wait()
+        assert cluster.roster.failed_links() == ()
+        watching.cancel()
 
     run(test)
 
