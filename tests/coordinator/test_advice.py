@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from coordinator.idle import idle_reasons
 from coordinator.plan import Advice, InfeasiblePlan, PlanError, Proof, assess, verify
 from coordinator.planner import solve
 from coordinator.problem import HopFormat, NoLink, Objective, PlanningProblem, build_problem
@@ -358,3 +359,14 @@ def test_a_given_plan_over_a_link_that_was_tried_says_why() -> None:
     stages = [(stage.device == "pi-2", stage.first, stage.bits) for stage in solve(problem).stages]
     with pytest.raises(PlanError, match=r"pi-1 cannot reach pi-2 .*10\.0\.0\.2:4100"):
         assess(cut(problem, (0, 1)), stages, Proof("test", 0.0, 0.0))
+
+
+def test_a_device_that_the_plan_cannot_reach_is_left_out_for_that_reason() -> None:
+    problem = cut(problem_of(), (0, 1))
+    (line,) = idle_reasons(solve(problem), problem)
+    assert line == (
+        "pi-2 is left out: pi-1 cannot reach pi-2 (cannot connect to 10.0.0.2:4100: no answer in"
+        " time)"
+    )
+    (line,) = idle_reasons(solve(problem_of()), problem_of())
+    assert "its fastest layer takes" in line
