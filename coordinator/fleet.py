@@ -95,8 +95,8 @@ class Fleet:
         self._recovery: asyncio.Task[None] | None = None
         self._placing = ""
         """What holds the lock where that is not a user's operation, in words."""
-        self._doubts: set[asyncio.Task[None]] = set()
-        """Find out what became of hops that were lost."""
+        self._doubts: dict[Member, asyncio.Task[None]] = {}
+        """What finds out what became of the hop that a member has lost."""
         self._store = store
         self._distillation = Distillation(store, quality)
         self._lock = asyncio.Lock()
@@ -167,9 +167,9 @@ class Fleet:
                 self._roster.fail_link(source, target, reason, used=True)
                 self.place_again(deployment, LinkFailed(source.name, target.name, reason))
 
-        task = asyncio.create_task(find_out())
-        self._doubts.add(task)
-        task.add_done_callback(self._doubts.discard)
+        if source not in self._doubts:
+            task = self._doubts[source] = asyncio.create_task(find_out())
+            task.add_done_callback(lambda _: self._doubts.pop(source))
 
     def place_again(self, deployment: Deployment, error: CoordinatorError) -> None:
         """Break ``deployment``, unless it is broken or replaced already, and place it anew."""

@@ -37,6 +37,8 @@ class Failure:
     """Failures in a row, this one included."""
     due_s: float
     """When the link is worth another try."""
+    reasons: frozenset[str]
+    """All that were given since it worked."""
 
 
 class Links:
@@ -62,7 +64,7 @@ class Links:
         return failed
 
     def fail(self, pair: Pair, reason: str, *, used: bool, now_s: float | None = None) -> bool:
-        """Take a failure; True where it is news.
+        """Take a failure; True where its reason is news.
 
         ``used``: in use, and not when it was measured. Then the way back is doubtful too, and has
         to be measured again; and the first time the failure is checked at once, since a connection
@@ -77,11 +79,12 @@ class Links:
         ):
             count += before.count
         pause_s = 0.0 if used and count == 1 else RETRY_S[min(count, len(RETRY_S)) - 1]
-        news = self._working.pop(pair, None) is not None or before is None
-        self._failures[pair] = Failure(reason, now_s, count, now_s + pause_s)
+        worked = self._working.pop(pair, None) is not None
+        known = frozenset() if worked or before is None else before.reasons
+        self._failures[pair] = Failure(reason, now_s, count, now_s + pause_s, known | {reason})
         if used:
             self._working.pop(pair[::-1], None)
-        return news or (before is not None and before.reason != reason)
+        return reason not in known
 
     def is_due(self, pair: Pair, *, asked: bool, now_s: float | None = None) -> bool:
         """Whether to measure the link now; ``asked``: a user waits for the best plan."""

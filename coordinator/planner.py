@@ -346,7 +346,9 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     ways = []
     if links:
         reason = "; ".join(problem.no_link(*pair) for pair in links)
-        ways += [problem.no_links[pair].remedy for pair in links if pair in problem.no_links]
+        remedies = " and ".join(problem.no_links[pair].remedy for pair in links)
+        fixed = "`shoal agent --port PORT` fixes an agent's port"
+        ways.append(f"let {remedies} (firewall, NAT, cable; {fixed})")
     lacking = [
         f"{kind} is short by {_mb(sum(size for _, size in short))} in all ("
         + ", ".join(f"{name} +{_mb(size)}" for name, size in short)

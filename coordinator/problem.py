@@ -155,13 +155,10 @@ class NoLink:
 
     @property
     def remedy(self) -> str:
-        """What to open so that the link works."""
+        """What to allow so that the link works."""
         ports = dict.fromkeys(address.rpartition(":")[2] for address in self.addresses)
         port = f"TCP port {' or '.join(ports)}" if ports else "its agent's TCP port"
-        return (
-            f"let {self.source} connect to {port} of {self.target} (firewall, NAT, cable);"
-            f" `shoal agent --port PORT` on {self.target} fixes the port"
-        )
+        return f"{self.source} connect to {port} of {self.target}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,16 +121,16 @@ async def recover(
     devices or links come or go. Goes on after ``wait_s``, but only when that happens.
     """
     deadline_s = time.monotonic() + wait_s
-    told = ""
+    told: set[str] = set()
     while True:
         changed.clear()
         try:
             placed = await place()
         except (CoordinatorError, ModelError, PlanError, OSError) as error:
             failure = explain(error)
-            if str(failure) != told:  # Once: the next attempt is seconds away.
-                told = str(failure)
-                log.warning("%s", told)
+            if str(failure) not in told:  # Each once: the next attempt is seconds away.
+                told.add(str(failure))
+                log.warning("%s", failure)
         else:
             if not outcome.done():
                 outcome.set_result(placed)

@@ -321,8 +321,8 @@ def test_a_link_that_was_tried_is_named_and_memory_is_not() -> None:
         solve(problem)
     assert str(caught.value) == (
         "no plan fits: pi-1 cannot reach pi-2 (cannot connect to 10.0.0.2:4100: no answer in time):"
-        " let pi-1 connect to TCP port 4100 of pi-2 (firewall, NAT, cable); `shoal agent --port"
-        " PORT` on pi-2 fixes the port"
+        " let pi-1 connect to TCP port 4100 of pi-2 (firewall, NAT, cable; `shoal agent --port"
+        " PORT` fixes an agent's port)"
     )
     again = PlanningProblem.from_dict(problem.to_dict())
     assert again == problem

@@ -54,6 +54,7 @@ def test_only_what_changed_is_news() -> None:
     assert links.fail(AB, "refused", used=False)
     assert not links.fail(AB, "refused", used=False)
     assert links.fail(AB, "no answer in time", used=False)
+    assert not links.fail(AB, "refused", used=False)
     links.set(AB, LINK)
     assert links.fail(AB, "no answer in time", used=False)
 
