@@ -424,7 +424,8 @@ def _missing_links(
     if _size(linked) > _SMALL:
         plan, _ = _search(linked, runner, _LINKS_GAP, share=0.5)
     else:
-        plan = runner.plan(linked, "best", gap=_LINKS_GAP)
+        soon = _Runner(min(runner.deadline_s, time.monotonic() + _ADVICE_S), runner.solver)
+        plan = soon.plan(linked, "best", gap=_LINKS_GAP) or runner.plan(linked, "any")
     if plan is None:
         return ()
     indices = {device.name: index for index, device in enumerate(problem.devices)}
