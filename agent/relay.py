@@ -74,6 +74,8 @@ class Relay:
         self._hop_bits = hop_bits
         self._report = report
         self._hop: Hop | None = None
+        self._hop_lost: PeerLost | None = None
+        """What was said of it, once it is lost."""
         self._lock = threading.Lock()
         """Guards what follows; never held while the stage runs or a message is sent."""
         self._changed = threading.Condition(self._lock)
@@ -85,11 +87,16 @@ class Relay:
 
     def connect(self, connection: Connection, link: Link, measuring: Measuring) -> None:
         """Set the way to the next device of the ring. Not used where the stage is alone."""
+
+        def on_lost(reason: str) -> None:
+            self._hop_lost = PeerLost(self.epoch, link.device, reason)
+            self._try_report(self._hop_lost)
+
         self._hop = Hop(
             connection,
             link,
             measuring,
-            on_lost=lambda reason: self._try_report(PeerLost(self.epoch, link.device, reason)),
+            on_lost=on_lost,
             on_news=self._try_report,
             on_room=self._wake,
         )
@@ -315,8 +322,11 @@ class Relay:
         if isinstance(error, ProtocolError):
             reason = f"the previous device sent what is no activation: {error}"
         elif isinstance(error, WireError):
-            # Lost is the hop, which says so itself, or the coordinator, which needs no telling.
+            # Lost is the hop, or the coordinator, which needs no telling. Of the hop it may have
+            # been told before it knew this deployment: so it is told again.
             log.info("sequence %d ends here: %s", sequence.number, error)
+            if self._hop_lost is not None:
+                self._try_report(self._hop_lost)
             return
         elif isinstance(error, BackendError):
             reason = str(error)

@@ -256,7 +256,7 @@ class Shoal:
 
     def _one_way(self) -> str:
         source, target = self._chance.sample(HOSTS, 2)
-        self.bed.fault(source, f"lost-to={target}")
+        self.bed.fault(source, f"lose={target}")
         return f"{source} to {target}, {self._undo(source, 'heal'):.0f} s"
 
     def _kill(self) -> str:

@@ -157,6 +157,11 @@ class Screen:
                     f"{link['bytes_per_s'] * 8e-6:.0f}",
                 )
             self.out.print(links)
+        for link in answer.get("no_links", ()):  # Older coordinators say nothing of them.
+            age_s = link["age_s"]
+            since = f"{age_s:.0f} s" if age_s < 120 else f"{age_s / 60:.0f} min"
+            text = f"[red]no link:[/] {escape(link['text'])}, tried {since} ago"
+            self.out.print(text, soft_wrap=True)
 
     def plan(self, plan: Mapping[str, Any], title: str) -> None:
         """A plan: its stages, and what each block was given."""

@@ -56,8 +56,8 @@ def add_testbed_arguments(parser: argparse.ArgumentParser) -> None:
     fault.add_argument(
         "what",
         metavar="FAULT",
-        help="kill, freeze, thaw, cut, heal, blackhole, lost-to=HOST, multicast=off, "
-        "slow=PERCENT, slow=off, or link:rate=MBIT,delay=MS,jitter=MS,loss=PERCENT",
+        help="kill, freeze, thaw, cut, heal, blackhole, multicast=off, slow=PERCENT, slow=off, or "
+        "link:rate=MBIT,delay=MS,jitter=MS,loss=PERCENT",
     )
     action("down", "remove the testbed and end everything on it")
 

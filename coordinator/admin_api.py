@@ -49,11 +49,16 @@ class AdminRoutes:
         ]
 
     async def devices(self, request: Request) -> Response:
+        now_s = time.monotonic()
         return JSONResponse(
             {
                 "cluster": self._cluster,
                 "devices": [_device(member) for member in self._roster.members],
                 "links": [asdict(link) for link in self._roster.links()],
+                "no_links": [
+                    asdict(link) | {"age_s": round(now_s - failure.failed_s, 3), "text": str(link)}
+                    for link, failure in self._roster.failed_links()
+                ],
             }
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from coordinator.errors import AgentFailed, AgentLost, CoordinatorError
+from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, LinkFailed
 from coordinator.measurements import Step, forward, together
 from coordinator.members import Member
 from coordinator.plan import Plan, Stage
@@ -54,7 +54,7 @@ class Deployment:
     loaded: tuple[StageLoaded, ...]
     broken: CoordinatorError | None = None
     successor: asyncio.Future[Deployment] | None = None
-    """Once a device was lost: what takes this deployment's place, or why nothing does."""
+    """Once a device or link was lost: what takes this deployment's place, or why nothing does."""
 
     @property
     def name(self) -> str:
@@ -63,6 +63,12 @@ class Deployment:
     @property
     def is_recovering(self) -> bool:
         return self.successor is not None and not self.successor.done()
+
+    def after(self, member: Member) -> Member | None:
+        """The next device of the ring; None where the member has no stage, or the only one."""
+        if member not in self.members or len(self.members) == 1:
+            return None
+        return self.members[(self.members.index(member) + 1) % len(self.members)]
 
     async def latest(self) -> Deployment:
         """This deployment or, after devices were lost, the one that took its place; waits for that.
@@ -109,7 +115,7 @@ async def deploy(
 ) -> Deployment:
     """Load and connect the stages of a plan. Where that fails, none of them stays loaded.
 
-    Raises AgentFailed.
+    Raises AgentFailed, LinkFailed.
     """
     by_name = {member.name: member for member in roster}
     stages = planned.plan.stages
@@ -138,15 +144,7 @@ async def deploy(
         )
         if len(members) > 1:
             for member, after in zip(members, members[1:] + members[:1], strict=True):
-                await member.request(
-                    partial(
-                        ConnectStage,
-                        epoch=epoch,
-                        device=after.device,
-                        endpoints=after.endpoints,
-                    ),
-                    Done,
-                )
+                await _connect(member, after, epoch)
         for member in members:  # One that had answered may be gone before all have.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
@@ -164,6 +162,20 @@ async def deploy(
         members=members,
         loaded=loaded,
     )
+
+
+async def _connect(member: Member, after: Member, epoch: int) -> None:
+    """Have a stage connect to the next of the ring. Raises AgentLost, LinkFailed."""
+    build = partial(ConnectStage, epoch=epoch, device=after.device, endpoints=after.endpoints)
+    try:
+        await member.request(build, Done)
+    except AgentLost:
+        raise
+    except AgentFailed as error:
+        await after.lives()
+        if after.lost is not None:
+            raise after.lost.with_traceback(None) from error
+        raise LinkFailed(member.name, after.name, error.reason) from error
 
 
 async def unload(members: Sequence[Member]) -> None:

@@ -4,6 +4,7 @@ CoordinatorError            one line, with what to do next
 ├── NoAgents                nothing has joined
 ├── AgentFailed             an agent could not do what it was asked
 │   └── AgentLost           ... because it is gone
+├── LinkFailed              two agents live, and one cannot reach the other
 ├── Stalled                 the devices live, but no token comes
 ├── Busy                    another plan, load or unload is under way
 ├── NotLoaded               no model is loaded, or its deployment is broken
@@ -22,6 +23,10 @@ class CoordinatorError(Exception):
 
     status = 500
     code = "internal_error"
+
+    def unplaced(self, why: str) -> CoordinatorError:
+        """What to say where this broke a deployment, and it cannot be placed anew: ``why``."""
+        return NotLoaded(f"{self}; the model cannot be placed anew: {why}")
 
 
 class NoAgents(CoordinatorError):
@@ -54,6 +59,30 @@ class AgentLost(AgentFailed):
         rest = "" if alone is None else f"; the others cannot take its place: {alone}"
         super().__init__(name, f"device lost ({cause}); check its power, network and agent{rest}")
         self.cause = cause
+
+    def unplaced(self, why: str) -> CoordinatorError:
+        return AgentLost(self.name, self.cause, why)
+
+
+class LinkFailed(CoordinatorError):
+    """``source`` cannot reach ``target``, although the coordinator reaches both."""
+
+    status = 503
+    code = "link_failed"
+
+    def __init__(self, source: str, target: str, reason: str, alone: str | None = None) -> None:
+        """``reason`` names addresses; ``alone``: why no plan does without it, where none does."""
+        rest = "" if alone is None else f"; no plan does without this link: {alone}"
+        super().__init__(
+            f"link lost: {source} cannot reach {target} ({reason}), and both are alive: check the"
+            f" network between them{rest}"
+        )
+        self.source = source
+        self.target = target
+        self.reason = reason
+
+    def unplaced(self, why: str) -> CoordinatorError:
+        return LinkFailed(self.source, self.target, self.reason, why)
 
 
 class Stalled(CoordinatorError):

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -19,6 +20,8 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from coordinator.artifacts import ArtifactStore
@@ -36,6 +39,7 @@ from coordinator.errors import (
     AgentLost,
     Busy,
     CoordinatorError,
+    LinkFailed,
     NotLoaded,
     RequestInvalid,
 )
@@ -46,8 +50,10 @@ from coordinator.measurements import (
     load_rates,
     measure_blocks,
     measure_links,
+    try_links,
 )
 from coordinator.members import Member, Roster
+from coordinator.plan import InfeasiblePlan, Plan, PlanError
 from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_name
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem, build_problem
@@ -61,6 +67,12 @@ from wire.messages import BlockRef
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+PLACEMENTS = 6
+"""Plans that are made for one load at most, where links fail while each is put in force."""
+
+WATCH_S = 5.0
+"""Between two looks at whether a failed link is worth another try."""
 
 
 class Fleet:
@@ -81,8 +93,10 @@ class Fleet:
         self._outcome: asyncio.Future[Deployment] | None = None
         """Of ``_recovery``: what it loads, or why nothing."""
         self._recovery: asyncio.Task[None] | None = None
-        self._placing = False
-        """Whether what holds the lock is not a user's, but places a broken deployment anew."""
+        self._placing = ""
+        """What holds the lock where that is not a user's operation, in words."""
+        self._doubts: dict[Member, asyncio.Task[None]] = {}
+        """What finds out what became of the hop that a member has lost."""
         self._store = store
         self._distillation = Distillation(store, quality)
         self._lock = asyncio.Lock()
@@ -103,16 +117,13 @@ class Fleet:
     async def plan(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
-            return await self._plan(request)
+            return await self._plan(request, asked=True)
 
     async def load(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
             tokenizer = await asyncio.to_thread(Tokenizer.load, request.model)
-            planned = await self._plan(request)
-            refs = await self._quantize(planned)
-            await self._unload()
-            self.deployment = await self._deploy(planned, tokenizer, refs)
+            self.deployment = await self._put(request, tokenizer, asked=True)
             self._kept.keep(request, [member.name for member in self.deployment.members])
             return self.deployment
 
@@ -144,12 +155,39 @@ class Fleet:
 
     def lose(self, member: Member, error: AgentLost) -> None:
         """Break the deployment if ``member`` is part of it, and place it anew."""
-        deployment = self.deployment
-        if deployment is None or deployment.broken or member not in deployment.members:
+        if self.deployment is not None and member in self.deployment.members:
+            self.place_again(self.deployment, error)
+
+    def lose_hop(self, deployment: Deployment, source: Member, target: Member, reason: str) -> None:
+        """Find out whether a hop's device or its link was lost, and place ``deployment`` anew."""
+
+        async def find_out() -> None:
+            # A target that is lost, the roster tells by ``lose``.
+            if await target.lives() and source.lost is None:
+                self._roster.fail_link(source, target, reason, used=True)
+                self.place_again(deployment, LinkFailed(source.name, target.name, reason))
+
+        if source not in self._doubts:
+            task = self._doubts[source] = asyncio.create_task(find_out())
+            task.add_done_callback(lambda _: self._doubts.pop(source))
+
+    def place_again(self, deployment: Deployment, error: CoordinatorError) -> None:
+        """Break ``deployment``, unless it is broken or replaced already, and place it anew."""
+        if deployment is not self.deployment or deployment.broken:
             return
         deployment.successor = self._outcome = new_outcome()
         self._break(deployment, error)
         self._recovery = asyncio.create_task(self._recover(deployment, error, self._outcome))
+
+    async def watch_links(self) -> None:
+        """Try links that failed again, one at a time while nothing else is done; for ever."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            due = self._roster.links_to_retry()
+            if due and not self._lock.locked() and not self._is_answering():
+                with contextlib.suppress(CoordinatorError):
+                    async with self._unasked("a link that had failed is tried again"):
+                        await try_links(self._roster, due[:1], self._report)
 
     def resume(self) -> None:
         """Load what was loaded when the coordinator was stopped, as soon as its devices join."""
@@ -171,7 +209,7 @@ class Fleet:
     async def _exclusive(self, on_step: Callable[[Step], None]) -> AsyncIterator[None]:
         self._require_free()
         if self._placing:
-            on_step(Step("wait", "a lost device is being replaced", 0, 0, ""))
+            on_step(Step("wait", self._placing, 0, 0, ""))
         async with self._lock:
             self.on_step = on_step
             try:
@@ -179,12 +217,49 @@ class Fleet:
             finally:
                 self.on_step = None
 
+    @contextlib.asynccontextmanager
+    async def _unasked(self, what: str) -> AsyncIterator[None]:
+        """Hold the lock for what no user has asked for; users wait for it, and are told what."""
+        async with self._lock:
+            self._placing = what
+            try:
+                yield
+            finally:
+                self._placing = ""
+
+    def _is_answering(self) -> bool:
+        slots = None if self.deployment is None else self.deployment.slots
+        return slots is not None and slots.used + slots.waiting > 0
+
     def _require_free(self) -> None:
         """Raise Busy while an operation of a user's is under way."""
         if self._lock.locked() and not self._placing:
             raise Busy("another plan, load or unload is under way: wait for it, or stop it")
 
-    async def _plan(self, request: PlanRequest) -> Planned:
+    async def _put(self, request: PlanRequest, tokenizer: Tokenizer, *, asked: bool) -> Deployment:
+        """Plan and deploy. A link that fails meanwhile is planned around.
+
+        ``asked``: by a user, in place of what is loaded.
+        """
+        for attempt in itertools.count(1):
+            planned = await self._plan(request, asked=asked)
+            refs = await self._quantize(planned)
+            if asked:
+                await self._unload()
+            epoch = next(self._epochs)
+            members = self._roster.members
+            try:
+                return await deploy(planned, tokenizer, refs, members, epoch, self._report)
+            except LinkFailed as error:
+                by_name = {member.name: member for member in members}
+                ends = by_name[error.source], by_name[error.target]
+                self._roster.fail_link(*ends, error.reason, used=True)
+                if attempt == PLACEMENTS:
+                    raise
+        raise AssertionError("counting ended")
+
+    async def _plan(self, request: PlanRequest, *, asked: bool) -> Planned:
+        """``asked``: a user waits for the best plan, so that more links are tried again."""
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
         members = self._roster.require_members()
         _check_names((*request.exclude, *request.pins.values()), members)
@@ -192,12 +267,16 @@ class Fleet:
         context_tokens = min(
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
         )
-        problem = await self._problem(request, checkpoint, members, context_tokens, losses)
-        self._step("plan", "solving", 0, 0, "")
-        if request.given is not None:
-            plan = request.given.to_plan(problem)
-        else:
-            plan = await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
+        failed_before_s = time.monotonic()
+        make = partial(self._problem, request, checkpoint, members, context_tokens, losses)
+        problem = await make(asked=asked)
+        try:
+            plan = await self._solve(request, problem)
+        except PlanError as error:
+            if not await self._links_back(error, failed_before_s):
+                raise
+            problem = await make(asked=False)
+            plan = await self._solve(request, problem)
         measured_kl = None
         if request.check_quality:
             self._require_idle()
@@ -214,6 +293,23 @@ class Fleet:
             request, checkpoint, context_tokens, problem, plan, losses.margin, measured_kl
         )
 
+    async def _solve(self, request: PlanRequest, problem: PlanningProblem) -> Plan:
+        self._step("plan", "solving", 0, 0, "")
+        if request.given is not None:
+            return request.given.to_plan(problem)
+        return await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
+
+    async def _links_back(self, error: PlanError, failed_before_s: float) -> bool:
+        """Whether links that may have been missing in a plan, and were not tried for it, work.
+
+        Those that the planner says would be enough; all that failed where it does not know.
+        """
+        pairs = self._roster.links_to_retry(failed_before_s)
+        if isinstance(error, InfeasiblePlan):
+            wanted = error.advice.missing_links
+            pairs = [pair for pair in pairs if (pair[0].name, pair[1].name) in wanted]
+        return await try_links(self._roster, pairs, self._report)
+
     def _require_idle(self) -> None:
         if self.deployment is not None:
             raise Busy(
@@ -228,12 +324,14 @@ class Fleet:
         members: tuple[Member, ...],
         context_tokens: int,
         losses: Losses,
+        *,
+        asked: bool,
     ) -> PlanningProblem:
         """The problem as measured; what is not known yet is measured."""
         spec = checkpoint.spec
         timings = await measure_blocks(members, spec, request.bits, self._report, request.exclude)
         measured = [member for member in members if member.name not in request.exclude]
-        await measure_links(self._roster, measured, self._report)
+        await measure_links(self._roster, measured, self._report, asked=asked)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
         if request.max_weight_error is not None:
             errors = await in_thread(
@@ -281,6 +379,7 @@ class Fleet:
                     for member in members
                     if member.profile.watts is not None
                 },
+                no_links=[link for link, _ in self._roster.failed_links()],
             )
         except ValueError as error:
             raise RequestInvalid(str(error)) from error
@@ -300,16 +399,10 @@ class Fleet:
             self._report,
         )
 
-    async def _deploy(
-        self, planned: Planned, tokenizer: Tokenizer, refs: Sequence[BlockRef]
-    ) -> Deployment:
-        epoch = next(self._epochs)
-        return await deploy(planned, tokenizer, refs, self._roster.members, epoch, self._report)
-
     # ---- without being asked --------------------------------------------------------------------
 
     async def _recover(
-        self, broken: Deployment, lost: AgentLost, successor: asyncio.Future[Deployment]
+        self, broken: Deployment, lost: CoordinatorError, successor: asyncio.Future[Deployment]
     ) -> None:
         """Replace ``broken``, as soon as the members allow."""
 
@@ -318,10 +411,10 @@ class Fleet:
             return await self._place(broken.request, broken.tokenizer)
 
         def explain(error: Exception) -> CoordinatorError:
-            broken.broken = AgentLost(lost.name, lost.cause, str(error))
+            broken.broken = lost.unplaced(str(error))
             return broken.broken
 
-        log.warning("placing %s on the devices that are left", broken.name)
+        log.warning("%s: placing %s anew", lost, broken.name)
         await self._until_placed(place, explain, successor, self._recovery_wait_s)
 
     async def _resume(
@@ -350,12 +443,8 @@ class Fleet:
         wait_s: float,
     ) -> None:
         async def alone() -> Deployment:
-            async with self._lock:
-                self._placing = True
-                try:
-                    self.deployment = await place()
-                finally:
-                    self._placing = False
+            async with self._unasked("a lost device or link is being replaced"):
+                self.deployment = await place()
                 return self.deployment
 
         try:
@@ -369,9 +458,14 @@ class Fleet:
     async def _place(self, request: PlanRequest, tokenizer: Tokenizer) -> Deployment:
         """What is left of ``request``, on who is left."""
         names = [member.name for member in self._roster.members]
-        planned = await self._plan(remaining(request, names))
-        refs = await self._quantize(planned)
-        deployment = await self._deploy(planned, tokenizer, refs)
+        left = remaining(request, names)
+        try:
+            deployment = await self._put(left, tokenizer, asked=False)
+        except (PlanError, LinkFailed):
+            if left.given is None:
+                raise
+            # Its devices are there, and a link between them is not.
+            deployment = await self._put(replace(left, given=None), tokenizer, asked=False)
         # What was asked for, and not what is left of it, counts next time.
         deployment.request = request
         return deployment

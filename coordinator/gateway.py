@@ -176,10 +176,9 @@ class Gateway:
         deployment = self._fleet.deployment
         if deployment is None or deployment.epoch != message.epoch:
             return
-        lost = next((item for item in deployment.members if item.device == message.device), None)
-        if lost is not None and lost is not member:
-            error = AgentLost(lost.name, f"{member.name} cannot reach it: {message.reason}")
-            self._fleet.lose(lost, error)
+        after = deployment.after(member)
+        if after is not None and after.device == message.device:
+            self._fleet.lose_hop(deployment, member, after, message.reason)
 
     def _break(self, deployment: Deployment, error: CoordinatorError) -> None:
         """End what runs on a deployment that is no more."""

@@ -20,8 +20,10 @@ def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
         if block in layers and (option := devices[stage.device].option(block, bits)) is not None
     ]
     used = {stage.device for stage in plan.stages}
+    indices = [index for index, device in enumerate(problem.devices) if device.name in used]
     return [
-        f"{device.name} is left out: {_reason(problem, index, times_s)}"
+        f"{device.name} is left out: "
+        f"{_cut_off(problem, index, indices) or _reason(problem, index, times_s)}"
         for index, device in enumerate(problem.devices)
         if device.name not in used
     ]
@@ -54,6 +56,17 @@ def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
         f"its fastest layer takes {1e3 * fastest.decode_s:.2f} ms at {fastest.bits} bits, those of"
         f" the plan {_span_ms(times_s)}{_own_losses(problem, index, fastest.bits)}"
     )
+
+
+def _cut_off(problem: PlanningProblem, index: int, used: list[int]) -> str:
+    """Why no device of the plan reaches it, or it reaches none; empty where one does."""
+    if index in problem.excluded:
+        return ""
+    ways = [(other, index) for other in used], [(index, other) for other in used]
+    for pairs in ways:
+        if all(pair in problem.no_links for pair in pairs):
+            return "; ".join(problem.no_link(*pair) for pair in pairs)
+    return ""
 
 
 def _has_unknown_losses(problem: PlanningProblem, index: int) -> bool:

@@ -7,7 +7,6 @@ and send nothing else; the fleet decides when they run.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -28,8 +27,6 @@ from wire.messages import (
     Progress,
 )
 from wire.profile import BlockTiming
-
-log = logging.getLogger(__name__)
 
 FILES = "files"
 """An agent's own phase within any other: it waits for files that its backend needs."""
@@ -111,18 +108,25 @@ async def measure_blocks(
     }
 
 
-async def measure_links(roster: Roster, members: Sequence[Member], on_step: OnStep) -> None:
-    """Measure each ordered pair that has not been, one at a time: none disturbs another.
+async def measure_links(
+    roster: Roster, members: Sequence[Member], on_step: OnStep, *, asked: bool = False
+) -> None:
+    """Measure each ordered pair that has not been; of those that failed, which are due again.
+
+    ``asked``: a user waits for the best plan. Raises AgentLost.
+    """
+    await try_links(roster, roster.links_to_measure(members, asked=asked), on_step)
+
+
+async def try_links(
+    roster: Roster, pairs: Sequence[tuple[Member, Member]], on_step: OnStep
+) -> bool:
+    """Measure links, one at a time: none disturbs another. Whether one of them works.
 
     A pair that cannot connect stays without a link: the plan will not make them neighbours.
     Raises AgentLost.
     """
-    pairs = [
-        (source, target)
-        for source in members
-        for target in members
-        if source is not target and roster.link(source, target) is None
-    ]
+    works = False
     for done, (source, target) in enumerate(pairs):
         on_step(Step("links", f"{source.name} to {target.name}", done, len(pairs), "steps"))
         try:
@@ -133,11 +137,13 @@ async def measure_links(roster: Roster, members: Sequence[Member], on_step: OnSt
         except AgentLost:
             raise
         except AgentFailed as error:
-            log.warning("no link from %s to %s: %s", source.name, target.name, error.reason)
+            roster.fail_link(source, target, error.reason)
             continue
         roster.set_link(source, target, measured)
+        works = True
     if pairs:
         on_step(Step("links", "", len(pairs), len(pairs), "steps"))
+    return works
 
 
 async def find_held(

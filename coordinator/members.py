@@ -8,11 +8,13 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from coordinator.links import Failure, Links
+from coordinator.problem import NoLink
 from model.spec import ModelSpec
 from wire import limits
 from wire.connection import AsyncConnection
@@ -49,6 +51,9 @@ MAX_MEMBERS = 256
 
 SIGN_OF_LIFE_S = 2 * limits.HEARTBEAT_S
 """A living agent has sent a heartbeat by then."""
+
+LAST_WORDS_S = 0.25
+"""What a device said before it died has arrived by then."""
 
 _ANSWERS = (
     ModelMeasured,
@@ -146,6 +151,17 @@ class Member:
         except WireError as error:
             raise self.lost or AgentLost(self.name, str(error)) from error
 
+    async def lives(self) -> bool:
+        """Wait until it says something, or is lost; whether it lives.
+
+        Its connections to other devices may be over although it does.
+        """
+        await asyncio.sleep(LAST_WORDS_S)
+        self.heard.clear()
+        if self.lost is None:
+            await self.heard.wait()
+        return self.lost is None
+
     async def _cancel(self, number: int) -> None:
         with contextlib.suppress(AgentLost):
             await self.send(CancelRequest(number))
@@ -167,6 +183,7 @@ class Member:
     def fail(self, error: AgentLost) -> None:
         """Mark as lost and fail every request that waits."""
         self.lost = error
+        self.heard.set()  # Nothing more will be: whoever waits must see it.
         for pending in self._pending.values():
             if not pending.answer.done():
                 pending.answer.set_exception(error)
@@ -186,10 +203,11 @@ class Roster:
         self._on_event = on_event
         self._on_lost = on_lost
         self._members: dict[str, Member] = {}
-        self._links: dict[tuple[str, str], LinkProfile] = {}
+        self._links = Links()
         self._closed = False
         self.changed = asyncio.Event()
-        """Set whenever somebody joins or is lost; whoever waits clears it first."""
+        """Set whenever somebody joins or is lost, or a link works again; whoever waits clears it
+        first."""
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -210,8 +228,35 @@ class Roster:
         return self.members
 
     def link(self, source: Member, target: Member) -> LinkProfile | None:
-        """The link as last measured between these two; None if it was not."""
+        """The link as last measured between these two; None if it was not, or has failed."""
         return self._links.get((source.device, target.device))
+
+    def link_failure(self, source: Member, target: Member) -> Failure | None:
+        """Why the link between these two does not work; None where it does, or was not tried."""
+        return self._links.failure((source.device, target.device))
+
+    def fail_link(self, source: Member, target: Member, reason: str, *, used: bool = False) -> None:
+        """Plan without a link until it has been measured again.
+
+        ``used``: it failed in use, which makes the way back doubtful too.
+        """
+        if self.find(source.device) is not source or self.find(target.device) is not target:
+            return  # Lost meanwhile: of one that joins again nothing is known.
+        if self._links.fail((source.device, target.device), reason, used=used):
+            log.warning("no link from %s to %s: %s", source.name, target.name, reason)
+
+    def links_to_measure(
+        self, members: Sequence[Member], *, asked: bool = False
+    ) -> list[tuple[Member, Member]]:
+        """Ordered pairs of these that were not measured, or have failed and are due again.
+
+        ``asked``: a user waits for the best plan, and not a device that was lost.
+        """
+        return [
+            (source, target)
+            for source, target in itertools.permutations(members, 2)
+            if self._links.is_due((source.device, target.device), asked=asked)
+        ]
 
     def links(self) -> tuple[LinkProfile, ...]:
         """Every measured link between living members, by name."""
@@ -222,6 +267,28 @@ class Roster:
             if (link := self.link(source, target)) is not None
         )
 
+    def failed_links(self) -> tuple[tuple[NoLink, Failure], ...]:
+        """Every link between living members that was tried and does not work, by name."""
+        return tuple(
+            (NoLink(source.name, target.name, failure.reason, addresses(target)), failure)
+            for source, target in itertools.permutations(self.members, 2)
+            if (failure := self.link_failure(source, target)) is not None
+        )
+
+    def links_to_retry(self, failed_before_s: float | None = None) -> list[tuple[Member, Member]]:
+        """Ordered pairs whose link has failed and is due again, or failed before that time."""
+        now_s = time.monotonic()
+        return [
+            (source, target)
+            for source, target in itertools.permutations(self.members, 2)
+            if (failure := self.link_failure(source, target)) is not None
+            and (
+                failure.due_s <= now_s
+                if failed_before_s is None
+                else failure.failed_s < failed_before_s
+            )
+        ]
+
     def set_link(
         self, source: Member, target: Member, measured: LinkMeasured | LinkChanged
     ) -> None:
@@ -229,9 +296,12 @@ class Roster:
         figures = measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
         if not (all(map(math.isfinite, figures)) and min(figures[:2]) > 0 and figures[2] >= 0):
             raise AgentFailed(source.name, "reported an impossible link")
-        self._links[source.device, target.device] = LinkProfile(
+        link = LinkProfile(
             source.name, target.name, measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
         )
+        if self._links.set((source.device, target.device), link):
+            log.warning("the link from %s to %s works again", source.name, target.name)
+            self.changed.set()
 
     async def serve(self, hello: AgentHello, connection: AsyncConnection) -> None:
         """Be the coordinator's side of an agent's control connection, until it ends."""
@@ -301,8 +371,8 @@ class Roster:
             member.resolve(message.request, message)
         elif isinstance(message, LinkChanged):
             target = self._members.get(message.device)
-            if target is None or target is member:
-                return  # Lost meanwhile.
+            if target is None or target is member or self.link(member, target) is None:
+                return  # Lost meanwhile, or the link was.
             try:
                 self.set_link(member, target, message)
             except AgentFailed as error:
@@ -324,9 +394,7 @@ class Roster:
         if self._members.get(member.device) is not member:
             return
         del self._members[member.device]
-        self._links = {
-            pair: link for pair, link in self._links.items() if member.device not in pair
-        }
+        self._links.forget(member.device)
         if not self._closed:
             log.warning("%s", error)
         member.fail(error)
@@ -354,3 +422,8 @@ class Roster:
         return next(
             name for number in itertools.count(2) if (name := f"{wanted}-{number}") not in taken
         )
+
+
+def addresses(member: Member) -> tuple[str, ...]:
+    """Where other devices look for it, as ``host:port``."""
+    return tuple(f"{endpoint.host}:{endpoint.port}" for endpoint in member.endpoints)

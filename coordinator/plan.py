@@ -40,6 +40,8 @@ class Advice:
     quality_budget: float | None = None
     free_placement: bool = False
     declare_watts: tuple[str, ...] = ()
+    missing_links: tuple[tuple[str, str], ...] = ()
+    """(source, target) of the links that would be enough, all of them together."""
 
 
 class InfeasiblePlan(PlanError):
@@ -237,12 +239,12 @@ def assess(
         names = problem.devices[source].name, problem.devices[target].name
         seconds = problem.hop_s(source, target, bits)
         if seconds == math.inf:
-            raise PlanError(f"there is no link from {names[0]} to {names[1]}")
+            raise PlanError(problem.no_link(source, target))
         hops.append(Hop(*names, seconds))
         wire_s += problem.hop_bytes(bits) / problem.links[source, target].bytes_per_s
     return_s = problem.return_s(order[-1], order[0])
     if return_s == math.inf:
-        raise PlanError(f"there is no link from {assessed[-1].device} to {assessed[0].device}")
+        raise PlanError(problem.no_link(order[-1], order[0]))
     places = [(i, k, bits) for i, first, widths in stages for k, bits in enumerate(widths, first)]
     errors = [problem.weight_error(block, bits) for _, block, bits in places]
     losses = [problem.sensitivity(*place) for place in places]
@@ -350,10 +352,12 @@ def _usual_hop_bits(problem: PlanningProblem, source: int, target: int) -> int:
     """The width of a hop that nothing else is said of."""
     choices = problem.hop_choices(source, target)
     if not choices:
+        if (source, target) not in problem.links:
+            raise PlanError(problem.no_link(source, target))
         names = problem.devices[source].name, problem.devices[target].name
-        linked = (source, target) in problem.links
-        missing = "width of known sensitivity for the hop" if linked else "link"
-        raise PlanError(f"there is no {missing} from {names[0]} to {names[1]}")
+        raise PlanError(
+            f"there is no width of known sensitivity for the hop from {names[0]} to {names[1]}"
+        )
     return choices[0 if problem.quality_budget is None else -1].bits
 
 

@@ -7,9 +7,10 @@ then wider bits where they cost nothing, then devices in their given order.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,8 @@ from coordinator.plan import (
 from coordinator.plan_model import Aim, Choice, PlanProgram, StageChoice
 from coordinator.plan_search import search
 from coordinator.plan_solver import Outcome, SolverError, SolverName, run
-from coordinator.problem import Device, PlanningProblem
+from coordinator.problem import Device, Objective, PlanningProblem
+from wire.profile import LinkProfile
 
 # Solvers keep each row to about 1e-6 of its limit; a plan that used this slack is solved again
 # with limits lowered by more than it.
@@ -43,6 +45,9 @@ last half percent can take as long as there is time."""
 
 # Saying what is wrong is worth this much, even when the search has used up the limit.
 _ADVICE_S = 5.0
+# Which links a plan lacks is told by one that may be this far from the best.
+_LINKS_GAP = 0.05
+_ASSUMED_BYTES_PER_S = 1e9
 # The search gets this long in any case.
 _SEARCH_S = 1.0
 # And this long while there is no plan: the first takes a slow or busy machine longer.
@@ -76,9 +81,10 @@ def solve(
             verify(plan, problem)
             return plan
         if not runner.refused:
+            lost = "; ".join(map(str, problem.no_links.values()))
             raise PlanError(
                 f"no plan found in {time_limit_s:g} s, although one may exist: allow more time,"
-                " or fewer devices"
+                " or fewer devices" + (f"; links that do not work: {lost}" if lost else "")
             )
     report("no plan fits: looking for what would make one")
     runner.deadline_s = max(runner.deadline_s, time.monotonic() + _ADVICE_S)
@@ -194,10 +200,10 @@ class _Runner:
         self.unsure = self.unsure or outcome.status == "unknown"
         return outcome
 
-    def plan(self, problem: PlanningProblem, aim: Aim) -> Plan | None:
-        """A plan for another aim than the best; None where there is none, or no time."""
+    def plan(self, problem: PlanningProblem, aim: Aim, gap: float = 0.0) -> Plan | None:
+        """A plan for advice; None where there is none, or no time."""
         program = PlanProgram(problem, aim=aim, margin=_LIMIT_MARGIN)
-        outcome = self.run(program)
+        outcome = self.run(program, gap)
         if outcome.status not in ("optimal", "feasible"):
             return None
         choice = program.choice(outcome.values)
@@ -322,7 +328,11 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     """What would make a plan possible; each way was tried, with its numbers rounded up."""
     if not problem.devices:
         return InfeasiblePlan(f"no plan fits: {reason}: start an agent on one")
-    memory, storage = _shortage(problem, runner) if reason is None else ((), ())
+    memory: Shortage = ()
+    storage: Shortage = ()
+    links = _missing_links(problem, runner, problem.no_links) if reason is None else ()
+    if reason is None and not links:
+        memory, storage = _shortage(problem, runner)
     advice = Advice(
         memory,
         storage,
@@ -331,8 +341,14 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         quality_budget=_enough_budget(problem, runner),
         free_placement=_placement_is_free(problem, runner),
         declare_watts=_watts_to_declare(problem, runner),
+        missing_links=tuple((problem.devices[i].name, problem.devices[j].name) for i, j in links),
     )
     ways = []
+    if links:
+        reason = "; ".join(problem.no_link(*pair) for pair in links)
+        remedies = " and ".join(problem.no_links[pair].remedy for pair in links)
+        fixed = "`shoal agent --port PORT` fixes an agent's port"
+        ways.append(f"let {remedies} (firewall, NAT, cable; {fixed})")
     lacking = [
         f"{kind} is short by {_mb(sum(size for _, size in short))} in all ("
         + ", ".join(f"{name} +{_mb(size)}" for name, size in short)
@@ -358,11 +374,63 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     elif reason is None and not ways and not problem.permitted_hops:
         reason = "no width of hops has a known sensitivity, and no device is enough alone"
     elif reason is None and not ways:
-        reason = (
-            "no single change of memory, storage, bits or quality is enough; are links missing?"
+        reason = "no single change of memory, storage, bits or quality is enough; " + (
+            "; ".join(map(str, problem.no_links.values())) or _links_to_describe(problem, runner)
         )
     parts = [part for part in (reason, ", or ".join(ways)) if part]
     return InfeasiblePlan("no plan fits: " + ": ".join(parts), advice)
+
+
+def _links_to_describe(problem: PlanningProblem, runner: _Runner) -> str:
+    """A question about links of which nothing is known, with those that would be enough."""
+    every = itertools.permutations(range(len(problem.devices)), 2)
+    links = [problem.no_link(*pair) for pair in _missing_links(problem, runner, every)]
+    return ": ".join(["are links missing?", *(["; ".join(links)] if links else [])])
+
+
+def _missing_links(
+    problem: PlanningProblem, runner: _Runner, pairs: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Those of ``pairs`` whose lack of a link alone rules out every plan; as few as were found.
+
+    Solves again as if each had a link, and one slower than all else together.
+    """
+    unusable = set(problem.excluded)
+    if problem.objective.kind == "energy":
+        unusable |= {i for i, device in enumerate(problem.devices) if device.watts is None}
+    missing = [pair for pair in pairs if pair not in problem.links and not unusable & {*pair}]
+    if not missing or not problem.permitted_hops:
+        return ()
+    slowest_s = math.fsum(
+        max(option.decode_s for device in problem.devices for option in device.options[k])
+        for k in range(problem.spec.block_count)
+    )
+    widest = max(form.bits for form in problem.permitted_hops)
+    slowest_s += len(problem.devices) * max(
+        (problem.hop_s(*pair, widest) for pair in problem.links), default=0
+    )
+    assumed = {
+        (i, j): LinkProfile(
+            problem.devices[i].name, problem.devices[j].name, 20 * slowest_s, _ASSUMED_BYTES_PER_S
+        )
+        for i, j in missing
+    }
+    linked = replace(
+        problem,
+        links={**problem.links, **assumed},
+        objective=Objective(),
+        excluded=frozenset(unusable),
+    )
+    if _size(linked) > _SMALL:
+        plan, _ = _search(linked, runner, _LINKS_GAP, share=0.5)
+    else:
+        soon = _Runner(min(runner.deadline_s, time.monotonic() + _ADVICE_S), runner.solver)
+        plan = soon.plan(linked, "best", gap=_LINKS_GAP) or runner.plan(linked, "any")
+    if plan is None:
+        return ()
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    ring = [indices[stage.device] for stage in plan.stages]
+    return tuple(pair for pair in zip(ring, ring[1:] + ring[:1], strict=True) if pair in assumed)
 
 
 Shortage = tuple[tuple[str, int], ...]

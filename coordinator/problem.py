@@ -136,17 +136,43 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class NoLink:
+    """A link that was tried and does not work: why, and where ``target`` was looked for.
+
+    ``addresses`` are ``host:port``.
+    """
+
+    source: str
+    target: str
+    reason: str
+    addresses: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Who cannot reach whom, why, and where it was tried."""
+        unnamed = [address for address in self.addresses if address not in self.reason]
+        tried = f"; its addresses are {', '.join(unnamed)}" if unnamed else ""
+        return f"{self.source} cannot reach {self.target} ({self.reason}{tried})"
+
+    @property
+    def remedy(self) -> str:
+        """What to allow so that the link works."""
+        ports = dict.fromkeys(address.rpartition(":")[2] for address in self.addresses)
+        port = f"TCP port {' or '.join(ports)}" if ports else "its agent's TCP port"
+        return f"{self.source} connect to {port} of {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
 class PlanningProblem:
     """Everything that decides a plan. Tuples over blocks have ``spec.block_count`` entries.
 
     ``links`` holds (source, target) as indices into ``devices``; a pair without a link cannot be
-    neighbours in a plan. ``weight_errors`` maps bits to the normalised error of a block, and
-    ``max_weight_error`` is its bound (inf: none). Only widths in ``bits`` are planned with;
-    those beside them serve for advice. ``sensitivities`` maps bits to what a block adds to the
-    mean KL divergence of the model's next token (nats), where the device's option does not say
-    otherwise; their sum, hops included, keeps ``quality_budget``. A hop uses one of
-    ``hop_formats``; with a budget, one of known sensitivity. ``pins`` maps blocks to the device (an
-    index) that must run them, ``excluded`` devices run none.
+    neighbours in a plan, and ``no_links`` says why where that was tried. ``weight_errors`` maps
+    bits to the normalised error of a block, and ``max_weight_error`` is its bound (inf: none). Only
+    widths in ``bits`` are planned with; those beside them serve for advice. ``sensitivities`` maps
+    bits to what a block adds to the mean KL divergence of the model's next token (nats), where the
+    device's option does not say otherwise; their sum, hops included, keeps ``quality_budget``. A
+    hop uses one of ``hop_formats``; with a budget, one of known sensitivity. ``pins`` maps blocks
+    to the device (an index) that must run them, ``excluded`` devices run none.
     """
 
     spec: ModelSpec
@@ -163,6 +189,7 @@ class PlanningProblem:
     pins: Mapping[int, int] = field(default_factory=dict)
     excluded: frozenset[int] = frozenset()
     hop_formats: tuple[HopFormat, ...] = DEFAULT_HOPS
+    no_links: Mapping[tuple[int, int], NoLink] = field(default_factory=dict)
 
     @property
     def permitted_hops(self) -> tuple[HopFormat, ...]:
@@ -195,6 +222,13 @@ class PlanningProblem:
                 for other in best[:index]
             )
         )
+
+    def no_link(self, source: int, target: int) -> str:
+        """What to say where a pair has no link."""
+        known = self.no_links.get((source, target))
+        if known is not None:
+            return str(known)
+        return f"there is no link from {self.devices[source].name} to {self.devices[target].name}"
 
     def hop_sensitivity(self, bits: int) -> float | None:
         """KL divergence that one hop at ``bits`` adds; None where it was not measured."""
@@ -326,6 +360,7 @@ class PlanningProblem:
                 raise ValueError(f"problem.{name}: {len(table)} blocks, not {len(blocks)}")
         for name, indices, known in (
             ("links", [index for pair in self.links for index in pair], devices),
+            ("no_links", [index for pair in self.no_links for index in pair], devices),
             ("pins", [*self.pins.values()], devices),
             ("pins", [*self.pins], blocks),
             ("excluded", [*self.excluded], devices),
@@ -359,6 +394,7 @@ def build_problem(
     hop_formats: Sequence[HopFormat] = DEFAULT_HOPS,
     watts: Mapping[str, float] | None = None,
     own_sensitivities: Mapping[str, Sequence[Mapping[int, float]]] | None = None,
+    no_links: Iterable[NoLink] = (),
 ) -> PlanningProblem:
     """The problem of splitting ``spec`` over the devices in ``profiles``, in that order.
 
@@ -369,7 +405,8 @@ def build_problem(
     ``sensitivities`` the same of KL divergence, needed with ``quality_budget``, and
     ``own_sensitivities`` those of devices whose arithmetic adds its own: all of theirs.
     ``hop_formats`` are the widths that hops may use, ``watts`` what devices draw while they
-    compute. Links to or from other devices, and what they hold, load or draw, are ignored.
+    compute. ``no_links`` says of links that were tried why they are missing. Links to or from other
+    devices, and what they hold, load or draw, are ignored.
     Raises ValueError for input that is inconsistent.
     """
     blocks = range(spec.block_count)
@@ -435,6 +472,11 @@ def build_problem(
         links={
             (indices[link.source], indices[link.target]): link
             for link in links
+            if link.source in indices and link.target in indices
+        },
+        no_links={
+            (indices[link.source], indices[link.target]): link
+            for link in no_links
             if link.source in indices and link.target in indices
         },
         bits=tuple(sorted(set(bits))),

@@ -118,16 +118,19 @@ async def recover(
     """Call ``place`` until it works; sets ``outcome`` then, or after ``wait_s`` seconds to why not.
 
     ``explain`` makes of an attempt's error what users are told. ``changed`` is set by others when
-    devices come or go. Goes on after ``wait_s``, but only when that happens.
+    devices or links come or go. Goes on after ``wait_s``, but only when that happens.
     """
     deadline_s = time.monotonic() + wait_s
+    told: set[str] = set()
     while True:
         changed.clear()
         try:
             placed = await place()
         except (CoordinatorError, ModelError, PlanError, OSError) as error:
             failure = explain(error)
-            log.warning("%s", failure)
+            if str(failure) not in told:  # Each once: the next attempt is seconds away.
+                told.add(str(failure))
+                log.warning("%s", failure)
         else:
             if not outcome.done():
                 outcome.set_result(placed)

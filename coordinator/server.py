@@ -125,6 +125,7 @@ class Coordinator:
 
                 self._fleet.resume()
                 attendant = asyncio.create_task(self._attend())
+                watch = asyncio.create_task(self._fleet.watch_links())
                 try:
                     # A task of its own: uvicorn raises the signal that stopped it once more, and
                     # this way that ends the await here, not the first one of the cleaning up.
@@ -133,6 +134,7 @@ class Coordinator:
                     )
                 finally:
                     attendant.cancel()
+                    watch.cancel()
                     self._service.stopping()
                     on_stop()
 

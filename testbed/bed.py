@@ -28,15 +28,15 @@ from typing import Any, TypeVar
 from testbed import namespaces, tap
 from testbed.cgroups import GroupError, Groups
 from testbed.network import Network, NetworkError
-from testbed.switch import PortFault, fault_to_dict, request_fault
+from testbed.switch import PortFault, fault_from_dict, fault_to_dict, request_fault
 
 RUN = Path("/run/shoal-testbed")
 FILES = Path("/var/tmp/shoal-testbed")  # noqa: S108 - below it only root's, by name
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 
 FAULTS = (
-    "kill, freeze, thaw, cut, heal, blackhole, lost-to=HOST, multicast=off, slow=PERCENT, slow=off,"
-    " link:rate=MBIT,delay=MS,jitter=MS,loss=PERCENT"
+    "kill, freeze, thaw, cut, heal, blackhole, lose=HOST, firewall, multicast=off, slow=PERCENT,"
+    " slow=off, link:rate=MBIT,delay=MS,jitter=MS,loss=PERCENT"
 )
 
 _SWITCH = ".switch"
@@ -85,7 +85,7 @@ class Testbed:
                 f"testbed {name!r} is damaged ({error}): run `shoal testbed down`"
             ) from error
         bed = Testbed(Network.from_dict(state["network"]), name)
-        bed._ports = {host: PortFault(**fault) for host, fault in state["faults"].items()}
+        bed._ports = {host: fault_from_dict(fault) for host, fault in state["faults"].items()}
         return bed
 
     def __enter__(self) -> Testbed:
@@ -169,11 +169,11 @@ class Testbed:
 
         ``kill``: power loss: the link goes first, so that nobody is told, then every process.
         ``freeze``, ``thaw``: stop all processes where they are, let them go on. ``cut``: pull the
-        cable; ``blackhole``: lose every frame while the cable seems fine. ``lost-to=b``: lose every
-        frame to the host b, while frames from b still arrive. ``link:rate=5,delay=50``:
-        Mbit/s and ms (one way) of all its links, also jitter (ms) and loss (%). ``multicast=off``:
-        as some access points do. ``heal``: the link as described again. ``slow=10``: percent of a
-        core; ``slow=off``: as described.
+        cable; ``blackhole``: lose every frame while the cable seems fine; ``lose=HOST``: those to
+        that host alone. ``firewall``: let nobody open a TCP connection to the host.
+        ``link:rate=5,delay=50``: Mbit/s and ms (one way) of all its links, also jitter (ms) and
+        loss (%). ``multicast=off``: as some access points do. ``heal``: the link as described
+        again. ``slow=10``: percent of a core; ``slow=off``: as described.
         """
         self._require(host)
         with _locked(), _reported():
@@ -254,15 +254,13 @@ class Testbed:
             self._groups.kill(host)
         elif what in ("freeze", "thaw"):
             self._groups.freeze(host, what == "freeze")
-        elif what == "cut":
-            self._set_port(host, replace(port, cut=True))
-        elif what == "blackhole":
-            self._set_port(host, replace(port, blackhole=True))
+        elif what in ("cut", "blackhole", "firewall"):
+            self._set_port(host, replace(port, **dict[str, Any]({what: True})))
+        elif kind == "lose":
+            self._require(value)
+            self._set_port(host, replace(port, loses=(*port.loses, value)))
         elif what == "heal":
             self._set_port(host, PortFault())
-        elif kind == "lost-to":
-            self._require(value)
-            self._set_port(host, replace(port, lost_to=value))
         elif what == "multicast=off":
             self._set_port(host, replace(port, multicast=False))
         elif what.startswith("link:"):
@@ -384,7 +382,10 @@ def _number(text: str, what: str) -> float:
 
 def describe(faults: Mapping[str, Any]) -> str:
     """Faults of a port, as ``status`` has them, in words."""
-    return ", ".join(
-        name if value is True else f"{name}={value if isinstance(value, str) else f'{value:g}'}"
-        for name, value in faults.items()
-    )
+
+    def one(name: str, value: Any) -> str:
+        if value is True:
+            return name
+        return f"{name}={' '.join(value)}" if name == "loses" else f"{name}={value:g}"
+
+    return ", ".join(one(name, value) for name, value in faults.items())

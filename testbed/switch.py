@@ -43,14 +43,16 @@ _REQUEST_BYTES = 1 << 16
 class PortFault:
     """What is wrong with a host's cable. None, or the default: nothing.
 
-    ``cut`` takes the carrier away as well, ``blackhole`` only loses every frame. ``lost_to`` names
-    a host that no frame from here reaches, while its own frames arrive here. The others stand
-    in for what the description says: of every link of the host, in both directions.
+    ``cut`` takes the carrier away as well, ``blackhole`` only loses every frame, and those to the
+    hosts ``loses`` get lost in this direction alone. ``firewall``: the host opens TCP connections,
+    and none is opened to it. The others stand in for what the description says: of every link of
+    the host, in both directions.
     """
 
     cut: bool = False
     blackhole: bool = False
-    lost_to: str | None = None
+    firewall: bool = False
+    loses: tuple[str, ...] = ()
     multicast: bool = True
     delay_s: float | None = None
     bytes_per_s: float | None = None
@@ -135,7 +137,9 @@ class Fabric:
         known = None if to_group else self._owner.get(target)
         for name in self._ports if known is None else (known,):
             blocked = multicast and not (port.fault.multicast and self._ports[name].fault.multicast)
-            if name == source or blocked:
+            if name == source or blocked or name in port.fault.loses:
+                continue
+            if self._ports[name].fault.firewall and tap.opens_connection(frame):
                 continue
             arrival_s = self._through(source, name, size, sent_s)
             if arrival_s is not None:
@@ -154,8 +158,6 @@ class Fabric:
         """
         path = self._paths.get((source, target))
         if path is None or not self.reaches(target):
-            return None
-        if self._ports[source].fault.lost_to == target:
             return None
         if path.loss and self.chance.random() < path.loss:
             return None
@@ -253,7 +255,7 @@ class Switch:
         connection, _ = self._control.accept()
         with connection:
             request: Mapping[str, Any] = json.loads(connection.recv(_REQUEST_BYTES))
-            host, fault = request["host"], PortFault(**request["fault"])
+            host, fault = request["host"], fault_from_dict(request["fault"])
             self._fabric.set_fault(host, fault)
             self._set_segmentation()
             tap.set_carrier(self._taps[host], not fault.cut)
@@ -284,6 +286,11 @@ def fault_to_dict(fault: PortFault) -> dict[str, Any]:
         for name in PortFault.__slots__
         if getattr(fault, name) != getattr(nothing, name)
     }
+
+
+def fault_from_dict(values: Mapping[str, Any]) -> PortFault:
+    """Inverse of ``fault_to_dict``, also after a way through JSON."""
+    return PortFault(**{**values, "loses": tuple(values.get("loses", ()))})
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _TUN_F_CSUM, _TUN_F_TSO4, _TUN_F_TSO6 = 0x01, 0x02, 0x04
 _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8914, 0x8916, 0x891C
 _IFF_UP, _IFF_RUNNING = 0x1, 0x40
+_ETHERNET_HEADER_BYTES, _IPV4, _TCP, _SYN, _ACK = 14, b"\x08\x00", 6, 0x02, 0x10
 _ETHERNET_OVERHEAD_BYTES = 24
 """Preamble, checksum and gap, which every frame takes on a wire."""
 
@@ -64,6 +65,15 @@ def wire_bytes(frame: bytes) -> int:
     if kind and segment_bytes:
         packets = max(1, -(-(size - header_bytes) // segment_bytes))
     return size + (packets - 1) * header_bytes + packets * _ETHERNET_OVERHEAD_BYTES
+
+
+def opens_connection(frame: bytes) -> bool:
+    """Whether a frame holds the first packet of a TCP connection, over IPv4."""
+    packet = VIRTIO_HEADER_BYTES + _ETHERNET_HEADER_BYTES
+    if len(frame) < packet + 20 or frame[packet - 2 : packet] != _IPV4 or frame[packet + 9] != _TCP:
+        return False
+    flags = packet + 4 * (frame[packet] & 0xF) + 13
+    return len(frame) > flags and frame[flags] & (_SYN | _ACK) == _SYN
 
 
 def _set_up(control: socket.socket, interface: str) -> None:

@@ -366,7 +366,7 @@ class SequenceFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """A stage lost its connection to the next device of the ring."""
+    """A stage lost its connection to the next device of the ring; repeated at each sequence."""
 
     epoch: int
     device: str

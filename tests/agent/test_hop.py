@@ -189,7 +189,6 @@ def test_nothing_is_pinged_while_something_else_is_measured(
     ends.measuring.end()
 
 
-@pytest.mark.netns
 def test_a_measurement_does_not_wait_for_a_ping_that_nobody_answers(
     make_ends: Callable[[Link], Ends], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +205,7 @@ def test_a_measurement_does_not_wait_for_a_ping_that_nobody_answers(
     assert again.number > first.number
 
 
+@pytest.mark.netns
 def test_prompts_tell_when_a_link_got_slow() -> None:
     reason = unavailable()
     if reason is not None:
@@ -233,3 +233,30 @@ def test_prompts_tell_when_a_link_got_slow() -> None:
         hop.close()
         server.close()
         assert lost.empty()
+
+
+@pytest.mark.netns
+def test_a_slow_path_is_not_a_dead_one() -> None:
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with bed_of("here", "there") as bed:
+        address = bed.network.address("there")
+        listener = bed.inside("there", lambda: Listener(address, 0))
+        arrived: queue.Queue[Message] = queue.Queue()
+        server = PeerServer("b", listener, lambda message, payload: arrived.put(message))
+        server.start()
+        endpoint = Endpoint(address, listener.port)
+        connection = bed.inside("here", lambda: connect_peer("a", "b", [endpoint]))
+        lost: queue.Queue[str] = queue.Queue()
+        hop = Hop(connection, Link("b"), Measuring(), on_lost=lost.put, on_news=lambda _: None)
+        bed.fault("here", "link:rate=0.15")
+        # More than LIVENESS_S on its way: 128 KiB at 19 kB/s.
+        hop.send(chunk(0), memoryview(bytes(128 << 10)))
+        assert arrived.get(timeout=60) == chunk(0)
+        assert lost.empty()
+        # And one over which nothing passes, in one direction, is.
+        bed.fault("there", "lose=here")
+        hop.send(chunk(1), memoryview(bytes(128 << 10)))
+        assert address in lost.get(timeout=60)
+        server.close()

@@ -364,6 +364,10 @@ def test_a_next_device_that_is_gone_is_reported(ring: tuple[Node, Node]) -> None
     lost = first.reports.get(timeout=ANSWER_S)
     assert isinstance(lost, PeerLost)
     assert (lost.epoch, lost.device) == (EPOCH, "last")
+    # Again at each sequence: the coordinator may not have known the deployment yet.
+    for number in (1, 2):
+        first.relay.start(start(number))
+        assert first.reports.get(timeout=ANSWER_S) == lost
 
 
 def test_a_chunk_that_cannot_be_unpacked_fails_its_sequence_and_no_other(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from coordinator.plan import Advice, InfeasiblePlan, verify
+from coordinator.idle import idle_reasons
+from coordinator.plan import Advice, InfeasiblePlan, PlanError, Proof, assess, verify
 from coordinator.planner import solve
-from coordinator.problem import HopFormat, Objective, PlanningProblem, build_problem
+from coordinator.problem import HopFormat, NoLink, Objective, PlanningProblem, build_problem
 from coordinator.study import opt_350m
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
@@ -104,6 +106,15 @@ def with_watts(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
     )
 
 
+def with_links(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    added = {
+        (indices[source], indices[target]): LinkProfile(source, target, 1e-3, 1e8)
+        for source, target in advice.missing_links
+    }
+    return replace(problem, links={**problem.links, **added})
+
+
 FOLLOW: dict[str, Ease] = {
     "memory_short_bytes": more_room,
     "storage_short_bytes": more_room,
@@ -112,8 +123,24 @@ FOLLOW: dict[str, Ease] = {
     "quality_budget": larger_budget,
     "free_placement": free_placement,
     "declare_watts": with_watts,
+    "missing_links": with_links,
 }
 """How each field of Advice is followed; one without a way here fails a test below."""
+
+TRIED = NoLink(
+    "pi-1", "pi-2", "cannot connect to 10.0.0.2:4100: no answer in time", ("10.0.0.2:4100",)
+)
+
+
+def cut(problem: PlanningProblem, *pairs: tuple[int, int]) -> PlanningProblem:
+    """Without these links, which were tried."""
+    names = [device.name for device in problem.devices]
+    return replace(
+        problem,
+        links={pair: link for pair, link in problem.links.items() if pair not in pairs},
+        no_links={(i, j): replace(TRIED, source=names[i], target=names[j]) for i, j in pairs},
+    )
+
 
 CASES: dict[str, tuple[PlanningProblem, set[str]]] = {
     "memory": (problem_of(memory=20), {"memory_short_bytes"}),
@@ -148,6 +175,26 @@ CASES: dict[str, tuple[PlanningProblem, set[str]]] = {
         {"memory_short_bytes", "free_placement"},
     ),
     "watts": (problem_of(objective=Objective("energy")), {"declare_watts"}),
+    "a link": (cut(problem_of(memory=60, bits=(4,)), (0, 1)), {"missing_links"}),
+    "links both ways": (cut(problem_of(memory=60, bits=(4,)), (0, 1), (1, 0)), {"missing_links"}),
+    "a link, for want of bits": (
+        cut(problem_of(memory=60, bits=(8,)), (0, 1)),
+        {"memory_short_bytes"},
+    ),
+    "a link that pins need": (
+        cut(problem_of(pins={0: 0, len(BLOCKS) - 1: 1}), (1, 0)),
+        {"missing_links", "free_placement"},
+    ),
+    "a link, by energy": (
+        cut(
+            with_watts(
+                problem_of(memory=60, bits=(4,), objective=Objective("energy")),
+                Advice(declare_watts=("pi-1", "pi-2")),
+            ),
+            (0, 1),
+        ),
+        {"missing_links"},
+    ),
     "two bounds of which each is enough": (
         bounded(1e-3, memory=60, bits=(8,)),
         {"memory_short_bytes"},
@@ -183,6 +230,7 @@ def read(message: str) -> Advice:
         number("raise the quality budget to"),
         "drop the pins and exclusions" in message,
         tuple(watts[1].split(", ")) if watts else (),
+        tuple(re.findall(r"(pi-\d) cannot reach (pi-\d) \(", message)),
     )
 
 
@@ -252,7 +300,7 @@ def test_missing_links_and_unknown_hops_are_named() -> None:
         )
         for index, device in enumerate(two_needed.devices)
     )
-    with pytest.raises(InfeasiblePlan, match="are links missing") as caught:
+    with pytest.raises(InfeasiblePlan, match=r"are links missing\?: .*from pi-1 to pi-2") as caught:
         solve(replace(two_needed, devices=halves, links={}))
     assert caught.value.advice == Advice()
     solve(replace(two_needed, devices=halves))
@@ -265,3 +313,60 @@ def test_missing_links_and_unknown_hops_are_named() -> None:
     with pytest.raises(InfeasiblePlan, match="no width of hops has a known sensitivity"):
         solve(unknown)
     solve(replace(unknown, hop_formats=(HopFormat(8, 0.001),)))
+
+
+def test_a_link_that_was_tried_is_named_and_memory_is_not() -> None:
+    problem = cut(problem_of(memory=60, bits=(4,)), (0, 1))
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(problem)
+    assert str(caught.value) == (
+        "no plan fits: pi-1 cannot reach pi-2 (cannot connect to 10.0.0.2:4100: no answer in time):"
+        " let pi-1 connect to TCP port 4100 of pi-2 (firewall, NAT, cable; `shoal agent --port"
+        " PORT` fixes an agent's port)"
+    )
+    again = PlanningProblem.from_dict(problem.to_dict())
+    assert again == problem
+    with pytest.raises(InfeasiblePlan, match=r"pi-1 cannot reach pi-2 .*10\.0\.0\.2:4100"):
+        solve(again)
+
+
+def test_of_many_missing_links_only_those_that_are_enough_are_named() -> None:
+    three = build_problem(
+        SPEC,
+        {name: profile(45 * MB, 900 * MB) for name in ("pi-1", "pi-2", "pi-3")},
+        {
+            name: [BlockTiming(kind, 0, 4, 4e-3, 4e-4) for kind in ("embedding", "layer", "head")]
+            for name in ("pi-1", "pi-2", "pi-3")
+        },
+        [
+            LinkProfile(f"pi-{i}", f"pi-{j}", 1e-3, 1e8)
+            for i, j in itertools.permutations((1, 2, 3), 2)
+        ],
+        bits=(4,),
+        slots=1,
+        context_tokens=128,
+        chunk_tokens=64,
+    )
+    assert len(solve(three).stages) == 3
+    # One ring needs one of the links, the other both of the others.
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(cut(three, (0, 1), (1, 0), (0, 2)))
+    assert caught.value.advice.missing_links == (("pi-1", "pi-2"),)
+
+
+def test_a_given_plan_over_a_link_that_was_tried_says_why() -> None:
+    problem = problem_of(memory=60, bits=(4,))
+    stages = [(stage.device == "pi-2", stage.first, stage.bits) for stage in solve(problem).stages]
+    with pytest.raises(PlanError, match=r"pi-1 cannot reach pi-2 .*10\.0\.0\.2:4100"):
+        assess(cut(problem, (0, 1)), stages, Proof("test", 0.0, 0.0))
+
+
+def test_a_device_that_the_plan_cannot_reach_is_left_out_for_that_reason() -> None:
+    problem = cut(problem_of(), (0, 1))
+    (line,) = idle_reasons(solve(problem), problem)
+    assert line == (
+        "pi-2 is left out: pi-1 cannot reach pi-2 (cannot connect to 10.0.0.2:4100: no answer in"
+        " time)"
+    )
+    (line,) = idle_reasons(solve(problem_of()), problem_of())
+    assert "its fastest layer takes" in line

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator import gateway
+from coordinator import fleet, gateway, links
 from coordinator.artifacts import ArtifactStore
 from coordinator.deployment import Deployment
 from coordinator.errors import (
@@ -19,6 +19,7 @@ from coordinator.errors import (
     AgentLost,
     Busy,
     CoordinatorError,
+    LinkFailed,
     NotLoaded,
     RequestInvalid,
     Stalled,
@@ -41,7 +42,9 @@ from wire.messages import (
     FindBlocks,
     FinishReason,
     Heartbeat,
+    LinkMeasured,
     LoadStage,
+    MeasureLink,
     MeasureModel,
     Message,
     PeerLost,
@@ -176,7 +179,7 @@ class Cluster:
                 message = await said(agent)
                 if isinstance(message, UnloadStage):
                     await agent.send(Done(message.request))
-                elif isinstance(message, (MeasureModel, FindBlocks, LoadStage)):
+                elif isinstance(message, (MeasureModel, MeasureLink, FindBlocks, LoadStage)):
                     await agent.send(RequestFailed(message.request, "no room"))
 
         self.playing += [asyncio.ensure_future(answer(agent)) for agent in agents]
@@ -364,9 +367,26 @@ async def loss(cluster: Cluster) -> None:
     cluster.play_helpless(cluster.agents[0])
 
 
+async def beat(agent: AsyncConnection) -> None:
+    while True:
+        await agent.send(Heartbeat())
+        await asyncio.sleep(0.05)
+
+
 async def lost_hop(cluster: Cluster) -> None:
+    """Both devices live on."""
     cluster.play_helpless(*cluster.agents)
-    await cluster.agents[0].send(PeerLost(EPOCH, "last", "reset"))
+    cluster.playing += [asyncio.ensure_future(beat(agent)) for agent in cluster.agents]
+    # Who is not the next device is none of the first one's business.
+    await cluster.agents[0].send(PeerLost(EPOCH, "first", "reset"))
+    await cluster.agents[0].send(PeerLost(EPOCH, "last", "10.0.0.2:4100: reset"))
+
+
+async def silent_hop(cluster: Cluster) -> None:
+    """The device says nothing more to anybody."""
+    cluster.play_helpless(cluster.agents[0])
+    cluster.playing.append(asyncio.ensure_future(beat(cluster.agents[0])))
+    await cluster.agents[0].send(PeerLost(EPOCH, "last", "no answer in time"))
 
 
 async def unload(cluster: Cluster) -> None:
@@ -389,7 +409,13 @@ async def stop(cluster: Cluster) -> None:
     ("end", "error", "words"),
     [
         (loss, AgentLost, "last: device lost .*others cannot take its place: first: no room"),
-        (lost_hop, AgentLost, "last: device lost .first cannot reach it"),
+        (
+            lost_hop,
+            LinkFailed,
+            r"link lost: first cannot reach last \(10.0.0.2:4100: reset\), and both are alive"
+            ".*no plan does without this link: ",
+        ),
+        (silent_hop, AgentLost, r"last: device lost \(.* silent .*others cannot take its place"),
         (unload, NotLoaded, "unloaded"),
         (stop, NotLoaded, "stopped"),
     ],
@@ -474,6 +500,47 @@ def test_an_unload_that_has_to_wait_for_others_ends_no_recovery(run: Run) -> Non
         assert await cluster.fleet.unload() == "llama"
         with pytest.raises(NotLoaded):
             await cluster.fleet.require_deployment()
+
+    run(test)
+
+
+def test_a_link_that_failed_is_tried_again_while_nothing_else_is_done(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "WATCH_S", 0.01)
+    monkeypatch.setattr(links, "RETRY_S", (0.0,))
+
+    async def test(cluster: Cluster) -> None:
+        first, last = cluster.member("first"), cluster.member("last")
+        cluster.roster.fail_link(first, last, "refused")
+        deployment = cluster.deploy()
+        answering = asyncio.ensure_future(collect(cluster))
+        watching = asyncio.ensure_future(cluster.fleet.watch_links())
+        begun = await cluster.begun()
+        cluster.roster.changed.clear()
+        await cluster.sample(begun.sequence, "a", "length")
+        await answering
+        assert await said(cluster.agents[0]) == ReleaseSequence(EPOCH, begun.sequence)
+        message = await said(cluster.agents[0])
+        assert isinstance(message, MeasureLink)
+        # Who asks for something now is not refused.
+        unloading = asyncio.ensure_future(cluster.fleet.unload())
+        await cluster.agents[0].send(RequestFailed(message.request, "refused again"))
+        message = await said(cluster.agents[0])
+        cluster.play_helpless(cluster.agents[1])
+        if isinstance(message, MeasureLink):
+            await cluster.agents[0].send(LinkMeasured(message.request, 1e-3, 1e8))
+            message = await said(cluster.agents[0])
+        assert isinstance(message, UnloadStage)
+        await cluster.agents[0].send(Done(message.request))
+        assert await unloading == deployment.name
+        while cluster.roster.link(first, last) is None:
+            message = await said(cluster.agents[0])
+            assert isinstance(message, MeasureLink)
+            await cluster.agents[0].send(LinkMeasured(message.request, 1e-3, 1e8))
+            await cluster.roster.changed.wait()
+        assert cluster.roster.failed_links() == ()
+        watching.cancel()
 
     run(test)
 

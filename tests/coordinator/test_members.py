@@ -356,6 +356,47 @@ def test_a_link_that_changed_is_taken_over_for_the_next_plan() -> None:
     run(test)
 
 
+def test_a_link_that_failed_is_no_link_until_it_is_measured_or_its_device_joins_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(members, "SIGN_OF_LIFE_S", 0.05)
+
+    async def test(coordinator: Coordinator) -> None:
+        roster = coordinator.roster
+        here, member = await coordinator.joined(hello("a", "one"))
+        _, other = await coordinator.joined(hello("b", "two"))
+        pairs = [(member, other), (other, member)]
+        assert roster.links_to_measure(roster.members) == pairs
+        for pair in pairs:
+            roster.set_link(*pair, LinkMeasured(1, 1e-3, 1e6))
+        roster.fail_link(member, other, "refused")
+        assert [(link.source, link.target) for link in roster.links()] == [("two", "one")]
+        ((link, failure),) = roster.failed_links()
+        assert str(link) == "one cannot reach two (refused; its addresses are 127.0.0.1:1)"
+        assert failure.count == 1
+        # What was on its way when the link failed does not make it whole.
+        await here.send(LinkChanged("b", 5e-3, 2e5, 6e-3))
+        await here.send(TokenSampled(1, 1, 0, 0, ""))
+        while not coordinator.events:
+            await next_message_or_beat(here)
+        assert roster.link(member, other) is None
+        assert roster.links_to_measure(roster.members) == []
+        roster.changed.clear()
+        roster.set_link(member, other, LinkMeasured(1, 1e-3, 1e6))
+        assert roster.changed.is_set()
+        # The way back of a link that failed in use is not believed either.
+        roster.fail_link(member, other, "reset", used=True)
+        assert roster.links() == ()
+        assert len(roster.links_to_measure(roster.members)) == 1  # It had failed before.
+        _, again = await coordinator.joined(hello("b", "two"))
+        assert roster.failed_links() == ()
+        assert roster.links_to_measure(roster.members) == [(member, again), (again, member)]
+        roster.fail_link(member, other, "of one that left")
+        assert roster.failed_links() == ()
+
+    run(test)
+
+
 async def next_message_or_beat(connection: AsyncConnection) -> None:
     """Wait until the roster has said something, which it does each second."""
     await connection.receive(5)

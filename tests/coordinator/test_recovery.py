@@ -26,6 +26,7 @@ class Shoal:
 
     def __init__(self) -> None:
         self.enough = False
+        self.reason = "memory is short"
         self.joined = asyncio.Event()
         self.outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.attempts: asyncio.Queue[int] = asyncio.Queue()
@@ -34,7 +35,7 @@ class Shoal:
     async def place(self) -> str:
         self.attempts.put_nowait(1)
         if not self.enough:
-            raise PlanError("memory is short")
+            raise PlanError(self.reason)
         return "placed"
 
     async def recover(self, wait_s: float) -> str:
@@ -104,6 +105,26 @@ def test_the_same_devices_are_tried_again_for_a_while(monkeypatch: pytest.Monkey
         assert await task == "placed"
 
     run(test)
+
+
+def test_an_attempt_that_fails_as_the_last_one_is_not_told_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recovery, "RETRY_S", 0.01)
+
+    async def test(shoal: Shoal) -> None:
+        task = asyncio.ensure_future(shoal.recover(60))
+        for _ in range(5):
+            await shoal.attempts.get()
+        shoal.reason = "memory is shorter"
+        while len(shoal.failures) < 10:
+            await shoal.attempts.get()
+        shoal.enough = True
+        assert await task == "placed"
+
+    run(test)
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.rpartition(": ")[2] for text in told] == ["memory is short", "memory is shorter"]
 
 
 def test_what_is_loaded_is_kept_until_it_is_unloaded(

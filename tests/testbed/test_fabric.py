@@ -99,15 +99,6 @@ def test_loss_is_met_on_both_ends() -> None:
     assert net.loses_frames
 
 
-def test_frames_to_one_host_are_lost_in_one_direction() -> None:
-    net = fabric()
-    learn(net)
-    net.set_fault("a", PortFault(lost_to="b"))
-    assert list(net.carry("a", frame("a", ADDRESS["b"]), 1.0)) == []
-    assert [name for _, name in net.carry("a", frame("a", BROADCAST), 1.0)] == ["c"]
-    assert [name for _, name in net.carry("b", frame("b", ADDRESS["a"]), 1.0)] == ["a"]
-
-
 @pytest.mark.parametrize("fault", [PortFault(cut=True), PortFault(blackhole=True)])
 @pytest.mark.parametrize("host", ["a", "b"])
 def test_a_lost_link_carries_nothing_until_it_is_healed(host: str, fault: PortFault) -> None:
@@ -137,6 +128,42 @@ def test_multicast_can_be_lost_alone() -> None:
     # Without broadcasts nobody would find anybody's hardware address.
     assert [name for _, name in net.carry("a", frame("a", BROADCAST), 1.0)] == ["b", "c"]
     assert [name for _, name in net.carry("a", frame("a", ADDRESS["b"]), 1.0)] == ["b"]
+
+
+def test_frames_can_be_lost_in_one_direction_alone() -> None:
+    net = fabric()
+    learn(net)
+    net.set_fault("a", PortFault(loses=("b",)))
+    assert list(net.carry("a", frame("a", ADDRESS["b"]), 1.0)) == []
+    assert [name for _, name in net.carry("a", frame("a", BROADCAST), 1.0)] == ["c"]
+    assert [name for _, name in net.carry("b", frame("b", ADDRESS["a"]), 1.0)] == ["a"]
+    net.set_fault("a", PortFault())
+    assert list(net.carry("a", frame("a", ADDRESS["b"]), 1.0)) == [(1.0, "b")]
+
+
+def segment(source: str, target: str, flags: int, protocol: int = 6) -> bytes:
+    """A TCP segment with nothing in it, behind an IPv4 header with options."""
+    header = bytes([0x46, *bytes(8), protocol, *bytes(14)])
+    head = bytes(tap.VIRTIO_HEADER_BYTES) + ADDRESS[target] + ADDRESS[source] + b"\x08\x00"
+    return head + header + bytes(13) + bytes([flags]) + bytes(6)
+
+
+def test_a_firewall_lets_its_host_out_and_nobody_in() -> None:
+    syn, answer, ack = 0x02, 0x12, 0x10
+    net = fabric()
+    learn(net)
+    net.set_fault("b", PortFault(firewall=True))
+
+    def passes(source: str, target: str, flags: int, protocol: int = 6) -> bool:
+        return bool(list(net.carry(source, segment(source, target, flags, protocol), 1.0)))
+
+    assert not passes("a", "b", syn)
+    assert passes("a", "b", answer)
+    assert passes("a", "b", ack)
+    assert passes("a", "b", syn, protocol=17)
+    assert passes("b", "a", syn)
+    assert passes("a", "c", syn)
+    assert list(net.carry("a", frame("a", ADDRESS["b"], 40), 1.0))
 
 
 def test_a_large_segment_counts_the_headers_of_its_packets() -> None:

@@ -1,0 +1,102 @@
+"""What is known of the links between devices: figures of those that work, and why others do not.
+
+A link has a direction. One that fails is not planned with; it is tried again after a while that
+grows with each failure. Devices are named by their ids here, since names may change.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from wire.profile import LinkProfile
+
+Pair = tuple[str, str]
+"""(source, target), as device ids."""
+
+RETRY_S = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0)
+"""Pauses before a link is tried again, by the number of failures; the last one repeats."""
+
+REMEMBERED_S = 600.0
+"""A link that works again counts as never failed after this long."""
+
+FRESH_S = 10.0
+"""A failure that is not older is believed even where a user asks."""
+
+MAX_REASON = 400
+"""Characters of a reason that are kept: it comes from an agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The newest failure of a link. Times are of a monotonic clock."""
+
+    reason: str
+    failed_s: float
+    count: int
+    """Failures in a row, this one included."""
+    due_s: float
+    """When the link is worth another try."""
+    reasons: frozenset[str]
+    """All that were given since it worked."""
+
+
+class Links:
+    """Figures and failures of ordered pairs of devices."""
+
+    def __init__(self) -> None:
+        self._working: dict[Pair, LinkProfile] = {}
+        self._failures: dict[Pair, Failure] = {}
+        """Those of links that work again are kept for a while: they may fail again soon."""
+
+    def get(self, pair: Pair) -> LinkProfile | None:
+        """The link as last measured; None where it was not, or has failed since."""
+        return self._working.get(pair)
+
+    def failure(self, pair: Pair) -> Failure | None:
+        """Why the link does not work; None where it does, or was never tried."""
+        return None if pair in self._working else self._failures.get(pair)
+
+    def set(self, pair: Pair, link: LinkProfile) -> bool:
+        """Take figures. True where the link had failed before."""
+        failed = self.failure(pair) is not None
+        self._working[pair] = link
+        return failed
+
+    def fail(self, pair: Pair, reason: str, *, used: bool, now_s: float | None = None) -> bool:
+        """Take a failure; True where its reason is news.
+
+        ``used``: in use, and not when it was measured. Then the way back is doubtful too, and has
+        to be measured again; and the first time the failure is checked at once, since a connection
+        can end although the link works.
+        """
+        now_s = time.monotonic() if now_s is None else now_s
+        reason = "".join(c if c.isprintable() else "?" for c in reason[:MAX_REASON])
+        before = self._failures.get(pair)
+        count = 1
+        if before is not None and (
+            pair not in self._working or now_s - before.failed_s < REMEMBERED_S
+        ):
+            count += before.count
+        pause_s = 0.0 if used and count == 1 else RETRY_S[min(count, len(RETRY_S)) - 1]
+        worked = self._working.pop(pair, None) is not None
+        known = frozenset() if worked or before is None else before.reasons
+        self._failures[pair] = Failure(reason, now_s, count, now_s + pause_s, known | {reason})
+        if used:
+            self._working.pop(pair[::-1], None)
+        return reason not in known
+
+    def is_due(self, pair: Pair, *, asked: bool, now_s: float | None = None) -> bool:
+        """Whether to measure the link now; ``asked``: a user waits for the best plan."""
+        now_s = time.monotonic() if now_s is None else now_s
+        failure = self.failure(pair)
+        if failure is None:
+            return pair not in self._working
+        return now_s >= failure.due_s or (asked and now_s - failure.failed_s >= FRESH_S)
+
+    def forget(self, device: str) -> None:
+        """Know nothing any more of the links from and to a device."""
+        for pair in {*self._working, *self._failures}:
+            if device in pair:
+                self._working.pop(pair, None)
+                self._failures.pop(pair, None)
