@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
+import secrets
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -86,7 +86,6 @@ class Fleet:
         self._store = store
         self._distillation = Distillation(store, quality)
         self._lock = asyncio.Lock()
-        self._epochs = itertools.count(1)
         self.deployment: Deployment | None = None
         self.on_step: Callable[[Step], None] | None = None
         self.on_broken: Callable[[Deployment, CoordinatorError], None] = lambda *_: None
@@ -303,7 +302,7 @@ class Fleet:
     async def _deploy(
         self, planned: Planned, tokenizer: Tokenizer, refs: Sequence[BlockRef]
     ) -> Deployment:
-        epoch = next(self._epochs)
+        epoch = secrets.randbits(62)  # Nobody else can name it, and no restart repeats it.
         return await deploy(planned, tokenizer, refs, self._roster.members, epoch, self._report)
 
     # ---- without being asked --------------------------------------------------------------------

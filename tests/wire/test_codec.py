@@ -23,7 +23,6 @@ from wire.messages import (
     Heartbeat,
     LoadStage,
     Message,
-    Sampling,
     TokenSampled,
 )
 
@@ -109,8 +108,8 @@ def test_missing_and_surplus_fields_are_refused(kind: type[Message]) -> None:
 GOLDEN: dict[str, tuple[Message, int]] = {
     "heartbeat": (Heartbeat(1024), 0),
     "token": (TokenSampled(1, 7, 0, 42, ""), 0),
-    "activation": (Activation(1, 7, 0, 5, 1, 16, True, None), 260),
-    "first chunk": (Activation(1, 7, 0, 0, 5, 16, True, Sampling(64, (2,), 0.0, 0, 1.0, 9)), 1300),
+    "activation": (Activation(1, 7, 0, 5, 1, 16, True), 260),
+    "first chunk": (Activation(1, 7, 0, 0, 5, 16, True), 1300),
 }
 
 
@@ -193,4 +192,4 @@ def test_deep_nesting_is_refused() -> None:
 
 def test_what_is_too_large_to_send_fails_at_the_sender() -> None:
     with pytest.raises(ProtocolError, match="too large"):
-        encode(Activation(1, 1, 0, 0, 1, 32, True, None), limits.MAX_PAYLOAD_BYTES + 1)
+        encode(Activation(1, 1, 0, 0, 1, 32, True), limits.MAX_PAYLOAD_BYTES + 1)
