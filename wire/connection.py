@@ -224,7 +224,7 @@ class Connection:
                     if not self._socket.recv_into(self._buffer):
                         break
         self.close()
-        raise AuthFailed(f"{self.peer}: {error}") from error
+        raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
 
     def _receive(self, admit: Admit | None = None) -> tuple[Message, memoryview]:
         """``admit`` may raise at what a prefix announces."""
@@ -420,7 +420,7 @@ class AsyncConnection:
                     if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
                         break
         self.close()
-        raise AuthFailed(f"{self.peer}: {error}") from error
+        raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
 
     async def _receive_within(
         self, timeout_s: float | None, admit: Admit | None = None
