@@ -33,7 +33,7 @@ from coordinator.recovery import LoadedFile
 from coordinator.workshop import Makers, Workshop
 from model.errors import ModelError
 from wire import admission, limits
-from wire.connection import BACKLOG, AsyncConnection, bind, reason, serve, tune
+from wire.connection import ACCEPT_AT_ONCE, BACKLOG, AsyncConnection, bind, reason, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, WireError
 from wire.lobby import Lobby
@@ -131,6 +131,7 @@ class Coordinator:
             async with self._advertised(control_port):
 
                 def on_started() -> None:
+                    http_socket.listen(BACKLOG)
                     self._service.ready()
                     on_ready(ready)
 
@@ -310,7 +311,7 @@ async def _serve_http(
         timeout_graceful_shutdown=2,
         http=guarded_protocol(Lobby("HTTP")),
         ws="none",
-        backlog=BACKLOG,
+        backlog=ACCEPT_AT_ONCE,
         limit_concurrency=MOST_HTTP,
     )
     await _Server(config, on_started, on_stop).serve(sockets=[http_socket])

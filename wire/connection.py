@@ -51,8 +51,12 @@ REFUSAL_READS = 16
 ACCEPT_PAUSE_S = 0.1
 """Pause of a listener that has no memory or file descriptor left for the next connection."""
 
-BACKLOG = 64
-"""Connections that wait to be accepted; asyncio accepts that many at once."""
+ACCEPT_AT_ONCE = 64
+"""Connections that asyncio accepts before anything else has its turn."""
+
+BACKLOG = 1024
+"""Connections that wait in the kernel to be accepted: beyond them, a caller tries again after a
+second."""
 
 
 class Connection:
@@ -494,7 +498,8 @@ async def serve(
         finally:
             connection.close()
 
-    server = await asyncio.start_server(on_connect, sock=listening, backlog=BACKLOG)
+    server = await asyncio.start_server(on_connect, sock=listening, backlog=ACCEPT_AT_ONCE)
+    listening.listen(BACKLOG)
     return server, bound_port
 
 

@@ -141,7 +141,7 @@ def test_who_says_hello_byte_by_byte_is_not_waited_for(
         connection = listener.accept()
         assert connection is not None
         try:
-            with pytest.raises(ConnectionLost, match="too long to say who it is|in time"):
+            with pytest.raises(ConnectionLost, match=r"too long to say who it is|in time"):
                 connection.receive_hello(HELLOS)
         finally:
             over.set()
