@@ -242,9 +242,13 @@ class Agent:
                 target=self._work, args=(connection, coordinator, requests), name="worker"
             ),
         ]
-        for thread in threads:
-            thread.daemon = True
-            thread.start()
+        try:
+            for thread in threads:
+                thread.daemon = True
+                thread.start()
+        except RuntimeError as error:  # No more threads for this process.
+            connection.close()
+            raise ConnectFailed(f"cannot serve the coordinator: {error}") from error
         try:
             while True:
                 message, _ = connection.receive()  # A heartbeat each second, at least.

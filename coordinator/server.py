@@ -57,7 +57,12 @@ FIRST_MESSAGES = {
 """What a connection of an agent may begin with, and the largest header of each."""
 
 MOST_HTTP = 192
-"""HTTP connections at once, those that wait for their answers included."""
+"""HTTP connections at once, those that wait for their answers included; one more gets a 503."""
+
+MOST_HTTP_WAITING = 128
+MOST_HTTP_OF_ONE = 96
+"""HTTP connections without a whole request, and of one address. A client keeps some open between
+two requests."""
 
 CLIENT_STALL_S = 60.0
 """An HTTP client that takes none of its answer for this long is as good as gone."""
@@ -309,7 +314,7 @@ async def _serve_http(
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,
-        http=guarded_protocol(Lobby("HTTP")),
+        http=guarded_protocol(Lobby("HTTP", MOST_HTTP_WAITING, MOST_HTTP_OF_ONE)),
         ws="none",
         backlog=ACCEPT_AT_ONCE,
         limit_concurrency=MOST_HTTP,

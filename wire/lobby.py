@@ -52,7 +52,7 @@ class Lobby:
         if leaving is not None:
             rare_log.warning(
                 self._port,
-                "%s: too many connections that say nothing; closing the oldest, from %s",
+                "%s: too many connections wait; closing the oldest one of %s",
                 self._port,
                 crowded,
             )

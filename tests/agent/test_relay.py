@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import numpy.typing as npt
 import pytest
 
 from agent.links import Link, Measuring
-from agent.peers import Entrance, PeerServer, connect_peer
+from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.relay import Relay
+from agent.sequences import START_AHEAD
 from backends.base import Array, BackendError, Stage, StageOptions, Tokens
 from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
@@ -23,11 +25,13 @@ from model.quantize import Format
 from wire import limits
 from wire.activations import HopBits, Rows
 from wire.connection import Listener
+from wire.errors import ConnectFailed, ConnectionLost
 from wire.messages import (
     Activation,
     Endpoint,
     Message,
     PeerLost,
+    ProbePing,
     Sampling,
     SequenceFailed,
     StartSequence,
@@ -526,3 +530,103 @@ def test_a_sequence_that_fails_leaves_its_neighbours(shared_ring: tuple[Node, No
 def number_of(message: Message) -> int:
     assert isinstance(message, (SequenceFailed, TokenSampled))
     return message.sequence
+
+
+# ---- who may send -------------------------------------------------------------------------------
+
+
+def test_only_the_previous_device_may_send_to_a_stage(
+    ring: tuple[Node, Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A third member knows the epoch, the sequence and the ids, and speaks on real sockets."""
+    first, last = ring
+    first.stage.gate.clear()
+    first.start(start(5))
+    first.stage.next_call()
+    for node, before in ((first, last), (last, first)):
+        endpoint = [Endpoint("127.0.0.1", node.listener.port)]
+        for device, key in ((before.device, b"guessed"), ("third", HOP_KEY)):
+            with pytest.raises(ConnectFailed, match="not the previous device"):
+                connect_peer(device, node.device, endpoint, hop_key=key)
+        message, payload = activation(5, 4)
+        for said, data in (
+            (message, payload),
+            (replace(message, sequence=1 << 62), payload),
+            (TokenSampled(EPOCH, 5, 0, 9, ""), memoryview(b"")),
+        ):
+            with connect_peer(before.device, node.device, endpoint) as third:
+                third.send(said, data)
+                third.set_receive_timeout(ANSWER_S)
+                with pytest.raises(ConnectionLost):
+                    third.receive()
+    first.stage.gate.set()
+    assert last.answer(5) == CONTINUATION
+    assert first.reports.empty()
+    refused = [line for line in caplog.messages if "previous device" in line]
+    assert len(refused) == 2  # One for each device that was spoken to.
+
+
+def test_a_link_is_measured_by_anyone_and_with_small_probes_only(ring: tuple[Node, Node]) -> None:
+    _, last = ring
+    endpoint = [Endpoint("127.0.0.1", last.listener.port)]
+    with connect_peer("third", "last", endpoint) as third:
+        assert measure_link(third).rtt_s > 0
+        with suppress(ConnectionLost):  # The other side may close while this one still sends.
+            third.send(ProbePing(1), bytes(limits.MAX_PROBE_BYTES + 1))
+        with pytest.raises(ConnectionLost):
+            third.receive()
+
+
+def test_a_stage_that_is_gone_lets_nobody_in(ring: tuple[Node, Node]) -> None:
+    first, last = ring
+    last.peers.entrance = None
+    with pytest.raises(ConnectFailed, match="not the previous device"):
+        connect_peer(
+            first.device, "last", [Endpoint("127.0.0.1", last.listener.port)], hop_key=HOP_KEY
+        )
+
+
+@pytest.mark.parametrize("number", [1 << 62, 3 + START_AHEAD + 1, 3 + START_AHEAD, 4])
+def test_rows_of_a_sequence_that_nobody_started_block_no_slot(
+    ring: tuple[Node, Node], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even from the device before."""
+    monkeypatch.setattr("agent.relay.START_WAIT_S", 0.05)
+    first, last = ring
+    first.start(start(3))
+    assert last.answer(3) == CONTINUATION
+    last.relay.deliver(*activation(number, 4))
+    first.start(start(4))
+    assert last.answer(4) == CONTINUATION
+    assert last.reports.empty()
+
+
+def test_rows_that_overtake_the_start_of_their_sequence_wait_for_it(
+    artifacts: list[tuple[int, Path]],
+) -> None:
+    last = Node("last", artifacts[2:], CONTEXT)
+    arrived = threading.Event()
+
+    def deliver() -> None:
+        arrived.set()
+        last.relay.deliver(*activation(7, 4))
+
+    thread = threading.Thread(target=deliver)
+    thread.start()
+    assert arrived.wait(ANSWER_S)
+    last.relay.start(start(7, ()))
+    assert last.stage.next_call() == ((0,), 4)
+    thread.join(ANSWER_S)
+    last.close()
+
+
+def test_rows_in_a_slot_that_is_not_their_sequences_are_dropped(
+    artifacts: list[tuple[int, Path]],
+) -> None:
+    last = Node("last", artifacts[2:], CONTEXT, slots=2)
+    last.relay.start(start(1, ()))
+    last.relay.deliver(*activation(1, 4, slot=1))
+    last.relay.deliver(*activation(1, 3))
+    assert last.stage.next_call() == ((0,), 3)
+    assert last.stage.calls.empty()
+    last.close()
