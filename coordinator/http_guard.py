@@ -28,6 +28,9 @@ HEAD_S = 15.0
 BODY_S = 60.0
 """For a request's body: 4 MiB at half a megabit per second."""
 
+MOST_REQUESTS = 192
+"""Requests that are answered at once, those that wait for a slot included."""
+
 ANY_HOST = "*"
 """Setting that serves every host name."""
 
@@ -40,7 +43,8 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]+)", re.ASCII)
 
 
 class HostGuard:
-    """ASGI middleware: refuses requests for, and from pages of, hosts that are not this machine's.
+    """ASGI middleware: refuses requests for, and from pages of, hosts that are not this machine's,
+    and more than MOST_REQUESTS at once.
 
     Known are loopback names and addresses, the address that the client has connected to, this
     machine's name, and ``names``. The port does not matter.
@@ -48,6 +52,7 @@ class HostGuard:
 
     def __init__(self, app: ASGIApp, names: Collection[str] = ()) -> None:
         self._app = app
+        self._answering = 0
         self._any = ANY_HOST in names
         own = socket.gethostname().lower()
         short = own.partition(".")[0]
@@ -57,16 +62,18 @@ class HostGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         message = None if scope["type"] != "http" or self._any else self._refusal(scope)
-        if message is None:
-            await self._app(scope, receive, send)
-            return
-        body = {
-            "message": message,
-            "type": "invalid_request_error",
-            "param": None,
-            "code": "host_not_allowed",
-        }
-        await JSONResponse({"error": body}, status_code=403)(scope, receive, send)
+        if message is not None:
+            response = _error(403, message, "invalid_request_error", "host_not_allowed")
+            await response(scope, receive, send)
+        elif self._answering >= MOST_REQUESTS:
+            message = f"{MOST_REQUESTS} requests are being answered: try again later"
+            await _error(503, message, "server_error", "busy")(scope, receive, send)
+        else:
+            self._answering += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._answering -= 1
 
     def _refusal(self, scope: Scope) -> str | None:
         """Why a request is not served; None: it is.
@@ -173,6 +180,11 @@ class GuardedProtocol(H11Protocol):
 def guarded_protocol(lobby: Lobby) -> type[GuardedProtocol]:
     """The protocol class for one server."""
     return type("GuardedProtocol", (GuardedProtocol,), {"lobby": lobby})
+
+
+def _error(status: int, message: str, kind: str, code: str) -> JSONResponse:
+    body = {"message": message, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": body}, status_code=status)
 
 
 def _normal(name: str) -> str:

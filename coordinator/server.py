@@ -56,9 +56,6 @@ FIRST_MESSAGES = {
 }
 """What a connection of an agent may begin with, and the largest header of each."""
 
-MOST_HTTP = 192
-"""HTTP connections at once, those that wait for their answers included; one more gets a 503."""
-
 MOST_HTTP_WAITING = 128
 MOST_HTTP_OF_ONE = 96
 """HTTP connections without a whole request, and of one address. A client keeps some open between
@@ -317,6 +314,5 @@ async def _serve_http(
         http=guarded_protocol(Lobby("HTTP", MOST_HTTP_WAITING, MOST_HTTP_OF_ONE)),
         ws="none",
         backlog=ACCEPT_AT_ONCE,
-        limit_concurrency=MOST_HTTP,
     )
     await _Server(config, on_started, on_stop).serve(sockets=[http_socket])

@@ -241,6 +241,25 @@ def test_silent_connections_make_room_and_answers_go_on() -> None:
     run(test, most=8)
 
 
+def test_more_requests_than_can_be_answered_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_guard, "MOST_REQUESTS", 2)
+
+    async def test(port: int) -> None:
+        parts = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for reader, writer in parts:
+            writer.write(b"GET /stream HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert b"200" in await reader.readuntil(b"\r\n\r\n")
+        status, text = await ask(port, "Host: localhost")
+        assert (status, json.loads(text)["error"]["code"]) == (503, "busy")
+        for reader, writer in parts:
+            await reader.read()
+            writer.close()
+        while (await ask(port, "Host: localhost"))[0] == 503:  # The end of an answer overtakes.
+            await asyncio.sleep(0.01)
+
+    run(test)
+
+
 def test_a_connection_is_used_again() -> None:
     async def test(port: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
