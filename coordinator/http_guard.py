@@ -38,7 +38,9 @@ UNSPECIFIED = ("0.0.0.0", "::")  # noqa: S104 - to be left out
 
 LONGEST_SHOWN = 80
 
-_HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/\[\]@]+))(?::\d{0,5})?", re.ASCII)
+_HOST = re.compile(
+    r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<name>[^\s:/\[\]@]+))(?::\d{0,5})?", re.ASCII
+)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]+)", re.ASCII)
 
 
