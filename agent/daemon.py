@@ -24,7 +24,7 @@ from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
 from agent.links import Link, Measuring
-from agent.peers import PeerServer, connect_peer, measure_link
+from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.quality import StreamedModel, measure_quality
 from agent.relay import Relay
 from backends.base import Backend, BackendError, StageOptions
@@ -124,7 +124,7 @@ class Agent:
         self._store = CalibrationStore(config.state_dir / "calibration.json")
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
         self._listener = Listener(config.bind_host, config.data_port, token=config.token)
-        self._peers = PeerServer(self._device, self._listener, self._deliver)
+        self._peers = PeerServer(self._device, self._listener)
 
     def run(self) -> None:
         """Serve until ``stop`` is called."""
@@ -242,9 +242,13 @@ class Agent:
                 target=self._work, args=(connection, coordinator, requests), name="worker"
             ),
         ]
-        for thread in threads:
-            thread.daemon = True
-            thread.start()
+        try:
+            for thread in threads:
+                thread.daemon = True
+                thread.start()
+        except RuntimeError as error:  # No more threads for this process.
+            connection.close()
+            raise ConnectFailed(f"cannot serve the coordinator: {error}") from error
         try:
             while True:
                 message, _ = connection.receive()  # A heartbeat each second, at least.
@@ -362,8 +366,13 @@ class Agent:
         return self._backend
 
     def _connect(self, request: MeasureLink | ConnectStage) -> Connection:
-        token = self._config.token
-        return connect_peer(self._device, request.device, request.endpoints, token=token)
+        return connect_peer(
+            self._device,
+            request.device,
+            request.endpoints,
+            token=self._config.token,
+            hop_key=request.hop_key if isinstance(request, ConnectStage) else b"",
+        )
 
     def _measure_model(
         self, request: MeasureModel, connection: Connection, coordinator: Endpoint
@@ -449,6 +458,7 @@ class Agent:
             hop_bits=request.hop_bits,
             report=connection.send,
         )
+        self._peers.entrance = Entrance(request.previous, request.hop_key, self._relay.deliver)
         names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
         self._say(f"loaded {' .. '.join(names)}")
         self._service.status(f"{self._joined}, {' .. '.join(names)} of {len(spec.layers)} layers")
@@ -483,16 +493,12 @@ class Agent:
 
     # ---- the stage ------------------------------------------------------------------------------
 
-    def _deliver(self, message: Message, payload: memoryview) -> None:
-        relay = self._relay
-        if relay is not None:
-            relay.deliver(message, payload)
-
     def _relay_of(self, epoch: int) -> Relay | None:
         relay = self._relay
         return relay if relay is not None and relay.epoch == epoch else None
 
     def _unload(self) -> None:
+        self._peers.entrance = None
         relay, self._relay = self._relay, None
         if relay is not None:
             relay.close()

@@ -94,6 +94,16 @@ def _endpoint(default_port: int) -> Callable[[str], Endpoint]:
     return convert
 
 
+_HOST_NAME = re.compile(r"\*|[A-Za-z0-9_.:\[\]-]{1,253}", re.ASCII)
+
+
+def _host_names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(map(_HOST_NAME.fullmatch, names)):
+        raise ValueError(text)
+    return names
+
+
 count = argument(_positive, "a whole number above 0")
 bits = argument(_known_bits, "widths out of " + ",".join(map(str, BITS)))
 size = argument(parse_size, "a size such as 512M, 1.5G or 200MiB")
@@ -101,4 +111,5 @@ watts = argument(between(0.01, 1e5, "W"), "watts, such as 6.5")
 seconds = argument(between(0, 86400, "s"), "seconds, such as 30")
 port = argument(_port_number, "a port between 0 and 65535")
 http_endpoint = argument(_endpoint(HTTP_PORT), "HOST:PORT")
+host_names = argument(_host_names, "a host name, such as shoal.lan, or * for all")
 control_endpoint = argument(_endpoint(CONTROL_PORT), "HOST or HOST:PORT")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import signal
 import socket
 import threading
@@ -20,6 +21,9 @@ from coordinator.config import DEFAULT_RECOVERY_WAIT_S
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager
+
+MOST_DESCRIPTORS = 65_536
+"""More than all connections that are let in, and all files."""
 
 ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - agents are on other machines
 
@@ -49,6 +53,15 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         default=Endpoint("127.0.0.1", HTTP_PORT),
         metavar="HOST:PORT",
         help=f"the API; default 127.0.0.1:{HTTP_PORT}, this machine only",
+    )
+    parser.add_argument(
+        "--http-host",
+        type=argument_types.host_names,
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="another host name that the API may be called by, beside this machine's own name and "
+        "addresses; may be repeated, * for all",
     )
     parser.add_argument(
         "--storage",
@@ -148,6 +161,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 f"API at {_url(ready.http_host, ready.http_port)}"
             )
 
+    _raise_descriptor_limit()
     try:
         if options.create_token:
             create_token(_required_token_file(options))
@@ -159,6 +173,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 control_port=options.port,
                 http_host=options.http.host,
                 http_port=options.http.port,
+                http_hosts=tuple(options.http_host),
                 advertise=not options.no_mdns,
                 token=read_token(options.token_file),
                 storage_bytes=options.storage,
@@ -202,6 +217,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     from agent.daemon import Agent
     from wire.auth import TokenError, read_token
 
+    _raise_descriptor_limit()
     service = ServiceManager.from_environment()
     try:
         agent = Agent(
@@ -256,6 +272,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         help="TOML with any of these options by their long names; the command line wins",
     )
     parser.set_defaults(parser=parser)
+
+
+def _raise_descriptor_limit() -> None:
+    """Let this process have as many file descriptors as it may: by default it starts with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _url(host: str, port: int) -> str:

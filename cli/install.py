@@ -259,6 +259,8 @@ def _toml(value: object) -> str:
     if isinstance(value, Endpoint):
         host = f"[{value.host}]" if ":" in value.host else value.host
         return json.dumps(f"{host}:{value.port}")
+    if isinstance(value, list):
+        return json.dumps(",".join(value))
     return json.dumps(str(value))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import BlockRef, ConnectStage, Done, LoadStage, StageLoaded, UnloadStage
+
+HOP_KEY_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +127,8 @@ async def deploy(
             raise AgentLost(stage.device, "it left while the plan was made")
     members = tuple(by_name[stage.device] for stage in stages)
     spec = planned.checkpoint.spec
+    # What lets each stage's previous device in: its neighbours know it, and no other device.
+    keys = tuple(secrets.token_bytes(HOP_KEY_BYTES) for _ in members)
     try:
         loaded = await together(
             member.request(
@@ -134,17 +139,22 @@ async def deploy(
                     blocks=tuple(refs[stage.first : stage.last]),
                     slots=planned.request.slots,
                     context_tokens=planned.context_tokens,
-                    first=members[0].device,
+                    previous=previous.device,
+                    hop_key=key,
                     hop_bits=_hop_bits(stage),
                 ),
                 StageLoaded,
                 forward(on_step, "load", member.name),
             )
-            for member, stage in zip(members, stages, strict=True)
+            for member, stage, previous, key in zip(
+                members, stages, members[-1:] + members[:-1], keys, strict=True
+            )
         )
         if len(members) > 1:
-            for member, after in zip(members, members[1:] + members[:1], strict=True):
-                await _connect(member, after, epoch)
+            for member, after, key in zip(
+                members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True
+            ):
+                await _connect(member, after, epoch, key)
         for member in members:  # One that had answered may be gone before all have.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
@@ -164,9 +174,15 @@ async def deploy(
     )
 
 
-async def _connect(member: Member, after: Member, epoch: int) -> None:
+async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> None:
     """Have a stage connect to the next of the ring. Raises AgentLost, LinkFailed."""
-    build = partial(ConnectStage, epoch=epoch, device=after.device, endpoints=after.endpoints)
+    build = partial(
+        ConnectStage,
+        epoch=epoch,
+        device=after.device,
+        endpoints=after.endpoints,
+        hop_key=key,
+    )
     try:
         await member.request(build, Done)
     except AgentLost:

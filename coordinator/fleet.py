@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import (
     AsyncIterator,
@@ -100,7 +101,6 @@ class Fleet:
         self._store = store
         self._distillation = Distillation(store, quality)
         self._lock = asyncio.Lock()
-        self._epochs = itertools.count(1)
         self.deployment: Deployment | None = None
         self.on_step: Callable[[Step], None] | None = None
         self.on_broken: Callable[[Deployment, CoordinatorError], None] = lambda *_: None
@@ -246,7 +246,7 @@ class Fleet:
             refs = await self._quantize(planned)
             if asked:
                 await self._unload()
-            epoch = next(self._epochs)
+            epoch = secrets.randbits(62)  # Nobody else can name it, and no restart repeats it.
             members = self._roster.members
             try:
                 return await deploy(planned, tokenizer, refs, members, epoch, self._report)

@@ -252,11 +252,20 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
 async def _begin(
     deployment: Deployment, number: int, slot: int, prompt: tuple[int, ...], sampling: Sampling
 ) -> None:
-    """Have a sequence start; where the first device is gone, its flight is told by others."""
+    """Have a sequence start on every stage; where a device is gone, its flight is told by others.
+
+    The first one gets the prompt, and comes last: its rows find the others prepared.
+    """
+
+    async def tell(member: Member, message: StartSequence) -> None:
+        with contextlib.suppress(AgentLost):
+            await member.send(message)
+
     chunk_tokens = best_chunk_tokens(deployment.plan.stages, len(prompt))
     start = StartSequence(deployment.epoch, number, slot, prompt, sampling, chunk_tokens)
-    with contextlib.suppress(AgentLost):
-        await deployment.members[0].send(start)
+    first, *others = deployment.members
+    told = replace(start, prompt=())
+    await asyncio.gather(*(tell(member, told) for member in others), tell(first, start))
 
 
 async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | CoordinatorError:

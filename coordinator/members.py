@@ -43,11 +43,15 @@ from wire.messages import (
     TokenSampled,
 )
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 
 MAX_MEMBERS = 256
 """More devices than anyone has on a shelf; a flood of joins stops here."""
+
+MOST_LINES = 30
+"""Lines a minute about members that are lost: without a token, anybody may join and leave."""
 
 SIGN_OF_LIFE_S = 2 * limits.HEARTBEAT_S
 """A living agent has sent a heartbeat by then."""
@@ -205,6 +209,7 @@ class Roster:
         self._members: dict[str, Member] = {}
         self._links = Links()
         self._closed = False
+        self._rare_log = RareLog(log, most=MOST_LINES)
         self.changed = asyncio.Event()
         """Set whenever somebody joins or is lost, or a link works again; whoever waits clears it
         first."""
@@ -312,7 +317,9 @@ class Roster:
         previous = self._members.get(hello.device)
         if previous is not None:
             if await self._is_alive(previous):
-                log.warning("%s has the device id of %s", connection.peer, previous.name)
+                self._rare_log.warning(
+                    "twin", "%s has the device id of %s", connection.peer, previous.name
+                )
                 await connection.send(
                     JoinRefused(
                         f"{previous.name} at {previous.connection.peer_host} has the same device id"
@@ -396,7 +403,7 @@ class Roster:
         del self._members[member.device]
         self._links.forget(member.device)
         if not self._closed:
-            log.warning("%s", error)
+            self._rare_log.warning("lost", "%s", error)
         member.fail(error)
         member.connection.close()
         self._on_lost(member, error)

@@ -4,6 +4,8 @@
 coordinator). Both speak wire.codec. Where there is a token, the handshake of wire.auth comes before
 anything else: in ``Connection.connect``, in the first ``receive`` of what a Listener accepted, and
 in ``serve``. Nothing else in the program knows of it.
+
+What was accepted sits in a lobby until ``receive_hello`` returns, and may be closed there.
 """
 
 from __future__ import annotations
@@ -16,17 +18,20 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import NoReturn
 
 import numpy as np
 
-from wire import auth, limits
+from wire import admission, auth, limits
+from wire.admission import Admit
 from wire.auth import Handshake, Token
-from wire.codec import PREFIX, Prefix, decode_header, decode_prefix, encode
+from wire.codec import PREFIX, decode_header, decode_prefix, encode
 from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, WireError
+from wire.lobby import Lobby
 from wire.messages import AuthChallenge, Endpoint, JoinRefused, Message
+from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,14 @@ REFUSAL_READS = 16
 """Patience with a peer that is refused, and may still be sending its first message."""
 
 ACCEPT_PAUSE_S = 0.1
-"""Pause of a listener that has no file descriptor left for the next connection."""
+"""Pause of a listener that has no memory or file descriptor left for the next connection."""
+
+ACCEPT_AT_ONCE = 64
+"""Connections that asyncio accepts before anything else has its turn."""
+
+BACKLOG = 1024
+"""Connections that wait in the kernel to be accepted: beyond them, a caller tries again after a
+second."""
 
 
 class Connection:
@@ -54,10 +66,21 @@ class Connection:
     either, the connection is closed.
     """
 
-    def __init__(self, sock: socket.socket, handshake: Handshake | None = None) -> None:
-        """``handshake``: what the other end must pass before ``receive`` returns anything."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        handshake: Handshake | None = None,
+        lobby: Lobby | None = None,
+    ) -> None:
+        """``handshake``: what the other end must pass before ``receive`` returns anything.
+        ``lobby``: where the connection sits until ``receive_hello`` returns.
+        """
+        self.admit: Admit | None = None
+        """What may come next; None: anything."""
         self._socket = sock
         self._handshake = handshake
+        self._lobby = lobby
+        self._opened_s = time.monotonic()
         self._deadline_s: float | None = None
         self._timeout_s: float | None = None
         self._send_lock = threading.Lock()
@@ -65,6 +88,7 @@ class Connection:
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._begin = self._end = 0
         self.peer = peer_name(sock)
+        self.peer_host = self.peer.rpartition(":")[0]
         tune(sock)
         sock.settimeout(None)
         set_timeout(sock, socket.SO_SNDTIMEO, limits.SEND_TIMEOUT_S)
@@ -131,13 +155,34 @@ class Connection:
         if self._handshake is not None:
             handshake, self._handshake = self._handshake, None
             self._pass(handshake)
-        message, payload = self._receive()
+        message, payload = self._receive(self.admit)
         if type(message) is AuthChallenge:
             self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
         return message, payload
 
+    def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
+        """The first message of a peer that was accepted: one of these kinds, each with its largest
+        header.
+
+        The peer has HELLO_TIMEOUT_S from the moment it was accepted. Raises WireError.
+        """
+        if self._handshake is not None:
+            handshake, self._handshake = self._handshake, None
+            self._pass(handshake)
+        self._deadline_s = self._opened_s + limits.HELLO_TIMEOUT_S
+        message, _ = self._receive(admission.hello(largest_bytes))
+        if type(message) is AuthChallenge:
+            self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
+        self._deadline_s = None
+        self.set_receive_timeout(self._timeout_s)
+        if self._lobby is not None and not self._lobby.leave(self):
+            raise ConnectionLost(f"{self.peer} made room for others")
+        return message
+
     def close(self) -> None:
         """Close at once and wake a thread that is blocked in ``receive``. Idempotent."""
+        if self._lobby is not None:
+            self._lobby.leave(self)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -183,9 +228,9 @@ class Connection:
                     if not self._socket.recv_into(self._buffer):
                         break
         self.close()
-        raise AuthFailed(f"{self.peer}: {error}") from error
+        raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
 
-    def _receive(self, admit: Callable[[Prefix], None] | None = None) -> tuple[Message, memoryview]:
+    def _receive(self, admit: Admit | None = None) -> tuple[Message, memoryview]:
         """``admit`` may raise at what a prefix announces."""
         try:
             if self._end - self._begin < PREFIX.size:
@@ -247,7 +292,7 @@ class Connection:
         if self._deadline_s is not None:
             left_s = self._deadline_s - time.monotonic()
             if left_s <= 0:
-                raise ConnectionLost(f"{self.peer} took too long for the handshake")
+                raise ConnectionLost(f"{self.peer} took too long to say who it is")
             set_timeout(self._socket, socket.SO_RCVTIMEO, max(left_s, 1e-3))
         count = self._socket.recv_into(view, 0, flags)
         if count == 0:
@@ -264,22 +309,36 @@ class Listener:
         self._token = token
         self._socket = bind(host, port)
         self.port: int = self._socket.getsockname()[1]
+        self._lobby = Lobby(f"port {self.port}")
+        self._closed = False
+        self._rare_log = RareLog(log)
 
     def accept(self) -> Connection | None:
-        """The next connection, which has not proved anything yet; None once closed."""
-        while True:
+        """The next connection, which has not proved anything yet; None once closed.
+
+        Goes on whatever one connection, or a lack of memory or file descriptors, does to it.
+        """
+        while not self._closed:
             try:
-                sock, _ = self._socket.accept()
+                sock, address = self._socket.accept()
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
+                if not self._closed and error.errno != errno.ECONNABORTED:
+                    why = reason(error)
+                    self._rare_log.warning("accept", "cannot accept a connection: %s", why)
                     time.sleep(ACCEPT_PAUSE_S)
-                    continue
-                if error.errno == errno.ECONNABORTED:
-                    continue
-                return None
-            return Connection(sock, None if self._token is None else auth.answer(self._token))
+                continue
+            try:
+                handshake = None if self._token is None else auth.answer(self._token)
+                connection = Connection(sock, handshake, self._lobby)
+            except OSError:  # The peer is gone again.
+                sock.close()
+                continue
+            self._lobby.enter(connection, str(address[0]), connection.close)
+            return connection
+        return None
 
     def close(self) -> None:
+        self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -288,9 +347,19 @@ class Listener:
 class AsyncConnection:
     """The awaiting counterpart of Connection, with the same errors."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        lobby: Lobby | None = None,
+    ) -> None:
+        """As ``Connection``."""
+        self.admit: Admit | None = None
+        """What may come next; None: anything."""
         self._reader = reader
         self._writer = writer
+        self._lobby = lobby
+        self._opened_s = time.monotonic()
         self._send_lock = asyncio.Lock()
         sock: socket.socket = writer.get_extra_info("socket")
         self.peer = peer_name(sock)
@@ -313,10 +382,20 @@ class AsyncConnection:
 
     async def receive(self, timeout_s: float | None = None) -> tuple[Message, bytes]:
         """The next message and its payload; ConnectionLost after ``timeout_s`` of silence."""
-        message, payload = await self._receive_within(timeout_s)
+        message, payload = await self._receive_within(timeout_s, self.admit)
         if type(message) is AuthChallenge:
             await self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
         return message, payload
+
+    async def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
+        """As ``Connection.receive_hello``."""
+        left_s = max(self._opened_s + limits.HELLO_TIMEOUT_S - time.monotonic(), 0.0)
+        message, _ = await self._receive_within(left_s, admission.hello(largest_bytes))
+        if type(message) is AuthChallenge:
+            await self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
+        if self._lobby is not None and not self._lobby.leave(self):
+            raise ConnectionLost(f"{self.peer} made room for others")
+        return message
 
     async def prove(self, handshake: Handshake) -> None:
         """Go through a handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
@@ -345,10 +424,10 @@ class AsyncConnection:
                     if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
                         break
         self.close()
-        raise AuthFailed(f"{self.peer}: {error}") from error
+        raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
 
     async def _receive_within(
-        self, timeout_s: float | None, admit: Callable[[Prefix], None] | None = None
+        self, timeout_s: float | None, admit: Admit | None = None
     ) -> tuple[Message, bytes]:
         try:
             return await asyncio.wait_for(self._receive(admit), timeout_s)
@@ -370,9 +449,11 @@ class AsyncConnection:
 
     def close(self) -> None:
         """Close at once. Idempotent."""
+        if self._lobby is not None:
+            self._lobby.leave(self)
         self._writer.close()
 
-    async def _receive(self, admit: Callable[[Prefix], None] | None) -> tuple[Message, bytes]:
+    async def _receive(self, admit: Admit | None) -> tuple[Message, bytes]:
         prefix = decode_prefix(await self._reader.readexactly(PREFIX.size))
         if admit is not None:
             admit(prefix)
@@ -396,15 +477,20 @@ async def serve(
     With a token, only those who know it get to ``handle``; who does not is logged. Raises
     ConnectFailed where the address is taken.
     """
+    listening = bind(host, port)
+    bound_port = int(listening.getsockname()[1])
+    lobby = Lobby(f"port {bound_port}")
+    rare_log = RareLog(log)
 
     async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = AsyncConnection(reader, writer)
+        connection = AsyncConnection(reader, writer, lobby)
+        lobby.enter(connection, connection.peer_host, connection.close)
         try:
             if token is not None:
                 await connection.prove(auth.answer(token))
             await handle(connection)
         except AuthFailed as error:
-            log.warning("connection refused: %s", error)
+            rare_log.warning(error.refusal or "refused", "connection refused: %s", error)
         except WireError as error:
             log.info("connection dropped: %s", error)
         except asyncio.CancelledError:
@@ -412,16 +498,16 @@ async def serve(
         finally:
             connection.close()
 
-    listening = bind(host, port)
-    server = await asyncio.start_server(on_connect, sock=listening)
-    return server, int(listening.getsockname()[1])
+    server = await asyncio.start_server(on_connect, sock=listening, backlog=ACCEPT_AT_ONCE)
+    listening.listen(BACKLOG)
+    return server, bound_port
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConnectFailed with what to do where the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=64)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         advice = ": choose another port" if error.errno == errno.EADDRINUSE else ""
         raise ConnectFailed(f"cannot listen on {host}:{port}: {reason(error)}{advice}") from error

@@ -7,7 +7,8 @@ Three kinds of connection exist, told apart by their first message:
     PeerHello       agent -> agent         data plane: activations, tokens, link probes
 
 Names say who says what. Requests carry ``request``, answers repeat it. Data-plane messages carry
-the epoch of their deployment; a stage drops what belongs to another.
+the epoch of their deployment, a random number that no other deployment has; a stage drops what
+belongs to another.
 
 All are frozen but the two that every token needs, Activation and TokenSampled: a frozen dataclass
 takes ten times as long to make.
@@ -22,7 +23,7 @@ from wire import limits
 from wire.activations import DEFAULT_HOP_BITS, HopBits
 from wire.profile import BlockTiming, DeviceProfile
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 FinishReason = Literal["", "stop", "length"]
 
@@ -166,8 +167,10 @@ class LoadStage:
     blocks: tuple[BlockRef, ...]
     slots: int
     context_tokens: int
-    first: str
-    """Device of the first stage: where sampled tokens go."""
+    previous: str
+    """Device that sends here: the stage before, or the last one for the first."""
+    hop_key: bytes
+    """What that device must show in its PeerHello: random, and told to no other."""
     hop_bits: HopBits = DEFAULT_HOP_BITS
     """Of the rows that this stage sends on."""
 
@@ -182,12 +185,16 @@ class StageLoaded:
 
 @dataclass(frozen=True, slots=True)
 class ConnectStage:
-    """Connect to the next device of the ring (the first stage's, for the last)."""
+    """Connect to the next device of the ring (the first stage's, for the last).
+
+    ``hop_key`` is what that device expects.
+    """
 
     request: int
     epoch: int
     device: str
     endpoints: tuple[Endpoint, ...]
+    hop_key: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +343,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class StartSequence:
-    """Coordinator to first stage: run this prompt and generate."""
+    """Coordinator to every stage: this sequence holds the slot from now on.
+
+    A stage takes rows of no other sequence. Only the first stage gets the prompt, and runs it.
+    """
 
     epoch: int
     sequence: int
@@ -378,10 +388,15 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class PeerHello:
-    """Agent to agent, first message. ``expected`` must be the acceptor's own device id."""
+    """Agent to agent, first message. ``expected`` must be the acceptor's own device id.
+
+    ``hop_key``: the one of LoadStage, from the previous device of the ring. Without it, nothing but
+    link probes may follow.
+    """
 
     device: str
     expected: str
+    hop_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +409,7 @@ class Activation:
     """Hidden rows [position, position + rows) of a sequence, to the next stage.
 
     Payload: wire.activations, at ``bits`` a value. ``last`` is false for prompt chunks that more
-    chunks follow: the head need not run for them. The first chunk carries ``sampling``.
+    chunks follow: the head need not run for them.
     """
 
     epoch: int
@@ -404,7 +419,6 @@ class Activation:
     rows: int
     bits: HopBits
     last: bool
-    sampling: Sampling | None = None
 
 
 @dataclass(slots=True)

@@ -163,7 +163,7 @@ def test_it_answers_joins_again_and_keeps_its_identity(
     assert "the coordinator refused: the cluster is full; trying again" in said
     coordinator.send(UnloadStage(1))
     assert coordinator.answer() == Done(1)
-    coordinator.send(ConnectStage(2, 1, "nobody", ()))
+    coordinator.send(ConnectStage(2, 1, "nobody", (), b""))
     answer = coordinator.answer()
     assert isinstance(answer, RequestFailed)
     assert "not loaded" in answer.reason

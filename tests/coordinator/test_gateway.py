@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -202,8 +203,10 @@ class Cluster:
         return next(member for member in self.roster.members if member.name == name)
 
     async def begun(self) -> StartSequence:
+        """What the first stage is told; the other one hears the same, without the prompt."""
         message = await said(self.agents[0])
         assert isinstance(message, StartSequence)
+        assert await said(self.agents[1]) == replace(message, prompt=())
         return message
 
     async def sample(

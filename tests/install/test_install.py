@@ -172,6 +172,7 @@ def test_settings_are_put_where_the_template_has_them() -> None:
     text = '# Name.\n#name = "pi-1"\n\nport = 1\n'
     changed = with_settings(text, {"name": 'a "b"', "port": 2, "coordinator": Endpoint("::1", 3)})
     assert changed == '# Name.\nname = "a \\"b\\""\n\nport = 2\ncoordinator = "[::1]:3"\n'
+    assert with_settings("", {"http_host": ["a.lan", "b"]}) == 'http_host = "a.lan,b"\n'
 
 
 # ---- the units ---------------------------------------------------------------------------------
