@@ -33,6 +33,8 @@ from coordinator.deployment import (
 )
 from coordinator.distillation import Distillation, Losses, QualityFound
 from coordinator.errors import (
+    AgentDamaged,
+    AgentFailed,
     AgentLost,
     Busy,
     CoordinatorError,
@@ -85,6 +87,8 @@ class Fleet:
         """Whether what holds the lock is not a user's, but places a broken deployment anew."""
         self._store = store
         self._distillation = Distillation(store, quality)
+        self._damaged_epochs: set[int] = set()
+        """Of what was being loaded when a stage of it was found damaged."""
         self._lock = asyncio.Lock()
         self._epochs = itertools.count(1)
         self.deployment: Deployment | None = None
@@ -145,11 +149,27 @@ class Fleet:
     def lose(self, member: Member, error: AgentLost) -> None:
         """Break the deployment if ``member`` is part of it, and place it anew."""
         deployment = self.deployment
-        if deployment is None or deployment.broken or member not in deployment.members:
+        if deployment is not None and member in deployment.members:
+            self.place_again(deployment, error)
+
+    def place_again(self, deployment: Deployment, error: AgentFailed) -> None:
+        """Break the deployment in force because of ``error``, and place it anew."""
+        if deployment is not self.deployment or deployment.broken:
             return
         deployment.successor = self._outcome = new_outcome()
         self._break(deployment, error)
         self._recovery = asyncio.create_task(self._recover(deployment, error, self._outcome))
+
+    def stop_damaged(self, member: Member, epoch: int, reason: str) -> None:
+        """Place anew what ``member`` found to run from a damaged file; its answers are suspect."""
+        error = AgentDamaged(member.name, reason)
+        log.warning("%s", error)
+        deployment = self.deployment
+        if deployment is not None and deployment.epoch == epoch and member in deployment.members:
+            deployment.is_suspect = True
+            self.place_again(deployment, error)
+        elif self._lock.locked():  # It may be about what is still being loaded.
+            self._damaged_epochs.add(epoch)
 
     def resume(self) -> None:
         """Load what was loaded when the coordinator was stopped, as soon as its devices join."""
@@ -303,22 +323,41 @@ class Fleet:
     async def _deploy(
         self, planned: Planned, tokenizer: Tokenizer, refs: Sequence[BlockRef]
     ) -> Deployment:
-        epoch = next(self._epochs)
-        return await deploy(planned, tokenizer, refs, self._roster.members, epoch, self._report)
+        self._damaged_epochs.clear()
+        while True:  # A device loads no damaged file twice: it fetches or makes it again.
+            epoch, members = next(self._epochs), self._roster.members
+            deployment = await deploy(planned, tokenizer, refs, members, epoch, self._report)
+            for member, loaded in zip(deployment.members, deployment.loaded, strict=True):
+                if loaded.damaged_files:
+                    log.warning(
+                        "%s: %d damaged files were fetched or made again",
+                        member.name,
+                        loaded.damaged_files,
+                    )
+            if epoch not in self._damaged_epochs:
+                return deployment
+            await asyncio.shield(unload(deployment.members))
 
     # ---- without being asked --------------------------------------------------------------------
 
     async def _recover(
-        self, broken: Deployment, lost: AgentLost, successor: asyncio.Future[Deployment]
+        self, broken: Deployment, why: AgentFailed, successor: asyncio.Future[Deployment]
     ) -> None:
         """Replace ``broken``, as soon as the members allow."""
 
         async def place() -> Deployment:
             await unload(broken.members)
-            return await self._place(broken.request, broken.tokenizer)
+            placed = await self._place(broken.request, broken.tokenizer)
+            if any(loaded.damaged_files for loaded in placed.loaded):
+                broken.is_suspect = True
+            return placed
 
         def explain(error: Exception) -> CoordinatorError:
-            broken.broken = AgentLost(lost.name, lost.cause, str(error))
+            if isinstance(why, AgentLost):
+                broken.broken = AgentLost(why.name, why.cause, str(error))
+            else:
+                reason = f"{why.reason}; {broken.name} cannot be loaded again yet: {error}"
+                broken.broken = AgentFailed(why.name, reason)
             return broken.broken
 
         log.warning("placing %s on the devices that are left", broken.name)
