@@ -86,19 +86,20 @@ def load_whole(
     load: Callable[[], Stage],
     remove: Callable[[Path], None],
 ) -> Stage:
-    """Fetch and load a stage; where its files turn out to be damaged, do it a second time.
+    """Fetch and load a stage; where its files turn out to be damaged, do it once more.
 
     A load that fails has everything hashed: its files may be why. ``remove`` removes one file from
     the cache. Raises CacheError for files that are damaged again, and what ``fetch`` and ``load``
     raise.
     """
-    for is_last in (False, True):
+    removed: set[Path] = set()
+    while True:
         fetch()
         try:
             stage = load()
         except (BackendError, ModelError):
             damaged = list(contents.find_damaged())
-            if is_last or not damaged:
+            if not damaged:
                 raise
         else:
             contents.expect(stage.kept_files)
@@ -106,15 +107,18 @@ def load_whole(
             if not damaged:
                 return stage
             stage.close()
+        again = sorted(removed & set(damaged))
+        if again:
+            raise CacheError(
+                f"{again[0]} is damaged again right after it was written: this device's disk or "
+                "memory fails; check it, or use another --state-dir"
+            )
         for path in damaged:
             log.warning("%s is damaged: it is removed, and fetched or made again", path)
             remove(path)
-        contents.damaged_files += len(damaged)
+        removed.update(damaged)
+        contents.damaged_files = len(removed)
         contents.forget()
-    raise CacheError(
-        f"{damaged[0]} is damaged again right after it was written: this device's disk or memory "
-        "fails; check it, or use another --cache-dir"
-    )
 
 
 class Watch:
