@@ -33,6 +33,8 @@ from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_call, measure_model
 from calibration.store import CalibrationStore
+from calibration.trial import Trials
+from model.artifact import read_format
 from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
@@ -128,6 +130,9 @@ class Agent:
         )
         self._call_s = self._profile.call_s
         self._store = CalibrationStore(config.state_dir / "calibration.json")
+        self._trials = Trials.of(
+            self._profile, config.state_dir, exact=config.exact, fast_prompts=config.fast_prompts
+        )
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
         self._listener = Listener(config.bind_host, config.data_port, token=config.token)
         self._peers = PeerServer(self._device, self._listener, self._deliver)
@@ -377,10 +382,12 @@ class Agent:
         progress = self._progress(connection, request.request, "measure", "steps")
         backend = self._supplied(request.request, connection, coordinator)
         threads, exact = self._config.threads, self._config.exact
+        spec = ModelSpec.from_dict(request.spec)
+        self._trials.require_widths(spec, request.bits, partial(progress, 0, 0))
         if not self._call_s:
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
         timings = measure_model(
-            ModelSpec.from_dict(request.spec),
+            spec,
             request.bits,
             backend,
             threads=threads,
@@ -394,8 +401,12 @@ class Agent:
         self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
     ) -> Message:
         progress = self._progress(connection, request.request, "quality", "steps")
+        spec = ModelSpec.from_dict(request.spec)
+        if request.backend in ("", self._config.backend):
+            bits = {bits for _, widths in request.wanted for bits in widths}
+            self._trials.require_widths(spec, bits, partial(progress, 0, 0))
         source = StreamedModel(
-            ModelSpec.from_dict(request.spec),
+            spec,
             request.blocks,
             self._cache,
             coordinator,
@@ -424,6 +435,7 @@ class Agent:
         self._unload()
         contents = Contents(check_all_first=self._had_damage)
         progress = self._progress(connection, request.request, "fetch", "bytes")
+        waiting = partial(self._progress(connection, request.request, "load", "steps"), 0, 0)
         fetched_bytes, started_s = 0, 0.0
 
         def fetch() -> None:
@@ -445,7 +457,7 @@ class Agent:
         stage = load_whole(
             contents,
             fetch,
-            lambda: self._load_stage(backend, request, spec, contents.hashed),
+            lambda: self._load_stage(backend, request, spec, contents.hashed, waiting),
             self._cache.remove,
         )
         self._had_damage = False
@@ -472,13 +484,21 @@ class Agent:
         )
 
     def _load_stage(
-        self, backend: Backend, request: LoadStage, spec: ModelSpec, hashed: frozenset[Path]
+        self,
+        backend: Backend,
+        request: LoadStage,
+        spec: ModelSpec,
+        hashed: frozenset[Path],
+        waiting: Callable[[], None],
     ) -> Stage:
         """Load blocks that are in the cache, of which those ``hashed`` are known to be whole."""
+        artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
+        kinds = [(block, read_format(path)) for block, path in artifacts]
+        self._trials.require(spec, kinds, waiting)
         prepared_dir, prepared_bytes = self._prepared(request.blocks)
         return backend.load(
             spec,
-            [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
+            artifacts,
             StageOptions(
                 request.slots,
                 request.context_tokens,
