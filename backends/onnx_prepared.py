@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -39,6 +40,8 @@ from backends.onnx_session import (
 )
 from model.artifact import file_sha256
 from model.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 DISK_FACTOR = 2.1
 """Bytes on disk over those of the weights: the runtime keeps them as given and rearranged."""
@@ -76,14 +79,16 @@ class Prepared:
         """(session, bytes of its weights as executed); None where there is none, or a damaged
         one."""
         home = self._directory / key
+        if not home.exists():
+            return None
         try:
             facts = _read_facts(home / _FACTS_FILE)
             for name, (size, _) in facts["files"].items():
                 if (home / name).stat().st_size != size:
-                    return None
+                    raise ValueError(f"{name} is not whole")
             # The graph is small, and a damaged one could end the process.
             if file_sha256(home / _GRAPH_FILE) != facts["files"][_GRAPH_FILE][1]:
-                return None
+                raise ValueError(f"{_GRAPH_FILE} is damaged")
             options = session_options(threads)
             session = ort.InferenceSession(home / _GRAPH_FILE, options, PROVIDERS)
             executed_bytes = int(facts["executed_bytes"])
@@ -95,7 +100,8 @@ class Prepared:
             AttributeError,
             CheckpointError,
             *ERRORS,
-        ):
+        ) as error:
+            log.warning("%s is damaged: it is made again (%s)", home, error)
             return None
         release_mapped(home.resolve())
         self._used[key] = sum(size for size, _ in facts["files"].values())
