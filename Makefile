@@ -82,6 +82,9 @@ bench-throughput: $(VENV)/run.stamp ## several generations at once over 1 to 4 e
 bench-recovery: $(VENV)/run.stamp ## how much later an answer ends when a device is lost (needs root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
+bench-integrity: $(VENV)/run.stamp ## what checking files costs until the first answer
+	$(BIN)/python -m benchmarks.integrity $(ARGS)
+
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \

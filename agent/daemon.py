@@ -383,7 +383,7 @@ class Agent:
         backend = self._supplied(request.request, connection, coordinator)
         threads, exact = self._config.threads, self._config.exact
         spec = ModelSpec.from_dict(request.spec)
-        self._trials.require_widths(spec, request.bits, partial(progress, 0, 0))
+        self._trials.require_widths(spec, request.bits, partial(progress, 0, 0), backend.probe)
         if not self._call_s:
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
         timings = measure_model(

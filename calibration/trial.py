@@ -12,10 +12,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from backends.base import Backend, BackendError, StageOptions
@@ -33,7 +33,7 @@ VERSION = 1
 
 TICK_S = 0.2
 
-MAX_VOCAB = 1 << 14
+MAX_VOCAB = 1 << 11
 """A larger vocabulary is cut, to the same remainder: kernels treat the rest of a tile apart."""
 
 _CHILD = """
@@ -79,50 +79,75 @@ class Trials:
         )
 
     def require_widths(
-        self, spec: ModelSpec, bits: Iterable[int], tick: Callable[[], None]
+        self,
+        spec: ModelSpec,
+        bits: Iterable[int],
+        tick: Callable[[], None],
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         """As ``require``, of every kind of block at each of ``bits`` that the backend takes."""
         formats = [Format.of(width) for width in sorted(bits) if width in self.containers]
         kinds = kinds_of_blocks(spec)
-        self.require(spec, [(block, fmt) for fmt in formats for block in kinds], tick)
+        self.require(spec, [(block, fmt) for fmt in formats for block in kinds], tick, meanwhile)
 
     def require(
-        self, spec: ModelSpec, blocks: Iterable[tuple[int, Format]], tick: Callable[[], None]
+        self,
+        spec: ModelSpec,
+        blocks: Iterable[tuple[int, Format]],
+        tick: Callable[[], None],
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         """Try those kinds of blocks that were not tried before, each in its format.
 
-        ``tick`` is called now and then; what it raises ends the child. Raises BackendError that
-        names block, backend and signal where native code ends the child.
+        ``tick`` is called now and then; what it raises ends the child. ``meanwhile`` is called
+        once, while a child works. Raises BackendError that names block, backend and signal where
+        native code ends the child.
         """
-        wanted: dict[str, tuple[int, Format]] = {}
-        for block, fmt in blocks:
-            key = self._key(spec, block, fmt)
-            if key not in wanted and self.store.get({"trial": key}) is None:
-                wanted[key] = block, fmt
+        wanted = self._untried(spec, blocks)
         if not wanted:
             return
-        begun, passed, code = self._run_child(spec, list(wanted.values()), tick)
-        keys = list(wanted)
+        # All of a format at once is faster; one by one says which of them it was.
+        stages = list(_by_format(wanted.values()).values())
+        _, passed, code = self._run_child(spec, stages, tick, meanwhile)
+        if code != 0:
+            stages = [[one] for one in wanted.values()]
+            begun, passed, code = self._run_child(spec, stages, tick, lambda: None)
+        names = {one: key for key, one in wanted.items()}
         for number in passed:
-            self.store.put({"trial": keys[number]}, (1.0,))
+            for one in stages[number]:
+                self.store.put({"trial": names[one]}, (1.0,))
         if code == 0:
             return
         what = self.backend
         if begun:
-            block, fmt = wanted[keys[begun[-1]]]
+            ((block, fmt),) = stages[begun[-1]]
             what = f"{spec.block_name(block)} at {fmt.bits} bits: {self.backend}"
-        how = _cause(code)
-        raise BackendError(f"{what} {how} when it was tried in a process of its own")
+        raise BackendError(f"{what} {_cause(code)} when it was tried in a process of its own")
+
+    def _untried(
+        self, spec: ModelSpec, blocks: Iterable[tuple[int, Format]]
+    ) -> dict[str, tuple[int, Format]]:
+        """One block of each kind and format that is not known to pass, by its key."""
+        kinds: dict[object, tuple[int, Format]] = {}
+        for block, fmt in blocks:
+            kind = spec.block_kind(block)
+            kinds.setdefault((kind == "layer" and spec.layer(block), kind, fmt), (block, fmt))
+        found = {self._key(spec, block, fmt): (block, fmt) for block, fmt in kinds.values()}
+        return {key: one for key, one in found.items() if self.store.get({"trial": key}) is None}
 
     def _run_child(
-        self, spec: ModelSpec, blocks: list[tuple[int, Format]], tick: Callable[[], None]
+        self,
+        spec: ModelSpec,
+        stages: Sequence[Sequence[tuple[int, Format]]],
+        tick: Callable[[], None],
+        meanwhile: Callable[[], object],
     ) -> tuple[list[int], list[int], int]:
-        """(numbers of blocks that were begun, numbers of those that passed, exit code)."""
+        """(numbers of stages that were begun, numbers of those that passed, exit code)."""
         settings = {
             "path": sys.path,
             "backend": self.backend,
             "spec": spec.to_dict(),
-            "blocks": [[block, asdict(fmt)] for block, fmt in blocks],
+            "stages": [[[block, asdict(fmt)] for block, fmt in stage] for stage in stages],
             "containers": list(self.containers.items()),
             "threads": self.threads,
             "exact": self.exact,
@@ -130,22 +155,26 @@ class Trials:
             "directory": str(self.directory),
         }
         self.directory.mkdir(parents=True, exist_ok=True)
-        child = subprocess.Popen(  # noqa: S603 - this interpreter, with our own settings
-            [sys.executable, "-I", "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        with TemporaryFile("w+") as sent:
+            json.dump(settings, sent)
+            sent.seek(0)
+            child = subprocess.Popen(  # noqa: S603 - this interpreter, with our own settings
+                [sys.executable, "-I", "-c", _CHILD],
+                stdin=sent,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
         with child:
             try:
-                said = _said(child, json.dumps(settings), tick)
+                meanwhile()
+                said = _said(child, tick)
             finally:
                 child.kill()
         begun, passed = list[int](), list[int]()
         for line in said.splitlines():
             word, _, number = line.partition(" ")
-            if number.isdigit() and int(number) < len(blocks):
+            if number.isdigit() and int(number) < len(stages):
                 {"begun": begun, "passed": passed}.get(word, []).append(int(number))
         return begun, passed, child.returncode
 
@@ -170,36 +199,51 @@ def kinds_of_blocks(spec: ModelSpec) -> list[int]:
     return [0, *sorted(layers.values()), spec.head_block]
 
 
+def _by_format(
+    blocks: Iterable[tuple[int, Format]],
+) -> dict[Format, list[tuple[int, Format]]]:
+    found: dict[Format, list[tuple[int, Format]]] = {}
+    for block, fmt in blocks:
+        found.setdefault(fmt, []).append((block, fmt))
+    return found
+
+
 def answer_parent(settings: dict[str, Any]) -> None:
-    """The other process: says on stdout which block it begins, and which one passed."""
+    """The other process: says on stdout which stage it begins, and which one passed."""
     backend = backend_class(settings["backend"])()
-    spec, containers = ModelSpec.from_dict(settings["spec"]), dict(settings["containers"])
-    for number, (block, fields) in enumerate(settings["blocks"]):
-        fmt = Format(**fields)
+    spec = ModelSpec.from_dict(settings["spec"])
+    for number, stage in enumerate(settings["stages"]):
+        blocks, fmt = sorted(block for block, _ in stage), Format(**stage[0][1])
         sys.stdout.write(f"begun {number}\n")
         sys.stdout.flush()
         with contextlib.suppress(BackendError, ModelError, MemoryError, OSError):
             # The load itself meets these errors again, and says so.
-            if _try(backend, *_small(spec, block), fmt, containers, settings):
+            if all([_try(backend, *part, fmt, settings) for part in _stages(spec, blocks)]):
                 sys.stdout.write(f"passed {number}\n")
                 sys.stdout.flush()
 
 
+def _stages(spec: ModelSpec, blocks: Sequence[int]) -> list[tuple[ModelSpec, range]]:
+    """Small models with stages of these blocks: one, or two where an end stands alone."""
+    layers = tuple(spec.layer(block) for block in blocks if spec.block_kind(block) == "layer")
+    if not layers:
+        small = [_small(spec, block) for block in blocks]
+        return [(model, range(number, number + 1)) for model, number in small]
+    model = replace(_small(spec, blocks[-1])[0], layers=layers)
+    first = 0 if blocks[0] == 0 else 1
+    return [(model, range(first, model.head_block + (blocks[-1] == spec.head_block)))]
+
+
 def _try(
-    backend: Backend,
-    spec: ModelSpec,
-    block: int,
-    fmt: Format,
-    containers: Mapping[int, int],
-    settings: Mapping[str, Any],
+    backend: Backend, spec: ModelSpec, blocks: range, fmt: Format, settings: Mapping[str, Any]
 ) -> bool:
-    """Load a block and run a chunk and a token; False where memory is too short for a trial."""
-    blocks, chunk = range(block, block + 1), chunk_tokens(spec)
+    """Load blocks and run a chunk and a token; False where memory is too short for a trial."""
+    chunk, containers = chunk_tokens(spec), dict(settings["containers"])
     task = Task("layer", 0, fmt.bits, containers.get(fmt.bits, fmt.bits), (fmt.bits,))
     if not fits_memory(spec, blocks, task):
         return False
     with TemporaryDirectory(dir=settings["directory"], prefix=".trial-") as name:
-        artifacts = list(random_artifacts(Path(name), spec, blocks, [fmt]))
+        artifacts = list(random_artifacts(Path(name), spec, blocks, [fmt] * len(blocks)))
         keeps = backend.PREPARED_FACTOR > 0 and not settings["exact"]
         options = StageOptions(
             slots=1,
@@ -229,14 +273,12 @@ def _small(spec: ModelSpec, block: int) -> tuple[ModelSpec, int]:
     return small, {"embedding": 0, "layer": 1, "head": small.head_block}[kind]
 
 
-def _said(child: subprocess.Popen[str], sent: str, tick: Callable[[], None]) -> str:
+def _said(child: subprocess.Popen[str], tick: Callable[[], None]) -> str:
     """What the child says until it ends, while ``tick`` is called."""
-    text: str | None = sent
     while True:
         try:
-            said, _ = child.communicate(text, timeout=TICK_S)
+            said, _ = child.communicate(timeout=TICK_S)
         except subprocess.TimeoutExpired:
-            text = None
             tick()
         else:
             return said
