@@ -5,10 +5,10 @@
 
 Two shoals of one agent run in turn on this machine, the second without checks and trials. A round
 loads a model and asks for one token, twice: ``first`` with nothing on any disk but the checkpoint
-(blocks are made and fetched, times are measured), ``again`` with all of that there. The small model is hashed before it answers,
-the large one behind its first tokens. Ratios are of one round's pair; which shoal is first changes
-from round to round. The rate at which this processor hashes comes with it: what another one takes
-behind a load can be predicted from its own.
+(blocks are made and fetched, times are measured), ``again`` with all of that there. The small model
+is hashed before it answers, the large one behind its first tokens. Ratios are of one round's pair;
+which shoal is first changes from round to round. The rate at which this processor hashes comes with
+it: what another one takes behind a load can be predicted from its own.
 """
 
 from __future__ import annotations
