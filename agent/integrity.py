@@ -6,6 +6,7 @@ thread behind it, at a low priority. What came over the network in the same load
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -137,7 +138,7 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        if hasattr(os, "setpriority"):
+        with contextlib.suppress(OSError, AttributeError):  # Not everywhere; it is checked anyway.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         damaged = next(self._contents.find_damaged(self._stopped.is_set), None)
         if damaged is not None:

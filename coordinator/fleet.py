@@ -360,7 +360,7 @@ class Fleet:
                 broken.broken = AgentFailed(why.name, reason)
             return broken.broken
 
-        log.warning("placing %s on the devices that are left", broken.name)
+        log.warning("placing %s anew", broken.name)
         await self._until_placed(place, explain, successor, self._recovery_wait_s)
 
     async def _resume(

@@ -144,3 +144,11 @@ def test_modules_are_found_from_any_directory(
     one = trials(tmp_path / "state")
     one.require_widths(SPEC, [8], nothing)
     assert (tmp_path / "state" / "trials.json").exists()
+
+
+def test_blocks_that_need_files_are_not_tried(tmp_path: Path, children: list[Any]) -> None:
+    # Neither the device nor the compiler is here: a load would fail.
+    chip = trials(tmp_path, backend="edgetpu", containers={8: 8})
+    chip.require_widths(SPEC, [8], nothing)
+    chip.require_widths(SPEC, [8], nothing)
+    assert len(children) == 1
