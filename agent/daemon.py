@@ -23,15 +23,18 @@ import psutil
 from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
+from agent.integrity import Contents, Watch, load_whole
 from agent.links import Link, Measuring
 from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.quality import StreamedModel, measure_quality
 from agent.relay import Relay
-from backends.base import Backend, BackendError, StageOptions
+from backends.base import Backend, BackendError, Stage, StageOptions
 from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_call, measure_model
 from calibration.store import CalibrationStore
+from calibration.trial import Trials
+from model.artifact import read_format
 from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
@@ -62,6 +65,7 @@ from wire.messages import (
     ReleaseSequence,
     RequestFailed,
     SequenceFailed,
+    StageDamaged,
     StageLoaded,
     StartSequence,
     UnloadStage,
@@ -103,6 +107,10 @@ class Agent:
         self._control: Connection | None = None
         self._told = ""
         self._relay: Relay | None = None
+        self._watch: Watch | None = None
+        """Hashes files of the stage in the relay, as long as that is not done."""
+        self._had_damage = False
+        """Whether a damaged file has stopped a stage: then the next load hashes all its files."""
         self._cancelled: set[int] = set()
         """Requests of this connection that nobody waits for any more."""
         self._links: dict[str, Link] = {}
@@ -122,6 +130,9 @@ class Agent:
         )
         self._call_s = self._profile.call_s
         self._store = CalibrationStore(config.state_dir / "calibration.json")
+        self._trials = Trials.of(
+            self._profile, config.state_dir, exact=config.exact, fast_prompts=config.fast_prompts
+        )
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
         self._listener = Listener(config.bind_host, config.data_port, token=config.token)
         self._peers = PeerServer(self._device, self._listener)
@@ -380,10 +391,12 @@ class Agent:
         progress = self._progress(connection, request.request, "measure", "steps")
         backend = self._supplied(request.request, connection, coordinator)
         threads, exact = self._config.threads, self._config.exact
+        spec = ModelSpec.from_dict(request.spec)
+        self._trials.require_widths(spec, request.bits, partial(progress, 0, 0), backend.probe)
         if not self._call_s:
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
         timings = measure_model(
-            ModelSpec.from_dict(request.spec),
+            spec,
             request.bits,
             backend,
             threads=threads,
@@ -397,8 +410,12 @@ class Agent:
         self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
     ) -> Message:
         progress = self._progress(connection, request.request, "quality", "steps")
+        spec = ModelSpec.from_dict(request.spec)
+        if request.backend in ("", self._config.backend):
+            bits = {bits for _, widths in request.wanted for bits in widths}
+            self._trials.require_widths(spec, bits, partial(progress, 0, 0))
         source = StreamedModel(
-            ModelSpec.from_dict(request.spec),
+            spec,
             request.blocks,
             self._cache,
             coordinator,
@@ -425,29 +442,34 @@ class Agent:
         if indices[0] < 0 or indices[-1] >= spec.block_count:
             raise BackendError("the model has no such blocks")
         self._unload()
-        fetched_bytes = self._cache.fetch(
-            request.blocks,
-            coordinator,
-            self._device,
-            self._progress(connection, request.request, "fetch", "bytes"),
-            token=self._config.token,
+        contents = Contents(check_all_first=self._had_damage)
+        progress = self._progress(connection, request.request, "fetch", "bytes")
+        waiting = partial(self._progress(connection, request.request, "load", "steps"), 0, 0)
+        fetched_bytes, started_s = 0, 0.0
+
+        def fetch() -> None:
+            nonlocal fetched_bytes, started_s
+            came: set[Path] = set()
+            contents.expect({self._cache.path(ref.sha256): ref.sha256 for ref in request.blocks})
+            fetched_bytes += self._cache.fetch(
+                request.blocks,
+                coordinator,
+                self._device,
+                progress,
+                token=self._config.token,
+                hashed=came,
+            )
+            contents.trust(came)
+            started_s = time.perf_counter()
+
+        backend = self._supplied(request.request, connection, coordinator)
+        stage = load_whole(
+            contents,
+            fetch,
+            lambda: self._load_stage(backend, request, spec, contents.hashed, waiting),
+            self._cache.remove,
         )
-        prepared_dir, prepared_bytes = self._prepared(request.blocks)
-        started = time.perf_counter()
-        stage = self._supplied(request.request, connection, coordinator).load(
-            spec,
-            [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
-            StageOptions(
-                request.slots,
-                request.context_tokens,
-                self._config.threads,
-                memory_bytes=self._profile.memory_bytes,
-                exact=self._config.exact,
-                prepared_dir=prepared_dir,
-                prepared_bytes=prepared_bytes,
-                fast_prompts=self._config.fast_prompts,
-            ),
-        )
+        self._had_damage = False
         self._relay = Relay(
             stage,
             spec,
@@ -462,9 +484,56 @@ class Agent:
         names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
         self._say(f"loaded {' .. '.join(names)}")
         self._service.status(f"{self._joined}, {' .. '.join(names)} of {len(spec.layers)} layers")
+        self._watch = Watch(contents, partial(self._stop_damaged, self._relay, connection))
         return StageLoaded(
-            request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
+            request.request,
+            stage.memory_bytes,
+            fetched_bytes,
+            time.perf_counter() - started_s,
+            contents.damaged_files,
         )
+
+    def _load_stage(
+        self,
+        backend: Backend,
+        request: LoadStage,
+        spec: ModelSpec,
+        hashed: frozenset[Path],
+        waiting: Callable[[], None],
+    ) -> Stage:
+        """Load blocks that are in the cache, of which those ``hashed`` are known to be whole."""
+        artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
+        kinds = [(block, read_format(path)) for block, path in artifacts]
+        self._trials.require(spec, kinds, waiting)
+        prepared_dir, prepared_bytes = self._prepared(request.blocks)
+        return backend.load(
+            spec,
+            artifacts,
+            StageOptions(
+                request.slots,
+                request.context_tokens,
+                self._config.threads,
+                memory_bytes=self._profile.memory_bytes,
+                exact=self._config.exact,
+                prepared_dir=prepared_dir,
+                prepared_bytes=prepared_bytes,
+                fast_prompts=self._config.fast_prompts,
+                hashed=hashed,
+            ),
+        )
+
+    def _stop_damaged(self, relay: Relay, connection: Connection, path: Path) -> None:
+        """Stop a stage that runs from a damaged file, and have the coordinator load it again."""
+        relay.close()
+        self._had_damage = True
+        reason = f"a file of its stage was damaged in its cache ({path.name})"
+        log.warning("%s is damaged: the stage stops, and the file is removed", path)
+        try:
+            self._cache.remove(path)
+        except CacheError as error:
+            reason = str(error)
+        with contextlib.suppress(WireError):  # Then the coordinator has seen the agent's loss.
+            connection.send(StageDamaged(relay.epoch, reason))
 
     def _prepared(self, blocks: Sequence[BlockRef]) -> tuple[Path | None, int]:
         """Where the backend may keep prepared weights, and how many bytes: nowhere if storage
@@ -499,6 +568,9 @@ class Agent:
 
     def _unload(self) -> None:
         self._peers.entrance = None
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
         relay, self._relay = self._relay, None
         if relay is not None:
             relay.close()

@@ -56,6 +56,8 @@ class Deployment:
     members: tuple[Member, ...]
     loaded: tuple[StageLoaded, ...]
     broken: CoordinatorError | None = None
+    is_suspect: bool = False
+    """Whether a file of a stage was damaged: tokens that came from here may be wrong."""
     successor: asyncio.Future[Deployment] | None = None
     """Once a device or link was lost: what takes this deployment's place, or why nothing does."""
 

@@ -37,6 +37,7 @@ from coordinator.deployment import (
 )
 from coordinator.distillation import Distillation, Losses, QualityFound
 from coordinator.errors import (
+    AgentDamaged,
     AgentLost,
     Busy,
     CoordinatorError,
@@ -100,6 +101,8 @@ class Fleet:
         """What finds out what became of the hop that a member has lost."""
         self._store = store
         self._distillation = Distillation(store, quality)
+        self._damaged_epochs: set[int] = set()
+        """Of what was being loaded when a stage of it was found damaged."""
         self._lock = asyncio.Lock()
         self.deployment: Deployment | None = None
         self.on_step: Callable[[Step], None] | None = None
@@ -189,6 +192,17 @@ class Fleet:
                     async with self._unasked("a link that had failed is tried again"):
                         await try_links(self._roster, due[:1], self._report)
 
+    def stop_damaged(self, member: Member, epoch: int, reason: str) -> None:
+        """Place anew what ``member`` found to run from a damaged file; its answers are suspect."""
+        error = AgentDamaged(member.name, reason)
+        log.warning("%s", error)
+        deployment = self.deployment
+        if deployment is not None and deployment.epoch == epoch and member in deployment.members:
+            deployment.is_suspect = True
+            self.place_again(deployment, error)
+        elif self._lock.locked():  # It may be about what is still being loaded.
+            self._damaged_epochs.add(epoch)
+
     def resume(self) -> None:
         """Load what was loaded when the coordinator was stopped, as soon as its devices join."""
         kept = self._kept.read()
@@ -246,10 +260,9 @@ class Fleet:
             refs = await self._quantize(planned)
             if asked:
                 await self._unload()
-            epoch = secrets.randbits(62)  # Nobody else can name it, and no restart repeats it.
             members = self._roster.members
             try:
-                return await deploy(planned, tokenizer, refs, members, epoch, self._report)
+                return await self._deploy(planned, tokenizer, refs, members)
             except LinkFailed as error:
                 by_name = {member.name: member for member in members}
                 ends = by_name[error.source], by_name[error.target]
@@ -399,22 +412,47 @@ class Fleet:
             self._report,
         )
 
+    async def _deploy(
+        self,
+        planned: Planned,
+        tokenizer: Tokenizer,
+        refs: Sequence[BlockRef],
+        members: Sequence[Member],
+    ) -> Deployment:
+        self._damaged_epochs.clear()
+        while True:  # A device loads no damaged file twice: it fetches or makes it again.
+            epoch = secrets.randbits(62)  # Nobody else can name it, and no restart repeats it.
+            deployment = await deploy(planned, tokenizer, refs, members, epoch, self._report)
+            for member, loaded in zip(deployment.members, deployment.loaded, strict=True):
+                if loaded.damaged_files:
+                    log.warning(
+                        "%s: %d damaged files were fetched or made again",
+                        member.name,
+                        loaded.damaged_files,
+                    )
+            if epoch not in self._damaged_epochs:
+                return deployment
+            await asyncio.shield(unload(deployment.members))
+
     # ---- without being asked --------------------------------------------------------------------
 
     async def _recover(
-        self, broken: Deployment, lost: CoordinatorError, successor: asyncio.Future[Deployment]
+        self, broken: Deployment, why: CoordinatorError, successor: asyncio.Future[Deployment]
     ) -> None:
         """Replace ``broken``, as soon as the members allow."""
 
         async def place() -> Deployment:
             await unload(broken.members)
-            return await self._place(broken.request, broken.tokenizer)
+            placed = await self._place(broken.request, broken.tokenizer)
+            if any(loaded.damaged_files for loaded in placed.loaded):
+                broken.is_suspect = True
+            return placed
 
         def explain(error: Exception) -> CoordinatorError:
-            broken.broken = lost.unplaced(str(error))
+            broken.broken = why.unplaced(str(error))
             return broken.broken
 
-        log.warning("%s: placing %s anew", lost, broken.name)
+        log.warning("%s: placing %s anew", why, broken.name)
         await self._until_placed(place, explain, successor, self._recovery_wait_s)
 
     async def _resume(

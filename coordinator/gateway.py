@@ -18,7 +18,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from coordinator.deployment import Deployment
-from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid, Stalled
+from coordinator.errors import (
+    AgentFailed,
+    AgentLost,
+    AnswerWithdrawn,
+    CoordinatorError,
+    RequestInvalid,
+    Stalled,
+)
 from coordinator.fleet import Fleet
 from coordinator.forecast import best_chunk_tokens
 from coordinator.members import Member
@@ -31,6 +38,7 @@ from wire.messages import (
     ReleaseSequence,
     Sampling,
     SequenceFailed,
+    StageDamaged,
     StartSequence,
     TokenSampled,
 )
@@ -50,6 +58,8 @@ class Piece:
     finish: FinishReason
     notice: str = ""
     """Why nothing comes for a while; then nothing else is there."""
+    withdraws: bool = False
+    """Whether all that came before is wrong: the answer begins again."""
 
 
 @dataclass(slots=True)
@@ -101,11 +111,15 @@ class Gateway:
         sampling: Sampling,
         stop: Sequence[str] = (),
         timing: Timing | None = None,
+        *,
+        withdrawable: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """Pieces of the answer until one has a finish reason; waits for its turn first.
 
         ``max_tokens`` is cut to what the context leaves. Where a device is lost, the answer goes on
-        once the model is placed anew. Closing the iterator cancels the sequence on every stage.
+        once the model is placed anew. Where a stage was damaged it begins again, and must give the
+        tokens that were given already: else AnswerWithdrawn is raised, or, where pieces are
+        ``withdrawable``, one says so. Closing the iterator cancels the sequence on every stage.
         Raises RequestInvalid, CoordinatorError.
         """
         room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
@@ -115,22 +129,39 @@ class Gateway:
         decoder = deployment.tokenizer.stream()
         text = _StopFilter(stop)
         answer: list[int] = []
+        given: list[int] = []
+        """What the caller has: longer than the answer where that began again."""
         while True:
-            deployment = await deployment.latest()
+            before, deployment = deployment, await deployment.latest()
+            if given and _was_suspect(before, deployment):
+                answer.clear()
+                if withdrawable:
+                    given.clear()
+                    decoder, text = deployment.tokenizer.stream(), _StopFilter(stop)
+                    yield Piece("", (), "", withdraws=True)
             left = replace(sampling, max_tokens=limit - len(answer))
             events = self._tokens(deployment, (*prompt, *answer), left, timing)
             try:
                 async with aclosing(events):
                     async for event in events:
+                        if len(answer) < len(given):
+                            if event.finish or event.token != given[len(answer)]:
+                                raise AnswerWithdrawn
+                            answer.append(event.token)
+                            continue
                         piece = _piece(event, decoder, text, timing)
                         answer += piece.tokens
+                        given += piece.tokens
                         yield piece
                         if piece.finish:
                             return
+            except AnswerWithdrawn:
+                raise
             except CoordinatorError as error:
                 if deployment.successor is None:
                     raise
-                notice = f"{error}. The answer goes on once the model is placed anew"
+                does = "begins again" if deployment.is_suspect else "goes on"
+                notice = f"{error}. The answer {does} once the model is placed anew"
             yield Piece("", (), "", notice)
 
     async def _tokens(
@@ -157,6 +188,9 @@ class Gateway:
         """Take what an agent says of its own accord; what belongs to no flight is dropped."""
         if isinstance(message, PeerLost):
             self._on_peer_lost(member, message)
+            return
+        if isinstance(message, StageDamaged):
+            self._fleet.stop_damaged(member, message.epoch, message.reason)
             return
         if not isinstance(message, (TokenSampled, SequenceFailed)):
             return
@@ -200,6 +234,15 @@ def room_for_answer(prompt_tokens: int, context_tokens: int, spec: ModelSpec) ->
             "context_length_exceeded",
         )
     return context_tokens - prompt_tokens
+
+
+def _was_suspect(first: Deployment, last: Deployment) -> bool:
+    """Whether a deployment that came before ``last``, from ``first`` on, had damaged files."""
+    while first is not last and first.successor is not None:
+        if first.is_suspect:
+            return True
+        first = first.successor.result()
+    return False
 
 
 class _StopFilter:

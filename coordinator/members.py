@@ -39,6 +39,7 @@ from wire.messages import (
     QualityMeasured,
     RequestFailed,
     SequenceFailed,
+    StageDamaged,
     StageLoaded,
     TokenSampled,
 )
@@ -384,7 +385,7 @@ class Roster:
                 self.set_link(member, target, message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
-        elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost)):
+        elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost, StageDamaged)):
             self._on_event(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")

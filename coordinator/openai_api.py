@@ -93,9 +93,13 @@ class OpenAIRoutes:
 
     async def _whole(self, job: _Job) -> dict[str, Any]:
         timing, text, tokens, finish = Timing(), "", list[int](), ""
-        pieces = self._gateway.generate(job.deployment, job.prompt, job.sampling, job.stop, timing)
+        pieces = self._gateway.generate(
+            job.deployment, job.prompt, job.sampling, job.stop, timing, withdrawable=True
+        )
         async with aclosing(pieces):
             async for piece in pieces:
+                if piece.withdraws:
+                    text, tokens = "", []
                 text += piece.text
                 tokens += piece.tokens
                 finish = piece.finish

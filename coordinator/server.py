@@ -40,10 +40,14 @@ from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
     BlockChunk,
+    BlockDamaged,
     BlocksHello,
+    Done,
     FetchBlock,
     FilesMade,
+    Heartbeat,
     MakeFiles,
+    RequestFailed,
 )
 from wire.rare_log import RareLog
 from wire.service import ServiceManager
@@ -259,6 +263,8 @@ class Coordinator:
                 await self._workshop.serve(device, request, connection)
             elif isinstance(request, FilesMade):
                 await self._workshop.take(device, request, connection)
+            elif isinstance(request, BlockDamaged):
+                await self._repair(request, connection)
             elif not isinstance(request, FetchBlock) or not await self._send(request, connection):
                 self._rare_log.warning(
                     "block", "%s asked for a block that does not exist", connection.peer
@@ -266,20 +272,46 @@ class Coordinator:
                 return
 
     async def _send(self, request: FetchBlock, connection: AsyncConnection) -> bool:
-        """Send an artifact's bytes; False where there is none."""
-        path = self._store.path(request.sha256)
-        if path is None:
-            return False
-        with path.open("rb") as file:
-            total = path.stat().st_size
-            offset = file.seek(min(max(request.offset, 0), total))
-            while offset < total:
-                data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
-                if not data:
-                    raise OSError(f"{path} was cut short")  # The agent notices, too.
-                await connection.send(BlockChunk(offset, total), data)
-                offset += len(data)
+        """Send an artifact's bytes; False where there is none.
+
+        One that cannot be read is made again: it has the same bytes. Raises OSError, MakingFailed.
+        """
+        offset, store = max(request.offset, 0), self._store
+        for is_last in (False, True):
+            path = store.path(request.sha256)
+            if path is None and not store.can_make(request.sha256):
+                return False
+            try:
+                if path is None:
+                    raise FileNotFoundError(request.sha256)
+                with path.open("rb") as file:
+                    total = path.stat().st_size
+                    offset = file.seek(min(offset, total))
+                    while offset < total:
+                        data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
+                        if not data:
+                            raise OSError(f"{path} was cut short")  # The agent notices, too.
+                        await connection.send(BlockChunk(offset, total), data)
+                        offset += len(data)
+                break
+            except OSError:
+                if is_last:
+                    raise
+                await asyncio.to_thread(store.repair, request.sha256)
         return True
+
+    async def _repair(self, damaged: BlockDamaged, connection: AsyncConnection) -> None:
+        """Check a file that did not arrive whole, and make a damaged one again."""
+        repairing = asyncio.ensure_future(asyncio.to_thread(self._store.repair, damaged.sha256))
+        while not repairing.done():
+            await connection.send(Heartbeat())
+            await asyncio.wait({repairing}, timeout=limits.HEARTBEAT_S)
+        try:
+            repairing.result()
+        except (CoordinatorError, ModelError, OSError) as error:
+            await connection.send(RequestFailed(0, str(error)))
+        else:
+            await connection.send(Done(0))
 
 
 class _Server(uvicorn.Server):

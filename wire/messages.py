@@ -181,6 +181,8 @@ class StageLoaded:
     memory_bytes: int
     fetched_bytes: int
     load_s: float
+    damaged_files: int
+    """Files of the stage that were damaged on the device, and were fetched or made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +385,17 @@ class PeerLost:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class StageDamaged:
+    """A stage stopped because a file that it runs from is damaged; its tokens may be wrong.
+
+    The file is removed, so that the next load fetches or makes it again.
+    """
+
+    epoch: int
+    reason: str
+
+
 # ---- data plane --------------------------------------------------------------------------------
 
 
@@ -464,6 +477,17 @@ class FetchBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockDamaged:
+    """The artifact with this hash arrived with other contents, or not whole.
+
+    The coordinator checks its own file and makes a damaged one again. It sends heartbeats
+    meanwhile, then Done, or RequestFailed where it cannot make the file (with 0 as ``request``).
+    """
+
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class BlockChunk:
     """Payload: bytes of the artifact at ``offset``. ``total`` is the artifact's size."""
 
@@ -503,6 +527,7 @@ Message: TypeAlias = (
     | ReleaseSequence
     | SequenceFailed
     | PeerLost
+    | StageDamaged
     | PeerHello
     | PeerWelcome
     | Activation
@@ -511,6 +536,7 @@ Message: TypeAlias = (
     | ProbePong
     | BlocksHello
     | FetchBlock
+    | BlockDamaged
     | BlockChunk
 )
 
@@ -555,6 +581,8 @@ CODES: dict[int, type[Message]] = {
     52: BlockChunk,
     53: MakeFiles,
     54: FilesMade,
+    60: StageDamaged,
+    61: BlockDamaged,
 }
 """Message codes on the wire. Never reuse a number."""
 

@@ -251,7 +251,7 @@ def test_answers_reach_who_asked() -> None:
         assert seen == [Progress(1, "load", 1, 2, "bytes")]
         for answer, words in (
             (RequestFailed(2, "no memory"), "pi: no memory"),
-            (StageLoaded(3, 1, 1, 0.1), "unexpected answer"),
+            (StageLoaded(3, 1, 1, 0.1, 0), "unexpected answer"),
         ):
             waiting = asyncio.ensure_future(member.request(UnloadStage, Done))
             await next_message(connection)
