@@ -199,6 +199,7 @@ class Agent:
             connection.close()
             raise
         if isinstance(answer, CoordinatorWelcome):
+            connection.set_receive_timeout(limits.COORDINATOR_PATIENCE_S)
             self._joined = (
                 f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
             )

@@ -34,6 +34,7 @@ from wire.messages import (
     StartSequence,
     TokenSampled,
 )
+from wire.patience import within
 
 STALL_S = 120.0
 STALL_FACTOR = 20
@@ -264,7 +265,7 @@ async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | Coo
     predicted_s = prompt_tokens * flight.deployment.plan.prefill_s_per_token
     limit_s = STALL_S + STALL_FACTOR * predicted_s
     try:
-        return await asyncio.wait_for(flight.events.get(), limit_s)
+        return await within(flight.events.get(), limit_s)
     except asyncio.TimeoutError:
         return Stalled(
             f"no token came for {limit_s:.0f} s although all devices answer: "

@@ -40,6 +40,7 @@ from wire.messages import (
     StageLoaded,
     TokenSampled,
 )
+from wire.patience import within
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
 log = logging.getLogger(__name__)
@@ -284,7 +285,7 @@ class Roster:
         """
         member.heard.clear()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S)
+            await within(member.heard.wait(), SIGN_OF_LIFE_S)
         return self._members.get(member.device) is member and member.heard.is_set()
 
     def close(self) -> None:
