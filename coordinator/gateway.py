@@ -189,14 +189,20 @@ class Gateway:
                 flight.events.put_nowait(error)
 
 
-def room_for_answer(prompt_tokens: int, context_tokens: int, spec: ModelSpec) -> int:
-    """How many tokens may follow a prompt. Raises RequestInvalid where none may."""
+def room_for_answer(
+    prompt_tokens: int, context_tokens: int, spec: ModelSpec, *, at_least: bool = False
+) -> int:
+    """How many tokens may follow a prompt. Raises RequestInvalid where none may.
+
+    ``at_least``: the prompt has not been tokenized, and may have more tokens than that.
+    """
     if not prompt_tokens:
         raise RequestInvalid("the prompt is empty", "prompt")
     if prompt_tokens >= context_tokens:
         larger = context_tokens < spec.max_context
+        has = f"has {'at least ' * at_least}{prompt_tokens} tokens"
         raise RequestInvalid(
-            f"the prompt has {prompt_tokens} tokens and the context {context_tokens}: shorten it"
+            f"the prompt {has} and the context {context_tokens}: shorten it"
             + (", or load the model with a larger --context" if larger else ""),
             "prompt",
             "context_length_exceeded",

@@ -45,6 +45,10 @@ class Tokenizer:
         directory: Path,
     ) -> None:
         self._backend = backend
+        # A file may cut prompts, or fill them up: transformers takes neither from it.
+        backend.no_truncation()
+        backend.no_padding()
+        self._longest_token_bytes = _longest_token_bytes(backend)
         self._special_tokens = special_tokens
         self._template = template
         self._directory = directory
@@ -66,9 +70,18 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Tokens of a text; ``add_special`` puts in what the model expects around it (bos).
 
-        Pass False for the result of ``apply_chat_template``, which has its special tokens.
+        Pass False for the result of ``apply_chat_template``, which has its special tokens. Other
+        threads run meanwhile, however long the text is.
         """
-        return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+        # Only the batch releases the interpreter's lock; the fast one leaves out offsets.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special)
+        return list(encoding.ids)
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, known without tokenizing; 0 where nothing is."""
+        if self._longest_token_bytes is None:
+            return 0
+        return len(text.encode()) // self._longest_token_bytes
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of tokens; bytes that are no UTF-8 become replacement characters."""
@@ -380,6 +393,51 @@ _BOUNDED_FILTERS: dict[str, Callable[..., Any]] = {
     "replace": _replace_filter,
     "tojson": _to_json,
 }
+
+
+def _longest_token_bytes(backend: tokenizers.Tokenizer) -> int | None:
+    """Bytes of text that one token stands for at most; None where no such bound is certain.
+
+    Certain only where each byte of a text is in some token: byte-level BPE that drops nothing.
+    """
+    model, added = backend.model, backend.get_added_tokens_decoder().values()
+    vocab = backend.get_vocab()
+    parts = [*_parts(backend.normalizer, "normalizers")]
+    parts += _parts(backend.pre_tokenizer, "pretokenizers")
+    byte_level = {part["type"] for part in parts} & {"ByteLevel"}
+    alphabet = (
+        tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        if byte_level
+        else [f"<0x{byte:02X}>" for byte in range(256)]
+    )
+    certain = (
+        isinstance(model, tokenizers.models.BPE)
+        and (byte_level or model.byte_fallback)
+        and all(token in vocab for token in alphabet)
+        and all(map(_keeps_all, parts))
+        and not any(token.lstrip or token.rstrip for token in added)
+    )
+    # A token's text is never shorter in UTF-8 than the bytes that it stands for.
+    return max(len(token.encode()) for token in vocab) if certain else None
+
+
+def _parts(component: Any, list_name: str) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the settings of its steps, in their order."""
+    if component is None:
+        return []
+    settings = json.loads(component.__getstate__())
+    return list(settings.get(list_name) or [settings])
+
+
+def _keeps_all(step: Mapping[str, Any]) -> bool:
+    """Whether a step before the model leaves every byte of the text there, or adds some."""
+    kind = step["type"]
+    if kind == "Replace":
+        old = step["pattern"].get("String")
+        return old is not None and len(step["content"].encode()) >= len(old.encode())
+    if kind in ("Split", "Punctuation"):
+        return bool(step["behavior"] != "Removed")
+    return kind in ("ByteLevel", "Digits", "Metaspace", "Prepend")
 
 
 def _load_backend(

@@ -125,6 +125,9 @@ def test_room_for_an_answer() -> None:
         room_for_answer(spec.max_context, spec.max_context, spec)
     with pytest.raises(RequestInvalid, match="empty"):
         room_for_answer(0, CONTEXT, spec)
+    with pytest.raises(RequestInvalid, match=f"has at least {CONTEXT} tokens") as refused:
+        room_for_answer(CONTEXT, CONTEXT, spec, at_least=True)
+    assert refused.value.code == "context_length_exceeded"
 
 
 def test_speeds_are_known_once_they_can_be() -> None:
