@@ -110,6 +110,9 @@ class Fleet:
         async with self._exclusive(on_step):
             tokenizer = await asyncio.to_thread(Tokenizer.load, request.model)
             planned = await self._plan(request)
+            vocab = planned.checkpoint.spec.vocab
+            for doubt in await asyncio.to_thread(lambda: list(tokenizer.doubts(vocab))):
+                log.warning("%s", doubt)
             refs = await self._quantize(planned)
             await self._unload()
             self.deployment = await self._deploy(planned, tokenizer, refs)

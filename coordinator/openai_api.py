@@ -314,7 +314,15 @@ def _encode(deployment: Deployment, text: str, *, add_special: bool) -> list[int
     least_tokens = deployment.tokenizer.least_tokens(text)
     if least_tokens:
         room_for_answer(least_tokens, deployment.context_tokens, deployment.spec, at_least=True)
-    return deployment.tokenizer.encode(text, add_special=add_special)
+    tokens = deployment.tokenizer.encode(text, add_special=add_special)
+    vocab = deployment.spec.vocab
+    if max(tokens, default=0) >= vocab:
+        raise RequestInvalid(
+            f"the prompt has the token {max(tokens)}, the model only {vocab} tokens:"
+            " its tokenizer and its weights do not belong together",
+            "prompt",
+        )
+    return tokens
 
 
 def _text_part(part: Any) -> str:

@@ -341,3 +341,12 @@ def test_templates_cannot_hog_the_coordinator(model: Path, template: str) -> Non
 def test_a_long_conversation_is_no_attack() -> None:
     messages = [{"role": "user", "content": "12345 words. " * 500}] * 300
     assert len(BYTES.apply_chat_template(messages)) < MAX_PROMPT_CHARS
+
+
+def test_what_will_not_work_is_known_at_load(model: Path) -> None:
+    assert list(BYTES.doubts(10_000)) == []
+    (line,) = BYTES.doubts(200)
+    assert "the model only 200" in line
+    (line,) = with_template(model, "{{ nothing.at.all }}").doubts(10_000)
+    assert "chat completions will fail" in line
+    assert "tokenizer_config.json: chat template failed" in line
