@@ -38,6 +38,7 @@ from wire import limits
 from wire.connection import Connection, Listener
 from wire.discovery import find_coordinator, reachable_addresses
 from wire.errors import ConnectFailed, ProtocolError, WireError
+from wire.hygiene import clean
 from wire.messages import (
     AgentHello,
     BlockRef,
@@ -194,7 +195,7 @@ class Agent:
         try:
             connection.set_receive_timeout(limits.LIVENESS_S)
             connection.send(self._hello(connection))
-            answer, _ = connection.receive()
+            answer = clean(connection.receive()[0])
         except WireError:
             connection.close()
             raise
@@ -248,7 +249,7 @@ class Agent:
             thread.start()
         try:
             while True:
-                message, _ = connection.receive()  # A heartbeat each second, at least.
+                message = clean(connection.receive()[0])  # A heartbeat each second, at least.
                 self._service.alive()
                 if isinstance(message, Request):
                     requests.put(message)

@@ -3,7 +3,8 @@
 CoordinatorError            one line, with what to do next
 ├── NoAgents                nothing has joined
 ├── AgentFailed             an agent could not do what it was asked
-│   └── AgentLost           ... because it is gone
+│   ├── AgentLost           ... because it is gone
+│   └── AgentLied           ... because it broke the protocol in an answer
 ├── Stalled                 the devices live, but no token comes
 ├── Busy                    another plan, load or unload is under way
 ├── NotLoaded               no model is loaded, or its deployment is broken
@@ -54,6 +55,15 @@ class AgentLost(AgentFailed):
         rest = "" if alone is None else f"; the others cannot take its place: {alone}"
         super().__init__(name, f"device lost ({cause}); check its power, network and agent{rest}")
         self.cause = cause
+
+
+class AgentLied(AgentFailed):
+    """The agent ``name`` sent what no working one sends; the answer cannot be trusted."""
+
+    code = "device_misbehaved"
+
+    def __init__(self, name: str, lie: str) -> None:
+        super().__init__(name, f"it {lie}; update shoal there, or leave it out with --exclude")
 
 
 class Stalled(CoordinatorError):

@@ -32,6 +32,7 @@ from wire import limits
 from wire.connection import AsyncConnection, bind, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, WireError
+from wire.hygiene import clean
 from wire.messages import (
     AgentHello,
     BlockChunk,
@@ -214,7 +215,7 @@ class Coordinator:
     async def _serve_files(self, device: str, connection: AsyncConnection) -> None:
         """Send files that are asked for, and have them made; ends with the connection."""
         while True:
-            request, _ = await connection.receive(DOWNLOAD_IDLE_S)
+            request = clean((await connection.receive(DOWNLOAD_IDLE_S))[0])
             if isinstance(request, MakeFiles):
                 await self._workshop.serve(device, request, connection)
             elif isinstance(request, FilesMade):

@@ -42,3 +42,5 @@ async def within(work: Awaitable[Result], timeout_s: float | None) -> Result:
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
+        if task.done() and not task.cancelled():
+            task.exception()  # Or asyncio would report one that comes with a cancellation.

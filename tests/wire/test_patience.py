@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
 
@@ -41,6 +42,24 @@ def test_cancelling_the_wait_cancels_the_work() -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiting
         assert forever.cancelled()
+
+    asyncio.run(main())
+
+
+def test_an_error_that_comes_with_the_cancellation_is_reported_to_nobody() -> None:
+    async def main() -> None:
+        reported: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, found: reported.append(found))
+        failing = asyncio.get_running_loop().create_future()
+        waiting = asyncio.ensure_future(within(failing, 5))
+        await asyncio.sleep(0)
+        failing.set_exception(ConnectionResetError())
+        waiting.cancel()
+        with pytest.raises((asyncio.CancelledError, ConnectionResetError)):
+            await waiting
+        del failing, waiting
+        gc.collect()
+        assert reported == []
 
     asyncio.run(main())
 
