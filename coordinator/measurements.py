@@ -18,7 +18,7 @@ from typing import TypeVar
 from coordinator.errors import AgentFailed, AgentLost
 from coordinator.members import Member, OnProgress, Roster
 from model.spec import ModelSpec
-from wire.hygiene import MAX_SECONDS, is_plausible
+from wire.hygiene import CALL_SECONDS, is_plausible
 from wire.messages import (
     BlocksFound,
     FindBlocks,
@@ -96,7 +96,10 @@ async def measure_blocks(
             except AgentFailed as error:
                 reason = f"{error.reason}; --exclude {member.name} plans without it"
                 raise AgentFailed(member.name, reason) from error
-            if not (0 <= answer.call_s <= MAX_SECONDS and _are_possible(answer.timings, spec)):
+            if not (
+                CALL_SECONDS[0] <= answer.call_s <= CALL_SECONDS[1]
+                and _are_possible(answer.timings, spec)
+            ):
                 raise AgentFailed(
                     member.name,
                     f"reported impossible times; --exclude {member.name} plans without it",

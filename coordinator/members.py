@@ -17,7 +17,7 @@ from model.spec import ModelSpec
 from wire import hygiene, limits
 from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
-from wire.hygiene import clean, implausible_profile
+from wire.hygiene import clean, implausible_profile, is_plausible_link
 from wire.messages import (
     AgentHello,
     BlocksFound,
@@ -228,12 +228,7 @@ class Roster:
         self, source: Member, target: Member, measured: LinkMeasured | LinkChanged
     ) -> None:
         """Take a link as the source measured it. Raises AgentFailed for an impossible one."""
-        possible = (
-            1e-9 <= measured.rtt_s <= hygiene.MAX_SECONDS
-            and 1 <= measured.bytes_per_s <= hygiene.MAX_BYTES_PER_S
-            and 0 <= measured.rtt_p90_s <= hygiene.MAX_SECONDS
-        )
-        if not possible:
+        if not is_plausible_link(measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s):
             raise AgentFailed(source.name, "reported an impossible link")
         self._links[source.device, target.device] = LinkProfile(
             source.name, target.name, measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s

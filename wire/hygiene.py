@@ -24,9 +24,11 @@ MAX_PROFILE_ENTRIES = 64
 
 MAX_BYTES = 1 << 60
 MAX_SECONDS = 1e6
-LEAST_SECONDS = 1e-12
-"""Of a block's time. Nothing runs faster, and what the planner divides by stays in range."""
-MAX_BYTES_PER_S = 1e15
+BLOCK_SECONDS = (1e-9, 600.0)
+CALL_SECONDS = (0.0, 600.0)
+ROUND_TRIP_SECONDS = (1e-7, 60.0)
+LINK_BYTES_PER_S = (100.0, 1e12)
+"""Wider than any device and link; a solver tells no plan from none over much wider ones."""
 
 Cleaner = Callable[[Any], Any]
 
@@ -65,8 +67,18 @@ def implausible_profile(profile: DeviceProfile) -> str | None:
 
 def is_plausible(timing: BlockTiming) -> bool:
     """Whether a block can take these times."""
+    least_s, most_s = BLOCK_SECONDS
     times_s = timing.decode_s, timing.prefill_s_per_token
-    return all(LEAST_SECONDS <= time_s <= MAX_SECONDS for time_s in times_s)
+    return all(least_s <= time_s <= most_s for time_s in times_s)
+
+
+def is_plausible_link(rtt_s: float, bytes_per_s: float, rtt_p90_s: float) -> bool:
+    """Whether a link can have these figures; a 90th percentile of 0 is not known."""
+    return (
+        ROUND_TRIP_SECONDS[0] <= rtt_s <= ROUND_TRIP_SECONDS[1]
+        and LINK_BYTES_PER_S[0] <= bytes_per_s <= LINK_BYTES_PER_S[1]
+        and 0 <= rtt_p90_s <= ROUND_TRIP_SECONDS[1]
+    )
 
 
 _PROFILE_RANGES: dict[str, tuple[float, float]] = {
@@ -75,9 +87,9 @@ _PROFILE_RANGES: dict[str, tuple[float, float]] = {
     "memory_bytes": (0, MAX_BYTES),
     "memory_total_bytes": (0, MAX_BYTES),
     "storage_bytes": (0, MAX_BYTES),
-    "memory_read_bytes_per_s": (1, MAX_BYTES_PER_S),
-    "disk_write_bytes_per_s": (1, MAX_BYTES_PER_S),
-    "call_s": (0, MAX_SECONDS),
+    "memory_read_bytes_per_s": (1, 1e15),
+    "disk_write_bytes_per_s": (1, 1e15),
+    "call_s": CALL_SECONDS,
     "watts": (0, 1e6),
     "on_chip_bytes": (0, MAX_BYTES),
 }
