@@ -181,8 +181,8 @@ def serve(requests: IO[bytes], answers: IO[bytes], max_cpu_s: float) -> None:
     """Answer requests until their stream ends; SIGPROF ends all where one takes ``max_cpu_s``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, MAX_MEMORY_BYTES)
     compiled = functools.lru_cache(_CACHED_TEMPLATES)(Sandbox)
     while len(prefix := requests.read(_LENGTH.size)) == _LENGTH.size:
         request = requests.read(_LENGTH.unpack(prefix)[0])
@@ -191,6 +191,16 @@ def serve(requests: IO[bytes], answers: IO[bytes], max_cpu_s: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(_LENGTH.pack(len(answer)) + answer)
         answers.flush()
+
+
+def _limit(kind: int, most: int) -> None:
+    """Limit a resource of this process; one that is limited further already stays so."""
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    # A service manager may forbid the call, and has limits of its own then.
+    with contextlib.suppress(PermissionError):
+        resource.setrlimit(kind, (most, most))
 
 
 def _answer(compiled: Any, request: bytes) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import psutil
 import pytest
 
 from model.errors import TokenizerError
-from model.template_process import TemplateProcess
+from model.template_process import MAX_WALL_S, TemplateProcess
 from model.template_sandbox import TemplateFailed
 from model.tokenizer import ChatTemplate
 
@@ -104,6 +106,22 @@ def test_a_template_that_takes_too_much_memory_is_an_error(process: TemplateProc
     assert process.render("{{ 'ok' }}", VALUES) == "ok"
 
 
+def test_a_process_with_less_memory_than_that_keeps_its_limit() -> None:
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20));"
+        "from model.template_process import template_process;"
+        "print(template_process().render('{{ x }}', {'x': 'ok'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout == "ok\n", done.stderr
+
+
 def test_compiling_is_bounded_too(process: TemplateProcess) -> None:
     with pytest.raises(TemplateFailed):
         process.check("{{ " + "(" * 200_000 + "1" + ")" * 200_000 + " }}")
@@ -112,12 +130,14 @@ def test_compiling_is_bounded_too(process: TemplateProcess) -> None:
 
 
 def test_a_process_that_stands_still_is_ended() -> None:
-    process = TemplateProcess(max_wall_s=0.5)
+    process = TemplateProcess()
     try:
         assert process.render("{{ 'ok' }}", VALUES) == "ok"
         os.kill(child_of(process), signal.SIGSTOP)
+        process._max_wall_s = 0.5
         with pytest.raises(TemplateFailed, match=r"did not end within 0\.5 s"):
             process.render("x" * 1_000_000, VALUES)
+        process._max_wall_s = MAX_WALL_S
         assert process.render("{{ 'ok' }}", VALUES) == "ok"
     finally:
         process.close()
