@@ -231,7 +231,11 @@ class Roster:
         if not is_plausible_link(measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s):
             raise AgentFailed(source.name, "reported an impossible link")
         self._links[source.device, target.device] = LinkProfile(
-            source.name, target.name, measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
+            source.name,
+            target.name,
+            hygiene.within_range(measured.rtt_s, hygiene.ROUND_TRIP_SECONDS),
+            hygiene.within_range(measured.bytes_per_s, hygiene.LINK_BYTES_PER_S),
+            min(measured.rtt_p90_s, hygiene.ROUND_TRIP_SECONDS[1]),
         )
 
     async def serve(self, hello: AgentHello, connection: AsyncConnection) -> None:
