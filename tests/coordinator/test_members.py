@@ -465,3 +465,13 @@ def test_a_link_that_changed_is_taken_over_for_the_next_plan() -> None:
 async def next_message_or_beat(connection: AsyncConnection) -> None:
     """Wait until the roster has said something, which it does each second."""
     await connection.receive(5)
+
+
+def test_a_link_measured_too_fast_is_taken_as_the_fastest_there_is() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        _, member = await coordinator.joined(hello("a", "one"))
+        _, other = await coordinator.joined(hello("b", "two"))
+        coordinator.roster.set_link(member, other, LinkMeasured(1, 1e-8, 4.2e12, 1e-8))
+        assert coordinator.roster.links() == (LinkProfile("one", "two", 1e-7, 1e12, 1e-8),)
+
+    run(test)
