@@ -41,6 +41,7 @@ from wire import limits
 from wire.connection import Connection, Listener
 from wire.discovery import find_coordinator, reachable_addresses
 from wire.errors import ConnectFailed, ProtocolError, WireError
+from wire.hygiene import clean
 from wire.messages import (
     AgentHello,
     BlockRef,
@@ -205,11 +206,12 @@ class Agent:
         try:
             connection.set_receive_timeout(limits.LIVENESS_S)
             connection.send(self._hello(connection))
-            answer, _ = connection.receive()
+            answer = clean(connection.receive()[0])
         except WireError:
             connection.close()
             raise
         if isinstance(answer, CoordinatorWelcome):
+            connection.set_receive_timeout(limits.COORDINATOR_PATIENCE_S)
             self._joined = (
                 f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
             )
@@ -262,7 +264,7 @@ class Agent:
             raise ConnectFailed(f"cannot serve the coordinator: {error}") from error
         try:
             while True:
-                message, _ = connection.receive()  # A heartbeat each second, at least.
+                message = clean(connection.receive()[0])  # A heartbeat each second, at least.
                 self._service.alive()
                 if isinstance(message, Request):
                     requests.put(message)

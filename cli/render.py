@@ -134,7 +134,7 @@ class Screen:
             table.add_row(
                 escape(device["name"]),
                 escape(device["processor"]),
-                device["backend"],
+                escape(device["backend"]),
                 str(device["threads"]),
                 format_size(device["memory_bytes"]),
                 format_size(device["storage_bytes"]),

@@ -4,7 +4,8 @@ CoordinatorError            one line, with what to do next
 ├── NoAgents                nothing has joined
 ├── AgentFailed             an agent could not do what it was asked
 │   ├── AgentLost           ... because it is gone
-│   └── AgentDamaged        ... because a file of its stage is damaged: the stage stopped
+│   ├── AgentDamaged        ... because a file of its stage is damaged: the stage stopped
+│   └── AgentLied           ... because it broke the protocol in an answer
 ├── LinkFailed              two agents live, and one cannot reach the other
 ├── AnswerWithdrawn         text that was shown came from a damaged stage
 ├── Stalled                 the devices live, but no token comes
@@ -107,6 +108,15 @@ class AnswerWithdrawn(CoordinatorError):
         super().__init__(
             "the answer so far came from a device with a damaged file and is wrong: ask again"
         )
+
+
+class AgentLied(AgentFailed):
+    """The agent ``name`` sent what no working one sends; the answer cannot be trusted."""
+
+    code = "device_misbehaved"
+
+    def __init__(self, name: str, lie: str) -> None:
+        super().__init__(name, f"it {lie}; update shoal there, or leave it out with --exclude")
 
 
 class Stalled(CoordinatorError):

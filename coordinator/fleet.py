@@ -23,6 +23,7 @@ from collections.abc import (
 )
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from coordinator.artifacts import ArtifactStore
@@ -62,6 +63,7 @@ from coordinator.problem import PlanningProblem, build_problem
 from coordinator.quality import QualityRequest, QualityStore, choose_hops, own_rows
 from coordinator.recovery import LoadedFile, joined, recover, remaining
 from model.checkpoint import Checkpoint
+from model.families import load_spec
 from model.tokenizer import Tokenizer
 from wire import limits
 from wire.messages import BlockRef
@@ -126,6 +128,8 @@ class Fleet:
         """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
             tokenizer = await asyncio.to_thread(Tokenizer.load, request.model)
+            for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
+                log.warning("%s", doubt)
             self.deployment = await self._put(request, tokenizer, asked=True)
             self._kept.keep(request, [member.name for member in self.deployment.members])
             return self.deployment
@@ -540,6 +544,10 @@ class Fleet:
     def _report(self, step: Step) -> None:
         if self.on_step is not None:
             self.on_step(step)
+
+
+def _doubts(tokenizer: Tokenizer, model: Path) -> list[str]:
+    return list(tokenizer.doubts(load_spec(model).vocab))
 
 
 def _check_names(wanted: Iterable[str], members: tuple[Member, ...]) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from coordinator.deployment import Deployment
 from coordinator.errors import (
     AgentFailed,
+    AgentLied,
     AgentLost,
     AnswerWithdrawn,
     CoordinatorError,
@@ -31,6 +32,7 @@ from coordinator.forecast import best_chunk_tokens
 from coordinator.members import Member
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
+from wire.errors import ProtocolError
 from wire.messages import (
     FinishReason,
     Message,
@@ -42,6 +44,7 @@ from wire.messages import (
     StartSequence,
     TokenSampled,
 )
+from wire.patience import within
 
 STALL_S = 120.0
 STALL_FACTOR = 20
@@ -89,10 +92,29 @@ class Timing:
 
 @dataclass(slots=True)
 class _Flight:
-    """A sequence in flight."""
+    """A sequence in flight. What its last stage says of it is checked here, whoever samples."""
 
     deployment: Deployment
+    sampling: Sampling
     events: asyncio.Queue[TokenSampled | CoordinatorError] = field(default_factory=asyncio.Queue)
+    tokens: int = 0
+    ended: bool = False
+    """Nothing that still arrives counts."""
+
+    def take(self, message: TokenSampled) -> str | None:
+        """Queue the next token; what is wrong with it, if it cannot be that."""
+        limit = self.sampling.max_tokens
+        if message.index != self.tokens or self.tokens >= limit:
+            return f"sent token number {message.index}, where {self.tokens} of {limit} had come"
+        if not 0 <= message.token < self.deployment.spec.vocab:
+            return f"sent token {message.token}, of a vocabulary of {self.deployment.spec.vocab}"
+        self.tokens += 1
+        stops, is_last = message.token in self.sampling.stop_tokens, self.tokens == limit
+        if message.finish != ("stop" if stops else "length" if is_last else ""):
+            return f"sent token {message.token}, {self.tokens} of {limit}, as {message.finish!r}"
+        self.ended = bool(message.finish)
+        self.events.put_nowait(message)
+        return None
 
 
 class Gateway:
@@ -155,8 +177,8 @@ class Gateway:
                         yield piece
                         if piece.finish:
                             return
-            except AnswerWithdrawn:
-                raise
+            except (AnswerWithdrawn, AgentLied):
+                raise  # Not even the tokens before are to be trusted.
             except CoordinatorError as error:
                 if deployment.successor is None:
                     raise
@@ -171,7 +193,7 @@ class Gateway:
         async with deployment.slots.one() as slot:
             deployment.require()
             number = next(self._numbers)
-            flight = self._flights[number] = _Flight(deployment)
+            flight = self._flights[number] = _Flight(deployment, sampling)
             try:
                 timing.started_s = timing.started_s or time.monotonic()
                 await _begin(deployment, number, slot, prompt, sampling)
@@ -185,7 +207,10 @@ class Gateway:
                 await asyncio.shield(_release(deployment, number))
 
     def on_event(self, member: Member, message: Message) -> None:
-        """Take what an agent says of its own accord; what belongs to no flight is dropped."""
+        """Take what an agent says of its own accord; what belongs to no flight is dropped.
+
+        Raises ProtocolError for what ends a flight because no working agent sends it.
+        """
         if isinstance(message, PeerLost):
             self._on_peer_lost(member, message)
             return
@@ -195,12 +220,18 @@ class Gateway:
         if not isinstance(message, (TokenSampled, SequenceFailed)):
             return
         flight = self._flights.get(message.sequence)
-        if flight is None or flight.deployment.epoch != message.epoch:
+        if flight is None or flight.deployment.epoch != message.epoch or flight.ended:
             return
         if isinstance(message, SequenceFailed):
-            flight.events.put_nowait(AgentFailed(member.name, message.reason))
+            if member in flight.deployment.members:
+                flight.ended = True
+                flight.events.put_nowait(AgentFailed(member.name, message.reason))
         elif member is flight.deployment.members[-1]:
-            flight.events.put_nowait(message)
+            lie = flight.take(message)
+            if lie is not None:
+                flight.ended = True
+                flight.events.put_nowait(AgentLied(member.name, lie))
+                raise ProtocolError(f"it {lie}")
 
     def on_lost(self, member: Member, error: AgentLost) -> None:
         """A member is gone: whatever ran on it is over."""
@@ -221,14 +252,20 @@ class Gateway:
                 flight.events.put_nowait(error)
 
 
-def room_for_answer(prompt_tokens: int, context_tokens: int, spec: ModelSpec) -> int:
-    """How many tokens may follow a prompt. Raises RequestInvalid where none may."""
+def room_for_answer(
+    prompt_tokens: int, context_tokens: int, spec: ModelSpec, *, at_least: bool = False
+) -> int:
+    """How many tokens may follow a prompt. Raises RequestInvalid where none may.
+
+    ``at_least``: the prompt has not been tokenized, and may have more tokens than that.
+    """
     if not prompt_tokens:
         raise RequestInvalid("the prompt is empty", "prompt")
     if prompt_tokens >= context_tokens:
         larger = context_tokens < spec.max_context
+        has = f"has {'at least ' * at_least}{prompt_tokens} tokens"
         raise RequestInvalid(
-            f"the prompt has {prompt_tokens} tokens and the context {context_tokens}: shorten it"
+            f"the prompt {has} and the context {context_tokens}: shorten it"
             + (", or load the model with a larger --context" if larger else ""),
             "prompt",
             "context_length_exceeded",
@@ -315,7 +352,7 @@ async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | Coo
     predicted_s = prompt_tokens * flight.deployment.plan.prefill_s_per_token
     limit_s = STALL_S + STALL_FACTOR * predicted_s
     try:
-        return await asyncio.wait_for(flight.events.get(), limit_s)
+        return await within(flight.events.get(), limit_s)
     except asyncio.TimeoutError:
         return Stalled(
             f"no token came for {limit_s:.0f} s although all devices answer: "

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import time
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -16,9 +16,10 @@ from coordinator.errors import AgentFailed, AgentLost, NoAgents
 from coordinator.links import Failure, Links
 from coordinator.problem import NoLink
 from model.spec import ModelSpec
-from wire import limits
+from wire import hygiene, limits
 from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
+from wire.hygiene import clean, implausible_profile, is_plausible_link
 from wire.messages import (
     AgentHello,
     BlocksFound,
@@ -43,6 +44,7 @@ from wire.messages import (
     StageLoaded,
     TokenSampled,
 )
+from wire.patience import within
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 from wire.rare_log import RareLog
 
@@ -299,11 +301,14 @@ class Roster:
         self, source: Member, target: Member, measured: LinkMeasured | LinkChanged
     ) -> None:
         """Take a link as the source measured it. Raises AgentFailed for an impossible one."""
-        figures = measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
-        if not (all(map(math.isfinite, figures)) and min(figures[:2]) > 0 and figures[2] >= 0):
+        if not is_plausible_link(measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s):
             raise AgentFailed(source.name, "reported an impossible link")
         link = LinkProfile(
-            source.name, target.name, measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
+            source.name,
+            target.name,
+            hygiene.within_range(measured.rtt_s, hygiene.ROUND_TRIP_SECONDS),
+            hygiene.within_range(measured.bytes_per_s, hygiene.LINK_BYTES_PER_S),
+            min(measured.rtt_p90_s, hygiene.ROUND_TRIP_SECONDS[1]),
         )
         if self._links.set((source.device, target.device), link):
             log.warning("the link from %s to %s works again", source.name, target.name)
@@ -315,6 +320,7 @@ class Roster:
         if refusal is not None:
             await connection.send(JoinRefused(refusal))
             return
+        hello = typing.cast("AgentHello", clean(hello))
         previous = self._members.get(hello.device)
         if previous is not None:
             if await self._is_alive(previous):
@@ -347,7 +353,7 @@ class Roster:
             self.changed.set()
             while True:
                 message, _ = await connection.receive(limits.LIVENESS_S)
-                self._receive(member, message)
+                self._receive(member, clean(message))
         except WireError as error:
             self._lose(member, AgentLost(member.name, str(error)))
         finally:
@@ -362,7 +368,7 @@ class Roster:
         """
         member.heard.clear()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S)
+            await within(member.heard.wait(), SIGN_OF_LIFE_S)
         return self._members.get(member.device) is member and member.heard.is_set()
 
     def close(self) -> None:
@@ -374,8 +380,12 @@ class Roster:
     def _receive(self, member: Member, message: Message) -> None:
         member.heard.set()
         if isinstance(message, Heartbeat):
+            if not 0 <= message.memory_available_bytes <= hygiene.MAX_BYTES:
+                raise ProtocolError(f"it has {message.memory_available_bytes} bytes of memory")
             member.memory_available_bytes = message.memory_available_bytes
         elif isinstance(message, _ANSWERS):
+            if not _is_possible(message):
+                raise ProtocolError(f"it sent an impossible {type(message).__name__}")
             member.resolve(message.request, message)
         elif isinstance(message, LinkChanged):
             target = self._members.get(message.device)
@@ -417,11 +427,15 @@ class Roster:
             return f"the cluster is full ({MAX_MEMBERS} agents)"
         if not hello.device or len(hello.device) > 64 or not 0 < len(hello.name) <= 63:
             return "device id or name is empty or too long"
-        if len(hello.profile.arithmetic) > 64 or len(hello.profile.makes) > 64:
-            return "the profile names more than there is"
-        if not hello.name.isprintable() or not 0 < len(hello.endpoints) <= 64:
-            return "the name is not printable, or there are no addresses"
-        return None
+        if not (hello.name.isprintable() and hello.device.isprintable()):
+            return "the name or the device id is not printable"
+        if not 0 < len(hello.endpoints) <= 64 or any(
+            len(endpoint.host) > 255 or not 0 < endpoint.port < 1 << 16
+            for endpoint in hello.endpoints
+        ):
+            return "there are no addresses, too many, or some that are none"
+        wrong = implausible_profile(hello.profile)
+        return None if wrong is None else f"its profile has {wrong}"
 
     def _unique_name(self, wanted: str) -> str:
         taken = {member.name for member in self._members.values()}
@@ -435,3 +449,20 @@ class Roster:
 def addresses(member: Member) -> tuple[str, ...]:
     """Where other devices look for it, as ``host:port``."""
     return tuple(f"{endpoint.host}:{endpoint.port}" for endpoint in member.endpoints)
+
+
+def _is_possible(message: Message) -> bool:
+    """Whether an answer's figures can be true; times of blocks and links have checks of theirs."""
+    sizes: tuple[int, ...] = ()
+    figures: tuple[float, ...] = ()
+    if isinstance(message, Progress):
+        sizes = message.done, message.total
+        if message.unit not in ("bytes", "steps"):
+            return False
+    elif isinstance(message, StageLoaded):
+        sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+    elif isinstance(message, (QualityMeasured, HopMeasured)):
+        figures = (abs(message.kl),)  # Rounding takes a divergence of 0 below it.
+    return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(
+        0 <= figure <= hygiene.MAX_SECONDS for figure in figures
+    )

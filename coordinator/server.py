@@ -36,6 +36,7 @@ from wire import admission, limits
 from wire.connection import ACCEPT_AT_ONCE, BACKLOG, AsyncConnection, bind, reason, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, WireError
+from wire.hygiene import clean
 from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
@@ -256,7 +257,7 @@ class Coordinator:
             # Until it asks, it may be closed for others' sake.
             self._idle_downloads.enter(connection, connection.peer_host, connection.close)
             try:
-                request, _ = await connection.receive(DOWNLOAD_IDLE_S)
+                request = clean((await connection.receive(DOWNLOAD_IDLE_S))[0])
             finally:
                 self._idle_downloads.leave(connection)
             if isinstance(request, MakeFiles):

@@ -31,6 +31,7 @@ from wire.codec import PREFIX, decode_header, decode_prefix, encode
 from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, WireError
 from wire.lobby import Lobby
 from wire.messages import AuthChallenge, Endpoint, JoinRefused, Message
+from wire.patience import within
 from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
@@ -375,7 +376,7 @@ class AsyncConnection:
                 self._writer.write(head)
                 if len(payload):
                     self._writer.write(payload)
-                await asyncio.wait_for(self._writer.drain(), limits.SEND_TIMEOUT_S)
+                await within(self._writer.drain(), limits.SEND_TIMEOUT_S)
         except (OSError, asyncio.TimeoutError) as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
@@ -430,7 +431,7 @@ class AsyncConnection:
         self, timeout_s: float | None, admit: Admit | None = None
     ) -> tuple[Message, bytes]:
         try:
-            return await asyncio.wait_for(self._receive(admit), timeout_s)
+            return await within(self._receive(admit), timeout_s)
         except AuthFailed:
             raise  # The other end is still to be told.
         except asyncio.TimeoutError as error:

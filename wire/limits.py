@@ -54,3 +54,9 @@ HEARTBEAT_S = 1.0
 
 LIVENESS_S = 5.0
 """Silence after which an agent counts as lost: five heartbeats, within the user's patience."""
+
+COORDINATOR_PATIENCE_S = 20.0
+"""Silence after which an agent leaves a coordinator whose machine still acknowledges what it is
+sent. Such a coordinator stands still, and goes on where it was. One whose machine or network is
+gone acknowledges nothing: the kernel says so after LIVENESS_S. Less than the agent's own watchdog
+bears (systemd/shoal-agent.service), since heartbeats feed that."""
