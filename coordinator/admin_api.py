@@ -6,7 +6,6 @@ Plan, load and quality stream one JSON object a line: {"step": ...} for progress
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -100,7 +99,7 @@ def _device(member: Member) -> dict[str, Any]:
         "device": member.device,
         "version": member.version,
         "address": member.connection.peer_host,
-        "joined_s": round(time.time() - member.joined_s, 3),
+        "joined_s": round(member.connected_s, 3),
         "memory_available_bytes": member.memory_available_bytes,
         **asdict(member.profile),
     }
@@ -111,6 +110,7 @@ def _planned(planned: Planned) -> dict[str, Any]:
         "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
         "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
+        "devices": dict(planned.devices),
     }
     if planned.quality_margin is not None:
         answer["quality"] = {

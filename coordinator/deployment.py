@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from coordinator.errors import AgentFailed, AgentLost, CoordinatorError
@@ -37,6 +37,8 @@ class Planned:
     plan: Plan
     quality_margin: float | None
     measured_kl: float | None
+    devices: Mapping[str, str] = field(default_factory=dict)
+    """Ids of the devices by the names that the problem and the plan have for them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -111,12 +113,12 @@ async def deploy(
 
     Raises AgentFailed.
     """
-    by_name = {member.name: member for member in roster}
+    by_device = {member.device: member for member in roster}
     stages = planned.plan.stages
     for stage in stages:
-        if stage.device not in by_name:
+        if planned.devices[stage.device] not in by_device:
             raise AgentLost(stage.device, "it left while the plan was made")
-    members = tuple(by_name[stage.device] for stage in stages)
+    members = tuple(by_device[planned.devices[stage.device]] for stage in stages)
     spec = planned.checkpoint.spec
     try:
         loaded = await together(

@@ -48,6 +48,7 @@ from coordinator.measurements import (
     measure_links,
 )
 from coordinator.members import Member, Roster
+from coordinator.names import NameBook
 from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_name
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem, build_problem
@@ -103,17 +104,19 @@ class Fleet:
     async def plan(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
-            return await self._plan(request)
+            return await self._plan(self._identified(request))
 
     async def load(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
             tokenizer = await asyncio.to_thread(Tokenizer.load, request.model)
+            request = self._identified(request)
             planned = await self._plan(request)
             refs = await self._quantize(planned)
             await self._unload()
             self.deployment = await self._deploy(planned, tokenizer, refs)
-            self._kept.keep(request, [member.name for member in self.deployment.members])
+            ids = {member.name: member.device for member in self.deployment.members}
+            self._kept.keep(request, list(ids), ids)
             return self.deployment
 
     async def calibrate(
@@ -126,9 +129,10 @@ class Fleet:
         async with self._exclusive(on_step):
             self._require_idle()
             everybody = members = self._roster.require_members()
-            _check_names((request.on,) if request.on else (), members)
             if request.on is not None:
-                members = tuple(member for member in members if member.name == request.on)
+                device = self._roster.names.device(request.on) or request.on
+                _check_joined((device,), members, self._roster.names)
+                members = tuple(member for member in members if member.device == device)
             return await self._distillation.calibrate(request, members, everybody, self._report)
 
     async def unload(self) -> str | None:
@@ -187,7 +191,9 @@ class Fleet:
     async def _plan(self, request: PlanRequest) -> Planned:
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
         members = self._roster.require_members()
-        _check_names((*request.exclude, *request.pins.values()), members)
+        names = self._roster.names
+        absent = [device for device in request.exclude if names.device(device) is None]
+        _check_joined((*absent, *request.pins.values()), members, names)
         losses = self._distillation.losses(checkpoint, request)
         context_tokens = min(
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
@@ -195,7 +201,7 @@ class Fleet:
         problem = await self._problem(request, checkpoint, members, context_tokens, losses)
         self._step("plan", "solving", 0, 0, "")
         if request.given is not None:
-            plan = request.given.to_plan(problem)
+            plan = request.given.renamed(names.name).to_plan(problem)
         else:
             plan = await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
         measured_kl = None
@@ -211,8 +217,30 @@ class Fleet:
                 request, checkpoint, members, problem, plan, losses.known, self._report
             )
         return Planned(
-            request, checkpoint, context_tokens, problem, plan, losses.margin, measured_kl
+            request,
+            checkpoint,
+            context_tokens,
+            problem,
+            plan,
+            losses.margin,
+            measured_kl,
+            {member.name: member.device for member in members},
         )
+
+    def _identified(self, request: PlanRequest) -> PlanRequest:
+        """``request`` with ids in place of names. Raises RequestInvalid for a plan of strangers."""
+        names = self._roster.names
+        given = request.given
+        if given is not None:
+            for name, device in given.devices.items():
+                if names.device(device) is None:
+                    raise RequestInvalid(
+                        f"{given.source}: no device with the id {device}, which was called "
+                        f"{name}, has ever joined here: take {name} out of `devices` in the plan "
+                        f"to mean whichever device is called {name} now",
+                        "plan",
+                    )
+        return request.identified(names.device)
 
     def _require_idle(self) -> None:
         if self.deployment is not None:
@@ -231,8 +259,10 @@ class Fleet:
     ) -> PlanningProblem:
         """The problem as measured; what is not known yet is measured."""
         spec = checkpoint.spec
-        timings = await measure_blocks(members, spec, request.bits, self._report, request.exclude)
-        measured = [member for member in members if member.name not in request.exclude]
+        names = {member.device: member.name for member in members}
+        excluded = [member.name for member in members if member.device in request.exclude]
+        timings = await measure_blocks(members, spec, request.bits, self._report, excluded)
+        measured = [member for member in members if member.name not in excluded]
         await measure_links(self._roster, measured, self._report)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
         if request.max_weight_error is not None:
@@ -271,8 +301,8 @@ class Fleet:
                 ),
                 quality_budget=request.quality_budget,
                 objective=request.objective,
-                pins=request.pins,
-                excluded=request.exclude,
+                pins={block: names[device] for block, device in request.pins.items()},
+                excluded=excluded,
                 hop_formats=choose_hops(request.hop_bits, losses.hops, request.quality_budget),
                 held=held,
                 load_bytes_per_s=rates,
@@ -325,16 +355,19 @@ class Fleet:
         await self._until_placed(place, explain, successor, self._recovery_wait_s)
 
     async def _resume(
-        self, request: PlanRequest, names: Collection[str], outcome: asyncio.Future[Deployment]
+        self, request: PlanRequest, devices: Collection[str], outcome: asyncio.Future[Deployment]
     ) -> None:
         """Load what was loaded once its devices have joined, or without those that do not come."""
         name = model_name(request.model)
-        log.warning("%s was loaded: waiting for %s", name, ", ".join(names))
-        await joined(self._roster, names, self._recovery_wait_s)
+        names = self._roster.names
+        log.warning("%s was loaded: waiting for %s", name, ", ".join(map(names.name, devices)))
+        await joined(self._roster, devices, self._recovery_wait_s)
 
         async def place() -> Deployment:
+            # What was kept before devices had ids says names.
             return await self._place(
-                request, await asyncio.to_thread(Tokenizer.load, request.model)
+                request.identified(names.device),
+                await asyncio.to_thread(Tokenizer.load, request.model),
             )
 
         def explain(error: Exception) -> CoordinatorError:
@@ -368,8 +401,8 @@ class Fleet:
 
     async def _place(self, request: PlanRequest, tokenizer: Tokenizer) -> Deployment:
         """What is left of ``request``, on who is left."""
-        names = [member.name for member in self._roster.members]
-        planned = await self._plan(remaining(request, names))
+        devices = [member.device for member in self._roster.members]
+        planned = await self._plan(remaining(request, devices))
         refs = await self._quantize(planned)
         deployment = await self._deploy(planned, tokenizer, refs)
         # What was asked for, and not what is left of it, counts next time.
@@ -410,9 +443,12 @@ class Fleet:
             self.on_step(step)
 
 
-def _check_names(wanted: Iterable[str], members: tuple[Member, ...]) -> None:
-    """Raise RequestInvalid for a wish about a device that has not joined."""
-    names = [member.name for member in members]
-    for name in wanted:
-        if name not in names:
-            raise RequestInvalid(f"no device is called {name!r}: {', '.join(names)} have joined")
+def _check_joined(wanted: Iterable[str], members: tuple[Member, ...], names: NameBook) -> None:
+    """Raise RequestInvalid for a wish about a device (its id) that is not a member."""
+    here = {member.device for member in members}
+    joined_now = ", ".join(member.name for member in members)
+    for device in wanted:
+        if names.device(device) is None:
+            raise RequestInvalid(f"no device is called {device!r}: {joined_now} have joined")
+        if device not in here:
+            raise RequestInvalid(f"{names.name(device)} is not here now: {joined_now} have joined")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from coordinator.names import NameBook
 from model.spec import ModelSpec
 from wire import limits
 from wire.connection import AsyncConnection
@@ -50,6 +51,9 @@ MAX_MEMBERS = 256
 SIGN_OF_LIFE_S = 2 * limits.HEARTBEAT_S
 """A living agent has sent a heartbeat by then."""
 
+LIFE_CHECKS = 4
+"""The wait for a sign of life is cut in so many: a coordinator that stood still loses one."""
+
 _ANSWERS = (
     ModelMeasured,
     LinkMeasured,
@@ -79,7 +83,7 @@ class _Pending:
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A joined agent. ``name`` is unique among the members."""
+    """A joined agent. ``name`` is unique in the cluster and belongs to ``device``."""
 
     device: str
     name: str
@@ -88,6 +92,11 @@ class Member:
     profile: DeviceProfile
     connection: AsyncConnection
     joined_s: float
+    """On the monotonic clock."""
+    run: str = ""
+    """Differs between two processes of one device; empty where the agent does not say."""
+    attempt: int = 0
+    """Grows with each connection of one run."""
     memory_available_bytes: int = 0
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
@@ -102,6 +111,11 @@ class Member:
     def is_asked(self) -> bool:
         """Whether it has a request to carry out."""
         return bool(self._pending)
+
+    @property
+    def connected_s(self) -> float:
+        """For how long it has been a member."""
+        return time.monotonic() - self.joined_s
 
     async def request(
         self,
@@ -180,8 +194,13 @@ class Roster:
         cluster: str,
         on_event: Callable[[Member, Message], None],
         on_lost: Callable[[Member, AgentLost], None],
+        names: NameBook | None = None,
     ) -> None:
-        """``on_event`` gets what agents say of their own accord (tokens, failures)."""
+        """``on_event`` gets what agents say of their own accord (tokens, failures).
+
+        Without ``names``, devices are named anew by each roster.
+        """
+        self.names = names or NameBook()
         self._cluster = cluster
         self._on_event = on_event
         self._on_lost = on_lost
@@ -239,27 +258,18 @@ class Roster:
         if refusal is not None:
             await connection.send(JoinRefused(refusal))
             return
-        previous = self._members.get(hello.device)
-        if previous is not None:
-            if await self._is_alive(previous):
-                log.warning("%s has the device id of %s", connection.peer, previous.name)
-                await connection.send(
-                    JoinRefused(
-                        f"{previous.name} at {previous.connection.peer_host} has the same device id"
-                        " and is alive; was its disk copied? Delete the file device-id in this"
-                        " agent's state directory and start it again"
-                    )
-                )
-                return
-            self._lose(previous, AgentLost(previous.name, "it joined again"))
+        if not await self._replaces(hello, connection):
+            return
         member = Member(
             device=hello.device,
-            name=self._unique_name(hello.name),
+            name=self.names.assign(hello.device, hello.name, self._members.keys()),
             version=hello.version,
             endpoints=hello.endpoints,
             profile=hello.profile,
             connection=connection,
-            joined_s=time.time(),
+            joined_s=time.monotonic(),
+            run=hello.run,
+            attempt=hello.attempt,
         )
         self._members[member.device] = member
         heartbeat = asyncio.create_task(self._beat(member))
@@ -276,15 +286,44 @@ class Roster:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
 
-    async def _is_alive(self, member: Member) -> bool:
-        """True where the member says something within SIGN_OF_LIFE_S, which a dead one cannot.
+    async def _replaces(self, hello: AgentHello, connection: AsyncConnection) -> bool:
+        """Whether the agent may join: no other one with its id is a living member.
 
-        One that lost its power or its network and joins again has left a connection behind that
-        does not look closed.
+        An agent that lost its connection may come back before the loss is seen here. Its own
+        process is known by ``run``; another process of the same device must be seen to be dead.
         """
+        while (previous := self._members.get(hello.device)) is not None:
+            if hello.run and hello.run == previous.run:
+                if hello.attempt < previous.attempt:
+                    await connection.send(JoinRefused("a later connection of yours has joined"))
+                    return False
+            elif await self._is_alive(previous):
+                log.warning("%s has the device id of %s", connection.peer, previous.name)
+                await connection.send(
+                    JoinRefused(
+                        f"{previous.name} at {previous.connection.peer_host} has the same device id"
+                        " and is alive; was its disk copied? Delete the file device-id in this"
+                        " agent's state directory and start it again"
+                    )
+                )
+                return False
+            self._lose(previous, AgentLost(previous.name, "it joined again"))
+        return not self._closed
+
+    async def _is_alive(self, member: Member) -> bool:
+        """True where the member says something, as a dead one cannot.
+
+        One that lost its power or its network has left a connection behind that does not look
+        closed, and maybe messages in it: they are read first, and count for nothing.
+        """
+        for _ in range(LIFE_CHECKS):
+            await asyncio.sleep(SIGN_OF_LIFE_S / 2 / LIFE_CHECKS)
         member.heard.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S)
+        for _ in range(LIFE_CHECKS):
+            if self._members.get(member.device) is not member or member.heard.is_set():
+                break
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S / LIFE_CHECKS)
         return self._members.get(member.device) is member and member.heard.is_set()
 
     def close(self) -> None:
@@ -345,12 +384,6 @@ class Roster:
             return "the profile names more than there is"
         if not hello.name.isprintable() or not 0 < len(hello.endpoints) <= 64:
             return "the name is not printable, or there are no addresses"
+        if self.names.is_name(hello.device, besides=hello.device):
+            return f"the device id {hello.device!r} is another device's name"
         return None
-
-    def _unique_name(self, wanted: str) -> str:
-        taken = {member.name for member in self._members.values()}
-        if wanted not in taken:
-            return wanted
-        return next(
-            name for number in itertools.count(2) if (name := f"{wanted}-{number}") not in taken
-        )

@@ -22,6 +22,7 @@ from coordinator.fleet import Fleet
 from coordinator.gateway import Gateway
 from coordinator.http import ClientGone, on_error
 from coordinator.members import Roster
+from coordinator.names import NameBook
 from coordinator.openai_api import OpenAIRoutes
 from coordinator.plan import PlanError
 from coordinator.quality import QualityStore
@@ -81,6 +82,7 @@ class Coordinator:
             config.cluster,
             on_event=lambda member, message: self._gateway.on_event(member, message),
             on_lost=lambda member, error: self._gateway.on_lost(member, error),
+            names=NameBook(config.state_dir),
         )
         self._fleet = Fleet(
             self.roster,

@@ -22,7 +22,7 @@ from wire import limits
 from wire.activations import DEFAULT_HOP_BITS, HopBits
 from wire.profile import BlockTiming, DeviceProfile
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 FinishReason = Literal["", "stop", "length"]
 
@@ -69,7 +69,18 @@ class AgentHello:
     name: str
     version: str
     endpoints: tuple[Endpoint, ...]
+    """Where it listens, as it knows by itself."""
     profile: DeviceProfile
+    cluster: str = ""
+    """The only one to join; empty: any."""
+    run: str = ""
+    """Random, of this process of the agent: one that comes back is told from a copy."""
+    attempt: int = 0
+    """Grows with each connection of a run."""
+    port: int = 0
+    """Where it listens on every address of its machine; 0: only at ``endpoints``."""
+    advertised: tuple[Endpoint, ...] = ()
+    """Where its user says that peers reach it: to be tried first."""
 
 
 @dataclass(frozen=True, slots=True)
