@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,8 +36,9 @@ from calibration.store import CalibrationStore
 from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
+from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
 from wire.connection import Connection, Listener
-from wire.discovery import find_coordinator, reachable_addresses
+from wire.discovery import find_coordinator
 from wire.errors import ConnectFailed, ProtocolError, WireError
 from wire.messages import (
     AgentHello,
@@ -99,6 +101,8 @@ class Agent:
         self._say = say
         self._service = service or ServiceManager()
         self._joined = ""
+        self._run = secrets.token_hex(8)
+        self._attempts = 0
         self._stop = threading.Event()
         self._control: Connection | None = None
         self._told = ""
@@ -177,14 +181,16 @@ class Agent:
                 ),
                 self._service.alive,
             )
-        failure: WireError = ConnectFailed("stopped")
+        failure: WireError | None = None
         for endpoint in candidates:
             self._service.alive()
             try:
                 return self._join_at(endpoint), endpoint
             except WireError as error:  # Of several addresses, another may be the right one.
-                failure = error
-        raise failure
+                # Who answers at an address of this machine says nothing about another one's.
+                if failure is None or not is_own(endpoint.host) or is_own(candidates[0].host):
+                    failure = error
+        raise failure or ConnectFailed("stopped")
 
     def _join_at(self, endpoint: Endpoint) -> Connection:
         connection = Connection.connect(endpoint, token=self._config.token)
@@ -198,6 +204,13 @@ class Agent:
         except WireError:
             connection.close()
             raise
+        if isinstance(answer, CoordinatorWelcome) and answer.cluster != self._config.cluster:
+            connection.close()
+            raise ConnectFailed(
+                f"{connection.peer} is the coordinator of cluster {answer.cluster!r}, and this "
+                f"agent wants {self._config.cluster!r}: give it --cluster {answer.cluster}, or the "
+                "address of another coordinator"
+            )
         if isinstance(answer, CoordinatorWelcome):
             self._joined = (
                 f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
@@ -218,15 +231,31 @@ class Agent:
             self._say(state)
 
     def _hello(self, connection: Connection) -> AgentHello:
-        addresses = dict.fromkeys(
-            (connection.local_host, *reachable_addresses(self._config.bind_host))
+        """What this agent is, and where others reach it.
+
+        Loopback means something on this machine only. It is named where there is nothing else.
+        """
+        port = self._listener.port
+        found = reachable_addresses(self._listener.host)
+        here = connection.local_host
+        everywhere = is_everywhere(self._listener.host) and (":" in here) == (
+            ":" in self._listener.host
         )
+        if everywhere:  # The way to the coordinator is the best guess for the way to its agents.
+            found = tuple(dict.fromkeys((here, *found)))
+        shared = tuple(host for host in found if not is_loopback(host))
+        self._attempts += 1
         return AgentHello(
             device=self._device,
             name=self._config.name,
             version=shoal_version(),
-            endpoints=tuple(Endpoint(host, self._listener.port) for host in addresses),
+            endpoints=tuple(Endpoint(host, port) for host in shared or found),
             profile=self._profile,
+            cluster=self._config.cluster,
+            run=self._run,
+            attempt=self._attempts,
+            port=port if everywhere else 0,
+            advertised=tuple(Endpoint(e.host, e.port or port) for e in self._config.advertise),
         )
 
     # ---- the control connection -----------------------------------------------------------------

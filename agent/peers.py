@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from agent.links import LinkFigures, summary_s
 from wire import limits
+from wire.addresses import own_last
 from wire.auth import Token
 from wire.connection import Connection, Listener
 from wire.errors import AuthFailed, ConnectFailed, ProtocolError, WireError
@@ -39,10 +40,11 @@ def connect_peer(
 ) -> Connection:
     """Connect to the agent ``expected`` at the first of its addresses that is really it.
 
-    Raises ConnectFailed naming every address that was tried.
+    Addresses that this machine has itself come last: another one may have them too. Raises
+    ConnectFailed naming every address that was tried.
     """
     failures: list[str] = []
-    for endpoint in endpoints:
+    for endpoint in own_last(endpoints):
         try:
             connection = Connection.connect(endpoint, token=token)
             try:

@@ -99,6 +99,12 @@ def _device(member: Member) -> dict[str, Any]:
         "device": member.device,
         "version": member.version,
         "address": member.connection.peer_host,
+        "endpoints": [
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            for host, port in (
+                (item.host, item.port) for item in (*member.advertised, *member.endpoints)
+            )
+        ],
         "joined_s": round(member.connected_s, 3),
         "memory_available_bytes": member.memory_available_bytes,
         **asdict(member.profile),

@@ -145,7 +145,7 @@ async def deploy(
                         ConnectStage,
                         epoch=epoch,
                         device=after.device,
-                        endpoints=after.endpoints,
+                        endpoints=after.endpoints_for(member),
                     ),
                     Done,
                 )

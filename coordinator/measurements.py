@@ -127,7 +127,7 @@ async def measure_links(roster: Roster, members: Sequence[Member], on_step: OnSt
         on_step(Step("links", f"{source.name} to {target.name}", done, len(pairs), "steps"))
         try:
             measured = await source.request(
-                partial(MeasureLink, device=target.device, endpoints=target.endpoints),
+                partial(MeasureLink, device=target.device, endpoints=target.endpoints_for(source)),
                 LinkMeasured,
             )
         except AgentLost:

@@ -16,6 +16,7 @@ from coordinator.errors import AgentFailed, AgentLost, NoAgents
 from coordinator.names import NameBook
 from model.spec import ModelSpec
 from wire import limits
+from wire.addresses import is_loopback, is_shared
 from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
 from wire.messages import (
@@ -97,6 +98,10 @@ class Member:
     """Differs between two processes of one device; empty where the agent does not say."""
     attempt: int = 0
     """Grows with each connection of one run."""
+    port: int = 0
+    """Where it listens on every address that it has; 0: only at ``endpoints``."""
+    advertised: tuple[Endpoint, ...] = ()
+    """Where its user says that others reach it."""
     memory_available_bytes: int = 0
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
@@ -111,6 +116,28 @@ class Member:
     def is_asked(self) -> bool:
         """Whether it has a request to carry out."""
         return bool(self._pending)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on the coordinator's machine."""
+        host = self.connection.peer_host
+        return is_loopback(host) or host == self.connection.local_host
+
+    def endpoints_for(self, source: Member) -> tuple[Endpoint, ...]:
+        """Where ``source`` may reach it, the likeliest first.
+
+        To what the agent announces comes the address that this coordinator sees: that of the
+        connection, or the coordinator's own where the agent is on its machine. Loopback is only
+        for an agent on the same machine.
+        """
+        host = self.connection.peer_host
+        if self.is_here:
+            host = source.connection.local_host
+        seen = [Endpoint(host, self.port)] if self.port and is_shared(host) else []
+        found = tuple(dict.fromkeys((*self.advertised, *seen, *self.endpoints)))
+        if source.is_here if self.is_here else source.connection.peer_host == host:
+            return found
+        return tuple(item for item in found if not is_loopback(item.host)) or found
 
     @property
     def connected_s(self) -> float:
@@ -270,6 +297,8 @@ class Roster:
             joined_s=time.monotonic(),
             run=hello.run,
             attempt=hello.attempt,
+            port=hello.port,
+            advertised=hello.advertised,
         )
         self._members[member.device] = member
         heartbeat = asyncio.create_task(self._beat(member))
@@ -378,12 +407,19 @@ class Roster:
             return "the coordinator stops"
         if len(self._members) >= MAX_MEMBERS and hello.device not in self._members:
             return f"the cluster is full ({MAX_MEMBERS} agents)"
+        if hello.cluster not in ("", self._cluster):
+            return (
+                f"this is cluster {self._cluster!r}, and the agent wants {hello.cluster!r:.50}: "
+                f"give it --cluster {self._cluster}, or the address of another coordinator"
+            )
         if not hello.device or len(hello.device) > 64 or not 0 < len(hello.name) <= 63:
             return "device id or name is empty or too long"
         if len(hello.profile.arithmetic) > 64 or len(hello.profile.makes) > 64:
             return "the profile names more than there is"
         if not hello.name.isprintable() or not 0 < len(hello.endpoints) <= 64:
             return "the name is not printable, or there are no addresses"
+        if len(hello.advertised) > 64 or not 0 <= hello.port < 1 << 16 or len(hello.run) > 64:
+            return "more addresses than there can be, or no port"
         if self.names.is_name(hello.device, besides=hello.device):
             return f"the device id {hello.device!r} is another device's name"
         return None

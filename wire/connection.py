@@ -263,6 +263,7 @@ class Listener:
         """Bind. Port 0 takes a free one. Raises ConnectFailed where the address is taken."""
         self._token = token
         self._socket = bind(host, port)
+        self.host: str = self._socket.getsockname()[0]
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self) -> Connection | None:
@@ -296,6 +297,8 @@ class AsyncConnection:
         self.peer = peer_name(sock)
         # A peer that is gone again before it was accepted has no address.
         self.peer_host: str = (writer.get_extra_info("peername") or ("",))[0]
+        self.local_host: str = (writer.get_extra_info("sockname") or ("",))[0]
+        """Our own address as this peer sees it."""
         tune(sock)
 
     async def send(self, message: Message, payload: Buffer = b"") -> None:

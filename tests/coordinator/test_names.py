@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from coordinator import members, names
+from coordinator.members import Member
 from coordinator.names import NameBook
-from tests.coordinator.test_members import Coordinator, hello, next_message, run
+from tests.coordinator.test_members import PROFILE, Coordinator, hello, next_message, run
 from wire.connection import AsyncConnection
-from wire.messages import AgentHello, CoordinatorWelcome, Heartbeat, JoinRefused
+from wire.messages import AgentHello, CoordinatorWelcome, Endpoint, Heartbeat, JoinRefused
 
 WISHES = {"a" * 16: "pi", "b" * 16: "pi", "c" * 16: "pi-2"}
 
@@ -104,10 +107,7 @@ def test_a_disk_that_takes_nothing_is_no_reason_to_refuse_a_device(
 
 
 def from_run(run: str, attempt: int, name: str = "pi") -> AgentHello:
-    plain = hello(name=name)
-    return AgentHello(
-        plain.device, name, "1", plain.endpoints, plain.profile, run=run, attempt=attempt
-    )
+    return replace(hello(name=name), run=run, attempt=attempt)
 
 
 async def beat(connection: AsyncConnection) -> None:
@@ -194,3 +194,77 @@ def test_how_long_a_device_is_there_survives_a_jump_of_the_clock(
         assert 0 <= _device(member)["joined_s"] < 30
 
     run(test)
+
+
+# ---- which cluster, and at which addresses -----------------------------------------------------
+
+
+def test_an_agent_of_another_cluster_is_refused_with_both_names() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        for cluster in ("test", ""):
+            await coordinator.joined(replace(hello(f"0{cluster}"), cluster=cluster))
+        answer = await next_message(await coordinator.join(replace(hello("1"), cluster="attic")))
+        assert isinstance(answer, JoinRefused)
+        assert answer.reason.startswith("this is cluster 'test', and the agent wants 'attic'")
+        assert len(coordinator.roster.members) == 2
+
+    run(test)
+
+
+class Seen:
+    """A control connection as far as addresses go."""
+
+    def __init__(self, peer: str, here: str) -> None:
+        self.peer_host, self.local_host = peer, here
+
+
+def member_at(
+    peer: str, here: str, *hosts: str, port: int = 7, advertised: str | None = None
+) -> Member:
+    return Member(
+        device=peer,
+        name=peer,
+        version="1",
+        endpoints=tuple(Endpoint(host, 7) for host in hosts),
+        profile=PROFILE,
+        connection=cast("AsyncConnection", Seen(peer, here)),
+        joined_s=0.0,
+        port=port,
+        advertised=(Endpoint(advertised, 9),) if advertised else (),
+    )
+
+
+HUB = "10.0.0.1"
+BEHIND_NAT = ("10.0.0.3", HUB, "172.17.0.2")
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "expected"),
+    [
+        # On the coordinator's machine, joined over loopback: at the coordinator's own address.
+        (("127.0.0.1", "127.0.0.1", "127.0.0.1"), ("10.0.0.2", HUB), [HUB]),
+        (("127.0.0.1", "127.0.0.1", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ["127.0.0.1"]),
+        ((HUB, HUB, HUB), ("127.0.0.1", "127.0.0.1"), [HUB]),
+        # Behind NAT, or in a container that publishes its port.
+        (BEHIND_NAT, ("10.0.0.2", HUB), ["10.0.0.3", "172.17.0.2"]),
+        (("10.0.0.3", HUB, "10.0.0.3", "127.0.0.1"), ("10.0.0.2", HUB), ["10.0.0.3"]),
+        (("fe80::1%eth0", HUB, "10.0.0.3"), ("10.0.0.2", HUB), ["10.0.0.3"]),
+    ],
+)
+def test_an_agent_is_looked_for_where_the_coordinator_sees_it(
+    target: tuple[str, ...], source: tuple[str, ...], expected: list[str]
+) -> None:
+    found = member_at(*target).endpoints_for(member_at(*source))
+    assert [endpoint.host for endpoint in found] == expected
+
+
+def test_what_the_user_says_comes_first_and_one_address_means_that_one() -> None:
+    source = member_at("10.0.0.2", HUB)
+    target = member_at(*BEHIND_NAT, advertised="nas.example")
+    assert [(item.host, item.port) for item in target.endpoints_for(source)] == [
+        ("nas.example", 9),
+        ("10.0.0.3", 7),
+        ("172.17.0.2", 7),
+    ]
+    bound = member_at(*BEHIND_NAT, port=0)
+    assert [item.host for item in bound.endpoints_for(source)] == ["172.17.0.2"]
