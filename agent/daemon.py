@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -37,10 +36,11 @@ from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
 from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
-from wire.connection import Connection, Listener
+from wire.connection import Connection, Listener, protocol_of_silent
 from wire.discovery import find_coordinator
-from wire.errors import ConnectFailed, ProtocolError, WireError
+from wire.errors import ConnectFailed, ConnectionLost, ProtocolError, WireError
 from wire.messages import (
+    PROTOCOL_VERSION,
     AgentHello,
     BlockRef,
     BlocksFound,
@@ -69,6 +69,7 @@ from wire.messages import (
     UnloadStage,
 )
 from wire.service import ServiceManager
+from wire.versions import Stranger, shoal_version
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,19 @@ class Agent:
         raise failure or ConnectFailed("stopped")
 
     def _join_at(self, endpoint: Endpoint) -> Connection:
+        started_s = time.monotonic()
+        try:
+            return self._welcomed_at(endpoint)
+        except ConnectionLost as error:
+            # At once and without a word: an older version leaves like that.
+            if time.monotonic() - started_s > limits.HEARTBEAT_S:
+                raise
+            protocol = protocol_of_silent(endpoint, self._config.token)
+            if protocol is None or protocol == PROTOCOL_VERSION:
+                raise
+            raise ConnectFailed(Stranger(endpoint.host, protocol).story()) from error
+
+    def _welcomed_at(self, endpoint: Endpoint) -> Connection:
         connection = Connection.connect(endpoint, token=self._config.token)
         self._control = connection
         if self._stop.is_set():
@@ -220,7 +234,8 @@ class Agent:
             return connection
         connection.close()
         if isinstance(answer, JoinRefused):
-            raise ConnectFailed(f"the coordinator refused: {answer.reason}")
+            reason = "".join(filter(str.isprintable, answer.reason))
+            raise ConnectFailed(f"the coordinator refused: {reason}")
         raise ProtocolError(f"{connection.peer} is not a coordinator")
 
     def _tell(self, state: str) -> None:
@@ -546,11 +561,3 @@ class _Throttled:
             return
         self._last_s = now_s
         self._connection.send(Progress(self._request, self._phase, done, total, self._unit))
-
-
-def shoal_version() -> str:
-    """The installed version, or "source" where the tree is run uninstalled."""
-    try:
-        return version("shoal-llm")
-    except PackageNotFoundError:
-        return "source"

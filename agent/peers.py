@@ -16,7 +16,7 @@ from wire import limits
 from wire.addresses import own_last
 from wire.auth import Token
 from wire.connection import Connection, Listener
-from wire.errors import AuthFailed, ConnectFailed, ProtocolError, WireError
+from wire.errors import AuthFailed, ConnectFailed, ProtocolError, VersionMismatch, WireError
 from wire.messages import (
     Endpoint,
     JoinRefused,
@@ -123,7 +123,7 @@ class PeerServer:
                     connection.send(ProbePong(message.number))
                 else:
                     self._deliver(message, payload)
-        except AuthFailed as error:
+        except (AuthFailed, VersionMismatch) as error:
             log.warning("connection refused: %s", error)
         except WireError:
             pass  # The peer's own side, or the coordinator, reports a loss that matters.

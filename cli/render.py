@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cli.journal import prefixed
 from wire.sizes import format_size
+from wire.versions import shoal_version
 
 BAR_AFTER_S = 2.0
 """Work that ends sooner needs no progress bar."""
@@ -128,6 +129,7 @@ class Screen:
         table.add_column("device", no_wrap=True)
         table.add_column("processor", no_wrap=True, max_width=20)
         table.add_column("backend", no_wrap=True)
+        table.add_column("shoal", no_wrap=True, max_width=12)
         for column in ("threads", "memory", "storage", "GB/s"):
             table.add_column(column, justify="right", no_wrap=True)
         for device in answer["devices"]:
@@ -135,12 +137,14 @@ class Screen:
                 escape(device["name"]),
                 escape(device["processor"]),
                 device["backend"],
+                escape(device["version"]),
                 str(device["threads"]),
                 format_size(device["memory_bytes"]),
                 format_size(device["storage_bytes"]),
                 f"{device['memory_read_bytes_per_s'] / 1e9:.1f}",
             )
         self.out.print(table)
+        self._versions(answer)
         if answer["links"]:
             links = titled_table("measured links")
             links.add_column("from")
@@ -157,6 +161,20 @@ class Screen:
                     f"{link['bytes_per_s'] * 8e-6:.0f}",
                 )
             self.out.print(links)
+
+    def _versions(self, answer: Mapping[str, Any]) -> None:
+        """Which shoal the coordinator runs, and which devices and command run another one."""
+        here, version = shoal_version(), answer.get("version")
+        if version is None:
+            self.out.print(f"the coordinator runs an older shoal, this command is of shoal {here}")
+            return
+        others = [item["name"] for item in answer["devices"] if item["version"] != version]
+        line = f"the coordinator runs shoal {version} (protocol {answer['protocol']})"
+        if others:
+            line += f", {', '.join(others)} another one: install the same on all machines"
+        if here != version:
+            line += f"; this command is of shoal {here}"
+        self.out.print(escape(line))
 
     def plan(self, plan: Mapping[str, Any], title: str) -> None:
         """A plan: its stages, and what each block was given."""

@@ -25,6 +25,8 @@ from coordinator.plan import Plan
 from coordinator.plan_request import PlanRequest, model_name
 from coordinator.quality import QualityRequest
 from model.spec import ModelSpec
+from wire.messages import PROTOCOL_VERSION
+from wire.versions import shoal_version
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -51,6 +53,8 @@ class AdminRoutes:
         return JSONResponse(
             {
                 "cluster": self._cluster,
+                "version": shoal_version(),
+                "protocol": PROTOCOL_VERSION,
                 "devices": [_device(member) for member in self._roster.members],
                 "links": [asdict(link) for link in self._roster.links()],
             }

@@ -32,7 +32,7 @@ from model.errors import ModelError
 from wire import limits
 from wire.connection import AsyncConnection, bind, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
-from wire.errors import AuthFailed, WireError
+from wire.errors import AuthFailed, VersionMismatch, WireError
 from wire.messages import (
     AgentHello,
     BlockChunk,
@@ -208,6 +208,8 @@ class Coordinator:
                 log.warning("%s began with %s", connection.peer, type(hello).__name__)
         except AuthFailed as error:
             log.warning("connection refused: %s", error)
+        except VersionMismatch:
+            raise  # wire.connection.serve knows whether it was told before.
         except WireError as error:
             log.info("connection dropped: %s", error)
         except (OSError, CoordinatorError) as error:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import secrets
 import socket
 import struct
 import threading
@@ -24,9 +25,18 @@ import numpy as np
 
 from wire import auth, limits
 from wire.auth import Handshake, Token
-from wire.codec import PREFIX, Prefix, decode_header, decode_prefix, encode
-from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, WireError
-from wire.messages import AuthChallenge, Endpoint, JoinRefused, Message
+from wire.codec import (
+    PREFIX,
+    Prefix,
+    decode_header,
+    decode_prefix,
+    encode,
+    encode_as,
+    encode_refusal,
+)
+from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, VersionMismatch, WireError
+from wire.messages import AgentHello, AuthChallenge, Endpoint, JoinRefused, Message
+from wire.versions import OLDEST, Stranger, hello_of_oldest
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +52,9 @@ much at most is copied, the rest comes straight into memory of its own."""
 REFUSAL_S = 0.5
 REFUSAL_READS = 16
 """Patience with a peer that is refused, and may still be sending its first message."""
+
+MAX_TOLD = 256
+"""Peers of other versions that are logged: more would only fill the log."""
 
 ACCEPT_PAUSE_S = 0.1
 """Pause of a listener that has no file descriptor left for the next connection."""
@@ -176,12 +189,7 @@ class Connection:
         with contextlib.suppress(WireError, OSError):
             if error.refusal is not None:
                 self.send(JoinRefused(error.refusal))
-                # Closed with something unread, the connection would be reset, and the refusal lost.
-                self._socket.shutdown(socket.SHUT_WR)
-                set_timeout(self._socket, socket.SO_RCVTIMEO, REFUSAL_S)
-                for _ in range(REFUSAL_READS):
-                    if not self._socket.recv_into(self._buffer):
-                        break
+                self._drain()
         self.close()
         raise AuthFailed(f"{self.peer}: {error}") from error
 
@@ -198,6 +206,8 @@ class Connection:
             payload = self._take_own(payload_bytes) if payload_bytes else NO_PAYLOAD
         except AuthFailed:
             raise  # The other end is still to be told.
+        except VersionMismatch as error:
+            raise self._refuse_version(error) from error
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
@@ -205,6 +215,29 @@ class Connection:
             self.close()
             raise
         return message, payload
+
+    def _refuse_version(self, error: VersionMismatch) -> VersionMismatch:
+        """Tell the other end, close; the error with all that is known."""
+        header = b""
+        with contextlib.suppress(WireError, OSError):
+            self._deadline_s = time.monotonic() + REFUSAL_S
+            if error.header_bytes <= BUFFER_BYTES:
+                header = bytes(self._take(error.header_bytes))
+        stranger = Stranger.of(host_of(self.peer), error.theirs, error.code, header)
+        with contextlib.suppress(OSError):
+            self._socket.sendall(encode_refusal(stranger.refusal(), error.theirs))
+            self._drain()
+        self.close()
+        return VersionMismatch(error.ours, error.theirs, story=stranger.story())
+
+    def _drain(self) -> None:
+        """Read what still comes: closed with something unread, the connection would be reset, and
+        what was said last be lost."""
+        self._socket.shutdown(socket.SHUT_WR)
+        set_timeout(self._socket, socket.SO_RCVTIMEO, REFUSAL_S)
+        for _ in range(REFUSAL_READS):
+            if not self._socket.recv_into(self._buffer):
+                break
 
     def _fill(self, count: int, *, inside: bool = True) -> None:
         """Have at least ``count`` bytes in the buffer, which must be able to hold them."""
@@ -343,12 +376,28 @@ class AsyncConnection:
         with contextlib.suppress(WireError, OSError, asyncio.TimeoutError):
             if error.refusal is not None:
                 await self.send(JoinRefused(error.refusal))
-                self._writer.write_eof()
-                for _ in range(REFUSAL_READS):
-                    if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
-                        break
+                await self._drain()
         self.close()
         raise AuthFailed(f"{self.peer}: {error}") from error
+
+    async def _refuse_version(self, error: VersionMismatch) -> VersionMismatch:
+        header = b""
+        with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
+            if error.header_bytes <= BUFFER_BYTES:
+                reading = self._reader.readexactly(error.header_bytes)
+                header = await asyncio.wait_for(reading, REFUSAL_S)
+        stranger = Stranger.of(self.peer_host, error.theirs, error.code, header)
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            self._writer.write(encode_refusal(stranger.refusal(), error.theirs))
+            await self._drain()
+        self.close()
+        return VersionMismatch(error.ours, error.theirs, story=stranger.story())
+
+    async def _drain(self) -> None:
+        self._writer.write_eof()
+        for _ in range(REFUSAL_READS):
+            if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
+                break
 
     async def _receive_within(
         self, timeout_s: float | None, admit: Callable[[Prefix], None] | None = None
@@ -357,6 +406,8 @@ class AsyncConnection:
             return await asyncio.wait_for(self._receive(admit), timeout_s)
         except AuthFailed:
             raise  # The other end is still to be told.
+        except VersionMismatch as error:
+            raise await self._refuse_version(error) from error
         except asyncio.TimeoutError as error:
             self.close()
             raise ConnectionLost(f"{self.peer} was silent for {timeout_s:g} s") from error
@@ -396,9 +447,11 @@ async def serve(
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address; returns the server and its port.
 
-    With a token, only those who know it get to ``handle``; who does not is logged. Raises
-    ConnectFailed where the address is taken.
+    With a token, only those who know it get to ``handle``; who does not is logged. A peer of
+    another version is logged once, not at each of its attempts. Raises ConnectFailed where the
+    address is taken.
     """
+    told: set[str] = set()
 
     async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = AsyncConnection(reader, writer)
@@ -406,6 +459,10 @@ async def serve(
             if token is not None:
                 await connection.prove(auth.answer(token))
             await handle(connection)
+        except VersionMismatch as error:
+            if str(error) not in told and len(told) < MAX_TOLD:
+                told.add(str(error))
+                log.warning("connection refused: %s", error)
         except AuthFailed as error:
             log.warning("connection refused: %s", error)
         except WireError as error:
@@ -418,6 +475,32 @@ async def serve(
     listening = bind(host, port)
     server = await asyncio.start_server(on_connect, sock=listening)
     return server, int(listening.getsockname()[1])
+
+
+def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
+    """The protocol of a peer that closes without a word at what we say; None if it stays unknown.
+
+    Only protocol OLDEST does so: it is asked in its own words. Where it has a token, it hears why.
+    """
+    kind: type[Message] = AgentHello
+    values: list[object] = hello_of_oldest()
+    if token is not None:
+        kind, values = (
+            AuthChallenge,
+            [auth.HANDSHAKE_VERSION, secrets.token_bytes(auth.NONCE_BYTES)],
+        )
+    with contextlib.suppress(WireError, OSError):
+        connection = Connection.connect(endpoint)
+        try:
+            connection.set_receive_timeout(limits.CONNECT_TIMEOUT_S)
+            connection._socket.sendall(encode_as(OLDEST, kind, values))
+            answer, _ = connection.receive()
+        except VersionMismatch as error:
+            return error.theirs
+        finally:
+            connection.close()
+        return OLDEST if isinstance(answer, JoinRefused) else None
+    return None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -465,6 +548,11 @@ def peer_name(sock: socket.socket) -> str:
     except OSError:
         return "peer"
     return f"{address[0]}:{address[1]}"
+
+
+def host_of(peer: str) -> str:
+    """The host of ``host:port``."""
+    return peer.rpartition(":")[0] or peer
 
 
 def reason(error: BaseException) -> str:

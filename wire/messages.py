@@ -44,6 +44,8 @@ class AuthChallenge:
 
     version: int
     nonce: bytes
+    shoal: str = ""
+    """The sender's shoal version, for a peer that cannot read what follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ class CoordinatorWelcome:
 class JoinRefused:
     """Coordinator's answer to an agent that may not join; the agent shows it and retries.
 
-    Also what either end of any connection says to one that has not proved to know the token.
+    Also what either end of any connection says to one that has not proved to know the token, or
+    that speaks another protocol: all versions from 3 on understand it.
     """
 
     reason: str
