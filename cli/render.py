@@ -129,7 +129,6 @@ class Screen:
         table.add_column("device", no_wrap=True)
         table.add_column("processor", no_wrap=True, max_width=20)
         table.add_column("backend", no_wrap=True)
-        table.add_column("shoal", no_wrap=True, max_width=12)
         for column in ("threads", "memory", "storage", "GB/s"):
             table.add_column(column, justify="right", no_wrap=True)
         for device in answer["devices"]:
@@ -137,7 +136,6 @@ class Screen:
                 escape(device["name"]),
                 escape(device["processor"]),
                 device["backend"],
-                escape(device["version"]),
                 str(device["threads"]),
                 format_size(device["memory_bytes"]),
                 format_size(device["storage_bytes"]),
@@ -163,17 +161,18 @@ class Screen:
             self.out.print(links)
 
     def _versions(self, answer: Mapping[str, Any]) -> None:
-        """Which shoal the coordinator runs, and which devices and command run another one."""
-        here, version = shoal_version(), answer.get("version")
-        if version is None:
-            self.out.print(f"the coordinator runs an older shoal, this command is of shoal {here}")
-            return
-        others = [item["name"] for item in answer["devices"] if item["version"] != version]
-        line = f"the coordinator runs shoal {version} (protocol {answer['protocol']})"
-        if others:
-            line += f", {', '.join(others)} another one: install the same on all machines"
+        """Who runs which shoal, and a hint where they differ."""
+        here, version = shoal_version(), answer.get("version", "of an older version")
+        runs: dict[str, list[str]] = {version: ["the coordinator"]}
+        for device in answer["devices"]:
+            runs.setdefault(device["version"], []).append(device["name"])
         if here != version:
-            line += f"; this command is of shoal {here}"
+            runs.setdefault(here, []).append("this command")
+        if len(runs) == 1:
+            line = f"shoal {version} on the coordinator and all devices"
+        else:
+            line = "; ".join(f"shoal {one} on {', '.join(names)}" for one, names in runs.items())
+            line += ": install the same on all machines"
         self.out.print(escape(line))
 
     def plan(self, plan: Mapping[str, Any], title: str) -> None:

@@ -56,11 +56,16 @@ def test_devices_show_who_runs_what(capsys: pytest.CaptureFixture[str]) -> None:
         {**device, "name": "pi-2", "version": "0.0.9"},
     ]
     answer = {"cluster": "attic", "protocol": 3, "version": shoal_version(), "links": []}
-    Screen(json_output=False).devices({**answer, "devices": devices[:1]})
-    assert f"the coordinator runs shoal {shoal_version()} (protocol 3)\n" in capsys.readouterr().out
-    Screen(json_output=False).devices({**answer, "devices": devices})
-    shown = capsys.readouterr().out
-    assert "0.0.9" in shown
-    assert ", pi-2 another one: install the same on all machines" in " ".join(shown.split())
-    Screen(json_output=False).devices({**answer, "version": "9.9", "devices": []})
-    assert f"this command is of shoal {shoal_version()}" in capsys.readouterr().out
+
+    def shown(**changes: object) -> str:
+        Screen(json_output=False).devices({**answer, **changes})
+        return " ".join(capsys.readouterr().out.split())
+
+    here = f"shoal {shoal_version()} on"
+    assert shown(devices=devices[:1]).endswith(f"{here} the coordinator and all devices")
+    assert shown(devices=devices).endswith(
+        f"{here} the coordinator, pi-1; shoal 0.0.9 on pi-2: install the same on all machines"
+    )
+    assert f"shoal 9.9 on the coordinator; {here} this command: install" in shown(
+        version="9.9", devices=[]
+    )
