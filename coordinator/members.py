@@ -337,6 +337,8 @@ class Roster:
                 )
                 return False
             self._lose(previous, AgentLost(previous.name, "it joined again"))
+        if self._closed:  # While the old connection was watched.
+            await connection.send(JoinRefused("the coordinator stops"))
         return not self._closed
 
     async def _is_alive(self, member: Member) -> bool:

@@ -278,11 +278,15 @@ def test_an_agent_that_comes_back_says_that_it_is_the_same_process(
 ) -> None:
     endpoint = Endpoint("127.0.0.1", coordinator.listener.port)
     with running_agent(tmp_path, endpoint, said):
-        first, second = coordinator.hello(), coordinator.hello()
+        first = coordinator.hello()
+        coordinator.send(JoinRefused("the cluster is full"))
+        second = coordinator.hello()
+        coordinator.send(JoinRefused("the cluster is full"))
     assert first.run == second.run
     assert first.attempt < second.attempt
     with running_agent(tmp_path, endpoint, said):
         assert coordinator.hello().run not in ("", first.run)
+        coordinator.send(JoinRefused("the cluster is full"))
 
 
 def test_an_agent_announces_no_address_that_only_its_machine_has(
@@ -300,13 +304,13 @@ def test_an_agent_announces_no_address_that_only_its_machine_has(
         bind_host="0.0.0.0",  # noqa: S104 - what the command binds by default
         advertise=advertised,
     ):
-        hello = coordinator.hello()
+        hello = coordinator.welcome()
     assert [item.host for item in hello.endpoints] == ["192.168.1.7", "172.17.0.1"]
     assert hello.advertised == (advertised[0], Endpoint("10.0.0.9", hello.port))
     assert hello.port == hello.endpoints[0].port
     monkeypatch.setattr(daemon, "reachable_addresses", lambda host: found[2:])
     with running_agent(tmp_path, endpoint, said):
-        hello = coordinator.hello()
+        hello = coordinator.welcome()
     assert [item.host for item in hello.endpoints] == ["127.0.0.1"]
     assert hello.port == 0
 
