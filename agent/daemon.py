@@ -199,7 +199,7 @@ class Agent:
             return self._welcomed_at(endpoint)
         except ConnectionLost as error:
             # At once and without a word: an older version leaves like that.
-            if time.monotonic() - started_s > limits.HEARTBEAT_S:
+            if self._stop.is_set() or time.monotonic() - started_s > limits.HEARTBEAT_S:
                 raise
             protocol = protocol_of_silent(endpoint, self._config.token)
             if protocol is None or protocol == PROTOCOL_VERSION:
