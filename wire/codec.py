@@ -83,6 +83,8 @@ def decode_prefix(data: bytes | bytearray | memoryview) -> Prefix:
     magic, version, reserved, code, header_bytes, payload_bytes = PREFIX.unpack(data)
     if magic != MAGIC:
         raise ProtocolError("peer does not speak the shoal protocol")
+    if version == 0:  # There never was one: zeros deserve no answer.
+        raise ProtocolError("peer does not speak the shoal protocol")
     kind = CODES.get(code)
     is_refusal = kind is JoinRefused and header_bytes <= limits.MAX_HANDSHAKE_BYTES
     if version != PROTOCOL_VERSION and not is_refusal:
