@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -38,11 +38,13 @@ from model.artifact import read_format
 from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
-from wire.connection import Connection, Listener
-from wire.discovery import find_coordinator, reachable_addresses
-from wire.errors import ConnectFailed, ProtocolError, WireError
+from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
+from wire.connection import Connection, Listener, protocol_of_silent
+from wire.discovery import find_coordinator
+from wire.errors import ConnectFailed, ConnectionLost, ProtocolError, WireError
 from wire.hygiene import clean
 from wire.messages import (
+    PROTOCOL_VERSION,
     AgentHello,
     BlockRef,
     BlocksFound,
@@ -72,6 +74,7 @@ from wire.messages import (
     UnloadStage,
 )
 from wire.service import ServiceManager
+from wire.versions import Stranger, shoal_version
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +107,8 @@ class Agent:
         self._say = say
         self._service = service or ServiceManager()
         self._joined = ""
+        self._run = secrets.token_hex(8)
+        self._attempts = 0
         self._stop = threading.Event()
         self._control: Connection | None = None
         self._told = ""
@@ -189,16 +194,31 @@ class Agent:
                 ),
                 self._service.alive,
             )
-        failure: WireError = ConnectFailed("stopped")
+        failure: WireError | None = None
         for endpoint in candidates:
             self._service.alive()
             try:
                 return self._join_at(endpoint), endpoint
             except WireError as error:  # Of several addresses, another may be the right one.
-                failure = error
-        raise failure
+                # Who answers at an address of this machine says nothing about another one's.
+                if failure is None or not is_own(endpoint.host) or is_own(candidates[0].host):
+                    failure = error
+        raise failure or ConnectFailed("stopped")
 
     def _join_at(self, endpoint: Endpoint) -> Connection:
+        started_s = time.monotonic()
+        try:
+            return self._welcomed_at(endpoint)
+        except ConnectionLost as error:
+            # At once and without a word: an older version leaves like that.
+            if self._stop.is_set() or time.monotonic() - started_s > limits.HEARTBEAT_S:
+                raise
+            protocol = protocol_of_silent(endpoint, self._config.token)
+            if protocol is None or protocol == PROTOCOL_VERSION:
+                raise
+            raise ConnectFailed(Stranger(endpoint.host, protocol).story()) from error
+
+    def _welcomed_at(self, endpoint: Endpoint) -> Connection:
         connection = Connection.connect(endpoint, token=self._config.token)
         self._control = connection
         if self._stop.is_set():
@@ -210,6 +230,13 @@ class Agent:
         except WireError:
             connection.close()
             raise
+        if isinstance(answer, CoordinatorWelcome) and answer.cluster != self._config.cluster:
+            connection.close()
+            raise ConnectFailed(
+                f"{connection.peer} is the coordinator of cluster {answer.cluster!r}, and this "
+                f"agent wants {self._config.cluster!r}: give it --cluster {answer.cluster}, or the "
+                "address of another coordinator"
+            )
         if isinstance(answer, CoordinatorWelcome):
             connection.set_receive_timeout(limits.COORDINATOR_PATIENCE_S)
             self._joined = (
@@ -220,7 +247,8 @@ class Agent:
             return connection
         connection.close()
         if isinstance(answer, JoinRefused):
-            raise ConnectFailed(f"the coordinator refused: {answer.reason}")
+            reason = "".join(filter(str.isprintable, answer.reason))
+            raise ConnectFailed(f"the coordinator refused: {reason}")
         raise ProtocolError(f"{connection.peer} is not a coordinator")
 
     def _tell(self, state: str) -> None:
@@ -231,15 +259,31 @@ class Agent:
             self._say(state)
 
     def _hello(self, connection: Connection) -> AgentHello:
-        addresses = dict.fromkeys(
-            (connection.local_host, *reachable_addresses(self._config.bind_host))
+        """What this agent is, and where others reach it.
+
+        Loopback means something on this machine only. It is named where there is nothing else.
+        """
+        port = self._listener.port
+        found = reachable_addresses(self._listener.host)
+        here = connection.local_host
+        everywhere = is_everywhere(self._listener.host) and (":" in here) == (
+            ":" in self._listener.host
         )
+        if everywhere:  # The way to the coordinator is the best guess for the way to its agents.
+            found = tuple(dict.fromkeys((here, *found)))
+        shared = tuple(host for host in found if not is_loopback(host))
+        self._attempts += 1
         return AgentHello(
             device=self._device,
             name=self._config.name,
             version=shoal_version(),
-            endpoints=tuple(Endpoint(host, self._listener.port) for host in addresses),
+            endpoints=tuple(Endpoint(host, port) for host in shared or found),
             profile=self._profile,
+            cluster=self._config.cluster,
+            run=self._run,
+            attempt=self._attempts,
+            port=port if everywhere else 0,
+            advertised=tuple(Endpoint(e.host, e.port or port) for e in self._config.advertise),
         )
 
     # ---- the control connection -----------------------------------------------------------------
@@ -597,11 +641,3 @@ class _Throttled:
             return
         self._last_s = now_s
         self._connection.send(Progress(self._request, self._phase, done, total, self._unit))
-
-
-def shoal_version() -> str:
-    """The installed version, or "source" where the tree is run uninstalled."""
-    try:
-        return version("shoal-llm")
-    except PackageNotFoundError:
-        return "source"

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from agent.links import LinkFigures, summary_s
 from wire import limits
+from wire.addresses import own_last
 from wire.auth import Token
 from wire.codec import Prefix
 from wire.connection import Connection, Listener
-from wire.errors import AuthFailed, ConnectFailed, ProtocolError, WireError
+from wire.errors import AuthFailed, ConnectFailed, ProtocolError, VersionMismatch, WireError
 from wire.lobby import Lobby
 from wire.messages import (
     Endpoint,
@@ -63,11 +64,12 @@ def connect_peer(
 ) -> Connection:
     """Connect to the agent ``expected`` at the first of its addresses that is really it.
 
-    ``hop_key`` opens the way into its stage; without it, only the link can be measured.
-    Raises ConnectFailed naming every address that was tried.
+    ``hop_key`` opens the way into its stage; without it, only the link can be measured. Addresses
+    that this machine has itself come last: another one may have them too. Raises ConnectFailed
+    naming every address that was tried.
     """
     failures: list[str] = []
-    for endpoint in endpoints:
+    for endpoint in own_last(endpoints):
         try:
             connection = Connection.connect(endpoint, token=token)
             try:
@@ -168,6 +170,8 @@ class PeerServer:
         except AuthFailed as error:
             cause = error.refusal or "refused"
             self._rare_log.warning(cause, "connection refused: %s", error)
+        except VersionMismatch as error:
+            self._rare_log.warning("version", "connection refused: %s", error)
         except ProtocolError as error:
             self._rare_log.warning("protocol", "%s: %s", connection.peer, error)
         except WireError:

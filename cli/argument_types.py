@@ -16,6 +16,22 @@ CONTROL_PORT = 7420
 HTTP_PORT = 7421
 
 
+class Several(argparse.Action):
+    """An option that may be given more than once; given at all, it replaces what a file sets."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        # The very object of the default: nothing was given on the command line so far.
+        given = () if before is self.default else before
+        setattr(namespace, self.dest, (*given, values))
+
+
 def argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
     """``convert``, with its ValueError or KeyError as a message for the user."""
 
@@ -112,4 +128,5 @@ seconds = argument(between(0, 86400, "s"), "seconds, such as 30")
 port = argument(_port_number, "a port between 0 and 65535")
 http_endpoint = argument(_endpoint(HTTP_PORT), "HOST:PORT")
 host_names = argument(_host_names, "a host name, such as shoal.lan, or * for all")
+advertised_endpoint = argument(_endpoint(0), "HOST or HOST:PORT")
 control_endpoint = argument(_endpoint(CONTROL_PORT), "HOST or HOST:PORT")

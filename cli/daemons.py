@@ -35,6 +35,7 @@ AGENT_EXAMPLES = (
     "  shoal agent\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10   where multicast is blocked\n"
+    "  shoal agent --port 7430 --advertise 192.168.1.20   in a container that publishes 7430\n"
     "  shoal agent --token-file ~/shoal.token   the coordinator's, where it has one\n"
     "  shoal agent --list-backends\n"
 )
@@ -94,7 +95,9 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
 def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     """As ``add_coordinator_arguments``."""
     parser.add_argument("--name", help="default: this machine's host name")
-    parser.add_argument("--cluster", default="shoal", help="which cluster to look for by mDNS")
+    parser.add_argument(
+        "--cluster", default="shoal", help="the only cluster to join; default: shoal"
+    )
     parser.add_argument(
         "--coordinator",
         type=argument_types.control_endpoint,
@@ -131,6 +134,14 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bind", default=ALL_INTERFACES, metavar="HOST", help="for other agents")
     parser.add_argument(
         "--port", type=argument_types.port, default=0, help="for other agents; default: any"
+    )
+    parser.add_argument(
+        "--advertise",
+        action=argument_types.Several,
+        type=argument_types.advertised_endpoint,
+        default=(),
+        metavar="HOST[:PORT]",
+        help="where other agents reach this one, behind NAT or in a container; may be repeated",
     )
     parser.add_argument("--state-dir", type=Path, metavar="DIR")
     _add_token(parser)
@@ -213,7 +224,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
             screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
         return
 
-    from agent.config import AgentConfig, ConfigError, default_state_dir
+    from agent.config import AgentConfig, ConfigError, default_name, default_state_dir
     from agent.daemon import Agent
     from wire.auth import TokenError, read_token
 
@@ -222,7 +233,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     try:
         agent = Agent(
             AgentConfig(
-                name=options.name or socket.gethostname().split(".")[0],
+                name=options.name or default_name(socket.gethostname()),
                 state_dir=options.state_dir or default_state_dir(),
                 cluster=options.cluster,
                 coordinator=options.coordinator,
@@ -236,6 +247,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 backend=options.backend,
                 token=read_token(options.token_file),
                 watts=options.watts,
+                advertise=options.advertise,
             ),
             screen.note,
             service,

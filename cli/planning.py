@@ -155,6 +155,7 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
         {"figures": "predicted from measured devices"},
     )
     found = _Found(answer["model"], answer["context_tokens"], answer["plan"], wording)
+    found.devices = answer.get("devices")
     if "quality" in answer:
         found.margin = answer["quality"]["margin"]
         found.measured_kl = answer["quality"]["measured_kl"]
@@ -241,7 +242,11 @@ def save_plan(path: Path, plan: Plan, found: _Found) -> None:
     from coordinator.plan_file import plan_text
 
     text = plan_text(
-        plan, found.model, slots=found.plan["slots"], context_tokens=found.context_tokens
+        plan,
+        found.model,
+        slots=found.plan["slots"],
+        context_tokens=found.context_tokens,
+        devices=found.devices,
     )
     path.write_text(text, encoding="utf-8")
 
@@ -312,6 +317,8 @@ class _Found:
     wording: _Wording
     margin: float | None = None
     measured_kl: float | None = None
+    devices: Mapping[str, str] | None = None
+    """Ids of devices by name; None for described ones."""
 
 
 def _show_plan(

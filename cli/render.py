@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cli.journal import prefixed
 from wire.sizes import format_size
+from wire.versions import shoal_version
 
 BAR_AFTER_S = 2.0
 """Work that ends sooner needs no progress bar."""
@@ -141,6 +142,7 @@ class Screen:
                 f"{device['memory_read_bytes_per_s'] / 1e9:.1f}",
             )
         self.out.print(table)
+        self._versions(answer)
         if answer["links"]:
             links = titled_table("measured links")
             links.add_column("from")
@@ -162,6 +164,21 @@ class Screen:
             since = f"{age_s:.0f} s" if age_s < 120 else f"{age_s / 60:.0f} min"
             text = f"[red]no link:[/] {escape(link['text'])}, tried {since} ago"
             self.out.print(text, soft_wrap=True)
+
+    def _versions(self, answer: Mapping[str, Any]) -> None:
+        """Who runs which shoal, and a hint where they differ."""
+        here, version = shoal_version(), answer.get("version", "of an older version")
+        runs: dict[str, list[str]] = {version: ["the coordinator"]}
+        for device in answer["devices"]:
+            runs.setdefault(device["version"], []).append(device["name"])
+        if here != version:
+            runs.setdefault(here, []).append("this command")
+        if len(runs) == 1:
+            line = f"shoal {version} on the coordinator and all devices"
+        else:
+            line = "; ".join(f"shoal {one} on {', '.join(names)}" for one, names in runs.items())
+            line += ": install the same on all machines"
+        self.out.print(escape(line))
 
     def plan(self, plan: Mapping[str, Any], title: str) -> None:
         """A plan: its stages, and what each block was given."""

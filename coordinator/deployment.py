@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, LinkFailed
@@ -40,6 +40,8 @@ class Planned:
     plan: Plan
     quality_margin: float | None
     measured_kl: float | None
+    devices: Mapping[str, str] = field(default_factory=dict)
+    """Ids of the devices by the names that the problem and the plan have for them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -122,12 +124,12 @@ async def deploy(
 
     Raises AgentFailed, LinkFailed.
     """
-    by_name = {member.name: member for member in roster}
+    by_device = {member.device: member for member in roster}
     stages = planned.plan.stages
     for stage in stages:
-        if stage.device not in by_name:
+        if planned.devices[stage.device] not in by_device:
             raise AgentLost(stage.device, "it left while the plan was made")
-    members = tuple(by_name[stage.device] for stage in stages)
+    members = tuple(by_device[planned.devices[stage.device]] for stage in stages)
     spec = planned.checkpoint.spec
     # What lets each stage's previous device in: its neighbours know it, and no other device.
     keys = tuple(secrets.token_bytes(HOP_KEY_BYTES) for _ in members)
@@ -182,7 +184,7 @@ async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> Non
         ConnectStage,
         epoch=epoch,
         device=after.device,
-        endpoints=after.endpoints,
+        endpoints=after.endpoints_for(member),
         hop_key=key,
     )
     try:

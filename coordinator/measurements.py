@@ -138,7 +138,7 @@ async def try_links(
         on_step(Step("links", f"{source.name} to {target.name}", done, len(pairs), "steps"))
         try:
             measured = await source.request(
-                partial(MeasureLink, device=target.device, endpoints=target.endpoints),
+                partial(MeasureLink, device=target.device, endpoints=target.endpoints_for(source)),
                 LinkMeasured,
             )
         except AgentLost:

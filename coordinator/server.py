@@ -26,6 +26,7 @@ from coordinator.gateway import Gateway
 from coordinator.http import ClientGone, on_error
 from coordinator.http_guard import HostGuard, guarded_protocol
 from coordinator.members import Roster
+from coordinator.names import NameBook
 from coordinator.openai_api import OpenAIRoutes
 from coordinator.plan import PlanError
 from coordinator.quality import QualityStore
@@ -35,7 +36,7 @@ from model.errors import ModelError
 from wire import admission, limits
 from wire.connection import ACCEPT_AT_ONCE, BACKLOG, AsyncConnection, bind, reason, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
-from wire.errors import AuthFailed, ProtocolError, WireError
+from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
 from wire.lobby import Lobby
 from wire.messages import (
@@ -103,6 +104,7 @@ class Coordinator:
             config.cluster,
             on_event=lambda member, message: self._gateway.on_event(member, message),
             on_lost=lambda member, error: self._gateway.on_lost(member, error),
+            names=NameBook(config.state_dir),
         )
         self._fleet = Fleet(
             self.roster,
@@ -243,6 +245,8 @@ class Coordinator:
         except AuthFailed as error:
             cause = error.refusal or "refused"
             self._rare_log.warning(cause, "connection refused: %s", error)
+        except VersionMismatch:
+            raise  # wire.connection.serve knows whether it was told before.
         except ProtocolError as error:
             cause = type(error).__name__
             self._rare_log.warning(cause, "connection from %s dropped: %s", connection.peer, error)

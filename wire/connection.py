@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import secrets
 import socket
 import struct
 import threading
@@ -27,12 +28,20 @@ import numpy as np
 from wire import admission, auth, limits
 from wire.admission import Admit
 from wire.auth import Handshake, Token
-from wire.codec import PREFIX, decode_header, decode_prefix, encode
-from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, WireError
+from wire.codec import (
+    PREFIX,
+    decode_header,
+    decode_prefix,
+    encode,
+    encode_as,
+    encode_refusal,
+)
+from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, VersionMismatch, WireError
 from wire.lobby import Lobby
-from wire.messages import AuthChallenge, Endpoint, JoinRefused, Message
+from wire.messages import AgentHello, AuthChallenge, Endpoint, JoinRefused, Message
 from wire.patience import within
 from wire.rare_log import RareLog
+from wire.versions import OLDEST, Stranger, hello_of_oldest
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +57,9 @@ much at most is copied, the rest comes straight into memory of its own."""
 REFUSAL_S = 0.5
 REFUSAL_READS = 16
 """Patience with a peer that is refused, and may still be sending its first message."""
+
+MAX_TOLD = 256
+"""Peers of other versions that are logged: more would only fill the log."""
 
 ACCEPT_PAUSE_S = 0.1
 """Pause of a listener that has no memory or file descriptor left for the next connection."""
@@ -222,12 +234,7 @@ class Connection:
         with contextlib.suppress(WireError, OSError):
             if error.refusal is not None:
                 self.send(JoinRefused(error.refusal))
-                # Closed with something unread, the connection would be reset, and the refusal lost.
-                self._socket.shutdown(socket.SHUT_WR)
-                set_timeout(self._socket, socket.SO_RCVTIMEO, REFUSAL_S)
-                for _ in range(REFUSAL_READS):
-                    if not self._socket.recv_into(self._buffer):
-                        break
+                self._drain()
         self.close()
         raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
 
@@ -244,6 +251,8 @@ class Connection:
             payload = self._take_own(payload_bytes) if payload_bytes else NO_PAYLOAD
         except AuthFailed:
             raise  # The other end is still to be told.
+        except VersionMismatch as error:
+            raise self._refuse_version(error) from error
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
@@ -251,6 +260,29 @@ class Connection:
             self.close()
             raise
         return message, payload
+
+    def _refuse_version(self, error: VersionMismatch) -> VersionMismatch:
+        """Tell the other end, close; the error with all that is known."""
+        header = b""
+        with contextlib.suppress(WireError, OSError):
+            self._deadline_s = time.monotonic() + REFUSAL_S
+            if error.header_bytes <= BUFFER_BYTES:
+                header = bytes(self._take(error.header_bytes))
+        stranger = Stranger.of(host_of(self.peer), error.theirs, error.code, header)
+        with contextlib.suppress(OSError):
+            self._socket.sendall(encode_refusal(stranger.refusal(), error.theirs))
+            self._drain()
+        self.close()
+        return VersionMismatch(error.ours, error.theirs, story=stranger.story())
+
+    def _drain(self) -> None:
+        """Read what still comes: closed with something unread, the connection would be reset, and
+        what was said last be lost."""
+        self._socket.shutdown(socket.SHUT_WR)
+        set_timeout(self._socket, socket.SO_RCVTIMEO, REFUSAL_S)
+        for _ in range(REFUSAL_READS):
+            if not self._socket.recv_into(self._buffer):
+                break
 
     def _fill(self, count: int, *, inside: bool = True) -> None:
         """Have at least ``count`` bytes in the buffer, which must be able to hold them."""
@@ -309,6 +341,7 @@ class Listener:
         """Bind. Port 0 takes a free one. Raises ConnectFailed where the address is taken."""
         self._token = token
         self._socket = bind(host, port)
+        self.host: str = self._socket.getsockname()[0]
         self.port: int = self._socket.getsockname()[1]
         self._lobby = Lobby(f"port {self.port}")
         self._closed = False
@@ -366,6 +399,8 @@ class AsyncConnection:
         self.peer = peer_name(sock)
         # A peer that is gone again before it was accepted has no address.
         self.peer_host: str = (writer.get_extra_info("peername") or ("",))[0]
+        self.local_host: str = (writer.get_extra_info("sockname") or ("",))[0]
+        """Our own address as this peer sees it."""
         tune(sock)
 
     async def send(self, message: Message, payload: Buffer = b"") -> None:
@@ -420,12 +455,28 @@ class AsyncConnection:
         with contextlib.suppress(WireError, OSError, asyncio.TimeoutError):
             if error.refusal is not None:
                 await self.send(JoinRefused(error.refusal))
-                self._writer.write_eof()
-                for _ in range(REFUSAL_READS):
-                    if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
-                        break
+                await self._drain()
         self.close()
         raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
+
+    async def _refuse_version(self, error: VersionMismatch) -> VersionMismatch:
+        header = b""
+        with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
+            if error.header_bytes <= BUFFER_BYTES:
+                reading = self._reader.readexactly(error.header_bytes)
+                header = await asyncio.wait_for(reading, REFUSAL_S)
+        stranger = Stranger.of(self.peer_host, error.theirs, error.code, header)
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            self._writer.write(encode_refusal(stranger.refusal(), error.theirs))
+            await self._drain()
+        self.close()
+        return VersionMismatch(error.ours, error.theirs, story=stranger.story())
+
+    async def _drain(self) -> None:
+        self._writer.write_eof()
+        for _ in range(REFUSAL_READS):
+            if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
+                break
 
     async def _receive_within(
         self, timeout_s: float | None, admit: Admit | None = None
@@ -434,6 +485,8 @@ class AsyncConnection:
             return await within(self._receive(admit), timeout_s)
         except AuthFailed:
             raise  # The other end is still to be told.
+        except VersionMismatch as error:
+            raise await self._refuse_version(error) from error
         except asyncio.TimeoutError as error:
             self.close()
             raise ConnectionLost(f"{self.peer} was silent for {timeout_s:g} s") from error
@@ -475,13 +528,15 @@ async def serve(
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address; returns the server and its port.
 
-    With a token, only those who know it get to ``handle``; who does not is logged. Raises
-    ConnectFailed where the address is taken.
+    With a token, only those who know it get to ``handle``; who does not is logged. A peer of
+    another version is logged once, not at each of its attempts. Raises ConnectFailed where the
+    address is taken.
     """
     listening = bind(host, port)
     bound_port = int(listening.getsockname()[1])
     lobby = Lobby(f"port {bound_port}")
     rare_log = RareLog(log)
+    told: set[str] = set()
 
     async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = AsyncConnection(reader, writer, lobby)
@@ -490,6 +545,10 @@ async def serve(
             if token is not None:
                 await connection.prove(auth.answer(token))
             await handle(connection)
+        except VersionMismatch as error:
+            if str(error) not in told and len(told) < MAX_TOLD:
+                told.add(str(error))
+                log.warning("connection refused: %s", error)
         except AuthFailed as error:
             rare_log.warning(error.refusal or "refused", "connection refused: %s", error)
         except WireError as error:
@@ -502,6 +561,32 @@ async def serve(
     server = await asyncio.start_server(on_connect, sock=listening, backlog=ACCEPT_AT_ONCE)
     listening.listen(BACKLOG)
     return server, bound_port
+
+
+def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
+    """The protocol of a peer that closes without a word at what we say; None if it stays unknown.
+
+    Only protocol OLDEST does so: it is asked in its own words. Where it has a token, it hears why.
+    """
+    kind: type[Message] = AgentHello
+    values: list[object] = hello_of_oldest()
+    if token is not None:
+        kind, values = (
+            AuthChallenge,
+            [auth.HANDSHAKE_VERSION, secrets.token_bytes(auth.NONCE_BYTES)],
+        )
+    with contextlib.suppress(WireError, OSError):
+        connection = Connection.connect(endpoint)
+        try:
+            connection.set_receive_timeout(limits.CONNECT_TIMEOUT_S)
+            connection._socket.sendall(encode_as(OLDEST, kind, values))
+            answer, _ = connection.receive()
+        except VersionMismatch as error:
+            return error.theirs
+        finally:
+            connection.close()
+        return OLDEST if isinstance(answer, JoinRefused) else None
+    return None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -549,6 +634,11 @@ def peer_name(sock: socket.socket) -> str:
     except OSError:
         return "peer"
     return f"{address[0]}:{address[1]}"
+
+
+def host_of(peer: str) -> str:
+    """The host of ``host:port``."""
+    return peer.rpartition(":")[0] or peer
 
 
 def reason(error: BaseException) -> str:

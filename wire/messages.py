@@ -45,6 +45,8 @@ class AuthChallenge:
 
     version: int
     nonce: bytes
+    shoal: str = ""
+    """The sender's shoal version, for a peer that cannot read what follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,18 @@ class AgentHello:
     name: str
     version: str
     endpoints: tuple[Endpoint, ...]
+    """Where it listens, as it knows by itself."""
     profile: DeviceProfile
+    cluster: str = ""
+    """The only one to join; empty: any."""
+    run: str = ""
+    """Random, of this process of the agent: one that comes back is told from a copy."""
+    attempt: int = 0
+    """Grows with each connection of a run."""
+    port: int = 0
+    """Where it listens on every address of its machine; 0: only at ``endpoints``."""
+    advertised: tuple[Endpoint, ...] = ()
+    """Where its user says that peers reach it: to be tried first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +98,8 @@ class CoordinatorWelcome:
 class JoinRefused:
     """Coordinator's answer to an agent that may not join; the agent shows it and retries.
 
-    Also what either end of any connection says to one that has not proved to know the token.
+    Also what either end of any connection says to one that has not proved to know the token, or
+    that speaks another protocol: all versions from 3 on understand it.
     """
 
     reason: str

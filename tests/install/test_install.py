@@ -80,6 +80,15 @@ def test_everything_is_written_and_removed_again(
     assert files(root) == {}
 
 
+def test_addresses_to_advertise_are_a_setting(install: Callable[..., Path]) -> None:
+    root = install("agent", "--advertise=10.0.0.9", "--advertise", "[2001:db8::1]:7430")
+    path = root / "etc/shoal/agent.toml"
+    wanted = ["10.0.0.9", "[2001:db8::1]:7430"]
+    assert parse_toml(path.read_text(), path)["advertise"] == wanted
+    install("agent", "--threads=2")
+    assert parse_toml(path.read_text(), path)["advertise"] == wanted
+
+
 def test_installing_again_keeps_what_it_is_not_told(install: Callable[..., Path]) -> None:
     root = install("agent", "--memory=1G", "--cpu-weight=20")
     path = root / "etc/shoal/agent.toml"
