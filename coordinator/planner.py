@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from coordinator.plan import (
     Advice,
@@ -141,9 +142,24 @@ def _search(problem: PlanningProblem, runner: _Runner, gap: float, *, share: flo
     started_s = time.monotonic()
     deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
     last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S)
-    devices = range(len(problem.devices))
-    ties = np.array([[i < j and _twins(problem, i, j) for j in devices] for i in devices])
+    ties = _ties(problem)
     return search(problem, deadline_s=deadline_s, gap=gap, ties=ties, last_resort_s=last_resort_s)
+
+
+def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
+    """[i, j]: i < j are twins. Twins of one device are twins of each other: one is compared."""
+    sets: list[list[int]] = []
+    for j in range(len(problem.devices)):
+        own = next((some for some in sets if _twins(problem, some[0], j)), None)
+        if own is None:
+            sets.append([j])
+        else:
+            own.append(j)
+    ties = np.zeros((len(problem.devices),) * 2, dtype=bool)
+    for some in sets:
+        for at, i in enumerate(some):
+            ties[i, some[at + 1 :]] = True
+    return ties
 
 
 def _solve(
