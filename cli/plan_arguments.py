@@ -308,7 +308,10 @@ def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:
             blocks = range(first + 1, last + 2)
         for block in blocks:
             if pins.setdefault(block, device) != device:
-                raise UsageError(f"--pin: {spec.block_name(block)} is pinned to two devices")
+                raise UsageError(
+                    f"--pin: {spec.block_name(block)} is pinned to two devices,"
+                    f" {pins[block]} and {device}: drop one"
+                )
     return pins
 
 

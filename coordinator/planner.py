@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -320,6 +321,8 @@ def _hopeless(problem: PlanningProblem) -> str | None:
     """What rules out every plan whatever the sizes; None where nothing does."""
     if not problem.devices:
         return "there are no devices"
+    if (against := _contradiction(problem)) is not None:
+        return against
     runs = "; ".join(
         f"{device.name} runs {_list(device.backend_bits or _widths(device))}"
         for device in problem.devices
@@ -355,6 +358,34 @@ def _hopeless(problem: PlanningProblem) -> str | None:
             f"the sensitivities add up to {math.fsum(least):.3g} at the best widths asked for,"
             f" above the budget of {problem.quality_budget:g}"
         )
+    return None
+
+
+def _contradiction(problem: PlanningProblem) -> str | None:
+    """Which pins cannot be kept, whatever the sizes; None where none are against each other."""
+    block_name = problem.spec.block_name
+    pins = sorted(problem.pins.items())
+    for block, i in pins:
+        device = problem.devices[i]
+        pin = f"{block_name(block)} is pinned to {device.name}"
+        if i in problem.excluded:
+            return f"{pin}, which is excluded"
+        if problem.objective.kind == "energy" and device.watts is None:
+            continue  # The advice names all devices without watts.
+        if not any(option.bits in problem.bits for option in device.options[block]):
+            widths = _list([option.bits for option in device.options[block]])
+            return f"{pin}, which runs it at {widths} bit, not at {_list(problem.bits)}"
+    ended: dict[int, int] = {}
+    for (block, i), (later, j) in pairwise(pins):
+        if i != j:
+            ended[i] = block
+        if i != j and j in ended:
+            first, last, between = ended[j], later, problem.devices[i].name
+            return (
+                f"{block_name(first)} and {block_name(last)} are pinned to"
+                f" {problem.devices[j].name}, and {block_name(block)} between them to {between}:"
+                " a device has one run of blocks"
+            )
     return None
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from coordinator import plan_search, planner
 from coordinator.plan import Proof, assess, verify
+from coordinator.plan_beam import beam as real
 from coordinator.plan_greedy import fill
 from coordinator.plan_search import search
 from coordinator.plan_tables import Tables
@@ -113,7 +114,6 @@ def test_each_search_finishes_the_walks_of_the_other(
     """Where its own beam finds nothing, and nothing is made at once."""
     problem = wide_problem(6, 4, 0, kind)
     monkeypatch.setattr(plan_search, "fill", lambda _: [])
-    real = plan_search.beam
     owners: list[bool] = []
 
     def beam(tables: Tables, *arguments: object, **settings: object) -> object:
