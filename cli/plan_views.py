@@ -218,4 +218,6 @@ def show_study(screen: Screen, study: DilemmaStudy) -> None:
         screen.out.print(points)
     unproven = study.links.unproven + study.clocks.unproven
     verdict = "all proven optimal" if not unproven else f"{unproven} not proven optimal"
-    screen.out.print(f"{verdict}, by {study.solver}")
+    screen.out.print(
+        f"{verdict}: the table by {study.solver}, figures 5 and 6 by dynamic programming"
+    )

@@ -209,17 +209,30 @@ def run_study(options: argparse.Namespace, screen: Screen) -> None:
     from coordinator.plan import PlanError
     from coordinator.study import study_dilemma
 
+    log = None
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandFailed(
+                f"{options.out}: {(error.strerror or str(error)).lower()}"
+            ) from error
+        log = options.out / "results.jsonl"
+        screen.note(f"results go to {log} as they come: the same command goes on after a stop")
     try:
         with screen.progress() as on_step:
-            study = study_dilemma(
-                runs=options.runs,
-                seed=options.seed,
-                on_step=lambda what, done, total: on_step(_step(what, "", done, total)),
-            )
+
+            def report(what: str, done: int, total: int) -> None:
+                on_step(_step(what, "", done, total))
+                if done == total:
+                    screen.note(f"{what}: done")
+
+            study = study_dilemma(runs=options.runs, seed=options.seed, on_step=report, log=log)
     except PlanError as error:
         raise CommandFailed(str(error)) from error
+    except OSError as error:
+        raise CommandFailed(f"{log}: {(error.strerror or str(error)).lower()}") from error
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         for name, text in study.figures().items():
             (options.out / name).write_text(text, encoding="utf-8")
             screen.note(f"drawn to {options.out / name}")

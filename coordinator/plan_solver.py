@@ -64,6 +64,9 @@ def run(
     SolverError; a limit that is reached is not an error but ``feasible`` or ``unknown``.
     """
     name = solver or default_solver()
+    if not program.variables():
+        kept = all((r.getLb() or 0.0) <= 0 <= (r.getUb() or 0.0) for r in program.constraints())
+        return Outcome("optimal" if kept else "infeasible", name)
     outcome = (_run_highs if name == "highs" else _run_cbc)(
         program, max(time_limit_s, 0.1), gap, start
     )
