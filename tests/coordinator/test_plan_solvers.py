@@ -32,7 +32,7 @@ WIDTHS = (4, 8, 16)
 
 
 def budget_problem(seed: int) -> PlanningProblem:
-    """Six blocks on four devices. Losses span up to 20 magnitudes; so does what the budget leaves.
+    """Five blocks on four devices. Losses span up to 20 magnitudes; so does what the budget leaves.
 
     The budget is what some widths take, or between that and what others take. In some problems all
     blocks lose much whatever their width, so that the budget hardly exceeds what is unavoidable.
@@ -42,8 +42,8 @@ def budget_problem(seed: int) -> PlanningProblem:
     devices = [
         make_device(
             f"d{i}",
-            6,
-            int(rng.uniform(1_500, 9_000)),
+            5,
+            int(rng.uniform(1_300, 8_000)),
             {b: s * rng.uniform(0.8, 1.3) for b, s in fast.items()},
             call_s=1e-4,
         )
@@ -52,7 +52,7 @@ def budget_problem(seed: int) -> PlanningProblem:
     floor = rng.choice([0.0, 0.0, 0.05])
     steps = [10.0 ** -rng.uniform(0, 6), 10.0 ** -rng.uniform(0, 6)]
     losses = []
-    for _ in range(6):
+    for _ in range(5):
         worst = 0.05 * rng.uniform(0.5, 2.0)
         row = {4: worst, 8: worst * steps[0], 16: worst * steps[0] * steps[1]}
         losses.append({b: floor + loss for b, loss in row.items()})
@@ -60,7 +60,7 @@ def budget_problem(seed: int) -> PlanningProblem:
     budget = math.fsum(some) * rng.choice([1.0, 1 + 1e-9, 1.3])
     least = math.fsum(row[16] for row in losses)
     return replace(
-        make_problem(4, devices, bits=WIDTHS, rtt_s=0.001),
+        make_problem(3, devices, bits=WIDTHS, rtt_s=0.001),
         sensitivities=tuple(losses),
         quality_budget=max(budget, least),
         objective=Objective(rng.choice(("latency", "throughput"))),
