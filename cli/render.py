@@ -180,8 +180,10 @@ class Screen:
             line += ": install the same on all machines"
         self.out.print(escape(line))
 
-    def plan(self, plan: Mapping[str, Any], title: str) -> None:
-        """A plan: its stages, and what each block was given."""
+    def plan(
+        self, plan: Mapping[str, Any], title: str, times: Mapping[str, Any] | None = None
+    ) -> None:
+        """A plan: its stages, and what each block was given; ``times`` says whose times it has."""
         from coordinator.plan import bits_text
 
         table = titled_table(title)
@@ -209,11 +211,15 @@ class Screen:
             table.add_row("  token return", "", "", "", "", f"{plan['return_s'] * 1e3:.2f}")
         self.out.print(table)
         proof = "optimal" if plan["proven_optimal"] else f"within {plan['gap']:.1%} of the optimum"
+        if times is not None:
+            proof += f" for {'assumed' if times['assumed'] else 'described'} times"
         ms = plan["predicted_ms_per_token"]
         self.out.print(
             f"predicted: {ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s), proven {proof} "
             f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s"
         )
+        if times is not None:
+            self.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
         if plan["slots"] > 1:
             self.out.print(
                 f"predicted for {plan['slots']} sequences at once: "
