@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,14 +25,15 @@ from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
 from agent.links import Link, Measuring
-from agent.peers import PeerServer, connect_peer, measure_link
+from agent.peers import PeerServer, connect_peer, measure_link_steadily
 from agent.quality import StreamedModel, measure_quality
+from agent.quiet import Cancelled, Figures, QuietMoments
 from agent.relay import Relay
 from backends.base import Backend, BackendError, StageOptions
 from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_call, measure_model
-from calibration.store import CalibrationStore
+from calibration.machine import is_wireless
 from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
@@ -45,6 +47,7 @@ from wire.messages import (
     CancelRequest,
     ConnectStage,
     CoordinatorWelcome,
+    DeviceMeasured,
     Done,
     Endpoint,
     FindBlocks,
@@ -53,6 +56,7 @@ from wire.messages import (
     LinkMeasured,
     LoadStage,
     MakeFiles,
+    MeasureDevice,
     MeasureLink,
     MeasureModel,
     MeasureQuality,
@@ -75,6 +79,7 @@ RETRY_S = (0.5, 1.0, 2.0, 5.0)
 
 Request = (
     MeasureModel
+    | MeasureDevice
     | MeasureQuality
     | MeasureLink
     | FindBlocks
@@ -111,7 +116,7 @@ class Agent:
         self._state_lock = claim(config.state_dir)
         remove_leftovers(config.cache_dir)
         self._device = device_identity(config.state_dir)
-        self._profile = profile_in_child(
+        profile = profile_in_child(
             backend=config.backend,
             cache_dir=config.cache_dir,
             memory_limit_bytes=config.memory_bytes,
@@ -120,9 +125,12 @@ class Agent:
             watts=config.watts,
             exact=config.exact,
         )
-        self._call_s = self._profile.call_s
-        self._store = CalibrationStore(config.state_dir / "calibration.json")
-        self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
+        self._figures = Figures(config, profile)
+        self._call_s = 0.0
+        """Where the profile has none: the backend needed files for it that others make."""
+        self._carrying_out = False
+        """Whether a request is under way."""
+        self._cache = BlockCache(config.cache_dir, profile.storage_bytes)
         self._listener = Listener(config.bind_host, config.data_port, token=config.token)
         self._peers = PeerServer(self._device, self._listener, self._deliver)
 
@@ -226,7 +234,9 @@ class Agent:
             name=self._config.name,
             version=shoal_version(),
             endpoints=tuple(Endpoint(host, self._listener.port) for host in addresses),
-            profile=self._profile,
+            profile=replace(
+                self._figures.told_profile(), wireless=is_wireless(connection.local_host)
+            ),
         )
 
     # ---- the control connection -----------------------------------------------------------------
@@ -236,8 +246,15 @@ class Agent:
         requests: queue.Queue[Request | None] = queue.Queue()
         ended = threading.Event()
         self._cancelled = set()
+        quiet = QuietMoments(
+            self._figures,
+            self._measuring,
+            lambda: self._relay is None and not self._carrying_out and requests.empty(),
+            connection.send,
+        )
         threads = [
             threading.Thread(target=self._beat, args=(connection, ended), name="heartbeat"),
+            threading.Thread(target=quiet.run, args=(ended,), name="quiet"),
             threading.Thread(
                 target=self._work, args=(connection, coordinator, requests), name="worker"
             ),
@@ -298,9 +315,10 @@ class Agent:
         # Whatever ends this thread ends the connection: the coordinator must not wait for ever.
         with connection, contextlib.suppress(WireError):
             while (request := requests.get()) is not None:
+                self._carrying_out = True
                 try:
                     answer = self._carry_out(request, connection, coordinator)
-                except (BackendError, ModelError, CacheError, WireError, _Cancelled) as error:
+                except (BackendError, ModelError, CacheError, WireError, Cancelled) as error:
                     answer = RequestFailed(request.request, str(error))
                 except MemoryError:
                     answer = RequestFailed(request.request, "out of memory")
@@ -309,6 +327,8 @@ class Agent:
                     answer = RequestFailed(
                         request.request, f"internal error ({error}); see the agent's log"
                     )
+                finally:
+                    self._carrying_out = False
                 connection.send(answer)
 
     def _carry_out(
@@ -317,6 +337,13 @@ class Agent:
         if isinstance(request, MeasureModel):
             with self._measuring:
                 return self._measure_model(request, connection, coordinator)
+        if isinstance(request, MeasureDevice):
+            if self._relay is not None:
+                raise BackendError("a stage is loaded, which others wait for: unload it first")
+            progress = self._progress(connection, request.request, "measure", "steps")
+            with self._measuring:
+                self._figures.measure_device(lambda: progress(0, 1))
+            return DeviceMeasured(request.request, self._figures.told_profile())
         if isinstance(request, MeasureQuality):
             with self._measuring:
                 return self._measure_quality(request, connection, coordinator)
@@ -327,10 +354,14 @@ class Agent:
                 self._measuring,
                 self._connect(request) as peer,
             ):
-                figures = measure_link(peer)
+                figures, conditions = measure_link_steadily(peer)
             self._links[request.device] = Link(request.device, figures)
             return LinkMeasured(
-                request.request, figures.rtt_s, figures.bytes_per_s, figures.rtt_p90_s
+                request.request,
+                figures.rtt_s,
+                figures.bytes_per_s,
+                figures.rtt_p90_s,
+                conditions,
             )
         if isinstance(request, LoadStage):
             return self._load(request, connection, coordinator)
@@ -371,18 +402,21 @@ class Agent:
         progress = self._progress(connection, request.request, "measure", "steps")
         backend = self._supplied(request.request, connection, coordinator)
         threads, exact = self._config.threads, self._config.exact
-        if not self._call_s:
+        spec, store = ModelSpec.from_dict(request.spec), self._figures.store
+        if not (self._call_s or self._figures.profile.call_s):
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
         timings = measure_model(
-            ModelSpec.from_dict(request.spec),
+            spec,
             request.bits,
             backend,
             threads=threads,
-            store=self._store,
+            store=store.again() if request.again else store,
             progress=progress,
             exact=exact,
         )
-        return ModelMeasured(request.request, timings, self._call_s)
+        store.note_model(request.spec, request.bits)
+        self._figures.told(spec, timings)
+        return ModelMeasured(request.request, timings, self._figures.profile.call_s or self._call_s)
 
     def _measure_quality(
         self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
@@ -402,7 +436,7 @@ class Agent:
             self._supplied(request.request, connection, coordinator),
             threads=self._config.threads,
             directory=self._config.state_dir / "quality",
-            memory_bytes=self._profile.memory_bytes,
+            memory_bytes=self._figures.profile.memory_bytes,
             progress=progress,
             report=connection.send,
         )
@@ -432,7 +466,7 @@ class Agent:
                 request.slots,
                 request.context_tokens,
                 self._config.threads,
-                memory_bytes=self._profile.memory_bytes,
+                memory_bytes=self._figures.profile.memory_bytes,
                 exact=self._config.exact,
                 prepared_dir=prepared_dir,
                 prepared_bytes=prepared_bytes,
@@ -471,12 +505,12 @@ class Agent:
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str
     ) -> Callable[[int, int], None]:
-        """What reports how far ``request`` is, and raises _Cancelled once it is cancelled."""
+        """What reports how far ``request`` is, and raises Cancelled once it is cancelled."""
         report, cancelled = _Throttled(connection, request, phase, unit), self._cancelled
 
         def progress(done: int, total: int) -> None:
             if request in cancelled:
-                raise _Cancelled("cancelled")
+                raise Cancelled("cancelled")
             report(done, total)
 
         return progress
@@ -497,10 +531,6 @@ class Agent:
         if relay is not None:
             relay.close()
             self._service.status(f"{self._joined}, no stage")
-
-
-class _Cancelled(Exception):
-    """Nobody waits for the request any more."""
 
 
 class _Throttled:

@@ -127,6 +127,29 @@ def measure_model(
     return tuple(timings)
 
 
+def kept_timings(
+    spec: ModelSpec,
+    bits: Sequence[int],
+    backend: Backend,
+    *,
+    threads: int,
+    store: CalibrationStore,
+    exact: bool = False,
+) -> tuple[BlockTiming, ...]:
+    """As ``measure_model``, of what is in ``store`` only: nothing is measured."""
+    capabilities = backend.probe()
+    common = machine_key(capabilities, threads) | ({"exact": True} if exact else {})
+    timings: list[BlockTiming] = []
+    for task in timing_tasks(spec, bits, capabilities.containers(exact=exact)):
+        seconds, conditions = store.found(common | timing_dependencies(spec, task))
+        if seconds is not None and len(seconds) == 2:
+            timings += [
+                BlockTiming(task.kind, task.variant, width, seconds[0], seconds[1], conditions)
+                for width in task.stands_for
+            ]
+    return tuple(timings)
+
+
 def machine_key(capabilities: Capabilities, threads: int) -> dict[str, Any]:
     """What every timing depends on besides the shape."""
     return {

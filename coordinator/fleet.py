@@ -44,6 +44,8 @@ from coordinator.measurements import (
     find_held,
     in_thread,
     load_rates,
+    machines,
+    measure_again,
     measure_blocks,
     measure_links,
 )
@@ -115,6 +117,29 @@ class Fleet:
             self.deployment = await self._deploy(planned, tokenizer, refs)
             self._kept.keep(request, [member.name for member in self.deployment.members])
             return self.deployment
+
+    async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
+        """Measure anew what is known of the device ``name``, and its links to those that are free.
+
+        Raises CoordinatorError.
+        """
+        async with self._exclusive(on_step):
+            members = self._roster.require_members()
+            _check_names((name,), members)
+            (member,) = (member for member in members if member.name == name)
+            deployment = self.deployment
+            serving = () if deployment is None or deployment.broken else deployment.members
+            free: list[Member] = []
+            for residents in machines(members):
+                if not any(resident in serving for resident in residents):
+                    free += residents
+            if member not in free and deployment is not None:
+                raise Busy(
+                    f"{deployment.name} is loaded on {name} or its machine, which measuring needs "
+                    "for itself: run `shoal unload` first"
+                )
+            await measure_again(self._roster, member, free, self._report)
+            return member
 
     async def calibrate(
         self, request: QualityRequest, on_step: Callable[[Step], None]

@@ -9,10 +9,11 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
 from wire.connection import AsyncConnection
@@ -22,8 +23,10 @@ from wire.messages import (
     BlocksFound,
     CancelRequest,
     CoordinatorWelcome,
+    DeviceMeasured,
     Done,
     Endpoint,
+    FiguresChanged,
     FilesMade,
     Heartbeat,
     HopMeasured,
@@ -47,11 +50,15 @@ log = logging.getLogger(__name__)
 MAX_MEMBERS = 256
 """More devices than anyone has on a shelf; a flood of joins stops here."""
 
+MAX_FIGURES = 16
+"""More than a profile has."""
+
 SIGN_OF_LIFE_S = 2 * limits.HEARTBEAT_S
 """A living agent has sent a heartbeat by then."""
 
 _ANSWERS = (
     ModelMeasured,
+    DeviceMeasured,
     LinkMeasured,
     QualityMeasured,
     HopMeasured,
@@ -150,6 +157,39 @@ class Member:
         with contextlib.suppress(AgentLost):
             await self.send(CancelRequest(number))
 
+    def take_figures(self, profile: DeviceProfile) -> None:
+        """Take the measured figures of ``profile``, and nothing else. Raises AgentFailed."""
+        rates = profile.memory_read_bytes_per_s, profile.disk_write_bytes_per_s
+        if min(rates) <= 0 or profile.call_s < 0 or len(profile.conditions) > MAX_FIGURES:
+            raise AgentFailed(self.name, "reported an impossible figure")
+        self.profile = replace(
+            self.profile,
+            memory_read_bytes_per_s=rates[0],
+            disk_write_bytes_per_s=rates[1],
+            call_s=profile.call_s or self.profile.call_s,
+            conditions=profile.conditions,
+        )
+
+    def take_better(self, changed: FiguresChanged) -> None:
+        """Take what it has measured again; times only of what it was asked for before.
+
+        Raises AgentFailed.
+        """
+        self.take_figures(changed.profile)
+        if not all(map(is_possible, changed.timings)):
+            raise AgentFailed(self.name, "reported an impossible time")
+        if not changed.spec:
+            return
+        try:
+            known = self.timings.get(ModelSpec.from_dict(changed.spec), {})
+        except ModelError as error:
+            raise AgentFailed(self.name, f"reported times of no model: {error}") from error
+        better = {(item.kind, item.variant, item.bits): item for item in changed.timings}
+        for width, timings in known.items():
+            known[width] = [
+                better.get((item.kind, item.variant, item.bits), item) for item in timings
+            ]
+
     def resolve(self, number: int, answer: Message) -> None:
         """Hand an answer, a part of it or progress to whoever asked; late ones are dropped."""
         pending = self._pending.get(number)
@@ -230,7 +270,12 @@ class Roster:
         if not (all(map(math.isfinite, figures)) and min(figures[:2]) > 0 and figures[2] >= 0):
             raise AgentFailed(source.name, "reported an impossible link")
         self._links[source.device, target.device] = LinkProfile(
-            source.name, target.name, measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
+            source.name,
+            target.name,
+            measured.rtt_s,
+            measured.bytes_per_s,
+            measured.rtt_p90_s,
+            measured.conditions if isinstance(measured, LinkMeasured) else None,
         )
 
     async def serve(self, hello: AgentHello, connection: AsyncConnection) -> None:
@@ -307,6 +352,11 @@ class Roster:
                 self.set_link(member, target, message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
+        elif isinstance(message, FiguresChanged):
+            try:
+                member.take_better(message)
+            except AgentFailed as error:
+                raise ProtocolError(str(error)) from error
         elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost)):
             self._on_event(member, message)
         else:
@@ -354,3 +404,8 @@ class Roster:
         return next(
             name for number in itertools.count(2) if (name := f"{wanted}-{number}") not in taken
         )
+
+
+def is_possible(timing: BlockTiming) -> bool:
+    """Whether a device can have measured this."""
+    return min(timing.decode_s, timing.prefill_s_per_token) > 0

@@ -20,9 +20,10 @@ from typing import Any, Literal, TypeAlias
 
 from wire import limits
 from wire.activations import DEFAULT_HOP_BITS, HopBits
+from wire.conditions import Conditions
 from wire.profile import BlockTiming, DeviceProfile
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 FinishReason = Literal["", "stop", "length"]
 
@@ -102,11 +103,15 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class MeasureModel:
-    """Measure seconds per block of this model's shapes at each of ``bits``."""
+    """Measure seconds per block of this model's shapes at each of ``bits``.
+
+    What the agent has measured before counts, unless it is to be measured ``again``.
+    """
 
     request: int
     spec: dict[str, Any]
     bits: tuple[int, ...]
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,33 @@ class ModelMeasured:
     request: int
     timings: tuple[BlockTiming, ...]
     call_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureDevice:
+    """Measure again what the profile says of the device itself. No stage may be loaded."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMeasured:
+    """The profile with its new figures; limits are as they were."""
+
+    request: int
+    profile: DeviceProfile
+
+
+@dataclass(frozen=True, slots=True)
+class FiguresChanged:
+    """Agent to coordinator, unasked: better figures than it has told before.
+
+    ``timings`` are of the model ``spec``, where it is not empty.
+    """
+
+    profile: DeviceProfile
+    spec: dict[str, Any]
+    timings: tuple[BlockTiming, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +167,7 @@ class LinkMeasured:
     rtt_s: float
     bytes_per_s: float
     rtt_p90_s: float = 0.0
+    conditions: Conditions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,6 +500,9 @@ Message: TypeAlias = (
     | Heartbeat
     | MeasureModel
     | ModelMeasured
+    | MeasureDevice
+    | DeviceMeasured
+    | FiguresChanged
     | MeasureLink
     | LinkMeasured
     | LinkChanged
@@ -541,6 +577,9 @@ CODES: dict[int, type[Message]] = {
     52: BlockChunk,
     53: MakeFiles,
     54: FilesMade,
+    85: MeasureDevice,
+    86: DeviceMeasured,
+    87: FiguresChanged,
 }
 """Message codes on the wire. Never reuse a number."""
 

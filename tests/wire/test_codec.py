@@ -142,7 +142,7 @@ def prefix(**changes: Any) -> bytes:
 def test_prefix_of_another_protocol_or_version() -> None:
     with pytest.raises(ProtocolError, match="does not speak"):
         decode_prefix(prefix(magic=b"GET "))
-    with pytest.raises(VersionMismatch, match=r"version 9.*version 2") as caught:
+    with pytest.raises(VersionMismatch, match=r"version 9.*version 3") as caught:
         decode_prefix(prefix(version=9))
     assert (caught.value.ours, caught.value.theirs) == (2, 9)
 
