@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ from calibration.machine import cgroups, read_lines
 from wire.conditions import Conditions
 
 Figure = TypeVar("Figure")
+
+SHORTEST_S = 0.25
+"""A shorter time has too few of the kernel's ticks: what came just before counts as well."""
+
+_RECENT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,10 @@ class _Reading:
     held_periods: int
 
 
+_histories: dict[tuple[Path, bool], deque[tuple[float, _Reading]]] = {}
+"""What meters of this process have read of late."""
+
+
 class LoadMeter:
     """Watches the processor from its making on; ``conditions`` says what else used it."""
 
@@ -41,20 +51,32 @@ class LoadMeter:
         measured, this is part of the work."""
         self._root = root
         self._kernel = kernel
+        self._history = _histories.setdefault((root, kernel), deque(maxlen=64))
         self.restart()
 
     def restart(self) -> None:
         """Forget what was seen so far."""
         self._begun_s = time.perf_counter()
         self._first = _read(self._root, kernel=self._kernel)
+        self._history.append((self._begun_s, self._first))
 
     def conditions(self, spread: float = 0.0) -> Conditions:
         """What was seen since the beginning; ``spread`` is the measurement's own.
 
         Our own children count as other programs until they have ended and been waited for.
         """
-        first, last = self._first, _read(self._root, kernel=self._kernel)
-        elapsed_s = max(time.perf_counter() - self._begun_s, 1e-9)
+        last, now_s = _read(self._root, kernel=self._kernel), time.perf_counter()
+        begun_s, first = self._begun_s, self._first
+        if now_s - begun_s < SHORTEST_S:
+            begun_s, first = next(
+                (
+                    (earlier_s, reading)
+                    for earlier_s, reading in reversed(tuple(self._history))
+                    if SHORTEST_S <= now_s - earlier_s <= _RECENT_S
+                ),
+                (begun_s, first),
+            )
+        elapsed_s = max(now_s - begun_s, 1e-9)
         # The kernel counts in ticks: each core may be one off.
         error_s = first.cores / _ticks_per_s()
         others_s = last.busy_s - first.busy_s - (last.own_s - first.own_s) - error_s

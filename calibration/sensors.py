@@ -1,7 +1,8 @@
 """Heat, throttling and watts, from what the kernel shows of them; where it shows nothing, nothing.
 
-Sources: the hwmon and powercap ABI of the Linux kernel; Raspberry Pi documentation, "vcgencmd
-get_throttled"; NVIDIA Jetson Linux developer guide, "Power monitoring" (INA3221 rails).
+Sources: the hwmon, cpufreq, thermal_throttle and powercap ABI of the Linux kernel; Raspberry Pi
+documentation, "vcgencmd get_throttled"; NVIDIA Jetson Linux developer guide, "Power monitoring"
+(INA3221 rails).
 """
 
 from __future__ import annotations
@@ -84,6 +85,26 @@ class Sensors:
             if text:
                 return parse_throttled(text)
         return parse_throttled(self._ask_firmware())
+
+    def clock_hz(self) -> float | None:
+        """Mean clock of the cores now; None where the kernel does not govern it."""
+        rates = [
+            _number(path)
+            for path in self._root.glob("sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq")
+        ]
+        known = [rate * 1e3 for rate in rates if rate]
+        return sum(known) / len(known) if known else None
+
+    def throttle_events(self) -> int | None:
+        """How often an x86 processor's cores have slowed down for heat since it was booted."""
+        counts = [
+            _number(path)
+            for path in self._root.glob(
+                "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
+            )
+        ]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
 
     def power_meter(self) -> PowerMeter | None:
         """A meter that starts now: a Jetson's rails, else RAPL counters, else None."""

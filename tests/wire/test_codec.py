@@ -144,7 +144,7 @@ def test_prefix_of_another_protocol_or_version() -> None:
         decode_prefix(prefix(magic=b"GET "))
     with pytest.raises(VersionMismatch, match=r"version 9.*version 3") as caught:
         decode_prefix(prefix(version=9))
-    assert (caught.value.ours, caught.value.theirs) == (2, 9)
+    assert (caught.value.ours, caught.value.theirs) == (3, 9)
 
 
 @pytest.mark.parametrize(
