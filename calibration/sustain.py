@@ -64,7 +64,7 @@ def measure_sustained(
     start_c = hottest_c = _hottest_c(sensors)
     meter = sensors.power_meter()
     before, events = sensors.throttling(), sensors.throttle_events()
-    load = LoadMeter()
+    load = LoadMeter(sensors.root)
     during_burst: Conditions | None = None
     burst_clock_hz: float | None = None
     in_last_part = False
