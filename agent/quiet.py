@@ -39,6 +39,9 @@ LOOK_S = 5.0
 QUIET_S = 20.0
 """So long the machine must have been quiet."""
 
+PATIENCE_S = 5.0
+"""For measuring the device again, at most: nobody waits for it to start."""
+
 MOMENT_S = 5.0
 """No new figure is begun after so long."""
 
@@ -82,6 +85,7 @@ class Figures:
             threads=config.threads,
             watts=config.watts,
             exact=config.exact,
+            patience_s=PATIENCE_S,
         )
         taken = replace(
             self.profile,

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import Backend, BackendError, BackendUnavailable, FilesMissing
+from backends.base import BackendError, BackendUnavailable, FilesMissing
 from backends.registry import backend_class, makers, require_known
 from calibration.disturbance import LoadMeter, Patience, spread_of, steady
-from calibration.layers import measure_call_steadily
+from calibration.layers import Bench
 from calibration.machine import (
     hardware_id,
     kernel_id,
@@ -40,6 +40,9 @@ from wire.profile import DeviceProfile
 MIN_HEADROOM_BYTES = 64 << 20
 HEADROOM_SHARE = 0.1
 """What stays free of the memory that was free at start: for the system, and for this process."""
+
+START_PATIENCE_S = 0.5
+"""An agent that starts does not wait for a quiet moment: it measures again when one comes."""
 
 CANCEL_S = 0.1
 """How soon a measurement in another process ends that nobody wants any more."""
@@ -69,12 +72,14 @@ def profile_device(
     threads: int | None = None,
     watts: float | None = None,
     exact: bool = False,
+    patience_s: float = START_PATIENCE_S,
 ) -> DeviceProfile:
-    """Measure this device for stages run by ``backend``; takes about a second, or two.
+    """Measure this device for stages run by ``backend``; takes about a second.
 
     cache_dir: where blocks will be kept; created. A limit caps what is free, it cannot add to it.
     threads: None for as many as ``usable_threads`` finds. watts: what its user says. exact: stages
-    will be loaded so. Raises BackendUnavailable where the backend does not run here, BackendError
+    will be loaded so. patience_s: for measuring again what others disturbed, at most, and no longer
+    than the first time took. Raises BackendUnavailable where the backend does not run here, BackendError
     where it cannot be exact or the cache directory cannot be written.
     """
     kind = backend_class(backend)
@@ -96,8 +101,9 @@ def profile_device(
         of_disk = meter.conditions()
     except OSError as error:
         raise BackendError(f"cache directory {cache_dir} is not usable: {error}") from error
-    memory_read, of_memory = steady(partial(memory_read_rate, threads), Patience(), _slowness)
-    call_s, of_call = _call_s(kind(), threads, cache_dir, exact)
+    patience = Patience(limit_s=patience_s)
+    memory_read, of_memory = steady(partial(memory_read_rate, threads), patience, _slowness)
+    call_s, of_call = _call_s(Bench(kind(), threads, cache_dir, exact=exact), patience)
     conditions = [("memory", of_memory), ("disk", of_disk)]
     return DeviceProfile(
         machine=platform.machine(),
@@ -207,10 +213,12 @@ def _communicate(
     child: subprocess.Popen[str], said: str, check: Callable[[], None] | None
 ) -> tuple[str, str]:
     """What the child wrote to stdout and stderr; whatever ``check`` raises comes first."""
+    remaining: str | None = said
     while True:
         try:
-            return child.communicate(said, timeout=None if check is None else CANCEL_S)
+            return child.communicate(remaining, timeout=None if check is None else CANCEL_S)
         except subprocess.TimeoutExpired:
+            remaining = None  # It goes on with what it has begun to write.
             if check is not None:
                 check()
 
@@ -228,12 +236,11 @@ def answer_parent(settings: dict[str, Any]) -> None:
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
-def _call_s(
-    backend: Backend, threads: int, directory: Path, exact: bool
-) -> tuple[float, Conditions | None]:
+def _call_s(bench: Bench, patience: Patience) -> tuple[float, Conditions | None]:
     """0 where the shoal has to make files for it first: the agent measures it then."""
+    bench.patience = patience
     try:
-        return measure_call_steadily(backend, threads, directory, exact=exact)
+        return bench.call_s, bench.call_conditions
     except FilesMissing:
         return 0.0, None
 

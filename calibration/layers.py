@@ -167,14 +167,6 @@ def measure_call(
     return Bench(backend, threads, directory, exact=exact).call_s
 
 
-def measure_call_steadily(
-    backend: Backend, threads: int, directory: Path | None = None, *, exact: bool = False
-) -> tuple[float, Conditions]:
-    """As ``measure_call``, and what else went on meanwhile."""
-    bench = Bench(backend, threads, directory, exact=exact)
-    return bench.call_s, bench.call_conditions
-
-
 class Bench:
     """Builds stages of random blocks, times them, and leaves nothing behind."""
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from calibration.store import CalibrationStore
 
 
+PATIENCE_S = 10.0
+"""For measuring the device again while others disturb it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Whose figures are measured. ``unreachable`` is a service's directory that others own."""
@@ -74,7 +78,11 @@ def measure_for_agent(
     from model.spec import ModelSpec
 
     profile = profile_device(
-        backend=target.backend, cache_dir=target.state_dir, threads=threads, exact=target.exact
+        backend=target.backend,
+        cache_dir=target.state_dir,
+        threads=threads,
+        exact=target.exact,
+        patience_s=PATIENCE_S,
     )
     kept = kept_profile(profile, store, exact=target.exact)
     models = store.models()
