@@ -79,8 +79,8 @@ def profile_device(
     cache_dir: where blocks will be kept; created. A limit caps what is free, it cannot add to it.
     threads: None for as many as ``usable_threads`` finds. watts: what its user says. exact: stages
     will be loaded so. patience_s: for measuring again what others disturbed, at most, and no longer
-    than the first time took. Raises BackendUnavailable where the backend does not run here, BackendError
-    where it cannot be exact or the cache directory cannot be written.
+    than the first time took. Raises BackendUnavailable where the backend does not run here,
+    BackendError where it cannot be exact or the cache directory cannot be written.
     """
     kind = backend_class(backend)
     capabilities = kind.probe()
