@@ -59,6 +59,7 @@ from wire.messages import (
     MeasureDevice,
     MeasureLink,
     MeasureModel,
+    MeasureModelAgain,
     MeasureQuality,
     Message,
     ModelMeasured,
@@ -79,6 +80,7 @@ RETRY_S = (0.5, 1.0, 2.0, 5.0)
 
 Request = (
     MeasureModel
+    | MeasureModelAgain
     | MeasureDevice
     | MeasureQuality
     | MeasureLink
@@ -334,7 +336,7 @@ class Agent:
     def _carry_out(
         self, request: Request, connection: Connection, coordinator: Endpoint
     ) -> Message:
-        if isinstance(request, MeasureModel):
+        if isinstance(request, (MeasureModel, MeasureModelAgain)):
             with self._measuring:
                 return self._measure_model(request, connection, coordinator)
         if isinstance(request, MeasureDevice):
@@ -397,7 +399,10 @@ class Agent:
         return connect_peer(self._device, request.device, request.endpoints, token=token)
 
     def _measure_model(
-        self, request: MeasureModel, connection: Connection, coordinator: Endpoint
+        self,
+        request: MeasureModel | MeasureModelAgain,
+        connection: Connection,
+        coordinator: Endpoint,
     ) -> Message:
         progress = self._progress(connection, request.request, "measure", "steps")
         backend = self._supplied(request.request, connection, coordinator)
@@ -410,7 +415,7 @@ class Agent:
             request.bits,
             backend,
             threads=threads,
-            store=store.again() if request.again else store,
+            store=store.again() if isinstance(request, MeasureModelAgain) else store,
             progress=progress,
             exact=exact,
         )

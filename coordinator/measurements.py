@@ -26,6 +26,7 @@ from wire.messages import (
     MeasureDevice,
     MeasureLink,
     MeasureModel,
+    MeasureModelAgain,
     ModelMeasured,
     Progress,
 )
@@ -122,7 +123,7 @@ async def _measure_model(
     """Have ``member`` measure the model at ``bits``, and note it. Raises AgentFailed."""
     try:
         answer = await member.request(
-            partial(MeasureModel, spec=spec.to_dict(), bits=bits, again=again),
+            partial(MeasureModelAgain if again else MeasureModel, spec=spec.to_dict(), bits=bits),
             ModelMeasured,
             forward(on_step, "measure", member.name),
         )

@@ -105,13 +105,21 @@ class Heartbeat:
 class MeasureModel:
     """Measure seconds per block of this model's shapes at each of ``bits``.
 
-    What the agent has measured before counts, unless it is to be measured ``again``.
+    What the agent has measured before is not measured again.
     """
 
     request: int
     spec: dict[str, Any]
     bits: tuple[int, ...]
-    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureModelAgain:
+    """As MeasureModel, but what the agent has measured before is measured again."""
+
+    request: int
+    spec: dict[str, Any]
+    bits: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,6 +507,7 @@ Message: TypeAlias = (
     | JoinRefused
     | Heartbeat
     | MeasureModel
+    | MeasureModelAgain
     | ModelMeasured
     | MeasureDevice
     | DeviceMeasured
@@ -580,6 +589,7 @@ CODES: dict[int, type[Message]] = {
     85: MeasureDevice,
     86: DeviceMeasured,
     87: FiguresChanged,
+    88: MeasureModelAgain,
 }
 """Message codes on the wire. Never reuse a number."""
 

@@ -42,6 +42,7 @@ from wire.messages import (
     MeasureDevice,
     MeasureLink,
     MeasureModel,
+    MeasureModelAgain,
     MeasureQuality,
     Message,
     ModelMeasured,
@@ -397,7 +398,7 @@ def test_the_device_is_measured_again_on_request(coordinator: Coordinator) -> No
     first = coordinator.answer()
     coordinator.send(MeasureModel(4, SPEC.to_dict(), (8,)))
     kept = coordinator.answer()
-    coordinator.send(MeasureModel(5, SPEC.to_dict(), (8,), again=True))
+    coordinator.send(MeasureModelAgain(5, SPEC.to_dict(), (8,)))
     again = coordinator.answer()
     assert isinstance(first, ModelMeasured)
     assert isinstance(kept, ModelMeasured)

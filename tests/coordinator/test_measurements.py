@@ -36,6 +36,7 @@ from wire.messages import (
     MeasureDevice,
     MeasureLink,
     MeasureModel,
+    MeasureModelAgain,
     ModelMeasured,
     RequestFailed,
 )
@@ -98,7 +99,7 @@ class Shoal:
                 else:
                     answer = LinkMeasured(message.request, 1e-3, 1e8, 2e-3, self.conditions)
                     await agent.send(answer)
-            elif isinstance(message, MeasureModel):
+            elif isinstance(message, (MeasureModel, MeasureModelAgain)):
                 self.began(name, {name})
                 await asyncio.sleep(0.01)
                 del self.at_work[name]
