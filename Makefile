@@ -82,6 +82,9 @@ bench-throughput: $(VENV)/run.stamp ## several generations at once over 1 to 4 e
 bench-recovery: $(VENV)/run.stamp ## how much later an answer ends when a device is lost (needs root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
+bench-sampling: $(VENV)/run.stamp ## what drawing a token costs beside taking the likeliest, over HTTP
+	$(BIN)/python -m benchmarks.sampling $(ARGS)
+
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \
