@@ -6,8 +6,10 @@
 
 A coordinator and one agent run on this machine. The model has random weights in Llama's shape and
 Llama 3's vocabulary. It is smaller than any model of that vocabulary, so that sampling is a larger
-part of a token. Requests go the way of every client: HTTP, coordinator, agent. In each round all settings take turns, greedy among them. Rates
-are medians over the rounds; a ratio is the median of the ratios within each round.
+part of a token. Requests go the way of every client: HTTP, coordinator, agent.
+
+In each round all settings take turns, greedy among them. Rates are medians over the rounds; a ratio
+is the median of the ratios within each round.
 
 The model is kept in --state.
 """
@@ -166,8 +168,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="of the agent")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N")
-    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="of a generation")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N")
+    parser.add_argument("--tokens", type=int, default=50, metavar="N", help="of a generation")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     hidden, layers = options.hidden, options.layers
