@@ -85,6 +85,9 @@ bench-recovery: $(VENV)/run.stamp ## how much later an answer ends when a device
 bench-sampling: $(VENV)/run.stamp ## what drawing a token costs beside taking the likeliest, over HTTP
 	$(BIN)/python -m benchmarks.sampling $(ARGS)
 
+bench-pages: $(VENV)/run.stamp ## decoding speed of fresh processes, by the memory that weights lie in
+	$(BIN)/python -m benchmarks.pages $(ARGS)
+
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \
