@@ -17,6 +17,7 @@ import psutil
 
 from backends.base import Backend, StageOptions
 from calibration.layers import (
+    PREPARED,
     Bench,
     Task,
     chunk_tokens,
@@ -184,7 +185,7 @@ class _Run:
         self._effort = _THOROUGH if full else _QUICK
         self._again = again
         self._clock_s = clock_s
-        self._machine = machine_key(bench.backend.probe(), bench.threads)
+        self._machine = machine_key(bench.backend.probe(), bench.threads) | PREPARED
         self._context_tokens = min(spec.max_context, LONG_CONTEXT_TOKENS)
         self.layers: list[LayerTiming] = []
         self.memory: list[LayerMemory] = []
