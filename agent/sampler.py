@@ -39,8 +39,8 @@ DOUBT = 1e-5
 """Probability that sums in float32 are trusted to. What is closer to top_p is computed again in
 float64."""
 
-SMALLEST_TEMPERATURE = 1e-38
-"""About the smallest normal float32: with it, any difference of normal logits is decisive."""
+SMALLEST_TEMPERATURE = 1e-37
+"""A normal float32: denormals may read as zero in the thread of a stage."""
 
 
 class Sampler:
