@@ -45,6 +45,9 @@ EMBEDDING_ROWS = 1024
 LOAD_FACTOR = 2.5
 """Memory to load a stage, over its weights as executed; what does not fit is not timed."""
 
+PREPARED = {"prepared": True}
+"""In the key of what was timed with prepared weights: before, it was timed on the heap."""
+
 _CONTEXT_TOKENS = 4 * PREFILL_CHUNK_TOKENS
 _MIN_REPEATS = 5
 _MIN_TIME_S = 0.2
@@ -102,7 +105,8 @@ def measure_model(
     if directory is None and store is not None:
         directory = store.path.parent
         directory.mkdir(parents=True, exist_ok=True)
-    common = machine_key(capabilities, threads) | ({"exact": True} if exact else {})
+    layout = {"exact": True} if exact else PREPARED
+    common = machine_key(capabilities, threads) | layout
     bench = Bench(backend, threads, directory, exact=exact)
     timings: list[BlockTiming] = []
     for done, task in enumerate(tasks):
@@ -266,8 +270,14 @@ class Bench:
     def stage(
         self, spec: ModelSpec, blocks: range, bits: int, options: StageOptions
     ) -> Iterator[Stage]:
-        """A stage of random blocks, loaded for as long as the context lasts."""
+        """A stage of random blocks, loaded for as long as the context lasts.
+
+        As an agent's, all but exact ones keep prepared weights: memory that is mapped from a file
+        is read at another speed than the heap (docs/performance.md).
+        """
         with TemporaryDirectory(dir=self._directory, prefix=".calibration-") as name:
+            if not options.exact:
+                options = replace(options, prepared_dir=Path(name) / "prepared")
             formats = [Format.of(bits)] * len(blocks)
             artifacts = list(random_artifacts(Path(name), spec, blocks, formats))
             with closing(self.backend.load(spec, artifacts, options)) as stage:

@@ -18,6 +18,7 @@ import psutil
 from backends.base import Backend, StageOptions
 from calibration.disturbance import Patience, steady
 from calibration.layers import (
+    PREPARED,
     Bench,
     Task,
     chunk_tokens,
@@ -189,7 +190,7 @@ class _Run:
         self._store = store
         self._effort = _THOROUGH if full else _QUICK
         self._clock_s = clock_s
-        self._machine = machine_key(bench.backend.probe(), bench.threads)
+        self._machine = machine_key(bench.backend.probe(), bench.threads) | PREPARED
         self._context_tokens = min(spec.max_context, LONG_CONTEXT_TOKENS)
         self.layers: list[LayerTiming] = []
         self.memory: list[LayerMemory] = []

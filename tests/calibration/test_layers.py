@@ -17,9 +17,10 @@ from backends.base import (
     Stage,
     StageOptions,
 )
+from backends.onnx_cpu import OnnxCpuBackend, OnnxCpuStage
 from backends.registry import BACKENDS, backend_class
 from calibration import layers
-from calibration.layers import measure_call, measure_model
+from calibration.layers import Bench, Task, measure_call, measure_model
 from calibration.store import CalibrationStore
 from model.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -227,3 +228,28 @@ def test_calls_count_as_many_of_them_cost(
     monkeypatch.setattr("time.perf_counter", lambda: now_ms[0] / 1e3)
     seconds = layers.seconds_per_call(call, 5, 0.4, 2.0)
     assert seconds == pytest.approx(expected_ms / 1e3, rel=0.05)
+
+
+class Watched(OnnxCpuBackend):
+    """Notes, once stages are loaded, which of them have prepared weights on the disk."""
+
+    def __init__(self) -> None:
+        self.prepared: list[bool] = []
+
+    def load(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> OnnxCpuStage:
+        stage = super().load(spec, artifacts, options)
+        kept = options.prepared_dir
+        self.prepared.append(kept is not None and any(kept.rglob("weights-*.bin")))
+        return stage
+
+
+def test_layers_are_timed_in_the_memory_that_an_agent_serves_from(tmp_path: Path) -> None:
+    for exact in (False, True):
+        backend = Watched()
+        bench = Bench(backend, 1, tmp_path, exact=exact)
+        assert bench.run(SPEC, Task("layer", 0, 8, 32 if exact else 8, (8,))) is not None
+        # Exact stages keep none, there as here.
+        assert set(backend.prepared) == {not exact}
+    assert not list(tmp_path.iterdir())
