@@ -24,6 +24,7 @@ from model.errors import CheckpointError
 from wire.auth import Token
 from wire.connection import Connection
 from wire.errors import ProtocolError
+from wire.hygiene import clean
 from wire.messages import (
     BlockChunk,
     BlockDamaged,
@@ -261,7 +262,7 @@ class _Source:
         self.connection = self._connect()
         self.connection.send(BlockDamaged(ref.sha256))
         while True:
-            answer, _ = self.connection.receive()
+            answer = clean(self.connection.receive()[0])
             waiting()
             if isinstance(answer, Done):
                 return

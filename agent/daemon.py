@@ -257,8 +257,7 @@ class Agent:
             return connection
         connection.close()
         if isinstance(answer, JoinRefused):
-            reason = "".join(filter(str.isprintable, answer.reason))
-            raise ConnectFailed(f"the coordinator refused: {reason}")
+            raise ConnectFailed(f"the coordinator refused: {answer.reason}")
         raise ProtocolError(f"{connection.peer} is not a coordinator")
 
     def _tell(self, state: str) -> None:

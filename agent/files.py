@@ -22,6 +22,7 @@ from wire import limits
 from wire.auth import Token
 from wire.connection import Connection
 from wire.errors import ProtocolError
+from wire.hygiene import clean
 from wire.messages import (
     BlockChunk,
     BlockRef,
@@ -138,7 +139,7 @@ class FileExchange:
     ) -> Message:
         """Send what is asked for of ``paths``, by hash, until the coordinator says more."""
         while True:
-            message, _ = connection.receive()
+            message = clean(connection.receive()[0])
             waiting()
             if isinstance(message, FetchBlock) and message.sha256 in paths:
                 for chunk, payload in _chunks(paths[message.sha256], message.offset):

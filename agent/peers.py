@@ -22,6 +22,7 @@ from wire.codec import Prefix
 from wire.conditions import Conditions
 from wire.connection import Connection, Listener
 from wire.errors import AuthFailed, ConnectFailed, ProtocolError, VersionMismatch, WireError
+from wire.hygiene import clean
 from wire.lobby import Lobby
 from wire.messages import (
     Endpoint,
@@ -81,7 +82,7 @@ def connect_peer(
             try:
                 connection.set_receive_timeout(HELLO_TIMEOUT_S)
                 connection.send(PeerHello(device, expected, hop_key))
-                answer, _ = connection.receive()
+                answer = clean(connection.receive()[0])
                 if isinstance(answer, JoinRefused):
                     raise AuthFailed(f"{connection.peer} refused: {answer.reason}")
                 if answer != PeerWelcome(expected):

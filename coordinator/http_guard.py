@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from wire.hygiene import clean_text
 from wire.lobby import Lobby
 
 HEAD_S = 15.0
@@ -206,8 +207,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _shown(value: bytes) -> str:
     """A stranger's header, short and printable."""
-    text = "".join(character for character in value.decode("latin-1") if character.isprintable())
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+    return clean_text(value.decode("latin-1"), LONGEST_SHOWN)
 
 
 def _suggested(host: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from wire.hygiene import clean_text
 from wire.profile import LinkProfile
 
 Pair = tuple[str, str]
@@ -71,7 +72,7 @@ class Links:
         can end although the link works.
         """
         now_s = time.monotonic() if now_s is None else now_s
-        reason = "".join(c if c.isprintable() else "?" for c in reason[:MAX_REASON])
+        reason = clean_text(reason, MAX_REASON)
         before = self._failures.get(pair)
         count = 1
         if before is not None and (

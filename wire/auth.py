@@ -26,6 +26,7 @@ from typing import Literal
 from wire import limits
 from wire.codec import Prefix
 from wire.errors import AuthFailed, ProtocolError
+from wire.hygiene import clean_text
 from wire.messages import AuthAnswer, AuthChallenge, AuthProof, JoinRefused, Message
 from wire.versions import shoal_version
 
@@ -57,7 +58,7 @@ def call(token: Token) -> Handshake:
     yield AuthChallenge(HANDSHAKE_VERSION, ours, shoal_version())
     answer = yield None
     if isinstance(answer, JoinRefused):
-        raise AuthFailed(_printable(answer.reason))
+        raise AuthFailed(clean_text(answer.reason))
     if not isinstance(answer, AuthAnswer) or len(answer.nonce) != NONCE_BYTES:
         raise AuthFailed("it does not answer the handshake")
     nonces = ours + answer.nonce
@@ -78,7 +79,7 @@ def answer(token: Token) -> Handshake:
     yield AuthAnswer(ours, _proof(token, "answerer", nonces))
     message = yield None
     if isinstance(message, JoinRefused):
-        raise AuthFailed(_printable(message.reason))
+        raise AuthFailed(clean_text(message.reason))
     expected = _proof(token, "caller", nonces)
     if not isinstance(message, AuthProof) or not hmac.compare_digest(message.proof, expected):
         raise AuthFailed(DIFFERENT, DIFFERENT)
@@ -125,11 +126,6 @@ def create_token(path: Path) -> None:
         raise TokenError(f"token file {path} cannot be made: {reason}") from error
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_urlsafe(32) + "\n")
-
-
-def _printable(reason: str) -> str:
-    """What somebody unknown says, safe for a terminal."""
-    return "".join(character for character in reason if character.isprintable())
 
 
 def _checked(data: bytes, where: str) -> Token:

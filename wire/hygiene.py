@@ -37,10 +37,10 @@ LINK_BYTES_PER_S = (100.0, 1e12)
 Cleaner = Callable[[Any], Any]
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, most_characters: int = MAX_TEXT_CHARACTERS) -> str:
     """Text for a terminal or a log: one line, no control characters, escapes or reordering."""
-    if len(text) > MAX_TEXT_CHARACTERS:
-        text = text[: MAX_TEXT_CHARACTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    if len(text) > most_characters:
+        text = text[: most_characters - 1] + "\N{HORIZONTAL ELLIPSIS}"
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else " " for character in text)

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
+from wire.hygiene import clean_text
+
 PINGS_PER_TIMEOUT = 4
 """Watchdog messages in the time after which the manager would end us: some may come late."""
 
@@ -67,7 +69,7 @@ class ServiceManager:
 
     def status(self, text: str) -> None:
         """One line for ``systemctl status``; sent when it differs from the last one."""
-        line = "".join(c if c.isprintable() else " " for c in text)[:MAX_STATUS_CHARACTERS]
+        line = clean_text(text[:MAX_STATUS_CHARACTERS])
         if line != self._status:
             self._status = line
             self._send(f"STATUS={line}")

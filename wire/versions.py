@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import msgpack
 
+from wire.hygiene import clean_text
 from wire.messages import CODES, PROTOCOL_VERSION, AgentHello, AuthChallenge
 
 OLDEST = 2
@@ -103,6 +104,4 @@ def _runs_here() -> str:
 
 def _clean(text: object) -> str:
     """What somebody unknown says of himself, safe for a terminal."""
-    if not isinstance(text, str):
-        return ""
-    return "".join(character for character in text[:_MAX_TEXT] if character.isprintable())
+    return clean_text(text[:_MAX_TEXT]).strip() if isinstance(text, str) else ""
