@@ -514,7 +514,9 @@ class Fleet:
             broken.broken = why.unplaced(str(error))
             return broken.broken
 
-        log.warning("%s: placing %s anew", why, broken.name)
+        # Of a device that is lost, the roster has told why.
+        cause = f"without {why.name}" if isinstance(why, AgentLost) else why
+        log.warning("placing %s anew: %s", broken.name, cause)
         await self._until_placed(place, explain, successor, self._recovery_wait_s)
 
     async def _resume(

@@ -531,7 +531,7 @@ def test_a_link_that_failed_is_tried_again_while_nothing_else_is_done(
         first, last = cluster.member("first"), cluster.member("last")
         cluster.roster.fail_link(first, last, "refused")
         deployment = cluster.deploy()
-        answering = asyncio.ensure_future(collect(cluster))
+        answering = asyncio.ensure_future(collect(cluster, sampling=Sampling(1, ())))
         watching = asyncio.ensure_future(cluster.fleet.watch_links())
         begun = await cluster.begun()
         cluster.roster.changed.clear()

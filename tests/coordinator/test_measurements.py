@@ -90,11 +90,12 @@ class Shoal:
             if isinstance(message, Heartbeat):
                 await agent.send(Heartbeat())
             elif isinstance(message, MeasureLink):
-                what = f"{name}-{message.device}"
-                self.began(what, {name, message.device})
+                target = message.device.removeprefix("id-of-")
+                what = f"{name}-{target}"
+                self.began(what, {name, target})
                 await asyncio.sleep(0.01)  # So that what may begin beside it does.
                 del self.at_work[what]
-                if (name, message.device) in self.refusals:
+                if (name, target) in self.refusals:
                     await agent.send(RequestFailed(message.request, "cannot connect"))
                 else:
                     answer = LinkMeasured(message.request, 1e-3, 1e8, 2e-3, self.conditions)
@@ -123,7 +124,7 @@ class Shoal:
         )
         agent = self.agents[name] = AsyncConnection(reader, writer)
         own = replace(PROFILE, **profile)
-        await agent.send(AgentHello(name, name, "1", (Endpoint("127.0.0.1", 1),), own))
+        await agent.send(AgentHello(f"id-of-{name}", name, "1", (Endpoint("127.0.0.1", 1),), own))
         await agent.receive(5)
         self.playing.append(asyncio.ensure_future(self.play(name, agent)))
         (member,) = (member for member in self.roster.members if member.name == name)
@@ -319,7 +320,7 @@ def test_noisy_figures_are_named_until_they_are_measured_again() -> None:
         in_plan = plan_noise(members, roster.links(), SPEC, (4, 8))
         assert [entry["device"] for entry in in_plan] == ["a", "b"]
         # A plan without b does not use b's figures, nor the links to it.
-        (alone,) = plan_noise(members, roster.links(), SPEC, (4,), excluded=("b",))
+        (alone,) = plan_noise(members, roster.links(), SPEC, (4,), excluded=(b.device,))
         assert alone["figures"] == ["time of a call", "block times"]
         shoal.conditions = QUIET
         steps: list[Step] = []
@@ -363,7 +364,7 @@ def test_better_figures_come_unasked() -> None:
         FiguresChanged(replace(PROFILE, call_s=-1.0), {}, ()),
         FiguresChanged(PROFILE, {"vocab": "many"}, ()),
         FiguresChanged(PROFILE, SPEC.to_dict(), (BlockTiming("layer", 0, 4, 0.0, 1.0),)),
-        FiguresChanged(replace(PROFILE, conditions=(("x", QUIET),) * 17), {}, ()),
+        FiguresChanged(replace(PROFILE, conditions=(("x", QUIET),) * 65), {}, ()),
     ],
 )
 def test_impossible_figures_end_the_connection(change: FiguresChanged) -> None:

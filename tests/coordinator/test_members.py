@@ -411,7 +411,7 @@ def test_times_that_cannot_be_true_never_reach_the_planner(
         await connection.send(ModelMeasured(1, timings, call_s))
         with pytest.raises(AgentFailed, match="pi: reported impossible times; --exclude pi"):
             await asked
-        assert not any(member.timings[spec].values())
+        assert spec not in member.timings
 
     run(test)
 
@@ -457,7 +457,25 @@ def test_a_link_that_changed_is_taken_over_for_the_next_plan() -> None:
         assert roster.links() == (LinkProfile("one", "two", 5e-3, 2e5, 6e-3),)
         await here.send(LinkChanged("b", -1.0, 2e5, 0.0))
         await coordinator.ended.get()
-        assert [lost.name for lost, _ in coordinator.lost] == ["one"]
+        ((lost, error),) = coordinator.lost
+        assert lost.name == "one"
+        # It is alive, so that its power and network are not to blame.
+        assert str(error).endswith("; update shoal there, or leave it out with --exclude")
+        assert str(error.unplaced("none left")).endswith(
+            "--exclude; the others cannot take its place: none left"
+        )
+
+    run(test)
+
+
+def test_a_failed_link_names_the_addresses_that_were_tried() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        _, member = await coordinator.joined(hello("a", "one"))
+        advertised = replace(hello("b", "two"), advertised=(Endpoint("two.example", 7),))
+        _, other = await coordinator.joined(advertised)
+        coordinator.roster.fail_link(member, other, "refused")
+        ((link, _),) = coordinator.roster.failed_links()
+        assert link.addresses == ("two.example:7", "127.0.0.1:1")
 
     run(test)
 
