@@ -94,7 +94,10 @@ class AdminRoutes:
 
         async def work(emit: Emit) -> dict[str, Any]:
             planned = await self._fleet.plan(wanted, _emitter(emit))
-            return {**_planned(planned), "noise": self._noise(planned.checkpoint.spec, wanted)}
+            return {
+                **_planned(planned),
+                "noise": self._noise(planned.checkpoint.spec, planned.request),
+            }
 
         return json_lines(work)
 
@@ -103,12 +106,16 @@ class AdminRoutes:
 
         async def work(emit: Emit) -> dict[str, Any]:
             deployment = await self._fleet.load(wanted, _emitter(emit))
-            return {**_deployment(deployment), "noise": self._noise(deployment.spec, wanted)}
+            return {
+                **_deployment(deployment),
+                "noise": self._noise(deployment.spec, deployment.request),
+            }
 
         return json_lines(work)
 
     def _noise(self, spec: ModelSpec, request: PlanRequest) -> list[dict[str, Any]]:
-        """Figures that a plan was made from, and that may be those of a busy machine."""
+        """Figures that a plan for an identified request was made from, and that may be those of a
+        busy machine."""
         return plan_noise(
             self._roster.members, self._roster.links(), spec, request.bits, request.exclude
         )

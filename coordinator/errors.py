@@ -20,6 +20,9 @@ The gateway answers them as HTTP errors with ``status`` and ``code``.
 
 from __future__ import annotations
 
+UPDATE = "update shoal there, or leave it out with --exclude"
+"""What to do about an agent that sends what no working one does."""
+
 
 class CoordinatorError(Exception):
     """A request was not carried out."""
@@ -57,14 +60,20 @@ class AgentLost(AgentFailed):
     status = 503
     code = "device_lost"
 
-    def __init__(self, name: str, cause: str, alone: str | None = None) -> None:
-        """``alone``: why the other devices cannot take its place, once that was tried."""
+    def __init__(
+        self, name: str, cause: str, alone: str | None = None, *, broke_protocol: bool = False
+    ) -> None:
+        """``alone``: why the other devices cannot take its place, once that was tried.
+        ``broke_protocol``: it lives, and was dropped for what it sent.
+        """
         rest = "" if alone is None else f"; the others cannot take its place: {alone}"
-        super().__init__(name, f"device lost ({cause}); check its power, network and agent{rest}")
+        advice = UPDATE if broke_protocol else "check its power, network and agent"
+        super().__init__(name, f"device lost ({cause}); {advice}{rest}")
         self.cause = cause
+        self.broke_protocol = broke_protocol
 
     def unplaced(self, why: str) -> CoordinatorError:
-        return AgentLost(self.name, self.cause, why)
+        return AgentLost(self.name, self.cause, why, broke_protocol=self.broke_protocol)
 
 
 class LinkFailed(CoordinatorError):
@@ -116,7 +125,7 @@ class AgentLied(AgentFailed):
     code = "device_misbehaved"
 
     def __init__(self, name: str, lie: str) -> None:
-        super().__init__(name, f"it {lie}; update shoal there, or leave it out with --exclude")
+        super().__init__(name, f"it {lie}; {UPDATE}")
 
 
 class Stalled(CoordinatorError):

@@ -359,7 +359,7 @@ class Roster:
     def failed_links(self) -> tuple[tuple[NoLink, Failure], ...]:
         """Every link between living members that was tried and does not work, by name."""
         return tuple(
-            (NoLink(source.name, target.name, failure.reason, addresses(target)), failure)
+            (NoLink(source.name, target.name, failure.reason, _addresses(source, target)), failure)
             for source, target in itertools.permutations(self.members, 2)
             if (failure := self.link_failure(source, target)) is not None
         )
@@ -429,6 +429,8 @@ class Roster:
             while True:
                 message, _ = await connection.receive(limits.LIVENESS_S)
                 self._receive(member, clean(message))
+        except ProtocolError as error:
+            self._lose(member, AgentLost(member.name, str(error), broke_protocol=True))
         except WireError as error:
             self._lose(member, AgentLost(member.name, str(error)))
         finally:
@@ -560,9 +562,9 @@ class Roster:
         return None if wrong is None else f"its profile has {wrong}"
 
 
-def addresses(member: Member) -> tuple[str, ...]:
-    """Where other devices look for it, as ``host:port``."""
-    return tuple(f"{endpoint.host}:{endpoint.port}" for endpoint in member.endpoints)
+def _addresses(source: Member, target: Member) -> tuple[str, ...]:
+    """Where ``source`` looks for ``target``, as ``host:port``."""
+    return tuple(f"{item.host}:{item.port}" for item in target.endpoints_for(source))
 
 
 def _is_possible(message: Message) -> bool:

@@ -34,8 +34,11 @@ def plan_noise(
     bits: Collection[int],
     excluded: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """As ``device_noise``, by member, of what a plan of this model at these widths is made from."""
-    names = {member.name for member in members} - set(excluded)
+    """As ``device_noise``, by member, of what a plan of this model at these widths is made from.
+
+    ``excluded`` are device ids.
+    """
+    names = {member.name for member in members if member.device not in excluded}
     among = [link for link in links if {link.source, link.target} <= names]
     entries = []
     for member in members:
