@@ -119,10 +119,12 @@ async def deploy(
     roster: Sequence[Member],
     epoch: int,
     on_step: Callable[[Step], None],
+    on_loaded: Callable[[Member, StageLoaded], None],
 ) -> Deployment:
     """Load and connect the stages of a plan. Where that fails, none of them stays loaded.
 
-    Raises AgentFailed, LinkFailed.
+    ``on_loaded`` is told of each stage, also where another one fails. Raises AgentFailed,
+    LinkFailed.
     """
     by_device = {member.device: member for member in roster}
     stages = planned.plan.stages
@@ -133,27 +135,25 @@ async def deploy(
     spec = planned.checkpoint.spec
     # What lets each stage's previous device in: its neighbours know it, and no other device.
     keys = tuple(secrets.token_bytes(HOP_KEY_BYTES) for _ in members)
-    try:
-        loaded = await together(
-            member.request(
-                partial(
-                    LoadStage,
-                    epoch=epoch,
-                    spec=spec.to_dict(),
-                    blocks=tuple(refs[stage.first : stage.last]),
-                    slots=planned.request.slots,
-                    context_tokens=planned.context_tokens,
-                    previous=previous.device,
-                    hop_key=key,
-                    hop_bits=_hop_bits(stage),
-                ),
-                StageLoaded,
-                forward(on_step, "load", member.name),
-            )
-            for member, stage, previous, key in zip(
-                members, stages, members[-1:] + members[:-1], keys, strict=True
-            )
+
+    async def load(member: Member, stage: Stage, previous: Member, key: bytes) -> StageLoaded:
+        build = partial(
+            LoadStage,
+            epoch=epoch,
+            spec=spec.to_dict(),
+            blocks=tuple(refs[stage.first : stage.last]),
+            slots=planned.request.slots,
+            context_tokens=planned.context_tokens,
+            previous=previous.device,
+            hop_key=key,
+            hop_bits=_hop_bits(stage),
         )
+        answer = await member.request(build, StageLoaded, forward(on_step, "load", member.name))
+        on_loaded(member, answer)
+        return answer
+
+    try:
+        loaded = await together(map(load, members, stages, members[-1:] + members[:-1], keys))
         if len(members) > 1:
             for member, after, key in zip(
                 members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True

@@ -69,7 +69,7 @@ from model.checkpoint import Checkpoint
 from model.families import load_spec
 from model.tokenizer import Tokenizer
 from wire import limits
-from wire.messages import BlockRef
+from wire.messages import BlockRef, StageLoaded
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class Fleet:
         self._distillation = Distillation(store, quality)
         self._damaged_epochs: set[int] = set()
         """Of what was being loaded when a stage of it was found damaged."""
+        self._found_damage = False
+        """Whether files of stages were found damaged since the newest deployment broke."""
         self._lock = asyncio.Lock()
         self.deployment: Deployment | None = None
         self.on_step: Callable[[Step], None] | None = None
@@ -213,6 +215,7 @@ class Fleet:
         if deployment is not self.deployment or deployment.broken:
             return
         deployment.successor = self._outcome = new_outcome()
+        self._found_damage = False
         self._break(deployment, error)
         self._recovery = asyncio.create_task(self._recover(deployment, error, self._outcome))
 
@@ -235,8 +238,10 @@ class Fleet:
             if not deployment.broken:
                 self.place_again(deployment, error)  # Which says why.
                 return
-        elif self._lock.locked():  # It may be about what is still being loaded.
-            self._damaged_epochs.add(epoch)
+        else:
+            self._found_damage = True
+            if self._lock.locked():  # It may be about what is still being loaded.
+                self._damaged_epochs.add(epoch)
         log.warning("%s", error)
 
     def resume(self) -> None:
@@ -484,17 +489,19 @@ class Fleet:
         self._damaged_epochs.clear()
         while True:  # A device loads no damaged file twice: it fetches or makes it again.
             epoch = secrets.randbits(62)  # Nobody else can name it, and no restart repeats it.
-            deployment = await deploy(planned, tokenizer, refs, members, epoch, self._report)
-            for member, loaded in zip(deployment.members, deployment.loaded, strict=True):
-                if loaded.damaged_files:
-                    log.warning(
-                        "%s: %d damaged files were fetched or made again",
-                        member.name,
-                        loaded.damaged_files,
-                    )
+            deployment = await deploy(
+                planned, tokenizer, refs, members, epoch, self._report, self._on_loaded
+            )
             if epoch not in self._damaged_epochs:
                 return deployment
             await asyncio.shield(unload(deployment.members))
+
+    def _on_loaded(self, member: Member, loaded: StageLoaded) -> None:
+        if loaded.damaged_files:
+            self._found_damage = True
+            log.warning(
+                "%s: %d damaged files were fetched or made again", member.name, loaded.damaged_files
+            )
 
     # ---- without being asked --------------------------------------------------------------------
 
@@ -506,7 +513,7 @@ class Fleet:
         async def place() -> Deployment:
             await unload(broken.members)
             placed = await self._place(broken.request, broken.tokenizer)
-            if any(loaded.damaged_files for loaded in placed.loaded):
+            if self._found_damage:  # Maybe in an attempt that failed.
                 broken.is_suspect = True
             return placed
 

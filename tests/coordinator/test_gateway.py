@@ -500,6 +500,33 @@ def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
     run(test)
 
 
+def test_damage_that_a_failed_attempt_has_mended_makes_answers_suspect_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(cluster: Cluster) -> None:
+        broken = cluster.deploy()
+        cluster.play_helpless(*cluster.agents)
+        failed = asyncio.Event()
+
+        async def place(request: PlanRequest, tokenizer: Tokenizer) -> Deployment:
+            if failed.is_set():
+                return cluster.deploy(epoch=EPOCH + 2)
+            cluster.fleet.stop_damaged(cluster.member("first"), EPOCH + 1, "a file was damaged")
+            failed.set()
+            raise AgentFailed("last", "no room")
+
+        monkeypatch.setattr(cluster.fleet, "_place", place)
+        cluster.fleet.place_again(broken, LinkFailed("first", "last", "reset"))
+        await failed.wait()
+        assert not broken.is_suspect
+        while cluster.fleet.deployment is broken:
+            cluster.roster.changed.set()
+            await asyncio.sleep(0)
+        assert broken.is_suspect
+
+    run(test)
+
+
 def test_an_unload_that_has_to_wait_for_others_ends_no_recovery(run: Run) -> None:
     async def test(cluster: Cluster) -> None:
         deployment = cluster.deploy()
