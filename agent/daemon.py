@@ -474,14 +474,15 @@ class Agent:
         threads, exact = self._config.threads, self._config.exact
         spec, store = ModelSpec.from_dict(request.spec), self._figures.store
         self._trials.require_widths(spec, request.bits, partial(progress, 0, 0), backend.probe)
-        if not (self._call_s or self._figures.profile.call_s):
+        again = isinstance(request, MeasureModelAgain)
+        if not self._figures.profile.call_s and (again or not self._call_s):
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
         timings = measure_model(
             spec,
             request.bits,
             backend,
             threads=threads,
-            store=store.again() if isinstance(request, MeasureModelAgain) else store,
+            store=store.again() if again else store,
             progress=progress,
             exact=exact,
         )

@@ -256,6 +256,8 @@ class QuietMoments:
             tried = self._figures.improve(check)
         except Cancelled:
             self._quiet_since_s = None
+            if ended.is_set():
+                return  # The next connection begins with all that is known.
         changes = self._figures.news(whole=True)
         for change in changes:
             self._send(change)

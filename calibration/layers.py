@@ -433,13 +433,6 @@ def _timed(call: Callable[[], object], check: Callable[[], None]) -> tuple[float
     return timed_calls(call, _MIN_REPEATS, min_time_s, _MAX_TIME_S, check)
 
 
-def seconds_per_call(
-    call: Callable[[], object], min_repeats: int, min_time_s: float, max_time_s: float
-) -> float:
-    """Seconds of a call that follows on others, as ``timed_calls`` has them."""
-    return timed_calls(call, min_repeats, min_time_s, max_time_s)[0]
-
-
 def timed_calls(
     call: Callable[[], object],
     min_repeats: int,

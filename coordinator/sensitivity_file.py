@@ -16,8 +16,6 @@ from wire.activations import HOP_BITS
 MAX_SENSITIVITY_BYTES = 16 << 20
 """A line of a few hundred bytes for each block and width: room for 10 000 blocks at 8."""
 
-_EXPECTED = "expected what calibrate --json prints"
-
 
 class SensitivityError(Exception):
     """The file cannot be used; one line with its name and what was expected."""

@@ -120,10 +120,6 @@ class Tokenizer:
             except TokenizerError as error:
                 yield f"chat completions will fail, plain ones work: {error}"
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Tokens of a conversation: the template's text, with no special token added twice."""
-        return self.encode(self.apply_chat_template(messages, **variables), add_special=False)
-
 
 class StreamDecoder:
     """Turns tokens into pieces of text whose concatenation is the text of all of them.

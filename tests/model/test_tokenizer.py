@@ -225,8 +225,7 @@ def test_missing_and_malformed_files_are_named(model: Path) -> None:
 def test_chat_of_the_fixture_has_each_special_token_once() -> None:
     text = BYTES.apply_chat_template(USER)
     assert text == "<s>user\nhi</s>\n<s>assistant\n"
-    tokens = BYTES.encode_chat(USER)
-    assert tokens == BYTES.encode(text, add_special=False)
+    tokens = BYTES.encode(text, add_special=False)
     assert (tokens[0], tokens.count(256), tokens.count(257)) == (256, 2, 1)
     assert BYTES.apply_chat_template(USER, add_generation_prompt=False) == "<s>user\nhi</s>\n"
 
