@@ -9,7 +9,7 @@ CoordinatorError            one line, with what to do next
 ├── LinkFailed              two agents live, and one cannot reach the other
 ├── AnswerWithdrawn         text that was shown came from a damaged stage
 ├── Stalled                 the devices live, but no token comes
-├── Busy                    another plan, load or unload is under way
+├── Busy                    another plan, load, unload or measurement is under way
 ├── NotLoaded               no model is loaded, or its deployment is broken
 ├── StorageFull             the coordinator may not keep as many blocks as it needs
 ├── MakingFailed            files that a backend needs beside blocks could not be made
@@ -136,7 +136,7 @@ class Stalled(CoordinatorError):
 
 
 class Busy(CoordinatorError):
-    """One plan, load or unload at a time."""
+    """One plan, load, unload or measurement at a time."""
 
     status = 409
     code = "busy"

@@ -289,7 +289,9 @@ class Fleet:
     def _require_free(self) -> None:
         """Raise Busy while an operation of a user's is under way."""
         if self._lock.locked() and not self._placing:
-            raise Busy("another plan, load or unload is under way: wait for it, or stop it")
+            raise Busy(
+                "another plan, load, unload or measurement is under way: wait for it, or stop it"
+            )
 
     async def _put(self, request: PlanRequest, tokenizer: Tokenizer, *, asked: bool) -> Deployment:
         """Plan and deploy. A link that fails meanwhile is planned around.

@@ -118,7 +118,7 @@ def test_an_operation_in_progress_keeps_others_out(cluster: Cluster) -> None:
         assert "step" in json.loads(next(lines))
         completed = cluster.run("load", str(FIXTURES / "llama"))
         assert completed.returncode == 1
-        assert "another plan, load or unload is under way" in completed.stderr
+        assert "another plan, load, unload or measurement is under way" in completed.stderr
         assert "result" in json.loads(list(lines)[-1])
 
 
