@@ -45,7 +45,7 @@ EMBEDDING_ROWS = 1024
 LOAD_FACTOR = 2.5
 """Memory to load a stage, over its weights as executed; what does not fit is not timed."""
 
-PREPARED = {"prepared": True}
+_PREPARED = {"prepared": True}
 """In the key of what was timed with prepared weights: before, it was timed on the heap."""
 
 _CONTEXT_TOKENS = 4 * PREFILL_CHUNK_TOKENS
@@ -105,8 +105,7 @@ def measure_model(
     if directory is None and store is not None:
         directory = store.path.parent
         directory.mkdir(parents=True, exist_ok=True)
-    layout = {"exact": True} if exact else PREPARED
-    common = machine_key(capabilities, threads) | layout
+    common = machine_key(capabilities, threads, exact=exact)
     bench = Bench(backend, threads, directory, exact=exact)
     timings: list[BlockTiming] = []
     for done, task in enumerate(tasks):
@@ -142,7 +141,7 @@ def kept_timings(
 ) -> tuple[BlockTiming, ...]:
     """As ``measure_model``, of what is in ``store`` only: nothing is measured."""
     capabilities = backend.probe()
-    common = machine_key(capabilities, threads) | ({"exact": True} if exact else {})
+    common = machine_key(capabilities, threads, exact=exact)
     timings: list[BlockTiming] = []
     for task in timing_tasks(spec, bits, capabilities.containers(exact=exact)):
         seconds, conditions = store.found(common | timing_dependencies(spec, task))
@@ -154,9 +153,10 @@ def kept_timings(
     return tuple(timings)
 
 
-def machine_key(capabilities: Capabilities, threads: int) -> dict[str, Any]:
+def machine_key(capabilities: Capabilities, threads: int, *, exact: bool = False) -> dict[str, Any]:
     """What every timing depends on besides the shape."""
-    return {
+    layout = {"exact": True} if exact else _PREPARED
+    return layout | {
         "hardware": hardware_id(),
         "backend": capabilities.backend,
         "version": capabilities.version,

@@ -18,7 +18,6 @@ import psutil
 from backends.base import Backend, StageOptions
 from calibration.disturbance import Patience, steady
 from calibration.layers import (
-    PREPARED,
     Bench,
     Task,
     chunk_tokens,
@@ -190,7 +189,7 @@ class _Run:
         self._store = store
         self._effort = _THOROUGH if full else _QUICK
         self._clock_s = clock_s
-        self._machine = machine_key(bench.backend.probe(), bench.threads) | PREPARED
+        self._machine = machine_key(bench.backend.probe(), bench.threads)
         self._context_tokens = min(spec.max_context, LONG_CONTEXT_TOKENS)
         self.layers: list[LayerTiming] = []
         self.memory: list[LayerMemory] = []
