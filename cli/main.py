@@ -118,7 +118,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
         screen.json(answer)
     else:
         title = f"{answer['model']} is loaded; predicted"
-        screen.plan(answer["plan"], title, answer.get("noise", ()))
+        screen.plan(answer["plan"], title, noise=answer.get("noise", ()))
 
 
 def run_ps(options: argparse.Namespace, screen: Screen) -> None:

@@ -415,7 +415,8 @@ def _show_found(
             answer["simulation"] = simulation.to_dict()
         screen.json(answer)
         return
-    screen.plan(found.plan, found.wording.title, found.wording.labels.get("times"), found.noise)
+    times = found.wording.labels.get("times")
+    screen.plan(found.plan, found.wording.title, times=times, noise=found.noise)
     show_divergence(screen, found.plan, found.margin, found.measured_kl)
     if found.plan["energy_j"] is not None:
         energy_j = found.plan["energy_j"]

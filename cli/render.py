@@ -203,6 +203,7 @@ class Screen:
         self,
         plan: Mapping[str, Any],
         title: str,
+        *,
         times: Mapping[str, Any] | None = None,
         noise: Sequence[Mapping[str, Any]] = (),
     ) -> None:

@@ -55,6 +55,10 @@ def test_what_a_busy_machine_measured_is_marked_and_measured_again(
         shown = cluster.run("plan", str(MODEL), "--bits", "8").stdout
         assert "pi-3 *" in shown
         assert f"* {entry['text']}" in shown
+        loaded = cluster.run("load", str(MODEL), "--bits", "8")
+        assert loaded.returncode == 0, loaded.stderr
+        assert f"* {entry['text']}" in loaded.stdout
+        cluster.run("unload")
         for child in spinning:
             child.kill()
         before = figures(device)
