@@ -180,8 +180,13 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
         return str(loaded["model"])
     if loaded is not None and str(path) == loaded["directory"] and loaded["state"] != "broken":
         return str(loaded["model"])
-    if not path.is_dir():
-        raise CommandFailed(f"{options.model} is not loaded and is no directory: run `shoal load`")
+    try:
+        path = plan_arguments.absolute_model(options.model)
+    except CommandFailed as error:
+        name = "nothing" if loaded is None else loaded["model"]
+        raise CommandFailed(
+            f"{error} (nor is it a loaded model's name: {name} is loaded)"
+        ) from error
     with screen.progress() as on_step:
         answer = client.operate(
             "/shoal/v1/load", {"model": str(path), "hop_bits": options.hop_bits}, on_step

@@ -6,9 +6,11 @@ Plan, load and quality stream one JSON object a line: {"step": ...} for progress
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -25,6 +27,7 @@ from coordinator.members import Member, Roster
 from coordinator.plan import Plan
 from coordinator.plan_request import PlanRequest, model_name
 from coordinator.quality import QualityRequest
+from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 
 Emit = Callable[[dict[str, Any]], None]
@@ -68,6 +71,7 @@ class AdminRoutes:
 
     async def plan(self, request: Request) -> Response:
         wanted = PlanRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
             return _planned(await self._fleet.plan(wanted, _emitter(emit)))
@@ -76,6 +80,7 @@ class AdminRoutes:
 
     async def load(self, request: Request) -> Response:
         wanted = PlanRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
             return _deployment(await self._fleet.load(wanted, _emitter(emit)))
@@ -84,6 +89,7 @@ class AdminRoutes:
 
     async def quality(self, request: Request) -> Response:
         wanted = QualityRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
             return _quality(await self._fleet.calibrate(wanted, _emitter(emit)))
@@ -93,6 +99,11 @@ class AdminRoutes:
     async def unload(self, request: Request) -> Response:
         await read_json(request)
         return JSONResponse({"unloaded": await self._fleet.unload()})
+
+
+async def _require_checkpoint(directory: Path) -> None:
+    """Raise ModelError for what is no model, while the answer can still have its own status."""
+    await asyncio.to_thread(Checkpoint.open, directory)
 
 
 def _emitter(emit: Emit) -> Callable[[Step], None]:

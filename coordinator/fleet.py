@@ -22,6 +22,7 @@ from collections.abc import (
 )
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from coordinator.artifacts import ArtifactStore
@@ -60,6 +61,7 @@ from coordinator.problem import PlanningProblem, build_problem
 from coordinator.quality import QualityRequest, QualityStore, choose_hops, own_rows
 from coordinator.recovery import LoadedFile, joined, recover, remaining
 from model.checkpoint import Checkpoint
+from model.given import require_model
 from model.tokenizer import Tokenizer
 from wire import limits
 from wire.messages import BlockRef
@@ -122,7 +124,7 @@ class Fleet:
     async def load(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
-            tokenizer = await asyncio.to_thread(Tokenizer.load, request.model)
+            tokenizer = await asyncio.to_thread(_tokenizer, request.model)
             self.deployment = await self._put(request, tokenizer, asked=True)
             self._kept.keep(request, [member.name for member in self.deployment.members])
             return self.deployment
@@ -426,9 +428,7 @@ class Fleet:
         await joined(self._roster, names, self._recovery_wait_s)
 
         async def place() -> Deployment:
-            return await self._place(
-                request, await asyncio.to_thread(Tokenizer.load, request.model)
-            )
+            return await self._place(request, await asyncio.to_thread(_tokenizer, request.model))
 
         def explain(error: Exception) -> CoordinatorError:
             return NotLoaded(f"{name} cannot be loaded again yet: {error}")
@@ -502,6 +502,12 @@ class Fleet:
     def _report(self, step: Step) -> None:
         if self.on_step is not None:
             self.on_step(step)
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a model's folder. Raises ModelError, for a folder that is none first."""
+    require_model(directory)
+    return Tokenizer.load(directory)
 
 
 def _check_names(wanted: Iterable[str], members: tuple[Member, ...]) -> None:
