@@ -88,6 +88,9 @@ bench-recovery: $(VENV)/run.stamp ## how much later an answer ends when a device
 chaos: $(VENV)/run.stamp ## 10 minutes of random faults while clients ask: no wrong answer, no traceback (root)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
+bench-integrity: $(VENV)/run.stamp ## what checking files costs until the first answer
+	$(BIN)/python -m benchmarks.integrity $(ARGS)
+
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \

@@ -3,10 +3,12 @@
 #
 #   sudo SHOAL_TOKEN=... sh install.sh agent [options of `shoal agent install`]
 #   sudo sh install.sh coordinator [options of `shoal coordinator install`]
+#   sudo sh install.sh rollback
 #   sudo sh install.sh uninstall [--yes | --keep-data]
 #
 # It installs the wheel that lies beside it (make dist), or the source tree that it is part of.
-# Run again, it upgrades. Variables:
+# Run again, it upgrades, restarts the machine's services, and keeps the environment that was
+# there in /opt/shoal.previous: rollback goes back to it. Variables:
 #   SHOAL_TOKEN    the cluster's token, kept in /etc/shoal/token
 #   SHOAL_WHEELS   a folder with every wheel that is needed; nothing is downloaded then.
 #                  Default: wheels/ beside this script, if there is one (make bundle)
@@ -17,6 +19,10 @@ set -eu
 
 PREFIX=${SHOAL_PREFIX:-/opt/shoal}
 PYTHON=${PYTHON:-python3}
+PREVIOUS=$PREFIX.previous
+KEPT=$PREFIX.kept # What was there, while an upgrade is under way.
+SWAP=$PREFIX.swap # What is replaced, while a rollback is under way.
+UNITS=/etc/systemd/system
 COMMAND=/usr/local/bin/shoal
 HERE=$(cd "$(dirname "$0")" && pwd)
 
@@ -31,7 +37,7 @@ usage() {
 
 uninstall() {
     for kind in agent coordinator; do
-        if [ -e "/etc/systemd/system/shoal-$kind.service" ]; then
+        if [ -e "$UNITS/shoal-$kind.service" ]; then
             "$PREFIX/bin/shoal" "$kind" uninstall "$@"
         fi
     done
@@ -41,7 +47,104 @@ uninstall() {
     if [ -e "$PREFIX/pyvenv.cfg" ]; then
         rm -r "$PREFIX"
     fi
+    rm -rf "$PREVIOUS" "$KEPT" "$KEPT.part" "$SWAP"
     echo "shoal is removed"
+}
+
+# The shoal in an environment; nothing where there is none.
+version_in() {
+    "$1/bin/python" -c 'import importlib.metadata as m; print(m.version("shoal-llm"))' 2>/dev/null || true
+}
+
+# Mend what an upgrade or a rollback left that was cut short, say by a power cut.
+mend() {
+    rm -rf "$KEPT.part"
+    if [ -e "$KEPT" ]; then
+        rm -rf "$PREFIX"
+        mv "$KEPT" "$PREFIX"
+        echo "an upgrade was cut short: shoal $(version_in "$PREFIX") is in place again"
+    fi
+    if [ -e "$SWAP" ]; then
+        if [ -e "$PREFIX" ]; then mv "$SWAP" "$PREVIOUS"; else mv "$SWAP" "$PREFIX"; fi
+    fi
+}
+
+# Copy what is there before it is changed. The copy works once it is back at its path.
+keep_environment() {
+    before=$(version_in "$PREFIX")
+    [ -n "$before" ] || return 0
+    if ! cp -a "$PREFIX" "$KEPT.part"; then
+        rm -rf "$KEPT.part"
+        fail "$PREFIX cannot be copied for a rollback: make room on its disk. Nothing was changed"
+    fi
+    mv "$KEPT.part" "$KEPT"
+    trap put_back EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+}
+
+put_back() {
+    code=$?
+    trap - EXIT
+    rm -rf "$PREFIX"
+    mv "$KEPT" "$PREFIX"
+    echo "install.sh: the upgrade failed: shoal $before is in place again, nothing was restarted" >&2
+    exit $code
+}
+
+# The new environment works: the old one is what rollback goes back to.
+accept_environment() {
+    "$PREFIX/bin/shoal" --help >/dev/null
+    trap - EXIT INT TERM HUP
+    [ -e "$KEPT" ] || return 0
+    kept=$(version_in "$PREVIOUS")
+    if [ "$(version_in "$PREFIX")" = "$before" ] && [ -n "$kept" ] && [ "$kept" != "$before" ]; then
+        rm -rf "$KEPT" # Installed again: the version before it stays.
+    else
+        rm -rf "$PREVIOUS"
+        mv "$KEPT" "$PREVIOUS"
+    fi
+}
+
+# Renew the unit of a service that is installed, and restart it if it runs.
+renew() {
+    unit=shoal-$1.service
+    [ -e "$UNITS/$unit" ] || return 0
+    if systemctl --quiet is-enabled "$unit" 2>/dev/null; then
+        "$PREFIX/bin/shoal" "$1" install --no-start
+    fi
+    case $(systemctl is-active "$unit" 2>/dev/null || true) in
+    active | activating | reloading)
+        systemctl restart "$unit"
+        restarted="${restarted:+$restarted, }shoal-$1"
+        ;;
+    esac
+}
+
+rollback() {
+    earlier=$(version_in "$PREVIOUS")
+    [ -n "$earlier" ] || fail "there is nothing to go back to: $PREVIOUS is missing or damaged"
+    now=$(version_in "$PREFIX")
+    mv "$PREFIX" "$SWAP"
+    mv "$PREVIOUS" "$PREFIX"
+    mv "$SWAP" "$PREVIOUS"
+    ln -sfn "$PREFIX/bin/shoal" "$COMMAND"
+    restarted=
+    renew coordinator
+    renew agent
+    echo "shoal ${now:-?} -> $earlier in $PREFIX; restarted: ${restarted:-nothing}"
+    echo "shoal ${now:-?} is kept in $PREVIOUS: \`sudo sh install.sh rollback\` goes forward again"
+}
+
+# What an upgrade did.
+report() {
+    after=$(version_in "$PREFIX")
+    if [ -z "$before" ]; then
+        echo "shoal $after is installed in $PREFIX"
+        return
+    fi
+    echo "shoal $before -> $after in $PREFIX; restarted: ${restarted:-nothing}"
+    echo "shoal $(version_in "$PREVIOUS") is kept in $PREVIOUS: \`sudo sh install.sh rollback\` goes back"
 }
 
 check_python() {
@@ -118,7 +221,7 @@ kind=${1:-}
 case $kind in
 agent) lock=agent.lock ;;
 coordinator) lock=run.lock ;;
-uninstall) ;;
+rollback | uninstall) ;;
 -h | --help)
     usage
     exit 0
@@ -135,16 +238,32 @@ if [ "$kind" = uninstall ]; then
     uninstall "$@"
     exit 0
 fi
+mend
+if [ "$kind" = rollback ]; then
+    rollback
+    exit 0
+fi
 
 check_python
+before=
+keep_environment
 make_environment
 # A machine that is both keeps what its other service needs.
-if [ -e /etc/systemd/system/shoal-coordinator.service ]; then lock=run.lock; fi
+if [ -e "$UNITS/shoal-coordinator.service" ]; then lock=run.lock; fi
 if [ $lock = run.lock ]; then
     install_package agent,coordinator run.lock
 else
     install_package agent agent.lock
 fi
+accept_environment
 ln -sfn "$PREFIX/bin/shoal" "$COMMAND"
 "$PREFIX/bin/shoal" "$kind" install "$@"
+restarted=shoal-$kind
+for option in "$@"; do
+    if [ "$option" = --no-start ]; then restarted=; fi
+done
+for other in coordinator agent; do
+    if [ "$other" != "$kind" ]; then renew "$other"; fi
+done
+report
 "$PREFIX/bin/shoal" doctor || true

@@ -1,26 +1,43 @@
 """The block cache: artifacts on this device's disk, by content hash, and what is made of them.
 
-What is in the cache under a hash has been verified against it. A download that was cut off stays
-as a .part file and goes on where it stopped. What was used longest ago makes room, be it an
-artifact or the weights that a backend prepared for a stage.
+What comes is compared with its hash on the way. What lies there is compared again before or while
+it is used, because storage rots (agent.integrity). A download that was cut off stays as a .part
+file and goes on where it stopped. What was used longest ago makes room, be it an artifact or the
+weights that a backend prepared for a stage.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from model.artifact import file_sha256
+from model.errors import CheckpointError
 from wire.auth import Token
 from wire.connection import Connection
 from wire.errors import ProtocolError
-from wire.messages import BlockChunk, BlockRef, BlocksHello, Endpoint, FetchBlock
+from wire.messages import (
+    BlockChunk,
+    BlockDamaged,
+    BlockRef,
+    BlocksHello,
+    Done,
+    Endpoint,
+    FetchBlock,
+    Heartbeat,
+    RequestFailed,
+)
 from wire.sizes import format_size
+
+log = logging.getLogger(__name__)
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 1 << 20
@@ -28,6 +45,10 @@ READ_BYTES = 1 << 20
 
 class CacheError(Exception):
     """Blocks cannot be kept: too large for the limit, the disk is full, or the data is wrong."""
+
+
+class Gone(CacheError):
+    """The coordinator's own file was damaged, and it could not make it again from a checkpoint."""
 
 
 class BlockCache:
@@ -56,11 +77,13 @@ class BlockCache:
         *,
         token: Token | None = None,
         keep: Collection[str] = (),
+        hashed: set[Path] | None = None,
     ) -> int:
-        """Make all ``blocks`` present; returns how many bytes came over the network.
+        """Make all ``blocks`` present and whole; returns how many bytes came over the network.
 
         ``on_progress`` gets (bytes present, bytes in all). Artifacts in ``keep``, by their hashes,
-        do not make room for others. Raises CacheError, WireError.
+        do not make room for others. A caller that gives ``hashed`` checks what was present itself:
+        the paths of what came are added there. Raises CacheError, WireError.
         """
         wanted = {ref.sha256: ref for ref in blocks}
         for ref in wanted.values():
@@ -75,18 +98,25 @@ class BlockCache:
             )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            missing = [ref for ref in wanted.values() if not self._present(ref)]
+            hash_present = hashed is None
+            missing = [ref for ref in wanted.values() if not self._present(ref, hash_present)]
             self._evict({*wanted, *keep}, needed_bytes)
             present = total - sum(ref.size_bytes for ref in missing)
             on_progress(present, total)
             if not missing:
                 return 0
-            with Connection.connect(coordinator, token=token) as connection:
-                connection.set_receive_timeout(30.0)
-                connection.send(BlocksHello(device))
+            with _Source(coordinator, device, token) as source:
                 for ref in missing:
-                    self._download(connection, ref, present, total, on_progress)
+                    progress = partial(_advance, on_progress, present, total)
+                    try:
+                        self._download(source.connection, ref, progress)
+                    except _ArrivedDamaged as error:
+                        log.warning("%s: the coordinator checks its own file", error)
+                        source.report(ref, partial(progress, 0))
+                        self._download(source.connection, ref, progress, is_last=True)
                     present += ref.size_bytes
+                    if hashed is not None:
+                        hashed.add(self.path(ref.sha256))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CacheError(
@@ -117,9 +147,27 @@ class BlockCache:
     def _held_bytes(self, sha256s: Collection[str]) -> int:
         return sum(self.path(sha256).stat().st_size for sha256 in self.find(sha256s))
 
-    def _present(self, ref: BlockRef) -> bool:
+    def remove(self, path: Path) -> None:
+        """Remove an artifact; of prepared weights, all that were kept with this file.
+
+        Raises CacheError where something stays there.
+        """
+        if self._prepared in path.parents:
+            path = path.parent
+        try:
+            _remove(path)
+        except OSError as error:
+            raise CacheError(
+                f"{path} is damaged and cannot be removed: {error.strerror}"
+            ) from error
+
+    def _present(self, ref: BlockRef, hash_present: bool) -> bool:
         path = self.path(ref.sha256)
-        if not path.exists() or path.stat().st_size != ref.size_bytes:
+        if not path.exists():
+            return False
+        if not _is_whole(path, ref, hash_present):
+            log.warning("%s is damaged: it is removed, and fetched again", path)
+            _remove(path)
             return False
         os.utime(path)
         return True
@@ -128,33 +176,41 @@ class BlockCache:
         self,
         connection: Connection,
         ref: BlockRef,
-        before: int,
-        total: int,
-        on_progress: Callable[[int, int], None],
+        on_progress: Callable[[int], None],
+        *,
+        is_last: bool = False,
     ) -> None:
+        """Fetch one artifact; ``on_progress`` gets how much of it is here.
+
+        Raises _ArrivedDamaged, WireError, OSError.
+        """
         part = self._directory / f"{ref.sha256}.part"
+        if part.is_dir():
+            _remove(part)
         digest = hashlib.sha256()
         with part.open("ab+") as file:
             offset = _hash_existing(file, digest, ref.size_bytes)
             connection.send(FetchBlock(ref.sha256, offset))
             while offset < ref.size_bytes:
                 chunk, payload = connection.receive()
+                if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
+                    file.truncate(0)
+                    raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its size differs)")
                 if (
                     not isinstance(chunk, BlockChunk)
-                    or chunk.offset != offset
-                    or chunk.total != ref.size_bytes
+                    or (chunk.offset, chunk.total) != (offset, ref.size_bytes)
                     or not 0 < len(payload) <= ref.size_bytes - offset
                 ):
                     raise ProtocolError(f"block {ref.block}: unexpected answer to a download")
                 file.write(payload)
                 digest.update(payload)
                 offset += len(payload)
-                on_progress(before + offset, total)
+                on_progress(offset)
             file.flush()
             os.fsync(file.fileno())
         if digest.hexdigest() != ref.sha256:
             part.unlink()
-            raise CacheError(f"block {ref.block} arrived damaged (its hash differs): load again")
+            raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its hash differs)")
         part.replace(self.path(ref.sha256))
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
@@ -175,10 +231,73 @@ class BlockCache:
             if used <= self._limit_bytes:
                 break
             used -= sizes[path]
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
+
+
+class _ArrivedDamaged(CacheError):
+    """What came is not what was asked for; nothing of it is kept."""
+
+
+class _Source:
+    """The coordinator as a source of files, over a connection that can be replaced; a context."""
+
+    def __init__(self, coordinator: Endpoint, device: str, token: Token | None) -> None:
+        """Raises WireError."""
+        self._coordinator, self._device, self._token = coordinator, device, token
+        self.connection = self._connect()
+
+    def __enter__(self) -> _Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+    def report(self, ref: BlockRef, waiting: Callable[[], None]) -> None:
+        """Have the coordinator check a file that did not arrive whole, on a new connection.
+
+        ``waiting`` is called now and then; what it raises ends the wait. Raises Gone, WireError.
+        """
+        self.connection.close()
+        self.connection = self._connect()
+        self.connection.send(BlockDamaged(ref.sha256))
+        while True:
+            answer, _ = self.connection.receive()
+            waiting()
+            if isinstance(answer, Done):
+                return
+            if isinstance(answer, RequestFailed):
+                raise Gone(f"block {ref.block} arrived damaged: {answer.reason}")
+            if not isinstance(answer, Heartbeat):
+                raise ProtocolError(f"block {ref.block}: unexpected answer to a report of damage")
+
+    def _connect(self) -> Connection:
+        connection = Connection.connect(self._coordinator, token=self._token)
+        connection.set_receive_timeout(30.0)
+        connection.send(BlocksHello(self._device))
+        return connection
+
+
+def _advance(
+    on_progress: Callable[[int, int], None], before: int, total: int, arrived: int
+) -> None:
+    on_progress(before + arrived, total)
+
+
+def _is_whole(path: Path, ref: BlockRef, hash_present: bool) -> bool:
+    if not path.is_file() or path.stat().st_size != ref.size_bytes:
+        return False
+    try:
+        return not hash_present or file_sha256(path) == ref.sha256
+    except CheckpointError:  # It cannot be read.
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path) -> None:

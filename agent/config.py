@@ -6,10 +6,12 @@ import fcntl
 import os
 import re
 import secrets
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from wire.addresses import is_everywhere
 from wire.auth import Token
 from wire.messages import Endpoint
 
@@ -18,6 +20,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 class ConfigError(Exception):
     """A setting is wrong; the message names it, its value and what would be right."""
+
+
+def default_name(host_name: str) -> str:
+    """The first part of a host name, mended where a device may not be called so."""
+    plain = unicodedata.normalize("NFKD", host_name.strip().split(".")[0])
+    plain = plain.encode("ascii", "ignore").decode()
+    mended = re.sub(r"[^A-Za-z0-9_-]+", "-", plain)
+    return mended.strip("-_")[:63].rstrip("-_") or "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,8 @@ class AgentConfig:
     """Do not round activations: slower, for comparing results."""
     fast_prompts: bool = False
     """Read prompts faster through a coarser copy of the layers, where memory has room for it."""
+    advertise: tuple[Endpoint, ...] = ()
+    """Where other agents reach this one, beside its own addresses; port 0: the data port."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -51,6 +63,11 @@ class AgentConfig:
             )
         if not 1 <= self.threads <= 1024:
             raise ConfigError(f"threads {self.threads}: must be between 1 and 1024")
+        for endpoint in self.advertise:
+            if not endpoint.host or is_everywhere(endpoint.host):
+                raise ConfigError(
+                    f"advertise {endpoint.host!r}: must be an address that other agents reach"
+                )
         for label, limit in (("memory", self.memory_bytes), ("storage", self.storage_bytes)):
             if limit is not None and limit <= 0:
                 raise ConfigError(f"{label} {limit}: must be more than nothing")

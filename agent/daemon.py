@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -23,22 +23,28 @@ import psutil
 from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
+from agent.integrity import Contents, Watch, load_whole
 from agent.links import Link, Measuring
-from agent.peers import PeerServer, connect_peer, measure_link
+from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.quality import StreamedModel, measure_quality
 from agent.relay import Relay
-from backends.base import Backend, BackendError, StageOptions
+from backends.base import Backend, BackendError, Stage, StageOptions
 from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_call, measure_model
 from calibration.store import CalibrationStore
+from calibration.trial import Trials
+from model.artifact import read_format
 from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
-from wire.connection import Connection, Listener
-from wire.discovery import find_coordinator, reachable_addresses
-from wire.errors import ConnectFailed, ProtocolError, WireError
+from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
+from wire.connection import Connection, Listener, protocol_of_silent
+from wire.discovery import find_coordinator
+from wire.errors import ConnectFailed, ConnectionLost, ProtocolError, WireError
+from wire.hygiene import clean
 from wire.messages import (
+    PROTOCOL_VERSION,
     AgentHello,
     BlockRef,
     BlocksFound,
@@ -62,11 +68,13 @@ from wire.messages import (
     ReleaseSequence,
     RequestFailed,
     SequenceFailed,
+    StageDamaged,
     StageLoaded,
     StartSequence,
     UnloadStage,
 )
 from wire.service import ServiceManager
+from wire.versions import Stranger, shoal_version
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +107,16 @@ class Agent:
         self._say = say
         self._service = service or ServiceManager()
         self._joined = ""
+        self._run = secrets.token_hex(8)
+        self._attempts = 0
         self._stop = threading.Event()
         self._control: Connection | None = None
         self._told = ""
         self._relay: Relay | None = None
+        self._watch: Watch | None = None
+        """Hashes files of the stage in the relay, as long as that is not done."""
+        self._had_damage = False
+        """Whether a damaged file has stopped a stage: then the next load hashes all its files."""
         self._cancelled: set[int] = set()
         """Requests of this connection that nobody waits for any more."""
         self._links: dict[str, Link] = {}
@@ -122,9 +136,12 @@ class Agent:
         )
         self._call_s = self._profile.call_s
         self._store = CalibrationStore(config.state_dir / "calibration.json")
+        self._trials = Trials.of(
+            self._profile, config.state_dir, exact=config.exact, fast_prompts=config.fast_prompts
+        )
         self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
         self._listener = Listener(config.bind_host, config.data_port, token=config.token)
-        self._peers = PeerServer(self._device, self._listener, self._deliver)
+        self._peers = PeerServer(self._device, self._listener)
 
     def run(self) -> None:
         """Serve until ``stop`` is called."""
@@ -177,16 +194,31 @@ class Agent:
                 ),
                 self._service.alive,
             )
-        failure: WireError = ConnectFailed("stopped")
+        failure: WireError | None = None
         for endpoint in candidates:
             self._service.alive()
             try:
                 return self._join_at(endpoint), endpoint
             except WireError as error:  # Of several addresses, another may be the right one.
-                failure = error
-        raise failure
+                # Who answers at an address of this machine says nothing about another one's.
+                if failure is None or not is_own(endpoint.host) or is_own(candidates[0].host):
+                    failure = error
+        raise failure or ConnectFailed("stopped")
 
     def _join_at(self, endpoint: Endpoint) -> Connection:
+        started_s = time.monotonic()
+        try:
+            return self._welcomed_at(endpoint)
+        except ConnectionLost as error:
+            # At once and without a word: an older version leaves like that.
+            if self._stop.is_set() or time.monotonic() - started_s > limits.HEARTBEAT_S:
+                raise
+            protocol = protocol_of_silent(endpoint, self._config.token)
+            if protocol is None or protocol == PROTOCOL_VERSION:
+                raise
+            raise ConnectFailed(Stranger(endpoint.host, protocol).story()) from error
+
+    def _welcomed_at(self, endpoint: Endpoint) -> Connection:
         connection = Connection.connect(endpoint, token=self._config.token)
         self._control = connection
         if self._stop.is_set():
@@ -194,11 +226,19 @@ class Agent:
         try:
             connection.set_receive_timeout(limits.LIVENESS_S)
             connection.send(self._hello(connection))
-            answer, _ = connection.receive()
+            answer = clean(connection.receive()[0])
         except WireError:
             connection.close()
             raise
+        if isinstance(answer, CoordinatorWelcome) and answer.cluster != self._config.cluster:
+            connection.close()
+            raise ConnectFailed(
+                f"{connection.peer} is the coordinator of cluster {answer.cluster!r}, and this "
+                f"agent wants {self._config.cluster!r}: give it --cluster {answer.cluster}, or the "
+                "address of another coordinator"
+            )
         if isinstance(answer, CoordinatorWelcome):
+            connection.set_receive_timeout(limits.COORDINATOR_PATIENCE_S)
             self._joined = (
                 f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
             )
@@ -207,7 +247,8 @@ class Agent:
             return connection
         connection.close()
         if isinstance(answer, JoinRefused):
-            raise ConnectFailed(f"the coordinator refused: {answer.reason}")
+            reason = "".join(filter(str.isprintable, answer.reason))
+            raise ConnectFailed(f"the coordinator refused: {reason}")
         raise ProtocolError(f"{connection.peer} is not a coordinator")
 
     def _tell(self, state: str) -> None:
@@ -218,15 +259,31 @@ class Agent:
             self._say(state)
 
     def _hello(self, connection: Connection) -> AgentHello:
-        addresses = dict.fromkeys(
-            (connection.local_host, *reachable_addresses(self._config.bind_host))
+        """What this agent is, and where others reach it.
+
+        Loopback means something on this machine only. It is named where there is nothing else.
+        """
+        port = self._listener.port
+        found = reachable_addresses(self._listener.host)
+        here = connection.local_host
+        everywhere = is_everywhere(self._listener.host) and (":" in here) == (
+            ":" in self._listener.host
         )
+        if everywhere:  # The way to the coordinator is the best guess for the way to its agents.
+            found = tuple(dict.fromkeys((here, *found)))
+        shared = tuple(host for host in found if not is_loopback(host))
+        self._attempts += 1
         return AgentHello(
             device=self._device,
             name=self._config.name,
             version=shoal_version(),
-            endpoints=tuple(Endpoint(host, self._listener.port) for host in addresses),
+            endpoints=tuple(Endpoint(host, port) for host in shared or found),
             profile=self._profile,
+            cluster=self._config.cluster,
+            run=self._run,
+            attempt=self._attempts,
+            port=port if everywhere else 0,
+            advertised=tuple(Endpoint(e.host, e.port or port) for e in self._config.advertise),
         )
 
     # ---- the control connection -----------------------------------------------------------------
@@ -242,12 +299,16 @@ class Agent:
                 target=self._work, args=(connection, coordinator, requests), name="worker"
             ),
         ]
-        for thread in threads:
-            thread.daemon = True
-            thread.start()
+        try:
+            for thread in threads:
+                thread.daemon = True
+                thread.start()
+        except RuntimeError as error:  # No more threads for this process.
+            connection.close()
+            raise ConnectFailed(f"cannot serve the coordinator: {error}") from error
         try:
             while True:
-                message, _ = connection.receive()  # A heartbeat each second, at least.
+                message = clean(connection.receive()[0])  # A heartbeat each second, at least.
                 self._service.alive()
                 if isinstance(message, Request):
                     requests.put(message)
@@ -362,8 +423,13 @@ class Agent:
         return self._backend
 
     def _connect(self, request: MeasureLink | ConnectStage) -> Connection:
-        token = self._config.token
-        return connect_peer(self._device, request.device, request.endpoints, token=token)
+        return connect_peer(
+            self._device,
+            request.device,
+            request.endpoints,
+            token=self._config.token,
+            hop_key=request.hop_key if isinstance(request, ConnectStage) else b"",
+        )
 
     def _measure_model(
         self, request: MeasureModel, connection: Connection, coordinator: Endpoint
@@ -371,10 +437,12 @@ class Agent:
         progress = self._progress(connection, request.request, "measure", "steps")
         backend = self._supplied(request.request, connection, coordinator)
         threads, exact = self._config.threads, self._config.exact
+        spec = ModelSpec.from_dict(request.spec)
+        self._trials.require_widths(spec, request.bits, partial(progress, 0, 0), backend.probe)
         if not self._call_s:
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
         timings = measure_model(
-            ModelSpec.from_dict(request.spec),
+            spec,
             request.bits,
             backend,
             threads=threads,
@@ -388,8 +456,12 @@ class Agent:
         self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
     ) -> Message:
         progress = self._progress(connection, request.request, "quality", "steps")
+        spec = ModelSpec.from_dict(request.spec)
+        if request.backend in ("", self._config.backend):
+            bits = {bits for _, widths in request.wanted for bits in widths}
+            self._trials.require_widths(spec, bits, partial(progress, 0, 0))
         source = StreamedModel(
-            ModelSpec.from_dict(request.spec),
+            spec,
             request.blocks,
             self._cache,
             coordinator,
@@ -416,29 +488,34 @@ class Agent:
         if indices[0] < 0 or indices[-1] >= spec.block_count:
             raise BackendError("the model has no such blocks")
         self._unload()
-        fetched_bytes = self._cache.fetch(
-            request.blocks,
-            coordinator,
-            self._device,
-            self._progress(connection, request.request, "fetch", "bytes"),
-            token=self._config.token,
+        contents = Contents(check_all_first=self._had_damage)
+        progress = self._progress(connection, request.request, "fetch", "bytes")
+        waiting = partial(self._progress(connection, request.request, "load", "steps"), 0, 0)
+        fetched_bytes, started_s = 0, 0.0
+
+        def fetch() -> None:
+            nonlocal fetched_bytes, started_s
+            came: set[Path] = set()
+            contents.expect({self._cache.path(ref.sha256): ref.sha256 for ref in request.blocks})
+            fetched_bytes += self._cache.fetch(
+                request.blocks,
+                coordinator,
+                self._device,
+                progress,
+                token=self._config.token,
+                hashed=came,
+            )
+            contents.trust(came)
+            started_s = time.perf_counter()
+
+        backend = self._supplied(request.request, connection, coordinator)
+        stage = load_whole(
+            contents,
+            fetch,
+            lambda: self._load_stage(backend, request, spec, contents.hashed, waiting),
+            self._cache.remove,
         )
-        prepared_dir, prepared_bytes = self._prepared(request.blocks)
-        started = time.perf_counter()
-        stage = self._supplied(request.request, connection, coordinator).load(
-            spec,
-            [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks],
-            StageOptions(
-                request.slots,
-                request.context_tokens,
-                self._config.threads,
-                memory_bytes=self._profile.memory_bytes,
-                exact=self._config.exact,
-                prepared_dir=prepared_dir,
-                prepared_bytes=prepared_bytes,
-                fast_prompts=self._config.fast_prompts,
-            ),
-        )
+        self._had_damage = False
         self._relay = Relay(
             stage,
             spec,
@@ -449,12 +526,60 @@ class Agent:
             hop_bits=request.hop_bits,
             report=connection.send,
         )
+        self._peers.entrance = Entrance(request.previous, request.hop_key, self._relay.deliver)
         names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
         self._say(f"loaded {' .. '.join(names)}")
         self._service.status(f"{self._joined}, {' .. '.join(names)} of {len(spec.layers)} layers")
+        self._watch = Watch(contents, partial(self._stop_damaged, self._relay, connection))
         return StageLoaded(
-            request.request, stage.memory_bytes, fetched_bytes, time.perf_counter() - started
+            request.request,
+            stage.memory_bytes,
+            fetched_bytes,
+            time.perf_counter() - started_s,
+            contents.damaged_files,
         )
+
+    def _load_stage(
+        self,
+        backend: Backend,
+        request: LoadStage,
+        spec: ModelSpec,
+        hashed: frozenset[Path],
+        waiting: Callable[[], None],
+    ) -> Stage:
+        """Load blocks that are in the cache, of which those ``hashed`` are known to be whole."""
+        artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
+        kinds = [(block, read_format(path)) for block, path in artifacts]
+        self._trials.require(spec, kinds, waiting)
+        prepared_dir, prepared_bytes = self._prepared(request.blocks)
+        return backend.load(
+            spec,
+            artifacts,
+            StageOptions(
+                request.slots,
+                request.context_tokens,
+                self._config.threads,
+                memory_bytes=self._profile.memory_bytes,
+                exact=self._config.exact,
+                prepared_dir=prepared_dir,
+                prepared_bytes=prepared_bytes,
+                fast_prompts=self._config.fast_prompts,
+                hashed=hashed,
+            ),
+        )
+
+    def _stop_damaged(self, relay: Relay, connection: Connection, path: Path) -> None:
+        """Stop a stage that runs from a damaged file, and have the coordinator load it again."""
+        relay.close()
+        self._had_damage = True
+        reason = f"a file of its stage was damaged in its cache ({path.name})"
+        log.warning("%s is damaged: the stage stops, and the file is removed", path)
+        try:
+            self._cache.remove(path)
+        except CacheError as error:
+            reason = str(error)
+        with contextlib.suppress(WireError):  # Then the coordinator has seen the agent's loss.
+            connection.send(StageDamaged(relay.epoch, reason))
 
     def _prepared(self, blocks: Sequence[BlockRef]) -> tuple[Path | None, int]:
         """Where the backend may keep prepared weights, and how many bytes: nowhere if storage
@@ -483,16 +608,15 @@ class Agent:
 
     # ---- the stage ------------------------------------------------------------------------------
 
-    def _deliver(self, message: Message, payload: memoryview) -> None:
-        relay = self._relay
-        if relay is not None:
-            relay.deliver(message, payload)
-
     def _relay_of(self, epoch: int) -> Relay | None:
         relay = self._relay
         return relay if relay is not None and relay.epoch == epoch else None
 
     def _unload(self) -> None:
+        self._peers.entrance = None
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
         relay, self._relay = self._relay, None
         if relay is not None:
             relay.close()
@@ -517,11 +641,3 @@ class _Throttled:
             return
         self._last_s = now_s
         self._connection.send(Progress(self._request, self._phase, done, total, self._unit))
-
-
-def shoal_version() -> str:
-    """The installed version, or "source" where the tree is run uninstalled."""
-    try:
-        return version("shoal-llm")
-    except PackageNotFoundError:
-        return "source"

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from agent.blocks import BlockCache
+from agent.blocks import SHA256, BlockCache, Gone
 from backends.base import Artifacts, BackendError, FilesMissing
 from backends.registry import backend_class
 from model.artifact import file_sha256
+from model.errors import CheckpointError
 from model.spec import ModelSpec
 from wire import limits
 from wire.auth import Token
@@ -57,11 +58,20 @@ class FileExchange:
         Raises FilesMissing where nobody can make it, BackendError where making fails, CacheError,
         WireError.
         """
-        paths = {file_sha256(path): path for _, path in artifacts}
+        paths = {_sha256_of(path): path for _, path in artifacts}
         refs = tuple(
             BlockRef(block, sha256, path.stat().st_size)
             for (block, path), sha256 in zip(artifacts, paths, strict=True)
         )
+        try:
+            return self._obtain(backend, spec, refs, paths)
+        except Gone:  # The coordinator's files were damaged: now they are made again.
+            return self._obtain(backend, spec, refs, paths)
+
+    def _obtain(
+        self, backend: str, spec: ModelSpec, refs: tuple[BlockRef, ...], paths: Mapping[str, Path]
+    ) -> list[Path]:
+        """As ``supply``, of artifacts by hash; Gone where the coordinator's files were damaged."""
         with self._connect() as connection:
             connection.send(MakeFiles(0, backend, spec.to_dict(), refs))
             answer = self._serve(connection, paths, self._waiting(refs))
@@ -136,6 +146,14 @@ class FileExchange:
                     waiting()
             elif not isinstance(message, Heartbeat):
                 return message
+
+
+def _sha256_of(path: Path) -> str:
+    """The hash of an artifact's bytes. Raises CheckpointError where it is not in its name."""
+    sha256 = file_sha256(path)
+    if SHA256.fullmatch(path.name) and sha256 != path.name:
+        raise CheckpointError(f"{path}: the file is damaged; fetch it again")
+    return sha256
 
 
 def _chunks(path: Path, offset: int) -> Iterable[tuple[BlockChunk, bytes]]:

@@ -6,16 +6,21 @@ or, with several agents on one machine, somebody else's.
 
 from __future__ import annotations
 
+import hmac
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from agent.links import LinkFigures, summary_s
 from wire import limits
+from wire.addresses import own_last
 from wire.auth import Token
+from wire.codec import Prefix
 from wire.connection import Connection, Listener
-from wire.errors import AuthFailed, ConnectFailed, ProtocolError, WireError
+from wire.errors import AuthFailed, ConnectFailed, ProtocolError, VersionMismatch, WireError
+from wire.lobby import Lobby
 from wire.messages import (
     Endpoint,
     JoinRefused,
@@ -25,29 +30,51 @@ from wire.messages import (
     ProbePing,
     ProbePong,
 )
+from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 
+Deliver = Callable[[Message, memoryview], None]
+"""Takes a message of the data plane, with its payload."""
+
 HELLO_TIMEOUT_S = 5.0
+
+PROBE_IDLE_S = 30.0
+"""A peer that measures the link sends its next probe much sooner."""
+
+MOST_PROBING = 16
+"""Peers that measure their link at once; the coordinator asks for few at a time."""
+
+THREAD_PAUSE_S = 0.1
+"""Pause of the accepting thread where no thread can be started for a connection."""
+
+NOT_PREVIOUS = "the sender is not the previous device of the ring there: load the model again"
 
 PROBE_PAUSE_S = 0.002
 """Pause before a probe: about what a stage waits for its turn, long enough for threads to sleep."""
 
 
 def connect_peer(
-    device: str, expected: str, endpoints: Sequence[Endpoint], *, token: Token | None = None
+    device: str,
+    expected: str,
+    endpoints: Sequence[Endpoint],
+    *,
+    token: Token | None = None,
+    hop_key: bytes = b"",
 ) -> Connection:
     """Connect to the agent ``expected`` at the first of its addresses that is really it.
 
-    Raises ConnectFailed naming every address that was tried.
+    ``hop_key`` opens the way into its stage; without it, only the link can be measured. Addresses
+    that this machine has itself come last: another one may have them too. Raises ConnectFailed
+    naming every address that was tried.
     """
     failures: list[str] = []
-    for endpoint in endpoints:
+    for endpoint in own_last(endpoints):
         try:
             connection = Connection.connect(endpoint, token=token)
             try:
                 connection.set_receive_timeout(HELLO_TIMEOUT_S)
-                connection.send(PeerHello(device, expected))
+                connection.send(PeerHello(device, expected, hop_key))
                 answer, _ = connection.receive()
                 if isinstance(answer, JoinRefused):
                     raise AuthFailed(f"{connection.peer} refused: {answer.reason}")
@@ -64,26 +91,45 @@ def connect_peer(
     raise ConnectFailed("; ".join(failures) or "the peer has no address")
 
 
-class PeerServer:
-    """Accepts other agents: answers probes itself, hands the rest to ``deliver``."""
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """The way into this device's stage, which only the previous device of the ring may take."""
 
-    def __init__(
-        self,
-        device: str,
-        listener: Listener,
-        deliver: Callable[[Message, memoryview], None],
-    ) -> None:
+    previous: str
+    """Its device id."""
+    hop_key: bytes
+    """What the coordinator told it and nobody else; empty: nobody may come in."""
+    deliver: Deliver
+
+    def admits(self, hello: PeerHello) -> bool:
+        return (
+            bool(self.hop_key)
+            and hello.device == self.previous
+            and hmac.compare_digest(hello.hop_key, self.hop_key)
+        )
+
+
+class PeerServer:
+    """Accepts other agents: answers link probes itself, lets the previous device send to the stage.
+
+    What a connection may send is decided by its hello, and holds for as long as it lasts.
+    """
+
+    def __init__(self, device: str, listener: Listener) -> None:
+        self.entrance: Entrance | None = None
+        """The stage's; None where no stage is loaded. Set by any thread."""
         self._device = device
         self._listener = listener
-        self._deliver = deliver
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._probing = Lobby(f"port {listener.port}, link probes", MOST_PROBING, MOST_PROBING // 2)
+        self._rare_log = RareLog(log)
 
     def start(self) -> None:
         thread = threading.Thread(target=self._accept, name="peers", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def close(self) -> None:
         """Stop accepting and drop every peer; returns when the threads have ended."""
@@ -102,33 +148,71 @@ class PeerServer:
                 target=self._serve, args=(connection,), name="peer", daemon=True
             )
             with self._lock:
-                self._threads = [item for item in self._threads if item.is_alive()]
-                self._threads.append(thread)
                 self._connections.add(connection)
-            thread.start()
+                try:
+                    thread.start()
+                except (RuntimeError, MemoryError) as error:  # No more threads for this process.
+                    self._connections.discard(connection)
+                    failure = error
+                else:
+                    self._threads = [item for item in self._threads if item.is_alive()]
+                    self._threads.append(thread)
+                    continue
+            connection.close()
+            self._rare_log.warning("thread", "cannot serve a connection: %s", failure)
+            time.sleep(THREAD_PAUSE_S)
 
     def _serve(self, connection: Connection) -> None:
         try:
-            connection.set_receive_timeout(HELLO_TIMEOUT_S)
-            hello, _ = connection.receive()
-            if not isinstance(hello, PeerHello) or hello.expected != self._device:
-                return
-            connection.send(PeerWelcome(self._device))
-            connection.set_receive_timeout(None)
-            while True:
-                message, payload = connection.receive()
-                if isinstance(message, ProbePing):
-                    connection.send(ProbePong(message.number))
-                else:
-                    self._deliver(message, payload)
+            hello = connection.receive_hello({PeerHello: limits.MAX_HELLO_BYTES})
+            if isinstance(hello, PeerHello) and hello.expected == self._device:
+                self._welcome(hello, connection)
         except AuthFailed as error:
-            log.warning("connection refused: %s", error)
+            cause = error.refusal or "refused"
+            self._rare_log.warning(cause, "connection refused: %s", error)
+        except VersionMismatch as error:
+            self._rare_log.warning("version", "connection refused: %s", error)
+        except ProtocolError as error:
+            self._rare_log.warning("protocol", "%s: %s", connection.peer, error)
         except WireError:
             pass  # The peer's own side, or the coordinator, reports a loss that matters.
         finally:
             connection.close()
+            self._probing.leave(connection)
             with self._lock:
                 self._connections.discard(connection)
+
+    def _welcome(self, hello: PeerHello, connection: Connection) -> None:
+        """Serve a peer that means this device. Raises WireError once the connection ends."""
+        entrance = self.entrance
+        if not hello.hop_key:
+            self._probing.enter(connection, connection.peer_host, connection.close)
+            connection.admit = _admit_probe
+            connection.set_receive_timeout(PROBE_IDLE_S)
+            connection.send(PeerWelcome(self._device))
+            while True:
+                self._answer(connection)
+        if entrance is None or not entrance.admits(hello):
+            connection.send(JoinRefused(NOT_PREVIOUS))
+            raise ProtocolError("it is not the previous device of this stage's ring")
+        connection.set_receive_timeout(None)
+        connection.send(PeerWelcome(self._device))
+        while True:
+            self._answer(connection, entrance.deliver)
+
+    def _answer(self, connection: Connection, deliver: Deliver | None = None) -> None:
+        """Take one message, which ``admit`` has let in. Raises WireError."""
+        message, payload = connection.receive()
+        if isinstance(message, ProbePing):
+            connection.send(ProbePong(message.number))
+        elif deliver is not None:
+            deliver(message, payload)
+
+
+def _admit_probe(prefix: Prefix) -> None:
+    """Lets come what anybody of the shoal may send. Raises ProtocolError."""
+    if prefix.kind is not ProbePing or prefix.payload_bytes > limits.MAX_PROBE_BYTES:
+        raise ProtocolError(f"it sent {prefix.kind.__name__}, and is not the previous device")
 
 
 def measure_link(connection: Connection) -> LinkFigures:

@@ -36,13 +36,16 @@ from wire.messages import (
     FinishReason,
     Message,
     PeerLost,
-    Sampling,
     SequenceFailed,
     StartSequence,
     TokenSampled,
 )
+from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
+
+START_WAIT_S = limits.LIVENESS_S
+"""Rows may overtake the coordinator's word that their sequence begins: they wait for so long."""
 
 INTERNAL_ERROR = "internal error in the stage; see the agent's log"
 
@@ -83,6 +86,7 @@ class Relay:
         self._busy = False
         """Whether a thread runs the stage, which is that thread's until it is done."""
         self._closed = False
+        self._rare_log = RareLog(log)
         threading.Thread(target=self._work, name="stage", daemon=True).start()
 
     def connect(self, connection: Connection, link: Link, measuring: Measuring) -> None:
@@ -116,28 +120,34 @@ class Relay:
     # ---- what arrives ---------------------------------------------------------------------------
 
     def start(self, message: StartSequence) -> None:
-        """Have a prompt run through the first stage, chunk by chunk."""
-        number, prompt = message.sequence, np.asarray(message.prompt, dtype=np.int64)
+        """Give the slot to a sequence; the first stage runs its prompt, chunk by chunk."""
+        number = message.sequence
+        prompt = np.asarray(message.prompt if self._is_first else (), dtype=np.int64)
+        problem = self._problem(message, prompt)
+        if problem is not None:
+            self._fail(number, problem)
+            return
         chunk_tokens = message.chunk_tokens
+        with self._lock:
+            sampler = Sampler(message.sampling) if self._is_last else None
+            sequence = self._table.open(number, message.slot, message.sampling, sampler)
+            if sequence is not None:
+                for begin in range(0, len(prompt), chunk_tokens):
+                    chunk = prompt[begin : begin + chunk_tokens]
+                    last = begin + len(chunk) == len(prompt)
+                    self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
+                self._changed.notify_all()
+
+    def _problem(self, message: StartSequence, prompt: Tokens) -> str | None:
+        """Why a sequence cannot be started; None: it can."""
         if (
-            not self._is_first
-            or not self._table.fits(message.slot, 0, len(prompt))
-            or not 0 < chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
+            not self._table.fits(message.slot, 0, len(prompt) if self._is_first else 1)
+            or not 0 < message.chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
         ):
-            self._fail(number, "the coordinator sent a prompt that does not fit")
-        elif prompt.min() < 0 or prompt.max() >= self._spec.vocab:
-            self._fail(number, "the prompt has tokens outside the vocabulary")
-        elif message.sampling.seed < 0:
-            self._fail(number, "the seed is negative")
-        else:
-            with self._lock:
-                sequence = self._open(number, message.slot, message.sampling)
-                if sequence is not None:
-                    for begin in range(0, len(prompt), chunk_tokens):
-                        chunk = prompt[begin : begin + chunk_tokens]
-                        last = begin + len(chunk) == len(prompt)
-                        self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
-                    self._changed.notify_all()
+            return "the coordinator sent a prompt that does not fit"
+        if self._is_first and (prompt.min() < 0 or prompt.max() >= self._spec.vocab):
+            return "the prompt has tokens outside the vocabulary"
+        return "the seed is negative" if message.sampling.seed < 0 else None
 
     def deliver(self, message: Message, payload: memoryview) -> None:
         """Take a data-plane message from a peer; what belongs to another epoch is dropped."""
@@ -161,15 +171,10 @@ class Relay:
         ):
             self._fail(number, "the previous device sent rows that do not fit")
             return
-        sampling = message.sampling if position == 0 else None
-        if sampling is not None and sampling.seed < 0:
-            self._fail(number, "the seed is negative")
-            return
         with self._lock:
-            if sampling is not None:
-                sequence = self._open(number, message.slot, sampling)
-            else:
-                sequence = self._table.find(number)
+            sequence = self._started(number)
+            if sequence is not None and sequence.slot != message.slot:
+                sequence = None
             rows = Rows(position, count, message.last, (payload, message.bits))
             turns = self._add(sequence, rows)
         if turns:
@@ -186,10 +191,24 @@ class Relay:
         if turns:
             self._run(turns)
 
-    def _open(self, number: int, slot: int, sampling: Sampling) -> Sequence | None:
-        """The caller holds the lock."""
-        sampler = Sampler(sampling) if self._is_last else None
-        return self._table.open(number, slot, sampling, sampler)
+    def _started(self, number: int) -> Sequence | None:
+        """The sequence of this number, once the coordinator has started it; None: it is over.
+
+        The caller holds the lock.
+        """
+        sequence = self._table.find(number)
+        if sequence is None and self._table.may_start(number):
+            self._changed.wait_for(
+                lambda: self._closed or number <= self._table.newest, START_WAIT_S
+            )
+            sequence = self._table.find(number)
+        if sequence is None and number > self._table.newest:
+            self._rare_log.warning(
+                "sequence",
+                "dropped rows of sequence %d, which the coordinator has not started",
+                number,
+            )
+        return sequence
 
     def _add(self, sequence: Sequence | None, rows: Rows) -> list[Turn]:
         """Let rows wait for the stage's thread; returns what this thread has to run instead.
@@ -286,7 +305,6 @@ class Relay:
                 rows.count,
                 self._hop_bits,
                 rows.last,
-                sequence.sampling if rows.position == 0 else None,
             )
             self._next().send(message, encode_rows(output, self._hop_bits))
             return

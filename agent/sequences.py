@@ -47,6 +47,11 @@ class Sequence:
 Turn = tuple[Sequence, Rows]
 
 
+START_AHEAD = 1024
+"""Sequences that the coordinator may have started and this stage not heard of: numbers are given
+out in order, and one that is further ahead is made up."""
+
+
 class SequenceTable:
     """At most one sequence per slot, each with at most a context of rows."""
 
@@ -58,6 +63,8 @@ class SequenceTable:
         self._newest: dict[int, int] = {}
         """Slot -> the newest sequence that held it: numbers only grow."""
         self._after_tokens = False
+        self.newest = 0
+        """The newest sequence that was opened, of any slot; numbers count from 1."""
 
     def fits(self, slot: int, position: int, rows: int) -> bool:
         """Whether there is such a slot, with room for these rows."""
@@ -80,8 +87,13 @@ class SequenceTable:
         if number in self._held:
             return None
         self._newest[slot] = number
+        self.newest = max(self.newest, number)
         self._held[number] = sequence = Sequence(number, slot, sampling, sampler)
         return sequence
+
+    def may_start(self, number: int) -> bool:
+        """Whether a sequence of this number may be opened soon."""
+        return number > self.newest and (not self.newest or number - self.newest <= START_AHEAD)
 
     def find(self, number: int) -> Sequence | None:
         return self._held.get(number)

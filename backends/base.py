@@ -79,6 +79,8 @@ class StageOptions:
     memory_bytes leaves room for it. Has no effect on exact stages.
     memory_bytes: what the stage may take, where that is more than a plan charges for it: room to
     keep weights in a form that is faster and larger. None: nothing beyond what is charged.
+    hashed: artifacts that the caller has compared with the hashes that name them. The backend
+    compares the others itself before it makes something of them that is kept.
     """
 
     slots: int
@@ -89,6 +91,7 @@ class StageOptions:
     prepared_bytes: int | None = None
     fast_prompts: bool = False
     memory_bytes: int | None = None
+    hashed: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,15 @@ class Stage(ABC):
     @abstractmethod
     def memory_bytes(self) -> int:
         """Weights as executed plus KV cache plus compute buffers."""
+
+    @property
+    def kept_files(self) -> Mapping[Path, str]:
+        """Files of ``prepared_dir`` that the stage runs from and an earlier load made.
+
+        Each has the SHA-256 that it had when it was written. A file that has another one now is
+        damaged; the backend makes it again once it is removed.
+        """
+        return {}
 
     @abstractmethod
     def close(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,6 +194,10 @@ class Int8Stage(Stage):
     @property
     def memory_bytes(self) -> int:
         return self._memory_bytes
+
+    @property
+    def kept_files(self) -> Mapping[Path, str]:
+        return {} if self._head is None else self._head.kept_files
 
     @property
     def counts(self) -> dict[str, Counts]:

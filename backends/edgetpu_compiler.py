@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +28,9 @@ from pathlib import Path
 
 from backends.base import BackendError
 from model.artifact import file_sha256
+from model.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 COMPILER = "edgetpu_compiler"
 DIRECTORY_VARIABLE = "SHOAL_EDGETPU_DIR"
@@ -37,6 +42,8 @@ COMPILE_TIMEOUT_S = 1800.0
 TICK_S = 0.5
 
 _LOG = "compiler.log"
+_SUMS = "sha256.json"
+"""The hash of each file when it was made; what was copied from elsewhere may lack it."""
 _OFF_CHIP = re.compile(
     r"Off-chip memory used for streaming uncached model parameters:\s*([\d.]+)\s*([KMG]?i?B)"
 )
@@ -100,7 +107,7 @@ def find_compiled(directory: Path, files: Sequence[Path], version: str | None) -
     key = stage_key(files)
     for path in sorted(directory.glob(f"{key}-{version or '*'}"), reverse=True):
         compiled = [path / f"{index:03}.tflite" for index in range(len(files))]
-        if all(file.is_file() for file in compiled):
+        if all(file.is_file() for file in compiled) and _is_whole(path, compiled):
             return Compiled.of(compiled, path / _LOG)
     return None
 
@@ -130,6 +137,8 @@ def compile_files(
             for index, path in enumerate(made):
                 path.rename(finished / f"{index:03}.tflite")
             (work / _LOG).rename(finished / _LOG)
+            sums = {path.name: file_sha256(path) for path in finished.glob("*.tflite")}
+            (finished / _SUMS).write_text(json.dumps(sums), encoding="ascii")
             if not target.exists():
                 finished.rename(target)
     except OSError as error:
@@ -138,6 +147,21 @@ def compile_files(
     if found is None:
         raise BackendError(f"{target} is incomplete: remove it and try again")
     return found
+
+
+def _is_whole(directory: Path, files: Sequence[Path]) -> bool:
+    """Whether compiled files still are what was made; damaged ones are removed with the rest."""
+    try:
+        sums = json.loads((directory / _SUMS).read_text(encoding="ascii"))
+        if all(file_sha256(file) == sums[file.name] for file in files):
+            return True
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
+        pass  # As good as other bytes.
+    log.warning("%s is damaged: it is removed, and compiled again", directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    return False
 
 
 def _compile(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,9 @@ from backends.onnx_session import (
     translated,
     window_offset,
 )
-from model.artifact import Tensor, read_block
+from model.artifact import Tensor, file_sha256, read_block
 from model.costs import on_chip_layer_bytes, stage_buffer_bytes
+from model.errors import CheckpointError
 from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec
@@ -124,6 +125,7 @@ class OnnxCpuStage(Stage):
         spec: ModelSpec,
         options: StageOptions,
         memory_bytes: int,
+        kept_files: Mapping[Path, str],
     ) -> None:
         self._embedding = embedding
         self._layers = layers
@@ -132,11 +134,16 @@ class OnnxCpuStage(Stage):
         self._spec = spec
         self._options = options
         self._memory_bytes = memory_bytes
+        self._kept_files = kept_files
         self._open = True
 
     @property
     def memory_bytes(self) -> int:
         return self._memory_bytes
+
+    @property
+    def kept_files(self) -> Mapping[Path, str]:
+        return self._kept_files
 
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
@@ -318,8 +325,16 @@ class _Loader:
             prompt_layers = self._segments(stored, caches, as_bytes=True)
         if self._prepared is not None:
             self._prepared.drop_others()
+        kept_files = {} if self._prepared is None else self._prepared.opened
         return OnnxCpuStage(
-            embedding, layers, prompt_layers, head, spec, self._options, self._memory_bytes
+            embedding,
+            layers,
+            prompt_layers,
+            head,
+            spec,
+            self._options,
+            self._memory_bytes,
+            kept_files,
         )
 
     def _room_for_bytes(self, artifacts: Sequence[tuple[int, Path]]) -> bool:
@@ -390,6 +405,7 @@ class _Loader:
                 needed_bytes = MAX_EXPANSION * sum(path.stat().st_size for _, path in artifacts)
                 if as_bytes:
                     needed_bytes = self._copy_bytes(artifacts)
+                self._require_whole(artifacts)
                 if self._prepared.keep(key, map(build, parts), needed_bytes):
                     found = self._prepared.open(key, threads)
         if found is not None:
@@ -401,6 +417,15 @@ class _Loader:
             graph = build(part)
             self._memory_bytes += graph.executed_bytes
             yield new_session(graph, threads), len(part)
+
+    def _require_whole(self, artifacts: Sequence[tuple[int, Path]]) -> None:
+        """Raise CheckpointError for an artifact that is not what its name says.
+
+        Weights that were made of it and kept would be wrong for as long as they lie there.
+        """
+        for _, path in artifacts:
+            if path not in self._options.hashed and file_sha256(path) != path.name:
+                raise CheckpointError(f"{path}: the file is damaged; fetch it again")
 
     def _key(self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool) -> str | None:
         """Names what would be prepared; None for files that are not named by their content."""

@@ -12,12 +12,14 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from backends import onnx_graph, onnx_matrix, onnx_session
+from backends import onnx_aligned, onnx_graph, onnx_matrix, onnx_session
+from backends.onnx_aligned import align_weights
 from backends.onnx_graph import Graph
 from backends.onnx_session import (
     ERRORS,
@@ -35,6 +38,10 @@ from backends.onnx_session import (
     session_of,
     session_options,
 )
+from model.artifact import file_sha256
+from model.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 DISK_FACTOR = 2.1
 """Bytes on disk over those of the weights: the runtime keeps them as given and rearranged."""
@@ -56,6 +63,9 @@ class Prepared:
         self._directory = directory
         self._limit_bytes = limit_bytes
         self._used: dict[str, int] = {}
+        self._made: set[str] = set()
+        self.opened: dict[Path, str] = {}
+        """Weights in use that were there before, with the SHA-256 that they were written with."""
 
     @staticmethod
     def key(content: Mapping[str, Any]) -> str:
@@ -69,18 +79,34 @@ class Prepared:
         """(session, bytes of its weights as executed); None where there is none, or a damaged
         one."""
         home = self._directory / key
+        if not home.exists():
+            return None
         try:
-            facts = json.loads((home / _FACTS_FILE).read_text(encoding="ascii"))
-            for name, size in facts["files"].items():
+            facts = _read_facts(home / _FACTS_FILE)
+            for name, (size, _) in facts["files"].items():
                 if (home / name).stat().st_size != size:
-                    return None
+                    raise ValueError(f"{name} is not whole")
+            # The graph is small, and a damaged one could end the process.
+            if file_sha256(home / _GRAPH_FILE) != facts["files"][_GRAPH_FILE][1]:
+                raise ValueError(f"{_GRAPH_FILE} is damaged")
             options = session_options(threads)
             session = ort.InferenceSession(home / _GRAPH_FILE, options, PROVIDERS)
             executed_bytes = int(facts["executed_bytes"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, *ERRORS):
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            CheckpointError,
+            *ERRORS,
+        ) as error:
+            log.warning("%s is damaged: it is made again (%s)", home, error)
             return None
         release_mapped(home.resolve())
-        self._used[key] = sum(facts["files"].values())
+        self._used[key] = sum(size for size, _ in facts["files"].values())
+        if key not in self._made:
+            self.opened |= {home / name: sha256 for name, (_, sha256) in facts["files"].items()}
         return session, executed_bytes
 
     def keep(self, key: str, pieces: Iterable[Graph], needed_bytes: int) -> bool:
@@ -100,9 +126,10 @@ class Prepared:
                 home = Path(name) / key
                 home.mkdir()
                 _write(home, pieces)
-                shutil.rmtree(self._directory / key, ignore_errors=True)
+                remove(self._directory / key)
                 home.rename(self._directory / key)
-        except (OSError, _Differs, *ERRORS):
+                self._made.add(key)
+        except (OSError, ValueError, CheckpointError, _Differs, *ERRORS):
             return False
         return True
 
@@ -111,10 +138,29 @@ class Prepared:
         with contextlib.suppress(OSError):
             for path in self._directory.iterdir():
                 if path.name not in self._used:
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove(path)
 
 
 def _write(home: Path, pieces: Iterable[Graph]) -> None:
+    # While the next piece is made on one core, another one hashes.
+    with ThreadPoolExecutor(1, "hash") as hashing:
+        digests: dict[str, Future[str]] = {}
+        models, executed_bytes = _write_pieces(home, pieces, hashing, digests)
+        (home / _GRAPH_FILE).write_bytes(joined(models).SerializeToString())
+        digests[_GRAPH_FILE] = hashing.submit(file_sha256, home / _GRAPH_FILE)
+        files = {}
+        for path in home.iterdir():
+            # A power cut must not leave a file of the right size with holes in it.
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[path.name] = [path.stat().st_size, digests[path.name].result()]
+    _write_facts(home / _FACTS_FILE, {"executed_bytes": executed_bytes, "files": files})
+
+
+def _write_pieces(
+    home: Path, pieces: Iterable[Graph], hashing: Executor, digests: dict[str, Future[str]]
+) -> tuple[list[onnx.ModelProto], int]:
+    """Save each piece's weights; (graphs, bytes as executed). ``digests`` gets their hashes."""
     models, executed_bytes = [], 0
     for number, graph in enumerate(pieces):
         executed_bytes += graph.executed_bytes
@@ -128,20 +174,39 @@ def _write(home: Path, pieces: Iterable[Graph]) -> None:
         ):
             options.add_session_config_entry(entry, value)
         made = _output(session_of(graph, options))
+        model = align_weights(part)
         read = _output(ort.InferenceSession(part, session_options(1), PROVIDERS))
         if not np.allclose(read, made, rtol=0, atol=1e-3 * float(np.abs(made).max())):
             raise _Differs
-        models.append(onnx.load(part, load_external_data=False))
+        models.append(model)
         part.unlink()
-    (home / _GRAPH_FILE).write_bytes(joined(models).SerializeToString())
-    files = {}
-    for path in home.iterdir():
-        # A power cut must not leave a file of the right size with holes in it.
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = path.stat().st_size
-    facts = {"executed_bytes": executed_bytes, "files": files}
-    (home / _FACTS_FILE).write_text(json.dumps(facts), encoding="ascii")
+        weights = home / f"weights-{number}.bin"
+        if weights.exists():  # All weights of a very small piece are in its graph.
+            digests[weights.name] = hashing.submit(file_sha256, weights)
+    return models, executed_bytes
+
+
+def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    text = json.dumps(facts)
+    sealed = {"facts": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    path.write_text(json.dumps(sealed), encoding="ascii")
+
+
+def _read_facts(path: Path) -> Any:
+    """Raises OSError, or ValueError, KeyError, TypeError where they are damaged."""
+    sealed = json.loads(path.read_text(encoding="ascii"))
+    if hashlib.sha256(sealed["facts"].encode()).hexdigest() != sealed["sha256"]:
+        raise ValueError("the facts are damaged")
+    return json.loads(sealed["facts"])
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, or leave it where that fails."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _output(session: Any) -> npt.NDArray[np.float32]:
@@ -225,8 +290,9 @@ class _Names:
 
 @functools.lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    sources = (onnx_graph.__file__, onnx_matrix.__file__, onnx_session.__file__, __file__)
-    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in sources)).hexdigest()
+    modules = (onnx_aligned, onnx_graph, onnx_matrix, onnx_session)
+    sources = [*(Path(str(module.__file__)) for module in modules), Path(__file__)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 @functools.lru_cache(maxsize=1)

@@ -412,10 +412,10 @@ def share(role: str, steps: int, vocab: int, weights_mib: int) -> list[float]:
     def message(step: int) -> Message:
         if role == "first":
             return TokenSampled(1, 7, step, 5, "")
-        return Activation(1, 7, 0, step, 1, DEFAULT_HOP_BITS, True, None if step else sampling)
+        return Activation(1, 7, 0, step, 1, DEFAULT_HOP_BITS, True)
 
+    relay.start(StartSequence(1, 7, 0, (5,), sampling))
     if role == "first":
-        relay.start(StartSequence(1, 7, 0, (5,), sampling))
         after.receive()
     times_s = []
     for step in range(steps):

@@ -150,14 +150,15 @@ class Line:
 
     def generate(self, sequence: int, prompt_tokens: int, tokens: int) -> list[float]:
         """Seconds after the start at which the tokens were there."""
-        self._tell(
-            0,
-            do="start",
-            sequence=sequence,
-            prompt_tokens=prompt_tokens,
-            tokens=tokens,
-            chunk_tokens=self.chunk_tokens,
-        )
+        for index in reversed(range(len(self._processes))):  # The first one last, as in a shoal.
+            self._tell(
+                index,
+                do="start",
+                sequence=sequence,
+                prompt_tokens=prompt_tokens,
+                tokens=tokens,
+                chunk_tokens=self.chunk_tokens,
+            )
         started_s = self._hear(0)["started_s"]
         answer = self._hear(len(self._processes) - 1)
         if "failed" in answer:
@@ -285,6 +286,7 @@ def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[di
             configs = [
                 {
                     "name": name,
+                    "previous": names[(index - 1) % count],
                     "address": network.address(name),
                     "layers": options.layers,
                     "vocab": options.vocab,
@@ -295,7 +297,7 @@ def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[di
                     "threads": THREADS,
                     "context_tokens": context_tokens,
                 }
-                for name, run in zip(names, runs, strict=False)
+                for index, (name, run) in enumerate(zip(names, runs, strict=False))
             ]
             line = Line(bed, names[:count], configs)
             stack.callback(line.close)

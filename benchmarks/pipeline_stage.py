@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from agent.links import Link, Measuring
-from agent.peers import PeerServer, connect_peer, measure_link
+from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.relay import Relay
 from backends.base import Array, Stage, StageOptions, Tokens
 from backends.registry import backend_class
@@ -27,6 +27,8 @@ from wire.connection import Listener
 from wire.messages import Endpoint, Message, Sampling, SequenceFailed, StartSequence, TokenSampled
 
 EPOCH = 1
+
+HOP_KEY = b"of all stages here"
 
 
 def model_spec(layers: int, vocab: int) -> ModelSpec:
@@ -88,7 +90,8 @@ class StageProcess:
             report=self._report,
         )
         listener = Listener(config["address"], 0)
-        server = PeerServer(config["name"], listener, relay.deliver)
+        server = PeerServer(config["name"], listener)
+        server.entrance = Entrance(config["previous"], HOP_KEY, relay.deliver)
         server.start()
         say({"port": listener.port})
         for line in sys.stdin:
@@ -98,7 +101,7 @@ class StageProcess:
                 with connect_peer(config["name"], command["name"], [endpoint]) as probe:
                     figures = measure_link(probe)
                 relay.connect(
-                    connect_peer(config["name"], command["name"], [endpoint]),
+                    connect_peer(config["name"], command["name"], [endpoint], hop_key=HOP_KEY),
                     Link(command["name"], figures),
                     Measuring(),
                 )
@@ -112,7 +115,8 @@ class StageProcess:
             elif command["do"] == "start":
                 random = np.random.default_rng(command["sequence"])
                 prompt = tuple(random.integers(0, spec.vocab, command["prompt_tokens"]).tolist())
-                say({"started_s": time.monotonic()})
+                if blocks.start == 0:
+                    say({"started_s": time.monotonic()})
                 sampling = Sampling(command["tokens"], ())
                 chunk_tokens = command["chunk_tokens"]
                 # So that longer ones can be tried than a coordinator may ask for.

@@ -8,8 +8,19 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 _INK, _PALE = "#222", "#ddd"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Told apart by colour-blind readers too (Okabe and Ito)."""
+_COLOURS = {
+    2: "#cc79a7",
+    3: "#e69f00",
+    4: "#0072b2",
+    5: "#56b4e9",
+    6: "#7a4e2d",
+    8: "#d55e00",
+    16: "#000000",
+    32: "#009e73",
+}
+"""By width, the same in every picture; told apart by colour-blind readers too (mostly Okabe and
+Ito's)."""
+_OTHER = "#777777"
 
 _WIDTH, _HEIGHT = 760.0, 500.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 20.0, 50.0, 55.0
@@ -25,6 +36,8 @@ class RooflinePoint:
     moved_bytes: int
     seconds: float
     long_context: bool
+    prefill: bool = False
+    """Many tokens of a prompt at once, instead of one decoded token."""
 
 
 def roofline_svg(
@@ -50,36 +63,47 @@ def roofline_svg(
     )
     low = horizontal.low * read_bytes_per_s
     vertical = _Log((*rates, *flops.values(), low), _HEIGHT - _BOTTOM, _TOP, "GFLOP/s")
-    picture = _Picture(_WIDTH, _HEIGHT, title)
+    legend = [
+        (_colour(bits), f"{bits} bits as executed" + f", at best {flops[bits] / 1e9:.1f} GFLOP/s")
+        for bits in sorted(flops)
+    ]
+    kinds = _kinds(points)
+    below = 16 * max(len(legend), len(kinds)) + 12
+    picture = _Picture(_WIDTH, _HEIGHT + below, _clipped(title))
     for axis, upright in ((horizontal, False), (vertical, True)):
         for value in axis.ticks():
             _tick(picture, axis, value, upright, 1e-9 if upright else 1.0)
     picture.text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, horizontal.label, "middle")
-    picture.text(_LEFT, _TOP - 8, vertical.label, "end")
-    colours = _colours(flops)
+    picture.text(14, _TOP - 11, vertical.label, "start")
     top = max(flops.values())
     ridge = min(top / read_bytes_per_s, horizontal.high)
     picture.line(
         [(horizontal.at(x), vertical.at(x * read_bytes_per_s)) for x in (horizontal.low, ridge)],
         _INK,
     )
-    # Above the sloped line, where no point can be.
+    # Above the sloped line, where no point can be: clear of it at the right end of the words.
     bandwidth = f"memory read {read_bytes_per_s / 1e9:.1f} GB/s"
-    picture.text(_LEFT + 8, vertical.at(top) - 8, bandwidth, "start")
+    reach = horizontal.value(_LEFT + 14 + 7 * len(bandwidth))
+    above = vertical.at(min(reach * read_bytes_per_s, top)) - 8
+    picture.text(_LEFT + 8, above if above > _TOP + 12 else _TOP - 8, bandwidth, "start")
     for bits, rate in sorted(flops.items()):
         begin = max(rate / read_bytes_per_s, horizontal.low)
         picture.line(
             [(horizontal.at(x), vertical.at(rate)) for x in (begin, horizontal.high)],
-            colours[bits],
+            _colour(bits),
         )
     for point, intensity, rate in zip(points, intensities, rates, strict=True):
         x, y = horizontal.at(intensity), vertical.at(rate)
-        picture.mark(x, y, colours[point.container_bits], point.long_context, point.label)
-    legend = [
-        (colours[bits], f"{bits} bits as executed" + f", at best {flops[bits] / 1e9:.1f} GFLOP/s")
-        for bits in sorted(colours)
-    ]
-    _legend(picture, legend, any(point.long_context for point in points))
+        colour = _colour(point.container_bits)
+        picture.mark(x, y, colour, point.long_context, point.label, square=point.prefill)
+    for index, (colour, text) in enumerate(legend):
+        y = _HEIGHT + 12 + 16.0 * index
+        picture.mark(_LEFT + 4, y - 4, colour, False, text)
+        picture.text(_LEFT + 16, y, text, "start")
+    for index, (square, hollow, text) in enumerate(kinds):
+        y = _HEIGHT + 12 + 16.0 * index
+        picture.mark(_WIDTH / 2 + 44, y - 4, _INK, hollow, text, square=square)
+        picture.text(_WIDTH / 2 + 56, y, text, "start")
     return picture.svg()
 
 
@@ -91,7 +115,9 @@ def heatmap_svg(
     positive = [value for value in values.values() if value > 0]
     low = math.log10(min(positive, default=1e-9))
     high = max(math.log10(max(positive, default=1.0)), low + 1e-9)
-    picture = _Picture(left + cell * len(columns) + 20, top + height * len(rows) + 20, title)
+    # Wide enough for the title too.
+    width = max(left + cell * len(columns) + 20, 28 + 8.5 * len(title))
+    picture = _Picture(width, top + height * len(rows) + 20, title)
     for column, name in enumerate(columns):
         picture.text(left + cell * (column + 0.5), top - 8, name, "middle", size=11)
     for row, name in enumerate(rows):
@@ -130,6 +156,11 @@ class _Log:
         share = (math.log10(value) - self._low) / (self._high - self._low)
         return self._first + share * (self._last - self._first)
 
+    def value(self, pixel: float) -> float:
+        """What lies at a pixel; the inverse of ``at``."""
+        share = (pixel - self._first) / (self._last - self._first)
+        return float(10.0 ** (self._low + share * (self._high - self._low)))
+
     def ticks(self) -> list[float]:
         return [10.0**power for power in range(self._low, self._high + 1)]
 
@@ -166,12 +197,17 @@ class _Picture:
             f"fill='{colour}'/>"
         )
 
-    def mark(self, x: float, y: float, colour: str, hollow: bool, label: str) -> None:
-        fill = "#fff" if hollow else colour
-        self._parts.append(
-            f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4' fill='{fill}' stroke='{colour}' "
-            f"stroke-width='1.5'><title>{escape(label)}</title></circle>"
-        )
+    def mark(
+        self, x: float, y: float, colour: str, hollow: bool, label: str, *, square: bool = False
+    ) -> None:
+        look = f"fill='{'#fff' if hollow else colour}' stroke='{colour}' stroke-width='1.5'"
+        title = f"<title>{escape(label)}</title>"
+        if square:
+            shape = f"<rect x='{x - 3.5:.1f}' y='{y - 3.5:.1f}' width='7' height='7' {look}>"
+            self._parts.append(f"{shape}{title}</rect>")
+        else:
+            shape = f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4' {look}>"
+            self._parts.append(f"{shape}{title}</circle>")
 
     def svg(self) -> str:
         return "\n".join([self._head, *self._parts, "</svg>", ""])
@@ -188,19 +224,24 @@ def _tick(picture: _Picture, axis: _Log, value: float, upright: bool, unit: floa
         picture.text(at, _HEIGHT - _BOTTOM + 17, shown, "middle")
 
 
-def _legend(picture: _Picture, entries: Sequence[tuple[str, str]], long_context: bool) -> None:
-    x, y = _WIDTH - _RIGHT - 285, _HEIGHT - _BOTTOM - 14.0
-    if long_context:
-        entries = [*entries, ("", "filled: short context, hollow: long context")]
-    picture.box(x - 14, y - 16 * len(entries), 295, 16 * len(entries) + 8, "#fff")
-    for index, (colour, text) in enumerate(reversed(entries)):
-        if colour:
-            picture.mark(x, y - 16 * index - 4, colour, False, text)
-        picture.text(x + 10, y - 16 * index, text, "start")
+def _kinds(points: Sequence[RooflinePoint]) -> list[tuple[bool, bool, str]]:
+    """The marks in use: square, hollow, and what that means."""
+    return [
+        (square, hollow, f"{'prefill' if square else 'decode'}, {length} context")
+        for square in (False, True)
+        for hollow, length in ((False, "short"), (True, "long"))
+        if any((point.prefill, point.long_context) == (square, hollow) for point in points)
+    ]
 
 
-def _colours(widths: Iterable[int]) -> dict[int, str]:
-    return {bits: _COLOURS[index % len(_COLOURS)] for index, bits in enumerate(sorted(set(widths)))}
+def _colour(bits: int) -> str:
+    return _COLOURS.get(bits, _OTHER)
+
+
+def _clipped(title: str) -> str:
+    """A title that fits the picture at 14 pixels a letter's height."""
+    most = int((_WIDTH - 28) / 8.5)
+    return title if len(title) <= most else title[: most - 1] + "\u2026"
 
 
 def _heat(share: float) -> str:

@@ -16,6 +16,22 @@ CONTROL_PORT = 7420
 HTTP_PORT = 7421
 
 
+class Several(argparse.Action):
+    """An option that may be given more than once; given at all, it replaces what a file sets."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        # The very object of the default: nothing was given on the command line so far.
+        given = () if before is self.default else before
+        setattr(namespace, self.dest, (*given, values))
+
+
 def argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
     """``convert``, with its ValueError or KeyError as a message for the user."""
 
@@ -94,6 +110,16 @@ def _endpoint(default_port: int) -> Callable[[str], Endpoint]:
     return convert
 
 
+_HOST_NAME = re.compile(r"\*|[A-Za-z0-9_.:\[\]-]{1,253}", re.ASCII)
+
+
+def _host_names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(map(_HOST_NAME.fullmatch, names)):
+        raise ValueError(text)
+    return names
+
+
 count = argument(_positive, "a whole number above 0")
 bits = argument(_known_bits, "widths out of " + ",".join(map(str, BITS)))
 size = argument(parse_size, "a size such as 512M, 1.5G or 200MiB")
@@ -101,4 +127,6 @@ watts = argument(between(0.01, 1e5, "W"), "watts, such as 6.5")
 seconds = argument(between(0, 86400, "s"), "seconds, such as 30")
 port = argument(_port_number, "a port between 0 and 65535")
 http_endpoint = argument(_endpoint(HTTP_PORT), "HOST:PORT")
+host_names = argument(_host_names, "a host name, such as shoal.lan, or * for all")
+advertised_endpoint = argument(_endpoint(0), "HOST or HOST:PORT")
 control_endpoint = argument(_endpoint(CONTROL_PORT), "HOST or HOST:PORT")

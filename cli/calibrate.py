@@ -330,13 +330,14 @@ def _roofline(survey: DeviceSurvey, table: LayerTable | None, name: str) -> str:
 
     points = [
         RooflinePoint(
-            f"{timing.rows} rows, {timing.context} context, {timing.container_bits} bits: "
-            f"{timing.seconds * 1e3:.2f} ms",
+            f"{'prefill' if timing.rows > 1 else 'decode'}, {timing.rows} rows, {timing.context}"
+            f" context, {timing.container_bits} bits: {timing.seconds * 1e3:.2f} ms",
             timing.container_bits,
             timing.flops,
             timing.moved_bytes,
             timing.seconds,
             timing.context == "long",
+            timing.rows > 1,
         )
         for timing in (table.layers if table is not None else ())
     ]

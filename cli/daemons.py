@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import signal
 import socket
 import threading
@@ -21,6 +22,9 @@ from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager
 
+MOST_DESCRIPTORS = 65_536
+"""More than all connections that are let in, and all files."""
+
 ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - agents are on other machines
 
 COORDINATOR_EXAMPLES = (
@@ -31,6 +35,7 @@ AGENT_EXAMPLES = (
     "  shoal agent\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10   where multicast is blocked\n"
+    "  shoal agent --port 7430 --advertise 192.168.1.20   in a container that publishes 7430\n"
     "  shoal agent --token-file ~/shoal.token   the coordinator's, where it has one\n"
     "  shoal agent --list-backends\n"
 )
@@ -49,6 +54,15 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         default=Endpoint("127.0.0.1", HTTP_PORT),
         metavar="HOST:PORT",
         help=f"the API; default 127.0.0.1:{HTTP_PORT}, this machine only",
+    )
+    parser.add_argument(
+        "--http-host",
+        type=argument_types.host_names,
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="another host name that the API may be called by, beside this machine's own name and "
+        "addresses; may be repeated, * for all",
     )
     parser.add_argument(
         "--storage",
@@ -81,7 +95,9 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
 def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     """As ``add_coordinator_arguments``."""
     parser.add_argument("--name", help="default: this machine's host name")
-    parser.add_argument("--cluster", default="shoal", help="which cluster to look for by mDNS")
+    parser.add_argument(
+        "--cluster", default="shoal", help="the only cluster to join; default: shoal"
+    )
     parser.add_argument(
         "--coordinator",
         type=argument_types.control_endpoint,
@@ -119,6 +135,14 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=argument_types.port, default=0, help="for other agents; default: any"
     )
+    parser.add_argument(
+        "--advertise",
+        action=argument_types.Several,
+        type=argument_types.advertised_endpoint,
+        default=(),
+        metavar="HOST[:PORT]",
+        help="where other agents reach this one, behind NAT or in a container; may be repeated",
+    )
     parser.add_argument("--state-dir", type=Path, metavar="DIR")
     _add_token(parser)
     parser.add_argument("--list-backends", action="store_true", help="show them and exit")
@@ -148,6 +172,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 f"API at {_url(ready.http_host, ready.http_port)}"
             )
 
+    _raise_descriptor_limit()
     try:
         if options.create_token:
             create_token(_required_token_file(options))
@@ -159,6 +184,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 control_port=options.port,
                 http_host=options.http.host,
                 http_port=options.http.port,
+                http_hosts=tuple(options.http_host),
                 advertise=not options.no_mdns,
                 token=read_token(options.token_file),
                 storage_bytes=options.storage,
@@ -198,15 +224,16 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
             screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
         return
 
-    from agent.config import AgentConfig, ConfigError, default_state_dir
+    from agent.config import AgentConfig, ConfigError, default_name, default_state_dir
     from agent.daemon import Agent
     from wire.auth import TokenError, read_token
 
+    _raise_descriptor_limit()
     service = ServiceManager.from_environment()
     try:
         agent = Agent(
             AgentConfig(
-                name=options.name or socket.gethostname().split(".")[0],
+                name=options.name or default_name(socket.gethostname()),
                 state_dir=options.state_dir or default_state_dir(),
                 cluster=options.cluster,
                 coordinator=options.coordinator,
@@ -220,6 +247,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 backend=options.backend,
                 token=read_token(options.token_file),
                 watts=options.watts,
+                advertise=options.advertise,
             ),
             screen.note,
             service,
@@ -256,6 +284,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         help="TOML with any of these options by their long names; the command line wins",
     )
     parser.set_defaults(parser=parser)
+
+
+def _raise_descriptor_limit() -> None:
+    """Let this process have as many file descriptors as it may: by default it starts with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _url(host: str, port: int) -> str:

@@ -256,9 +256,13 @@ def with_settings(text: str, settings: dict[str, Any]) -> str:
 def _toml(value: object) -> str:
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, Endpoint):
         host = f"[{value.host}]" if ":" in value.host else value.host
-        return json.dumps(f"{host}:{value.port}")
+        return json.dumps(f"{host}:{value.port}" if value.port else host)
+    if isinstance(value, list):
+        return json.dumps(",".join(value))
     return json.dumps(str(value))
 
 

@@ -30,6 +30,7 @@ from cli.signals import Terminated, terminated_like_interrupted
 from cli.testbed import EXAMPLES as TESTBED_EXAMPLES
 from cli.testbed import add_testbed_arguments, run_testbed
 from wire.sizes import parse_size
+from wire.versions import full_version
 
 _sizes = argument(lambda text: [parse_size(part) for part in text.split(",")], "sizes: 1G,512M")
 _temperature = argument(between(0, 2), "a number between 0 and 2")
@@ -213,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=full_version())
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

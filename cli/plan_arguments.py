@@ -192,7 +192,14 @@ def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``shoal study dilemma`` takes."""
     parser.add_argument("study", choices=("dilemma",))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the figures there as SVG")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("dilemma-study"),
+        metavar="DIR",
+        help="for the figures as SVG, and for results as they come: the same command goes on after"
+        " a stop (default: dilemma-study)",
+    )
     parser.add_argument(
         "--runs", type=argument_types.count, default=100, metavar="N", help="default 100"
     )
@@ -326,7 +333,10 @@ def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:
             blocks = range(first + 1, last + 2)
         for block in blocks:
             if pins.setdefault(block, device) != device:
-                raise UsageError(f"--pin: {spec.block_name(block)} is pinned to two devices")
+                raise UsageError(
+                    f"--pin: {spec.block_name(block)} is pinned to two devices,"
+                    f" {pins[block]} and {device}: drop one"
+                )
     return pins
 
 

@@ -149,6 +149,7 @@ def show_dilemma(
     instance: Instance,
     solution: Solution,
     repairs: Sequence[str],
+    times: Mapping[str, Any],
 ) -> None:
     table = titled_table(f"the paper's program, repaired: {', '.join(repairs) or 'nothing'}")
     for column in ("blocks", "device", "bits"):
@@ -164,9 +165,10 @@ def show_dilemma(
     screen.out.print(table)
     proven = "optimal" if solution.proven_optimal else "not proven optimal"
     screen.out.print(
-        f"objective: {solution.objective_s * 1e3:.2f} ms per token predicted, {proven},"
-        f" by {solution.solver}"
+        f"objective: {solution.objective_s * 1e3:.2f} ms per token predicted, {proven} for"
+        f" {'assumed' if times['assumed'] else 'described'} times, by {solution.solver}"
     )
+    screen.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
     if solution.honest_s is None:
         screen.out.print("this places some layers twice or never: no model runs like that")
     elif solution.honest_s > solution.objective_s * (1 + 1e-9):
@@ -216,4 +218,6 @@ def show_study(screen: Screen, study: DilemmaStudy) -> None:
         screen.out.print(points)
     unproven = study.links.unproven + study.clocks.unproven
     verdict = "all proven optimal" if not unproven else f"{unproven} not proven optimal"
-    screen.out.print(f"{verdict}, by {study.solver}")
+    screen.out.print(
+        f"{verdict}: the table by {study.solver}, figures 5 and 6 by dynamic programming"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ SOLVE_AGAIN_LIMIT_S = 5.0
 def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     """``shoal plan MODEL --devices LAB.yaml``: no coordinator, no agent. Raises CommandFailed."""
     from coordinator.admin_api import describe_plan
-    from coordinator.lab import LabError, lab_problem
+    from coordinator.lab import LabError, lab_problem, times_of
     from coordinator.lab_file import read_lab
     from coordinator.plan import PlanError
     from coordinator.plan_file import read_plan
@@ -117,8 +117,9 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             pins=pins_of(options, spec),
             excluded=options.exclude,
         )
+        times = asdict(times_of(lab, spec))
         if options.formulation == "dilemma":
-            _run_dilemma(options, screen, problem)
+            _run_dilemma(options, screen, problem, times)
         else:
             name = model.absolute().name
             plan = _given_or_best(options, screen, problem, given)
@@ -128,6 +129,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
                 {
                     "devices": str(options.devices),
                     "figures": "predicted from described devices",
+                    "times": times,
                 },
             )
             found = _Found(name, context_tokens, describe_plan(spec, plan, slots), wording)
@@ -155,6 +157,7 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
         {"figures": "predicted from measured devices"},
     )
     found = _Found(answer["model"], answer["context_tokens"], answer["plan"], wording)
+    found.devices = answer.get("devices")
     if "quality" in answer:
         found.margin = answer["quality"]["margin"]
         found.measured_kl = answer["quality"]["measured_kl"]
@@ -207,17 +210,30 @@ def run_study(options: argparse.Namespace, screen: Screen) -> None:
     from coordinator.plan import PlanError
     from coordinator.study import study_dilemma
 
+    log = None
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandFailed(
+                f"{options.out}: {(error.strerror or str(error)).lower()}"
+            ) from error
+        log = options.out / "results.jsonl"
+        screen.note(f"results go to {log} as they come: the same command goes on after a stop")
     try:
         with screen.progress() as on_step:
-            study = study_dilemma(
-                runs=options.runs,
-                seed=options.seed,
-                on_step=lambda what, done, total: on_step(_step(what, "", done, total)),
-            )
+
+            def report(what: str, done: int, total: int) -> None:
+                on_step(_step(what, "", done, total))
+                if done == total:
+                    screen.note(f"{what}: done")
+
+            study = study_dilemma(runs=options.runs, seed=options.seed, on_step=report, log=log)
     except PlanError as error:
         raise CommandFailed(str(error)) from error
+    except OSError as error:
+        raise CommandFailed(f"{log}: {(error.strerror or str(error)).lower()}") from error
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         for name, text in study.figures().items():
             (options.out / name).write_text(text, encoding="utf-8")
             screen.note(f"drawn to {options.out / name}")
@@ -241,7 +257,11 @@ def save_plan(path: Path, plan: Plan, found: _Found) -> None:
     from coordinator.plan_file import plan_text
 
     text = plan_text(
-        plan, found.model, slots=found.plan["slots"], context_tokens=found.context_tokens
+        plan,
+        found.model,
+        slots=found.plan["slots"],
+        context_tokens=found.context_tokens,
+        devices=found.devices,
     )
     path.write_text(text, encoding="utf-8")
 
@@ -298,7 +318,7 @@ class _Wording:
 
     title: str
     picture: str
-    labels: Mapping[str, str]
+    labels: Mapping[str, Any]
     """Keys of the JSON answer that say where its figures are from."""
 
 
@@ -312,6 +332,8 @@ class _Found:
     wording: _Wording
     margin: float | None = None
     measured_kl: float | None = None
+    devices: Mapping[str, str] | None = None
+    """Ids of devices by name; None for described ones."""
 
 
 def _show_plan(
@@ -388,7 +410,7 @@ def _show_found(
             answer["simulation"] = simulation.to_dict()
         screen.json(answer)
         return
-    screen.plan(found.plan, found.wording.title)
+    screen.plan(found.plan, found.wording.title, found.wording.labels.get("times"))
     show_divergence(screen, found.plan, found.margin, found.measured_kl)
     if found.plan["energy_j"] is not None:
         energy_j = found.plan["energy_j"]
@@ -401,7 +423,12 @@ def _show_found(
         show_simulation(screen, simulation)
 
 
-def _run_dilemma(options: argparse.Namespace, screen: Screen, problem: PlanningProblem) -> None:
+def _run_dilemma(
+    options: argparse.Namespace,
+    screen: Screen,
+    problem: PlanningProblem,
+    times: Mapping[str, Any],
+) -> None:
     """The paper's program on the described costs: blocks are its layers."""
     from coordinator import dilemma
 
@@ -428,6 +455,7 @@ def _run_dilemma(options: argparse.Namespace, screen: Screen, problem: PlanningP
                 "formulation": "dilemma",
                 "repairs": list(options.repair),
                 "figures": "predicted from described devices",
+                "times": times,
                 "objective_ms": solution.objective_s * 1e3,
                 "with_every_transfer_ms": (
                     None if solution.honest_s is None else solution.honest_s * 1e3
@@ -446,7 +474,7 @@ def _run_dilemma(options: argparse.Namespace, screen: Screen, problem: PlanningP
             }
         )
     else:
-        show_dilemma(screen, problem.spec, instance, solution, options.repair)
+        show_dilemma(screen, problem.spec, instance, solution, options.repair, times)
 
 
 def _given_or_best(

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cli.journal import prefixed
 from wire.sizes import format_size
+from wire.versions import shoal_version
 
 BAR_AFTER_S = 2.0
 """Work that ends sooner needs no progress bar."""
@@ -134,13 +135,14 @@ class Screen:
             table.add_row(
                 escape(device["name"]),
                 escape(device["processor"]),
-                device["backend"],
+                escape(device["backend"]),
                 str(device["threads"]),
                 format_size(device["memory_bytes"]),
                 format_size(device["storage_bytes"]),
                 f"{device['memory_read_bytes_per_s'] / 1e9:.1f}",
             )
         self.out.print(table)
+        self._versions(answer)
         if answer["links"]:
             links = titled_table("measured links")
             links.add_column("from")
@@ -163,8 +165,25 @@ class Screen:
             text = f"[red]no link:[/] {escape(link['text'])}, tried {since} ago"
             self.out.print(text, soft_wrap=True)
 
-    def plan(self, plan: Mapping[str, Any], title: str) -> None:
-        """A plan: its stages, and what each block was given."""
+    def _versions(self, answer: Mapping[str, Any]) -> None:
+        """Who runs which shoal, and a hint where they differ."""
+        here, version = shoal_version(), answer.get("version", "of an older version")
+        runs: dict[str, list[str]] = {version: ["the coordinator"]}
+        for device in answer["devices"]:
+            runs.setdefault(device["version"], []).append(device["name"])
+        if here != version:
+            runs.setdefault(here, []).append("this command")
+        if len(runs) == 1:
+            line = f"shoal {version} on the coordinator and all devices"
+        else:
+            line = "; ".join(f"shoal {one} on {', '.join(names)}" for one, names in runs.items())
+            line += ": install the same on all machines"
+        self.out.print(escape(line))
+
+    def plan(
+        self, plan: Mapping[str, Any], title: str, times: Mapping[str, Any] | None = None
+    ) -> None:
+        """A plan: its stages, and what each block was given; ``times`` says whose times it has."""
         from coordinator.plan import bits_text
 
         table = titled_table(title)
@@ -192,11 +211,15 @@ class Screen:
             table.add_row("  token return", "", "", "", "", f"{plan['return_s'] * 1e3:.2f}")
         self.out.print(table)
         proof = "optimal" if plan["proven_optimal"] else f"within {plan['gap']:.1%} of the optimum"
+        if times is not None:
+            proof += f" for {'assumed' if times['assumed'] else 'described'} times"
         ms = plan["predicted_ms_per_token"]
         self.out.print(
             f"predicted: {ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s), proven {proof} "
             f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s"
         )
+        if times is not None:
+            self.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
         if plan["slots"] > 1:
             self.out.print(
                 f"predicted for {plan['slots']} sequences at once: "

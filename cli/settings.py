@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cli.argument_types import Several
 from cli.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -70,6 +71,14 @@ def _settings(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 
 
 def _converted(path: Path, name: str, value: object, action: argparse.Action) -> Any:
+    if isinstance(action, Several) and isinstance(value, list):
+        return tuple(_one(path, name, item, action) for item in value)
+    if isinstance(action, Several):
+        return (_one(path, name, value, action),)
+    return _one(path, name, value, action)
+
+
+def _one(path: Path, name: str, value: object, action: argparse.Action) -> Any:
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise UsageError(f"{path}: {name}: expected true or false")

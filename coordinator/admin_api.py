@@ -29,6 +29,8 @@ from coordinator.plan_request import PlanRequest, model_name
 from coordinator.quality import QualityRequest
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
+from wire.messages import PROTOCOL_VERSION
+from wire.versions import shoal_version
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -56,6 +58,8 @@ class AdminRoutes:
         return JSONResponse(
             {
                 "cluster": self._cluster,
+                "version": shoal_version(),
+                "protocol": PROTOCOL_VERSION,
                 "devices": [_device(member) for member in self._roster.members],
                 "links": [asdict(link) for link in self._roster.links()],
                 "no_links": [
@@ -116,7 +120,13 @@ def _device(member: Member) -> dict[str, Any]:
         "device": member.device,
         "version": member.version,
         "address": member.connection.peer_host,
-        "joined_s": round(time.time() - member.joined_s, 3),
+        "endpoints": [
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            for host, port in (
+                (item.host, item.port) for item in (*member.advertised, *member.endpoints)
+            )
+        ],
+        "joined_s": round(member.connected_s, 3),
         "memory_available_bytes": member.memory_available_bytes,
         **asdict(member.profile),
     }
@@ -127,6 +137,7 @@ def _planned(planned: Planned) -> dict[str, Any]:
         "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
         "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
+        "devices": dict(planned.devices),
     }
     if planned.quality_margin is not None:
         answer["quality"] = {

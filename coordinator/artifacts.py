@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from coordinator.errors import MakingFailed, StorageFull
 from model.artifact import file_sha256, write_artifact
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
+from model.errors import CheckpointError
 from model.quantize import Format, weight_error
 from model.spec import QUANTIZED_TENSORS
 from wire.messages import BlockRef
@@ -103,6 +105,11 @@ class ArtifactStore:
         self._limit_bytes = limit_bytes
         self._in_use: set[str] = set()
         """What was quantized last: agents may be fetching it."""
+        self._sources: dict[str, tuple[Checkpoint, int, Format]] = {}
+        """What the artifacts of the last checkpoint are made of."""
+        self._whole: set[str] = set()
+        """Files whose hash was compared since the start."""
+        self._making = threading.Lock()
 
     def prepare(self) -> None:
         """Make the directories. Raises OSError."""
@@ -131,24 +138,89 @@ class ArtifactStore:
         index = self._load(checkpoint)
         refs: list[BlockRef] = []
         self._in_use.clear()
+        same = checkpoint.fingerprint
+        self._sources = {
+            sha256: source
+            for sha256, source in self._sources.items()
+            if source[0].fingerprint == same
+        }
         for done, (block, fmt) in enumerate(wanted):
             if cancelled():
                 raise Cancelled
             key = f"{block}/{_key(fmt)}"
             entry = index["artifacts"].get(key)
-            if entry is not None and (path := self.path(entry[0])) is not None:
-                os.utime(path)
-            else:
-                size_bytes = stored_bytes(checkpoint.spec, block, fmt) + HEADER_BYTES
-                self._make_room(size_bytes, set())
-                artifact = write_artifact(self._artifacts, block, checkpoint.block(block), fmt)
-                entry = [artifact.sha256, artifact.size_bytes]
+            if entry is None or not self._has(*entry):
+                entry = self._make(checkpoint, block, fmt)
                 index["artifacts"][key] = entry
                 self._save(checkpoint, index)
+            self._sources[entry[0]] = (checkpoint, block, fmt)
             refs.append(BlockRef(block, entry[0], entry[1]))
             self._in_use.add(entry[0])
             on_step(done + 1, len(wanted))
         return tuple(refs)
+
+    def _has(self, sha256: str, size_bytes: int) -> bool:
+        """Whether an artifact of this size is here, which counts as its use."""
+        path = self._artifacts / sha256
+        if not _SHA256.fullmatch(sha256) or not path.exists():
+            return False
+        if not path.is_file() or path.stat().st_size != size_bytes or not os.access(path, os.R_OK):
+            log.warning("%s is damaged: it is made again", path)
+            remove(path)
+            return False
+        os.utime(path)
+        return True
+
+    def can_make(self, sha256: str) -> bool:
+        """Whether ``repair`` knows what this file is made of."""
+        return sha256 in self._sources
+
+    def _make(self, checkpoint: Checkpoint, block: int, fmt: Format) -> list[Any]:
+        """Write one artifact: [its hash, its size]. Raises ModelError, OSError, StorageFull."""
+        with self._making:
+            self._make_room(stored_bytes(checkpoint.spec, block, fmt) + HEADER_BYTES, set())
+            artifact = write_artifact(self._artifacts, block, checkpoint.block(block), fmt)
+            return [artifact.sha256, artifact.size_bytes]
+
+    def is_whole(self, sha256: str) -> bool:
+        """Whether a file is here and has this hash; one that has another is removed.
+
+        A file is hashed once after each start. For any thread. Raises OSError.
+        """
+        path = self.path(sha256)
+        if path is None:
+            return False
+        if sha256 in self._whole:
+            return True
+        with contextlib.suppress(CheckpointError):  # Then it cannot be read.
+            if file_sha256(path) == sha256:
+                self._whole.add(sha256)
+                return True
+        log.warning("%s is damaged: it is removed", path)
+        remove(path)
+        return False
+
+    def repair(self, sha256: str) -> None:
+        """Make a file that is damaged or gone again from its checkpoint; a whole one stays.
+
+        For any thread. Raises MakingFailed where the checkpoint is not known or gives other bytes,
+        ModelError, OSError, StorageFull.
+        """
+        self._whole.discard(sha256)
+        if self.is_whole(sha256):
+            return
+        source = self._sources.get(sha256)
+        if source is None:
+            raise MakingFailed("the coordinator's own file is damaged and was removed: load again")
+        made, _ = self._make(*source)
+        if made != sha256:
+            raise MakingFailed(
+                "the coordinator's own file was damaged, and the checkpoint has changed since it "
+                "was made: load again"
+            )
+        checkpoint, block, _ = source
+        name = checkpoint.spec.block_name(block)
+        log.warning("%s was damaged here and is made again from the checkpoint", name)
 
     def adopt(self, path: Path, keep: set[str]) -> tuple[str, int]:
         """Move a finished file here, without making room of ``keep``; its hash and size.
@@ -188,7 +260,7 @@ class ArtifactStore:
             if total + size_bytes <= limit_bytes:
                 return
             if path.name not in keep and path.name not in self._in_use:
-                path.unlink(missing_ok=True)
+                remove(path)
                 total -= size
         if total + size_bytes > limit_bytes:
             raise StorageFull(
@@ -264,6 +336,14 @@ class ArtifactStore:
 
     def _index_path(self, checkpoint: Checkpoint) -> Path:
         return self._indices / f"{checkpoint.fingerprint}.json"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _key(fmt: Format) -> str:

@@ -31,6 +31,8 @@ class CoordinatorConfig:
     http_port: int
     advertise: bool
     """Announce the control address by mDNS."""
+    http_hosts: tuple[str, ...] = ()
+    """Host names that HTTP serves beside this machine's own; "*": all."""
     storage_bytes: int | None = None
     """For quantized blocks; None: most of the free disk."""
     recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S

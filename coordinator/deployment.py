@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, LinkFailed
@@ -20,6 +21,8 @@ from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import BlockRef, ConnectStage, Done, LoadStage, StageLoaded, UnloadStage
+
+HOP_KEY_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +40,8 @@ class Planned:
     plan: Plan
     quality_margin: float | None
     measured_kl: float | None
+    devices: Mapping[str, str] = field(default_factory=dict)
+    """Ids of the devices by the names that the problem and the plan have for them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +58,8 @@ class Deployment:
     members: tuple[Member, ...]
     loaded: tuple[StageLoaded, ...]
     broken: CoordinatorError | None = None
+    is_suspect: bool = False
+    """Whether a file of a stage was damaged: tokens that came from here may be wrong."""
     successor: asyncio.Future[Deployment] | None = None
     """Once a device or link was lost: what takes this deployment's place, or why nothing does."""
 
@@ -117,13 +124,15 @@ async def deploy(
 
     Raises AgentFailed, LinkFailed.
     """
-    by_name = {member.name: member for member in roster}
+    by_device = {member.device: member for member in roster}
     stages = planned.plan.stages
     for stage in stages:
-        if stage.device not in by_name:
+        if planned.devices[stage.device] not in by_device:
             raise AgentLost(stage.device, "it left while the plan was made")
-    members = tuple(by_name[stage.device] for stage in stages)
+    members = tuple(by_device[planned.devices[stage.device]] for stage in stages)
     spec = planned.checkpoint.spec
+    # What lets each stage's previous device in: its neighbours know it, and no other device.
+    keys = tuple(secrets.token_bytes(HOP_KEY_BYTES) for _ in members)
     try:
         loaded = await together(
             member.request(
@@ -134,17 +143,22 @@ async def deploy(
                     blocks=tuple(refs[stage.first : stage.last]),
                     slots=planned.request.slots,
                     context_tokens=planned.context_tokens,
-                    first=members[0].device,
+                    previous=previous.device,
+                    hop_key=key,
                     hop_bits=_hop_bits(stage),
                 ),
                 StageLoaded,
                 forward(on_step, "load", member.name),
             )
-            for member, stage in zip(members, stages, strict=True)
+            for member, stage, previous, key in zip(
+                members, stages, members[-1:] + members[:-1], keys, strict=True
+            )
         )
         if len(members) > 1:
-            for member, after in zip(members, members[1:] + members[:1], strict=True):
-                await _connect(member, after, epoch)
+            for member, after, key in zip(
+                members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True
+            ):
+                await _connect(member, after, epoch, key)
         for member in members:  # One that had answered may be gone before all have.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
@@ -164,9 +178,15 @@ async def deploy(
     )
 
 
-async def _connect(member: Member, after: Member, epoch: int) -> None:
+async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> None:
     """Have a stage connect to the next of the ring. Raises AgentLost, LinkFailed."""
-    build = partial(ConnectStage, epoch=epoch, device=after.device, endpoints=after.endpoints)
+    build = partial(
+        ConnectStage,
+        epoch=epoch,
+        device=after.device,
+        endpoints=after.endpoints_for(member),
+        hop_key=key,
+    )
     try:
         await member.request(build, Done)
     except AgentLost:

@@ -30,6 +30,11 @@ ByWidth = Mapping[int, float]
 _TOLERANCE = 2e-6
 
 
+_State = tuple[int, int, tuple[int, ...]]
+_MOST_STATES = 20_000
+_ROUNDING = 1e-9
+
+
 @dataclass(frozen=True, slots=True)
 class Repairs:
     """Which oddities of the printed program are repaired; all False is what the paper prints.
@@ -157,6 +162,49 @@ def solve(
     check(instance, repairs, chosen)
     bound_s = objective_s if outcome.status == "optimal" else (outcome.bound or 0.0)
     return Solution(chosen, objective_s, _honest(instance, chosen), bound_s, outcome.solver)
+
+
+def solve_by_stages(instance: Instance) -> Solution | None:
+    """The optimum of the wholly repaired program by dynamic programming; None where that is large.
+
+    Layer by layer, a state is where the layer is, its width, and what each device stores by then:
+    of equal states the cheapest goes on. Where layers are alike there are few of them, and this
+    takes milliseconds where the integer program takes a second. Raises PlanError as ``solve``.
+    """
+    devices = range(len(instance.devices))
+    empty = (0,) * len(devices)
+    # State (device, width, bytes stored by device): seconds, and the choices that lead there.
+    states: dict[_State, tuple[float, tuple[Choice, ...]]] = {}
+    for layer in range(instance.layers):
+        before = list(states.items()) if layer else [((-1, 0, empty), (0.0, ()))]
+        states = {}
+        for (device, width, stored), (old_s, made) in before:
+            for i, b in itertools.product(devices, instance.bits):
+                if not instance.allowed(i, layer, b):
+                    continue
+                cost_s = old_s + instance.compute_s[i][layer][b]
+                if device not in (i, -1):
+                    if (device, i) not in instance.transfer_s:
+                        continue
+                    cost_s += instance.transfer_s[device, i][layer - 1][width]
+                kept = stored
+                if instance.storage_bytes[i] < math.inf:
+                    size = stored[i] + instance.stored_bytes[layer][b]
+                    if size > instance.storage_bytes[i] * (1 + _ROUNDING):
+                        continue
+                    kept = (*stored[:i], size, *stored[i + 1 :])
+                if (i, b, kept) not in states or cost_s < states[i, b, kept][0]:
+                    states[i, b, kept] = cost_s, (*made, Choice(layer, i, b))
+        if len(states) > _MOST_STATES:
+            return None
+    if not states:
+        reason = why_infeasible(instance, ALL_REPAIRS)
+        raise PlanError(f"the paper's program has no solution{reason}")
+    _, chosen = min(states.values(), key=lambda state: state[0])
+    check(instance, ALL_REPAIRS, chosen)
+    objective_s = charge(instance, ALL_REPAIRS, chosen)
+    honest_s = _honest(instance, chosen)
+    return Solution(chosen, objective_s, honest_s, objective_s, "dynamic programming")
 
 
 def charge(instance: Instance, repairs: Repairs, choices: Sequence[Choice]) -> float:

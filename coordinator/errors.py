@@ -3,8 +3,11 @@
 CoordinatorError            one line, with what to do next
 ├── NoAgents                nothing has joined
 ├── AgentFailed             an agent could not do what it was asked
-│   └── AgentLost           ... because it is gone
+│   ├── AgentLost           ... because it is gone
+│   ├── AgentDamaged        ... because a file of its stage is damaged: the stage stopped
+│   └── AgentLied           ... because it broke the protocol in an answer
 ├── LinkFailed              two agents live, and one cannot reach the other
+├── AnswerWithdrawn         text that was shown came from a damaged stage
 ├── Stalled                 the devices live, but no token comes
 ├── Busy                    another plan, load or unload is under way
 ├── NotLoaded               no model is loaded, or its deployment is broken
@@ -83,6 +86,37 @@ class LinkFailed(CoordinatorError):
 
     def unplaced(self, why: str) -> CoordinatorError:
         return LinkFailed(self.source, self.target, self.reason, why)
+
+
+class AgentDamaged(AgentFailed):
+    """The agent ``name`` stopped its stage: a file that the stage runs from is damaged."""
+
+    status = 503
+    code = "stage_damaged"
+
+    def unplaced(self, why: str) -> CoordinatorError:
+        return AgentFailed(self.name, f"{self.reason}; the model cannot be loaded again yet: {why}")
+
+
+class AnswerWithdrawn(CoordinatorError):
+    """Text that the user has seen came from a damaged stage, and another text would follow now."""
+
+    status = 503
+    code = "answer_withdrawn"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the answer so far came from a device with a damaged file and is wrong: ask again"
+        )
+
+
+class AgentLied(AgentFailed):
+    """The agent ``name`` sent what no working one sends; the answer cannot be trusted."""
+
+    code = "device_misbehaved"
+
+    def __init__(self, name: str, lie: str) -> None:
+        super().__init__(name, f"it {lie}; update shoal there, or leave it out with --exclude")
 
 
 class Stalled(CoordinatorError):

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import (
     AsyncIterator,
@@ -37,6 +38,7 @@ from coordinator.deployment import (
 )
 from coordinator.distillation import Distillation, Losses, QualityFound
 from coordinator.errors import (
+    AgentDamaged,
     AgentLost,
     Busy,
     CoordinatorError,
@@ -54,6 +56,7 @@ from coordinator.measurements import (
     try_links,
 )
 from coordinator.members import Member, Roster
+from coordinator.names import NameBook
 from coordinator.plan import InfeasiblePlan, Plan, PlanError
 from coordinator.plan_request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_name
 from coordinator.planner import solve
@@ -61,6 +64,7 @@ from coordinator.problem import PlanningProblem, build_problem
 from coordinator.quality import QualityRequest, QualityStore, choose_hops, own_rows
 from coordinator.recovery import LoadedFile, joined, recover, remaining
 from model.checkpoint import Checkpoint
+from model.families import load_spec
 from model.given import require_model
 from model.tokenizer import Tokenizer
 from wire import limits
@@ -101,8 +105,9 @@ class Fleet:
         """What finds out what became of the hop that a member has lost."""
         self._store = store
         self._distillation = Distillation(store, quality)
+        self._damaged_epochs: set[int] = set()
+        """Of what was being loaded when a stage of it was found damaged."""
         self._lock = asyncio.Lock()
-        self._epochs = itertools.count(1)
         self.deployment: Deployment | None = None
         self.on_step: Callable[[Step], None] | None = None
         self.on_broken: Callable[[Deployment, CoordinatorError], None] = lambda *_: None
@@ -119,14 +124,18 @@ class Fleet:
     async def plan(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
-            return await self._plan(request, asked=True)
+            return await self._plan(self._identified(request), asked=True)
 
     async def load(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
             tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+            request = self._identified(request)
+            for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
+                log.warning("%s", doubt)
             self.deployment = await self._put(request, tokenizer, asked=True)
-            self._kept.keep(request, [member.name for member in self.deployment.members])
+            ids = {member.name: member.device for member in self.deployment.members}
+            self._kept.keep(request, list(ids), ids)
             return self.deployment
 
     async def calibrate(
@@ -139,9 +148,10 @@ class Fleet:
         async with self._exclusive(on_step):
             self._require_idle()
             everybody = members = self._roster.require_members()
-            _check_names((request.on,) if request.on else (), members)
             if request.on is not None:
-                members = tuple(member for member in members if member.name == request.on)
+                device = self._roster.names.device(request.on) or request.on
+                _check_joined((device,), members, self._roster.names)
+                members = tuple(member for member in members if member.device == device)
             return await self._distillation.calibrate(request, members, everybody, self._report)
 
     async def unload(self) -> str | None:
@@ -190,6 +200,19 @@ class Fleet:
                 with contextlib.suppress(CoordinatorError):
                     async with self._unasked("a link that had failed is tried again"):
                         await try_links(self._roster, due[:1], self._report)
+
+    def stop_damaged(self, member: Member, epoch: int, reason: str) -> None:
+        """Place anew what ``member`` found to run from a damaged file; its answers are suspect."""
+        error = AgentDamaged(member.name, reason)
+        deployment = self.deployment
+        if deployment is not None and deployment.epoch == epoch and member in deployment.members:
+            deployment.is_suspect = True
+            if not deployment.broken:
+                self.place_again(deployment, error)  # Which says why.
+                return
+        elif self._lock.locked():  # It may be about what is still being loaded.
+            self._damaged_epochs.add(epoch)
+        log.warning("%s", error)
 
     def resume(self) -> None:
         """Load what was loaded when the coordinator was stopped, as soon as its devices join."""
@@ -248,10 +271,9 @@ class Fleet:
             refs = await self._quantize(planned)
             if asked:
                 await self._unload()
-            epoch = next(self._epochs)
             members = self._roster.members
             try:
-                return await deploy(planned, tokenizer, refs, members, epoch, self._report)
+                return await self._deploy(planned, tokenizer, refs, members)
             except LinkFailed as error:
                 by_name = {member.name: member for member in members}
                 ends = by_name[error.source], by_name[error.target]
@@ -264,7 +286,9 @@ class Fleet:
         """``asked``: a user waits for the best plan, so that more links are tried again."""
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
         members = self._roster.require_members()
-        _check_names((*request.exclude, *request.pins.values()), members)
+        names = self._roster.names
+        absent = [device for device in request.exclude if names.device(device) is None]
+        _check_joined((*absent, *request.pins.values()), members, names)
         losses = self._distillation.losses(checkpoint, request)
         context_tokens = min(
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
@@ -292,13 +316,20 @@ class Fleet:
                 request, checkpoint, members, problem, plan, losses.known, self._report
             )
         return Planned(
-            request, checkpoint, context_tokens, problem, plan, losses.margin, measured_kl
+            request,
+            checkpoint,
+            context_tokens,
+            problem,
+            plan,
+            losses.margin,
+            measured_kl,
+            {member.name: member.device for member in members},
         )
 
     async def _solve(self, request: PlanRequest, problem: PlanningProblem) -> Plan:
         self._step("plan", "solving", 0, 0, "")
         if request.given is not None:
-            return request.given.to_plan(problem)
+            return request.given.renamed(self._roster.names.name).to_plan(problem)
         return await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
 
     async def _links_back(self, error: PlanError, failed_before_s: float) -> bool:
@@ -311,6 +342,21 @@ class Fleet:
             wanted = error.advice.missing_links
             pairs = [pair for pair in pairs if (pair[0].name, pair[1].name) in wanted]
         return await try_links(self._roster, pairs, self._report)
+
+    def _identified(self, request: PlanRequest) -> PlanRequest:
+        """``request`` with ids in place of names. Raises RequestInvalid for a plan of strangers."""
+        names = self._roster.names
+        given = request.given
+        if given is not None:
+            for name, device in given.devices.items():
+                if names.device(device) is None:
+                    raise RequestInvalid(
+                        f"{given.source}: no device with the id {device}, which was called "
+                        f"{name}, has ever joined here: take {name} out of `devices` in the plan "
+                        f"to mean whichever device is called {name} now",
+                        "plan",
+                    )
+        return request.identified(names.device)
 
     def _require_idle(self) -> None:
         if self.deployment is not None:
@@ -331,8 +377,10 @@ class Fleet:
     ) -> PlanningProblem:
         """The problem as measured; what is not known yet is measured."""
         spec = checkpoint.spec
-        timings = await measure_blocks(members, spec, request.bits, self._report, request.exclude)
-        measured = [member for member in members if member.name not in request.exclude]
+        names = {member.device: member.name for member in members}
+        excluded = [member.name for member in members if member.device in request.exclude]
+        timings = await measure_blocks(members, spec, request.bits, self._report, excluded)
+        measured = [member for member in members if member.name not in excluded]
         await measure_links(self._roster, measured, self._report, asked=asked)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
         if request.max_weight_error is not None:
@@ -371,8 +419,8 @@ class Fleet:
                 ),
                 quality_budget=request.quality_budget,
                 objective=request.objective,
-                pins=request.pins,
-                excluded=request.exclude,
+                pins={block: names[device] for block, device in request.pins.items()},
+                excluded=excluded,
                 hop_formats=choose_hops(request.hop_bits, losses.hops, request.quality_budget),
                 held=held,
                 load_bytes_per_s=rates,
@@ -401,34 +449,64 @@ class Fleet:
             self._report,
         )
 
+    async def _deploy(
+        self,
+        planned: Planned,
+        tokenizer: Tokenizer,
+        refs: Sequence[BlockRef],
+        members: Sequence[Member],
+    ) -> Deployment:
+        self._damaged_epochs.clear()
+        while True:  # A device loads no damaged file twice: it fetches or makes it again.
+            epoch = secrets.randbits(62)  # Nobody else can name it, and no restart repeats it.
+            deployment = await deploy(planned, tokenizer, refs, members, epoch, self._report)
+            for member, loaded in zip(deployment.members, deployment.loaded, strict=True):
+                if loaded.damaged_files:
+                    log.warning(
+                        "%s: %d damaged files were fetched or made again",
+                        member.name,
+                        loaded.damaged_files,
+                    )
+            if epoch not in self._damaged_epochs:
+                return deployment
+            await asyncio.shield(unload(deployment.members))
+
     # ---- without being asked --------------------------------------------------------------------
 
     async def _recover(
-        self, broken: Deployment, lost: CoordinatorError, successor: asyncio.Future[Deployment]
+        self, broken: Deployment, why: CoordinatorError, successor: asyncio.Future[Deployment]
     ) -> None:
         """Replace ``broken``, as soon as the members allow."""
 
         async def place() -> Deployment:
             await unload(broken.members)
-            return await self._place(broken.request, broken.tokenizer)
+            placed = await self._place(broken.request, broken.tokenizer)
+            if any(loaded.damaged_files for loaded in placed.loaded):
+                broken.is_suspect = True
+            return placed
 
         def explain(error: Exception) -> CoordinatorError:
-            broken.broken = lost.unplaced(str(error))
+            broken.broken = why.unplaced(str(error))
             return broken.broken
 
-        log.warning("%s: placing %s anew", lost, broken.name)
+        log.warning("%s: placing %s anew", why, broken.name)
         await self._until_placed(place, explain, successor, self._recovery_wait_s)
 
     async def _resume(
-        self, request: PlanRequest, names: Collection[str], outcome: asyncio.Future[Deployment]
+        self, request: PlanRequest, devices: Collection[str], outcome: asyncio.Future[Deployment]
     ) -> None:
         """Load what was loaded once its devices have joined, or without those that do not come."""
         name = model_name(request.model)
-        log.warning("%s was loaded: waiting for %s", name, ", ".join(names))
-        await joined(self._roster, names, self._recovery_wait_s)
+        names = self._roster.names
+        log.warning("%s was loaded: waiting for %s", name, ", ".join(map(names.name, devices)))
+        await joined(self._roster, devices, self._recovery_wait_s)
 
         async def place() -> Deployment:
-            return await self._place(request, await asyncio.to_thread(_tokenizer, request.model))
+            # What was kept before devices had ids says names.
+            return await self._place(
+                request.identified(names.device),
+                await asyncio.to_thread(_tokenizer, request.model),
+            )
 
         def explain(error: Exception) -> CoordinatorError:
             return NotLoaded(f"{name} cannot be loaded again yet: {error}")
@@ -457,8 +535,7 @@ class Fleet:
 
     async def _place(self, request: PlanRequest, tokenizer: Tokenizer) -> Deployment:
         """What is left of ``request``, on who is left."""
-        names = [member.name for member in self._roster.members]
-        left = remaining(request, names)
+        left = remaining(request, [member.device for member in self._roster.members])
         try:
             deployment = await self._put(left, tokenizer, asked=False)
         except (PlanError, LinkFailed):
@@ -510,9 +587,16 @@ def _tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
-def _check_names(wanted: Iterable[str], members: tuple[Member, ...]) -> None:
-    """Raise RequestInvalid for a wish about a device that has not joined."""
-    names = [member.name for member in members]
-    for name in wanted:
-        if name not in names:
-            raise RequestInvalid(f"no device is called {name!r}: {', '.join(names)} have joined")
+def _doubts(tokenizer: Tokenizer, model: Path) -> list[str]:
+    return list(tokenizer.doubts(load_spec(model).vocab))
+
+
+def _check_joined(wanted: Iterable[str], members: tuple[Member, ...], names: NameBook) -> None:
+    """Raise RequestInvalid for a wish about a device (its id) that is not a member."""
+    here = {member.device for member in members}
+    joined_now = ", ".join(member.name for member in members)
+    for device in wanted:
+        if names.device(device) is None:
+            raise RequestInvalid(f"no device is called {device!r}: {joined_now} have joined")
+        if device not in here:
+            raise RequestInvalid(f"{names.name(device)} is not here now: {joined_now} have joined")

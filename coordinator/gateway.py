@@ -18,12 +18,21 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from coordinator.deployment import Deployment
-from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, RequestInvalid, Stalled
+from coordinator.errors import (
+    AgentFailed,
+    AgentLied,
+    AgentLost,
+    AnswerWithdrawn,
+    CoordinatorError,
+    RequestInvalid,
+    Stalled,
+)
 from coordinator.fleet import Fleet
 from coordinator.forecast import best_chunk_tokens
 from coordinator.members import Member
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
+from wire.errors import ProtocolError
 from wire.messages import (
     FinishReason,
     Message,
@@ -31,9 +40,11 @@ from wire.messages import (
     ReleaseSequence,
     Sampling,
     SequenceFailed,
+    StageDamaged,
     StartSequence,
     TokenSampled,
 )
+from wire.patience import within
 
 STALL_S = 120.0
 STALL_FACTOR = 20
@@ -50,6 +61,8 @@ class Piece:
     finish: FinishReason
     notice: str = ""
     """Why nothing comes for a while; then nothing else is there."""
+    withdraws: bool = False
+    """Whether all that came before is wrong: the answer begins again."""
 
 
 @dataclass(slots=True)
@@ -79,10 +92,29 @@ class Timing:
 
 @dataclass(slots=True)
 class _Flight:
-    """A sequence in flight."""
+    """A sequence in flight. What its last stage says of it is checked here, whoever samples."""
 
     deployment: Deployment
+    sampling: Sampling
     events: asyncio.Queue[TokenSampled | CoordinatorError] = field(default_factory=asyncio.Queue)
+    tokens: int = 0
+    ended: bool = False
+    """Nothing that still arrives counts."""
+
+    def take(self, message: TokenSampled) -> str | None:
+        """Queue the next token; what is wrong with it, if it cannot be that."""
+        limit = self.sampling.max_tokens
+        if message.index != self.tokens or self.tokens >= limit:
+            return f"sent token number {message.index}, where {self.tokens} of {limit} had come"
+        if not 0 <= message.token < self.deployment.spec.vocab:
+            return f"sent token {message.token}, of a vocabulary of {self.deployment.spec.vocab}"
+        self.tokens += 1
+        stops, is_last = message.token in self.sampling.stop_tokens, self.tokens == limit
+        if message.finish != ("stop" if stops else "length" if is_last else ""):
+            return f"sent token {message.token}, {self.tokens} of {limit}, as {message.finish!r}"
+        self.ended = bool(message.finish)
+        self.events.put_nowait(message)
+        return None
 
 
 class Gateway:
@@ -101,11 +133,15 @@ class Gateway:
         sampling: Sampling,
         stop: Sequence[str] = (),
         timing: Timing | None = None,
+        *,
+        withdrawable: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """Pieces of the answer until one has a finish reason; waits for its turn first.
 
         ``max_tokens`` is cut to what the context leaves. Where a device is lost, the answer goes on
-        once the model is placed anew. Closing the iterator cancels the sequence on every stage.
+        once the model is placed anew. Where a stage was damaged it begins again, and must give the
+        tokens that were given already: else AnswerWithdrawn is raised, or, where pieces are
+        ``withdrawable``, one says so. Closing the iterator cancels the sequence on every stage.
         Raises RequestInvalid, CoordinatorError.
         """
         room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
@@ -115,22 +151,39 @@ class Gateway:
         decoder = deployment.tokenizer.stream()
         text = _StopFilter(stop)
         answer: list[int] = []
+        given: list[int] = []
+        """What the caller has: longer than the answer where that began again."""
         while True:
-            deployment = await deployment.latest()
+            before, deployment = deployment, await deployment.latest()
+            if given and _was_suspect(before, deployment):
+                answer.clear()
+                if withdrawable:
+                    given.clear()
+                    decoder, text = deployment.tokenizer.stream(), _StopFilter(stop)
+                    yield Piece("", (), "", withdraws=True)
             left = replace(sampling, max_tokens=limit - len(answer))
             events = self._tokens(deployment, (*prompt, *answer), left, timing)
             try:
                 async with aclosing(events):
                     async for event in events:
+                        if len(answer) < len(given):
+                            if event.finish or event.token != given[len(answer)]:
+                                raise AnswerWithdrawn
+                            answer.append(event.token)
+                            continue
                         piece = _piece(event, decoder, text, timing)
                         answer += piece.tokens
+                        given += piece.tokens
                         yield piece
                         if piece.finish:
                             return
+            except (AnswerWithdrawn, AgentLied):
+                raise  # Not even the tokens before are to be trusted.
             except CoordinatorError as error:
                 if deployment.successor is None:
                     raise
-                notice = f"{error}. The answer goes on once the model is placed anew"
+                does = "begins again" if deployment.is_suspect else "goes on"
+                notice = f"{error}. The answer {does} once the model is placed anew"
             yield Piece("", (), "", notice)
 
     async def _tokens(
@@ -140,7 +193,7 @@ class Gateway:
         async with deployment.slots.one() as slot:
             deployment.require()
             number = next(self._numbers)
-            flight = self._flights[number] = _Flight(deployment)
+            flight = self._flights[number] = _Flight(deployment, sampling)
             try:
                 timing.started_s = timing.started_s or time.monotonic()
                 await _begin(deployment, number, slot, prompt, sampling)
@@ -154,19 +207,31 @@ class Gateway:
                 await asyncio.shield(_release(deployment, number))
 
     def on_event(self, member: Member, message: Message) -> None:
-        """Take what an agent says of its own accord; what belongs to no flight is dropped."""
+        """Take what an agent says of its own accord; what belongs to no flight is dropped.
+
+        Raises ProtocolError for what ends a flight because no working agent sends it.
+        """
         if isinstance(message, PeerLost):
             self._on_peer_lost(member, message)
+            return
+        if isinstance(message, StageDamaged):
+            self._fleet.stop_damaged(member, message.epoch, message.reason)
             return
         if not isinstance(message, (TokenSampled, SequenceFailed)):
             return
         flight = self._flights.get(message.sequence)
-        if flight is None or flight.deployment.epoch != message.epoch:
+        if flight is None or flight.deployment.epoch != message.epoch or flight.ended:
             return
         if isinstance(message, SequenceFailed):
-            flight.events.put_nowait(AgentFailed(member.name, message.reason))
+            if member in flight.deployment.members:
+                flight.ended = True
+                flight.events.put_nowait(AgentFailed(member.name, message.reason))
         elif member is flight.deployment.members[-1]:
-            flight.events.put_nowait(message)
+            lie = flight.take(message)
+            if lie is not None:
+                flight.ended = True
+                flight.events.put_nowait(AgentLied(member.name, lie))
+                raise ProtocolError(f"it {lie}")
 
     def on_lost(self, member: Member, error: AgentLost) -> None:
         """A member is gone: whatever ran on it is over."""
@@ -187,19 +252,34 @@ class Gateway:
                 flight.events.put_nowait(error)
 
 
-def room_for_answer(prompt_tokens: int, context_tokens: int, spec: ModelSpec) -> int:
-    """How many tokens may follow a prompt. Raises RequestInvalid where none may."""
+def room_for_answer(
+    prompt_tokens: int, context_tokens: int, spec: ModelSpec, *, at_least: bool = False
+) -> int:
+    """How many tokens may follow a prompt. Raises RequestInvalid where none may.
+
+    ``at_least``: the prompt has not been tokenized, and may have more tokens than that.
+    """
     if not prompt_tokens:
         raise RequestInvalid("the prompt is empty", "prompt")
     if prompt_tokens >= context_tokens:
         larger = context_tokens < spec.max_context
+        has = f"has {'at least ' * at_least}{prompt_tokens} tokens"
         raise RequestInvalid(
-            f"the prompt has {prompt_tokens} tokens and the context {context_tokens}: shorten it"
+            f"the prompt {has} and the context {context_tokens}: shorten it"
             + (", or load the model with a larger --context" if larger else ""),
             "prompt",
             "context_length_exceeded",
         )
     return context_tokens - prompt_tokens
+
+
+def _was_suspect(first: Deployment, last: Deployment) -> bool:
+    """Whether a deployment that came before ``last``, from ``first`` on, had damaged files."""
+    while first is not last and first.successor is not None:
+        if first.is_suspect:
+            return True
+        first = first.successor.result()
+    return False
 
 
 class _StopFilter:
@@ -252,18 +332,27 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
 async def _begin(
     deployment: Deployment, number: int, slot: int, prompt: tuple[int, ...], sampling: Sampling
 ) -> None:
-    """Have a sequence start; where the first device is gone, its flight is told by others."""
+    """Have a sequence start on every stage; where a device is gone, its flight is told by others.
+
+    The first one gets the prompt, and comes last: its rows find the others prepared.
+    """
+
+    async def tell(member: Member, message: StartSequence) -> None:
+        with contextlib.suppress(AgentLost):
+            await member.send(message)
+
     chunk_tokens = best_chunk_tokens(deployment.plan.stages, len(prompt))
     start = StartSequence(deployment.epoch, number, slot, prompt, sampling, chunk_tokens)
-    with contextlib.suppress(AgentLost):
-        await deployment.members[0].send(start)
+    first, *others = deployment.members
+    told = replace(start, prompt=())
+    await asyncio.gather(*(tell(member, told) for member in others), tell(first, start))
 
 
 async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | CoordinatorError:
     predicted_s = prompt_tokens * flight.deployment.plan.prefill_s_per_token
     limit_s = STALL_S + STALL_FACTOR * predicted_s
     try:
-        return await asyncio.wait_for(flight.events.get(), limit_s)
+        return await within(flight.events.get(), limit_s)
     except asyncio.TimeoutError:
         return Stalled(
             f"no token came for {limit_s:.0f} s although all devices answer: "

@@ -10,7 +10,7 @@ from wire.sizes import format_size
 
 
 def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
-    """One line for each device that runs nothing: its fastest layer against those of the plan."""
+    """One line for each reason why devices run nothing, with all devices that it holds for."""
     layers = range(1, problem.spec.head_block)
     devices = {device.name: device for device in problem.devices}
     times_s = [
@@ -21,11 +21,16 @@ def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
     ]
     used = {stage.device for stage in plan.stages}
     indices = [index for index, device in enumerate(problem.devices) if device.name in used]
+    reasons: dict[str, list[str]] = {}
+    for index, device in enumerate(problem.devices):
+        if device.name not in used:
+            reason = _cut_off(problem, index, indices) or _reason(problem, index, times_s)
+            reasons.setdefault(reason, []).append(device.name)
     return [
-        f"{device.name} is left out: "
-        f"{_cut_off(problem, index, indices) or _reason(problem, index, times_s)}"
-        for index, device in enumerate(problem.devices)
-        if device.name not in used
+        f"{names[0]} is left out: {reason}"
+        if len(names) == 1
+        else f"{', '.join(names)} are left out, each because {reason}"
+        for reason, names in reasons.items()
     ]
 
 
@@ -42,6 +47,8 @@ def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
     if not options:
         if problem.quality_budget is not None and _has_unknown_losses(problem, index):
             return "its arithmetic adds losses of its own, and what they are was not measured"
+        if problem.objective.kind == "energy" and device.watts is None:
+            return "its watts are not known"
         return "it runs no layer at a width that is allowed"
     room = device.memory_bytes - device.stage_bytes
     fitting = [option for size, option in options if size <= room]
@@ -52,10 +59,35 @@ def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
             " layers"
         )
     fastest = min(fitting, key=lambda option: option.decode_s)
-    return (
+    added_s = _stage_s(problem, index)
+    if added_s == math.inf:
+        return "no link leads there and on to the rest"
+    reason = (
         f"its fastest layer takes {1e3 * fastest.decode_s:.2f} ms at {fastest.bits} bits, those of"
-        f" the plan {_span_ms(times_s)}{_own_losses(problem, index, fastest.bits)}"
+        f" the plan {_span_ms(times_s)}"
     )
+    if round(1e5 * fastest.decode_s) <= round(1e5 * max(times_s, default=0.0)):
+        # Not slower than what is used: then it is the stage itself that costs.
+        reason += f", and a stage there would add at least {1e3 * added_s:.2f} ms of links and call"
+    return reason + _own_losses(problem, index, fastest.bits)
+
+
+def _stage_s(problem: PlanningProblem, index: int) -> float:
+    """The least that a token takes to the device, into it and on; inf where no links are there."""
+    others = [i for i in range(len(problem.devices)) if i not in (index, *problem.excluded)]
+    forms = [form.bits for form in problem.permitted_hops]
+    there, onward = (
+        min(
+            # The last stage sends a token, the first one gets one.
+            (
+                min([problem.return_s(*pair), *(problem.hop_s(*pair, bits) for bits in forms)])
+                for pair in pairs
+            ),
+            default=math.inf,
+        )
+        for pairs in ([(i, index) for i in others], [(index, i) for i in others])
+    )
+    return problem.devices[index].call_s + there + onward
 
 
 def _cut_off(problem: PlanningProblem, index: int, used: list[int]) -> str:

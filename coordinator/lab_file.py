@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from coordinator.lab import Lab, LabDevice, LabError
+from coordinator.lab import Lab, LabDevice, LabError, LabModel
 from coordinator.problem import HopFormat
 from model.quantize import BITS
 from wire.activations import HOP_BITS
@@ -52,7 +52,9 @@ _Node = yaml.Node
 _Fields = dict[str, _Node]
 
 # The last is testbed.lab's.
-_TOP = ("devices", "links", "default_link", "hops", "templates", "emulation")
+_TOP = ("model", "devices", "links", "default_link", "hops", "templates", "emulation")
+_MODEL = ("name", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "gated")
+_MODEL_REQUIRED = ("name", "hidden", "ffn", "heads", "vocab")
 _DEVICE = (
     "name", "memory", "storage", "bits", "container", "layer_ms", "embed_ms", "head_ms",
     "call_ms", "watts", "on_chip", "arithmetic", "layer_kl",
@@ -85,7 +87,30 @@ class _Reader:
             lines[device.name] = node
         links = self._links(fields, root, tuple(lines))
         hops = self._hops(fields["hops"]) if "hops" in fields else ()
-        return Lab(self._source, devices, links, hops)
+        model = self._model(fields["model"]) if "model" in fields else None
+        return Lab(self._source, devices, links, hops, model)
+
+    def _model(self, node: _Node) -> LabModel:
+        fields = self._mapping(node, "model", _MODEL, required=_MODEL_REQUIRED)
+        name = self._name(fields["name"], "model.name")
+        sizes = {
+            key: self._count(fields[key], f"model.{key}") for key in _MODEL[1:-1] if key in fields
+        }
+        heads = sizes["heads"]
+        if "head_dim" not in sizes and sizes["hidden"] % heads:
+            raise self._error(
+                fields["heads"], f"model.heads: {heads} do not divide hidden: say head_dim"
+            )
+        head_dim = sizes.get("head_dim", sizes["hidden"] // heads)
+        return LabModel(
+            name=name,
+            hidden=sizes["hidden"],
+            ffn=sizes["ffn"],
+            q_rows=heads * head_dim,
+            kv_rows=sizes.get("kv_heads", heads) * head_dim,
+            vocab=sizes["vocab"],
+            gated=self._flag(fields["gated"], "model.gated") if "gated" in fields else True,
+        )
 
     def _device(self, node: _Node) -> LabDevice:
         fields = self._mapping(node, "a device", _DEVICE, required=_REQUIRED)
@@ -298,6 +323,12 @@ class _Reader:
             expected = "a number above 0" if least is None else f"a number from {least:g} up"
             raise self._error(node, f"{what}: expected {expected}, found {text[:40]}")
         return value
+
+    def _count(self, node: _Node, what: str) -> int:
+        text = self._text(node)
+        if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text)):
+            raise self._error(node, f"{what}: expected a whole number above 0, found {text[:40]!r}")
+        return int(text)
 
     def _size(self, node: _Node, what: str) -> int:
         try:

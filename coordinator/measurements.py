@@ -17,6 +17,7 @@ from typing import TypeVar
 from coordinator.errors import AgentFailed, AgentLost
 from coordinator.members import Member, OnProgress, Roster
 from model.spec import ModelSpec
+from wire.hygiene import CALL_SECONDS, is_plausible
 from wire.messages import (
     BlocksFound,
     FindBlocks,
@@ -92,8 +93,14 @@ async def measure_blocks(
             except AgentFailed as error:
                 reason = f"{error.reason}; --exclude {member.name} plans without it"
                 raise AgentFailed(member.name, reason) from error
-            if answer.call_s < 0 or not all(map(_is_possible, answer.timings)):
-                raise AgentFailed(member.name, "reported an impossible time")
+            if not (
+                CALL_SECONDS[0] <= answer.call_s <= CALL_SECONDS[1]
+                and _are_possible(answer.timings, spec)
+            ):
+                raise AgentFailed(
+                    member.name,
+                    f"reported impossible times; --exclude {member.name} plans without it",
+                )
             if answer.call_s:
                 member.profile = replace(member.profile, call_s=answer.call_s)
             for width in missing:
@@ -131,7 +138,7 @@ async def try_links(
         on_step(Step("links", f"{source.name} to {target.name}", done, len(pairs), "steps"))
         try:
             measured = await source.request(
-                partial(MeasureLink, device=target.device, endpoints=target.endpoints),
+                partial(MeasureLink, device=target.device, endpoints=target.endpoints_for(source)),
                 LinkMeasured,
             )
         except AgentLost:
@@ -215,5 +222,12 @@ async def together(work: Iterable[Awaitable[Result]]) -> tuple[Result, ...]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _is_possible(timing: BlockTiming) -> bool:
-    return min(timing.decode_s, timing.prefill_s_per_token) > 0
+def _are_possible(timings: Collection[BlockTiming], spec: ModelSpec) -> bool:
+    """Whether a device can have measured these: each block that the model has, and once."""
+    variants = len(set(spec.layers))
+    measured = {(timing.kind, timing.variant, timing.bits) for timing in timings}
+    return (
+        len(measured) == len(timings)
+        and all(map(is_plausible, timings))
+        and all(0 <= timing.variant < variants for timing in timings)
+    )

@@ -6,19 +6,22 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import time
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
 from coordinator.links import Failure, Links
+from coordinator.names import NameBook
 from coordinator.problem import NoLink
 from model.spec import ModelSpec
-from wire import limits
+from wire import hygiene, limits
+from wire.addresses import is_loopback, is_shared
 from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
+from wire.hygiene import clean, implausible_profile, is_plausible_link
 from wire.messages import (
     AgentHello,
     BlocksFound,
@@ -39,21 +42,29 @@ from wire.messages import (
     QualityMeasured,
     RequestFailed,
     SequenceFailed,
+    StageDamaged,
     StageLoaded,
     TokenSampled,
 )
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 
 MAX_MEMBERS = 256
 """More devices than anyone has on a shelf; a flood of joins stops here."""
 
+MOST_LINES = 30
+"""Lines a minute about members that are lost: without a token, anybody may join and leave."""
+
 SIGN_OF_LIFE_S = 2 * limits.HEARTBEAT_S
 """A living agent has sent a heartbeat by then."""
 
 LAST_WORDS_S = 0.25
 """What a device said before it died has arrived by then."""
+
+LIFE_CHECKS = 4
+"""The wait for a sign of life is cut in so many: a coordinator that stood still loses one."""
 
 _ANSWERS = (
     ModelMeasured,
@@ -84,7 +95,7 @@ class _Pending:
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A joined agent. ``name`` is unique among the members."""
+    """A joined agent. ``name`` is unique in the cluster and belongs to ``device``."""
 
     device: str
     name: str
@@ -93,6 +104,15 @@ class Member:
     profile: DeviceProfile
     connection: AsyncConnection
     joined_s: float
+    """On the monotonic clock."""
+    run: str = ""
+    """Differs between two processes of one device; empty where the agent does not say."""
+    attempt: int = 0
+    """Grows with each connection of one run."""
+    port: int = 0
+    """Where it listens on every address that it has; 0: only at ``endpoints``."""
+    advertised: tuple[Endpoint, ...] = ()
+    """Where its user says that others reach it."""
     memory_available_bytes: int = 0
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
@@ -107,6 +127,33 @@ class Member:
     def is_asked(self) -> bool:
         """Whether it has a request to carry out."""
         return bool(self._pending)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on the coordinator's machine."""
+        host = self.connection.peer_host
+        return is_loopback(host) or host == self.connection.local_host
+
+    def endpoints_for(self, source: Member) -> tuple[Endpoint, ...]:
+        """Where ``source`` may reach it, the likeliest first.
+
+        To what the agent announces comes the address that this coordinator sees: that of the
+        connection, or the coordinator's own where the agent is on its machine. Loopback is only
+        for an agent on the same machine.
+        """
+        host = self.connection.peer_host
+        if self.is_here:
+            host = source.connection.local_host
+        seen = [Endpoint(host, self.port)] if self.port and is_shared(host) else []
+        found = tuple(dict.fromkeys((*self.advertised, *seen, *self.endpoints)))
+        if source.is_here if self.is_here else source.connection.peer_host == host:
+            return found
+        return tuple(item for item in found if not is_loopback(item.host)) or found
+
+    @property
+    def connected_s(self) -> float:
+        """For how long it has been a member."""
+        return time.monotonic() - self.joined_s
 
     async def request(
         self,
@@ -197,14 +244,20 @@ class Roster:
         cluster: str,
         on_event: Callable[[Member, Message], None],
         on_lost: Callable[[Member, AgentLost], None],
+        names: NameBook | None = None,
     ) -> None:
-        """``on_event`` gets what agents say of their own accord (tokens, failures)."""
+        """``on_event`` gets what agents say of their own accord (tokens, failures).
+
+        Without ``names``, devices are named anew by each roster.
+        """
+        self.names = names or NameBook()
         self._cluster = cluster
         self._on_event = on_event
         self._on_lost = on_lost
         self._members: dict[str, Member] = {}
         self._links = Links()
         self._closed = False
+        self._rare_log = RareLog(log, most=MOST_LINES)
         self.changed = asyncio.Event()
         """Set whenever somebody joins or is lost, or a link works again; whoever waits clears it
         first."""
@@ -293,11 +346,14 @@ class Roster:
         self, source: Member, target: Member, measured: LinkMeasured | LinkChanged
     ) -> None:
         """Take a link as the source measured it. Raises AgentFailed for an impossible one."""
-        figures = measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
-        if not (all(map(math.isfinite, figures)) and min(figures[:2]) > 0 and figures[2] >= 0):
+        if not is_plausible_link(measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s):
             raise AgentFailed(source.name, "reported an impossible link")
         link = LinkProfile(
-            source.name, target.name, measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
+            source.name,
+            target.name,
+            hygiene.within_range(measured.rtt_s, hygiene.ROUND_TRIP_SECONDS),
+            hygiene.within_range(measured.bytes_per_s, hygiene.LINK_BYTES_PER_S),
+            min(measured.rtt_p90_s, hygiene.ROUND_TRIP_SECONDS[1]),
         )
         if self._links.set((source.device, target.device), link):
             log.warning("the link from %s to %s works again", source.name, target.name)
@@ -309,27 +365,21 @@ class Roster:
         if refusal is not None:
             await connection.send(JoinRefused(refusal))
             return
-        previous = self._members.get(hello.device)
-        if previous is not None:
-            if await self._is_alive(previous):
-                log.warning("%s has the device id of %s", connection.peer, previous.name)
-                await connection.send(
-                    JoinRefused(
-                        f"{previous.name} at {previous.connection.peer_host} has the same device id"
-                        " and is alive; was its disk copied? Delete the file device-id in this"
-                        " agent's state directory and start it again"
-                    )
-                )
-                return
-            self._lose(previous, AgentLost(previous.name, "it joined again"))
+        hello = typing.cast("AgentHello", clean(hello))
+        if not await self._replaces(hello, connection):
+            return
         member = Member(
             device=hello.device,
-            name=self._unique_name(hello.name),
+            name=self.names.assign(hello.device, hello.name, self._members.keys()),
             version=hello.version,
             endpoints=hello.endpoints,
             profile=hello.profile,
             connection=connection,
-            joined_s=time.time(),
+            joined_s=time.monotonic(),
+            run=hello.run,
+            attempt=hello.attempt,
+            port=hello.port,
+            advertised=hello.advertised,
         )
         self._members[member.device] = member
         heartbeat = asyncio.create_task(self._beat(member))
@@ -339,22 +389,55 @@ class Roster:
             self.changed.set()
             while True:
                 message, _ = await connection.receive(limits.LIVENESS_S)
-                self._receive(member, message)
+                self._receive(member, clean(message))
         except WireError as error:
             self._lose(member, AgentLost(member.name, str(error)))
         finally:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
 
-    async def _is_alive(self, member: Member) -> bool:
-        """True where the member says something within SIGN_OF_LIFE_S, which a dead one cannot.
+    async def _replaces(self, hello: AgentHello, connection: AsyncConnection) -> bool:
+        """Whether the agent may join: no other one with its id is a living member.
 
-        One that lost its power or its network and joins again has left a connection behind that
-        does not look closed.
+        An agent that lost its connection may come back before the loss is seen here. Its own
+        process is known by ``run``; another process of the same device must be seen to be dead.
         """
+        while (previous := self._members.get(hello.device)) is not None:
+            if hello.run and hello.run == previous.run:
+                if hello.attempt < previous.attempt:
+                    await connection.send(JoinRefused("a later connection of yours has joined"))
+                    return False
+            elif await self._is_alive(previous):
+                self._rare_log.warning(
+                    "twin", "%s has the device id of %s", connection.peer, previous.name
+                )
+                await connection.send(
+                    JoinRefused(
+                        f"{previous.name} at {previous.connection.peer_host} has the same device id"
+                        " and is alive; was its disk copied? Delete the file device-id in this"
+                        " agent's state directory and start it again"
+                    )
+                )
+                return False
+            self._lose(previous, AgentLost(previous.name, "it joined again"))
+        if self._closed:  # While the old connection was watched.
+            await connection.send(JoinRefused("the coordinator stops"))
+        return not self._closed
+
+    async def _is_alive(self, member: Member) -> bool:
+        """True where the member says something, as a dead one cannot.
+
+        One that lost its power or its network has left a connection behind that does not look
+        closed, and maybe messages in it: they are read first, and count for nothing.
+        """
+        for _ in range(LIFE_CHECKS):
+            await asyncio.sleep(SIGN_OF_LIFE_S / 2 / LIFE_CHECKS)
         member.heard.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S)
+        for _ in range(LIFE_CHECKS):
+            if self._members.get(member.device) is not member or member.heard.is_set():
+                break
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S / LIFE_CHECKS)
         return self._members.get(member.device) is member and member.heard.is_set()
 
     def close(self) -> None:
@@ -366,8 +449,12 @@ class Roster:
     def _receive(self, member: Member, message: Message) -> None:
         member.heard.set()
         if isinstance(message, Heartbeat):
+            if not 0 <= message.memory_available_bytes <= hygiene.MAX_BYTES:
+                raise ProtocolError(f"it has {message.memory_available_bytes} bytes of memory")
             member.memory_available_bytes = message.memory_available_bytes
         elif isinstance(message, _ANSWERS):
+            if not _is_possible(message):
+                raise ProtocolError(f"it sent an impossible {type(message).__name__}")
             member.resolve(message.request, message)
         elif isinstance(message, LinkChanged):
             target = self._members.get(message.device)
@@ -377,7 +464,7 @@ class Roster:
                 self.set_link(member, target, message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
-        elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost)):
+        elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost, StageDamaged)):
             self._on_event(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
@@ -396,7 +483,7 @@ class Roster:
         del self._members[member.device]
         self._links.forget(member.device)
         if not self._closed:
-            log.warning("%s", error)
+            self._rare_log.warning("lost", "%s", error)
         member.fail(error)
         member.connection.close()
         self._on_lost(member, error)
@@ -407,23 +494,45 @@ class Roster:
             return "the coordinator stops"
         if len(self._members) >= MAX_MEMBERS and hello.device not in self._members:
             return f"the cluster is full ({MAX_MEMBERS} agents)"
+        if hello.cluster not in ("", self._cluster):
+            return (
+                f"this is cluster {self._cluster!r}, and the agent wants {hello.cluster!r:.50}: "
+                f"give it --cluster {self._cluster}, or the address of another coordinator"
+            )
         if not hello.device or len(hello.device) > 64 or not 0 < len(hello.name) <= 63:
             return "device id or name is empty or too long"
-        if len(hello.profile.arithmetic) > 64 or len(hello.profile.makes) > 64:
-            return "the profile names more than there is"
-        if not hello.name.isprintable() or not 0 < len(hello.endpoints) <= 64:
-            return "the name is not printable, or there are no addresses"
-        return None
-
-    def _unique_name(self, wanted: str) -> str:
-        taken = {member.name for member in self._members.values()}
-        if wanted not in taken:
-            return wanted
-        return next(
-            name for number in itertools.count(2) if (name := f"{wanted}-{number}") not in taken
-        )
+        if not (hello.name.isprintable() and hello.device.isprintable()):
+            return "the name or the device id is not printable"
+        if len(hello.advertised) > 64 or not 0 <= hello.port < 1 << 16 or len(hello.run) > 64:
+            return "more addresses than there can be, or no port"
+        if not 0 < len(hello.endpoints) <= 64 or any(
+            len(endpoint.host) > 255 or not 0 < endpoint.port < 1 << 16
+            for endpoint in (*hello.endpoints, *hello.advertised)
+        ):
+            return "there are no addresses, too many, or some that are none"
+        if self.names.is_name(hello.device, besides=hello.device):
+            return f"the device id {hello.device!r} is another device's name"
+        wrong = implausible_profile(hello.profile)
+        return None if wrong is None else f"its profile has {wrong}"
 
 
 def addresses(member: Member) -> tuple[str, ...]:
     """Where other devices look for it, as ``host:port``."""
     return tuple(f"{endpoint.host}:{endpoint.port}" for endpoint in member.endpoints)
+
+
+def _is_possible(message: Message) -> bool:
+    """Whether an answer's figures can be true; times of blocks and links have checks of theirs."""
+    sizes: tuple[int, ...] = ()
+    figures: tuple[float, ...] = ()
+    if isinstance(message, Progress):
+        sizes = message.done, message.total
+        if message.unit not in ("bytes", "steps"):
+            return False
+    elif isinstance(message, StageLoaded):
+        sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+    elif isinstance(message, (QualityMeasured, HopMeasured)):
+        figures = (abs(message.kl),)  # Rounding takes a divergence of 0 below it.
+    return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(
+        0 <= figure <= hygiene.MAX_SECONDS for figure in figures
+    )

@@ -8,9 +8,12 @@ asked for is worse than an error. Beyond OpenAI's fields it takes ``top_k`` and
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +31,11 @@ from wire.messages import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions; chat runs to the end of the context."""
+
+PROMPT_THREADS = 4
+
+LONG_REQUEST_BYTES = 256 << 10
+"""Of requests from this size on, one at a time is tokenized: each takes some 80 times its size."""
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 256
@@ -59,6 +67,9 @@ class OpenAIRoutes:
     def __init__(self, fleet: Fleet, gateway: Gateway) -> None:
         self._fleet = fleet
         self._gateway = gateway
+        # Threads of their own: whoever floods these must not keep agents from their blocks.
+        self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
+        self._one_long = asyncio.Semaphore(1)
 
     def routes(self) -> list[Route]:
         return [
@@ -85,17 +96,30 @@ class OpenAIRoutes:
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         body = await read_json(request)
         deployment = await while_connected(request, self._fleet.require_deployment())
-        # Tokenizing a long text takes seconds, in which agents must be heard.
-        job = await asyncio.to_thread(_job, deployment, body, chat=chat)
+        job = await while_connected(
+            request, self._prepare(deployment, body, _is_long(request), chat=chat)
+        )
         if job.stream:
             return server_sent_events(self._stream(job))
         return JSONResponse(await while_connected(request, self._whole(job)))
 
+    async def _prepare(
+        self, deployment: Deployment, body: Mapping[str, Any], is_long: bool, *, chat: bool
+    ) -> _Job:
+        """Check and tokenize in a thread: a long text takes seconds, and agents must be heard."""
+        async with self._one_long if is_long else contextlib.nullcontext():
+            work = functools.partial(_job, deployment, body, chat=chat)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     async def _whole(self, job: _Job) -> dict[str, Any]:
         timing, text, tokens, finish = Timing(), "", list[int](), ""
-        pieces = self._gateway.generate(job.deployment, job.prompt, job.sampling, job.stop, timing)
+        pieces = self._gateway.generate(
+            job.deployment, job.prompt, job.sampling, job.stop, timing, withdrawable=True
+        )
         async with aclosing(pieces):
             async for piece in pieces:
+                if piece.withdraws:
+                    text, tokens = "", []
                 text += piece.text
                 tokens += piece.tokens
                 finish = piece.finish
@@ -180,6 +204,12 @@ def _details(job: _Job, tokens: list[int], timing: Timing) -> dict[str, Any]:
 
 # ---- reading requests --------------------------------------------------------------------------
 
+
+def _is_long(request: Request) -> bool:
+    """Whether a request has, or may have, a long text. HTTP has checked the number."""
+    return int(request.headers.get("content-length", LONG_REQUEST_BYTES)) >= LONG_REQUEST_BYTES
+
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -257,7 +287,7 @@ def _prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return deployment.tokenizer.encode(prompt)
+        return _encode(deployment, prompt, add_special=True)
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         if any(not 0 <= token < deployment.spec.vocab for token in prompt):
             raise RequestInvalid("prompt: token ids outside the vocabulary", "prompt")
@@ -279,7 +309,24 @@ def _chat_prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
         if not isinstance(content, str):
             raise RequestInvalid("messages: content must be text", "messages")
         plain.append({"role": message["role"], "content": content})
-    return deployment.tokenizer.encode_chat(plain)
+    text = deployment.tokenizer.apply_chat_template(plain)
+    return _encode(deployment, text, add_special=False)
+
+
+def _encode(deployment: Deployment, text: str, *, add_special: bool) -> list[int]:
+    """Tokens of a prompt; one that is far too long is refused before it costs anything."""
+    least_tokens = deployment.tokenizer.least_tokens(text)
+    if least_tokens:
+        room_for_answer(least_tokens, deployment.context_tokens, deployment.spec, at_least=True)
+    tokens = deployment.tokenizer.encode(text, add_special=add_special)
+    vocab = deployment.spec.vocab
+    if max(tokens, default=0) >= vocab:
+        raise RequestInvalid(
+            f"the prompt has the token {max(tokens)}, the model only {vocab} tokens:"
+            " its tokenizer and its weights do not belong together",
+            "prompt",
+        )
+    return tokens
 
 
 def _text_part(part: Any) -> str:

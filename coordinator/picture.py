@@ -6,6 +6,7 @@ Written by hand, with nothing but rectangles, lines and words, so that any viewe
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
@@ -35,6 +36,7 @@ _BOX_WIDTH = _PER_ROW * (_BLOCK + _SPACE) - _SPACE + 24
 _GAP = 92
 _COLUMNS = 4
 _MARGIN = 28
+_LEGEND = "E embedding, H head, numbers: layers"
 
 
 class Drawing:
@@ -130,14 +132,17 @@ def plan_svg(plan: Plan, spec: ModelSpec, title: str, unused: Sequence[str] = ()
     block_rows = max(-(-len(stage.bits) // _PER_ROW) for stage in stages)
     box_height = 58 + block_rows * (_BLOCK + _SPACE) + 26
     widths = sorted({bits for stage in stages for bits in stage.bits})
-    idle_lines = _wrapped(unused, 110)
     width = max(2 * _MARGIN + columns * _BOX_WIDTH + (columns - 1) * _GAP, 560)
+    room = width - 2 * _MARGIN
+    idle_lines = _wrapped("not used: ", unused, room, 11)
+    legend_wide = 72 * len(widths) + text_width(_LEGEND, 11) > room
     top = 74
     bottom = top + rows * (box_height + 52)
-    height = bottom + 34 + (18 * len(idle_lines) + 10 if unused else 0)
+    below = bottom + 34 + 18 * legend_wide
+    height = below + (18 * len(idle_lines) + 10 if unused else 0)
     drawing = Drawing(width, height, title)
-    drawing.words(_MARGIN, 32, title, size=17, bold=True)
-    drawing.words(_MARGIN, 52, _summary(plan), fill=_PALE)
+    drawing.words(_MARGIN, 32, clipped(title, room, 17), size=17, bold=True)
+    drawing.words(_MARGIN, 52, clipped(_summary(plan), room, 12), fill=_PALE)
     corners = [_corner(index, columns, box_height, top) for index in range(len(stages))]
     for stage, corner in zip(stages, corners, strict=True):
         _draw_stage(drawing, stage, corner, box_height, spec)
@@ -151,10 +156,10 @@ def plan_svg(plan: Plan, spec: ModelSpec, title: str, unused: Sequence[str] = ()
         drawing.box(x, bottom, 14, 14, fill=COLOURS[bits], radius=2)
         drawing.words(x + 19, bottom + 11, f"{bits} bit", size=11)
         x += 72
-    drawing.words(x, bottom + 11, "E embedding, H head, numbers: layers", size=11, fill=_PALE)
+    legend_at = (_MARGIN, bottom + 29) if legend_wide else (x, bottom + 11)
+    drawing.words(legend_at[0], legend_at[1], _LEGEND, size=11, fill=_PALE)
     for index, line in enumerate(idle_lines if unused else ()):
-        lead = "not used: " if index == 0 else ""
-        drawing.words(_MARGIN, bottom + 40 + 18 * index, lead + line, size=11, fill=_PALE)
+        drawing.words(_MARGIN, below + 6 + 18 * index, line, size=11, fill=_PALE)
     return drawing.text()
 
 
@@ -183,10 +188,10 @@ def _draw_stage(
 ) -> None:
     x, y = corner
     drawing.box(x, y, _BOX_WIDTH, box_height, fill="#f9fafb", stroke=_LINE, radius=8)
-    drawing.words(x + 12, y + 21, _clipped(stage.device, 16), size=14, bold=True)
-    drawing.words(
-        x + _BOX_WIDTH - 12, y + 21, f"{1e3 * stage.compute_s:.2f} ms", anchor="end", bold=True
-    )
+    time = f"{1e3 * stage.compute_s:.2f} ms"
+    room = _BOX_WIDTH - 32 - text_width(time, 12)
+    drawing.words(x + 12, y + 21, clipped(stage.device, room, 14), size=14, bold=True)
+    drawing.words(x + _BOX_WIDTH - 12, y + 21, time, anchor="end", bold=True)
     share = stage.memory_bytes / stage.memory_limit_bytes
     bar = _BOX_WIDTH - 24
     drawing.box(x + 12, y + 30, bar, 5, fill="#e5e7eb", radius=2)
@@ -204,7 +209,15 @@ def _draw_stage(
             left, above, _BLOCK, _BLOCK, fill=COLOURS[bits], radius=3, hint=f"{name}: {bits} bit"
         )
         label = {"embedding": "E", "head": "H"}.get(kind, str(block - 1))
-        drawing.words(left + _BLOCK / 2, above + 14, label, size=10, anchor="middle", fill="white")
+        size = 10 if len(label) < 4 else 8
+        drawing.words(
+            left + _BLOCK / 2,
+            above + 14,
+            label,
+            size=size,
+            anchor="middle",
+            fill=ink_on(COLOURS[bits]),
+        )
     drawing.words(x + 12, y + box_height - 10, _range(stage, spec), size=11, fill=_PALE)
 
 
@@ -258,18 +271,44 @@ def _draw_return(
     drawing.words(*words_at, label, size=11, anchor="middle", fill=_PALE)
 
 
-def _clipped(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "\u2026"
+def text_width(text: str, size: float) -> float:
+    """About how many pixels a line takes, rather more than less: viewers have other fonts."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    large = sum(0.4 if letter in "MWmw%@" else 0.15 * letter.isupper() for letter in text)
+    return size * (0.6 * len(text) + 0.5 * wide + large)
 
 
-def _wrapped(names: Sequence[str], length: int) -> list[str]:
-    lines = [""]
-    for name in names:
-        piece = name if not lines[-1] else f"{lines[-1]}, {name}"
-        if len(piece) > length and lines[-1]:
-            lines.append(name)
+def clipped(text: str, room: float, size: float) -> str:
+    """The text, or its beginning and an ellipsis, within ``room`` pixels."""
+    if text_width(text, size) <= room:
+        return text
+    while text and text_width(text + "\u2026", size) > room:
+        text = text[:-1]
+    return text + "\u2026"
+
+
+def ink_on(colour: str) -> str:
+    """White or the ink, whichever is told apart better from the background."""
+    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    light = sum(
+        share * (part / 12.92 if part <= 0.04 else ((part + 0.055) / 1.055) ** 2.4)
+        for share, part in ((0.2126, red), (0.7152, green), (0.0722, blue))
+    )
+    # Of the contrasts with white and with black the ratio is 1 where light + 0.05 is this.
+    return "#ffffff" if light + 0.05 < 1.05**0.5 * 0.05**0.5 * 1.15 else _INK
+
+
+def _wrapped(lead: str, names: Sequence[str], room: float, size: float) -> list[str]:
+    """Names in lines of at most ``room`` pixels, the first one after ``lead``."""
+    lines = [lead]
+    for index, name in enumerate(names):
+        end = "," if index + 1 < len(names) else ""
+        piece = clipped(name, room - text_width(lead, size), size) + end
+        space = "" if lines[-1] in (lead, "") else " "
+        if text_width(lines[-1] + space + piece, size) > room:
+            lines.append(piece)
         else:
-            lines[-1] = piece
+            lines[-1] += space + piece
     return lines
 
 
@@ -301,8 +340,8 @@ def curves_svg(
     width, height = 640, 400
     left, right, top, bottom = 76, 20, 66, 58
     drawing = Drawing(width, height, title)
-    drawing.words(20, 28, title, size=16, bold=True)
-    drawing.words(20, 47, note, size=11, fill=_PALE)
+    drawing.words(20, 28, clipped(title, width - 40, 16), size=16, bold=True)
+    drawing.words(20, 47, clipped(note, width - 40, 11), size=11, fill=_PALE)
     low = math.log10(min(x for curve in curves for x, _ in curve.points))
     high = math.log10(max(x for curve in curves for x, _ in curve.points))
     span = (high - low) or 1.0
@@ -351,7 +390,8 @@ def curves_svg(
             drawing.dot(x, y, colour)
         across = width - right - 190
         drawing.box(across, top + 6 + 18 * index, 12, 4, fill=colour)
-        drawing.words(across + 18, top + 12 + 18 * index, curve.label, size=11)
+        label = clipped(curve.label, width - right - across - 18, 11)
+        drawing.words(across + 18, top + 12 + 18 * index, label, size=11)
     return drawing.text()
 
 

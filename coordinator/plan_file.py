@@ -3,6 +3,9 @@
 Only who runs which blocks at how many bits is read back, and for how many sequences of what length;
 figures are recomputed from the problem, so that an edited line cannot leave a stale prediction
 behind.
+
+Stages name devices. ``devices`` says which device (its id) a name meant when the plan was saved, so
+that it means the same one when names have changed; a name that is not there means whoever has it.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +28,19 @@ FORMAT = 1
 MAX_FILE_BYTES = 1 << 20
 _MAX_BLOCKS = 1 << 13
 
-_KEYS = ("shoal_plan", "model", "stages", "slots", "context_tokens", "predicted", "predicted_for")
+_KEYS = (
+    "shoal_plan",
+    "model",
+    "stages",
+    "devices",
+    "slots",
+    "context_tokens",
+    "predicted",
+    "predicted_for",
+)
 _STAGE_KEYS = ("device", "bits", "hop_bits")
-_SENT_KEYS = ("source", "model", "stages")
+_SENT_KEYS = ("source", "model", "stages", "devices")
+_MAX_ID_CHARACTERS = 64
 _RUN = re.compile(r"(\d{1,2})(?:x(\d{1,4}))?", re.ASCII)
 
 
@@ -48,6 +61,8 @@ class SavedPlan:
     slots: int | None = None
     context_tokens: int | None = None
     """What the plan was made for; None where the file does not say."""
+    devices: Mapping[str, str] = field(default_factory=dict)
+    """Names of stages -> device ids; devices of a described lab have none."""
 
     @property
     def placements(self) -> tuple[tuple[str, int], ...]:
@@ -66,15 +81,21 @@ class SavedPlan:
             {"device": device, "bits": list(bits), "hop_bits": hop_bits}
             for (device, bits), hop_bits in zip(self.stages, (*self.hop_bits, None), strict=True)
         ]
-        return {"source": self.source, "model": self.model, "stages": stages}
+        sent: dict[str, Any] = {"source": self.source, "model": self.model, "stages": stages}
+        return {**sent, "devices": dict(self.devices)} if self.devices else sent
+
+    def renamed(self, rename: Callable[[str], str]) -> SavedPlan:
+        """The same plan, its stages' devices passed through ``rename``."""
+        stages = tuple((rename(device), bits) for device, bits in self.stages)
+        return replace(self, stages=stages, devices={})
 
     @staticmethod
     def from_dict(values: object) -> SavedPlan:
         """A plan sent by someone, without its predictions. Raises PlanError."""
-        plan = _object(values, "plan", _SENT_KEYS, _SENT_KEYS)
+        plan = _object(values, "plan", _SENT_KEYS, _SENT_KEYS[:3])
         if not isinstance(plan["source"], str):
             raise PlanError("plan.source: expected a name")
-        sent = {key: plan[key] for key in ("model", "stages")}
+        sent = {key: value for key, value in plan.items() if key != "source"}
         return _read({"shoal_plan": FORMAT, **sent}, plan["source"])
 
     def to_plan(self, problem: PlanningProblem) -> Plan:
@@ -127,12 +148,18 @@ class HopChange:
 
 
 def plan_text(
-    plan: Plan, model: str, *, slots: int | None = None, context_tokens: int | None = None
+    plan: Plan,
+    model: str,
+    *,
+    slots: int | None = None,
+    context_tokens: int | None = None,
+    devices: Mapping[str, str] | None = None,
 ) -> str:
     """The file of a plan: JSON with one stage a line, ``bits`` as runs like ``16 4x11 8``.
 
     ``hop_bits`` is what the stage sends at; the last has none. slots, context_tokens: what it was
-    made for; None leaves that to whoever loads it.
+    made for; None leaves that to whoever loads it. devices: ids by name, more than the plan uses
+    maybe.
     """
     stages = []
     for stage in plan.stages:
@@ -145,6 +172,11 @@ def plan_text(
         "prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
     }
     made_for = {"slots": slots, "context_tokens": context_tokens}
+    ids = {
+        stage.device: devices[stage.device]
+        for stage in plan.stages
+        if devices is not None and stage.device in devices
+    }
     lines = [
         "{",
         f'  "shoal_plan": {FORMAT},',
@@ -152,6 +184,7 @@ def plan_text(
         '  "stages": [',
         ",\n".join(f"    {stage}" for stage in stages),
         "  ],",
+        *([f'  "devices": {json.dumps(ids)},'] if ids else []),
         *(f'  "{key}": {value},' for key, value in made_for.items() if value is not None),
         f'  "predicted": {json.dumps(predicted)},',
         f'  "predicted_for": "{_mark((s.device, s.bits, s.hop_bits) for s in plan.stages)}"',
@@ -189,8 +222,10 @@ def parse_plan(text: str | bytes, source: str) -> SavedPlan:
 def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
     """What changes from plan to plan, consecutive blocks together; empty where nothing does.
 
-    Raises PlanError for plans of different numbers of blocks.
+    A device that was renamed in between is the same one. Raises PlanError for plans of different
+    numbers of blocks.
     """
+    before, after = _told_apart(before, after)
     old, new = before.placements, after.placements
     if len(old) != len(new):
         raise PlanError(
@@ -204,6 +239,20 @@ def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
         if a != b:
             changes.append(Change(blocks[0], blocks[-1] + 1, a, b))
     return tuple(changes)
+
+
+def _told_apart(before: SavedPlan, after: SavedPlan) -> tuple[SavedPlan, SavedPlan]:
+    """Both plans, with one name for one device and different names for different ones."""
+    now = {device: name for name, device in after.devices.items()}
+
+    def rename(name: str) -> str:
+        device = before.devices.get(name)
+        if device in now:
+            return now[device]
+        other = after.devices.get(name)
+        return name if device is None or other is None else f"{name} ({device})"
+
+    return before.renamed(rename), after
 
 
 def hop_difference(before: SavedPlan, after: SavedPlan) -> tuple[HopChange, ...]:
@@ -238,6 +287,11 @@ def _read(values: object, source: str) -> SavedPlan:
                 known = ", ".join(map(str, HOP_BITS))
                 raise PlanError(f"{where}.hop_bits: {hop_bits!r:.20}: known are {known}")
         stages.append((stage["device"], _bits(stage["bits"], f"{where}.bits"), hop_bits))
+    devices = plan.get("devices", {})
+    if not isinstance(devices, dict) or not all(
+        isinstance(item, str) and 0 < len(item) <= _MAX_ID_CHARACTERS for item in devices.values()
+    ):
+        raise PlanError("devices: expected device ids by name")
     for key in ("slots", "context_tokens"):
         value = plan.get(key)
         if value is not None and (type(value) is not int or value < 1):
@@ -257,6 +311,7 @@ def _read(values: object, source: str) -> SavedPlan:
         tuple(hop_bits for _, _, hop_bits in stages[:-1]),
         plan.get("slots"),
         plan.get("context_tokens"),
+        devices,
     )
 
 

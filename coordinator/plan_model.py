@@ -23,6 +23,7 @@ every stage's compute with the link that leaves it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,13 +47,56 @@ class Choice:
 
 Aim = Literal["best", "memory", "storage", "memory and storage", "sensitivity", "any"]
 """The problem's objective; least excess over the named limits, which may then be broken; least
-sensitivity, without a budget; any plan at all."""
+sensitivity; any plan at all."""
 
 # The objective is counted in units that put the sum of all compute near this: solvers compare it
 # with absolute tolerances around 1e-6.
 _OBJECTIVE_SCALE = 1e3
 # Of two plans that are equally fast, the one with fewer stages; too small to ever cost 1e-6.
 _STAGE_TIE_BREAK = 5e-7
+
+
+# What rounding may add to a sum of losses, as a share of the budget.
+_LOSS_ROUNDING = 1e-13
+
+
+@dataclass(frozen=True, slots=True)
+class SpareBudget:
+    """The part of the quality budget that placements compete for.
+
+    ``least`` is the least that each block takes wherever it is, ``room`` what these leave of the
+    budget: inf without one. Beside losses that no plan avoids the room may be tiny, and beside it
+    most options are far too lossy: what is compared with a solver's tolerances is the room.
+    """
+
+    least: tuple[float, ...]
+    room: float
+
+    @staticmethod
+    def of(problem: PlanningProblem) -> SpareBudget:
+        """The spare budget of a problem; of blocks that nothing may run, 0 is the least."""
+        blocks = range(problem.spec.block_count)
+        if problem.quality_budget is None:
+            return SpareBudget((0.0,) * len(blocks), math.inf)
+        losses = [
+            [
+                problem.loss(i, k, option.bits)
+                for i, device in enumerate(problem.devices)
+                for option in device.options[k]
+                if problem.allows(i, k, option.bits)
+            ]
+            for k in blocks
+        ]
+        least = tuple(min(row, default=0.0) for row in losses)
+        return SpareBudget(least, max(0.0, problem.quality_budget - math.fsum(least)))
+
+    def admits(self, problem: PlanningProblem, device: int, block: int, bits: int) -> bool:
+        """False where the option alone takes more than the room: no plan has it."""
+        budget = problem.quality_budget
+        if budget is None or self.room == math.inf:
+            return True
+        excess = problem.loss(device, block, bits) - self.least[block]
+        return excess <= self.room + _LOSS_ROUNDING * budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +108,25 @@ class Group:
 
 
 def usable_options(
-    problem: PlanningProblem, device: int, block: int, *, fitting: bool = True
+    problem: PlanningProblem,
+    device: int,
+    block: int,
+    spare: SpareBudget,
+    *,
+    fitting: bool = True,
 ) -> tuple[BlockOption, ...]:
     """Options that the problem allows on the device, less those that another one beats.
 
-    ``fitting``: also less those that are too large for the device even alone.
+    Also less those that alone break the budget, and, ``fitting``, those that are too large for
+    the device even alone.
     """
     own = problem.devices[device]
     stored = problem.stored_bytes[block]
     kept: list[BlockOption] = []
     for option in own.options[block]:
         if not problem.allows(device, block, option.bits):
+            continue
+        if not spare.admits(problem, device, block, option.bits):
             continue
         memory = own.stage_bytes + problem.kv_bytes[block] + option.executed_bytes
         small = memory <= own.memory_bytes and stored[option.bits] <= own.storage_bytes
@@ -111,13 +163,15 @@ class PlanProgram:
         self._problem = problem
         self._devices = range(len(problem.devices))
         self._total = problem.spec.block_count
+        self._slowest: Any = None
+        self._spare = SpareBudget.of(problem)
         self._find_alike(fitting=not short)
         self.program = pulp.LpProblem("plan", pulp.LpMinimize)
         self._place()
         self._order()
         excess = self._limit(short, margin)
         self._unit_s = self._least_s() / _OBJECTIVE_SCALE
-        sensitivity = self._budget(margin, binding=aim != "sensitivity")
+        sensitivity = self._budget(margin)
         if aim == "best":
             self.program.setObjective(self._cost_s() * (1 / self._unit_s))
         else:
@@ -166,11 +220,71 @@ class PlanProgram:
             hop_bits.append(bits_sent)
         return Choice(found, tuple(hop_bits[:-1]))
 
+    def values(self, choice: Choice) -> dict[str, float] | None:
+        """A value for every variable that says what ``choice`` does; the inverse of ``choice``.
+
+        None where it uses an option or a hop that the program leaves out, since others beat it.
+        """
+        found = dict.fromkeys((variable.name for variable in self.program.variables()), 0.0)
+
+        def add(variable: Any, amount: float = 1.0) -> None:
+            found[variable.name] += amount
+
+        order = [device for device, *_ in choice.stages]
+        ways = list(zip(order, order[1:], choice.hop_bits, strict=False))
+        add(self._first[order[0]])
+        add(self._last[order[-1]])
+        if (back := self._back.get((order[0], order[-1]))) is None:
+            return None
+        add(back)
+        for (i, first, bits), way in itertools.zip_longest(choice.stages, ways):
+            end = first + len(bits)
+            add(self._used[i])
+            for r, stretch in enumerate(self._stretches):
+                inside = len(range(max(first, stretch.start), min(end, stretch.stop)))
+                if first in stretch:
+                    add(self._start[i][r])
+                if end - 1 in stretch:
+                    add(self._end[i][r])
+                if inside and len(stretch) > 1:
+                    add(self._a[i][r], inside)
+            for g, group in enumerate(self._groups[i]):
+                widths = [option.bits for option in group.options]
+                for k in group.blocks:
+                    if first <= k < end and bits[k - first] not in widths:
+                        return None
+                    if first <= k < end and len(widths) > 1:
+                        add(self._n[i, g, widths.index(bits[k - first])])
+            if way is not None:
+                if way not in self._hop_at:
+                    return None
+                add(self._hop_at[way])
+                add(self._left[way[:2]], self._total - end)
+        if self._slowest is not None:
+            found[self._slowest.name] = self._slowest_of(choice) / self._unit_s
+        return found
+
+    def _slowest_of(self, choice: Choice) -> float:
+        """Seconds of the slowest stage with the link that leaves it."""
+        problem, slowest_s = self._problem, 0.0
+        for at, (i, first, bits) in enumerate(choice.stages):
+            seconds = [problem.devices[i].call_s]
+            for k, width in enumerate(bits, first):
+                option = problem.devices[i].option(k, width)
+                seconds.append(math.inf if option is None else option.decode_s)
+            if at + 1 < len(choice.stages):
+                seconds.append(problem.hop_s(i, choice.stages[at + 1][0], choice.hop_bits[at]))
+            else:
+                seconds.append(problem.return_s(i, choice.stages[0][0]))
+            slowest_s = max(slowest_s, math.fsum(seconds))
+        return slowest_s
+
     def _find_alike(self, *, fitting: bool) -> None:
         """Stretches for all devices, groups for each one; ``_usable[i][k]``: can i run block k."""
         problem, blocks = self._problem, range(self._total)
         options = [
-            [usable_options(problem, i, k, fitting=fitting) for k in blocks] for i in self._devices
+            [usable_options(problem, i, k, self._spare, fitting=fitting) for k in blocks]
+            for i in self._devices
         ]
 
         def looks(i: int, k: int) -> tuple[Any, ...]:
@@ -241,11 +355,21 @@ class PlanProgram:
         """One path of hops through the used devices, in the order of their blocks."""
         program, devices, total = self.program, self._devices, self._total
         problem = self._problem
-        forms = {(i, j): problem.hop_choices(i, j) for i in devices for j in devices if i != j}
+        room = self._spare.room + _LOSS_ROUNDING * (problem.quality_budget or 0.0)
+        forms = {
+            (i, j): [
+                form
+                for form in problem.hop_choices(i, j)
+                if problem.quality_budget is None or (form.sensitivity or 0.0) <= room
+            ]
+            for i in devices
+            for j in devices
+            if i != j
+        }
         pairs = [pair for pair, some in forms.items() if some]
         ways_back = [(i, j) for i in devices for j in devices if problem.return_s(j, i) < math.inf]
         self._first = [self._binary(f"first_{i}") for i in devices]
-        last = [self._binary(f"last_{i}") for i in devices]
+        last = self._last = [self._binary(f"last_{i}") for i in devices]
         self._hop_at = {
             (i, j, form.bits): self._binary(f"hop_{i}_{j}_{form.bits}")
             for i, j in pairs
@@ -256,7 +380,8 @@ class PlanProgram:
             for i, j in pairs
         }
         self._back = {(i, j): program.add_variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
-        left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
+        self._left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
+        left = self._left
         program += pulp.lpSum(self._first) == 1
         program += pulp.lpSum(last) == 1
         for i in devices:
@@ -298,10 +423,10 @@ class PlanProgram:
                 ("storage", own.storage_bytes, 0),
             ):
                 counts = self._counts(i)
-                sizes = [self._bytes(resource, block, option) for _, option, block in counts]
+                sizes = [self._bytes(resource, block, option) for *_, option, block in counts]
                 unit = max(limit, fixed, *sizes, 1)
                 taken = fixed / unit * self._used[i] + pulp.lpSum(
-                    size / unit * count for size, (count, _, _) in zip(sizes, counts, strict=True)
+                    size / unit * count for size, (_, count, *_) in zip(sizes, counts, strict=True)
                 )
                 if resource in short:
                     over = self.program.add_variable(f"short_{resource}_{i}", 0)
@@ -311,23 +436,36 @@ class PlanProgram:
                     self.program += taken <= (1 - margin) * limit / unit * self._used[i]
         return pulp.lpSum(excess)
 
-    def _budget(self, margin: float, *, binding: bool) -> Any:
-        """The sum of sensitivities in units of the budget, and the row that limits it."""
-        budget = self._problem.quality_budget
-        if budget is None:
+    def _budget(self, margin: float) -> Any:
+        """The losses beyond each block's least, in units of the room, and the row that limits them.
+
+        Without a budget, or with an infinite one, there is no row.
+        """
+        problem, spare = self._problem, self._spare
+        if problem.quality_budget is None:
             return pulp.lpSum([])
-        counts = [
-            (self._problem.loss(i, block, option.bits), count)
-            for i in self._devices
-            for count, option, block in self._counts(i)
+        terms = [
+            (problem.hop_sensitivity(bits) or 0.0, hop) for (*_, bits), hop in self._hop_at.items()
         ]
-        for (_, _, bits), hop in self._hop_at.items():
-            if loss := self._problem.hop_sensitivity(bits):
-                counts.append((loss, hop))
-        unit = max([budget, *(loss for loss, _ in counts)]) or 1.0
-        total = pulp.lpSum(loss / unit * count for loss, count in counts)
-        if binding:
-            self.program += total <= (1 - margin) * budget / unit
+        for i in self._devices:
+            # Blocks that are alike here may differ elsewhere, and so in their least.
+            bases = [max(spare.least[k] for k in group.blocks) for group in self._groups[i]]
+            terms += [
+                (problem.loss(i, block, option.bits) - bases[g], count)
+                for g, count, option, block in self._counts(i)
+            ]
+            for base, group in zip(bases, self._groups[i], strict=True):
+                terms += [
+                    (base - spare.least[stretch.start], cell)
+                    for cell, stretch in zip(self._a[i], self._stretches, strict=True)
+                    if stretch.start in group.blocks
+                ]
+        if spare.room == math.inf:
+            unit = max(loss for loss, _ in terms) or 1.0
+            return pulp.lpSum(loss / unit * count for loss, count in terms if loss)
+        unit = max(spare.room, _LOSS_ROUNDING * problem.quality_budget) or 1.0
+        total = pulp.lpSum(loss / unit * count for loss, count in terms if loss)
+        self.program += total <= (1 - margin) * spare.room / unit
         return total
 
     def _cost_s(self) -> Any:
@@ -336,7 +474,7 @@ class PlanProgram:
         tie_break_s = self._unit_s * _OBJECTIVE_SCALE * _STAGE_TIE_BREAK / len(self._devices)
         terms = []
         for i in self._devices:
-            terms += [problem.block_cost(i, k, o) * count for count, o, k in self._counts(i)]
+            terms += [problem.block_cost(i, k, o) * count for _, count, o, k in self._counts(i)]
             terms.append((problem.call_cost(i) + tie_break_s) * self._used[i])
         terms += [problem.hop_cost(*key) * hop for key, hop in self._hop_at.items()]
         terms += [problem.return_cost(j, i) * way for (i, j), way in self._back.items()]
@@ -347,9 +485,9 @@ class PlanProgram:
     def _slowest_s(self) -> Any:
         """Seconds of the slowest stage with the link that leaves it."""
         problem = self._problem
-        slowest = self.program.add_variable("slowest", 0)
+        slowest = self._slowest = self.program.add_variable("slowest", 0)
         for i in self._devices:
-            terms = [option.decode_s * count for count, option, _ in self._counts(i)]
+            terms = [option.decode_s * count for _, count, option, _ in self._counts(i)]
             terms.append(problem.devices[i].call_s * self._used[i])
             terms += [problem.hop_s(*key) * hop for key, hop in self._hop_at.items() if key[0] == i]
             terms += [
@@ -360,14 +498,14 @@ class PlanProgram:
             self.program += slowest >= pulp.lpSum(terms) * (1 / self._unit_s)
         return self._unit_s * slowest
 
-    def _counts(self, device: int) -> list[tuple[Any, BlockOption, int]]:
-        """(how many, option, a block of the group) for everything that can be on a device."""
+    def _counts(self, device: int) -> list[tuple[int, Any, BlockOption, int]]:
+        """(group, how many, option, a block of it) for everything that can be on a device."""
         found = []
         for g, group in enumerate(self._groups[device]):
             for o, option in enumerate(group.options):
                 alone = len(group.options) == 1
                 count = self._of_group(device, group) if alone else self._n[device, g, o]
-                found.append((count, option, group.blocks[0]))
+                found.append((g, count, option, group.blocks[0]))
         return found
 
     def _of_group(self, device: int, group: Group) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,8 +50,9 @@ class PlanRequest:
     """Sequences at once, each with a KV cache of ``context_tokens``."""
     objective: Objective = field(default_factory=Objective)
     pins: Mapping[int, str] = field(default_factory=dict)
-    """Block -> name of the device that it must be on."""
+    """Block -> the device that it must be on: name or id, its id once ``identified``."""
     exclude: tuple[str, ...] = ()
+    """Devices as in ``pins``."""
     sensitivities: tuple[Mapping[int, float], ...] | None = None
     """Per block: bits -> what it adds to the KL divergence. None: what the coordinator measured,
     where there is a budget."""
@@ -72,6 +73,8 @@ class PlanRequest:
     """Answer with the planning problem too."""
     asked: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The JSON that this was read from."""
+    devices: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Names in ``asked`` -> ids of the devices that they meant when they were asked for."""
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> PlanRequest:
@@ -109,6 +112,32 @@ class PlanRequest:
             slots or default_slots(kind),
             asked=values,
             **wishes,
+        )
+
+    def identified(self, find: Callable[[str], str | None]) -> PlanRequest:
+        """The same request, with ids in place of names.
+
+        ``find`` gives the id of a name or id, and None for an unknown one, which stays as it is.
+        """
+        meant: dict[str, str] = {}
+
+        def device(text: str) -> str:
+            found = find(text)
+            if found is None:
+                return text
+            meant[text] = found
+            return found
+
+        given = self.given
+        if given is not None:
+            ids = given.devices
+            given = given.renamed(lambda text: ids[text] if text in ids else device(text))
+        return replace(
+            self,
+            pins={block: device(text) for block, text in self.pins.items()},
+            exclude=tuple(map(device, self.exclude)),
+            given=given,
+            devices={**self.devices, **meant},
         )
 
     def format(self, bits: int) -> Format:

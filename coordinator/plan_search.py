@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,16 +23,24 @@ import numpy.typing as npt
 
 from coordinator.plan_beam import beam
 from coordinator.plan_bounds import Joint, Priced, Pricer, Separate
+from coordinator.plan_greedy import fill, walk_value
 from coordinator.plan_model import Choice
 from coordinator.plan_polish import Polish
 from coordinator.plan_tables import Floats, Integers, Knapsack, Span, Tables
-from coordinator.problem import PlanningProblem
+from coordinator.problem import Objective, ObjectiveKind, PlanningProblem
 
 _WIDTHS = (20, 100, 400, 1_500, 5_000, 20_000)
 """Walks that are kept per block, one attempt after the other."""
 
 _FINISHED = 60
 """Walks whose widths are chosen, of each attempt."""
+
+_GREEDY = 12
+"""Greedy walks whose widths are improved."""
+
+_OTHER_SHARE = 0.25
+"""Of the time left, for the walks of the search for the other kind of objective."""
+_OTHER_GAP = 0.05
 
 # A stage that takes so many times the least there could be is not looked for.
 _SLOWEST = 1e4
@@ -64,11 +72,14 @@ def search(
     tables = Tables(problem, ties)
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
         return Found(None, 0.0)
-    kind = _Fastest if tables.throughput else _Cheapest
     # A little less than what is asked for, so that rounding does not miss it.
     until_s = deadline_s, deadline_s if last_resort_s is None else last_resort_s
-    found = kind(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
+    found = _kind(tables)(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
     return Found(found.choice, float(found.bound))
+
+
+def _kind(tables: Tables) -> type[_Cheapest] | type[_Fastest]:
+    return _Fastest if tables.throughput else _Cheapest
 
 
 class _Search:
@@ -83,6 +94,51 @@ class _Search:
         self.value = math.inf
         self.bound = 0.0
         self.seen: dict[tuple[Span, ...], float] = {}
+        self.other = False
+        """This search only serves another one."""
+
+    def run(self) -> Found:
+        """Search until the gap is proved or the time is over."""
+        raise NotImplementedError
+
+    def _finish(self, spans: Sequence[Span]) -> float:
+        """Choose the widths of a walk; keep it where it is the best plan. A bound for the walk."""
+        key = tuple(spans)
+        if key not in self.seen:
+            self.seen[key] = self._widths(spans)
+        return self.seen[key]
+
+    def _widths(self, spans: Sequence[Span]) -> float:
+        raise NotImplementedError
+
+    def _fill(self) -> float:
+        """Keep the best plan that is made at once; its value, inf where there is none."""
+        for walk in fill(self.tables)[:_GREEDY]:
+            polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops, fixed=False)
+            if (polished := polish.run()) is None:
+                continue
+            value = walk_value(self.tables, walk.spans, *polished)
+            if value < self.value:
+                self.value = value
+                self.choice = self.tables.choice(walk.spans, *polished)
+        return self.value
+
+    def _try_other(self) -> None:
+        """Finish the walks that are good for the other kind of objective: they fit here as well."""
+        left_s = self._until_s() - time.monotonic()
+        if self.other or left_s <= 0:
+            return
+        aim: ObjectiveKind = "latency" if self.tables.throughput else "throughput"
+        problem = replace(self.tables.problem, objective=Objective(aim))
+        tables = Tables(problem, self.tables.ties > 0)
+        until_s = time.monotonic() + _OTHER_SHARE * left_s
+        other = _kind(tables)(tables, (until_s, until_s), _OTHER_GAP)
+        other.other = True
+        other.run()
+        for spans in sorted(other.seen, key=lambda spans: other.seen[spans])[:_FINISHED]:
+            if self._late():
+                break
+            self._finish(list(spans))
 
     def _late(self) -> bool:
         return time.monotonic() > self._until_s()
@@ -98,11 +154,18 @@ class _Cheapest(_Search):
     def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
         super().__init__(tables, until_s, gap)
         self.found: dict[float, tuple[Priced, Floats]] = {}
+        self.at_hand = math.inf
+        """Of the plan that was made at once."""
+        self.price = 0.0
+        """Of the budget, near which widths are looked for."""
 
     def run(self) -> Found:
         tables = self.tables
+        self.price = self._guess() if tables.budget is not None else 0.0
+        self.at_hand = self._fill()
         self._climb()
         top = max(self.found, key=lambda mu: self.found[mu][0].bound)
+        self.price = top
         mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.0, 4.0)] if top else [0.0]
         rounds = 60
         for width in _WIDTHS:
@@ -120,11 +183,13 @@ class _Cheapest(_Search):
             for count, walk in enumerate(finished):
                 bound = walk.bound
                 if count < _FINISHED and not self._late():
-                    refined = self._finish(walk.spans, top)
+                    refined = self._finish(walk.spans)
                     # Without a budget all relaxations are one, and exact: nothing is mixed up.
                     bound = bound if walk.mixed and top else max(bound, refined)
                 bounds.append(bound)
             self.bound = max(self.bound, min(min(bounds), self.value))
+            if width == _WIDTHS[0] and self.value >= self.at_hand and not self._done():
+                self._try_other()
             # A wider beam helps only where this one was full.
             if self._late() or (dropped == math.inf and cutoff < math.inf):
                 break
@@ -145,7 +210,8 @@ class _Cheapest(_Search):
             arcs = Separate(segments, tables.links(mu), tables.back)
             nearest = min(self.found, key=lambda at: abs(math.log(at / mu)), default=None)
             prices = np.zeros(2 * tables.shape[0]) if nearest is None else self.found[nearest][1]
-        reach = self.value if self.value < math.inf else 1.1 * self._best()
+        # A plan that was made at once is too far off to step towards.
+        reach = self.value if self.value < self.at_hand else 1.1 * self._best()
         self.found[mu] = self.pricer.price(
             arcs,
             mu * (tables.budget or 0.0),
@@ -187,15 +253,8 @@ class _Cheapest(_Search):
         ratios = saved[telling] / lost[telling]
         return float(np.median(ratios)) if len(ratios) else 1.0
 
-    def _finish(self, spans: Sequence[Span], mu: float) -> float:
-        """Choose the widths of a walk; keep it where it is the best plan. A bound for the walk."""
-        key = tuple(spans)
-        if key not in self.seen:
-            self.seen[key] = self._widths(spans, mu)
-        return self.seen[key]
-
-    def _widths(self, spans: Sequence[Span], mu: float) -> float:
-        tables = self.tables
+    def _widths(self, spans: Sequence[Span]) -> float:
+        tables, mu = self.tables, self.price
         budget = math.inf if tables.budget is None else tables.budget
         fixed = sum(tables.entry[i] for i, _, _ in spans)
         pairs = [(a[0], b[0]) for a, b in pairwise(spans)]
@@ -267,12 +326,17 @@ class _Fastest(_Search):
         fastest = np.min(self.tables.decode, axis=(0, 2))
         self.bound = max(float(fastest.max()), float(fastest.sum()) / self.tables.shape[0])
         least, limit = self.bound, 1.5 * self.bound
+        at_hand = self._fill()
         self._measure(4 * limit)
-        while self.choice is None and limit < _SLOWEST * least and not self._late():
+        # Times that no plan at hand has, until one of them has a plan.
+        until = min(_SLOWEST * least, at_hand)
+        while self.value >= at_hand and limit < until and not self._late():
             if limit > self.top:
                 self._measure(4 * limit)
             self._try(limit, _WIDTHS[0])
             limit *= 1.4
+        if self.value >= at_hand:
+            self._try_other()
         if self.choice is None:
             return Found(None, least)
         self._measure(self.value)
@@ -354,7 +418,9 @@ class _Fastest(_Search):
         """Look for a plan with this slowest stage, or prove that there is none."""
         tables = self.tables
         arcs = self._arcs(limit)
-        enough = self.budget * (1 + 1e-9) + 1e-9
+        # Beside the budget, a share of what placements compete for.
+        spare = tables.spare.room if tables.spare.room < math.inf else 1.0
+        enough = self.budget * (1 + 1e-12) + 1e-9 * (spare or 1.0)
         self.pricer.deadline_s = self._until_s()  # Without prices few walks keep the budget.
         priced, self.prices = self.pricer.price(
             arcs,
@@ -375,13 +441,6 @@ class _Fastest(_Search):
         least = [self._finish(walk.spans) for walk in finished[:_FINISHED]]
         if dropped >= enough and len(finished) <= _FINISHED and min(least, default=limit) >= limit:
             self.bound = max(self.bound, limit)
-
-    def _finish(self, spans: Sequence[Span]) -> float:
-        """Choose the widths of a walk; keep it where it is the best plan. A bound for the walk."""
-        key = tuple(spans)
-        if key not in self.seen:
-            self.seen[key] = self._widths(spans)
-        return self.seen[key]
 
     def _widths(self, spans: Sequence[Span]) -> float:
         tables = self.tables

@@ -1,22 +1,23 @@
 """Runs an integer program: HiGHS where it can be imported, else the CBC that PuLP brings.
 
-The program crosses over as an MPS file in a temporary folder that is removed afterwards, so that
-both solvers are driven the same way, silently, and CBC under a wall clock of its own.
+HiGHS gets the program in memory. CBC is a program of its own: it reads files in a temporary folder
+that is removed afterwards, and is killed at the time limit. Neither prints anything.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import math
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pulp
 
 SolverName = Literal["highs", "cbc"]
@@ -28,7 +29,10 @@ _INTEGRALITY = 1e-5
 
 
 class SolverError(Exception):
-    """The solver is missing, died, or returned values that are not integral."""
+    """The solver is missing, failed, or returned values that are not integral.
+
+    It says nothing about the program: a plan may exist.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,70 +46,153 @@ class Outcome:
 
 
 def default_solver() -> SolverName:
-    """HiGHS where its library is installed: it is the faster of the two."""
-    return "highs" if importlib.util.find_spec("highspy") is not None else "cbc"
+    """HiGHS where its library can be imported: it is the faster of the two."""
+    return "highs" if _highspy() is not None else "cbc"
 
 
 def run(
-    program: Any, *, time_limit_s: float, solver: SolverName | None = None, gap: float = 0.0
+    program: Any,
+    *,
+    time_limit_s: float,
+    solver: SolverName | None = None,
+    gap: float = 0.0,
+    start: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Minimise ``program`` (a pulp.LpProblem) to a relative gap, or stop at the limit.
 
-    Raises SolverError; a limit that is reached is not an error but ``feasible`` or ``unknown``.
+    ``start`` has a value for every variable, of a solution that is known already. Raises
+    SolverError; a limit that is reached is not an error but ``feasible`` or ``unknown``.
     """
     name = solver or default_solver()
-    time_limit_s = max(time_limit_s, 0.1)
-    with tempfile.TemporaryDirectory(prefix="shoal-plan-") as folder:
-        model = Path(folder) / "model.mps"
-        _, renamed, _, _ = program.writeMPS(str(model), rename=1)
-        outcome = (_run_highs if name == "highs" else _run_cbc)(model, time_limit_s, gap)
-    if outcome.status not in ("optimal", "feasible"):
-        return outcome
-    short = outcome.values
-    values = {variable: short.get(short_name, 0.0) for variable, short_name in renamed.items()}
-    for variable in program.variables():
-        value = values[variable.name]
+    if not program.variables():
+        kept = all((r.getLb() or 0.0) <= 0 <= (r.getUb() or 0.0) for r in program.constraints())
+        return Outcome("optimal" if kept else "infeasible", name)
+    outcome = (_run_highs if name == "highs" else _run_cbc)(
+        program, max(time_limit_s, 0.1), gap, start
+    )
+    for variable in program.variables() if outcome.values else ():
+        value = outcome.values[variable.name]
         if variable.cat == pulp.LpInteger and abs(value - round(value)) > _INTEGRALITY:
             raise SolverError(f"{name} returned {value} for the whole number {variable.name}")
-    return Outcome(outcome.status, name, values, outcome.bound)
+    return outcome
 
 
-def _run_highs(model: Path, time_limit_s: float, gap: float) -> Outcome:
-    highspy = importlib.import_module("highspy")
-    highs = highspy.Highs()
-    for option, value in (
-        ("output_flag", False),
-        ("threads", 1),
-        ("time_limit", time_limit_s),
-        ("mip_rel_gap", gap),
+def _highspy() -> Any:
+    """The library of HiGHS; None where it is missing, or was built for another system."""
+    try:
+        return importlib.import_module("highspy")
+    except (ImportError, OSError):
+        return None
+
+
+def _silent(highspy: Any) -> Any:
+    """A HiGHS that prints nothing: its constructor would print a banner through the callbacks."""
+
+    def enable(highs: Any) -> None:
+        highs.setOptionValue("output_flag", False)
+        highspy.Highs.enableCallbacks(highs)
+
+    highs = type("SilentHighs", (highspy.Highs,), {"enableCallbacks": enable})()
+    # Older releases have no callbacks and print when they solve.
+    highs.setOptionValue("output_flag", False)
+    return highs
+
+
+def _highs_program(highspy: Any, program: Any) -> Any:
+    """The program as HiGHS holds it, row by row; columns in the order of the variables."""
+    variables = program.variables()
+    column = {variable: index for index, variable in enumerate(variables)}
+    rows = program.constraints()
+    cells = [(column[variable], factor) for row in rows for variable, factor in row.items()]
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = len(variables), len(rows)
+    costs = [program.objective.get(variable, 0.0) for variable in variables]
+    for field_name, values in (
+        ("col_cost_", costs),
+        ("col_lower_", [-math.inf if v.lowBound is None else v.lowBound for v in variables]),
+        ("col_upper_", [math.inf if v.upBound is None else v.upBound for v in variables]),
+        ("row_lower_", [-math.inf if (low := row.getLb()) is None else low for row in rows]),
+        ("row_upper_", [math.inf if (high := row.getUb()) is None else high for row in rows]),
     ):
+        setattr(lp, field_name, np.array(values, dtype=np.float64))
+    lp.offset_ = float(program.objective.constant)
+    kinds = highspy.HighsVarType
+    lp.integrality_ = [
+        kinds.kInteger if variable.cat == pulp.LpInteger else kinds.kContinuous
+        for variable in variables
+    ]
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    lp.a_matrix_.index_ = np.array([index for index, _ in cells], dtype=np.int32)
+    lp.a_matrix_.value_ = np.array([factor for _, factor in cells], dtype=np.float64)
+    return lp
+
+
+def _run_highs(
+    program: Any, time_limit_s: float, gap: float, start: Mapping[str, float] | None
+) -> Outcome:
+    highspy = _highspy()
+    if highspy is None:
+        raise SolverError("highspy cannot be imported: install shoal-llm[highs], or use cbc")
+    highs = _silent(highspy)
+    names = [variable.name for variable in program.variables()]
+    failed = highspy.HighsStatus.kError
+    if highs.passModel(_highs_program(highspy, program)) == failed:
+        raise SolverError("highs did not take the program: use cbc")
+    if start is not None:
+        known = highspy.HighsSolution()
+        known.col_value = [start[name] for name in names]
+        highs.setSolution(known)
+    # The limit counts from here: a program that takes long to build is still solved.
+    for option, value in (("threads", 1), ("time_limit", time_limit_s), ("mip_rel_gap", gap)):
         highs.setOptionValue(option, value)
-    if highs.readModel(str(model)) == highspy.HighsStatus.kError:
-        raise SolverError("highs could not read the program")
-    highs.run()
-    status = highs.getModelStatus()
     kinds = highspy.HighsModelStatus
-    if status in (kinds.kInfeasible, kinds.kUnboundedOrInfeasible):
+    ended = highs.run()
+    if highs.getModelStatus() == kinds.kUnboundedOrInfeasible:
+        # Only presolve leaves this open.
+        highs.setOptionValue("presolve", "off")
+        ended = highs.run()
+    status = highs.getModelStatus()
+    if status == kinds.kInfeasible:
         return Outcome("infeasible", "highs")
+    if ended == failed or status not in (kinds.kOptimal, kinds.kTimeLimit, kinds.kInterrupt):
+        raise SolverError(f"highs failed ({highs.modelStatusToString(status)}): use cbc")
     info = highs.getInfo()
     bound = float(info.mip_dual_bound)
     proved = bound if abs(bound) < highspy.kHighsInf else None
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return Outcome("unknown", "highs", bound=proved)
-    values = dict(
-        zip(highs.getLp().col_names_, map(float, highs.getSolution().col_value), strict=True)
-    )
+    values = dict(zip(names, map(float, highs.getSolution().col_value), strict=True))
     return Outcome("optimal" if status == kinds.kOptimal else "feasible", "highs", values, proved)
 
 
-def _run_cbc(model: Path, time_limit_s: float, gap: float) -> Outcome:
+def _run_cbc(
+    program: Any, time_limit_s: float, gap: float, start: Mapping[str, float] | None
+) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="shoal-plan-") as folder:
+        model = Path(folder) / "model.mps"
+        _, short, _, _ = program.writeMPS(str(model), rename=1)
+        if start is not None:
+            lines = [f"{at} {short[name]} {start[name]:.17g} 0" for at, name in enumerate(start)]
+            model.with_suffix(".mst").write_text("\n".join(["Stopped on time", *lines, ""]))
+        outcome = _cbc(model, time_limit_s, gap)
+    if not outcome.values:
+        return outcome
+    values = {name: outcome.values.get(code, 0.0) for name, code in short.items()}
+    return replace(outcome, values=values)
+
+
+def _cbc(model: Path, time_limit_s: float, gap: float) -> Outcome:
+    """What CBC says of an MPS file; a start lies beside it as a ``.mst`` file."""
     cbc = shutil.which(pulp.PULP_CBC_CMD.pulp_cbc_path) or shutil.which("cbc")
     if cbc is None:
         raise SolverError("no solver: install highspy, or cbc on the PATH")
     solution = model.with_suffix(".sol")
     # CBC's preprocessing was seen to lose the optimum of one small program in a thousand.
     command = [cbc, str(model), "-timeMode", "elapsed", "-sec", f"{time_limit_s * _CBC_SHARE:.3f}"]
-    command += ["-ratio", f"{gap:g}", "-preprocess", "off", "-solve"]
+    command += ["-ratio", f"{gap:g}", "-preprocess", "off"]
+    known = model.with_suffix(".mst")
+    command += [*(["-mipStart", str(known)] if known.exists() else []), "-solve"]
     writing = ["-printingOptions", "all", "-solution", str(solution)]
     code, text = _output([*command, *writing], model.with_suffix(".log"), time_limit_s)
     if code:
@@ -141,7 +228,7 @@ def _output(command: list[str], log: Path, time_limit_s: float) -> tuple[int | N
 
 def _read_cbc(text: str, bound: float | None, gap: float) -> Outcome:
     """What a CBC solution file says: a status line, then ``[**] index name value cost`` lines."""
-    heading, *lines = text.splitlines()
+    heading, *lines = text.splitlines() or [""]
     if heading.startswith(("Infeasible", "Integer infeasible")):
         return Outcome("infeasible", "cbc")
     optimal = heading.startswith("Optimal")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.plan_model import Choice, usable_options
+from coordinator.plan_model import Choice, SpareBudget, usable_options
 from coordinator.problem import PlanningProblem
 
 Floats = npt.NDArray[np.float64]
@@ -137,7 +137,10 @@ class Tables:
         self.budget = None if budget == math.inf else budget
         self.throughput = problem.objective.kind == "throughput"
         devices, blocks = range(len(problem.devices)), range(problem.spec.block_count)
-        self.options = [[usable_options(problem, i, k) for k in blocks] for i in devices]
+        self.spare = SpareBudget.of(problem)
+        self.options = [
+            [usable_options(problem, i, k, self.spare) for k in blocks] for i in devices
+        ]
         most = max((len(row) for rows in self.options for row in rows), default=0)
         shape = (len(devices), len(blocks), max(most, 1))
         self.shape = shape

@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from coordinator.plan import (
     Advice,
@@ -26,8 +28,8 @@ from coordinator.plan import (
     verify,
 )
 from coordinator.plan_model import Aim, Choice, PlanProgram, StageChoice
-from coordinator.plan_search import search
-from coordinator.plan_solver import Outcome, SolverError, SolverName, run
+from coordinator.plan_search import Found, search
+from coordinator.plan_solver import Outcome, SolverError, SolverName, default_solver, run
 from coordinator.problem import Device, Objective, PlanningProblem
 from wire.profile import LinkProfile
 
@@ -42,6 +44,9 @@ _SMALL, _LARGE = 600, 6_000
 DEFAULT_GAP = 0.005
 """What is aimed at where nothing else is asked for and the search has to go first: closing the
 last half percent can take as long as there is time."""
+
+# How often the least budget is looked for again, on the scale of the last answer.
+_BUDGET_ROUNDS = 4
 
 # Saying what is wrong is worth this much, even when the search has used up the limit.
 _ADVICE_S = 5.0
@@ -80,6 +85,8 @@ def solve(
             plan = replace(plan, proof=replace(plan.proof, solve_s=time.monotonic() - started_s))
             verify(plan, problem)
             return plan
+        if runner.failure is not None:
+            raise PlanError(f"no plan found, although one may exist: {runner.failure}")
         if not runner.refused:
             lost = "; ".join(map(str, problem.no_links.values()))
             raise PlanError(
@@ -97,24 +104,28 @@ def _best(
     """The best plan that was found; None where none was."""
     size = _size(problem)
     gap = (DEFAULT_GAP if size > _SMALL else 0.0) if asked is None else asked
-    plan, bound = None, 0.0
+    found = Found(None, 0.0)
+    plan = None
     if searching := size > _SMALL or gap > 0:
         report("searching")
-        plan, bound = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0)
-        if plan is not None:
-            plan = replace(plan, proof=replace(plan.proof, bound=bound))
+        found = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0)
+        plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
+    bound = found.bound
     if plan is None or (plan.gap > gap and size <= _LARGE and runner.left_s() > 0):
         report("solving the integer program")
-        exact, exact_bound = _solve(problem, runner, gap)
+        exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None)
+        if exact is None and plan is None and not runner.refused and not searching:
+            report("the integer program gave no answer: looking for a plan at hand")
+            found = _search(problem, runner, gap, share=1.0)
+            exact = _plan_of(problem, found.choice, Proof("search", 0.0, 0.0))
+            exact_bound = max(exact_bound, found.bound)
         bound = max(bound, exact_bound)
-        if runner.refused:
-            return None
-        if exact is None and not searching:
-            report("the time limit has passed: looking for a plan at hand")
-            exact, exact_bound = _search(problem, runner, gap, share=1.0)
-            bound = max(bound, exact_bound)
-        found = [one for one in (exact, plan) if one is not None]
-        plan = min(found, key=lambda one: one.value, default=None)
+        # A plan at hand stands, whatever the solver says.
+        plan = min(
+            (one for one in (exact, plan) if one is not None),
+            key=lambda one: one.value,
+            default=None,
+        )
     if plan is None:
         return None
     return replace(plan, proof=replace(plan.proof, bound=min(bound, plan.value)))
@@ -133,25 +144,43 @@ def _size(problem: PlanningProblem) -> int:
     return distinct * len(problem.devices) * len(problem.bits)
 
 
-def _search(
-    problem: PlanningProblem, runner: _Runner, gap: float, *, share: float
-) -> tuple[Plan | None, float]:
-    """A plan by search within a share of the time left, and a lower bound of the objective."""
+def _search(problem: PlanningProblem, runner: _Runner, gap: float, *, share: float) -> Found:
+    """A choice by search within a share of the time left, and a lower bound of the objective."""
     started_s = time.monotonic()
     deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
     last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S)
-    devices = range(len(problem.devices))
-    ties = np.array([[i < j and _twins(problem, i, j) for j in devices] for i in devices])
-    found = search(problem, deadline_s=deadline_s, gap=gap, ties=ties, last_resort_s=last_resort_s)
-    return _plan_of(problem, found.choice, Proof("search", 0.0, 0.0)), found.bound
+    ties = _ties(problem)
+    return search(problem, deadline_s=deadline_s, gap=gap, ties=ties, last_resort_s=last_resort_s)
 
 
-def _solve(problem: PlanningProblem, runner: _Runner, gap: float) -> tuple[Plan | None, float]:
-    """A plan from the integer program, and a lower bound of the objective."""
+def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
+    """[i, j]: i < j are twins. Twins of one device are twins of each other: one is compared."""
+    sets: list[list[int]] = []
+    for j in range(len(problem.devices)):
+        own = next((some for some in sets if _twins(problem, some[0], j)), None)
+        if own is None:
+            sets.append([j])
+        else:
+            own.append(j)
+    ties = np.zeros((len(problem.devices),) * 2, dtype=bool)
+    for some in sets:
+        for at, i in enumerate(some):
+            ties[i, some[at + 1 :]] = True
+    return ties
+
+
+def _solve(
+    problem: PlanningProblem, runner: _Runner, gap: float, known: Choice | None
+) -> tuple[Plan | None, float]:
+    """A plan from the integer program, and a lower bound of the objective.
+
+    ``known`` is a choice that fits: the solver starts with it.
+    """
     bound = None
     for margin in (0.0, _LIMIT_MARGIN):
         program = PlanProgram(problem, margin=margin)
-        outcome = runner.run(program, gap)
+        start = None if known is None else program.values(known)
+        outcome = runner.run(program, gap, start)
         if bound is None:
             bound = program.bound(outcome.bound)
         choice = program.choice(outcome.values) if outcome.values else None
@@ -186,16 +215,28 @@ class _Runner:
         self.refused = False
         """The last program that ran has no solution."""
         self.unsure = False
-        """Some program ran out of time without an answer."""
+        """Some program ended without an answer."""
+        self.failure: str | None = None
+        """Why the solver failed; None where it did not."""
 
     def left_s(self) -> float:
         return max(0.0, self.deadline_s - time.monotonic())
 
-    def run(self, program: PlanProgram, gap: float = 0.0) -> Outcome:
+    def run(
+        self, program: PlanProgram, gap: float = 0.0, start: Mapping[str, float] | None = None
+    ) -> Outcome:
+        """What the solver says; where it fails, nothing is known."""
         try:
-            outcome = run(program.program, time_limit_s=self.left_s(), solver=self.solver, gap=gap)
+            outcome = run(
+                program.program,
+                time_limit_s=self.left_s(),
+                solver=self.solver,
+                gap=gap,
+                start=start,
+            )
         except SolverError as error:
-            raise PlanError(str(error)) from error
+            self.failure = str(error)
+            outcome = Outcome("unknown", self.solver or default_solver())
         self.refused = outcome.status == "infeasible"
         self.unsure = self.unsure or outcome.status == "unknown"
         return outcome
@@ -286,6 +327,8 @@ def _hopeless(problem: PlanningProblem) -> str | None:
     """What rules out every plan whatever the sizes; None where nothing does."""
     if not problem.devices:
         return "there are no devices"
+    if (against := _contradiction(problem)) is not None:
+        return against
     runs = "; ".join(
         f"{device.name} runs {_list(device.backend_bits or _widths(device))}"
         for device in problem.devices
@@ -321,6 +364,34 @@ def _hopeless(problem: PlanningProblem) -> str | None:
             f"the sensitivities add up to {math.fsum(least):.3g} at the best widths asked for,"
             f" above the budget of {problem.quality_budget:g}"
         )
+    return None
+
+
+def _contradiction(problem: PlanningProblem) -> str | None:
+    """Which pins cannot be kept, whatever the sizes; None where none are against each other."""
+    block_name = problem.spec.block_name
+    pins = sorted(problem.pins.items())
+    for block, i in pins:
+        device = problem.devices[i]
+        pin = f"{block_name(block)} is pinned to {device.name}"
+        if i in problem.excluded:
+            return f"{pin}, which is excluded"
+        if problem.objective.kind == "energy" and device.watts is None:
+            continue  # The advice names all devices without watts.
+        if not any(option.bits in problem.bits for option in device.options[block]):
+            widths = _list([option.bits for option in device.options[block]])
+            return f"{pin}, which runs it at {widths} bit, not at {_list(problem.bits)}"
+    ended: dict[int, int] = {}
+    for (block, i), (later, j) in pairwise(pins):
+        if i != j:
+            ended[i] = block
+        if i != j and j in ended:
+            first, last, between = ended[j], later, problem.devices[i].name
+            return (
+                f"{block_name(first)} and {block_name(last)} are pinned to"
+                f" {problem.devices[j].name}, and {block_name(block)} between them to {between}:"
+                " a device has one run of blocks"
+            )
     return None
 
 
@@ -422,7 +493,8 @@ def _missing_links(
         excluded=frozenset(unusable),
     )
     if _size(linked) > _SMALL:
-        plan, _ = _search(linked, runner, _LINKS_GAP, share=0.5)
+        found = _search(linked, runner, _LINKS_GAP, share=0.5)
+        plan = _plan_of(linked, found.choice, Proof("search", 0.0, found.bound))
     else:
         soon = _Runner(min(runner.deadline_s, time.monotonic() + _ADVICE_S), runner.solver)
         plan = soon.plan(linked, "best", gap=_LINKS_GAP) or runner.plan(linked, "any")
@@ -493,11 +565,14 @@ def _enough_budget(problem: PlanningProblem, runner: _Runner) -> float | None:
         return None
     if _hopeless(replace(problem, quality_budget=math.inf)) is not None:
         return None
-    plan = runner.plan(problem, "sensitivity")
-    if plan is None:
-        return None
-    total = plan.total_sensitivity
-    return _three_digits(total) if total and total > problem.quality_budget else None
+    total = math.inf
+    for _ in range(_BUDGET_ROUNDS):
+        # The least loss may be far below the largest ones, which the solver measures with.
+        plan = runner.plan(replace(problem, quality_budget=total), "sensitivity")
+        if plan is None or not plan.total_sensitivity or plan.total_sensitivity >= 0.999 * total:
+            break
+        total = plan.total_sensitivity
+    return _three_digits(total) if problem.quality_budget < total < math.inf else None
 
 
 def _placement_is_free(problem: PlanningProblem, runner: _Runner) -> bool:

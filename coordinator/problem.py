@@ -434,11 +434,16 @@ def build_problem(
             raise ValueError(f"{name} cannot draw {power} watts")
     indices = {name: index for index, name in enumerate(profiles)}
     for block, name in (pins or {}).items():
-        if block not in blocks or name not in indices:
+        if block not in blocks:
             raise ValueError(f"cannot pin block {block} of {len(blocks)} to {name}")
+        if name not in indices:
+            raise ValueError(
+                f"cannot pin {spec.block_name(block)} to {name}: no device has that name"
+                f" ({_known(indices)})"
+            )
     for name in excluded:
         if name not in indices:
-            raise ValueError(f"cannot exclude {name}, which is not there")
+            raise ValueError(f"cannot exclude {name}: no device has that name ({_known(indices)})")
     stage_bytes = costs.stage_buffer_bytes(spec, blocks, chunk_tokens, context_tokens)
     kv_bytes = tuple(slots * costs.kv_bytes(spec, k, context_tokens) for k in blocks)
     options = {
@@ -495,6 +500,10 @@ def build_problem(
         excluded=frozenset(indices[name] for name in excluded),
         hop_formats=tuple(sorted(hop_formats, key=lambda form: form.bits)),
     )
+
+
+def _known(names: Iterable[str]) -> str:
+    return f"known are {', '.join(names)}" if names else "there are no devices"
 
 
 def layer_variants(spec: ModelSpec) -> list[int]:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -37,13 +37,13 @@ RETRY_S = 5.0
 Placed = TypeVar("Placed")
 
 
-def remaining(request: PlanRequest, names: Collection[str]) -> PlanRequest:
-    """``request`` as the devices ``names`` can carry it out, and soon.
+def remaining(request: PlanRequest, devices: Collection[str]) -> PlanRequest:
+    """An identified ``request`` as the devices with these ids can carry it out, and soon.
 
     Wishes about devices that are gone fall away, and so does a given plan that needs them.
     """
     given = request.given
-    if given is not None and not {device for device, _ in given.stages} <= set(names):
+    if given is not None and not {device for device, _ in given.stages} <= set(devices):
         given = None
     objective = request.objective
     if objective.kind != "energy":
@@ -53,25 +53,35 @@ def remaining(request: PlanRequest, names: Collection[str]) -> PlanRequest:
         request,
         objective=objective,
         time_limit_s=min(request.time_limit_s, TIME_LIMIT_S),
-        pins={block: name for block, name in request.pins.items() if name in names},
-        exclude=tuple(name for name in request.exclude if name in names),
+        pins={block: device for block, device in request.pins.items() if device in devices},
+        exclude=tuple(device for device in request.exclude if device in devices),
         given=given,
         check_quality=False,
     )
 
 
 class LoadedFile:
-    """What is loaded, on disk, for a coordinator that is started again."""
+    """What is loaded, on disk, for a coordinator that is started again.
+
+    The request is kept as it was asked for, with the ids of the devices that its names meant.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "loaded.json"
 
-    def keep(self, request: PlanRequest, devices: Sequence[str]) -> None:
-        """Replace what is kept."""
+    def keep(
+        self, request: PlanRequest, names: Sequence[str], ids: Mapping[str, str] | None = None
+    ) -> None:
+        """Replace what is kept: a request, its devices by name, and the ids of those names."""
+        kept = {
+            "request": request.asked,
+            "devices": list(names),
+            "ids": {**request.devices, **(ids or {})},
+        }
         new = self._path.with_suffix(".new")
         try:
             with new.open("w", encoding="utf-8") as file:
-                json.dump({"request": request.asked, "devices": list(devices)}, file)
+                json.dump(kept, file)
                 file.flush()
                 os.fsync(file.fileno())  # A power cut is what it is kept for.
             new.replace(self._path)
@@ -86,21 +96,34 @@ class LoadedFile:
             log.warning("%s: %s: a restart will load it", self._path, error.strerror)
 
     def read(self) -> tuple[PlanRequest, tuple[str, ...]] | None:
-        """What was asked for and the devices that it was on; None where nothing is kept."""
+        """What was asked for, and the devices that it was on; None where nothing is kept.
+
+        Devices are ids. They are names where the file is older than ids.
+        """
         try:
             kept = json.loads(self._path.read_bytes())
-            return PlanRequest.from_dict(kept["request"]), tuple(map(str, kept["devices"]))
+            ids = {str(name): str(device) for name, device in kept.get("ids", {}).items()}
+            request = PlanRequest.from_dict(kept["request"]).identified(ids.get)
+            return request, tuple(ids.get(name, name) for name in map(str, kept["devices"]))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, CoordinatorError, PlanError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            CoordinatorError,
+            PlanError,
+        ) as error:
             log.warning("%s is of no use (%s): run `shoal load`", self._path, error)
             return None
 
 
-async def joined(roster: Roster, names: Collection[str], wait_s: float) -> None:
-    """Wait until devices with these names have joined, or ``wait_s`` seconds."""
+async def joined(roster: Roster, devices: Collection[str], wait_s: float) -> None:
+    """Wait until devices with these ids (or names) have joined, or ``wait_s`` seconds."""
     deadline_s = time.monotonic() + wait_s
-    while set(names) - {member.name for member in roster.members}:
+    while set(devices) - {text for one in roster.members for text in (one.device, one.name)}:
         roster.changed.clear()
         try:
             await asyncio.wait_for(roster.changed.wait(), deadline_s - time.monotonic())

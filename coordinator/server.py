@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
 from coordinator.admin_api import AdminRoutes
 from coordinator.artifacts import ArtifactStore
@@ -21,33 +24,53 @@ from coordinator.errors import CoordinatorError
 from coordinator.fleet import Fleet
 from coordinator.gateway import Gateway
 from coordinator.http import ClientGone, on_error
+from coordinator.http_guard import HostGuard, guarded_protocol
 from coordinator.members import Roster
+from coordinator.names import NameBook
 from coordinator.openai_api import OpenAIRoutes
 from coordinator.plan import PlanError
 from coordinator.quality import QualityStore
 from coordinator.recovery import LoadedFile
 from coordinator.workshop import Makers, Workshop
 from model.errors import ModelError
-from wire import limits
-from wire.connection import AsyncConnection, bind, serve, tune
+from wire import admission, limits
+from wire.connection import ACCEPT_AT_ONCE, BACKLOG, AsyncConnection, bind, reason, serve, tune
 from wire.discovery import Advertisement, DiscoveryUnavailable
-from wire.errors import AuthFailed, WireError
+from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
+from wire.hygiene import clean
+from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
     BlockChunk,
+    BlockDamaged,
     BlocksHello,
+    Done,
     FetchBlock,
     FilesMade,
+    Heartbeat,
     MakeFiles,
+    RequestFailed,
 )
+from wire.rare_log import RareLog
 from wire.service import ServiceManager
 
 log = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 5.0
+FIRST_MESSAGES = {
+    AgentHello: limits.MAX_AGENT_HELLO_BYTES,
+    BlocksHello: limits.MAX_HELLO_BYTES,
+}
+"""What a connection of an agent may begin with, and the largest header of each."""
+
+MOST_HTTP_WAITING = 128
+MOST_HTTP_OF_ONE = 96
+"""HTTP connections without a whole request, and of one address. A client keeps some open between
+two requests."""
 
 CLIENT_STALL_S = 60.0
 """An HTTP client that takes none of its answer for this long is as good as gone."""
+
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DOWNLOAD_IDLE_S = 120.0
 """How long an agent may take between two blocks: it writes the first through to a slow card."""
@@ -81,6 +104,7 @@ class Coordinator:
             config.cluster,
             on_event=lambda member, message: self._gateway.on_event(member, message),
             on_lost=lambda member, error: self._gateway.on_lost(member, error),
+            names=NameBook(config.state_dir),
         )
         self._fleet = Fleet(
             self.roster,
@@ -91,6 +115,8 @@ class Coordinator:
         )
         self._gateway = Gateway(self._fleet)
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
+        self._idle_downloads = Lobby("downloads of blocks")
+        self._rare_log = RareLog(log)
 
     async def run(self, on_ready: Callable[[Ready], None]) -> None:
         """Serve until interrupted. Raises ConfigError, wire.errors.ConnectFailed."""
@@ -101,6 +127,7 @@ class Coordinator:
             raise ConfigError(
                 f"state directory {config.state_dir} is not usable: {error.strerror}"
             ) from error
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         http_socket = bind(config.http_host, config.http_port)
         # Inherited by what it accepts: a client that reads nothing, or is dead, is dropped, or its
         # answer would hold a KV slot for ever.
@@ -113,6 +140,7 @@ class Coordinator:
             async with self._advertised(control_port):
 
                 def on_started() -> None:
+                    http_socket.listen(BACKLOG)
                     self._service.ready()
                     on_ready(ready)
 
@@ -152,6 +180,14 @@ class Coordinator:
             self._service.alive()
             await asyncio.sleep(limits.HEARTBEAT_S)
 
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Say in a line what asyncio survives: it accepts again after a second."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in OUT_OF_RESOURCES:
+            self._rare_log.warning("accept", "cannot accept connections: %s", reason(error))
+        else:
+            loop.default_exception_handler(context)
+
     @contextlib.asynccontextmanager
     async def _advertised(self, port: int) -> AsyncIterator[None]:
         """Announce by mDNS in the background: it takes seconds, and joining does not need it."""
@@ -178,7 +214,7 @@ class Coordinator:
             await asyncio.shield(task)
             await asyncio.to_thread(advertisement.__exit__, None, None, None)
 
-    def _app(self) -> Starlette:
+    def _app(self) -> ASGIApp:
         admin = AdminRoutes(self._config.cluster, self.roster, self._fleet)
         openai = OpenAIRoutes(self._fleet, self._gateway)
         handled = (
@@ -191,55 +227,96 @@ class Coordinator:
             HTTPException,
             Exception,
         )
-        return Starlette(
+        routes = Starlette(
             routes=[*openai.routes(), *admin.routes()],
             exception_handlers={kind: on_error for kind in handled},
         )
+        return HostGuard(routes, (*self._config.http_hosts, self._config.http_host))
 
     async def _handle(self, connection: AsyncConnection) -> None:
         """One incoming connection: an agent's control connection, or a block download."""
         try:
-            hello, _ = await connection.receive(HELLO_TIMEOUT_S)
+            hello = await connection.receive_hello(FIRST_MESSAGES)
+            connection.admit = admission.report
             if isinstance(hello, AgentHello):
                 await self.roster.serve(hello, connection)
             elif isinstance(hello, BlocksHello):
                 await self._serve_files(hello.device, connection)
-            else:
-                log.warning("%s began with %s", connection.peer, type(hello).__name__)
         except AuthFailed as error:
-            log.warning("connection refused: %s", error)
+            cause = error.refusal or "refused"
+            self._rare_log.warning(cause, "connection refused: %s", error)
+        except VersionMismatch:
+            raise  # wire.connection.serve knows whether it was told before.
+        except ProtocolError as error:
+            cause = type(error).__name__
+            self._rare_log.warning(cause, "connection from %s dropped: %s", connection.peer, error)
         except WireError as error:
             log.info("connection dropped: %s", error)
         except (OSError, CoordinatorError) as error:
-            log.warning("no files for %s: %s", connection.peer, error)
+            self._rare_log.warning("files", "no files for %s: %s", connection.peer, error)
 
     async def _serve_files(self, device: str, connection: AsyncConnection) -> None:
         """Send files that are asked for, and have them made; ends with the connection."""
         while True:
-            request, _ = await connection.receive(DOWNLOAD_IDLE_S)
+            # Until it asks, it may be closed for others' sake.
+            self._idle_downloads.enter(connection, connection.peer_host, connection.close)
+            try:
+                request = clean((await connection.receive(DOWNLOAD_IDLE_S))[0])
+            finally:
+                self._idle_downloads.leave(connection)
             if isinstance(request, MakeFiles):
                 await self._workshop.serve(device, request, connection)
             elif isinstance(request, FilesMade):
                 await self._workshop.take(device, request, connection)
+            elif isinstance(request, BlockDamaged):
+                await self._repair(request, connection)
             elif not isinstance(request, FetchBlock) or not await self._send(request, connection):
-                log.warning("%s asked for a block that does not exist", connection.peer)
+                self._rare_log.warning(
+                    "block", "%s asked for a block that does not exist", connection.peer
+                )
                 return
 
     async def _send(self, request: FetchBlock, connection: AsyncConnection) -> bool:
-        """Send an artifact's bytes; False where there is none."""
-        path = self._store.path(request.sha256)
-        if path is None:
-            return False
-        with path.open("rb") as file:
-            total = path.stat().st_size
-            offset = file.seek(min(max(request.offset, 0), total))
-            while offset < total:
-                data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
-                if not data:
-                    raise OSError(f"{path} was cut short")  # The agent notices, too.
-                await connection.send(BlockChunk(offset, total), data)
-                offset += len(data)
+        """Send an artifact's bytes; False where there is none.
+
+        One that cannot be read is made again: it has the same bytes. Raises OSError, MakingFailed.
+        """
+        offset, store = max(request.offset, 0), self._store
+        for is_last in (False, True):
+            path = store.path(request.sha256)
+            if path is None and not store.can_make(request.sha256):
+                return False
+            try:
+                if path is None:
+                    raise FileNotFoundError(request.sha256)
+                with path.open("rb") as file:
+                    total = path.stat().st_size
+                    offset = file.seek(min(offset, total))
+                    while offset < total:
+                        data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
+                        if not data:
+                            raise OSError(f"{path} was cut short")  # The agent notices, too.
+                        await connection.send(BlockChunk(offset, total), data)
+                        offset += len(data)
+                break
+            except OSError:
+                if is_last:
+                    raise
+                await asyncio.to_thread(store.repair, request.sha256)
         return True
+
+    async def _repair(self, damaged: BlockDamaged, connection: AsyncConnection) -> None:
+        """Check a file that did not arrive whole, and make a damaged one again."""
+        repairing = asyncio.ensure_future(asyncio.to_thread(self._store.repair, damaged.sha256))
+        while not repairing.done():
+            await connection.send(Heartbeat())
+            await asyncio.wait({repairing}, timeout=limits.HEARTBEAT_S)
+        try:
+            repairing.result()
+        except (CoordinatorError, ModelError, OSError) as error:
+            await connection.send(RequestFailed(0, str(error)))
+        else:
+            await connection.send(Done(0))
 
 
 class _Server(uvicorn.Server):
@@ -262,7 +339,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve_http(
-    app: Starlette,
+    app: ASGIApp,
     http_socket: socket.socket,
     on_started: Callable[[], None],
     on_stop: Callable[[], None],
@@ -273,5 +350,8 @@ async def _serve_http(
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,
+        http=guarded_protocol(Lobby("HTTP", MOST_HTTP_WAITING, MOST_HTTP_OF_ONE)),
+        ws="none",
+        backlog=ACCEPT_AT_ONCE,
     )
     await _Server(config, on_started, on_stop).serve(sockets=[http_socket])

@@ -7,11 +7,13 @@ paper's cost model and synthetic weights: nothing in it was measured on a device
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from coordinator.picture import Curve, curves_svg
 from coordinator.plan import Plan, PlanError, assess
 from coordinator.planner import solve
 from coordinator.problem import PlanningProblem
+from coordinator.study_log import StudyLog
 from model.spec import LayerSpec, ModelSpec
 
 SPEED_FACTOR = 10.0
@@ -199,7 +202,7 @@ class OddityRow:
 
 @dataclass(frozen=True, slots=True)
 class DilemmaStudy:
-    """Everything that ``shoal study dilemma`` computes."""
+    """Everything that ``shoal study dilemma`` computes. ``solver`` made the table."""
 
     seed: int
     runs: int
@@ -250,11 +253,20 @@ def study_dilemma(
     seed: int = 0,
     layers: int = 24,
     on_step: OnStep = lambda what, done, total: None,
+    log: Path | None = None,
 ) -> DilemmaStudy:
     """Table 1 and figures 3, 5 and 6 on ``layers`` layers of OPT-350m's shape.
 
-    Raises PlanError where a program could not be solved within a minute.
+    ``log`` is a file that gets each draw's result as it comes; what it has of the same study is
+    not computed again, however few runs it was for. Raises PlanError where a program could not be
+    solved within a minute, OSError where the file cannot be written.
     """
+    what = {"name": "dilemma", "seed": seed, "layers": layers, "version": 1}
+    with StudyLog(log, what) as kept:
+        return _study(runs, seed, layers, on_step, kept)
+
+
+def _study(runs: int, seed: int, layers: int, on_step: OnStep, kept: StudyLog) -> DilemmaStudy:
     spec = opt_350m(layers)
     random_source = random.Random(seed)  # noqa: S311 - a simulation
     errors = synthetic_errors(layers, seed)
@@ -293,6 +305,7 @@ def study_dilemma(
             spec, errors, _STUDY_DELTA, _SERVER_CLOCKS_HZ, _links(least, drawn)
         ),
         on_step,
+        kept,
     )
     clocks = _sweep(
         "figure 6",
@@ -306,6 +319,7 @@ def study_dilemma(
             _links(_STUDY_LINK_BIT_PER_S, drawn),
         ),
         on_step,
+        kept,
     )
     return DilemmaStudy(seed, runs, solver, tuple(rows), oddities, links, clocks)
 
@@ -443,22 +457,29 @@ def _sweep(
     factors: Sequence[Mapping[tuple[int, int], float]],
     instance: Callable[[float, Mapping[tuple[int, int], float]], dilemma.Instance],
     on_step: OnStep,
+    kept: StudyLog,
 ) -> Sweep:
     """The optimum for each value and each run; every value sees the same draws."""
+
+    def solved(value: float, drawn: Mapping[tuple[int, int], float]) -> list[Any]:
+        # Exact with all repairs, and many times faster than with all 15 widths.
+        few = dilemma.without_dominated(instance(value, drawn))
+        solution = dilemma.solve_by_stages(few) or dilemma.solve(
+            few, dilemma.ALL_REPAIRS, time_limit_s=_SOLVE_LIMIT_S
+        )
+        return [solution.objective_s, solution.proven_optimal]
+
     spreads = []
     unproven = 0
     for index, value in enumerate(values):
         objectives = []
         for run, drawn in enumerate(factors):
             on_step(what, index * len(factors) + run, len(values) * len(factors))
-            solution = dilemma.solve(
-                # Exact with all repairs, and many times faster than with all 15 widths.
-                dilemma.without_dominated(instance(value, drawn)),
-                dilemma.ALL_REPAIRS,
-                time_limit_s=_SOLVE_LIMIT_S,
+            objective_s, proven = kept.result(
+                f"{what}, {value:g}, draw {run}", functools.partial(solved, value, drawn)
             )
-            unproven += not solution.proven_optimal
-            objectives.append(solution.objective_s)
+            unproven += not proven
+            objectives.append(objective_s)
         spreads.append(Spread.of(objectives))
     on_step(what, len(values) * len(factors), len(values) * len(factors))
     return Sweep(tuple(values), tuple(spreads), unproven)

@@ -144,7 +144,7 @@ class Workshop:
                 if other is not member and version is not None:
                     makers.append((version, partial(self._make_on, other, request)))
             for version, _ in makers:
-                known = self._known(_key(request, version))
+                known = await asyncio.to_thread(self._known, _key(request, version))
                 if known is not None:
                     return known
             if not makers:
@@ -201,7 +201,7 @@ class Workshop:
             )
         finally:
             del self._expected[maker.device]
-        if not made.files or not all(self._has(ref) for ref in made.files):
+        if not made.files or not await asyncio.to_thread(self._has_all, made.files):
             raise AgentFailed(maker.name, "said it had made files, and did not send them")
         return made.files
 
@@ -214,7 +214,7 @@ class Workshop:
                 BlockRef(number, sha256, size_bytes)
                 for number, (sha256, size_bytes) in enumerate(entries)
             )
-            if files and all(self._has(ref) for ref in files):
+            if files and self._has_all(files):
                 return files
         return None
 
@@ -224,7 +224,13 @@ class Workshop:
         # Cut short by a crash it is no JSON, and the files are made again.
         (self._index / key).write_text(content, encoding="utf-8")
 
+    def _has_all(self, refs: Sequence[BlockRef]) -> bool:
+        return all(map(self._has, refs))
+
     def _has(self, ref: BlockRef) -> bool:
+        """Whether a whole file is here: making from a damaged one costs more than hashing it."""
+        if not self._store.is_whole(ref.sha256):
+            return False
         path = self._store.path(ref.sha256)
         if path is None or path.stat().st_size != ref.size_bytes:
             return False
@@ -240,7 +246,7 @@ class Workshop:
 
         Raises WireError, StorageFull, OSError.
         """
-        if self._has(ref):
+        if await asyncio.to_thread(self._has, ref):
             return
         keep = {other.sha256 for other in beside}
         upload = await asyncio.to_thread(self._store.begin, ref.sha256, ref.size_bytes, keep)

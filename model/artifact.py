@@ -117,6 +117,18 @@ def read_block(path: Path, spec: ModelSpec, block: int) -> tuple[Format, dict[st
     return fmt, tensors
 
 
+def read_format(path: Path) -> Format:
+    """The format that a block file's header names; its tensors are not looked at.
+
+    Raises CheckpointError.
+    """
+    try:
+        _, fmt, _ = _parse_metadata(read_safetensors(path).metadata)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a valid block file: {error}; fetch it again") from error
+    return fmt
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file as hex. Raises CheckpointError when it cannot be read."""
     digest = hashlib.sha256()

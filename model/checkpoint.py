@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,17 @@ from model.quantize import Format
 from model.safetensors import SafetensorsFile, TensorEntry, read_safetensors
 from model.spec import ModelSpec
 
+log = logging.getLogger(__name__)
+
 _MAX_INDEX_BYTES = 64 << 20
 _FLOATS = ("F32", "F16", "BF16")
+_HEAD = "lm_head.weight"
+_ADAPTER = "adapter_config.json"
+_RECOMPUTED = "rotary_emb.inv_freq"
+"""End of the names of tensors that old checkpoints hold although config.json says it all."""
+_SHOWN_NAMES = 3
+_PIECE = 1 << 22
+"""Values compared at once."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 
 
@@ -52,6 +63,7 @@ class Checkpoint:
         config = read_config(directory)
         spec = describe(config, directory)
         shards = _open_shards(directory)
+        _refuse_adapter(directory)
         files: dict[str, SafetensorsFile] = {}
         for shard in shards.values():
             for name in shard.entries:
@@ -61,6 +73,9 @@ class Checkpoint:
                     )
                 files[name] = shard
         checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, files)
+        notes = _unread_files(directory, shards), _wrong_places(directory, files)
+        for note in filter(None, notes):
+            _tell(checkpoint.fingerprint, note)
         checkpoint._check_tensors()
         return checkpoint
 
@@ -102,18 +117,44 @@ class Checkpoint:
         for name in self.files:
             layer = _LAYER.search(name)
             inside = layer is not None and int(layer[1]) < len(self.spec.layers)
-            derived = name.endswith("rotary_emb.inv_freq")
+            derived = name.endswith(_RECOMPUTED)
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
                     "config.json describes; its options and the weights disagree"
                 )
+        self._check_tied_head(used)
+        unused = [
+            name for name in self.files if name not in used and not name.endswith(_RECOMPUTED)
+        ]
+        if unused:
+            _tell(
+                self.fingerprint,
+                f"{self.directory}: {_some(unused)} not used: config.json describes no such part",
+            )
+
+    def _check_tied_head(self, used: set[str]) -> None:
+        """Refuse a head of its own where config.json says that there is none.
+
+        Versions of transformers differ in which of the two they take.
+        """
+        if not self.spec.tied_head or _HEAD not in self.files:
+            return
+        tokens = self._sources(self.spec.head_block)["lm_head.weight"]
+        if not _same_values(self.files[_HEAD], _HEAD, self.files[tokens], tokens):
+            raise CheckpointError(
+                f"{self.directory}: tie_word_embeddings in config.json says that {_HEAD!r} is "
+                f"{tokens!r}, but the weights have both and they differ; set tie_word_embeddings "
+                f"to false if the head was trained, or remove {_HEAD!r}"
+            )
+        used.add(_HEAD)
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         file = self.files.get(name)
         if file is None:
             raise CheckpointError(
-                f"{self.directory}: tensor {name!r} is in none of its files; "
+                f"{self.directory}: tensor {name!r} is in none of its files "
+                f"({_some(sorted({file.path.name for file in self.files.values()}))}); "
                 "is the download complete, and does config.json belong to it?"
             )
         entry: TensorEntry = file.entries[name]
@@ -130,12 +171,12 @@ class Checkpoint:
 
 
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:
-    """Weight files by name. The index wins over a single file, as it names all there is."""
+    """Weight files by name. As in transformers, a single file wins over an index."""
+    if (directory / _SINGLE).exists():
+        return {_SINGLE: read_safetensors(directory / _SINGLE)}
     index = directory / _INDEX
     if index.exists():
         return {name: _open_shard(directory, name) for name in _shard_names(index)}
-    if (directory / _SINGLE).exists():
-        return {_SINGLE: read_safetensors(directory / _SINGLE)}
     raise without_weights(directory)
 
 
@@ -147,8 +188,84 @@ def _open_shard(directory: Path, name: str) -> SafetensorsFile:
     return read_safetensors(directory / name)
 
 
+def _refuse_adapter(directory: Path) -> None:
+    """Refuse weights beside an adapter, which would be left out of every answer.
+
+    transformers reads another base then, and applies the adapter, but only where peft is installed.
+    """
+    if (directory / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{directory / _ADAPTER}: adapters (LoRA) are not applied; merge it into the weights "
+            "(peft's merge_and_unload, then save_pretrained into a new folder), or move its files "
+            "away to run the weights without it"
+        )
+
+
+def _unread_files(directory: Path, shards: Mapping[str, SafetensorsFile]) -> str:
+    """A line on weights that lie beside those that are read; empty where there are none."""
+    unread = {path.name for path in directory.glob("*.safetensors")} - shards.keys()
+    index = directory / _INDEX
+    if _SINGLE in shards and index.exists() and _listed(index) != {_SINGLE}:
+        unread.add(_INDEX)
+    read = _some(sorted(shards))
+    return f"{directory}: {_some(sorted(unread))} ignored, the weights are {read}" * bool(unread)
+
+
+def _wrong_places(directory: Path, files: Mapping[str, SafetensorsFile]) -> str:
+    """A line on tensors that the index in use has in other files than they are in."""
+    index = directory / _INDEX
+    if (directory / _SINGLE).exists() or not index.exists():
+        return ""
+    wrong = [
+        name
+        for name, shard in _weight_map(index).items()
+        if name in files and files[name].path.name != shard
+    ]
+    where = "not in the files that the index names, but read where they are"
+    return f"{index}: {_some(sorted(wrong))} {where}" * bool(wrong)
+
+
+def _listed(index: Path) -> set[str]:
+    """The files of an index that is not used; none where it is damaged."""
+    try:
+        return set(_shard_names(index))
+    except CheckpointError:
+        return set()
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN_NAMES]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+@functools.lru_cache(maxsize=256)
+def _tell(fingerprint: str, note: str) -> None:
+    """Log a line once for a checkpoint, however often that is opened."""
+    log.warning("%s", note)
+
+
+def _same_values(one: SafetensorsFile, name: str, other: SafetensorsFile, other_name: str) -> bool:
+    """Whether two tensors hold equal numbers; reads them in pieces, up to the first difference."""
+    if one.entries[name].shape != other.entries[other_name].shape:
+        return False
+    if one.entries[name].dtype != other.entries[other_name].dtype:
+        return bool(np.array_equal(one.float32(name), other.float32(other_name)))
+    ours, theirs = one.map(name).reshape(-1), other.map(other_name).reshape(-1)
+    return all(
+        np.array_equal(ours[begin : begin + _PIECE], theirs[begin : begin + _PIECE])
+        for begin in range(0, ours.size, _PIECE)
+    )
+
+
 def _shard_names(index: Path) -> list[str]:
     """File names an index lists. They must lie beside it: a path would let it read anything."""
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of the file beside the index that it lists for it."""
     try:
         if index.stat().st_size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{index}: larger than any index; is it the right file?")
@@ -162,15 +279,13 @@ def _shard_names(index: Path) -> list[str]:
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map; fetch it again")
-    names: set[str] = set()
     for name in weight_map.values():
         plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
         if not plain or not name.endswith(".safetensors") or name.startswith("."):
             raise CheckpointError(
                 f"{index}: lists {name!r}; only .safetensors files beside it are read"
             )
-        names.add(name)
-    return sorted(names)
+    return weight_map
 
 
 def _fingerprint(config: Config, shards: Mapping[str, SafetensorsFile]) -> str:

@@ -255,7 +255,9 @@ def _folder(given: Path, names: frozenset[str]) -> str:
         return f"weights without {CONFIG}; is the download complete?"
     models = _models_below(given, names)
     if models:
-        return f"not a model: it has no {CONFIG}, but folders in it have: give {' or '.join(models)}"
+        return (
+            f"not a model: it has no {CONFIG}, but folders in it have: give {' or '.join(models)}"
+        )
     if ".git" in names and len(names - {".git", ".gitattributes"}) == 0:
         return (
             "a git clone without its files; run `git checkout HEAD -- .` and `git lfs pull` in it"

@@ -6,27 +6,20 @@ Only the coordinator imports this module: it needs ``tokenizers`` and ``jinja2``
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import tokenizers
-from jinja2 import Template, TemplateError, nodes, pass_environment
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import TokenizerError
 from model.given import kind_of_file
+from model.template_process import template_process
+from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
+from model.template_sandbox import TemplateFailed, one_line
 
-MAX_PROMPT_CHARS = 4_000_000
-"""Longest text a template may produce, and the largest value inside one: beyond any context."""
-MAX_TEMPLATE_STEPS = 200_000
-"""Loop rounds and calls of one rendering; real templates need some dozens per message."""
+MAX_TEMPLATE_CHARS = 1 << 20
+"""Ten times the longest chat template that is known."""
 _MAX_FILE_BYTES = 256 << 20
 
 _SPECIAL_KEYS = tuple(
@@ -46,6 +39,10 @@ class Tokenizer:
         directory: Path,
     ) -> None:
         self._backend = backend
+        # A file may cut prompts, or fill them up: transformers takes neither from it.
+        backend.no_truncation()
+        backend.no_padding()
+        self._longest_token_bytes = _longest_token_bytes(backend)
         self._special_tokens = special_tokens
         self._template = template
         self._directory = directory
@@ -67,9 +64,18 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Tokens of a text; ``add_special`` puts in what the model expects around it (bos).
 
-        Pass False for the result of ``apply_chat_template``, which has its special tokens.
+        Pass False for the result of ``apply_chat_template``, which has its special tokens. Other
+        threads run meanwhile, however long the text is.
         """
-        return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+        # Only the batch releases the interpreter's lock; the fast one leaves out offsets.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special)
+        return list(encoding.ids)
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, known without tokenizing; 0 where nothing is."""
+        if self._longest_token_bytes is None:
+            return 0
+        return len(text.encode()) // self._longest_token_bytes
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of tokens; bytes that are no UTF-8 become replacement characters."""
@@ -100,6 +106,20 @@ class Tokenizer:
         values = {"tools": None, "documents": None} | dict(self._special_tokens) | variables
         values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         return self._template.render(values)
+
+    def doubts(self, vocab: int) -> Iterator[str]:
+        """Lines on what will not work with a model of ``vocab`` tokens; usually none."""
+        largest = max(self._backend.get_vocab().values(), default=0)
+        if largest >= vocab:
+            yield (
+                f"{self._directory}: the tokenizer has tokens up to {largest}, the model only "
+                f"{vocab}; prompts with the others are refused: do their files belong together?"
+            )
+        if self._template is not None:
+            try:
+                self.apply_chat_template([{"role": "user", "content": "Hello"}])
+            except TokenizerError as error:
+                yield f"chat completions will fail, plain ones work: {error}"
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Tokens of a conversation: the template's text, with no special token added twice."""
@@ -143,244 +163,70 @@ class StreamDecoder:
 
 
 class ChatTemplate:
-    """A jinja template from a stranger: sandboxed, and bounded in steps and size.
-
-    Rendered as transformers does: trimmed blocks, loop controls, ``raise_exception``,
-    ``strftime_now``, ``tojson`` without HTML escapes, ``{% generation %}`` markers ignored.
-    """
+    """A jinja template from a stranger: bounded in time, memory, steps and size."""
 
     def __init__(self, text: str, source: Path) -> None:
         """Raises TokenizerError where it is no valid template."""
+        self._text = text
         self._source = source
-        self._environment = _Environment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _GenerationMarker],
-        )
-        self._environment.filters = {
-            name: function
-            for name, function in self._environment.filters.items()
-            if name not in _UNBOUNDED_FILTERS
-        } | _BOUNDED_FILTERS
-        del self._environment.globals["lipsum"]
-        self._environment.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-        }
+        if len(text) > MAX_TEMPLATE_CHARS:
+            raise TokenizerError(f"{source}: chat template larger than any; is it the right file?")
         try:
-            self._code: CodeType = self._environment.compile(text, filename="chat template")
-        except (TemplateError, RecursionError) as error:
-            raise TokenizerError(
-                f"{source}: not a valid chat template: {_one_line(error)}"
-            ) from error
+            template_process().check(text)
+        except TemplateFailed as error:
+            raise TokenizerError(f"{source}: not a valid chat template: {error}") from error
 
     def render(self, values: Mapping[str, Any]) -> str:
         """The text for these variables. Raises TokenizerError with what the template says."""
-        # An overlay per rendering, since it carries the count of steps.
-        environment = self._environment.overlay()
-        environment.steps = 0
-        template = Template.from_code(environment, self._code, dict(environment.globals))
-        pieces: list[str] = []
-        size_chars = 0
         try:
-            for piece in template.generate(dict(values)):
-                size_chars += len(piece)
-                if size_chars > MAX_PROMPT_CHARS:
-                    raise SecurityError(f"produces more than {MAX_PROMPT_CHARS} characters")
-                pieces.append(piece)
-        except _RENDER_ERRORS as error:
-            message = _one_line(error)
-            raise TokenizerError(f"{self._source}: chat template failed: {message}") from error
-        return "".join(pieces)
+            return template_process().render(self._text, values)
+        except TemplateFailed as error:
+            raise TokenizerError(f"{self._source}: chat template failed: {error}") from error
 
 
-# What expressions of a template can raise, besides jinja's own errors.
-_RENDER_ERRORS = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-# Their result may be far larger than their arguments, and chat templates have no use for them.
-_UNBOUNDED_FILTERS = frozenset(
-    ("batch", "center", "filesizeformat", "format", "slice", "urlize", "wordwrap", "xmlattr")
-)
-_LONG_NUMBER = re.compile(r"\d{5}")
+def _longest_token_bytes(backend: tokenizers.Tokenizer) -> int | None:
+    """Bytes of text that one token stands for at most; None where no such bound is certain.
 
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """jinja's sandbox keeps templates from Python; this also keeps them from hogging it."""
-
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-    steps = 0
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = self._filtered("_bounded", loop.iter)
-        self._bound_concatenations(tree)
-        return tree
-
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.step()
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, int) and value > MAX_PROMPT_CHARS:
-                raise SecurityError(f"calls with the number {value}")
-        # The sandbox hands out str.format in a wrapper.
-        method = getattr(obj, "__name__", "")
-        text = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
-        if isinstance(text, str) and method in ("format", "format_map"):
-            _check_format(text, (*args, *kwargs.values()))
-        if isinstance(text, str) and method == "replace":
-            return _replace(text, *args, **kwargs)
-        if isinstance(text, str) and method == "join":
-            return _join(args[0], text)
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.step()
-        if operator == "**":
-            raise SecurityError("uses powers")
-        if operator == "%" and isinstance(left, str):
-            _check_format(left, right if isinstance(right, tuple) else (right,))
-        if operator == "*" and (_is_sized(left) or _is_sized(right)):
-            sequence, count = (left, right) if _is_sized(left) else (right, left)
-            if isinstance(count, int):
-                _check_size(len(sequence) * count)
-        if operator == "+" and _is_sized(left) and _is_sized(right):
-            _check_size(len(left) + len(right))
-        return super().call_binop(context, operator, left, right)
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_TEMPLATE_STEPS:
-            raise SecurityError(f"needs more than {MAX_TEMPLATE_STEPS} steps")
-
-    def _filtered(self, name: str, value: nodes.Node) -> nodes.Node:
-        call = nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)
-        return call.set_environment(self)
-
-    def _bound_concatenations(self, node: nodes.Node) -> None:
-        """Replace each ``a ~ b`` by a call that checks the size of the result."""
-        for field, value in node.iter_fields():
-            if isinstance(value, list):
-                setattr(node, field, [self._bounded_node(item) for item in value])
-            else:
-                setattr(node, field, self._bounded_node(value))
-
-    def _bounded_node(self, value: Any) -> Any:
-        if not isinstance(value, nodes.Node):
-            return value
-        self._bound_concatenations(value)
-        if not isinstance(value, nodes.Concat):
-            return value
-        parts = nodes.List(value.nodes, lineno=value.lineno).set_environment(self)
-        return self._filtered("_concat", parts)
-
-
-class _GenerationMarker(Extension):
-    """``{% generation %}``: marks the assistant's text for training; means nothing here."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja declares it as an instance attribute
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@pass_environment
-def _bounded(environment: _Environment, values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        environment.step()
-        yield value
-
-
-def _join(parts: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
-    if attribute is not None:
-        raise SecurityError("joins by attribute")
-    texts = []
-    size_chars = 0
-    for part in parts:
-        texts.append(str(part))
-        size_chars += len(texts[-1]) + len(separator)
-        _check_size(size_chars)
-    return str(separator).join(texts)
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_PROMPT_CHARS:
-        raise SecurityError(f"builds a value of {size} items")
-
-
-def _check_format(text: str, values: Iterable[Any]) -> None:
-    if _LONG_NUMBER.search(text):
-        raise SecurityError("formats with a huge width")
-    # Each field takes two characters at least, and may name any of the values.
-    _check_size(len(text) // 2 * max((len(str(value)) for value in values), default=0))
-
-
-def _replace(text: str, old: str, new: str, count: int = -1) -> str:
-    found = text.count(old)
-    _check_size(len(text) + (found if count < 0 else min(found, count)) * len(new))
-    return text.replace(old, new, count)
-
-
-def _replace_filter(text: str, old: str, new: str, count: int | None = None) -> str:
-    return _replace(str(text), old, new, -1 if count is None else count)
-
-
-def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
-    _check_size(len(text) + (text.count("\n") + 1) * width)
-    prefix = " " * width
-    lines = text.split("\n")
-    return "\n".join(
-        prefix + line if (number or first) and (line or blank) else line
-        for number, line in enumerate(lines)
+    Certain only where each byte of a text is in some token: byte-level BPE that drops nothing.
+    """
+    model, added = backend.model, backend.get_added_tokens_decoder().values()
+    vocab = backend.get_vocab()
+    parts = [*_parts(backend.normalizer, "normalizers")]
+    parts += _parts(backend.pre_tokenizer, "pretokenizers")
+    byte_level = {part["type"] for part in parts} & {"ByteLevel"}
+    alphabet = (
+        tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        if byte_level
+        else [f"<0x{byte:02X}>" for byte in range(256)]
     )
-
-
-def _is_sized(value: Any) -> bool:
-    return isinstance(value, str | list | tuple | bytes)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    if indent is not None and not 0 <= indent <= 16:
-        raise SecurityError("indents JSON by a huge width")
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    certain = (
+        isinstance(model, tokenizers.models.BPE)
+        and (byte_level or model.byte_fallback)
+        and all(token in vocab for token in alphabet)
+        and all(map(_keeps_all, parts))
+        and not any(token.lstrip or token.rstrip for token in added)
     )
+    # A token's text is never shorter in UTF-8 than the bytes that it stands for.
+    return max(len(token.encode()) for token in vocab) if certain else None
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _parts(component: Any, list_name: str) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the settings of its steps, in their order."""
+    if component is None:
+        return []
+    settings = json.loads(component.__getstate__())
+    return list(settings.get(list_name) or [settings])
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-_BOUNDED_FILTERS: dict[str, Callable[..., Any]] = {
-    "_bounded": _bounded,
-    "_concat": _join,
-    "indent": _indent,
-    "join": _join,
-    "replace": _replace_filter,
-    "tojson": _to_json,
-}
+def _keeps_all(step: Mapping[str, Any]) -> bool:
+    """Whether a step before the model leaves every byte of the text there, or adds some."""
+    kind = step["type"]
+    if kind == "Replace":
+        old = step["pattern"].get("String")
+        return old is not None and len(step["content"].encode()) >= len(old.encode())
+    if kind in ("Split", "Punctuation"):
+        return bool(step["behavior"] != "Removed")
+    return kind in ("ByteLevel", "Digits", "Metaspace", "Prepend")
 
 
 def _load_backend(
@@ -404,7 +250,7 @@ def _load_backend(
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
         kind = kind_of_file(path)
-        wrong = kind or f"{_one_line(error)}; fetch it again"
+        wrong = kind or f"{one_line(error)}; fetch it again"
         raise TokenizerError(f"{path}: not a valid tokenizer: {wrong}") from error
 
 
@@ -426,10 +272,6 @@ def _gpt2(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
         )
     return backend
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, str | None]:

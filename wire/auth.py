@@ -27,6 +27,7 @@ from wire import limits
 from wire.codec import Prefix
 from wire.errors import AuthFailed, ProtocolError
 from wire.messages import AuthAnswer, AuthChallenge, AuthProof, JoinRefused, Message
+from wire.versions import shoal_version
 
 HANDSHAKE_VERSION = 1
 NONCE_BYTES = 32
@@ -53,7 +54,7 @@ class TokenError(Exception):
 def call(token: Token) -> Handshake:
     """The caller's side."""
     ours = secrets.token_bytes(NONCE_BYTES)
-    yield AuthChallenge(HANDSHAKE_VERSION, ours)
+    yield AuthChallenge(HANDSHAKE_VERSION, ours, shoal_version())
     answer = yield None
     if isinstance(answer, JoinRefused):
         raise AuthFailed(_printable(answer.reason))

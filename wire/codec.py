@@ -11,6 +11,8 @@ messages likewise), and a raw payload:
     8       4     header length in bytes
     12      8     payload length in bytes
 
+The prefix and JoinRefused are the same in all versions from 3 on (wire.versions).
+
 All integers are little-endian. Lengths are checked against wire.limits before anything is
 allocated, and every field is checked against the type that the dataclass declares.
 """
@@ -30,10 +32,12 @@ import msgpack
 
 from wire import limits
 from wire.errors import ProtocolError, VersionMismatch
-from wire.messages import CODES, PROTOCOL_VERSION, WITH_PAYLOAD, Message
+from wire.messages import CODES, PROTOCOL_VERSION, WITH_PAYLOAD, JoinRefused, Message
 
 MAGIC = b"SHOL"
 PREFIX = struct.Struct("<4sBBHIQ")
+MAX_REFUSAL_BYTES = 960
+"""Of the reason: within what anybody reads of a stranger."""
 
 
 class Prefix(NamedTuple):
@@ -62,14 +66,29 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
     )
 
 
+def encode_refusal(reason: str, version: int) -> bytes:
+    """A JoinRefused that a peer of protocol ``version`` understands."""
+    brief = reason.encode(errors="replace")[:MAX_REFUSAL_BYTES].decode(errors="ignore")
+    return encode_as(version, JoinRefused, [brief])
+
+
+def encode_as(version: int, kind: type[Message], values: list[Any]) -> bytes:
+    """A frame of another protocol ``version``, its fields as plain values."""
+    header: bytes = _packer.pack(values)
+    return PREFIX.pack(MAGIC, version, 0, _CODE_OF[kind], len(header), 0) + header
+
+
 def decode_prefix(data: bytes | bytearray | memoryview) -> Prefix:
     """Parse the first PREFIX.size bytes of a frame. Raises ProtocolError, VersionMismatch."""
     magic, version, reserved, code, header_bytes, payload_bytes = PREFIX.unpack(data)
     if magic != MAGIC:
         raise ProtocolError("peer does not speak the shoal protocol")
-    if version != PROTOCOL_VERSION:
-        raise VersionMismatch(PROTOCOL_VERSION, version)
+    if version == 0:  # There never was one: zeros deserve no answer.
+        raise ProtocolError("peer does not speak the shoal protocol")
     kind = CODES.get(code)
+    is_refusal = kind is JoinRefused and header_bytes <= limits.MAX_HANDSHAKE_BYTES
+    if version != PROTOCOL_VERSION and not is_refusal:
+        raise VersionMismatch(PROTOCOL_VERSION, version, code, header_bytes)
     if kind is None or reserved:
         raise ProtocolError(f"unknown message code {code}")
     if header_bytes > limits.MAX_HEADER_BYTES or payload_bytes > limits.MAX_PAYLOAD_BYTES:
@@ -87,6 +106,8 @@ def decode_header(kind: type[Message], header: bytes | bytearray | memoryview) -
         values = msgpack.unpackb(header, raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"{kind.__name__}: malformed header: {error}") from error
+    if kind is JoinRefused and type(values) is list:
+        values = values[:1]  # Later versions may say more.
     message: Message = _DECODERS[kind](values)
     return message
 

@@ -4,6 +4,8 @@
 coordinator). Both speak wire.codec. Where there is a token, the handshake of wire.auth comes before
 anything else: in ``Connection.connect``, in the first ``receive`` of what a Listener accepted, and
 in ``serve``. Nothing else in the program knows of it.
+
+What was accepted sits in a lobby until ``receive_hello`` returns, and may be closed there.
 """
 
 from __future__ import annotations
@@ -12,21 +14,34 @@ import asyncio
 import contextlib
 import errno
 import logging
+import secrets
 import socket
 import struct
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import NoReturn
 
 import numpy as np
 
-from wire import auth, limits
+from wire import admission, auth, limits
+from wire.admission import Admit
 from wire.auth import Handshake, Token
-from wire.codec import PREFIX, Prefix, decode_header, decode_prefix, encode
-from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, WireError
-from wire.messages import AuthChallenge, Endpoint, JoinRefused, Message
+from wire.codec import (
+    PREFIX,
+    decode_header,
+    decode_prefix,
+    encode,
+    encode_as,
+    encode_refusal,
+)
+from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, VersionMismatch, WireError
+from wire.lobby import Lobby
+from wire.messages import AgentHello, AuthChallenge, Endpoint, JoinRefused, Message
+from wire.patience import within
+from wire.rare_log import RareLog
+from wire.versions import OLDEST, Stranger, hello_of_oldest
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +58,18 @@ REFUSAL_S = 0.5
 REFUSAL_READS = 16
 """Patience with a peer that is refused, and may still be sending its first message."""
 
+MAX_TOLD = 256
+"""Peers of other versions that are logged: more would only fill the log."""
+
 ACCEPT_PAUSE_S = 0.1
-"""Pause of a listener that has no file descriptor left for the next connection."""
+"""Pause of a listener that has no memory or file descriptor left for the next connection."""
+
+ACCEPT_AT_ONCE = 64
+"""Connections that asyncio accepts before anything else has its turn."""
+
+BACKLOG = 1024
+"""Connections that wait in the kernel to be accepted: beyond them, a caller tries again after a
+second."""
 
 
 class Connection:
@@ -54,10 +79,21 @@ class Connection:
     either, the connection is closed.
     """
 
-    def __init__(self, sock: socket.socket, handshake: Handshake | None = None) -> None:
-        """``handshake``: what the other end must pass before ``receive`` returns anything."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        handshake: Handshake | None = None,
+        lobby: Lobby | None = None,
+    ) -> None:
+        """``handshake``: what the other end must pass before ``receive`` returns anything.
+        ``lobby``: where the connection sits until ``receive_hello`` returns.
+        """
+        self.admit: Admit | None = None
+        """What may come next; None: anything."""
         self._socket = sock
         self._handshake = handshake
+        self._lobby = lobby
+        self._opened_s = time.monotonic()
         self._deadline_s: float | None = None
         self._timeout_s: float | None = None
         self._send_lock = threading.Lock()
@@ -65,6 +101,7 @@ class Connection:
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._begin = self._end = 0
         self.peer = peer_name(sock)
+        self.peer_host = self.peer.rpartition(":")[0]
         tune(sock)
         sock.settimeout(None)
         set_timeout(sock, socket.SO_SNDTIMEO, limits.SEND_TIMEOUT_S)
@@ -131,13 +168,34 @@ class Connection:
         if self._handshake is not None:
             handshake, self._handshake = self._handshake, None
             self._pass(handshake)
-        message, payload = self._receive()
+        message, payload = self._receive(self.admit)
         if type(message) is AuthChallenge:
             self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
         return message, payload
 
+    def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
+        """The first message of a peer that was accepted: one of these kinds, each with its largest
+        header.
+
+        The peer has HELLO_TIMEOUT_S from the moment it was accepted. Raises WireError.
+        """
+        if self._handshake is not None:
+            handshake, self._handshake = self._handshake, None
+            self._pass(handshake)
+        self._deadline_s = self._opened_s + limits.HELLO_TIMEOUT_S
+        message, _ = self._receive(admission.hello(largest_bytes))
+        if type(message) is AuthChallenge:
+            self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
+        self._deadline_s = None
+        self.set_receive_timeout(self._timeout_s)
+        if self._lobby is not None and not self._lobby.leave(self):
+            raise ConnectionLost(f"{self.peer} made room for others")
+        return message
+
     def close(self) -> None:
         """Close at once and wake a thread that is blocked in ``receive``. Idempotent."""
+        if self._lobby is not None:
+            self._lobby.leave(self)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -176,16 +234,11 @@ class Connection:
         with contextlib.suppress(WireError, OSError):
             if error.refusal is not None:
                 self.send(JoinRefused(error.refusal))
-                # Closed with something unread, the connection would be reset, and the refusal lost.
-                self._socket.shutdown(socket.SHUT_WR)
-                set_timeout(self._socket, socket.SO_RCVTIMEO, REFUSAL_S)
-                for _ in range(REFUSAL_READS):
-                    if not self._socket.recv_into(self._buffer):
-                        break
+                self._drain()
         self.close()
-        raise AuthFailed(f"{self.peer}: {error}") from error
+        raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
 
-    def _receive(self, admit: Callable[[Prefix], None] | None = None) -> tuple[Message, memoryview]:
+    def _receive(self, admit: Admit | None = None) -> tuple[Message, memoryview]:
         """``admit`` may raise at what a prefix announces."""
         try:
             if self._end - self._begin < PREFIX.size:
@@ -198,6 +251,8 @@ class Connection:
             payload = self._take_own(payload_bytes) if payload_bytes else NO_PAYLOAD
         except AuthFailed:
             raise  # The other end is still to be told.
+        except VersionMismatch as error:
+            raise self._refuse_version(error) from error
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
@@ -205,6 +260,29 @@ class Connection:
             self.close()
             raise
         return message, payload
+
+    def _refuse_version(self, error: VersionMismatch) -> VersionMismatch:
+        """Tell the other end, close; the error with all that is known."""
+        header = b""
+        with contextlib.suppress(WireError, OSError):
+            self._deadline_s = time.monotonic() + REFUSAL_S
+            if error.header_bytes <= BUFFER_BYTES:
+                header = bytes(self._take(error.header_bytes))
+        stranger = Stranger.of(host_of(self.peer), error.theirs, error.code, header)
+        with contextlib.suppress(OSError):
+            self._socket.sendall(encode_refusal(stranger.refusal(), error.theirs))
+            self._drain()
+        self.close()
+        return VersionMismatch(error.ours, error.theirs, story=stranger.story())
+
+    def _drain(self) -> None:
+        """Read what still comes: closed with something unread, the connection would be reset, and
+        what was said last be lost."""
+        self._socket.shutdown(socket.SHUT_WR)
+        set_timeout(self._socket, socket.SO_RCVTIMEO, REFUSAL_S)
+        for _ in range(REFUSAL_READS):
+            if not self._socket.recv_into(self._buffer):
+                break
 
     def _fill(self, count: int, *, inside: bool = True) -> None:
         """Have at least ``count`` bytes in the buffer, which must be able to hold them."""
@@ -247,7 +325,7 @@ class Connection:
         if self._deadline_s is not None:
             left_s = self._deadline_s - time.monotonic()
             if left_s <= 0:
-                raise ConnectionLost(f"{self.peer} took too long for the handshake")
+                raise ConnectionLost(f"{self.peer} took too long to say who it is")
             set_timeout(self._socket, socket.SO_RCVTIMEO, max(left_s, 1e-3))
         count = self._socket.recv_into(view, 0, flags)
         if count == 0:
@@ -263,23 +341,38 @@ class Listener:
         """Bind. Port 0 takes a free one. Raises ConnectFailed where the address is taken."""
         self._token = token
         self._socket = bind(host, port)
+        self.host: str = self._socket.getsockname()[0]
         self.port: int = self._socket.getsockname()[1]
+        self._lobby = Lobby(f"port {self.port}")
+        self._closed = False
+        self._rare_log = RareLog(log)
 
     def accept(self) -> Connection | None:
-        """The next connection, which has not proved anything yet; None once closed."""
-        while True:
+        """The next connection, which has not proved anything yet; None once closed.
+
+        Goes on whatever one connection, or a lack of memory or file descriptors, does to it.
+        """
+        while not self._closed:
             try:
-                sock, _ = self._socket.accept()
+                sock, address = self._socket.accept()
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
+                if not self._closed and error.errno != errno.ECONNABORTED:
+                    why = reason(error)
+                    self._rare_log.warning("accept", "cannot accept a connection: %s", why)
                     time.sleep(ACCEPT_PAUSE_S)
-                    continue
-                if error.errno == errno.ECONNABORTED:
-                    continue
-                return None
-            return Connection(sock, None if self._token is None else auth.answer(self._token))
+                continue
+            try:
+                handshake = None if self._token is None else auth.answer(self._token)
+                connection = Connection(sock, handshake, self._lobby)
+            except OSError:  # The peer is gone again.
+                sock.close()
+                continue
+            self._lobby.enter(connection, str(address[0]), connection.close)
+            return connection
+        return None
 
     def close(self) -> None:
+        self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -288,14 +381,26 @@ class Listener:
 class AsyncConnection:
     """The awaiting counterpart of Connection, with the same errors."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        lobby: Lobby | None = None,
+    ) -> None:
+        """As ``Connection``."""
+        self.admit: Admit | None = None
+        """What may come next; None: anything."""
         self._reader = reader
         self._writer = writer
+        self._lobby = lobby
+        self._opened_s = time.monotonic()
         self._send_lock = asyncio.Lock()
         sock: socket.socket = writer.get_extra_info("socket")
         self.peer = peer_name(sock)
         # A peer that is gone again before it was accepted has no address.
         self.peer_host: str = (writer.get_extra_info("peername") or ("",))[0]
+        self.local_host: str = (writer.get_extra_info("sockname") or ("",))[0]
+        """Our own address as this peer sees it."""
         tune(sock)
 
     async def send(self, message: Message, payload: Buffer = b"") -> None:
@@ -306,17 +411,27 @@ class AsyncConnection:
                 self._writer.write(head)
                 if len(payload):
                     self._writer.write(payload)
-                await asyncio.wait_for(self._writer.drain(), limits.SEND_TIMEOUT_S)
+                await within(self._writer.drain(), limits.SEND_TIMEOUT_S)
         except (OSError, asyncio.TimeoutError) as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
     async def receive(self, timeout_s: float | None = None) -> tuple[Message, bytes]:
         """The next message and its payload; ConnectionLost after ``timeout_s`` of silence."""
-        message, payload = await self._receive_within(timeout_s)
+        message, payload = await self._receive_within(timeout_s, self.admit)
         if type(message) is AuthChallenge:
             await self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
         return message, payload
+
+    async def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
+        """As ``Connection.receive_hello``."""
+        left_s = max(self._opened_s + limits.HELLO_TIMEOUT_S - time.monotonic(), 0.0)
+        message, _ = await self._receive_within(left_s, admission.hello(largest_bytes))
+        if type(message) is AuthChallenge:
+            await self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
+        if self._lobby is not None and not self._lobby.leave(self):
+            raise ConnectionLost(f"{self.peer} made room for others")
+        return message
 
     async def prove(self, handshake: Handshake) -> None:
         """Go through a handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
@@ -340,20 +455,38 @@ class AsyncConnection:
         with contextlib.suppress(WireError, OSError, asyncio.TimeoutError):
             if error.refusal is not None:
                 await self.send(JoinRefused(error.refusal))
-                self._writer.write_eof()
-                for _ in range(REFUSAL_READS):
-                    if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
-                        break
+                await self._drain()
         self.close()
-        raise AuthFailed(f"{self.peer}: {error}") from error
+        raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
+
+    async def _refuse_version(self, error: VersionMismatch) -> VersionMismatch:
+        header = b""
+        with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
+            if error.header_bytes <= BUFFER_BYTES:
+                reading = self._reader.readexactly(error.header_bytes)
+                header = await asyncio.wait_for(reading, REFUSAL_S)
+        stranger = Stranger.of(self.peer_host, error.theirs, error.code, header)
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            self._writer.write(encode_refusal(stranger.refusal(), error.theirs))
+            await self._drain()
+        self.close()
+        return VersionMismatch(error.ours, error.theirs, story=stranger.story())
+
+    async def _drain(self) -> None:
+        self._writer.write_eof()
+        for _ in range(REFUSAL_READS):
+            if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
+                break
 
     async def _receive_within(
-        self, timeout_s: float | None, admit: Callable[[Prefix], None] | None = None
+        self, timeout_s: float | None, admit: Admit | None = None
     ) -> tuple[Message, bytes]:
         try:
-            return await asyncio.wait_for(self._receive(admit), timeout_s)
+            return await within(self._receive(admit), timeout_s)
         except AuthFailed:
             raise  # The other end is still to be told.
+        except VersionMismatch as error:
+            raise await self._refuse_version(error) from error
         except asyncio.TimeoutError as error:
             self.close()
             raise ConnectionLost(f"{self.peer} was silent for {timeout_s:g} s") from error
@@ -370,9 +503,11 @@ class AsyncConnection:
 
     def close(self) -> None:
         """Close at once. Idempotent."""
+        if self._lobby is not None:
+            self._lobby.leave(self)
         self._writer.close()
 
-    async def _receive(self, admit: Callable[[Prefix], None] | None) -> tuple[Message, bytes]:
+    async def _receive(self, admit: Admit | None) -> tuple[Message, bytes]:
         prefix = decode_prefix(await self._reader.readexactly(PREFIX.size))
         if admit is not None:
             admit(prefix)
@@ -393,18 +528,29 @@ async def serve(
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address; returns the server and its port.
 
-    With a token, only those who know it get to ``handle``; who does not is logged. Raises
-    ConnectFailed where the address is taken.
+    With a token, only those who know it get to ``handle``; who does not is logged. A peer of
+    another version is logged once, not at each of its attempts. Raises ConnectFailed where the
+    address is taken.
     """
+    listening = bind(host, port)
+    bound_port = int(listening.getsockname()[1])
+    lobby = Lobby(f"port {bound_port}")
+    rare_log = RareLog(log)
+    told: set[str] = set()
 
     async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = AsyncConnection(reader, writer)
+        connection = AsyncConnection(reader, writer, lobby)
+        lobby.enter(connection, connection.peer_host, connection.close)
         try:
             if token is not None:
                 await connection.prove(auth.answer(token))
             await handle(connection)
+        except VersionMismatch as error:
+            if str(error) not in told and len(told) < MAX_TOLD:
+                told.add(str(error))
+                log.warning("connection refused: %s", error)
         except AuthFailed as error:
-            log.warning("connection refused: %s", error)
+            rare_log.warning(error.refusal or "refused", "connection refused: %s", error)
         except WireError as error:
             log.info("connection dropped: %s", error)
         except asyncio.CancelledError:
@@ -412,16 +558,42 @@ async def serve(
         finally:
             connection.close()
 
-    listening = bind(host, port)
-    server = await asyncio.start_server(on_connect, sock=listening)
-    return server, int(listening.getsockname()[1])
+    server = await asyncio.start_server(on_connect, sock=listening, backlog=ACCEPT_AT_ONCE)
+    listening.listen(BACKLOG)
+    return server, bound_port
+
+
+def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
+    """The protocol of a peer that closes without a word at what we say; None if it stays unknown.
+
+    Only protocol OLDEST does so: it is asked in its own words. Where it has a token, it hears why.
+    """
+    kind: type[Message] = AgentHello
+    values: list[object] = hello_of_oldest()
+    if token is not None:
+        kind, values = (
+            AuthChallenge,
+            [auth.HANDSHAKE_VERSION, secrets.token_bytes(auth.NONCE_BYTES)],
+        )
+    with contextlib.suppress(WireError, OSError):
+        connection = Connection.connect(endpoint)
+        try:
+            connection.set_receive_timeout(limits.CONNECT_TIMEOUT_S)
+            connection._socket.sendall(encode_as(OLDEST, kind, values))
+            answer, _ = connection.receive()
+        except VersionMismatch as error:
+            return error.theirs
+        finally:
+            connection.close()
+        return OLDEST if isinstance(answer, JoinRefused) else None
+    return None
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConnectFailed with what to do where the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=64)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         advice = ": choose another port" if error.errno == errno.EADDRINUSE else ""
         raise ConnectFailed(f"cannot listen on {host}:{port}: {reason(error)}{advice}") from error
@@ -462,6 +634,11 @@ def peer_name(sock: socket.socket) -> str:
     except OSError:
         return "peer"
     return f"{address[0]}:{address[1]}"
+
+
+def host_of(peer: str) -> str:
+    """The host of ``host:port``."""
+    return peer.rpartition(":")[0] or peer
 
 
 def reason(error: BaseException) -> str:

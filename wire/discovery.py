@@ -7,7 +7,6 @@ heartbeats, and every search here starts with an empty cache.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import queue
 import socket
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-import ifaddr
 from zeroconf import (
     BadTypeInNameException,
     Error,
@@ -27,6 +25,8 @@ from zeroconf import (
     Zeroconf,
 )
 
+from wire.addresses import host_addresses as host_addresses
+from wire.addresses import is_loopback, nearest_first, reachable_addresses
 from wire.errors import WireError
 from wire.messages import Endpoint
 
@@ -39,6 +39,9 @@ SEARCH_ROUND_S = 3.0
 """How long one set of sockets is searched with. zeroconf asks after 0, 1, 5 and 14 s and then never
 again, and it does not see interfaces that come up later: an agent must outwait both."""
 
+OTHERS_S = 0.15
+"""How long others that were asked at once are waited for: they answer within 120 ms."""
+
 ADDRESS_CHECK_S = 2.0
 """How often the coordinator looks whether its machine's addresses have changed."""
 
@@ -48,19 +51,6 @@ logging.getLogger("zeroconf").setLevel(logging.ERROR)
 
 class DiscoveryUnavailable(WireError):
     """This machine or network does not let us use multicast."""
-
-
-def host_addresses() -> tuple[str, ...]:
-    """IPv4 addresses of this machine, loopback last (and alone if there is no other)."""
-    found = [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
-    return tuple(sorted(dict.fromkeys(found), key=_is_loopback))
-
-
-def reachable_addresses(bind_host: str) -> tuple[str, ...]:
-    """Addresses at which others reach a socket bound to ``bind_host``, most useful first."""
-    if bind_host not in ("", "0.0.0.0"):  # noqa: S104 - compared, not bound
-        return (bind_host,)
-    return host_addresses()
 
 
 class Advertisement:
@@ -138,6 +128,9 @@ def find_coordinator(
 ) -> tuple[Endpoint, ...]:
     """Search until a coordinator of ``cluster`` is announced; its addresses, or () once stopped.
 
+    The likeliest come first: an address that this machine has itself may be meant for another one.
+    Where several coordinators answer at once, all of theirs are there.
+
     ``on_wait`` is called once when none has answered within SEARCH_ROUND_S, ``on_round`` after
     each time of that length. Raises DiscoveryUnavailable.
     """
@@ -166,12 +159,17 @@ def _search(cluster: str, stop: threading.Event) -> tuple[Endpoint, ...]:
     except (OSError, RuntimeError) as error:  # RuntimeError: no interface has an address.
         raise DiscoveryUnavailable(f"cannot search by mDNS: {error}") from error
     deadline = time.monotonic() + SEARCH_ROUND_S
+    found: dict[Endpoint, None] = {}
     with zeroconf, ServiceBrowser(zeroconf, SERVICE_TYPE, handlers=[on_change]):
         while time.monotonic() < deadline and not stop.is_set():
             try:
-                name = names.get(timeout=0.25)
+                name = names.get(timeout=OTHERS_S if found else 0.25)
                 info = zeroconf.get_service_info(SERVICE_TYPE, name, RESOLVE_TIMEOUT_MS)
-            except (queue.Empty, BadTypeInNameException):
+            except queue.Empty:
+                if found:
+                    break
+                continue
+            except BadTypeInNameException:
                 continue
             if (
                 info is not None
@@ -179,8 +177,9 @@ def _search(cluster: str, stop: threading.Event) -> tuple[Endpoint, ...]:
                 and info.properties.get(b"cluster") == cluster.encode()
                 and (addresses := info.parsed_addresses())
             ):
-                return tuple(Endpoint(address, info.port) for address in addresses)
-    return ()
+                near = nearest_first(addresses)
+                found |= dict.fromkeys(Endpoint(address, info.port) for address in near)
+    return tuple(found)
 
 
 def _announced_addresses(bind_host: str) -> tuple[str, ...]:
@@ -192,8 +191,5 @@ def _announced_addresses(bind_host: str) -> tuple[str, ...]:
         except OSError:
             return ()
         addresses = tuple(str(address[0]) for *_, address in answers)
-    return tuple(item for item in addresses if not _is_loopback(item)) or addresses
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
+    addresses = tuple(item for item in addresses if ":" not in item)
+    return tuple(item for item in addresses if not is_loopback(item)) or addresses

@@ -23,15 +23,21 @@ class ProtocolError(WireError):
 
 
 class VersionMismatch(ProtocolError):
-    """The remote peer speaks another protocol version."""
+    """The remote peer speaks another protocol version. It began with ``code`` and a header."""
 
-    def __init__(self, ours: int, theirs: int) -> None:
+    def __init__(
+        self, ours: int, theirs: int, code: int = 0, header_bytes: int = 0, story: str = ""
+    ) -> None:
+        """``story``: what is known of both sides, in one line."""
         super().__init__(
-            f"peer speaks protocol version {theirs}, this is version {ours}: "
+            story
+            or f"peer speaks protocol version {theirs}, this is version {ours}: "
             "install the same shoal version on all machines"
         )
         self.ours = ours
         self.theirs = theirs
+        self.code = code
+        self.header_bytes = header_bytes
 
 
 class AuthFailed(WireError):

@@ -29,6 +29,23 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_HANDSHAKE_BYTES = 1024
 """Largest header of somebody who has proved nothing yet."""
 
+HELLO_TIMEOUT_S = 10.0
+"""From the moment a connection is accepted until its first message is there, handshake included,
+however slowly bytes come."""
+
+MAX_AGENT_HELLO_BYTES = 64 << 10
+"""Largest AgentHello: a profile and 64 addresses are some 4 KiB."""
+
+MAX_HELLO_BYTES = 1024
+"""Largest of the other first messages."""
+
+MAX_REPORT_BYTES = 512 << 10
+"""Largest header that the coordinator reads: the hashes of 7000 blocks. Python decodes it in a few
+tenths of a second, in which everybody else waits."""
+
+MAX_PROBE_BYTES = 4 << 20
+"""Largest payload of a link probe."""
+
 SEND_TIMEOUT_S = 10.0
 """A peer that accepts no byte for this long is as good as dead."""
 
@@ -37,3 +54,9 @@ HEARTBEAT_S = 1.0
 
 LIVENESS_S = 5.0
 """Silence after which an agent counts as lost: five heartbeats, within the user's patience."""
+
+COORDINATOR_PATIENCE_S = 20.0
+"""Silence after which an agent leaves a coordinator whose machine still acknowledges what it is
+sent. Such a coordinator stands still, and goes on where it was. One whose machine or network is
+gone acknowledges nothing: the kernel says so after LIVENESS_S. Less than the agent's own watchdog
+bears (systemd/shoal-agent.service), since heartbeats feed that."""

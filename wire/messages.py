@@ -7,7 +7,8 @@ Three kinds of connection exist, told apart by their first message:
     PeerHello       agent -> agent         data plane: activations, tokens, link probes
 
 Names say who says what. Requests carry ``request``, answers repeat it. Data-plane messages carry
-the epoch of their deployment; a stage drops what belongs to another.
+the epoch of their deployment, a random number that no other deployment has; a stage drops what
+belongs to another.
 
 All are frozen but the two that every token needs, Activation and TokenSampled: a frozen dataclass
 takes ten times as long to make.
@@ -22,7 +23,7 @@ from wire import limits
 from wire.activations import DEFAULT_HOP_BITS, HopBits
 from wire.profile import BlockTiming, DeviceProfile
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 FinishReason = Literal["", "stop", "length"]
 
@@ -44,6 +45,8 @@ class AuthChallenge:
 
     version: int
     nonce: bytes
+    shoal: str = ""
+    """The sender's shoal version, for a peer that cannot read what follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,18 @@ class AgentHello:
     name: str
     version: str
     endpoints: tuple[Endpoint, ...]
+    """Where it listens, as it knows by itself."""
     profile: DeviceProfile
+    cluster: str = ""
+    """The only one to join; empty: any."""
+    run: str = ""
+    """Random, of this process of the agent: one that comes back is told from a copy."""
+    attempt: int = 0
+    """Grows with each connection of a run."""
+    port: int = 0
+    """Where it listens on every address of its machine; 0: only at ``endpoints``."""
+    advertised: tuple[Endpoint, ...] = ()
+    """Where its user says that peers reach it: to be tried first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +98,8 @@ class CoordinatorWelcome:
 class JoinRefused:
     """Coordinator's answer to an agent that may not join; the agent shows it and retries.
 
-    Also what either end of any connection says to one that has not proved to know the token.
+    Also what either end of any connection says to one that has not proved to know the token, or
+    that speaks another protocol: all versions from 3 on understand it.
     """
 
     reason: str
@@ -166,8 +181,10 @@ class LoadStage:
     blocks: tuple[BlockRef, ...]
     slots: int
     context_tokens: int
-    first: str
-    """Device of the first stage: where sampled tokens go."""
+    previous: str
+    """Device that sends here: the stage before, or the last one for the first."""
+    hop_key: bytes
+    """What that device must show in its PeerHello: random, and told to no other."""
     hop_bits: HopBits = DEFAULT_HOP_BITS
     """Of the rows that this stage sends on."""
 
@@ -178,16 +195,22 @@ class StageLoaded:
     memory_bytes: int
     fetched_bytes: int
     load_s: float
+    damaged_files: int
+    """Files of the stage that were damaged on the device, and were fetched or made again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectStage:
-    """Connect to the next device of the ring (the first stage's, for the last)."""
+    """Connect to the next device of the ring (the first stage's, for the last).
+
+    ``hop_key`` is what that device expects.
+    """
 
     request: int
     epoch: int
     device: str
     endpoints: tuple[Endpoint, ...]
+    hop_key: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +359,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class StartSequence:
-    """Coordinator to first stage: run this prompt and generate."""
+    """Coordinator to every stage: this sequence holds the slot from now on.
+
+    A stage takes rows of no other sequence. Only the first stage gets the prompt, and runs it.
+    """
 
     epoch: int
     sequence: int
@@ -373,15 +399,31 @@ class PeerLost:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class StageDamaged:
+    """A stage stopped because a file that it runs from is damaged; its tokens may be wrong.
+
+    The file is removed, so that the next load fetches or makes it again.
+    """
+
+    epoch: int
+    reason: str
+
+
 # ---- data plane --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class PeerHello:
-    """Agent to agent, first message. ``expected`` must be the acceptor's own device id."""
+    """Agent to agent, first message. ``expected`` must be the acceptor's own device id.
+
+    ``hop_key``: the one of LoadStage, from the previous device of the ring. Without it, nothing but
+    link probes may follow.
+    """
 
     device: str
     expected: str
+    hop_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +436,7 @@ class Activation:
     """Hidden rows [position, position + rows) of a sequence, to the next stage.
 
     Payload: wire.activations, at ``bits`` a value. ``last`` is false for prompt chunks that more
-    chunks follow: the head need not run for them. The first chunk carries ``sampling``.
+    chunks follow: the head need not run for them.
     """
 
     epoch: int
@@ -404,7 +446,6 @@ class Activation:
     rows: int
     bits: HopBits
     last: bool
-    sampling: Sampling | None = None
 
 
 @dataclass(slots=True)
@@ -450,6 +491,17 @@ class FetchBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockDamaged:
+    """The artifact with this hash arrived with other contents, or not whole.
+
+    The coordinator checks its own file and makes a damaged one again. It sends heartbeats
+    meanwhile, then Done, or RequestFailed where it cannot make the file (with 0 as ``request``).
+    """
+
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class BlockChunk:
     """Payload: bytes of the artifact at ``offset``. ``total`` is the artifact's size."""
 
@@ -489,6 +541,7 @@ Message: TypeAlias = (
     | ReleaseSequence
     | SequenceFailed
     | PeerLost
+    | StageDamaged
     | PeerHello
     | PeerWelcome
     | Activation
@@ -497,6 +550,7 @@ Message: TypeAlias = (
     | ProbePong
     | BlocksHello
     | FetchBlock
+    | BlockDamaged
     | BlockChunk
 )
 
@@ -541,6 +595,8 @@ CODES: dict[int, type[Message]] = {
     52: BlockChunk,
     53: MakeFiles,
     54: FilesMade,
+    60: StageDamaged,
+    61: BlockDamaged,
 }
 """Message codes on the wire. Never reuse a number."""
 

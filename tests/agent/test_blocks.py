@@ -13,7 +13,16 @@ import pytest
 from agent.blocks import BlockCache, CacheError, remove_leftovers
 from wire.connection import Connection, Listener
 from wire.errors import WireError
-from wire.messages import BlockChunk, BlockRef, BlocksHello, Endpoint, FetchBlock
+from wire.messages import (
+    BlockChunk,
+    BlockDamaged,
+    BlockRef,
+    BlocksHello,
+    Done,
+    Endpoint,
+    FetchBlock,
+    Heartbeat,
+)
 
 CHUNK = 1000
 
@@ -26,6 +35,9 @@ class BlockServer:
     blocks: dict[str, bytes] = field(default_factory=dict)
     offsets: list[int] = field(default_factory=list)
     cut_after: int | None = None
+    reports: list[str] = field(default_factory=list)
+    own: dict[str, bytes] = field(default_factory=dict)
+    """What a block that is reported as damaged is replaced with."""
 
     def add(self, block: int, data: bytes) -> BlockRef:
         sha256 = hashlib.sha256(data).hexdigest()
@@ -49,6 +61,12 @@ class BlockServer:
         assert connection.receive()[0] == BlocksHello("device")
         while True:
             request, _ = connection.receive()
+            if isinstance(request, BlockDamaged):
+                self.reports.append(request.sha256)
+                self.blocks |= self.own
+                connection.send(Heartbeat())
+                connection.send(Done(0))
+                continue
             assert isinstance(request, FetchBlock)
             self.offsets.append(request.offset)
             data = self.blocks[request.sha256]
@@ -241,3 +259,76 @@ def test_a_full_disk_is_named(server: BlockServer, fetch: Fetch, tmp_path: Path)
             fetch(BlockCache(tmp_path, 1 << 20), server.add(0, os.urandom(200_000)))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "shorter", "longer"])
+def test_a_block_that_arrives_damaged_is_reported_and_comes_again(
+    server: BlockServer, fetch: Fetch, tmp_path: Path, damage: str
+) -> None:
+    cache, data = BlockCache(tmp_path, 1 << 20), os.urandom(3000)
+    ref = server.add(0, data)
+    server.own[ref.sha256] = data
+    server.blocks[ref.sha256] = {
+        "flipped": bytes([data[0] ^ 1]) + data[1:],
+        "shorter": data[:-1],
+        "longer": data + b"x",
+    }[damage]
+    assert fetch(cache, ref) == len(data)
+    assert server.reports == [ref.sha256]
+    assert cache.path(ref.sha256).read_bytes() == data
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _become_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "something").write_text("")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_flip, _become_directory, lambda path: path.write_bytes(b""), lambda path: path.unlink()],
+    ids=["flipped", "directory", "empty", "gone"],
+)
+def test_what_lies_there_damaged_is_fetched_again(
+    server: BlockServer,
+    fetch: Fetch,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cache = BlockCache(tmp_path, 1 << 20)
+    refs = [server.add(number, os.urandom(3000)) for number in range(2)]
+    fetch(cache, *refs)
+    damage(cache.path(refs[0].sha256))
+    caplog.clear()
+    assert fetch(cache, *refs) == 3000
+    assert cache.path(refs[0].sha256).read_bytes() == server.blocks[refs[0].sha256]
+    assert len(caplog.records) <= 1
+
+
+def test_swapped_blocks_are_fetched_again(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    cache = BlockCache(tmp_path, 1 << 20)
+    refs = [server.add(number, os.urandom(3000)) for number in range(2)]
+    fetch(cache, *refs)
+    one, other = (cache.path(ref.sha256) for ref in refs)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    assert fetch(cache, *refs) == 6000
+
+
+def test_a_caller_that_checks_itself_is_told_what_came(server: BlockServer, tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 1 << 20)
+    old, new = (server.add(number, os.urandom(3000)) for number in range(2))
+    cache.fetch([old], server.endpoint, "device", lambda done, total: None)
+    came: set[Path] = set()
+    cache.fetch([old, new], server.endpoint, "device", lambda done, total: None, hashed=came)
+    assert came == {cache.path(new.sha256)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent import daemon
-from agent.config import AgentConfig, ConfigError
+from agent.config import NAME, AgentConfig, ConfigError, default_name
 from agent.daemon import Agent
 from model.checkpoint import Checkpoint
 from wire.connection import Connection, Listener
@@ -107,7 +107,12 @@ def said() -> list[str]:
 
 @contextmanager
 def running_agent(
-    state_dir: Path, coordinator: Endpoint | None, said: list[str]
+    state_dir: Path,
+    coordinator: Endpoint | None,
+    said: list[str],
+    *,
+    bind_host: str = "127.0.0.1",
+    advertise: tuple[Endpoint, ...] = (),
 ) -> Iterator[Agent]:
     agent = Agent(
         AgentConfig(
@@ -115,7 +120,8 @@ def running_agent(
             state_dir=state_dir,
             cluster="test",
             coordinator=coordinator,
-            bind_host="127.0.0.1",
+            bind_host=bind_host,
+            advertise=advertise,
             data_port=0,
             memory_bytes=None,
             storage_bytes=None,
@@ -163,7 +169,7 @@ def test_it_answers_joins_again_and_keeps_its_identity(
     assert "the coordinator refused: the cluster is full; trying again" in said
     coordinator.send(UnloadStage(1))
     assert coordinator.answer() == Done(1)
-    coordinator.send(ConnectStage(2, 1, "nobody", ()))
+    coordinator.send(ConnectStage(2, 1, "nobody", (), b""))
     answer = coordinator.answer()
     assert isinstance(answer, RequestFailed)
     assert "not loaded" in answer.reason
@@ -237,6 +243,97 @@ def test_another_address_is_tried_where_the_first_is_no_coordinator(
     listening.join(ANSWER_S)
     assert said.count("the coordinator refused: the cluster is full; trying again") == 1
     assert sum(line.startswith("joined cluster") for line in said) == 2
+
+
+def test_a_coordinator_of_another_cluster_is_not_joined(
+    coordinator: Coordinator, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Coordinator(Listener("127.0.0.1", 0))
+    endpoints = tuple(Endpoint("127.0.0.1", one.listener.port) for one in (other, coordinator))
+    monkeypatch.setattr(daemon, "find_coordinator", lambda *_: endpoints)
+    with running_agent(tmp_path, None, said):
+        assert other.hello().cluster == "test"
+        other.send(CoordinatorWelcome("kitchen", "pi"))
+        coordinator.welcome()
+        coordinator.send(UnloadStage(1))
+        assert coordinator.answer() == Done(1)
+    with running_agent(tmp_path, endpoints[0], said):
+        for _ in range(2):
+            other.hello()
+            other.send(CoordinatorWelcome("kitchen", "pi"))
+    other.listener.close()
+    other.close()
+    assert [line for line in said if "joined" in line] == [
+        f"joined cluster 'test' at 127.0.0.1:{coordinator.listener.port} as pi"
+    ]
+    assert said[-1] == (
+        f"127.0.0.1:{other.listener.port} is the coordinator of cluster 'kitchen', and this agent "
+        "wants 'test': give it --cluster kitchen, or the address of another coordinator; "
+        "trying again"
+    )
+
+
+def test_an_agent_that_comes_back_says_that_it_is_the_same_process(
+    coordinator: Coordinator, said: list[str], tmp_path: Path
+) -> None:
+    endpoint = Endpoint("127.0.0.1", coordinator.listener.port)
+    with running_agent(tmp_path, endpoint, said):
+        first = coordinator.hello()
+        coordinator.send(JoinRefused("the cluster is full"))
+        second = coordinator.hello()
+        coordinator.send(JoinRefused("the cluster is full"))
+    assert first.run == second.run
+    assert first.attempt < second.attempt
+    with running_agent(tmp_path, endpoint, said):
+        assert coordinator.hello().run not in ("", first.run)
+        coordinator.send(JoinRefused("the cluster is full"))
+
+
+def test_an_agent_announces_no_address_that_only_its_machine_has(
+    coordinator: Coordinator, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joining over loopback, as on the coordinator's machine, says nothing to others."""
+    found = ("192.168.1.7", "172.17.0.1", "127.0.0.1")
+    monkeypatch.setattr(daemon, "reachable_addresses", lambda host: found)
+    advertised = (Endpoint("nas.example", 7430), Endpoint("10.0.0.9", 0))
+    endpoint = Endpoint("127.0.0.1", coordinator.listener.port)
+    with running_agent(
+        tmp_path,
+        endpoint,
+        said,
+        bind_host="0.0.0.0",  # noqa: S104 - what the command binds by default
+        advertise=advertised,
+    ):
+        hello = coordinator.welcome()
+    assert [item.host for item in hello.endpoints] == ["192.168.1.7", "172.17.0.1"]
+    assert hello.advertised == (advertised[0], Endpoint("10.0.0.9", hello.port))
+    assert hello.port == hello.endpoints[0].port
+    monkeypatch.setattr(daemon, "reachable_addresses", lambda host: found[2:])
+    with running_agent(tmp_path, endpoint, said):
+        hello = coordinator.welcome()
+    assert [item.host for item in hello.endpoints] == ["127.0.0.1"]
+    assert hello.port == 0
+
+
+@pytest.mark.parametrize(
+    ("host_name", "expected"),
+    [
+        ("pi-1.local", "pi-1"),
+        ("raspberrypi_4", "raspberrypi_4"),
+        ("My Laptop", "My-Laptop"),
+        ("Küche", "Kuche"),
+        ("-_x_-", "x"),
+        ("台所", "device"),
+        ("", "device"),
+        ("a" * 64, "a" * 63),
+        ("a\nb;c", "a-b-c"),
+    ],
+)
+def test_a_host_name_is_mended_where_a_device_may_not_be_called_so(
+    host_name: str, expected: str
+) -> None:
+    assert default_name(host_name) == expected
+    assert NAME.fullmatch(expected)
 
 
 @pytest.mark.usefixtures("agent")

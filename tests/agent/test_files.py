@@ -14,12 +14,15 @@ from agent.blocks import BlockCache, CacheError
 from agent.files import FileExchange
 from backends.base import BackendError, FilesMissing
 from model.checkpoint import Checkpoint
+from model.errors import CheckpointError
 from wire.connection import Connection, Listener
 from wire.errors import ProtocolError, WireError
 from wire.messages import (
     BlockChunk,
+    BlockDamaged,
     BlockRef,
     BlocksHello,
+    Done,
     Endpoint,
     FetchBlock,
     FilesMade,
@@ -109,6 +112,17 @@ def sending(*contents: bytes) -> Callable[[Connection], None]:
     return answer
 
 
+def told(answer: Message, *contents: bytes) -> Callable[[Connection], None]:
+    """What a report of damage is answered with, and the files that are fetched after it."""
+
+    def run(connection: Connection) -> None:
+        assert isinstance(connection.receive()[0], BlockDamaged)
+        connection.send(answer)
+        sending(*contents)(connection)
+
+    return run
+
+
 def test_blocks_are_sent_from_where_they_are_wanted(
     coordinator: Coordinator, tmp_path: Path, block: tuple[int, Path]
 ) -> None:
@@ -154,9 +168,26 @@ def test_what_comes_is_what_was_made(
     coordinator: Coordinator, tmp_path: Path, block: tuple[int, Path]
 ) -> None:
     made = FilesMade(0, (ref(0, MADE[0]),))
-    coordinator.serve(answering(made), sending(b"f1rst"))
+    coordinator.serve(answering(made), sending(b"f1rst"), told(Done(0), b"f1rst"))
     with pytest.raises(CacheError, match="arrived damaged"):
         exchange(coordinator, tmp_path).supply("chip", SPEC, [block])
+
+
+def test_files_that_are_damaged_at_the_coordinator_are_made_again(
+    coordinator: Coordinator, tmp_path: Path, block: tuple[int, Path]
+) -> None:
+    made = FilesMade(0, (ref(0, MADE[0]),))
+    gone = told(RequestFailed(0, "the coordinator's own file is damaged and was removed"))
+    coordinator.serve(answering(made), sending(b"f1rst"), gone, answering(made), sending(MADE[0]))
+    (path,) = exchange(coordinator, tmp_path).supply("chip", SPEC, [block])
+    assert path.read_bytes() == MADE[0]
+
+
+def test_no_files_are_asked_for_a_damaged_block(coordinator: Coordinator, tmp_path: Path) -> None:
+    damaged = tmp_path / hashlib.sha256(BLOCK).hexdigest()
+    damaged.write_bytes(BLOCK[:-1] + b"X")
+    with pytest.raises(CheckpointError, match="damaged"):
+        exchange(coordinator, tmp_path).supply("chip", SPEC, [(1, damaged)])
 
 
 def test_the_stage_does_not_make_room_for_its_own_files(

@@ -11,7 +11,7 @@ import pytest
 from agent import hop as hop_module
 from agent.hop import QUEUED_CHUNKS, Hop
 from agent.links import Link, LinkFigures, Measuring
-from agent.peers import PeerServer, connect_peer, measure_link
+from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from tests.system.namespaces import bed_of, unavailable
 from wire.connection import Connection, Listener
 from wire.errors import ConnectionLost
@@ -213,10 +213,11 @@ def test_prompts_tell_when_a_link_got_slow() -> None:
     with bed_of("here", "there") as bed:
         address = bed.network.address("there")
         listener = bed.inside("there", lambda: Listener(address, 0))
-        server = PeerServer("b", listener, lambda message, payload: None)
+        server = PeerServer("b", listener)
+        server.entrance = Entrance("a", b"key", lambda message, payload: None)
         server.start()
         endpoint = Endpoint(address, listener.port)
-        connection = bed.inside("here", lambda: connect_peer("a", "b", [endpoint]))
+        connection = bed.inside("here", lambda: connect_peer("a", "b", [endpoint], hop_key=b"key"))
         before = measure_link(connection)
         connection.set_receive_timeout(None)
         news: queue.Queue[LinkChanged] = queue.Queue()
@@ -244,10 +245,11 @@ def test_a_slow_path_is_not_a_dead_one() -> None:
         address = bed.network.address("there")
         listener = bed.inside("there", lambda: Listener(address, 0))
         arrived: queue.Queue[Message] = queue.Queue()
-        server = PeerServer("b", listener, lambda message, payload: arrived.put(message))
+        server = PeerServer("b", listener)
+        server.entrance = Entrance("a", b"key", lambda message, payload: arrived.put(message))
         server.start()
         endpoint = Endpoint(address, listener.port)
-        connection = bed.inside("here", lambda: connect_peer("a", "b", [endpoint]))
+        connection = bed.inside("here", lambda: connect_peer("a", "b", [endpoint], hop_key=b"key"))
         lost: queue.Queue[str] = queue.Queue()
         hop = Hop(connection, Link("b"), Measuring(), on_lost=lost.put, on_news=lambda _: None)
         bed.fault("here", "link:rate=0.15")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import numpy.typing as npt
 import pytest
 
 from agent.links import Link, Measuring
-from agent.peers import PeerServer, connect_peer
+from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.relay import Relay
+from agent.sequences import START_AHEAD
 from backends.base import Array, BackendError, Stage, StageOptions, Tokens
 from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
@@ -23,11 +25,13 @@ from model.quantize import Format
 from wire import limits
 from wire.activations import HopBits, Rows
 from wire.connection import Listener
+from wire.errors import ConnectFailed, ConnectionLost
 from wire.messages import (
     Activation,
     Endpoint,
     Message,
     PeerLost,
+    ProbePing,
     Sampling,
     SequenceFailed,
     StartSequence,
@@ -36,6 +40,7 @@ from wire.messages import (
 
 LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 EPOCH = 7
+HOP_KEY = b"told to nobody else"
 CONTEXT = 160
 ANSWER_S = 30
 
@@ -117,13 +122,27 @@ class Node:
             report=self.reports.put,
         )
         self.listener = Listener("127.0.0.1", 0)
-        self.peers = PeerServer(device, self.listener, self.relay.deliver)
+        self.peers = PeerServer(device, self.listener)
         self.peers.start()
+        self.others: list[Node] = []
 
     def connect(self, other: Node) -> None:
         endpoint = Endpoint("127.0.0.1", other.listener.port)
-        connection = connect_peer(self.device, other.device, [endpoint])
+        other.peers.entrance = Entrance(self.device, HOP_KEY, other.relay.deliver)
+        connection = connect_peer(self.device, other.device, [endpoint], hop_key=HOP_KEY)
         self.relay.connect(connection, Link(other.device), Measuring())
+        self.others.append(other)
+
+    def start(self, message: StartSequence) -> None:
+        """Start a sequence as the coordinator does: on every stage, and on the first one last."""
+        for other in self.others:
+            other.relay.start(replace(message, prompt=()))
+        self.relay.start(message)
+
+    def deliver(self, message: Activation, payload: memoryview) -> None:
+        """The first rows of a sequence, which the coordinator has started."""
+        self.relay.start(StartSequence(EPOCH, message.sequence, message.slot, (), GREEDY))
+        self.relay.deliver(message, payload)
 
     def close(self) -> None:
         self.stage.gate.set()
@@ -180,15 +199,14 @@ def activation(
     sequence: int, rows: int, position: int = 0, *, slot: int = 0, last: bool = False
 ) -> tuple[Activation, memoryview]:
     payload: npt.NDArray[np.float32] = np.zeros((rows, 32), np.float32)
-    sampling = GREEDY if position == 0 else None
-    message = Activation(EPOCH, sequence, slot, position, rows, 32, last, sampling)
+    message = Activation(EPOCH, sequence, slot, position, rows, 32, last)
     return message, payload.data.cast("B")
 
 
 def test_two_stages_generate_what_the_whole_model_does(ring: tuple[Node, Node]) -> None:
     first, last = ring
     for sequence in (1, 2):
-        first.relay.start(start(sequence))
+        first.start(start(sequence))
         assert last.answer(sequence) == CONTINUATION
     assert first.reports.empty()
 
@@ -201,7 +219,7 @@ def test_fewer_bits_on_the_hop_generate_the_same_here(
     first, last = Node("first", artifacts[:2], CONTEXT, bits), Node("last", artifacts[2:], CONTEXT)
     first.connect(last)
     last.connect(first)
-    first.relay.start(start(1))
+    first.start(start(1))
     assert last.answer(1)[:tokens] == CONTINUATION[:tokens]
     for node in (first, last):
         node.close()
@@ -209,7 +227,7 @@ def test_fewer_bits_on_the_hop_generate_the_same_here(
 
 def test_one_stage_generates_by_itself(artifacts: list[tuple[int, Path]]) -> None:
     alone = Node("alone", artifacts, CONTEXT)
-    alone.relay.start(start(1))
+    alone.start(start(1))
     assert alone.answer(1) == CONTINUATION
     alone.close()
 
@@ -219,13 +237,13 @@ def test_a_prompt_of_several_chunks(
 ) -> None:
     first, last = ring
     prompt = tuple(np.random.default_rng(1).integers(0, 256, 150).tolist())
-    first.relay.start(start(1, prompt))
+    first.start(start(1, prompt))
     alone = Node("alone", artifacts, CONTEXT)
-    alone.relay.start(start(1, prompt))
+    alone.start(start(1, prompt))
     # The token of the last position is sampled although nothing can follow it.
     answer = alone.answer(1)
     assert last.answer(1) == answer
-    first.relay.start(replace(start(2, prompt), chunk_tokens=17))
+    first.start(replace(start(2, prompt), chunk_tokens=17))
     assert last.answer(2) == answer
     alone.close()
 
@@ -244,7 +262,7 @@ def test_a_prompt_that_leaves_room_for_one_token(ring: tuple[Node, Node]) -> Non
     first, last = ring
     prompt = (PROMPT * 6)[: CONTEXT - 1]
     one = replace(start(1, prompt), sampling=replace(GREEDY, max_tokens=1))
-    first.relay.start(one)
+    first.start(one)
     assert len(last.answer(1)) == 1
     assert last.reports.empty()
 
@@ -252,7 +270,7 @@ def test_a_prompt_that_leaves_room_for_one_token(ring: tuple[Node, Node]) -> Non
 def test_a_stop_token_ends_the_answer(ring: tuple[Node, Node]) -> None:
     first, last = ring
     stop = CONTINUATION[3]
-    first.relay.start(replace(start(1), sampling=replace(GREEDY, stop_tokens=(stop,))))
+    first.start(replace(start(1), sampling=replace(GREEDY, stop_tokens=(stop,))))
     messages = [last.token(1) for _ in range(CONTINUATION.index(stop) + 1)]
     assert [message.finish for message in messages] == [""] * (len(messages) - 1) + ["stop"]
 
@@ -275,13 +293,14 @@ def test_what_cannot_be_started_is_reported(
     first, last = ring
     first.relay.start(message)
     assert isinstance(first.reports.get(timeout=ANSWER_S), SequenceFailed)
-    first.relay.start(start(2))
+    first.start(start(2))
     assert last.answer(2) == CONTINUATION
 
 
 def test_rows_that_do_not_fit_are_reported(ring: tuple[Node, Node]) -> None:
     _, last = ring
     good, payload = activation(1, 4)
+    last.relay.start(start(1))
     for message, rows in (
         (replace(good, slot=1), payload),
         (replace(good, position=CONTEXT - 3), payload),
@@ -293,7 +312,6 @@ def test_rows_that_do_not_fit_are_reported(ring: tuple[Node, Node]) -> None:
         (replace(good, rows=1, bits=8), payload[: 32 + 4]),
         (replace(good, rows=1 << 40), payload),
         (good, payload[:-4]),
-        (replace(good, sampling=replace(GREEDY, seed=-1)), payload),
     ):
         last.relay.deliver(message, rows)
         assert isinstance(last.reports.get(timeout=ANSWER_S), SequenceFailed), message
@@ -301,7 +319,7 @@ def test_rows_that_do_not_fit_are_reported(ring: tuple[Node, Node]) -> None:
 
 def test_what_belongs_elsewhere_disturbs_nothing(ring: tuple[Node, Node]) -> None:
     first, last = ring
-    first.relay.start(start(5))
+    first.start(start(5))
     tokens = [last.token(5).token]
     message, payload = activation(5, 1, position=3)
     last.relay.deliver(replace(message, epoch=EPOCH - 1), payload)
@@ -318,7 +336,7 @@ def test_a_late_chunk_of_a_cancelled_sequence_does_not_take_its_slot_back(
     ring: tuple[Node, Node],
 ) -> None:
     first, last = ring
-    first.relay.start(start(2))
+    first.start(start(2))
     tokens = [last.token(2).token]
     last.relay.deliver(*activation(1, 4))
     assert tokens + last.answer(2, 1) == CONTINUATION
@@ -327,7 +345,7 @@ def test_a_late_chunk_of_a_cancelled_sequence_does_not_take_its_slot_back(
 def test_a_released_sequence_stops_and_its_slot_serves_the_next(ring: tuple[Node, Node]) -> None:
     first, last = ring
     last.stage.gate.clear()
-    first.relay.start(start(1))
+    first.start(start(1))
     last.stage.next_call()
     first.stage.gate.clear()
     last.stage.gate.set()
@@ -335,7 +353,7 @@ def test_a_released_sequence_stops_and_its_slot_serves_the_next(ring: tuple[Node
     for node in ring:
         node.relay.release(1)
     first.stage.gate.set()
-    first.relay.start(start(2))
+    first.start(start(2))
     assert last.answer(2) == CONTINUATION
     assert last.reports.empty()
     assert first.reports.empty()
@@ -345,14 +363,14 @@ def test_chunks_are_taken_while_the_stage_is_busy(ring: tuple[Node, Node]) -> No
     """A sender sees a connection that nobody reads as dead after seconds; some chunks take more."""
     _, last = ring
     last.stage.gate.clear()
-    last.relay.deliver(*activation(2, 64))
+    last.deliver(*activation(2, 64))
     assert last.stage.next_call() == ((0,), 64)
     # Nothing beyond a context is kept, nor is anything twice.
     for position in (64, 64, 0, 128, 0):
         last.relay.deliver(*activation(2, 32 if position == 128 else 64, position))
     last.stage.gate.set()
     assert [last.stage.next_call() for _ in range(2)] == [((0,), 64), ((0,), 32)]
-    last.relay.deliver(*activation(3, 1))
+    last.deliver(*activation(3, 1))
     assert last.stage.next_call() == ((0,), 1)
     assert last.reports.empty()
     assert last.stage.calls.empty()
@@ -380,11 +398,11 @@ def test_a_chunk_that_cannot_be_unpacked_fails_its_sequence_and_no_other(
 
     with monkeypatch.context() as patch:
         patch.setattr("agent.relay.decode_rows", no_memory)
-        last.relay.deliver(*activation(1, 2))
+        last.deliver(*activation(1, 2))
         failed = last.reports.get(timeout=ANSWER_S)
     assert isinstance(failed, SequenceFailed)
     assert failed.sequence == 1
-    first.relay.start(start(2))
+    first.start(start(2))
     assert last.answer(2) == CONTINUATION
 
 
@@ -438,13 +456,13 @@ def test_sequences_at_once_give_what_each_gives_alone(bits: int, tmp_path: Path)
         # Each on its own stages: where they are split, fp32 sums differ in their last bits.
         alone = {}
         for slot in range(SLOTS):
-            begin.relay.start(asked(slot))
+            begin.start(asked(slot))
             alone[SLOTS + slot + 1] = end.answer(slot + 1)
         while not whole.stage.calls.empty():
             whole.stage.next_call()
         begin.stage.gate.clear()
         for slot in range(SLOTS):
-            begin.relay.start(replace(asked(slot), sequence=SLOTS + slot + 1))
+            begin.start(replace(asked(slot), sequence=SLOTS + slot + 1))
         begin.stage.gate.set()
         assert by_sequence(end, SLOTS) == alone
     # A stage that holds the whole model has all four tokens at hand once the prompts are through.
@@ -458,10 +476,10 @@ def test_tokens_that_wait_run_together_and_between_the_chunks_of_a_prompt(
 ) -> None:
     last = Node("last", artifacts[2:], CONTEXT, slots=SLOTS)
     for slot in range(3):
-        last.relay.deliver(*activation(1 + slot, 4, slot=slot))
+        last.deliver(*activation(1 + slot, 4, slot=slot))
         assert last.stage.next_call() == ((slot,), 4)
     last.stage.gate.clear()
-    last.relay.deliver(*activation(9, 64, slot=3))
+    last.deliver(*activation(9, 64, slot=3))
     assert last.stage.next_call() == ((3,), 64)
     last.relay.deliver(*activation(9, 64, 64, slot=3))
     last.relay.deliver(*activation(9, 32, 128, slot=3))
@@ -478,9 +496,9 @@ def test_a_token_of_the_only_sequence_runs_in_the_thread_that_brings_it(
     artifacts: list[tuple[int, Path]],
 ) -> None:
     last = Node("last", artifacts[2:], CONTEXT, slots=SLOTS)
-    last.relay.deliver(*activation(1, 1))
+    last.deliver(*activation(1, 1))
     last.relay.deliver(*activation(1, 1, 1))
-    last.relay.deliver(*activation(2, 1, slot=1))  # From here on, two might come at once.
+    last.deliver(*activation(2, 1, slot=1))  # From here on, two might come at once.
     threads = [last.stage.calls.get(timeout=ANSWER_S)[2] for _ in range(3)]
     assert [thread is threading.current_thread() for thread in threads] == [True, True, False]
     last.close()
@@ -489,10 +507,10 @@ def test_a_token_of_the_only_sequence_runs_in_the_thread_that_brings_it(
 def test_a_sequence_that_fails_leaves_its_neighbours(shared_ring: tuple[Node, Node]) -> None:
     _, last = shared_ring
     for slot in range(3):
-        last.relay.deliver(*activation(1 + slot, 4, slot=slot))
+        last.deliver(*activation(1 + slot, 4, slot=slot))
         last.stage.next_call()
     last.stage.gate.clear()
-    last.relay.deliver(*activation(9, 2, slot=3))
+    last.deliver(*activation(9, 2, slot=3))
     last.stage.next_call()
     for slot in range(3):
         last.relay.deliver(*activation(1 + slot, 1, 4, slot=slot, last=True))
@@ -508,7 +526,7 @@ def test_a_sequence_that_fails_leaves_its_neighbours(shared_ring: tuple[Node, No
     # It is over: what follows is dropped, even where the slot works again.
     last.stage.broken = set()
     last.relay.deliver(*activation(2, 1, 5, slot=1))
-    last.relay.deliver(*activation(10, 1, slot=1))
+    last.deliver(*activation(10, 1, slot=1))
     assert last.stage.next_call() == ((1,), 1)
     assert last.stage.calls.empty()
 
@@ -516,3 +534,103 @@ def test_a_sequence_that_fails_leaves_its_neighbours(shared_ring: tuple[Node, No
 def number_of(message: Message) -> int:
     assert isinstance(message, (SequenceFailed, TokenSampled))
     return message.sequence
+
+
+# ---- who may send -------------------------------------------------------------------------------
+
+
+def test_only_the_previous_device_may_send_to_a_stage(
+    ring: tuple[Node, Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A third member knows the epoch, the sequence and the ids, and speaks on real sockets."""
+    first, last = ring
+    first.stage.gate.clear()
+    first.start(start(5))
+    first.stage.next_call()
+    for node, before in ((first, last), (last, first)):
+        endpoint = [Endpoint("127.0.0.1", node.listener.port)]
+        for device, key in ((before.device, b"guessed"), ("third", HOP_KEY)):
+            with pytest.raises(ConnectFailed, match="not the previous device"):
+                connect_peer(device, node.device, endpoint, hop_key=key)
+        message, payload = activation(5, 4)
+        for said, data in (
+            (message, payload),
+            (replace(message, sequence=1 << 62), payload),
+            (TokenSampled(EPOCH, 5, 0, 9, ""), memoryview(b"")),
+        ):
+            with connect_peer(before.device, node.device, endpoint) as third:
+                third.send(said, data)
+                third.set_receive_timeout(ANSWER_S)
+                with pytest.raises(ConnectionLost):
+                    third.receive()
+    first.stage.gate.set()
+    assert last.answer(5) == CONTINUATION
+    assert first.reports.empty()
+    refused = [line for line in caplog.messages if "previous device" in line]
+    assert len(refused) == 2  # One for each device that was spoken to.
+
+
+def test_a_link_is_measured_by_anyone_and_with_small_probes_only(ring: tuple[Node, Node]) -> None:
+    _, last = ring
+    endpoint = [Endpoint("127.0.0.1", last.listener.port)]
+    with connect_peer("third", "last", endpoint) as third:
+        assert measure_link(third).rtt_s > 0
+        with suppress(ConnectionLost):  # The other side may close while this one still sends.
+            third.send(ProbePing(1), bytes(limits.MAX_PROBE_BYTES + 1))
+        with pytest.raises(ConnectionLost):
+            third.receive()
+
+
+def test_a_stage_that_is_gone_lets_nobody_in(ring: tuple[Node, Node]) -> None:
+    first, last = ring
+    last.peers.entrance = None
+    with pytest.raises(ConnectFailed, match="not the previous device"):
+        connect_peer(
+            first.device, "last", [Endpoint("127.0.0.1", last.listener.port)], hop_key=HOP_KEY
+        )
+
+
+@pytest.mark.parametrize("number", [1 << 62, 3 + START_AHEAD + 1, 3 + START_AHEAD, 4])
+def test_rows_of_a_sequence_that_nobody_started_block_no_slot(
+    ring: tuple[Node, Node], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even from the device before."""
+    monkeypatch.setattr("agent.relay.START_WAIT_S", 0.05)
+    first, last = ring
+    first.start(start(3))
+    assert last.answer(3) == CONTINUATION
+    last.relay.deliver(*activation(number, 4))
+    first.start(start(4))
+    assert last.answer(4) == CONTINUATION
+    assert last.reports.empty()
+
+
+def test_rows_that_overtake_the_start_of_their_sequence_wait_for_it(
+    artifacts: list[tuple[int, Path]],
+) -> None:
+    last = Node("last", artifacts[2:], CONTEXT)
+    arrived = threading.Event()
+
+    def deliver() -> None:
+        arrived.set()
+        last.relay.deliver(*activation(7, 4))
+
+    thread = threading.Thread(target=deliver)
+    thread.start()
+    assert arrived.wait(ANSWER_S)
+    last.relay.start(start(7, ()))
+    assert last.stage.next_call() == ((0,), 4)
+    thread.join(ANSWER_S)
+    last.close()
+
+
+def test_rows_in_a_slot_that_is_not_their_sequences_are_dropped(
+    artifacts: list[tuple[int, Path]],
+) -> None:
+    last = Node("last", artifacts[2:], CONTEXT, slots=2)
+    last.relay.start(start(1, ()))
+    last.relay.deliver(*activation(1, 4, slot=1))
+    last.relay.deliver(*activation(1, 3))
+    assert last.stage.next_call() == ((0,), 3)
+    assert last.stage.calls.empty()
+    last.close()

@@ -292,6 +292,16 @@ def test_compiling_is_done_once(
     assert not list(directory.glob(".*"))
 
 
+def test_damaged_files_are_compiled_again(compiler: Compiler, tmp_path: Path) -> None:
+    files, directory = [product_file(tmp_path)], tmp_path / "compiled"
+    (compiled,) = compile_files(compiler, files, directory).files
+    whole = compiled.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), b"", whole[:-1]):
+        compiled.write_bytes(damaged)
+        assert find_compiled(directory, files, None) is None
+        assert compile_files(compiler, files, directory).files[0].read_bytes() == whole
+
+
 @pytest.mark.usefixtures("compiler")
 def test_what_does_not_fit_on_the_chip_is_told(
     model: Model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 pytest.importorskip("onnxruntime")
+import onnx
 from onnx import TensorProto
 
-from backends import onnx_cpu, onnx_prepared
+from backends import onnx_aligned, onnx_cpu, onnx_prepared
 from backends.base import BackendError, BackendUnavailable, StageOptions
 from backends.onnx_cpu import OnnxCpuBackend
 from backends.onnx_graph import Graph, cached_head_width
@@ -32,8 +33,9 @@ from backends.onnx_matrix import (
 )
 from backends.onnx_session import new_session
 from backends.registry import BACKENDS, backend_class, probe_all
-from model.artifact import write_artifact
+from model.artifact import file_sha256, write_artifact
 from model.checkpoint import Checkpoint
+from model.errors import CheckpointError
 from model.quantize import GROUP_SIZES, Format, QuantizedMatrix, Scheme, quantize, unpack
 from model.reference import ReferenceModel
 from model.spec import LayerSpec, ModelSpec, RopeSpec
@@ -535,3 +537,52 @@ def stored_model(
         artifact = write_artifact(directory, block, tensors, Format.of(bits))
         artifacts.append((block, artifact.path))
     return spec, artifacts
+
+
+@pytest.mark.parametrize("hidden", [36, 40, 72, 104])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16, 32])
+def test_prepared_weights_of_any_hidden_size(tmp_path: Path, hidden: int, bits: int) -> None:
+    """Vectors of no multiple of 64 bytes must not move what follows: it ends the process."""
+    layer = replace(LAYER, hidden=hidden, ffn=hidden + 4)
+    spec, artifacts = stored_model(tmp_path / "model", layer, layers=2, bits=bits)
+    home = tmp_path / "prepared"
+    expected = some_results(spec, artifacts, OPTIONS)
+    for _ in range(2):
+        results = some_results(spec, artifacts, replace(OPTIONS, prepared_dir=home))
+        assert_similar(results, expected)
+    for graph in home.glob("*/graph.onnx"):
+        model = onnx.load(graph, load_external_data=False)
+        for tensor in model.graph.initializer:
+            assert all(begin % 64 == 0 for begin, _ in onnx_aligned._spans(tensor))
+
+
+@pytest.mark.parametrize("name", ["graph.onnx", "facts.json", "weights-0.bin"])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_flipped_bytes_of_prepared_files_are_found(tmp_path: Path, name: str, place: float) -> None:
+    layer = replace(LAYER, hidden=256, ffn=512)
+    spec, artifacts = stored_model(tmp_path / "one", layer, layers=2, bits=4)
+    home = tmp_path / "prepared"
+    options = replace(OPTIONS, prepared_dir=home)
+    with closing(OnnxCpuBackend().load(spec, artifacts, options)) as stage:
+        assert stage.kept_files == {}  # They were made in this load.
+    paths = sorted(home.glob(f"*/{name}"))
+    for path in paths:
+        data = bytearray(path.read_bytes())
+        data[int(place * len(data))] ^= 1
+        path.write_bytes(data)
+    with closing(OnnxCpuBackend().load(spec, artifacts, options)) as stage:
+        damaged = [path for path, sha256 in stage.kept_files.items() if file_sha256(path) != sha256]
+    assert sorted(damaged) == (paths if name == "weights-0.bin" else [])
+
+
+def test_nothing_is_kept_of_damaged_blocks(tmp_path: Path) -> None:
+    layer = replace(LAYER, hidden=256, ffn=512)
+    spec, artifacts = stored_model(tmp_path / "one", layer, layers=2, bits=4)
+    path = artifacts[1][1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    options = replace(OPTIONS, prepared_dir=tmp_path / "prepared")
+    with pytest.raises(CheckpointError, match="damaged"):
+        OnnxCpuBackend().load(spec, artifacts, options)
+    assert not list(tmp_path.glob("prepared/*/weights-*"))

@@ -109,6 +109,33 @@ def test_json_is_one_object_that_says_what_its_figures_are(
     assert any(text.startswith("dropping ") for text in texts)
 
 
+def test_a_plan_says_whose_times_it_was_made_from(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path
+) -> None:
+    """What is proven of assumed times is not proven of the model."""
+    plan(model, "--devices", lab)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "proven optimal for assumed times by" in shown
+    assert "does not say which model its times are for" in shown
+    big = "model: {name: big, hidden: 2048, ffn: 8192, heads: 32, kv_heads: 8, vocab: 128256}\n"
+    lab.write_text(big + LAB)
+    times = plan_json(capsys, model, "--devices", lab)["times"]
+    assert times["model"] == "big"
+    assert times["assumed"]
+    assert times["text"].startswith("scaled from big by weights (layers x ")
+    plan(model, "--devices", lab)
+    assert "proven optimal for assumed times by" in " ".join(capsys.readouterr().out.split())
+    plan(model, "--devices", lab, "--formulation", "dilemma")
+    assert "optimal for assumed times, by" in " ".join(capsys.readouterr().out.split())
+
+
+def test_names_that_no_device_has_are_answered_with_those_there_are(model: Path, lab: Path) -> None:
+    with pytest.raises(CommandFailed, match=r"cannot pin head to nano: no device .*known are pi-1"):
+        plan(model, "--devices", lab, "--pin", "head:nano")
+    with pytest.raises(CommandFailed, match=r"cannot exclude nano: no device .*known are pi-1"):
+        plan(model, "--devices", lab, "--exclude", "nano")
+
+
 def test_slots_take_memory_and_let_more_tokens_through(
     capsys: pytest.CaptureFixture[str], model: Path, lab: Path
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.argument_types import Several
 from cli.errors import UsageError
 from cli.journal import JournalFormatter, under_journal
 from cli.main import main
@@ -44,6 +45,28 @@ def test_a_file_gives_defaults_that_the_command_line_overrides(
     assert options.no_mdns is True
     assert options.state_dir == Path("/srv/x")
     assert set(settings_of(parser)) == {"memory", "name", "no_mdns", "state_dir"}
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "expected"),
+    [
+        ("", [], ()),
+        ("", ["--at=a", "--at", "b"], ("a", "b")),
+        ('at = "x"', [], ("x",)),
+        ('at = ["x", "y"]', [], ("x", "y")),
+        ('at = ["x", "y"]', ["--at=a", "--at=b"], ("a", "b")),
+    ],
+)
+def test_an_option_that_may_be_repeated_is_a_list_in_a_file(
+    parser: argparse.ArgumentParser,
+    tmp_path: Path,
+    text: str,
+    arguments: list[str],
+    expected: tuple[str, ...],
+) -> None:
+    parser.add_argument("--at", action=Several, default=())
+    parser.set_defaults(**read_settings(written(tmp_path, text), parser))
+    assert parser.parse_args(arguments).at == expected
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from coordinator.plan import Advice, InfeasiblePlan, PlanError, Proof, assess, v
 from coordinator.planner import solve
 from coordinator.problem import HopFormat, NoLink, Objective, PlanningProblem, build_problem
 from coordinator.study import opt_350m
+from tests.coordinator.test_planner import make_device, make_problem
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
 MB = 1_000_000
@@ -370,3 +371,53 @@ def test_a_device_that_the_plan_cannot_reach_is_left_out_for_that_reason() -> No
     )
     (line,) = idle_reasons(solve(problem_of()), problem_of())
     assert "its fastest layer takes" in line
+
+
+@pytest.mark.parametrize(
+    ("pins", "excluded", "message"),
+    [
+        ({0: 0}, {0}, "embedding is pinned to d0, which is excluded"),
+        (
+            {1: 0, 2: 1, 3: 0},
+            (),
+            "layer 0 and layer 2 are pinned to d0, and layer 1 between them to d1",
+        ),
+    ],
+)
+def test_pins_that_contradict_are_named(
+    pins: dict[int, int], excluded: Collection[int], message: str
+) -> None:
+    problem = make_problem(3, [make_device(f"d{i}", 5, 9_000, {8: 0.001}) for i in range(3)])
+    asked = replace(problem, pins=pins, excluded=frozenset(excluded))
+    with pytest.raises(InfeasiblePlan, match=message) as caught:
+        solve(asked)
+    assert caught.value.advice.free_placement
+
+
+def test_a_pin_on_a_device_that_lacks_the_width_is_named() -> None:
+    devices = [make_device("a", 5, 9_000, {4: 0.001}), make_device("b", 5, 9_000, {8: 0.001})]
+    problem = replace(make_problem(3, devices, bits=(8,)), pins={0: 0})
+    with pytest.raises(InfeasiblePlan, match="embedding is pinned to a, which runs it at 4 bit"):
+        solve(problem)
+
+
+def test_equal_devices_are_left_out_in_one_line_with_a_reason() -> None:
+    """That a device is as fast as those that are used is no reason to leave it out."""
+    devices = [make_device(f"d{i}", 5, 2_500, {8: 0.0029}) for i in range(14)]
+    problem = make_problem(3, devices)
+    plan = solve(problem)
+    lines = idle_reasons(plan, problem)
+    assert len(lines) == 1
+    names = [f"d{i}" for i in range(14) if f"d{i}" not in {s.device for s in plan.stages}]
+    assert lines[0] == (
+        f"{', '.join(names)} are left out, each because its fastest layer takes 2.90 ms at 8 bits,"
+        " those of the plan 2.90 ms, and a stage there would add at least 2.01 ms of links and call"
+    )
+
+
+def test_a_device_that_no_link_leads_to_is_left_out_for_that() -> None:
+    problem = make_problem(3, [make_device(name, 5, 9_000, {8: 0.001}) for name in "ab"])
+    alone = replace(problem, links={})
+    assert idle_reasons(solve(alone), alone) == [
+        "b is left out: no link leads there and on to the rest"
+    ]

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -308,6 +309,66 @@ def test_outside_the_window_table_1_does_not_follow(largest: float) -> None:
         for delta in study.DELTAS
     }
     assert found != study.PAPER_BITS
+
+
+def test_dynamic_programming_finds_the_optimum_of_the_repaired_program() -> None:
+    """Of the study's own instances, of layers that differ, and of all widths."""
+    rng = random.Random(3)
+    spec = study.opt_350m(5)
+    errors = study.synthetic_errors(5, 1)
+    for turn in range(12):
+        links = study._links(10 ** rng.uniform(5, 9))
+        instance = study._instance(spec, errors, 1e-3, study._SERVER_CLOCKS_HZ, links)
+        if turn % 2:
+            sizes = [
+                {b: s + rng.randrange(s) for b, s in row.items()} for row in instance.stored_bytes
+            ]
+            instance = replace(instance, stored_bytes=tuple(sizes))
+            wide = tuple(2.2 * limit for limit in instance.storage_bytes)
+            instance = replace(instance, storage_bytes=wide)
+        if turn % 3 == 0:
+            missing = {pair: way for pair, way in instance.transfer_s.items() if pair != (0, 1)}
+            instance = replace(instance, transfer_s=missing)
+        few = dilemma.without_dominated(instance)
+        quick = dilemma.solve_by_stages(few)
+        assert quick is not None
+        assert quick.proven_optimal
+        exact = dilemma.solve(few, dilemma.ALL_REPAIRS)
+        assert quick.objective_s == pytest.approx(exact.objective_s, rel=1e-6)
+    impossible = replace(few, storage_bytes=(1.0,) * 3)
+    with pytest.raises(PlanError, match="no solution"):
+        dilemma.solve_by_stages(impossible)
+
+
+def test_a_study_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "results.jsonl"
+    whole = study.study_dilemma(runs=3, layers=5)
+    solved = []
+    real = dilemma.solve_by_stages
+
+    def counted(instance: dilemma.Instance) -> dilemma.Solution | None:
+        solved.append(instance)
+        if len(solved) == 8:
+            raise KeyboardInterrupt
+        return real(instance)
+
+    monkeypatch.setattr(dilemma, "solve_by_stages", counted)
+    with pytest.raises(KeyboardInterrupt):
+        study.study_dilemma(runs=3, layers=5, log=log)
+    kept = log.read_text().splitlines()
+    assert len(kept) == 1 + 7
+    # The power went while a line was written.
+    log.write_text("\n".join([*kept[:-1], kept[-1][:9]]))
+    assert study.study_dilemma(runs=3, layers=5, log=log) == whole
+    # 3 runs x 9 values; six were kept, and one was computed before it was cut off.
+    assert len(solved) == 8 + 27 - 6
+    study.study_dilemma(runs=3, layers=5, log=log)
+    assert len(solved) == 8 + 27 - 6
+    # Another seed is another study.
+    study.study_dilemma(runs=1, seed=5, layers=5, log=log)
+    assert len(solved) == 8 + 27 - 6 + 9
 
 
 def test_the_study_gives_the_papers_table_and_figures() -> None:

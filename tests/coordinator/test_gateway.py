@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +19,7 @@ from coordinator.artifacts import ArtifactStore
 from coordinator.deployment import Deployment
 from coordinator.errors import (
     AgentFailed,
+    AgentLied,
     AgentLost,
     Busy,
     CoordinatorError,
@@ -35,6 +39,7 @@ from coordinator.slots import Slots
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from wire.connection import AsyncConnection, serve
+from wire.errors import ConnectionLost
 from wire.messages import (
     AgentHello,
     Done,
@@ -61,6 +66,7 @@ from wire.profile import DeviceProfile
 LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 EPOCH = 3
 CONTEXT = 32
+VOCAB = Checkpoint.open(LLAMA).spec.vocab
 SAMPLING = Sampling(8, ())
 STAGES = (
     Stage("first", 0, (8,), 1.0, 1.0, 0, 0, 0, 0),
@@ -128,6 +134,9 @@ def test_room_for_an_answer() -> None:
         room_for_answer(spec.max_context, spec.max_context, spec)
     with pytest.raises(RequestInvalid, match="empty"):
         room_for_answer(0, CONTEXT, spec)
+    with pytest.raises(RequestInvalid, match=f"has at least {CONTEXT} tokens") as refused:
+        room_for_answer(CONTEXT, CONTEXT, spec, at_least=True)
+    assert refused.value.code == "context_length_exceeded"
 
 
 def test_speeds_are_known_once_they_can_be() -> None:
@@ -202,8 +211,10 @@ class Cluster:
         return next(member for member in self.roster.members if member.name == name)
 
     async def begun(self) -> StartSequence:
+        """What the first stage is told; the other one hears the same, without the prompt."""
         message = await said(self.agents[0])
         assert isinstance(message, StartSequence)
+        assert await said(self.agents[1]) == replace(message, prompt=())
         return message
 
     async def sample(
@@ -213,14 +224,18 @@ class Cluster:
         finish: FinishReason = "",
         *,
         cut: int | None = None,
+        first: int = 0,
         epoch: int = EPOCH,
     ) -> None:
-        """The last stage's tokens, one per byte (up to ``cut``); the last one has ``finish``."""
+        """The last stage's tokens, one per byte (up to ``cut``); the last one has ``finish``.
+
+        ``first`` of them were there before.
+        """
         tokens = Tokenizer.load(LLAMA).encode(text, add_special=False)[:cut]
         assert cut is not None or len(tokens) == len(text.encode())
         for index, token in enumerate(tokens):
             reason: FinishReason = finish if index == len(tokens) - 1 else ""
-            await self.agents[1].send(TokenSampled(epoch, number, index, token, reason))
+            await self.agents[1].send(TokenSampled(epoch, number, first + index, token, reason))
 
 
 async def said(agent: AsyncConnection) -> Message:
@@ -302,7 +317,7 @@ def test_an_answer_and_its_release(run: Run) -> None:
 def test_half_a_character_at_the_end(run: Run) -> None:
     async def test(cluster: Cluster) -> None:
         cluster.deploy()
-        task = asyncio.ensure_future(collect(cluster))
+        task = asyncio.ensure_future(collect(cluster, sampling=Sampling(2, ())))
         begun = await cluster.begun()
         await cluster.sample(begun.sequence, "aé", "length", cut=2)
         assert text_of(await task) == "a\N{REPLACEMENT CHARACTER}"
@@ -329,7 +344,9 @@ def test_a_stop_string_cancels_the_sequence(run: Run) -> None:
 def test_a_stop_token_is_no_part_of_the_answer_and_frees_what_was_held(run: Run) -> None:
     async def test(cluster: Cluster) -> None:
         cluster.deploy()
-        task = asyncio.ensure_future(collect(cluster, stop=("END",)))
+        newline = Tokenizer.load(LLAMA).encode("\n", add_special=False)[0]
+        sampling = Sampling(8, (newline,))
+        task = asyncio.ensure_future(collect(cluster, sampling=sampling, stop=("END",)))
         begun = await cluster.begun()
         await cluster.sample(begun.sequence, "an EN\n", "stop")
         pieces = await task
@@ -345,7 +362,7 @@ def test_closing_cancels_and_the_next_in_line_has_its_turn(run: Run) -> None:
         async with aclosing(cluster.gateway.generate(deployment, (1, 2), SAMPLING)) as pieces:
             waiting = asyncio.ensure_future(anext(pieces))
             begun = await cluster.begun()
-            task = asyncio.ensure_future(collect(cluster, (5,)))
+            task = asyncio.ensure_future(collect(cluster, (5,), Sampling(3, ())))
             await cluster.sample(begun.sequence, "a")
             assert (await waiting).text == "a"
         for agent in cluster.agents:
@@ -451,10 +468,10 @@ async def next_begun(cluster: Cluster) -> StartSequence:
 def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
     async def test(cluster: Cluster) -> None:
         broken = cluster.deploy()
-        pieces = cluster.gateway.generate(broken, (1, 2), SAMPLING)
+        pieces = cluster.gateway.generate(broken, (1, 2), Sampling(4, ()))
         first = asyncio.ensure_future(anext(pieces))
         begun = await cluster.begun()
-        in_line = asyncio.ensure_future(collect(cluster, (7,)))
+        in_line = asyncio.ensure_future(collect(cluster, (7,), Sampling(2, ())))
         await cluster.sample(begun.sequence, "ab")
         shown = [await first, await anext(pieces)]
         successor = broken.successor = asyncio.get_running_loop().create_future()
@@ -464,12 +481,12 @@ def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
             return [*shown, *[piece async for piece in pieces]]
 
         running_one = asyncio.ensure_future(rest())
-        late = asyncio.ensure_future(collect(cluster, (8,)))
+        late = asyncio.ensure_future(collect(cluster, (8,), Sampling(2, ())))
         await ended(cluster, begun.sequence)
         await cluster.sample(begun.sequence, "too late")
         successor.set_result(cluster.deploy(epoch=EPOCH + 1))
         letters = Tokenizer.load(LLAMA).encode("ab", add_special=False)
-        left = {(1, 2, *letters): 6, (7,): 8, (8,): 8}
+        left = {(1, 2, *letters): 2, (7,): 2, (8,): 2}
         for _ in range(3):
             message = await next_begun(cluster)
             assert message.epoch == EPOCH + 1
@@ -570,6 +587,70 @@ def test_a_stage_that_cannot_go_on_ends_one_sequence_only(run: Run) -> None:
     run(test)
 
 
+LIES: dict[str, tuple[list[tuple[int, int, FinishReason]], str]] = {
+    "below the vocabulary": ([(0, -1, "")], "token -1, of a vocabulary"),
+    "beyond the vocabulary": ([(0, 2**63 - 1, "")], "token 9223372036854775807, of a vocabulary"),
+    "just beyond": ([(0, VOCAB, "")], f"token {VOCAB}, of a vocabulary of {VOCAB}"),
+    "late start": ([(1, 65, "")], "token number 1, where 0 of 3 had come"),
+    "repeated": ([(0, 65, ""), (0, 65, "")], "token number 0, where 1 of 3 had come"),
+    "skipped": ([(0, 65, ""), (2, 65, "")], "token number 2, where 1 of 3 had come"),
+    "negative": ([(-1, 65, "")], "token number -1"),
+    "endless": ([(index, 65, "") for index in range(20)], "token 65, 3 of 3, as ''"),
+    "cut short": ([(0, 65, "length")], "token 65, 1 of 3, as 'length'"),
+    "stopped by nothing": ([(0, 65, "stop")], "token 65, 1 of 3, as 'stop'"),
+    "not stopped": ([(0, 66, "")], "token 66, 1 of 3, as ''"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_device_that_lies_about_tokens_ends_the_answer_and_is_dropped(
+    run: Run, lie: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens, said_so = LIES[lie]
+
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster, sampling=Sampling(3, (66,))))
+        begun = await cluster.begun()
+        with contextlib.suppress(ConnectionLost):  # It is dropped as soon as it lies.
+            for index, token, finish in tokens:
+                sampled = TokenSampled(EPOCH, begun.sequence, index, token, finish)
+                await cluster.agents[1].send(sampled)
+        with pytest.raises(AgentLied, match=f"last: it sent {re.escape(said_so)}"):
+            await task
+        assert [member.name for member in cluster.roster.members] == ["first"]
+        assert sum("last: device lost (it sent" in line for line in caplog.messages) == 1
+        assert not any(record.exc_info for record in caplog.records)
+
+    run(test)
+
+
+def test_tokens_after_the_end_reach_nobody(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster, sampling=Sampling(2, ())))
+        begun = await cluster.begun()
+        await cluster.sample(begun.sequence, "ab", "length")
+        await cluster.sample(begun.sequence, "cd", "length", first=2)
+        assert text_of(await task) == "ab"
+
+    run(test)
+
+
+def test_a_stranger_to_the_ring_cannot_fail_a_sequence(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        stranger = replace(deployment.members[0], name="stranger")
+        task = asyncio.ensure_future(collect(cluster, sampling=Sampling(1, ())))
+        begun = await cluster.begun()
+        failure = SequenceFailed(EPOCH, begun.sequence, "no")
+        cluster.gateway.on_event(stranger, failure)
+        await cluster.sample(begun.sequence, "a", "length")
+        assert text_of(await task) == "a"
+
+    run(test)
+
+
 def test_devices_that_live_and_give_no_token_are_not_waited_for_for_ever(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,7 +685,10 @@ async def ended(cluster: Cluster, number: int) -> None:
 def test_as_many_sequences_as_slots_and_the_rest_in_line(run: Run) -> None:
     async def test(cluster: Cluster) -> None:
         slots = cluster.deploy(2).slots
-        tasks = [asyncio.ensure_future(collect(cluster, (prompt,))) for prompt in range(1, 6)]
+        tasks = [
+            asyncio.ensure_future(collect(cluster, (prompt,), Sampling(max_tokens, ())))
+            for prompt, max_tokens in enumerate((2, 1, 1, 1, 1), start=1)
+        ]
         first, second = [await begun_as(cluster, prompt) for prompt in (1, 2)]
         assert (first.slot, second.slot) == (0, 1)
         assert (slots.total, slots.used, slots.waiting) == (2, 2, 3)
@@ -626,7 +710,7 @@ def test_as_many_sequences_as_slots_and_the_rest_in_line(run: Run) -> None:
         # As does one whose user goes away.
         tasks[4].cancel()
         await ended(cluster, fifth.sequence)
-        await cluster.sample(first.sequence, "c", "length")
+        await cluster.sample(first.sequence, "c", "length", first=1)
         assert text_of(await tasks[0]) == "ac"
         await ended(cluster, first.sequence)
         assert (slots.used, slots.waiting) == (0, 0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from coordinator.lab import LabError, lab_problem
+from coordinator.lab import LabError, lab_problem, times_of
 from coordinator.lab_file import parse_lab, read_lab
 from coordinator.plan import verify
 from coordinator.planner import solve
@@ -190,6 +191,70 @@ def test_a_file_that_is_missing_or_huge(tmp_path: Path) -> None:
         read_lab(huge)
 
 
+MODEL = "model: {name: opt-350m, hidden: 1024, ffn: 4096, heads: 16, vocab: 50272, gated: false}\n"
+
+
+def test_times_of_the_named_model_are_taken_as_they_are() -> None:
+    lab = parse_lab(MODEL + LAB, "lab.yaml")
+    spec = opt_350m(4)
+    times = times_of(lab, spec)
+    assert (times.model, times.assumed) == ("opt-350m", False)
+    assert times.text == "those that lab.yaml describes for opt-350m"
+    layer = lab_problem(lab, spec, context_tokens=64).devices[0].option(1, 4)
+    assert layer is not None
+    assert layer.decode_s == 0.002
+
+
+def test_times_of_another_model_are_scaled_by_weights_and_say_so() -> None:
+    spec = opt_350m(4)
+    smaller = replace(spec.layers[0], ffn=1024, heads=8, kv_heads=8)
+    other = replace(spec, layers=(spec.layers[0], smaller), vocab=25136)
+    lab = parse_lab(MODEL + LAB, "lab.yaml")
+    # 4 x 1024 x 1024 + 2 x 4096 x 1024 weights; 4 x 512 x 1024 + 2 x 1024 x 1024.
+    times = times_of(lab, other)
+    assert (times.model, times.assumed) == ("opt-350m", True)
+    assert times.text == (
+        "scaled from opt-350m by weights (layers x 0.333 to 1, head x 0.5): assumed"
+    )
+    device = lab_problem(lab, other, context_tokens=64).devices[0]
+    same, scaled, head = (device.option(block, 4) for block in (1, 2, 3))
+    assert same is not None
+    assert scaled is not None
+    assert head is not None
+    assert same.decode_s == pytest.approx(0.002)
+    assert scaled.decode_s == pytest.approx(0.002 / 3)
+    assert scaled.prefill_s_per_token == pytest.approx(0.0005 / 3)
+    assert head.decode_s == pytest.approx(0.005 / 2)
+
+
+def test_times_of_no_model_are_assumed() -> None:
+    times = times_of(parse_lab(LAB, "lab.yaml"), opt_350m(4))
+    assert times.model is None
+    assert times.assumed
+    assert "lab.yaml does not say which model its times are for" in times.text
+    assert "add `model:`" in times.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("hidden: 1024, ", "", "1: model has no hidden: add it"),
+        (
+            "hidden: 1024",
+            "hidden: 0",
+            "1: model.hidden: expected a whole number above 0, found '0'",
+        ),
+        ("ffn: 4096", "ffn: 1e3", "1: model.ffn: expected a whole number above 0, found '1e3'"),
+        ("heads: 16", "heads: 48", "1: model.heads: 48 do not divide hidden: say head_dim"),
+        ("gated: false", "gated: no", "1: model.gated: expected true or false"),
+        ("vocab: 50272", "size: 50272", "1: unknown key 'size' in model"),
+    ],
+)
+def test_mistakes_in_the_model_get_a_line(old: str, new: str, message: str) -> None:
+    with pytest.raises(LabError, match=re.escape(f"lab.yaml:{message}")):
+        parse_lab(MODEL.replace(old, new) + LAB, "lab.yaml")
+
+
 def test_widths_that_nobody_runs_are_named() -> None:
     with pytest.raises(LabError, match="no device runs 2, 16 bit: the described widths are 4, 8"):
         lab_problem(parse_lab(LAB, "lab.yaml"), opt_350m(2), bits=[16, 2], context_tokens=64)
@@ -199,6 +264,7 @@ def test_widths_that_nobody_runs_are_named() -> None:
 def test_the_shipped_labs_plan(path: Path) -> None:
     assert "ASSUMED" in path.read_text()
     lab = read_lab(path)
+    assert lab.model is not None
     problem = lab_problem(lab, opt_350m(4), bits=(8,), context_tokens=256)
     assert len(problem.links) == len(lab.devices) * (len(lab.devices) - 1)
     verify(solve(problem, time_limit_s=20), problem)

@@ -6,13 +6,16 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from coordinator import members
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from coordinator.measurements import measure_blocks
 from coordinator.members import Member, Roster
+from model.families import load_spec
 from wire import limits
 from wire.codec import MAGIC, PREFIX
 from wire.connection import AsyncConnection, serve
@@ -28,7 +31,9 @@ from wire.messages import (
     JoinRefused,
     LinkChanged,
     LinkMeasured,
+    MeasureModel,
     Message,
+    ModelMeasured,
     PeerHello,
     Progress,
     RequestFailed,
@@ -36,7 +41,7 @@ from wire.messages import (
     TokenSampled,
     UnloadStage,
 )
-from wire.profile import DeviceProfile, LinkProfile
+from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
 PROFILE = DeviceProfile(
     machine="x86_64",
@@ -193,7 +198,12 @@ def test_a_second_device_with_the_same_id_is_told_how_to_get_its_own() -> None:
         hello(name=""),
         hello(name="x" * 64),
         hello(name="a\nb"),
+        hello(device="a\x1b[2J"),
         AgentHello("a", "a", "1", (), PROFILE),
+        AgentHello("a", "a", "1", (Endpoint("h", 0),), PROFILE),
+        AgentHello("a", "a", "1", (Endpoint("h" * 256, 1),), PROFILE),
+        AgentHello("a", "a", "1", (Endpoint("h", 1),), replace(PROFILE, memory_bytes=1 << 62)),
+        AgentHello("a", "a", "1", (Endpoint("h", 1),), replace(PROFILE, processor="x" * 3_900_000)),
     ],
 )
 def test_a_hello_that_makes_no_sense_is_refused(message: AgentHello) -> None:
@@ -251,7 +261,7 @@ def test_answers_reach_who_asked() -> None:
         assert seen == [Progress(1, "load", 1, 2, "bytes")]
         for answer, words in (
             (RequestFailed(2, "no memory"), "pi: no memory"),
-            (StageLoaded(3, 1, 1, 0.1), "unexpected answer"),
+            (StageLoaded(3, 1, 1, 0.1, 0), "unexpected answer"),
         ):
             waiting = asyncio.ensure_future(member.request(UnloadStage, Done))
             await next_message(connection)
@@ -322,7 +332,103 @@ def test_a_member_that_sends_what_only_others_may_is_lost() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("figures", [(0.0, 1e6, 0.0), (1e-3, float("inf"), 0.0), (1e-3, 1e6, -1.0)])
+def test_what_a_member_says_is_safe_for_a_terminal() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        nasty = "1\x1b[2J\u202e"
+        message = AgentHello(
+            "id", "pi", nasty, (Endpoint(nasty, 1),), replace(PROFILE, processor=nasty)
+        )
+        connection, member = await coordinator.joined(message)
+        texts = member.version, member.profile.processor, member.endpoints[0].host
+        assert all(text.isprintable() for text in texts)
+        progress = asyncio.Queue[Progress]()
+        asked = asyncio.ensure_future(member.request(UnloadStage, Done, progress.put_nowait))
+        assert await next_message(connection) == UnloadStage(1)
+        await connection.send(Progress(1, nasty, 1, 2, "steps"))
+        assert (await progress.get()).phase.isprintable()
+        await connection.send(RequestFailed(1, nasty * 100_000))
+        with pytest.raises(AgentFailed) as failed:
+            await asked
+        assert str(failed.value).isprintable()
+        assert len(str(failed.value)) < 2000
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        Heartbeat(-1),
+        Heartbeat(2**63 - 1),
+        Progress(1, "load", -1, 2, "bytes"),
+        Progress(1, "load", 1, 2**63 - 1, "bytes"),
+        Progress(1, "load", 1, 2, "\x1b[2J"),
+        StageLoaded(1, -1, 0, 1.0, 0),
+        StageLoaded(1, 1, 0, -1.0, 0),
+        StageLoaded(1, 1, 0, 1e308, 0),
+    ],
+)
+def test_a_member_whose_figures_cannot_be_true_is_lost(lie: Message) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        connection, member = await coordinator.joined(hello())
+        asked = asyncio.ensure_future(member.request(UnloadStage, Done))
+        await next_message(connection)
+        await connection.send(lie)
+        with pytest.raises(AgentLost, match=r"pi: device lost \(it (sent|has)"):
+            await asked
+        assert coordinator.roster.members == ()
+
+    run(test)
+
+
+GOOD_TIMING = BlockTiming("layer", 0, 4, 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("timings", "call_s"),
+    [
+        ((replace(GOOD_TIMING, decode_s=1e308),), 0.0),
+        ((replace(GOOD_TIMING, decode_s=5e-324),), 0.0),
+        ((replace(GOOD_TIMING, prefill_s_per_token=-1.0),), 0.0),
+        ((replace(GOOD_TIMING, variant=99),), 0.0),
+        ((replace(GOOD_TIMING, variant=-1),), 0.0),
+        ((GOOD_TIMING, GOOD_TIMING), 0.0),
+        ((GOOD_TIMING,) * 50_000, 0.0),
+        ((GOOD_TIMING,), -1.0),
+        ((GOOD_TIMING,), 1e308),
+    ],
+)
+def test_times_that_cannot_be_true_never_reach_the_planner(
+    timings: tuple[BlockTiming, ...], call_s: float
+) -> None:
+    spec = load_spec(Path(__file__).parents[1] / "fixtures" / "llama")
+
+    async def test(coordinator: Coordinator) -> None:
+        connection, member = await coordinator.joined(hello())
+        member.profile = replace(PROFILE, container_bits=((4, 4),))
+        asked = asyncio.ensure_future(measure_blocks([member], spec, (4,), lambda step: None))
+        assert isinstance(await next_message(connection), MeasureModel)
+        await connection.send(ModelMeasured(1, timings, call_s))
+        with pytest.raises(AgentFailed, match="pi: reported impossible times; --exclude pi"):
+            await asked
+        assert not any(member.timings[spec].values())
+
+    run(test)
+
+
+IMPOSSIBLE = [
+    (0.0, 1e6, 0.0),
+    (1e-3, float("inf"), 0.0),
+    (1e-3, 1e6, -1.0),
+    (5e-324, 1e6, 0.0),
+    (1e308, 1e6, 0.0),
+    (1e-3, 5e-324, 0.0),
+    (1e-3, 1e308, 0.0),
+    (1e-3, 1e6, 1e308),
+]
+
+
+@pytest.mark.parametrize("figures", IMPOSSIBLE)
 def test_an_impossible_link_is_refused(figures: tuple[float, float, float]) -> None:
     async def test(coordinator: Coordinator) -> None:
         _, member = await coordinator.joined(hello("a", "one"))
@@ -400,3 +506,13 @@ def test_a_link_that_failed_is_no_link_until_it_is_measured_or_its_device_joins_
 async def next_message_or_beat(connection: AsyncConnection) -> None:
     """Wait until the roster has said something, which it does each second."""
     await connection.receive(5)
+
+
+def test_a_link_measured_too_fast_is_taken_as_the_fastest_there_is() -> None:
+    async def test(coordinator: Coordinator) -> None:
+        _, member = await coordinator.joined(hello("a", "one"))
+        _, other = await coordinator.joined(hello("b", "two"))
+        coordinator.roster.set_link(member, other, LinkMeasured(1, 1e-8, 4.2e12, 1e-8))
+        assert coordinator.roster.links() == (LinkProfile("one", "two", 1e-7, 1e12, 1e-8),)
+
+    run(test)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
 from coordinator.lab import lab_problem
 from coordinator.lab_file import parse_lab
-from coordinator.picture import COLOURS, Curve, curves_svg, plan_svg
+from coordinator.picture import COLOURS, Curve, curves_svg, ink_on, plan_svg
 from coordinator.plan import Plan, Proof, assess
 from coordinator.study import opt_350m
 from model.quantize import BITS
@@ -50,6 +51,40 @@ def test_a_plan_is_drawn_whole_and_inside_the_page(stages: int) -> None:
         if box.attrib.get("rx") == "8":
             corners.add((left, top))
     assert len(corners) == stages
+
+
+LONG = [f"raspberry-pi-in-the-attic-{i}" for i in range(31)]
+BROAD = ["W" * 64, "\u8a2d\u5099" * 32]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 11])
+@pytest.mark.parametrize("unused", [LONG, BROAD, [*LONG, *BROAD]])
+def test_no_words_run_off_the_page(stages: int, unused: list[str]) -> None:
+    plan = make_plan(stages)
+    named = replace(
+        plan, stages=tuple(replace(s, device=f"{BROAD[0]}{i}") for i, s in enumerate(plan.stages))
+    )
+    text = plan_svg(named, opt_350m(30), f"a plan for {BROAD[0]} on {BROAD[0]}", unused)
+    root = ElementTree.fromstring(text)  # noqa: S314 - our own
+    width, height = float(root.attrib["width"]), float(root.attrib["height"])
+    # What a letter takes at least, as a share of the font's size.
+    least = {"W": 0.9, "\u8a2d": 1.0, "\u5099": 1.0}
+    for item in root.iter(f"{SVG}text"):
+        size = float(item.attrib["font-size"])
+        wide = size * sum(least.get(letter, 0.45) for letter in item.text or "")
+        x, y = float(item.attrib["x"]), float(item.attrib["y"])
+        left = x - {"start": 0, "middle": wide / 2, "end": wide}[item.attrib["text-anchor"]]
+        assert left >= 0, item.text
+        assert left + wide <= width, item.text
+        assert 0 < y < height
+    shown = " ".join(item.text or "" for item in root.iter(f"{SVG}text"))
+    for name in unused:
+        assert name in shown or name[:30] in shown
+
+
+def test_labels_are_told_apart_from_their_blocks() -> None:
+    assert {ink_on(colour) for colour in (COLOURS[2], COLOURS[16], COLOURS[32])} == {"#ffffff"}
+    assert ink_on("#ffffff") != "#ffffff"
 
 
 def test_names_are_escaped() -> None:

@@ -190,3 +190,34 @@ def test_plans_of_different_models_cannot_be_compared() -> None:
 
 def test_runs_of_bits() -> None:
     assert bits_text([16, 4, 4, 4, 8]) == "16 4x3 8"
+
+
+IDS = {"a": "a" * 16, "b": "b" * 16, "other": "c" * 16}
+
+
+def test_a_saved_plan_means_the_devices_that_had_the_names() -> None:
+    text = plan_text(PLAN, "opt", devices=IDS)
+    saved = parse_plan(text, "p")
+    assert saved.devices == {"a": "a" * 16, "b": "b" * 16}
+    assert saved.predicted
+    sent = SavedPlan.from_dict(saved.to_dict())
+    assert (sent.stages, sent.devices) == (saved.stages, saved.devices)
+    named = saved.renamed(IDS.__getitem__)
+    assert [device for device, _ in named.stages] == ["a" * 16, "b" * 16]
+    # A described lab has no ids, and neither have older files.
+    assert parse_plan(plan_text(PLAN, "opt"), "p").devices == {}
+    for wrong in ("[]", '{"a": 1}', '{"a": ""}', json.dumps({"a": "x" * 65})):
+        changed = text.replace(json.dumps(dict(saved.devices)), wrong)
+        with pytest.raises(PlanError, match="devices: expected device ids by name"):
+            parse_plan(changed, "p")
+
+
+def test_plans_are_compared_by_device_and_not_by_name() -> None:
+    before = parse_plan(plan_text(PLAN, "opt", devices=IDS), "a.json")
+    text = plan_text(PLAN, "opt", devices=IDS)
+    renamed = parse_plan(text.replace('"a"', '"c"'), "b.json")
+    assert renamed.devices == {"c": "a" * 16, "b": "b" * 16}
+    assert difference(before, renamed) == ()
+    another = parse_plan(plan_text(PLAN, "opt", devices={**IDS, "a": "d" * 16}), "b.json")
+    assert difference(before, another)[0].before == ("a (aaaaaaaaaaaaaaaa)", 8)
+    assert difference(before, another)[0].after == ("a", 8)

@@ -15,7 +15,7 @@ from typing import get_args
 
 import pytest
 
-from coordinator import plan_solver, planner
+from coordinator import plan_search, plan_solver, planner
 from coordinator.plan import InfeasiblePlan, Plan, PlanError, Proof, assess, verify
 from coordinator.plan_search import Found, search
 from coordinator.plan_solver import SolverName
@@ -602,6 +602,8 @@ def test_a_plan_is_looked_for_even_when_the_limit_has_passed(
 ) -> None:
     """As on a machine so slow that the bounds take all the time there is."""
     monkeypatch.setattr(planner, "_SEARCH_S", 0.0)
+    # Nor is one made at once.
+    monkeypatch.setattr(plan_search, "fill", lambda _: [])
     problem = replace(hard_problem(), objective=Objective(kind))
     found = search(problem, deadline_s=0.0, gap=0.01, last_resort_s=time.monotonic() + 60)
     assert found.choice is not None

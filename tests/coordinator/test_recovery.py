@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,3 +170,33 @@ def test_what_still_counts_of_a_request() -> None:
     frugal = PlanRequest(Path("model"), objective=Objective("energy"), time_limit_s=1)
     assert remaining(frugal, ()).objective == Objective("energy")
     assert remaining(frugal, ()).time_limit_s == 1
+
+
+def test_what_is_kept_means_the_devices_that_it_was_asked_for(tmp_path: Path) -> None:
+    """Names may have moved on when the coordinator is started again."""
+    given = {"source": "p", "model": "m", "stages": [{"device": "pi", "bits": [8]}]}
+    asked = {
+        "model": str(LLAMA),
+        "pins": {"0": "pi-2"},
+        "exclude": ["pi-3", "3" * 16],
+        "plan": {**given, "devices": {"pi": "9" * 16}},
+    }
+    ids = {"pi": "1" * 16, "pi-2": "2" * 16, "pi-3": "3" * 16}
+    request = PlanRequest.from_dict(asked).identified(
+        lambda text: text if text in ids.values() else ids.get(text)
+    )
+    assert request.pins == {0: "2" * 16}
+    assert request.exclude == ("3" * 16, "3" * 16)
+    assert request.given is not None
+    # The plan was saved when another device was called pi.
+    assert request.given.stages == (("9" * 16, (8,)),)
+    LoadedFile(tmp_path).keep(request, ["pi-2"], {"pi-2": "2" * 16})
+    kept = LoadedFile(tmp_path).read()
+    assert kept == (request, ("2" * 16,))
+
+
+def test_a_kept_request_from_before_devices_had_ids_is_still_read(tmp_path: Path) -> None:
+    asked = {"model": str(LLAMA), "pins": {"0": "pi"}}
+    text = json.dumps({"request": asked, "devices": ["pi", "pi-2"]})
+    (tmp_path / "loaded.json").write_text(text)
+    assert LoadedFile(tmp_path).read() == (PlanRequest.from_dict(asked), ("pi", "pi-2"))

@@ -80,6 +80,15 @@ def test_everything_is_written_and_removed_again(
     assert files(root) == {}
 
 
+def test_addresses_to_advertise_are_a_setting(install: Callable[..., Path]) -> None:
+    root = install("agent", "--advertise=10.0.0.9", "--advertise", "[2001:db8::1]:7430")
+    path = root / "etc/shoal/agent.toml"
+    wanted = ["10.0.0.9", "[2001:db8::1]:7430"]
+    assert parse_toml(path.read_text(), path)["advertise"] == wanted
+    install("agent", "--threads=2")
+    assert parse_toml(path.read_text(), path)["advertise"] == wanted
+
+
 def test_installing_again_keeps_what_it_is_not_told(install: Callable[..., Path]) -> None:
     root = install("agent", "--memory=1G", "--cpu-weight=20")
     path = root / "etc/shoal/agent.toml"
@@ -172,6 +181,7 @@ def test_settings_are_put_where_the_template_has_them() -> None:
     text = '# Name.\n#name = "pi-1"\n\nport = 1\n'
     changed = with_settings(text, {"name": 'a "b"', "port": 2, "coordinator": Endpoint("::1", 3)})
     assert changed == '# Name.\nname = "a \\"b\\""\n\nport = 2\ncoordinator = "[::1]:3"\n'
+    assert with_settings("", {"http_host": ["a.lan", "b"]}) == 'http_host = "a.lan,b"\n'
 
 
 # ---- the units ---------------------------------------------------------------------------------

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,86 @@ def test_encode_adds_bos_and_decode_drops_it() -> None:
     assert BYTES.decode(tokens) == "Hi there"
     assert BYTES.decode(tokens, skip_special=False) == "<s>Hi there"
     assert BYTES.encode("Hi there", add_special=False) == tokens[1:]
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
+    """Heartbeats among them: held for seconds, they would be missed."""
+    ended = threading.Event()
+    gaps_s = [0.0]
+
+    def watch() -> None:
+        last_s = time.monotonic()
+        while not ended.wait(0.001):
+            now_s = time.monotonic()
+            gaps_s.append(now_s - last_s)
+            last_s = now_s
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started_s = time.monotonic()
+    tokens = BYTES.encode("word " * 200_000)
+    took_s = time.monotonic() - started_s
+    ended.set()
+    watcher.join()
+    assert len(tokens) == 1_000_001
+    # Bound to the time that it took, as the machine may be slow or busy.
+    assert max(gaps_s) < took_s / 2
+
+
+@given(st.text())
+@settings(max_examples=80, deadline=None)
+def test_no_text_has_fewer_tokens_than_is_known_beforehand(text: str) -> None:
+    assert BYTES.least_tokens(text) <= len(BYTES.encode(text, add_special=False))
+
+
+def test_how_many_tokens_a_text_has_at_least() -> None:
+    # "<pad>" is the longest of the fixture's tokens.
+    assert BYTES.least_tokens("<pad>" * 1000) == 1000
+    assert len(BYTES.encode("<pad>" * 1000, add_special=False)) == 1000
+
+
+SPLIT_OFF_SPACES = {
+    "type": "Split",
+    "pattern": {"Regex": r"\s+"},
+    "behavior": "Removed",
+    "invert": False,
+}
+SHORTEN = {"type": "Replace", "pattern": {"String": "aaaa"}, "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("field", "step"),
+    [
+        ("pre_tokenizer", SPLIT_OFF_SPACES),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [SPLIT_OFF_SPACES]}),
+        ("normalizer", SHORTEN),
+        ("normalizer", {"type": "NFKC"}),
+        ("normalizer", {"type": "Strip", "strip_left": True, "strip_right": True}),
+    ],
+)
+def test_nothing_is_known_of_tokenizers_that_may_drop_text(
+    model: Path, field: str, step: object
+) -> None:
+    path = model / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: step}))
+    assert Tokenizer.load(model).least_tokens("a" * 1000) == 0
+
+
+def test_a_tokenizer_file_neither_cuts_nor_fills_up_a_prompt(model: Path) -> None:
+    path = model / "tokenizer.json"
+    expected = Tokenizer.load(model).encode("The quick brown fox jumps.")
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    filled = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    settings = {"truncation": cut, "padding": filled}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert Tokenizer.load(model).encode("The quick brown fox jumps.") == expected
 
 
 @pytest.mark.parametrize(
@@ -259,3 +341,12 @@ def test_templates_cannot_hog_the_coordinator(model: Path, template: str) -> Non
 def test_a_long_conversation_is_no_attack() -> None:
     messages = [{"role": "user", "content": "12345 words. " * 500}] * 300
     assert len(BYTES.apply_chat_template(messages)) < MAX_PROMPT_CHARS
+
+
+def test_what_will_not_work_is_known_at_load(model: Path) -> None:
+    assert list(BYTES.doubts(10_000)) == []
+    (line,) = BYTES.doubts(200)
+    assert "the model only 200" in line
+    (line,) = with_template(model, "{{ nothing.at.all }}").doubts(10_000)
+    assert "chat completions will fail" in line
+    assert "tokenizer_config.json: chat template failed" in line

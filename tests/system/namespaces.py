@@ -52,6 +52,12 @@ class NetworkCluster(Cluster):
     def add_address(self, host: str, address: str) -> None:
         self._ip(host, "address", "add", f"{address}/24", "dev", "eth0")
 
+    def add_bridge(self, host: str, name: str, address: str) -> None:
+        """A bridge of the host alone, as container engines make one."""
+        self._ip(host, "link", "add", name, "type", "bridge")
+        self._ip(host, "address", "add", f"{address}/16", "dev", name)
+        self._ip(host, "link", "set", name, "up")
+
     def received_bytes(self, host: str) -> int:
         """What has arrived at the host so far."""
         table = self.bed.inside(host, Path("/proc/thread-self/net/dev").read_text)

@@ -144,6 +144,39 @@ def test_clusters_of_other_names_do_not_mix(bed: Testbed, tmp_path: Path) -> Non
             each.stop()
 
 
+def test_an_address_that_two_hosts_have_leads_to_no_other_cluster(
+    bed: Testbed, tmp_path: Path
+) -> None:
+    """As docker's bridge: what the coordinator announces is another cluster's on this host."""
+    clusters = []
+    for name, host in (("attic", "hub"), ("kitchen", "ash")):
+        (tmp_path / name).mkdir()
+        clusters.append(NetworkCluster(tmp_path / name, bed, host, name))
+        clusters[-1].add_bridge(host, "docker0", "172.17.0.1")
+    attic, kitchen = clusters
+    try:
+        kitchen.start_coordinator("--port=7420")
+        attic.start_coordinator("--port=7420")
+        started_s = time.monotonic()
+        attic.start_agent("ash", "--coordinator=172.17.0.1")
+        attic.wait_for_line("ash", "'kitchen'", START_TIMEOUT_S)
+        assert "this is cluster 'kitchen', and the agent wants 'attic'" in attic.log("ash")
+        attic.processes["ash"].terminate()
+        attic.processes["ash"].wait(10)
+        attic.start_agent("ash")
+        attic.wait_for_line("ash", "joined cluster 'attic'", START_TIMEOUT_S)
+        assert time.monotonic() - started_s < START_TIMEOUT_S
+        assert "joined cluster 'kitchen'" not in attic.log("ash")
+        assert kitchen.names() == []
+        (shown,) = attic.get("/shoal/v1/devices")["devices"]
+        # The bridge comes last, and loopback not at all.
+        hosts = [endpoint.rpartition(":")[0] for endpoint in shown["endpoints"]]
+        assert hosts == [bed.network.address("ash"), "172.17.0.1"]
+    finally:
+        for each in clusters:
+            each.stop()
+
+
 def test_without_multicast_an_agent_asks_for_the_address(cluster: NetworkCluster) -> None:
     for host in cluster.bed.network.hosts:
         cluster.bed.fault(host, "multicast=off")

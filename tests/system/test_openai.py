@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Iterator
 
 import httpx
@@ -153,8 +154,6 @@ def test_unknown_routes_and_methods_get_an_error_object(serving: Cluster) -> Non
 
 
 def test_requests_wait_their_turn_and_all_are_answered(client: openai.OpenAI, model: str) -> None:
-    import concurrent.futures
-
     def ask(_: int) -> str:
         answer = client.completions.create(
             model=model, prompt=QUESTION, temperature=0, max_tokens=8
@@ -177,3 +176,21 @@ def test_a_client_that_goes_away_frees_the_model(client: openai.OpenAI, model: s
         model=model, prompt=QUESTION, temperature=0, max_tokens=8
     )
     assert "attic" in answer.choices[0].text
+
+
+def test_the_largest_prompts_cost_no_device(serving: Cluster) -> None:
+    devices = serving.get("/shoal/v1/devices")["devices"]
+    text = "the lamp " * 430_000
+    bodies = [{"prompt": text}, {"messages": [{"role": "user", "content": text}]}] * 2
+
+    def ask(body: dict[str, object]) -> httpx.Response:
+        route = "chat/completions" if "messages" in body else "completions"
+        return httpx.post(f"{serving.url}/v1/{route}", json=body, timeout=120, trust_env=False)
+
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        for answer in pool.map(ask, bodies):
+            assert answer.status_code == 400
+            assert answer.json()["error"]["code"] == "context_length_exceeded"
+    after = serving.get("/shoal/v1/devices")["devices"]
+    assert [item["name"] for item in after] == [item["name"] for item in devices]
+    assert "device lost" not in serving.log("coordinator")

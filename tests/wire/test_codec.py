@@ -24,6 +24,7 @@ from wire.messages import (
     LoadStage,
     Message,
     Sampling,
+    StartSequence,
     TokenSampled,
 )
 
@@ -109,8 +110,8 @@ def test_missing_and_surplus_fields_are_refused(kind: type[Message]) -> None:
 GOLDEN: dict[str, tuple[Message, int]] = {
     "heartbeat": (Heartbeat(1024), 0),
     "token": (TokenSampled(1, 7, 0, 42, ""), 0),
-    "activation": (Activation(1, 7, 0, 5, 1, 16, True, None), 260),
-    "first chunk": (Activation(1, 7, 0, 0, 5, 16, True, Sampling(64, (2,), 0.0, 0, 1.0, 9)), 1300),
+    "activation": (Activation(1, 7, 0, 5, 1, 16, True), 260),
+    "start": (StartSequence(1, 7, 0, (), Sampling(64, (2,), 0.0, 0, 1.0, 9)), 0),
 }
 
 
@@ -142,9 +143,9 @@ def prefix(**changes: Any) -> bytes:
 def test_prefix_of_another_protocol_or_version() -> None:
     with pytest.raises(ProtocolError, match="does not speak"):
         decode_prefix(prefix(magic=b"GET "))
-    with pytest.raises(VersionMismatch, match=r"version 9.*version 2") as caught:
+    with pytest.raises(VersionMismatch, match=r"version 9.*version 3") as caught:
         decode_prefix(prefix(version=9))
-    assert (caught.value.ours, caught.value.theirs) == (2, 9)
+    assert (caught.value.ours, caught.value.theirs) == (3, 9)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_only_tensor_messages_carry_payloads() -> None:
 def test_infinite_and_nan_numbers_are_refused(value: float) -> None:
     header = msgpack.packb([64, [2], value, 0, 1.0, 9])
     with pytest.raises(ProtocolError, match="finite"):
-        decode_header(Activation, msgpack.packb([1, 7, 0, 0, 5, 32, True, msgpack.unpackb(header)]))
+        decode_header(StartSequence, msgpack.packb([1, 7, 0, [5], msgpack.unpackb(header), 64]))
 
 
 def test_deep_nesting_is_refused() -> None:
@@ -185,7 +186,7 @@ def test_deep_nesting_is_refused() -> None:
     for _ in range(limits.MAX_NESTING + 1):
         nested = [nested]
     with pytest.raises(ProtocolError):
-        decode_header(LoadStage, msgpack.packb([1, 1, {"a": nested}, [], 1, 1, "x", 16]))
+        decode_header(LoadStage, msgpack.packb([1, 1, {"a": nested}, [], 1, 1, "x", b"", 16]))
     bottomless = b"\x91" * 100_000 + b"\x00"
     with pytest.raises(ProtocolError):
         decode_header(LoadStage, bottomless)
@@ -193,4 +194,4 @@ def test_deep_nesting_is_refused() -> None:
 
 def test_what_is_too_large_to_send_fails_at_the_sender() -> None:
     with pytest.raises(ProtocolError, match="too large"):
-        encode(Activation(1, 1, 0, 0, 1, 32, True, None), limits.MAX_PAYLOAD_BYTES + 1)
+        encode(Activation(1, 1, 0, 0, 1, 32, True), limits.MAX_PAYLOAD_BYTES + 1)

@@ -21,7 +21,7 @@ from wire.messages import (
     RequestFailed,
 )
 
-ACTIVATION = Activation(1, 2, 0, 3, 4, 32, True, None)
+ACTIVATION = Activation(1, 2, 0, 3, 4, 32, True)
 
 
 @pytest.fixture

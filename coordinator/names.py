@@ -1,0 +1,125 @@
+"""Which name belongs to which device, for as long as the coordinator's state directory lives.
+
+A device is its id; its name is how users see it. The first device that asks for a name keeps it,
+another one that asks for the same gets ``name-2`` and keeps that, in whatever order they join.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+MAX_NAMES = 1024
+"""Devices that are remembered: four times the members that a cluster can have."""
+
+MAX_FILE_BYTES = 1 << 20
+MAX_NAME_CHARACTERS = 63
+VERSION = 1
+
+
+class NameBook:
+    """Names by device id, on disk. No name is ever the id of another device, nor its name."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """Read what is kept in ``directory``; without one, names last as long as this object."""
+        self._path = None if directory is None else directory / "names.json"
+        self._names: dict[str, tuple[str, str]] = {}
+        """Device -> its name and the one it asked for, the last to join last."""
+        if self._path is not None:
+            self._names = _read(self._path)
+
+    def assign(self, device: str, wished: str, living: Collection[str]) -> str:
+        """The name of ``device``, which asks to be called ``wished``.
+
+        It is the same at each call until the device asks for another one. Once too many devices
+        are known, the one that joined longest ago and is not in ``living`` is forgotten.
+        """
+        known = self._names.pop(device, None)
+        if known is not None and known[1] == wished:
+            self._names[device] = known
+            return known[0]
+        taken = {name for name, _ in self._names.values()} | self._names.keys()
+        name = next(name for name in _candidates(wished) if name not in taken)
+        self._names[device] = name, wished
+        absent = [other for other in self._names if other != device and other not in living]
+        for other in absent[: max(len(self._names) - MAX_NAMES, 0)]:
+            del self._names[other]
+        self._write()
+        return name
+
+    def is_name(self, text: str, *, besides: str) -> bool:
+        """Whether a device other than ``besides`` is called ``text``."""
+        return any(name == text for device, (name, _) in self._names.items() if device != besides)
+
+    def device(self, text: str) -> str | None:
+        """The id of the device with this id or name; None where no such device has ever joined."""
+        if text in self._names:
+            return text
+        return next((device for device, (name, _) in self._names.items() if name == text), None)
+
+    def name(self, device: str) -> str:
+        """What ``device`` is called; its id where it has never joined."""
+        return self._names[device][0] if device in self._names else device
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        new = self._path.with_suffix(".new")
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                json.dump({"version": VERSION, "devices": self._names}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self._path)
+        except OSError as error:
+            log.warning("%s: %s: a restart may rename devices", self._path, error.strerror)
+
+
+def _candidates(wished: str) -> itertools.chain[str]:
+    """``wished``, then with -2, -3, ... behind it, shortened where it would be too long."""
+    numbered = (
+        wished[: MAX_NAME_CHARACTERS - len(suffix)] + suffix
+        for suffix in map("-{}".format, itertools.count(2))
+    )
+    return itertools.chain([wished], numbered)
+
+
+def _read(path: Path) -> dict[str, tuple[str, str]]:
+    """The names in a file; none where there is no file. A file of no use is put aside."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError("too large")
+        kept = json.loads(data)
+        if kept["version"] != VERSION:
+            raise ValueError(f"version {kept['version']!r:.20}")
+        names = {device: (name, wished) for device, (name, wished) in kept["devices"].items()}
+        if not all(_is_text(device, *pair) for device, pair in names.items()):
+            raise ValueError("not names")
+        if len({name for name, _ in names.values()}) < len(names):
+            raise ValueError("two devices have one name")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        log.warning("%s is of no use (%s): devices are named in the order of joining", path, error)
+        _put_aside(path)
+        return {}
+    return names
+
+
+def _put_aside(path: Path) -> None:
+    try:
+        path.replace(path.with_suffix(".damaged"))
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)
+
+
+def _is_text(*values: object) -> bool:
+    return all(isinstance(value, str) and 0 < len(value) <= 64 for value in values)

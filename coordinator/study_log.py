@@ -1,0 +1,74 @@
+"""Results of a long study, written to a file as they come, so that it can go on where it ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class StudyLog:
+    """Results by name in a file of JSON lines; without a file they are only kept in memory.
+
+    The first line says what the study is. A file of another study is begun anew; a last line that
+    an interruption cut off is dropped. Use it as a context manager.
+    """
+
+    def __init__(self, path: Path | None, study: Mapping[str, Any]) -> None:
+        self._results: dict[str, Any] = {}
+        self._file = None
+        if path is None:
+            return
+        kept = _read(path, study)
+        self._results = kept
+        heading = {"study": dict(study)}
+        lines = [heading, *({"name": name, "result": value} for name, value in kept.items())]
+        # Written whole: what was cut off is not appended to.
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        path.write_text(text, encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __enter__(self) -> StudyLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def result(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of that name, as plain JSON values: kept from before, or computed now."""
+        if name not in self._results:
+            value = json.loads(json.dumps(compute()))
+            self._results[name] = value
+            if self._file is not None:
+                self._file.write(json.dumps({"name": name, "result": value}) + "\n")
+                self._file.flush()
+        return self._results[name]
+
+
+def _read(path: Path, study: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file has of this study; nothing where it is of another one, or is not there."""
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for index, line in enumerate(lines):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if index == 0 and (not isinstance(values, dict) or values.get("study") != dict(study)):
+            return {}
+        if index and isinstance(values, dict) and {"name", "result"} <= set(values):
+            found[values["name"]] = values["result"]
+    return found

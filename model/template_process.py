@@ -1,0 +1,219 @@
+"""A child process that renders chat templates: what a template takes too much of ends the child.
+
+One child serves all templates of this process. It waits between renderings, so that none pays for
+its start. Requests and answers go through its standard streams, each behind its length:
+
+    request   (text, values or None) by pickle; None only compiles
+    answer    one byte, 1 for text and 0 for a failure, then the text or the reason as UTF-8
+
+The parent unpickles nothing: a template that got out of its sandbox would gain no more than a
+process without the token, and with limits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import pickle
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from model.template_sandbox import MAX_PROMPT_CHARS, Sandbox, TemplateFailed, one_line
+
+MAX_CPU_S = 3.0
+"""Processor time of one rendering: real ones take milliseconds, the longest prompt some 0.2 s."""
+
+MAX_WALL_S = 20.0
+"""For a child that gets no processor time: a busy machine is no fault of the template."""
+
+MAX_MEMORY_BYTES = 512 << 20
+"""Address space of the child; the interpreter and jinja take some 40 MiB of it."""
+
+MAX_ANSWER_BYTES = 4 * MAX_PROMPT_CHARS + 1
+
+_LENGTH = struct.Struct("<Q")
+_CACHED_TEMPLATES = 4
+
+_CHILD = """
+import json, sys
+settings = json.loads(sys.stdin.buffer.readline())
+sys.path[:] = settings["path"]
+from model.template_process import serve
+serve(sys.stdin.buffer, sys.stdout.buffer, settings["max_cpu_s"])
+"""
+"""Finds modules where its parent does, and never in the directory that it happens to start in."""
+
+
+class TemplateProcess:
+    """The parent's side; safe to share by threads, which take turns."""
+
+    def __init__(self, max_cpu_s: float = MAX_CPU_S, max_wall_s: float = MAX_WALL_S) -> None:
+        self._max_cpu_s = max_cpu_s
+        self._max_wall_s = max_wall_s
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def check(self, text: str) -> None:
+        """Compile a template. Raises TemplateFailed where it is none."""
+        self._ask(text, None)
+
+    def render(self, text: str, values: Mapping[str, Any]) -> str:
+        """The text of a template for these variables. Raises TemplateFailed."""
+        return self._ask(text, dict(values))
+
+    def close(self) -> None:
+        """End the child."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, text: str, values: dict[str, Any] | None) -> str:
+        request = pickle.dumps((text, values))
+        with self._lock:
+            if self._child is None or self._child.poll() is not None:
+                self._restart()
+            try:
+                succeeded, answer = _exchange(self._child, request, self._max_wall_s)
+            except (OSError, EOFError, UnicodeDecodeError):
+                reason = self._restart()  # So that the next request finds it ready.
+                raise TemplateFailed(reason) from None
+        if not succeeded:
+            raise TemplateFailed(answer)
+        return answer
+
+    def _restart(self) -> str:
+        """End the child and start another; why the old one would not have gone on."""
+        reason = self._end()
+        try:
+            self._child = _start(self._max_cpu_s)
+        except OSError as error:
+            raise TemplateFailed(f"no process to render it: {error.strerror}") from error
+        return reason
+
+    def _end(self) -> str:
+        """Kill the child, if there is one; why it would not have gone on."""
+        child, self._child = self._child, None
+        if child is None:
+            return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.1)  # Its streams end a moment before it does.
+        child.kill()
+        code = child.wait()
+        for stream in (child.stdin, child.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        if code == -signal.SIGPROF:
+            return f"it takes more than {self._max_cpu_s:g} s of processor time"
+        if code == -signal.SIGKILL:
+            return f"it did not end within {self._max_wall_s:g} s, or the system ended it"
+        return f"the process that renders it ended ({code})"
+
+
+@functools.cache
+def template_process() -> TemplateProcess:
+    """The one of this process."""
+    process = TemplateProcess()
+    atexit.register(process.close)
+    return process
+
+
+def _start(max_cpu_s: float) -> subprocess.Popen[bytes]:
+    """A child that imports what it needs while nobody waits for it."""
+    # The token is none of its business.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SHOAL_")}
+    child = subprocess.Popen(  # noqa: S603 - this interpreter, with our own code
+        [sys.executable, "-I", "-c", _CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    assert child.stdin is not None  # noqa: S101 - it is a pipe
+    paths = [str(Path(path).resolve()) for path in sys.path]
+    settings = json.dumps({"path": paths, "max_cpu_s": max_cpu_s})
+    with contextlib.suppress(BrokenPipeError):  # It has ended already: noticed when it is asked.
+        child.stdin.write(settings.encode() + b"\n")
+        child.stdin.flush()
+    return child
+
+
+def _exchange(
+    child: subprocess.Popen[bytes] | None, request: bytes, max_wall_s: float
+) -> tuple[bool, str]:
+    """Send a request and await its answer. Raises OSError or EOFError where the child ends."""
+    if child is None or child.stdin is None or child.stdout is None:
+        raise EOFError
+    limit = threading.Timer(max_wall_s, child.kill)
+    limit.start()
+    try:
+        child.stdin.write(_LENGTH.pack(len(request)) + request)
+        child.stdin.flush()
+        (size_bytes,) = _LENGTH.unpack(_read(child.stdout, _LENGTH.size))
+        if not 0 < size_bytes <= MAX_ANSWER_BYTES:
+            raise EOFError
+        answer = _read(child.stdout, size_bytes)
+        return bool(answer[0]), answer[1:].decode()
+    finally:
+        limit.cancel()
+
+
+def _read(stream: IO[bytes], count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
+
+
+# ---- the child ---------------------------------------------------------------------------------
+
+
+def serve(requests: IO[bytes], answers: IO[bytes], max_cpu_s: float) -> None:
+    """Answer requests until their stream ends; SIGPROF ends all where one takes ``max_cpu_s``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, MAX_MEMORY_BYTES)
+    compiled = functools.lru_cache(_CACHED_TEMPLATES)(Sandbox)
+    while len(prefix := requests.read(_LENGTH.size)) == _LENGTH.size:
+        request = requests.read(_LENGTH.unpack(prefix)[0])
+        signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
+        answer = _answer(compiled, request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write(_LENGTH.pack(len(answer)) + answer)
+        answers.flush()
+
+
+def _limit(kind: int, most: int) -> None:
+    """Limit a resource of this process; one that is limited further already stays so."""
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    # A service manager may forbid the call, and has limits of its own then.
+    with contextlib.suppress(PermissionError):
+        resource.setrlimit(kind, (most, most))
+
+
+def _answer(compiled: Any, request: bytes) -> bytes:
+    """``compiled`` gives the Sandbox of a template's text."""
+    try:
+        text, values = pickle.loads(request)  # noqa: S301 - from our parent
+        sandbox = compiled(text)
+        return b"\1" + ("" if values is None else sandbox.render(values)).encode()
+    except TemplateFailed as error:
+        return b"\0" + str(error).encode(errors="replace")
+    except MemoryError:
+        return b"\0" + f"it takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory".encode()
+    except UnicodeEncodeError:
+        return b"\0it produces text that is no Unicode"
+    except Exception as error:  # Whatever a stranger's program comes up with, the child goes on.
+        return b"\0" + one_line(error).encode(errors="replace")

@@ -1,0 +1,271 @@
+"""The sandbox in which a model's chat template, a stranger's program, is rendered.
+
+Rendered as transformers does: trimmed blocks, loop controls, ``raise_exception``, ``strftime_now``,
+``tojson`` without HTML escapes, ``{% generation %}`` markers ignored. Steps and sizes are bounded
+here, time and memory by the process that this runs in (model.template_process).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from types import CodeType
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes, pass_environment
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_PROMPT_CHARS = 4_000_000
+"""Longest text a template may produce, and the largest value inside one: beyond any context."""
+MAX_TEMPLATE_STEPS = 200_000
+"""Loop rounds and calls of one rendering; real templates need some dozens per message."""
+
+
+class TemplateFailed(Exception):
+    """A template is invalid, or cannot be rendered; one line says why."""
+
+
+class Sandbox:
+    """A compiled template."""
+
+    def __init__(self, text: str) -> None:
+        """Raises TemplateFailed where it is no valid template."""
+        self._environment = _Environment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationMarker],
+        )
+        self._environment.filters = {
+            name: function
+            for name, function in self._environment.filters.items()
+            if name not in _UNBOUNDED_FILTERS
+        } | _BOUNDED_FILTERS
+        del self._environment.globals["lipsum"]
+        self._environment.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
+        try:
+            self._code: CodeType = self._environment.compile(text, filename="chat template")
+        except (TemplateError, *_COMPILE_ERRORS) as error:
+            raise TemplateFailed(one_line(error)) from error
+
+    def render(self, values: Mapping[str, Any]) -> str:
+        """The text for these variables. Raises TemplateFailed with what the template says."""
+        # An overlay per rendering, since it carries the count of steps.
+        environment = self._environment.overlay()
+        environment.steps = 0
+        template = Template.from_code(environment, self._code, dict(environment.globals))
+        pieces: list[str] = []
+        size_chars = 0
+        try:
+            for piece in template.generate(dict(values)):
+                size_chars += len(piece)
+                if size_chars > MAX_PROMPT_CHARS:
+                    raise SecurityError(f"produces more than {MAX_PROMPT_CHARS} characters")
+                pieces.append(piece)
+        except _RENDER_ERRORS as error:
+            raise TemplateFailed(one_line(error)) from error
+        return "".join(pieces)
+
+
+# What expressions of a template can raise, besides jinja's own errors.
+_RENDER_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_COMPILE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
+# Their result may be far larger than their arguments, and chat templates have no use for them.
+_UNBOUNDED_FILTERS = frozenset(
+    ("batch", "center", "filesizeformat", "format", "slice", "urlize", "wordwrap", "xmlattr")
+)
+_ADDED_BY_JINJA = frozenset(("_loop_vars", "_block_vars"))
+_LONG_NUMBER = re.compile(r"\d{5}")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """jinja's sandbox keeps templates from Python; this also keeps them from hogging it."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    steps = 0
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = self._filtered("_bounded", loop.iter)
+        self._bound_concatenations(tree)
+        return tree
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.step()
+        # jinja adds the variables of a surrounding loop or block, for functions of its own.
+        own = {name: value for name, value in kwargs.items() if name not in _ADDED_BY_JINJA}
+        for value in (*args, *own.values()):
+            if isinstance(value, int) and value > MAX_PROMPT_CHARS:
+                raise SecurityError(f"calls with the number {value}")
+        # The sandbox hands out str.format in a wrapper.
+        method = getattr(obj, "__name__", "")
+        text = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+        if isinstance(text, str) and method in ("format", "format_map"):
+            _check_format(text, (*args, *own.values()))
+        if isinstance(text, str) and method == "replace":
+            return _replace(text, *args, **own)
+        if isinstance(text, str) and method == "join" and len(args) == 1 and not own:
+            return _join(args[0], text)
+        return super().call(context, obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.step()
+        if operator == "**":
+            raise SecurityError("uses powers")
+        if operator == "%" and isinstance(left, str):
+            _check_format(left, right if isinstance(right, tuple) else (right,))
+        if operator == "*" and (_is_sized(left) or _is_sized(right)):
+            sequence, count = (left, right) if _is_sized(left) else (right, left)
+            if isinstance(count, int):
+                _check_size(len(sequence) * count)
+        if operator == "+" and _is_sized(left) and _is_sized(right):
+            _check_size(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_TEMPLATE_STEPS:
+            raise SecurityError(f"needs more than {MAX_TEMPLATE_STEPS} steps")
+
+    def _filtered(self, name: str, value: nodes.Node) -> nodes.Node:
+        call = nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)
+        return call.set_environment(self)
+
+    def _bound_concatenations(self, node: nodes.Node) -> None:
+        """Replace each ``a ~ b`` by a call that checks the size of the result."""
+        for field, value in node.iter_fields():
+            if isinstance(value, list):
+                setattr(node, field, [self._bounded_node(item) for item in value])
+            else:
+                setattr(node, field, self._bounded_node(value))
+
+    def _bounded_node(self, value: Any) -> Any:
+        if not isinstance(value, nodes.Node):
+            return value
+        self._bound_concatenations(value)
+        if not isinstance(value, nodes.Concat):
+            return value
+        parts = nodes.List(value.nodes, lineno=value.lineno).set_environment(self)
+        return self._filtered("_concat", parts)
+
+
+class _GenerationMarker(Extension):
+    """``{% generation %}``: marks the assistant's text for training; means nothing here."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja declares it as an instance attribute
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@pass_environment
+def _bounded(environment: _Environment, values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        environment.step()
+        yield value
+
+
+def _join(parts: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
+    if attribute is not None:
+        raise SecurityError("joins by attribute")
+    texts = []
+    size_chars = 0
+    for part in parts:
+        texts.append(str(part))
+        size_chars += len(texts[-1]) + len(separator)
+        _check_size(size_chars)
+    return str(separator).join(texts)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_PROMPT_CHARS:
+        raise SecurityError(f"builds a value of {size} items")
+
+
+def _check_format(text: str, values: Iterable[Any]) -> None:
+    if _LONG_NUMBER.search(text):
+        raise SecurityError("formats with a huge width")
+    # Each field takes two characters at least, and may name any of the values.
+    _check_size(len(text) // 2 * max((len(str(value)) for value in values), default=0))
+
+
+def _replace(text: str, old: str, new: str, count: int = -1) -> str:
+    found = text.count(old)
+    _check_size(len(text) + (found if count < 0 else min(found, count)) * len(new))
+    return text.replace(old, new, count)
+
+
+def _replace_filter(text: str, old: str, new: str, count: int | None = None) -> str:
+    return _replace(str(text), old, new, -1 if count is None else count)
+
+
+def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
+    _check_size(len(text) + (text.count("\n") + 1) * width)
+    prefix = " " * width
+    lines = text.split("\n")
+    return "\n".join(
+        prefix + line if (number or first) and (line or blank) else line
+        for number, line in enumerate(lines)
+    )
+
+
+def _is_sized(value: Any) -> bool:
+    return isinstance(value, str | list | tuple | bytes)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    if indent is not None and not 0 <= indent <= 16:
+        raise SecurityError("indents JSON by a huge width")
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+_BOUNDED_FILTERS: dict[str, Callable[..., Any]] = {
+    "_bounded": _bounded,
+    "_concat": _join,
+    "indent": _indent,
+    "join": _join,
+    "replace": _replace_filter,
+    "tojson": _to_json,
+}
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, short enough for a message."""
+    return " ".join(str(error).split())[:500] or type(error).__name__

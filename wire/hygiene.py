@@ -1,0 +1,151 @@
+"""What peers say, made safe to keep and to show: text without escapes, figures that can be true.
+
+Whoever has the token can still lie. Text is cleaned where it enters: by whoever reads a control
+connection, or one of files. Figures are checked by whoever keeps them, with the limits here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from wire.messages import Message
+from wire.profile import BlockTiming, DeviceProfile
+
+MAX_TEXT_CHARACTERS = 1000
+"""Of a text for people; the longest of ours has some 500."""
+
+MAX_PROFILE_CHARACTERS = 256
+MAX_PROFILE_ENTRIES = 64
+"""A profile is kept as long as its device: more than any real one has of anything."""
+
+MAX_BYTES = 1 << 60
+MAX_SECONDS = 1e6
+BLOCK_SECONDS = (1e-9, 600.0)
+CALL_SECONDS = (0.0, 600.0)
+ROUND_TRIP_SECONDS = (1e-7, 60.0)
+LINK_BYTES_PER_S = (100.0, 1e12)
+"""Wider than any device and link; a solver tells no plan from none over much wider ones."""
+
+Cleaner = Callable[[Any], Any]
+
+
+def clean_text(text: str) -> str:
+    """Text for a terminal or a log: one line, no control characters, escapes or reordering."""
+    if len(text) > MAX_TEXT_CHARACTERS:
+        text = text[: MAX_TEXT_CHARACTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def clean(message: Message) -> Message:
+    """A message with all its text cleaned; the same object where it has none."""
+    kind: Any = type(message)
+    cleaner = _cleaner(kind)
+    return message if cleaner is None else typing.cast("Message", cleaner(message))
+
+
+def implausible_profile(profile: DeviceProfile) -> str | None:
+    """Which figure of a profile cannot be true, or is more than is kept; None for a good one."""
+    for field in dataclasses.fields(profile):
+        value = getattr(profile, field.name)
+        if isinstance(value, tuple) and len(value) > MAX_PROFILE_ENTRIES:
+            return f"{len(value)} entries of {field.name}"
+        if any(len(text) > MAX_PROFILE_CHARACTERS for text in _texts(value)):
+            return f"a {field.name} that is too long"
+        low, high = _PROFILE_RANGES.get(field.name, (None, None))
+        if value is not None and low is not None and not low <= value <= high:
+            return f"{field.name} {value:g}"
+    if not all(0 < bits <= 64 for pair in profile.container_bits for bits in pair):
+        return "widths that are none"
+    return None
+
+
+def is_plausible(timing: BlockTiming) -> bool:
+    """Whether a block can take these times."""
+    least_s, most_s = BLOCK_SECONDS
+    times_s = timing.decode_s, timing.prefill_s_per_token
+    return all(least_s <= time_s <= most_s for time_s in times_s)
+
+
+def is_plausible_link(rtt_s: float, bytes_per_s: float, rtt_p90_s: float) -> bool:
+    """Whether a link can have these figures; a 90th percentile of 0 is not known."""
+    return (
+        1e-12 <= rtt_s <= MAX_SECONDS
+        and 1e-3 <= bytes_per_s <= 1e18
+        and 0 <= rtt_p90_s <= MAX_SECONDS
+    )
+
+
+def within_range(figure: float, limits: tuple[float, float]) -> float:
+    """The nearest figure within limits: a busy machine measures links faster than any."""
+    return min(max(figure, limits[0]), limits[1])
+
+
+_PROFILE_RANGES: dict[str, tuple[float, float]] = {
+    "cores": (1, 1 << 16),
+    "threads": (1, 1 << 16),
+    "memory_bytes": (0, MAX_BYTES),
+    "memory_total_bytes": (0, MAX_BYTES),
+    "storage_bytes": (0, MAX_BYTES),
+    "memory_read_bytes_per_s": (1, 1e15),
+    "disk_write_bytes_per_s": (1, 1e15),
+    "call_s": CALL_SECONDS,
+    "watts": (0, 1e6),
+    "on_chip_bytes": (0, MAX_BYTES),
+}
+
+
+def _texts(value: Any) -> list[str]:
+    """All text in a field of a profile."""
+    if isinstance(value, str):
+        return [value]
+    return [text for item in value for text in _texts(item)] if isinstance(value, tuple) else []
+
+
+@functools.cache
+def _cleaner(annotation: Any) -> Cleaner | None:
+    """What cleans a value of a type; None where it holds no text."""
+    if annotation is str:
+        return clean_text
+    arguments = [item for item in typing.get_args(annotation) if item not in (type(None), ...)]
+    origin = typing.get_origin(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _record_cleaner(annotation)
+    if origin in (dict, typing.Literal) or not arguments:
+        return None
+    cleaners = [_cleaner(item) for item in arguments]
+    if not any(cleaners):
+        return None
+    if origin is not tuple:  # Of an optional value, there is one type.
+        (inner,) = filter(None, cleaners)
+        return lambda value: None if value is None else inner(value)
+    if len(cleaners) == 1:
+        (each,) = filter(None, cleaners)
+        return lambda values: tuple(map(each, values))
+    return lambda values: tuple(
+        value if cleaner is None else cleaner(value)
+        for cleaner, value in zip(cleaners, values, strict=True)
+    )
+
+
+def _record_cleaner(kind: Any) -> Cleaner | None:
+    hints = typing.get_type_hints(kind)
+    cleaners = {
+        field.name: cleaner
+        for field in dataclasses.fields(kind)
+        if (cleaner := _cleaner(hints[field.name])) is not None
+    }
+    if not cleaners:
+        return None
+
+    def clean_record(record: Any) -> Any:
+        before = {name: getattr(record, name) for name in cleaners}
+        after = {name: cleaner(before[name]) for name, cleaner in cleaners.items()}
+        return record if after == before else dataclasses.replace(record, **after)
+
+    return clean_record
