@@ -210,7 +210,7 @@ def _device(options: argparse.Namespace, screen: Screen, state_dir: Path) -> Non
 def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
     table = Table(title=escape(survey.machine), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("measured", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     table.add_row("cores, threads used", f"{survey.cores}, {survey.threads}")
     table.add_row(
         "memory available",
@@ -257,7 +257,7 @@ def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
         )
         if work.start_c is not None and work.hottest_c is not None:
             table.add_row("heat", f"from {work.start_c:.0f} to {work.hottest_c:.0f} °C")
-    screen.out.print(table)
+    screen.table(table)
 
 
 def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: str) -> None:
@@ -300,7 +300,7 @@ def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: st
                 ]
                 cells.append(format_size(sizes[0]) if sizes and sizes[0] is not None else "-")
             table.add_row("", label, *cells)
-        screen.out.print(table)
+        screen.table(table, keys=2)
         if "long" in ends:
             screen.out.print(f"long: up to {ends['long']} tokens are seen, which memory includes")
     others = Table(title="embedding and head, ms", title_justify="left", box=box.SIMPLE_HEAD)
@@ -315,7 +315,7 @@ def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: st
             f"{timing.decode_s * 1e3:.3f}",
             f"{timing.prefill_s_per_token * 1e3:.4f}",
         )
-    screen.out.print(others)
+    screen.table(others, keys=2)
     if result.reused:
         screen.note(f"{result.reused} figures are from an earlier run of the same kind")
     if result.left_out:
