@@ -95,6 +95,15 @@ def test_the_demo_shows_devices_plan_answer_and_speed() -> None:
     for shown in ("measured devices", "device-3", "predicted", "attic", "tokens/s measured"):
         assert shown in completed.stdout
     assert "Traceback" not in completed.stderr
+    steps = [line for line in completed.stderr.splitlines() if line.startswith("demo: ")]
+    assert steps[0] == "demo: reading the model"
+    assert steps[1] == "demo: starting a coordinator"
+    assert steps[2] == (
+        "demo: starting 3 agents with 4.0 MiB, 5.0 MiB, 20.0 MiB; each measures this machine"
+    )
+    last = steps.index("demo: 3 of 3 agents have joined")
+    assert {"demo: measuring links", "demo: quantizing blocks"} <= set(steps[last + 1 : -1])
+    assert steps[-1].startswith("demo: loaded in ")
 
 
 def test_nothing_is_left_running() -> None:
