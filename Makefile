@@ -91,6 +91,12 @@ chaos: $(VENV)/run.stamp ## 10 minutes of random faults while clients ask: no wr
 bench-integrity: $(VENV)/run.stamp ## what checking files costs until the first answer
 	$(BIN)/python -m benchmarks.integrity $(ARGS)
 
+bench-sampling: $(VENV)/run.stamp ## what drawing a token costs beside taking the likeliest, over HTTP
+	$(BIN)/python -m benchmarks.sampling $(ARGS)
+
+bench-pages: $(VENV)/run.stamp ## decoding speed of fresh processes, by the memory that weights lie in
+	$(BIN)/python -m benchmarks.pages $(ARGS)
+
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \

@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -25,14 +26,15 @@ from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
 from agent.integrity import Contents, Watch, load_whole
 from agent.links import Link, Measuring
-from agent.peers import Entrance, PeerServer, connect_peer, measure_link
+from agent.peers import Entrance, PeerServer, connect_peer, measure_link_steadily
 from agent.quality import StreamedModel, measure_quality
+from agent.quiet import Cancelled, Figures, QuietMoments
 from agent.relay import Relay
 from backends.base import Backend, BackendError, Stage, StageOptions
 from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_call, measure_model
-from calibration.store import CalibrationStore
+from calibration.machine import is_wireless
 from calibration.trial import Trials
 from model.artifact import read_format
 from model.errors import ModelError
@@ -51,6 +53,7 @@ from wire.messages import (
     CancelRequest,
     ConnectStage,
     CoordinatorWelcome,
+    DeviceMeasured,
     Done,
     Endpoint,
     FindBlocks,
@@ -59,8 +62,10 @@ from wire.messages import (
     LinkMeasured,
     LoadStage,
     MakeFiles,
+    MeasureDevice,
     MeasureLink,
     MeasureModel,
+    MeasureModelAgain,
     MeasureQuality,
     Message,
     ModelMeasured,
@@ -83,6 +88,8 @@ RETRY_S = (0.5, 1.0, 2.0, 5.0)
 
 Request = (
     MeasureModel
+    | MeasureModelAgain
+    | MeasureDevice
     | MeasureQuality
     | MeasureLink
     | FindBlocks
@@ -125,7 +132,7 @@ class Agent:
         self._state_lock = claim(config.state_dir)
         remove_leftovers(config.cache_dir)
         self._device = device_identity(config.state_dir)
-        self._profile = profile_in_child(
+        profile = profile_in_child(
             backend=config.backend,
             cache_dir=config.cache_dir,
             memory_limit_bytes=config.memory_bytes,
@@ -134,12 +141,15 @@ class Agent:
             watts=config.watts,
             exact=config.exact,
         )
-        self._call_s = self._profile.call_s
-        self._store = CalibrationStore(config.state_dir / "calibration.json")
+        self._figures = Figures(config, profile)
+        self._call_s = 0.0
+        """Where the profile has none: the backend needed files for it that others make."""
+        self._carrying_out = False
+        """Whether a request is under way."""
         self._trials = Trials.of(
-            self._profile, config.state_dir, exact=config.exact, fast_prompts=config.fast_prompts
+            profile, config.state_dir, exact=config.exact, fast_prompts=config.fast_prompts
         )
-        self._cache = BlockCache(config.cache_dir, self._profile.storage_bytes)
+        self._cache = BlockCache(config.cache_dir, profile.storage_bytes)
         self._listener = Listener(config.bind_host, config.data_port, token=config.token)
         self._peers = PeerServer(self._device, self._listener)
 
@@ -278,7 +288,9 @@ class Agent:
             name=self._config.name,
             version=shoal_version(),
             endpoints=tuple(Endpoint(host, port) for host in shared or found),
-            profile=self._profile,
+            profile=replace(
+                self._figures.told_profile(), wireless=is_wireless(connection.local_host)
+            ),
             cluster=self._config.cluster,
             run=self._run,
             attempt=self._attempts,
@@ -293,8 +305,15 @@ class Agent:
         requests: queue.Queue[Request | None] = queue.Queue()
         ended = threading.Event()
         self._cancelled = set()
+        quiet = QuietMoments(
+            self._figures,
+            self._measuring,
+            lambda: self._relay is None and not self._carrying_out and requests.empty(),
+            connection.send,
+        )
         threads = [
             threading.Thread(target=self._beat, args=(connection, ended), name="heartbeat"),
+            threading.Thread(target=quiet.run, args=(ended,), name="quiet"),
             threading.Thread(
                 target=self._work, args=(connection, coordinator, requests), name="worker"
             ),
@@ -359,9 +378,10 @@ class Agent:
         # Whatever ends this thread ends the connection: the coordinator must not wait for ever.
         with connection, contextlib.suppress(WireError):
             while (request := requests.get()) is not None:
+                self._carrying_out = True
                 try:
                     answer = self._carry_out(request, connection, coordinator)
-                except (BackendError, ModelError, CacheError, WireError, _Cancelled) as error:
+                except (BackendError, ModelError, CacheError, WireError, Cancelled) as error:
                     answer = RequestFailed(request.request, str(error))
                 except MemoryError:
                     answer = RequestFailed(request.request, "out of memory")
@@ -370,14 +390,23 @@ class Agent:
                     answer = RequestFailed(
                         request.request, f"internal error ({error}); see the agent's log"
                     )
+                finally:
+                    self._carrying_out = False
                 connection.send(answer)
 
     def _carry_out(
         self, request: Request, connection: Connection, coordinator: Endpoint
     ) -> Message:
-        if isinstance(request, MeasureModel):
+        if isinstance(request, (MeasureModel, MeasureModelAgain)):
             with self._measuring:
                 return self._measure_model(request, connection, coordinator)
+        if isinstance(request, MeasureDevice):
+            if self._relay is not None:
+                raise BackendError("a stage is loaded, which others wait for: unload it first")
+            progress = self._progress(connection, request.request, "measure", "steps")
+            with self._measuring:
+                self._figures.measure_device(lambda: progress(0, 1))
+            return DeviceMeasured(request.request, self._figures.told_profile())
         if isinstance(request, MeasureQuality):
             with self._measuring:
                 return self._measure_quality(request, connection, coordinator)
@@ -388,10 +417,14 @@ class Agent:
                 self._measuring,
                 self._connect(request) as peer,
             ):
-                figures = measure_link(peer)
+                figures, conditions = measure_link_steadily(peer)
             self._links[request.device] = Link(request.device, figures)
             return LinkMeasured(
-                request.request, figures.rtt_s, figures.bytes_per_s, figures.rtt_p90_s
+                request.request,
+                figures.rtt_s,
+                figures.bytes_per_s,
+                figures.rtt_p90_s,
+                conditions,
             )
         if isinstance(request, LoadStage):
             return self._load(request, connection, coordinator)
@@ -432,25 +465,30 @@ class Agent:
         )
 
     def _measure_model(
-        self, request: MeasureModel, connection: Connection, coordinator: Endpoint
+        self,
+        request: MeasureModel | MeasureModelAgain,
+        connection: Connection,
+        coordinator: Endpoint,
     ) -> Message:
         progress = self._progress(connection, request.request, "measure", "steps")
         backend = self._supplied(request.request, connection, coordinator)
         threads, exact = self._config.threads, self._config.exact
-        spec = ModelSpec.from_dict(request.spec)
+        spec, store = ModelSpec.from_dict(request.spec), self._figures.store
         self._trials.require_widths(spec, request.bits, partial(progress, 0, 0), backend.probe)
-        if not self._call_s:
+        if not (self._call_s or self._figures.profile.call_s):
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
         timings = measure_model(
             spec,
             request.bits,
             backend,
             threads=threads,
-            store=self._store,
+            store=store.again() if isinstance(request, MeasureModelAgain) else store,
             progress=progress,
             exact=exact,
         )
-        return ModelMeasured(request.request, timings, self._call_s)
+        store.note_model(request.spec, request.bits)
+        self._figures.told(spec, timings)
+        return ModelMeasured(request.request, timings, self._figures.profile.call_s or self._call_s)
 
     def _measure_quality(
         self, request: MeasureQuality, connection: Connection, coordinator: Endpoint
@@ -474,7 +512,7 @@ class Agent:
             self._supplied(request.request, connection, coordinator),
             threads=self._config.threads,
             directory=self._config.state_dir / "quality",
-            memory_bytes=self._profile.memory_bytes,
+            memory_bytes=self._figures.profile.memory_bytes,
             progress=progress,
             report=connection.send,
         )
@@ -559,7 +597,7 @@ class Agent:
                 request.slots,
                 request.context_tokens,
                 self._config.threads,
-                memory_bytes=self._profile.memory_bytes,
+                memory_bytes=self._figures.profile.memory_bytes,
                 exact=self._config.exact,
                 prepared_dir=prepared_dir,
                 prepared_bytes=prepared_bytes,
@@ -596,12 +634,12 @@ class Agent:
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str
     ) -> Callable[[int, int], None]:
-        """What reports how far ``request`` is, and raises _Cancelled once it is cancelled."""
+        """What reports how far ``request`` is, and raises Cancelled once it is cancelled."""
         report, cancelled = _Throttled(connection, request, phase, unit), self._cancelled
 
         def progress(done: int, total: int) -> None:
             if request in cancelled:
-                raise _Cancelled("cancelled")
+                raise Cancelled("cancelled")
             report(done, total)
 
         return progress
@@ -621,10 +659,6 @@ class Agent:
         if relay is not None:
             relay.close()
             self._service.status(f"{self._joined}, no stage")
-
-
-class _Cancelled(Exception):
-    """Nobody waits for the request any more."""
 
 
 class _Throttled:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from agent.links import LinkFigures, summary_s
+from calibration.disturbance import Patience, spread_of, steady
 from wire import limits
 from wire.addresses import own_last
 from wire.auth import Token
 from wire.codec import Prefix
+from wire.conditions import Conditions
 from wire.connection import Connection, Listener
 from wire.errors import AuthFailed, ConnectFailed, ProtocolError, VersionMismatch, WireError
 from wire.lobby import Lobby
@@ -49,6 +51,10 @@ THREAD_PAUSE_S = 0.1
 """Pause of the accepting thread where no thread can be started for a connection."""
 
 NOT_PREVIOUS = "the sender is not the previous device of the ring there: load the model again"
+LARGE_FRAMES = 4
+"""Of these the best one counts, and the two in the middle tell how far they differ."""
+
+_SMALL = bytes(64)
 
 PROBE_PAUSE_S = 0.002
 """Pause before a probe: about what a stage waits for its turn, long enough for threads to sleep."""
@@ -216,38 +222,56 @@ def _admit_probe(prefix: Prefix) -> None:
 
 
 def measure_link(connection: Connection) -> LinkFigures:
-    """Round trips of small frames, and the rate of large ones.
+    """As ``measure_link_steadily``, the figures alone."""
+    return measure_link_steadily(connection)[0]
+
+
+def measure_link_steadily(connection: Connection) -> tuple[LinkFigures, Conditions]:
+    """Round trips of small frames, the rate of large ones, and what else went on here meanwhile.
 
     Small frames are sent after a pause, as a stage's are: the peer's thread sleeps until they come,
     and waking it is part of what a hop costs. Bandwidth is what is left of a large frame's round
     trip without the small one's; frames grow until one takes long enough to time, so that a slow
-    radio link is not held up for seconds.
+    radio link is not held up for seconds. Measured a second time where other programs used the
+    processor, or where large frames differed.
     """
     connection.set_receive_timeout(limits.SEND_TIMEOUT_S)
-    number = 0
+    probe = _Probe(connection)
+    for _ in range(5):
+        probe.round_trip_s(_SMALL)
+    # What the kernel does is the link's own work.
+    return steady(probe.figures, Patience(), lambda figures: figures.rtt_s, kernel=False)
 
-    def round_trip_s(payload: bytes) -> float:
-        nonlocal number
-        number += 1
+
+class _Probe:
+    """Counts the pings of one connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._number = 0
+
+    def round_trip_s(self, payload: bytes) -> float:
+        """Seconds until the peer has answered a ping with this payload."""
+        self._number += 1
         started = time.perf_counter()
-        connection.send(ProbePing(number), payload)
-        answer, _ = connection.receive()
+        self._connection.send(ProbePing(self._number), payload)
+        answer, _ = self._connection.receive()
         elapsed = time.perf_counter() - started
-        if answer != ProbePong(number):
-            raise ProtocolError(f"{connection.peer} answered a probe wrongly")
+        if answer != ProbePong(self._number):
+            raise ProtocolError(f"{self._connection.peer} answered a probe wrongly")
         return elapsed
 
-    small = bytes(64)
-    for _ in range(5):
-        round_trip_s(small)
-    times_s = []
-    for _ in range(21):
-        time.sleep(PROBE_PAUSE_S)
-        times_s.append(round_trip_s(small))
-    rtt_s, rtt_p90_s = summary_s(times_s)
-    size = 64 << 10
-    while round_trip_s(bytes(size)) < rtt_s + 0.02 and size < 4 << 20:
-        size *= 4
-    payload = bytes(size)
-    best_s = min(round_trip_s(payload) for _ in range(3))
-    return LinkFigures(rtt_s, rtt_p90_s, size / max(best_s - rtt_s, 1e-6))
+    def figures(self) -> tuple[LinkFigures, float]:
+        """The link's figures, and the spread of the large frames."""
+        times_s = []
+        for _ in range(21):
+            time.sleep(PROBE_PAUSE_S)
+            times_s.append(self.round_trip_s(_SMALL))
+        rtt_s, rtt_p90_s = summary_s(times_s)
+        size = 64 << 10
+        while self.round_trip_s(bytes(size)) < rtt_s + 0.02 and size < 4 << 20:
+            size *= 4
+        payload = bytes(size)
+        large_s = [self.round_trip_s(payload) for _ in range(LARGE_FRAMES)]
+        rate = size / max(min(large_s) - rtt_s, 1e-6)
+        return LinkFigures(rtt_s, rtt_p90_s, rate), spread_of(large_s)

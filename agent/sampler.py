@@ -1,11 +1,46 @@
-"""From logits to a token: greedy, or temperature with top-k and top-p."""
+"""From logits to a token: greedy, or temperature with top-k and top-p.
+
+Nothing is sorted. One uniform number is looked up in the cumulative distribution: sums of groups of
+weights find the group, and the weights of that group find the token.
+
+Top-k needs the k highest logits only. At least k of all logits reach the k-th highest of the
+groups' maxima, and few more do: the exact choice is made among these.
+
+Top-p draws from the whole distribution and adds up the probability that ranks before the token.
+Where that reaches top_p already, the token and all that rank behind it are dropped, and another
+token is drawn from the rest. Each draw is proportional to the weights, so the result is, too.
+"""
 
 from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from itertools import count
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from backends.base import BackendError
 from wire.messages import Sampling
+
+Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Real = TypeVar("Real", np.float32, np.float64)
+
+GROUPS = 1024
+"""Token i is in group i % GROUPS. Groups are columns, which vector instructions sum and compare."""
+
+EXACT_COUNT = 4096
+"""At most so many logits are computed with in float64 at once: that costs microseconds."""
+
+DOUBT = 1e-5
+"""Probability that sums in float32 are trusted to. What is closer to top_p is computed again in
+float64."""
+
+SMALLEST_TEMPERATURE = 1e-37
+"""A normal float32: denormals may read as zero in the thread of a stage."""
 
 
 class Sampler:
@@ -14,26 +49,123 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
 
-    def sample(self, logits: npt.NDArray[np.float32], position: int) -> int:
-        """The token at ``position`` by ``logits`` [vocab]; greedy (lowest id on ties) at
-        temperature 0.
+    def sample(self, logits: Logits, position: int) -> int:
+        """Return the token at ``position`` by ``logits`` [vocab].
 
-        What is drawn depends on nothing that was drawn before: another device can go on.
+        Temperature 0 takes the highest logit. Of equal logits the lowest id ranks first, whether
+        for greedy, top_k or top_p. The token depends on nothing that was drawn before: another
+        device can go on. Raises BackendError where the highest logit is no finite number.
         """
         sampling = self._sampling
-        if sampling.temperature <= 0 or sampling.top_k == 1:
-            return int(np.argmax(logits))
-        order = np.argsort(-logits, kind="stable")
-        if sampling.top_k > 0:
-            order = order[: sampling.top_k]
-        below = logits[order].astype(np.float64) - float(logits[order[0]])
-        with np.errstate(over="ignore"):  # A tiny temperature leaves the likeliest token only.
-            weights = np.exp(below / sampling.temperature)
-        probabilities = weights / weights.sum()
-        if sampling.top_p < 1:
-            # The smallest set whose probability reaches top_p, and always the likeliest token.
-            before = np.cumsum(probabilities) - probabilities
-            keep = max(int(np.count_nonzero(before < sampling.top_p)), 1)
-            order, probabilities = order[:keep], probabilities[:keep] / probabilities[:keep].sum()
-        random = np.random.Generator(np.random.PCG64(sampling.seed).advance(position))
-        return int(random.choice(order, p=probabilities))
+        best = int(logits.argmax())  # The first NaN, where there is one.
+        if not math.isfinite(logits[best]):
+            raise BackendError("the model's logits are not finite: load it at more bits")
+        if not sampling.temperature > 0 or sampling.top_k == 1:
+            return best
+        if 0 < sampling.top_k < len(logits):
+            chosen = highest(logits, sampling.top_k)
+            best = int(chosen.searchsorted(best))
+            return int(chosen[self._draw(logits[chosen], best, position)])
+        return self._draw(logits, best, position)
+
+    def _draw(self, logits: Logits, best: int, position: int) -> int:
+        """Draw an index of ``logits``, of which ``best`` has the highest."""
+        if len(logits) > EXACT_COUNT:
+            try:
+                return draw(logits, best, self._sampling, position)
+            except _InDoubt:
+                pass
+        return draw(logits.astype(np.float64), best, self._sampling, position)
+
+
+class _InDoubt(Exception):
+    """Float32 cannot tell whether a token is among those that top_p keeps."""
+
+
+def highest(logits: Logits, count: int) -> Ids:
+    """Return the ids of the ``count`` highest logits, 0 < count < vocab, by rising id."""
+    found = np.arange(len(logits))
+    rows = len(logits) // GROUPS
+    if count <= GROUPS and rows > 1:
+        maxima = logits[: rows * GROUPS].reshape(rows, GROUPS).max(axis=0)
+        found = np.flatnonzero(logits >= np.partition(maxima, -count)[-count])
+    values = logits[found]
+    if len(found) > count:
+        floor = np.partition(values, -count)[-count]
+        kept = values > floor
+        equal = np.flatnonzero(values == floor)
+        kept[equal[: count - np.count_nonzero(kept)]] = True
+        found = found[kept]
+    return found
+
+
+def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int) -> int:
+    """Draw an index of ``logits`` [n] by temperature and top_p, computed in the type of the logits.
+
+    The highest logit is at ``best``, and finite. Raises _InDoubt where float32 is too coarse.
+    """
+    weights = _weights(logits, logits[best], sampling.temperature)
+    flat = weights.reshape(-1)
+    index, limit, doubt = best, 0.0, 0.0
+    for attempt in count():
+        cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
+        target = _uniform(sampling.seed, position, attempt) * cumulative[-1]
+        group = _invert(cumulative, target)
+        within = weights[:, group].cumsum(dtype=np.float64)
+        row = _invert(within, target - (cumulative[group - 1] if group else 0.0))
+        index = row * len(cumulative) + group
+        if sampling.top_p >= 1:
+            break
+        if attempt == 0:
+            limit = sampling.top_p * cumulative[-1]
+            doubt = DOUBT * cumulative[-1] if logits.dtype == np.float32 else 0.0
+            if limit <= 1 - doubt:  # The highest logit weighs 1, which suffices.
+                return best
+        before = _weight_before(weights, index)
+        if before == 0 or before < limit - doubt:
+            break
+        if before < limit + doubt and doubt:
+            raise _InDoubt
+        flat[flat < flat[index]] = 0
+        behind = flat[index:]
+        behind[behind == behind[0]] = 0
+    return index
+
+
+def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.NDArray[Real]:
+    """Probabilities over that of the highest logit, [rows, groups]; those past the end are 0."""
+    groups = min(GROUPS, len(logits))
+    weights = np.empty((-(-len(logits) // groups), groups), logits.dtype)
+    flat = weights.reshape(-1)
+    flat[len(logits) :] = 0
+    own = flat[: len(logits)]
+    with np.errstate(over="ignore"):  # A tiny temperature leaves the likeliest token only.
+        np.subtract(logits, best, out=own)
+        if temperature != 1:
+            own /= logits.dtype.type(max(temperature, SMALLEST_TEMPERATURE))
+    np.exp(own, out=own)
+    return weights
+
+
+def _weight_before(weights: npt.NDArray[Real], index: int) -> float:
+    """What weights more than that at ``index`` add up to, with its equals of lower index."""
+    flat = weights.reshape(-1)
+    weight = flat[index]
+    above = weights - weight
+    np.maximum(above, 0, out=above)
+    ranked = int(np.count_nonzero(weights > weight) + np.count_nonzero(flat[:index] == weight))
+    return float(above.sum(axis=0).sum(dtype=np.float64)) + ranked * float(weight)
+
+
+def _invert(cumulative: npt.NDArray[np.float64], target: float) -> int:
+    """The first index whose cumulative sum is above ``target``; never one that adds nothing."""
+    if target >= cumulative[-1]:  # Sums in another order differ in their last bits.
+        return int(cumulative.searchsorted(cumulative[-1]))
+    return int(cumulative.searchsorted(target, side="right"))
+
+
+def _uniform(seed: int, position: int, attempt: int) -> float:
+    """A number in [0, 1) of 53 bits, which nothing but the arguments decides."""
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, position, attempt), digest_size=8).digest()
+    (number,) = struct.unpack("<Q", digest)
+    return float(number >> 11) * 2.0**-53

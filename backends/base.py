@@ -94,15 +94,6 @@ class StageOptions:
     hashed: frozenset[Path] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """The likeliest next tokens: ids int64 [k] and their logits float32 [k], falling; equal logits
-    by rising id."""
-
-    tokens: Tokens
-    logits: Array
-
-
 Artifacts = Sequence[tuple[int, Path]]
 """(block, path of its artifact), in order."""
 
@@ -143,13 +134,6 @@ class Stage(ABC):
         calls = zip(slots, positions, range(len(inputs)), strict=True)
         rows = [self.forward(slot, at, inputs[row : row + 1]) for slot, at, row in calls]
         return np.concatenate(rows)
-
-    def candidates(
-        self, slot: int, position: int, inputs: Array | Tokens, count: int
-    ) -> Candidates:
-        """``forward`` of a stage with the head, of whose logits only the ``count`` highest are
-        wanted (1: greedy): a backend on another chip need not copy the rest."""
-        return highest(self.forward(slot, position, inputs)[0], count)
 
     @property
     @abstractmethod
@@ -229,19 +213,3 @@ class Backend(ABC):
         Raises BackendError where the blocks cannot be run, model.errors.CheckpointError where an
         artifact is not what it says.
         """
-
-
-def highest(logits: Array, count: int) -> Candidates:
-    """The ``count`` highest of logits [vocab], or all of a smaller vocabulary."""
-    if count == 1:
-        best = np.atleast_1d(logits.argmax())
-        return Candidates(best.astype(np.int64), logits[best])
-    chosen = np.arange(len(logits))
-    if count < len(logits):
-        # Everything above the lowest that is kept, and of its equals those with the lowest ids.
-        floor = np.partition(logits, -count)[-count]
-        above = np.flatnonzero(logits > floor)
-        equal = np.flatnonzero(logits == floor)[: count - len(above)]
-        chosen = np.concatenate([above, equal])
-    order = chosen[np.lexsort((chosen, -logits[chosen]))]
-    return Candidates(order.astype(np.int64), logits[order])

@@ -21,11 +21,9 @@ import torch
 from backends.base import (
     Array,
     BackendError,
-    Candidates,
     Stage,
     StageOptions,
     Tokens,
-    highest,
 )
 from backends.checks import check_inputs, check_rows
 from backends.torch_layers import (
@@ -134,21 +132,6 @@ class TorchStage(Stage):
         with translated("cannot run the stage"), torch.inference_mode():
             result = self._decoder.run(slots, positions, self._rows(inputs)).fetch()
             return self._finite(result, slots)
-
-    def candidates(
-        self, slot: int, position: int, inputs: Array | Tokens, count: int
-    ) -> Candidates:
-        if self._head is None or len(inputs) != 1:
-            return super().candidates(slot, position, inputs, count)
-        self._check([slot], [position], inputs, 1)
-        with translated("cannot run the stage"), torch.inference_mode():
-            logits = self._decoder.run([slot], [position], self._rows(inputs)).result[0]
-            self._finite(_to_host(logits.sum()), [slot])
-            # All that may be among them, equals of the last one included, by rising id.
-            floor = logits.topk(min(count, len(logits))).values[-1]
-            tokens = (logits >= floor).nonzero()[:, 0]
-            few = highest(_to_host(logits[tokens]), count)
-            return Candidates(tokens.cpu().numpy()[few.tokens], few.logits)
 
     def close(self) -> None:
         self._open = False

@@ -29,7 +29,9 @@ class Shape:
     heads: int
 
 
-def make_model(directory: Path, shape: Shape, context_tokens: int) -> ModelSpec:
+def make_model(
+    directory: Path, shape: Shape, context_tokens: int, *, vocab: int = VOCAB
+) -> ModelSpec:
     """A checkpoint of random weights in ``directory``, unless it is there."""
     hidden, ffn, kv_rows = shape.hidden, shape.ffn, shape.hidden // KV_SHARE
     if not (directory / "model.safetensors").exists():
@@ -43,7 +45,7 @@ def make_model(directory: Path, shape: Shape, context_tokens: int) -> ModelSpec:
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.heads // KV_SHARE,
             "max_position_embeddings": context_tokens,
-            "vocab_size": VOCAB,
+            "vocab_size": vocab,
             "rms_norm_eps": 1e-6,
             "rope_theta": 10000.0,
             "hidden_act": "silu",
@@ -55,7 +57,7 @@ def make_model(directory: Path, shape: Shape, context_tokens: int) -> ModelSpec:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TOKENIZER / name, directory / name)
         random = np.random.default_rng(SEED)
-        shapes = {"model.embed_tokens.weight": (VOCAB, hidden), "lm_head.weight": (VOCAB, hidden)}
+        shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
         for layer in range(shape.layers):
             prefix = f"model.layers.{layer}."
             shapes |= {

@@ -46,8 +46,9 @@ LOST_AFTER_S = 2.0
 class Trial:
     """One shoal, whose middle device is lost again and again."""
 
-    def __init__(self, state: Path, bed: Testbed) -> None:
+    def __init__(self, state: Path, bed: Testbed, temperature: float) -> None:
         self._bed = bed
+        self._temperature = temperature
         self._shoal = Cluster(bed, state / "hosts")
         self._shoal.start_coordinator()
         self._url = self._shoal.open_door(0)
@@ -91,7 +92,7 @@ class Trial:
 
     def _answer(self, client: Client, tokens: int) -> float:
         """Seconds until an answer of so many tokens was there."""
-        body = {"prompt": [1], "max_tokens": tokens, "temperature": 0}
+        body = {"prompt": [1], "max_tokens": tokens, "temperature": self._temperature, "seed": 1}
         started_s = time.perf_counter()
         answer = client.post("/v1/completions", body)
         if answer["usage"]["completion_tokens"] != tokens:
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help=f"default {STATE}")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--tokens", type=int, default=80, metavar="N", help="of an answer")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     make_model(options.state / "model", SHAPE, CONTEXT_TOKENS)
@@ -155,13 +157,13 @@ def main() -> None:
     shutil.rmtree(options.state / "hosts", ignore_errors=True)
     rows = []
     with Testbed(network(len(HOSTS)), "recovery") as bed:
-        trial = Trial(options.state, bed)
+        trial = Trial(options.state, bed, options.temperature)
         for number in range(options.rounds):
             for how in ("killed", "cut"):
                 say(f"round {number + 1}: {how}")
                 rows.append(trial.lose(how, options.tokens))
     if options.json:
-        print(json.dumps({"rows": rows}))
+        print(json.dumps({"temperature": options.temperature, "rows": rows}))
     else:
         report(rows)
 

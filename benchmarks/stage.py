@@ -143,7 +143,7 @@ def greedy(stage: Stage, prompt: Sequence[int]) -> Iterator[int]:
     """The likeliest continuation."""
     rows, position = np.array(prompt), 0
     for _ in range(NEW_TOKENS):
-        token = int(stage.candidates(0, position, rows, 1).tokens[0])
+        token = int(stage.forward(0, position, rows)[0].argmax())
         if token == END:
             return
         yield token

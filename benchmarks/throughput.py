@@ -88,9 +88,11 @@ def measure(options: argparse.Namespace, hosts: int) -> dict[str, Any]:
         say(f"{hosts} hosts: measuring")
         generate(url, most, 2)
         rates: dict[int, list[float]] = {count: [] for count in (1, *options.sequences)}
+        drawn: dict[int, list[float]] = {count: [] for count in rates}
         for _ in range(options.rounds):
             for count, found in rates.items():
                 found.append(generate(url, count, options.tokens))
+                drawn[count].append(generate(url, count, options.tokens, temperature=1.0))
     return {
         "hosts": hosts,
         "stages": [[stage.device, len(stage.bits)] for stage in plan.stages],
@@ -99,6 +101,10 @@ def measure(options: argparse.Namespace, hosts: int) -> dict[str, Any]:
                 "sequences": count,
                 "tokens_per_s": statistics.median(found),
                 "all_tokens_per_s": found,
+                "drawn_tokens_per_s": statistics.median(drawn[count]),
+                "drawn_against_greedy": statistics.median(
+                    rate / greedy for rate, greedy in zip(drawn[count], found, strict=True)
+                ),
                 "against_one": statistics.median(
                     rate / alone for rate, alone in zip(found, rates[1], strict=True)
                 ),
@@ -109,11 +115,11 @@ def measure(options: argparse.Namespace, hosts: int) -> dict[str, Any]:
     }
 
 
-def generate(url: str, count: int, tokens: int) -> float:
+def generate(url: str, count: int, tokens: int, temperature: float = 0.0) -> float:
     """Tokens per second, in all, of so many generations at once."""
 
     def one(first: int) -> None:
-        body = {"prompt": [first], "max_tokens": tokens, "temperature": 0}
+        body = {"prompt": [first], "max_tokens": tokens, "temperature": temperature}
         with Client(url) as client:
             answer = client.post("/v1/completions", body)
         if answer["usage"]["completion_tokens"] != tokens:
@@ -127,7 +133,7 @@ def generate(url: str, count: int, tokens: int) -> float:
 
 def report(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title="tokens per second of several generations at once")
-    for name in ("hosts", "at once", "measured", "against one", "predicted"):
+    for name in ("hosts", "at once", "greedy", "temperature 1", "against one", "predicted"):
         table.add_column(name, justify="right")
     for row in rows:
         for cell in row["cells"]:
@@ -135,6 +141,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
                 str(row["hosts"]),
                 str(cell["sequences"]),
                 f"{cell['tokens_per_s']:.2f}",
+                f"{cell['drawn_tokens_per_s']:.2f}",
                 f"{cell['against_one']:.2f}",
                 f"{cell['predicted_tokens_per_s']:.2f}",
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import mmap
 import os
 import platform
@@ -15,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,29 @@ import numpy as np
 
 from backends.base import Backend, BackendError, BackendUnavailable, FilesMissing
 from backends.registry import backend_class, makers, require_known
-from calibration.layers import measure_call
-from calibration.machine import memory_bytes, processor_name, usable_cores, usable_threads
+from calibration.disturbance import LoadMeter, Patience, spread_of, steady
+from calibration.layers import Bench
+from calibration.machine import (
+    hardware_id,
+    kernel_id,
+    memory_bytes,
+    processor_name,
+    usable_cores,
+    usable_threads,
+)
+from calibration.store import CalibrationStore
+from wire.conditions import Conditions
 from wire.profile import DeviceProfile
 
 MIN_HEADROOM_BYTES = 64 << 20
 HEADROOM_SHARE = 0.1
 """What stays free of the memory that was free at start: for the system, and for this process."""
+
+START_PATIENCE_S = 0.5
+"""An agent that starts does not wait for a quiet moment: it measures again when one comes."""
+
+CANCEL_S = 0.1
+"""How soon a measurement in another process ends that nobody wants any more."""
 
 _READ_BUFFER_BYTES = 128 << 20
 _READ_TIME_S = 0.25
@@ -55,13 +72,15 @@ def profile_device(
     threads: int | None = None,
     watts: float | None = None,
     exact: bool = False,
+    patience_s: float = START_PATIENCE_S,
 ) -> DeviceProfile:
     """Measure this device for stages run by ``backend``; takes about a second.
 
     cache_dir: where blocks will be kept; created. A limit caps what is free, it cannot add to it.
     threads: None for as many as ``usable_threads`` finds. watts: what its user says. exact: stages
-    will be loaded so. Raises BackendUnavailable where the backend does not run here, BackendError
-    where it cannot be exact or the cache directory cannot be written.
+    will be loaded so. patience_s: for measuring again what others disturbed, at most, and no longer
+    than the first time took. Raises BackendUnavailable where the backend does not run here,
+    BackendError where it cannot be exact or the cache directory cannot be written.
     """
     kind = backend_class(backend)
     capabilities = kind.probe()
@@ -77,9 +96,15 @@ def profile_device(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         storage_bytes = _storage_bytes(cache_dir)
+        meter = LoadMeter(kernel=False)
         disk_write_bytes_per_s = measure_disk_write(cache_dir)
+        of_disk = meter.conditions()
     except OSError as error:
         raise BackendError(f"cache directory {cache_dir} is not usable: {error}") from error
+    patience = Patience(limit_s=patience_s)
+    memory_read, of_memory = steady(partial(_memory_rate, kind, threads), patience, _slowness)
+    call_s, of_call = _call_s(Bench(kind(), threads, cache_dir, exact=exact), patience)
+    conditions = [("memory", of_memory), ("disk", of_disk)]
     return DeviceProfile(
         machine=platform.machine(),
         processor=processor_name(),
@@ -91,35 +116,88 @@ def profile_device(
         memory_bytes=min(usable_bytes, memory_limit_bytes or usable_bytes),
         memory_total_bytes=total_bytes,
         storage_bytes=min(storage_bytes, storage_limit_bytes or storage_bytes),
-        memory_read_bytes_per_s=kind.memory_read_bytes_per_s() or measure_memory_read(threads),
+        memory_read_bytes_per_s=memory_read,
         disk_write_bytes_per_s=disk_write_bytes_per_s,
-        call_s=_call_s(kind(), threads, cache_dir, exact),
+        call_s=call_s,
         watts=watts,
         on_chip_bytes=capabilities.on_chip_bytes,
         makes=tuple(sorted(makers().items())),
         arithmetic=capabilities.arithmetic,
+        conditions=(*conditions, *(() if of_call is None else (("call", of_call),))),
+        kernel_id=kernel_id(),
     )
 
 
-def profile_in_child(*, backend: str, cache_dir: Path, **settings: float | None) -> DeviceProfile:
+def kept_profile(
+    profile: DeviceProfile, store: CalibrationStore, *, exact: bool, measured: bool = True
+) -> DeviceProfile:
+    """``profile`` with the figures in ``store`` where those were disturbed less, and kept there.
+
+    measured False: nothing is new in ``profile``, which takes what ``store`` has. Figures are
+    stored under the hardware, as block times are.
+    """
+    figures = {
+        "memory": profile.memory_read_bytes_per_s,
+        "disk": profile.disk_write_bytes_per_s,
+        "call": profile.call_s,
+    }
+    changes: dict[str, float] = {}
+    conditions = dict(profile.conditions)
+    for figure, value in figures.items():
+        key: dict[str, Any] = {"hardware": hardware_id(), "kind": "device", "figure": figure}
+        if figure == "memory":
+            key["threads"] = profile.threads
+        elif figure == "call":
+            key |= {"backend": profile.backend, "version": profile.backend_version}
+            key |= {"threads": profile.threads, "exact": exact}
+        if not measured:
+            values, found = store.found(key)
+        elif figure in conditions:
+            values, found = store.keep(key, (value,), conditions[figure])
+        else:
+            continue
+        if values is not None and found is not None and len(values) == 1:
+            changes[figure], conditions[figure] = values[0], found
+    return replace(
+        profile,
+        conditions=tuple(conditions.items()),
+        memory_read_bytes_per_s=changes.get("memory", profile.memory_read_bytes_per_s),
+        disk_write_bytes_per_s=changes.get("disk", profile.disk_write_bytes_per_s),
+        call_s=changes.get("call", profile.call_s),
+    )
+
+
+def profile_in_child(
+    *,
+    backend: str,
+    cache_dir: Path,
+    check: Callable[[], None] | None = None,
+    **settings: float | None,
+) -> DeviceProfile:
     """``profile_device`` in a process of its own, so that this one imports no backend for it.
 
-    settings: its other arguments. A library that crashes while it is imported, as one built for
-    newer processors does, is a BackendUnavailable.
+    settings: its other arguments. ``check`` is called each CANCEL_S and ends the measurement by
+    raising. A library that crashes while it is imported, as one built for newer processors does, is
+    a BackendUnavailable.
     """
     require_known(backend)
     everything = {"path": sys.path, "backend": backend, "cache_dir": str(cache_dir), **settings}
-    completed = subprocess.run(  # noqa: S603 - this interpreter, with our own settings
+    with subprocess.Popen(  # noqa: S603 - this interpreter, with our own settings
         [sys.executable, "-I", "-c", _CHILD],
-        input=json.dumps(everything),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-    )
+    ) as child:
+        try:
+            out, err = _communicate(child, json.dumps(everything), check)
+        except BaseException:
+            child.kill()
+            raise
     try:
-        answer = json.loads(completed.stdout.splitlines()[-1])
+        answer = json.loads(out.splitlines()[-1])
     except (ValueError, IndexError) as error:
-        how = (completed.stderr.strip().splitlines() or [f"exit code {completed.returncode}"])[-1]
+        how = (err.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise BackendUnavailable(backend, f"it crashes on this machine ({how})") from error
     if "unavailable" in answer:
         raise BackendUnavailable(backend, answer["unavailable"])
@@ -127,7 +205,22 @@ def profile_in_child(*, backend: str, cache_dir: Path, **settings: float | None)
         raise BackendError(answer["error"])
     for name in ("container_bits", "makes"):
         answer[name] = tuple(map(tuple, answer[name]))
+    answer["conditions"] = tuple((name, Conditions(**of)) for name, of in answer["conditions"])
     return DeviceProfile(**answer)
+
+
+def _communicate(
+    child: subprocess.Popen[str], said: str, check: Callable[[], None] | None
+) -> tuple[str, str]:
+    """What the child wrote to stdout and stderr; whatever ``check`` raises comes first."""
+    remaining: str | None = said
+    while True:
+        try:
+            return child.communicate(remaining, timeout=None if check is None else CANCEL_S)
+        except subprocess.TimeoutExpired:
+            remaining = None  # It goes on with what it has begun to write.
+            if check is not None:
+                check()
 
 
 def answer_parent(settings: dict[str, Any]) -> None:
@@ -143,28 +236,51 @@ def answer_parent(settings: dict[str, Any]) -> None:
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
-def _call_s(backend: Backend, threads: int, directory: Path, exact: bool) -> float:
+def _call_s(bench: Bench, patience: Patience) -> tuple[float, Conditions | None]:
     """0 where the shoal has to make files for it first: the agent measures it then."""
+    bench.patience = patience
     try:
-        return measure_call(backend, threads, directory, exact=exact)
+        return bench.call_s, bench.call_conditions
     except FilesMissing:
-        return 0.0
+        return 0.0, None
 
 
 def measure_memory_read(threads: int) -> float:
     """Bytes per second that ``threads`` threads read together from main memory, at best."""
+    return memory_read_rate(threads)[0]
+
+
+def _memory_rate(kind: type[Backend], threads: int) -> tuple[float, float]:
+    """As ``memory_read_rate``, of the memory that the backend's stages live in."""
+    rate = kind.memory_read_bytes_per_s()
+    return memory_read_rate(threads) if rate is None else (rate, 0.0)
+
+
+def memory_read_rate(threads: int) -> tuple[float, float]:
+    """As ``measure_memory_read``, and the spread of its repeats."""
     items = _buffer_items()
     parts = np.array_split(np.ones(items, np.int64), threads)
     # numpy lets go of the interpreter lock while it reduces.
-    return items * 8 / _best_s(threads, np.bitwise_or.reduce, parts)
+    best_s, spread = _best_s(threads, np.bitwise_or.reduce, parts)
+    return items * 8 / best_s, spread
 
 
 def measure_memory_copy(threads: int) -> float:
     """Bytes per second, read plus written, of ``threads`` threads copying in main memory."""
+    return memory_copy_rate(threads)[0]
+
+
+def memory_copy_rate(threads: int) -> tuple[float, float]:
+    """As ``measure_memory_copy``, and the spread of its repeats."""
     items = _buffer_items() // 2
     sources = np.array_split(np.ones(items, np.int64), threads)
     targets = np.array_split(np.zeros(items, np.int64), threads)
-    return 2 * items * 8 / _best_s(threads, np.copyto, targets, sources)
+    best_s, spread = _best_s(threads, np.copyto, targets, sources)
+    return 2 * items * 8 / best_s, spread
+
+
+def _slowness(rate: float) -> float:
+    return 1 / rate
 
 
 def measure_disk_write(directory: Path) -> float:
@@ -219,16 +335,19 @@ def _buffer_items() -> int:
     return max(min(_READ_BUFFER_BYTES, available_bytes // 8) // 8, 1 << 16)
 
 
-def _best_s(threads: int, work: Callable[..., object], *parts: Sequence[Any]) -> float:
-    """Least seconds in which ``threads`` threads do ``work`` on all parts, of several tries."""
-    best_s = math.inf
+def _best_s(
+    threads: int, work: Callable[..., object], *parts: Sequence[Any]
+) -> tuple[float, float]:
+    """Least seconds in which ``threads`` threads do ``work`` on all parts, of several tries; and
+    the spread of these."""
+    times_s: list[float] = []
     with ThreadPoolExecutor(threads) as pool:
         started_s = time.perf_counter()
         while time.perf_counter() - started_s < _READ_TIME_S:
             before_s = time.perf_counter()
             list(pool.map(work, *parts))
-            best_s = min(best_s, time.perf_counter() - before_s)
-    return best_s
+            times_s.append(time.perf_counter() - before_s)
+    return min(times_s), spread_of(times_s[1:])
 
 
 def _storage_bytes(cache_dir: Path) -> int:

@@ -21,12 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.base import Backend, Capabilities, Stage, StageOptions
+from calibration.disturbance import Patience, spread_of, steady
 from calibration.machine import hardware_id, memory_bytes, usable_share
 from calibration.store import CalibrationStore
 from model.artifact import Tensor, store_block
 from model.costs import executed_bytes, on_chip_layer_bytes
 from model.quantize import Format, random_matrix
 from model.spec import QUANTIZED_TENSORS, LayerSpec, ModelSpec
+from wire.conditions import Conditions, worst
 from wire.limits import PREFILL_CHUNK_TOKENS
 from wire.profile import BlockTiming, TimingKind
 
@@ -43,6 +45,9 @@ EMBEDDING_ROWS = 1024
 LOAD_FACTOR = 2.5
 """Memory to load a stage, over its weights as executed; what does not fit is not timed."""
 
+PREPARED = {"prepared": True}
+"""In the key of what was timed with prepared weights: before, it was timed on the heap."""
+
 _CONTEXT_TOKENS = 4 * PREFILL_CHUNK_TOKENS
 _MIN_REPEATS = 5
 _MIN_TIME_S = 0.2
@@ -54,6 +59,14 @@ _ROUND_S = 0.04
 """Several periods of the kernel's CPU quotas, which are 5 to 10 ms where they are short."""
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of a row that is decoded, and of a prompt's token; and what else went on."""
+
+    seconds: tuple[float, float]
+    conditions: Conditions
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +94,8 @@ def measure_model(
     """Timings of embedding, distinct layers and head of ``spec`` at each of ``bits``.
 
     Widths that the backend does not take, and blocks too large to be loaded here, have none. What
-    is in ``store`` is not measured again. ``progress`` is called with (done, all) steps.
+    is in ``store`` is not measured again. ``progress`` is called with (done, all) steps, several
+    times a second, and may raise to end it.
     directory: where the random blocks are written meanwhile, by default beside the store. exact:
     of stages loaded so. Raises BackendError where the backend fails, CheckpointError where the disk
     is full.
@@ -91,24 +105,52 @@ def measure_model(
     if directory is None and store is not None:
         directory = store.path.parent
         directory.mkdir(parents=True, exist_ok=True)
-    common = machine_key(capabilities, threads) | ({"exact": True} if exact else {})
+    layout = {"exact": True} if exact else PREPARED
+    common = machine_key(capabilities, threads) | layout
     bench = Bench(backend, threads, directory, exact=exact)
     timings: list[BlockTiming] = []
     for done, task in enumerate(tasks):
         if progress is not None:
-            progress(done, len(tasks))
+            bench.check = partial(progress, done, len(tasks))
+            bench.check()
         key = common | timing_dependencies(spec, task)
-        seconds = None if store is None else store.get(key)
+        seconds, conditions = (None, None) if store is None else store.found(key)
         if seconds is None or len(seconds) != 2:
-            seconds = bench.run(spec, task)
-            if seconds is not None and store is not None:
-                store.put(key, seconds)
-        if seconds is not None:
-            timings += [
-                BlockTiming(task.kind, task.variant, width, *seconds) for width in task.stands_for
-            ]
+            measured = bench.run(spec, task)
+            if measured is None:
+                continue
+            seconds, conditions = measured.seconds, measured.conditions
+            if store is not None:
+                seconds, conditions = store.keep(key, seconds, conditions)
+        timings += [
+            BlockTiming(task.kind, task.variant, width, seconds[0], seconds[1], conditions)
+            for width in task.stands_for
+        ]
     if progress is not None:
         progress(len(tasks), len(tasks))
+    return tuple(timings)
+
+
+def kept_timings(
+    spec: ModelSpec,
+    bits: Sequence[int],
+    backend: Backend,
+    *,
+    threads: int,
+    store: CalibrationStore,
+    exact: bool = False,
+) -> tuple[BlockTiming, ...]:
+    """As ``measure_model``, of what is in ``store`` only: nothing is measured."""
+    capabilities = backend.probe()
+    common = machine_key(capabilities, threads) | ({"exact": True} if exact else {})
+    timings: list[BlockTiming] = []
+    for task in timing_tasks(spec, bits, capabilities.containers(exact=exact)):
+        seconds, conditions = store.found(common | timing_dependencies(spec, task))
+        if seconds is not None and len(seconds) == 2:
+            timings += [
+                BlockTiming(task.kind, task.variant, width, seconds[0], seconds[1], conditions)
+                for width in task.stands_for
+            ]
     return tuple(timings)
 
 
@@ -139,47 +181,57 @@ class Bench:
         self.threads = threads
         self._exact = exact
         self._directory = directory
-        self._call_s: float | None = None
+        self._call: tuple[float, Conditions] | None = None
+        self.patience = Patience()
+        """For measuring again what others disturbed."""
+        self.check: Callable[[], None] = _nothing
+        """Called now and then while something is timed, which it ends by raising."""
 
     @property
     def call_s(self) -> float:
-        if self._call_s is None:
+        return self._measured_call()[0]
+
+    @property
+    def call_conditions(self) -> Conditions:
+        """Of the measurement of ``call_s``."""
+        return self._measured_call()[1]
+
+    def _measured_call(self) -> tuple[float, Conditions]:
+        if self._call is None:
             bits = min(self.backend.probe().container_bits)
             few, many = (_tiny_model(layers) for layers in (1, 1 + MAX_TIMED_LAYERS))
-            (few_s,) = self._time(few, range(1, 2), bits, (1,))
-            (many_s,) = self._time(many, range(1, 2 + MAX_TIMED_LAYERS), bits, (1,))
+            (few_s,), of_few = self._time(few, range(1, 2), bits, (1,))
+            (many_s,), of_many = self._time(many, range(1, 2 + MAX_TIMED_LAYERS), bits, (1,))
             layer_s = (many_s - few_s) / MAX_TIMED_LAYERS
-            self._call_s = max(few_s - layer_s, 0.0)
-        return self._call_s
+            self._call = max(few_s - layer_s, 0.0), worst((of_few, of_many)) or of_few
+        return self._call
 
-    def run(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
-        """(decode_s, prefill_s_per_token), or None where the block does not fit here."""
+    def run(self, spec: ModelSpec, task: Task) -> Measured | None:
+        """The times of a block, or None where it does not fit here."""
         if task.kind == "embedding":
             return self._embedding(spec, task)
         if task.kind == "head":
             return self._head(spec, task)
         return self._layer(spec, task)
 
-    def _embedding(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
+    def _embedding(self, spec: ModelSpec, task: Task) -> Measured | None:
         small = replace(spec, vocab=min(spec.vocab, EMBEDDING_ROWS))
         if not fits_memory(small, range(1), task):
             return None
         chunk = chunk_tokens(spec)
-        decode_s, prefill_s = self._time(small, range(1), task.bits, (1, chunk))
-        return decode_s, prefill_s / chunk
+        (decode_s, prefill_s), conditions = self._time(small, range(1), task.bits, (1, chunk))
+        return Measured((decode_s, prefill_s / chunk), conditions)
 
-    def _layer(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
+    def _layer(self, spec: ModelSpec, task: Task) -> Measured | None:
         several = timed_layers(spec, task, self.backend.probe().on_chip_bytes)
         if several is None:
             return None
         count, chunk = len(several.layers), chunk_tokens(spec)
-        decode_s, prefill_s = (
-            layer_share_s(seconds, self.call_s, count)
-            for seconds in self._time(several, range(1, 1 + count), task.bits, (1, chunk))
-        )
-        return decode_s, prefill_s / chunk
+        seconds, conditions = self._time(several, range(1, 1 + count), task.bits, (1, chunk))
+        decode_s, prefill_s = (layer_share_s(each, self.call_s, count) for each in seconds)
+        return Measured((decode_s, prefill_s / chunk), conditions)
 
-    def _head(self, spec: ModelSpec, task: Task) -> tuple[float, float] | None:
+    def _head(self, spec: ModelSpec, task: Task) -> Measured | None:
         head = range(spec.head_block, spec.head_block + 1)
         whole_bytes = executed_bytes(
             spec, spec.head_block, Format.of(task.bits), task.container_bits
@@ -189,30 +241,43 @@ class Bench:
             if vocab == 1:
                 return None
             vocab //= 2
-        (decode_s,) = self._time(replace(spec, vocab=vocab), head, task.bits, (1,))
+        (decode_s,), conditions = self._time(replace(spec, vocab=vocab), head, task.bits, (1,))
         if vocab < spec.vocab:
             fixed_s = min(self.call_s, decode_s / 2)
             decode_s = fixed_s + (decode_s - fixed_s) * spec.vocab / vocab
-        return decode_s, decode_s / PREFILL_CHUNK_TOKENS
+        return Measured((decode_s, decode_s / PREFILL_CHUNK_TOKENS), conditions)
 
-    def _time(self, spec: ModelSpec, blocks: range, bits: int, rows: Sequence[int]) -> list[float]:
+    def _time(
+        self, spec: ModelSpec, blocks: range, bits: int, rows: Sequence[int]
+    ) -> tuple[list[float], Conditions]:
         """Seconds of a call with each number of ``rows``, through a stage of random blocks,
-        behind as many tokens as a chunk has."""
+        behind as many tokens as a chunk has; and what else went on meanwhile."""
         context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), chunk_tokens(spec)
         options = StageOptions(1, context_tokens, self.threads, exact=self._exact)
         inputs = random_inputs(spec, blocks, chunk)
         with self.stage(spec, blocks, bits, options) as stage:
-            return [
-                _seconds_per_call(partial(stage.forward, 0, chunk, inputs[:count]))
-                for count in rows
-            ]
+
+            def calls() -> tuple[list[float], float]:
+                timed = [
+                    _timed(partial(stage.forward, 0, chunk, inputs[:count]), self.check)
+                    for count in rows
+                ]
+                return [median for median, _ in timed], max(spread for _, spread in timed)
+
+            return steady(calls, self.patience, sum)
 
     @contextmanager
     def stage(
         self, spec: ModelSpec, blocks: range, bits: int, options: StageOptions
     ) -> Iterator[Stage]:
-        """A stage of random blocks, loaded for as long as the context lasts."""
+        """A stage of random blocks, loaded for as long as the context lasts.
+
+        As an agent's, all but exact ones keep prepared weights: memory that is mapped from a file
+        is read at another speed than the heap (docs/performance.md).
+        """
         with TemporaryDirectory(dir=self._directory, prefix=".calibration-") as name:
+            if not options.exact:
+                options = replace(options, prepared_dir=Path(name) / "prepared")
             formats = [Format.of(bits)] * len(blocks)
             artifacts = list(random_artifacts(Path(name), spec, blocks, formats))
             with closing(self.backend.load(spec, artifacts, options)) as stage:
@@ -356,22 +421,38 @@ def _tiny_model(layers: int) -> ModelSpec:
     )
 
 
-def _seconds_per_call(call: Callable[[], object]) -> float:
-    """A fifth of a second's worth of repeats, fewer of a slow one; more with a part of a core."""
+def _nothing() -> None:
+    """A check that lets everything go on."""
+
+
+def _timed(call: Callable[[], object], check: Callable[[], None]) -> tuple[float, float]:
+    """(seconds, spread) of a fifth of a second's worth of repeats, fewer of a slow call; more with
+    a part of a core."""
     limited = usable_share() < 1
     min_time_s = _LIMITED_TIME_S if limited else _MIN_TIME_S
-    return seconds_per_call(call, _MIN_REPEATS, min_time_s, _MAX_TIME_S)
+    return timed_calls(call, _MIN_REPEATS, min_time_s, _MAX_TIME_S, check)
 
 
 def seconds_per_call(
     call: Callable[[], object], min_repeats: int, min_time_s: float, max_time_s: float
 ) -> float:
-    """Seconds of a call that follows on others, after one that does not count.
+    """Seconds of a call that follows on others, as ``timed_calls`` has them."""
+    return timed_calls(call, min_repeats, min_time_s, max_time_s)[0]
+
+
+def timed_calls(
+    call: Callable[[], object],
+    min_repeats: int,
+    min_time_s: float,
+    max_time_s: float,
+    check: Callable[[], None] = _nothing,
+) -> tuple[float, float]:
+    """(seconds, spread) of a call that follows on others, after one that does not count.
 
     The median over rounds of _ROUND_S of the mean in each: a processor that is shared or limited
     runs a call at full speed or holds it up for milliseconds, so that only a mean tells what many
     cost, while the median keeps out what happened once. Repeated until both minima are reached, or
-    ``max_time_s`` is (once at least).
+    ``max_time_s`` is (once at least). ``check`` is called between rounds, and ends it by raising.
     """
     call()
     rounds_s: list[float] = []
@@ -386,6 +467,7 @@ def seconds_per_call(
         # What is left over at the end is no round, unless it is all there is.
         if now_s - before_s >= _ROUND_S or (done and not rounds_s):
             rounds_s.append((now_s - before_s) / calls)
-            before_s, calls = now_s, 0
+            check()
+            before_s, calls = time.perf_counter(), 0
         if done:
-            return float(np.median(rounds_s))
+            return float(np.median(rounds_s)), spread_of(rounds_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -23,14 +24,33 @@ def hardware_id(root: Path = Path("/")) -> str:
 def processor_name(root: Path = Path("/")) -> str:
     """The processor (x86) or the board (ARM, where the kernel names no processor)."""
     fields: dict[str, str] = {}
-    for line in _lines(root / "proc/cpuinfo"):
+    for line in read_lines(root / "proc/cpuinfo"):
         label, _, value = line.partition(":")
         fields.setdefault(label.strip(), value.strip())
     for label in ("model name", "Model", "Hardware", "cpu model", "uarch"):
         if fields.get(label):
             return fields[label]
-    board = "".join(_lines(root / "proc/device-tree/model")).strip("\0 ")
+    board = "".join(read_lines(root / "proc/device-tree/model")).strip("\0 ")
     return board or platform.processor() or "unknown processor"
+
+
+def kernel_id(root: Path = Path("/")) -> str:
+    """Names the running machine, the same in all its containers; empty where it cannot be told.
+
+    Made of the kernel's boot id, which two machines never share, as copied disks do a machine id.
+    Hashed, because it goes to others.
+    """
+    boot = "".join(read_lines(root / "proc/sys/kernel/random/boot_id")).strip()
+    return hashlib.sha256(f"shoal {boot}".encode()).hexdigest()[:16] if boot else ""
+
+
+def is_wireless(address: str, root: Path = Path("/")) -> bool:
+    """Whether this address of ours belongs to a radio's interface."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address.partition("%")[0] == address for item in addresses):
+            interface = root / "sys/class/net" / name
+            return (interface / "wireless").exists() or (interface / "phy80211").exists()
+    return False
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -41,12 +61,12 @@ def usable_cores(root: Path = Path("/")) -> int:
 def usable_share(root: Path = Path("/")) -> float:
     """As ``usable_cores``, as the quota has it: less than 1 for a part of a core."""
     cores = float(len(os.sched_getaffinity(0)))
-    for group in _cgroups(root, "cpu"):
-        words = " ".join(_lines(group / "cpu.max")).split()
+    for group in cgroups(root, "cpu"):
+        words = " ".join(read_lines(group / "cpu.max")).split()
         if not words:
             words = [
-                *_lines(group / "cpu.cfs_quota_us")[:1],
-                *_lines(group / "cpu.cfs_period_us")[:1],
+                *read_lines(group / "cpu.cfs_quota_us")[:1],
+                *read_lines(group / "cpu.cfs_period_us")[:1],
             ]
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
             cores = min(cores, int(words[0]) / int(words[1]))
@@ -64,7 +84,7 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
     Page cache that can be dropped counts as free.
     """
     values: dict[str, int] = {}
-    for line in _lines(root / "proc/meminfo"):
+    for line in read_lines(root / "proc/meminfo"):
         found = re.fullmatch(r"(\w+):\s+(\d+) kB", line.strip())
         if found:
             values[found[1]] = int(found[2]) * 1024
@@ -72,7 +92,7 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
     if available is None or total is None:
         memory = psutil.virtual_memory()
         available, total = int(memory.available), int(memory.total)
-    for group in _cgroups(root, "memory"):
+    for group in cgroups(root, "memory"):
         limit = _number(group / "memory.max")
         used = _number(group / "memory.current")
         droppable = "inactive_file"
@@ -82,7 +102,7 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
             droppable = "total_inactive_file"
         if limit is None or limit >= _NO_LIMIT_BYTES:
             continue
-        for line in _lines(group / "memory.stat"):
+        for line in read_lines(group / "memory.stat"):
             name, _, value = line.strip().partition(" ")
             if name == droppable and value.isdigit():
                 used = max((used or 0) - int(value), 0)
@@ -91,13 +111,13 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
     return available, total
 
 
-def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+def cgroups(root: Path, controller: str) -> Iterator[Path]:
     """Directories of this process's control groups (versions 1 and 2), each with its parents.
 
     Inside a container the names may be the host's, while the mount shows the container's own group
     at its top: directories that do not exist read as groups without limits.
     """
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in read_lines(root / "proc/self/cgroup"):
         _, controllers, name = (*line.strip().split(":", 2), "", "")[:3]
         if controllers == "":
             mount = root / "sys/fs/cgroup"
@@ -112,7 +132,8 @@ def _cgroups(root: Path, controller: str) -> Iterator[Path]:
             yield mount / group
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file of the kernel's; none where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -121,5 +142,5 @@ def _lines(path: Path) -> list[str]:
 
 def _number(path: Path) -> int | None:
     """The number in a one-line file; None where there is no file, or no limit ("max")."""
-    text = "".join(_lines(path)).strip()
+    text = "".join(read_lines(path)).strip()
     return int(text) if text.isdigit() else None

@@ -1,7 +1,8 @@
 """Heat, throttling and watts, from what the kernel shows of them; where it shows nothing, nothing.
 
-Sources: the hwmon and powercap ABI of the Linux kernel; Raspberry Pi documentation, "vcgencmd
-get_throttled"; NVIDIA Jetson Linux developer guide, "Power monitoring" (INA3221 rails).
+Sources: the hwmon, cpufreq, thermal_throttle and powercap ABI of the Linux kernel; Raspberry Pi
+documentation, "vcgencmd get_throttled"; NVIDIA Jetson Linux developer guide, "Power monitoring"
+(INA3221 rails).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Sensors:
         ask_firmware: Callable[[], str] | None = None,
         temperatures_c: Callable[[], dict[str, float]] | None = None,
     ) -> None:
-        self._root = root
+        self.root = root
         self._clock_s = clock_s
         self._ask_firmware = ask_firmware or _vcgencmd
         self._temperatures_c = temperatures_c or _psutil_temperatures
@@ -79,20 +80,40 @@ class Sensors:
 
     def throttling(self) -> Throttling | None:
         """A Raspberry Pi's flags; None on other machines."""
-        for path in sorted(self._root.glob("sys/devices/platform/soc/*firmware/get_throttled")):
+        for path in sorted(self.root.glob("sys/devices/platform/soc/*firmware/get_throttled")):
             text = _read(path)
             if text:
                 return parse_throttled(text)
         return parse_throttled(self._ask_firmware())
 
+    def clock_hz(self) -> float | None:
+        """Mean clock of the cores now; None where the kernel does not govern it."""
+        rates = [
+            _number(path)
+            for path in self.root.glob("sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq")
+        ]
+        known = [rate * 1e3 for rate in rates if rate]
+        return sum(known) / len(known) if known else None
+
+    def throttle_events(self) -> int | None:
+        """How often an x86 processor's cores have slowed down for heat since it was booted."""
+        counts = [
+            _number(path)
+            for path in self.root.glob(
+                "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
+            )
+        ]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
+
     def power_meter(self) -> PowerMeter | None:
         """A meter that starts now: a Jetson's rails, else RAPL counters, else None."""
-        rails = _total_rails(dict(_ina_hwmon(self._root)) or dict(_ina_iio(self._root)))
+        rails = _total_rails(dict(_ina_hwmon(self.root)) or dict(_ina_iio(self.root)))
         if rails:
             return _RailMeter(rails)
         counters = [
             path
-            for path in sorted(self._root.glob("sys/class/powercap/intel-rapl:*/energy_uj"))
+            for path in sorted(self.root.glob("sys/class/powercap/intel-rapl:*/energy_uj"))
             # Packages are intel-rapl:N; intel-rapl:N:M are parts of them.
             if path.parent.name.count(":") == 1 and _number(path) is not None
         ]

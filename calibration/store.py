@@ -1,4 +1,8 @@
-"""Measurements kept on disk, under everything that they depend on."""
+"""Measurements kept on disk, under everything that they depend on.
+
+Each is kept with the conditions of its measurement: one of a busy machine gives way to any later
+one, one of a quiet machine only to another of a quiet machine.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,38 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wire.conditions import Conditions
+
 VERSION = 1
 
+MAX_MODELS = 8
+"""Models that are remembered; measuring one again takes some seconds."""
+
+Values = tuple[float, ...]
+Due = Callable[[Conditions | None], bool]
+"""Whether a figure that was measured under such conditions is to be measured again."""
+
 log = logging.getLogger(__name__)
+
+
+def is_doubtful(conditions: Conditions | None) -> bool:
+    """Whether a figure may be that of a busy machine: it was, or nobody wrote down."""
+    return conditions is None or conditions.is_noisy
+
+
+@dataclass(slots=True)
+class _Content:
+    """What the file holds; keys are canonical."""
+
+    entries: dict[str, Values] = field(default_factory=dict)
+    conditions: dict[str, Conditions] = field(default_factory=dict)
+    models: list[dict[str, Any]] = field(default_factory=list)
 
 
 class CalibrationStore:
@@ -24,48 +52,125 @@ class CalibrationStore:
     A key is a mapping of plain values naming all that the measurement depends on; equal keys in
     any order are one. A file that is damaged or of another version counts as empty, with a warning,
     and the next ``put`` replaces it. The disk being full or read-only costs a warning, not the
-    measurement.
+    measurement. What the administrator writes belongs to the owner of the directory: a service.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, due: Due = lambda conditions: False) -> None:
+        """``due`` tells which figures ``get`` does not find, so that they are measured again."""
         self.path = path
+        self._due = due
 
-    def get(self, key: Mapping[str, Any]) -> tuple[float, ...] | None:
+    def again(self, due: Due = lambda conditions: True) -> CalibrationStore:
+        """The same file, for measuring again what is ``due``."""
+        return CalibrationStore(self.path, due)
+
+    def get(self, key: Mapping[str, Any]) -> Values | None:
         """The values stored under ``key``, or None."""
-        return self._read().get(_canonical(key))
+        return self.found(key)[0]
 
-    def put(self, key: Mapping[str, Any], values: tuple[float, ...]) -> None:
+    def found(self, key: Mapping[str, Any]) -> tuple[Values | None, Conditions | None]:
+        """As ``get``, and under which conditions they were measured; None: not known."""
+        content, name = self._read(), _canonical(key)
+        conditions = content.conditions.get(name)
+        if name not in content.entries or self._due(conditions):
+            return None, None
+        return content.entries[name], conditions
+
+    def put(
+        self, key: Mapping[str, Any], values: Values, conditions: Conditions | None = None
+    ) -> None:
         """Store ``values`` under ``key``, in place of what was there."""
+        with self._changed() as content:
+            content.entries[_canonical(key)] = values
+            content.conditions.pop(_canonical(key), None)
+            if conditions is not None:
+                content.conditions[_canonical(key)] = conditions
+
+    def keep(
+        self, key: Mapping[str, Any], values: Values, conditions: Conditions
+    ) -> tuple[Values, Conditions]:
+        """Store ``values``, unless those that are there disturbed less; returns the better ones."""
+        name = _canonical(key)
+        with self._changed() as content:
+            stored, before = content.entries.get(name), content.conditions.get(name)
+            if (
+                stored is not None
+                and len(stored) == len(values)
+                and before is not None
+                and conditions.is_noisy
+                and (before.is_noisy, before.noise) < (conditions.is_noisy, conditions.noise)
+            ):
+                return stored, before
+            content.entries[name], content.conditions[name] = values, conditions
+        return values, conditions
+
+    def note_model(self, spec: Mapping[str, Any], bits: tuple[int, ...]) -> None:
+        """Remember that this model was asked for at ``bits``, as one of the MAX_MODELS latest."""
+        known = next((item for item in self.models() if item[0] == spec), None)
+        widths = sorted({*bits, *(() if known is None else known[1])})
+        if known is not None and list(known[1]) == widths:
+            return
+        with self._changed() as content:
+            others = [item for item in content.models if item["spec"] != spec]
+            content.models = [*others, {"spec": dict(spec), "bits": widths}][-MAX_MODELS:]
+
+    def models(self) -> list[tuple[dict[str, Any], tuple[int, ...]]]:
+        """(spec as a dict, bits) of the models that were asked for."""
+        return [(item["spec"], tuple(item["bits"])) for item in self._read().models]
+
+    def changed_s(self) -> float:
+        """When the file was last written; 0 where there is none."""
+        try:
+            return self.path.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    @contextmanager
+    def _changed(self) -> Iterator[_Content]:
+        """What the file holds, to be changed; written back at the end."""
+        content: _Content | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                entries = self._read()
-                entries[_canonical(key)] = values
-                self._write(entries)
+                content = self._read()
+                yield content
+                self._write(content)
         except OSError as error:
             log.warning("calibration cannot be kept in %s: %s", self.path, error)
+            if content is None:
+                yield _Content()
 
-    def _read(self) -> dict[str, tuple[float, ...]]:
+    def _read(self) -> _Content:
         try:
             content = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            return {}
+            return _Content()
         except (OSError, UnicodeDecodeError) as error:
             log.warning("calibration in %s cannot be read, measuring anew: %s", self.path, error)
-            return {}
+            return _Content()
         try:
             return _parse(json.loads(content))
         except (ValueError, RecursionError) as error:
             log.warning("calibration in %s is damaged, measuring anew: %s", self.path, error)
-            return {}
+            return _Content()
 
-    def _write(self, entries: Mapping[str, tuple[float, ...]]) -> None:
-        content = json.dumps({"version": VERSION, "entries": entries}, indent=1, sort_keys=True)
+    def _write(self, content: _Content) -> None:
+        text = json.dumps(
+            {
+                "version": VERSION,
+                "entries": content.entries,
+                "conditions": {key: astuple(value) for key, value in content.conditions.items()},
+                "models": content.models,
+            },
+            indent=1,
+            sort_keys=True,
+        )
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         temporary = Path(name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(content)
+                self._hand_over(file.fileno())
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
@@ -76,16 +181,29 @@ class CalibrationStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         # A file of its own: the data file is replaced, and with it what a lock on it would hold.
-        with self.path.with_name(self.path.name + ".lock").open("w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        # Links are not followed: the administrator writes into a directory of somebody else's.
+        path = self.path.with_name(self.path.name + ".lock")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            self._hand_over(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(handle)
+
+    def _hand_over(self, handle: int) -> None:
+        """Give a file that the administrator has opened to the owner of the directory."""
+        if os.geteuid() == 0:
+            owner = self.path.parent.stat()
+            with suppress(PermissionError):  # A container's root may not.
+                os.fchown(handle, owner.st_uid, owner.st_gid)
 
 
 def _canonical(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True, separators=(",", ":"))
 
 
-def _parse(content: Any) -> dict[str, tuple[float, ...]]:
+def _parse(content: Any) -> _Content:
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"not a calibration file of version {VERSION}")
     entries = content.get("entries")
@@ -96,4 +214,28 @@ def _parse(content: Any) -> dict[str, tuple[float, ...]]:
             type(value) is float and math.isfinite(value) for value in values
         ):
             raise ValueError(f"entry {key[:60]} is not a list of finite numbers")
-    return {key: tuple(values) for key, values in entries.items()}
+    found = _Content({key: tuple(values) for key, values in entries.items()})
+    # What came later is optional: an older version leaves it out when it writes.
+    conditions = content.get("conditions")
+    for key, values in (conditions if isinstance(conditions, dict) else {}).items():
+        if _are_conditions(values):
+            found.conditions[key] = Conditions(*values)
+    models = content.get("models")
+    for item in models if isinstance(models, list) else ():
+        if isinstance(item, dict) and isinstance(item.get("spec"), dict) and _are_bits(item):
+            found.models.append(item)
+    return found
+
+
+def _are_conditions(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == len(Conditions.__dataclass_fields__)
+        and type(values[0]) is int
+        and all(type(item) in (int, float) and math.isfinite(item) for item in values)
+    )
+
+
+def _are_bits(item: dict[str, Any]) -> bool:
+    bits = item.get("bits")
+    return isinstance(bits, list) and all(type(width) is int for width in bits)

@@ -6,24 +6,33 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from backends.base import Backend, BackendError, BackendUnavailable, StageOptions
 from backends.registry import backend_class, probe_all
-from calibration.device import measure_disk, measure_memory_copy, measure_memory_read
+from calibration.device import measure_disk, memory_copy_rate, memory_read_rate
+from calibration.disturbance import LoadMeter, Patience, spread_of, steady
 from calibration.layers import Bench, random_inputs
-from calibration.machine import memory_bytes, processor_name, usable_cores
+from calibration.machine import hardware_id, memory_bytes, processor_name, usable_cores
 from calibration.sensors import PowerMeter, Sensors, Throttling
+from calibration.store import CalibrationStore
 from calibration.sustain import Sustained, measure_sustained
 from model.costs import block_flops
 from model.spec import LayerSpec, ModelSpec
+from wire.conditions import Conditions
 
 FLOPS_ROWS = 256
 """Rows of a call: enough that arithmetic, not memory, is what limits."""
 
+SLOWER = 0.6
+"""A figure that is below this share of an earlier one is worth a word."""
+
 _FLOPS_TIME_S = 0.6
+_REPEATS_SHARE, _REPEATS_LIMIT_S = 2.0, 20.0
+"""Time to measure again what was disturbed, over that of the first tries, and at most."""
+
 _HIDDEN = 1024
 
 Progress = Callable[[int, int], None]
@@ -43,6 +52,7 @@ class BackendSurvey:
     container_bits: Mapping[int, int]
     flops: Mapping[int, float]
     best_flops: Mapping[int, float]
+    conditions: Mapping[int, Conditions] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +60,8 @@ class DeviceSurvey:
     """What was measured, in SI units. None and empty: no sensor, or it cannot be measured here.
 
     Bandwidths are by number of threads. ``watts`` is the mean while computing; its source is the
-    sensor, or "declared" where the user gave it.
+    sensor, or "declared" where the user gave it. ``conditions`` are by figure: memory_read and
+    memory_copy with the number of threads behind, and disk.
     """
 
     machine: str
@@ -69,6 +80,7 @@ class DeviceSurvey:
     watts: float | None
     watts_source: str | None
     sustained: Sustained | None
+    conditions: Mapping[str, Conditions]
 
 
 def survey_device(
@@ -99,18 +111,24 @@ def survey_device(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(directory).free
+        meter_of_disk = LoadMeter(kernel=False)
         write_bytes_per_s, read_bytes_per_s = measure_disk(directory)
+        conditions = {"disk": meter_of_disk.conditions()}
     except OSError as error:
         raise BackendError(f"directory {directory} is not usable: {error}") from error
     steps.done()
-    counts = sorted({1, threads})
-    memory_read = {count: measure_memory_read(count) for count in counts}
-    steps.done()
-    memory_copy = {count: measure_memory_copy(count) for count in counts}
-    steps.done()
+    patience = Patience(_REPEATS_SHARE, _REPEATS_LIMIT_S)
+    rates: dict[str, dict[int, float]] = {}
+    for name, measure in (("memory_read", memory_read_rate), ("memory_copy", memory_copy_rate)):
+        rates[name] = {}
+        for count in sorted({1, threads}):
+            rates[name][count], conditions[f"{name} {count}"] = steady(
+                partial(measure, count), patience, lambda rate: 1 / rate
+            )
+        steps.done()
     meter = sensors.power_meter()
     surveys = tuple(
-        _with_flops(survey, threads, directory, meter, steps) for survey in found.values()
+        _with_flops(survey, threads, directory, meter, steps, patience) for survey in found.values()
     )
     sustained = None
     if sustain_s > 0:
@@ -123,8 +141,8 @@ def survey_device(
         memory_available_bytes=available_bytes,
         memory_total_bytes=total_bytes,
         storage_free_bytes=free_bytes,
-        memory_read_bytes_per_s=memory_read,
-        memory_copy_bytes_per_s=memory_copy,
+        memory_read_bytes_per_s=rates["memory_read"],
+        memory_copy_bytes_per_s=rates["memory_copy"],
         disk_write_bytes_per_s=write_bytes_per_s,
         disk_read_bytes_per_s=read_bytes_per_s,
         backends=surveys,
@@ -133,7 +151,41 @@ def survey_device(
         watts=watts,
         watts_source=source,
         sustained=sustained,
+        conditions=conditions,
     )
+
+
+def slower_than_before(survey: DeviceSurvey, store: CalibrationStore, *, again: bool) -> list[str]:
+    """What earlier surveys of this machine found much faster, one line each.
+
+    A neighbour on the same host takes memory bandwidth and clock without being seen from here. The
+    fastest of each figure is kept in ``store``; with ``again`` the new one counts.
+    """
+    figures = {
+        f"{name}, {count} thread{'s' * (count != 1)}": (rate, 1e9, "GB/s")
+        for name, rates in (
+            ("memory read", survey.memory_read_bytes_per_s),
+            ("memory copy", survey.memory_copy_bytes_per_s),
+        )
+        for count, rate in rates.items()
+    }
+    figures |= {
+        f"{backend.name} {backend.version}, {bits} bits": (rate, 1e9, "GFLOP/s")
+        for backend in survey.backends
+        for bits, rate in backend.flops.items()
+    }
+    lines = []
+    for name, (rate, unit, label) in figures.items():
+        key = {"hardware": hardware_id(), "kind": "survey", "figure": name}
+        key["threads"] = str(survey.threads)
+        known = store.get(key)
+        before = known[0] if known is not None and len(known) == 2 else 0.0
+        if rate < SLOWER * before:
+            day = time.strftime("%Y-%m-%d %H:%M", time.localtime(known[1] if known else 0))
+            lines.append(f"{name}: {rate / unit:.1f} {label} now, {before / unit:.1f} on {day}")
+        if again or rate > before:
+            store.put(key, (rate, time.time()))
+    return lines
 
 
 class _Steps:
@@ -175,28 +227,39 @@ def _with_flops(
     directory: Path,
     meter: PowerMeter | None,
     steps: _Steps,
+    patience: Patience,
 ) -> BackendSurvey:
     if survey.reason is not None:
         return survey
     backend = backend_class(survey.name)()
     flops: dict[int, float] = {}
     best_flops: dict[int, float] = {}
+    conditions: dict[int, Conditions] = {}
     for container, bits in _widths(survey).items():
         with compute_call(backend, bits, threads, directory) as (call, operations):
             call()
-            times_s: list[float] = []
-            while sum(times_s) < _FLOPS_TIME_S:
-                before_s = time.perf_counter()
-                call()
-                times_s.append(time.perf_counter() - before_s)
-                if meter is not None:
-                    meter.sample()
-            flops[container] = len(times_s) * operations / sum(times_s)
-            best_flops[container] = operations / min(times_s)
+            (flops[container], best_flops[container]), conditions[container] = steady(
+                partial(_flops, call, operations, meter), patience, lambda rates: 1 / rates[0]
+            )
         steps.done()
     return BackendSurvey(
-        survey.name, survey.version, None, survey.container_bits, flops, best_flops
+        survey.name, survey.version, None, survey.container_bits, flops, best_flops, conditions
     )
+
+
+def _flops(
+    call: Callable[[], object], operations: int, meter: PowerMeter | None
+) -> tuple[tuple[float, float], float]:
+    """((operations per second over all calls, of the best call), spread of the calls)."""
+    times_s: list[float] = []
+    while sum(times_s) < _FLOPS_TIME_S:
+        before_s = time.perf_counter()
+        call()
+        times_s.append(time.perf_counter() - before_s)
+        if meter is not None:
+            meter.sample()
+    rates = len(times_s) * operations / sum(times_s), operations / min(times_s)
+    return rates, spread_of(times_s)
 
 
 def _sustain(

@@ -1,16 +1,25 @@
-"""How fast a device stays when it has to work for long: burst against sustained rate."""
+"""How fast a device stays when it has to work for long: burst against sustained rate.
+
+That it got slower is measured; why, only sensors and counters tell. Where they are silent, or where
+other programs took the processor, this is said, and nothing is put down to heat.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+from calibration.disturbance import LoadMeter
 from calibration.sensors import Sensors, Throttling
+from wire.conditions import QUIET_CORES, QUIET_SHARE, Conditions
 
 _BURST_SHARE = 0.1
 _SUSTAINED_SHARE = 1 / 3
 _SENSOR_INTERVAL_S = 1.0
+
+KEPT_SHARE = 0.95
+"""A device that keeps so much of its speed has not become slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +27,9 @@ class Sustained:
     """Operations per second in the first tenth of ``duration_s`` and in its last third.
 
     Temperatures are of the hottest sensor; they, ``throttling`` and ``watts`` are None where no
-    sensor tells.
+    sensor tells. ``during_burst`` and ``during_sustained`` say what else used the processor. Clocks
+    are means over the cores. ``cause`` says why it became slower, as far as anything tells; empty
+    where it did not.
     """
 
     duration_s: float
@@ -29,6 +40,11 @@ class Sustained:
     throttling: Throttling | None
     watts: float | None
     watts_source: str | None
+    during_burst: Conditions
+    during_sustained: Conditions
+    burst_clock_hz: float | None
+    sustained_clock_hz: float | None
+    cause: str
 
 
 def measure_sustained(
@@ -47,6 +63,11 @@ def measure_sustained(
     call()  # What happens once only is not part of a burst.
     start_c = hottest_c = _hottest_c(sensors)
     meter = sensors.power_meter()
+    before, events = sensors.throttling(), sensors.throttle_events()
+    load = LoadMeter(sensors.root)
+    during_burst: Conditions | None = None
+    burst_clock_hz: float | None = None
+    in_last_part = False
     started_s = now_s = clock_s()
     looked_s = started_s
     ends_s: list[float] = []
@@ -54,6 +75,11 @@ def measure_sustained(
         call()
         now_s = clock_s()
         ends_s.append(now_s - started_s)
+        if during_burst is None and now_s - started_s >= duration_s * _BURST_SHARE:
+            during_burst, burst_clock_hz = load.conditions(), sensors.clock_hz()
+        if not in_last_part and now_s - started_s >= duration_s * (1 - _SUSTAINED_SHARE):
+            in_last_part = True
+            load.restart()
         if now_s - looked_s >= _SENSOR_INTERVAL_S:
             looked_s = now_s
             if meter is not None:
@@ -66,16 +92,63 @@ def measure_sustained(
     if meter is not None:
         meter.sample()
     elapsed_s = ends_s[-1]
-    return Sustained(
+    during_sustained, throttling = load.conditions(), sensors.throttling()
+    burst_flops = operations * _rate(ends_s, 0.0, elapsed_s * _BURST_SHARE)
+    sustained_flops = operations * _rate(ends_s, elapsed_s * (1 - _SUSTAINED_SHARE), elapsed_s)
+    result = Sustained(
         duration_s=elapsed_s,
-        burst_flops=operations * _rate(ends_s, 0.0, elapsed_s * _BURST_SHARE),
-        sustained_flops=operations * _rate(ends_s, elapsed_s * (1 - _SUSTAINED_SHARE), elapsed_s),
+        burst_flops=burst_flops,
+        sustained_flops=sustained_flops,
         start_c=start_c,
         hottest_c=hottest_c,
-        throttling=sensors.throttling(),
+        throttling=throttling,
         watts=None if meter is None else meter.watts(),
         watts_source=None if meter is None else meter.source,
+        during_burst=during_burst or during_sustained,
+        during_sustained=during_sustained,
+        burst_clock_hz=burst_clock_hz,
+        sustained_clock_hz=sensors.clock_hz(),
+        cause="",
     )
+    if sustained_flops >= KEPT_SHARE * burst_flops:
+        return result
+    flags = set() if throttling is None else set(throttling.now)
+    if throttling is not None and before is not None:
+        flags |= set(throttling.since_boot) - set(before.since_boot)
+    more_events = (sensors.throttle_events() or 0) - (events or 0)
+    return replace(result, cause=_cause(result, sorted(flags), more_events))
+
+
+def _cause(result: Sustained, flags: Sequence[str], events: int) -> str:
+    """Why it became slower, as far as anything tells. ``flags``: of the firmware; ``events``: how
+    often the processor slowed itself down."""
+    causes = []
+    if flags:
+        causes.append(f"the firmware reports {', '.join(flags)}")
+    if events > 0:
+        causes.append(f"the processor slowed down for heat {events} times")
+    first_hz, last_hz = result.burst_clock_hz, result.sustained_clock_hz
+    if first_hz and last_hz and last_hz < KEPT_SHARE * first_hz:
+        causes.append(f"the clock fell from {first_hz / 1e9:.2f} to {last_hz / 1e9:.2f} GHz")
+    first, last = result.during_burst, result.during_sustained
+    limit = max(QUIET_CORES, QUIET_SHARE * last.cores)
+    for who, before, after in (
+        ("other programs used", first.others_cores, last.others_cores),
+        ("the hypervisor took", first.stolen_cores, last.stolen_cores),
+    ):
+        if after > before + limit:
+            causes.append(
+                f"{who} {after:.1f} of {last.cores} cores at the end, {before:.1f} at the beginning"
+            )
+    if last.held_share > first.held_share + 0.1:
+        causes.append(
+            f"the container's processor limit held it up in {last.held_share:.0%} of periods"
+        )
+    if causes:
+        return "; ".join(causes)
+    if last.was_busy:
+        return f"unknown; {last.text}"
+    return "unknown: no sensor reports heat or throttling, no other program used the processor"
 
 
 def _rate(ends_s: list[float], first_s: float, last_s: float) -> float:

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import psutil
 
 from backends.base import Backend, StageOptions
+from calibration.disturbance import Patience, steady
 from calibration.layers import (
+    PREPARED,
     Bench,
     Task,
     chunk_tokens,
@@ -24,7 +26,7 @@ from calibration.layers import (
     layer_variants,
     machine_key,
     random_inputs,
-    seconds_per_call,
+    timed_calls,
     timed_layers,
     timing_dependencies,
     timing_tasks,
@@ -33,6 +35,7 @@ from calibration.store import CalibrationStore
 from model.costs import block_flops, executed_bytes, kv_bytes
 from model.quantize import Format
 from model.spec import ModelSpec
+from wire.conditions import Conditions, worst
 from wire.profile import BlockTiming
 
 ContextName = Literal["short", "long"]
@@ -65,6 +68,9 @@ _THOROUGH = (5, 0.2, 4.0)
 
 Progress = Callable[[int, int], None]
 
+Points = dict[tuple[int, ContextName, int], tuple[float, Conditions | None] | None]
+"""By (rows, context, position): seconds and what else went on; None where it is missing."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerTiming:
@@ -83,6 +89,7 @@ class LayerTiming:
     seconds: float
     flops: int
     moved_bytes: int
+    conditions: Conditions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +135,15 @@ def measure_table(
 
     It stops starting new points once ``budget_s`` has passed, the less important ones suffering
     first; with ``full`` there is no limit and each point is repeated more. With ``again`` all is
-    measured anew, and stored in place of what was. Blocks too large to be
-    loaded here are left out. ``progress`` is called with (done, all) points.
+    measured anew, and stored in place of what was, unless that was disturbed less. Blocks too large
+    to be loaded here are left out. ``progress`` is called with (done, all) points.
     Raises BackendError where the backend fails, CheckpointError where the disk is full.
     """
     store.path.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(backend, threads, store.path.parent)
+    bench.patience = Patience(limit_s=budget_s)
     tasks = timing_tasks(spec, bits, backend.probe().container_bits)
-    run = _Run(spec, bench, store, full, again, clock_s)
+    run = _Run(spec, bench, store.again() if again else store, full, clock_s)
     points = {task: run.points() if task.kind == "layer" else [] for task in tasks}
     total = sum(len(points[task]) or 1 for task in tasks)
     deadline_s = clock_s() + budget_s
@@ -175,16 +183,14 @@ class _Run:
         bench: Bench,
         store: CalibrationStore,
         full: bool,
-        again: bool,
         clock_s: Callable[[], float],
     ) -> None:
         self._spec = spec
         self._bench = bench
         self._store = store
         self._effort = _THOROUGH if full else _QUICK
-        self._again = again
         self._clock_s = clock_s
-        self._machine = machine_key(bench.backend.probe(), bench.threads)
+        self._machine = machine_key(bench.backend.probe(), bench.threads) | PREPARED
         self._context_tokens = min(spec.max_context, LONG_CONTEXT_TOKENS)
         self.layers: list[LayerTiming] = []
         self.memory: list[LayerMemory] = []
@@ -205,17 +211,18 @@ class _Run:
     def whole(self, task: Task) -> None:
         """Time an embedding or a head, as agents do."""
         key = self._machine | timing_dependencies(self._spec, task)
-        seconds = self._stored(key)
+        seconds, conditions = self._store.found(key)
         if seconds is None or len(seconds) != 2:
-            seconds = self._bench.run(self._spec, task)
-            if seconds is None:
+            measured = self._bench.run(self._spec, task)
+            if measured is None:
                 self.left_out += 1
                 return
-            self._store.put(key, seconds)
+            seconds, conditions = self._store.keep(key, measured.seconds, measured.conditions)
         else:
             self.reused += 1
         self.others += [
-            BlockTiming(task.kind, 0, bits, seconds[0], seconds[1]) for bits in task.stands_for
+            BlockTiming(task.kind, 0, bits, seconds[0], seconds[1], conditions)
+            for bits in task.stands_for
         ]
 
     def layer(
@@ -230,9 +237,12 @@ class _Run:
         if several is None:
             self.left_out += len(points)
             return
-        known = {point: self._stored(self._key(task, several, point)) for point in points}
-        memory = self._stored(self._key(task, several, None))
-        self.reused += sum(seconds is not None for seconds in known.values())
+        known: Points = {}
+        for point in points:
+            seconds, conditions = self._store.found(self._key(task, several, point))
+            known[point] = None if seconds is None else (seconds[0], conditions)
+        memory = self._store.get(self._key(task, several, None))
+        self.reused += sum(measured is not None for measured in known.values())
         if None in known.values() or memory is None:
             memory = self._measure(task, several, known, memory, deadline_s, on_point, done)
         self._note(task, several, known, memory)
@@ -241,7 +251,7 @@ class _Run:
         self,
         task: Task,
         several: ModelSpec,
-        known: dict[tuple[int, ContextName, int], tuple[float, ...] | None],
+        known: Points,
         memory: tuple[float, ...] | None,
         deadline_s: float | None,
         on_point: Callable[[int], None],
@@ -256,15 +266,19 @@ class _Run:
         before_bytes = process.memory_info().rss
         options = StageOptions(1, self._context_tokens, self._bench.threads)
         with self._bench.stage(several, blocks, task.bits, options) as stage:
-            for index, (point, seconds) in enumerate(known.items()):
+            for index, (point, measured) in enumerate(known.items()):
                 late = deadline_s is not None and self._clock_s() > deadline_s
-                if seconds is not None or (late and index):
+                if measured is not None or (late and index):
                     continue
                 rows, _, position = point
                 call = partial(stage.forward, 0, position, inputs[:rows])
-                measured = layer_share_s(seconds_per_call(call, *self._effort), call_s, count)
-                known[point] = (measured,)
-                self._store.put(self._key(task, several, point), (measured,))
+                calls_s, conditions = steady(
+                    partial(timed_calls, call, *self._effort), self._bench.patience, float
+                )
+                seconds = layer_share_s(calls_s, call_s, count)
+                key = self._key(task, several, point)
+                (seconds, *_), conditions = self._store.keep(key, (seconds,), conditions)
+                known[point] = seconds, conditions
                 on_point(done + index + 1)
             if memory is None:
                 grown_bytes = process.memory_info().rss - before_bytes
@@ -273,26 +287,27 @@ class _Run:
         self._for_agents(task, known)
         return memory
 
-    def _for_agents(
-        self, task: Task, known: dict[tuple[int, ContextName, int], tuple[float, ...] | None]
-    ) -> None:
+    def _for_agents(self, task: Task, known: Points) -> None:
         """Leave the two figures that ``measure_model`` looks for."""
         chunk = chunk_tokens(self._spec)
         decode, prefill = known.get((1, "short", chunk)), known.get((chunk, "short", chunk))
+        if decode is None or prefill is None:
+            return
         key = self._machine | timing_dependencies(self._spec, task)
-        if decode is not None and prefill is not None and self._stored(key) is None:
-            self._store.put(key, (decode[0], prefill[0] / chunk))
+        conditions = worst((decode[1], prefill[1]))
+        if conditions is not None and self._store.get(key) is None:
+            self._store.keep(key, (decode[0], prefill[0] / chunk), conditions)
 
     def _note(
         self,
         task: Task,
         several: ModelSpec,
-        known: dict[tuple[int, ContextName, int], tuple[float, ...] | None],
+        known: Points,
         memory: tuple[float, ...],
     ) -> None:
         weights = executed_bytes(several, 1, Format.of(task.bits), task.container_bits)
-        for (rows, context, position), seconds in known.items():
-            if seconds is None:
+        for (rows, context, position), measured in known.items():
+            if measured is None:
                 self.left_out += 1
                 continue
             # Row i of the call sees position + i + 1 tokens.
@@ -305,9 +320,10 @@ class _Run:
                     rows=rows,
                     context=context,
                     position=position,
-                    seconds=seconds[0],
+                    seconds=measured[0],
                     flops=rows * block_flops(several, 1, seen),
                     moved_bytes=weights + kv_bytes(several, 1, position + rows),
+                    conditions=measured[1],
                 )
             )
         charged, taken = memory
@@ -320,9 +336,6 @@ class _Run:
                 round(taken) if taken > 0 else None,
             )
         )
-
-    def _stored(self, key: dict[str, Any]) -> tuple[float, ...] | None:
-        return None if self._again else self._store.get(key)
 
     def _key(
         self, task: Task, several: ModelSpec, point: tuple[int, ContextName, int] | None

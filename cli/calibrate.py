@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,11 @@ from rich.table import Table
 
 from cli import argument_types
 from cli.argument_types import argument, between, whole
+from cli.calibrate_agent import Target, measure_for_agent, target_of
 from cli.calibrate_quality import quality_here, quality_on_agent
 from cli.errors import CommandFailed, UsageError
-from cli.render import Screen
+from cli.render import NOISY, Screen
+from wire.conditions import Conditions, worst
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -63,7 +66,10 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", metavar="NAME", help="default: all that run here")
     parser.add_argument(
-        "--threads", type=argument_types.count, default=len(os.sched_getaffinity(0)), metavar="N"
+        "--threads",
+        type=argument_types.count,
+        metavar="N",
+        help="default: the agent service's here, else one for each core",
     )
     parser.add_argument(
         "--sustain",
@@ -82,7 +88,9 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         "--full", action="store_true", help="the whole layer table, however long it takes"
     )
     parser.add_argument(
-        "--again", action="store_true", help="measure layers anew, though they are stored"
+        "--again",
+        action="store_true",
+        help="measure anew what is stored, and what this machine's agent has measured",
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.svg", help="a roofline, or a heat map of --quality"
@@ -145,14 +153,21 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError(f"--plot {options.plot}: only SVG is drawn; end the name in .svg")
     if options.on is not None and not options.quality:
         raise UsageError("--on NAME goes with --quality: a device measures itself when it joins")
-    state_dir = options.state_dir or default_state_dir()
     try:
+        if options.quality:
+            options.threads = options.threads or len(os.sched_getaffinity(0))
         if options.quality and options.on is not None:
             quality_on_agent(options, screen)
         elif options.quality:
-            quality_here(options, screen, state_dir)
+            quality_here(options, screen, options.state_dir or default_state_dir())
         else:
-            _device(options, screen, state_dir)
+            target = target_of(options.state_dir)
+            if target.unreachable is not None:
+                screen.note(
+                    f"the agent service here keeps its own figures, in {target.unreachable}: "
+                    "`sudo shoal calibrate --again` measures those"
+                )
+            _device(options, screen, target)
     except (BackendError, ModelError) as error:
         raise CommandFailed(str(error)) from error
 
@@ -160,11 +175,11 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
 # ---- the device and its layers -----------------------------------------------------------------
 
 
-def _device(options: argparse.Namespace, screen: Screen, state_dir: Path) -> None:
+def _device(options: argparse.Namespace, screen: Screen, target: Target) -> None:
     from backends.registry import backend_class
     from calibration.shapes import shape_spec
     from calibration.store import CalibrationStore
-    from calibration.survey import survey_device
+    from calibration.survey import slower_than_before, survey_device
     from calibration.table import measure_table
     from model.families import load_spec
 
@@ -173,16 +188,20 @@ def _device(options: argparse.Namespace, screen: Screen, state_dir: Path) -> Non
         spec = load_spec(options.model)
     elif options.shape is not None:
         spec = shape_spec(options.shape)
+    options.threads = options.threads or target.threads
+    store = CalibrationStore(target.state_dir / "calibration.json")
     with screen.counting("measuring the device") as on_step:
         survey = survey_device(
-            state_dir,
+            target.state_dir,
             options.threads,
             backends=None if options.backend is None else [options.backend],
             sustain_s=options.sustain,
             declared_watts=options.watts,
             progress=on_step,
         )
-    name = next(backend.name for backend in survey.backends if backend.reason is None)
+    slower = slower_than_before(survey, store, again=options.again)
+    usable = [backend.name for backend in survey.backends if backend.reason is None]
+    name = target.backend if target.backend in usable and not options.backend else usable[0]
     table = None
     if spec is not None:
         with screen.counting("measuring layers") as on_step:
@@ -191,20 +210,29 @@ def _device(options: argparse.Namespace, screen: Screen, state_dir: Path) -> Non
                 options.bits or DEFAULT_BITS,
                 backend_class(name)(),
                 threads=options.threads,
-                store=CalibrationStore(state_dir / "calibration.json"),
+                store=store,
                 full=options.full,
                 again=options.again,
                 progress=on_step,
             )
+    agent = measure_for_agent(target, options.threads, store, screen) if options.again else None
     if options.json:
-        screen.json({"device": asdict(survey), "layers": None if table is None else asdict(table)})
+        answer = {"device": asdict(survey), "layers": None if table is None else asdict(table)}
+        screen.json({**answer, "slower_than_before": slower, "agent": agent})
     else:
         _show_survey(screen, survey)
+        for line in slower:
+            screen.out.print(f"slower than before: {line}", markup=False, soft_wrap=True)
         if spec is not None and table is not None:
             _show_table(screen, spec, table, name)
     if options.plot is not None:
         options.plot.write_text(_roofline(survey, table, name), encoding="utf-8")
         screen.note(f"drawn to {options.plot}")
+
+
+def marked(conditions: Conditions | None) -> str:
+    """What follows a figure that may be that of a busy machine."""
+    return NOISY if conditions is not None and conditions.is_noisy else ""
 
 
 def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
@@ -222,9 +250,11 @@ def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
     ):
         for threads, rate in rates.items():
             plural = "thread" if threads == 1 else "threads"
-            table.add_row(f"{label}, {threads} {plural}", f"{rate / 1e9:.1f} GB/s")
+            of = survey.conditions.get(f"{label.partition(' (')[0].replace(' ', '_')} {threads}")
+            table.add_row(f"{label}, {threads} {plural}", f"{rate / 1e9:.1f} GB/s{marked(of)}")
     table.add_row("storage free", format_size(survey.storage_free_bytes))
-    table.add_row("disk written, synchronously", f"{survey.disk_write_bytes_per_s / 1e6:.0f} MB/s")
+    written, of_disk = survey.disk_write_bytes_per_s, survey.conditions.get("disk")
+    table.add_row("disk written, synchronously", f"{written / 1e6:.0f} MB/s{marked(of_disk)}")
     read = survey.disk_read_bytes_per_s
     table.add_row(
         "disk read, past the page cache",
@@ -236,7 +266,8 @@ def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
         for bits, rate in backend.flops.items():
             table.add_row(
                 f"{backend.name} {backend.version}, {bits} bits as executed",
-                f"{rate / 1e9:.1f} GFLOP/s (best call {backend.best_flops[bits] / 1e9:.1f})",
+                f"{rate / 1e9:.1f} GFLOP/s (best call {backend.best_flops[bits] / 1e9:.1f})"
+                + marked(backend.conditions.get(bits)),
             )
     hottest_c = max(survey.temperatures_c.values(), default=None)
     table.add_row("hottest sensor", "no sensor" if hottest_c is None else f"{hottest_c:.0f} °C")
@@ -256,8 +287,27 @@ def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
             f"({ratio:.0%})",
         )
         if work.start_c is not None and work.hottest_c is not None:
-            table.add_row("heat", f"from {work.start_c:.0f} to {work.hottest_c:.0f} °C")
+            table.add_row(
+                "hottest sensor meanwhile", f"from {work.start_c:.0f} to {work.hottest_c:.0f} °C"
+            )
     screen.table(table)
+    if survey.sustained is not None and survey.sustained.cause:
+        screen.out.print(f"slower in the end, cause: {survey.sustained.cause}", markup=False)
+    conditions = [*survey.conditions.values()]
+    for backend in survey.backends:
+        conditions += backend.conditions.values()
+    _say_noise(screen, conditions)
+
+
+def _say_noise(screen: Screen, conditions: Iterable[Conditions | None]) -> None:
+    """One line below a table that has marks."""
+    noisy = worst(of for of in conditions if of is not None and of.is_noisy)
+    if noisy is not None:
+        screen.out.print(
+            f"{NOISY.strip()} {noisy.text}; run it again with --again when it is quiet",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: str) -> None:
@@ -283,12 +333,12 @@ def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: st
             cells = []
             for container, _ in widths:
                 found = [
-                    timing.seconds
+                    f"{timing.seconds * 1e3:.2f}{marked(timing.conditions)}"
                     for timing in timings
                     if (timing.context == "long", timing.rows, timing.container_bits)
                     == (long_context, rows, container)
                 ]
-                cells.append(f"{found[0] * 1e3:.2f}" if found else "-")
+                cells.append(found[0] if found else "-")
             table.add_row(str(rows), "long" if long_context else "short", *cells)
         for label, field in (("memory charged", "charged_bytes"), ("memory taken", "taken_bytes")):
             cells = []
@@ -312,10 +362,18 @@ def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: st
         others.add_row(
             timing.kind,
             str(timing.bits),
-            f"{timing.decode_s * 1e3:.3f}",
+            f"{timing.decode_s * 1e3:.3f}{marked(timing.conditions)}",
             f"{timing.prefill_s_per_token * 1e3:.4f}",
         )
     screen.table(others, keys=2)
+    _say_noise(
+        screen,
+        [
+            item.conditions
+            for timings in (result.layers, result.embedding_and_head)
+            for item in timings
+        ],
+    )
     if result.reused:
         screen.note(f"{result.reused} figures are from an earlier run of the same kind")
     if result.left_out:

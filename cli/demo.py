@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from backends.base import BackendUnavailable
@@ -52,6 +53,12 @@ JOIN_TIMEOUT_S = 10.0
 
 START_TIMEOUT_S = 60.0
 """How long a process may take to start on a slow machine."""
+
+SPEED_TOKENS = 128
+"""Tokens that the speed is measured over. An answer may have two, whose time says nothing."""
+
+SPEED_RUNS = 3
+"""Answers of SPEED_TOKENS, of whose speeds the median counts."""
 
 SPLIT_SHARE = 0.97
 """All agents but one together get this share of what the model needs at least."""
@@ -128,6 +135,7 @@ class Demo:
                 temperature=options.temperature,
                 seed=options.seed,
             )
+            result |= self._speed(client, result["prompt_tokens"])
         if screen.json_output:
             screen.json(
                 {
@@ -141,14 +149,40 @@ class Demo:
         else:
             self._compare(loaded["plan"], result)
 
+    def _speed(self, client: Client, prompt: list[int]) -> dict[str, Any]:
+        """Measure on longer answers to the same prompt, which nobody sees.
+
+        They go on past the model's end of text. Returns {"speed_tokens", "prefill_tokens_per_s",
+        "decode_tokens_per_s"}: the tokens of each answer, fewer than SPEED_TOKENS only where the
+        context ends, and median speeds.
+        """
+        body = {
+            "prompt": prompt,
+            "max_tokens": SPEED_TOKENS,
+            "ignore_eos": True,
+            "temperature": self._options.temperature,
+            "seed": self._options.seed,
+            "return_token_ids": True,
+        }
+        runs = [client.post("/v1/completions", body)["shoal"] for _ in range(SPEED_RUNS)]
+        rates = [run["decode_tokens_per_s"] for run in runs]
+        return {
+            "speed_tokens": len(runs[0]["tokens"]),
+            "prefill_tokens_per_s": median(run["prefill_tokens_per_s"] for run in runs),
+            "decode_tokens_per_s": None if None in rates else median(rates),
+        }
+
     def _compare(self, plan: dict[str, Any], result: dict[str, Any]) -> None:
         predicted = 1e3 / plan["predicted_ms_per_token"]
-        measured = result["decode_tokens_per_s"]
+        measured, tokens = result["decode_tokens_per_s"], result["speed_tokens"]
+        rate = "too short to measure"  # The context has no room for two tokens more.
+        if measured is not None:
+            rate = f"{measured:.0f} tokens/s measured over {tokens} tokens"
         self._screen.out.print(
-            "\ndecode: "
-            + ("too short to measure" if measured is None else f"{measured:.0f} tokens/s measured")
-            + f", {predicted:.0f} predicted for devices of their own (here they share one machine)"
-            f"\nprefill: {result['prefill_tokens_per_s']:.0f} tokens/s measured",
+            f"\ndecode: {rate}, "
+            f"{predicted:.0f} predicted for devices of their own (here they share one machine)"
+            f"\nprefill: {result['prefill_tokens_per_s']:.0f} tokens/s measured over "
+            f"{len(result['prompt_tokens'])} tokens",
             soft_wrap=True,
         )
 

@@ -90,7 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_devices(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client:
-        answer = client.get("/shoal/v1/devices")
+        if options.measure is None:
+            answer = client.get("/shoal/v1/devices")
+        else:
+            with screen.progress() as on_step:
+                answer = client.operate("/shoal/v1/measure", {"device": options.measure}, on_step)
     if options.json:
         screen.json(answer)
     elif answer["devices"]:
@@ -113,7 +117,8 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
     if options.json:
         screen.json(answer)
     else:
-        screen.plan(answer["plan"], f"{answer['model']} is loaded; predicted")
+        title = f"{answer['model']} is loaded; predicted"
+        screen.plan(answer["plan"], title, noise=answer.get("noise", ()))
 
 
 def run_ps(options: argparse.Namespace, screen: Screen) -> None:
@@ -282,7 +287,13 @@ def _parser() -> argparse.ArgumentParser:
         "devices",
         run_devices,
         "show joined devices and measured links",
-        "  shoal devices\n  shoal devices --json | jq '.devices[].name'\n",
+        "  shoal devices\n  shoal devices --json | jq '.devices[].name'\n"
+        "  shoal devices --measure pi-3   again, now that it is quiet\n",
+    )
+    devices.add_argument(
+        "--measure",
+        metavar="NAME",
+        help="first measure this device, its block times and its links again",
     )
     plan = command(
         "plan",

@@ -158,6 +158,7 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     )
     found = _Found(answer["model"], answer["context_tokens"], answer["plan"], wording)
     found.devices = answer.get("devices")
+    found.noise = answer.get("noise", ())
     if "quality" in answer:
         found.margin = answer["quality"]["margin"]
         found.measured_kl = answer["quality"]["measured_kl"]
@@ -334,6 +335,8 @@ class _Found:
     measured_kl: float | None = None
     devices: Mapping[str, str] | None = None
     """Ids of devices by name; None for described ones."""
+    noise: Sequence[Mapping[str, Any]] = ()
+    """Measured figures that may be those of a busy machine."""
 
 
 def _show_plan(
@@ -403,6 +406,8 @@ def _show_found(
         }
         if found.margin is not None:
             answer["quality"] = {"margin": found.margin, "measured_kl": found.measured_kl}
+        if "devices" not in found.wording.labels:
+            answer["noise"] = list(found.noise)
         if explanation is not None:
             answer["explanation"] = explanation.to_dict()
             answer["idle"] = list(idle)
@@ -410,7 +415,8 @@ def _show_found(
             answer["simulation"] = simulation.to_dict()
         screen.json(answer)
         return
-    screen.plan(found.plan, found.wording.title, found.wording.labels.get("times"))
+    times = found.wording.labels.get("times")
+    screen.plan(found.plan, found.wording.title, times=times, noise=found.noise)
     show_divergence(screen, found.plan, found.margin, found.measured_kl)
     if found.plan["energy_j"] is not None:
         energy_j = found.plan["energy_j"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,11 @@ from wire.versions import shoal_version
 
 BAR_AFTER_S = 2.0
 """Work that ends sooner needs no progress bar."""
+
+NOISY = " *"
+"""Behind the name of a device whose figures may be those of a busy machine."""
+
+NOISE_LINES = 8
 
 PHASES = {
     "measure": "measuring blocks",
@@ -89,7 +94,9 @@ class Screen:
         started_s = time.monotonic()
 
         def on_step(step: Mapping[str, Any]) -> None:
-            key = (step["phase"], step["label"] if step["unit"] != "steps" else "")
+            # Devices are measured at the same time: each has its bar. Links have one together.
+            apart = step["unit"] != "steps" or step["phase"] == "measure"
+            key = (step["phase"], step["label"] if apart else "")
             label = PHASES.get(step["phase"], step["phase"])
             if step["label"]:
                 label += f" ({escape(step['label'])})"
@@ -142,7 +149,7 @@ class Screen:
             table.add_column(column, justify="right", no_wrap=True)
         for device in answer["devices"]:
             table.add_row(
-                escape(device["name"]),
+                escape(device["name"]) + (NOISY if device.get("noise") else ""),
                 escape(device["processor"]),
                 escape(device["backend"]),
                 str(device["threads"]),
@@ -173,6 +180,7 @@ class Screen:
             since = f"{age_s:.0f} s" if age_s < 120 else f"{age_s / 60:.0f} min"
             text = f"[red]no link:[/] {escape(link['text'])}, tried {since} ago"
             self.out.print(text, soft_wrap=True)
+        self.noise([device["noise"] for device in answer["devices"] if device.get("noise")])
 
     def _versions(self, answer: Mapping[str, Any]) -> None:
         """Who runs which shoal, and a hint where they differ."""
@@ -189,10 +197,27 @@ class Screen:
             line += ": install the same on all machines"
         self.out.print(escape(line))
 
+    def noise(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Which figures may be those of a busy machine, and what to do about it."""
+        for entry in entries[:NOISE_LINES]:
+            self.out.print(f"{NOISY.strip()} {escape(entry['text'])}", soft_wrap=True)
+        if len(entries) > NOISE_LINES:
+            self.out.print(
+                f"{NOISY.strip()} and {len(entries) - NOISE_LINES} more devices: see the field "
+                "noise of `shoal devices --json`",
+                soft_wrap=True,
+            )
+
     def plan(
-        self, plan: Mapping[str, Any], title: str, times: Mapping[str, Any] | None = None
+        self,
+        plan: Mapping[str, Any],
+        title: str,
+        *,
+        times: Mapping[str, Any] | None = None,
+        noise: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """A plan: its stages, and what each block was given; ``times`` says whose times it has."""
+        """A plan: its stages, and what each block was given; ``times`` says whose times it has,
+        ``noise`` is as of ``self.noise``."""
         from coordinator.plan import bits_text
 
         table = titled_table(title)
@@ -201,11 +226,12 @@ class Screen:
         table.add_column("bits", overflow="fold", min_width=8)
         for column in ("memory", "limit", "ms"):
             table.add_column(column, justify="right", no_wrap=True)
+        noisy = {entry["device"] for entry in noise}
         for index, stage in enumerate(plan["stages"]):
             blocks = [item for item in plan["blocks"] if item["device"] == stage["device"]]
             names = blocks[0]["name"], blocks[-1]["name"]
             table.add_row(
-                escape(stage["device"]),
+                escape(stage["device"]) + (NOISY if stage["device"] in noisy else ""),
                 names[0] if len(blocks) == 1 else f"{names[0]} .. {names[1]}",
                 bits_text([item["bits"] for item in blocks]),
                 format_size(stage["memory_bytes"]),
@@ -234,6 +260,7 @@ class Screen:
                 f"predicted for {plan['slots']} sequences at once: "
                 f"{plan['predicted_tokens_per_s']:.1f} tokens/s in all"
             )
+        self.noise(noise)
 
     def deployment(self, model: Mapping[str, Any] | None) -> None:
         """What is loaded."""

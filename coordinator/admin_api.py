@@ -1,6 +1,6 @@
-"""The routes behind the ``shoal`` command: devices, plan, load, unload, ps, quality.
+"""The routes behind the ``shoal`` command: devices, measure, plan, load, unload, ps, quality.
 
-Plan, load and quality stream one JSON object a line: {"step": ...} for progress, then
+Measure, plan, load and quality stream one JSON object a line: {"step": ...} for progress, then
 {"result": ...} or {"error": ...}. A client that goes away cancels the operation.
 """
 
@@ -19,11 +19,13 @@ from starlette.routing import Route
 
 from coordinator.deployment import Deployment, Planned
 from coordinator.distillation import QualityFound
+from coordinator.errors import RequestInvalid
 from coordinator.fleet import Fleet
 from coordinator.forecast import decode_tokens_per_s
 from coordinator.http import json_lines, read_json
 from coordinator.measurements import Step
 from coordinator.members import Member, Roster
+from coordinator.noise import device_noise, plan_noise
 from coordinator.plan import Plan
 from coordinator.plan_request import PlanRequest, model_name
 from coordinator.quality import QualityRequest
@@ -46,6 +48,7 @@ class AdminRoutes:
     def routes(self) -> list[Route]:
         return [
             Route("/shoal/v1/devices", self.devices, methods=["GET"]),
+            Route("/shoal/v1/measure", self.measure, methods=["POST"]),
             Route("/shoal/v1/ps", self.ps, methods=["GET"]),
             Route("/shoal/v1/plan", self.plan, methods=["POST"]),
             Route("/shoal/v1/load", self.load, methods=["POST"]),
@@ -54,20 +57,36 @@ class AdminRoutes:
         ]
 
     async def devices(self, request: Request) -> Response:
+        return JSONResponse(self._devices())
+
+    async def measure(self, request: Request) -> Response:
+        name = (await read_json(request)).get("device")
+        if not isinstance(name, str):
+            raise RequestInvalid("name the device to measure", "device")
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            await self._fleet.measure(name, _emitter(emit))
+            return self._devices()
+
+        return json_lines(work)
+
+    def _devices(self) -> dict[str, Any]:
         now_s = time.monotonic()
-        return JSONResponse(
-            {
-                "cluster": self._cluster,
-                "version": shoal_version(),
-                "protocol": PROTOCOL_VERSION,
-                "devices": [_device(member) for member in self._roster.members],
-                "links": [asdict(link) for link in self._roster.links()],
-                "no_links": [
-                    asdict(link) | {"age_s": round(now_s - failure.failed_s, 3), "text": str(link)}
-                    for link, failure in self._roster.failed_links()
-                ],
-            }
-        )
+        links = self._roster.links()
+        return {
+            "cluster": self._cluster,
+            "version": shoal_version(),
+            "protocol": PROTOCOL_VERSION,
+            "devices": [
+                {**_device(member), "noise": device_noise(member, links)}
+                for member in self._roster.members
+            ],
+            "links": [asdict(link) for link in links],
+            "no_links": [
+                asdict(link) | {"age_s": round(now_s - failure.failed_s, 3), "text": str(link)}
+                for link, failure in self._roster.failed_links()
+            ],
+        }
 
     async def ps(self, request: Request) -> Response:
         deployment = self._fleet.deployment
@@ -78,7 +97,8 @@ class AdminRoutes:
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
-            return _planned(await self._fleet.plan(wanted, _emitter(emit)))
+            planned = await self._fleet.plan(wanted, _emitter(emit))
+            return {**_planned(planned), "noise": self._noise(planned.checkpoint.spec, wanted)}
 
         return json_lines(work)
 
@@ -87,9 +107,16 @@ class AdminRoutes:
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
-            return _deployment(await self._fleet.load(wanted, _emitter(emit)))
+            deployment = await self._fleet.load(wanted, _emitter(emit))
+            return {**_deployment(deployment), "noise": self._noise(deployment.spec, wanted)}
 
         return json_lines(work)
+
+    def _noise(self, spec: ModelSpec, request: PlanRequest) -> list[dict[str, Any]]:
+        """Figures that a plan was made from, and that may be those of a busy machine."""
+        return plan_noise(
+            self._roster.members, self._roster.links(), spec, request.bits, request.exclude
+        )
 
     async def quality(self, request: Request) -> Response:
         wanted = QualityRequest.from_dict(await read_json(request))

@@ -51,6 +51,8 @@ from coordinator.measurements import (
     find_held,
     in_thread,
     load_rates,
+    machines,
+    measure_again,
     measure_blocks,
     measure_links,
     try_links,
@@ -137,6 +139,30 @@ class Fleet:
             ids = {member.name: member.device for member in self.deployment.members}
             self._kept.keep(request, list(ids), ids)
             return self.deployment
+
+    async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
+        """Measure anew what is known of the device ``name``, and its links to those that are free.
+
+        Raises CoordinatorError.
+        """
+        async with self._exclusive(on_step):
+            members = self._roster.require_members()
+            device = self._roster.names.device(name) or name
+            _check_joined((device,), members, self._roster.names)
+            (member,) = (member for member in members if member.device == device)
+            deployment = self.deployment
+            serving = () if deployment is None or deployment.broken else deployment.members
+            free: list[Member] = []
+            for residents in machines(members):
+                if not any(resident in serving for resident in residents):
+                    free += residents
+            if member not in free and deployment is not None:
+                raise Busy(
+                    f"{deployment.name} is loaded on {name} or its machine, which measuring needs "
+                    "for itself: run `shoal unload` first"
+                )
+            await measure_again(self._roster, member, free, self._report)
+            return member
 
     async def calibrate(
         self, request: QualityRequest, on_step: Callable[[Step], None]

@@ -9,26 +9,29 @@ import logging
 import time
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
 from coordinator.links import Failure, Links
 from coordinator.names import NameBook
 from coordinator.problem import NoLink
+from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import hygiene, limits
 from wire.addresses import is_loopback, is_shared
 from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
-from wire.hygiene import clean, implausible_profile, is_plausible_link
+from wire.hygiene import are_plausible, clean, implausible_profile, is_plausible, is_plausible_link
 from wire.messages import (
     AgentHello,
     BlocksFound,
     CancelRequest,
     CoordinatorWelcome,
+    DeviceMeasured,
     Done,
     Endpoint,
+    FiguresChanged,
     FilesMade,
     Heartbeat,
     HopMeasured,
@@ -56,7 +59,6 @@ MAX_MEMBERS = 256
 
 MOST_LINES = 30
 """Lines a minute about members that are lost: without a token, anybody may join and leave."""
-
 SIGN_OF_LIFE_S = 2 * limits.HEARTBEAT_S
 """A living agent has sent a heartbeat by then."""
 
@@ -68,6 +70,7 @@ LIFE_CHECKS = 4
 
 _ANSWERS = (
     ModelMeasured,
+    DeviceMeasured,
     LinkMeasured,
     QualityMeasured,
     HopMeasured,
@@ -213,6 +216,39 @@ class Member:
         with contextlib.suppress(AgentLost):
             await self.send(CancelRequest(number))
 
+    def take_figures(self, profile: DeviceProfile) -> None:
+        """Take the measured figures of ``profile``, and nothing else. Raises AgentFailed."""
+        wrong = implausible_profile(profile)
+        if wrong is not None:
+            raise AgentFailed(self.name, f"reported {wrong}")
+        self.profile = replace(
+            self.profile,
+            memory_read_bytes_per_s=profile.memory_read_bytes_per_s,
+            disk_write_bytes_per_s=profile.disk_write_bytes_per_s,
+            call_s=profile.call_s or self.profile.call_s,
+            conditions=profile.conditions,
+        )
+
+    def take_better(self, changed: FiguresChanged) -> None:
+        """Take what it has measured again; times only of what it was asked for before.
+
+        Raises AgentFailed.
+        """
+        self.take_figures(changed.profile)
+        if not all(map(is_plausible, changed.timings)):
+            raise AgentFailed(self.name, "reported an impossible time")
+        if not changed.spec:
+            return
+        try:
+            known = self.timings.get(ModelSpec.from_dict(changed.spec), {})
+        except ModelError as error:
+            raise AgentFailed(self.name, f"reported times of no model: {error}") from error
+        better = {(item.kind, item.variant, item.bits): item for item in changed.timings}
+        for width, timings in known.items():
+            known[width] = [
+                better.get((item.kind, item.variant, item.bits), item) for item in timings
+            ]
+
     def resolve(self, number: int, answer: Message) -> None:
         """Hand an answer, a part of it or progress to whoever asked; late ones are dropped."""
         pending = self._pending.get(number)
@@ -346,7 +382,9 @@ class Roster:
         self, source: Member, target: Member, measured: LinkMeasured | LinkChanged
     ) -> None:
         """Take a link as the source measured it. Raises AgentFailed for an impossible one."""
-        if not is_plausible_link(measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s):
+        conditions = measured.conditions if isinstance(measured, LinkMeasured) else None
+        figures = measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
+        if not (is_plausible_link(*figures) and are_plausible(conditions)):
             raise AgentFailed(source.name, "reported an impossible link")
         link = LinkProfile(
             source.name,
@@ -354,6 +392,7 @@ class Roster:
             hygiene.within_range(measured.rtt_s, hygiene.ROUND_TRIP_SECONDS),
             hygiene.within_range(measured.bytes_per_s, hygiene.LINK_BYTES_PER_S),
             min(measured.rtt_p90_s, hygiene.ROUND_TRIP_SECONDS[1]),
+            conditions,
         )
         if self._links.set((source.device, target.device), link):
             log.warning("the link from %s to %s works again", source.name, target.name)
@@ -462,6 +501,11 @@ class Roster:
                 return  # Lost meanwhile, or the link was.
             try:
                 self.set_link(member, target, message)
+            except AgentFailed as error:
+                raise ProtocolError(str(error)) from error
+        elif isinstance(message, FiguresChanged):
+            try:
+                member.take_better(message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
         elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost, StageDamaged)):

@@ -1,8 +1,9 @@
 """The OpenAI-compatible routes: /v1/models, /v1/completions, /v1/chat/completions.
 
 What this server cannot do is refused by name, never ignored: an answer that silently lacks what was
-asked for is worse than an error. Beyond OpenAI's fields it takes ``top_k`` and
-``return_token_ids``; the latter adds a ``shoal`` object with token ids and measured speeds.
+asked for is worse than an error. Beyond OpenAI's fields it takes ``top_k``, ``ignore_eos`` (do not
+end at the model's own end of text, so that an answer has ``max_tokens``), and ``return_token_ids``;
+the latter adds a ``shoal`` object with token ids and measured speeds.
 """
 
 from __future__ import annotations
@@ -247,6 +248,7 @@ _KNOWN = frozenset(
         "top_p",
         "top_k",
         "max_tokens",
+        "ignore_eos",
         "return_token_ids",
     }
 )
@@ -342,7 +344,7 @@ def _sampling(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) ->
     limit = "max_completion_tokens" if newer else "max_tokens"
     return Sampling(
         max_tokens=int(_number(body, limit, default, 1, 1 << 31, whole=True)),
-        stop_tokens=deployment.spec.eos_tokens,
+        stop_tokens=() if _flag(body, "ignore_eos") else deployment.spec.eos_tokens,
         temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
         top_k=int(_number(body, "top_k", 0, 0, 1 << 31, whole=True)),
         top_p=_number(body, "top_p", 1.0, 0.0, 1.0),

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from wire.conditions import Conditions
 from wire.messages import Message
 from wire.profile import BlockTiming, DeviceProfile
 
@@ -23,6 +24,9 @@ MAX_PROFILE_ENTRIES = 64
 """A profile is kept as long as its device: more than any real one has of anything."""
 
 MAX_BYTES = 1 << 60
+MAX_TIME_S = 1e12
+"""Since 1970, and far from now."""
+
 MAX_SECONDS = 1e6
 BLOCK_SECONDS = (1e-9, 600.0)
 CALL_SECONDS = (0.0, 600.0)
@@ -62,14 +66,25 @@ def implausible_profile(profile: DeviceProfile) -> str | None:
             return f"{field.name} {value:g}"
     if not all(0 < bits <= 64 for pair in profile.container_bits for bits in pair):
         return "widths that are none"
+    if not all(are_plausible(conditions) for _, conditions in profile.conditions):
+        return "conditions that cannot be"
     return None
+
+
+def are_plausible(conditions: Conditions | None) -> bool:
+    """Whether something can have been measured under these conditions; None is not known."""
+    return conditions is None or all(
+        0 <= figure <= MAX_TIME_S for figure in dataclasses.astuple(conditions)
+    )
 
 
 def is_plausible(timing: BlockTiming) -> bool:
     """Whether a block can take these times."""
     least_s, most_s = BLOCK_SECONDS
     times_s = timing.decode_s, timing.prefill_s_per_token
-    return all(least_s <= time_s <= most_s for time_s in times_s)
+    return all(least_s <= time_s <= most_s for time_s in times_s) and are_plausible(
+        timing.conditions
+    )
 
 
 def is_plausible_link(rtt_s: float, bytes_per_s: float, rtt_p90_s: float) -> bool:

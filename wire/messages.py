@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 from wire import limits
 from wire.activations import DEFAULT_HOP_BITS, HopBits
+from wire.conditions import Conditions
 from wire.profile import BlockTiming, DeviceProfile
 
 PROTOCOL_VERSION = 3
@@ -117,7 +118,19 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class MeasureModel:
-    """Measure seconds per block of this model's shapes at each of ``bits``."""
+    """Measure seconds per block of this model's shapes at each of ``bits``.
+
+    What the agent has measured before is not measured again.
+    """
+
+    request: int
+    spec: dict[str, Any]
+    bits: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureModelAgain:
+    """As MeasureModel, but what the agent has measured before is measured again."""
 
     request: int
     spec: dict[str, Any]
@@ -131,6 +144,33 @@ class ModelMeasured:
     request: int
     timings: tuple[BlockTiming, ...]
     call_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureDevice:
+    """Measure again what the profile says of the device itself. No stage may be loaded."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMeasured:
+    """The profile with its new figures; limits are as they were."""
+
+    request: int
+    profile: DeviceProfile
+
+
+@dataclass(frozen=True, slots=True)
+class FiguresChanged:
+    """Agent to coordinator, unasked: better figures than it has told before.
+
+    ``timings`` are of the model ``spec``, where it is not empty.
+    """
+
+    profile: DeviceProfile
+    spec: dict[str, Any]
+    timings: tuple[BlockTiming, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +190,7 @@ class LinkMeasured:
     rtt_s: float
     bytes_per_s: float
     rtt_p90_s: float = 0.0
+    conditions: Conditions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,7 +559,11 @@ Message: TypeAlias = (
     | JoinRefused
     | Heartbeat
     | MeasureModel
+    | MeasureModelAgain
     | ModelMeasured
+    | MeasureDevice
+    | DeviceMeasured
+    | FiguresChanged
     | MeasureLink
     | LinkMeasured
     | LinkChanged
@@ -597,6 +642,10 @@ CODES: dict[int, type[Message]] = {
     54: FilesMade,
     60: StageDamaged,
     61: BlockDamaged,
+    85: MeasureDevice,
+    86: DeviceMeasured,
+    87: FiguresChanged,
+    88: MeasureModelAgain,
 }
 """Message codes on the wire. Never reuse a number."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from wire.conditions import Conditions
+
 TimingKind = Literal["embedding", "layer", "head"]
 
 
@@ -24,6 +26,9 @@ class DeviceProfile:
     weights are in ordinary memory. ``makes`` lists (backend, version of what makes them) of the
     files that this device can make for others. ``arithmetic`` names the backend whose rounding of
     layers the device's has, where that is measured apart from what the weights' bits lose.
+    ``conditions`` are those under which figures were measured, by name: memory, disk, call.
+    ``kernel_id`` is the same for all agents on one running machine, containers included; empty:
+    not known. ``wireless``: what it sends goes over the air, which others use as well.
     """
 
     machine: str
@@ -43,6 +48,9 @@ class DeviceProfile:
     on_chip_bytes: int | None = None
     makes: tuple[tuple[str, str], ...] = ()
     arithmetic: str = ""
+    conditions: tuple[tuple[str, Conditions], ...] = ()
+    kernel_id: str = ""
+    wireless: bool = False
 
     def container(self, bits: int) -> int | None:
         """Width in memory of a block stored at ``bits``; None where the backend cannot run it."""
@@ -56,6 +64,7 @@ class BlockTiming:
     ``variant`` is the index of the block's shape among the model's distinct layer shapes (0 for
     embedding and head). ``decode_s`` is one row at short context, ``prefill_s_per_token`` one
     token of a chunk (of a head, which sees a prompt's last row only: its share in a chunk's time).
+    ``conditions``: None where nobody wrote them down.
     """
 
     kind: TimingKind
@@ -63,6 +72,7 @@ class BlockTiming:
     bits: int
     decode_s: float
     prefill_s_per_token: float
+    conditions: Conditions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class LinkProfile:
     """The link from ``source`` to ``target``, measured through the relay's own sockets.
 
     ``rtt_s`` is the median round trip of a small frame, ``rtt_p90_s`` its 90th percentile (0 where
-    that is not known).
+    that is not known). ``conditions`` are those at its source; None where it was seen in use.
     """
 
     source: str
@@ -78,6 +88,7 @@ class LinkProfile:
     rtt_s: float
     bytes_per_s: float
     rtt_p90_s: float = 0.0
+    conditions: Conditions | None = None
 
     def transfer_s(self, size_bytes: int) -> float:
         """Predicted seconds until ``size_bytes`` have arrived: half a round trip plus the bytes."""

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
 from agent import daemon
+from agent import quiet as moments
 from agent.config import NAME, AgentConfig, ConfigError, default_name
 from agent.daemon import Agent
+from agent.quiet import Figures
+from backends.base import Backend
+from backends.registry import backend_class
+from calibration.layers import kept_timings
+from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
+from wire import conditions
+from wire.conditions import Conditions
 from wire.connection import Connection, Listener
 from wire.messages import (
     AgentHello,
@@ -21,13 +32,17 @@ from wire.messages import (
     CancelRequest,
     ConnectStage,
     CoordinatorWelcome,
+    DeviceMeasured,
     Done,
     Endpoint,
+    FiguresChanged,
     FindBlocks,
     Heartbeat,
     JoinRefused,
+    MeasureDevice,
     MeasureLink,
     MeasureModel,
+    MeasureModelAgain,
     MeasureQuality,
     Message,
     ModelMeasured,
@@ -38,6 +53,7 @@ from wire.messages import (
     StartSequence,
     UnloadStage,
 )
+from wire.profile import BlockTiming
 
 SPEC = Checkpoint.open(Path(__file__).parents[1] / "fixtures" / "llama").spec
 ANSWER_S = 20.0
@@ -379,3 +395,134 @@ def test_a_measurement_of_quality_that_makes_no_sense_is_refused(
     assert isinstance(answer, RequestFailed)
     assert reason in answer.reason
     assert "internal" not in answer.reason
+
+
+BUSY = Conditions(2, 1e9, 0.0, 0.0, 9.0, 0.0, 1.0)
+"""Worse than any machine of a test is."""
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs beside the tests counts as quiet, and agents look around all the time."""
+    monkeypatch.setattr(conditions, "QUIET_CORES", 1e6)
+    monkeypatch.setattr(conditions, "QUIET_SPREAD", 1e6)
+    monkeypatch.setattr(moments, "LOOK_S", 0.02)
+    monkeypatch.setattr(moments, "QUIET_S", 0.0)
+    monkeypatch.setattr(moments, "PAUSE_S", 0.0)
+
+
+def onnx() -> Backend:
+    return backend_class("onnx_cpu")()
+
+
+def spoil(store: CalibrationStore) -> None:
+    """Make every figure that of a busy machine, and a hundred times as slow."""
+    content = json.loads(store.path.read_text())
+    for key in content["conditions"]:
+        content["conditions"][key] = list(astuple(BUSY))
+        content["entries"][key] = [100 * value for value in content["entries"][key]]
+    store.path.write_text(json.dumps(content))
+
+
+@pytest.mark.usefixtures("agent", "quiet")
+def test_figures_of_a_busy_machine_are_measured_again_when_it_is_quiet(
+    coordinator: Coordinator, tmp_path: Path
+) -> None:
+    coordinator.welcome()
+    coordinator.send(MeasureModel(1, SPEC.to_dict(), (4, 8)))
+    measured = coordinator.answer()
+    assert isinstance(measured, ModelMeasured)
+    assert all(timing.conditions is not None for timing in measured.timings)
+    store = CalibrationStore(tmp_path / "calibration.json")
+    spoil(store)
+    slow: dict[tuple[str, int, int], BlockTiming] = {}
+    for change in iter(coordinator.answer, None):
+        assert isinstance(change, FiguresChanged)
+        for timing in change.timings:
+            slow[timing.kind, timing.variant, timing.bits] = timing
+        if len(slow) == len(measured.timings) and not any(
+            timing.conditions is None or timing.conditions.is_noisy for timing in slow.values()
+        ):
+            break
+    before = {(item.kind, item.variant, item.bits): item.decode_s for item in measured.timings}
+    assert slow.keys() == before.keys()
+    kept = {
+        (item.kind, item.variant, item.bits): item
+        for item in kept_timings(SPEC, (4, 8), onnx(), threads=1, store=store)
+    }
+    assert kept == slow
+
+
+@pytest.mark.usefixtures("agent")
+def test_figures_that_calibrate_left_are_told(
+    coordinator: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "LOOK_S", 0.02)
+    coordinator.welcome()
+    coordinator.send(MeasureModel(1, SPEC.to_dict(), (4,)))
+    assert isinstance(coordinator.answer(), ModelMeasured)
+    quiet = Conditions(2, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0)
+    store = CalibrationStore(tmp_path / "calibration.json")
+    content = json.loads(store.path.read_text())
+    for key in content["entries"]:
+        content["entries"][key] = [0.125] * len(content["entries"][key])
+        content["conditions"][key] = list(astuple(quiet))
+    store.path.write_text(json.dumps(content))
+    while True:
+        change = coordinator.answer()
+        assert isinstance(change, FiguresChanged)
+        if change.timings and {timing.decode_s for timing in change.timings} == {0.125}:
+            break
+    assert change.profile.call_s == change.profile.memory_read_bytes_per_s == 0.125
+    assert dict(change.profile.conditions) == dict.fromkeys(("memory", "disk", "call"), quiet)
+
+
+@pytest.mark.usefixtures("agent")
+def test_the_device_is_measured_again_on_request(coordinator: Coordinator) -> None:
+    hello = coordinator.welcome()
+    assert [name for name, _ in hello.profile.conditions] == ["memory", "disk", "call"]
+    assert hello.profile.kernel_id
+    coordinator.send(MeasureDevice(1))
+    answer = coordinator.answer()
+    assert isinstance(answer, DeviceMeasured)
+    assert answer.profile.memory_bytes == hello.profile.memory_bytes
+    assert answer.profile.memory_read_bytes_per_s > 0
+    # Whoever asked may have gone away.
+    coordinator.send(MeasureDevice(2))
+    coordinator.send(CancelRequest(2))
+    assert coordinator.answer() == RequestFailed(2, "cancelled")
+    coordinator.send(MeasureModel(3, SPEC.to_dict(), (8,)))
+    first = coordinator.answer()
+    coordinator.send(MeasureModel(4, SPEC.to_dict(), (8,)))
+    kept = coordinator.answer()
+    coordinator.send(MeasureModelAgain(5, SPEC.to_dict(), (8,)))
+    again = coordinator.answer()
+    assert isinstance(first, ModelMeasured)
+    assert isinstance(kept, ModelMeasured)
+    assert isinstance(again, ModelMeasured)
+    assert kept.timings == first.timings
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_quiet_moment_ends_when_something_is_asked(
+    coordinator: Coordinator, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def improve(figures: Figures, check: Callable[[], None]) -> bool:
+        begun.set()
+        try:
+            while True:
+                check()
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Figures, "improve", improve)
+    endpoint = Endpoint("127.0.0.1", coordinator.listener.port)
+    with running_agent(tmp_path, endpoint, said):
+        coordinator.welcome()
+        assert begun.wait(ANSWER_S)
+        coordinator.send(MeasureModel(1, SPEC.to_dict(), (4,)))
+        assert isinstance(coordinator.answer(), ModelMeasured)
+        assert ended.is_set()

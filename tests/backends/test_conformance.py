@@ -20,7 +20,6 @@ from backends.base import (
     BackendUnavailable,
     Stage,
     StageOptions,
-    highest,
 )
 from backends.registry import BACKENDS, backend_class
 from model.artifact import write_artifact
@@ -255,28 +254,6 @@ def test_several_sequences_decode_as_one_by_one(
     both = stage.decode([1, 0], [3, 7], tokens[[8, 7]])
     stage.close()
     assert_close(both, np.concatenate(expected).astype(np.float64))
-
-
-def test_candidates_are_the_highest_logits(
-    backend: Backend, small: tuple[ModelSpec, Artifacts]
-) -> None:
-    spec, artifacts = small
-    stage = backend.load(spec, artifacts, OPTIONS)
-    tokens = some_tokens(spec, 5)
-    logits = stage.forward(0, 0, tokens)[0]
-    for count in (1, 4, spec.vocab + 1):
-        found = stage.candidates(0, 0, tokens, count)
-        np.testing.assert_array_equal(found.tokens, np.argsort(-logits, kind="stable")[:count])
-        np.testing.assert_array_equal(found.logits, logits[found.tokens])
-    stage.close()
-
-
-def test_equal_candidates_come_by_rising_id() -> None:
-    logits = np.array([1, 3, 2, 3, 2, 3, 0, 2], np.float32)
-    assert highest(logits, 1).tokens.tolist() == [1]
-    assert highest(logits, 2).tokens.tolist() == [1, 3]
-    assert highest(logits, 4).tokens.tolist() == [1, 3, 5, 2]
-    assert highest(logits, 9).tokens.tolist() == [1, 3, 5, 2, 4, 7, 0, 6]
 
 
 def test_results_outlive_later_calls(backend: Backend, small: tuple[ModelSpec, Artifacts]) -> None:

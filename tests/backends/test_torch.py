@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from backends import torch_matmul, torch_stage
-from backends.base import Backend, BackendError, BackendUnavailable, StageOptions, highest
+from backends.base import Backend, BackendError, BackendUnavailable, StageOptions
 from backends.registry import backend_class
 from backends.torch_cuda import (
     TorchCpuBackend,
@@ -216,28 +216,6 @@ def test_token_passes_of_every_length(
         check(stage.forward(0, position, sequence[row]), expected[row], 1e-5)
     # A prompt of several chunks, the last of which is short.
     check(stage.forward(1, 0, sequence[:12]), expected[11:12], 1e-5)
-    stage.close()
-
-
-def test_candidates_are_the_highest_with_ties_by_id(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(FIXTURES / "llama")
-    spec = checkpoint.spec
-    blocks = [checkpoint.block(block) for block in range(spec.block_count)]
-    # Each row of the head three times over: every logit is a tie.
-    head = np.array(blocks[-1]["lm_head.weight"])
-    blocks[-1]["lm_head.weight"] = head[np.arange(len(head)) // 3]
-    artifacts = [
-        (block, write_artifact(tmp_path, block, values, Format.of(32)).path)
-        for block, values in enumerate(blocks)
-    ]
-    stage = TorchCpuBackend().load(spec, artifacts, OPTIONS)
-    sequence = tokens(spec, 5)
-    stage.forward(0, 0, sequence[:4], logits=False)
-    logits = stage.forward(0, 4, sequence[4:])[0]
-    for count in (1, 2, 4, 7, spec.vocab + 1):
-        found, wanted = stage.candidates(0, 4, sequence[4:], count), highest(logits, count)
-        np.testing.assert_array_equal(found.tokens, wanted.tokens)
-        np.testing.assert_array_equal(found.logits, wanted.logits)
     stage.close()
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -17,6 +22,7 @@ from cli.tables import fitting
 from coordinator.sensitivity_file import read_sensitivities
 from model.families import load_spec
 from tests.cli.test_tables import Recording, rendered
+from wire import conditions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -25,6 +31,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "_FLOPS_TIME_S", 0.01)
     monkeypatch.setattr(survey, "_HIDDEN", 128)
+    monkeypatch.setattr(survey, "_REPEATS_LIMIT_S", 0.5)
     monkeypatch.setattr(table, "_QUICK", (1, 0.0, 0.01))
     monkeypatch.setattr(layers, "_MIN_TIME_S", 0.001)
     monkeypatch.setenv("COLUMNS", "160")
@@ -167,3 +174,60 @@ def test_its_tables_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
     for label in labels:
         assert any(line.strip().startswith(label) for line in lines)
     assert len(fitting(survey_table, 60)) == 1
+
+
+def test_figures_of_a_busy_machine_are_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--state-dir", tmp_path, "--backend", "onnx_cpu", "--model", FIXTURES / "llama")
+    monkeypatch.setattr(conditions, "QUIET_CORES", 1e6)
+    monkeypatch.setattr(conditions, "QUIET_SPREAD", 1e6)
+    shoal(*arguments, "--bits", "4")
+    assert "*" not in capsys.readouterr().out
+    monkeypatch.setattr(conditions, "QUIET_CORES", 0.1)
+    code = "import os; os.nice(5); print(flush=True)\nwhile True: pass"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        for _ in os.sched_getaffinity(0)
+    ]
+    with contextlib.ExitStack() as stack:
+        for child in children:
+            stack.enter_context(child)
+            stack.callback(child.kill)
+            assert child.stdout is not None
+            child.stdout.readline()
+        shoal(*arguments, "--bits", "8")
+    shown = capsys.readouterr().out
+    assert re.search(r"memory read, 1 thread +\d+\.\d GB/s \*", shown)
+    assert re.search(r"GFLOP/s \(best call [\d.]+\) \*", shown)
+    assert re.search(r"\* measured while other programs used \d\.\d of \d+ cores", shown)
+    assert "run it again with --again when it is quiet" in shown
+
+
+def test_a_machine_that_was_much_faster_before_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--state-dir", tmp_path, "--backend", "onnx_cpu")
+    shoal(*arguments)
+    assert "slower than before" not in capsys.readouterr().out
+    path = tmp_path / "calibration.json"
+    content = json.loads(path.read_text())
+    for key, values in content["entries"].items():
+        if json.loads(key)["kind"] == "survey":
+            values[0] *= 100
+    path.write_text(json.dumps(content))
+    shoal(*arguments)
+    shown = capsys.readouterr().out
+    assert re.search(r"slower than before: memory read, 1 thread: \d+\.\d GB/s now, \d+\.\d", shown)
+    assert re.search(r"slower than before: onnx_cpu [\d.]+, 4 bits: [\d.]+ GFLOP/s now", shown)
+    # Whoever measures again wants the new figures to count.
+    shoal(*arguments, "--again", "--json")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["slower_than_before"]
+    assert answer["agent"]["memory_read_bytes_per_s"] > 0
+    fast = max(
+        values[0]
+        for key, values in json.loads(path.read_text())["entries"].items()
+        if json.loads(key)["figure"].startswith("memory read")
+    )
+    assert fast < 1e12

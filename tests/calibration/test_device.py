@@ -96,7 +96,8 @@ def test_a_child_measures_the_same_device(tmp_path: Path) -> None:
     }
     here = profile_device(backend=name, cache_dir=tmp_path, **limits)
     there = profile_in_child(backend=name, cache_dir=tmp_path, **limits)
-    measured = ("memory_read_bytes_per_s", "disk_write_bytes_per_s", "call_s")
+    measured = ("memory_read_bytes_per_s", "disk_write_bytes_per_s", "call_s", "conditions")
+    assert [name for name, _ in there.conditions] == ["memory", "disk", "call"]
     assert replace(there, **{field: getattr(here, field) for field in measured}) == here
 
 

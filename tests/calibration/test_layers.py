@@ -17,9 +17,10 @@ from backends.base import (
     Stage,
     StageOptions,
 )
+from backends.onnx_cpu import OnnxCpuBackend, OnnxCpuStage
 from backends.registry import BACKENDS, backend_class
 from calibration import layers
-from calibration.layers import measure_call, measure_model
+from calibration.layers import Bench, Task, measure_call, measure_model
 from calibration.store import CalibrationStore
 from model.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -110,8 +111,10 @@ def test_every_block_shape_has_a_timing_at_every_width(backend: Recorder, tmp_pa
     }
     assert len(timings) == 16
     assert all(timing.decode_s > 0 and timing.prefill_s_per_token > 0 for timing in timings)
-    total = len(steps) - 1
-    assert steps == [(done, total) for done in range(total + 1)]
+    reached = list(dict.fromkeys(steps))
+    total = len(reached) - 1
+    assert reached == [(done, total) for done in range(total + 1)]
+    assert steps == sorted(steps)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,7 +172,7 @@ def test_a_large_vocabulary_is_scaled_up_from_a_part(
 ) -> None:
     monkeypatch.setattr(layers, "HEAD_BYTES", 1 << 18)
     # Every call takes 2 ms, half of which at most is for the call itself.
-    monkeypatch.setattr(layers, "_seconds_per_call", lambda call: (call(), 2e-3)[1])
+    monkeypatch.setattr(layers, "_timed", lambda call, check: (call(), (2e-3, 0.0))[1])
     spec = replace(SPEC, vocab=1 << 16, embed_dim=64)
     timings = measure_model(spec, (4,), backend, threads=1, directory=tmp_path)
     (head,) = (timing for timing in timings if timing.kind == "head")
@@ -225,3 +228,28 @@ def test_calls_count_as_many_of_them_cost(
     monkeypatch.setattr("time.perf_counter", lambda: now_ms[0] / 1e3)
     seconds = layers.seconds_per_call(call, 5, 0.4, 2.0)
     assert seconds == pytest.approx(expected_ms / 1e3, rel=0.05)
+
+
+class Watched(OnnxCpuBackend):
+    """Notes, once stages are loaded, which of them have prepared weights on the disk."""
+
+    def __init__(self) -> None:
+        self.prepared: list[bool] = []
+
+    def load(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> OnnxCpuStage:
+        stage = super().load(spec, artifacts, options)
+        kept = options.prepared_dir
+        self.prepared.append(kept is not None and any(kept.rglob("weights-*.bin")))
+        return stage
+
+
+def test_layers_are_timed_in_the_memory_that_an_agent_serves_from(tmp_path: Path) -> None:
+    for exact in (False, True):
+        backend = Watched()
+        bench = Bench(backend, 1, tmp_path, exact=exact)
+        assert bench.run(SPEC, Task("layer", 0, 8, 32 if exact else 8, (8,))) is not None
+        # Exact stages keep none, there as here.
+        assert set(backend.prepared) == {not exact}
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from calibration.survey import survey_device
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "_FLOPS_TIME_S", 0.01)
     monkeypatch.setattr(survey, "_HIDDEN", 128)
+    monkeypatch.setattr(survey, "_REPEATS_LIMIT_S", 0.5)
 
 
 def test_a_survey_of_this_machine(tmp_path: Path) -> None:

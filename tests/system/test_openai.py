@@ -108,6 +108,22 @@ def test_max_tokens_ends_with_length(client: openai.OpenAI, model: str) -> None:
     assert answer.usage.completion_tokens == 1
 
 
+def test_ignore_eos_gives_as_many_tokens_as_were_asked_for(
+    client: openai.OpenAI, model: str
+) -> None:
+    def ask(**extra: bool) -> openai.types.Completion:
+        return client.completions.create(
+            model=model, prompt=QUESTION, temperature=0, max_tokens=70, extra_body=extra
+        )
+
+    usual, longer = ask(), ask(ignore_eos=True)
+    assert usual.choices[0].finish_reason == "stop"
+    assert longer.choices[0].finish_reason == "length"
+    assert longer.usage is not None
+    assert longer.usage.completion_tokens == 70
+    assert longer.choices[0].text.startswith(usual.choices[0].text)
+
+
 def test_errors_are_openais(client: openai.OpenAI, model: str) -> None:
     with pytest.raises(openai.BadRequestError) as missing:
         client.completions.create(model="other", prompt="x")

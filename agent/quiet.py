@@ -1,0 +1,275 @@
+"""Measuring again, in quiet moments, what was measured while the machine was busy.
+
+A moment is quiet when nothing is asked of the agent, no stage is loaded, and other programs have
+left the processor alone for a while. What is measured then takes seconds, ends as soon as something
+is asked, and comes ever more seldom where the machine does not stay quiet. The same thread notices
+what ``shoal calibrate`` has measured beside the agent.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import psutil
+
+from agent.config import AgentConfig
+from agent.links import Measuring
+from backends.base import Backend, BackendError
+from backends.registry import backend_class
+from calibration.device import kept_profile, profile_in_child
+from calibration.disturbance import LoadMeter
+from calibration.layers import kept_timings, measure_model
+from calibration.store import CalibrationStore, is_doubtful
+from model.errors import ModelError
+from model.spec import ModelSpec
+from wire.errors import WireError
+from wire.messages import FiguresChanged, Message
+from wire.profile import BlockTiming, DeviceProfile
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+"""Interval at which the thread looks around."""
+
+QUIET_S = 20.0
+"""So long the machine must have been quiet."""
+
+PATIENCE_S = 5.0
+"""For measuring the device again, at most: nobody waits for it to start."""
+
+MOMENT_S = 5.0
+"""No new figure is begun after so long."""
+
+PAUSE_S = 30.0
+LONGEST_PAUSE_S = 3600.0
+"""Between two moments; the pause doubles each time that figures stay doubtful."""
+
+
+class Cancelled(Exception):
+    """Something else is to be done, or nobody waits any more."""
+
+
+class Figures:
+    """What this device has measured of itself, and told the coordinator.
+
+    Used by one thread at a time: whoever measures holds ``Measuring``.
+    """
+
+    def __init__(self, config: AgentConfig, profile: DeviceProfile) -> None:
+        """``profile`` has just been measured."""
+        self._config = config
+        self.store = CalibrationStore(config.state_dir / "calibration.json")
+        self.profile = kept_profile(profile, self.store, exact=config.exact)
+        self._told: dict[str, tuple[BlockTiming, ...]] = {}
+        self._told_profile = self.profile
+        self._turn = 0
+        self._seen_s = self.store.changed_s()
+
+    def measure_device(self, check: Callable[[], None]) -> DeviceProfile:
+        """The profile with new figures, where these are better. ``check`` ends it by raising.
+
+        Limits of memory and storage stay as they were at the start. Raises BackendError.
+        """
+        config = self._config
+        new = profile_in_child(
+            backend=config.backend,
+            cache_dir=config.cache_dir,
+            check=check,
+            memory_limit_bytes=config.memory_bytes,
+            storage_limit_bytes=config.storage_bytes,
+            threads=config.threads,
+            watts=config.watts,
+            exact=config.exact,
+            patience_s=PATIENCE_S,
+        )
+        taken = replace(
+            self.profile,
+            memory_read_bytes_per_s=new.memory_read_bytes_per_s,
+            disk_write_bytes_per_s=new.disk_write_bytes_per_s,
+            call_s=new.call_s or self.profile.call_s,
+            conditions=new.conditions,
+        )
+        self.profile = kept_profile(taken, self.store, exact=config.exact)
+        return self.profile
+
+    def improve(self, check: Callable[[], None]) -> bool:
+        """Measure some of the doubtful figures again; False where none is. Raises BackendError."""
+        jobs: list[Callable[[Callable[[], None]], object]] = []
+        if any(is_doubtful(conditions) for _, conditions in self.profile.conditions):
+            jobs.append(self.measure_device)
+        for spec, bits in self.store.models():
+            model = ModelSpec.from_dict(spec)
+            if any(is_doubtful(timing.conditions) for timing in self._kept(model, bits)):
+                jobs.append(partial(self._measure_moment, model, bits))
+        if not jobs:
+            return False
+        # One that stays doubtful must not keep the others from their turn.
+        self._turn += 1
+        jobs[self._turn % len(jobs)](check)
+        return True
+
+    def told_profile(self) -> DeviceProfile:
+        """The profile, which the coordinator is told now."""
+        self._told_profile = self.profile
+        return self.profile
+
+    def told(self, spec: ModelSpec, timings: tuple[BlockTiming, ...]) -> None:
+        """Remember what the coordinator has been told of a model."""
+        self._told[repr(spec)] = timings
+
+    def news(self, *, whole: bool = False) -> list[FiguresChanged]:
+        """What the store has learnt since the last call, whoever wrote it.
+
+        ``whole``: look although the file has not changed.
+        """
+        changed_s = self.store.changed_s()
+        if changed_s == self._seen_s and not whole:
+            return []
+        self._seen_s = changed_s
+        kept = kept_profile(self.profile, self.store, exact=self._config.exact, measured=False)
+        self.profile = kept
+        found: list[FiguresChanged] = []
+        for spec, bits in self.store.models():
+            model = ModelSpec.from_dict(spec)
+            told, timings = self._told.get(repr(model)), self._kept(model, bits)
+            if told is not None and set(timings) - set(told):
+                found.append(FiguresChanged(self.profile, spec, timings))
+                self._told[repr(model)] = timings
+        if not found and kept != self._told_profile:
+            found.append(FiguresChanged(kept, {}, ()))
+        self._told_profile = kept
+        return found
+
+    def _backend(self) -> Backend:
+        return backend_class(self._config.backend)()
+
+    def _kept(self, spec: ModelSpec, bits: tuple[int, ...]) -> tuple[BlockTiming, ...]:
+        config = self._config
+        return kept_timings(
+            spec,
+            bits,
+            self._backend(),
+            threads=config.threads,
+            store=self.store,
+            exact=config.exact,
+        )
+
+    def _measure_moment(
+        self, spec: ModelSpec, bits: tuple[int, ...], check: Callable[[], None]
+    ) -> None:
+        """As many doubtful times as a moment allows, at least one."""
+        until_s = time.monotonic() + MOMENT_S
+        reached = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal reached
+            check()
+            if done > reached and time.monotonic() > until_s:
+                raise _Enough
+            reached = done
+
+        try:
+            measure_model(
+                spec,
+                bits,
+                self._backend(),
+                threads=self._config.threads,
+                store=self.store.again(is_doubtful),
+                progress=progress,
+                exact=self._config.exact,
+            )
+        except _Enough:
+            log.info("the rest is measured in another quiet moment")
+
+
+class _Enough(Exception):
+    """The moment is over; what was measured is kept."""
+
+
+class QuietMoments:
+    """Improves ``figures`` while nothing else is to be done, and tells the coordinator."""
+
+    def __init__(
+        self,
+        figures: Figures,
+        measuring: Measuring,
+        is_idle: Callable[[], bool],
+        send: Callable[[Message], None],
+    ) -> None:
+        """``is_idle``: nothing is asked of the agent, and no stage is loaded."""
+        self._figures = figures
+        self._measuring = measuring
+        self._is_idle = is_idle
+        self._send = send
+        self._given_up = threading.Event()
+        self._quiet_since_s: float | None = None
+        self._next_s = 0.0
+        self._pause_s = PAUSE_S
+
+    def run(self, ended: threading.Event) -> None:
+        """Look around each LOOK_S until ``ended``."""
+        meter = LoadMeter()
+        while not ended.wait(LOOK_S):
+            busy = meter.conditions().was_busy
+            meter.restart()
+            try:
+                self._look(ended, busy=busy)
+            except WireError:
+                return  # The reader of the connection sees it too, and decides.
+            except (BackendError, ModelError, OSError) as error:
+                log.info("not measured again: %s", error)
+                self._wait_longer()
+            except Exception:
+                log.exception("measuring in a quiet moment failed")
+                return
+
+    def _look(self, ended: threading.Event, *, busy: bool) -> None:
+        now_s = time.monotonic()
+        if busy or not self._is_idle() or _on_battery():
+            self._quiet_since_s = None
+        elif self._quiet_since_s is None:
+            self._quiet_since_s = now_s
+        self._given_up.clear()
+        if not self._measuring.try_begin(self._given_up.set):
+            return
+        try:
+            for change in self._figures.news():
+                self._send(change)
+            quiet = self._quiet_since_s is not None and now_s - self._quiet_since_s >= QUIET_S
+            if quiet and now_s >= self._next_s:
+                self._improve(ended)
+        finally:
+            self._measuring.end()
+
+    def _improve(self, ended: threading.Event) -> None:
+        def check() -> None:
+            if ended.is_set() or self._given_up.is_set() or not self._is_idle():
+                raise Cancelled("something else is to be done")
+
+        tried = True
+        try:
+            tried = self._figures.improve(check)
+        except Cancelled:
+            self._quiet_since_s = None
+        changes = self._figures.news(whole=True)
+        for change in changes:
+            self._send(change)
+        if tried and not changes:
+            self._wait_longer()
+        else:
+            self._pause_s = PAUSE_S
+            self._next_s = time.monotonic() + PAUSE_S
+
+    def _wait_longer(self) -> None:
+        self._next_s = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+
+
+def _on_battery() -> bool:
+    battery = psutil.sensors_battery()
+    return battery is not None and battery.power_plugged is False
