@@ -96,10 +96,10 @@ class Demo:
     def _run(self, model: Path, prompt: str, memory: Sequence[int]) -> None:
         screen, options = self._screen, self._options
         cluster = f"demo-{os.getpid()}"
-        screen.note("demo: starting a coordinator")
+        screen.step("demo: starting a coordinator")
         ready = self._start_coordinator(cluster)
         sizes = ", ".join(format_size(limit) for limit in memory)
-        screen.note(f"demo: starting {len(memory)} agents with {sizes}; each measures this machine")
+        screen.step(f"demo: starting {len(memory)} agents with {sizes}; each measures this machine")
         self._start_agents(cluster, memory, None)
         with Client(ready["http"]) as client:
             if not self._joined(client, len(memory)):
@@ -195,11 +195,11 @@ class Demo:
         def on_step(step: Mapping[str, Any]) -> None:
             if step["phase"] not in begun:
                 begun.append(step["phase"])
-                self._screen.note(f"demo: {PHASES.get(step['phase'], step['phase'])}")
+                self._screen.step(f"demo: {PHASES.get(step['phase'], step['phase'])}")
             draw(step)
 
         yield on_step
-        self._screen.note(f"demo: loaded in {time.monotonic() - started_s:.1f} s")
+        self._screen.step(f"demo: loaded in {time.monotonic() - started_s:.1f} s")
 
     # ---- what to run ----------------------------------------------------------------------------
 
@@ -357,7 +357,7 @@ class Demo:
             joined = len(client.get("/shoal/v1/devices")["devices"])
             if joined > told:
                 told = joined
-                self._screen.note(f"demo: {joined} of {wanted} agents have joined")
+                self._screen.step(f"demo: {joined} of {wanted} agents have joined")
             if joined == wanted:
                 return True
             time.sleep(0.1)

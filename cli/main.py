@@ -162,7 +162,7 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_demo(options: argparse.Namespace, screen: Screen) -> None:
-    screen.note("demo: reading the model")  # What is imported next takes seconds on a small board.
+    screen.step("demo: reading the model")  # What is imported next takes seconds on a small board.
     from cli.demo import Demo
 
     Demo(options, screen).run()

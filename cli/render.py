@@ -62,6 +62,11 @@ class Screen:
             text = prefixed(logging.INFO, text)
         self.err.print(escape(text), style="dim", soft_wrap=True)
 
+    def step(self, text: str) -> None:
+        """One line about what begins, for somebody who waits at a terminal."""
+        if self.err.is_terminal:
+            self.note(text)
+
     def error(self, text: str) -> None:
         """The one line that says what went wrong."""
         if self._journal:
