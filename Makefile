@@ -124,6 +124,6 @@ $(VENV)/run.stamp: requirements/run.lock pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/dev.stamp: requirements/dev.lock $(VENV)/run.stamp
-	@echo "installing up to $$(grep -c == requirements/dev.lock) packages for tests and checks into $(VENV), once; torch is the largest"
+	@echo "installing up to $$(grep -c == requirements/dev.lock) packages for tests and checks into $(VENV), once"
 	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements/dev.lock
 	touch $@
