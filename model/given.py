@@ -149,10 +149,11 @@ def shown(path: Path) -> str:
 def _absent(given: Path) -> str:
     text = str(given)
     name = hub_name(text)
-    if name is not None:
+    is_path = name == text and Path(text).parent.is_dir()
+    if name is not None and not is_path:
         return (
             f"{shown(given)}: no such directory on {socket.gethostname()}, but the name of a model"
-            f" on a hub, where nothing is fetched from: {_fetch(name)}"
+            f" on a hub: {_fetch(name)}"
         )
     if given.is_symlink():
         return f"{shown(given)}: a link to {shown(given.readlink())}, which does not exist"

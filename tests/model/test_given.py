@@ -95,12 +95,16 @@ def test_a_path_is_no_hubs_name(text: str) -> None:
     assert hub_name(text) is None
 
 
-def test_a_wrong_path_says_how_far_it_is_right(tmp_path: Path, llama: Path) -> None:
+def test_a_wrong_path_says_how_far_it_is_right(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     message = refusal(tmp_path / "models" / "llama")
     assert f"({tmp_path} has no models)" in message
     assert f"on {os.uname().nodename}" in message
     assert "has no weights" in refusal(llama / "config.json" / "weights")
     assert "hf download ORG/NAME" in refusal(Path("gpt2"))
+    monkeypatch.chdir(tmp_path)
+    assert f"({llama} has no lama)" in refusal(Path("llama/lama"))
     assert "only outside quotes" in refusal(Path("~/models/llama"))
     gone = tmp_path / "gone"
     gone.symlink_to(tmp_path / "nowhere")
