@@ -122,7 +122,11 @@ class Demo:
                 loaded = client.operate("/shoal/v1/load", request, on_step)
             devices = client.get("/shoal/v1/devices")
             if not screen.json_output:
+                # The demo's own processes disturb each other, and are gone before it is quiet.
+                disturbed = [device.pop("noise", None) for device in devices["devices"]]
                 screen.devices(devices)
+                if any(disturbed):
+                    screen.out.print("measured beside the demo's other processes\n")
                 screen.plan(loaded["plan"], f"predicted plan for {loaded['model']}")
                 screen.out.print()
                 screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)

@@ -256,7 +256,8 @@ class Screen:
         ms = plan["predicted_ms_per_token"]
         self.out.print(
             f"predicted: {ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s), proven {proof} "
-            f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s"
+            f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s",
+            soft_wrap=True,
         )
         if times is not None:
             self.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
