@@ -113,13 +113,17 @@ clean: ## remove what make made
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("shoal needs Python 3.10 or newer") if sys.version_info < (3, 10) else None'
+	@echo "making an environment of its own in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.stamp: requirements/run.lock pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/run.lock
+	@echo "installing up to $$(grep -c == requirements/run.lock) packages into $(VENV), once: about a minute on a fast line"
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements/run.lock
+	@echo "installing shoal itself into $(VENV)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/dev.stamp: requirements/dev.lock $(VENV)/run.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock
+	@echo "installing up to $$(grep -c == requirements/dev.lock) packages for tests and checks into $(VENV), once"
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements/dev.lock
 	touch $@

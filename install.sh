@@ -266,4 +266,4 @@ for other in coordinator agent; do
     if [ "$other" != "$kind" ]; then renew "$other"; fi
 done
 report
-"$PREFIX/bin/shoal" doctor || true
+"$PREFIX/bin/shoal" doctor --role "$kind" || true

@@ -134,7 +134,7 @@ def run_bench(options: argparse.Namespace, screen: Screen) -> None:
 def _show(screen: Screen, title: str, result: StageSpeed) -> None:
     table = titled_table(title)
     table.add_column("measured", no_wrap=True, min_width=18)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     bits = ",".join(map(str, result.bits))
     group = f", groups of {result.group_size}" if result.group_size else ""
     weights = f"{bits} bits{group}; {format_size(result.packed_bytes)} packed"
@@ -161,4 +161,4 @@ def _show(screen: Screen, title: str, result: StageSpeed) -> None:
         f"{format_size(result.rss_bytes)} resident; stated {format_size(result.stated_bytes)}, "
         f"of which KV cache {format_size(result.kv_bytes)}",
     )
-    screen.out.print(table)
+    screen.table(table)

@@ -238,7 +238,7 @@ def marked(conditions: Conditions | None) -> str:
 def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
     table = Table(title=escape(survey.machine), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("measured", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     table.add_row("cores, threads used", f"{survey.cores}, {survey.threads}")
     table.add_row(
         "memory available",
@@ -290,7 +290,7 @@ def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
             table.add_row(
                 "hottest sensor meanwhile", f"from {work.start_c:.0f} to {work.hottest_c:.0f} °C"
             )
-    screen.out.print(table)
+    screen.table(table)
     if survey.sustained is not None and survey.sustained.cause:
         screen.out.print(f"slower in the end, cause: {survey.sustained.cause}", markup=False)
     conditions = [*survey.conditions.values()]
@@ -350,7 +350,7 @@ def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: st
                 ]
                 cells.append(format_size(sizes[0]) if sizes and sizes[0] is not None else "-")
             table.add_row("", label, *cells)
-        screen.out.print(table)
+        screen.table(table, keys=2)
         if "long" in ends:
             screen.out.print(f"long: up to {ends['long']} tokens are seen, which memory includes")
     others = Table(title="embedding and head, ms", title_justify="left", box=box.SIMPLE_HEAD)
@@ -365,7 +365,7 @@ def _show_table(screen: Screen, spec: ModelSpec, result: LayerTable, backend: st
             f"{timing.decode_s * 1e3:.3f}{marked(timing.conditions)}",
             f"{timing.prefill_s_per_token * 1e3:.4f}",
         )
-    screen.out.print(others)
+    screen.table(others, keys=2)
     _say_noise(
         screen,
         [

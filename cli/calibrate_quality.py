@@ -222,7 +222,7 @@ def _show_sensitivities(
             table.add_column(f"{width} bits", justify="right", no_wrap=True)
         for block, name in enumerate(names):
             table.add_row(name, *(f"{values[block, width]:.1e}" for width in widths))
-        screen.out.print(table)
+        screen.table(table)
 
 
 def _show_own(screen: Screen, items: Sequence[Mapping[str, Any]]) -> None:
@@ -238,7 +238,7 @@ def _show_own(screen: Screen, items: Sequence[Mapping[str, Any]]) -> None:
         kl = {(item["name"], item["bits"]): f"{item['kl']:.1e}" for item in some}
         for name in dict.fromkeys(item["name"] for item in some):
             table.add_row(name, *(kl.get((name, width), "-") for width in widths))
-        screen.out.print(table)
+        screen.table(table)
 
 
 def _show_hops(screen: Screen, hops: Sequence[Mapping[str, Any]]) -> None:
@@ -254,7 +254,7 @@ def _show_hops(screen: Screen, hops: Sequence[Mapping[str, Any]]) -> None:
             name,
             *(f"{kl[name, width]:.1e}" if (name, width) in kl else "-" for width in widths),
         )
-    screen.out.print(table)
+    screen.table(table)
 
 
 def _show_checks(screen: Screen, checks: Sequence[PlanCheck]) -> None:
@@ -271,7 +271,7 @@ def _show_checks(screen: Screen, checks: Sequence[PlanCheck]) -> None:
             f"{check.measured_kl:.3e}",
             "-" if ratio is None else f"{ratio:.2f}",
         )
-    screen.out.print(table)
+    screen.table(table)
     ratios = [check.measured_kl / check.predicted_kl for check in checks if check.predicted_kl]
     if ratios:
         screen.out.print(f"plans keep a margin of {max(1.0, *ratios):.2f} against a budget")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -82,7 +83,10 @@ class Machine:
     state_dir: Path
     cluster: str
     coordinator: Endpoint | None
+    """The one to join; of a coordinator's own machine where it listens."""
     backend: str
+    announces: bool = True
+    """Whether a coordinator here is to announce itself by mDNS."""
 
     @property
     def real(self) -> bool:
@@ -91,7 +95,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. ``failed`` means that no agent can run; ``fix`` is what to do about it."""
+    """One finding. ``failed`` means that the machine cannot be what it is checked for, an agent or
+    a coordinator; ``fix`` is what to do about it."""
 
     name: str
     state: State
@@ -146,8 +151,13 @@ def check_system(machine: Machine) -> list[Check]:
 
 def check_libraries(machine: Machine) -> list[Check]:
     """What every agent imports."""
+    return installed(NEEDED)
+
+
+def installed(packages: Iterable[str]) -> list[Check]:
+    """The versions of these packages, or which of them are missing."""
     found, missing = [], []
-    for name in NEEDED:
+    for name in packages:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

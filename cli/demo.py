@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,7 @@ from backends.registry import backend_class
 from cli.client import Client
 from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
-from cli.render import Screen
+from cli.render import PHASES, Screen
 from cli.signals import held_signals
 from coordinator.artifacts import ArtifactStore
 from coordinator.errors import CoordinatorError
@@ -38,6 +38,9 @@ from model.errors import ModelError
 from model.quantize import Format
 from model.tokenizer import Tokenizer
 from wire import limits
+from wire.sizes import format_size
+
+OnStep = Callable[[Mapping[str, Any]], None]
 
 EMBEDDED_MODEL = Path(__file__).parent.parent / "examples" / "tiny-opt" / "model"
 EMBEDDED_PROMPT = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"
@@ -93,7 +96,10 @@ class Demo:
     def _run(self, model: Path, prompt: str, memory: Sequence[int]) -> None:
         screen, options = self._screen, self._options
         cluster = f"demo-{os.getpid()}"
+        screen.step("demo: starting a coordinator")
         ready = self._start_coordinator(cluster)
+        sizes = ", ".join(format_size(limit) for limit in memory)
+        screen.step(f"demo: starting {len(memory)} agents with {sizes}; each measures this machine")
         self._start_agents(cluster, memory, None)
         with Client(ready["http"]) as client:
             if not self._joined(client, len(memory)):
@@ -112,7 +118,7 @@ class Demo:
                 "context_tokens": options.context,
                 "time_limit_s": options.time_limit,
             }
-            with screen.progress() as on_step:
+            with screen.progress() as draw, self._phases(draw) as on_step:
                 loaded = client.operate("/shoal/v1/load", request, on_step)
             devices = client.get("/shoal/v1/devices")
             if not screen.json_output:
@@ -179,6 +185,21 @@ class Demo:
             f"{len(result['prompt_tokens'])} tokens",
             soft_wrap=True,
         )
+
+    @contextlib.contextmanager
+    def _phases(self, draw: OnStep) -> Iterator[OnStep]:
+        """A line as each phase of loading begins, and another when all of them are done."""
+        begun: list[str] = []
+        started_s = time.monotonic()
+
+        def on_step(step: Mapping[str, Any]) -> None:
+            if step["phase"] not in begun:
+                begun.append(step["phase"])
+                self._screen.step(f"demo: {PHASES.get(step['phase'], step['phase'])}")
+            draw(step)
+
+        yield on_step
+        self._screen.step(f"demo: loaded in {time.monotonic() - started_s:.1f} s")
 
     # ---- what to run ----------------------------------------------------------------------------
 
@@ -330,9 +351,14 @@ class Demo:
     def _joined(self, client: Client, wanted: int, timeout_s: float = JOIN_TIMEOUT_S) -> bool:
         """Wait until all agents have joined; False after ``timeout_s``."""
         deadline_s = time.monotonic() + timeout_s
+        told = 0
         while time.monotonic() < deadline_s:
             self._check_processes()
-            if len(client.get("/shoal/v1/devices")["devices"]) == wanted:
+            joined = len(client.get("/shoal/v1/devices")["devices"])
+            if joined > told:
+                told = joined
+                self._screen.step(f"demo: {joined} of {wanted} agents have joined")
+            if joined == wanted:
                 return True
             time.sleep(0.1)
         return False

@@ -134,7 +134,7 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
     for what, compiled in found:
         off_chip = format_size(compiled.streamed_bytes) if compiled.streamed_bytes else "-"
         table.add_row(what, str(len(compiled.files)), off_chip)
-    screen.out.print(table)
+    screen.table(table)
 
 
 def _check(options: argparse.Namespace, screen: Screen) -> None:
@@ -178,7 +178,7 @@ def _check(options: argparse.Namespace, screen: Screen) -> None:
             f"{1e3 * result.s_per_row:.3f}",
             format_size(result.streamed_bytes) if result.streamed_bytes else "-",
         )
-    screen.out.print(table)
+    screen.table(table)
 
 
 def _layers(text: str) -> tuple[int, int]:

@@ -162,6 +162,7 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_demo(options: argparse.Namespace, screen: Screen) -> None:
+    screen.step("demo: reading the model")  # What is imported next takes seconds on a small board.
     from cli.demo import Demo
 
     Demo(options, screen).run()
@@ -186,8 +187,13 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
         return str(loaded["model"])
     if loaded is not None and str(path) == loaded["directory"] and loaded["state"] != "broken":
         return str(loaded["model"])
-    if not path.is_dir():
-        raise CommandFailed(f"{options.model} is not loaded and is no directory: run `shoal load`")
+    try:
+        path = plan_arguments.absolute_model(options.model)
+    except CommandFailed as error:
+        name = "nothing" if loaded is None else loaded["model"]
+        raise CommandFailed(
+            f"{error} (nor is it a loaded model's name: {name} is loaded)"
+        ) from error
     with screen.progress() as on_step:
         answer = client.operate(
             "/shoal/v1/load", {"model": str(path), "hop_bits": options.hop_bits}, on_step

@@ -256,7 +256,7 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
     except PlanError as error:
         raise CommandFailed(str(error)) from error
     request: dict[str, Any] = {
-        "model": str(Path(options.model).absolute()),
+        "model": str(absolute_model(options.model)),
         "scheme": options.scheme,
         "group_size": options.group_size,
         "max_weight_error": options.max_weight_error,
@@ -301,6 +301,24 @@ def request_of(options: argparse.Namespace) -> dict[str, Any]:
     except (ModelError, PlanError, SensitivityError) as error:
         raise CommandFailed(str(error)) from error
     return request
+
+
+def absolute_model(given: str) -> Path:
+    """The path to tell the coordinator, which may be on another machine and judges it.
+
+    Only an absolute path can be one there alone. Raises CommandFailed for another that is nothing
+    here: the name of a model on a hub, or a wrong path.
+    """
+    from model.errors import ModelError
+    from model.given import require_model
+
+    path = Path(given)
+    if not path.is_absolute() and not path.exists():
+        try:
+            require_model(path)
+        except ModelError as error:
+            raise CommandFailed(str(error)) from error
+    return path.absolute()
 
 
 def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:

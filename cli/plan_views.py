@@ -66,7 +66,7 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
                 for _, style, values in known
             ),
         )
-    screen.out.print(table)
+    screen.table(table)
     if any(stage.sensitivity is not None for stage in explanation.stages):
         screen.out.print(
             "KL counts weights and hops; stages that round activations lose more"
@@ -101,7 +101,7 @@ def show_simulation(screen: Screen, simulation: Simulation) -> None:
         if spread is not None:
             values = (spread.low, spread.tenth, spread.median, spread.ninetieth, spread.high)
             table.add_row(label, *(f"{value * 1e3:.2f}" for value in values))
-    screen.out.print(table)
+    screen.table(table)
     screen.out.print(f"{simulation.distinct} different plans were best for some draw")
     if simulation.unproven:
         screen.out.print(f"{simulation.unproven} of them may not be the best: time ended")
@@ -133,7 +133,7 @@ def show_difference(
         for hop in hops:
             sent = ("no hop" if bits is None else f"{bits} bit" for bits in (hop.before, hop.after))
             table.add_row(f"hop behind {hop.block}", *sent)
-        screen.out.print(table)
+        screen.table(table)
     old = before.predicted.get("ms_per_token")
     new = after.predicted.get("ms_per_token")
     if old and new:
@@ -162,7 +162,7 @@ def show_dilemma(
             escape(instance.devices[device]),
             str(bits),
         )
-    screen.out.print(table)
+    screen.table(table)
     proven = "optimal" if solution.proven_optimal else "not proven optimal"
     screen.out.print(
         f"objective: {solution.objective_s * 1e3:.2f} ms per token predicted, {proven} for"
@@ -191,7 +191,7 @@ def show_study(screen: Screen, study: DilemmaStudy) -> None:
             f"{row.quantization_ratio:.2%}",
             f"{row.objective_s:.2f}",
         )
-    screen.out.print(table)
+    screen.table(table)
     oddities = titled_table("one repair left out: four layers, four servers")
     for column in ("left out", "T, s", "with every transfer", "bits", "servers", "verdict"):
         oddities.add_column(column, overflow="fold")
@@ -204,7 +204,7 @@ def show_study(screen: Screen, study: DilemmaStudy) -> None:
         oddities.add_row(
             oddity.left_out, *figures, bits, str(oddity.servers or "-"), oddity.verdict
         )
-    screen.out.print(oddities)
+    screen.table(oddities)
     for title, label, sweep, unit in (
         ("figure 5", "least Mbit/s", study.links, 1e6),
         ("figure 6", "clock GHz", study.clocks, 1e9),
@@ -215,7 +215,7 @@ def show_study(screen: Screen, study: DilemmaStudy) -> None:
         for value, spread in zip(sweep.values, sweep.spreads, strict=True):
             drawn = (spread.tenth, spread.median, spread.ninetieth)
             points.add_row(f"{value / unit:g}", *(f"{figure:.2f}" for figure in drawn))
-        screen.out.print(points)
+        screen.table(points)
     unproven = study.links.unproven + study.clocks.unproven
     verdict = "all proven optimal" if not unproven else f"{unproven} not proven optimal"
     screen.out.print(

@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from cli.journal import prefixed
+from cli.tables import fitting
 from wire.sizes import format_size
 from wire.versions import shoal_version
 
@@ -59,6 +61,11 @@ class Screen:
         if self._journal:
             text = prefixed(logging.INFO, text)
         self.err.print(escape(text), style="dim", soft_wrap=True)
+
+    def step(self, text: str) -> None:
+        """One line about what begins, for somebody who waits at a terminal."""
+        if self.err.is_terminal:
+            self.note(text)
 
     def error(self, text: str) -> None:
         """The one line that says what went wrong."""
@@ -130,11 +137,18 @@ class Screen:
 
     # ---- tables ---------------------------------------------------------------------------------
 
+    def table(self, table: Table, keys: int = 1) -> None:
+        """A table, whole however narrow the terminal is; the first ``keys`` columns name a row."""
+        if table.title is not None:
+            self.out.print(Text.from_markup(str(table.title), style="table.title"))
+        for part in fitting(table, self.out.width, keys):
+            self.out.print(part)
+
     def devices(self, answer: Mapping[str, Any]) -> None:
         """Joined devices as they measured themselves."""
         table = titled_table(f"measured devices of cluster {answer['cluster']}")
         table.add_column("device", no_wrap=True)
-        table.add_column("processor", no_wrap=True, max_width=20)
+        table.add_column("processor")
         table.add_column("backend", no_wrap=True)
         for column in ("threads", "memory", "storage", "GB/s"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -148,7 +162,7 @@ class Screen:
                 format_size(device["storage_bytes"]),
                 f"{device['memory_read_bytes_per_s'] / 1e9:.1f}",
             )
-        self.out.print(table)
+        self.table(table)
         self._versions(answer)
         if answer["links"]:
             links = titled_table("measured links")
@@ -165,7 +179,7 @@ class Screen:
                     f"{link['rtt_p90_s'] * 1e3:.2f}" if link["rtt_p90_s"] else "-",
                     f"{link['bytes_per_s'] * 8e-6:.0f}",
                 )
-            self.out.print(links)
+            self.table(links)
         for link in answer.get("no_links", ()):  # Older coordinators say nothing of them.
             age_s = link["age_s"]
             since = f"{age_s:.0f} s" if age_s < 120 else f"{age_s / 60:.0f} min"
@@ -235,7 +249,7 @@ class Screen:
                 table.add_row("  hop", "", bits, "", "", f"{hop['seconds'] * 1e3:.2f}")
         if plan["hops"]:
             table.add_row("  token return", "", "", "", "", f"{plan['return_s'] * 1e3:.2f}")
-        self.out.print(table)
+        self.table(table)
         proof = "optimal" if plan["proven_optimal"] else f"within {plan['gap']:.1%} of the optimum"
         if times is not None:
             proof += f" for {'assumed' if times['assumed'] else 'described'} times"
@@ -271,7 +285,7 @@ class Screen:
                 format_size(stage["fetched_bytes"]),
                 f"{stage['load_s']:.2f}",
             )
-        self.out.print(table)
+        self.table(table)
         slots = model["slots"]
         line = f", {slots['waiting']} in line" if slots["waiting"] else ""
         self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")

@@ -145,7 +145,7 @@ def _show(status: dict[str, Any], options: argparse.Namespace, screen: Screen) -
             str(len(host["processes"])),
             describe(host["fault"]),
         )
-    screen.out.print(shown)
+    screen.table(shown)
 
 
 def _exec(bed: Any, options: argparse.Namespace) -> None:

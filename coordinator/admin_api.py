@@ -6,9 +6,11 @@ Measure, plan, load and quality stream one JSON object a line: {"step": ...} for
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -27,6 +29,7 @@ from coordinator.noise import device_noise, plan_noise
 from coordinator.plan import Plan
 from coordinator.plan_request import PlanRequest, model_name
 from coordinator.quality import QualityRequest
+from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from wire.messages import PROTOCOL_VERSION
 from wire.versions import shoal_version
@@ -91,6 +94,7 @@ class AdminRoutes:
 
     async def plan(self, request: Request) -> Response:
         wanted = PlanRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
             planned = await self._fleet.plan(wanted, _emitter(emit))
@@ -103,6 +107,7 @@ class AdminRoutes:
 
     async def load(self, request: Request) -> Response:
         wanted = PlanRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
             deployment = await self._fleet.load(wanted, _emitter(emit))
@@ -122,6 +127,7 @@ class AdminRoutes:
 
     async def quality(self, request: Request) -> Response:
         wanted = QualityRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
             return _quality(await self._fleet.calibrate(wanted, _emitter(emit)))
@@ -131,6 +137,11 @@ class AdminRoutes:
     async def unload(self, request: Request) -> Response:
         await read_json(request)
         return JSONResponse({"unloaded": await self._fleet.unload()})
+
+
+async def _require_checkpoint(directory: Path) -> None:
+    """Raise ModelError for what is no model, while the answer can still have its own status."""
+    await asyncio.to_thread(Checkpoint.open, directory)
 
 
 def _emitter(emit: Emit) -> Callable[[Step], None]:

@@ -67,6 +67,7 @@ from coordinator.quality import QualityRequest, QualityStore, choose_hops, own_r
 from coordinator.recovery import LoadedFile, joined, recover, remaining
 from model.checkpoint import Checkpoint
 from model.families import load_spec
+from model.given import require_model
 from model.tokenizer import Tokenizer
 from wire import limits
 from wire.messages import BlockRef, StageLoaded
@@ -132,7 +133,7 @@ class Fleet:
     async def load(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
-            tokenizer = await asyncio.to_thread(Tokenizer.load, request.model)
+            tokenizer = await asyncio.to_thread(_tokenizer, request.model)
             request = self._identified(request)
             for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
                 log.warning("%s", doubt)
@@ -541,7 +542,7 @@ class Fleet:
             # What was kept before devices had ids says names.
             return await self._place(
                 request.identified(names.device),
-                await asyncio.to_thread(Tokenizer.load, request.model),
+                await asyncio.to_thread(_tokenizer, request.model),
             )
 
         def explain(error: Exception) -> CoordinatorError:
@@ -615,6 +616,12 @@ class Fleet:
     def _report(self, step: Step) -> None:
         if self.on_step is not None:
             self.on_step(step)
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a model's folder. Raises ModelError, for a folder that is none first."""
+    require_model(directory)
+    return Tokenizer.load(directory)
 
 
 def _doubts(tokenizer: Tokenizer, model: Path) -> list[str]:

@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.errors import RequestInvalid
+from model.given import not_absolute
 from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
 
 
 def take_model(plain: dict[str, Any]) -> Path:
     """The model's directory, out of ``plain``. Raises RequestInvalid."""
     model = plain.pop("model", None)
-    if not isinstance(model, str) or not Path(model).is_absolute():
+    if not isinstance(model, str):
         raise RequestInvalid("model: the absolute path of a model directory", "model")
+    if not Path(model).is_absolute():
+        raise RequestInvalid(
+            f"model: {not_absolute(model)}; the absolute path of a model directory is needed",
+            "model",
+        )
     return Path(model)
 
 

@@ -17,16 +17,16 @@ import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, describe, read_config, tensor_sources
+from model.given import INDEX as _INDEX
+from model.given import SINGLE as _SINGLE
+from model.given import kind_of_file, without_weights
 from model.quantize import Format
 from model.safetensors import SafetensorsFile, TensorEntry, read_safetensors
 from model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 64 << 20
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FLOATS = ("F32", "F16", "BF16")
 _HEAD = "lm_head.weight"
 _ADAPTER = "adapter_config.json"
@@ -62,8 +62,8 @@ class Checkpoint:
         """
         config = read_config(directory)
         spec = describe(config, directory)
-        _refuse_adapter(directory)
         shards = _open_shards(directory)
+        _refuse_adapter(directory)
         files: dict[str, SafetensorsFile] = {}
         for shard in shards.values():
             for name in shard.entries:
@@ -177,14 +177,7 @@ def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:
     index = directory / _INDEX
     if index.exists():
         return {name: _open_shard(directory, name) for name in _shard_names(index)}
-    for pattern in _PICKLES:
-        for path in sorted(directory.glob(pattern)):
-            raise CheckpointError(
-                f"{path}: pickle checkpoints can run any code and are never read; "
-                "convert it: load it with transformers in a place you trust and save_pretrained"
-                "(..., safe_serialization=True)"
-            )
-    raise CheckpointError(f"{directory}: no {_SINGLE} and no {_INDEX}; is the download complete?")
+    raise without_weights(directory)
 
 
 def _open_shard(directory: Path, name: str) -> SafetensorsFile:
@@ -280,7 +273,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not valid JSON: {error}; fetch it again") from error
+        kind = kind_of_file(index)
+        wrong = f"not an index, but {kind}" if kind else f"not valid JSON: {error}; fetch it again"
+        raise CheckpointError(f"{index}: {wrong}") from error
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map; fetch it again")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from model.errors import CheckpointError, UnsupportedModelError
+from model.given import CONFIG, require_model
 from model.spec import Activation, LayerSpec, ModelSpec, RopeScaling, RopeSpec
 
 _MAX_CONFIG_BYTES = 16 << 20
@@ -133,15 +134,8 @@ class _Family:
 
 def read_config(directory: Path) -> Config:
     """config.json of a model directory. Raises CheckpointError, naming what is wrong."""
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; give the path of a model")
-    path = directory / "config.json"
-    if not path.exists():
-        raise CheckpointError(
-            f"{directory}: not a model: it has no config.json "
-            "(expected a directory as Hugging Face's save_pretrained writes it)"
-        )
-    return _read_json(path)
+    require_model(directory)
+    return _read_json(directory / CONFIG)
 
 
 def load_spec(directory: Path) -> ModelSpec:

@@ -24,9 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError
+from model.given import MAX_HEADER_BYTES, foreign_kind
 
-MAX_HEADER_BYTES = 100_000_000
-"""What the format's own library accepts; a header of a 1000-layer model has about 1 MB."""
 MAX_RANK = 8
 MAX_TENSOR_BYTES = 1 << 42
 
@@ -136,10 +135,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
                 raise CheckpointError(f"{path}: too short for a safetensors file; fetch it again")
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(
-                    f"{path}: header claims {header_bytes} bytes of a file of {file_bytes}; "
-                    "truncated or not a safetensors file"
-                )
+                raise _no_header(path, prefix + file.read(504), header_bytes, file_bytes)
             header = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -257,6 +253,19 @@ def _dtype_name(dtype: np.dtype[Any]) -> str:
         if known == dtype and name != "BF16":
             return name
     raise ValueError(f"safetensors cannot hold {dtype}")
+
+
+def _no_header(path: Path, head: bytes, header_bytes: int, file_bytes: int) -> CheckpointError:
+    """What to say of a file whose length of a header cannot be one."""
+    kind = foreign_kind(head)
+    if kind is not None:
+        return CheckpointError(f"{path}: not a safetensors file, but {kind}")
+    if header_bytes <= MAX_HEADER_BYTES:
+        return CheckpointError(
+            f"{path}: has {file_bytes} bytes, and its header alone {header_bytes}; "
+            "truncated or not a safetensors file, fetch it again"
+        )
+    return CheckpointError(f"{path}: not a safetensors file, nor its beginning; fetch it again")
 
 
 def _parse_header(path: Path, header: bytes) -> dict[str, Any]:

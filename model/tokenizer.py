@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from model.errors import TokenizerError
+from model.given import kind_of_file
 from model.template_process import template_process
 from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
 from model.template_sandbox import TemplateFailed, one_line
@@ -244,8 +245,9 @@ def _load_backend(
             return _gpt2(vocab, merges, settings, special)
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
-        reason = one_line(error)
-        raise TokenizerError(f"{path}: not a valid tokenizer: {reason}; fetch it again") from error
+        kind = kind_of_file(path)
+        wrong = kind or f"{one_line(error)}; fetch it again"
+        raise TokenizerError(f"{path}: not a valid tokenizer: {wrong}") from error
 
 
 def _gpt2(
@@ -315,7 +317,8 @@ def _read_object(path: Path) -> dict[str, Any]:
             raise TokenizerError(f"{path}: absurdly large; is it the right file?")
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: cannot be read: {error}; fetch it again") from error
+        wrong = kind_of_file(path) or f"{error}; fetch it again"
+        raise TokenizerError(f"{path}: cannot be read: {wrong}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: not a JSON object; fetch it again")
     return value

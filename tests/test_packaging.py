@@ -66,3 +66,19 @@ def test_no_library_keeps_or_sends_an_identity_of_this_machine(tmp_path: Path) -
     program = "import backends.onnx_cpu as b; b.OnnxCpuBackend.probe()"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_make_says_what_it_installs_and_shows_that_it_goes_on(tmp_path: Path) -> None:
+    completed = subprocess.run(
+        ["make", "--dry-run", f"VENV={tmp_path / 'venv'}", "demo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = completed.stdout.splitlines()
+    (resolving,) = (line for line in lines if "-r requirements/run.lock" in line)
+    assert "--quiet" not in resolving  # pip shows each package as it comes.
+    told = lines[lines.index(resolving) - 1]
+    assert told.startswith("echo ")
+    assert "about a minute" in told

@@ -18,8 +18,10 @@ from calibration import layers, survey, table
 from cli.calibrate import add_calibrate_arguments, run_calibrate
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
+from cli.tables import fitting
 from coordinator.sensitivity_file import read_sensitivities
 from model.families import load_spec
+from tests.cli.test_tables import Recording, rendered
 from wire import conditions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -43,12 +45,16 @@ def shoal(*arguments: object) -> None:
     run_calibrate(options, Screen(json_output=options.json))
 
 
-def test_the_device_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_device_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     shoal("--state-dir", tmp_path, "--watts", "6.5")
     shown = capsys.readouterr().out
     assert "GB/s" in shown
     assert "GFLOP/s" in shown
     assert "6.5 W (declared)" in shown
+    assert "…" not in shown
 
 
 def test_a_model_as_json_with_a_roofline(
@@ -147,6 +153,27 @@ def test_the_parser_refuses(arguments: tuple[str, ...], capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         shoal(*arguments)
     assert "usage" in capsys.readouterr().err
+
+
+def test_its_tables_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
+    screen = Recording()
+    for arguments in (
+        ("--model", FIXTURES / "llama", "--bits", "2,3,4,6,8,16,32", "--sustain", "1s"),
+        ("--quality", "--model", FIXTURES / "llama", "--check-plans", "2", "--max-tokens", "20"),
+    ):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--json", action="store_true")
+        add_calibrate_arguments(parser)
+        chosen = ["--state-dir", tmp_path, "--threads", "1", *arguments]
+        run_calibrate(parser.parse_args(list(map(str, chosen))), screen)
+    screen.check()
+    survey_table, _ = screen.tables[0]
+    labels = [str(cell) for cell in survey_table.columns[0].cells]
+    (part,) = fitting(survey_table, 80)
+    lines = rendered(part, 80).splitlines()
+    for label in labels:
+        assert any(line.strip().startswith(label) for line in lines)
+    assert len(fitting(survey_table, 60)) == 1
 
 
 def test_figures_of_a_busy_machine_are_marked(

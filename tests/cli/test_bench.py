@@ -10,10 +10,12 @@ import pytest
 from calibration import speed
 from calibration.speed import LOAD_SHARE, executed_formats, packed_bytes
 from cli.main import main
+from cli.tables import fitting
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.costs import kv_bytes
 from model.quantize import Format
+from tests.cli.test_tables import Recording, parsed
 
 pytest.importorskip("onnxruntime")
 
@@ -111,3 +113,14 @@ def test_packed_bytes_are_the_stored_ones_with_wider_scales(fmt: Format, tmp_pat
         matrices = [shape for shape in spec.block_tensors(block).values() if len(shape) == 2]
         groups = sum(rows * fmt.groups(width) for rows, width in matrices) if fmt.group_size else 0
         assert packed_bytes(spec, block, fmt) == artifact.payload_bytes + 2 * groups
+
+
+def test_its_table_is_whole_on_a_narrow_terminal() -> None:
+    shape = str(FIXTURES / "llama" / "config.json")
+    screen = Recording()
+    options = parsed("bench", f"--shape={shape}", "--bits=4,8", "--mixed", *FAST)
+    options.run(options, screen)
+    screen.check()
+    (table, _), *_ = screen.tables
+    for width in (80, 60):
+        assert len(fitting(table, width)) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -314,3 +315,57 @@ def test_a_machine_without_a_network_is_told_so(bed: Testbed) -> None:
     code, found = report(bed.command("pi", [*COMMAND, "doctor", "--json"]))
     assert code == 1
     assert found["multicast"]["text"] == "no network interface has an address"
+
+
+# ---- a coordinator -----------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.netns
+def test_a_coordinator_is_judged_by_what_a_coordinator_needs(bed: Testbed) -> None:
+    subprocess.run(bed.command("pi", ["ip", "address", "flush", "dev", "eth0"]), check=True)
+    code, found = report(bed.command("pi", [*COMMAND, "doctor", "--json", "--role=coordinator"]))
+    assert code == 0
+    assert found["multicast"]["state"] == "warning"
+    assert "only agents on this machine can join" in found["multicast"]["text"]
+    assert not {"backend", "accelerator", "limits"} & set(found)
+
+
+def coordinator_report(
+    root: Path, capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[int, dict[str, Any], list[str]]:
+    code = main(["doctor", f"--root={root}", f"--state-dir={root}", "--json", *options])
+    shown = json.loads(capsys.readouterr().out)
+    return code, {check["name"]: check for check in shown["checks"]}, shown["roles"]
+
+
+def test_the_installed_service_says_what_a_machine_is_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    units = tmp_path / "etc/systemd/system"
+    units.mkdir(parents=True)
+    (units / "shoal-coordinator.service").touch()
+    (tmp_path / "etc/shoal").mkdir()
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 900000 kB\nMemAvailable: 90000 kB\n")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        settings = tmp_path / "etc/shoal/coordinator.toml"
+        settings.write_text(f"port = {port}\nno_mdns = true\n")
+        code, found, roles = coordinator_report(tmp_path, capsys)
+    assert (code, roles) == (0, ["coordinator"])
+    assert found["coordinator"]["text"] == f"listens at 0.0.0.0:{port}"
+    assert "no_mdns is set" in found["multicast"]["text"]
+    assert found["memory"]["state"] == "warning"  # An agent could hold no stage.
+    assert "starlette" in found["libraries"]["text"]
+    _, found, _ = coordinator_report(tmp_path, capsys)
+    assert found["coordinator"]["state"] == "warning"
+    assert "systemctl start shoal-coordinator" in found["coordinator"]["fix"]
+
+
+def test_what_a_coordinator_lacks_is_said_of_a_coordinator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["doctor", "--role=coordinator", f"--root={tmp_path}"]
+    assert main([*command, "--state-dir=/proc/no-disk"]) == 1
+    assert "this machine cannot be a coordinator yet: disk" in capsys.readouterr().err

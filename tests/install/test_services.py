@@ -69,7 +69,7 @@ def shoal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shoal]:
         shoal = Shoal(hub, agents)
         for machine in (hub, *agents):
             shoal.before[machine.name] = machine.files()
-        hub.shell(f"{INSTALL} coordinator")
+        assert "listens at 0.0.0.0:7420" in hub.shell(f"{INSTALL} coordinator")
         for agent in agents:
             # One line on a board, as docs/install.md gives it.
             agent.shell(f"{INSTALL} agent --memory 6M")

@@ -112,7 +112,7 @@ def test_pickles_are_refused_with_advice(llama: Path, name: str) -> None:
 
 def test_a_renamed_pickle_is_no_safetensors_file(llama: Path) -> None:
     (llama / "model.safetensors").write_bytes(b"\x80\x02}q\x00(X\x04\x00\x00\x00" * 9)
-    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file, but a pickle"):
         Checkpoint.open(llama)
 
 
@@ -244,7 +244,7 @@ def test_damaged_headers_never_crash(data: st.DataObject) -> None:
 def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
-    with pytest.raises(CheckpointError, match="header claims 4611686018427387904 bytes"):
+    with pytest.raises(CheckpointError, match="not a safetensors file, nor its beginning"):
         read_safetensors(path)
 
 

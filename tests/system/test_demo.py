@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from model.quantize import Format
 from model.reference import ReferenceModel
 from model.tokenizer import Tokenizer
 from tests.greedy import generate_greedy
-from tests.system.cluster import FIXTURES, TINY_OPT, demo_processes, last_json, shoal
+from tests.system.cluster import COMMAND, FIXTURES, ROOT, TINY_OPT, demo_processes, last_json, shoal
 
 FAMILIES = ("opt-pre", "opt-post", "llama", "mistral", "qwen2", "qwen3")
 TOKENS = 64
@@ -102,6 +106,36 @@ def test_the_demo_shows_devices_plan_answer_and_speed() -> None:
     assert rate is not None, completed.stdout
     assert int(rate[1]) >= 64
     assert "Traceback" not in completed.stderr
+
+
+def on_a_terminal(*arguments: str) -> list[str]:
+    """What a command that succeeds shows on standard error where that is a terminal."""
+    ours, its = pty.openpty()
+    command = [*COMMAND, *arguments]
+    environment = os.environ | {"TERM": "dumb"}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=its, cwd=ROOT, env=environment
+    ) as process:
+        os.close(its)
+        shown = b""
+        with os.fdopen(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+            # Reading fails once the other end is closed.
+            while piece := terminal.read(1 << 16):
+                shown += piece
+    assert process.returncode == 0
+    return shown.decode().splitlines()
+
+
+def test_a_terminal_is_told_what_the_demo_does_from_its_first_moment() -> None:
+    steps = [line for line in on_a_terminal("demo", "--memory=4M,5M,20M") if "demo: " in line]
+    assert steps[0] == "demo: reading the model"
+    assert steps[1] == "demo: starting a coordinator"
+    assert steps[2] == (
+        "demo: starting 3 agents with 4.0 MiB, 5.0 MiB, 20.0 MiB; each measures this machine"
+    )
+    last = steps.index("demo: 3 of 3 agents have joined")
+    assert {"demo: measuring links", "demo: quantizing blocks"} <= set(steps[last + 1 : -1])
+    assert steps[-1].startswith("demo: loaded in ")
 
 
 def test_nothing_is_left_running() -> None:

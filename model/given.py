@@ -1,0 +1,423 @@
+"""What a user gave as a model, before any of it is read as one.
+
+``require_model`` is asked first by everything that opens a model, here and on the coordinator. Its
+messages say what lies at the path and what to do, because "config.json is missing" helps nobody who
+gave the name of a model on a hub, a GGUF file, or a folder of pointers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import socket
+import stat
+from pathlib import Path
+
+from model.errors import CheckpointError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FOREIGN = ("*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.npz", "*.mlmodelc", "*.engine")
+"""Weights of other frameworks, which no folder of transformers consists of alone."""
+_UNFINISHED = ("*.incomplete", "*.part", "*.partial", "*.crdownload", "*.aria2", "*.tmp")
+
+MAX_HEADER_BYTES = 100_000_000
+"""Longest header of a safetensors file: what the format's own library accepts; a header of a
+1000-layer model has about 1 MB."""
+_HEAD_BYTES = 512
+_MAX_SHOWN = 3
+_MAX_FOLDERS = 200
+_MAX_ADAPTER_BYTES = 1 << 20
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_KINDS: tuple[tuple[bytes, str], ...] = (
+    (_POINTER, "a git-lfs pointer instead of the file itself: run `git lfs pull` in the clone"),
+    (b"GGUF", "a GGUF file, llama.cpp's format, which is not read: get the model's safetensors"),
+    (b"ggml", "a GGML file, an old format of llama.cpp: get the model's safetensors"),
+    (b"PK\x03\x04", "a zip archive or a PyTorch pickle, which is never read: get safetensors"),
+    (b"\x80\x02", "a pickle, which can run any code and is never read: get safetensors"),
+    (b"\x80\x03", "a pickle, which can run any code and is never read: get safetensors"),
+    (b"\x80\x04", "a pickle, which can run any code and is never read: get safetensors"),
+    (b"\x80\x05", "a pickle, which can run any code and is never read: get safetensors"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"BZh", "a bzip2 archive: unpack it"),
+    (b"\xfd7zXZ\x00", "an xz archive: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
+    (b"\x89HDF\r\n", "an HDF5 file (Keras, TensorFlow), which is not read: get safetensors"),
+    (b"<!doctype html", "a web page, not the file: the download failed, fetch it again"),
+    (b"<html", "a web page, not the file: the download failed, fetch it again"),
+    (b"<?xml", "an answer of a server, not the file: the download failed, fetch it again"),
+    (b'{"error', "an answer of a server, not the file: the download failed, fetch it again"),
+    (b"Invalid username or password", "a refusal of the hub: log in there, and fetch it again"),
+    (b"Access to model", "a refusal of the hub: ask for access there, and fetch it again"),
+    (b"Entry not found", "a refusal of the hub: it has no such file"),
+    (b"Repository not found", "a refusal of the hub: it has no such model"),
+)
+"""First bytes of a file, without regard to case, and what such a file is."""
+
+_HUB_URL = re.compile(r"(?:https?:/{1,2}(?:www\.)?(?:huggingface|hf)\.co|hf:)/{1,2}(?P<id>.+)")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_ONE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?::[\w.-]{1,40})?")
+
+
+def require_model(given: Path) -> None:
+    """Check that ``given`` is a folder with a config.json; its weights are not looked at.
+
+    Raises CheckpointError, whose one line says what was given instead and what to do.
+    """
+    try:
+        kind = given.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(_absent(given)) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(given, error) from error
+    if not stat.S_ISDIR(kind):
+        raise CheckpointError(_file(given))
+    names = _names(given)
+    try:
+        found = CONFIG in names and (given / CONFIG).exists()
+        pointer = found and foreign_kind(_head(given / CONFIG))
+    except OSError as error:
+        raise _unreadable(given, error) from error
+    if pointer:
+        raise CheckpointError(f"{shown(given / CONFIG)}: it is {pointer}")
+    if not found:
+        raise CheckpointError(f"{shown(given)}: {_folder(given, names)}")
+
+
+def without_weights(directory: Path) -> CheckpointError:
+    """What to say of a model's folder that has neither model.safetensors nor an index of shards."""
+    names = _names(directory)
+    known = _other_weights(directory, names)
+    if known is None:
+        known = f"no {SINGLE} and no {INDEX}; is the download complete?"
+    return CheckpointError(f"{shown(directory)}: {known}")
+
+
+def foreign_kind(head: bytes) -> str | None:
+    """What a file with these first bytes is and what to do, where it is none of a model's files."""
+    length_bytes = int.from_bytes(head[:8], "little")
+    if length_bytes <= MAX_HEADER_BYTES and head[8:9] in (b"", b"{"):
+        return None  # A safetensors file may begin with any magic: with its header's length.
+    start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    for magic, kind in _KINDS:
+        if head.startswith(magic) or (magic[:1].isascii() and start.startswith(magic.lower())):
+            return kind
+    return None
+
+
+def kind_of_file(path: Path) -> str | None:
+    """As ``foreign_kind`` for a file that could not be used; None where it cannot be read."""
+    try:
+        return foreign_kind(_head(path))
+    except OSError:
+        return None
+
+
+def hub_name(text: str) -> str | None:
+    """ORG/NAME where ``text`` is a name or an address of the Hugging Face Hub."""
+    address = _HUB_URL.fullmatch(text)
+    if address is not None:
+        parts = [part for part in address["id"].split("/") if part]
+        text = "/".join(parts[:2])
+        return text if _HUB_NAME.fullmatch(text) or _ONE_NAME.fullmatch(text) else None
+    return text if _HUB_NAME.fullmatch(text) else None
+
+
+def not_absolute(text: str) -> str:
+    """What to say of a model that was named where only an absolute path can be meant."""
+    name = hub_name(text)
+    if name is None:
+        return f"{shown(Path(text))} is no absolute path"
+    return f"{shown(Path(text))} is the name of a model on a hub: {_fetch(name)}"
+
+
+def shown(path: Path) -> str:
+    """A path for a message of one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(path))[:500]
+
+
+# ---- nothing is there --------------------------------------------------------------------------
+
+
+def _absent(given: Path) -> str:
+    text = str(given)
+    name = hub_name(text)
+    is_path = name == text and Path(text).parent.is_dir()
+    if name is not None and not is_path:
+        return (
+            f"{shown(given)}: no such directory on {socket.gethostname()}, but the name of a model"
+            f" on a hub: {_fetch(name)}"
+        )
+    if given.is_symlink():
+        return f"{shown(given)}: a link to {shown(given.readlink())}, which does not exist"
+    message = f"{shown(given)}: no such directory on {socket.gethostname()}"
+    if text.startswith("~"):
+        return f"{message}: the shell expands ~ only outside quotes; give the whole path"
+    if len(given.parts) == 1 and _ONE_NAME.fullmatch(text):
+        return (
+            f"{message}: give the path of a model's folder; a hub's model is fetched first, as in"
+            f" `hf download ORG/NAME --local-dir DIR`"
+        )
+    missing = given.absolute()
+    for parent in missing.parents:
+        try:
+            if parent.exists():
+                break
+        except OSError as error:
+            return str(_unreadable(parent, error))
+        missing = parent
+    else:
+        return f"{message}; give the path of a model"
+    return (
+        f"{message}; give the path of a model ({shown(parent)} has no {shown(Path(missing.name))})"
+    )
+
+
+def _fetch(name: str) -> str:
+    """How to get a hub's model onto this machine, or where it already is."""
+    cached = _hub_cache() / f"models--{name.replace('/', '--')}"
+    snapshot = _snapshot(cached)
+    if snapshot is not None:
+        return f"it is in this machine's cache, give {shown(snapshot)}"
+    folder = name.rpartition("/")[2]
+    return f"run `hf download {name} --local-dir {folder}`, then give {folder}"
+
+
+def _hub_cache() -> Path:
+    places = (("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"))
+    for variable, below in places:
+        if os.environ.get(variable):
+            return Path(os.environ[variable], below)
+    try:
+        home = Path.home()
+    except RuntimeError:  # A service's user may have none.
+        home = Path("/")
+    return home / ".cache" / "huggingface" / "hub"
+
+
+# ---- a file ------------------------------------------------------------------------------------
+
+
+def _file(given: Path) -> str:
+    what = f"{shown(given)}: a file, not a model's folder"
+    if not given.is_file():
+        return f"{shown(given)}: neither a folder nor a file; give the path of a model's folder"
+    try:
+        head = _head(given)
+    except OSError as error:
+        return str(_unreadable(given, error))
+    kind = foreign_kind(head)
+    if kind is None and given.suffix == ".gguf":
+        kind = "a damaged GGUF file, llama.cpp's format: get the model's safetensors"
+    if kind is not None:
+        return f"{what}: it is {kind}"
+    folder = given.absolute().parent
+    if (folder / CONFIG).exists():
+        return f"{what}: give the folder that it is in, {shown(folder)}"
+    if given.suffix == ".safetensors":
+        return f"{what}: weights alone are no model; put its {CONFIG} and tokenizer.json beside it"
+    return f"{what}; give the path of a folder as save_pretrained writes it"
+
+
+# ---- a folder without config.json --------------------------------------------------------------
+
+
+def _folder(given: Path, names: frozenset[str]) -> str:
+    """What a folder is that has no config.json that can be read."""
+    if not names:
+        return (
+            f"not a model: it has no {CONFIG}, nor anything else; give the path of a model's folder"
+        )
+    if (given / CONFIG).is_symlink():
+        return f"{CONFIG} is a link to a file that is missing; fetch the model again"
+    cache = _cache_folder(given, names)
+    if cache is not None:
+        return cache
+    if "adapter_config.json" in names:
+        return _adapter(given)
+    if "model_index.json" in names:
+        return "a pipeline of diffusers (pictures, sound), not a language model"
+    if "params.json" in names and _some(given, "consolidated*"):
+        return (
+            "a checkpoint in its maker's own format (params.json, consolidated weights);"
+            " get the one that is converted for transformers"
+        )
+    other = _other_weights(given, names)
+    if other is not None:
+        return other
+    if names & {SINGLE, INDEX}:
+        return f"weights without {CONFIG}; is the download complete?"
+    models = _models_below(given, names)
+    if models:
+        return (
+            f"not a model: it has no {CONFIG}, but folders in it have: give {' or '.join(models)}"
+        )
+    if ".git" in names and len(names - {".git", ".gitattributes"}) == 0:
+        return (
+            "a git clone without its files; run `git checkout HEAD -- .` and `git lfs pull` in it"
+        )
+    files = _some(given, *_FOREIGN)
+    if files:
+        return f"weights of another framework ({files}), which are not read: get safetensors"
+    return (
+        f"not a model: it has no {CONFIG} "
+        "(expected a directory as Hugging Face's save_pretrained writes it)"
+    )
+
+
+def _cache_folder(given: Path, names: frozenset[str]) -> str | None:
+    """What to give instead of a folder of the hub's cache that holds snapshots."""
+    if "snapshots" in names or given.name.startswith("models--"):
+        snapshot = _snapshot(given)
+        if snapshot is not None:
+            return f"a folder of the hub's cache: give the snapshot in it, {shown(snapshot)}"
+        return "a folder of the hub's cache without a whole snapshot: fetch the model again"
+    parent = given.absolute().parent
+    if given.name in ("snapshots", "blobs", "refs") and parent.name.startswith("models--"):
+        snapshot = _snapshot(parent)
+        if snapshot is not None:
+            return f"a part of the hub's cache: give the snapshot, {shown(snapshot)}"
+    hub = given / "hub" if "hub" in names else given
+    cached = sorted(name for name in _names(hub) if name.startswith("models--"))
+    snapshots = [item for item in (_snapshot(hub / name) for name in cached) if item is not None]
+    if snapshots:
+        return f"the hub's cache, not one model: give {_listed(list(map(shown, snapshots)))}"
+    return None
+
+
+def _snapshot(cached: Path) -> Path | None:
+    """The snapshot of a folder models--ORG--NAME: the one of refs/main, else the newest."""
+    try:
+        found = [path for path in (cached / "snapshots").iterdir() if (path / CONFIG).exists()]
+        if not found:
+            return None
+        main = cached / "refs" / "main"
+        commit = main.read_text(encoding="ascii").strip() if main.is_file() else ""
+        return next(
+            (path for path in found if path.name == commit),
+            max(found, key=lambda path: (path.stat().st_mtime_ns, path.name)),
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _adapter(given: Path) -> str:
+    """An adapter's folder, by the base that its config names."""
+    base = ""
+    path = given / "adapter_config.json"
+    try:
+        if path.stat().st_size <= _MAX_ADAPTER_BYTES:
+            values = json.loads(path.read_bytes())
+            named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+            if isinstance(named, str) and named:
+                base = f" of {shown(Path(named[:100]))}"
+    except (OSError, ValueError, RecursionError):
+        pass
+    return (
+        f"an adapter (LoRA){base} without its base model: merge the two with peft"
+        " (merge_and_unload, save_pretrained), and give the merged model's folder"
+    )
+
+
+def _models_below(given: Path, names: frozenset[str]) -> list[str]:
+    """Folders directly in this one, or one below, that are models."""
+    found: list[str] = []
+    for name in sorted(names)[:_MAX_FOLDERS]:
+        folder = given / name
+        try:
+            below = [folder, *(folder / inner for inner in sorted(_names(folder))[:_MAX_FOLDERS])]
+            found += [shown(path) for path in below if (path / CONFIG).is_file()]
+        except (OSError, CheckpointError):
+            continue
+        if len(found) > _MAX_SHOWN:
+            return [*found[:_MAX_SHOWN], "another"]
+    return found
+
+
+# ---- a folder without weights ------------------------------------------------------------------
+
+
+def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
+    """What lies there instead of safetensors with their usual names, and what to do."""
+    if names & {SINGLE, INDEX}:
+        link = next(directory / name for name in (SINGLE, INDEX) if name in names)
+        if not link.exists() and link.is_symlink():
+            return f"{link.name} is a link to a file that is missing; fetch the model again"
+        return None
+    files = _some(directory, "*.gguf")
+    if files:
+        return f"GGUF files ({files}), llama.cpp's format, which is not read: get safetensors"
+    if "adapter_config.json" in names:
+        return _adapter(directory)
+    unfinished = _some(directory, *_UNFINISHED) or _some(
+        directory / ".cache" / "huggingface" / "download", "*.incomplete"
+    )
+    if unfinished:
+        return f"an unfinished download ({unfinished}); let it finish, or start it again"
+    files = _some(directory, "*-of-*.safetensors")
+    if files:
+        return f"shards ({files}) without {INDEX}; complete the download"
+    files = _some(directory, "*.safetensors")
+    if files:
+        return f"no {SINGLE}, but {files}: is it the whole model? Then rename it to {SINGLE}"
+    files = _some(directory, *_PICKLES)
+    if files:
+        return (
+            f"pickle checkpoints ({files}), which can run any code and are never read; "
+            "convert them: load the model with transformers in a place you trust and "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    return None
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+def _names(directory: Path) -> frozenset[str]:
+    """What a folder holds; nothing where it is none. Raises CheckpointError where it is closed."""
+    try:
+        return frozenset(path.name for path in directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _some(directory: Path, *patterns: str) -> str:
+    """The first names that match, for a message; "" for none."""
+    found = sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
+    return _listed([shown(Path(name)) for name in found])
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return ", ".join(names[:_MAX_SHOWN]) + more
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
+    if isinstance(error, PermissionError):
+        return CheckpointError(
+            f"{shown(path)}: the user {_user()} may not read it on {socket.gethostname()};"
+            " give it the right to, or put the model where it may"
+        )
+    reason = error.strerror if isinstance(error, OSError) else None
+    return CheckpointError(f"{shown(path)}: cannot be read: {reason or error}; give another path")
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())

@@ -1,0 +1,80 @@
+"""The coordinator's API answers 400 for what is no model, and names it, before it begins."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+
+from coordinator.admin_api import AdminRoutes
+from coordinator.artifacts import ArtifactStore
+from coordinator.errors import CoordinatorError
+from coordinator.fleet import Fleet
+from coordinator.http import on_error
+from coordinator.members import Roster
+from coordinator.quality import QualityStore
+from coordinator.recovery import LoadedFile
+from model.errors import ModelError
+
+LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
+ROUTES = {"plan": {}, "load": {}, "quality": {"sequences": [[1, 2, 3]], "bits": [4]}}
+
+
+def ask(directory: Path, path: str, body: dict[str, Any]) -> httpx.Response:
+    """One request to the routes of a coordinator that nothing has joined."""
+    roster = Roster("test", lambda *_: None, lambda *_: None)
+    store = ArtifactStore(directory)
+    store.prepare()
+    fleet = Fleet(roster, store, QualityStore(directory), LoadedFile(directory), 0)
+    app = Starlette(
+        routes=AdminRoutes("test", roster, fleet).routes(),
+        exception_handlers={kind: on_error for kind in (CoordinatorError, ModelError)},
+    )
+
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.post(f"/shoal/v1/{path}", json=body)
+
+    return asyncio.run(post())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_is_no_model_is_the_users_mistake(route: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    state = tmp_path / "state"
+    shutil.copytree(LLAMA, model)
+    (model / "tokenizer.json").unlink()
+    (model / "model.safetensors").write_text(POINTER)
+    for given, said in (
+        (model, "model.safetensors: not a safetensors file, but a git-lfs pointer"),
+        (model / "config.json", "a file, not a model's folder"),
+        (tmp_path / "nothing", "no such directory"),
+    ):
+        answer = ask(state, route, {"model": str(given), **ROUTES[route]})
+        error = answer.json()["error"]
+        assert answer.status_code == 400
+        assert (error["type"], error["param"]) == ("invalid_request_error", "model")
+        assert error["message"].startswith(str(given))
+        assert said in error["message"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_hubs_name_is_no_path(route: str, tmp_path: Path) -> None:
+    answer = ask(tmp_path, route, {"model": "meta-llama/Llama-3.2-1B", **ROUTES[route]})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert "meta-llama/Llama-3.2-1B is the name of a model on a hub" in message
+    assert "hf download meta-llama/Llama-3.2-1B" in message
+
+
+def test_a_good_model_waits_for_agents(tmp_path: Path) -> None:
+    answer = ask(tmp_path, "plan", {"model": str(LLAMA)})
+    assert answer.status_code == 200
+    assert "no agent" in answer.text
