@@ -27,9 +27,11 @@ from coordinator.plan import (
     keeps_budget,
     verify,
 )
+from coordinator.plan_greedy import fill
 from coordinator.plan_model import Aim, Choice, PlanProgram, StageChoice
 from coordinator.plan_search import Found, search
 from coordinator.plan_solver import Outcome, SolverError, SolverName, default_solver, run
+from coordinator.plan_tables import Tables
 from coordinator.problem import Device, Objective, PlanningProblem
 from wire.profile import LinkProfile
 
@@ -114,7 +116,9 @@ def _best(
     if plan is None or (plan.gap > gap and size <= _LARGE and runner.left_s() > 0):
         report("solving the integer program")
         exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None)
-        if exact is None and plan is None and not runner.refused and not searching:
+        # Very different figures can make a solver call a program infeasible that is not.
+        believed = runner.refused and not _is_filled(problem)
+        if exact is None and plan is None and not believed and not searching:
             report("the integer program gave no answer: looking for a plan at hand")
             found = _search(problem, runner, gap, share=1.0)
             exact = _plan_of(problem, found.choice, Proof("search", 0.0, 0.0))
@@ -129,6 +133,11 @@ def _best(
     if plan is None:
         return None
     return replace(plan, proof=replace(plan.proof, bound=min(bound, plan.value)))
+
+
+def _is_filled(problem: PlanningProblem) -> bool:
+    """Whether a plan is found by filling devices one after the other, in milliseconds."""
+    return any(walk.within for walk in fill(Tables(problem)))
 
 
 def _size(problem: PlanningProblem) -> int:
