@@ -27,11 +27,9 @@ from coordinator.plan import (
     keeps_budget,
     verify,
 )
-from coordinator.plan_greedy import fill
 from coordinator.plan_model import Aim, Choice, PlanProgram, StageChoice
 from coordinator.plan_search import Found, search
 from coordinator.plan_solver import Outcome, SolverError, SolverName, default_solver, run
-from coordinator.plan_tables import Tables
 from coordinator.problem import Device, Objective, PlanningProblem
 from wire.profile import LinkProfile
 
@@ -116,13 +114,13 @@ def _best(
     if plan is None or (plan.gap > gap and size <= _LARGE and runner.left_s() > 0):
         report("solving the integer program")
         exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None)
-        # Very different figures can make a solver call a program infeasible that is not.
-        believed = runner.refused and not _is_filled(problem)
-        if exact is None and plan is None and not believed and not searching:
-            report("the integer program gave no answer: looking for a plan at hand")
-            found = _search(problem, runner, gap, share=1.0)
+        if exact is None and plan is None and not searching:
+            report("the integer program gave no plan: looking for one at hand")
+            # A program whose figures are far apart may be called infeasible although it is not.
+            share = 0.0 if runner.refused else 1.0
+            found = _search(problem, runner, gap, share=share)
             exact = _plan_of(problem, found.choice, Proof("search", 0.0, 0.0))
-            exact_bound = max(exact_bound, found.bound)
+            exact_bound = found.bound if runner.refused else max(exact_bound, found.bound)
         bound = max(bound, exact_bound)
         # A plan at hand stands, whatever the solver says.
         plan = min(
@@ -133,11 +131,6 @@ def _best(
     if plan is None:
         return None
     return replace(plan, proof=replace(plan.proof, bound=min(bound, plan.value)))
-
-
-def _is_filled(problem: PlanningProblem) -> bool:
-    """Whether a plan is found by filling devices one after the other, in milliseconds."""
-    return any(walk.within for walk in fill(Tables(problem)))
 
 
 def _size(problem: PlanningProblem) -> int:
@@ -157,7 +150,7 @@ def _search(problem: PlanningProblem, runner: _Runner, gap: float, *, share: flo
     """A choice by search within a share of the time left, and a lower bound of the objective."""
     started_s = time.monotonic()
     deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
-    last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S)
+    last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S) if share else deadline_s
     ties = _ties(problem)
     return search(problem, deadline_s=deadline_s, gap=gap, ties=ties, last_resort_s=last_resort_s)
 

@@ -565,14 +565,18 @@ def test_flipped_bytes_of_prepared_files_are_found(tmp_path: Path, name: str, pl
     options = replace(OPTIONS, prepared_dir=home)
     with closing(OnnxCpuBackend().load(spec, artifacts, options)) as stage:
         assert stage.kept_files == {}  # They were made in this load.
-    paths = sorted(home.glob(f"*/{name}"))
-    for path in paths:
-        data = bytearray(path.read_bytes())
+    whole = {path: path.read_bytes() for path in home.glob(f"*/{name}")}
+    for path, content in whole.items():
+        data = bytearray(content)
         data[int(place * len(data))] ^= 1
         path.write_bytes(data)
     with closing(OnnxCpuBackend().load(spec, artifacts, options)) as stage:
         damaged = [path for path, sha256 in stage.kept_files.items() if file_sha256(path) != sha256]
-    assert sorted(damaged) == (paths if name == "weights-0.bin" else [])
+    if name != "weights-0.bin":
+        assert damaged == []  # They were made again, as are the graphs that belong to them.
+    # ONNX Runtime finds some damage itself; then the file was made again in this load.
+    made_again = [path for path in whole if path.read_bytes() == whole[path]]
+    assert {*damaged, *made_again} >= whole.keys()
 
 
 def test_nothing_is_kept_of_damaged_blocks(tmp_path: Path) -> None:
