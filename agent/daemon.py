@@ -1,9 +1,10 @@
 """The agent: find the coordinator, join, carry out what it asks, and say that one is alive.
 
 Threads: the main one reads the control connection; a heartbeat thread writes to it; one worker
-carries out the long requests (measure, fetch, load) in order; agent.relay has one that runs the
-stage, agent.hop two, agent.peers one per peer. Losing the coordinator ends the stage, not the
-agent: it searches again.
+carries out the long requests (measure, fetch, load) in order; agent.quiet has one that measures
+again while nothing else is to be done; agent.relay has one that runs the stage, agent.integrity one
+that hashes its files, agent.hop two, agent.peers one per peer. Losing the coordinator ends the
+stage, not the agent: it searches again.
 """
 
 from __future__ import annotations

@@ -145,8 +145,8 @@ def kept_profile(
     conditions = dict(profile.conditions)
     for figure, value in figures.items():
         key: dict[str, Any] = {"hardware": hardware_id(), "kind": "device", "figure": figure}
-        if figure == "memory":
-            key["threads"] = profile.threads
+        if figure == "memory":  # An accelerator's own is no other backend's.
+            key |= {"backend": profile.backend, "threads": profile.threads}
         elif figure == "call":
             key |= {"backend": profile.backend, "version": profile.backend_version}
             key |= {"threads": profile.threads, "exact": exact}

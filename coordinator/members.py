@@ -549,6 +549,8 @@ class Roster:
             return "device id or name is empty or too long"
         if not (hello.name.isprintable() and hello.device.isprintable()):
             return "the name or the device id is not printable"
+        if len(hello.version) > 64:
+            return "its version is too long"
         if len(hello.advertised) > 64 or not 0 <= hello.port < 1 << 16 or len(hello.run) > 64:
             return "more addresses than there can be, or no port"
         if not 0 < len(hello.endpoints) <= 64 or any(

@@ -12,11 +12,15 @@ from backends.base import BackendError, BackendUnavailable
 from backends.registry import BACKENDS, backend_class
 from calibration import device
 from calibration.device import (
+    kept_profile,
     measure_disk_write,
     measure_memory_read,
     profile_device,
     profile_in_child,
 )
+from calibration.store import CalibrationStore
+from wire.conditions import Conditions
+from wire.profile import DeviceProfile
 
 
 def available_backend() -> str:
@@ -141,3 +145,29 @@ def test_what_lies_in_the_cache_may_make_room(
         (tmp_path / name).write_bytes(bytes(size))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     assert device._storage_bytes(tmp_path) == 5600
+
+
+def test_figures_of_one_backend_are_not_kept_for_another(tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    quiet, busy = (Conditions(2, others, 0.0, 0.0, 0.0, 0.0, 1.0) for others in (0.0, 2.0))
+    gpu = DeviceProfile(
+        "x86_64",
+        "p",
+        2,
+        2,
+        "torch_cuda",
+        "1",
+        ((4, 4),),
+        1 << 30,
+        1 << 30,
+        1 << 30,
+        2e12,
+        1e9,
+        call_s=1e-4,
+        conditions=(("memory", quiet), ("call", quiet)),
+    )
+    assert kept_profile(gpu, store, exact=False) == gpu
+    slower = replace(gpu, memory_read_bytes_per_s=1e12, conditions=(("memory", busy),))
+    assert kept_profile(slower, store, exact=False).memory_read_bytes_per_s == 2e12
+    cpu = replace(slower, backend="onnx_cpu", memory_read_bytes_per_s=1e10)
+    assert kept_profile(cpu, store, exact=False).memory_read_bytes_per_s == 1e10

@@ -199,6 +199,7 @@ def test_a_second_device_with_the_same_id_is_told_how_to_get_its_own() -> None:
         hello(name="x" * 64),
         hello(name="a\nb"),
         hello(device="a\x1b[2J"),
+        replace(hello(), version="9" * 65),
         AgentHello("a", "a", "1", (), PROFILE),
         AgentHello("a", "a", "1", (Endpoint("h", 0),), PROFILE),
         AgentHello("a", "a", "1", (Endpoint("h" * 256, 1),), PROFILE),
