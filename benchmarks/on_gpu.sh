@@ -67,9 +67,10 @@ machine() {
 answer() { # The embedded model through a coordinator and an agent, at 4, 8 and 16 bits.
     trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
     export SHOAL_COORDINATOR=http://127.0.0.1:17421
-    shoal coordinator --no-mdns --bind 127.0.0.1 --port 17420 --http 127.0.0.1:17421 \
+    # Not by the function: a signal would end its shell alone.
+    "$PYTHON" -m cli coordinator --no-mdns --bind 127.0.0.1 --port 17420 --http 127.0.0.1:17421 \
         --state-dir "$WORK/coordinator" &
-    shoal agent --name gpu --backend "$BACKEND" --coordinator 127.0.0.1:17420 --memory 2G \
+    "$PYTHON" -m cli agent --name gpu --backend "$BACKEND" --coordinator 127.0.0.1:17420 --memory 2G \
         --storage 2G --state-dir "$WORK/agent" &
     for _ in $(seq 60); do
         shoal devices 2>/dev/null | grep -q gpu && break

@@ -49,7 +49,8 @@ def _widths(
 
     ``break_cells``: cells that are to stay whole may go on in the next line, words may not.
     """
-    naturals = [max(map(_length, _texts(column)), default=0) for column in columns]
+    # An empty column takes a character, too.
+    naturals = [max(1, *map(_length, _texts(column))) for column in columns]
     widths = [
         min(_least(column, break_cells=break_cells), natural)
         for column, natural in zip(columns, naturals, strict=True)
@@ -81,7 +82,7 @@ def _least(column: Column, *, break_cells: bool = False) -> int:
         return max(column.min_width, _longest_word(header))
     whole = not break_cells and (column.no_wrap or column.justify == "right")
     length = _length if whole else _longest_word
-    return max([_longest_word(header), *map(length, cells)])
+    return max([1, _longest_word(header), *map(length, cells)])
 
 
 def _part(table: Table, columns: Sequence[Column], widths: Sequence[int]) -> Table:
@@ -93,7 +94,7 @@ def _part(table: Table, columns: Sequence[Column], widths: Sequence[int]) -> Tab
             justify=column.justify,
             style=column.style,
             overflow="fold",
-            width=max(width, 1),
+            width=width,
         )
     for row in zip(*(column.cells for column in columns), strict=True):
         part.add_row(*row)

@@ -104,6 +104,12 @@ def test_any_table_is_whole(rows: list[list[str]], width: int, keys: int, kinds:
     check_whole(table, fitting(table, width, keys), width)
 
 
+def test_empty_columns_take_a_character_of_what_there_is() -> None:
+    table = Table("", "", "9", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_row("", "9 999 999 99999", "")
+    check_whole(table, fitting(table, 24), 24)
+
+
 def test_columns_that_do_not_fit_come_below_with_the_first_again() -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("device", no_wrap=True)

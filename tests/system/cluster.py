@@ -67,15 +67,25 @@ def demo_processes() -> list[psutil.Process]:
     ]
 
 
+STORES = ("calibration.json", "trials.json")
+
+MERGED = ("entries", "conditions")
+"""Parts of a calibration store that hold what was measured, by what it depends on."""
+
 LOG_CHARACTERS = 6000
 """Of each process, for the report of a test that failed."""
 
 
 class Cluster:
-    """A coordinator and agents of this test, on the loopback interface."""
+    """A coordinator and agents of this test, on the loopback interface.
 
-    def __init__(self, directory: Path) -> None:
+    An agent starts with what agents of earlier clusters of this run have measured and tried, as one
+    that is started again does. ``measures`` True: it has nothing.
+    """
+
+    def __init__(self, directory: Path, *, measures: bool = False) -> None:
         _clusters.add(self)
+        self.measures = measures
         self.directory = directory
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.control_port = 0
@@ -97,6 +107,11 @@ class Cluster:
         self.control_port, self.url = ready["control_port"], ready["http"]
 
     def start_agent(self, name: str, *options: str) -> subprocess.Popen[str]:
+        home = self.directory / name
+        if not self.measures and not home.exists():
+            home.mkdir(parents=True)
+            for store, content in _measured.items():
+                (home / store).write_text(json.dumps(content))
         return self.spawn(
             name,
             "agent",
@@ -139,11 +154,22 @@ class Cluster:
     def load(self, model: Path, *options: str) -> Any:
         return last_json(self.run("load", str(model), "--json", *options))
 
+    def _keep_measurements(self) -> None:
+        for store in () if self.measures else STORES:
+            for path in self.directory.glob(f"*/{store}"):
+                known = _measured.setdefault(store, {})
+                for key, value in json.loads(path.read_bytes()).items():
+                    if key in MERGED:
+                        known[key] = {**known.get(key, {}), **value}
+                    elif key != "models":  # They would be measured again in quiet moments.
+                        known[key] = value
+
     def kill(self, name: str) -> None:
         self.processes[name].send_signal(signal.SIGKILL)
 
     def stop(self) -> None:
         """Stop everything as a service manager does; all must end by themselves."""
+        self._keep_measurements()
         for name in sorted(self.processes, key=lambda name: name == "coordinator"):
             self.processes[name].terminate()
         for name, process in self.processes.items():
@@ -159,6 +185,9 @@ class Cluster:
         for name in self.processes:
             assert "Traceback" not in self.log(name), self.log(name)
 
+
+_measured: dict[str, dict[str, Any]] = {}
+"""By store, what agents of this process's clusters have measured and tried."""
 
 _clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
 

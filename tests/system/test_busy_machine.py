@@ -39,7 +39,7 @@ def figures(device: dict[str, Any]) -> dict[str, Conditions]:
 def test_what_a_busy_machine_measured_is_marked_and_measured_again(
     tmp_path: Path, spinning: list[subprocess.Popen[bytes]]
 ) -> None:
-    cluster = Cluster(tmp_path)
+    cluster = Cluster(tmp_path, measures=True)
     try:
         cluster.start_coordinator()
         cluster.start_agent("pi-3")

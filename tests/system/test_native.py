@@ -40,7 +40,7 @@ class DyingCluster(Cluster):
     """A shoal of a tree whose default backend dies of models as narrow as this."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
+        super().__init__(directory, measures=True)
         self.tree = directory / "tree"
         for package in ("agent", "calibration", "cli", "coordinator", "model", "wire"):
             (self.tree / package).mkdir(parents=True)
