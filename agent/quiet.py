@@ -224,7 +224,7 @@ class QuietMoments:
             except (BackendError, ModelError, OSError) as error:
                 log.info("not measured again: %s", error)
                 self._wait_longer()
-            except Exception:
+            except Exception:  # The outermost loop of its thread, which ends: nobody waits for it.
                 log.exception("measuring in a quiet moment failed")
                 return
 

@@ -191,7 +191,7 @@ def profile_in_child(
     ) as child:
         try:
             out, err = _communicate(child, json.dumps(everything), check)
-        except BaseException:
+        except BaseException:  # Cancelled or interrupted, however: the child must not outlive it.
             child.kill()
             raise
     try:
