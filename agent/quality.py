@@ -17,9 +17,9 @@ import numpy.typing as npt
 from agent.blocks import BlockCache
 from backends.base import Backend, BackendError
 from backends.registry import BACKENDS, backend_class
-from calibration.distiller import Options
-from calibration.hops import measure_boundaries
-from calibration.quality import measure_blocks, measure_plans
+from calibration.quality.blocks import measure_blocks, measure_plans
+from calibration.quality.hops import measure_boundaries
+from calibration.quality.students import Options
 from model.artifact import read_block
 from model.errors import CheckpointError
 from model.quantize import BITS, Format, QuantizedMatrix
@@ -39,7 +39,7 @@ KEPT_SHARE = 0.4
 
 
 class StreamedModel:
-    """A ``calibration.distiller.BlockSource`` over artifacts of a model's original blocks."""
+    """A ``BlockSource`` (calibration.quality.students) over artifacts of original blocks."""
 
     def __init__(
         self,

@@ -33,11 +33,11 @@ from benchmarks.random_model import Shape, make_model
 from calibration.machine import processor_name
 from cli.client import Client
 from cli.errors import CommandFailed
-from coordinator.forecast import prefill_s
-from coordinator.plan import Stage
 from model import costs
 from model.quantize import Format
 from model.spec import ModelSpec
+from planning.forecast import prefill_s
+from planning.plan import Stage
 from testbed.bed import Testbed
 from testbed.cluster import Cluster
 from testbed.lab import AgentSettings

@@ -52,11 +52,11 @@ from agent.links import LinkFigures
 from benchmarks import gguf, llama_cpp_process
 from benchmarks.pipeline_stage import model_spec
 from calibration.machine import processor_name
-from coordinator.forecast import best_chunk_tokens
-from coordinator.plan import Stage
 from model.artifact import write_artifact
 from model.quantize import Format
 from model.spec import ModelSpec
+from planning.forecast import best_chunk_tokens
+from planning.plan import Stage
 from testbed.bed import Testbed, TestbedError
 from testbed.network import Host, Link, Network
 from wire import limits

@@ -29,11 +29,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.plan import InfeasiblePlan, PlanError
-from coordinator.plan_solver import default_solver
-from coordinator.planner import solve
-from coordinator.problem import BlockOption, Device, Objective, PlanningProblem
 from model.spec import LayerSpec, ModelSpec
+from planning.exact.solver import default_solver
+from planning.plan import InfeasiblePlan, PlanError
+from planning.planner import solve
+from planning.problem import BlockOption, Device, Objective, PlanningProblem
 from wire.profile import LinkProfile
 
 WIDTHS = (4, 6, 8, 16)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from backends.registry import BACKENDS, backend_class
-from calibration.quality import (
+from calibration.quality.blocks import (
     built_in_text,
     check_plans,
     measure_plan_kl,
@@ -25,13 +25,15 @@ from calibration.quality import (
     random_plans,
     split_passages,
 )
-from coordinator.plan import Plan
-from coordinator.planner import solve
-from coordinator.problem import PlanningProblem, build_problem
-from coordinator.quality import MAX_CHECKS, budget_margin, scaled, tightened
+from coordinator.quality.store import MAX_CHECKS
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.tokenizer import Tokenizer
+from planning.build import build_problem
+from planning.plan import Plan
+from planning.planner import solve
+from planning.problem import PlanningProblem
+from planning.sensitivity import budget_margin, scaled, tightened
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ at 8 bits. For each number of hosts the planner's best plan for throughput is
 loaded, and runs one generation at a time, then several at once, in turns. A prompt is one token
 long, so that every pass is a token's. Tokens per second are those of all generations, from the
 first request to the end of the last answer, measured by the client. A plan predicts them without
-counting that a stage runs the rows of several sequences in one pass (coordinator/forecast.py).
+counting that a stage runs the rows of several sequences in one pass (planning/forecast.py).
 
 What was measured of the hosts, and the model, are kept in --state.
 """
@@ -30,8 +30,8 @@ from rich.table import Table
 from benchmarks.fidelity import CONTEXT_TOKENS, WIRED, request, say
 from benchmarks.random_model import Shape, make_model
 from cli.client import Client
-from coordinator.forecast import decode_tokens_per_s
-from coordinator.plan import Plan
+from planning.forecast import decode_tokens_per_s
+from planning.plan import Plan
 from testbed.bed import Testbed
 from testbed.cluster import Cluster
 from testbed.lab import AgentSettings

@@ -15,20 +15,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import argument_types, daemons, edgetpu, plan_arguments, planning
+from cli import argument_types
 from cli.argument_types import argument, between
-from cli.bench import EXAMPLES as BENCH_EXAMPLES
-from cli.bench import add_bench_arguments, run_bench
-from cli.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
-from cli.doctor import EXAMPLES as CHECKS
-from cli.doctor import add_doctor_arguments, run_doctor
+from cli.commands import edgetpu, plan_arguments, planning
+from cli.commands.bench import EXAMPLES as BENCH_EXAMPLES
+from cli.commands.bench import add_bench_arguments, run_bench
+from cli.commands.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
+from cli.commands.testbed import EXAMPLES as TESTBED_EXAMPLES
+from cli.commands.testbed import add_testbed_arguments, run_testbed
+from cli.doctor.command import EXAMPLES as CHECKS
+from cli.doctor.command import add_doctor_arguments, run_doctor
 from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable
-from cli.journal import JournalFormatter, under_journal
 from cli.render import Screen
-from cli.settings import read_settings
-from cli.signals import Terminated, terminated_like_interrupted
-from cli.testbed import EXAMPLES as TESTBED_EXAMPLES
-from cli.testbed import add_testbed_arguments, run_testbed
+from cli.service import daemons
+from cli.service.journal import JournalFormatter, under_journal
+from cli.service.settings import read_settings
+from cli.service.signals import Terminated, terminated_like_interrupted
 from wire.sizes import parse_size
 from wire.versions import full_version
 
@@ -163,7 +165,7 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_demo(options: argparse.Namespace, screen: Screen) -> None:
     screen.step("demo: reading the model")  # What is imported next takes seconds on a small board.
-    from cli.demo import Demo
+    from cli.commands.demo import Demo
 
     Demo(options, screen).run()
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from cli.journal import prefixed
+from cli.service.journal import prefixed
 from cli.tables import fitting
 from wire.sizes import format_size
 from wire.versions import shoal_version
@@ -49,7 +49,7 @@ class Screen:
     """Where a command writes. With ``json_output`` stdout gets only JSON."""
 
     def __init__(self, *, json_output: bool, journal: bool = False) -> None:
-        """journal: begin lines on stderr with the priority that the journal reads (cli.journal)."""
+        """journal: begin lines on stderr with a priority for the journal (cli.service.journal)."""
         self.json_output = json_output
         self._journal = journal
         self.out = Console(highlight=False, stderr=json_output)
@@ -223,7 +223,7 @@ class Screen:
     ) -> None:
         """A plan: its stages, and what each block was given; ``times`` says whose times it has,
         ``noise`` is as of ``self.noise``."""
-        from coordinator.plan import bits_text
+        from planning.plan import bits_text
 
         table = titled_table(title)
         table.add_column("device", no_wrap=True)

@@ -12,10 +12,10 @@ CoordinatorError            one line, with what to do next
 ├── Busy                    another plan, load, unload or measurement is under way
 ├── NotLoaded               no model is loaded, or its deployment is broken
 ├── StorageFull             the coordinator may not keep as many blocks as it needs
-├── MakingFailed            files that a backend needs beside blocks could not be made
-└── RequestInvalid          the request itself is wrong (param names the field)
+└── MakingFailed            files that a backend needs beside blocks could not be made
 
-The gateway answers them as HTTP errors with ``status`` and ``code``.
+A wrong request is planning.errors.RequestInvalid. The HTTP routes answer with ``status`` and
+``code``.
 """
 
 from __future__ import annotations
@@ -160,16 +160,3 @@ class MakingFailed(CoordinatorError):
     """Files that a backend needs beside blocks could not be made."""
 
     code = "making_failed"
-
-
-class RequestInvalid(CoordinatorError):
-    """The user's request is wrong; ``param`` is the field, where there is one."""
-
-    status = 400
-    code = "invalid_request"
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-        if code is not None:
-            self.code = code

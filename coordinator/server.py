@@ -13,25 +13,22 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from coordinator.admin_api import AdminRoutes
-from coordinator.artifacts import ArtifactStore
 from coordinator.config import ConfigError, CoordinatorConfig
 from coordinator.errors import CoordinatorError
-from coordinator.fleet import Fleet
-from coordinator.gateway import Gateway
-from coordinator.http import ClientGone, on_error
-from coordinator.http_guard import HostGuard, guarded_protocol
-from coordinator.members import Roster
-from coordinator.names import NameBook
-from coordinator.openai_api import OpenAIRoutes
-from coordinator.plan import PlanError
-from coordinator.quality import QualityStore
-from coordinator.recovery import LoadedFile
-from coordinator.workshop import Makers, Workshop
+from coordinator.files.artifacts import ArtifactStore
+from coordinator.files.compiled import Makers, Workshop
+from coordinator.http.admin import AdminRoutes
+from coordinator.http.common import HANDLERS
+from coordinator.http.guard import HostGuard, guarded_protocol
+from coordinator.http.openai import OpenAIRoutes
+from coordinator.loading.operations import Fleet
+from coordinator.loading.recovery import LoadedFile
+from coordinator.quality.store import QualityStore
+from coordinator.roster.members import Roster
+from coordinator.roster.names import NameBook
+from coordinator.serving.gateway import Gateway
 from model.errors import ModelError
 from wire import admission, limits
 from wire.connection import ACCEPT_AT_ONCE, BACKLOG, AsyncConnection, bind, reason, serve, tune
@@ -217,19 +214,9 @@ class Coordinator:
     def _app(self) -> ASGIApp:
         admin = AdminRoutes(self._config.cluster, self.roster, self._fleet)
         openai = OpenAIRoutes(self._fleet, self._gateway)
-        handled = (
-            CoordinatorError,
-            ModelError,
-            PlanError,
-            OSError,
-            ClientGone,
-            ClientDisconnect,
-            HTTPException,
-            Exception,
-        )
         routes = Starlette(
             routes=[*openai.routes(), *admin.routes()],
-            exception_handlers={kind: on_error for kind in handled},
+            exception_handlers=HANDLERS,
         )
         return HostGuard(routes, (*self._config.http_hosts, self._config.http_host))
 

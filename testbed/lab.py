@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from coordinator.lab import Lab, LabError
-from coordinator.lab_file import read_lab
+from planning.labs.lab import Lab, LabError
+from planning.labs.lab_file import read_lab
 from testbed.network import HUB, Host, Link, Network, NetworkError
 
 AGENT_BYTES = 320 << 20

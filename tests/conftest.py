@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-FAST = ("model", "wire", "coordinator", "calibration", "agent", "cli")
+FAST = ("model", "wire", "planning", "coordinator", "calibration", "agent", "cli")
 """Folders whose tests ``--fast`` runs, but for those in SLOW."""
 
 SLOW = {
@@ -38,18 +38,18 @@ SLOW = {
     "cli/test_planning.py",
     "cli/test_process.py",
     "cli/test_signals.py",
-    "coordinator/test_dilemma.py",
+    "planning/test_dilemma.py",
     "coordinator/test_gateway.py",
     "coordinator/test_given.py",
     "coordinator/test_http.py",
-    "coordinator/test_http_guard.py",
+    "coordinator/test_guard.py",
     "coordinator/test_measurements.py",
     "coordinator/test_members.py",
     "coordinator/test_names.py",
-    "coordinator/test_plan_properties.py",
-    "coordinator/test_plan_solvers.py",
+    "planning/test_properties.py",
+    "planning/test_solvers.py",
     "coordinator/test_recovery.py",
-    "coordinator/test_workshop.py",
+    "coordinator/test_compiled.py",
     "model/test_template_process.py",
     "model/test_tokenizer.py",
     "wire/test_auth.py",

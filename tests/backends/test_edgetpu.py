@@ -29,8 +29,8 @@ from backends.edgetpu import Int8Stage, TfliteCpuBackend
 from backends.edgetpu_product import Counts, Int8Weights
 from backends.edgetpu_runtime import Engine
 from backends.onnx_cpu import OnnxCpuBackend
-from calibration.distiller import divergences
-from calibration.quality import measure_quality, split_passages
+from calibration.quality.blocks import measure_quality, split_passages
+from calibration.quality.students import divergences
 from calibration.store import CalibrationStore
 from model.artifact import read_block
 from model.checkpoint import Checkpoint

@@ -471,7 +471,7 @@ def test_compile_and_check_by_hand(
     monkeypatch.setenv("PATH", "/nowhere")
     made.rename(chip)
     EdgeTpuBackend().load(*model, OPTIONS).close()
-    monkeypatch.setattr("cli.edgetpu.ROOT", EdgeTpuBackend.root)
+    monkeypatch.setattr("cli.commands.edgetpu.ROOT", EdgeTpuBackend.root)
     code, out, _ = shoal("edgetpu", "check", "--json")
     assert code == 0
     checked = json.loads(out)
@@ -494,7 +494,7 @@ def test_commands_that_cannot_work_say_why(shoal: Shoal, monkeypatch: pytest.Mon
     code, _, err = shoal("edgetpu", "check")
     assert code == 1
     assert "no Edge TPU on USB" in err
-    monkeypatch.setattr("cli.edgetpu.ROOT", EdgeTpuBackend.root)
+    monkeypatch.setattr("cli.commands.edgetpu.ROOT", EdgeTpuBackend.root)
     code, _, err = shoal("edgetpu", "check")
     assert code == 1
     assert "has no compiled product to run" in err

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from calibration import layers, survey, table
-from cli.calibrate import add_calibrate_arguments, run_calibrate
+from cli.commands.calibrate import add_calibrate_arguments, run_calibrate
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.tables import fitting
-from coordinator.sensitivity_file import read_sensitivities
 from model.families import load_spec
+from planning.labs.sensitivity_file import read_sensitivities
 from tests.cli.test_tables import Recording, rendered
 from wire import conditions
 

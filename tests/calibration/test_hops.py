@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.hops import MEASURED_BITS, measure_hops, through_hop, worst_hops
+from calibration.quality.hops import MEASURED_BITS, measure_hops, through_hop, worst_hops
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
 from model.reference import ReferenceModel

@@ -11,9 +11,8 @@ import pytest
 
 from backends.base import Backend, BackendUnavailable, Capabilities
 from backends.registry import BACKENDS, backend_class
-from calibration import distiller
-from calibration.distiller import divergences
-from calibration.quality import (
+from calibration.quality import students
+from calibration.quality.blocks import (
     BlockQuality,
     built_in_text,
     check_plans,
@@ -23,6 +22,7 @@ from calibration.quality import (
     random_plans,
     split_passages,
 )
+from calibration.quality.students import divergences
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
 from model.quantize import Format, quantize, weight_error
@@ -151,8 +151,8 @@ def test_memory_for_no_block_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     checkpoint = Checkpoint.open(FIXTURES / "opt-post")
     sequences = texts(checkpoint)
     kept = measure_quality(checkpoint, BITS, sequences)
-    monkeypatch.setattr(distiller, "_KEPT_SHARE", 0.0)
-    monkeypatch.setattr(distiller, "_LOGITS", checkpoint.spec.vocab * 3)
+    monkeypatch.setattr(students, "_KEPT_SHARE", 0.0)
+    monkeypatch.setattr(students, "_LOGITS", checkpoint.spec.vocab * 3)
     assert [item.kl for item in measure_quality(checkpoint, BITS, sequences)] == pytest.approx(
         [item.kl for item in kept], rel=1e-3, abs=1e-9
     )

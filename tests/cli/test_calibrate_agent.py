@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from calibration.store import CalibrationStore
-from cli.calibrate_agent import target_of
+from cli.commands.calibrate_agent import target_of
 from cli.errors import UsageError
 from model.checkpoint import Checkpoint
 

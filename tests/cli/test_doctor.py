@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from backends.registry import BACKENDS
-from cli import checks, network_checks
-from cli.checks import Check, Machine
-from cli.doctor import bounded
+from cli.doctor import checks, network
+from cli.doctor.checks import Check, Machine
+from cli.doctor.command import bounded
 from cli.main import main
 from testbed.bed import Testbed
 from tests.system.cluster import COMMAND, ROOT
@@ -253,9 +253,9 @@ def test_a_check_that_hangs_or_crashes_is_a_finding(board: Callable[..., Machine
 def test_a_firewall_is_judged_by_its_policy(policy: str, drops: bool) -> None:
     chain = {"family": "inet", "hook": "input", "policy": policy, "name": "input"}
     rules = json.dumps({"nftables": [{"metainfo": {}}, {"chain": chain}]})
-    assert network_checks._nft_drops(rules) is drops
-    assert network_checks._iptables_drops(f"-P INPUT {policy.upper()}\n-A INPUT -j x\n") is drops
-    assert not network_checks._nft_drops("not json")
+    assert network._nft_drops(rules) is drops
+    assert network._iptables_drops(f"-P INPUT {policy.upper()}\n-A INPUT -j x\n") is drops
+    assert not network._nft_drops("not json")
 
 
 # ---- on networks -------------------------------------------------------------------------------

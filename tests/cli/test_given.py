@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cli.commands.plan_arguments import absolute_model
 from cli.errors import CommandFailed
 from cli.main import main
-from cli.plan_arguments import absolute_model
 
 LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 LAB = Path(__file__).parents[2] / "examples" / "labs" / "home-4-pis.yaml"

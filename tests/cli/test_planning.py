@@ -12,14 +12,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cli import plan_arguments, planning
+from cli.commands import plan_arguments, planning
+from cli.commands.plan_arguments import pins_of, request_of
 from cli.errors import CommandFailed, UsageError
-from cli.plan_arguments import pins_of, request_of
 from cli.render import Screen
-from coordinator.plan_request import PlanRequest
-from coordinator.study import opt_350m
 from model import costs
 from model.families import load_spec
+from planning.paper.study import opt_350m
+from planning.request import PlanRequest
 
 CONFIG = Path(__file__).parents[1] / "fixtures" / "opt-pre" / "config.json"
 
@@ -471,7 +471,7 @@ def test_a_difference_is_shown(
 def test_a_study_is_shown_and_drawn(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coordinator import study
+    from planning.paper import study
 
     whole = study.study_dilemma
     monkeypatch.setattr(study, "study_dilemma", lambda **given: whole(layers=3, **given))

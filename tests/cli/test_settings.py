@@ -11,9 +11,9 @@ import pytest
 
 from cli.argument_types import Several
 from cli.errors import UsageError
-from cli.journal import JournalFormatter, under_journal
 from cli.main import main
-from cli.settings import read_settings, settings_of
+from cli.service.journal import JournalFormatter, under_journal
+from cli.service.settings import read_settings, settings_of
 from wire.sizes import parse_size
 
 

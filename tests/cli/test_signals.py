@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cli.signals import Terminated, held_signals, terminated_like_interrupted
+from cli.service.signals import Terminated, held_signals, terminated_like_interrupted
 
 
 def test_a_held_interrupt_comes_at_the_end_of_the_block() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.artifacts import ArtifactStore
 from coordinator.errors import StorageFull
+from coordinator.files.artifacts import ArtifactStore
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 

@@ -14,9 +14,6 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator import fleet, gateway, links
-from coordinator.artifacts import ArtifactStore
-from coordinator.deployment import Deployment
 from coordinator.errors import (
     AgentFailed,
     AgentLied,
@@ -25,19 +22,24 @@ from coordinator.errors import (
     CoordinatorError,
     LinkFailed,
     NotLoaded,
-    RequestInvalid,
     Stalled,
 )
-from coordinator.fleet import Fleet
-from coordinator.gateway import Gateway, Piece, Timing, _StopFilter, room_for_answer
-from coordinator.members import Member, Roster
-from coordinator.plan import Stage
-from coordinator.plan_request import PlanRequest
-from coordinator.quality import QualityStore
-from coordinator.recovery import LoadedFile
-from coordinator.slots import Slots
+from coordinator.files.artifacts import ArtifactStore
+from coordinator.loading import operations
+from coordinator.loading.deployment import Deployment
+from coordinator.loading.operations import Fleet
+from coordinator.loading.recovery import LoadedFile
+from coordinator.loading.slots import Slots
+from coordinator.quality.store import QualityStore
+from coordinator.roster import links
+from coordinator.roster.members import Member, Roster
+from coordinator.serving import gateway
+from coordinator.serving.gateway import Gateway, Piece, Timing, _StopFilter, room_for_answer
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
+from planning.errors import RequestInvalid
+from planning.plan import Stage
+from planning.request import PlanRequest
 from wire.connection import AsyncConnection, serve
 from wire.errors import ConnectionLost
 from wire.messages import (
@@ -551,7 +553,7 @@ def test_an_unload_that_has_to_wait_for_others_ends_no_recovery(run: Run) -> Non
 def test_a_link_that_failed_is_tried_again_while_nothing_else_is_done(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet, "WATCH_S", 0.01)
+    monkeypatch.setattr(operations, "WATCH_S", 0.01)
     monkeypatch.setattr(links, "RETRY_S", (0.0,))
 
     async def test(cluster: Cluster) -> None:

@@ -11,15 +11,13 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
-from coordinator.admin_api import AdminRoutes
-from coordinator.artifacts import ArtifactStore
-from coordinator.errors import CoordinatorError
-from coordinator.fleet import Fleet
-from coordinator.http import on_error
-from coordinator.members import Roster
-from coordinator.quality import QualityStore
-from coordinator.recovery import LoadedFile
-from model.errors import ModelError
+from coordinator.files.artifacts import ArtifactStore
+from coordinator.http.admin import AdminRoutes
+from coordinator.http.common import HANDLERS
+from coordinator.loading.operations import Fleet
+from coordinator.loading.recovery import LoadedFile
+from coordinator.quality.store import QualityStore
+from coordinator.roster.members import Roster
 
 LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
@@ -34,7 +32,7 @@ def ask(directory: Path, path: str, body: dict[str, Any]) -> httpx.Response:
     fleet = Fleet(roster, store, QualityStore(directory), LoadedFile(directory), 0)
     app = Starlette(
         routes=AdminRoutes("test", roster, fleet).routes(),
-        exception_handlers={kind: on_error for kind in (CoordinatorError, ModelError)},
+        exception_handlers=HANDLERS,
     )
 
     async def post() -> httpx.Response:

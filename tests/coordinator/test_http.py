@@ -16,8 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coordinator.errors import AgentLost, RequestInvalid
-from coordinator.http import (
+from coordinator.errors import AgentLost
+from coordinator.http.common import (
     ClientGone,
     describe,
     json_lines,
@@ -26,6 +26,7 @@ from coordinator.http import (
     server_sent_events,
     while_connected,
 )
+from planning.errors import RequestInvalid
 from wire.connection import bind
 
 JSON = "application/json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.links import FRESH_S, REMEMBERED_S, RETRY_S, Links
+from coordinator.roster.links import FRESH_S, REMEMBERED_S, RETRY_S, Links
 from wire.profile import LinkProfile
 
 AB, BA = ("a", "b"), ("b", "a")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from coordinator.errors import AgentFailed, AgentLost
-from coordinator.measurements import (
+from coordinator.roster.measurements import (
     Step,
     machines,
     measure_again,
@@ -21,8 +21,8 @@ from coordinator.measurements import (
     measure_links,
     without_conflict,
 )
-from coordinator.members import Member, Roster
-from coordinator.noise import device_noise, plan_noise
+from coordinator.roster.members import Member, Roster
+from coordinator.roster.noise import device_noise, plan_noise
 from model.checkpoint import Checkpoint
 from wire.conditions import Conditions
 from wire.connection import AsyncConnection, serve

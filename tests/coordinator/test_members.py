@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import members
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
-from coordinator.measurements import measure_blocks
-from coordinator.members import Member, Roster
+from coordinator.roster import members
+from coordinator.roster.measurements import measure_blocks
+from coordinator.roster.members import Member, Roster
 from model.families import load_spec
 from wire import limits
 from wire.codec import MAGIC, PREFIX

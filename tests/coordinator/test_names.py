@@ -11,9 +11,9 @@ from typing import cast
 
 import pytest
 
-from coordinator import members, names
-from coordinator.members import Member
-from coordinator.names import NameBook
+from coordinator.roster import members, names
+from coordinator.roster.members import Member
+from coordinator.roster.names import NameBook
 from tests.coordinator.test_members import PROFILE, Coordinator, hello, next_message, run
 from wire.connection import AsyncConnection
 from wire.messages import AgentHello, CoordinatorWelcome, Endpoint, Heartbeat, JoinRefused
@@ -186,7 +186,7 @@ def test_an_id_that_is_the_name_of_another_is_refused() -> None:
 def test_how_long_a_device_is_there_survives_a_jump_of_the_clock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from coordinator.admin_api import _device
+    from coordinator.http.admin import _device
 
     async def test(coordinator: Coordinator) -> None:
         _, member = await coordinator.joined(hello())

@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.quality import check_plans, measure_plan_kl, measure_quality, random_plans
-from coordinator.distillation import Missing
-from coordinator.errors import RequestInvalid
-from coordinator.plan import Plan, verify
-from coordinator.plan_request import PlanRequest
-from coordinator.planner import solve
-from coordinator.problem import PlanningProblem, build_problem
-from coordinator.quality import (
+from calibration.quality.blocks import check_plans, measure_plan_kl, measure_quality, random_plans
+from coordinator.quality.measuring import Missing
+from coordinator.quality.store import KnownQuality, QualityRequest, QualityStore
+from model.checkpoint import Checkpoint
+from model.quantize import Format
+from planning.build import build_problem
+from planning.errors import RequestInvalid
+from planning.plan import Plan, verify
+from planning.planner import solve
+from planning.problem import PlanningProblem
+from planning.request import PlanRequest
+from planning.sensitivity import (
     ASSUMED_MARGIN,
-    KnownQuality,
-    QualityRequest,
-    QualityStore,
     budget_margin,
     choose_hops,
     scaled,
@@ -30,8 +31,6 @@ from coordinator.quality import (
     tightened,
     with_lossless,
 )
-from model.checkpoint import Checkpoint
-from model.quantize import Format
 from wire.messages import HopMeasured, QualityMeasured
 from wire.profile import BlockTiming, DeviceProfile
 

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import recovery
 from coordinator.errors import AgentLost
-from coordinator.plan import PlanError
-from coordinator.plan_file import SavedPlan
-from coordinator.plan_request import PlanRequest
-from coordinator.problem import Objective
-from coordinator.recovery import AMORTIZED_TOKENS, TIME_LIMIT_S, LoadedFile, recover, remaining
+from coordinator.loading import recovery
+from coordinator.loading.recovery import (
+    AMORTIZED_TOKENS,
+    TIME_LIMIT_S,
+    LoadedFile,
+    recover,
+    remaining,
+)
+from planning.plan import PlanError
+from planning.problem import Objective
+from planning.request import PlanRequest
+from planning.saved import SavedPlan
 
 LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 LOST = AgentLost("pi-2", "silent")

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from cli import errors
-from cli.install import template, with_settings
 from cli.main import main
-from cli.settings import parse_toml
+from cli.service.install import template, with_settings
+from cli.service.settings import parse_toml
 from wire.messages import Endpoint
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import pytest
 
 from backends.base import BackendUnavailable
 from backends.registry import backend_class
-from calibration.hops import measure_hops
-from calibration.quality import built_in_text, measure_quality, split_passages
+from calibration.quality.blocks import built_in_text, measure_quality, split_passages
+from calibration.quality.hops import measure_hops
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from tests.system.cluster import FIXTURES, Cluster, interrupt_at, last_json, wait_for

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.lab import LabError
+from planning.labs.lab import LabError
 from testbed.lab import AGENT_BYTES, read_emulated_lab
 from testbed.network import HUB, Link
 

@@ -1,0 +1,1 @@
+"""What fewer bits do to what a model says, measured."""

@@ -1,0 +1,292 @@
+"""How much each block's precision matters to what the model says, measured by distillation.
+
+Teacher is the original model, student the model with one block quantized. Its sensitivity is the
+mean Kullback-Leibler divergence KL(teacher || student) of their next-token distributions, over
+every position of a calibration text. The teacher runs once and leaves the input of each block
+on disk. The students of a block start from that input, and all of them go through the original
+blocks behind it together, one block in memory at a time.
+
+Cost, for L blocks, B widths and N tokens: about L^2 / 2 * B * N tokens through a layer, L * (B + 1)
+* N through the head; disk for L * N hidden rows; memory for two blocks in fp32, (B + 1) * N hidden
+rows and a few rows of logits. More blocks are kept where memory is free.
+
+Decoder layers run through a backend where one is given, which is several times as fast as the
+reference; embedding and head run as ``model.reference`` does, because a stage gives logits of a
+prompt's last row only. Activations are fp32 in both, but for a backend that always rounds them
+(``exact_container_bits`` is empty): what it loses so is then part of the layers' sensitivities.
+
+Source: DILEMMA, "Estimating LLM Performance After Layer-wise Quantization" (teacher and student,
+the weight error); the divergence in place of the weights is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.base import Backend
+from calibration.quality.students import (
+    BlockSource,
+    Options,
+    Progress,
+    Sequences,
+    check_text,
+    distiller,
+    text_key,
+)
+from calibration.store import CalibrationStore
+from model.checkpoint import Checkpoint
+from model.quantize import DEFAULT_GROUP_SIZE, Format, Scheme
+
+SEQUENCE_TOKENS = 128
+MAX_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BlockQuality:
+    """What quantizing one block alone does.
+
+    ``kl`` is the mean over positions in nats; ``weight_error`` is max|w - w_b| over its matrices.
+    """
+
+    block: int
+    bits: int
+    kl: float
+    weight_error: float
+
+    @property
+    def normalized_weight_error(self) -> float:
+        """max|w - w_b| / 2^b, which is what DILEMMA bounds by delta."""
+        return self.weight_error / 2.0**self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCheck:
+    """A plan's divergence as the sum over its blocks predicts it, and as it was measured."""
+
+    bits: tuple[int, ...]
+    predicted_kl: float
+    measured_kl: float
+
+
+def built_in_text() -> list[str]:
+    """Passages of the calibration text that comes with the package."""
+    return passages_of(Path(__file__).with_name("text.txt").read_text(encoding="utf-8"))
+
+
+def passages_of(text: str) -> list[str]:
+    """Passages of a text, which blank lines separate; line ends inside one become spaces."""
+    passages = (" ".join(part.split()) for part in text.split("\n\n"))
+    return [passage for passage in passages if passage]
+
+
+def split_passages(
+    passages: Iterable[Sequence[int]],
+    sequence_tokens: int = SEQUENCE_TOKENS,
+    max_tokens: int = MAX_TOKENS,
+) -> list[list[int]]:
+    """Token sequences to calibrate with: long passages are cut, the whole ends at ``max_tokens``.
+
+    Positions after a cut see nothing of what was before it. Single tokens are dropped.
+    """
+    sequences: list[list[int]] = []
+    left = max_tokens
+    for passage in passages:
+        for begin in range(0, len(passage), sequence_tokens):
+            piece = list(passage[begin : begin + min(sequence_tokens, left)])
+            if len(piece) < 2:
+                continue
+            sequences.append(piece)
+            left -= len(piece)
+            if left < 2:
+                return sequences
+    return sequences
+
+
+def measure_quality(
+    checkpoint: Checkpoint,
+    bits: Sequence[int],
+    sequences: Sequences,
+    *,
+    scheme: Scheme = "rtn",
+    group_size: int = DEFAULT_GROUP_SIZE,
+    backend: Backend | None = None,
+    threads: int = 1,
+    store: CalibrationStore | None = None,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+    plain: Backend | None = None,
+) -> tuple[BlockQuality, ...]:
+    """Sensitivity of every block of a model at each of ``bits``, by block and then by width.
+
+    sequences: token ids, each at most the model's context. backend: what decoder layers run on;
+    None for the reference, which also runs embedding and head. plain: what layers run on at widths
+    that the backend lacks, the original's above all; None for the reference.
+    What ``store`` holds for the same checkpoint, text and format is not measured again, and each
+    block is stored as soon as it is done: an interrupted run is taken up where it was. directory:
+    for hidden states and blocks meanwhile. ``progress`` is called with (done, all) passes.
+    Raises ValueError for unusable sequences, CheckpointError for unreadable or absurd weights and
+    a full disk, BackendError where the backend fails.
+    """
+    check_text(checkpoint.spec, sequences)
+    formats = {width: Format.of(width, scheme, group_size) for width in sorted(set(bits))}
+    blocks = range(checkpoint.spec.block_count)
+    key = text_key(checkpoint, sequences)
+    if backend is not None:
+        # One that rounds activations makes a block more sensitive than its weights alone do.
+        key["backend"] = backend.probe().backend
+    found: dict[tuple[int, int], tuple[float, ...]] = {}
+    for block in blocks:
+        for width, fmt in formats.items():
+            known = None if store is None else store.get(key | _format_key(block, fmt))
+            if known is not None and len(known) == 2:
+                found[block, width] = known
+    missing = {
+        block: widths
+        for block in blocks
+        if (widths := [fmt for bits, fmt in formats.items() if (block, bits) not in found])
+    }
+    for quality in measure_blocks(
+        checkpoint,
+        missing,
+        sequences,
+        Options(backend, threads, progress, plain=plain),
+        directory,
+    ):
+        values = quality.kl, quality.weight_error
+        found[quality.block, quality.bits] = values
+        if store is not None:
+            store.put(key | _format_key(quality.block, formats[quality.bits]), values)
+    return tuple(BlockQuality(*place, *values) for place, values in sorted(found.items()))
+
+
+def measure_blocks(
+    source: BlockSource,
+    wanted: Mapping[int, Sequence[Format]],
+    sequences: Sequences,
+    options: Options,
+    directory: Path | None = None,
+) -> Generator[BlockQuality, None, None]:
+    """Each block alone in each of its wanted formats, as soon as it is measured.
+
+    Each original block is read from ``source`` once per pass, unless there is room to keep it. The
+    rest is as in ``measure_quality``.
+    """
+    check_text(source.spec, sequences)
+    if not wanted:
+        return
+    with distiller(source, sequences, options, directory) as students:
+        head = source.spec.head_block
+        # A block, those behind it, and the head.
+        students.expect(head + sum(1 + head - block for block in wanted))
+        final = students.teach(wanted)
+        for block, formats in wanted.items():
+            for width, values in students.changed(block, formats, final).items():
+                yield BlockQuality(block, width, *values)
+
+
+def measure_plans(
+    source: BlockSource,
+    plans: Sequence[Sequence[Format | None]],
+    sequences: Sequences,
+    options: Options,
+    directory: Path | None = None,
+) -> Generator[float, None, None]:
+    """Mean KL(original || plan) in nats of each plan, given as one format per block.
+
+    None leaves a block as it is; the rest is as in ``measure_blocks``. Raises ValueError for
+    another number of formats than blocks.
+    """
+    check_text(source.spec, sequences)
+    count = source.spec.block_count
+    for formats in plans:
+        if len(formats) != count:
+            raise ValueError(f"{len(formats)} formats for a model with {count} blocks")
+    if not plans:
+        return
+    with distiller(source, sequences, options, directory) as students:
+        students.expect(count - 1 + count * len(plans))
+        final = students.teach()
+        for formats in plans:
+            yield students.plan_kl(formats, final)
+
+
+def measure_plan_kl(
+    checkpoint: Checkpoint,
+    formats: Sequence[Format | None],
+    sequences: Sequences,
+    *,
+    backend: Backend | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+) -> float:
+    """As ``measure_plans`` for one plan."""
+    (kl,) = measure_plans(
+        checkpoint,
+        [formats],
+        sequences,
+        Options(backend, threads, progress),
+        directory,
+    )
+    return kl
+
+
+def check_plans(
+    checkpoint: Checkpoint,
+    qualities: Sequence[BlockQuality],
+    plans: Sequence[Sequence[int]],
+    sequences: Sequences,
+    *,
+    scheme: Scheme = "rtn",
+    group_size: int = DEFAULT_GROUP_SIZE,
+    backend: Backend | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+) -> list[PlanCheck]:
+    """Predicted and measured divergence of plans, each given as the bits of every block.
+
+    Raises KeyError for a width that ``qualities`` does not cover; see ``measure_plan_kl``.
+    """
+    kl = {(quality.block, quality.bits): quality.kl for quality in qualities}
+    predicted = [sum(kl[place] for place in enumerate(plan)) for plan in plans]
+    formats = [[Format.of(width, scheme, group_size) for width in plan] for plan in plans]
+    measured = measure_plans(
+        checkpoint,
+        formats,
+        sequences,
+        Options(backend, threads, progress),
+        directory,
+    )
+    return [
+        PlanCheck(tuple(plan), before, after)
+        for plan, before, after in zip(plans, predicted, measured, strict=True)
+    ]
+
+
+def random_plans(
+    block_count: int, bits: Sequence[int], count: int, seed: int = 0
+) -> list[tuple[int, ...]]:
+    """Mixed plans, each of which draws the blocks' widths from some of ``bits``."""
+    random = np.random.default_rng(seed)
+    widths = sorted(set(bits))
+    plans = []
+    for _ in range(count):
+        some = random.choice(widths, random.integers(min(2, len(widths)), len(widths) + 1), False)
+        plans.append(tuple(int(width) for width in random.choice(some, block_count)))
+    return plans
+
+
+def _format_key(block: int, fmt: Format) -> dict[str, Any]:
+    return {
+        "block": block,
+        "bits": fmt.bits,
+        "scheme": fmt.scheme,
+        "group": fmt.group_size,
+        "symmetric": fmt.symmetric,
+    }

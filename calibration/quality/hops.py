@@ -1,0 +1,127 @@
+"""What rounding the hidden state between two blocks does to what the model says.
+
+Where two neighbouring blocks are on different devices, the hidden rows between them cross a link at
+16 or 8 bits a value (wire.activations). The student is the original model with the rows of one
+boundary rounded so; otherwise this is as in calibration.quality.blocks, at the same cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from backends.base import Backend
+from calibration.quality.students import (
+    BlockSource,
+    Options,
+    Progress,
+    Rows,
+    Run,
+    Sequences,
+    check_text,
+    distiller,
+    text_key,
+)
+from calibration.store import CalibrationStore
+from model.checkpoint import Checkpoint
+from wire.activations import HopBits, decode_rows, encode_rows
+
+MEASURED_BITS: tuple[HopBits, ...] = (16, 8)
+"""32 bits lose nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopQuality:
+    """Mean KL(original || rounded) in nats with the rows behind block ``boundary`` rounded."""
+
+    boundary: int
+    bits: HopBits
+    kl: float
+
+
+def measure_hops(
+    checkpoint: Checkpoint,
+    sequences: Sequences,
+    bits: Sequence[HopBits] = MEASURED_BITS,
+    *,
+    backend: Backend | None = None,
+    threads: int = 1,
+    store: CalibrationStore | None = None,
+    progress: Progress | None = None,
+    directory: Path | None = None,
+) -> tuple[HopQuality, ...]:
+    """Every boundary at each of ``bits``, by boundary, the widest first.
+
+    Boundary b lies behind block b: from the embedding (0) to the last layer. Each boundary is
+    stored as soon as it is done. The rest, and what is raised, as in ``measure_quality``.
+    """
+    check_text(checkpoint.spec, sequences)
+    widths = sorted(set(bits), reverse=True)
+    key = text_key(checkpoint, sequences) | {"kind": "hop"}
+    found: dict[tuple[int, HopBits], float] = {}
+    missing: dict[int, list[HopBits]] = {}
+    for boundary in range(checkpoint.spec.head_block):
+        for width in widths:
+            known = None if store is None else store.get(key | {"block": boundary, "bits": width})
+            if known is not None and len(known) == 1:
+                found[boundary, width] = known[0]
+            else:
+                missing.setdefault(boundary, []).append(width)
+    for hop in measure_boundaries(
+        checkpoint,
+        missing,
+        sequences,
+        Options(backend, threads, progress),
+        directory,
+    ):
+        found[hop.boundary, hop.bits] = hop.kl
+        if store is not None:
+            store.put(key | {"block": hop.boundary, "bits": hop.bits}, (hop.kl,))
+    return tuple(
+        HopQuality(boundary, width, found[boundary, width])
+        for boundary in range(checkpoint.spec.head_block)
+        for width in widths
+    )
+
+
+def measure_boundaries(
+    source: BlockSource,
+    wanted: Mapping[int, Sequence[HopBits]],
+    sequences: Sequences,
+    options: Options,
+    directory: Path | None = None,
+) -> Generator[HopQuality, None, None]:
+    """Each boundary alone at each of its wanted widths, as soon as it is measured.
+
+    The rest is as in ``calibration.quality.blocks.measure_blocks``.
+    """
+    check_text(source.spec, sequences)
+    if not wanted:
+        return
+    head = source.spec.head_block
+    with distiller(source, sequences, options, directory) as students:
+        # The blocks behind a boundary, and the head.
+        students.expect(head + sum(head - boundary for boundary in wanted))
+        final = students.teach([boundary + 1 for boundary in wanted])
+        for boundary, widths in wanted.items():
+            changes: dict[HopBits, Run] = {
+                width: partial(through_hop, bits=width) for width in widths
+            }
+            for width, kl in students.rounded(boundary + 1, changes, final).items():
+                yield HopQuality(boundary, width, kl)
+
+
+def worst_hops(hops: Sequence[HopQuality]) -> dict[HopBits, float]:
+    """By width, the largest of all boundaries: what a plan has to reckon with for a hop."""
+    return {
+        bits: max(hop.kl for hop in hops if hop.bits == bits)
+        for bits in sorted({hop.bits for hop in hops}, reverse=True)
+    }
+
+
+def through_hop(rows: Rows, bits: HopBits) -> Rows:
+    """What arrives of hidden rows [n, hidden] that are sent at ``bits``."""
+    count, hidden = rows.shape
+    return decode_rows(encode_rows(rows, bits), count, hidden, bits)

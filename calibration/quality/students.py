@@ -1,0 +1,344 @@
+"""Teacher and students of a distillation: the same text through a model and changed copies of it.
+
+The teacher is the original model. It runs once and leaves the inputs of blocks on disk; a student
+starts from the input of the first block that is changed, with one block in memory at a time.
+``calibration.quality.blocks`` changes blocks, ``calibration.quality.hops`` the rows between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from backends.base import Backend, StageOptions
+from calibration.machine import memory_bytes
+from model.artifact import Tensor, read_block, write_artifact
+from model.checkpoint import Checkpoint
+from model.quantize import Format, QuantizedMatrix
+from model.reference import ReferenceModel
+from model.spec import ModelSpec
+
+_LOGITS = 1 << 23
+"""Of one student that are in memory at once, several times over."""
+
+_MAX_EXPONENT = 20.0
+"""Differences of logits up to which e^d is left to fp32."""
+
+_KEPT_SHARE = 0.4
+"""Of free memory, for blocks that are kept instead of read again."""
+
+_ERROR_WEIGHTS = 1 << 20
+
+Rows = npt.NDArray[Any]
+Run = Callable[[Rows], Rows]
+"""Token ids or hidden rows of the text to what a block makes of them."""
+Sequences = Sequence[Sequence[int]]
+Progress = Callable[[int, int], None]
+Width = TypeVar("Width", bound=int)
+
+
+class BlockSource(Protocol):
+    """A model whose original blocks can be had one at a time; a Checkpoint is one."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Canonical tensors of one block as float32."""
+
+    def lossless_format(self, block: int) -> Format:
+        """The narrowest format that keeps the weights of a block as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to run. ``kept_bytes`` bounds the original blocks (fp32) that are kept between passes;
+    None takes a share of free memory."""
+
+    backend: Backend | None
+    threads: int
+    progress: Progress | None
+    kept_bytes: int | None = None
+    plain: Backend | None = None
+    """For layers at widths that ``backend`` lacks; None: the reference."""
+
+
+def divergences(expected: Rows, got: Rows) -> npt.NDArray[np.float64]:
+    """KL(softmax(expected) || softmax(got)) of each row of logits fp32 [n, vocab], in nats.
+
+    Good to about 1e-3 of itself where it is small, in fp32: with p the expected distribution, d the
+    difference of the logits and m its mean under p, it is log(1 + sum p (e^(d-m) - 1)), whose terms
+    of first order cancel before they are rounded.
+    """
+    chances = expected - expected.max(axis=1, keepdims=True)
+    np.exp(chances, out=chances)
+    total = chances.sum(axis=1, dtype=np.float64)
+    difference = got - expected
+    difference -= (np.einsum("ij,ij->i", chances, difference) / total)[:, None]
+    rest = np.einsum("ij,ij->i", chances, difference) / total  # What rounding left of the mean.
+    curved = np.minimum(difference, _MAX_EXPONENT)
+    np.expm1(curved, out=curved)
+    curved -= difference
+    result: npt.NDArray[np.float64] = np.einsum("ij,ij->i", chances, curved) / total
+    result = np.log1p(result + rest) - rest
+    for row in np.flatnonzero(difference.max(axis=1) > _MAX_EXPONENT):
+        # Far from each other: here fp64 is needed, and exact enough.
+        wide = difference[row].astype(np.float64)
+        weighted = np.log(chances[row], where=chances[row] > 0, out=np.full(len(wide), -np.inf))
+        result[row] = np.logaddexp.reduce(weighted + wide) - np.log(total[row]) - rest[row]
+    # Never negative but for the last digit of a sum.
+    return np.maximum(result, 0.0)
+
+
+def check_text(spec: ModelSpec, sequences: Sequences) -> None:
+    if not sequences:
+        raise ValueError("no calibration text: at least one sequence of two tokens is needed")
+    for sequence in sequences:
+        if not 0 < len(sequence) <= spec.max_context:
+            raise ValueError(
+                f"a sequence of {len(sequence)} tokens: the model takes 1 to {spec.max_context}"
+            )
+        if not all(0 <= token < spec.vocab for token in sequence):
+            raise ValueError(f"token ids must be within [0, {spec.vocab})")
+
+
+def text_key(checkpoint: Checkpoint, sequences: Sequences) -> dict[str, Any]:
+    plain = json.dumps([[int(token) for token in sequence] for sequence in sequences])
+    return {
+        "kind": "quality",
+        "checkpoint": checkpoint.fingerprint,
+        "text": hashlib.sha256(plain.encode()).hexdigest(),
+    }
+
+
+@contextmanager
+def distiller(
+    source: BlockSource, sequences: Sequences, options: Options, directory: Path | None
+) -> Iterator[Distiller]:
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(dir=directory, prefix=".quality-") as name,
+        Distiller(source, sequences, options, Path(name)) as students,
+    ):
+        yield students
+
+
+class Distiller:
+    """Runs blocks of one model, as they are or in a format, over all sequences.
+
+    ``progress`` counts passes through blocks; ``expect`` says how many there will be.
+    """
+
+    def __init__(
+        self, source: BlockSource, sequences: Sequences, options: Options, directory: Path
+    ) -> None:
+        self.spec = source.spec
+        self.tokens = _joined(sequences)
+        self._source = source
+        self._bounds = _bounds(sequences)
+        self._backends = [one for one in (options.backend, options.plain) if one is not None]
+        self._progress = options.progress
+        self._directory = directory
+        longest = max(len(sequence) for sequence in sequences)
+        self._stage_options = StageOptions(1, longest, options.threads, exact=True)
+        self._resources = ExitStack()
+        self._kept: dict[int, Run] = {}
+        if options.kept_bytes is None:
+            self._free_bytes = int(memory_bytes()[0] * _KEPT_SHARE)
+        else:
+            self._free_bytes = options.kept_bytes
+        self._done = self._total = 0
+
+    def __enter__(self) -> Distiller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    def expect(self, passes: int) -> None:
+        self._done, self._total = -1, passes
+        self.step()
+
+    def step(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def teach(self, wanted: Container[int] = ()) -> Rows:
+        """Run the teacher up to its head, whose input is returned; keep the wanted inputs."""
+        rows = self.tokens
+        for block in range(self.spec.head_block):
+            if block in wanted:
+                np.save(self._input(block), rows)
+            with self._original(block) as run:
+                rows = run(rows)
+            self.step()
+        return rows
+
+    def changed(
+        self, block: int, formats: Sequence[Format], final: Rows
+    ) -> dict[int, tuple[float, float]]:
+        """(kl, weight error) by width of the students that have one block in a format."""
+        head = self.spec.head_block
+        rows = final if block == head else np.load(self._input(block))
+        tensors = self._source.block(block)
+        errors: dict[int, float] = {}
+        hidden: dict[int, Rows] = {}
+        results: dict[int, tuple[float, float]] = {}
+        for fmt in formats:
+            with self._quantized(block, tensors, fmt) as (run, error):
+                errors[fmt.bits] = error
+                results[fmt.bits] = (0.0, error)
+                if error == 0:
+                    continue  # The same weights say the same.
+                if block == head:
+                    (kl,) = self._head_kls(final, [(run, rows)])
+                    results[fmt.bits] = (kl, error)
+                else:
+                    hidden[fmt.bits] = run(rows)
+        self.step()
+        for later in range(block + 1, head):
+            if hidden:
+                with self._original(later) as run:
+                    hidden = {width: run(it) for width, it in hidden.items()}
+            self.step()
+        kls = self._head_kls(final, [(None, it) for it in hidden.values()])
+        results |= {width: (kl, errors[width]) for width, kl in zip(hidden, kls, strict=True)}
+        if block != head:
+            self.step()
+            self._input(block).unlink()
+        return results
+
+    def rounded(self, block: int, changes: Mapping[Width, Run], final: Rows) -> dict[Width, float]:
+        """KL by width of the students whose hidden rows before a block are changed."""
+        head = self.spec.head_block
+        rows = final if block == head else np.load(self._input(block))
+        hidden = {width: change(rows) for width, change in changes.items()}
+        for later in range(block, head):
+            with self._original(later) as run:
+                hidden = {width: run(it) for width, it in hidden.items()}
+            self.step()
+        kls = self._head_kls(final, [(None, it) for it in hidden.values()])
+        self.step()
+        if block != head:
+            self._input(block).unlink()
+        return dict(zip(hidden, kls, strict=True))
+
+    def plan_kl(self, formats: Sequence[Format | None], final: Rows) -> float:
+        """Divergence of a student that has every block in its format."""
+        rows = self.tokens
+        head = self.spec.head_block
+        for block, fmt in enumerate(formats[:head]):
+            with self._block(block, fmt) as run:
+                rows = run(rows)
+            self.step()
+        with self._block(head, formats[head]) as run:
+            (kl,) = self._head_kls(final, [(run, rows)])
+        self.step()
+        return kl
+
+    def _head_kls(self, final: Rows, students: Sequence[tuple[Run | None, Rows]]) -> list[float]:
+        """Mean KL of each student (its head or None for the teacher's, its input)."""
+        sums = [0.0] * len(students)
+        count = max(1, _LOGITS // self.spec.vocab)
+        with self._original(self.spec.head_block) as teacher:
+            for begin in range(0, len(final), count):
+                part = slice(begin, begin + count)
+                expected = teacher(final[part])
+                for index, (head, rows) in enumerate(students):
+                    got = (head or teacher)(rows[part])
+                    sums[index] += float(divergences(expected, got).sum())
+        return [total / len(final) for total in sums]
+
+    @contextmanager
+    def _block(self, block: int, fmt: Format | None) -> Iterator[Run]:
+        if fmt is None:
+            with self._original(block) as run:
+                yield run
+        else:
+            with self._quantized(block, self._source.block(block), fmt) as (run, _):
+                yield run
+
+    @contextmanager
+    def _original(self, block: int) -> Iterator[Run]:
+        """One block of the teacher; kept while there is memory, else loaded again next time."""
+        if block in self._kept:
+            yield self._kept[block]
+            return
+        tensors = self._source.block(block)
+        size_bytes = 4 * sum(tensor.size for tensor in tensors.values())
+        loading = self._loaded(block, tensors, self._source.lossless_format(block))
+        if size_bytes > self._free_bytes:
+            with loading as (run, _):
+                yield run
+            return
+        self._free_bytes -= size_bytes
+        self._kept[block], _ = self._resources.enter_context(loading)
+        yield self._kept[block]
+
+    @contextmanager
+    def _quantized(
+        self, block: int, tensors: Mapping[str, npt.NDArray[np.float32]], fmt: Format
+    ) -> Iterator[tuple[Run, float]]:
+        """A block in a format, and max|w - w_b| over its matrices."""
+        with self._loaded(block, tensors, fmt) as (run, stored):
+            worst = 0.0
+            for name, matrix in stored.items():
+                if isinstance(matrix, QuantizedMatrix):
+                    step = max(1, _ERROR_WEIGHTS // matrix.shape[1])
+                    for begin in range(0, matrix.shape[0], step):
+                        part = slice(begin, begin + step)
+                        error = np.abs(matrix.dequantize(part) - tensors[name][part])
+                        worst = max(worst, float(error.max(initial=0.0)))
+            yield run, worst
+
+    @contextmanager
+    def _loaded(
+        self, block: int, tensors: Mapping[str, npt.NDArray[np.float32]], fmt: Format
+    ) -> Iterator[tuple[Run, Mapping[str, Tensor]]]:
+        path = write_artifact(self._directory, block, tensors, fmt).path
+        try:
+            _, stored = read_block(path, self.spec, block)
+            kind = self.spec.block_kind(block)
+            able = (one for one in self._backends if fmt.bits in one.probe().container_bits)
+            if kind == "layer" and (backend := next(able, None)) is not None:
+                with closing(
+                    backend.load(self.spec, [(block, path)], self._stage_options)
+                ) as stage:
+                    yield partial(self._sequences, partial(stage.forward, 0, 0)), stored
+                return
+            model = ReferenceModel(self.spec, [stored], first_block=block)
+            if kind == "head":
+                yield model.forward, stored
+            else:
+                yield partial(self._sequences, model.forward), stored
+        finally:
+            # Equal blocks share a file, so that another may have removed it.
+            path.unlink(missing_ok=True)
+
+    def _sequences(self, run: Run, rows: Rows) -> Rows:
+        """All sequences, which lie one behind the other in ``rows``, through one block."""
+        return np.concatenate([run(rows[begin:end]) for begin, end in self._bounds])
+
+    def _input(self, block: int) -> Path:
+        return self._directory / f"{block}.npy"
+
+
+def _joined(sequences: Sequences) -> Rows:
+    return np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
+
+
+def _bounds(sequences: Sequences) -> list[tuple[int, int]]:
+    ends = np.cumsum([len(sequence) for sequence in sequences]).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,422 @@
+"""``shoal demo``: a coordinator and agents as processes of their own, a real split, one answer.
+
+Nothing is simulated: the agents are what `shoal agent` starts, found by mDNS on the loopback
+interface, each with a memory limit so small that the model must be split. Whatever ends the demo,
+its processes and files go with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from backends.base import BackendUnavailable
+from backends.registry import backend_class
+from cli.client import Client
+from cli.errors import CommandFailed, UsageError
+from cli.generation import generate
+from cli.render import PHASES, Screen
+from cli.service.signals import held_signals
+from coordinator.files.artifacts import ArtifactStore
+from coordinator.serving.gateway import room_for_answer
+from model import costs
+from model.checkpoint import Checkpoint
+from model.errors import ModelError
+from model.quantize import Format
+from model.tokenizer import Tokenizer
+from planning.errors import RequestInvalid
+from planning.request import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS
+from wire import limits
+from wire.sizes import format_size
+
+OnStep = Callable[[Mapping[str, Any]], None]
+
+EMBEDDED_MODEL = Path(__file__).parent.parent / "examples" / "tiny-opt" / "model"
+EMBEDDED_PROMPT = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"
+OTHER_PROMPT = "Once upon a time"
+DEFAULT_AGENTS = 3
+BACKEND = "onnx_cpu"
+
+JOIN_TIMEOUT_S = 10.0
+"""How long agents may take to join by mDNS before they are told the address."""
+
+START_TIMEOUT_S = 60.0
+"""How long a process may take to start on a slow machine."""
+
+SPEED_TOKENS = 128
+"""Tokens that the speed is measured over. An answer may have two, whose time says nothing."""
+
+SPEED_RUNS = 3
+"""Answers of SPEED_TOKENS, of whose speeds the median counts."""
+
+SPLIT_SHARE = 0.97
+"""All agents but one together get this share of what the model needs at least."""
+
+
+class Demo:
+    """One run of the demo."""
+
+    def __init__(self, options: argparse.Namespace, screen: Screen) -> None:
+        self._options = options
+        self._screen = screen
+        self._processes: list[tuple[str, subprocess.Popen[str], Path]] = []
+        self._directory = Path()
+
+    def run(self) -> None:
+        """Start everything, ask, show, and leave nothing behind. Raises CommandFailed."""
+        options = self._options
+        model = self._model()
+        prompt = options.prompt
+        if prompt is None:
+            prompt = EMBEDDED_PROMPT if options.model is None else OTHER_PROMPT
+        try:
+            checkpoint = Checkpoint.open(model)
+            prompt_tokens = len(Tokenizer.load(model).encode(prompt))
+            room_for_answer(prompt_tokens, self._context_tokens(checkpoint), checkpoint.spec)
+        except (ModelError, RequestInvalid) as error:
+            raise CommandFailed(str(error)) from error
+        with self._temporary_directory():
+            memory = self._memory_limits(checkpoint)
+            try:
+                self._run(model, prompt, memory)
+            finally:
+                self._stop_all()
+
+    def _run(self, model: Path, prompt: str, memory: Sequence[int]) -> None:
+        screen, options = self._screen, self._options
+        cluster = f"demo-{os.getpid()}"
+        screen.step("demo: starting a coordinator")
+        ready = self._start_coordinator(cluster)
+        sizes = ", ".join(format_size(limit) for limit in memory)
+        screen.step(f"demo: starting {len(memory)} agents with {sizes}; each measures this machine")
+        self._start_agents(cluster, memory, None)
+        with Client(ready["http"]) as client:
+            if not self._joined(client, len(memory)):
+                screen.note("no multicast here: the agents get the coordinator's address instead")
+                self._stop_agents()
+                self._start_agents(cluster, memory, ready["control_port"])
+                if not self._joined(client, len(memory), START_TIMEOUT_S):
+                    raise CommandFailed("the agents do not reach the coordinator on this machine")
+            request = {
+                "model": str(model.absolute()),
+                "bits": options.bits or list(DEFAULT_BITS),
+                "hop_bits": options.hop_bits,
+                "scheme": options.scheme,
+                "group_size": options.group_size,
+                "max_weight_error": options.max_weight_error,
+                "context_tokens": options.context,
+                "time_limit_s": options.time_limit,
+            }
+            with screen.progress() as draw, self._phases(draw) as on_step:
+                loaded = client.operate("/shoal/v1/load", request, on_step)
+            devices = client.get("/shoal/v1/devices")
+            if not screen.json_output:
+                # The demo's own processes disturb each other, and are gone before it is quiet.
+                disturbed = [device.pop("noise", None) for device in devices["devices"]]
+                screen.devices(devices)
+                if any(disturbed):
+                    screen.out.print("measured beside the demo's other processes\n")
+                screen.plan(loaded["plan"], f"predicted plan for {loaded['model']}")
+                screen.out.print()
+                screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)
+            result = generate(
+                client,
+                screen,
+                loaded["model"],
+                prompt,
+                max_tokens=options.max_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+            )
+            result |= self._speed(client, result["prompt_tokens"])
+        if screen.json_output:
+            screen.json(
+                {
+                    "model": result["model"],
+                    "devices": devices["devices"],
+                    "links": devices["links"],
+                    "plan": loaded["plan"],
+                    **{key: value for key, value in result.items() if key != "model"},
+                }
+            )
+        else:
+            self._compare(loaded["plan"], result)
+
+    def _speed(self, client: Client, prompt: list[int]) -> dict[str, Any]:
+        """Measure on longer answers to the same prompt, which nobody sees.
+
+        They go on past the model's end of text. Returns {"speed_tokens", "prefill_tokens_per_s",
+        "decode_tokens_per_s"}: the tokens of each answer, fewer than SPEED_TOKENS only where the
+        context ends, and median speeds.
+        """
+        body = {
+            "prompt": prompt,
+            "max_tokens": SPEED_TOKENS,
+            "ignore_eos": True,
+            "temperature": self._options.temperature,
+            "seed": self._options.seed,
+            "return_token_ids": True,
+        }
+        runs = [client.post("/v1/completions", body)["shoal"] for _ in range(SPEED_RUNS)]
+        rates = [run["decode_tokens_per_s"] for run in runs]
+        return {
+            "speed_tokens": len(runs[0]["tokens"]),
+            "prefill_tokens_per_s": median(run["prefill_tokens_per_s"] for run in runs),
+            "decode_tokens_per_s": None if None in rates else median(rates),
+        }
+
+    def _compare(self, plan: dict[str, Any], result: dict[str, Any]) -> None:
+        predicted = 1e3 / plan["predicted_ms_per_token"]
+        measured, tokens = result["decode_tokens_per_s"], result["speed_tokens"]
+        rate = "too short to measure"  # The context has no room for two tokens more.
+        if measured is not None:
+            rate = f"{measured:.0f} tokens/s measured over {tokens} tokens"
+        self._screen.out.print(
+            f"\ndecode: {rate}, "
+            f"{predicted:.0f} predicted for devices of their own (here they share one machine)"
+            f"\nprefill: {result['prefill_tokens_per_s']:.0f} tokens/s measured over "
+            f"{len(result['prompt_tokens'])} tokens",
+            soft_wrap=True,
+        )
+
+    @contextlib.contextmanager
+    def _phases(self, draw: OnStep) -> Iterator[OnStep]:
+        """A line as each phase of loading begins, and another when all of them are done."""
+        begun: list[str] = []
+        started_s = time.monotonic()
+
+        def on_step(step: Mapping[str, Any]) -> None:
+            if step["phase"] not in begun:
+                begun.append(step["phase"])
+                self._screen.step(f"demo: {PHASES.get(step['phase'], step['phase'])}")
+            draw(step)
+
+        yield on_step
+        self._screen.step(f"demo: loaded in {time.monotonic() - started_s:.1f} s")
+
+    # ---- what to run ----------------------------------------------------------------------------
+
+    def _model(self) -> Path:
+        model: Path | None = self._options.model
+        if model is None and not EMBEDDED_MODEL.is_dir():
+            raise CommandFailed("this installation has no embedded model: give one with --model")
+        return EMBEDDED_MODEL if model is None else model
+
+    def _context_tokens(self, checkpoint: Checkpoint) -> int:
+        return min(self._options.context or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context)
+
+    def _memory_limits(self, checkpoint: Checkpoint) -> list[int]:
+        """Bytes for each agent: the user's, or so little that all of them are needed."""
+        options = self._options
+        if options.memory is not None:
+            memory: list[int] = options.memory
+            if options.agents is not None and options.agents != len(memory):
+                raise UsageError(f"--agents {options.agents}, but --memory has {len(memory)} sizes")
+            return memory
+        agents: int = options.agents or DEFAULT_AGENTS
+        least, most, stage = self._needs(checkpoint)
+        if agents == 1:
+            return [sum(most) + stage]
+        share = max(SPLIT_SHARE * sum(least) / (agents - 1), _smallest_cap(least, agents))
+        return [int(share) + stage] * agents
+
+    def _needs(self, checkpoint: Checkpoint) -> tuple[list[int], list[int], int]:
+        """Per block the least and the most bytes any allowed width takes, and a stage's own."""
+        options, spec = self._options, checkpoint.spec
+        try:
+            containers = backend_class(BACKEND).probe().containers(exact=options.exact)
+        except BackendUnavailable as error:
+            raise CommandFailed(str(error)) from error
+        formats = [
+            Format.of(bits, options.scheme, options.group_size)
+            for bits in options.bits or DEFAULT_BITS
+        ]
+        context = self._context_tokens(checkpoint)
+        bound = options.max_weight_error
+        errors: Sequence[dict[int, float]] = [{}] * spec.block_count
+        if bound is not None:
+            store = ArtifactStore(self._directory / "coordinator")
+            store.prepare()
+            with self._screen.progress() as on_step:
+                try:
+                    errors = store.weight_errors(
+                        checkpoint,
+                        formats,
+                        lambda done, total: on_step(
+                            {
+                                "phase": "weight errors",
+                                "label": "",
+                                "done": done,
+                                "total": total,
+                                "unit": "blocks",
+                            }
+                        ),
+                        lambda: False,
+                    )
+                except (ModelError, OSError) as error:
+                    raise CommandFailed(str(error)) from error
+        least, most = [], []
+        for block in range(spec.block_count):
+            sizes = [
+                costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
+                for fmt in formats
+                if bound is None or errors[block][fmt.bits] <= bound
+            ] or [
+                # No width is allowed: the coordinator says so, with advice.
+                costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
+                for fmt in formats
+            ]
+            kv = costs.kv_bytes(spec, block, context)
+            least.append(min(sizes) + kv)
+            most.append(max(sizes) + kv)
+        stage = costs.stage_buffer_bytes(
+            spec, range(spec.block_count), limits.PREFILL_CHUNK_TOKENS, context
+        )
+        return least, most, stage
+
+    # ---- processes ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _temporary_directory(self) -> Iterator[None]:
+        self._directory = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
+        try:
+            yield
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+        log = self._directory / f"{name}.log"
+        # A process that runs must be one that is stopped.
+        with held_signals(), log.open("w", encoding="utf-8") as errors:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, "-m", "cli", *arguments, "--until-stdin-closes"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                # Ctrl-C is for the demo, which stops its processes in order.
+                start_new_session=True,
+            )
+            self._processes.append((name, process, log))
+        return process
+
+    def _start_coordinator(self, cluster: str) -> dict[str, Any]:
+        process = self._start(
+            "coordinator",
+            [
+                "coordinator",
+                "--json",
+                f"--cluster={cluster}",
+                "--bind=127.0.0.1",
+                "--port=0",
+                "--http=127.0.0.1:0",
+                f"--state-dir={self._directory / 'coordinator'}",
+            ],
+        )
+        line = process.stdout.readline() if process.stdout is not None else ""
+        if not line:
+            process.wait(START_TIMEOUT_S)
+            self._check_processes()
+        ready: dict[str, Any] = json.loads(line)
+        return ready
+
+    def _start_agents(self, cluster: str, memory: Sequence[int], port: int | None) -> None:
+        threads = max(1, len(os.sched_getaffinity(0)) // len(memory))
+        for number, limit in enumerate(memory, 1):
+            name = f"device-{number}"
+            where = [] if port is None else [f"--coordinator=127.0.0.1:{port}"]
+            self._start(
+                name,
+                [
+                    "agent",
+                    f"--name={name}",
+                    f"--cluster={cluster}",
+                    "--bind=127.0.0.1",
+                    f"--memory={limit}",
+                    f"--threads={threads}",
+                    f"--backend={BACKEND}",
+                    f"--state-dir={self._directory / name}",
+                    *(["--exact"] if self._options.exact else []),
+                    *where,
+                ],
+            )
+
+    def _joined(self, client: Client, wanted: int, timeout_s: float = JOIN_TIMEOUT_S) -> bool:
+        """Wait until all agents have joined; False after ``timeout_s``."""
+        deadline_s = time.monotonic() + timeout_s
+        told = 0
+        while time.monotonic() < deadline_s:
+            self._check_processes()
+            joined = len(client.get("/shoal/v1/devices")["devices"])
+            if joined > told:
+                told = joined
+                self._screen.step(f"demo: {joined} of {wanted} agents have joined")
+            if joined == wanted:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _check_processes(self) -> None:
+        """Raise what the first process that ended had to say."""
+        for name, process, log in self._processes:
+            if process.poll() is not None:
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                said = lines[-1].removeprefix("error: ") if lines else "no message"
+                raise CommandFailed(f"{name} ended with code {process.returncode}: {said}")
+
+    def _stop_agents(self) -> None:
+        agents = [item for item in self._processes if item[0] != "coordinator"]
+        with held_signals():
+            _stop([process for _, process, _ in agents])
+            self._processes = [item for item in self._processes if item not in agents]
+
+    def _stop_all(self) -> None:
+        with held_signals():
+            self._stop_agents()
+            _stop([process for _, process, _ in self._processes])
+
+
+def _stop(ending: Sequence[subprocess.Popen[str]]) -> None:
+    """End processes: politely, then not. Takes some seconds at most."""
+    for process in ending:
+        process.terminate()
+    deadline_s = time.monotonic() + 5
+    for process in ending:
+        try:
+            process.wait(max(deadline_s - time.monotonic(), 0.01))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def _smallest_cap(sizes: Sequence[int], parts: int) -> int:
+    """The least cap with which ``sizes`` can be cut into at most ``parts`` contiguous runs."""
+    low, high = max(sizes), sum(sizes)
+    while low < high:
+        cap = (low + high) // 2
+        runs, used = 1, 0
+        for size in sizes:
+            if used + size > cap:
+                runs, used = runs + 1, 0
+            used += size
+        low, high = (low, cap) if runs <= parts else (cap + 1, high)
+    return low
+
+
+def _literal(text: str) -> str:
+    """Text for rich that is not markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,223 @@
+"""How plans, explanations, simulations and studies are shown. Nothing here decides anything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from cli.render import Screen, titled_table
+from wire.sizes import format_size
+
+if TYPE_CHECKING:
+    from model.spec import ModelSpec
+    from planning.insight.explain import Explanation, Kind
+    from planning.paper.dilemma import Instance, Solution
+    from planning.paper.study import DilemmaStudy, Simulation
+    from planning.saved import Change, HopChange, SavedPlan
+
+
+def show_divergence(
+    screen: Screen, plan: Mapping[str, Any], margin: float | None, measured_kl: float | None
+) -> None:
+    """One line on what the plan's bits do to the model, where that is known."""
+    total = plan["total_sensitivity"]
+    if total is None:
+        return
+    line = f"predicted KL divergence: {total:.3g} nats per token"
+    if margin is not None:
+        line += f" (sum over blocks and hops {total / margin:.3g}, margin {margin:.2f})"
+    if measured_kl is not None:
+        line += f"; measured: {measured_kl:.3g}"
+    screen.out.print(line, soft_wrap=True)
+
+
+def show_explanation(screen: Screen, explanation: Explanation) -> None:
+    """Where a token's time goes, then one line per change that was tried."""
+    from planning.insight.explain import change_text
+    from planning.plan import bits_text
+
+    table = titled_table("where a token's predicted time goes")
+    table.add_column("device", no_wrap=True)
+    table.add_column("bits", overflow="fold", min_width=6)
+    columns = ["compute ms", "hop ms", "share", "memory"]
+    optional = [
+        ("worst error", "1e", [stage.worst_weight_error for stage in explanation.stages]),
+        ("KL", "3g", [stage.sensitivity for stage in explanation.stages]),
+        ("J", "2f", [stage.energy_j for stage in explanation.stages]),
+    ]
+    # What is known of no stage takes no room.
+    known = [column for column in optional if any(value is not None for value in column[2])]
+    for name in [*columns, *(name for name, _, _ in known)]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, stage in enumerate(explanation.stages):
+        used = stage.memory_bytes / stage.memory_limit_bytes
+        table.add_row(
+            escape(stage.device),
+            bits_text(stage.bits),
+            f"{stage.compute_s * 1e3:.2f}",
+            f"{stage.hop_s * 1e3:.2f}",
+            f"{stage.share:.0%}",
+            f"{format_size(stage.memory_bytes)} ({used:.0%})",
+            *(
+                "-" if values[index] is None else format(values[index], f".{style}")
+                for _, style, values in known
+            ),
+        )
+    screen.table(table)
+    if any(stage.sensitivity is not None for stage in explanation.stages):
+        screen.out.print(
+            "KL counts weights and hops; stages that round activations lose more"
+            " (docs/calibration.md)"
+        )
+    screen.out.print(f"bottleneck: {escape(explanation.bottleneck)}")
+    screen.out.print(f"pipelined: {escape(explanation.pipeline_bottleneck)}")
+    screen.out.print("\nsolved again with one thing changed:")
+    telling = [item for item in explanation.marginals if item.change != 0.0]
+    for item in telling:
+        screen.out.print(f"  {escape(str(item))}")
+    # What makes no difference takes one line per kind, however many there are.
+    same: dict[tuple[Kind, str], list[str]] = {}
+    for item in explanation.marginals:
+        if item.change == 0.0:
+            same.setdefault((item.kind, item.nothing), []).append(item.subject)
+    for (kind, verdict), subjects in same.items():
+        subject = subjects[0] if len(subjects) == 1 else f"any one of {', '.join(subjects)}"
+        screen.out.print(f"  {escape(change_text(kind, subject))}: {verdict}")
+    if not explanation.complete:
+        screen.out.print("  (time ended before all changes were tried)")
+
+
+def show_simulation(screen: Screen, simulation: Simulation) -> None:
+    """The spread over drawn link speeds."""
+    table = titled_table(f"{simulation.kept.runs} draws of link speeds, predicted ms")
+    table.add_column("plan")
+    for column in ("lowest", "10 %", "median", "90 %", "highest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = [("this one, kept", simulation.kept), ("planned anew", simulation.replanned)]
+    for label, spread in rows:
+        if spread is not None:
+            values = (spread.low, spread.tenth, spread.median, spread.ninetieth, spread.high)
+            table.add_row(label, *(f"{value * 1e3:.2f}" for value in values))
+    screen.table(table)
+    screen.out.print(f"{simulation.distinct} different plans were best for some draw")
+    if simulation.unproven:
+        screen.out.print(f"{simulation.unproven} of them may not be the best: time ended")
+    if simulation.unsolved:
+        screen.out.print(f"{simulation.unsolved} draws found no plan within the time limit")
+
+
+def show_difference(
+    screen: Screen,
+    before: SavedPlan,
+    after: SavedPlan,
+    changes: Sequence[Change],
+    hops: Sequence[HopChange],
+) -> None:
+    if not changes:
+        alike = ", and send at other bits" if hops else ""
+        screen.out.print(f"the two plans place every block alike{alike}")
+    if changes or hops:
+        table = titled_table(f"from {before.source} to {after.source}")
+        for column in ("blocks", "before", "after"):
+            table.add_column(column, no_wrap=True)
+        for change in changes:
+            one = change.last == change.first + 1
+            table.add_row(
+                str(change.first) if one else f"{change.first}-{change.last - 1}",
+                escape(f"{change.before[0]} {change.before[1]} bit"),
+                escape(f"{change.after[0]} {change.after[1]} bit"),
+            )
+        for hop in hops:
+            sent = ("no hop" if bits is None else f"{bits} bit" for bits in (hop.before, hop.after))
+            table.add_row(f"hop behind {hop.block}", *sent)
+        screen.table(table)
+    old = before.predicted.get("ms_per_token")
+    new = after.predicted.get("ms_per_token")
+    if old and new:
+        screen.out.print(
+            f"as predicted when they were saved: {old:.2f} -> {new:.2f} ms per token"
+            f" ({new / old - 1:+.1%})"
+        )
+
+
+def show_dilemma(
+    screen: Screen,
+    spec: ModelSpec,
+    instance: Instance,
+    solution: Solution,
+    repairs: Sequence[str],
+    times: Mapping[str, Any],
+) -> None:
+    table = titled_table(f"the paper's program, repaired: {', '.join(repairs) or 'nothing'}")
+    for column in ("blocks", "device", "bits"):
+        table.add_column(column, no_wrap=True)
+    runs = itertools.groupby(solution.choices, key=lambda choice: (choice.device, choice.bits))
+    for (device, bits), run in runs:
+        names = [spec.block_name(choice.layer) for choice in run]
+        table.add_row(
+            names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
+            escape(instance.devices[device]),
+            str(bits),
+        )
+    screen.table(table)
+    proven = "optimal" if solution.proven_optimal else "not proven optimal"
+    screen.out.print(
+        f"objective: {solution.objective_s * 1e3:.2f} ms per token predicted, {proven} for"
+        f" {'assumed' if times['assumed'] else 'described'} times, by {solution.solver}"
+    )
+    screen.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
+    if solution.honest_s is None:
+        screen.out.print("this places some layers twice or never: no model runs like that")
+    elif solution.honest_s > solution.objective_s * (1 + 1e-9):
+        screen.out.print(
+            f"with every transfer charged: {solution.honest_s * 1e3:.2f} ms"
+            " (the objective leaves some out; repair 2f)"
+        )
+
+
+def show_study(screen: Screen, study: DilemmaStudy) -> None:
+    """The bits of Table 1, then the figures' points."""
+    table = titled_table("Table 1 with synthetic weights: computed, not measured")
+    for column in ("delta", "bits", "paper", "ratio", "T, s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in study.table:
+        table.add_row(
+            f"{row.delta:g}",
+            ", ".join(map(str, row.bits)),
+            str(row.paper_bits),
+            f"{row.quantization_ratio:.2%}",
+            f"{row.objective_s:.2f}",
+        )
+    screen.table(table)
+    oddities = titled_table("one repair left out: four layers, four servers")
+    for column in ("left out", "T, s", "with every transfer", "bits", "servers", "verdict"):
+        oddities.add_column(column, overflow="fold")
+    for oddity in study.oddities:
+        figures = [
+            "-" if value is None else f"{value:.2f}"
+            for value in (oddity.objective_s, oddity.honest_s)
+        ]
+        bits = " ".join(map(str, oddity.bits))
+        oddities.add_row(
+            oddity.left_out, *figures, bits, str(oddity.servers or "-"), oddity.verdict
+        )
+    screen.table(oddities)
+    for title, label, sweep, unit in (
+        ("figure 5", "least Mbit/s", study.links, 1e6),
+        ("figure 6", "clock GHz", study.clocks, 1e9),
+    ):
+        points = titled_table(f"{title}: T in s over {study.runs} runs")
+        for column in (label, "10 %", "median", "90 %"):
+            points.add_column(column, justify="right", no_wrap=True)
+        for value, spread in zip(sweep.values, sweep.spreads, strict=True):
+            drawn = (spread.tenth, spread.median, spread.ninetieth)
+            points.add_row(f"{value / unit:g}", *(f"{figure:.2f}" for figure in drawn))
+        screen.table(points)
+    unproven = study.links.unproven + study.clocks.unproven
+    verdict = "all proven optimal" if not unproven else f"{unproven} not proven optimal"
+    screen.out.print(
+        f"{verdict}: the table by {study.solver}, figures 5 and 6 by dynamic programming"
+    )

@@ -1,0 +1,523 @@
+"""``shoal plan`` and what goes with it: for the shoal as measured, or for a described testbed.
+
+Both ways lead to a planning problem, and everything beyond the best plan (explanations, drawings,
+files, simulations) is made from it by the same functions here. Figures made from a described
+testbed are predictions from what its file says, and are labelled so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from cli.commands.plan_arguments import (
+    context_of,
+    objective_of,
+    pins_of,
+    request_of,
+    sensitivities_of,
+    slots_of,
+)
+from cli.commands.plan_views import (
+    show_difference,
+    show_dilemma,
+    show_divergence,
+    show_explanation,
+    show_simulation,
+    show_study,
+)
+from cli.errors import CommandFailed, UsageError
+from cli.render import Screen
+
+if TYPE_CHECKING:
+    from cli.client import Client
+    from model.quantize import Format
+    from model.spec import ModelSpec
+    from planning.insight.explain import Explanation
+    from planning.labs.lab import Lab
+    from planning.labs.sensitivity_file import Sensitivities
+    from planning.paper.study import Simulation
+    from planning.plan import Plan
+    from planning.problem import HopFormat, PlanningProblem
+    from planning.saved import SavedPlan
+
+EXPLAIN_LIMIT_S = 60.0
+"""What all trials of an explanation may take together."""
+SOLVE_AGAIN_LIMIT_S = 5.0
+
+
+def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
+    """``shoal plan MODEL --devices LAB.yaml``: no coordinator, no agent. Raises CommandFailed."""
+    from model.errors import ModelError
+    from model.families import load_spec
+    from model.quantize import Format
+    from planning.insight.view import describe_plan
+    from planning.labs.lab import LabError, lab_problem, times_of
+    from planning.labs.lab_file import read_lab
+    from planning.labs.sensitivity_file import SensitivityError
+    from planning.plan import PlanError
+    from planning.request import DEFAULT_CONTEXT_TOKENS
+    from planning.saved import read_plan
+    from planning.sensitivity import scaled, scaled_own
+
+    if options.check_quality:
+        raise UsageError("--check-quality measures on the shoal's agents: drop --devices")
+    if options.migration_weight:
+        raise UsageError("--migration-weight needs agents: described devices hold nothing")
+    model = Path(options.model)
+    try:
+        lab = read_lab(options.devices)
+        spec = load_spec(model)
+        known = {width for device in lab.devices for width in device.bits}
+        formats = {
+            bits: Format.of(bits, options.scheme, options.group_size)
+            for bits in sorted(known | set(options.bits or ()))
+        }
+        errors: Sequence[Mapping[int, float]] | None
+        known_kl = sensitivities_of(options, spec)
+        if options.quality_budget is not None and known_kl is None:
+            raise UsageError("--quality-budget needs --sensitivities FILE: run calibrate first")
+        if known_kl is not None:
+            errors, bound = known_kl.weight_errors, options.max_weight_error
+            unknown = [
+                device.name
+                for device in lab.devices
+                if device.arithmetic and not (device.layer_kl or device.arithmetic in known_kl.own)
+            ]
+            if unknown:
+                screen.note(
+                    f"{options.sensitivities} says nothing of what the arithmetic of"
+                    f" {', '.join(unknown)} loses: see docs/calibration.md"
+                )
+        else:
+            errors, bound = _weight_errors(options, model, formats, screen)
+        given = read_plan(options.plan) if options.plan else None
+        wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
+        context_tokens = min(wanted_tokens, spec.max_context)
+        slots = slots_of(options, given)
+        problem = lab_problem(
+            lab,
+            spec,
+            bits=options.bits,
+            formats=formats,
+            context_tokens=context_tokens,
+            slots=slots,
+            weight_errors=errors,
+            max_weight_error=bound,
+            sensitivities=None if known_kl is None else scaled(known_kl.kl, known_kl.margin),
+            own=None if known_kl is None else scaled_own(known_kl.own, known_kl.margin),
+            quality_budget=options.quality_budget,
+            hop_formats=_hop_formats(options, lab, known_kl),
+            objective=objective_of(options),
+            pins=pins_of(options, spec),
+            excluded=options.exclude,
+        )
+        times = asdict(times_of(lab, spec))
+        if options.formulation == "dilemma":
+            _run_dilemma(options, screen, problem, times)
+        else:
+            name = model.absolute().name
+            plan = _given_or_best(options, screen, problem, given)
+            wording = _Wording(
+                f"plan for {name}, predicted from {options.devices}",
+                f"{name} on {options.devices.name}",
+                {
+                    "devices": str(options.devices),
+                    "figures": "predicted from described devices",
+                    "times": times,
+                },
+            )
+            found = _Found(name, context_tokens, describe_plan(spec, plan, slots), wording)
+            found.margin = None if known_kl is None else known_kl.margin
+            _show_plan(options, screen, plan, problem, found)
+    except (LabError, ModelError, PlanError, SensitivityError, ValueError) as error:
+        raise CommandFailed(str(error)) from error
+
+
+def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -> None:
+    """``shoal plan MODEL``: what the coordinator measured. Raises CommandFailed."""
+    from planning.plan import Plan, PlanError, verify
+    from planning.problem import PlanningProblem
+
+    if options.formulation == "dilemma":
+        raise UsageError("--formulation dilemma needs --devices LAB.yaml")
+    request = request_of(options)
+    asked = (options.explain, options.plot, options.save, options.plan, options.simulate)
+    request["with_problem"] = any(asked)
+    with screen.progress() as on_step:
+        answer = client.operate("/shoal/v1/plan", request, on_step)
+    wording = _Wording(
+        f"predicted plan for {answer['model']}",
+        f"{answer['model']} on this shoal",
+        {"figures": "predicted from measured devices"},
+    )
+    found = _Found(answer["model"], answer["context_tokens"], answer["plan"], wording)
+    found.devices = answer.get("devices")
+    found.noise = answer.get("noise", ())
+    if "quality" in answer:
+        found.margin = answer["quality"]["margin"]
+        found.measured_kl = answer["quality"]["measured_kl"]
+    if not any(asked):
+        _show_found(options, screen, found)
+        return
+    try:
+        problem = PlanningProblem.from_dict(answer["problem"])
+        plan = Plan.from_dict({item.name: answer["plan"][item.name] for item in fields(Plan)})
+        verify(plan, problem)
+        _show_plan(options, screen, _compared(options, screen, plan, problem), problem, found)
+    except (PlanError, ValueError) as error:
+        raise CommandFailed(str(error)) from error
+
+
+def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
+    """Compare two saved plans. Raises CommandFailed."""
+    from planning.plan import PlanError
+    from planning.saved import difference, hop_difference, read_plan
+
+    try:
+        before, after = read_plan(options.before), read_plan(options.after)
+        changes, hops = difference(before, after), hop_difference(before, after)
+    except PlanError as error:
+        raise CommandFailed(str(error)) from error
+    if options.json:
+        screen.json(
+            {
+                "changes": [
+                    {
+                        "first": change.first,
+                        "last": change.last,
+                        "before": {"device": change.before[0], "bits": change.before[1]},
+                        "after": {"device": change.after[0], "bits": change.after[1]},
+                    }
+                    for change in changes
+                ],
+                "hops": [
+                    {"behind": hop.block, "before": hop.before, "after": hop.after} for hop in hops
+                ],
+                "predicted": {"before": dict(before.predicted), "after": dict(after.predicted)},
+            }
+        )
+    else:
+        show_difference(screen, before, after, changes, hops)
+
+
+def run_study(options: argparse.Namespace, screen: Screen) -> None:
+    """``shoal study dilemma``: Table 1 and figures 3, 5, 6 of the paper. Raises CommandFailed."""
+    from planning.paper.study import study_dilemma
+    from planning.plan import PlanError
+
+    log = None
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandFailed(
+                f"{options.out}: {(error.strerror or str(error)).lower()}"
+            ) from error
+        log = options.out / "results.jsonl"
+        screen.note(f"results go to {log} as they come: the same command goes on after a stop")
+    try:
+        with screen.progress() as on_step:
+
+            def report(what: str, done: int, total: int) -> None:
+                on_step(_step(what, "", done, total))
+                if done == total:
+                    screen.note(f"{what}: done")
+
+            study = study_dilemma(runs=options.runs, seed=options.seed, on_step=report, log=log)
+    except PlanError as error:
+        raise CommandFailed(str(error)) from error
+    except OSError as error:
+        raise CommandFailed(f"{log}: {(error.strerror or str(error)).lower()}") from error
+    if options.out:
+        for name, text in study.figures().items():
+            (options.out / name).write_text(text, encoding="utf-8")
+            screen.note(f"drawn to {options.out / name}")
+    if options.json:
+        screen.json(study.to_dict())
+    else:
+        show_study(screen, study)
+
+
+def write_plot(path: Path, plan: Plan, spec: ModelSpec, title: str, devices: Sequence[str]) -> None:
+    """Draw a plan over the named devices. Raises OSError."""
+    from planning.insight.picture import plan_svg
+
+    used = {stage.device for stage in plan.stages}
+    unused = [name for name in devices if name not in used]
+    path.write_text(plan_svg(plan, spec, title, unused), encoding="utf-8")
+
+
+def save_plan(path: Path, plan: Plan, found: _Found) -> None:
+    """Write a plan to edit, compare and load. Raises OSError."""
+    from planning.saved import plan_text
+
+    text = plan_text(
+        plan,
+        found.model,
+        slots=found.plan["slots"],
+        context_tokens=found.context_tokens,
+        devices=found.devices,
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+# ---- steps -------------------------------------------------------------------------------------
+
+
+def _hop_formats(
+    options: argparse.Namespace, lab: Lab, known: Sensitivities | None
+) -> tuple[HopFormat, ...]:
+    """--hop-bits, else what the lab says of hops; what was measured of the model comes first."""
+    from planning.sensitivity import choose_hops, scaled
+
+    declared = {
+        form.bits: form.sensitivity for form in lab.hop_formats if form.sensitivity is not None
+    }
+    if known is not None:
+        declared |= scaled([known.hops], known.margin)[0]
+    asked = options.hop_bits or [form.bits for form in lab.hop_formats] or None
+    return choose_hops(asked, declared, options.quality_budget)
+
+
+def _weight_errors(
+    options: argparse.Namespace, model: Path, formats: Mapping[int, Format], screen: Screen
+) -> tuple[Sequence[Mapping[int, float]] | None, float | None]:
+    """Errors of each block and their bound; none where there are no weights to measure."""
+    from coordinator.config import default_state_dir
+    from coordinator.files.artifacts import ArtifactStore
+    from model.checkpoint import Checkpoint
+
+    if options.max_weight_error is None:
+        return None, None
+    if not any(model.glob("*.safetensors")):
+        screen.note(
+            f"{model} has no weights: their errors are not known, and --max-weight-error"
+            f" {options.max_weight_error:g} is not applied"
+        )
+        return None, None
+    store = ArtifactStore(default_state_dir())
+    store.prepare()
+    with screen.progress() as on_step:
+        errors = store.weight_errors(
+            Checkpoint.open(model),
+            formats.values(),
+            lambda done, total: on_step(_step("weight errors", "", done, total)),
+            lambda: False,
+        )
+    return errors, options.max_weight_error
+
+
+@dataclass(frozen=True, slots=True)
+class _Wording:
+    """What tells a live plan from one for described devices."""
+
+    title: str
+    picture: str
+    labels: Mapping[str, Any]
+    """Keys of the JSON answer that say where its figures are from."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """A plan as JSON, and what is known beside it."""
+
+    model: str
+    context_tokens: int
+    plan: Mapping[str, Any]
+    wording: _Wording
+    margin: float | None = None
+    measured_kl: float | None = None
+    devices: Mapping[str, str] | None = None
+    """Ids of devices by name; None for described ones."""
+    noise: Sequence[Mapping[str, Any]] = ()
+    """Measured figures that may be those of a busy machine."""
+
+
+def _show_plan(
+    options: argparse.Namespace,
+    screen: Screen,
+    plan: Plan,
+    problem: PlanningProblem,
+    found: _Found,
+) -> None:
+    """Explain, simulate, save and draw a plan as asked, then show it."""
+    from planning.insight.explain import explain
+    from planning.insight.unused import idle_reasons
+    from planning.insight.view import describe_plan
+    from planning.paper.study import simulate
+
+    if options.simulate and options.objective == "energy":
+        raise UsageError("--simulate draws link speeds, which energy does not depend on")
+    explanation: Explanation | None = None
+    simulation: Simulation | None = None
+    with screen.progress() as on_step:
+        if options.explain:
+            explanation = explain(
+                plan,
+                problem,
+                time_limit_s=EXPLAIN_LIMIT_S,
+                solve_limit_s=SOLVE_AGAIN_LIMIT_S,
+                on_trial=lambda what, done, total: on_step(
+                    _step("trying changes", what, done, total)
+                ),
+            )
+        if options.simulate:
+            simulation = simulate(
+                plan,
+                problem,
+                options.simulate,
+                seed=options.seed,
+                solve_limit_s=SOLVE_AGAIN_LIMIT_S,
+                on_run=lambda done, total: on_step(_step("drawing links", "", done, total)),
+            )
+    if options.save:
+        save_plan(options.save, plan, found)
+        screen.note(f"saved to {options.save}")
+    if options.plot:
+        names = [device.name for device in problem.devices]
+        write_plot(options.plot, plan, problem.spec, found.wording.picture, names)
+        screen.note(f"drawn to {options.plot}")
+    found.plan = describe_plan(problem.spec, plan, found.plan["slots"])
+    idle = () if explanation is None else idle_reasons(plan, problem)
+    _show_found(options, screen, found, explanation, idle, simulation)
+
+
+def _show_found(
+    options: argparse.Namespace,
+    screen: Screen,
+    found: _Found,
+    explanation: Explanation | None = None,
+    idle: Sequence[str] = (),
+    simulation: Simulation | None = None,
+) -> None:
+    """A plan as JSON or as tables. ``idle`` says of devices that it leaves out, why."""
+    if options.json:
+        answer: dict[str, Any] = {
+            "model": found.model,
+            **found.wording.labels,
+            "context_tokens": found.context_tokens,
+            "plan": found.plan,
+        }
+        if found.margin is not None:
+            answer["quality"] = {"margin": found.margin, "measured_kl": found.measured_kl}
+        if "devices" not in found.wording.labels:
+            answer["noise"] = list(found.noise)
+        if explanation is not None:
+            answer["explanation"] = explanation.to_dict()
+            answer["idle"] = list(idle)
+        if simulation is not None:
+            answer["simulation"] = simulation.to_dict()
+        screen.json(answer)
+        return
+    times = found.wording.labels.get("times")
+    screen.plan(found.plan, found.wording.title, times=times, noise=found.noise)
+    show_divergence(screen, found.plan, found.margin, found.measured_kl)
+    if found.plan["energy_j"] is not None:
+        energy_j = found.plan["energy_j"]
+        screen.out.print(f"predicted energy of computing: {energy_j:.3g} J per token")
+    if explanation is not None:
+        show_explanation(screen, explanation)
+        for line in idle:
+            screen.out.print(escape(line))
+    if simulation is not None:
+        show_simulation(screen, simulation)
+
+
+def _run_dilemma(
+    options: argparse.Namespace,
+    screen: Screen,
+    problem: PlanningProblem,
+    times: Mapping[str, Any],
+) -> None:
+    """The paper's program on the described costs: blocks are its layers."""
+    from planning.paper import dilemma
+
+    for name, asked in (
+        ("--explain", options.explain),
+        ("--plot", options.plot),
+        ("--save", options.save),
+        ("--plan", options.plan),
+        ("--simulate", options.simulate),
+        ("--pin", options.pin),
+        ("--exclude", options.exclude),
+        ("--objective", options.objective != "latency"),
+    ):
+        if asked:
+            raise UsageError(f"{name} does not go with --formulation dilemma: drop one of them")
+    instance = dilemma.measured_instance(problem)
+    repairs = dilemma.Repairs.of(options.repair)
+    with screen.progress() as on_step:
+        on_step(_step("plan", "", 0, 0))
+        solution = dilemma.solve(instance, repairs, time_limit_s=options.time_limit)
+    if options.json:
+        screen.json(
+            {
+                "formulation": "dilemma",
+                "repairs": list(options.repair),
+                "figures": "predicted from described devices",
+                "times": times,
+                "objective_ms": solution.objective_s * 1e3,
+                "with_every_transfer_ms": (
+                    None if solution.honest_s is None else solution.honest_s * 1e3
+                ),
+                "proven_optimal": solution.proven_optimal,
+                "solver": solution.solver,
+                "choices": [
+                    {
+                        "block": choice.layer,
+                        "name": problem.spec.block_name(choice.layer),
+                        "device": instance.devices[choice.device],
+                        "bits": choice.bits,
+                    }
+                    for choice in solution.choices
+                ],
+            }
+        )
+    else:
+        show_dilemma(screen, problem.spec, instance, solution, options.repair, times)
+
+
+def _given_or_best(
+    options: argparse.Namespace, screen: Screen, problem: PlanningProblem, given: SavedPlan | None
+) -> Plan:
+    """The plan of --plan, else the best."""
+    if given is not None:
+        return _compared(options, screen, given.to_plan(problem), problem)
+    return _solve(options, screen, problem)
+
+
+def _compared(
+    options: argparse.Namespace, screen: Screen, plan: Plan, problem: PlanningProblem
+) -> Plan:
+    """A plan of --plan with the user told how far from the best it is; another as it is."""
+    from planning.plan import PlanError
+
+    if not options.plan:
+        return plan
+    try:
+        best = _solve(options, screen, problem)
+    except PlanError:
+        return plan
+    screen.note(
+        f"{options.plan} fits; its predicted objective is {plan.value_text},"
+        f" the best plan found has {best.value_text}"
+    )
+    return replace(plan, proof=best.proof)
+
+
+def _solve(options: argparse.Namespace, screen: Screen, problem: PlanningProblem) -> Plan:
+    from planning.planner import solve
+
+    with screen.progress() as on_step:
+        on_step(_step("plan", "", 0, 0))
+        return solve(problem, time_limit_s=options.time_limit)
+
+
+def _step(phase: str, label: str, done: int, total: int) -> dict[str, Any]:
+    return {"phase": phase, "label": label, "done": done, "total": total, "unit": "steps"}

@@ -1,0 +1,170 @@
+"""``shoal testbed``: a lab file brought up as emulated hosts on this machine (docs/testbed.md)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.status import Status
+
+from cli.errors import CommandFailed
+from cli.render import Screen, titled_table
+from wire.sizes import format_size
+
+DEFAULT_NAME = "lab"
+
+EXAMPLES = (
+    "  sudo shoal testbed up examples/labs/home-4-pis.yaml\n"
+    "  shoal load ~/models/opt-125m && shoal run opt-125m 'Once upon a time'\n"
+    "  sudo shoal testbed fault attic link:rate=5,delay=40   5 Mbit/s, 40 ms one way\n"
+    "  sudo shoal testbed fault pi-2 kill                    power loss\n"
+    "  sudo shoal testbed exec pi-1 -- ip address\n"
+    "  sudo shoal testbed status --json\n"
+    "  sudo shoal testbed down\n"
+)
+
+
+def add_testbed_arguments(parser: argparse.ArgumentParser) -> None:
+    """The actions of ``shoal testbed`` and their arguments."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--name", default=DEFAULT_NAME, help=f"default: {DEFAULT_NAME}")
+    shared.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    def action(name: str, summary: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=summary, description=summary, parents=[shared])
+
+    up = action("up", "make the hosts of a lab file and start shoal on them, in place of what is")
+    up.add_argument("lab", type=Path, metavar="LAB.yaml")
+    up.add_argument(
+        "--bare", action="store_true", help="hosts and links only: no coordinator, no agents"
+    )
+    up.add_argument(
+        "--http", type=_port, metavar="PORT", help="the API on this machine; default: 7421 or any"
+    )
+    action("status", "show hosts, links' faults and what runs")
+    execute = action("exec", "run a command on a host")
+    execute.add_argument("host", metavar="HOST")
+    execute.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    fault = action("fault", "do something to a host")
+    fault.add_argument("host", metavar="HOST")
+    fault.add_argument(
+        "what",
+        metavar="FAULT",
+        help="kill, freeze, thaw, cut, heal, blackhole, multicast=off, slow=PERCENT, slow=off, or "
+        "link:rate=MBIT,delay=MS,jitter=MS,loss=PERCENT",
+    )
+    action("down", "remove the testbed and end everything on it")
+
+
+def run_testbed(options: argparse.Namespace, screen: Screen) -> None:
+    """Carry out one action. Raises CommandFailed."""
+    from testbed.bed import Testbed, TestbedError, down
+
+    try:
+        if options.action == "up":
+            _up(options, screen)
+        elif options.action == "status":
+            _show(Testbed.standing(options.name).status(), options, screen)
+        elif options.action == "exec":
+            _exec(Testbed.standing(options.name), options)
+        elif options.action == "fault":
+            Testbed.standing(options.name).fault(options.host, options.what)
+        else:
+            down(options.name)
+    except TestbedError as error:
+        raise CommandFailed(str(error)) from error
+
+
+def _up(options: argparse.Namespace, screen: Screen) -> None:
+    from planning.labs.lab import LabError
+    from testbed.bed import Testbed, check_possible, down
+    from testbed.cluster import Cluster
+    from testbed.lab import read_emulated_lab
+
+    check_possible()
+    try:
+        lab = read_emulated_lab(options.lab)
+    except LabError as error:
+        raise CommandFailed(str(error)) from error
+    bed = Testbed(lab.network, options.name)
+    url = None
+    try:
+        with _doing(screen, "making hosts and links") as say:
+            bed.up()
+            if not options.bare:
+                cluster = Cluster(bed, bed.directory)
+                say("starting the coordinator")
+                cluster.start_coordinator()
+                for host, settings in lab.agents.items():
+                    cluster.start_agent(host, settings)
+                total = len(lab.agents)
+                cluster.wait_for_agents(
+                    list(lab.agents),
+                    lambda joined: say(f"starting agents: {joined} of {total} have joined"),
+                )
+                url = cluster.open_door(options.http)
+    except BaseException:
+        down(options.name)
+        raise
+    if options.json:
+        screen.json({**bed.status(), "url": url})
+        return
+    _show(bed.status(), options, screen)
+    if url is not None:
+        screen.out.print(f"the coordinator's API is at {url}")
+        if not url.endswith(":7421"):
+            screen.out.print(f"for shoal's other commands: export SHOAL_COORDINATOR={url}")
+
+
+def _show(status: dict[str, Any], options: argparse.Namespace, screen: Screen) -> None:
+    from testbed.bed import describe
+
+    if options.json:
+        screen.json(status)
+        return
+    title = f"testbed {status['name']}" + ("" if status["switch"] else ": its switch has ended")
+    shown = titled_table(title)
+    for column in ("host", "address"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("CPU %", "memory", "processes"):
+        shown.add_column(column, justify="right")
+    shown.add_column("faults")
+    for name, host in status["hosts"].items():
+        memory, cpu = host["memory_bytes"], host["cpu_percent"]
+        shown.add_row(
+            escape(name),
+            host["address"],
+            "-" if cpu is None else f"{cpu:g}",
+            "-" if memory is None else format_size(memory),
+            str(len(host["processes"])),
+            describe(host["fault"]),
+        )
+    screen.table(shown)
+
+
+def _exec(bed: Any, options: argparse.Namespace) -> None:
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if not words:
+        raise CommandFailed("exec: no command: shoal testbed exec HOST -- COMMAND")
+    line = bed.command(options.host, words)
+    # The command takes this process's place: its terminal, its signals and its exit code.
+    os.execv(line[0], line)  # noqa: S606 - what the user asked for
+
+
+@contextmanager
+def _doing(screen: Screen, what: str) -> Iterator[Any]:
+    """A line that says what is under way; yields what changes it."""
+    with Status(what, console=screen.err) as status:
+        yield status.update
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a port between 1 and 65535")
+    return int(text)

@@ -1,0 +1,177 @@
+"""``shoal doctor``: what this machine is, what works on it, and the command that mends the rest.
+
+The checks are in cli.doctor.checks and cli.doctor.network. They run here, each for a bounded time,
+and are shown. The exit code is 1 when something essential fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.config import default_state_dir
+from cli.argument_types import CONTROL_PORT, control_endpoint
+from cli.doctor import checks, coordinator, network
+from cli.doctor.checks import Check, Machine
+from cli.errors import CommandFailed, UsageError
+from cli.render import Screen
+from cli.service.settings import parse_toml
+from wire.messages import Endpoint
+
+EXAMPLES = (
+    "  shoal doctor\n"
+    "  shoal doctor --coordinator 192.168.1.10\n"
+    "  shoal doctor --json | jq '.checks[] | select(.state != \"ok\")'\n"
+)
+
+CHECKS: tuple[tuple[Callable[[Machine], list[Check]], float], ...] = (
+    (checks.check_board, 5.0),
+    (checks.check_system, 5.0),
+    (checks.check_libraries, 5.0),
+    (checks.check_backends, checks.PROBE_TIMEOUT_S + 5.0),
+    (checks.check_accelerators, 5.0),
+    (checks.check_clock, 5.0),
+    (checks.check_memory, 5.0),
+    (checks.check_limits, 5.0),
+    (checks.check_swap, 5.0),
+    (checks.check_disk, 10.0),
+    (checks.check_heat, 5.0),
+    (network.check_multicast, 5.0),
+    (network.check_coordinator, 10.0),
+    (network.check_firewall, 10.0),
+)
+"""In the order they are shown, each with the seconds after which it is given up: a dead disk or a
+library that hangs must not keep the rest from being said."""
+
+COORDINATOR_CHECKS: tuple[tuple[Callable[[Machine], list[Check]], float], ...] = (
+    (checks.check_board, 5.0),
+    (checks.check_system, 5.0),
+    (coordinator.check_coordinator_libraries, 5.0),
+    (checks.check_clock, 5.0),
+    (coordinator.check_coordinator_memory, 5.0),
+    (checks.check_disk, 10.0),
+    (coordinator.check_announcing, 5.0),
+    (coordinator.check_serving, 10.0),
+    (network.check_firewall, 10.0),
+)
+"""As CHECKS for a coordinator, which needs no backend and joins nobody."""
+
+ROLES = {"agent": CHECKS, "coordinator": COORDINATOR_CHECKS}
+SETTINGS = Path("/etc/shoal")
+SERVICE_STATE = Path("/var/lib/shoal")
+UNITS = Path("/etc/systemd/system")
+ANYWHERE = "0.0.0.0"  # noqa: S104 - where a coordinator listens unless told otherwise
+COLOURS = {"ok": "green", "note": "default", "warning": "yellow", "failed": "bold red"}
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", help="which one to look for; default: the service's, or shoal")
+    parser.add_argument(
+        "--coordinator",
+        type=control_endpoint,
+        metavar="HOST[:PORT]",
+        help="its address; default: the service's, or search by mDNS",
+    )
+    parser.add_argument(
+        "--role",
+        choices=tuple(ROLES),
+        help="what the machine is to be; default: the services that are installed, or agent",
+    )
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where blocks are kept")
+    parser.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
+
+
+def run_doctor(options: argparse.Namespace, screen: Screen) -> None:
+    """Run every check and show it. Raises CommandFailed when something essential fails."""
+    roles = _roles(options)
+    found: list[Check] = []
+    verdicts = []
+    for role in roles:
+        machine = _machine(options, role)
+        of_role = [
+            finding
+            for check, timeout_s in ROLES[role]
+            for finding in bounded(check, machine, timeout_s)
+        ]
+        failed = [check.name for check in of_role if check.state == "failed"]
+        if failed:
+            article = "an" if role == "agent" else "a"
+            verdicts.append(f"this machine cannot be {article} {role} yet: {', '.join(failed)}")
+        found += [check for check in of_role if check not in found]
+    if options.json:
+        checked = [check.as_dict() for check in found]
+        screen.json({"ok": not verdicts, "roles": roles, "checks": checked})
+    else:
+        for check in found:
+            screen.text(f"{check.name:<12} ")
+            screen.out.print(f"{check.state:<8}", style=COLOURS[check.state], end="")
+            screen.text(f" {check.text}\n")
+            if check.fix:
+                screen.text(f"{'':<21} -> {check.fix}\n")
+    if verdicts:
+        raise CommandFailed("; ".join(verdicts))
+
+
+def bounded(
+    check: Callable[[Machine], list[Check]], machine: Machine, timeout_s: float
+) -> list[Check]:
+    """What ``check`` finds, or that it failed or did not come back in time."""
+    name = check.__name__.removeprefix("check_")
+    found: list[Check] = []
+
+    def run() -> None:
+        try:
+            found.extend(check(machine))
+        except Exception as error:  # On a broken machine anything may break, and is a finding.
+            found.append(Check(name, "failed", f"cannot be checked: {error!r}"))
+
+    thread = threading.Thread(target=run, name=f"check {name}", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        return [Check(name, "failed", f"no answer within {timeout_s:g} s")]
+    return found
+
+
+def _roles(options: argparse.Namespace) -> list[str]:
+    """What the machine is to be: as --role says, else as its services do."""
+    if options.role is not None:
+        return [options.role]
+    units = options.root / UNITS.relative_to("/")
+    return [role for role in ROLES if (units / f"shoal-{role}.service").exists()] or ["agent"]
+
+
+def _machine(options: argparse.Namespace, role: str) -> Machine:
+    """What the arguments and the settings of the role's service say. Raises UsageError."""
+    root: Path = options.root
+    settings = {}
+    path = root / SETTINGS.relative_to("/") / f"{role}.toml"
+    if path.is_file() and os.access(path, os.R_OK):
+        try:
+            settings = parse_toml(path.read_text(encoding="utf-8"), path)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text: {error}") from error
+    coordinator = options.coordinator
+    if role == "coordinator":
+        bind, port = settings.get("bind", ANYWHERE), settings.get("port", CONTROL_PORT)
+        coordinator = Endpoint(str(bind), port if isinstance(port, int) else CONTROL_PORT)
+    elif coordinator is None and "coordinator" in settings:
+        try:
+            coordinator = control_endpoint(str(settings["coordinator"]))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{path}: coordinator: {error}") from error
+    state_dir = options.state_dir
+    if state_dir is None:
+        service = root / SERVICE_STATE.relative_to("/") / role
+        state_dir = service if service.is_dir() else default_state_dir().with_name(role)
+    return Machine(
+        root=root,
+        state_dir=state_dir,
+        cluster=options.cluster or str(settings.get("cluster", "shoal")),
+        coordinator=coordinator,
+        backend=str(settings.get("backend", "onnx_cpu")),
+        announces=not settings.get("no_mdns", False),
+    )

@@ -1,0 +1,73 @@
+"""What ``shoal doctor`` checks of a coordinator: it runs no stage, and waits for agents."""
+
+from __future__ import annotations
+
+import socket
+
+from calibration.machine import memory_bytes
+from cli.doctor.checks import LEAST_MEMORY_BYTES, NEEDED, Check, Machine, installed
+from cli.doctor.network import check_multicast
+from wire import limits
+from wire.connection import reason
+from wire.sizes import format_size
+
+COORDINATOR_NEEDED = (
+    *NEEDED,
+    "httpx",
+    "jinja2",
+    "pulp",
+    "pyyaml",
+    "starlette",
+    "tokenizers",
+    "uvicorn",
+)
+
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a setting says
+"""Addresses to listen at, and where the listener is then met on its own machine."""
+
+
+def check_coordinator_libraries(machine: Machine) -> list[Check]:
+    """What a coordinator imports."""
+    return installed(COORDINATOR_NEEDED)
+
+
+def check_coordinator_memory(machine: Machine) -> list[Check]:
+    """A coordinator holds one block at a time while it quantizes."""
+    available, total = memory_bytes(machine.root)
+    text = f"{format_size(available)} of {format_size(total)} available"
+    if available < LEAST_MEMORY_BYTES:
+        text += ", little for quantizing a model's blocks"
+        return [Check("memory", "warning", text, "end other programs")]
+    return [Check("memory", "ok", text)]
+
+
+def check_announcing(machine: Machine) -> list[Check]:
+    """Whether agents can find this coordinator by mDNS; all of them can be told its address."""
+    fix = "name it on each agent: shoal agent --coordinator HOST"
+    if not machine.announces:
+        return [Check("multicast", "note", "no_mdns is set: nothing is announced", fix)]
+    (found,) = check_multicast(machine)
+    if found.state == "ok":
+        return [found]
+    if found.state == "failed":  # An agent lacks its network then.
+        text = f"{found.text}: only agents on this machine can join"
+        return [Check("multicast", "warning", text, "connect it")]
+    return [Check("multicast", "warning", found.text, fix)]
+
+
+def check_serving(machine: Machine) -> list[Check]:
+    """Whether a coordinator listens where the settings say."""
+    endpoint = machine.coordinator
+    if endpoint is None:
+        return []
+    where = f"{endpoint.host}:{endpoint.port}"
+    address = (EVERYWHERE.get(endpoint.host, endpoint.host), endpoint.port)
+    try:
+        socket.create_connection(address, limits.CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        fix = (
+            "sudo systemctl start shoal-coordinator, or `shoal coordinator`;"
+            " journalctl -u shoal-coordinator says why it ended"
+        )
+        return [Check("coordinator", "warning", f"none listens at {where}: {reason(error)}", fix)]
+    return [Check("coordinator", "ok", f"listens at {where}")]

@@ -1,0 +1,1 @@
+"""The processes that stay: their services, settings, logs and signals."""

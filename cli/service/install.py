@@ -1,0 +1,464 @@
+"""``shoal agent install`` and ``shoal coordinator install``: a systemd service, and its removal.
+
+What is to be done is worked out first, as files and commands, so that ``--dry-run`` shows exactly
+what would happen and ``--root`` does the same below a directory. Templates are in systemd/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pwd
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cli.doctor.hardware import corals, has_nvidia_driver, is_jetson
+from cli.errors import CommandFailed, UsageError
+from cli.render import Screen
+from cli.service.settings import parse_toml, settings_of
+from wire.messages import Endpoint
+from wire.sizes import parse_size
+
+DEFAULT_COMMAND = Path("/opt/shoal/bin/shoal")
+"""The command that the templates start; where install.sh puts it."""
+
+KINDS = ("agent", "coordinator")
+UNITS = Path("/etc/systemd/system")
+SYSUSERS = Path("/etc/sysusers.d/shoal.conf")
+TMPFILES = Path("/etc/tmpfiles.d/shoal.conf")
+CONFIG = Path("/etc/shoal")
+TOKEN = CONFIG / "token"
+STATE = Path("/var/lib/shoal")
+TOKEN_VARIABLE = "SHOAL_TOKEN"  # noqa: S105 - the name of a variable
+
+OWN_MEMORY_BYTES = 384 << 20
+"""What an agent takes besides the stage that --memory bounds: interpreter and libraries (95 MB with
+ONNX Runtime), twice a segment of 128 MiB while it loads, and files it has just read."""
+
+GROWING_PAUSES_VERSION = 254
+"""The first systemd that knows RestartSteps."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file to write; the owner is root, its group is changed by systemd-tmpfiles."""
+
+    path: Path
+    text: str
+    mode: int = 0o644
+
+
+@dataclass(slots=True)
+class Work:
+    """What an installation or a removal does, in this order."""
+
+    commands_before: list[list[str]] = field(default_factory=list)
+    files: list[File] = field(default_factory=list)
+    links: dict[Path, str] = field(default_factory=dict)
+    removed: list[Path] = field(default_factory=list)
+    removed_if_empty: list[Path] = field(default_factory=list)
+    commands: list[list[str]] = field(default_factory=list)
+
+
+def add_service_actions(parser: argparse.ArgumentParser) -> None:
+    """``install`` and ``uninstall`` below the command of a service."""
+    kind = parser.prog.rpartition(" ")[2]
+    settings = settings_of(parser)
+    settings.pop("state_dir", None)
+    actions = parser.add_subparsers(dest="action", metavar="install | uninstall")
+    install = actions.add_parser(
+        "install",
+        help="make it a service of this machine, or upgrade the one that is there",
+        description=f"Make the {kind} a systemd service. Settings given here are written to "
+        f"{CONFIG}/{kind}.toml; others there stay as they are.",
+        epilog="examples:\n"
+        f"  sudo shoal {kind} install --dry-run\n"
+        f"  sudo {TOKEN_VARIABLE}=... shoal {kind} install\n"
+        f"  shoal {kind} install --root image/   what a packager needs\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for action in settings.values():
+        install._add_action(action)  # The same options, with the same checks.
+    install.add_argument(
+        "--cpu-weight", type=int, metavar="1..10000", help="its share of a busy processor"
+    )
+    install.add_argument(
+        "--command",
+        dest="executable",
+        type=Path,
+        metavar="FILE",
+        help="the shoal command to start; default: this one",
+    )
+    install.add_argument("--no-start", action="store_true", help="enable it, but start it later")
+    uninstall = actions.add_parser("uninstall", help="remove the service and what it wrote")
+    uninstall.add_argument("--yes", action="store_true", help="remove data without asking")
+    uninstall.add_argument("--keep-data", action="store_true", help="keep blocks and settings")
+    for sub, run in ((install, run_install), (uninstall, run_uninstall)):
+        sub.add_argument("--dry-run", action="store_true", help="show what would be done")
+        sub.add_argument(
+            "--root", type=Path, metavar="DIR", help="work below DIR; start and stop nothing"
+        )
+        # The settings of its own file are what it changes, not what it obeys.
+        sub.set_defaults(run=run, kind=kind, parser=parser, config=None)
+
+
+def run_install(options: argparse.Namespace, screen: Screen) -> None:
+    _require_systemd(options)
+    work = plan_install(options, options.root or Path("/"))
+    _carry_out(work, options, screen)
+    if options.dry_run:
+        return
+    if options.root is not None:
+        screen.note(f"shoal-{options.kind} is installed below {options.root}")
+        return
+    screen.note(
+        f"shoal-{options.kind} is installed and enabled; "
+        f"`systemctl status shoal-{options.kind}` says how it goes, "
+        f"settings are in {CONFIG}/{options.kind}.toml"
+    )
+    if any(file.path == TOKEN for file in work.files):
+        screen.note(f"the shoal's token is in {TOKEN}; every machine needs the same")
+
+
+def run_uninstall(options: argparse.Namespace, screen: Screen) -> None:
+    _require_systemd(options)
+    root = options.root or Path("/")
+    data = [path for path in _data(options.kind) if _below(root, path).exists()]
+    if not (options.yes or options.keep_data or options.dry_run or not data):
+        if not sys.stdin.isatty():
+            raise UsageError("say --yes to remove its data as well, or --keep-data")
+        names = ", ".join(map(str, data))
+        if input(f"Remove {names} for good? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise CommandFailed("nothing was removed; --keep-data removes all but the data")
+    _carry_out(plan_uninstall(options, root), options, screen)
+    if not options.dry_run:
+        screen.note(f"shoal-{options.kind} is removed")
+
+
+def plan_install(options: argparse.Namespace, root: Path) -> Work:
+    """Everything that installing does. Raises UsageError, CommandFailed."""
+    kind: str = options.kind
+    work = Work()
+    command = _command(options)
+    unit = f"shoal-{kind}.service"
+    drop_ins = UNITS / f"{unit}.d"
+    work.files.append(
+        File(UNITS / unit, template(unit).replace(str(DEFAULT_COMMAND), str(command)))
+    )
+    work.files.append(File(SYSUSERS, template("shoal.sysusers")))
+    work.files.append(File(TMPFILES, template("shoal.tmpfiles")))
+
+    given = _given(options)
+    token = _token(options)
+    if token is None and kind == "coordinator" and not _below(root, TOKEN).exists():
+        # The first machine of a shoal makes the token that the others are given.
+        token = secrets.token_urlsafe(32)
+    if token is not None:
+        work.files.append(File(TOKEN, token + "\n", 0o600))
+    given.pop("token_file", None)
+    if token is not None or _below(root, TOKEN).exists():
+        given["token_file"] = str(TOKEN)
+    config = CONFIG / f"{kind}.toml"
+    text = with_settings(_existing(_below(root, config)) or template(f"{kind}.toml"), given)
+    work.files.append(File(config, text))
+
+    limits = _limits(options, text, config, _existing(_below(root, drop_ins / "limits.conf")))
+    wanted = {"limits.conf": limits} if limits else {}
+    if options.root is None and _systemd_version() >= GROWING_PAUSES_VERSION:
+        wanted["backoff.conf"] = template("backoff.conf")
+    if kind == "agent":
+        # Without a root of its own it is this machine that matters.
+        hardware = {
+            "coral.conf": bool(corals(root)),
+            "jetson.conf": is_jetson(root),
+            "nvidia.conf": has_nvidia_driver(root),
+        }
+        wanted |= {name: template(name) for name, present in hardware.items() if present}
+    for name, content in wanted.items():
+        work.files.append(File(drop_ins / name, content))
+    for name in ("limits.conf", "backoff.conf", "coral.conf", "jetson.conf", "nvidia.conf"):
+        if name not in wanted and _below(root, drop_ins / name).exists():
+            work.removed.append(drop_ins / name)
+
+    if options.root is not None:
+        work.links[UNITS / "multi-user.target.wants" / unit] = f"../{unit}"
+        return work
+    work.commands = [
+        ["systemd-sysusers", str(SYSUSERS)],
+        ["systemd-tmpfiles", "--create", str(TMPFILES)],
+        ["systemctl", "daemon-reload"],
+        ["systemctl", "--quiet", "enable", unit],
+    ]
+    if not options.no_start:
+        work.commands.append(["systemctl", "restart", unit])
+    return work
+
+
+def plan_uninstall(options: argparse.Namespace, root: Path) -> Work:
+    """Everything that removing does; what the other service needs stays."""
+    kind: str = options.kind
+    unit = f"shoal-{kind}.service"
+    other = next(name for name in KINDS if name != kind)
+    last = not _below(root, UNITS / f"shoal-{other}.service").exists()
+    work = Work()
+    work.removed = [
+        UNITS / unit,
+        UNITS / f"{unit}.d",
+        UNITS / "multi-user.target.wants" / unit,
+    ]
+    if not options.keep_data:
+        work.removed += _data(kind)
+        if last:
+            work.removed += [TOKEN, SYSUSERS, TMPFILES]
+            # The other service's data may have been kept there.
+            work.removed_if_empty = [CONFIG, STATE, SYSUSERS.parent]
+    if options.root is None:
+        if _below(root, UNITS / unit).exists():
+            work.commands_before = [["systemctl", "--quiet", "disable", "--now", unit]]
+        work.commands = [["systemctl", "daemon-reload"]]
+        if last and not options.keep_data and _has_user():
+            work.commands.append(["userdel", "shoal"])
+    work.removed = [path for path in work.removed if os.path.lexists(_below(root, path))]
+    return work
+
+
+def template(name: str) -> str:
+    """A template's text: from the installed package, else from the tree."""
+    here = Path(__file__).parent
+    for directory in (here / "units", here.parent / "systemd"):
+        if (directory / name).exists():
+            return (directory / name).read_text(encoding="utf-8")
+    raise CommandFailed(f"this installation lacks its template {name}: install it again")
+
+
+def with_settings(text: str, settings: dict[str, Any]) -> str:
+    """``text`` of a settings file with these values, in place of what it says or comments out."""
+    for name, value in settings.items():
+        line = f"{name} = {_toml(value)}"
+        pattern = re.compile(rf"^#?[ \t]*{re.escape(name)}[ \t]*=.*$", re.MULTILINE)
+        found = pattern.search(text)
+        if found is None:
+            text += f"{line}\n"
+        else:
+            text = text[: found.start()] + line + text[found.end() :]
+    return text
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Endpoint):
+        host = f"[{value.host}]" if ":" in value.host else value.host
+        return json.dumps(f"{host}:{value.port}" if value.port else host)
+    if isinstance(value, list):
+        return json.dumps(",".join(value))
+    return json.dumps(str(value))
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were named on the command line, sizes as people write them."""
+    given = {}
+    for name, action in settings_of(options.parser).items():
+        value = getattr(options, name, action.default)
+        if value == action.default:
+            continue
+        if isinstance(value, int) and action.metavar == "SIZE":
+            value = _exact_size(value)
+        given[name] = value
+    return given
+
+
+def _exact_size(size_bytes: int) -> str:
+    for unit, shift in (("G", 30), ("M", 20), ("K", 10)):
+        if size_bytes % (1 << shift) == 0:
+            return f"{size_bytes >> shift}{unit}"
+    return str(size_bytes)
+
+
+def _token(options: argparse.Namespace) -> str | None:
+    """The token to write; None to keep what is there."""
+    if options.token_file is not None:
+        try:
+            token = options.token_file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{options.token_file}: not a token file ({error})") from error
+    else:
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+        if not token:
+            return None
+    if not re.fullmatch(r"[!-~]{32,4000}", token):
+        raise UsageError(
+            "a token is one line of 32 or more printable characters without spaces; "
+            f"`sudo cat {TOKEN}` on the coordinator shows its own"
+        )
+    return str(token)
+
+
+def _limits(options: argparse.Namespace, text: str, config: Path, before: str) -> str:
+    """The drop-in that bounds the service, from its settings; "" for no bounds."""
+    lines = []
+    memory = parse_toml(text, config).get("memory")
+    if options.kind == "agent" and memory is not None:
+        try:
+            limit_bytes = parse_size(str(memory)) + OWN_MEMORY_BYTES
+        except ValueError as error:
+            raise UsageError(f"{config}: memory: {error}") from error
+        lines.append(f"MemoryMax={limit_bytes >> 20}M")
+    weight = options.cpu_weight
+    if weight is None:
+        found = re.search(r"^CPUWeight=(\d+)$", before, re.MULTILINE)
+        weight = int(found[1]) if found else None
+    if weight is not None:
+        if not 1 <= weight <= 10000:
+            raise UsageError(f"--cpu-weight {weight}: must be between 1 and 10000")
+        lines.append(f"CPUWeight={weight}")
+    if not lines:
+        return ""
+    return "\n".join(["# From the settings, by `shoal install`.", "[Service]", *lines, ""])
+
+
+def _command(options: argparse.Namespace) -> Path:
+    if options.executable is not None:
+        executable: Path = options.executable
+        return executable.absolute()
+    if options.root is not None:
+        return DEFAULT_COMMAND
+    command = Path(sys.prefix, "bin", "shoal")
+    if not command.exists():
+        raise CommandFailed("run it from an installation (install.sh), or name one with --command")
+    if command.is_relative_to("/home") or command.is_relative_to("/root"):
+        raise CommandFailed(
+            f"{command} is in a home directory, which the service cannot see: "
+            f"install into {DEFAULT_COMMAND.parents[1]} with install.sh"
+        )
+    return command
+
+
+def _require_systemd(options: argparse.Namespace) -> None:
+    if options.root is not None or options.dry_run:
+        return
+    if not Path("/run/systemd/system").is_dir():
+        raise CommandFailed(
+            "systemd does not run this machine: start `shoal` from what does, "
+            "or prepare an image with --root"
+        )
+    if os.geteuid() != 0:
+        raise CommandFailed(f"only root can change services: sudo shoal {options.kind} ...")
+
+
+def _systemd_version() -> int:
+    try:
+        shown = subprocess.run(
+            ["systemctl", "--version"],  # noqa: S607 - where it lies differs by system
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    found = re.match(r"systemd (\d+)", shown)
+    return int(found[1]) if found else 0
+
+
+def _carry_out(work: Work, options: argparse.Namespace, screen: Screen) -> None:
+    root: Path = options.root or Path("/")
+    if options.dry_run:
+        _show(work, root, screen)
+        return
+    _run(work.commands_before)
+    for path in work.removed:
+        target = _below(root, path)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+    for path in work.removed_if_empty:
+        with contextlib.suppress(OSError):
+            _below(root, path).rmdir()
+    for file in work.files:
+        target = _below(root, file.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(target, file.text, file.mode)
+    for path, points_to in work.links.items():
+        target = _below(root, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        target.symlink_to(points_to)
+    _run(work.commands)
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """Write through to the disk, then rename: a power cut leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        os.fchmod(handle, mode)
+        file.write(text)
+        file.flush()
+        os.fsync(handle)
+    temporary.replace(path)
+
+
+def _run(commands: Sequence[Sequence[str]]) -> None:
+    for command in commands:
+        try:
+            completed = subprocess.run(  # noqa: S603 - built here
+                command, capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError as error:
+            raise CommandFailed(f"{command[0]} is missing on this machine") from error
+        if completed.returncode:
+            said = (completed.stderr or completed.stdout).strip().splitlines()
+            reason = said[0] if said else f"exit code {completed.returncode}"
+            raise CommandFailed(f"`{' '.join(command)}` failed: {reason}")
+
+
+def _show(work: Work, root: Path, screen: Screen) -> None:
+    """Print what would be done, as the shell would be told."""
+    for command in work.commands_before:
+        screen.text(f"$ {' '.join(command)}\n")
+    for path in work.removed:
+        screen.text(f"remove {_below(root, path)}\n")
+    for path in work.removed_if_empty:
+        screen.text(f"remove {_below(root, path)} if it is empty\n")
+    for file in work.files:
+        hidden = file.path == TOKEN
+        text = "(the token)\n" if hidden else file.text
+        screen.text(f"--- {_below(root, file.path)} (mode {file.mode:04o})\n{text}\n")
+    for path, target in work.links.items():
+        screen.text(f"link {_below(root, path)} -> {target}\n")
+    for command in work.commands:
+        screen.text(f"$ {' '.join(command)}\n")
+
+
+def _data(kind: str) -> list[Path]:
+    """What a user may want to keep."""
+    return [STATE / kind, CONFIG / f"{kind}.toml"]
+
+
+def _below(root: Path, path: Path) -> Path:
+    return root / path.relative_to("/")
+
+
+def _existing(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _has_user() -> bool:
+    return any(entry.pw_name == "shoal" for entry in pwd.getpwall())

@@ -1,0 +1,1 @@
+"""Blocks and compiled files on the coordinator's disk."""

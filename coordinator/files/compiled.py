@@ -1,0 +1,273 @@
+"""Files that a backend needs beside its blocks: made once, where what makes them is.
+
+A device that cannot make them asks here, naming the blocks by hash. They are made on this machine
+where it can, else on an agent that announced it, which is sent the blocks and sends the files back.
+The files are kept with the artifacts and fetched like them. What they were made from, and by which
+version of what made them, is their key; losing the index costs time, never correctness.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from coordinator.errors import AgentFailed, CoordinatorError, MakingFailed
+from coordinator.files.artifacts import ArtifactStore, Cancelled
+from coordinator.roster.measurements import in_thread
+from coordinator.roster.members import Member, Roster
+from model.errors import ModelError
+from model.spec import ModelSpec
+from wire import limits
+from wire.connection import AsyncConnection
+from wire.errors import ProtocolError
+from wire.messages import (
+    BlockChunk,
+    BlockRef,
+    Done,
+    FetchBlock,
+    FilesMade,
+    Heartbeat,
+    MakeFiles,
+    RequestFailed,
+)
+
+log = logging.getLogger(__name__)
+
+UPLOAD_IDLE_S = 30.0
+
+MAX_FILES_PER_BLOCK = 64
+MADE_FACTOR = 4
+MADE_BYTES = 64 << 20
+"""Of an agent no more is taken than this many bytes beside MADE_FACTOR times those of the blocks:
+compilers were seen to add a tenth."""
+
+
+class Makers(Protocol):
+    """What can be made on this machine; the coordinator itself knows no backend."""
+
+    def version(self, backend: str) -> str | None:
+        """Of what makes the backend's files here; None where nothing does."""
+
+    def make(
+        self,
+        backend: str,
+        spec: ModelSpec,
+        artifacts: Sequence[tuple[int, Path]],
+        directory: Path,
+        tick: Callable[[], None],
+    ) -> Sequence[Path]:
+        """The files, made in ``directory``; ``tick`` is called now and then, and may raise.
+
+        Raises MakingFailed, ModelError, OSError.
+        """
+
+
+class Workshop:
+    """Has files made, for agents that were asked for something; one making at a time."""
+
+    def __init__(
+        self, store: ArtifactStore, roster: Roster, state_dir: Path, here: Makers | None
+    ) -> None:
+        """``here`` None: nothing is made on this machine."""
+        self._store = store
+        self._roster = roster
+        self._index = state_dir / "made"
+        self._here = here
+        self._lock = asyncio.Lock()
+        self._expected: dict[str, tuple[int, int]] = {}
+        """Device that makes files -> how many, and how many bytes, may come from it."""
+
+    async def serve(self, device: str, request: MakeFiles, connection: AsyncConnection) -> None:
+        """Answer an agent on its connection, which is sent heartbeats until then.
+
+        Raises WireError where the agent goes away, which ends the work.
+        """
+        member = self._roster.find(device)
+        if member is None or not member.is_asked:
+            raise ProtocolError(f"{connection.peer} wants files that nobody asked it to use")
+        making = asyncio.ensure_future(self._made(member, request, connection))
+        try:
+            while not making.done():
+                await connection.send(Heartbeat())
+                await asyncio.wait({making}, timeout=limits.HEARTBEAT_S)
+            try:
+                files = making.result()
+            except (CoordinatorError, ModelError) as error:
+                await connection.send(RequestFailed(request.request, str(error)))
+            except OSError as error:
+                reason = f"the coordinator cannot keep files: {error.strerror or error}"
+                await connection.send(RequestFailed(request.request, reason))
+            else:
+                await connection.send(FilesMade(request.request, files))
+        finally:
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
+
+    async def take(self, device: str, made: FilesMade, connection: AsyncConnection) -> None:
+        """Fetch the files that an agent made, then say Done. Raises WireError, CoordinatorError."""
+        if device not in self._expected:
+            raise ProtocolError(f"{connection.peer} offers files that nobody asked for")
+        count, size_bytes = self._expected[device]
+        if len(made.files) > count or sum(ref.size_bytes for ref in made.files) > size_bytes:
+            raise ProtocolError(f"{connection.peer} offers more than can have been asked for")
+        for ref in made.files:
+            await self._fetch(ref, connection, made.files)
+        await connection.send(Done(made.request))
+
+    # ---- making ---------------------------------------------------------------------------------
+
+    async def _made(
+        self, member: Member, request: MakeFiles, connection: AsyncConnection
+    ) -> tuple[BlockRef, ...]:
+        """The files, all in the store; none where nobody can make them."""
+        spec = ModelSpec.from_dict(request.spec)
+        if not 0 < len(request.blocks) <= spec.block_count:
+            raise MakingFailed("the model has no such blocks")
+        async with self._lock:
+            makers: list[tuple[str, Callable[[], Awaitable[tuple[BlockRef, ...]]]]] = []
+            here = self._here
+            if here is not None:
+                version = await asyncio.to_thread(here.version, request.backend)
+                if version is not None:
+                    makers.append((version, partial(self._make_here, here, spec, request)))
+            for other in self._roster.members:
+                version = dict(other.profile.makes).get(request.backend)
+                if other is not member and version is not None:
+                    makers.append((version, partial(self._make_on, other, request)))
+            for version, _ in makers:
+                known = await asyncio.to_thread(self._known, _key(request, version))
+                if known is not None:
+                    return known
+            if not makers:
+                return ()
+            for ref in request.blocks:
+                await self._fetch(ref, connection, request.blocks)
+            version, make = makers[0]
+            files = await make()
+            self._remember(_key(request, version), files)
+            return files
+
+    async def _make_here(
+        self, here: Makers, spec: ModelSpec, request: MakeFiles
+    ) -> tuple[BlockRef, ...]:
+        paths = [self._store.path(ref.sha256) for ref in request.blocks]
+        artifacts = [
+            (ref.block, path) for ref, path in zip(request.blocks, paths, strict=True) if path
+        ]
+        if len(artifacts) < len(paths):
+            raise MakingFailed("the blocks made room for others meanwhile: load again")
+
+        def work(
+            on_step: Callable[[int, int], None], cancelled: Callable[[], bool]
+        ) -> tuple[BlockRef, ...]:
+            def tick() -> None:
+                if cancelled():
+                    raise Cancelled
+
+            self._index.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._index, prefix=".making-") as name:
+                made = here.make(request.backend, spec, artifacts, Path(name), tick)
+                files: list[BlockRef] = []
+                for path in made:
+                    kept = self._store.adopt(path, {ref.sha256 for ref in files})
+                    files.append(BlockRef(len(files), *kept))
+                return tuple(files)
+
+        log.info("making files for %s, beside %d blocks", request.backend, len(artifacts))
+        return await in_thread("files", work, lambda step: None)
+
+    async def _make_on(self, maker: Member, request: MakeFiles) -> tuple[BlockRef, ...]:
+        sent_bytes = sum(ref.size_bytes for ref in request.blocks)
+        self._expected[maker.device] = (
+            MAX_FILES_PER_BLOCK * len(request.blocks),
+            MADE_FACTOR * sent_bytes + MADE_BYTES,
+        )
+        log.info("%s makes files for %s", maker.name, request.backend)
+        try:
+            made = await maker.request(
+                partial(
+                    MakeFiles, backend=request.backend, spec=request.spec, blocks=request.blocks
+                ),
+                FilesMade,
+            )
+        finally:
+            del self._expected[maker.device]
+        if not made.files or not await asyncio.to_thread(self._has_all, made.files):
+            raise AgentFailed(maker.name, "said it had made files, and did not send them")
+        return made.files
+
+    # ---- what is kept ---------------------------------------------------------------------------
+
+    def _known(self, key: str) -> tuple[BlockRef, ...] | None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            entries = json.loads((self._index / key).read_text(encoding="utf-8"))
+            files = tuple(
+                BlockRef(number, sha256, size_bytes)
+                for number, (sha256, size_bytes) in enumerate(entries)
+            )
+            if files and self._has_all(files):
+                return files
+        return None
+
+    def _remember(self, key: str, files: Sequence[BlockRef]) -> None:
+        content = json.dumps([[ref.sha256, ref.size_bytes] for ref in files])
+        self._index.mkdir(parents=True, exist_ok=True)
+        # Cut short by a crash it is no JSON, and the files are made again.
+        (self._index / key).write_text(content, encoding="utf-8")
+
+    def _has_all(self, refs: Sequence[BlockRef]) -> bool:
+        return all(map(self._has, refs))
+
+    def _has(self, ref: BlockRef) -> bool:
+        """Whether a whole file is here: making from a damaged one costs more than hashing it."""
+        if not self._store.is_whole(ref.sha256):
+            return False
+        path = self._store.path(ref.sha256)
+        if path is None or path.stat().st_size != ref.size_bytes:
+            return False
+        os.utime(path)
+        return True
+
+    async def _fetch(
+        self, ref: BlockRef, connection: AsyncConnection, beside: Sequence[BlockRef]
+    ) -> None:
+        """Have a file in the store, from the agent at the other end where it is not.
+
+        Those ``beside`` it do not make room for it.
+
+        Raises WireError, StorageFull, OSError.
+        """
+        if await asyncio.to_thread(self._has, ref):
+            return
+        keep = {other.sha256 for other in beside}
+        upload = await asyncio.to_thread(self._store.begin, ref.sha256, ref.size_bytes, keep)
+        with upload:
+            if not upload.complete:
+                await connection.send(FetchBlock(ref.sha256, upload.offset))
+            while not upload.complete:
+                chunk, payload = await connection.receive(UPLOAD_IDLE_S)
+                if (
+                    not isinstance(chunk, BlockChunk)
+                    or (chunk.offset, chunk.total) != (upload.offset, ref.size_bytes)
+                    or not 0 < len(payload) <= ref.size_bytes - upload.offset
+                ):
+                    raise ProtocolError(f"{connection.peer}: unexpected answer to a download")
+                await asyncio.to_thread(upload.write, payload)
+            if not await asyncio.to_thread(upload.finish):
+                raise ProtocolError(f"{connection.peer} sent a file of another hash")
+
+
+def _key(request: MakeFiles, version: str) -> str:
+    """What files are known by: all that they were made from, and by what."""
+    blocks = [[ref.block, ref.sha256] for ref in request.blocks]
+    content = json.dumps([request.backend, version, request.spec, blocks], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

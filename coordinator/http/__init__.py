@@ -1,0 +1,1 @@
+"""The HTTP routes: OpenAI's, and those of the shoal command."""

@@ -1,0 +1,260 @@
+"""The routes behind the ``shoal`` command: devices, measure, plan, load, unload, ps, quality.
+
+Measure, plan, load and quality stream one JSON object a line: {"step": ...} for progress, then
+{"result": ...} or {"error": ...}. A client that goes away cancels the operation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from coordinator.http.common import json_lines, read_json
+from coordinator.loading.deployment import Deployment, Planned
+from coordinator.loading.operations import Fleet
+from coordinator.quality.measuring import QualityFound
+from coordinator.quality.store import QualityRequest
+from coordinator.roster.measurements import Step
+from coordinator.roster.members import Member, Roster
+from coordinator.roster.noise import device_noise, plan_noise
+from model.checkpoint import Checkpoint
+from model.spec import ModelSpec
+from planning.errors import RequestInvalid
+from planning.insight.view import describe_plan
+from planning.request import PlanRequest, model_name
+from wire.messages import PROTOCOL_VERSION
+from wire.versions import shoal_version
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class AdminRoutes:
+    """Route handlers over a fleet."""
+
+    def __init__(self, cluster: str, roster: Roster, fleet: Fleet) -> None:
+        self._cluster = cluster
+        self._roster = roster
+        self._fleet = fleet
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/shoal/v1/devices", self.devices, methods=["GET"]),
+            Route("/shoal/v1/measure", self.measure, methods=["POST"]),
+            Route("/shoal/v1/ps", self.ps, methods=["GET"]),
+            Route("/shoal/v1/plan", self.plan, methods=["POST"]),
+            Route("/shoal/v1/load", self.load, methods=["POST"]),
+            Route("/shoal/v1/unload", self.unload, methods=["POST"]),
+            Route("/shoal/v1/quality", self.quality, methods=["POST"]),
+        ]
+
+    async def devices(self, request: Request) -> Response:
+        return JSONResponse(self._devices())
+
+    async def measure(self, request: Request) -> Response:
+        name = (await read_json(request)).get("device")
+        if not isinstance(name, str):
+            raise RequestInvalid("name the device to measure", "device")
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            await self._fleet.measure(name, _emitter(emit))
+            return self._devices()
+
+        return json_lines(work)
+
+    def _devices(self) -> dict[str, Any]:
+        now_s = time.monotonic()
+        links = self._roster.links()
+        return {
+            "cluster": self._cluster,
+            "version": shoal_version(),
+            "protocol": PROTOCOL_VERSION,
+            "devices": [
+                {**_device(member), "noise": device_noise(member, links)}
+                for member in self._roster.members
+            ],
+            "links": [asdict(link) for link in links],
+            "no_links": [
+                asdict(link) | {"age_s": round(now_s - failure.failed_s, 3), "text": str(link)}
+                for link, failure in self._roster.failed_links()
+            ],
+        }
+
+    async def ps(self, request: Request) -> Response:
+        deployment = self._fleet.deployment
+        return JSONResponse({"model": None if deployment is None else _deployment(deployment)})
+
+    async def plan(self, request: Request) -> Response:
+        wanted = PlanRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            planned = await self._fleet.plan(wanted, _emitter(emit))
+            return {
+                **_planned(planned),
+                "noise": self._noise(planned.checkpoint.spec, planned.request),
+            }
+
+        return json_lines(work)
+
+    async def load(self, request: Request) -> Response:
+        wanted = PlanRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            deployment = await self._fleet.load(wanted, _emitter(emit))
+            return {
+                **_deployment(deployment),
+                "noise": self._noise(deployment.spec, deployment.request),
+            }
+
+        return json_lines(work)
+
+    def _noise(self, spec: ModelSpec, request: PlanRequest) -> list[dict[str, Any]]:
+        """Figures that a plan for an identified request was made from, and that may be those of a
+        busy machine."""
+        return plan_noise(
+            self._roster.members, self._roster.links(), spec, request.bits, request.exclude
+        )
+
+    async def quality(self, request: Request) -> Response:
+        wanted = QualityRequest.from_dict(await read_json(request))
+        await _require_checkpoint(wanted.model)
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            return _quality(await self._fleet.calibrate(wanted, _emitter(emit)))
+
+        return json_lines(work)
+
+    async def unload(self, request: Request) -> Response:
+        await read_json(request)
+        return JSONResponse({"unloaded": await self._fleet.unload()})
+
+
+async def _require_checkpoint(directory: Path) -> None:
+    """Raise ModelError for what is no model, while the answer can still have its own status."""
+    await asyncio.to_thread(Checkpoint.open, directory)
+
+
+def _emitter(emit: Emit) -> Callable[[Step], None]:
+    return lambda step: emit({"step": asdict(step)})
+
+
+def _device(member: Member) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "device": member.device,
+        "version": member.version,
+        "address": member.connection.peer_host,
+        "endpoints": [
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            for host, port in (
+                (item.host, item.port) for item in (*member.advertised, *member.endpoints)
+            )
+        ],
+        "joined_s": round(member.connected_s, 3),
+        "memory_available_bytes": member.memory_available_bytes,
+        **asdict(member.profile),
+    }
+
+
+def _planned(planned: Planned) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "model": model_name(planned.request.model),
+        "context_tokens": planned.context_tokens,
+        "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
+        "devices": dict(planned.devices),
+    }
+    if planned.quality_margin is not None:
+        answer["quality"] = {
+            "margin": planned.quality_margin,
+            "measured_kl": planned.measured_kl,
+        }
+    if planned.request.with_problem:
+        answer["problem"] = planned.problem.to_dict()
+    return answer
+
+
+def _quality(found: QualityFound) -> dict[str, Any]:
+    """As ``shoal calibrate --quality --json`` prints what it measured by itself."""
+    known, spec = found.known, found.checkpoint.spec
+    return {
+        "model": str(found.request.model),
+        "fingerprint": found.checkpoint.fingerprint,
+        "measured_on": found.device,
+        "tokens": sum(map(len, known.sequences)),
+        "scheme": known.scheme,
+        "group_size": known.group_size,
+        "blocks": [
+            {
+                "block": block,
+                "bits": bits,
+                "kl": kl,
+                "weight_error": error,
+                "name": spec.block_name(block),
+                "normalized_weight_error": error / 2.0**bits,
+            }
+            for (block, bits), (kl, error) in sorted(known.blocks.items())
+            if bits in found.request.bits
+        ]
+        + [
+            {
+                "block": block,
+                "bits": bits,
+                "kl": kl,
+                "weight_error": error,
+                "name": spec.block_name(block),
+                "normalized_weight_error": error / 2.0**bits,
+                "arithmetic": arithmetic,
+            }
+            for (arithmetic, block, bits), (kl, error) in sorted(known.own.items())
+            if bits in found.request.bits
+        ],
+        "hops": [
+            {"after": spec.block_name(boundary), "bits": bits, "kl": kl}
+            for (boundary, bits), kl in sorted(
+                known.hops.items(), key=lambda hop: (hop[0][0], -hop[0][1])
+            )
+        ],
+        "worst_hops": known.worst_hops(spec.block_count),
+        "plans": [
+            {"bits": plan, "predicted_kl": predicted, "measured_kl": measured}
+            for plan, predicted, measured in known.checks()
+            if plan in found.request.plans
+        ],
+    }
+
+
+def _deployment(deployment: Deployment) -> dict[str, Any]:
+    slots = deployment.slots
+    return {
+        "model": deployment.name,
+        "directory": str(deployment.request.model),
+        "state": _state(deployment),
+        "reason": str(deployment.broken) if deployment.broken else None,
+        "context_tokens": deployment.context_tokens,
+        "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
+        "plan": describe_plan(deployment.spec, deployment.plan, slots.total),
+        "stages": [
+            {
+                "device": member.name,
+                "memory_bytes": loaded.memory_bytes,
+                "fetched_bytes": loaded.fetched_bytes,
+                "load_s": loaded.load_s,
+            }
+            for member, loaded in zip(deployment.members, deployment.loaded, strict=True)
+        ],
+    }
+
+
+def _state(deployment: Deployment) -> str:
+    if deployment.is_recovering:
+        return "recovering"
+    return "broken" if deployment.broken else "ready"

@@ -1,0 +1,395 @@
+"""The OpenAI-compatible routes: /v1/models, /v1/completions, /v1/chat/completions.
+
+What this server cannot do is refused by name, never ignored: an answer that silently lacks what was
+asked for is worse than an error. Beyond OpenAI's fields it takes ``top_k``, ``ignore_eos`` (do not
+end at the model's own end of text, so that an answer has ``max_tokens``), and ``return_token_ids``;
+the latter adds a ``shoal`` object with token ids and measured speeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from coordinator.http.common import read_json, server_sent_events, while_connected
+from coordinator.loading.deployment import Deployment
+from coordinator.loading.operations import Fleet
+from coordinator.serving.gateway import Gateway, Timing, room_for_answer
+from planning.errors import RequestInvalid
+from wire.messages import Sampling
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for completions; chat runs to the end of the context."""
+
+PROMPT_THREADS = 4
+
+LONG_REQUEST_BYTES = 256 << 10
+"""Of requests from this size on, one at a time is tokenized: each takes some 80 times its size."""
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A checked request, ready to run."""
+
+    deployment: Deployment
+    chat: bool
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    token_ids: bool
+
+    @property
+    def kind(self) -> str:
+        if not self.chat:
+            return "text_completion"
+        return "chat.completion.chunk" if self.stream else "chat.completion"
+
+
+class OpenAIRoutes:
+    """Route handlers over a gateway."""
+
+    def __init__(self, fleet: Fleet, gateway: Gateway) -> None:
+        self._fleet = fleet
+        self._gateway = gateway
+        # Threads of their own: whoever floods these must not keep agents from their blocks.
+        self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
+        self._one_long = asyncio.Semaphore(1)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+
+    async def models(self, request: Request) -> Response:
+        deployment = self._fleet.deployment
+        data = []
+        if deployment is not None and deployment.broken is None:
+            data.append(
+                {"id": deployment.name, "object": "model", "created": 0, "owned_by": "shoal"}
+            )
+        return JSONResponse({"object": "list", "data": data})
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, chat=True)
+
+    async def _answer(self, request: Request, *, chat: bool) -> Response:
+        body = await read_json(request)
+        deployment = await while_connected(request, self._fleet.require_deployment())
+        job = await while_connected(
+            request, self._prepare(deployment, body, _is_long(request), chat=chat)
+        )
+        if job.stream:
+            return server_sent_events(self._stream(job))
+        return JSONResponse(await while_connected(request, self._whole(job)))
+
+    async def _prepare(
+        self, deployment: Deployment, body: Mapping[str, Any], is_long: bool, *, chat: bool
+    ) -> _Job:
+        """Check and tokenize in a thread: a long text takes seconds, and agents must be heard."""
+        async with self._one_long if is_long else contextlib.nullcontext():
+            work = functools.partial(_job, deployment, body, chat=chat)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _whole(self, job: _Job) -> dict[str, Any]:
+        timing, text, tokens, finish = Timing(), "", list[int](), ""
+        pieces = self._gateway.generate(
+            job.deployment, job.prompt, job.sampling, job.stop, timing, withdrawable=True
+        )
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if piece.withdraws:
+                    text, tokens = "", []
+                text += piece.text
+                tokens += piece.tokens
+                finish = piece.finish
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
+        if job.chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        return {
+            **_envelope(job),
+            "choices": [choice],
+            "usage": _usage(job, len(tokens)),
+            **_details(job, tokens, timing),
+        }
+
+    async def _stream(self, job: _Job) -> AsyncIterator[dict[str, Any] | str]:
+        envelope, timing, tokens = _envelope(job), Timing(), list[int]()
+        if job.include_usage:
+            envelope["usage"] = None
+        if job.chat:
+            yield {**envelope, "choices": [_delta({"role": "assistant", "content": ""}, None)]}
+        pieces = self._gateway.generate(job.deployment, job.prompt, job.sampling, job.stop, timing)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                tokens += piece.tokens
+                if piece.notice:
+                    yield " ".join(piece.notice.split())
+                if piece.text:
+                    part = _delta({"content": piece.text}, None)
+                    if not job.chat:
+                        part = _text(piece.text, None)
+                    yield {**envelope, "choices": [part]}
+                if piece.finish:
+                    last = _delta({}, piece.finish) if job.chat else _text("", piece.finish)
+                    yield {
+                        **envelope,
+                        "choices": [last],
+                        **_details(job, tokens, timing),
+                    }
+        if job.include_usage:
+            yield {**envelope, "choices": [], "usage": _usage(job, len(tokens))}
+
+
+def _delta(delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+def _text(text: str, finish: str | None) -> dict[str, Any]:
+    return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+
+
+def _envelope(job: _Job) -> dict[str, Any]:
+    prefix = "chatcmpl" if job.chat else "cmpl"
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": job.kind,
+        "created": int(time.time()),
+        "model": job.deployment.name,
+    }
+
+
+def _usage(job: _Job, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": len(job.prompt),
+        "completion_tokens": completion_tokens,
+        "total_tokens": len(job.prompt) + completion_tokens,
+    }
+
+
+def _details(job: _Job, tokens: list[int], timing: Timing) -> dict[str, Any]:
+    if not job.token_ids:
+        return {}
+    return {
+        "shoal": {
+            "prompt_tokens": list(job.prompt),
+            "tokens": tokens,
+            "prefill_tokens_per_s": timing.prefill_tokens_per_s,
+            "decode_tokens_per_s": timing.decode_tokens_per_s,
+        }
+    }
+
+
+# ---- reading requests --------------------------------------------------------------------------
+
+
+def _is_long(request: Request) -> bool:
+    """Whether a request has, or may have, a long text. HTTP has checked the number."""
+    return int(request.headers.get("content-length", LONG_REQUEST_BYTES)) >= LONG_REQUEST_BYTES
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": (None, ""),
+    "logprobs": (None, False),
+    "top_logprobs": (None,),
+    "logit_bias": (None, {}),
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+}
+"""OpenAI's fields that are not implemented, with the values that ask for nothing."""
+
+_IGNORED = frozenset(
+    {"user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"}
+)
+"""Fields that change nothing about the answer."""
+
+_KNOWN = frozenset(
+    {
+        "model",
+        "stream",
+        "stream_options",
+        "stop",
+        "seed",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "ignore_eos",
+        "return_token_ids",
+    }
+)
+
+
+def _job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> _Job:
+    own = {"messages", "max_completion_tokens"} if chat else {"prompt"}
+    for field, value in body.items():
+        if field in _NEUTRAL:
+            if not any(value == allowed for allowed in _NEUTRAL[field]):
+                raise RequestInvalid(f"{field} is not supported by this server", field)
+        elif field not in _KNOWN | own | _IGNORED:
+            raise RequestInvalid(f"unknown field {field!r}", field)
+    model = body.get("model", deployment.name)
+    if model != deployment.name:
+        raise RequestInvalid(
+            f"the model {model!r} is not loaded; {deployment.name!r} is", "model", "model_not_found"
+        )
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise RequestInvalid("stream_options must be an object", "stream_options")
+    prompt = _chat_prompt(deployment, body) if chat else _prompt(deployment, body)
+    room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
+    return _Job(
+        deployment=deployment,
+        chat=chat,
+        prompt=tuple(prompt),
+        sampling=_sampling(deployment, body, chat=chat),
+        stop=_stop(body),
+        stream=_flag(body, "stream"),
+        include_usage=_flag(options, "include_usage"),
+        token_ids=_flag(body, "return_token_ids"),
+    )
+
+
+def _prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return _encode(deployment, prompt, add_special=True)
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        if any(not 0 <= token < deployment.spec.vocab for token in prompt):
+            raise RequestInvalid("prompt: token ids outside the vocabulary", "prompt")
+        return prompt
+    raise RequestInvalid("prompt: one string, or one list of token ids", "prompt")
+
+
+def _chat_prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestInvalid("messages: a list with at least one message", "messages")
+    plain = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RequestInvalid("messages: each needs a role and content", "messages")
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(_text_part(part) for part in content)
+        if not isinstance(content, str):
+            raise RequestInvalid("messages: content must be text", "messages")
+        plain.append({"role": message["role"], "content": content})
+    text = deployment.tokenizer.apply_chat_template(plain)
+    return _encode(deployment, text, add_special=False)
+
+
+def _encode(deployment: Deployment, text: str, *, add_special: bool) -> list[int]:
+    """Tokens of a prompt; one that is far too long is refused before it costs anything."""
+    least_tokens = deployment.tokenizer.least_tokens(text)
+    if least_tokens:
+        room_for_answer(least_tokens, deployment.context_tokens, deployment.spec, at_least=True)
+    tokens = deployment.tokenizer.encode(text, add_special=add_special)
+    vocab = deployment.spec.vocab
+    if max(tokens, default=0) >= vocab:
+        raise RequestInvalid(
+            f"the prompt has the token {max(tokens)}, the model only {vocab} tokens:"
+            " its tokenizer and its weights do not belong together",
+            "prompt",
+        )
+    return tokens
+
+
+def _text_part(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        text: str = part["text"]
+        return text
+    raise RequestInvalid("messages: only text content is supported", "messages")
+
+
+def _sampling(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> Sampling:
+    default = deployment.context_tokens if chat else DEFAULT_COMPLETION_TOKENS
+    newer = chat and body.get("max_completion_tokens") is not None
+    limit = "max_completion_tokens" if newer else "max_tokens"
+    return Sampling(
+        max_tokens=int(_number(body, limit, default, 1, 1 << 31, whole=True)),
+        stop_tokens=() if _flag(body, "ignore_eos") else deployment.spec.eos_tokens,
+        temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
+        top_k=int(_number(body, "top_k", 0, 0, 1 << 31, whole=True)),
+        top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
+        seed=int(_number(body, "seed", secrets.randbits(32), -(1 << 63), (1 << 63) - 1, whole=True))
+        % (1 << 63),
+    )
+
+
+def _number(
+    body: Mapping[str, Any],
+    field: str,
+    default: float,
+    low: float,
+    high: float,
+    *,
+    whole: bool = False,
+) -> float:
+    value = body.get(field)
+    if value is None:
+        return default
+    if type(value) is not int and (whole or type(value) is not float):
+        raise RequestInvalid(f"{field}: expected a {'whole ' if whole else ''}number", field)
+    if not low <= value <= high:
+        raise RequestInvalid(f"{field}: {value} is not between {low:g} and {high:g}", field)
+    return float(value) if not whole else value
+
+
+def _flag(body: Mapping[str, Any], field: str) -> bool:
+    value = body.get(field)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise RequestInvalid(f"{field}: expected true or false", field)
+
+
+def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
+    stop = body.get("stop")
+    if stop is None:
+        return ()
+    strings = [stop] if isinstance(stop, str) else stop
+    if (
+        not isinstance(strings, list)
+        or len(strings) > MAX_STOP_STRINGS
+        or not all(
+            isinstance(item, str) and 0 < len(item) <= MAX_STOP_CHARACTERS for item in strings
+        )
+    ):
+        raise RequestInvalid(f"stop: a string, or up to {MAX_STOP_STRINGS}, none empty", "stop")
+    return tuple(strings)

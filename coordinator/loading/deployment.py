@@ -1,0 +1,213 @@
+"""A plan put in force on the members of a roster, and what follows when it no longer is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, LinkFailed
+from coordinator.loading.slots import Slots
+from coordinator.roster.measurements import Step, forward, together
+from coordinator.roster.members import Member
+from model.checkpoint import Checkpoint
+from model.spec import ModelSpec
+from model.tokenizer import Tokenizer
+from planning.plan import Plan, Stage
+from planning.problem import PlanningProblem
+from planning.request import PlanRequest, model_name
+from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
+from wire.messages import BlockRef, ConnectStage, Done, LoadStage, StageLoaded, UnloadStage
+
+HOP_KEY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A plan with what it was made for and from.
+
+    ``quality_margin`` is part of the problem's sensitivities; None where there are none.
+    ``measured_kl`` is the plan's divergence where it was asked for.
+    """
+
+    request: PlanRequest
+    checkpoint: Checkpoint
+    context_tokens: int
+    problem: PlanningProblem
+    plan: Plan
+    quality_margin: float | None
+    measured_kl: float | None
+    devices: Mapping[str, str] = field(default_factory=dict)
+    """Ids of the devices by the names that the problem and the plan have for them."""
+
+
+@dataclass(slots=True, eq=False)
+class Deployment:
+    """A plan in force. ``broken`` says why it no longer is."""
+
+    request: PlanRequest
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    plan: Plan
+    epoch: int
+    slots: Slots
+    context_tokens: int
+    members: tuple[Member, ...]
+    loaded: tuple[StageLoaded, ...]
+    broken: CoordinatorError | None = None
+    is_suspect: bool = False
+    """Whether a file of a stage was damaged: tokens that came from here may be wrong."""
+    successor: asyncio.Future[Deployment] | None = None
+    """Once a device or link was lost: what takes this deployment's place, or why nothing does."""
+
+    @property
+    def name(self) -> str:
+        return model_name(self.request.model)
+
+    @property
+    def is_recovering(self) -> bool:
+        return self.successor is not None and not self.successor.done()
+
+    def after(self, member: Member) -> Member | None:
+        """The next device of the ring; None where the member has no stage, or the only one."""
+        if member not in self.members or len(self.members) == 1:
+            return None
+        return self.members[(self.members.index(member) + 1) % len(self.members)]
+
+    async def latest(self) -> Deployment:
+        """This deployment or, after devices were lost, the one that took its place; waits for that.
+
+        Raises what broke it for good.
+        """
+        deployment = self
+        while deployment.successor is not None:
+            deployment = await outcome_of(deployment.successor)
+        deployment.require()
+        return deployment
+
+    def require(self) -> None:
+        """Raise why the deployment is broken, if it is."""
+        if self.broken is not None:
+            # Raised again and again: its traceback would keep the frames of every time.
+            raise self.broken.with_traceback(None)
+
+
+def new_outcome() -> asyncio.Future[Deployment]:
+    """For what will be loaded, or why nothing is: of interest to nobody, or to many."""
+    outcome = asyncio.get_running_loop().create_future()
+    # If nobody waits, nobody need be told.
+    outcome.add_done_callback(lambda future: future.cancelled() or future.exception())
+    return outcome
+
+
+async def outcome_of(outcome: asyncio.Future[Deployment]) -> Deployment:
+    """Wait for it as one of many. Raises why nothing is loaded."""
+    await asyncio.wait([outcome])
+    error = outcome.exception()
+    if error is not None:
+        raise error.with_traceback(None)
+    return outcome.result()
+
+
+async def deploy(
+    planned: Planned,
+    tokenizer: Tokenizer,
+    refs: Sequence[BlockRef],
+    roster: Sequence[Member],
+    epoch: int,
+    on_step: Callable[[Step], None],
+    on_loaded: Callable[[Member, StageLoaded], None],
+) -> Deployment:
+    """Load and connect the stages of a plan. Where that fails, none of them stays loaded.
+
+    ``on_loaded`` is told of each stage, also where another one fails. Raises AgentFailed,
+    LinkFailed.
+    """
+    by_device = {member.device: member for member in roster}
+    stages = planned.plan.stages
+    for stage in stages:
+        if planned.devices[stage.device] not in by_device:
+            raise AgentLost(stage.device, "it left while the plan was made")
+    members = tuple(by_device[planned.devices[stage.device]] for stage in stages)
+    spec = planned.checkpoint.spec
+    # What lets each stage's previous device in: its neighbours know it, and no other device.
+    keys = tuple(secrets.token_bytes(HOP_KEY_BYTES) for _ in members)
+
+    async def load(member: Member, stage: Stage, previous: Member, key: bytes) -> StageLoaded:
+        build = partial(
+            LoadStage,
+            epoch=epoch,
+            spec=spec.to_dict(),
+            blocks=tuple(refs[stage.first : stage.last]),
+            slots=planned.request.slots,
+            context_tokens=planned.context_tokens,
+            previous=previous.device,
+            hop_key=key,
+            hop_bits=_hop_bits(stage),
+        )
+        answer = await member.request(build, StageLoaded, forward(on_step, "load", member.name))
+        on_loaded(member, answer)
+        return answer
+
+    try:
+        loaded = await together(map(load, members, stages, members[-1:] + members[:-1], keys))
+        if len(members) > 1:
+            for member, after, key in zip(
+                members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True
+            ):
+                await _connect(member, after, epoch, key)
+        for member in members:  # One that had answered may be gone before all have.
+            if member.lost is not None:
+                raise member.lost.with_traceback(None)
+    except BaseException:  # Cancelled or failed, however: no stage stays half loaded.
+        await asyncio.shield(unload(members))
+        raise
+    return Deployment(
+        request=planned.request,
+        spec=spec,
+        tokenizer=tokenizer,
+        plan=planned.plan,
+        epoch=epoch,
+        slots=Slots(planned.request.slots),
+        context_tokens=planned.context_tokens,
+        members=members,
+        loaded=loaded,
+    )
+
+
+async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> None:
+    """Have a stage connect to the next of the ring. Raises AgentLost, LinkFailed."""
+    build = partial(
+        ConnectStage,
+        epoch=epoch,
+        device=after.device,
+        endpoints=after.endpoints_for(member),
+        hop_key=key,
+    )
+    try:
+        await member.request(build, Done)
+    except AgentLost:
+        raise
+    except AgentFailed as error:
+        await after.lives()
+        if after.lost is not None:
+            raise after.lost.with_traceback(None) from error
+        raise LinkFailed(member.name, after.name, error.reason) from error
+
+
+async def unload(members: Sequence[Member]) -> None:
+    """Free the stages of those that live."""
+
+    async def one(member: Member) -> None:
+        with contextlib.suppress(AgentFailed):
+            await member.request(UnloadStage, Done)
+
+    await asyncio.gather(*map(one, members))
+
+
+def _hop_bits(stage: Stage) -> HopBits:
+    """Of the hidden values that a stage sends; the last one's token has none."""
+    return next((bits for bits in HOP_BITS if bits == stage.hop_bits), DEFAULT_HOP_BITS)

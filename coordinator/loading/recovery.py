@@ -1,0 +1,169 @@
+"""Loading without being asked: after a device was lost, and after the coordinator was restarted.
+
+Answers in flight wait for the outcome and go on (coordinator.serving.gateway). A failed attempt is
+repeated when devices join, for instance because the rest has too little memory. It is also repeated
+for a while without a visible reason: a link that was cut may be back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from coordinator.errors import CoordinatorError
+from coordinator.roster.members import Roster
+from model.errors import ModelError
+from planning.errors import RequestInvalid
+from planning.plan import PlanError
+from planning.request import PlanRequest
+
+log = logging.getLogger(__name__)
+
+AMORTIZED_TOKENS = 1000
+"""A second of loading is worth as many seconds as these tokens save: answers wait for it."""
+
+TIME_LIMIT_S = 5.0
+"""For the solver, since answers wait for it too."""
+
+RETRY_S = 5.0
+"""Pause before the same devices are tried again."""
+
+Placed = TypeVar("Placed")
+
+
+def remaining(request: PlanRequest, devices: Collection[str]) -> PlanRequest:
+    """An identified ``request`` as the devices with these ids can carry it out, and soon.
+
+    Wishes about devices that are gone fall away, and so does a given plan that needs them.
+    """
+    given = request.given
+    if given is not None and not {device for device, _ in given.stages} <= set(devices):
+        given = None
+    objective = request.objective
+    if objective.kind != "energy":
+        weight = max(objective.migration_weight, 1 / AMORTIZED_TOKENS)
+        objective = replace(objective, migration_weight=weight)
+    return replace(
+        request,
+        objective=objective,
+        time_limit_s=min(request.time_limit_s, TIME_LIMIT_S),
+        pins={block: device for block, device in request.pins.items() if device in devices},
+        exclude=tuple(device for device in request.exclude if device in devices),
+        given=given,
+        check_quality=False,
+    )
+
+
+class LoadedFile:
+    """What is loaded, on disk, for a coordinator that is started again.
+
+    The request is kept as it was asked for, with the ids of the devices that its names meant.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "loaded.json"
+
+    def keep(
+        self, request: PlanRequest, names: Sequence[str], ids: Mapping[str, str] | None = None
+    ) -> None:
+        """Replace what is kept: a request, its devices by name, and the ids of those names."""
+        kept = {
+            "request": request.asked,
+            "devices": list(names),
+            "ids": {**request.devices, **(ids or {})},
+        }
+        new = self._path.with_suffix(".new")
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                json.dump(kept, file)
+                file.flush()
+                os.fsync(file.fileno())  # A power cut is what it is kept for.
+            new.replace(self._path)
+        except OSError as error:
+            log.warning("%s: %s: a restart will load nothing", self._path, error.strerror)
+
+    def forget(self) -> None:
+        """Keep nothing any more."""
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s: %s: a restart will load it", self._path, error.strerror)
+
+    def read(self) -> tuple[PlanRequest, tuple[str, ...]] | None:
+        """What was asked for, and the devices that it was on; None where nothing is kept.
+
+        Devices are ids. They are names where the file is older than ids.
+        """
+        try:
+            kept = json.loads(self._path.read_bytes())
+            ids = {str(name): str(device) for name, device in kept.get("ids", {}).items()}
+            request = PlanRequest.from_dict(kept["request"]).identified(ids.get)
+            return request, tuple(ids.get(name, name) for name in map(str, kept["devices"]))
+        except FileNotFoundError:
+            return None
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RequestInvalid,
+            PlanError,
+        ) as error:
+            log.warning("%s is of no use (%s): run `shoal load`", self._path, error)
+            return None
+
+
+async def joined(roster: Roster, devices: Collection[str], wait_s: float) -> None:
+    """Wait until devices with these ids (or names) have joined, or ``wait_s`` seconds."""
+    deadline_s = time.monotonic() + wait_s
+    while set(devices) - {text for one in roster.members for text in (one.device, one.name)}:
+        roster.changed.clear()
+        try:
+            await asyncio.wait_for(roster.changed.wait(), deadline_s - time.monotonic())
+        except asyncio.TimeoutError:
+            return
+
+
+async def recover(
+    place: Callable[[], Awaitable[Placed]],
+    explain: Callable[[Exception], CoordinatorError],
+    changed: asyncio.Event,
+    outcome: asyncio.Future[Placed],
+    wait_s: float,
+) -> Placed:
+    """Call ``place`` until it works; sets ``outcome`` then, or after ``wait_s`` seconds to why not.
+
+    ``explain`` makes of an attempt's error what users are told. ``changed`` is set by others when
+    devices or links come or go. Goes on after ``wait_s``, but only when that happens.
+    """
+    deadline_s = time.monotonic() + wait_s
+    told: set[str] = set()
+    while True:
+        changed.clear()
+        try:
+            placed = await place()
+        except (CoordinatorError, RequestInvalid, ModelError, PlanError, OSError) as error:
+            failure = explain(error)
+            if str(failure) not in told:  # Each once: the next attempt is seconds away.
+                told.add(str(failure))
+                log.warning("%s", failure)
+        else:
+            if not outcome.done():
+                outcome.set_result(placed)
+            return placed
+        while not changed.is_set():
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0 and not outcome.done():
+                outcome.set_exception(failure)
+            try:
+                await asyncio.wait_for(changed.wait(), min(left_s, RETRY_S) if left_s > 0 else None)
+            except asyncio.TimeoutError:
+                break

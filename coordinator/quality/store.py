@@ -1,0 +1,255 @@
+"""What fewer bits do to a model: asked for, kept on disk, and turned into bounds for a plan.
+
+Sensitivities are measured one block at a time; a plan's divergence is predicted as their sum times
+a margin, because errors of several blocks can reinforce each other. The margin is the largest
+measured / predicted of whole plans (docs/calibration.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import Checkpoint
+from model.quantize import DEFAULT_GROUP_SIZE, Scheme
+from model.spec import ModelSpec
+from planning.errors import RequestInvalid
+from planning.request_fields import read_widths, take_form, take_model
+from planning.sensitivity import budget_margin
+from wire.activations import HOP_BITS
+
+log = logging.getLogger(__name__)
+
+STORE_VERSION = 1
+
+
+MAX_CHECKS = 8
+"""Plans that are measured before a budget is given up."""
+
+MAX_TOKENS = 1 << 16
+MAX_PLANS = 64
+
+Sequences = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QualityRequest:
+    """What ``shoal calibrate --quality --on`` asks for. ``on`` None: the fastest agent."""
+
+    model: Path
+    bits: tuple[int, ...]
+    sequences: Sequences
+    plans: tuple[tuple[int, ...], ...] = ()
+    scheme: Scheme = "rtn"
+    group_size: int = DEFAULT_GROUP_SIZE
+    on: str | None = None
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> QualityRequest:
+        """Read a user's JSON. Raises RequestInvalid naming the field."""
+        plain = dict(values)
+        model = take_model(plain)
+        bits = read_widths(plain.pop("bits", None), "bits")
+        sequences = plain.pop("sequences", None)
+        if not _is_token_lists(sequences):
+            raise RequestInvalid("sequences: lists of token ids", "sequences")
+        plans = plain.pop("plans", [])
+        if not isinstance(plans, list) or len(plans) > MAX_PLANS:
+            raise RequestInvalid(f"plans: at most {MAX_PLANS} lists of bits", "plans")
+        on = plain.pop("on", None)
+        if on is not None and not isinstance(on, str):
+            raise RequestInvalid("on: an agent's name, or null", "on")
+        scheme, group_size = take_form(plain)
+        if plain:
+            raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
+        return QualityRequest(
+            model,
+            tuple(sorted(set(bits))),
+            tuple(map(tuple, sequences)),
+            tuple(read_widths(plan, "plans") for plan in plans),
+            scheme,
+            group_size,
+            on,
+        )
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise RequestInvalid where the request does not fit the model."""
+        for sequence in self.sequences:
+            if not 2 <= len(sequence) <= spec.max_context or max(sequence) >= spec.vocab:
+                raise RequestInvalid(
+                    f"sequences: 2 to {spec.max_context} tokens below {spec.vocab}", "sequences"
+                )
+        if any(len(plan) != spec.block_count for plan in self.plans):
+            raise RequestInvalid(f"plans: the bits of {spec.block_count} blocks each", "plans")
+
+
+@dataclass(slots=True)
+class KnownQuality:
+    """What is known of a model over one text and in one kind of format.
+
+    ``blocks`` maps (block, bits) to (KL divergence, max|w - w_b|), ``plans`` the bits of all blocks
+    to the plan's KL divergence, ``hops`` (boundary, bits) to that of rounding the rows there.
+    ``own`` is as ``blocks``, by (arithmetic, block, bits), of layers computed with an arithmetic
+    that loses more than weights do (DeviceProfile).
+    """
+
+    sequences: Sequences
+    scheme: Scheme
+    group_size: int
+    blocks: dict[tuple[int, int], tuple[float, float]]
+    plans: dict[tuple[int, ...], float]
+    hops: dict[tuple[int, int], float] = field(default_factory=dict)
+    own: dict[tuple[str, int, int], tuple[float, float]] = field(default_factory=dict)
+
+    def own_sensitivities(self) -> dict[str, dict[int, dict[int, float]]]:
+        """By arithmetic, block and bits: KL divergence of the block alone so computed."""
+        found: dict[str, dict[int, dict[int, float]]] = {}
+        for (arithmetic, block, bits), (kl, _) in self.own.items():
+            found.setdefault(arithmetic, {}).setdefault(block, {})[bits] = kl
+        return found
+
+    def sensitivities(self, block_count: int) -> tuple[Mapping[int, float], ...]:
+        """For each block: bits -> KL divergence of the block alone."""
+        rows: tuple[dict[int, float], ...] = tuple({} for _ in range(block_count))
+        for (block, bits), (kl, _) in self.blocks.items():
+            rows[block][bits] = kl
+        return rows
+
+    def worst_hops(self, block_count: int) -> dict[int, float]:
+        """Bits -> the largest KL divergence of all boundaries, where all of them are known."""
+        boundaries = range(block_count - 1)
+        return {
+            bits: max((self.hops[boundary, bits] for boundary in boundaries), default=0.0)
+            for bits in sorted({bits for _, bits in self.hops}, reverse=True)
+            if all((boundary, bits) in self.hops for boundary in boundaries)
+        }
+
+    def checks(self) -> list[tuple[tuple[int, ...], float, float]]:
+        """(bits, predicted, measured) of each measured plan whose blocks are all known."""
+        return [
+            (plan, math.fsum(self.blocks[place][0] for place in enumerate(plan)), kl)
+            for plan, kl in self.plans.items()
+            if all(place in self.blocks for place in enumerate(plan))
+        ]
+
+    @property
+    def margin(self) -> float:
+        """What the sum over blocks is multiplied with."""
+        return budget_margin((predicted, measured) for _, predicted, measured in self.checks())
+
+
+class QualityStore:
+    """Results on the coordinator's disk, one file per checkpoint, text and format.
+
+    Each result is written as soon as it comes. Losing a file costs time, never correctness.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._directory = state_dir / "quality"
+
+    def open(
+        self, checkpoint: Checkpoint, sequences: Sequences, scheme: Scheme, group_size: int
+    ) -> KnownQuality:
+        """What is known over this text so far; empty where nothing is."""
+        path = self._path(checkpoint, sequences, scheme, group_size)
+        known = self._read(path, checkpoint.spec) if path.exists() else None
+        return known or KnownQuality(sequences, scheme, group_size, {}, {})
+
+    def latest(
+        self, checkpoint: Checkpoint, scheme: Scheme, group_size: int
+    ) -> KnownQuality | None:
+        """What was measured last for the checkpoint in this kind of format, over any text."""
+        pattern = f"{checkpoint.fingerprint}-{scheme}-{group_size}-*.json"
+        for path in sorted(
+            self._directory.glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True
+        ):
+            known = self._read(path, checkpoint.spec)
+            if known is not None:
+                return known
+        return None
+
+    def save(self, checkpoint: Checkpoint, known: KnownQuality) -> None:
+        """Write what is known, in place of what was. Raises OSError."""
+        path = self._path(checkpoint, known.sequences, known.scheme, known.group_size)
+        content = {
+            "version": STORE_VERSION,
+            "scheme": known.scheme,
+            "group_size": known.group_size,
+            "sequences": known.sequences,
+            "blocks": [[*place, *values] for place, values in known.blocks.items()],
+            "plans": [[list(plan), kl] for plan, kl in known.plans.items()],
+            "hops": [[*place, kl] for place, kl in known.hops.items()],
+            "own": [[*place, *values] for place, values in known.own.items()],
+        }
+        self._directory.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=self._directory)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+            Path(temporary).replace(path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _read(self, path: Path, spec: ModelSpec) -> KnownQuality | None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            blocks = {
+                (int(block), int(bits)): (float(kl), float(error))
+                for block, bits, kl, error in content["blocks"]
+            }
+            hops = {
+                (int(boundary), int(bits)): float(kl)
+                # Files of before hops were measured have none.
+                for boundary, bits, kl in content.get("hops", ())
+            }
+            own = {
+                (str(arithmetic), int(block), int(bits)): (float(kl), float(error))
+                for arithmetic, block, bits, kl, error in content.get("own", ())
+            }
+            if (
+                content["version"] == STORE_VERSION
+                and all(0 <= block < spec.block_count for block, _ in blocks)
+                and all(0 < block < spec.head_block for _, block, _ in own)
+                and all(0 <= kl < math.inf for kl, _ in own.values())
+                and all(0 <= b < spec.head_block and bits in HOP_BITS for b, bits in hops)
+                and all(0 <= kl < math.inf for kl in hops.values())
+            ):
+                return KnownQuality(
+                    tuple(map(tuple, content["sequences"])),
+                    content["scheme"],
+                    content["group_size"],
+                    blocks,
+                    {tuple(plan): float(kl) for plan, kl in content["plans"]},
+                    hops,
+                    own,
+                )
+        log.warning("%s is damaged or of another version: measured anew", path)
+        return None
+
+    def _path(
+        self, checkpoint: Checkpoint, sequences: Sequences, scheme: Scheme, group_size: int
+    ) -> Path:
+        text = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]
+        return self._directory / f"{checkpoint.fingerprint}-{scheme}-{group_size}-{text}.json"
+
+
+def _is_token_lists(values: object) -> bool:
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(
+            isinstance(item, list) and all(type(token) is int and token >= 0 for token in item)
+            for item in values
+        )
+        and sum(map(len, values)) <= MAX_TOKENS
+    )

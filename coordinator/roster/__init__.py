@@ -1,0 +1,1 @@
+"""The devices that have joined, what they are called, and what they measured."""

@@ -1,0 +1,327 @@
+"""What is asked of agents before a plan: times of blocks and links, and the blocks they hold.
+
+Everything is measured once and kept with the member or the roster. Devices are measured at the same
+time where they share no machine, and links where they share neither a machine nor the air.
+Functions here report each step and send nothing else; the fleet decides when they run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from coordinator.errors import AgentFailed, AgentLost
+from coordinator.roster.members import Member, OnProgress, Roster
+from model.spec import ModelSpec
+from wire.hygiene import CALL_SECONDS, is_plausible
+from wire.messages import (
+    BlocksFound,
+    DeviceMeasured,
+    FindBlocks,
+    LinkMeasured,
+    MeasureDevice,
+    MeasureLink,
+    MeasureModel,
+    MeasureModelAgain,
+    ModelMeasured,
+    Progress,
+)
+from wire.profile import BlockTiming
+
+FILES = "files"
+"""An agent's own phase within any other: it waits for files that its backend needs."""
+
+AIR = "the air"
+"""What all radio links are taken to share: which of them use one channel is not known."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far an operation is, for a progress bar. ``total`` 0: not known."""
+
+    phase: str
+    label: str
+    done: int
+    total: int
+    unit: str
+
+
+OnStep = Callable[[Step], None]
+
+
+def forward(on_step: OnStep, phase: str, name: str) -> OnProgress:
+    """What hands an agent's progress on as steps of ``phase``, labelled with its name."""
+
+    def on_progress(progress: Progress) -> None:
+        own = FILES if progress.phase == FILES else phase
+        on_step(Step(own, name, progress.done, progress.total, progress.unit))
+
+    return on_progress
+
+
+def machines(members: Iterable[Member]) -> list[list[Member]]:
+    """The members by the machine that they run on, as far as can be told.
+
+    One machine is what runs one kernel, or what is reached at one address: several machines behind
+    one address share their link at least.
+    """
+    groups: list[tuple[set[str], list[Member]]] = []
+    for member in members:
+        signs = {f"address {member.connection.peer_host}"}
+        if member.profile.kernel_id:
+            signs.add(f"kernel {member.profile.kernel_id}")
+        residents = [member]
+        for group in [group for group in groups if group[0] & signs]:
+            groups.remove(group)
+            signs |= group[0]
+            residents = group[1] + residents
+        groups.append((signs, residents))
+    return [residents for _, residents in groups]
+
+
+async def measure_blocks(
+    members: Sequence[Member],
+    spec: ModelSpec,
+    bits: Sequence[int],
+    on_step: OnStep,
+    excluded: Collection[str] = (),
+) -> dict[str, tuple[BlockTiming, ...]]:
+    """Seconds per block on each member; members on one machine take turns.
+
+    Of the ``excluded``, who are not asked, is what is known. Raises AgentFailed.
+    """
+
+    async def one_machine(residents: list[Member]) -> None:
+        for member in residents:
+            known = member.timings.get(spec, {})
+            usable = dict(member.profile.container_bits)
+            missing = tuple(width for width in bits if width in usable and width not in known)
+            if missing:
+                await _measure_model(member, spec, missing, on_step)
+
+    asked = machines(member for member in members if member.name not in excluded)
+    await together(one_machine(residents) for residents in asked)
+    return {
+        member.name: tuple(
+            timing for width in bits for timing in member.timings.get(spec, {}).get(width, ())
+        )
+        for member in members
+    }
+
+
+async def _measure_model(
+    member: Member, spec: ModelSpec, bits: tuple[int, ...], on_step: OnStep, *, again: bool = False
+) -> None:
+    """Have ``member`` measure the model at ``bits``, and note it. Raises AgentFailed."""
+    try:
+        answer = await member.request(
+            partial(MeasureModelAgain if again else MeasureModel, spec=spec.to_dict(), bits=bits),
+            ModelMeasured,
+            forward(on_step, "measure", member.name),
+        )
+    except AgentLost:
+        raise
+    except AgentFailed as error:
+        reason = f"{error.reason}; --exclude {member.name} plans without it"
+        raise AgentFailed(member.name, reason) from error
+    if not (
+        CALL_SECONDS[0] <= answer.call_s <= CALL_SECONDS[1] and _are_possible(answer.timings, spec)
+    ):
+        raise AgentFailed(
+            member.name, f"reported impossible times; --exclude {member.name} plans without it"
+        )
+    if answer.call_s:
+        member.profile = replace(member.profile, call_s=answer.call_s)
+    known = member.timings.setdefault(spec, {})
+    for width in bits:
+        known[width] = [timing for timing in answer.timings if timing.bits == width]
+
+
+async def measure_again(
+    roster: Roster, member: Member, others: Sequence[Member], on_step: OnStep
+) -> None:
+    """Measure anew what is known of ``member``: the device, its block times, its links to
+    ``others`` and back. Raises AgentFailed."""
+    answer = await member.request(
+        MeasureDevice, DeviceMeasured, forward(on_step, "measure", member.name)
+    )
+    member.take_figures(answer.profile)
+    for spec, known in list(member.timings.items()):
+        await _measure_model(member, spec, tuple(known), on_step, again=True)
+    pairs = [
+        pair
+        for other in others
+        if other is not member
+        for pair in ((member, other), (other, member))
+    ]
+    await try_links(roster, pairs, on_step)
+
+
+async def measure_links(
+    roster: Roster, members: Sequence[Member], on_step: OnStep, *, asked: bool = False
+) -> None:
+    """Measure each ordered pair that has not been; of those that failed, which are due again.
+
+    ``asked``: a user waits for the best plan. Raises AgentLost.
+    """
+    await try_links(roster, roster.links_to_measure(members, asked=asked), on_step)
+
+
+async def try_links(
+    roster: Roster, pairs: Sequence[tuple[Member, Member]], on_step: OnStep
+) -> bool:
+    """Measure links; says whether one of them works. Raises AgentLost.
+
+    Pairs are measured at the same time where they have no machine in common, and no radio: none
+    disturbs another. A pair that cannot connect is noted as such: the plan will not make them
+    neighbours.
+    """
+    hosts = {
+        member.device: f"machine {number}"
+        for number, residents in enumerate(machines(roster.members))
+        for member in residents
+    }
+    done, works = 0, False
+
+    async def one(source: Member, target: Member) -> None:
+        nonlocal done, works
+        name = f"{source.name} to {target.name}"
+        on_step(Step("links", name, done, len(pairs), "steps"))
+        try:
+            measured = await source.request(
+                partial(MeasureLink, device=target.device, endpoints=target.endpoints_for(source)),
+                LinkMeasured,
+            )
+            roster.set_link(source, target, measured)
+        except AgentLost:
+            raise
+        except AgentFailed as error:
+            roster.fail_link(source, target, error.reason)
+        else:
+            works = True
+        done += 1
+        on_step(Step("links", name, done, len(pairs), "steps"))
+
+    def needs(source: Member, target: Member) -> frozenset[str]:
+        wireless = source.profile.wireless or target.profile.wireless
+        ends = (hosts.get(member.device, member.device) for member in (source, target))
+        return frozenset((*ends, *((AIR,) if wireless else ())))
+
+    await without_conflict([(needs(*pair), partial(one, *pair)) for pair in pairs])
+    return works
+
+
+async def without_conflict(
+    jobs: Sequence[tuple[frozenset[str], Callable[[], Awaitable[None]]]],
+) -> None:
+    """Do all jobs, at the same time those that need nothing in common.
+
+    A job is what it needs, and what to await. The first failure cancels the rest, and is raised
+    once they have ended.
+    """
+    waiting = list(jobs)
+    running: dict[asyncio.Future[None], frozenset[str]] = {}
+    try:
+        while waiting or running:
+            taken = frozenset[str]().union(*running.values())
+            for job in list(waiting):
+                needs, work = job
+                if not needs & taken:
+                    waiting.remove(job)
+                    running[asyncio.ensure_future(work())] = needs
+                    taken |= needs
+            ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                del running[task]
+            for task in ended:
+                task.result()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def find_held(
+    members: Sequence[Member], artifacts: Mapping[tuple[int, int], str], block_count: int
+) -> dict[str, list[set[int]]]:
+    """By member: for each block the widths whose artifact, named by its hash, is in its cache.
+
+    ``artifacts`` maps (block, bits) to the hash. Raises AgentFailed.
+    """
+
+    async def one(member: Member) -> list[set[int]]:
+        answer = await member.request(
+            partial(FindBlocks, sha256s=tuple(set(artifacts.values()))), BlocksFound
+        )
+        found = set(answer.sha256s)
+        held: list[set[int]] = [set() for _ in range(block_count)]
+        for (block, bits), sha256 in artifacts.items():
+            if sha256 in found:
+                held[block].add(bits)
+        return held
+
+    rows = await together(one(member) for member in members)
+    return {member.name: row for member, row in zip(members, rows, strict=True)}
+
+
+def load_rates(roster: Roster, members: Sequence[Member]) -> dict[str, float]:
+    """Bytes per second at which each member can take in blocks, at best: what plans assume.
+
+    The link from the coordinator is not measured; the fastest measured link into the device stands
+    for it, and the disk that blocks are written to may be slower.
+    """
+    rates = {member.name: member.profile.disk_write_bytes_per_s for member in members}
+    for name in rates:
+        into = [link.bytes_per_s for link in roster.links() if link.target == name]
+        rates[name] = min([rates[name], *([max(into)] if into else [])])
+    return rates
+
+
+async def in_thread(
+    phase: str,
+    work: Callable[[Callable[[int, int], None], Callable[[], bool]], Result],
+    on_step: OnStep,
+) -> Result:
+    """Run ``work(on_block, cancelled)`` in a thread; cancelling waits for it to notice."""
+    loop = asyncio.get_running_loop()
+    cancelled = threading.Event()
+
+    def on_block(done: int, total: int) -> None:
+        loop.call_soon_threadsafe(on_step, Step(phase, "", done, total, "blocks"))
+
+    thread = asyncio.ensure_future(asyncio.to_thread(work, on_block, cancelled.is_set))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        cancelled.set()
+        thread.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        await asyncio.wait({thread})
+        raise
+
+
+async def together(work: Iterable[Awaitable[Result]]) -> tuple[Result, ...]:
+    """Await all; the first failure cancels the rest and is raised once they have ended."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return tuple(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _are_possible(timings: Collection[BlockTiming], spec: ModelSpec) -> bool:
+    """Whether a device can have measured these: each block that the model has, and once."""
+    variants = len(set(spec.layers))
+    measured = {(timing.kind, timing.variant, timing.bits) for timing in timings}
+    return (
+        len(measured) == len(timings)
+        and all(map(is_plausible, timings))
+        and all(0 <= timing.variant < variants for timing in timings)
+    )

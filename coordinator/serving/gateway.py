@@ -1,0 +1,366 @@
+"""Generations: a prompt goes to the first stage, tokens come back, text goes to the user.
+
+As many sequences are in flight as the deployment has KV slots; who comes later stands in line. The
+gateway follows each sequence to its end, and frees its slot on every stage whatever ends it: the
+model, a stop string, an error, or the user going away. It keeps every token: where a device is lost
+and the model placed anew, prompt and answer so far run through the new stages, and the answer goes
+on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from coordinator.errors import (
+    AgentFailed,
+    AgentLied,
+    AgentLost,
+    AnswerWithdrawn,
+    CoordinatorError,
+    Stalled,
+)
+from coordinator.loading.deployment import Deployment
+from coordinator.loading.operations import Fleet
+from coordinator.roster.members import Member
+from model.spec import ModelSpec
+from model.tokenizer import StreamDecoder
+from planning.errors import RequestInvalid
+from planning.forecast import best_chunk_tokens
+from wire.errors import ProtocolError
+from wire.messages import (
+    FinishReason,
+    Message,
+    PeerLost,
+    ReleaseSequence,
+    Sampling,
+    SequenceFailed,
+    StageDamaged,
+    StartSequence,
+    TokenSampled,
+)
+from wire.patience import within
+
+STALL_S = 120.0
+STALL_FACTOR = 20
+"""No token for STALL_S and STALL_FACTOR times what the plan predicts for the whole prompt: whoever
+waits in line must not wait for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step adds to an answer. ``tokens`` may be empty, and so may ``text``."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: FinishReason
+    notice: str = ""
+    """Why nothing comes for a while; then nothing else is there."""
+    withdraws: bool = False
+    """Whether all that came before is wrong: the answer begins again."""
+
+
+@dataclass(slots=True)
+class Timing:
+    """When a generation's tokens arrived at the gateway, in seconds of a monotonic clock."""
+
+    prompt_tokens: int = 0
+    started_s: float = 0.0
+    first_s: float | None = None
+    last_s: float | None = None
+    tokens: int = 0
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Prompt tokens per second until the first token was there; None before that."""
+        if self.first_s is None:
+            return None
+        return self.prompt_tokens / (self.first_s - self.started_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens per second after the first; None with fewer than two."""
+        if self.first_s is None or self.last_s is None or self.tokens < 2:
+            return None
+        return (self.tokens - 1) / (self.last_s - self.first_s)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A sequence in flight. What its last stage says of it is checked here, whoever samples."""
+
+    deployment: Deployment
+    sampling: Sampling
+    events: asyncio.Queue[TokenSampled | CoordinatorError] = field(default_factory=asyncio.Queue)
+    tokens: int = 0
+    ended: bool = False
+    """Nothing that still arrives counts."""
+
+    def take(self, message: TokenSampled) -> str | None:
+        """Queue the next token; what is wrong with it, if it cannot be that."""
+        limit = self.sampling.max_tokens
+        if message.index != self.tokens or self.tokens >= limit:
+            return f"sent token number {message.index}, where {self.tokens} of {limit} had come"
+        if not 0 <= message.token < self.deployment.spec.vocab:
+            return f"sent token {message.token}, of a vocabulary of {self.deployment.spec.vocab}"
+        self.tokens += 1
+        stops, is_last = message.token in self.sampling.stop_tokens, self.tokens == limit
+        if message.finish != ("stop" if stops else "length" if is_last else ""):
+            return f"sent token {message.token}, {self.tokens} of {limit}, as {message.finish!r}"
+        self.ended = bool(message.finish)
+        self.events.put_nowait(message)
+        return None
+
+
+class Gateway:
+    """Runs prompts on the fleet's deployment, one sequence per KV slot."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._numbers = itertools.count(1)
+        self._flights: dict[int, _Flight] = {}
+        fleet.on_broken = self._break
+
+    async def generate(
+        self,
+        deployment: Deployment,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        timing: Timing | None = None,
+        *,
+        withdrawable: bool = False,
+    ) -> AsyncGenerator[Piece, None]:
+        """Pieces of the answer until one has a finish reason; waits for its turn first.
+
+        ``max_tokens`` is cut to what the context leaves. Where a device is lost, the answer goes on
+        once the model is placed anew. Where a stage was damaged it begins again, and must give the
+        tokens that were given already: else AnswerWithdrawn is raised, or, where pieces are
+        ``withdrawable``, one says so. Closing the iterator cancels the sequence on every stage.
+        Raises RequestInvalid, CoordinatorError.
+        """
+        room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
+        limit = min(sampling.max_tokens, room)
+        timing = timing or Timing()
+        timing.prompt_tokens = len(prompt)
+        decoder = deployment.tokenizer.stream()
+        text = _StopFilter(stop)
+        answer: list[int] = []
+        given: list[int] = []
+        """What the caller has: longer than the answer where that began again."""
+        while True:
+            before, deployment = deployment, await deployment.latest()
+            if given and _was_suspect(before, deployment):
+                answer.clear()
+                if withdrawable:
+                    given.clear()
+                    decoder, text = deployment.tokenizer.stream(), _StopFilter(stop)
+                    yield Piece("", (), "", withdraws=True)
+            left = replace(sampling, max_tokens=limit - len(answer))
+            events = self._tokens(deployment, (*prompt, *answer), left, timing)
+            try:
+                async with aclosing(events):
+                    async for event in events:
+                        if len(answer) < len(given):
+                            if event.finish or event.token != given[len(answer)]:
+                                raise AnswerWithdrawn
+                            answer.append(event.token)
+                            continue
+                        piece = _piece(event, decoder, text, timing)
+                        answer += piece.tokens
+                        given += piece.tokens
+                        yield piece
+                        if piece.finish:
+                            return
+            except (AnswerWithdrawn, AgentLied):
+                raise  # Not even the tokens before are to be trusted.
+            except CoordinatorError as error:
+                if deployment.successor is None:
+                    raise
+                does = "begins again" if deployment.is_suspect else "goes on"
+                notice = f"{error}. The answer {does} once the model is placed anew"
+            yield Piece("", (), "", notice)
+
+    async def _tokens(
+        self, deployment: Deployment, prompt: tuple[int, ...], sampling: Sampling, timing: Timing
+    ) -> AsyncGenerator[TokenSampled, None]:
+        """What follows a prompt here, once a slot is free. Raises CoordinatorError."""
+        async with deployment.slots.one() as slot:
+            deployment.require()
+            number = next(self._numbers)
+            flight = self._flights[number] = _Flight(deployment, sampling)
+            try:
+                timing.started_s = timing.started_s or time.monotonic()
+                await _begin(deployment, number, slot, prompt, sampling)
+                while True:
+                    event = await _next_event(flight, len(prompt))
+                    if isinstance(event, CoordinatorError):
+                        raise event.with_traceback(None)
+                    yield event
+            finally:
+                del self._flights[number]
+                await asyncio.shield(_release(deployment, number))
+
+    def on_event(self, member: Member, message: Message) -> None:
+        """Take what an agent says of its own accord; what belongs to no flight is dropped.
+
+        Raises ProtocolError for what ends a flight because no working agent sends it.
+        """
+        if isinstance(message, PeerLost):
+            self._on_peer_lost(member, message)
+            return
+        if isinstance(message, StageDamaged):
+            self._fleet.stop_damaged(member, message.epoch, message.reason)
+            return
+        if not isinstance(message, (TokenSampled, SequenceFailed)):
+            return
+        flight = self._flights.get(message.sequence)
+        if flight is None or flight.deployment.epoch != message.epoch or flight.ended:
+            return
+        if isinstance(message, SequenceFailed):
+            if member in flight.deployment.members:
+                flight.ended = True
+                flight.events.put_nowait(AgentFailed(member.name, message.reason))
+        elif member is flight.deployment.members[-1]:
+            lie = flight.take(message)
+            if lie is not None:
+                flight.ended = True
+                flight.events.put_nowait(AgentLied(member.name, lie))
+                raise ProtocolError(f"it {lie}")
+
+    def on_lost(self, member: Member, error: AgentLost) -> None:
+        """A member is gone: whatever ran on it is over."""
+        self._fleet.lose(member, error)
+
+    def _on_peer_lost(self, member: Member, message: PeerLost) -> None:
+        deployment = self._fleet.deployment
+        if deployment is None or deployment.epoch != message.epoch:
+            return
+        after = deployment.after(member)
+        if after is not None and after.device == message.device:
+            self._fleet.lose_hop(deployment, member, after, message.reason)
+
+    def _break(self, deployment: Deployment, error: CoordinatorError) -> None:
+        """End what runs on a deployment that is no more."""
+        for flight in self._flights.values():
+            if flight.deployment is deployment:
+                flight.events.put_nowait(error)
+
+
+def room_for_answer(
+    prompt_tokens: int, context_tokens: int, spec: ModelSpec, *, at_least: bool = False
+) -> int:
+    """How many tokens may follow a prompt. Raises RequestInvalid where none may.
+
+    ``at_least``: the prompt has not been tokenized, and may have more tokens than that.
+    """
+    if not prompt_tokens:
+        raise RequestInvalid("the prompt is empty", "prompt")
+    if prompt_tokens >= context_tokens:
+        larger = context_tokens < spec.max_context
+        has = f"has {'at least ' * at_least}{prompt_tokens} tokens"
+        raise RequestInvalid(
+            f"the prompt {has} and the context {context_tokens}: shorten it"
+            + (", or load the model with a larger --context" if larger else ""),
+            "prompt",
+            "context_length_exceeded",
+        )
+    return context_tokens - prompt_tokens
+
+
+def _was_suspect(first: Deployment, last: Deployment) -> bool:
+    """Whether a deployment that came before ``last``, from ``first`` on, had damaged files."""
+    while first is not last and first.successor is not None:
+        if first.is_suspect:
+            return True
+        first = first.successor.result()
+    return False
+
+
+class _StopFilter:
+    """Ends text at the first stop string, holding back what might be the start of one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """(text that is safe to show, whether a stop string was met)."""
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max((self._overlap(stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def rest(self) -> str:
+        """What was held back, once no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins ``stop``."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timing: Timing) -> Piece:
+    now_s = time.monotonic()
+    timing.first_s = timing.first_s or now_s
+    timing.last_s = now_s
+    timing.tokens += 1
+    if event.finish == "stop":
+        shown, _ = text.feed(decoder.finish())
+        return Piece(shown + text.rest(), (), "stop")
+    shown, stopped = text.feed(decoder.push(event.token))
+    if stopped:
+        return Piece(shown, (event.token,), "stop")
+    if event.finish == "length":
+        more, stopped = text.feed(decoder.finish())
+        return Piece(shown + more + text.rest(), (event.token,), "stop" if stopped else "length")
+    return Piece(shown, (event.token,), "")
+
+
+async def _begin(
+    deployment: Deployment, number: int, slot: int, prompt: tuple[int, ...], sampling: Sampling
+) -> None:
+    """Have a sequence start on every stage; where a device is gone, its flight is told by others.
+
+    The first one gets the prompt, and comes last: its rows find the others prepared.
+    """
+
+    async def tell(member: Member, message: StartSequence) -> None:
+        with contextlib.suppress(AgentLost):
+            await member.send(message)
+
+    chunk_tokens = best_chunk_tokens(deployment.plan.stages, len(prompt))
+    start = StartSequence(deployment.epoch, number, slot, prompt, sampling, chunk_tokens)
+    first, *others = deployment.members
+    told = replace(start, prompt=())
+    await asyncio.gather(*(tell(member, told) for member in others), tell(first, start))
+
+
+async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | CoordinatorError:
+    predicted_s = prompt_tokens * flight.deployment.plan.prefill_s_per_token
+    limit_s = STALL_S + STALL_FACTOR * predicted_s
+    try:
+        return await within(flight.events.get(), limit_s)
+    except asyncio.TimeoutError:
+        return Stalled(
+            f"no token came for {limit_s:.0f} s although all devices answer: "
+            "see the agents' logs, then run `shoal load` again"
+        )
+
+
+async def _release(deployment: Deployment, number: int) -> None:
+    for member in deployment.members:
+        with contextlib.suppress(AgentFailed):
+            await member.send(ReleaseSequence(deployment.epoch, number))

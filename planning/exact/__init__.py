@@ -1,0 +1,1 @@
+"""The integer program of a plan, and the solvers that run it."""

@@ -1,0 +1,547 @@
+"""The integer program of a plan: contiguous runs of blocks on devices in an order it chooses.
+
+Indices: i and j devices; r a stretch, that is a longest run of consecutive blocks that no device
+can tell apart; g a group, that is the blocks (of any stretch) that device i cannot tell apart.
+
+    used[i]     binary: i has a stage;  first[i], last[i]: the first one, the last one
+    start[i,r]  binary: the stage of i starts in stretch r;  end[i,r]: it ends there
+    hop[i,j,f]  binary: the stage of j follows the stage of i, which sends in format f
+    back[i,j]   the token returns to the first stage, i, from the last, j
+    left[i,j]   blocks that are still to come when the hop from i to j is taken
+    a[i,r]      whole number: blocks of stretch r on i
+    n[i,g,o]    whole number: blocks of group g that i runs with option o
+
+``left`` carries all N blocks into the first stage and loses each stage's blocks on the way, so the
+hops form one path through all used devices, and N - left is the block that a stage starts with.
+That this block, and the stage's last one, lie in the stretches that start and end name makes
+a[i,r] what the stage really overlaps. Inside a stretch and a group it does not matter which block
+is which: they are counted, not placed, and the program stays exact. Where all layers are alike it
+has a few counts per device, where no two are (a quality budget tells them apart) it has one per
+block. ``stages`` decides which is which. For a throughput one more variable, slowest, is at least
+every stage's compute with the link that leaves it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pulp
+
+from planning.problem import BlockOption, PlanningProblem
+
+StageChoice = tuple[int, int, tuple[int, ...]]
+"""(device index, first block, bits per block)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Everything that a plan decides: its stages in order, and the bits of each hop."""
+
+    stages: list[StageChoice]
+    hop_bits: tuple[int, ...]
+
+
+Aim = Literal["best", "memory", "storage", "memory and storage", "sensitivity", "any"]
+"""The problem's objective; least excess over the named limits, which may then be broken; least
+sensitivity; any plan at all."""
+
+# The objective is counted in units that put the sum of all compute near this: solvers compare it
+# with absolute tolerances around 1e-6.
+_OBJECTIVE_SCALE = 1e3
+# Of two plans that are equally fast, the one with fewer stages; too small to ever cost 1e-6.
+_STAGE_TIE_BREAK = 5e-7
+
+
+# What rounding may add to a sum of losses, as a share of the budget.
+_LOSS_ROUNDING = 1e-13
+
+
+@dataclass(frozen=True, slots=True)
+class SpareBudget:
+    """The part of the quality budget that placements compete for.
+
+    ``least`` is the least that each block takes wherever it is, ``room`` what these leave of the
+    budget: inf without one. Beside losses that no plan avoids the room may be tiny, and beside it
+    most options are far too lossy: what is compared with a solver's tolerances is the room.
+    """
+
+    least: tuple[float, ...]
+    room: float
+
+    @staticmethod
+    def of(problem: PlanningProblem) -> SpareBudget:
+        """The spare budget of a problem; of blocks that nothing may run, 0 is the least."""
+        blocks = range(problem.spec.block_count)
+        if problem.quality_budget is None:
+            return SpareBudget((0.0,) * len(blocks), math.inf)
+        losses = [
+            [
+                problem.loss(i, k, option.bits)
+                for i, device in enumerate(problem.devices)
+                for option in device.options[k]
+                if problem.allows(i, k, option.bits)
+            ]
+            for k in blocks
+        ]
+        least = tuple(min(row, default=0.0) for row in losses)
+        return SpareBudget(least, max(0.0, problem.quality_budget - math.fsum(least)))
+
+    def admits(self, problem: PlanningProblem, device: int, block: int, bits: int) -> bool:
+        """False where the option alone takes more than the room: no plan has it."""
+        budget = problem.quality_budget
+        if budget is None or self.room == math.inf:
+            return True
+        excess = problem.loss(device, block, bits) - self.least[block]
+        return excess <= self.room + _LOSS_ROUNDING * budget
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Blocks that are interchangeable on one device, and how each can be run there."""
+
+    blocks: tuple[int, ...]
+    options: tuple[BlockOption, ...]
+
+
+def usable_options(
+    problem: PlanningProblem,
+    device: int,
+    block: int,
+    spare: SpareBudget,
+    *,
+    fitting: bool = True,
+) -> tuple[BlockOption, ...]:
+    """Options that the problem allows on the device, less those that another one beats.
+
+    Also less those that alone break the budget, and, ``fitting``, those that are too large for
+    the device even alone.
+    """
+    own = problem.devices[device]
+    stored = problem.stored_bytes[block]
+    kept: list[BlockOption] = []
+    for option in own.options[block]:
+        if not problem.allows(device, block, option.bits):
+            continue
+        if not spare.admits(problem, device, block, option.bits):
+            continue
+        memory = own.stage_bytes + problem.kv_bytes[block] + option.executed_bytes
+        small = memory <= own.memory_bytes and stored[option.bits] <= own.storage_bytes
+        if small or not fitting:
+            kept.append(option)
+
+    def beaten(loser: BlockOption, winner: BlockOption) -> bool:
+        ours = _figures(problem, device, block, loser)
+        theirs = _figures(problem, device, block, winner)
+        no_worse = all(x <= y for x, y in zip(theirs, ours, strict=True))
+        return no_worse and (theirs != ours or winner.bits > loser.bits)
+
+    return tuple(one for one in kept if not any(beaten(one, other) for other in kept))
+
+
+def _figures(
+    problem: PlanningProblem, device: int, block: int, option: BlockOption
+) -> tuple[float, ...]:
+    """All that plans are judged by, the less the better."""
+    return (
+        option.decode_s,
+        problem.block_cost(device, block, option),
+        option.executed_bytes,
+        problem.stored_bytes[block][option.bits],
+        problem.loss(device, block, option.bits),
+    )
+
+
+class PlanProgram:
+    """The program for one problem. ``margin`` is the share of each limit that it leaves unused."""
+
+    def __init__(self, problem: PlanningProblem, *, aim: Aim = "best", margin: float = 0.0) -> None:
+        short = () if aim in ("best", "sensitivity", "any") else tuple(aim.split(" and "))
+        self._problem = problem
+        self._devices = range(len(problem.devices))
+        self._total = problem.spec.block_count
+        self._slowest: Any = None
+        self._spare = SpareBudget.of(problem)
+        self._find_alike(fitting=not short)
+        self.program = pulp.LpProblem("plan", pulp.LpMinimize)
+        self._place()
+        self._order()
+        excess = self._limit(short, margin)
+        self._unit_s = self._least_s() / _OBJECTIVE_SCALE
+        sensitivity = self._budget(margin)
+        if aim == "best":
+            self.program.setObjective(self._cost_s() * (1 / self._unit_s))
+        else:
+            self.program.setObjective(sensitivity if aim == "sensitivity" else excess)
+
+    def bound(self, bound: float | None) -> float:
+        """A bound of the objective (None: not known) in seconds.
+
+        Never below what the blocks cost, each where it is cheapest.
+        """
+        tie_break = _STAGE_TIE_BREAK * _OBJECTIVE_SCALE
+        proved = -math.inf if bound is None else bound - tie_break
+        return max(_OBJECTIVE_SCALE, proved) * self._unit_s
+
+    def choice(self, values: Mapping[str, float]) -> Choice:
+        """What a solution decides. Within a group, the blocks that lose most by few bits get the
+        widest of the options that the solution counted.
+        """
+        errors = self._problem.weight_errors
+
+        def count(variable: Any) -> int:
+            return round(values[variable.name])
+
+        follows = {i: (j, bits) for (i, j, bits), hop in self._hop_at.items() if count(hop)}
+        hop_bits = []
+        found: list[StageChoice] = []
+        device = next((i for i in self._devices if count(self._first[i])), None)
+        while device is not None and len(found) < len(self._devices):
+            begin = found[-1][1] + len(found[-1][2]) if found else 0
+            size = sum(round(self._value(cell, values)) for cell in self._a[device])
+            bits: dict[int, int] = {}
+            for g, group in enumerate(self._groups[device]):
+                mine = [k for k in group.blocks if begin <= k < begin + size]
+                if len(group.options) == 1:
+                    bits.update((k, group.options[0].bits) for k in mine)
+                    continue
+                widths = [
+                    option.bits
+                    for o, option in enumerate(group.options)
+                    for _ in range(count(self._n[device, g, o]))
+                ]
+                mine.sort(key=lambda k: (-max(errors[k].values(), default=0.0), k))
+                bits.update(zip(mine, sorted(widths, reverse=True), strict=True))
+            found.append((device, begin, tuple(bits[k] for k in sorted(bits))))
+            device, bits_sent = follows.get(device, (None, 0))
+            hop_bits.append(bits_sent)
+        return Choice(found, tuple(hop_bits[:-1]))
+
+    def values(self, choice: Choice) -> dict[str, float] | None:
+        """A value for every variable that says what ``choice`` does; the inverse of ``choice``.
+
+        None where it uses an option or a hop that the program leaves out, since others beat it.
+        """
+        found = dict.fromkeys((variable.name for variable in self.program.variables()), 0.0)
+
+        def add(variable: Any, amount: float = 1.0) -> None:
+            found[variable.name] += amount
+
+        order = [device for device, *_ in choice.stages]
+        ways = list(zip(order, order[1:], choice.hop_bits, strict=False))
+        add(self._first[order[0]])
+        add(self._last[order[-1]])
+        if (back := self._back.get((order[0], order[-1]))) is None:
+            return None
+        add(back)
+        for (i, first, bits), way in itertools.zip_longest(choice.stages, ways):
+            end = first + len(bits)
+            add(self._used[i])
+            for r, stretch in enumerate(self._stretches):
+                inside = len(range(max(first, stretch.start), min(end, stretch.stop)))
+                if first in stretch:
+                    add(self._start[i][r])
+                if end - 1 in stretch:
+                    add(self._end[i][r])
+                if inside and len(stretch) > 1:
+                    add(self._a[i][r], inside)
+            for g, group in enumerate(self._groups[i]):
+                widths = [option.bits for option in group.options]
+                for k in group.blocks:
+                    if first <= k < end and bits[k - first] not in widths:
+                        return None
+                    if first <= k < end and len(widths) > 1:
+                        add(self._n[i, g, widths.index(bits[k - first])])
+            if way is not None:
+                if way not in self._hop_at:
+                    return None
+                add(self._hop_at[way])
+                add(self._left[way[:2]], self._total - end)
+        if self._slowest is not None:
+            found[self._slowest.name] = self._slowest_of(choice) / self._unit_s
+        return found
+
+    def _slowest_of(self, choice: Choice) -> float:
+        """Seconds of the slowest stage with the link that leaves it."""
+        problem, slowest_s = self._problem, 0.0
+        for at, (i, first, bits) in enumerate(choice.stages):
+            seconds = [problem.devices[i].call_s]
+            for k, width in enumerate(bits, first):
+                option = problem.devices[i].option(k, width)
+                seconds.append(math.inf if option is None else option.decode_s)
+            if at + 1 < len(choice.stages):
+                seconds.append(problem.hop_s(i, choice.stages[at + 1][0], choice.hop_bits[at]))
+            else:
+                seconds.append(problem.return_s(i, choice.stages[0][0]))
+            slowest_s = max(slowest_s, math.fsum(seconds))
+        return slowest_s
+
+    def _find_alike(self, *, fitting: bool) -> None:
+        """Stretches for all devices, groups for each one; ``_usable[i][k]``: can i run block k."""
+        problem, blocks = self._problem, range(self._total)
+        options = [
+            [usable_options(problem, i, k, self._spare, fitting=fitting) for k in blocks]
+            for i in self._devices
+        ]
+
+        def looks(i: int, k: int) -> tuple[Any, ...]:
+            costs = tuple((o.bits, *_figures(problem, i, k, o)) for o in options[i][k])
+            return costs, problem.kv_bytes[k]
+
+        self._stretches: list[range] = []
+        for k in blocks:
+            if k and all(looks(i, k) == looks(i, k - 1) for i in self._devices):
+                self._stretches[-1] = range(self._stretches[-1].start, k + 1)
+            else:
+                self._stretches.append(range(k, k + 1))
+        self._groups: list[list[Group]] = []
+        for i in self._devices:
+            alike: dict[tuple[Any, ...], list[int]] = {}
+            for k in blocks:
+                if options[i][k]:
+                    alike.setdefault(looks(i, k), []).append(k)
+            groups = [Group(tuple(ks), options[i][ks[0]]) for ks in alike.values()]
+            self._groups.append(groups)
+        self._usable = [[bool(row) for row in rows] for rows in options]
+
+    def _binary(self, name: str) -> Any:
+        return self.program.add_variable(name, 0, 1, pulp.LpInteger)
+
+    def _place(self) -> None:
+        """Every block on one device; on each device widths counted per group."""
+        program = self.program
+        self._used = [self._binary(f"used_{i}") for i in self._devices]
+        self._start: list[list[Any]] = []
+        self._end: list[list[Any]] = []
+        self._a: list[list[Any]] = []
+        self._n: dict[tuple[int, int, int], Any] = {}
+        beyond: list[list[Any]] = [[] for _ in self._stretches]
+        for i in self._devices:
+            start = [self._binary(f"start_{i}_{r}") for r in range(len(self._stretches))]
+            end = [self._binary(f"end_{i}_{r}") for r in range(len(self._stretches))]
+            row = []
+            for r, stretch in enumerate(self._stretches):
+                here = pulp.lpSum(start[: r + 1]) - pulp.lpSum(end[:r])
+                beyond[r].append(here - end[r])
+                size, cell = len(stretch), here
+                if size > 1:
+                    cell = program.add_variable(f"a_{i}_{r}", 0, size, pulp.LpInteger)
+                    program += cell >= here
+                    program += cell <= size * here
+                program += beyond[r][i] >= 0
+                program += here <= (self._used[i] if self._usable[i][stretch.start] else 0)
+                row.append(cell)
+            program += pulp.lpSum(start) == self._used[i]
+            program += pulp.lpSum(end) == self._used[i]
+            self._start.append(start)
+            self._end.append(end)
+            self._a.append(row)
+            for g, group in enumerate(self._groups[i]):
+                if len(group.options) > 1:
+                    for o in range(len(group.options)):
+                        self._n[i, g, o] = program.add_variable(
+                            f"n_{i}_{g}_{o}", 0, len(group.blocks), pulp.LpInteger
+                        )
+                    counted = pulp.lpSum(self._n[i, g, o] for o in range(len(group.options)))
+                    program += counted == self._of_group(i, group)
+        for r, stretch in enumerate(self._stretches):
+            program += pulp.lpSum(self._a[i][r] for i in self._devices) == len(stretch)
+            program += pulp.lpSum(beyond[r]) <= 1
+
+    def _order(self) -> None:
+        """One path of hops through the used devices, in the order of their blocks."""
+        program, devices, total = self.program, self._devices, self._total
+        problem = self._problem
+        room = self._spare.room + _LOSS_ROUNDING * (problem.quality_budget or 0.0)
+        forms = {
+            (i, j): [
+                form
+                for form in problem.hop_choices(i, j)
+                if problem.quality_budget is None or (form.sensitivity or 0.0) <= room
+            ]
+            for i in devices
+            for j in devices
+            if i != j
+        }
+        pairs = [pair for pair, some in forms.items() if some]
+        ways_back = [(i, j) for i in devices for j in devices if problem.return_s(j, i) < math.inf]
+        self._first = [self._binary(f"first_{i}") for i in devices]
+        last = self._last = [self._binary(f"last_{i}") for i in devices]
+        self._hop_at = {
+            (i, j, form.bits): self._binary(f"hop_{i}_{j}_{form.bits}")
+            for i, j in pairs
+            for form in forms[i, j]
+        }
+        self._hop = {
+            (i, j): pulp.lpSum(self._hop_at[i, j, form.bits] for form in forms[i, j])
+            for i, j in pairs
+        }
+        self._back = {(i, j): program.add_variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
+        self._left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
+        left = self._left
+        program += pulp.lpSum(self._first) == 1
+        program += pulp.lpSum(last) == 1
+        for i in devices:
+            used, first = self._used[i], self._first[i]
+            leaving = [key for key in pairs if key[0] == i]
+            entering = [key for key in pairs if key[1] == i]
+            program += pulp.lpSum(self._hop[key] for key in leaving) + last[i] == used
+            program += pulp.lpSum(self._hop[key] for key in entering) + first == used
+            program += pulp.lpSum(self._back[key] for key in ways_back if key[0] == i) == first
+            program += pulp.lpSum(self._back[key] for key in ways_back if key[1] == i) == last[i]
+            program += first <= self._start[i][0]
+            program += last[i] <= self._end[i][-1]
+            remaining = pulp.lpSum(left[key] for key in entering) + total * first
+            beyond = pulp.lpSum(left[key] for key in leaving)
+            program += remaining - beyond == pulp.lpSum(self._a[i])
+            for position, flags in (
+                (total * used - remaining, self._start[i]),
+                ((total - 1) * used - beyond, self._end[i]),
+            ):
+                spans = list(zip(self._stretches, flags, strict=True))
+                program += position >= pulp.lpSum(span[0] * flag for span, flag in spans)
+                program += position <= pulp.lpSum(span[-1] * flag for span, flag in spans)
+        for i, j in pairs:
+            program += left[i, j] >= self._hop[i, j]
+            program += left[i, j] <= (total - 1) * self._hop[i, j]
+            if i < j and (j, i) in self._hop:
+                both = self._hop[i, j] + self._hop[j, i]
+                program += both <= self._used[i]
+                program += both <= self._used[j]
+
+    def _limit(self, short: tuple[str, ...], margin: float) -> Any:
+        """Memory and storage rows, in units of about the limit. Returns the excess in all."""
+        excess = []
+        scale = max(sum(device.memory_bytes for device in self._problem.devices), 1)
+        for i in self._devices:
+            own = self._problem.devices[i]
+            for resource, limit, fixed in (
+                ("memory", own.memory_bytes, own.stage_bytes),
+                ("storage", own.storage_bytes, 0),
+            ):
+                counts = self._counts(i)
+                sizes = [self._bytes(resource, block, option) for *_, option, block in counts]
+                unit = max(limit, fixed, *sizes, 1)
+                taken = fixed / unit * self._used[i] + pulp.lpSum(
+                    size / unit * count for size, (_, count, *_) in zip(sizes, counts, strict=True)
+                )
+                if resource in short:
+                    over = self.program.add_variable(f"short_{resource}_{i}", 0)
+                    self.program += taken <= limit / unit * self._used[i] + over
+                    excess.append(unit / scale * over)
+                else:
+                    self.program += taken <= (1 - margin) * limit / unit * self._used[i]
+        return pulp.lpSum(excess)
+
+    def _budget(self, margin: float) -> Any:
+        """The losses beyond each block's least, in units of the room, and the row that limits them.
+
+        Without a budget, or with an infinite one, there is no row.
+        """
+        problem, spare = self._problem, self._spare
+        if problem.quality_budget is None:
+            return pulp.lpSum([])
+        terms = [
+            (problem.hop_sensitivity(bits) or 0.0, hop) for (*_, bits), hop in self._hop_at.items()
+        ]
+        for i in self._devices:
+            # Blocks that are alike here may differ elsewhere, and so in their least.
+            bases = [max(spare.least[k] for k in group.blocks) for group in self._groups[i]]
+            terms += [
+                (problem.loss(i, block, option.bits) - bases[g], count)
+                for g, count, option, block in self._counts(i)
+            ]
+            for base, group in zip(bases, self._groups[i], strict=True):
+                terms += [
+                    (base - spare.least[stretch.start], cell)
+                    for cell, stretch in zip(self._a[i], self._stretches, strict=True)
+                    if stretch.start in group.blocks
+                ]
+        if spare.room == math.inf:
+            unit = max(loss for loss, _ in terms) or 1.0
+            return pulp.lpSum(loss / unit * count for loss, count in terms if loss)
+        unit = max(spare.room, _LOSS_ROUNDING * problem.quality_budget) or 1.0
+        total = pulp.lpSum(loss / unit * count for loss, count in terms if loss)
+        self.program += total <= (1 - margin) * spare.room / unit
+        return total
+
+    def _cost_s(self) -> Any:
+        """The problem's objective, in seconds."""
+        problem = self._problem
+        tie_break_s = self._unit_s * _OBJECTIVE_SCALE * _STAGE_TIE_BREAK / len(self._devices)
+        terms = []
+        for i in self._devices:
+            terms += [problem.block_cost(i, k, o) * count for _, count, o, k in self._counts(i)]
+            terms.append((problem.call_cost(i) + tie_break_s) * self._used[i])
+        terms += [problem.hop_cost(*key) * hop for key, hop in self._hop_at.items()]
+        terms += [problem.return_cost(j, i) * way for (i, j), way in self._back.items()]
+        if problem.objective.kind == "throughput":
+            terms.append(self._slowest_s())
+        return pulp.lpSum(terms)
+
+    def _slowest_s(self) -> Any:
+        """Seconds of the slowest stage with the link that leaves it."""
+        problem = self._problem
+        slowest = self._slowest = self.program.add_variable("slowest", 0)
+        for i in self._devices:
+            terms = [option.decode_s * count for _, count, option, _ in self._counts(i)]
+            terms.append(problem.devices[i].call_s * self._used[i])
+            terms += [problem.hop_s(*key) * hop for key, hop in self._hop_at.items() if key[0] == i]
+            terms += [
+                problem.return_s(last, first) * way
+                for (first, last), way in self._back.items()
+                if last == i
+            ]
+            self.program += slowest >= pulp.lpSum(terms) * (1 / self._unit_s)
+        return self._unit_s * slowest
+
+    def _counts(self, device: int) -> list[tuple[int, Any, BlockOption, int]]:
+        """(group, how many, option, a block of it) for everything that can be on a device."""
+        found = []
+        for g, group in enumerate(self._groups[device]):
+            for o, option in enumerate(group.options):
+                alone = len(group.options) == 1
+                count = self._of_group(device, group) if alone else self._n[device, g, o]
+                found.append((g, count, option, group.blocks[0]))
+        return found
+
+    def _of_group(self, device: int, group: Group) -> Any:
+        """How many blocks of a group are on the device."""
+        members = set(group.blocks)
+        return pulp.lpSum(
+            cell
+            for cell, stretch in zip(self._a[device], self._stretches, strict=True)
+            if stretch.start in members
+        )
+
+    def _bytes(self, resource: str, block: int, option: BlockOption) -> int:
+        if resource == "storage":
+            return self._problem.stored_bytes[block][option.bits]
+        return option.executed_bytes + self._problem.kv_bytes[block]
+
+    def _least_s(self) -> float:
+        """A lower bound of the objective: each block where it is cheapest, stages in balance."""
+        problem = self._problem
+        cost_s = [math.inf] * self._total
+        decode_s = [math.inf] * self._total
+        for i, groups in enumerate(self._groups):
+            for group in groups:
+                for k in group.blocks:
+                    cost = min(problem.block_cost(i, k, option) for option in group.options)
+                    cost_s[k] = min(cost_s[k], cost)
+                    decode_s[k] = min([decode_s[k], *(o.decode_s for o in group.options)])
+        least_s = math.fsum(value for value in cost_s if value < math.inf)
+        if problem.objective.kind == "throughput":
+            known_s = math.fsum(value for value in decode_s if value < math.inf)
+            least_s += known_s / max(1, len(problem.devices))
+        return least_s or 1.0
+
+    @staticmethod
+    def _value(cell: Any, values: Mapping[str, float]) -> float:
+        """Of a variable or a sum of them."""
+        if isinstance(cell, pulp.LpVariable):
+            return values[cell.name]
+        return math.fsum(factor * values[item.name] for item, factor in cell.items())

@@ -1,0 +1,1 @@
+"""Plans explained: why they are as they are, in words and pictures."""

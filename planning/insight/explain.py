@@ -1,0 +1,397 @@
+"""Why a plan is as it is: where a token's time goes, and what each change would be worth.
+
+Each worth is found by solving again with one thing changed; nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from planning.plan import InfeasiblePlan, Plan, PlanError
+from planning.planner import solve
+from planning.problem import BlockOption, PlanningProblem
+
+MORE_MEMORY_BYTES = 1 << 30
+FAST_LINK_BYTES_PER_S = 125e6
+FAST_LINK_RTT_S = 0.0005
+"""What wired gigabit Ethernet gives between two small computers; the faster side of a link that
+is already better is kept."""
+
+_SAME = 2e-6
+"""Twice what a plan that is called optimal may be from the optimum."""
+
+OTHERS = "all others"
+"""The subject of changes everywhere that the plan does not go, made at once."""
+
+Kind = Literal["memory", "link", "drop", "quality"]
+MarginalProof = Literal["exact", "bound", "found"]
+Solve = Callable[[PlanningProblem, float], Plan]
+
+_UNITS = {
+    "latency": "ms/token",
+    "throughput": "time between tokens of the full pipeline",
+    "request": "s/request",
+    "energy": "J/token",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StageView:
+    """One stage's predicted part in a token, and what it takes of its device.
+
+    ``hop_s`` is the way to the next stage at ``hop_bits``, or of the token (None) back from the
+    last. ``energy_j`` is declared watts times predicted seconds. Errors, the KL divergence that the
+    blocks add (``sensitivity``) and energy are None where not known.
+    """
+
+    device: str
+    first: int
+    last: int
+    bits: tuple[int, ...]
+    compute_s: float
+    hop_s: float
+    share: float
+    """Of the token's time, the hop included; 0 to 1."""
+    memory_bytes: int
+    memory_limit_bytes: int
+    worst_weight_error: float | None
+    sensitivity: float | None
+    energy_j: float | None
+    hop_bits: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Marginal:
+    """What one change does to the objective. ``after`` None: no plan fits any more.
+
+    ``subject`` is the device or pair that is changed, or several at once (``OTHERS``).
+    ``solved`` False: true without solving, since the plan does not use what is dropped.
+    ``proof`` says what the difference is: ``exact`` (both plans are optimal), ``bound`` (only the
+    plan at hand is: the change gives at least, or costs at most that), ``found`` (neither: it is
+    between the plans that were found).
+    """
+
+    kind: Kind
+    subject: str
+    unit: str
+    before: float
+    after: float | None
+    proof: MarginalProof
+    solved: bool = True
+
+    @property
+    def what(self) -> str:
+        """The change in words."""
+        return change_text(self.kind, self.subject)
+
+    @property
+    def change(self) -> float | None:
+        """Relative change of the objective; 0.0 for none, None where no plan fits."""
+        if self.after is None:
+            return None
+        change = self.after / self.before - 1
+        return 0.0 if abs(change) <= _SAME else change
+
+    @property
+    def nothing(self) -> str:
+        """What is true of a change that made no difference."""
+        if self.proof == "exact":
+            return "changes nothing"
+        return "as good a plan was found" if self.kind == "drop" else "no better plan was found"
+
+    def __str__(self) -> str:
+        """One true line."""
+        change = self.change
+        if change is None:
+            return f"{self.what}: no plan fits any more"
+        if change == 0.0:
+            return f"{self.what}: {self.nothing}"
+        limit = {
+            "exact": "",
+            "bound": " or more" if change < 0 else " at most",
+            "found": " between the plans found",
+        }[self.proof]
+        size = f"{100 * change:+.1f}"
+        if abs(change) < 0.0005:
+            size = f"less than {'-' if change < 0 else '+'}0.1"
+        return f"{self.what}: {size} % {self.unit}{limit}"
+
+
+def change_text(kind: Kind, subject: str) -> str:
+    """A change in words."""
+    if kind == "memory":
+        return f"{MORE_MEMORY_BYTES >> 30} GiB more on {subject}"
+    if kind == "drop":
+        return f"dropping {subject}"
+    if kind == "quality":
+        return f"{subject} losing no more quality than the others at equal bits"
+    ends = f"between {subject}" if subject == OTHERS else subject
+    return f"a 1 Gbit/s, {FAST_LINK_RTT_S * 1e3:g} ms link {ends}"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A plan taken apart. ``complete`` is False where the time limit ended the trials."""
+
+    stages: tuple[StageView, ...]
+    bottleneck: str
+    pipeline_bottleneck: str
+    marginals: tuple[Marginal, ...]
+    complete: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, each marginal with its line."""
+        plain = asdict(self)
+        for values, marginal in zip(plain["marginals"], self.marginals, strict=True):
+            values |= {"what": marginal.what, "change": marginal.change, "text": str(marginal)}
+        return plain
+
+
+def explain(
+    plan: Plan,
+    problem: PlanningProblem,
+    *,
+    time_limit_s: float = 30.0,
+    solve_limit_s: float = 5.0,
+    solve_again: Solve | None = None,
+    on_trial: Callable[[str, int, int], None] = lambda what, done, total: None,
+    now_s: Callable[[], float] = time.monotonic,
+) -> Explanation:
+    """Take ``plan`` apart, and try changes until ``time_limit_s`` is over; the likeliest first.
+
+    ``solve_again`` takes a problem and a limit in seconds (None: the planner); ``on_trial`` gets
+    what is tried, how many trials are done, and of how many.
+    """
+    again = solve_again or (lambda changed, limit_s: solve(changed, time_limit_s=limit_s))
+    deadline_s = now_s() + time_limit_s
+    trials = deque(_trials(plan, problem))
+    marginals: list[Marginal] = []
+    done = 0
+    complete = True
+    while trials:
+        left_s = deadline_s - now_s()
+        if left_s <= 0:
+            complete = False
+            break
+        trial = trials.popleft()
+        on_trial(change_text(trial.kind, trial.subject), done, done + len(trials) + 1)
+        found, marginal = _tried(plan, trial, again, min(left_s, solve_limit_s))
+        done += 1
+        if marginal is None:
+            complete = False
+        elif trial.subject == OTHERS and marginal.change != 0.0 and found is not None:
+            trials.extend(_parts(trial.kind, plan, problem, found))
+        else:
+            marginals.append(marginal)
+    on_trial("", done, done)
+    used = {stage.device for stage in plan.stages}
+    unit = _UNITS[plan.objective.kind]
+    marginals += [
+        # The plan stays possible without what it does not use, and nothing better appears.
+        Marginal("drop", device.name, unit, plan.value, plan.value, "exact", False)
+        for index, device in enumerate(problem.devices)
+        if device.name not in used and index not in problem.excluded
+    ]
+    views = _stage_views(plan, problem)
+    return Explanation(
+        views, _bottleneck(plan), _pipeline_bottleneck(views), tuple(marginals), complete
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    kind: Kind
+    subject: str
+    problem: PlanningProblem
+
+
+def _tried(
+    plan: Plan, trial: _Trial, again: Solve, limit_s: float
+) -> tuple[Plan | None, Marginal | None]:
+    """The changed problem's plan and the change's worth; neither where time ended first."""
+    before, unit = plan.value, _UNITS[plan.objective.kind]
+    try:
+        better = again(trial.problem, limit_s)
+    except InfeasiblePlan:
+        return None, Marginal(trial.kind, trial.subject, unit, before, None, "exact")
+    except PlanError:
+        return None, None
+    after = better.value
+    if trial.kind != "drop":
+        # The plan itself still fits; a search that was cut short may not have found it.
+        after = min(after, before)
+    # With a device less no plan beats the optimum: one that equals it is optimal too.
+    equal = trial.kind == "drop" and after <= before * (1 + _SAME)
+    proof: MarginalProof = "found"
+    if plan.proven_optimal:
+        proof = "exact" if better.proven_optimal or equal else "bound"
+    return better, Marginal(trial.kind, trial.subject, unit, before, after, proof)
+
+
+def _trials(plan: Plan, problem: PlanningProblem) -> Iterator[_Trial]:
+    """Each change at the plan's own stages and hops, then all changes elsewhere at once.
+
+    What does nothing everywhere at once does nothing at any single place.
+    """
+    used = _used(plan, problem)
+    for index in used:
+        yield _more_memory(problem, [index], problem.devices[index].name)
+    own = _hop_pairs(plan, problem)
+    for pair in own:
+        yield from _faster_links(problem, [pair], _pair_name(problem, pair))
+    for index in used:
+        excluded = replace(problem, excluded=problem.excluded | {index})
+        yield _Trial("drop", problem.devices[index].name, excluded)
+    yield from _no_own_losses(problem)
+    places = range(len(problem.devices))
+    met = {frozenset(pair) for pair in own}
+    others = [pair for pair in itertools.combinations(places, 2) if frozenset(pair) not in met]
+    yield from _faster_links(problem, others, OTHERS)
+    unused = [index for index in places if index not in used]
+    if unused:
+        yield _more_memory(problem, unused, OTHERS)
+
+
+def _parts(kind: Kind, plan: Plan, problem: PlanningProblem, better: Plan) -> Iterator[_Trial]:
+    """The single changes of those made everywhere that the better plan makes use of."""
+    if kind == "memory":
+        for index in _used(better, problem):
+            if index not in _used(plan, problem):
+                yield _more_memory(problem, [index], problem.devices[index].name)
+    else:
+        met = {frozenset(pair) for pair in _hop_pairs(plan, problem)}
+        for pair in _hop_pairs(better, problem):
+            if frozenset(pair) not in met:
+                yield from _faster_links(problem, [pair], _pair_name(problem, pair))
+
+
+def _used(plan: Plan, problem: PlanningProblem) -> list[int]:
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    return [indices[stage.device] for stage in plan.stages]
+
+
+def _hop_pairs(plan: Plan, problem: PlanningProblem) -> list[tuple[int, int]]:
+    """Pairs that a token crosses between, its way back included, each once."""
+    used = _used(plan, problem)
+    pairs: list[tuple[int, int]] = []
+    for pair in zip(used, used[1:] + used[:1], strict=True):
+        if pair[0] != pair[1] and pair not in pairs and pair[::-1] not in pairs:
+            pairs.append(pair)
+    return pairs
+
+
+def _pair_name(problem: PlanningProblem, pair: tuple[int, int]) -> str:
+    return f"{problem.devices[pair[0]].name} <-> {problem.devices[pair[1]].name}"
+
+
+def _more_memory(problem: PlanningProblem, which: Sequence[int], subject: str) -> _Trial:
+    devices = list(problem.devices)
+    for index in which:
+        more = devices[index].memory_bytes + MORE_MEMORY_BYTES
+        devices[index] = replace(devices[index], memory_bytes=more)
+    return _Trial("memory", subject, replace(problem, devices=tuple(devices)))
+
+
+def _no_own_losses(problem: PlanningProblem) -> Iterator[_Trial]:
+    """Each device whose arithmetic adds its own losses without them, where a budget counts them."""
+
+    def relieved(option: BlockOption, common: Mapping[int, float]) -> BlockOption:
+        own, block = option.sensitivity, common.get(option.bits)
+        worse = own is not None and block is not None and own > block
+        return replace(option, sensitivity=None) if worse else option
+
+    if problem.quality_budget is None:
+        return
+    for index, device in enumerate(problem.devices):
+        options = tuple(
+            tuple(relieved(option, common) for option in row)
+            for row, common in zip(device.options, problem.sensitivities, strict=True)
+        )
+        if options != device.options and index not in problem.excluded:
+            devices = list(problem.devices)
+            devices[index] = replace(device, options=options)
+            yield _Trial("quality", device.name, replace(problem, devices=tuple(devices)))
+
+
+def _faster_links(
+    problem: PlanningProblem, pairs: Sequence[tuple[int, int]], subject: str
+) -> Iterator[_Trial]:
+    """Gigabit links both ways where a link exists and is slower; nothing where none is."""
+    links = dict(problem.links)
+    slower = False
+    for i, j in pairs:
+        for way in ((i, j), (j, i)):
+            link = links.get(way)
+            if link is None:
+                continue
+            # A link that is nearly that fast already is not worth a solve.
+            slower |= (
+                link.bytes_per_s < 0.7 * FAST_LINK_BYTES_PER_S or link.rtt_s > 1.2 * FAST_LINK_RTT_S
+            )
+            links[way] = replace(
+                link,
+                rtt_s=min(link.rtt_s, FAST_LINK_RTT_S),
+                bytes_per_s=max(link.bytes_per_s, FAST_LINK_BYTES_PER_S),
+            )
+    if slower:
+        yield _Trial("link", subject, replace(problem, links=links))
+
+
+def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
+    ways = [hop.seconds for hop in plan.hops] + [plan.return_s]
+    views = []
+    for index, stage, way_s in zip(_used(plan, problem), plan.stages, ways, strict=True):
+        placed = list(enumerate(stage.bits, stage.first))
+        errors = _if_all_known(problem.weight_error(*place) for place in placed)
+        losses = _if_all_known(problem.sensitivity(index, *place) for place in placed)
+        views.append(
+            StageView(
+                device=stage.device,
+                first=stage.first,
+                last=stage.last,
+                bits=stage.bits,
+                compute_s=stage.compute_s,
+                hop_s=way_s,
+                share=(stage.compute_s + way_s) / plan.decode_s,
+                memory_bytes=stage.memory_bytes,
+                memory_limit_bytes=stage.memory_limit_bytes,
+                worst_weight_error=None if errors is None else max(errors),
+                sensitivity=None if losses is None else math.fsum(losses),
+                energy_j=stage.energy_j,
+                hop_bits=stage.hop_bits,
+            )
+        )
+    return tuple(views)
+
+
+def _if_all_known(values: Iterable[float | None]) -> list[float] | None:
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return known if len(known) == len(found) else None
+
+
+def _bottleneck(plan: Plan) -> str:
+    """The largest part of a token's time."""
+    parts = [(stage.compute_s, f"computing on {stage.device}") for stage in plan.stages]
+    parts += [(hop.seconds, f"the hop {hop.source} -> {hop.target}") for hop in plan.hops]
+    if plan.hops:
+        ends = plan.stages[-1].device, plan.stages[0].device
+        parts.append((plan.return_s, f"the token's way back {ends[0]} -> {ends[1]}"))
+    seconds, what = max(parts, key=lambda part: part[0])
+    return f"{what}: {100 * seconds / plan.decode_s:.0f} % of a token's predicted time"
+
+
+def _pipeline_bottleneck(views: tuple[StageView, ...]) -> str:
+    """The stage that limits tokens per second when several sequences are under way."""
+    slowest = max(views, key=lambda view: view.compute_s + view.hop_s)
+    busy_s = slowest.compute_s + slowest.hop_s
+    return (
+        f"{slowest.device} with its link: at most {1 / busy_s:.1f} tokens/s predicted, however many"
+        " sequences"
+    )

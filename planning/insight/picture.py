@@ -1,0 +1,402 @@
+"""Drawings as SVG text: a plan over its devices, and curves of a study.
+
+Written by hand, with nothing but rectangles, lines and words, so that any viewer shows them.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape, quoteattr
+
+from model.spec import ModelSpec
+from planning.plan import Plan, Stage
+from wire.sizes import format_size
+
+COLOURS = {
+    2: "#7f1d1d",
+    3: "#b91c1c",
+    4: "#ea580c",
+    5: "#d97706",
+    6: "#ca8a04",
+    8: "#15803d",
+    16: "#1d4ed8",
+    32: "#4c1d95",
+}
+"""By bits: warm is coarse, cold is fine."""
+
+_INK, _PALE, _LINE = "#1f2937", "#6b7280", "#d1d5db"
+_FONT = "font-family='Helvetica, Arial, sans-serif'"
+
+_BLOCK, _SPACE = 20, 3
+_PER_ROW = 8
+_BOX_WIDTH = _PER_ROW * (_BLOCK + _SPACE) - _SPACE + 24
+_GAP = 92
+_COLUMNS = 4
+_MARGIN = 28
+_LEGEND = "E embedding, H head, numbers: layers"
+
+
+class Drawing:
+    """SVG elements in order; ``text()`` is the file."""
+
+    def __init__(self, width: float, height: float, title: str) -> None:
+        self._head = (
+            f"<svg xmlns='http://www.w3.org/2000/svg' width='{width:g}' height='{height:g}'"
+            f" viewBox='0 0 {width:g} {height:g}' role='img'>\n"
+            f"<title>{escape(title)}</title>\n"
+            "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7'"
+            f" markerHeight='7' orient='auto'><path d='M0 0L8 4L0 8z' fill='{_INK}'/></marker>"
+            "</defs>\n"
+            f"<rect width='{width:g}' height='{height:g}' fill='white'/>\n"
+        )
+        self._parts: list[str] = []
+
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        *,
+        fill: str = "none",
+        stroke: str = "none",
+        radius: float = 0,
+        hint: str = "",
+    ) -> None:
+        """A rectangle; ``hint`` is shown where the viewer has a pointer."""
+        inner = f"<title>{escape(hint)}</title>" if hint else ""
+        self._parts.append(
+            f"<rect x='{x:.1f}' y='{y:.1f}' width='{width:.1f}' height='{height:.1f}'"
+            f" rx='{radius:g}' fill={quoteattr(fill)} stroke={quoteattr(stroke)}>{inner}</rect>"
+        )
+
+    def words(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: float = 12,
+        anchor: str = "start",
+        fill: str = _INK,
+        bold: bool = False,
+        turned: bool = False,
+    ) -> None:
+        """Text with its baseline at (x, y); ``turned``: upwards."""
+        weight = " font-weight='bold'" if bold else ""
+        turn = f" transform='rotate(-90 {x:.1f} {y:.1f})'" if turned else ""
+        self._parts.append(
+            f"<text x='{x:.1f}' y='{y:.1f}' {_FONT} font-size='{size:g}' fill='{fill}'"
+            f" text-anchor='{anchor}'{weight}{turn}>{escape(text)}</text>"
+        )
+
+    def path(
+        self,
+        points: Sequence[tuple[float, float]],
+        *,
+        stroke: str = _INK,
+        width: float = 1.5,
+        fill: str = "none",
+        dashed: bool = False,
+        tip: bool = False,
+        opacity: float = 1.0,
+    ) -> None:
+        """Straight lines through ``points``; ``tip`` ends them in an arrow."""
+        where = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        extra = (" stroke-dasharray='5 4'" if dashed else "") + (
+            " marker-end='url(#tip)'" if tip else ""
+        )
+        self._parts.append(
+            f"<path d='{where}' fill='{fill}' stroke='{stroke}' stroke-width='{width:g}'"
+            f" opacity='{opacity:g}'{extra}/>"
+        )
+
+    def dot(self, x: float, y: float, colour: str) -> None:
+        self._parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{colour}'/>")
+
+    def text(self) -> str:
+        return self._head + "\n".join(self._parts) + "\n</svg>\n"
+
+
+def plan_svg(plan: Plan, spec: ModelSpec, title: str, unused: Sequence[str] = ()) -> str:
+    """A plan as an SVG file: stages in order, each block coloured by its bits, hops with their ms.
+
+    ``unused`` names devices that the plan leaves out; all times in it are predictions.
+    """
+    stages = plan.stages
+    columns = min(_COLUMNS, len(stages))
+    rows = -(-len(stages) // columns)
+    block_rows = max(-(-len(stage.bits) // _PER_ROW) for stage in stages)
+    box_height = 58 + block_rows * (_BLOCK + _SPACE) + 26
+    widths = sorted({bits for stage in stages for bits in stage.bits})
+    width = max(2 * _MARGIN + columns * _BOX_WIDTH + (columns - 1) * _GAP, 560)
+    room = width - 2 * _MARGIN
+    idle_lines = _wrapped("not used: ", unused, room, 11)
+    legend_wide = 72 * len(widths) + text_width(_LEGEND, 11) > room
+    top = 74
+    bottom = top + rows * (box_height + 52)
+    below = bottom + 34 + 18 * legend_wide
+    height = below + (18 * len(idle_lines) + 10 if unused else 0)
+    drawing = Drawing(width, height, title)
+    drawing.words(_MARGIN, 32, clipped(title, room, 17), size=17, bold=True)
+    drawing.words(_MARGIN, 52, clipped(_summary(plan), room, 12), fill=_PALE)
+    corners = [_corner(index, columns, box_height, top) for index in range(len(stages))]
+    for stage, corner in zip(stages, corners, strict=True):
+        _draw_stage(drawing, stage, corner, box_height, spec)
+    for index, hop in enumerate(plan.hops):
+        labels = f"{1e3 * hop.seconds:.2f} ms", f"{stages[index].hop_bits} bit"
+        _draw_hop(drawing, corners[index], corners[index + 1], box_height, labels)
+    if plan.hops:
+        _draw_return(drawing, corners, box_height, plan.return_s)
+    x = float(_MARGIN)
+    for bits in widths:
+        drawing.box(x, bottom, 14, 14, fill=COLOURS[bits], radius=2)
+        drawing.words(x + 19, bottom + 11, f"{bits} bit", size=11)
+        x += 72
+    legend_at = (_MARGIN, bottom + 29) if legend_wide else (x, bottom + 11)
+    drawing.words(legend_at[0], legend_at[1], _LEGEND, size=11, fill=_PALE)
+    for index, line in enumerate(idle_lines if unused else ()):
+        drawing.words(_MARGIN, below + 6 + 18 * index, line, size=11, fill=_PALE)
+    return drawing.text()
+
+
+def _summary(plan: Plan) -> str:
+    text = f"predicted: {1e3 * plan.decode_s:.2f} ms per token"
+    if plan.hops:
+        way_s = math.fsum(hop.seconds for hop in plan.hops) + plan.return_s
+        text += f", of which {1e3 * way_s:.2f} ms on links"
+    return text
+
+
+def _corner(index: int, columns: int, box_height: float, top: float) -> tuple[float, float]:
+    """Left top of a stage's box: rows run to and fro, so that each hop is to a neighbour."""
+    row, column = divmod(index, columns)
+    if row % 2:
+        column = columns - 1 - column
+    return _MARGIN + column * (_BOX_WIDTH + _GAP), top + row * (box_height + 52)
+
+
+def _draw_stage(
+    drawing: Drawing,
+    stage: Stage,
+    corner: tuple[float, float],
+    box_height: float,
+    spec: ModelSpec,
+) -> None:
+    x, y = corner
+    drawing.box(x, y, _BOX_WIDTH, box_height, fill="#f9fafb", stroke=_LINE, radius=8)
+    time = f"{1e3 * stage.compute_s:.2f} ms"
+    room = _BOX_WIDTH - 32 - text_width(time, 12)
+    drawing.words(x + 12, y + 21, clipped(stage.device, room, 14), size=14, bold=True)
+    drawing.words(x + _BOX_WIDTH - 12, y + 21, time, anchor="end", bold=True)
+    share = stage.memory_bytes / stage.memory_limit_bytes
+    bar = _BOX_WIDTH - 24
+    drawing.box(x + 12, y + 30, bar, 5, fill="#e5e7eb", radius=2)
+    drawing.box(x + 12, y + 30, bar * min(share, 1.0), 5, fill="#64748b", radius=2)
+    used, limit = format_size(stage.memory_bytes), format_size(stage.memory_limit_bytes)
+    drawing.words(x + 12, y + 49, f"memory {used} of {limit}", size=11, fill=_PALE)
+    for offset, bits in enumerate(stage.bits):
+        block = stage.first + offset
+        kind = spec.block_kind(block)
+        row, column = divmod(offset, _PER_ROW)
+        left = x + 12 + column * (_BLOCK + _SPACE)
+        above = y + 60 + row * (_BLOCK + _SPACE)
+        name = spec.block_name(block)
+        drawing.box(
+            left, above, _BLOCK, _BLOCK, fill=COLOURS[bits], radius=3, hint=f"{name}: {bits} bit"
+        )
+        label = {"embedding": "E", "head": "H"}.get(kind, str(block - 1))
+        size = 10 if len(label) < 4 else 8
+        drawing.words(
+            left + _BLOCK / 2,
+            above + 14,
+            label,
+            size=size,
+            anchor="middle",
+            fill=ink_on(COLOURS[bits]),
+        )
+    drawing.words(x + 12, y + box_height - 10, _range(stage, spec), size=11, fill=_PALE)
+
+
+def _range(stage: Stage, spec: ModelSpec) -> str:
+    first = spec.block_name(stage.first)
+    last = spec.block_name(stage.last - 1)
+    return first if stage.last == stage.first + 1 else f"{first} to {last}"
+
+
+def _draw_hop(
+    drawing: Drawing,
+    source: tuple[float, float],
+    target: tuple[float, float],
+    box_height: float,
+    labels: tuple[str, str],
+) -> None:
+    """An arrow with one label above it and one below, or both beside it."""
+    if source[1] == target[1]:
+        y = source[1] + 30
+        right = target[0] > source[0]
+        begin = source[0] + (_BOX_WIDTH if right else 0)
+        end = target[0] + (0 if right else _BOX_WIDTH)
+        drawing.path([(begin + (4 if right else -4), y), (end + (-4 if right else 4), y)], tip=True)
+        drawing.words((begin + end) / 2, y - 8, labels[0], size=11, anchor="middle")
+        drawing.words((begin + end) / 2, y + 17, labels[1], size=11, anchor="middle", fill=_PALE)
+    else:
+        x = source[0] + _BOX_WIDTH / 2
+        drawing.path([(x, source[1] + box_height + 3), (x, target[1] - 4)], tip=True)
+        drawing.words(x + 8, target[1] - 28, labels[0], size=11)
+        drawing.words(x + 8, target[1] - 13, labels[1], size=11, fill=_PALE)
+
+
+def _draw_return(
+    drawing: Drawing, corners: Sequence[tuple[float, float]], box_height: float, seconds: float
+) -> None:
+    """The sampled token's way from the last stage to the first: below one row, else left of all."""
+    first, last = corners[0], corners[-1]
+    label = f"token back {1e3 * seconds:.2f} ms"
+    below = last[1] + box_height + 20
+    begin = (last[0] + _BOX_WIDTH * 0.35, last[1] + box_height + 3)
+    if first[1] == last[1]:
+        x = first[0] + _BOX_WIDTH / 2
+        points = [begin, (begin[0], below), (x, below), (x, first[1] + box_height + 4)]
+        words_at = ((begin[0] + x) / 2, below + 14)
+    else:
+        side = _MARGIN / 2
+        y = first[1] + box_height / 2
+        points = [begin, (begin[0], below), (side, below), (side, y), (first[0] - 3, y)]
+        words_at = (max((begin[0] + side) / 2, side + 70), below + 14)
+    drawing.path(points, stroke=_PALE, dashed=True, tip=True)
+    drawing.words(*words_at, label, size=11, anchor="middle", fill=_PALE)
+
+
+def text_width(text: str, size: float) -> float:
+    """About how many pixels a line takes, rather more than less: viewers have other fonts."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    large = sum(0.4 if letter in "MWmw%@" else 0.15 * letter.isupper() for letter in text)
+    return size * (0.6 * len(text) + 0.5 * wide + large)
+
+
+def clipped(text: str, room: float, size: float) -> str:
+    """The text, or its beginning and an ellipsis, within ``room`` pixels."""
+    if text_width(text, size) <= room:
+        return text
+    while text and text_width(text + "\u2026", size) > room:
+        text = text[:-1]
+    return text + "\u2026"
+
+
+def ink_on(colour: str) -> str:
+    """White or the ink, whichever is told apart better from the background."""
+    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    light = sum(
+        share * (part / 12.92 if part <= 0.04 else ((part + 0.055) / 1.055) ** 2.4)
+        for share, part in ((0.2126, red), (0.7152, green), (0.0722, blue))
+    )
+    # Of the contrasts with white and with black the ratio is 1 where light + 0.05 is this.
+    return "#ffffff" if light + 0.05 < 1.05**0.5 * 0.05**0.5 * 1.15 else _INK
+
+
+def _wrapped(lead: str, names: Sequence[str], room: float, size: float) -> list[str]:
+    """Names in lines of at most ``room`` pixels, the first one after ``lead``."""
+    lines = [lead]
+    for index, name in enumerate(names):
+        end = "," if index + 1 < len(names) else ""
+        piece = clipped(name, room - text_width(lead, size), size) + end
+        space = "" if lines[-1] in (lead, "") else " "
+        if text_width(lines[-1] + space + piece, size) > room:
+            lines.append(piece)
+        else:
+            lines[-1] += space + piece
+    return lines
+
+
+# ---- curves ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Points by rising x; ``spread`` is a low and a high value at each, or empty."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    spread: tuple[tuple[float, float], ...] = ()
+
+
+_CURVE_COLOURS = ("#1d4ed8", "#ea580c", "#15803d", "#7c3aed")
+
+
+def curves_svg(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    note: str,
+    x_label: str,
+    y_label: str,
+    from_zero: bool = True,
+) -> str:
+    """Curves over a logarithmic x axis (all x above 0); y from 0, or said not to be."""
+    width, height = 640, 400
+    left, right, top, bottom = 76, 20, 66, 58
+    drawing = Drawing(width, height, title)
+    drawing.words(20, 28, clipped(title, width - 40, 16), size=16, bold=True)
+    drawing.words(20, 47, clipped(note, width - 40, 11), size=11, fill=_PALE)
+    low = math.log10(min(x for curve in curves for x, _ in curve.points))
+    high = math.log10(max(x for curve in curves for x, _ in curve.points))
+    span = (high - low) or 1.0
+    heights = [y for curve in curves for _, y in curve.points]
+    heights += [edge for curve in curves for edges in curve.spread for edge in edges]
+    base = 0.0 if from_zero else min(heights)
+    step = _tick(max(heights) - base)
+    floor = step * math.floor(base / step + 1e-9)
+    ceiling = step * max(math.ceil(max(heights) / step - 1e-9), round(floor / step) + 1)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log10(x) - low) / span
+        up = (y - floor) / (ceiling - floor)
+        return left + across * (width - left - right), height - bottom - up * (
+            height - top - bottom
+        )
+
+    for count in range(round((ceiling - floor) / step) + 1):
+        mark = floor + count * step
+        y = place(10**low, mark)[1]
+        drawing.path([(left, y), (width - right, y)], stroke=_LINE, width=1)
+        drawing.words(left - 8, y + 4, f"{mark:g}", size=11, anchor="end")
+    if floor > 0:
+        y_label += " (axis not from 0)"
+    ticks = [10.0**power for power in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)]
+    if len(ticks) < 3:
+        ticks = sorted({x for curve in curves for x, _ in curve.points})
+    for tick in ticks:
+        x = place(tick, floor)[0]
+        drawing.path([(x, height - bottom), (x, height - bottom + 5)], stroke=_INK, width=1)
+        drawing.words(x, height - bottom + 19, f"{tick:g}", size=11, anchor="middle")
+    drawing.words((left + width - right) / 2, height - 16, x_label, size=12, anchor="middle")
+    drawing.words(20, (top + height - bottom) / 2, y_label, anchor="middle", turned=True)
+    for index, curve in enumerate(curves):
+        colour = _CURVE_COLOURS[index % len(_CURVE_COLOURS)]
+        xs = [x for x, _ in curve.points]
+        if curve.spread:
+            upper = [place(x, edge) for x, (_, edge) in zip(xs, curve.spread, strict=True)]
+            lower = [place(x, edge) for x, (edge, _) in zip(xs, curve.spread, strict=True)]
+            drawing.path(
+                [*upper, *reversed(lower)], stroke="none", fill=colour, opacity=0.15, width=0
+            )
+        line = [place(x, y) for x, y in curve.points]
+        drawing.path(line, stroke=colour, width=2)
+        for x, y in line:
+            drawing.dot(x, y, colour)
+        across = width - right - 190
+        drawing.box(across, top + 6 + 18 * index, 12, 4, fill=colour)
+        label = clipped(curve.label, width - right - across - 18, 11)
+        drawing.words(across + 18, top + 12 + 18 * index, label, size=11)
+    return drawing.text()
+
+
+def _tick(peak: float) -> float:
+    """A round distance between about five marks from 0 to ``peak``."""
+    rough = (peak or 1.0) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    return float(next(power * factor for factor in (1, 2, 2.5, 5, 10) if rough <= power * factor))

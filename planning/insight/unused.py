@@ -1,0 +1,124 @@
+"""Why a plan leaves a device out, as far as the numbers that it was made from tell."""
+
+from __future__ import annotations
+
+import math
+
+from planning.plan import Plan
+from planning.problem import PlanningProblem
+from wire.sizes import format_size
+
+
+def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
+    """One line for each reason why devices run nothing, with all devices that it holds for."""
+    layers = range(1, problem.spec.head_block)
+    devices = {device.name: device for device in problem.devices}
+    times_s = [
+        option.decode_s
+        for stage in plan.stages
+        for block, bits in enumerate(stage.bits, stage.first)
+        if block in layers and (option := devices[stage.device].option(block, bits)) is not None
+    ]
+    used = {stage.device for stage in plan.stages}
+    indices = [index for index, device in enumerate(problem.devices) if device.name in used]
+    reasons: dict[str, list[str]] = {}
+    for index, device in enumerate(problem.devices):
+        if device.name not in used:
+            reason = _cut_off(problem, index, indices) or _reason(problem, index, times_s)
+            reasons.setdefault(reason, []).append(device.name)
+    return [
+        f"{names[0]} is left out: {reason}"
+        if len(names) == 1
+        else f"{', '.join(names)} are left out, each because {reason}"
+        for reason, names in reasons.items()
+    ]
+
+
+def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
+    if index in problem.excluded:
+        return "it is excluded"
+    device = problem.devices[index]
+    options = [
+        (option.executed_bytes + problem.kv_bytes[block], option)
+        for block in range(1, problem.spec.head_block)
+        for option in device.options[block]
+        if problem.allows(index, block, option.bits)
+    ]
+    if not options:
+        if problem.quality_budget is not None and _has_unknown_losses(problem, index):
+            return "its arithmetic adds losses of its own, and what they are was not measured"
+        if problem.objective.kind == "energy" and device.watts is None:
+            return "its watts are not known"
+        return "it runs no layer at a width that is allowed"
+    room = device.memory_bytes - device.stage_bytes
+    fitting = [option for size, option in options if size <= room]
+    if not fitting:
+        least = min(size for size, _ in options)
+        return (
+            f"a layer takes {format_size(least)}, and {format_size(max(room, 0))} are left for"
+            " layers"
+        )
+    fastest = min(fitting, key=lambda option: option.decode_s)
+    added_s = _stage_s(problem, index)
+    if added_s == math.inf:
+        return "no link leads there and on to the rest"
+    reason = (
+        f"its fastest layer takes {1e3 * fastest.decode_s:.2f} ms at {fastest.bits} bits, those of"
+        f" the plan {_span_ms(times_s)}"
+    )
+    if round(1e5 * fastest.decode_s) <= round(1e5 * max(times_s, default=0.0)):
+        # Not slower than what is used: then it is the stage itself that costs.
+        reason += f", and a stage there would add at least {1e3 * added_s:.2f} ms of links and call"
+    return reason + _own_losses(problem, index, fastest.bits)
+
+
+def _stage_s(problem: PlanningProblem, index: int) -> float:
+    """The least that a token takes to the device, into it and on; inf where no links are there."""
+    others = [i for i in range(len(problem.devices)) if i not in (index, *problem.excluded)]
+    forms = [form.bits for form in problem.permitted_hops]
+    there, onward = (
+        min(
+            # The last stage sends a token, the first one gets one.
+            (
+                min([problem.return_s(*pair), *(problem.hop_s(*pair, bits) for bits in forms)])
+                for pair in pairs
+            ),
+            default=math.inf,
+        )
+        for pairs in ([(i, index) for i in others], [(index, i) for i in others])
+    )
+    return problem.devices[index].call_s + there + onward
+
+
+def _cut_off(problem: PlanningProblem, index: int, used: list[int]) -> str:
+    """Why no device of the plan reaches it, or it reaches none; empty where one does."""
+    if index in problem.excluded:
+        return ""
+    ways = [(other, index) for other in used], [(index, other) for other in used]
+    for pairs in ways:
+        if all(pair in problem.no_links for pair in pairs):
+            return "; ".join(problem.no_link(*pair) for pair in pairs)
+    return ""
+
+
+def _has_unknown_losses(problem: PlanningProblem, index: int) -> bool:
+    rows = problem.devices[index].options
+    return any(option.sensitivity == math.inf for row in rows for option in row)
+
+
+def _own_losses(problem: PlanningProblem, index: int, bits: int) -> str:
+    """What the device's arithmetic makes of the layers' losses at ``bits``, where they count."""
+    if problem.quality_budget is None:
+        return ""
+    layers = range(1, problem.spec.head_block)
+    own = [problem.sensitivity(index, block, bits) for block in layers]
+    common = [problem.sensitivities[block].get(bits) for block in layers]
+    if own == common or None in own or None in common:
+        return ""
+    ours, theirs = (math.fsum(kl or 0.0 for kl in losses) for losses in (own, common))
+    return f"; all layers there at {bits} bits would lose {ours:.2g} of KL, elsewhere {theirs:.2g}"
+
+
+def _span_ms(times_s: list[float]) -> str:
+    low, high = (f"{1e3 * bound:.2f}" for bound in (min(times_s), max(times_s)))
+    return f"{low} ms" if low == high else f"{low} to {high} ms"

@@ -1,0 +1,32 @@
+"""A plan as JSON, for the command line and for HTTP clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.spec import ModelSpec
+from planning.forecast import decode_tokens_per_s
+from planning.plan import Plan
+
+
+def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:
+    """A plan as JSON: its own fields, and each block by name with its device and bits; predicted
+    tokens per second are those of ``slots`` sequences at once."""
+    return {
+        **plan.to_dict(),
+        "blocks": [
+            {
+                "block": placement.block,
+                "name": spec.block_name(placement.block),
+                "device": placement.device,
+                "bits": placement.bits,
+            }
+            for placement in plan.placements
+        ],
+        "predicted_ms_per_token": plan.decode_s * 1e3,
+        "predicted_prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
+        "slots": slots,
+        "predicted_tokens_per_s": decode_tokens_per_s(plan, slots),
+        "proven_optimal": plan.proven_optimal,
+        "gap": plan.gap,
+    }

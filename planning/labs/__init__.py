@@ -1,0 +1,1 @@
+"""Testbeds that are described instead of measured."""

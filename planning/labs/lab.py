@@ -1,0 +1,267 @@
+"""A described testbed: devices and links written down, instead of measured.
+
+``planning.labs.lab_file`` reads one, ``lab_problem`` makes the planner's problem of it. All times
+of a plan made from it are only as true as the description. They are those of one model, which the
+description names: for another one they are scaled by its weights, and ``times_of`` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from model.quantize import Format
+from model.spec import LayerSpec, ModelSpec
+from planning.build import build_problem
+from planning.problem import DEFAULT_HOPS, HopFormat, Objective, PlanningProblem
+from planning.sensitivity import Own, own_rows
+from wire import limits
+from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+
+
+class LabError(Exception):
+    """The description cannot be used; one line with file, line and what to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabModel:
+    """The model that a lab's times are for: its name, and the shape that its times depend on.
+
+    ``q_rows`` and ``kv_rows`` are heads times their width.
+    """
+
+    name: str
+    hidden: int
+    ffn: int
+    q_rows: int
+    kv_rows: int
+    vocab: int
+    gated: bool = True
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's matrices, which decoding reads once a token."""
+        return _layer_weights(self.hidden, self.ffn, self.q_rows, self.kv_rows, self.gated)
+
+    def layer_factor(self, layer: LayerSpec) -> float:
+        """How many times this model's layers the weights of ``layer`` are; 1.0 for its shape."""
+        rows = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        return _layer_weights(layer.hidden, layer.ffn, *rows, layer.gated) / self.layer_weights
+
+    def head_factor(self, spec: ModelSpec) -> float:
+        """The same of the head's weights."""
+        return spec.vocab * spec.hidden / (self.vocab * self.hidden)
+
+    def is_shape_of(self, spec: ModelSpec) -> bool:
+        """True where the times are those of ``spec``: every layer and the head have this shape."""
+        shapes = {
+            (
+                layer.hidden,
+                layer.ffn,
+                layer.heads * layer.head_dim,
+                layer.kv_heads * layer.head_dim,
+                layer.gated,
+            )
+            for layer in spec.layers
+        }
+        own = (self.hidden, self.ffn, self.q_rows, self.kv_rows, self.gated)
+        return shapes == {own} and spec.vocab == self.vocab
+
+
+def _layer_weights(hidden: int, ffn: int, q_rows: int, kv_rows: int, gated: bool) -> int:
+    return hidden * (2 * q_rows + 2 * kv_rows + (3 if gated else 2) * ffn)
+
+
+@dataclass(frozen=True, slots=True)
+class TimesOf:
+    """Whose times a plan was made from. ``model`` is None where the lab does not name one.
+
+    ``assumed`` is True where they are not the described times of the planned model.
+    """
+
+    model: str | None
+    assumed: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LabDevice:
+    """One described device. Times are seconds, by width; ``container`` is the width executed.
+
+    ``watts`` is what the device draws while it computes; None where that is not known.
+    ``on_chip_bytes`` and ``arithmetic`` are as in DeviceProfile. ``layer_kl`` is what a layer adds
+    to the KL divergence here, by width, where the file says so itself.
+    """
+
+    name: str
+    memory_bytes: int
+    storage_bytes: int
+    container: Mapping[int, int]
+    layer_decode_s: Mapping[int, float]
+    layer_prefill_s_per_token: Mapping[int, float]
+    embed_s: Mapping[int, float]
+    head_s: Mapping[int, float]
+    call_s: float = 0.0
+    watts: float | None = None
+    on_chip_bytes: int | None = None
+    arithmetic: str = ""
+    layer_kl: Mapping[int, float] | None = None
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The widths that the device runs."""
+        return tuple(sorted(self.container))
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """A testbed: its devices in the file's order, and one link per ordered pair that has one."""
+
+    source: str
+    devices: tuple[LabDevice, ...]
+    links: tuple[LinkProfile, ...]
+    hop_formats: tuple[HopFormat, ...] = ()
+    """What the file says of hops; empty where it says nothing."""
+    model: LabModel | None = None
+    """Whose layer times the devices have; None where the file does not say."""
+
+    @property
+    def watts(self) -> dict[str, float]:
+        """Declared watts by device, of those that declare them."""
+        return {item.name: item.watts for item in self.devices if item.watts is not None}
+
+
+def times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
+    """Whose times ``lab_problem`` takes for ``spec``, in words for the user."""
+    if lab.model is None:
+        return TimesOf(
+            None,
+            True,
+            f"assumed: {lab.source} does not say which model its times are for, so they are taken"
+            " as they are: add `model:` (docs/labs.md)",
+        )
+    name = lab.model.name
+    if lab.model.is_shape_of(spec):
+        return TimesOf(name, False, f"those that {lab.source} describes for {name}")
+    factors = sorted({lab.model.layer_factor(layer) for layer in spec.layers})
+    layers = " to ".join(f"{factor:.3g}" for factor in (factors[0], factors[-1])[: len(factors)])
+    return TimesOf(
+        name,
+        True,
+        f"scaled from {name} by weights (layers x {layers},"
+        f" head x {lab.model.head_factor(spec):.3g}): assumed",
+    )
+
+
+def lab_problem(
+    lab: Lab,
+    spec: ModelSpec,
+    *,
+    bits: Sequence[int] | None = None,
+    formats: Mapping[int, Format] | None = None,
+    context_tokens: int,
+    slots: int = 1,
+    weight_errors: Sequence[Mapping[int, float]] | None = None,
+    max_weight_error: float | None = None,
+    sensitivities: Sequence[Mapping[int, float]] | None = None,
+    quality_budget: float | None = None,
+    objective: Objective | None = None,
+    pins: Mapping[int, str] | None = None,
+    excluded: Collection[str] = (),
+    hop_formats: Sequence[HopFormat] | None = None,
+    own: Own | None = None,
+) -> PlanningProblem:
+    """The problem of splitting ``spec`` over the lab; ``bits`` None: all that any device runs.
+
+    The lab's times are scaled by the weights of blocks where they are for another model, and taken
+    as they are where the lab does not say whose they are (``times_of``);
+    ``hop_formats`` None takes the lab's, else the default; ``own`` has the sensitivities of layers
+    in arithmetics that devices name. The other arguments are those of ``build_problem``. Raises
+    ValueError as ``build_problem``, LabError where no device runs any of ``bits``.
+    """
+    known = {width for device in lab.devices for width in device.bits}
+    wanted = sorted(known if bits is None else set(bits))
+    if not known & set(wanted):
+        asked, described = (", ".join(map(str, widths)) for widths in (wanted, sorted(known)))
+        raise LabError(
+            f"{lab.source}: no device runs {asked} bit: the described widths are {described}"
+        )
+    if formats is None:
+        formats = {width: Format.of(width) for width in sorted(known | set(wanted))}
+    return build_problem(
+        spec,
+        {device.name: _profile(device) for device in lab.devices},
+        {device.name: tuple(_timings(device, spec, lab.model)) for device in lab.devices},
+        lab.links,
+        bits=wanted,
+        slots=slots,
+        context_tokens=context_tokens,
+        chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
+        formats=formats,
+        weight_errors=weight_errors,
+        max_weight_error=max_weight_error,
+        call_s={device.name: device.call_s for device in lab.devices},
+        sensitivities=sensitivities,
+        quality_budget=quality_budget,
+        objective=objective,
+        pins=pins,
+        excluded=excluded,
+        hop_formats=hop_formats or lab.hop_formats or DEFAULT_HOPS,
+        watts=lab.watts,
+        own_sensitivities=_own_rows(lab, sensitivities, own or {}),
+    )
+
+
+def _own_rows(
+    lab: Lab, sensitivities: Sequence[Mapping[int, float]] | None, own: Own
+) -> dict[str, tuple[Mapping[int, float], ...]]:
+    """As ``coordinator.quality.store.own_rows``; what a device says itself goes before."""
+    rows = own_rows({device.name: device.arithmetic for device in lab.devices}, sensitivities, own)
+    for device in lab.devices:
+        if sensitivities and device.layer_kl is not None:
+            layers = [device.layer_kl] * (len(sensitivities) - 2)
+            rows[device.name] = (sensitivities[0], *layers, sensitivities[-1])
+    return rows
+
+
+def _profile(device: LabDevice) -> DeviceProfile:
+    # What only a measurement can tell, and no plan is made from, is 0.
+    return DeviceProfile(
+        machine=device.name,
+        processor="described",
+        cores=0,
+        threads=0,
+        backend="described",
+        backend_version="",
+        container_bits=tuple(sorted(device.container.items())),
+        memory_bytes=device.memory_bytes,
+        memory_total_bytes=device.memory_bytes,
+        storage_bytes=device.storage_bytes,
+        memory_read_bytes_per_s=0.0,
+        disk_write_bytes_per_s=0.0,
+        call_s=device.call_s,
+        on_chip_bytes=device.on_chip_bytes,
+        arithmetic=device.arithmetic,
+    )
+
+
+def _timings(device: LabDevice, spec: ModelSpec, model: LabModel | None) -> Iterator[BlockTiming]:
+    ends = embedding = 1.0
+    layers = dict.fromkeys(spec.layers, 1.0)
+    if model is not None and not model.is_shape_of(spec):
+        ends, embedding = model.head_factor(spec), spec.hidden / model.hidden
+        layers = {layer: model.layer_factor(layer) for layer in spec.layers}
+    for bits in device.bits:
+        embed_s, head_s = embedding * device.embed_s[bits], ends * device.head_s[bits]
+        yield BlockTiming("embedding", 0, bits, embed_s, embed_s)
+        # In the order of ``layer_variants``: distinct shapes by first appearance.
+        for variant, factor in enumerate(layers.values()):
+            yield BlockTiming(
+                "layer",
+                variant,
+                bits,
+                factor * device.layer_decode_s[bits],
+                factor * device.layer_prefill_s_per_token[bits],
+            )
+        # A prompt's last row alone goes through the head: its share in a full chunk.
+        yield BlockTiming("head", 0, bits, head_s, head_s / limits.PREFILL_CHUNK_TOKENS)

@@ -1,0 +1,1 @@
+"""The DILEMMA paper's integer program and its experiments."""

@@ -1,0 +1,494 @@
+"""Repeated planning: a plan under drawn link speeds, and the experiments of the DILEMMA paper.
+
+``simulate`` asks what a plan is worth when links are not what they were taken for.
+``study_dilemma`` computes the bits of the paper's Table 1 and its figures 3, 5 and 6, from the
+paper's cost model and synthetic weights: nothing in it was measured on a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.spec import LayerSpec, ModelSpec
+from planning.insight.picture import Curve, curves_svg
+from planning.paper import dilemma
+from planning.paper.study_log import StudyLog
+from planning.plan import Plan, PlanError, assess
+from planning.planner import solve
+from planning.problem import PlanningProblem
+
+SPEED_FACTOR = 10.0
+"""Each link's speed is drawn between its own and this many times its own (Source: DILEMMA)."""
+
+Solve = Callable[[PlanningProblem, float], Plan]
+OnRun = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How values are distributed over the runs."""
+
+    runs: int
+    low: float
+    tenth: float
+    median: float
+    ninetieth: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        """Of at least one value; tenth and ninetieth percentile are interpolated."""
+        ordered = sorted(values)
+        if len(ordered) == 1:
+            return Spread(1, *ordered * 5)
+        tenths = statistics.quantiles(ordered, n=10, method="inclusive")
+        return Spread(
+            len(ordered),
+            ordered[0],
+            tenths[0],
+            statistics.median(ordered),
+            tenths[8],
+            ordered[-1],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """Predicted seconds (the objective) under drawn link speeds.
+
+    ``kept`` is the given plan left as it is, ``replanned`` the best plan of each draw, of which
+    ``distinct`` different ones came up. ``replanned`` is None where every search ran out of time,
+    ``unsolved`` counts the draws where it did, ``unproven`` those whose plan may not be the best.
+    """
+
+    kept: Spread
+    replanned: Spread | None
+    distinct: int
+    unsolved: int
+    unproven: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def simulate(
+    plan: Plan,
+    problem: PlanningProblem,
+    runs: int,
+    *,
+    seed: int = 0,
+    solve_limit_s: float = 5.0,
+    solve_again: Solve | None = None,
+    on_run: OnRun = lambda done, total: None,
+) -> Simulation:
+    """Draw each link's speed uniformly in [its own, SPEED_FACTOR times its own], ``runs`` times.
+
+    Both directions of a pair get the same factor; round trips stay. The same seed draws the same.
+    """
+    again = solve_again or (lambda drawn, limit_s: solve(drawn, time_limit_s=limit_s))
+    random_source = random.Random(seed)  # noqa: S311 - a simulation
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
+    hop_bits = [stage.hop_bits for stage in plan.stages[:-1]]
+    kept: list[float] = []
+    best: list[float] = []
+    placements = set()
+    unproven = 0
+    for run in range(runs):
+        on_run(run, runs)
+        drawn = _drawn(problem, random_source)
+        same = assess(drawn, stages, plan.proof, hop_bits).value
+        kept.append(same)
+        try:
+            found = again(drawn, solve_limit_s)
+        except PlanError:
+            continue
+        unproven += not found.proven_optimal
+        best.append(min(found.value, same))
+        placements.add(found.placements)
+    on_run(runs, runs)
+    return Simulation(
+        Spread.of(kept),
+        Spread.of(best) if best else None,
+        len(placements),
+        runs - len(best),
+        unproven,
+    )
+
+
+def _drawn(problem: PlanningProblem, random_source: random.Random) -> PlanningProblem:
+    factors = {
+        pair: random_source.uniform(1.0, SPEED_FACTOR)
+        for pair in sorted({(min(pair), max(pair)) for pair in problem.links})
+    }
+    links = {
+        pair: replace(link, bytes_per_s=link.bytes_per_s * factors[min(pair), max(pair)])
+        for pair, link in problem.links.items()
+    }
+    return replace(problem, links=links)
+
+
+# ---- the paper's experiments -------------------------------------------------------------------
+
+DELTAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PAPER_BITS = dict(zip(DELTAS, (12, 10, 8, 8, 6, 4, 4, 4), strict=True))
+"""Table 1: its quantization ratios times the 32 bits of the original."""
+STUDY_BITS = tuple(range(4, 33, 2))
+"""Least 4, in steps of 2 (Source: DILEMMA, "Environment Setup")."""
+MIN_LINK_BIT_PER_S = (1e6, 1e7, 1e8, 1e9, 1e10)
+CLOCKS_HZ = (0.5e9, 1e9, 2e9, 4e9)
+
+LARGEST_WEIGHT = (0.21, 0.32)
+"""Range of max|w| per synthetic layer. Truncation with step R / 2^(b-1) gives Table 1's bits for
+0.2048 < R <= 0.3277 and for no other R: at 1e-4 six bits must fail, at 1e-5 eight must do."""
+_SYNTHETIC_WEIGHTS = 1 << 14
+# Assumed, as the paper does not give them: three servers, each with room for 2/5 of the model.
+_SERVER_CLOCKS_HZ = (1.2e9, 1.8e9, 2.4e9)
+_STORAGE_SHARE = 0.4
+_STUDY_DELTA = 1e-3
+_STUDY_LINK_BIT_PER_S = 1e7
+_SOLVE_LIMIT_S = 60.0
+
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One delta: the bits of all layers, what is kept of the model, and the program's T."""
+
+    delta: float
+    bits: tuple[int, ...]
+    """The different widths among the layers."""
+    paper_bits: int
+    quantization_ratio: float
+    objective_s: float
+    proven: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The objective in seconds over the runs, at each value of what was varied."""
+
+    values: tuple[float, ...]
+    spreads: tuple[Spread, ...]
+    unproven: int
+
+
+@dataclass(frozen=True, slots=True)
+class OddityRow:
+    """The paper's program on a small case with one repair left out.
+
+    ``honest_s`` charges every transfer of the choice; None where there is no such model.
+    ``bits`` are by layer, ``servers`` how many are used.
+    """
+
+    left_out: str
+    verdict: str
+    objective_s: float | None = None
+    honest_s: float | None = None
+    bits: tuple[int, ...] = ()
+    servers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DilemmaStudy:
+    """Everything that ``shoal study dilemma`` computes. ``solver`` made the table."""
+
+    seed: int
+    runs: int
+    solver: str
+    table: tuple[TableRow, ...]
+    oddities: tuple[OddityRow, ...]
+    links: Sweep
+    """Over the least link speed, bit/s."""
+    clocks: Sweep
+    """Over the clock of every server, Hz."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def figures(self) -> dict[str, str]:
+        """The paper's figures as SVG text, by file name."""
+        note = f"paper's cost model, assumed servers, seed {self.seed}: computed, not measured"
+        drawn = f"{note}; median and 10-90 % of {self.runs} runs"
+        return {
+            "figure-3-delta.svg": curves_svg(
+                [Curve("objective", tuple((row.delta, row.objective_s) for row in self.table))],
+                title="Objective against delta (2e relaxed)",
+                note=note,
+                x_label="delta",
+                y_label="T, s",
+            ),
+            "figure-5-links.svg": curves_svg(
+                [_curve(self.links, 1e6)],
+                title="Objective against the slowest link",
+                note=drawn,
+                x_label="least link speed, Mbit/s",
+                y_label="T, s",
+                from_zero=False,
+            ),
+            "figure-6-clock.svg": curves_svg(
+                [_curve(self.clocks, 1e9)],
+                title="Objective against the servers' clock",
+                note=drawn,
+                x_label="clock (CCS), GHz",
+                y_label="T, s",
+            ),
+        }
+
+
+def study_dilemma(
+    *,
+    runs: int = 100,
+    seed: int = 0,
+    layers: int = 24,
+    on_step: OnStep = lambda what, done, total: None,
+    log: Path | None = None,
+) -> DilemmaStudy:
+    """Table 1 and figures 3, 5 and 6 on ``layers`` layers of OPT-350m's shape.
+
+    ``log`` is a file that gets each draw's result as it comes; what it has of the same study is
+    not computed again, however few runs it was for. Raises PlanError where a program could not be
+    solved within a minute, OSError where the file cannot be written.
+    """
+    what = {"name": "dilemma", "seed": seed, "layers": layers, "version": 1}
+    with StudyLog(log, what) as kept:
+        return _study(runs, seed, layers, on_step, kept)
+
+
+def _study(runs: int, seed: int, layers: int, on_step: OnStep, kept: StudyLog) -> DilemmaStudy:
+    spec = opt_350m(layers)
+    random_source = random.Random(seed)  # noqa: S311 - a simulation
+    errors = synthetic_errors(layers, seed)
+    rows = []
+    solver = ""
+    for done, delta in enumerate(DELTAS):
+        on_step("Table 1", done, len(DELTAS))
+        instance = _instance(spec, errors, delta, _SERVER_CLOCKS_HZ, _links(_STUDY_LINK_BIT_PER_S))
+        relaxed = replace(instance, storage_bytes=(float("inf"),) * len(_SERVER_CLOCKS_HZ))
+        solution = dilemma.solve(relaxed, dilemma.ALL_REPAIRS, time_limit_s=_SOLVE_LIMIT_S)
+        solver = solution.solver
+        rows.append(
+            TableRow(
+                delta=delta,
+                bits=tuple(sorted({choice.bits for choice in solution.choices})),
+                paper_bits=PAPER_BITS[delta],
+                quantization_ratio=dilemma.quantization_ratio(relaxed, solution.choices),
+                objective_s=solution.objective_s,
+                proven=solution.proven_optimal,
+            )
+        )
+    on_step("Table 1", len(DELTAS), len(DELTAS))
+    oddities = dilemma_oddities(seed, on_step)
+    factors = [
+        {
+            pair: random_source.uniform(1.0, SPEED_FACTOR)
+            for pair in itertools.combinations(range(len(_SERVER_CLOCKS_HZ)), 2)
+        }
+        for _ in range(runs)
+    ]
+    links = _sweep(
+        "figure 5",
+        MIN_LINK_BIT_PER_S,
+        factors,
+        lambda least, drawn: _instance(
+            spec, errors, _STUDY_DELTA, _SERVER_CLOCKS_HZ, _links(least, drawn)
+        ),
+        on_step,
+        kept,
+    )
+    clocks = _sweep(
+        "figure 6",
+        CLOCKS_HZ,
+        factors,
+        lambda clock, drawn: _instance(
+            spec,
+            errors,
+            _STUDY_DELTA,
+            (clock,) * len(_SERVER_CLOCKS_HZ),
+            _links(_STUDY_LINK_BIT_PER_S, drawn),
+        ),
+        on_step,
+        kept,
+    )
+    return DilemmaStudy(seed, runs, solver, tuple(rows), oddities, links, clocks)
+
+
+def dilemma_oddities(
+    seed: int = 0, on_step: OnStep = lambda what, done, total: None
+) -> tuple[OddityRow, ...]:
+    """Four layers on four servers that hold two each, with links of 1 Mbit/s; delta 1e-3."""
+    clocks_hz = (1.2e9, 1.5e9, 1.8e9, 2.1e9)
+    instance = dilemma.ccs_instance(
+        opt_350m(4),
+        clocks_hz=clocks_hz,
+        links_bit_per_s={pair: 1e6 for pair in itertools.permutations(range(4), 2)},
+        storage_bytes=(float("inf"),) * 4,
+        bits=STUDY_BITS,
+        errors=synthetic_errors(4, seed),
+        delta=_STUDY_DELTA,
+    )
+    layer_bytes = instance.stored_bytes[0][PAPER_BITS[_STUDY_DELTA]]
+    instance = replace(instance, storage_bytes=(2.7 * layer_bytes,) * 4)
+    cases = {"nothing": dilemma.ALL_REPAIRS}
+    names = ("2c", "2d", "2e", "2f", "cm")
+    for name in names:
+        cases[name] = dilemma.Repairs.of(other for other in names if other != name)
+    cases["all five"] = dilemma.Repairs()
+    rows = []
+    for done, (left_out, repairs) in enumerate(cases.items()):
+        on_step("oddities", done, len(cases))
+        try:
+            found = dilemma.solve(instance, repairs, time_limit_s=_SOLVE_LIMIT_S)
+        except PlanError as error:
+            rows.append(OddityRow(left_out, str(error).removeprefix("the paper's program has ")))
+            continue
+        rows.append(
+            OddityRow(
+                left_out,
+                "optimal" if found.proven_optimal else "not proven",
+                found.objective_s,
+                found.honest_s,
+                tuple(choice.bits for choice in found.choices),
+                len({choice.device for choice in found.choices}),
+            )
+        )
+    on_step("oddities", len(cases), len(cases))
+    return tuple(rows)
+
+
+def opt_350m(layers: int = 24) -> ModelSpec:
+    """The paper's model by its numbers, with as many of its layers as asked for."""
+    layer = LayerSpec(
+        hidden=1024,
+        heads=16,
+        kv_heads=16,
+        head_dim=64,
+        ffn=4096,
+        norm="layernorm",
+        norm_eps=1e-5,
+        norm_position="post",
+        activation="relu",
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+    return ModelSpec(
+        vocab=50272,
+        hidden=1024,
+        embed_dim=512,
+        max_context=2048,
+        layers=(layer,) * layers,
+        learned_positions=2050,
+        position_offset=2,
+        final_norm=False,
+        tied_head=True,
+        bos_token=2,
+        eos_tokens=(2,),
+    )
+
+
+def synthetic_errors(layers: int, seed: int) -> tuple[dict[int, float], ...]:
+    """max|w - w_b| / 2^b of normal weights whose largest is drawn from LARGEST_WEIGHT."""
+    source = np.random.default_rng(seed)
+    errors = []
+    for _ in range(layers):
+        weights = source.standard_normal(_SYNTHETIC_WEIGHTS)
+        weights *= source.uniform(*LARGEST_WEIGHT) / np.abs(weights).max()
+        errors.append({b: truncation_error(weights, b) / 2.0**b for b in STUDY_BITS})
+    return tuple(errors)
+
+
+def truncation_error(weights: npt.NDArray[np.float64], bits: int) -> float:
+    """Largest |w - w_b| of truncation towards zero with step max|w| / 2^(bits - 1)."""
+    step = float(np.abs(weights).max()) / 2.0 ** (bits - 1)
+    codes = np.clip(np.trunc(weights / step), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+    return float(np.abs(weights - codes * step).max())
+
+
+def _instance(
+    spec: ModelSpec,
+    errors: Sequence[Mapping[int, float]],
+    delta: float,
+    clocks_hz: Sequence[float],
+    links_bit_per_s: Mapping[tuple[int, int], float],
+) -> dilemma.Instance:
+    """All layers on assumed servers that together hold 6/5 of the model at the bits of delta."""
+    instance = dilemma.ccs_instance(
+        spec,
+        clocks_hz=clocks_hz,
+        links_bit_per_s=links_bit_per_s,
+        storage_bytes=(float("inf"),) * len(clocks_hz),
+        bits=STUDY_BITS,
+        errors=errors,
+        delta=delta,
+    )
+    least = sum(
+        min(size for b, size in sizes.items() if instance.allowed(0, layer, b))
+        for layer, sizes in enumerate(instance.stored_bytes)
+    )
+    return replace(instance, storage_bytes=(_STORAGE_SHARE * least,) * len(clocks_hz))
+
+
+def _links(
+    least_bit_per_s: float, factors: Mapping[tuple[int, int], float] | None = None
+) -> dict[tuple[int, int], float]:
+    links = {}
+    for i, j in itertools.combinations(range(len(_SERVER_CLOCKS_HZ)), 2):
+        speed = least_bit_per_s * (factors[i, j] if factors else 1.0)
+        links[i, j] = links[j, i] = speed
+    return links
+
+
+def _sweep(
+    what: str,
+    values: Sequence[float],
+    factors: Sequence[Mapping[tuple[int, int], float]],
+    instance: Callable[[float, Mapping[tuple[int, int], float]], dilemma.Instance],
+    on_step: OnStep,
+    kept: StudyLog,
+) -> Sweep:
+    """The optimum for each value and each run; every value sees the same draws."""
+
+    def solved(value: float, drawn: Mapping[tuple[int, int], float]) -> list[Any]:
+        # Exact with all repairs, and many times faster than with all 15 widths.
+        few = dilemma.without_dominated(instance(value, drawn))
+        solution = dilemma.solve_by_stages(few) or dilemma.solve(
+            few, dilemma.ALL_REPAIRS, time_limit_s=_SOLVE_LIMIT_S
+        )
+        return [solution.objective_s, solution.proven_optimal]
+
+    spreads = []
+    unproven = 0
+    for index, value in enumerate(values):
+        objectives = []
+        for run, drawn in enumerate(factors):
+            on_step(what, index * len(factors) + run, len(values) * len(factors))
+            objective_s, proven = kept.result(
+                f"{what}, {value:g}, draw {run}", functools.partial(solved, value, drawn)
+            )
+            unproven += not proven
+            objectives.append(objective_s)
+        spreads.append(Spread.of(objectives))
+    on_step(what, len(values) * len(factors), len(values) * len(factors))
+    return Sweep(tuple(values), tuple(spreads), unproven)
+
+
+def _curve(sweep: Sweep, unit: float) -> Curve:
+    points = zip(sweep.values, sweep.spreads, strict=True)
+    return Curve(
+        "median",
+        tuple((value / unit, spread.median) for value, spread in points),
+        tuple((spread.tenth, spread.ninetieth) for spread in sweep.spreads),
+    )

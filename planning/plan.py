@@ -1,0 +1,416 @@
+"""A plan as a value: which device runs which blocks at how many bits, and what that predicts.
+
+    PlanError            a plan cannot be made, read, or is not what it says
+    └── InfeasiblePlan   no plan exists; carries advice on what would make one
+
+``assess`` computes every figure of a plan from its stages, ``verify`` checks a plan that came
+from anywhere. Neither needs a solver.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from planning.json_codec import from_plain, to_plain
+from planning.problem import Objective, PlanningProblem
+
+FORMAT = 1
+OPTIMALITY_GAP = 1e-6
+"""A plan whose proved gap is not above this is called optimal."""
+
+_RELATIVE_ERROR = 1e-9
+
+
+class PlanError(Exception):
+    """No usable plan; one line for the user. The command line catches it and exits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Changes that each suffice alone to make a plan possible (memory and storage: together)."""
+
+    memory_short_bytes: tuple[tuple[str, int], ...] = ()
+    storage_short_bytes: tuple[tuple[str, int], ...] = ()
+    allow_bits: int | None = None
+    max_weight_error: float | None = None
+    quality_budget: float | None = None
+    free_placement: bool = False
+    declare_watts: tuple[str, ...] = ()
+    missing_links: tuple[tuple[str, str], ...] = ()
+    """(source, target) of the links that would be enough, all of them together."""
+
+
+class InfeasiblePlan(PlanError):
+    """No plan exists. ``advice`` says as numbers what the message says in words."""
+
+    def __init__(self, message: str, advice: Advice | None = None) -> None:
+        super().__init__(message)
+        self.advice = advice or Advice()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one block is, and at how many bits."""
+
+    block: int
+    device: str
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Blocks [first, first + len(bits)) on one device, with what they are predicted to take.
+
+    ``compute_s`` is one decoded token, the stage's call overhead included. ``memory_bytes`` counts
+    weights as executed, KV cache and buffers; ``storage_bytes`` what is kept on disk.
+    ``hop_bits`` is the width of the hidden values that it sends on; the last stage sends a token.
+    ``energy_j`` is the device's watts while it computes, times ``compute_s``; None: not known.
+    """
+
+    device: str
+    first: int
+    bits: tuple[int, ...]
+    compute_s: float
+    prefill_s_per_token: float
+    memory_bytes: int
+    memory_limit_bytes: int
+    storage_bytes: int
+    storage_limit_bytes: int
+    hop_bits: int | None = None
+    energy_j: float | None = None
+
+    @property
+    def last(self) -> int:
+        """End of the half-open range of blocks."""
+        return self.first + len(self.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One token's hidden state on its way between two stages."""
+
+    source: str
+    target: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Who found the plan, in how long, and how good it is known to be.
+
+    ``bound`` is a proved lower bound of the objective (``Plan.value``) of any plan.
+    """
+
+    solver: str
+    solve_s: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A split of one model. Times are predicted seconds for one token of one sequence.
+
+    ``decode_s`` = compute of all stages + hops + return. ``prefill_s_per_token`` = compute + bytes
+    on the links, within a chunk long enough to hide round trips. ``bottleneck_s`` is the slowest
+    stage's compute + the link that leaves it. ``load_s`` is what bringing the missing blocks takes,
+    one after the other. ``worst_weight_error`` and ``total_sensitivity`` (KL divergence of blocks
+    and hops, nats) are None where one of them was not measured. ``energy_j`` is what the stages
+    draw while they compute a token; None where that of one is not known.
+    """
+
+    stages: tuple[Stage, ...]
+    hops: tuple[Hop, ...]
+    return_s: float
+    decode_s: float
+    prefill_s_per_token: float
+    worst_weight_error: float | None
+    proof: Proof
+    version: int = field(default=FORMAT, kw_only=True)
+    bottleneck_s: float = field(default=0.0, kw_only=True)
+    load_s: float = field(default=0.0, kw_only=True)
+    total_sensitivity: float | None = field(default=None, kw_only=True)
+    energy_j: float | None = field(default=None, kw_only=True)
+    objective: Objective = field(default=Objective(), kw_only=True)
+
+    @property
+    def value(self) -> float:
+        """The objective: what the planner minimised, in seconds; energy in joules."""
+        if self.objective.kind == "energy":
+            return math.inf if self.energy_j is None else self.energy_j
+        prompt, output = self.objective.tokens
+        value = prompt * self.prefill_s_per_token + output * self.decode_s
+        if self.objective.kind == "throughput":
+            value += self.bottleneck_s
+        return value + self.objective.migration_weight * self.load_s
+
+    @property
+    def value_text(self) -> str:
+        """The objective with its unit."""
+        if self.objective.kind == "energy":
+            return f"{self.value:.3g} J"
+        return f"{1e3 * self.value:.2f} ms"
+
+    @property
+    def gap(self) -> float:
+        """Share of the objective that a better plan might save, 0 to 1."""
+        return max(0.0, (self.value - self.proof.bound) / self.value)
+
+    @property
+    def proven_optimal(self) -> bool:
+        """True where no plan is better, to within OPTIMALITY_GAP."""
+        return self.gap <= OPTIMALITY_GAP
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Every block in order, with its device and bits."""
+        return tuple(
+            Placement(block, stage.device, bits)
+            for stage in self.stages
+            for block, bits in enumerate(stage.bits, stage.first)
+        )
+
+    def changes(self, later: Plan) -> tuple[Placement, ...]:
+        """Placements of ``later`` that this plan does not have: what a switch would load."""
+        here = set(self.placements)
+        return tuple(item for item in later.placements if item not in here)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @staticmethod
+    def from_dict(values: object) -> Plan:
+        """Inverse of ``to_dict``. Raises PlanError naming a key that is missing, unknown or wrong.
+
+        What has a default may be left out. Figures are not checked: that is what ``verify`` is for.
+        """
+        proof = values.get("proof") if isinstance(values, dict) else None
+        if isinstance(values, dict) and isinstance(proof, dict) and "bound_s" in proof:
+            # So it was called when all objectives were in seconds.
+            renamed = {{"bound_s": "bound"}.get(key, key): item for key, item in proof.items()}
+            values = {**values, "proof": renamed}
+        try:
+            plan: Plan = from_plain(Plan, values, "plan", finite=True)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+        if plan.version != FORMAT:
+            raise PlanError(f"plan.version: {plan.version}, this program reads {FORMAT}")
+        sending = plan.stages[:-1]
+        if all(stage.hop_bits is None for stage in sending):
+            # Saved before hops had a width: they were sent as they are computed.
+            stages = (*(replace(stage, hop_bits=32) for stage in sending), *plan.stages[-1:])
+            plan = replace(plan, stages=stages)
+        return plan
+
+
+def assess(
+    problem: PlanningProblem,
+    stages: Sequence[tuple[int, int, Sequence[int]]],
+    proof: Proof,
+    hop_bits: Sequence[int | None] | None = None,
+) -> Plan:
+    """The plan made of ``stages``, given as (device index, first block, bits per block).
+
+    ``hop_bits`` has the width of each hop; None (of one, or of all): the cheapest permitted one,
+    with a quality budget the one that takes least of it.
+    Limits are reported, not enforced (``verify`` does). Raises PlanError for what has no figures:
+    a block at bits that the device cannot run, neighbours without a link, no stage at all.
+    """
+    if not stages:
+        raise PlanError("the plan has no stages")
+    order = [device for device, _, _ in stages]
+    pairs = list(itertools.pairwise(order))
+    sent = [
+        _usual_hop_bits(problem, *pair) if bits is None else bits
+        for pair, bits in zip(pairs, hop_bits or [None] * len(pairs), strict=True)
+    ]
+    assessed = tuple(
+        _assess_stage(problem, *stage, bits)
+        for stage, bits in zip(stages, (*sent, None), strict=True)
+    )
+    hops = []
+    wire_s = 0.0
+    for (source, target), bits in zip(pairs, sent, strict=True):
+        names = problem.devices[source].name, problem.devices[target].name
+        seconds = problem.hop_s(source, target, bits)
+        if seconds == math.inf:
+            raise PlanError(problem.no_link(source, target))
+        hops.append(Hop(*names, seconds))
+        wire_s += problem.hop_bytes(bits) / problem.links[source, target].bytes_per_s
+    return_s = problem.return_s(order[-1], order[0])
+    if return_s == math.inf:
+        raise PlanError(problem.no_link(order[-1], order[0]))
+    places = [(i, k, bits) for i, first, widths in stages for k, bits in enumerate(widths, first)]
+    errors = [problem.weight_error(block, bits) for _, block, bits in places]
+    losses = [problem.sensitivity(*place) for place in places]
+    losses += [problem.hop_sensitivity(bits) for bits in sent]
+    leaving_s = [hop.seconds for hop in hops] + [return_s]
+    return Plan(
+        stages=assessed,
+        hops=tuple(hops),
+        return_s=return_s,
+        decode_s=math.fsum([stage.compute_s for stage in assessed] + leaving_s),
+        prefill_s_per_token=math.fsum(stage.prefill_s_per_token for stage in assessed) + wire_s,
+        worst_weight_error=_if_all_known(max, errors),
+        proof=proof,
+        bottleneck_s=max(
+            stage.compute_s + link_s for stage, link_s in zip(assessed, leaving_s, strict=True)
+        ),
+        load_s=math.fsum(problem.load_s(*place) for place in places),
+        total_sensitivity=_if_all_known(math.fsum, losses),
+        energy_j=_if_all_known(math.fsum, [stage.energy_j for stage in assessed]),
+        objective=problem.objective,
+    )
+
+
+def verify(plan: Plan, problem: PlanningProblem) -> None:
+    """Check a plan against the problem without trusting a solver or the plan's own figures.
+
+    Raises PlanError naming the first of these that is violated: coverage, one contiguous stage per
+    device, allowed bits of blocks and hops, weight error, memory, storage, budget, and each
+    predicted figure.
+    """
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    seen: set[str] = set()
+    expected = 0
+    for stage in plan.stages:
+        if stage.device not in indices:
+            raise PlanError(f"unknown device {stage.device}")
+        known = problem.devices[indices[stage.device]].watts is not None
+        if problem.objective.kind == "energy" and not known:
+            raise PlanError(f"{stage.device} has no watts: nothing is known of its energy")
+        if stage.device in seen:
+            raise PlanError(f"{stage.device} has more than one stage")
+        seen.add(stage.device)
+        if not stage.bits:
+            raise PlanError(f"the stage on {stage.device} is empty")
+        if stage.first != expected:
+            raise PlanError(f"the stage on {stage.device} starts at {stage.first}, not {expected}")
+        expected = stage.last
+    blocks = problem.spec.block_count
+    if expected != blocks:
+        raise PlanError(f"the plan covers {expected} of {blocks} blocks")
+    for place in plan.placements:
+        name = problem.spec.block_name(place.block)
+        if place.bits not in problem.bits:
+            raise PlanError(f"{name} is at {place.bits} bit, which was not asked for")
+        if not problem.within_error(place.block, place.bits):
+            error = problem.weight_error(place.block, place.bits)
+            bound = problem.max_weight_error[place.block]
+            raise PlanError(f"{name} at {place.bits} bit has weight error {error}, above {bound}")
+        pinned = problem.pins.get(place.block, indices[place.device])
+        if indices[place.device] != pinned:
+            raise PlanError(f"{name} is on {place.device}, not {problem.devices[pinned].name}")
+        if indices[place.device] in problem.excluded:
+            raise PlanError(f"{name} is on {place.device}, which is excluded")
+    permitted = [form.bits for form in problem.permitted_hops]
+    hop_bits = []
+    for stage in plan.stages[:-1]:
+        if stage.hop_bits not in permitted:
+            widths = ", ".join(map(str, permitted)) or "none"
+            raise PlanError(f"{stage.device} sends at {stage.hop_bits} bit: permitted are {widths}")
+        hop_bits.append(stage.hop_bits)
+    stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
+    actual = assess(problem, stages, plan.proof, hop_bits)
+    for stage in actual.stages:
+        for kind, used, limit in (
+            ("memory", stage.memory_bytes, stage.memory_limit_bytes),
+            ("storage", stage.storage_bytes, stage.storage_limit_bytes),
+        ):
+            if used > limit:
+                raise PlanError(f"{stage.device} needs {used} bytes of {kind} and has {limit}")
+    if not keeps_budget(actual, problem):
+        raise PlanError(
+            f"the sensitivities add up to {actual.total_sensitivity},"
+            f" above the budget {problem.quality_budget}"
+        )
+    _compare(plan.to_dict(), actual.to_dict(), "plan")
+    if not plan.proof.bound <= plan.value * (1 + OPTIMALITY_GAP):
+        raise PlanError(f"the proved bound {plan.proof.bound} is above {plan.value}")
+
+
+def keeps_budget(plan: Plan, problem: PlanningProblem) -> bool:
+    """True where there is no quality budget, or the plan is known to stay within it."""
+    if problem.quality_budget is None:
+        return True
+    total = plan.total_sensitivity
+    return total is not None and total <= problem.quality_budget
+
+
+def bits_text(bits: Iterable[int]) -> str:
+    """Widths of consecutive blocks, repeats counted: ``16 8x11 4``."""
+    runs = [(width, len(list(group))) for width, group in itertools.groupby(bits)]
+    return " ".join(str(width) if count == 1 else f"{width}x{count}" for width, count in runs)
+
+
+def _usual_hop_bits(problem: PlanningProblem, source: int, target: int) -> int:
+    """The width of a hop that nothing else is said of."""
+    choices = problem.hop_choices(source, target)
+    if not choices:
+        if (source, target) not in problem.links:
+            raise PlanError(problem.no_link(source, target))
+        names = problem.devices[source].name, problem.devices[target].name
+        raise PlanError(
+            f"there is no width of known sensitivity for the hop from {names[0]} to {names[1]}"
+        )
+    return choices[0 if problem.quality_budget is None else -1].bits
+
+
+def _assess_stage(
+    problem: PlanningProblem, index: int, first: int, widths: Sequence[int], hop_bits: int | None
+) -> Stage:
+    device = problem.devices[index]
+    memory, storage = device.stage_bytes, 0
+    decode, prefill = [device.call_s], []
+    for block, bits in enumerate(widths, first):
+        option = device.option(block, bits)
+        if option is None:
+            name = problem.spec.block_name(block)
+            raise PlanError(f"{device.name} cannot run {name} at {bits} bit")
+        memory += option.executed_bytes + problem.kv_bytes[block]
+        storage += problem.stored_bytes[block][bits]
+        decode.append(option.decode_s)
+        prefill.append(option.prefill_s_per_token)
+    compute_s = math.fsum(decode)
+    return Stage(
+        device=device.name,
+        first=first,
+        bits=tuple(widths),
+        compute_s=compute_s,
+        prefill_s_per_token=math.fsum(prefill),
+        memory_bytes=memory,
+        memory_limit_bytes=device.memory_bytes,
+        storage_bytes=storage,
+        storage_limit_bytes=device.storage_bytes,
+        hop_bits=hop_bits,
+        energy_j=None if device.watts is None else device.watts * compute_s,
+    )
+
+
+def _if_all_known(
+    combine: Callable[[list[float]], float], values: Sequence[float | None]
+) -> float | None:
+    known = [value for value in values if value is not None]
+    return combine(known) if len(known) == len(values) else None
+
+
+def _compare(claimed: Any, actual: Any, where: str) -> None:
+    """Raise PlanError where a claimed value differs from the recomputed one."""
+    if isinstance(actual, dict):
+        for key, value in actual.items():
+            _compare(claimed[key], value, f"{where}.{key}")
+    elif isinstance(actual, list):
+        if len(claimed) != len(actual):
+            raise PlanError(f"{where}: {len(claimed)} entries, not {len(actual)}")
+        for index, value in enumerate(actual):
+            _compare(claimed[index], value, f"{where}[{index}]")
+    elif isinstance(actual, float) and isinstance(claimed, float):
+        if not math.isclose(claimed, actual, rel_tol=_RELATIVE_ERROR, abs_tol=0.0):
+            raise PlanError(f"{where}: {claimed}, recomputed {actual}")
+    elif claimed != actual:
+        raise PlanError(f"{where}: {claimed}, recomputed {actual}")

@@ -1,0 +1,622 @@
+"""Chooses the plan that is best by the problem's objective, or says why there is none.
+
+``solve`` is a function of the problem alone, apart from the clock: the same problem gives the same
+plan, unless the time limit cuts the search short. Of equally good plans it prefers fewer stages,
+then wider bits where they cost nothing, then devices in their given order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from planning.exact.program import Aim, Choice, PlanProgram, StageChoice
+from planning.exact.solver import Outcome, SolverError, SolverName, default_solver, run
+from planning.plan import (
+    Advice,
+    InfeasiblePlan,
+    Plan,
+    PlanError,
+    Proof,
+    assess,
+    keeps_budget,
+    verify,
+)
+from planning.problem import Device, Objective, PlanningProblem
+from planning.search.search import Found, search
+from wire.profile import LinkProfile
+
+# Solvers keep each row to about 1e-6 of its limit; a plan that used this slack is solved again
+# with limits lowered by more than it.
+_LIMIT_MARGIN = 4e-6
+# Raising bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
+_FREE = 1e-9
+# With more counts than this the search goes first, as it does where a gap is allowed: it closes
+# large problems sooner, but seldom to nothing. With more than the other the program is hopeless.
+_SMALL, _LARGE = 600, 6_000
+DEFAULT_GAP = 0.005
+"""What is aimed at where nothing else is asked for and the search has to go first: closing the
+last half percent can take as long as there is time."""
+
+# How often the least budget is looked for again, on the scale of the last answer.
+_BUDGET_ROUNDS = 4
+
+# Saying what is wrong is worth this much, even when the search has used up the limit.
+_ADVICE_S = 5.0
+# Which links a plan lacks is told by one that may be this far from the best.
+_LINKS_GAP = 0.05
+_ASSUMED_BYTES_PER_S = 1e9
+# The search gets this long in any case.
+_SEARCH_S = 1.0
+# And this long while there is no plan: the first takes a slow or busy machine longer.
+_LAST_RESORT_S = 5.0
+
+
+def solve(
+    problem: PlanningProblem,
+    *,
+    time_limit_s: float = 60.0,
+    gap: float | None = None,
+    on_progress: Callable[[str], None] | None = None,
+    solver: SolverName | None = None,
+) -> Plan:
+    """The best plan, verified; at the time limit, the best one found with its proved gap.
+
+    A plan that is proved to be within ``gap`` (0.01: one percent) of the best may end it early;
+    None: 0 for small problems, DEFAULT_GAP for those where the search goes first.
+    ``on_progress`` gets one line per step. ``solver`` None takes HiGHS where it is installed.
+    Raises InfeasiblePlan with advice, PlanError where the limit passed without any plan.
+    """
+    started_s = time.monotonic()
+    report = on_progress or (lambda _: None)
+    runner = _Runner(started_s + time_limit_s, solver)
+    report(f"planning {problem.spec.block_count} blocks on {len(problem.devices)} devices")
+    reason = _hopeless(problem)
+    if reason is None:
+        plan = _best(problem, runner, gap, report)
+        if plan is not None:
+            plan = replace(plan, proof=replace(plan.proof, solve_s=time.monotonic() - started_s))
+            verify(plan, problem)
+            return plan
+        if runner.failure is not None:
+            raise PlanError(f"no plan found, although one may exist: {runner.failure}")
+        if not runner.refused:
+            lost = "; ".join(map(str, problem.no_links.values()))
+            raise PlanError(
+                f"no plan found in {time_limit_s:g} s, although one may exist: allow more time,"
+                " or fewer devices" + (f"; links that do not work: {lost}" if lost else "")
+            )
+    report("no plan fits: looking for what would make one")
+    runner.deadline_s = max(runner.deadline_s, time.monotonic() + _ADVICE_S)
+    raise _explain(problem, reason, runner)
+
+
+def _best(
+    problem: PlanningProblem, runner: _Runner, asked: float | None, report: Callable[[str], None]
+) -> Plan | None:
+    """The best plan that was found; None where none was."""
+    size = _size(problem)
+    gap = (DEFAULT_GAP if size > _SMALL else 0.0) if asked is None else asked
+    found = Found(None, 0.0)
+    plan = None
+    if searching := size > _SMALL or gap > 0:
+        report("searching")
+        found = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0)
+        plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
+    bound = found.bound
+    if plan is None or (plan.gap > gap and size <= _LARGE and runner.left_s() > 0):
+        report("solving the integer program")
+        exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None)
+        if exact is None and plan is None and not searching:
+            report("the integer program gave no plan: looking for one at hand")
+            # A program whose figures are far apart may be called infeasible although it is not.
+            share = 0.0 if runner.refused else 1.0
+            found = _search(problem, runner, gap, share=share)
+            exact = _plan_of(problem, found.choice, Proof("search", 0.0, 0.0))
+            exact_bound = found.bound if runner.refused else max(exact_bound, found.bound)
+        bound = max(bound, exact_bound)
+        # A plan at hand stands, whatever the solver says.
+        plan = min(
+            (one for one in (exact, plan) if one is not None),
+            key=lambda one: one.value,
+            default=None,
+        )
+    if plan is None:
+        return None
+    return replace(plan, proof=replace(plan.proof, bound=min(bound, plan.value)))
+
+
+def _size(problem: PlanningProblem) -> int:
+    """About how many counts the integer program has: blocks that differ x devices x widths."""
+
+    def looks(k: int) -> tuple[object, ...]:
+        losses = problem.sensitivities[k] if problem.quality_budget is not None else None
+        rows = [device.options[k] for device in problem.devices]
+        return losses, rows, problem.stored_bytes[k], problem.kv_bytes[k]
+
+    blocks = range(1, problem.spec.block_count)
+    distinct = 1 + sum(looks(k) != looks(k - 1) for k in blocks)
+    return distinct * len(problem.devices) * len(problem.bits)
+
+
+def _search(problem: PlanningProblem, runner: _Runner, gap: float, *, share: float) -> Found:
+    """A choice by search within a share of the time left, and a lower bound of the objective."""
+    started_s = time.monotonic()
+    deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
+    last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S) if share else deadline_s
+    ties = _ties(problem)
+    return search(problem, deadline_s=deadline_s, gap=gap, ties=ties, last_resort_s=last_resort_s)
+
+
+def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
+    """[i, j]: i < j are twins. Twins of one device are twins of each other: one is compared."""
+    sets: list[list[int]] = []
+    for j in range(len(problem.devices)):
+        own = next((some for some in sets if _twins(problem, some[0], j)), None)
+        if own is None:
+            sets.append([j])
+        else:
+            own.append(j)
+    ties = np.zeros((len(problem.devices),) * 2, dtype=bool)
+    for some in sets:
+        for at, i in enumerate(some):
+            ties[i, some[at + 1 :]] = True
+    return ties
+
+
+def _solve(
+    problem: PlanningProblem, runner: _Runner, gap: float, known: Choice | None
+) -> tuple[Plan | None, float]:
+    """A plan from the integer program, and a lower bound of the objective.
+
+    ``known`` is a choice that fits: the solver starts with it.
+    """
+    bound = None
+    for margin in (0.0, _LIMIT_MARGIN):
+        program = PlanProgram(problem, margin=margin)
+        start = None if known is None else program.values(known)
+        outcome = runner.run(program, gap, start)
+        if bound is None:
+            bound = program.bound(outcome.bound)
+        choice = program.choice(outcome.values) if outcome.values else None
+        plan = _plan_of(problem, choice, Proof(outcome.solver, 0.0, 0.0))
+        if plan is not None or choice is None:
+            return plan, bound
+    return None, bound or 0.0
+
+
+def _plan_of(problem: PlanningProblem, choice: Choice | None, proof: Proof) -> Plan | None:
+    """The plan that was chosen; None where there is none, or it breaks a limit."""
+    if choice is None:
+        return None
+    plan = assess(problem, _prefer(problem, choice), proof, choice.hop_bits)
+    return plan if _fits(plan) and keeps_budget(plan, problem) else None
+
+
+def _fits(plan: Plan) -> bool:
+    return all(
+        stage.memory_bytes <= stage.memory_limit_bytes
+        and stage.storage_bytes <= stage.storage_limit_bytes
+        for stage in plan.stages
+    )
+
+
+class _Runner:
+    """Runs programs until one deadline."""
+
+    def __init__(self, deadline_s: float, solver: SolverName | None) -> None:
+        self.deadline_s = deadline_s
+        self.solver = solver
+        self.refused = False
+        """The last program that ran has no solution."""
+        self.unsure = False
+        """Some program ended without an answer."""
+        self.failure: str | None = None
+        """Why the solver failed; None where it did not."""
+
+    def left_s(self) -> float:
+        return max(0.0, self.deadline_s - time.monotonic())
+
+    def run(
+        self, program: PlanProgram, gap: float = 0.0, start: Mapping[str, float] | None = None
+    ) -> Outcome:
+        """What the solver says; where it fails, nothing is known."""
+        try:
+            outcome = run(
+                program.program,
+                time_limit_s=self.left_s(),
+                solver=self.solver,
+                gap=gap,
+                start=start,
+            )
+        except SolverError as error:
+            self.failure = str(error)
+            outcome = Outcome("unknown", self.solver or default_solver())
+        self.refused = outcome.status == "infeasible"
+        self.unsure = self.unsure or outcome.status == "unknown"
+        return outcome
+
+    def plan(self, problem: PlanningProblem, aim: Aim, gap: float = 0.0) -> Plan | None:
+        """A plan for advice; None where there is none, or no time."""
+        program = PlanProgram(problem, aim=aim, margin=_LIMIT_MARGIN)
+        outcome = self.run(program, gap)
+        if outcome.status not in ("optimal", "feasible"):
+            return None
+        choice = program.choice(outcome.values)
+        return assess(problem, choice.stages, Proof("", 0.0, 0.0), choice.hop_bits)
+
+
+def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
+    """The same stages, as fast: devices in their given order, bits as wide as comes for free."""
+    stages = choice.stages
+    order = [device for device, _, _ in stages]
+    unused = [i for i in range(len(problem.devices)) if i not in order]
+    for position in range(len(order)):
+        for other in sorted([*order[position + 1 :], *unused]):
+            mine = order[position]
+            if other < mine and _twins(problem, mine, other):
+                swap = {mine: other, other: mine}
+                order = [swap.get(i, i) for i in order]
+                unused = [swap.get(i, i) for i in unused]
+                break
+    chosen = [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
+    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
+    free_s = _FREE * plan.value / len(chosen)
+    return [_raise_bits(problem, stage, free_s) for stage in chosen]
+
+
+def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
+    """True where exchanging two devices changes no figure of any plan."""
+    if replace(problem.devices[i], name="") != replace(problem.devices[j], name=""):
+        return False
+    if {i, j} & {*problem.excluded, *problem.pins.values()}:
+        return False
+    swap = {i: j, j: i}
+
+    def speed(a: int, b: int) -> tuple[float, float] | None:
+        link = problem.links.get((a, b))
+        return None if link is None else (link.rtt_s, link.bytes_per_s)
+
+    return all(
+        speed(a, b) == speed(swap.get(a, a), swap.get(b, b))
+        for a in (i, j)
+        for b in range(len(problem.devices))
+        for a, b in ((a, b), (b, a))
+    )
+
+
+def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> StageChoice:
+    """The stage with each block as wide as fits and costs no time; worst errors choose first."""
+    index, first, widths = stage
+    device = problem.devices[index]
+    chosen = dict(enumerate(widths, first))
+    used = assess(problem, [stage], Proof("", 0.0, 0.0)).stages[0]
+    memory, storage = used.memory_bytes, used.storage_bytes
+    for block in sorted(chosen, key=lambda k: (-(problem.weight_error(k, chosen[k]) or 0.0), k)):
+        stored = problem.stored_bytes[block]
+        options = {option.bits: option for option in device.options[block]}
+        now = options[chosen[block]]
+        for option in sorted(options.values(), key=lambda option: -option.bits):
+            if option.bits <= now.bits:
+                break
+            cost_s = max(
+                option.decode_s - now.decode_s,
+                problem.block_cost(index, block, option) - problem.block_cost(index, block, now),
+            )
+            new_memory = memory + option.executed_bytes - now.executed_bytes
+            new_storage = storage + stored[option.bits] - stored[now.bits]
+            if (
+                problem.allows(index, block, option.bits)
+                and problem.loss(index, block, option.bits) <= problem.loss(index, block, now.bits)
+                and cost_s <= free_s
+                and new_memory <= device.memory_bytes
+                and new_storage <= device.storage_bytes
+            ):
+                memory, storage, free_s = new_memory, new_storage, free_s - max(0.0, cost_s)
+                chosen[block] = option.bits
+                break
+    return index, first, tuple(chosen[block] for block in sorted(chosen))
+
+
+def _hopeless(problem: PlanningProblem) -> str | None:
+    """What rules out every plan whatever the sizes; None where nothing does."""
+    if not problem.devices:
+        return "there are no devices"
+    if (against := _contradiction(problem)) is not None:
+        return against
+    runs = "; ".join(
+        f"{device.name} runs {_list(device.backend_bits or _widths(device))}"
+        for device in problem.devices
+    )
+    least: list[float] = []
+    for block in range(problem.spec.block_count):
+        name = problem.spec.block_name(block)
+        allowed = [bits for bits in problem.bits if problem.within_error(block, bits)]
+        if not allowed:
+            bound = problem.max_weight_error[block]
+            errors = ", ".join(
+                f"{bits} bit {error:.3g}"
+                for bits, error in sorted(problem.weight_errors[block].items())
+            )
+            return f"{name} stays within weight error {bound:g} at no width asked for ({errors})"
+        if not any(device.option(block, bits) for device in problem.devices for bits in allowed):
+            return f"no device can run {name} at {_list(allowed)} bit ({runs})"
+        placed = [
+            (i, bits)
+            for i, device in enumerate(problem.devices)
+            for bits in allowed
+            if device.option(block, bits) and problem.allows(i, block, bits)
+        ]
+        if not placed:
+            unknown = "unknown watts" if problem.objective.kind == "energy" else ""
+            causes = ["the pins", "the exclusions", unknown, "unknown sensitivities"]
+            *some, last = [cause for cause in causes if cause]
+            return f"{', '.join(some)} or {last} leave no place for {name}"
+        if problem.quality_budget is not None:
+            least.append(min(problem.loss(i, block, bits) for i, bits in placed))
+    if problem.quality_budget is not None and math.fsum(least) > problem.quality_budget:
+        return (
+            f"the sensitivities add up to {math.fsum(least):.3g} at the best widths asked for,"
+            f" above the budget of {problem.quality_budget:g}"
+        )
+    return None
+
+
+def _contradiction(problem: PlanningProblem) -> str | None:
+    """Which pins cannot be kept, whatever the sizes; None where none are against each other."""
+    block_name = problem.spec.block_name
+    pins = sorted(problem.pins.items())
+    for block, i in pins:
+        device = problem.devices[i]
+        pin = f"{block_name(block)} is pinned to {device.name}"
+        if i in problem.excluded:
+            return f"{pin}, which is excluded"
+        if problem.objective.kind == "energy" and device.watts is None:
+            continue  # The advice names all devices without watts.
+        if not any(option.bits in problem.bits for option in device.options[block]):
+            widths = _list([option.bits for option in device.options[block]])
+            return f"{pin}, which runs it at {widths} bit, not at {_list(problem.bits)}"
+    ended: dict[int, int] = {}
+    for (block, i), (later, j) in pairwise(pins):
+        if i != j:
+            ended[i] = block
+        if i != j and j in ended:
+            first, last, between = ended[j], later, problem.devices[i].name
+            return (
+                f"{block_name(first)} and {block_name(last)} are pinned to"
+                f" {problem.devices[j].name}, and {block_name(block)} between them to {between}:"
+                " a device has one run of blocks"
+            )
+    return None
+
+
+def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> InfeasiblePlan:
+    """What would make a plan possible; each way was tried, with its numbers rounded up."""
+    if not problem.devices:
+        return InfeasiblePlan(f"no plan fits: {reason}: start an agent on one")
+    memory: Shortage = ()
+    storage: Shortage = ()
+    links = _missing_links(problem, runner, problem.no_links) if reason is None else ()
+    if reason is None and not links:
+        memory, storage = _shortage(problem, runner)
+    advice = Advice(
+        memory,
+        storage,
+        allow_bits=_enough_bits(problem, runner),
+        max_weight_error=_enough_error(problem, runner),
+        quality_budget=_enough_budget(problem, runner),
+        free_placement=_placement_is_free(problem, runner),
+        declare_watts=_watts_to_declare(problem, runner),
+        missing_links=tuple((problem.devices[i].name, problem.devices[j].name) for i, j in links),
+    )
+    ways = []
+    if links:
+        reason = "; ".join(problem.no_link(*pair) for pair in links)
+        remedies = " and ".join(problem.no_links[pair].remedy for pair in links)
+        fixed = "`shoal agent --port PORT` fixes an agent's port"
+        ways.append(f"let {remedies} (firewall, NAT, cable; {fixed})")
+    lacking = [
+        f"{kind} is short by {_mb(sum(size for _, size in short))} in all ("
+        + ", ".join(f"{name} +{_mb(size)}" for name, size in short)
+        + ")"
+        for kind, short in (("memory", memory), ("storage", storage))
+        if short
+    ]
+    if lacking:
+        ways.append(" and ".join(lacking))
+    if advice.allow_bits is not None:
+        ways.append(f"allow {advice.allow_bits} bits")
+    if advice.max_weight_error is not None:
+        ways.append(f"raise --max-weight-error to {advice.max_weight_error:g}")
+    if advice.quality_budget is not None:
+        ways.append(f"raise the quality budget to {advice.quality_budget:g}")
+    if advice.free_placement:
+        ways.append("drop the pins and exclusions")
+    if advice.declare_watts:
+        names = ", ".join(advice.declare_watts)
+        ways.append(f"declare the watts of {names}: without them no plan for energy uses these")
+    if reason is None and not ways and runner.unsure:
+        reason = "the time limit passed before a change was found that is enough"
+    elif reason is None and not ways and not problem.permitted_hops:
+        reason = "no width of hops has a known sensitivity, and no device is enough alone"
+    elif reason is None and not ways:
+        reason = "no single change of memory, storage, bits or quality is enough; " + (
+            "; ".join(map(str, problem.no_links.values())) or _links_to_describe(problem, runner)
+        )
+    parts = [part for part in (reason, ", or ".join(ways)) if part]
+    return InfeasiblePlan("no plan fits: " + ": ".join(parts), advice)
+
+
+def _links_to_describe(problem: PlanningProblem, runner: _Runner) -> str:
+    """A question about links of which nothing is known, with those that would be enough."""
+    every = itertools.permutations(range(len(problem.devices)), 2)
+    links = [problem.no_link(*pair) for pair in _missing_links(problem, runner, every)]
+    return ": ".join(["are links missing?", *(["; ".join(links)] if links else [])])
+
+
+def _missing_links(
+    problem: PlanningProblem, runner: _Runner, pairs: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Those of ``pairs`` whose lack of a link alone rules out every plan; as few as were found.
+
+    Solves again as if each had a link, and one slower than all else together.
+    """
+    unusable = set(problem.excluded)
+    if problem.objective.kind == "energy":
+        unusable |= {i for i, device in enumerate(problem.devices) if device.watts is None}
+    missing = [pair for pair in pairs if pair not in problem.links and not unusable & {*pair}]
+    if not missing or not problem.permitted_hops:
+        return ()
+    slowest_s = math.fsum(
+        max(option.decode_s for device in problem.devices for option in device.options[k])
+        for k in range(problem.spec.block_count)
+    )
+    widest = max(form.bits for form in problem.permitted_hops)
+    slowest_s += len(problem.devices) * max(
+        (problem.hop_s(*pair, widest) for pair in problem.links), default=0
+    )
+    assumed = {
+        (i, j): LinkProfile(
+            problem.devices[i].name, problem.devices[j].name, 20 * slowest_s, _ASSUMED_BYTES_PER_S
+        )
+        for i, j in missing
+    }
+    linked = replace(
+        problem,
+        links={**problem.links, **assumed},
+        objective=Objective(),
+        excluded=frozenset(unusable),
+    )
+    if _size(linked) > _SMALL:
+        found = _search(linked, runner, _LINKS_GAP, share=0.5)
+        plan = _plan_of(linked, found.choice, Proof("search", 0.0, found.bound))
+    else:
+        soon = _Runner(min(runner.deadline_s, time.monotonic() + _ADVICE_S), runner.solver)
+        plan = soon.plan(linked, "best", gap=_LINKS_GAP) or runner.plan(linked, "any")
+    if plan is None:
+        return ()
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    ring = [indices[stage.device] for stage in plan.stages]
+    return tuple(pair for pair in zip(ring, ring[1:] + ring[:1], strict=True) if pair in assumed)
+
+
+Shortage = tuple[tuple[str, int], ...]
+
+
+def _shortage(problem: PlanningProblem, runner: _Runner) -> tuple[Shortage, Shortage]:
+    """Bytes of memory, else of storage, else of both, that devices lack; least in all."""
+    aims: tuple[Aim, ...] = ("memory", "storage", "memory and storage")
+    for aim in aims:
+        plan = runner.plan(problem, aim)
+        if plan is not None:
+            memory = [(s.device, s.memory_bytes - s.memory_limit_bytes) for s in plan.stages]
+            storage = [(s.device, s.storage_bytes - s.storage_limit_bytes) for s in plan.stages]
+            return (
+                tuple((name, _round_up(size)) for name, size in memory if size > 0),
+                tuple((name, _round_up(size)) for name, size in storage if size > 0),
+            )
+    return (), ()
+
+
+def _enough_bits(problem: PlanningProblem, runner: _Runner) -> int | None:
+    """The widest other width that devices run and that makes a plan possible if also allowed."""
+    known = {bits for device in problem.devices for bits in _widths(device)}
+    for bits in sorted(known - set(problem.bits), reverse=True):
+        wider = replace(problem, bits=tuple(sorted((*problem.bits, bits))))
+        if _hopeless(wider) is None and runner.plan(wider, "any") is not None:
+            return bits
+    return None
+
+
+def _enough_error(problem: PlanningProblem, runner: _Runner) -> float | None:
+    """The least error bound, as three digits, that makes a plan possible."""
+    lowest = min(problem.max_weight_error)
+    bounds = sorted(
+        {
+            _three_digits(error)
+            for errors in problem.weight_errors
+            for bits, error in errors.items()
+            if bits in problem.bits and error > lowest
+        }
+    )
+
+    def possible(bound: float) -> bool:
+        raised = tuple(max(bound, old) for old in problem.max_weight_error)
+        eased = replace(problem, max_weight_error=raised)
+        return _hopeless(eased) is None and runner.plan(eased, "any") is not None
+
+    if not bounds or not possible(bounds[-1]):
+        return None
+    low, high = 0, len(bounds) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if possible(bounds[middle]) else (middle + 1, high)
+    return bounds[low]
+
+
+def _enough_budget(problem: PlanningProblem, runner: _Runner) -> float | None:
+    """The least quality budget, as three digits, that makes a plan possible."""
+    if problem.quality_budget is None:
+        return None
+    if _hopeless(replace(problem, quality_budget=math.inf)) is not None:
+        return None
+    total = math.inf
+    for _ in range(_BUDGET_ROUNDS):
+        # The least loss may be far below the largest ones, which the solver measures with.
+        plan = runner.plan(replace(problem, quality_budget=total), "sensitivity")
+        if plan is None or not plan.total_sensitivity or plan.total_sensitivity >= 0.999 * total:
+            break
+        total = plan.total_sensitivity
+    return _three_digits(total) if problem.quality_budget < total < math.inf else None
+
+
+def _placement_is_free(problem: PlanningProblem, runner: _Runner) -> bool:
+    """True where dropping pins and exclusions makes a plan possible."""
+    if not problem.pins and not problem.excluded:
+        return False
+    free = replace(problem, pins={}, excluded=frozenset())
+    return _hopeless(free) is None and runner.plan(free, "any") is not None
+
+
+def _watts_to_declare(problem: PlanningProblem, runner: _Runner) -> tuple[str, ...]:
+    """Devices without watts, where a plan for energy would be possible with them."""
+    if problem.objective.kind != "energy":
+        return ()
+    unknown = tuple(device.name for device in problem.devices if device.watts is None)
+    devices = tuple(replace(device, watts=device.watts or 1.0) for device in problem.devices)
+    known = replace(problem, devices=devices)
+    possible = unknown and _hopeless(known) is None and runner.plan(known, "any") is not None
+    return unknown if possible else ()
+
+
+def _three_digits(value: float) -> float:
+    """The least number of three digits that is not below ``value``."""
+    rounded = float(f"{value:.3g}")
+    if rounded >= value:
+        return rounded
+    return float(f"{value + 10.0 ** (math.floor(math.log10(value)) - 2):.3g}")
+
+
+def _round_up(size_bytes: int) -> int:
+    """To the next 0.1 MB, as it is printed."""
+    return -(-size_bytes // 100_000) * 100_000
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"
+
+
+def _widths(device: Device) -> tuple[int, ...]:
+    """The widths that the device has figures for, at any block."""
+    return tuple(sorted({option.bits for row in device.options for option in row}))
+
+
+def _list(widths: Sequence[int]) -> str:
+    return ", ".join(map(str, widths)) or "nothing"

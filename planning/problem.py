@@ -1,0 +1,369 @@
+"""What a plan is made from, as plain numbers: the model's blocks, the devices, the links.
+
+``build_problem`` derives them once from profiles, timings and the cost formulas; the planner and
+``planning.plan.verify`` read nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from model import costs
+from model.spec import ModelSpec
+from planning.json_codec import from_plain, to_plain
+from wire.activations import HOP_BITS
+from wire.profile import LinkProfile
+
+TOKEN_BYTES = 4
+"""What the last stage sends the first: one token id. Half a round trip is all that it costs."""
+
+
+ObjectiveKind = Literal["latency", "throughput", "request", "energy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a plan is to minimise, in seconds; ``energy`` in joules.
+
+    ``latency``: one decoded token. ``throughput``: the slowest stage with the link that leaves it,
+    which is what each token takes when many are on their way. ``request``: ``prompt_tokens`` of
+    prefill and ``output_tokens`` decoded one by one. ``energy``: what the stages draw while they
+    compute one decoded token; what devices draw while they wait or send is left out.
+    ``migration_weight`` adds that many seconds per second of loading what devices do not hold yet;
+    ``energy`` has none.
+    """
+
+    kind: ObjectiveKind = "latency"
+    prompt_tokens: int = 0
+    output_tokens: int = 1
+    migration_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        tokens = (self.prompt_tokens, self.output_tokens)
+        if (
+            self.kind not in get_args(ObjectiveKind)
+            or min(*tokens, self.migration_weight) < 0
+            or (self.kind == "request" and not any(tokens))
+            or (self.kind == "energy" and self.migration_weight)
+        ):
+            raise ValueError(f"cannot minimise {self}")
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """How often the seconds of a prompt token and of a decoded one count, outside energy."""
+        if self.kind == "request":
+            return self.prompt_tokens, self.output_tokens
+        return 0, int(self.kind == "latency")
+
+
+@dataclass(frozen=True, slots=True)
+class HopFormat:
+    """Hidden values sent at ``bits`` on a link.
+
+    ``sensitivity`` is the KL divergence (nats) that one hop at this width adds, the largest over
+    all boundaries between blocks; None where it was not measured.
+    """
+
+    bits: int
+    sensitivity: float | None = None
+
+    def __post_init__(self) -> None:
+        known = self.sensitivity
+        if self.bits not in HOP_BITS or (known is not None and not 0 <= known < math.inf):
+            raise ValueError(f"a hop cannot be sent as {self}: its bits are one of {HOP_BITS}")
+
+    @staticmethod
+    def unmeasured(bits: int) -> HopFormat:
+        """What is assumed where nothing was measured: 32 bits lose nothing, and 16, with a relative
+        error of 2^-11 per value, too little to count; of 8 nothing is known.
+        """
+        return HopFormat(bits, None if bits == 8 else 0.0)
+
+
+DEFAULT_HOPS = (HopFormat.unmeasured(16),)
+"""8 bits have to be asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOption:
+    """One block run at ``bits`` on one device.
+
+    ``executed_bytes`` are the weights in the device's memory, which may be wider than ``bits``.
+    ``sensitivity`` is what the block adds to the KL divergence here, where the device's arithmetic
+    adds its own: inf where that was not measured. None: what it adds anywhere.
+    """
+
+    bits: int
+    executed_bytes: int
+    decode_s: float
+    prefill_s_per_token: float
+    sensitivity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sensitivity is not None and not self.sensitivity >= 0:
+            raise ValueError(f"a sensitivity cannot be {self.sensitivity}")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device: its limits and, for each block, every width that it can run the block at.
+
+    ``stage_bytes`` is memory that any stage here needs besides weights and KV cache;
+    ``call_s`` is what each token pays once for there being a stage here. ``backend_bits`` are the
+    widths that the backend takes, measured or not: only messages use them. ``held`` has the widths
+    of each block that are on the device's disk already (empty: nothing is). ``watts`` is what it
+    draws while it computes; where that is not known, no plan for ``energy`` uses it.
+    """
+
+    name: str
+    memory_bytes: int
+    storage_bytes: int
+    options: tuple[tuple[BlockOption, ...], ...]
+    stage_bytes: int = 0
+    call_s: float = 0.0
+    backend_bits: tuple[int, ...] = ()
+    held: tuple[frozenset[int], ...] = ()
+    load_bytes_per_s: float = math.inf
+    watts: float | None = None
+
+    def option(self, block: int, bits: int) -> BlockOption | None:
+        """How this device runs ``block`` at ``bits``; None where it cannot."""
+        return next((option for option in self.options[block] if option.bits == bits), None)
+
+
+@dataclass(frozen=True, slots=True)
+class NoLink:
+    """A link that was tried and does not work: why, and where ``target`` was looked for.
+
+    ``addresses`` are ``host:port``.
+    """
+
+    source: str
+    target: str
+    reason: str
+    addresses: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Who cannot reach whom, why, and where it was tried."""
+        unnamed = [address for address in self.addresses if address not in self.reason]
+        tried = f"; its addresses are {', '.join(unnamed)}" if unnamed else ""
+        return f"{self.source} cannot reach {self.target} ({self.reason}{tried})"
+
+    @property
+    def remedy(self) -> str:
+        """What to allow so that the link works."""
+        ports = dict.fromkeys(address.rpartition(":")[2] for address in self.addresses)
+        port = f"TCP port {' or '.join(ports)}" if ports else "its agent's TCP port"
+        return f"{self.source} connect to {port} of {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningProblem:
+    """Everything that decides a plan. Tuples over blocks have ``spec.block_count`` entries.
+
+    ``links`` holds (source, target) as indices into ``devices``; a pair without a link cannot be
+    neighbours in a plan, and ``no_links`` says why where that was tried. ``weight_errors`` maps
+    bits to the normalised error of a block, and ``max_weight_error`` is its bound (inf: none). Only
+    widths in ``bits`` are planned with; those beside them serve for advice. ``sensitivities`` maps
+    bits to what a block adds to the mean KL divergence of the model's next token (nats), where the
+    device's option does not say otherwise; their sum, hops included, keeps ``quality_budget``. A
+    hop uses one of ``hop_formats``; with a budget, one of known sensitivity. ``pins`` maps blocks
+    to the device (an index) that must run them, ``excluded`` devices run none.
+    """
+
+    spec: ModelSpec
+    devices: tuple[Device, ...]
+    links: Mapping[tuple[int, int], LinkProfile]
+    bits: tuple[int, ...]
+    stored_bytes: tuple[Mapping[int, int], ...]
+    kv_bytes: tuple[int, ...]
+    weight_errors: tuple[Mapping[int, float], ...]
+    max_weight_error: tuple[float, ...]
+    sensitivities: tuple[Mapping[int, float], ...] = ()
+    quality_budget: float | None = None
+    objective: Objective = Objective()
+    pins: Mapping[int, int] = field(default_factory=dict)
+    excluded: frozenset[int] = frozenset()
+    hop_formats: tuple[HopFormat, ...] = DEFAULT_HOPS
+    no_links: Mapping[tuple[int, int], NoLink] = field(default_factory=dict)
+
+    @property
+    def permitted_hops(self) -> tuple[HopFormat, ...]:
+        """The formats that a hop may use: with a budget, those of known sensitivity."""
+        return tuple(
+            form
+            for form in self.hop_formats
+            if self.quality_budget is None or form.sensitivity is not None
+        )
+
+    def hop_choices(self, source: int, target: int) -> tuple[HopFormat, ...]:
+        """Permitted formats for a hop that no other one beats, the cheapest first.
+
+        Empty without a link. Equal ones are decided by the wider bits.
+        """
+        if (source, target) not in self.links:
+            return ()
+
+        def figures(form: HopFormat) -> tuple[float, ...]:
+            hop = source, target, form.bits
+            loss = form.sensitivity if self.quality_budget is not None else 0.0
+            return self.hop_cost(*hop), self.hop_s(*hop), loss or 0.0
+
+        best = sorted(self.permitted_hops, key=lambda form: (figures(form), -form.bits))
+        return tuple(
+            form
+            for index, form in enumerate(best)
+            if not any(
+                all(x <= y for x, y in zip(figures(other), figures(form), strict=True))
+                for other in best[:index]
+            )
+        )
+
+    def no_link(self, source: int, target: int) -> str:
+        """What to say where a pair has no link."""
+        known = self.no_links.get((source, target))
+        if known is not None:
+            return str(known)
+        return f"there is no link from {self.devices[source].name} to {self.devices[target].name}"
+
+    def hop_sensitivity(self, bits: int) -> float | None:
+        """KL divergence that one hop at ``bits`` adds; None where it was not measured."""
+        known = {form.bits: form.sensitivity for form in self.hop_formats}
+        return known.get(bits, HopFormat.unmeasured(bits).sensitivity)
+
+    def hop_bytes(self, bits: int) -> int:
+        """What one token's hidden state weighs on a link."""
+        return costs.hop_bytes(self.spec, bits)
+
+    def hop_s(self, source: int, target: int, bits: int) -> float:
+        """Seconds from device to device for one token's hidden state; inf without a link."""
+        link = self.links.get((source, target))
+        return math.inf if link is None else link.transfer_s(self.hop_bytes(bits))
+
+    def return_s(self, last: int, first: int) -> float:
+        """Seconds for the sampled token's way back; 0 on one device, inf without a link."""
+        if last == first:
+            return 0.0
+        link = self.links.get((last, first))
+        return math.inf if link is None else link.transfer_s(TOKEN_BYTES)
+
+    def block_cost(self, device: int, block: int, option: BlockOption) -> float:
+        """What a block adds to the objective; of a throughput, beside the slowest stage."""
+        if self.objective.kind == "energy":
+            return self._watts(device) * option.decode_s
+        prompt, output = self.objective.tokens
+        seconds = prompt * option.prefill_s_per_token + output * option.decode_s
+        weight = self.objective.migration_weight
+        return seconds + weight * self.load_s(device, block, option.bits) if weight else seconds
+
+    def call_cost(self, device: int) -> float:
+        """What a stage on the device adds to the objective, whatever its blocks."""
+        if self.objective.kind == "energy":
+            return self._watts(device) * self.devices[device].call_s
+        return self.objective.tokens[1] * self.devices[device].call_s
+
+    def hop_cost(self, source: int, target: int, bits: int) -> float:
+        """What a hop adds to the objective; inf without a link."""
+        link = self.links.get((source, target))
+        if link is None:
+            return math.inf
+        prompt, output = self.objective.tokens
+        size = self.hop_bytes(bits)
+        return prompt * size / link.bytes_per_s + output * link.transfer_s(size)
+
+    def return_cost(self, last: int, first: int) -> float:
+        """What the way back adds to the objective; 0 on one device, inf without a link."""
+        seconds = self.return_s(last, first)
+        return seconds if seconds == math.inf else self.objective.tokens[1] * seconds
+
+    def _watts(self, device: int) -> float:
+        # Where they are not known ``allows`` keeps all blocks away.
+        return self.devices[device].watts or 0.0
+
+    def load_s(self, device: int, block: int, bits: int) -> float:
+        """Seconds to bring the block to the device; 0 where it is."""
+        own = self.devices[device]
+        if own.held and bits in own.held[block]:
+            return 0.0
+        return self.stored_bytes[block][bits] / own.load_bytes_per_s
+
+    def sensitivity(self, device: int, block: int, bits: int) -> float | None:
+        """KL divergence that the block at ``bits`` adds there; None where it was not measured."""
+        option = self.devices[device].option(block, bits)
+        if option is not None and option.sensitivity is not None:
+            return None if option.sensitivity == math.inf else option.sensitivity
+        return self.sensitivities[block].get(bits) if self.sensitivities else None
+
+    def loss(self, device: int, block: int, bits: int) -> float:
+        """What the block there takes of the quality budget; 0 without one, inf if not known."""
+        if self.quality_budget is None:
+            return 0.0
+        known = self.sensitivity(device, block, bits)
+        return math.inf if known is None else known
+
+    def allows(self, device: int, block: int, bits: int) -> bool:
+        """True where neither quality nor a pin nor an exclusion forbids this placement."""
+        return (
+            bits in self.bits
+            and (self.objective.kind != "energy" or self.devices[device].watts is not None)
+            and device not in self.excluded
+            and self.pins.get(block, device) == device
+            and self.within_error(block, bits)
+            and self.loss(device, block, bits) < math.inf
+        )
+
+    def weight_error(self, block: int, bits: int) -> float | None:
+        """Normalised weight error of a block; None where it was not measured."""
+        return self.weight_errors[block].get(bits)
+
+    def within_error(self, block: int, bits: int) -> bool:
+        """True where the error bound allows ``block`` at ``bits``; unknown errors are too large."""
+        bound = self.max_weight_error[block]
+        return bound == math.inf or self.weight_errors[block].get(bits, math.inf) <= bound
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @staticmethod
+    def from_dict(values: object) -> PlanningProblem:
+        """Inverse of ``to_dict``; what has a default may be left out.
+
+        Raises ValueError naming a key that is missing, unknown or wrong.
+        """
+        problem: PlanningProblem = from_plain(PlanningProblem, values, "problem")
+        problem._check_shape()
+        return problem
+
+    def _check_shape(self) -> None:
+        """Raise ValueError where a table or an index does not fit the model and the devices."""
+        blocks, devices = range(self.spec.block_count), range(len(self.devices))
+        tables: list[tuple[str, Sequence[object]]] = [
+            ("stored_bytes", self.stored_bytes),
+            ("kv_bytes", self.kv_bytes),
+            ("weight_errors", self.weight_errors),
+            ("max_weight_error", self.max_weight_error),
+            *((f"devices[{i}].options", device.options) for i, device in enumerate(self.devices)),
+            *((f"devices[{i}].held", d.held) for i, d in enumerate(self.devices) if d.held),
+        ]
+        if self.sensitivities or self.quality_budget is not None:
+            tables.append(("sensitivities", self.sensitivities))
+        if not self.hop_formats:
+            raise ValueError("problem.hop_formats: expected at least one")
+        for name, table in tables:
+            if len(table) != len(blocks):
+                raise ValueError(f"problem.{name}: {len(table)} blocks, not {len(blocks)}")
+        for name, indices, known in (
+            ("links", [index for pair in self.links for index in pair], devices),
+            ("no_links", [index for pair in self.no_links for index in pair], devices),
+            ("pins", [*self.pins.values()], devices),
+            ("pins", [*self.pins], blocks),
+            ("excluded", [*self.excluded], devices),
+        ):
+            for index in indices:
+                if index not in known:
+                    raise ValueError(f"problem.{name}: there is no {index}")

@@ -1,0 +1,359 @@
+"""A plan as a file that a person can read, edit and compare.
+
+Only who runs which blocks at how many bits is read back, and for how many sequences of what length;
+figures are recomputed from the problem, so that an edited line cannot leave a stale prediction
+behind.
+
+Stages name devices. ``devices`` says which device (its id) a name meant when the plan was saved, so
+that it means the same one when names have changed; a name that is not there means whoever has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from model.quantize import BITS
+from planning.plan import Plan, PlanError, Proof, assess, bits_text, verify
+from planning.problem import PlanningProblem
+from wire.activations import HOP_BITS
+
+FORMAT = 1
+MAX_FILE_BYTES = 1 << 20
+_MAX_BLOCKS = 1 << 13
+
+_KEYS = (
+    "shoal_plan",
+    "model",
+    "stages",
+    "devices",
+    "slots",
+    "context_tokens",
+    "predicted",
+    "predicted_for",
+)
+_STAGE_KEYS = ("device", "bits", "hop_bits")
+_SENT_KEYS = ("source", "model", "stages", "devices")
+_MAX_ID_CHARACTERS = 64
+_RUN = re.compile(r"(\d{1,2})(?:x(\d{1,4}))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPlan:
+    """What a plan file says. ``predicted`` is what was computed when it was saved.
+
+    It is empty where the stages were edited since: it would be another plan's.
+    """
+
+    source: str
+    model: str
+    stages: tuple[tuple[str, tuple[int, ...]], ...]
+    """Devices in pipeline order, each with the bits of its blocks."""
+    predicted: Mapping[str, float]
+    hop_bits: tuple[int | None, ...]
+    """What each stage but the last sends at; None where the file does not say."""
+    slots: int | None = None
+    context_tokens: int | None = None
+    """What the plan was made for; None where the file does not say."""
+    devices: Mapping[str, str] = field(default_factory=dict)
+    """Names of stages -> device ids; devices of a described lab have none."""
+
+    @property
+    def placements(self) -> tuple[tuple[str, int], ...]:
+        """Device and bits of every block in order."""
+        return tuple((device, bits) for device, widths in self.stages for bits in widths)
+
+    @property
+    def hops(self) -> dict[int, int | Literal["default"]]:
+        """What the rows behind a block are sent at, where a hop is."""
+        ends = itertools.accumulate(len(widths) for _, widths in self.stages[:-1])
+        return {end - 1: bits or "default" for end, bits in zip(ends, self.hop_bits, strict=True)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` takes: where the plan is from, and its stages."""
+        stages = [
+            {"device": device, "bits": list(bits), "hop_bits": hop_bits}
+            for (device, bits), hop_bits in zip(self.stages, (*self.hop_bits, None), strict=True)
+        ]
+        sent: dict[str, Any] = {"source": self.source, "model": self.model, "stages": stages}
+        return {**sent, "devices": dict(self.devices)} if self.devices else sent
+
+    def renamed(self, rename: Callable[[str], str]) -> SavedPlan:
+        """The same plan, its stages' devices passed through ``rename``."""
+        stages = tuple((rename(device), bits) for device, bits in self.stages)
+        return replace(self, stages=stages, devices={})
+
+    @staticmethod
+    def from_dict(values: object) -> SavedPlan:
+        """A plan sent by someone, without its predictions. Raises PlanError."""
+        plan = _object(values, "plan", _SENT_KEYS, _SENT_KEYS[:3])
+        if not isinstance(plan["source"], str):
+            raise PlanError("plan.source: expected a name")
+        sent = {key: value for key, value in plan.items() if key != "source"}
+        return _read({"shoal_plan": FORMAT, **sent}, plan["source"])
+
+    def to_plan(self, problem: PlanningProblem) -> Plan:
+        """The plan with figures from ``problem``, verified. Raises PlanError naming the file.
+
+        Nothing is known of better plans: its proved bound is 0.
+        """
+        indices = {device.name: index for index, device in enumerate(problem.devices)}
+        blocks = problem.spec.block_count
+        try:
+            if len(self.placements) != blocks:
+                raise PlanError(
+                    f"its stages have {len(self.placements)} blocks and the model {blocks}"
+                    " (embedding, layers, head): change the counts in `bits`"
+                )
+            stages: list[tuple[int, int, tuple[int, ...]]] = []
+            first = 0
+            for device, widths in self.stages:
+                if device not in indices:
+                    raise PlanError(f"unknown device {device}: there are {', '.join(indices)}")
+                if any(index == indices[device] for index, _, _ in stages):
+                    raise PlanError(f"{device} has more than one stage: join them")
+                stages.append((indices[device], first, widths))
+                first += len(widths)
+            plan = assess(problem, stages, Proof("file", 0.0, 0.0), self.hop_bits)
+            verify(plan, problem)
+        except PlanError as error:
+            raise PlanError(f"{self.source}: {error}") from error
+        return plan
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Blocks [first, last) that two plans treat differently, all in the same way."""
+
+    first: int
+    last: int
+    before: tuple[str, int]
+    """Device and bits."""
+    after: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HopChange:
+    """The rows behind ``block`` are sent at other bits; None where no hop is."""
+
+    block: int
+    before: int | Literal["default"] | None
+    after: int | Literal["default"] | None
+
+
+def plan_text(
+    plan: Plan,
+    model: str,
+    *,
+    slots: int | None = None,
+    context_tokens: int | None = None,
+    devices: Mapping[str, str] | None = None,
+) -> str:
+    """The file of a plan: JSON with one stage a line, ``bits`` as runs like ``16 4x11 8``.
+
+    ``hop_bits`` is what the stage sends at; the last has none. slots, context_tokens: what it was
+    made for; None leaves that to whoever loads it. devices: ids by name, more than the plan uses
+    maybe.
+    """
+    stages = []
+    for stage in plan.stages:
+        values: dict[str, Any] = {"device": stage.device, "bits": bits_text(stage.bits)}
+        if stage.hop_bits is not None:
+            values["hop_bits"] = stage.hop_bits
+        stages.append(json.dumps(values))
+    predicted = {
+        "ms_per_token": plan.decode_s * 1e3,
+        "prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
+    }
+    made_for = {"slots": slots, "context_tokens": context_tokens}
+    ids = {
+        stage.device: devices[stage.device]
+        for stage in plan.stages
+        if devices is not None and stage.device in devices
+    }
+    lines = [
+        "{",
+        f'  "shoal_plan": {FORMAT},',
+        f'  "model": {json.dumps(model)},',
+        '  "stages": [',
+        ",\n".join(f"    {stage}" for stage in stages),
+        "  ],",
+        *([f'  "devices": {json.dumps(ids)},'] if ids else []),
+        *(f'  "{key}": {value},' for key, value in made_for.items() if value is not None),
+        f'  "predicted": {json.dumps(predicted)},',
+        f'  "predicted_for": "{_mark((s.device, s.bits, s.hop_bits) for s in plan.stages)}"',
+        "}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def read_plan(path: Path) -> SavedPlan:
+    """The plan in a file. Raises PlanError with one line: file, place, what was expected."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PlanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise PlanError(f"{path}: larger than any plan")
+    return parse_plan(data, str(path))
+
+
+def parse_plan(text: str | bytes, source: str) -> SavedPlan:
+    """As ``read_plan`` for text at hand."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{source}:{error.lineno}: not JSON: {error.msg.lower()}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise PlanError(f"{source}: not JSON") from error
+    try:
+        return _read(values, source)
+    except PlanError as error:
+        raise PlanError(f"{source}: {error}") from error
+
+
+def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
+    """What changes from plan to plan, consecutive blocks together; empty where nothing does.
+
+    A device that was renamed in between is the same one. Raises PlanError for plans of different
+    numbers of blocks.
+    """
+    before, after = _told_apart(before, after)
+    old, new = before.placements, after.placements
+    if len(old) != len(new):
+        raise PlanError(
+            f"{before.source} places {len(old)} blocks and {after.source} {len(new)}:"
+            " they are plans of different models"
+        )
+    changes = []
+    pairs = enumerate(zip(old, new, strict=True))
+    for (a, b), run in itertools.groupby(pairs, key=lambda item: item[1]):
+        blocks = [block for block, _ in run]
+        if a != b:
+            changes.append(Change(blocks[0], blocks[-1] + 1, a, b))
+    return tuple(changes)
+
+
+def _told_apart(before: SavedPlan, after: SavedPlan) -> tuple[SavedPlan, SavedPlan]:
+    """Both plans, with one name for one device and different names for different ones."""
+    now = {device: name for name, device in after.devices.items()}
+
+    def rename(name: str) -> str:
+        device = before.devices.get(name)
+        if device in now:
+            return now[device]
+        other = after.devices.get(name)
+        return name if device is None or other is None else f"{name} ({device})"
+
+    return before.renamed(rename), after
+
+
+def hop_difference(before: SavedPlan, after: SavedPlan) -> tuple[HopChange, ...]:
+    """The hops that change from plan to plan of one model, in order."""
+    old, new = before.hops, after.hops
+    return tuple(
+        HopChange(block, old.get(block), new.get(block))
+        for block in sorted(old.keys() | new.keys())
+        if old.get(block) != new.get(block)
+    )
+
+
+def _read(values: object, source: str) -> SavedPlan:
+    plan = _object(values, "the plan", _KEYS, _KEYS[:3])
+    if plan["shoal_plan"] != FORMAT:
+        raise PlanError(f"shoal_plan: {plan['shoal_plan']!r:.20}, this program reads {FORMAT}")
+    if not isinstance(plan["model"], str):
+        raise PlanError("model: expected a name")
+    if not isinstance(plan["stages"], list) or not plan["stages"]:
+        raise PlanError("stages: expected a list of at least one stage")
+    stages = []
+    for index, item in enumerate(plan["stages"]):
+        where = f"stages[{index}]"
+        stage = _object(item, where, _STAGE_KEYS, _STAGE_KEYS[:2])
+        if not isinstance(stage["device"], str):
+            raise PlanError(f"{where}.device: expected a name")
+        hop_bits = stage.get("hop_bits")
+        if hop_bits is not None:
+            if index == len(plan["stages"]) - 1:
+                raise PlanError(f"{where}.hop_bits: the last stage sends a token: drop it")
+            if hop_bits not in HOP_BITS:
+                known = ", ".join(map(str, HOP_BITS))
+                raise PlanError(f"{where}.hop_bits: {hop_bits!r:.20}: known are {known}")
+        stages.append((stage["device"], _bits(stage["bits"], f"{where}.bits"), hop_bits))
+    devices = plan.get("devices", {})
+    if not isinstance(devices, dict) or not all(
+        isinstance(item, str) and 0 < len(item) <= _MAX_ID_CHARACTERS for item in devices.values()
+    ):
+        raise PlanError("devices: expected device ids by name")
+    for key in ("slots", "context_tokens"):
+        value = plan.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise PlanError(f"{key}: expected a whole number above 0")
+    predicted = plan.get("predicted", {})
+    if not isinstance(predicted, dict) or not all(
+        type(value) in (int, float) for value in predicted.values()
+    ):
+        raise PlanError("predicted: expected numbers by name")
+    if plan.get("predicted_for") != _mark(stages):
+        predicted = {}
+    return SavedPlan(
+        source,
+        plan["model"],
+        tuple((device, bits) for device, bits, _ in stages),
+        predicted,
+        tuple(hop_bits for _, _, hop_bits in stages[:-1]),
+        plan.get("slots"),
+        plan.get("context_tokens"),
+        devices,
+    )
+
+
+def _mark(stages: Iterable[tuple[str, tuple[int, ...], int | None]]) -> str:
+    """Changes when stages do."""
+    text = json.dumps([[part for part in stage if part is not None] for stage in stages])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _object(
+    value: object, where: str, known: tuple[str, ...], required: tuple[str, ...]
+) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise PlanError(f"{where}: expected an object")
+    for key in value:
+        if key not in known:
+            raise PlanError(f"{where}: unknown key {key!r:.40}: known are {', '.join(known)}")
+    for key in required:
+        if key not in value:
+            raise PlanError(f"{where}: {key} is missing")
+    return value
+
+
+def _bits(value: object, where: str) -> tuple[int, ...]:
+    """``"16 4x11 8"``, or a list of widths."""
+    widths: list[int] = []
+    if isinstance(value, list):
+        widths = value
+    elif isinstance(value, str):
+        for word in value.split():
+            match = _RUN.fullmatch(word)
+            if match is None:
+                raise PlanError(f"{where}: {word!r:.20} is neither a width nor a run like 4x11")
+            widths += [int(match[1])] * int(match[2] or 1)
+            if len(widths) > _MAX_BLOCKS:
+                raise PlanError(f"{where}: more blocks than any model has")
+    else:
+        raise PlanError(f"{where}: expected widths such as '16 4x11 8'")
+    if not widths:
+        raise PlanError(f"{where}: a stage needs at least one block: drop the stage instead")
+    for width in widths:
+        if type(width) is not int or width not in BITS:
+            known = ", ".join(map(str, BITS))
+            raise PlanError(f"{where}: {width!r:.20} is no width: known are {known}")
+    return tuple(widths)

@@ -1,0 +1,203 @@
+"""Lower bounds of all plans, by shortest walks.
+
+A plan is a walk over (device, block) that enters each device at most once. Without that, and with
+the quality budget priced instead of kept, a shortest walk is found by dynamic programming. Each
+entry is charged a price per device, and so is beginning with a device, which the way back to it
+gets refunded: a walk may return elsewhere than it began, but gains nothing from it. ``Pricer``
+chooses these prices by averaged subgradient steps, so that the shortest walk, less all prices once,
+is as long as can be: no plan is below it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planning.search.tables import Floats, Tables
+
+
+class Joint:
+    """What a stage and the hop that leaves it cost: [block, device, length - 1, next].
+
+    ``ends`` is what the last stage costs with the way back: [device, length - 1, first device].
+    """
+
+    def __init__(self, costs: Floats, ends: Floats) -> None:
+        self.costs = costs
+        self.ends = ends
+
+    def at(self, k: int) -> Floats:
+        """Of all stages from block ``k`` on that others follow."""
+        found: Floats = self.costs[k]
+        return found
+
+    def of(self, k: int, device: int) -> Floats:
+        """Of one device."""
+        found: Floats = self.costs[k, device]
+        return found
+
+    def to_go(self, fixed: Floats, sink: Floats) -> Floats:
+        """[device, block]: the least way from entering there to the end.
+
+        ``sink`` [device, length - 1] is what last stages cost, ``fixed`` each entry.
+        """
+        blocks, devices, longest, _ = self.costs.shape
+        found = np.full((devices, blocks + 1 + longest), np.inf)
+        for k in reversed(range(blocks)):
+            ahead = found[:, k + 1 : k + 1 + longest].T
+            found[:, k] = (self.costs[k] + ahead).min((1, 2))
+            if blocks - k <= longest:
+                found[:, k] = np.minimum(found[:, k], sink[:, blocks - k - 1])
+            found[:, k] += fixed
+        return found
+
+
+class Separate:
+    """The same where it is the sum of segments [device, block, length - 1] and ``links``."""
+
+    def __init__(self, segments: Floats, links: Floats, back: Floats) -> None:
+        self.segments = segments
+        self.links = links
+        _, blocks, longest = segments.shape
+        lengths = np.arange(longest)
+        last = segments[:, blocks - 1 - lengths, lengths]
+        self.ends = last[:, :, None] + back[:, None, :]
+        if longest == blocks:
+            # One stage has no way back.
+            self.ends[:, -1] = np.inf
+            np.fill_diagonal(self.ends[:, -1], last[:, -1])
+
+    def at(self, k: int) -> Floats:
+        """Of all stages from block ``k`` on that others follow."""
+        found: Floats = self.segments[:, k, :, None] + self.links[:, None, :]
+        return found
+
+    def of(self, k: int, device: int) -> Floats:
+        """Of one device."""
+        found: Floats = self.segments[device, k, :, None] + self.links[device]
+        return found
+
+    def to_go(self, fixed: Floats, sink: Floats) -> Floats:
+        """[device, block]: the least way from entering there to the end.
+
+        ``sink`` [device, length - 1] is what last stages cost, ``fixed`` each entry.
+        """
+        devices, blocks, longest = self.segments.shape
+        found = np.full((devices, blocks + 1 + longest), np.inf)
+        beyond = np.full((devices, blocks + 1 + longest), np.inf)
+        for k in reversed(range(blocks)):
+            ways = self.segments[:, k] + beyond[:, k + 1 : k + 1 + longest]
+            found[:, k] = ways.min(1)
+            if blocks - k <= longest:
+                found[:, k] = np.minimum(found[:, k], sink[:, blocks - k - 1])
+            found[:, k] += fixed
+            beyond[:, k] = (self.links + found[:, k]).min(1)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A relaxation: walks that may come back to a device, and pay ``fixed`` each time they enter.
+
+    ``enter`` is what it costs to begin with a device, ``sink`` [device, length - 1] the last stage
+    with the way back and its refund; ``constant`` is taken off every walk.
+    """
+
+    arcs: Joint | Separate
+    fixed: Floats
+    enter: Floats
+    sink: Floats
+    constant: float
+    to_go: Floats
+
+    @property
+    def bound(self) -> float:
+        """What no walk is below, whether it comes back or not."""
+        return float((self.enter + self.to_go[:, 0]).min()) - self.constant
+
+    def uses(self) -> Floats:
+        """Of the shortest walk: how often it enters each device, less one; then for each device,
+        whether it begins there less whether it returns there.
+        """
+        devices, longest = self.sink.shape
+        blocks = self.to_go.shape[1] - 1 - longest
+        found = np.concatenate([np.full(devices, -1.0), np.zeros(devices)])
+        device, k = int((self.enter + self.to_go[:, 0]).argmin()), 0
+        found[devices + device] += 1
+        while True:
+            found[device] += 1
+            ways = self.arcs.of(k, device) + self.to_go[:, k + 1 : k + 1 + longest].T
+            least = int(ways.argmin())
+            length = blocks - k
+            if length <= longest and self.sink[device, length - 1] <= ways.flat[least]:
+                back = self.arcs.ends[device, length - 1] - self.enter
+                found[devices + int(back.argmin())] -= 1
+                return found
+            more, device = divmod(least, devices)
+            k += more + 1
+
+
+class Pricer:
+    """Finds the prices of devices for one setting of everything else, by subgradient steps.
+
+    Prices are one vector: of entering each device (>= 0), then of beginning with it.
+    """
+
+    def __init__(self, tables: Tables, deadline_s: float) -> None:
+        self.tables = tables
+        self.deadline_s = deadline_s
+
+    def relaxation(self, arcs: Joint | Separate, constant: float, prices: Floats) -> Priced:
+        """The relaxation at given prices."""
+        entering, beginning = np.split(prices, 2)
+        fixed = self.tables.entry + entering
+        sink = (arcs.ends - beginning).min(2)
+        paid = constant + float(entering.sum())
+        return Priced(arcs, fixed, beginning, sink, paid, arcs.to_go(fixed, sink))
+
+    def price(
+        self,
+        arcs: Joint | Separate,
+        constant: float,
+        prices: Floats,
+        *,
+        target: float,
+        reach: float,
+        rounds: int,
+    ) -> tuple[Priced, Floats]:
+        """The best relaxation in so many rounds, and its prices; early where above ``target``.
+
+        ``reach`` is a guess of what the bound can be.
+        """
+        priced = self.relaxation(arcs, constant, prices)
+        best = priced, prices
+        share, stalled = 0.3, 0
+        slope: Any = np.zeros(len(prices))
+        bounded: npt.NDArray[np.bool_] = np.arange(len(prices)) < len(prices) // 2
+        for turn in range(rounds):
+            bound = priced.bound
+            stalled += 1
+            if bound > best[0].bound:
+                if bound > best[0].bound + 1e-4 * abs(reach - bound):
+                    stalled = 0
+                best = (priced, prices)
+            if stalled == 8:
+                share, stalled = 0.6 * share, 0
+            if best[0].bound >= target or bound == np.inf or time.monotonic() > self.deadline_s:
+                break
+            uses = priced.uses()
+            # Averaged over walks the slope nears that of a mixture that uses each device once.
+            slope = uses if turn == 0 else 0.7 * slope + 0.3 * uses
+            climb = np.where(bounded & (prices <= 0) & (slope < 0), 0.0, slope)
+            norm = float(climb @ climb)
+            if norm < 1e-9:
+                break
+            step = share * max(reach - bound, 1e-3 * abs(reach)) / norm
+            moved = prices + step * climb
+            prices = np.where(bounded, np.maximum(0.0, moved), moved)
+            priced = self.relaxation(arcs, constant, prices)
+        return best

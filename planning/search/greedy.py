@@ -1,0 +1,208 @@
+"""Plans that are made at once: devices are filled one after the other.
+
+They are seldom the best, but they take milliseconds on hundreds of devices, and whatever is
+searched for afterwards has something to beat. Widths come from a balance of size and loss, at
+several prices, and as one width throughout; devices from several orders. Every combination is
+tried: what one of them misses another one mostly finds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from planning.search.tables import Floats, Integers, Span, Tables
+
+_PRICES = (0.0, *np.geomspace(1e-3, 1e3, 13).tolist(), math.inf)
+"""Of the spare budget, in shares of a device: from smallest to least lossy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A walk with the option of each block and the format of each hop; ``value`` by the objective.
+
+    ``within`` is True where it keeps the budget. Memory and storage it keeps in any case.
+    """
+
+    value: float
+    within: bool
+    spans: tuple[Span, ...]
+    chosen: Integers
+    hops: Integers
+
+
+def fill(tables: Tables) -> list[Filled]:
+    """Different walks that cover all blocks: those that keep the budget first, then by value."""
+    filler = _Filler(tables)
+    best: dict[tuple[Span, ...], Filled] = {}
+    for options in filler.choices():
+        level = _Level(tables, options)
+        for score in ("longest", "fastest", "largest", "given"):
+            spans = level.walk(score)
+            if spans is None:
+                continue
+            one = filler.filled(spans, options)
+            old = best.get(one.spans)
+            if old is None or (not one.within, one.value) < (not old.within, old.value):
+                best[one.spans] = one
+    return sorted(best.values(), key=lambda one: (not one.within, one.value))
+
+
+class _Filler:
+    """What all fillings of one problem share."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+        self.usable = np.isfinite(tables.memory)
+        memory = np.maximum(np.array(tables.memory_limit, dtype=float), 1.0)
+        storage = np.array([max(d.storage_bytes, 1) for d in tables.problem.devices], dtype=float)
+        shares = np.maximum(
+            tables.memory / memory[:, None, None], tables.storage / storage[:, None, None]
+        )
+        self.shares = np.where(self.usable, shares, math.inf)
+
+    def choices(self) -> Iterator[Integers]:
+        """The option [device, block] at each price of the budget, then at each width."""
+        tables = self.tables
+        room = tables.spare.room
+        losses = np.zeros_like(tables.loss)
+        if 0 < room < math.inf:
+            losses = (tables.loss - np.array(tables.spare.least)[None, :, None]) / room
+        for price in _PRICES if losses.any() else (0.0,):
+            sizes = self.shares if price < math.inf else np.where(self.usable, 0.0, math.inf)
+            yield (sizes + (price if price < math.inf else 1.0) * losses).argmin(2)
+        for width in sorted(set(tables.bits[self.usable].tolist())):
+            # The width itself, else the next wider one, else the widest.
+            far = np.where(tables.bits >= width, tables.bits - width, 100 + width - tables.bits)
+            yield np.where(self.usable, far, 1000).argmin(2)
+
+    def filled(self, spans: list[Span], options: Integers) -> Filled:
+        """A walk with its figures; hops are as little lossy as may be, then as cheap."""
+        tables = self.tables
+        device = np.concatenate([np.full(end - first, i) for i, first, end in spans])
+        blocks = np.arange(len(device))
+        chosen = options[device, blocks]
+        pairs = [(a[0], b[0]) for a, b in pairwise(spans)]
+        hops = np.array([self._hop(i, j) for i, j in pairs], dtype=np.int64)
+        loss = [*tables.loss[device, blocks, chosen].tolist(), *tables.hop_loss[hops].tolist()]
+        within = tables.budget is None or math.fsum(loss) <= tables.budget
+        value = walk_value(tables, spans, chosen, hops)
+        return Filled(value, within, tuple(spans), chosen, hops)
+
+    def _hop(self, i: int, j: int) -> int:
+        tables = self.tables
+        formats = range(len(tables.hop_loss))
+        return min(formats, key=lambda f: (tables.hop_loss[f], tables.hop_s[f, i, j]))
+
+
+def walk_value(tables: Tables, spans: Sequence[Span], chosen: Integers, hops: Integers) -> float:
+    """The objective of a walk with the option of each block and the format of each hop."""
+    pairs = [(a[0], b[0]) for a, b in pairwise(spans)]
+    last, first = spans[-1][0], spans[0][0]
+    alone = len(spans) == 1
+    blocks = np.arange(len(chosen))
+    figures = tables.decode if tables.throughput else tables.cost
+    stages = [float(figures[i, blocks[a:b], chosen[a:b]].sum()) for i, a, b in spans]
+    if not tables.throughput:
+        ways = [float(tables.hop[f, i, j]) for f, (i, j) in zip(hops, pairs, strict=True)]
+        ways.append(0.0 if alone else float(tables.back[last, first]))
+        return math.fsum([*stages, *ways, *(float(tables.entry[i]) for i, _, _ in spans)])
+    leaving = [float(tables.hop_s[f, i, j]) for f, (i, j) in zip(hops, pairs, strict=True)]
+    leaving.append(0.0 if alone else float(tables.back_s[last, first]))
+    calls = [float(tables.call_s[i]) for i, _, _ in spans]
+    return max(map(sum, zip(calls, stages, leaving, strict=True)))
+
+
+class _Level:
+    """All devices with one option for each of their blocks."""
+
+    def __init__(self, tables: Tables, options: Integers) -> None:
+        self.tables = tables
+        devices, blocks, _ = tables.shape
+        self.count, self.blocks = devices, blocks
+        where = np.arange(devices)[:, None], np.arange(blocks)[None, :], options
+        memory = tables.memory[where]
+        usable = np.isfinite(memory)
+        seconds = (tables.decode if tables.throughput else tables.cost)[where]
+        self.memory, self.storage, self.seconds = (
+            _sums(np.where(usable, figure, 0.0))
+            for figure in (memory, tables.storage[where], seconds)
+        )
+        # Where a run from each block on meets the next block that the device cannot have.
+        self.stop = np.full((devices, blocks + 1), blocks)
+        for k in reversed(range(blocks)):
+            self.stop[:, k] = np.where(usable[:, k], self.stop[:, k + 1], k)
+        # Blocks that a device can have at all.
+        self.takes = usable & (memory <= np.array(tables.memory_limit, dtype=float)[:, None])
+        limits = [tables.memory_limit, [d.storage_bytes for d in tables.problem.devices]]
+        self.limits = np.array(limits, dtype=float)
+        self.linked = np.isfinite(tables.hop_s).any(0)
+        self.returns = np.isfinite(tables.back_s)
+        self.pinned: dict[int, list[int]] = {}
+        for block, device in tables.problem.pins.items():
+            self.pinned.setdefault(device, []).append(block)
+
+    def walk(self, score: str) -> list[Span] | None:
+        """Spans that cover all blocks, each next device the best by ``score``; None: stuck."""
+        free = np.ones(self.count, dtype=bool)
+        spans: list[Span] = []
+        k = 0
+        while k < self.blocks:
+            ends = self._ends(k)
+            allowed = free & (ends > k) & ~self._needed(free, ends)
+            if spans:
+                allowed &= self.linked[spans[-1][0]]
+                done = ends == self.blocks
+                allowed &= ~done | self.returns[:, spans[0][0]]
+            if not allowed.any():
+                return None
+            rank = np.where(allowed, self._rank(score, k, ends, spans), math.inf)
+            i = int(rank.argmin())
+            spans.append((i, k, int(ends[i])))
+            free[i] = False
+            k = int(ends[i])
+        return spans
+
+    def _needed(self, free: npt.NDArray[np.bool_], ends: Integers) -> npt.NDArray[np.bool_]:
+        """Devices that alone are left for a block beyond the end of their run."""
+        alone = self.takes & free[:, None] & (self.takes[free].sum(0) == 1)
+        last = np.where(alone, np.arange(self.blocks), -1).max(1)
+        return np.asarray(last >= ends)
+
+    def _ends(self, k: int) -> Integers:
+        """Where the longest run from block ``k`` on ends, for each device."""
+        ends: Integers = self.stop[:, k].copy()
+        for sums, limit in ((self.memory, self.limits[0]), (self.storage, self.limits[1])):
+            fitting = sums[:, k:] <= (sums[:, k] + limit)[:, None]
+            ends = np.minimum(ends, k + fitting.sum(1) - 1)
+        for device, blocks in self.pinned.items():
+            # It has all of its pinned blocks, or it is of no use.
+            if k > min(blocks) or ends[device] <= max(blocks):
+                ends[device] = k
+        return ends
+
+    def _rank(self, score: str, k: int, ends: Integers, spans: list[Span]) -> Floats:
+        tables = self.tables
+        length = np.maximum(ends - k, 1)
+        if score == "given":
+            return np.arange(self.count, dtype=float)
+        if score == "largest":
+            return np.asarray(-self.limits[0])
+        rows = np.arange(self.count)
+        seconds = self.seconds[rows, ends] - self.seconds[rows, k] + tables.call_s
+        if spans:
+            seconds = seconds + tables.hop_s[:, spans[-1][0]].min(0)
+        if score == "fastest":
+            return np.asarray(seconds / length)
+        # Of equally long runs the faster one.
+        return np.asarray(-length - 1.0 / (1.0 + seconds))
+
+
+def _sums(figures: npt.NDArray[np.float64]) -> Floats:
+    """[device, block]: the sum of all blocks before."""
+    return np.concatenate([np.zeros((len(figures), 1)), np.cumsum(figures, axis=1)], axis=1)

@@ -1,0 +1,137 @@
+"""The widths of a walk and of its hops, made to keep every limit exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from planning.search.tables import Floats, Integers, Span, Tables
+
+
+class Polish:
+    """Makes the widths of a walk keep every limit exactly, then as cheap as exchanges make them."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        spans: Sequence[Span],
+        chosen: Integers,
+        hops: Integers,
+        *,
+        fixed: bool,
+    ) -> None:
+        """``chosen`` are the options per block, ``hops`` the format per hop; ``fixed`` keeps it."""
+        self.blocks = len(chosen)
+        self.chosen: Integers = np.concatenate([chosen, hops])
+        rows = np.arange(tables.shape[1])
+        device = np.concatenate([np.full(end - first, i) for i, first, end in spans])
+        self.stage = np.concatenate([np.full(e - f, n) for n, (_, f, e) in enumerate(spans)])
+        self.figures = np.stack(
+            [
+                figure[device, rows]
+                for figure in (tables.cost, tables.loss, tables.memory, tables.storage)
+            ]
+        )
+        # A hop is one more row, of no size, with its formats as options.
+        _, _, options = self.figures.shape
+        more = np.zeros((4, len(hops), max(options, len(tables.hop_bits))))
+        more[0] = math.inf
+        for row, ((i, _, _), (j, _, _)) in enumerate(pairwise(spans)):
+            formats = [hops[row]] if fixed else range(len(tables.hop_bits))
+            for f in formats:
+                more[:2, row, f] = tables.hop[f, i, j], tables.hop_loss[f]
+        wide = np.zeros((4, self.blocks, more.shape[2]))
+        wide[0] = math.inf
+        wide[:, :, :options] = self.figures
+        self.figures = np.concatenate([wide, more], axis=1)
+        self.stage = np.concatenate([self.stage, np.zeros(len(hops), dtype=self.stage.dtype)])
+        self.budget = math.inf if tables.budget is None else tables.budget
+        devices = [i for i, _, _ in spans]
+        limits = [
+            [tables.memory_limit[i] for i in devices],
+            [tables.problem.devices[i].storage_bytes for i in devices],
+        ]
+        self.limits = np.array(limits, dtype=float)
+
+    def run(self) -> tuple[Integers, Integers] | None:
+        """Options per block and formats per hop; None where no single changes lead to what fits."""
+        if not self._repair():
+            return None
+        for _ in range(100):
+            if not self._exchange():
+                break
+        return self.chosen[: self.blocks], self.chosen[self.blocks :]
+
+    def _now(self) -> tuple[Floats, Floats, float]:
+        """What each change of one block changes [figure, block, option], and what is left."""
+        rows = np.arange(len(self.chosen))
+        used = self.figures[:, rows, self.chosen]
+        room = self.limits.copy()
+        for resource in (0, 1):
+            np.subtract.at(room[resource], self.stage, used[2 + resource])
+        return self.figures - used[:, :, None], room, self.budget - math.fsum(used[1])
+
+    def _repair(self) -> bool:
+        for _ in range(4 * len(self.chosen)):
+            change, room, left = self._now()
+            over = np.minimum(room, 0.0)
+            if (over >= 0).all() and left >= 0:
+                return True
+            cost, loss, memory, storage = change
+            if (over < 0).any():
+                short = np.minimum(over[:, self.stage], 0.0)
+                saved = -(
+                    np.where((short[0] < 0)[:, None], memory, 0.0)
+                    + np.where((short[1] < 0)[:, None], storage, 0.0)
+                )
+                price = cost + loss * (self._mean_price())
+            else:
+                fits = (memory <= room[0][self.stage, None]) & (
+                    storage <= room[1][self.stage, None]
+                )
+                saved, price = np.where(fits, -loss, 0.0), cost
+            with np.errstate(invalid="ignore", divide="ignore"):
+                ratio = np.where(np.isfinite(cost) & (saved > 0), price / saved, math.inf)
+            block, option = divmod(int(ratio.argmin()), ratio.shape[1])
+            if ratio[block, option] == math.inf:
+                return False
+            self.chosen[block] = option
+        return False
+
+    def _mean_price(self) -> float:
+        cost, loss = self.figures[0], self.figures[1]
+        spread = float(loss.max(1).sum() - loss.min(1).sum())
+        finite = np.where(np.isfinite(cost), cost, 0.0)
+        return float(finite.max(1).sum()) / spread if spread > 0 else 0.0
+
+    def _exchange(self) -> bool:
+        """The best change of one block or of two; False where none is cheaper."""
+        change, room, left = self._now()
+        blocks, options = change.shape[1:]
+        block, option = np.divmod(np.arange(blocks * options), options)
+        flat = change.reshape(4, -1)
+        real = np.isfinite(flat[0]) & (option != self.chosen[block])
+        moves = np.flatnonzero(real)
+        # The last one changes nothing.
+        cost, loss, memory, storage = (np.append(flat[f, moves], 0.0) for f in range(4))
+        block, option = np.append(block[moves], -1), np.append(option[moves], 0)
+        stage = np.append(self.stage[block[:-1]], -1)
+        gain = cost[:, None] + cost
+        same = stage[:, None] == stage
+        possible = (gain < -1e-12 * abs(float(cost.sum()))) & (block[:, None] != block)
+        possible &= loss[:, None] + loss <= left
+        for sizes, rest in ((memory, room[0]), (storage, room[1])):
+            own = np.append(rest, 0.0)[stage]
+            both = sizes[:, None] + np.where(same, sizes, 0.0)
+            possible &= both <= own[:, None]
+            possible &= own >= both.T
+        if not possible.any():
+            return False
+        first, second = divmod(int(np.where(possible, gain, math.inf).argmin()), len(cost))
+        for one in (first, second):
+            if block[one] >= 0:
+                self.chosen[block[one]] = option[one]
+        return True

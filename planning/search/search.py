@@ -1,0 +1,500 @@
+"""A search for a good plan and for a proof of how good it is, without an integer program.
+
+Three things couple the stages of a plan: the quality budget, the devices that are used up, and the
+way back. Priced by multipliers they leave a shortest walk (``plan_bounds``), which bounds every
+plan and every way to complete a beginning. A beam of beginnings (``plan_beam``) then drops what
+cannot be completed below the best plan known; what it drops for lack of space lowers the bound.
+Several prices of the budget are used at once, since each is best for other beginnings.
+
+For a throughput a walk is as long as its sensitivity, with all stages kept below a given time; the
+least time at which the budget can be kept is found by bisection.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from planning.exact.program import Choice
+from planning.problem import Objective, ObjectiveKind, PlanningProblem
+from planning.search.beam import beam
+from planning.search.bounds import Joint, Priced, Pricer, Separate
+from planning.search.greedy import fill, walk_value
+from planning.search.polish import Polish
+from planning.search.tables import Floats, Integers, Knapsack, Span, Tables
+
+_WIDTHS = (20, 100, 400, 1_500, 5_000, 20_000)
+"""Walks that are kept per block, one attempt after the other."""
+
+_FINISHED = 60
+"""Walks whose widths are chosen, of each attempt."""
+
+_GREEDY = 12
+"""Greedy walks whose widths are improved."""
+
+_OTHER_SHARE = 0.25
+"""Of the time left, for the walks of the search for the other kind of objective."""
+_OTHER_GAP = 0.05
+
+# A stage that takes so many times the least there could be is not looked for.
+_SLOWEST = 1e4
+_LEAST_GAP = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best choice that was found, if any, and a lower bound of the objective of any plan."""
+
+    choice: Choice | None
+    bound: float
+
+
+def search(
+    problem: PlanningProblem,
+    *,
+    deadline_s: float,
+    gap: float,
+    ties: npt.NDArray[np.bool_] | None = None,
+    last_resort_s: float | None = None,
+) -> Found:
+    """The best plan found until its gap is proved to be at most ``gap``, or the deadline.
+
+    ``deadline_s`` is a time of time.monotonic(); while there is no plan at all, ``last_resort_s``
+    (None: the same) takes its place. ``ties`` [i, j] is True for i < j that are twins: exchanging
+    them changes no figure of any plan. Gaps below one in a thousand are not aimed at.
+    """
+    tables = Tables(problem, ties)
+    if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
+        return Found(None, 0.0)
+    # A little less than what is asked for, so that rounding does not miss it.
+    until_s = deadline_s, deadline_s if last_resort_s is None else last_resort_s
+    found = _kind(tables)(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
+    return Found(found.choice, float(found.bound))
+
+
+def _kind(tables: Tables) -> type[_Cheapest] | type[_Fastest]:
+    return _Fastest if tables.throughput else _Cheapest
+
+
+class _Search:
+    """The best plan so far, what is proved of it, and how long to go on."""
+
+    def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
+        self.tables = tables
+        self.deadline_s, self.last_resort_s = until_s
+        self.gap = gap
+        self.pricer = Pricer(tables, self.deadline_s)
+        self.choice: Choice | None = None
+        self.value = math.inf
+        self.bound = 0.0
+        self.seen: dict[tuple[Span, ...], float] = {}
+        self.other = False
+        """This search only serves another one."""
+
+    def run(self) -> Found:
+        """Search until the gap is proved or the time is over."""
+        raise NotImplementedError
+
+    def _finish(self, spans: Sequence[Span]) -> float:
+        """Choose the widths of a walk; keep it where it is the best plan. A bound for the walk."""
+        key = tuple(spans)
+        if key not in self.seen:
+            self.seen[key] = self._widths(spans)
+        return self.seen[key]
+
+    def _widths(self, spans: Sequence[Span]) -> float:
+        raise NotImplementedError
+
+    def _fill(self) -> float:
+        """Keep the best plan that is made at once; its value, inf where there is none."""
+        for walk in fill(self.tables)[:_GREEDY]:
+            polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops, fixed=False)
+            if (polished := polish.run()) is None:
+                continue
+            value = walk_value(self.tables, walk.spans, *polished)
+            if value < self.value:
+                self.value = value
+                self.choice = self.tables.choice(walk.spans, *polished)
+        return self.value
+
+    def _try_other(self) -> None:
+        """Finish the walks that are good for the other kind of objective: they fit here as well."""
+        left_s = self._until_s() - time.monotonic()
+        if self.other or left_s <= 0:
+            return
+        aim: ObjectiveKind = "latency" if self.tables.throughput else "throughput"
+        problem = replace(self.tables.problem, objective=Objective(aim))
+        tables = Tables(problem, self.tables.ties > 0)
+        until_s = time.monotonic() + _OTHER_SHARE * left_s
+        other = _kind(tables)(tables, (until_s, until_s), _OTHER_GAP)
+        other.other = True
+        other.run()
+        for spans in sorted(other.seen, key=lambda spans: other.seen[spans])[:_FINISHED]:
+            if self._late():
+                break
+            self._finish(list(spans))
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._until_s()
+
+    def _until_s(self) -> float:
+        """When to end: any plan is worth more time than a better one."""
+        return self.last_resort_s if self.choice is None else self.deadline_s
+
+
+class _Cheapest(_Search):
+    """The search for objectives that are sums over blocks and hops."""
+
+    def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
+        super().__init__(tables, until_s, gap)
+        self.found: dict[float, tuple[Priced, Floats]] = {}
+        self.at_hand = math.inf
+        """Of the plan that was made at once."""
+        self.price = 0.0
+        """Of the budget, near which widths are looked for."""
+
+    def run(self) -> Found:
+        tables = self.tables
+        self.price = self._guess() if tables.budget is not None else 0.0
+        self.at_hand = self._fill()
+        self._climb()
+        top = max(self.found, key=lambda mu: self.found[mu][0].bound)
+        self.price = top
+        mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.0, 4.0)] if top else [0.0]
+        rounds = 60
+        for width in _WIDTHS:
+            for mu in mus:
+                self._price(mu, rounds)
+            rounds = 100
+            if self._done():
+                break
+            cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
+            chosen = [self.found[mu][0] for mu in mus]
+            finished, dropped = beam(
+                tables, chosen, width=width, cutoff=cutoff, deadline_s=self._until_s()
+            )
+            bounds = [min(cutoff, dropped)]
+            for count, walk in enumerate(finished):
+                bound = walk.bound
+                if count < _FINISHED and not self._late():
+                    refined = self._finish(walk.spans)
+                    # Without a budget all relaxations are one, and exact: nothing is mixed up.
+                    bound = bound if walk.mixed and top else max(bound, refined)
+                bounds.append(bound)
+            self.bound = max(self.bound, min(min(bounds), self.value))
+            if width == _WIDTHS[0] and self.value >= self.at_hand and not self._done():
+                self._try_other()
+            # A wider beam helps only where this one was full.
+            if self._late() or (dropped == math.inf and cutoff < math.inf):
+                break
+        return Found(self.choice, self.bound)
+
+    def _done(self) -> bool:
+        return self._late() or self.bound >= (1 - self.gap) * self.value
+
+    def _price(self, mu: float, rounds: int) -> float:
+        """The bound with this price of the budget."""
+        tables = self.tables
+        arcs: Joint | Separate
+        if mu in self.found:
+            priced, prices = self.found[mu]
+            arcs = priced.arcs
+        else:
+            segments = tables.segments(tables.cost + mu * tables.loss)
+            arcs = Separate(segments, tables.links(mu), tables.back)
+            nearest = min(self.found, key=lambda at: abs(math.log(at / mu)), default=None)
+            prices = np.zeros(2 * tables.shape[0]) if nearest is None else self.found[nearest][1]
+        # A plan that was made at once is too far off to step towards.
+        reach = self.value if self.value < self.at_hand else 1.1 * self._best()
+        self.found[mu] = self.pricer.price(
+            arcs,
+            mu * (tables.budget or 0.0),
+            prices,
+            target=self.value * (1 - self.gap) if self.value < math.inf else math.inf,
+            reach=reach,
+            rounds=rounds,
+        )
+        bound = self.found[mu][0].bound
+        self.bound = max(self.bound, min(bound, self.value))
+        return bound
+
+    def _best(self) -> float:
+        return max((one.bound for one, _ in self.found.values()), default=1.0)
+
+    def _climb(self) -> None:
+        """Prices of the budget around the best one."""
+        tables = self.tables
+        if tables.budget is None:
+            self._price(0.0, 100)
+            return
+        mu, step = self._guess(), 4.0
+        self._price(mu, 15)
+        while step > 1.15 and len(self.found) < 40:
+            mu = max(self.found, key=lambda at: self.found[at][0].bound)
+            for other in (mu * step, mu / step):
+                if other not in self.found and time.monotonic() <= self.deadline_s:
+                    self._price(other, 15)
+            if max(self.found, key=lambda at: self.found[at][0].bound) == mu:
+                step = step**0.5
+
+    def _guess(self) -> float:
+        """A price of the budget: seconds per unit of sensitivity, of a middling change of bits."""
+        tables = self.tables
+        finite = np.isfinite(tables.cost)
+        saved = np.where(finite, tables.cost, -math.inf).max(2) - tables.cost.min(2)
+        lost = tables.loss.max(2) - tables.loss.min(2)
+        telling = finite.any(2) & (lost > 0) & (saved > 0)
+        ratios = saved[telling] / lost[telling]
+        return float(np.median(ratios)) if len(ratios) else 1.0
+
+    def _widths(self, spans: Sequence[Span]) -> float:
+        tables, mu = self.tables, self.price
+        budget = math.inf if tables.budget is None else tables.budget
+        fixed = sum(tables.entry[i] for i, _, _ in spans)
+        pairs = [(a[0], b[0]) for a, b in pairwise(spans)]
+        ways = np.array([tables.hop[:, i, j] for i, j in pairs])
+        ways = ways.reshape(len(pairs), len(tables.hop_bits))
+        fixed += tables.back[spans[-1][0], spans[0][0]] if len(spans) > 1 else 0.0
+        mus = np.array([0.0]) if not mu else mu * np.geomspace(0.05, 100.0, 15)
+        bound = -math.inf
+        best = hops = np.empty(0, dtype=np.int64)
+        for _ in range(3 if mu else 1):
+            chosen = np.empty((len(mus), tables.shape[1]), dtype=np.int64)
+            total = np.full(len(mus), fixed) - (mus * budget if mu else 0.0)
+            for i, first, end in spans:
+                knapsack = tables.in_memory[i]
+                room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
+                columns = np.full(len(mus), int(knapsack.index(room)))
+                costs = tables.cost[i, first:end] + mus[:, None, None] * tables.loss[i, first:end]
+                chosen[:, first:end], sums = knapsack.choices(first, costs, columns)
+                total += sums
+            priced = ways + mus[:, None, None] * tables.hop_loss
+            formats = priced.argmin(2) if pairs else np.empty((len(mus), 0), dtype=np.int64)
+            total += priced.min(2, initial=math.inf).sum(1)
+            bound = max(bound, float(total.max()))
+            losses = self._sums(tables.loss, spans, chosen) + tables.hop_loss[formats].sum(1)
+            within = np.flatnonzero(losses <= budget)
+            if not len(within):
+                return bound
+            costs = self._sums(tables.cost, spans, chosen)
+            costs += ways[np.arange(len(pairs)), formats].sum(1)
+            at = int(within[costs[within].argmin()])
+            best, hops = chosen[at], formats[at]
+            low = mus[max(at - 1, 0)]
+            mus = np.linspace(low, mus[at], 13) if mu else mus
+        polished = Polish(tables, spans, best, hops, fixed=False).run()
+        if polished is not None:
+            best, hops = polished
+            value = fixed + float(self._sums(tables.cost, spans, best[None])[0])
+            value += float(ways[np.arange(len(pairs)), hops].sum())
+            if value < self.value:
+                self.value, self.choice = value, tables.choice(spans, best, hops)
+        return bound
+
+    @staticmethod
+    def _sums(figures: Floats, spans: Sequence[Span], chosen: Integers) -> Floats:
+        """Of a figure per option over all blocks, for each row of ``chosen``."""
+        found = np.zeros(len(chosen))
+        for i, first, end in spans:
+            rows = np.arange(first, end)
+            found += figures[i, rows, chosen[:, first:end]].sum(1)
+        return found
+
+
+class _Fastest(_Search):
+    """The search for throughput: bisection over the time of the slowest stage.
+
+    Loading (``Objective.migration_weight``) is left out of the bound, which stays valid.
+    """
+
+    def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
+        super().__init__(tables, until_s, gap)
+        self.budget = tables.budget or 0.0
+        self.prices = np.zeros(2 * tables.shape[0])
+        self.full = False
+        cost = np.where(np.isfinite(tables.decode), tables.loss, math.inf)
+        self.within_memory = tables.segments(cost)
+        self.cost = cost
+
+    def run(self) -> Found:
+        fastest = np.min(self.tables.decode, axis=(0, 2))
+        self.bound = max(float(fastest.max()), float(fastest.sum()) / self.tables.shape[0])
+        least, limit = self.bound, 1.5 * self.bound
+        at_hand = self._fill()
+        self._measure(4 * limit)
+        # Times that no plan at hand has, until one of them has a plan.
+        until = min(_SLOWEST * least, at_hand)
+        while self.value >= at_hand and limit < until and not self._late():
+            if limit > self.top:
+                self._measure(4 * limit)
+            self._try(limit, _WIDTHS[0])
+            limit *= 1.4
+        if self.value >= at_hand:
+            self._try_other()
+        if self.choice is None:
+            return Found(None, least)
+        self._measure(self.value)
+        for width in _WIDTHS:
+            self.full = False
+            self._lower(width)
+            self._raise(width)
+            if not self.full or self.bound >= self.value * (1 - self.gap) or self._late():
+                break
+        return Found(self.choice, self.bound)
+
+    def _lower(self, width: int) -> None:
+        """Bisect for better plans, up to where none is found."""
+        floor = self.bound
+        while self.value * (1 - self.gap) > floor and not self._late():
+            limit = max((floor * self.value) ** 0.5, 0.9 * self.value)
+            limit = min(limit, self.value * (1 - self.gap))
+            before = self.value
+            self._try(limit, width)
+            floor = max(floor if self.value < before else limit, self.bound)
+
+    def _raise(self, width: int) -> None:
+        """Bisect for the proof, from where there is none yet."""
+        ceiling = self.value * (1 - self.gap)
+        while ceiling > self.bound * (1 + self.gap / 4 + 1e-6) and not self._late():
+            limit = (ceiling * self.bound) ** 0.5
+            before = self.value
+            self._try(limit, width)
+            if self.bound < limit:
+                ceiling = limit
+            if self.value < before:
+                ceiling = min(ceiling, self.value * (1 - self.gap))
+
+    def _measure(self, top: float) -> None:
+        """Tables of least sensitivity by time, up to ``top`` seconds per stage."""
+        tables = self.tables
+        self.top = top
+        self.in_time = []
+        self.profiles = []
+        for i, knapsack in enumerate(tables.in_memory):
+            limit = top - tables.call_s[i]
+            self.in_time.append(Knapsack(tables.decode[i], limit, knapsack.longest, tables.units))
+            self.profiles.append(self.in_time[-1].profiles(self.cost[i]))
+
+    def _arcs(self, limit: float) -> Joint:
+        """Least sensitivities within that time."""
+        tables = self.tables
+        devices, blocks, _ = tables.shape
+        limit *= 1 + 1e-9
+        found = np.full((blocks, devices, tables.longest, devices), math.inf)
+        ends = np.full((devices, tables.longest, devices), math.inf)
+        firsts, lengths = np.indices((blocks, tables.longest))
+        for i, (knapsack, profile) in enumerate(zip(self.in_time, self.profiles, strict=True)):
+            reach = knapsack.longest
+            if not reach:
+                continue
+            within = self.within_memory[i, :, :reach, None]
+            here = found[:, i, :reach]
+            for hop_s, loss in zip(tables.hop_s[:, i], tables.hop_loss, strict=True):
+                room = limit - tables.call_s[i] - hop_s - knapsack.least[..., None]
+                # A room of -inf, where there is no link, has no index.
+                index = knapsack.index(np.maximum(room, 0.0))
+                part = profile[lengths[:, :reach, None], firsts[:, :reach, None], index]
+                part[room < 0] = math.inf
+                np.minimum(here, np.maximum(part, within) + loss, out=here)
+            size = np.arange(reach)
+            first = blocks - 1 - size
+            room = limit - tables.call_s[i] - tables.back_s[i] - knapsack.least[first, size, None]
+            if reach == blocks:
+                # One stage has no way back.
+                room[-1] = -math.inf
+                room[-1, i] = limit - tables.call_s[i] - knapsack.least[0, -1]
+            part = profile[size[:, None], first[:, None], knapsack.index(np.maximum(room, 0.0))]
+            part[room < 0] = math.inf
+            ends[i, :reach] = np.maximum(part, within[first, size])
+        return Joint(found, ends)
+
+    def _try(self, limit: float, width: int) -> None:
+        """Look for a plan with this slowest stage, or prove that there is none."""
+        tables = self.tables
+        arcs = self._arcs(limit)
+        # Beside the budget, a share of what placements compete for.
+        spare = tables.spare.room if tables.spare.room < math.inf else 1.0
+        enough = self.budget * (1 + 1e-12) + 1e-9 * (spare or 1.0)
+        self.pricer.deadline_s = self._until_s()  # Without prices few walks keep the budget.
+        priced, self.prices = self.pricer.price(
+            arcs,
+            0.0,
+            self.prices,
+            target=enough,
+            reach=1.1 * self.budget or 1.0,
+            rounds=100,
+        )
+        # The bounds' own rounding is far below this.
+        if priced.bound >= enough:
+            self.bound = max(self.bound, limit)
+            return
+        finished, dropped = beam(
+            tables, [priced], width=width, cutoff=enough, deadline_s=self._until_s()
+        )
+        self.full = self.full or dropped < math.inf
+        least = [self._finish(walk.spans) for walk in finished[:_FINISHED]]
+        if dropped >= enough and len(finished) <= _FINISHED and min(least, default=limit) >= limit:
+            self.bound = max(self.bound, limit)
+
+    def _widths(self, spans: Sequence[Span]) -> float:
+        tables = self.tables
+        # Of each stage, for each format of the hop that leaves it: seconds beside its blocks, loss.
+        links = [
+            list(
+                zip(tables.call_s[a[0]] + tables.hop_s[:, a[0], b[0]], tables.hop_loss, strict=True)
+            )
+            for a, b in pairwise(spans)
+        ]
+        last, first_device = spans[-1][0], spans[0][0]
+        back_s = tables.back_s[last, first_device] if len(spans) > 1 else 0.0
+        links.append([(tables.call_s[last] + back_s, 0.0)])
+        least = [self.in_time[i].least[first, end - first - 1] for i, first, end in spans]
+
+        def best(limit: float) -> list[tuple[float, int, int]]:
+            """Of each stage: the least sensitivity, its format, and the column of its room."""
+            found = []
+            for (i, first, end), least_s, ways in zip(spans, least, links, strict=True):
+                within = self.within_memory[i, first, end - first - 1]
+                options = [(math.inf, 0, 0)]
+                for f, (taken_s, loss) in enumerate(ways):
+                    room = limit - taken_s - least_s
+                    if room >= 0:
+                        column = int(self.in_time[i].index(room))
+                        lost = self.profiles[i][end - first - 1, first, column]
+                        options.append((max(lost, within) + loss, f, column))
+                found.append(min(options))
+            return found
+
+        low = max(float(min(ways)[0] + least_s) for ways, least_s in zip(links, least, strict=True))
+        if low > self.top:
+            return low
+        high = self.top
+        for _ in range(25):
+            limit = (low + high) / 2
+            total = sum(lost for lost, _, _ in best(limit))
+            low, high = (low, limit) if total <= self.budget else (limit, high)
+        chosen = np.empty(tables.shape[1], dtype=np.int64)
+        taken = best(high)
+        for (i, first, end), (_, _, column) in zip(spans, taken, strict=True):
+            options, _ = self.in_time[i].choices(
+                first, self.cost[i, None, first:end], np.array([column])
+            )
+            chosen[first:end] = options[0]
+        hops = np.array([f for _, f, _ in taken[:-1]], dtype=np.int64)
+        polished = Polish(tables, spans, chosen, hops, fixed=True).run()
+        if polished is None:
+            return low
+        chosen, _ = polished
+        value = max(
+            float(ways[f][0] + tables.decode[i, np.arange(first, end), chosen[first:end]].sum())
+            for (i, first, end), (_, f, _), ways in zip(spans, taken, links, strict=True)
+        )
+        if value < self.value:
+            self.value, self.choice = value, tables.choice(spans, chosen, hops)
+        return low

@@ -1,0 +1,238 @@
+"""A planning problem as arrays, and the segments of a plan as knapsacks.
+
+A segment is a run of blocks on one device; what it costs at the least, within a limit on its
+memory or its time, is the solution of a knapsack with one choice per block. Sizes are rounded down
+to units there, so that the costs are never above the true ones; ``plan_polish`` counts exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planning.exact.program import Choice, SpareBudget, usable_options
+from planning.problem import PlanningProblem
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Span = tuple[int, int, int]
+"""(device, first block, end)"""
+
+# In seconds or bytes: less than this is rounding.
+_LEAST_ROOM = 1e-12
+_LEAST_UNITS, _MOST_UNITS = 320, 1_600
+"""Steps that a limit is divided in: rounding loses up to one per block of a stage, so that long
+stages need more."""
+
+_TABLE_CELLS = 20_000_000
+"""Of the tables of all devices together, 8 bytes each, beyond which steps are saved on."""
+
+
+class Knapsack:
+    """On one device, all runs of up to ``longest`` blocks: the least cost within a limit.
+
+    ``sizes`` [block, option], inf where there is no such option. Sizes above each block's least
+    are counted in whole units, rounded down: costs are never above the true ones.
+    """
+
+    def __init__(self, sizes: Floats, limit: float, longest: int, units: int) -> None:
+        """``units`` is the most steps that the room above the least sizes is divided in."""
+        blocks, _ = sizes.shape
+        self.longest = longest
+        least = np.where(np.isfinite(sizes).any(1), sizes.min(1), 0.0)
+        extra = sizes - least[:, None]
+        sums = np.concatenate([[0.0], np.cumsum(least)])
+        first, length = np.indices((blocks, longest))
+        end = np.minimum(first + length + 1, blocks)
+        self.least = sums[end] - sums[first]
+        most = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(extra), extra, 0.0).max(1))])
+        room = np.minimum(limit - self.least, most[end] - most[first])
+        widest = float(room.max(initial=0.0))
+        self.unit = _unit(extra[np.isfinite(extra) & (extra > 0)], widest, units)
+        self.steps = int(widest / self.unit) + 1
+        self._runs: list[tuple[int, int, int, int]] = []
+        finite = np.where(np.isfinite(extra), extra, math.inf)
+        self._shifts = np.minimum(np.floor(finite / self.unit), self.steps).astype(np.int64)
+        for option in range(sizes.shape[1]):
+            cuts = [0, *(np.flatnonzero(np.diff(self._shifts[:, option])) + 1), blocks]
+            for begin, until in pairwise(cuts):
+                shift = int(self._shifts[begin, option])
+                if shift < self.steps:
+                    self._runs.append((option, int(begin), int(until), shift))
+
+    def index(self, room: Any) -> Any:
+        """Column of ``profiles`` for what is left above the least sizes."""
+        return np.clip(np.floor(room / self.unit), 0, self.steps - 1).astype(np.int64)
+
+    def profiles(self, cost: Floats) -> Floats:
+        """Least cost [length - 1, first block, units of room]."""
+        blocks = len(cost)
+        found = np.full((self.longest, blocks, self.steps), math.inf)
+        before = np.zeros((blocks, self.steps))
+        room = self.steps
+        for length in range(self.longest):
+            now = found[length]
+            for option, begin, end, shift in self._runs:
+                low = max(begin - length, 0)
+                if low < end - length:
+                    part = now[low : end - length, shift:]
+                    added = before[low : end - length, : room - shift]
+                    more = added + cost[low + length : end, option, None]
+                    np.minimum(part, more, out=part)
+            before = now
+        return found
+
+    def choices(self, first: int, costs: Floats, columns: Integers) -> Any:
+        """The options [price, block] of the run from ``first`` that ``costs`` [price, block,
+        option] make best, within the room of each price's column; and their costs [price].
+        """
+        prices, length, options = costs.shape
+        table = np.zeros((prices, self.steps))
+        taken = np.empty((length, prices, self.steps), dtype=np.int64)
+        for step in range(length):
+            ways = np.full((options, prices, self.steps), math.inf)
+            for option in range(options):
+                shift = self._shifts[first + step, option]
+                if shift < self.steps:
+                    before = table[:, : self.steps - shift]
+                    ways[option, :, shift:] = before + costs[:, step, option, None]
+            taken[step] = ways.argmin(0)
+            table = ways.min(0)
+        every = np.arange(prices)
+        total = table[every, columns]
+        chosen = np.empty((prices, length), dtype=np.int64)
+        for step in reversed(range(length)):
+            chosen[:, step] = taken[step, every, columns]
+            columns = np.maximum(columns - self._shifts[first + step, chosen[:, step]], 0)
+        return chosen, total
+
+
+def _unit(sizes: Floats, room: float, steps: int) -> float:
+    """The unit, not below room / steps, by which rounding sizes down loses the least of them."""
+    if not len(sizes) or room < _LEAST_ROOM:
+        return max(room, 1.0)
+    sizes = np.unique(sizes)
+    finest = max(room / steps, float(sizes[0]) / 40)
+    units = np.geomspace(finest, max(finest, float(sizes[0])), 400)
+    # One that divides the sizes is made a little less, so that none falls just below a multiple.
+    units = np.concatenate([float(sizes[0]) / np.arange(1, 41) * (1 - 1e-6), units])
+    units = units[units >= finest * (1 - 1e-6)]
+    lost = 1 - np.floor(sizes / units[:, None]) * units[:, None] / sizes
+    return float(units[lost.max(1).argmin()])
+
+
+class Tables:
+    """The problem as arrays: [device, block, option], [hop format, device, next device]."""
+
+    def __init__(self, problem: PlanningProblem, ties: npt.NDArray[np.bool_] | None = None) -> None:
+        self.problem = problem
+        count = len(problem.devices)
+        self.ties = np.zeros((count, count)) if ties is None else ties.astype(float)
+        budget = problem.quality_budget
+        self.budget = None if budget == math.inf else budget
+        self.throughput = problem.objective.kind == "throughput"
+        devices, blocks = range(len(problem.devices)), range(problem.spec.block_count)
+        self.spare = SpareBudget.of(problem)
+        self.options = [
+            [usable_options(problem, i, k, self.spare) for k in blocks] for i in devices
+        ]
+        most = max((len(row) for rows in self.options for row in rows), default=0)
+        shape = (len(devices), len(blocks), max(most, 1))
+        self.shape = shape
+        self.cost, self.decode, self.memory, self.storage = (
+            np.full(shape, math.inf) for _ in range(4)
+        )
+        self.loss = np.zeros(shape)
+        self.bits = np.zeros(shape, dtype=np.int64)
+        for i, rows in enumerate(self.options):
+            for k, row in enumerate(rows):
+                for o, option in enumerate(row):
+                    self.cost[i, k, o] = problem.block_cost(i, k, option)
+                    self.decode[i, k, o] = option.decode_s
+                    self.memory[i, k, o] = option.executed_bytes + problem.kv_bytes[k]
+                    self.storage[i, k, o] = problem.stored_bytes[k][option.bits]
+                    self.bits[i, k, o] = option.bits
+                    if self.budget is not None:
+                        self.loss[i, k, o] = problem.loss(i, k, option.bits)
+        self.fits = self._fits()
+        lengths = np.flatnonzero(self.fits.any((0, 1)))
+        self.longest = int(lengths[-1]) + 1 if len(lengths) else 0
+        self.fits = self.fits[:, :, : self.longest]
+        self.memory_limit = [device.memory_bytes - device.stage_bytes for device in problem.devices]
+        self.reach = [self._reach(i) for i in devices]
+        cells = max(1, sum(self.reach) * len(blocks))
+        self.units = min(max(40 * self.longest, _LEAST_UNITS), _MOST_UNITS)
+        self.units = max(min(self.units, _TABLE_CELLS // cells), _LEAST_UNITS)
+        self.in_memory = [
+            Knapsack(self.memory[i], self.memory_limit[i], self.reach[i], _LEAST_UNITS)
+            for i in devices
+        ]
+        self.entry = np.array([problem.call_cost(i) for i in devices])
+        self.call_s = np.array([device.call_s for device in problem.devices])
+        forms = problem.permitted_hops
+        self.hop_bits = [form.bits for form in forms]
+        priced = self.budget is not None
+        self.hop_loss = np.array([(priced and form.sensitivity) or 0.0 for form in forms])
+        square = (len(devices), len(devices))
+        self.hop, self.hop_s = (np.full((len(forms), *square), math.inf) for _ in range(2))
+        self.back, self.back_s = (np.full(square, math.inf) for _ in range(2))
+        for i in devices:
+            for j in devices:
+                if i != j:
+                    for f, form in enumerate(forms):
+                        self.hop[f, i, j] = problem.hop_cost(i, j, form.bits)
+                        self.hop_s[f, i, j] = problem.hop_s(i, j, form.bits)
+                    self.back[i, j] = problem.return_cost(i, j)
+                    self.back_s[i, j] = problem.return_s(i, j)
+
+    def links(self, mu: float) -> Floats:
+        """[device, next device]: the least cost of a hop, its loss counted at ``mu``."""
+        found: Floats = (self.hop + mu * self.hop_loss[:, None, None]).min(0, initial=math.inf)
+        return found
+
+    def _fits(self) -> npt.NDArray[np.bool_]:
+        """[device, first block, length - 1]: whether the least sizes of such a stage do."""
+        devices, blocks, _ = self.shape
+        usable = np.isfinite(self.memory).any(2)
+        good = np.zeros((devices, blocks, blocks), dtype=bool)
+        for sizes, limits in (
+            (self.memory, [d.memory_bytes - d.stage_bytes for d in self.problem.devices]),
+            (self.storage, [d.storage_bytes for d in self.problem.devices]),
+        ):
+            least = np.where(usable, sizes.min(2), math.inf)
+            limit = np.array(limits, dtype=float)
+            for first in range(blocks):
+                inside = np.cumsum(least[:, first:], axis=1) <= limit[:, None]
+                part = good[:, first, : blocks - first]
+                part[:] = inside if sizes is self.memory else part & inside
+        return good
+
+    def _reach(self, device: int) -> int:
+        lengths = np.flatnonzero(self.fits[device].any(0))
+        return int(lengths[-1]) + 1 if len(lengths) else 0
+
+    def segments(self, cost: Floats) -> Floats:
+        """Least cost [device, first block, length - 1] within the memory; inf where none fits."""
+        devices, blocks, _ = self.shape
+        found = np.full((devices, blocks, self.longest), math.inf)
+        for i, knapsack in enumerate(self.in_memory):
+            reach = knapsack.longest
+            if reach:
+                columns = knapsack.index(self.memory_limit[i] - knapsack.least)
+                profile = knapsack.profiles(cost[i])
+                lengths, firsts = np.indices((reach, blocks))
+                found[i, :, :reach] = profile[lengths, firsts, columns.T].T
+        return np.where(self.fits, found, math.inf)
+
+    def choice(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> Choice:
+        """Spans with the option of each block, and the format of each hop."""
+        stages = [
+            (i, first, tuple(int(self.bits[i, k, chosen[k]]) for k in range(first, end)))
+            for i, first, end in spans
+        ]
+        return Choice(stages, tuple(self.hop_bits[f] for f in hops))

@@ -1,0 +1,424 @@
+"""Every advice of an infeasible plan, tried on a case that needs it, read, and followed."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Collection
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from planning.build import build_problem
+from planning.insight.unused import idle_reasons
+from planning.paper.study import opt_350m
+from planning.plan import Advice, InfeasiblePlan, PlanError, Proof, assess, verify
+from planning.planner import solve
+from planning.problem import HopFormat, NoLink, Objective, PlanningProblem
+from tests.planning.test_planner import make_device, make_problem
+from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+
+MB = 1_000_000
+WIDTHS = (4, 8)
+SPEC = opt_350m(4)
+BLOCKS = range(SPEC.block_count)
+ERRORS = {4: 2e-3, 8: 1e-4}
+LOSSES = {4: 0.02, 8: 0.001}
+
+
+def profile(memory_bytes: int, storage_bytes: int) -> DeviceProfile:
+    return DeviceProfile(
+        "x", "x", 1, 1, "described", "", tuple((bits, bits) for bits in WIDTHS),
+        memory_bytes, memory_bytes, storage_bytes, 0.0, 0.0,
+    )  # fmt: skip
+
+
+def problem_of(memory: int = 900, storage: int = 900, **changes: Any) -> PlanningProblem:
+    """Two alike devices of so many MB that hold the model with ease, and both widths."""
+    timings = [
+        BlockTiming(kind, 0, bits, bits * 1e-3, bits * 1e-4)
+        for kind in ("embedding", "layer", "head")
+        for bits in WIDTHS
+    ]
+    problem = build_problem(
+        SPEC,
+        {name: profile(memory * MB, storage * MB) for name in ("pi-1", "pi-2")},
+        {"pi-1": timings, "pi-2": timings},
+        [LinkProfile("pi-1", "pi-2", 1e-3, 1e8), LinkProfile("pi-2", "pi-1", 1e-3, 1e8)],
+        bits=WIDTHS,
+        slots=1,
+        context_tokens=128,
+        chunk_tokens=64,
+        weight_errors=[ERRORS for _ in BLOCKS],
+        sensitivities=[LOSSES for _ in BLOCKS],
+    )
+    return replace(problem, **changes)
+
+
+def bounded(bound: float, **changes: Any) -> PlanningProblem:
+    return problem_of(max_weight_error=(bound,) * len(BLOCKS), **changes)
+
+
+Ease = Callable[[PlanningProblem, Advice], PlanningProblem]
+
+
+def more_room(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    memory, storage = dict(advice.memory_short_bytes), dict(advice.storage_short_bytes)
+    return replace(
+        problem,
+        devices=tuple(
+            replace(
+                device,
+                memory_bytes=device.memory_bytes + memory.get(device.name, 0),
+                storage_bytes=device.storage_bytes + storage.get(device.name, 0),
+            )
+            for device in problem.devices
+        ),
+    )
+
+
+def other_bits(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    assert advice.allow_bits is not None
+    return replace(problem, bits=tuple(sorted((*problem.bits, advice.allow_bits))))
+
+
+def larger_error(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    assert advice.max_weight_error is not None
+    bound = advice.max_weight_error
+    return replace(problem, max_weight_error=tuple(max(b, bound) for b in problem.max_weight_error))
+
+
+def larger_budget(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    return replace(problem, quality_budget=advice.quality_budget)
+
+
+def free_placement(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    assert advice.free_placement
+    return replace(problem, pins={}, excluded=frozenset())
+
+
+def with_watts(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    return replace(
+        problem,
+        devices=tuple(
+            replace(device, watts=5.0) if device.name in advice.declare_watts else device
+            for device in problem.devices
+        ),
+    )
+
+
+def with_links(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    added = {
+        (indices[source], indices[target]): LinkProfile(source, target, 1e-3, 1e8)
+        for source, target in advice.missing_links
+    }
+    return replace(problem, links={**problem.links, **added})
+
+
+FOLLOW: dict[str, Ease] = {
+    "memory_short_bytes": more_room,
+    "storage_short_bytes": more_room,
+    "allow_bits": other_bits,
+    "max_weight_error": larger_error,
+    "quality_budget": larger_budget,
+    "free_placement": free_placement,
+    "declare_watts": with_watts,
+    "missing_links": with_links,
+}
+"""How each field of Advice is followed; one without a way here fails a test below."""
+
+TRIED = NoLink(
+    "pi-1", "pi-2", "cannot connect to 10.0.0.2:4100: no answer in time", ("10.0.0.2:4100",)
+)
+
+
+def cut(problem: PlanningProblem, *pairs: tuple[int, int]) -> PlanningProblem:
+    """Without these links, which were tried."""
+    names = [device.name for device in problem.devices]
+    return replace(
+        problem,
+        links={pair: link for pair, link in problem.links.items() if pair not in pairs},
+        no_links={(i, j): replace(TRIED, source=names[i], target=names[j]) for i, j in pairs},
+    )
+
+
+CASES: dict[str, tuple[PlanningProblem, set[str]]] = {
+    "memory": (problem_of(memory=20), {"memory_short_bytes"}),
+    "storage": (problem_of(storage=20), {"storage_short_bytes"}),
+    "memory and storage": (
+        problem_of(memory=20, storage=20),
+        {"memory_short_bytes", "storage_short_bytes"},
+    ),
+    "narrower bits": (problem_of(memory=60, bits=(8,)), {"memory_short_bytes", "allow_bits"}),
+    "wider bits": (bounded(1e-3, bits=(4,)), {"allow_bits", "max_weight_error"}),
+    "bits that devices run": (problem_of(bits=(3,)), {"allow_bits"}),
+    "weight error": (bounded(1e-5), {"max_weight_error"}),
+    "weight error, for want of memory": (
+        bounded(1e-3, memory=60),
+        {"max_weight_error", "memory_short_bytes"},
+    ),
+    "budget": (problem_of(quality_budget=0.003), {"quality_budget"}),
+    "budget, for want of memory": (
+        problem_of(memory=60, quality_budget=0.02),
+        {"quality_budget", "memory_short_bytes"},
+    ),
+    "pins": (
+        problem_of(memory=60, bits=(4,), pins=dict.fromkeys(BLOCKS, 0)),
+        {"memory_short_bytes", "free_placement"},
+    ),
+    "a pin on an excluded device": (
+        problem_of(pins={0: 0}, excluded=frozenset({0})),
+        {"free_placement"},
+    ),
+    "exclusions": (
+        problem_of(memory=60, bits=(4,), excluded=frozenset({1})),
+        {"memory_short_bytes", "free_placement"},
+    ),
+    "watts": (problem_of(objective=Objective("energy")), {"declare_watts"}),
+    "a link": (cut(problem_of(memory=60, bits=(4,)), (0, 1)), {"missing_links"}),
+    "links both ways": (cut(problem_of(memory=60, bits=(4,)), (0, 1), (1, 0)), {"missing_links"}),
+    "a link, for want of bits": (
+        cut(problem_of(memory=60, bits=(8,)), (0, 1)),
+        {"memory_short_bytes"},
+    ),
+    "a link that pins need": (
+        cut(problem_of(pins={0: 0, len(BLOCKS) - 1: 1}), (1, 0)),
+        {"missing_links", "free_placement"},
+    ),
+    "a link, by energy": (
+        cut(
+            with_watts(
+                problem_of(memory=60, bits=(4,), objective=Objective("energy")),
+                Advice(declare_watts=("pi-1", "pi-2")),
+            ),
+            (0, 1),
+        ),
+        {"missing_links"},
+    ),
+    "two bounds of which each is enough": (
+        bounded(1e-3, memory=60, bits=(8,)),
+        {"memory_short_bytes"},
+    ),
+}
+
+
+def given(advice: Advice) -> set[str]:
+    """The fields that say something."""
+    return {item.name for item in fields(advice) if getattr(advice, item.name) != item.default}
+
+
+def read(message: str) -> Advice:
+    """The advice that the words of a message give, for comparison with its numbers."""
+
+    def sizes(kind: str) -> tuple[tuple[str, int], ...]:
+        found = re.search(rf"{kind} is short by [\d.]+ MB in all \(([^)]*)\)", message)
+        parts = found[1].split(", ") if found else []
+        pairs = [part.removesuffix(" MB").split(" +") for part in parts]
+        return tuple((name, round(float(size) * MB)) for name, size in pairs)
+
+    def number(pattern: str) -> float | None:
+        found = re.search(pattern + r" ([\d.e+-]+)", message)
+        return float(found[1]) if found else None
+
+    bits = number("allow")
+    watts = re.search(r"declare the watts of ([^:]+):", message)
+    return Advice(
+        sizes("memory"),
+        sizes("storage"),
+        None if bits is None else int(bits),
+        number("raise --max-weight-error to"),
+        number("raise the quality budget to"),
+        "drop the pins and exclusions" in message,
+        tuple(watts[1].split(", ")) if watts else (),
+        tuple(re.findall(r"(pi-\d) cannot reach (pi-\d) \(", message)),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_advice_is_read_and_followed(case: str) -> None:
+    problem, expected = CASES[case]
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(problem)
+    advice = caught.value.advice
+    assert given(advice) == expected
+    assert read(str(caught.value)) == advice
+    for kind in expected:
+        eased = FOLLOW[kind](problem, advice)
+        verify(solve(eased), eased)
+
+
+def test_every_kind_of_advice_has_a_case() -> None:
+    kinds = {item.name for item in fields(Advice)}
+    assert set(FOLLOW) == kinds
+    assert set().union(*(expected for _, expected in CASES.values())) == kinds
+
+
+@pytest.mark.parametrize("case", ["memory", "storage", "weight error", "budget"])
+def test_little_less_than_advised_is_not_enough(case: str) -> None:
+    problem, _ = CASES[case]
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(problem)
+    advice = caught.value.advice
+    short = [dict(advice.memory_short_bytes), dict(advice.storage_short_bytes)]
+    # Each device's part is rounded up to 0.1 MB.
+    less = [
+        tuple((name, size - 200_000) for name, size in sizes.items() if size) for sizes in short
+    ]
+    fewer = replace(
+        advice,
+        memory_short_bytes=less[0],
+        storage_short_bytes=less[1],
+        max_weight_error=0.98 * (advice.max_weight_error or 0),
+        quality_budget=0.98 * (advice.quality_budget or 0),
+    )
+    for kind in given(advice):
+        with pytest.raises(InfeasiblePlan):
+            solve(FOLLOW[kind](problem, fewer))
+
+
+def test_missing_links_and_unknown_hops_are_named() -> None:
+    two_needed = problem_of(memory=60, bits=(4,))
+    solve(two_needed)
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(replace(two_needed, links={}))
+    # More memory on one of them needs no link, and is what is advised.
+    assert given(caught.value.advice) == {"memory_short_bytes"}
+    eased = more_room(replace(two_needed, links={}), caught.value.advice)
+    assert len(solve(eased).stages) == 1
+
+    apart = replace(two_needed, pins={0: 0, len(BLOCKS) - 1: 1})
+    solve(apart)
+    with pytest.raises(InfeasiblePlan, match="drop the pins"):
+        solve(problem_of(pins=apart.pins, links={}))
+    halves = tuple(
+        replace(
+            device,
+            options=tuple(
+                row if (block < 3) == (index == 0) else ()
+                for block, row in enumerate(device.options)
+            ),
+        )
+        for index, device in enumerate(two_needed.devices)
+    )
+    with pytest.raises(InfeasiblePlan, match=r"are links missing\?: .*from pi-1 to pi-2") as caught:
+        solve(replace(two_needed, devices=halves, links={}))
+    assert caught.value.advice == Advice()
+    solve(replace(two_needed, devices=halves))
+    unknown = replace(
+        two_needed,
+        devices=halves,
+        quality_budget=10.0,
+        hop_formats=(HopFormat(8, None),),
+    )
+    with pytest.raises(InfeasiblePlan, match="no width of hops has a known sensitivity"):
+        solve(unknown)
+    solve(replace(unknown, hop_formats=(HopFormat(8, 0.001),)))
+
+
+def test_a_link_that_was_tried_is_named_and_memory_is_not() -> None:
+    problem = cut(problem_of(memory=60, bits=(4,)), (0, 1))
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(problem)
+    assert str(caught.value) == (
+        "no plan fits: pi-1 cannot reach pi-2 (cannot connect to 10.0.0.2:4100: no answer in time):"
+        " let pi-1 connect to TCP port 4100 of pi-2 (firewall, NAT, cable; `shoal agent --port"
+        " PORT` fixes an agent's port)"
+    )
+    again = PlanningProblem.from_dict(problem.to_dict())
+    assert again == problem
+    with pytest.raises(InfeasiblePlan, match=r"pi-1 cannot reach pi-2 .*10\.0\.0\.2:4100"):
+        solve(again)
+
+
+def test_of_many_missing_links_only_those_that_are_enough_are_named() -> None:
+    three = build_problem(
+        SPEC,
+        {name: profile(45 * MB, 900 * MB) for name in ("pi-1", "pi-2", "pi-3")},
+        {
+            name: [BlockTiming(kind, 0, 4, 4e-3, 4e-4) for kind in ("embedding", "layer", "head")]
+            for name in ("pi-1", "pi-2", "pi-3")
+        },
+        [
+            LinkProfile(f"pi-{i}", f"pi-{j}", 1e-3, 1e8)
+            for i, j in itertools.permutations((1, 2, 3), 2)
+        ],
+        bits=(4,),
+        slots=1,
+        context_tokens=128,
+        chunk_tokens=64,
+    )
+    assert len(solve(three).stages) == 3
+    # One ring needs one of the links, the other both of the others.
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(cut(three, (0, 1), (1, 0), (0, 2)))
+    assert caught.value.advice.missing_links == (("pi-1", "pi-2"),)
+
+
+def test_a_given_plan_over_a_link_that_was_tried_says_why() -> None:
+    problem = problem_of(memory=60, bits=(4,))
+    stages = [(stage.device == "pi-2", stage.first, stage.bits) for stage in solve(problem).stages]
+    with pytest.raises(PlanError, match=r"pi-1 cannot reach pi-2 .*10\.0\.0\.2:4100"):
+        assess(cut(problem, (0, 1)), stages, Proof("test", 0.0, 0.0))
+
+
+def test_a_device_that_the_plan_cannot_reach_is_left_out_for_that_reason() -> None:
+    problem = cut(problem_of(), (0, 1))
+    (line,) = idle_reasons(solve(problem), problem)
+    assert line == (
+        "pi-2 is left out: pi-1 cannot reach pi-2 (cannot connect to 10.0.0.2:4100: no answer in"
+        " time)"
+    )
+    (line,) = idle_reasons(solve(problem_of()), problem_of())
+    assert "its fastest layer takes" in line
+
+
+@pytest.mark.parametrize(
+    ("pins", "excluded", "message"),
+    [
+        ({0: 0}, {0}, "embedding is pinned to d0, which is excluded"),
+        (
+            {1: 0, 2: 1, 3: 0},
+            (),
+            "layer 0 and layer 2 are pinned to d0, and layer 1 between them to d1",
+        ),
+    ],
+)
+def test_pins_that_contradict_are_named(
+    pins: dict[int, int], excluded: Collection[int], message: str
+) -> None:
+    problem = make_problem(3, [make_device(f"d{i}", 5, 9_000, {8: 0.001}) for i in range(3)])
+    asked = replace(problem, pins=pins, excluded=frozenset(excluded))
+    with pytest.raises(InfeasiblePlan, match=message) as caught:
+        solve(asked)
+    assert caught.value.advice.free_placement
+
+
+def test_a_pin_on_a_device_that_lacks_the_width_is_named() -> None:
+    devices = [make_device("a", 5, 9_000, {4: 0.001}), make_device("b", 5, 9_000, {8: 0.001})]
+    problem = replace(make_problem(3, devices, bits=(8,)), pins={0: 0})
+    with pytest.raises(InfeasiblePlan, match="embedding is pinned to a, which runs it at 4 bit"):
+        solve(problem)
+
+
+def test_equal_devices_are_left_out_in_one_line_with_a_reason() -> None:
+    """That a device is as fast as those that are used is no reason to leave it out."""
+    devices = [make_device(f"d{i}", 5, 2_500, {8: 0.0029}) for i in range(14)]
+    problem = make_problem(3, devices)
+    plan = solve(problem)
+    lines = idle_reasons(plan, problem)
+    assert len(lines) == 1
+    names = [f"d{i}" for i in range(14) if f"d{i}" not in {s.device for s in plan.stages}]
+    assert lines[0] == (
+        f"{', '.join(names)} are left out, each because its fastest layer takes 2.90 ms at 8 bits,"
+        " those of the plan 2.90 ms, and a stage there would add at least 2.01 ms of links and call"
+    )
+
+
+def test_a_device_that_no_link_leads_to_is_left_out_for_that() -> None:
+    problem = make_problem(3, [make_device(name, 5, 9_000, {8: 0.001}) for name in "ab"])
+    alone = replace(problem, links={})
+    assert idle_reasons(solve(alone), alone) == [
+        "b is left out: no link leads there and on to the rest"
+    ]
