@@ -32,6 +32,9 @@ BODY_S = 60.0
 MOST_REQUESTS = 192
 """Requests that are answered at once, those that wait for a slot included."""
 
+ALWAYS_SERVED = ("/shoal/v1/unload",)
+"""Paths that MOST_REQUESTS does not count: what ends an overload must get in."""
+
 ANY_HOST = "*"
 """Setting that serves every host name."""
 
@@ -47,7 +50,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]+)", re.ASCII)
 
 class HostGuard:
     """ASGI middleware: refuses requests for, and from pages of, hosts that are not this machine's,
-    and more than MOST_REQUESTS at once.
+    and more than MOST_REQUESTS at once; ALWAYS_SERVED is let through however many there are.
 
     Known are loopback names and addresses, the address that the client has connected to, this
     machine's name, and ``names``. The port does not matter.
@@ -68,6 +71,8 @@ class HostGuard:
         if message is not None:
             response = _error(403, message, "invalid_request_error", "host_not_allowed")
             await response(scope, receive, send)
+        elif scope.get("path") in ALWAYS_SERVED:
+            await self._app(scope, receive, send)
         elif self._answering >= MOST_REQUESTS:
             message = f"{MOST_REQUESTS} requests are being answered: try again later"
             await _error(503, message, "server_error", "busy")(scope, receive, send)

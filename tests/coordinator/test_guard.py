@@ -50,6 +50,7 @@ async def running(*names: str, most: int = 64) -> AsyncIterator[int]:
     routes = [
         Route("/devices", devices),
         Route("/load", load, methods=["POST"]),
+        Route("/shoal/v1/unload", load, methods=["POST"]),
         Route("/stream", stream, methods=["GET", "POST"]),
     ]
     app = HostGuard(
@@ -251,6 +252,8 @@ def test_more_requests_than_can_be_answered_are_told_so(monkeypatch: pytest.Monk
             assert b"200" in await reader.readuntil(b"\r\n\r\n")
         status, text = await ask(port, "Host: localhost")
         assert (status, json.loads(text)["error"]["code"]) == (503, "busy")
+        unloading = await ask(port, "Host: localhost", path="/shoal/v1/unload", body="{}")
+        assert unloading == (200, "{}")
         for reader, writer in parts:
             await reader.read()
             writer.close()
