@@ -61,8 +61,8 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="another host name that the API may be called by, beside this machine's own name and "
-        "addresses; may be repeated, * for all",
+        help="another host name that the API may be called by; added to this machine's own name "
+        "and addresses; may be repeated, * for all",
     )
     parser.add_argument(
         "--storage",
@@ -141,7 +141,8 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         type=argument_types.advertised_endpoint,
         default=(),
         metavar="HOST[:PORT]",
-        help="where other agents reach this one, behind NAT or in a container; may be repeated",
+        help="where other agents reach this one, behind NAT or in a container; replaces this "
+        "machine's own addresses; may be repeated",
     )
     parser.add_argument("--state-dir", type=Path, metavar="DIR")
     _add_token(parser)
