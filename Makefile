@@ -24,7 +24,8 @@ demo: $(VENV)/run.stamp ## split the embedded model over three agents on this ma
 	$(BIN)/shoal demo
 
 test: $(VENV)/dev.stamp ## run the tests in 4 processes (pass options in ARGS); durations in build/tests.xml
-	$(BIN)/python -m pytest -n 4 --dist worksteal --durations 20 --junitxml build/tests.xml $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 20 \
+		--junitxml build/tests.xml $(ARGS)
 
 test-fast: $(VENV)/dev.stamp ## the tests that start no process and open no connection
 	$(BIN)/python -m pytest -n 2 --dist worksteal --fast $(ARGS)

@@ -63,6 +63,18 @@ SLOW = {
 """Tests with processes or connections, or of many seconds. ``--fast`` fails where one that starts
 a process or opens a connection is missing here."""
 
+LONGEST = (
+    "testbed/test_bed.py",
+    "system/test_names.py",
+    "system/test_mixed_backends.py",
+    "system/test_demo.py",
+    "system/",
+    "testbed/",
+    "examples/",
+)
+"""Files and folders whose tests run first, so that short ones fill the last minute of all workers.
+``make test`` hands out whole files in this order, and a file's fixtures start once."""
+
 SOLVERS = ("cbc",)
 """Programs that a test of ``--fast`` may run."""
 
@@ -117,9 +129,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+
+    def turn(item: pytest.Item) -> int:
+        name = item.path.relative_to(here).as_posix()
+        return next((n for n, first in enumerate(LONGEST) if name.startswith(first)), len(LONGEST))
+
+    items.sort(key=turn)
     if not config.getoption("--fast"):
         return
-    here = Path(__file__).parent
     chosen, others = list[pytest.Item](), list[pytest.Item]()
     for item in items:
         name = item.path.relative_to(here).as_posix()
