@@ -278,7 +278,9 @@ class Coordinator:
                     raise FileNotFoundError(request.sha256)
                 with path.open("rb") as file:
                     total = path.stat().st_size
-                    offset = file.seek(min(offset, total))
+                    if offset > total:
+                        raise OSError(f"{path} was cut short")  # The agent has more of it.
+                    file.seek(offset)
                     while offset < total:
                         data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
                         if not data:
