@@ -31,7 +31,7 @@ from coordinator.roster.names import NameBook
 from coordinator.serving.gateway import Gateway
 from model.errors import ModelError
 from wire import admission, limits
-from wire.connection import ACCEPT_AT_ONCE, BACKLOG, AsyncConnection, bind, reason, serve, tune
+from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
@@ -50,6 +50,7 @@ from wire.messages import (
 )
 from wire.rare_log import RareLog
 from wire.service import ServiceManager
+from wire.transport import BACKLOG, bind, reason, tune
 
 log = logging.getLogger(__name__)
 

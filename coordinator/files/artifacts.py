@@ -76,7 +76,7 @@ class Upload:
     def complete(self) -> bool:
         return self.offset == self._size_bytes
 
-    def write(self, piece: bytes) -> None:
+    def write(self, piece: bytes | memoryview) -> None:
         """Append what comes next. Raises OSError."""
         self._file.write(piece)
         self._digest.update(piece)
