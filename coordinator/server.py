@@ -252,17 +252,23 @@ class Coordinator:
                 request = clean((await connection.receive(DOWNLOAD_IDLE_S))[0])
             finally:
                 self._idle_downloads.leave(connection)
-            if isinstance(request, MakeFiles):
-                await self._workshop.serve(device, request, connection)
-            elif isinstance(request, FilesMade):
-                await self._workshop.take(device, request, connection)
-            elif isinstance(request, BlockDamaged):
-                await self._repair(request, connection)
-            elif not isinstance(request, FetchBlock) or not await self._send(request, connection):
-                self._rare_log.warning(
-                    "block", "%s asked for a block that does not exist", connection.peer
-                )
-                return
+            match request:
+                case MakeFiles():
+                    await self._workshop.serve(device, request, connection)
+                case FilesMade():
+                    await self._workshop.take(device, request, connection)
+                case BlockDamaged():
+                    await self._repair(request, connection)
+                case FetchBlock():
+                    if not await self._send(request, connection):
+                        self._rare_log.warning(
+                            "block", "%s asked for a block that does not exist", connection.peer
+                        )
+                        return
+                case _:
+                    raise ProtocolError(
+                        f"unexpected {type(request).__name__} on a connection of files"
+                    )
 
     async def _send(self, request: FetchBlock, connection: AsyncConnection) -> bool:
         """Send an artifact's bytes; False where there is none.

@@ -49,6 +49,10 @@ class Framer:
         """Checks each prefix before more is read. None lets everything come."""
         self.outgoing: list[bytes] = []
         """Frames that the adapter must send now."""
+        self.is_proving = handshake is not None
+        """Whether the handshake is not over."""
+        self.is_refusing = False
+        """Whether the peer speaks another version and its first message is still awaited."""
         self._peer = peer
         self._handshake = handshake
         self._handshake_waits = False
@@ -62,16 +66,6 @@ class Framer:
         self._prefix: Prefix | None = None
         self._message: Message | None = None
         self._mismatch: VersionMismatch | None = None
-
-    @property
-    def is_proving(self) -> bool:
-        """Whether the handshake is not over."""
-        return self._handshake is not None
-
-    @property
-    def is_refusing(self) -> bool:
-        """Whether the peer speaks another version and its first message is still awaited."""
-        return self._mismatch is not None
 
     def take_outgoing(self) -> bytes:
         """The bytes that must be sent now; they count as sent."""
@@ -124,6 +118,7 @@ class Framer:
                 outgoing = self._handshake.send(incoming)
             except StopIteration:
                 self._handshake = None
+                self.is_proving = False
             except AuthFailed as error:
                 raise self._refuse(error) from error
             else:
@@ -137,7 +132,7 @@ class Framer:
 
         The payload is the caller's to keep.
         """
-        if self._handshake is not None and self.prove() is None:
+        if self.is_proving and self.prove() is None:
             return None
         frame = self._next(self.admit)
         if frame is not None and type(frame[0]) is AuthChallenge:
@@ -159,6 +154,7 @@ class Framer:
                 prefix = decode_prefix(data)
             except VersionMismatch as error:
                 self._mismatch = error
+                self.is_refusing = True
                 self._hear_out(error)
                 return None
             if admit is not None:
