@@ -12,14 +12,13 @@ import errno
 import hashlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from model.artifact import file_sha256
+from model.artifact import SHA256, file_sha256
 from model.errors import CheckpointError
 from wire.auth import Token
 from wire.connection import Connection
@@ -40,7 +39,6 @@ from wire.sizes import format_size
 
 log = logging.getLogger(__name__)
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 1 << 20
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from agent.blocks import SHA256, BlockCache, Gone
+from agent.blocks import BlockCache, Gone
 from backends.base import Artifacts, BackendError, FilesMissing
 from backends.registry import backend_class
-from model.artifact import file_sha256
+from model.artifact import SHA256, file_sha256
 from model.errors import CheckpointError
 from model.spec import ModelSpec
 from wire import limits

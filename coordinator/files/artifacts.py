@@ -12,18 +12,17 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from coordinator.errors import MakingFailed, StorageFull
-from model.artifact import file_sha256, write_artifact
+from model.artifact import SHA256, file_sha256, write_artifact
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
+from model.durable import replace_text
 from model.errors import CheckpointError
 from model.quantize import Format, weight_error
 from model.spec import QUANTIZED_TENSORS
@@ -40,7 +39,6 @@ FREE_SHARE = 0.1
 HEADER_BYTES = 4096
 """What an artifact's file has besides its tensors, at most."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _READ_BYTES = 1 << 20
 
 OnStep = Callable[[int, int], None]
@@ -118,7 +116,7 @@ class ArtifactStore:
 
     def path(self, sha256: str) -> Path | None:
         """The artifact with this hash, if there is one. ``sha256`` may come from anyone."""
-        if not _SHA256.fullmatch(sha256):
+        if not SHA256.fullmatch(sha256):
             return None
         path = self._artifacts / sha256
         return path if path.is_file() else None
@@ -162,7 +160,7 @@ class ArtifactStore:
     def _has(self, sha256: str, size_bytes: int) -> bool:
         """Whether an artifact of this size is here, which counts as its use."""
         path = self._artifacts / sha256
-        if not _SHA256.fullmatch(sha256) or not path.exists():
+        if not SHA256.fullmatch(sha256) or not path.exists():
             return False
         if not path.is_file() or path.stat().st_size != size_bytes or not os.access(path, os.R_OK):
             log.warning("%s is damaged: it is made again", path)
@@ -237,7 +235,7 @@ class ArtifactStore:
 
         Raises MakingFailed for no valid address, OSError, StorageFull.
         """
-        if not _SHA256.fullmatch(sha256) or size_bytes <= 0:
+        if not SHA256.fullmatch(sha256) or size_bytes <= 0:
             raise MakingFailed("a file has no valid address")
         part = self._artifacts / f"{sha256}.part"
         self._make_room(size_bytes, {*keep, part.name})
@@ -324,15 +322,7 @@ class ArtifactStore:
         return {"version": INDEX_VERSION, "artifacts": {}, "errors": {}}
 
     def _save(self, checkpoint: Checkpoint, index: dict[str, Any]) -> None:
-        path = self._index_path(checkpoint)
-        descriptor, temporary = tempfile.mkstemp(dir=self._indices)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(index, file)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_text(self._index_path(checkpoint), json.dumps(index))
 
     def _index_path(self, checkpoint: Checkpoint) -> Path:
         return self._indices / f"{checkpoint.fingerprint}.json"
