@@ -31,6 +31,7 @@ from coordinator.roster.names import NameBook
 from coordinator.serving.gateway import Gateway
 from model.errors import ModelError
 from wire import admission, limits
+from wire.chunks import file_chunks
 from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
@@ -38,7 +39,6 @@ from wire.hygiene import clean
 from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
-    BlockChunk,
     BlockDamaged,
     BlocksHello,
     Done,
@@ -275,7 +275,7 @@ class Coordinator:
 
         One that cannot be read is made again: it has the same bytes. Raises OSError, MakingFailed.
         """
-        offset, store = max(request.offset, 0), self._store
+        offset, store = request.offset, self._store
         for is_last in (False, True):
             path = store.path(request.sha256)
             if path is None and not store.can_make(request.sha256):
@@ -283,15 +283,10 @@ class Coordinator:
             try:
                 if path is None:
                     raise FileNotFoundError(request.sha256)
-                with path.open("rb") as file:
-                    total = path.stat().st_size
-                    offset = file.seek(min(offset, total))
-                    while offset < total:
-                        data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
-                        if not data:
-                            raise OSError(f"{path} was cut short")  # The agent notices, too.
-                        await connection.send(BlockChunk(offset, total), data)
-                        offset += len(data)
+                chunks = file_chunks(path, offset)
+                while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                    await connection.send(*chunk)
+                    offset = chunk[0].offset + len(chunk[1])
                 break
             except OSError:
                 if is_last:

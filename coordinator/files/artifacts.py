@@ -8,7 +8,6 @@ errors measured on the way). Losing an artifact or the index costs time, never c
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
 from model.durable import replace_text
 from model.errors import CheckpointError
+from model.partial import PartialFile
 from model.quantize import Format, weight_error
 from model.spec import QUANTIZED_TENSORS
 from wire.messages import BlockRef
@@ -39,55 +39,11 @@ FREE_SHARE = 0.1
 HEADER_BYTES = 4096
 """What an artifact's file has besides its tensors, at most."""
 
-_READ_BYTES = 1 << 20
-
 OnStep = Callable[[int, int], None]
 
 
 class Cancelled(Exception):
     """The user went away; raised between two blocks."""
-
-
-class Upload:
-    """A file that comes in pieces; what came stays for the next attempt. Use as a context."""
-
-    def __init__(self, part: Path, target: Path, size_bytes: int) -> None:
-        """Raises OSError."""
-        self._part, self._target, self._size_bytes = part, target, size_bytes
-        self._digest = hashlib.sha256()
-        self.offset = 0
-        self._file = part.open("ab+")
-        if self._file.seek(0, os.SEEK_END) > size_bytes:
-            self._file.truncate(0)
-        self._file.seek(0)
-        while piece := self._file.read(_READ_BYTES):
-            self._digest.update(piece)
-            self.offset += len(piece)
-
-    def __enter__(self) -> Upload:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    @property
-    def complete(self) -> bool:
-        return self.offset == self._size_bytes
-
-    def write(self, piece: bytes | memoryview) -> None:
-        """Append what comes next. Raises OSError."""
-        self._file.write(piece)
-        self._digest.update(piece)
-        self.offset += len(piece)
-
-    def finish(self) -> bool:
-        """Keep the complete file under its hash; False, and nothing is kept, if it has another."""
-        self._file.close()
-        if self._digest.hexdigest() != self._target.name:
-            self._part.unlink(missing_ok=True)
-            return False
-        self._part.replace(self._target)
-        return True
 
 
 class ArtifactStore:
@@ -230,16 +186,15 @@ class ArtifactStore:
         path.replace(self._artifacts / sha256)
         return sha256, size_bytes
 
-    def begin(self, sha256: str, size_bytes: int, keep: set[str]) -> Upload:
+    def begin(self, sha256: str, size_bytes: int, keep: set[str]) -> PartialFile:
         """Receive a file from somebody, from where an earlier attempt was cut off.
 
         Raises MakingFailed for no valid address, OSError, StorageFull.
         """
         if not SHA256.fullmatch(sha256) or size_bytes <= 0:
             raise MakingFailed("a file has no valid address")
-        part = self._artifacts / f"{sha256}.part"
-        self._make_room(size_bytes, {*keep, part.name})
-        return Upload(part, self._artifacts / sha256, size_bytes)
+        self._make_room(size_bytes, {*keep, f"{sha256}.part"})
+        return PartialFile(self._artifacts / sha256, size_bytes)
 
     def _make_room(self, size_bytes: int, keep: set[str]) -> None:
         """Delete what was used longest ago, nothing in use, until ``size_bytes`` more fit.
