@@ -12,15 +12,14 @@ import errno
 import hashlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
-from model.artifact import file_sha256
+from model.artifact import SHA256, file_sha256
 from model.errors import CheckpointError
+from model.partial import PartialFile
 from wire.auth import Token
 from wire.connection import Connection
 from wire.errors import ProtocolError
@@ -40,7 +39,6 @@ from wire.sizes import format_size
 
 log = logging.getLogger(__name__)
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 1 << 20
 
 
@@ -188,31 +186,21 @@ class BlockCache:
         part = self._directory / f"{ref.sha256}.part"
         if part.is_dir():
             _remove(part)
-        digest = hashlib.sha256()
-        with part.open("ab+") as file:
-            offset = _hash_existing(file, digest, ref.size_bytes)
-            connection.send(FetchBlock(ref.sha256, offset))
-            while offset < ref.size_bytes:
+        with PartialFile(self.path(ref.sha256), ref.size_bytes) as arriving:
+            connection.send(FetchBlock(ref.sha256, arriving.offset))
+            while not arriving.complete:
                 chunk, payload = connection.receive()
                 if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
-                    file.truncate(0)
+                    arriving.drop()
                     raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its size differs)")
-                if (
-                    not isinstance(chunk, BlockChunk)
-                    or (chunk.offset, chunk.total) != (offset, ref.size_bytes)
-                    or not 0 < len(payload) <= ref.size_bytes - offset
+                if not isinstance(chunk, BlockChunk) or not arriving.fits(
+                    chunk.offset, chunk.total, len(payload)
                 ):
                     raise ProtocolError(f"block {ref.block}: unexpected answer to a download")
-                file.write(payload)
-                digest.update(payload)
-                offset += len(payload)
-                on_progress(offset)
-            file.flush()
-            os.fsync(file.fileno())
-        if digest.hexdigest() != ref.sha256:
-            part.unlink()
-            raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its hash differs)")
-        part.replace(self.path(ref.sha256))
+                arriving.write(payload)
+                on_progress(arriving.offset)
+            if not arriving.finish():
+                raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its hash differs)")
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
         """Drop what was used longest ago until ``needed_bytes`` for what is kept are free."""
@@ -317,15 +305,3 @@ def _size_bytes(path: Path) -> int:
     if not path.is_dir():
         return path.stat().st_size
     return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
-
-
-def _hash_existing(file: BinaryIO, digest: hashlib._Hash, size_bytes: int) -> int:
-    """Hash what an earlier download left; start over where it cannot be a prefix."""
-    if file.seek(0, os.SEEK_END) > size_bytes:
-        file.truncate(0)
-    file.seek(0)
-    offset = 0
-    while piece := file.read(READ_BYTES):
-        digest.update(piece)
-        offset += len(piece)
-    return offset

@@ -45,6 +45,7 @@ from wire.addresses import is_everywhere, is_loopback, is_own, reachable_address
 from wire.connection import Connection, Listener, protocol_of_silent
 from wire.discovery import find_coordinator
 from wire.errors import ConnectFailed, ConnectionLost, ProtocolError, WireError
+from wire.exhaustive import assert_never
 from wire.hygiene import clean
 from wire.messages import (
     PROTOCOL_VERSION,
@@ -397,50 +398,60 @@ class Agent:
     def _carry_out(
         self, request: Request, connection: Connection, coordinator: Endpoint
     ) -> Message:
-        if isinstance(request, (MeasureModel, MeasureModelAgain)):
-            with self._measuring:
-                return self._measure_model(request, connection, coordinator)
-        if isinstance(request, MeasureDevice):
-            if self._relay is not None:
-                raise BackendError("a stage is loaded, which others wait for: unload it first")
-            progress = self._progress(connection, request.request, "measure", "steps")
-            with self._measuring:
-                self._figures.measure_device(lambda: progress(0, 1))
-            return DeviceMeasured(request.request, self._figures.told_profile())
-        if isinstance(request, MeasureQuality):
-            with self._measuring:
-                return self._measure_quality(request, connection, coordinator)
-        if isinstance(request, FindBlocks):
-            return BlocksFound(request.request, self._cache.find(request.sha256s))
-        if isinstance(request, MeasureLink):
-            with (
-                self._measuring,
-                self._connect(request) as peer,
-            ):
-                figures, conditions = measure_link_steadily(peer)
-            self._links[request.device] = Link(request.device, figures)
-            return LinkMeasured(
-                request.request,
-                figures.rtt_s,
-                figures.bytes_per_s,
-                figures.rtt_p90_s,
-                conditions,
-            )
-        if isinstance(request, LoadStage):
-            return self._load(request, connection, coordinator)
-        if isinstance(request, ConnectStage):
-            relay = self._relay_of(request.epoch)
-            if relay is None:
-                raise BackendError("the stage to connect is not loaded")
-            relay.connect(
-                self._connect(request),
-                self._links.get(request.device) or Link(request.device),
-                self._measuring,
-            )
-            return Done(request.request)
-        if isinstance(request, MakeFiles):
-            return self._exchange(request.request, connection, coordinator).make(request)
-        self._unload()
+        match request:
+            case MeasureModel() | MeasureModelAgain():
+                with self._measuring:
+                    return self._measure_model(request, connection, coordinator)
+            case MeasureDevice():
+                return self._measure_device(request, connection)
+            case MeasureQuality():
+                with self._measuring:
+                    return self._measure_quality(request, connection, coordinator)
+            case MeasureLink():
+                return self._measure_link(request)
+            case FindBlocks():
+                return BlocksFound(request.request, self._cache.find(request.sha256s))
+            case LoadStage():
+                return self._load(request, connection, coordinator)
+            case ConnectStage():
+                return self._connect_stage(request)
+            case UnloadStage():
+                self._unload()
+                return Done(request.request)
+            case MakeFiles():
+                return self._exchange(request.request, connection, coordinator).make(request)
+            case _:
+                return assert_never(request)
+
+    def _measure_device(self, request: MeasureDevice, connection: Connection) -> Message:
+        if self._relay is not None:
+            raise BackendError("a stage is loaded, which others wait for: unload it first")
+        progress = self._progress(connection, request.request, "measure", "steps")
+        with self._measuring:
+            self._figures.measure_device(lambda: progress(0, 1))
+        return DeviceMeasured(request.request, self._figures.told_profile())
+
+    def _measure_link(self, request: MeasureLink) -> Message:
+        with self._measuring, self._connect(request) as peer:
+            figures, conditions = measure_link_steadily(peer)
+        self._links[request.device] = Link(request.device, figures)
+        return LinkMeasured(
+            request.request,
+            figures.rtt_s,
+            figures.bytes_per_s,
+            figures.rtt_p90_s,
+            conditions,
+        )
+
+    def _connect_stage(self, request: ConnectStage) -> Message:
+        relay = self._relay_of(request.epoch)
+        if relay is None:
+            raise BackendError("the stage to connect is not loaded")
+        relay.connect(
+            self._connect(request),
+            self._links.get(request.device) or Link(request.device),
+            self._measuring,
+        )
         return Done(request.request)
 
     def _exchange(

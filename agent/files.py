@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from agent.blocks import SHA256, BlockCache, Gone
+from agent.blocks import BlockCache, Gone
 from backends.base import Artifacts, BackendError, FilesMissing
 from backends.registry import backend_class
-from model.artifact import file_sha256
+from model.artifact import SHA256, file_sha256
 from model.errors import CheckpointError
 from model.spec import ModelSpec
-from wire import limits
 from wire.auth import Token
+from wire.chunks import file_chunks
 from wire.connection import Connection
 from wire.errors import ProtocolError
 from wire.hygiene import clean
 from wire.messages import (
-    BlockChunk,
     BlockRef,
     BlocksHello,
     Done,
@@ -142,7 +141,7 @@ class FileExchange:
             message = clean(connection.receive()[0])
             waiting()
             if isinstance(message, FetchBlock) and message.sha256 in paths:
-                for chunk, payload in _chunks(paths[message.sha256], message.offset):
+                for chunk, payload in file_chunks(paths[message.sha256], message.offset):
                     connection.send(chunk, payload)
                     waiting()
             elif not isinstance(message, Heartbeat):
@@ -155,12 +154,3 @@ def _sha256_of(path: Path) -> str:
     if SHA256.fullmatch(path.name) and sha256 != path.name:
         raise CheckpointError(f"{path}: the file is damaged; fetch it again")
     return sha256
-
-
-def _chunks(path: Path, offset: int) -> Iterable[tuple[BlockChunk, bytes]]:
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(offset, 0))
-        while payload := file.read(limits.FILE_CHUNK_BYTES):
-            yield BlockChunk(offset, total), payload
-            offset += len(payload)

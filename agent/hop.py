@@ -18,8 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.links import Link, Measuring
-from wire.connection import NO_PAYLOAD, Connection
+from wire.connection import Connection
 from wire.errors import ConnectionLost, WireError
+from wire.framing import NO_PAYLOAD
 from wire.messages import Activation, LinkChanged, Message, ProbePing, ProbePong, TokenSampled
 
 QUEUED_CHUNKS = 2

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +58,7 @@ from backends.onnx_session import (
     translated,
     window_offset,
 )
-from model.artifact import Tensor, file_sha256, read_block
+from model.artifact import SHA256, Tensor, file_sha256, read_block
 from model.costs import on_chip_layer_bytes, stage_buffer_bytes
 from model.errors import CheckpointError
 from model.quantize import QuantizedMatrix
@@ -78,8 +77,6 @@ PROMPT_ROWS = 16
 
 COPY_MARGIN = 1.02
 """Bytes of that copy, with scales and sums, over one for each weight, at most."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class OnnxCpuBackend(Backend):
@@ -431,7 +428,7 @@ class _Loader:
 
     def _key(self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool) -> str | None:
         """Names what would be prepared; None for files that are not named by their content."""
-        if not all(_SHA256.fullmatch(path.name) and path.exists() for _, path in artifacts):
+        if not all(SHA256.fullmatch(path.name) and path.exists() for _, path in artifacts):
             return None
         return Prepared.key(
             {

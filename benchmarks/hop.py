@@ -61,6 +61,7 @@ from wire.messages import (
     StartSequence,
     TokenSampled,
 )
+from wire.transport import TcpTransport
 
 HIDDEN = 2048
 ROW_BYTES = 4096
@@ -173,7 +174,7 @@ Way = Raw | Shoal
 WAYS: dict[str, Callable[[socket.socket], Way]] = {
     "raw": Raw,
     "framed": Framed,
-    "shoal": lambda sock: Shoal(Connection(sock)),
+    "shoal": lambda sock: Shoal(Connection(TcpTransport(sock))),
 }
 
 
@@ -382,7 +383,7 @@ def clocked_pair(clock: Clock) -> tuple[Connection, Connection]:
     listener.close()
     if far is None:
         raise OSError("no connection")
-    return Connection(near), far
+    return Connection(TcpTransport(near)), far
 
 
 def share(role: str, steps: int, vocab: int, weights_mib: int) -> list[float]:

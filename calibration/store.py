@@ -11,13 +11,13 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.durable import replace_text
 from wire.conditions import Conditions
 
 VERSION = 1
@@ -165,18 +165,7 @@ class CalibrationStore:
             indent=1,
             sort_keys=True,
         )
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                self._hand_over(file.fileno())
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_text(self.path, text, prepare=self._hand_over)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -31,14 +31,14 @@ from coordinator.roster.names import NameBook
 from coordinator.serving.gateway import Gateway
 from model.errors import ModelError
 from wire import admission, limits
-from wire.connection import ACCEPT_AT_ONCE, BACKLOG, AsyncConnection, bind, reason, serve, tune
+from wire.chunks import file_chunks
+from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
 from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
-    BlockChunk,
     BlockDamaged,
     BlocksHello,
     Done,
@@ -50,6 +50,7 @@ from wire.messages import (
 )
 from wire.rare_log import RareLog
 from wire.service import ServiceManager
+from wire.transport import BACKLOG, bind, reason, tune
 
 log = logging.getLogger(__name__)
 
@@ -251,24 +252,30 @@ class Coordinator:
                 request = clean((await connection.receive(DOWNLOAD_IDLE_S))[0])
             finally:
                 self._idle_downloads.leave(connection)
-            if isinstance(request, MakeFiles):
-                await self._workshop.serve(device, request, connection)
-            elif isinstance(request, FilesMade):
-                await self._workshop.take(device, request, connection)
-            elif isinstance(request, BlockDamaged):
-                await self._repair(request, connection)
-            elif not isinstance(request, FetchBlock) or not await self._send(request, connection):
-                self._rare_log.warning(
-                    "block", "%s asked for a block that does not exist", connection.peer
-                )
-                return
+            match request:
+                case MakeFiles():
+                    await self._workshop.serve(device, request, connection)
+                case FilesMade():
+                    await self._workshop.take(device, request, connection)
+                case BlockDamaged():
+                    await self._repair(request, connection)
+                case FetchBlock():
+                    if not await self._send(request, connection):
+                        self._rare_log.warning(
+                            "block", "%s asked for a block that does not exist", connection.peer
+                        )
+                        return
+                case _:
+                    raise ProtocolError(
+                        f"unexpected {type(request).__name__} on a connection of files"
+                    )
 
     async def _send(self, request: FetchBlock, connection: AsyncConnection) -> bool:
         """Send an artifact's bytes; False where there is none.
 
         One that cannot be read is made again: it has the same bytes. Raises OSError, MakingFailed.
         """
-        offset, store = max(request.offset, 0), self._store
+        offset, store = request.offset, self._store
         for is_last in (False, True):
             path = store.path(request.sha256)
             if path is None and not store.can_make(request.sha256):
@@ -276,17 +283,10 @@ class Coordinator:
             try:
                 if path is None:
                     raise FileNotFoundError(request.sha256)
-                with path.open("rb") as file:
-                    total = path.stat().st_size
-                    if offset > total:
-                        raise OSError(f"{path} was cut short")  # The agent has more of it.
-                    file.seek(offset)
-                    while offset < total:
-                        data = await asyncio.to_thread(file.read, limits.FILE_CHUNK_BYTES)
-                        if not data:
-                            raise OSError(f"{path} was cut short")  # The agent notices, too.
-                        await connection.send(BlockChunk(offset, total), data)
-                        offset += len(data)
+                chunks = file_chunks(path, offset)
+                while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                    await connection.send(*chunk)
+                    offset = chunk[0].offset + len(chunk[1])
                 break
             except OSError:
                 if is_last:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,10 @@ def read_format(path: Path) -> Format:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a valid block file: {error}; fetch it again") from error
     return fmt
+
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+"""A hash as hex: the name of an artifact. Use ``fullmatch``."""
 
 
 def file_sha256(path: Path) -> str:

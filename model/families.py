@@ -16,11 +16,9 @@ from typing import Any, cast
 
 from model.errors import CheckpointError, UnsupportedModelError
 from model.given import CONFIG, require_model
-from model.spec import Activation, LayerSpec, ModelSpec, RopeScaling, RopeSpec
+from model.spec import MAX_LAYERS, MAX_SIZE, Activation, LayerSpec, ModelSpec, RopeScaling, RopeSpec
 
 _MAX_CONFIG_BYTES = 16 << 20
-_MAX_SIZE = 1 << 24
-_MAX_LAYERS = 1 << 12
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
@@ -62,8 +60,8 @@ class Config:
     def size(self, key: str, default: int | None = None) -> int:
         """A positive count. Raises CheckpointError where it is no int or absurd."""
         value = self._get(key, default)
-        if type(value) is not int or not 0 < value < _MAX_SIZE:
-            raise self._wrong(key, f"an integer in [1, {_MAX_SIZE})", value)
+        if type(value) is not int or not 0 < value < MAX_SIZE:
+            raise self._wrong(key, f"an integer in [1, {MAX_SIZE})", value)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -85,7 +83,7 @@ class Config:
         """Token ids: null, one id, or a list of them."""
         value = self.values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(type(item) is int and 0 <= item < _MAX_SIZE for item in ids):
+        if not all(type(item) is int and 0 <= item < MAX_SIZE for item in ids):
             raise self._wrong(key, "a token id or a list of them", value)
         return tuple(ids)
 
@@ -237,7 +235,7 @@ def _strings(config: Config, key: str) -> list[str]:
 
 def _layer_count(config: Config) -> int:
     count = config.size("num_hidden_layers")
-    if count > _MAX_LAYERS:
+    if count > MAX_LAYERS:
         raise CheckpointError(f"{config.path}: num_hidden_layers = {count} is absurd")
     return count
 
@@ -435,7 +433,7 @@ def _rope(config: Config, head_dim: int) -> tuple[RopeSpec, int]:
     if factor < 1:
         raise CheckpointError(f"{config.path}: rope factor must be at least 1, not {factor}")
     if kind != "llama3":
-        usable = min(int(context * factor), _MAX_SIZE - 1)
+        usable = min(int(context * factor), MAX_SIZE - 1)
         return RopeSpec(theta, _SCALINGS[kind], factor, context), usable
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
     if low >= high:

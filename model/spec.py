@@ -212,13 +212,14 @@ _COUNTS = frozenset(("learned_positions", "position_offset", "original_context")
 _SIZES = frozenset(
     ("vocab", "hidden", "embed_dim", "max_context", "heads", "kv_heads", "head_dim", "ffn")
 )
-_MAX_SIZE = 1 << 24
-_MAX_LAYERS = 1 << 12
+MAX_SIZE = 1 << 24
+"""Each width, head count and token id is below this: no real model has more."""
+MAX_LAYERS = 1 << 12
 
 
 def _check(spec: ModelSpec) -> None:
     """Refuse types and sizes that no real model has, before anyone allocates by them."""
-    if not 0 < len(spec.layers) <= _MAX_LAYERS:
+    if not 0 < len(spec.layers) <= MAX_LAYERS:
         raise UnsupportedModelError(f"malformed model description: {len(spec.layers)} layers")
     _check_fields(spec)
     for layer in set(spec.layers):
@@ -265,4 +266,4 @@ def _is_valid(name: str, value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MAX_SIZE
+    return type(value) is int and 0 <= value < MAX_SIZE

@@ -1,11 +1,12 @@
-"""One framed connection between two processes: the only module that touches stream sockets.
+"""Connections between two processes: the adapters between wire.framing and real streams.
 
 ``Connection`` blocks (agents: a thread owns each connection), ``AsyncConnection`` awaits (the
-coordinator). Both speak wire.codec. Where there is a token, the handshake of wire.auth comes before
-anything else: in ``Connection.connect``, in the first ``receive`` of what a Listener accepted, and
-in ``serve``. Nothing else in the program knows of it.
+coordinator). Both drive a wire.framing.Framer, so that they speak the same protocol with the same
+errors. Where there is a token, the handshake of wire.auth comes before anything else: in
+``Connection.connect``, in the first ``receive`` on an accepted connection, and in ``serve``.
+Nothing else in the program knows of it.
 
-What was accepted sits in a lobby until ``receive_hello`` returns, and may be closed there.
+An accepted connection sits in a lobby until ``receive_hello`` returns, and may be closed there.
 """
 
 from __future__ import annotations
@@ -16,43 +17,31 @@ import errno
 import logging
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import NoReturn
-
-import numpy as np
+from typing import TypeVar
 
 from wire import admission, auth, limits
 from wire.admission import Admit
 from wire.auth import Handshake, Token
-from wire.codec import (
-    PREFIX,
-    decode_header,
-    decode_prefix,
-    encode,
-    encode_as,
-    encode_refusal,
-)
+from wire.codec import encode, encode_as
 from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, VersionMismatch, WireError
+from wire.framing import BUFFER_BYTES, Framer
 from wire.lobby import Lobby
 from wire.messages import AgentHello, AuthChallenge, Endpoint, JoinRefused, Message
 from wire.patience import within
 from wire.rare_log import RareLog
-from wire.versions import OLDEST, Stranger, hello_of_oldest
+from wire.transport import BACKLOG, Buffer, TcpTransport, Transport, bind, peer_name, reason, tune
+from wire.versions import OLDEST, hello_of_oldest
 
 log = logging.getLogger(__name__)
 
-Buffer = bytes | bytearray | memoryview
-"""Raw bytes; a memoryview must be one of bytes."""
+Result = TypeVar("Result")
 
-NO_PAYLOAD = memoryview(b"")
-
-BUFFER_BYTES = 16 << 10
-"""Received in one call where they are there: a token's whole frame. Of a larger payload so
-much at most is copied, the rest comes straight into memory of its own."""
+MakeTransport = Callable[[socket.socket], Transport]
+"""Makes a transport of a connected socket."""
 
 REFUSAL_S = 0.5
 REFUSAL_READS = 16
@@ -67,10 +56,6 @@ ACCEPT_PAUSE_S = 0.1
 ACCEPT_AT_ONCE = 64
 """Connections that asyncio accepts before anything else has its turn."""
 
-BACKLOG = 1024
-"""Connections that wait in the kernel to be accepted: beyond them, a caller tries again after a
-second."""
-
 
 class Connection:
     """A blocking framed connection. ``send`` may be called by many threads, ``receive`` by one.
@@ -81,30 +66,25 @@ class Connection:
 
     def __init__(
         self,
-        sock: socket.socket,
+        transport: Transport,
         handshake: Handshake | None = None,
         lobby: Lobby | None = None,
     ) -> None:
         """``handshake``: what the other end must pass before ``receive`` returns anything.
         ``lobby``: where the connection sits until ``receive_hello`` returns.
         """
-        self.admit: Admit | None = None
-        """What may come next; None: anything."""
-        self._socket = sock
-        self._handshake = handshake
+        self.peer = transport.peer
+        self.peer_host = self.peer.rpartition(":")[0]
+        self.local_host = transport.local_host
+        """Our own address as this peer sees it."""
+        self._transport = transport
+        self._framer = Framer(transport.peer, handshake)
         self._lobby = lobby
         self._opened_s = time.monotonic()
         self._deadline_s: float | None = None
         self._timeout_s: float | None = None
+        self._is_refusing = False
         self._send_lock = threading.Lock()
-        # What has been received and not taken yet: [begin, end).
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
-        self._begin = self._end = 0
-        self.peer = peer_name(sock)
-        self.peer_host = self.peer.rpartition(":")[0]
-        tune(sock)
-        sock.settimeout(None)
-        set_timeout(sock, socket.SO_SNDTIMEO, limits.SEND_TIMEOUT_S)
 
     @staticmethod
     def connect(
@@ -112,28 +92,32 @@ class Connection:
         timeout_s: float = limits.CONNECT_TIMEOUT_S,
         *,
         token: Token | None = None,
+        transport: MakeTransport = TcpTransport,
     ) -> Connection:
         """Connect to an address; with a token, to somebody who knows it.
 
         Raises ConnectFailed, AuthFailed.
         """
         try:
-            connection = Connection(
-                socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
-            )
+            sock = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
+            handshake = None if token is None else auth.call(token)
+            connection = Connection(transport(sock), handshake)
         except (OSError, OverflowError, ValueError) as error:
             # A host name that is none raises UnicodeError, a port that is none OverflowError.
             raise ConnectFailed(
                 f"cannot connect to {endpoint.host}:{endpoint.port}: {reason(error)}"
             ) from error
-        if token is not None:
-            connection._pass(auth.call(token))
+        connection._prove()
         return connection
 
     @property
-    def local_host(self) -> str:
-        """Our own address as this peer sees it."""
-        return str(self._socket.getsockname()[0])
+    def admit(self) -> Admit | None:
+        """What may come next; None: anything."""
+        return self._framer.admit
+
+    @admit.setter
+    def admit(self, admit: Admit | None) -> None:
+        self._framer.admit = admit
 
     def set_receive_timeout(self, seconds: float | None) -> None:
         """Let ``receive`` raise ConnectionLost after this much silence; None waits for ever.
@@ -142,20 +126,16 @@ class Connection:
         """
         self._timeout_s = seconds
         try:
-            set_timeout(self._socket, socket.SO_RCVTIMEO, seconds or 0.0)
+            self._transport.set_receive_timeout(seconds)
         except OSError as error:
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
     def send(self, message: Message, payload: Buffer = b"") -> None:
         """Send one frame: header and payload leave in one call."""
-        body_bytes = len(payload)
-        head = encode(message, body_bytes)
+        head = encode(message, len(payload))
         try:
             with self._send_lock:
-                sent = self._socket.sendmsg((head, payload) if body_bytes else (head,))
-                if sent < len(head) + body_bytes:
-                    self._socket.sendall(head[sent:])
-                    self._socket.sendall(memoryview(payload)[max(sent - len(head), 0) :])
+                self._transport.send(head, payload)
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
@@ -165,13 +145,9 @@ class Connection:
 
         Raises AuthFailed where the other end has not proved to know the token.
         """
-        if self._handshake is not None:
-            handshake, self._handshake = self._handshake, None
-            self._pass(handshake)
-        message, payload = self._receive(self.admit)
-        if type(message) is AuthChallenge:
-            self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
-        return message, payload
+        if self._framer.is_proving:
+            self._prove()
+        return self._until(self._framer.next_frame)
 
     def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
         """The first message of a peer that was accepted: one of these kinds, each with its largest
@@ -179,13 +155,11 @@ class Connection:
 
         The peer has HELLO_TIMEOUT_S from the moment it was accepted. Raises WireError.
         """
-        if self._handshake is not None:
-            handshake, self._handshake = self._handshake, None
-            self._pass(handshake)
+        self._prove()
         self._deadline_s = self._opened_s + limits.HELLO_TIMEOUT_S
-        message, _ = self._receive(admission.hello(largest_bytes))
-        if type(message) is AuthChallenge:
-            self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
+        admit, self.admit = self.admit, admission.hello(largest_bytes)
+        message, _ = self._until(self._framer.next_frame)
+        self.admit = admit
         self._deadline_s = None
         self.set_receive_timeout(self._timeout_s)
         if self._lobby is not None and not self._lobby.leave(self):
@@ -196,9 +170,7 @@ class Connection:
         """Close at once and wake a thread that is blocked in ``receive``. Idempotent."""
         if self._lobby is not None:
             self._lobby.leave(self)
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self._transport.close()
 
     def __enter__(self) -> Connection:
         return self
@@ -211,135 +183,79 @@ class Connection:
     ) -> None:
         self.close()
 
-    def _pass(self, handshake: Handshake) -> None:
-        """Go through a handshake within HANDSHAKE_TIMEOUT_S. Raises WireError."""
-        self._deadline_s = time.monotonic() + limits.HANDSHAKE_TIMEOUT_S
-        incoming: Message | None = None
-        try:
-            while True:
-                outgoing = handshake.send(incoming)
-                incoming = None
-                if outgoing is None:
-                    incoming, _ = self._receive(admit=auth.admit)
-                else:
-                    self.send(outgoing)
-        except StopIteration:
+    def _prove(self) -> None:
+        """Go through the handshake within HANDSHAKE_TIMEOUT_S. Raises WireError."""
+        if self._framer.is_proving:
+            self._deadline_s = time.monotonic() + limits.HANDSHAKE_TIMEOUT_S
+            self._until(self._framer.prove)
             self._deadline_s = None
             self.set_receive_timeout(self._timeout_s)
-        except AuthFailed as error:
-            self._refuse(error)
 
-    def _refuse(self, error: AuthFailed) -> NoReturn:
-        """Tell the other end why, close, and raise the error with its name."""
-        with contextlib.suppress(WireError, OSError):
-            if error.refusal is not None:
-                self.send(JoinRefused(error.refusal))
-                self._drain()
-        self.close()
-        raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
-
-    def _receive(self, admit: Admit | None = None) -> tuple[Message, memoryview]:
-        """``admit`` may raise at what a prefix announces."""
+    def _until(self, step: Callable[[], Result | None]) -> Result:
+        """Receive bytes until ``step`` returns something. Closes the connection at any error."""
+        framer = self._framer
         try:
-            if self._end - self._begin < PREFIX.size:
-                self._fill(PREFIX.size, inside=False)
-            prefix = decode_prefix(self._take(PREFIX.size))
-            if admit is not None:
-                admit(prefix)
-            kind, header_bytes, payload_bytes = prefix
-            message = decode_header(kind, self._take(header_bytes))
-            payload = self._take_own(payload_bytes) if payload_bytes else NO_PAYLOAD
-        except AuthFailed:
-            raise  # The other end is still to be told.
-        except VersionMismatch as error:
-            raise self._refuse_version(error) from error
+            while (result := step()) is None:
+                if framer.outgoing:
+                    self._flush()
+                if framer.is_refusing and not self._is_refusing:
+                    self._is_refusing = True
+                    self._deadline_s = time.monotonic() + REFUSAL_S
+                if self._deadline_s is not None:
+                    self._limit(self._deadline_s)
+                framer.received(self._transport.receive_into(*framer.space()))
+            if framer.outgoing:
+                self._flush()
         except OSError as error:
-            self.close()
-            raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
+            lost = framer.lost(f": {reason(error)}")
+            self._part()
+            raise lost from error
         except BaseException:
-            self.close()
+            self._part()
             raise
-        return message, payload
+        return result
 
-    def _refuse_version(self, error: VersionMismatch) -> VersionMismatch:
-        """Tell the other end, close; the error with all that is known."""
-        header = b""
-        with contextlib.suppress(WireError, OSError):
-            self._deadline_s = time.monotonic() + REFUSAL_S
-            if error.header_bytes <= BUFFER_BYTES:
-                header = bytes(self._take(error.header_bytes))
-        stranger = Stranger.of(host_of(self.peer), error.theirs, error.code, header)
-        with contextlib.suppress(OSError):
-            self._socket.sendall(encode_refusal(stranger.refusal(), error.theirs))
-            self._drain()
+    def _limit(self, deadline_s: float) -> None:
+        """Let the next receive end at the deadline."""
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise self._framer.lost(" took too long to say who it is")
+        self._transport.set_receive_timeout(max(left_s, 1e-3))
+
+    def _flush(self) -> None:
+        with self._send_lock:
+            self._transport.send(self._framer.take_outgoing())
+
+    def _part(self) -> None:
+        """Say what the peer is still to be told, and close."""
+        if self._framer.outgoing:
+            with contextlib.suppress(OSError):
+                self._flush()
+                # Closed with something unread, the connection would be reset, and the last words
+                # be lost.
+                self._transport.finish_sending()
+                self._transport.set_receive_timeout(REFUSAL_S)
+                scrap = memoryview(bytearray(BUFFER_BYTES))
+                for _ in range(REFUSAL_READS):
+                    if not self._transport.receive_into(scrap, False):
+                        break
         self.close()
-        return VersionMismatch(error.ours, error.theirs, story=stranger.story())
-
-    def _drain(self) -> None:
-        """Read what still comes: closed with something unread, the connection would be reset, and
-        what was said last be lost."""
-        self._socket.shutdown(socket.SHUT_WR)
-        set_timeout(self._socket, socket.SO_RCVTIMEO, REFUSAL_S)
-        for _ in range(REFUSAL_READS):
-            if not self._socket.recv_into(self._buffer):
-                break
-
-    def _fill(self, count: int, *, inside: bool = True) -> None:
-        """Have at least ``count`` bytes in the buffer, which must be able to hold them."""
-        if self._begin == self._end:
-            self._begin = self._end = 0
-        elif self._begin + count > len(self._buffer):
-            rest = self._buffer[self._begin : self._end].tobytes()
-            self._buffer[: len(rest)] = rest
-            self._begin, self._end = 0, len(rest)
-        while self._end - self._begin < count:
-            self._end += self._receive_into(
-                self._buffer[self._end :], inside=inside or self._end > self._begin
-            )
-
-    def _take(self, count: int) -> memoryview:
-        """The next ``count`` bytes, valid until more are asked for."""
-        if self._end - self._begin < count:
-            if count > len(self._buffer):
-                return self._take_own(count)
-            self._fill(count)
-        begin = self._begin
-        self._begin = end = begin + count
-        return self._buffer[begin:end]
-
-    def _take_own(self, count: int) -> memoryview:
-        """The next ``count`` bytes in memory of their own, aligned for any number."""
-        begin = self._begin
-        filled = self._end - begin
-        if filled >= count:
-            self._begin = end = begin + count
-            return memoryview(bytearray(self._buffer[begin:end]))
-        data: memoryview = np.empty(count, np.uint8).data
-        data[:filled] = self._buffer[begin : self._end]
-        self._begin = self._end = 0
-        while filled < count:
-            filled += self._receive_into(data[filled:], socket.MSG_WAITALL)
-        return data
-
-    def _receive_into(self, view: memoryview, flags: int = 0, *, inside: bool = True) -> int:
-        if self._deadline_s is not None:
-            left_s = self._deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise ConnectionLost(f"{self.peer} took too long to say who it is")
-            set_timeout(self._socket, socket.SO_RCVTIMEO, max(left_s, 1e-3))
-        count = self._socket.recv_into(view, 0, flags)
-        if count == 0:
-            where = " in the middle of a message" if inside else ""
-            raise ConnectionLost(f"{self.peer} closed the connection{where}")
-        return count
 
 
 class Listener:
     """A listening TCP socket that yields Connections; with a token, of those who know it."""
 
-    def __init__(self, host: str, port: int, *, token: Token | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        token: Token | None = None,
+        transport: MakeTransport = TcpTransport,
+    ) -> None:
         """Bind. Port 0 takes a free one. Raises ConnectFailed where the address is taken."""
         self._token = token
+        self._transport = transport
         self._socket = bind(host, port)
         self.host: str = self._socket.getsockname()[0]
         self.port: int = self._socket.getsockname()[1]
@@ -363,7 +279,7 @@ class Listener:
                 continue
             try:
                 handshake = None if self._token is None else auth.answer(self._token)
-                connection = Connection(sock, handshake, self._lobby)
+                connection = Connection(self._transport(sock), handshake, self._lobby)
             except OSError:  # The peer is gone again.
                 sock.close()
                 continue
@@ -386,22 +302,31 @@ class AsyncConnection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         lobby: Lobby | None = None,
+        handshake: Handshake | None = None,
     ) -> None:
         """As ``Connection``."""
-        self.admit: Admit | None = None
-        """What may come next; None: anything."""
-        self._reader = reader
-        self._writer = writer
-        self._lobby = lobby
-        self._opened_s = time.monotonic()
-        self._send_lock = asyncio.Lock()
         sock: socket.socket = writer.get_extra_info("socket")
         self.peer = peer_name(sock)
         # A peer that is gone again before it was accepted has no address.
         self.peer_host: str = (writer.get_extra_info("peername") or ("",))[0]
         self.local_host: str = (writer.get_extra_info("sockname") or ("",))[0]
         """Our own address as this peer sees it."""
+        self._reader = reader
+        self._writer = writer
+        self._framer = Framer(self.peer, handshake)
+        self._lobby = lobby
+        self._opened_s = time.monotonic()
+        self._send_lock = asyncio.Lock()
         tune(sock)
+
+    @property
+    def admit(self) -> Admit | None:
+        """What may come next; None: anything."""
+        return self._framer.admit
+
+    @admit.setter
+    def admit(self, admit: Admit | None) -> None:
+        self._framer.admit = admit
 
     async def send(self, message: Message, payload: Buffer = b"") -> None:
         """Send one frame."""
@@ -416,90 +341,26 @@ class AsyncConnection:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
-    async def receive(self, timeout_s: float | None = None) -> tuple[Message, bytes]:
+    async def receive(self, timeout_s: float | None = None) -> tuple[Message, memoryview]:
         """The next message and its payload; ConnectionLost after ``timeout_s`` of silence."""
-        message, payload = await self._receive_within(timeout_s, self.admit)
-        if type(message) is AuthChallenge:
-            await self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
-        return message, payload
+        await self.prove()
+        return await self._until(self._framer.next_frame, timeout_s)
 
     async def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
         """As ``Connection.receive_hello``."""
+        await self.prove()
         left_s = max(self._opened_s + limits.HELLO_TIMEOUT_S - time.monotonic(), 0.0)
-        message, _ = await self._receive_within(left_s, admission.hello(largest_bytes))
-        if type(message) is AuthChallenge:
-            await self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
+        admit, self.admit = self.admit, admission.hello(largest_bytes)
+        message, _ = await self._until(self._framer.next_frame, left_s)
+        self.admit = admit
         if self._lobby is not None and not self._lobby.leave(self):
             raise ConnectionLost(f"{self.peer} made room for others")
         return message
 
-    async def prove(self, handshake: Handshake) -> None:
-        """Go through a handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
-        deadline_s = time.monotonic() + limits.HANDSHAKE_TIMEOUT_S
-        incoming: Message | None = None
-        try:
-            while True:
-                outgoing = handshake.send(incoming)
-                incoming = None
-                if outgoing is None:
-                    left_s = max(deadline_s - time.monotonic(), 0.0)
-                    incoming, _ = await self._receive_within(left_s, auth.admit)
-                else:
-                    await self.send(outgoing)
-        except StopIteration:
-            pass
-        except AuthFailed as error:
-            await self._refuse(error)
-
-    async def _refuse(self, error: AuthFailed) -> NoReturn:
-        with contextlib.suppress(WireError, OSError, asyncio.TimeoutError):
-            if error.refusal is not None:
-                await self.send(JoinRefused(error.refusal))
-                await self._drain()
-        self.close()
-        raise AuthFailed(f"{self.peer}: {error}", error.refusal) from error
-
-    async def _refuse_version(self, error: VersionMismatch) -> VersionMismatch:
-        header = b""
-        with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
-            if error.header_bytes <= BUFFER_BYTES:
-                reading = self._reader.readexactly(error.header_bytes)
-                header = await asyncio.wait_for(reading, REFUSAL_S)
-        stranger = Stranger.of(self.peer_host, error.theirs, error.code, header)
-        with contextlib.suppress(OSError, asyncio.TimeoutError):
-            self._writer.write(encode_refusal(stranger.refusal(), error.theirs))
-            await self._drain()
-        self.close()
-        return VersionMismatch(error.ours, error.theirs, story=stranger.story())
-
-    async def _drain(self) -> None:
-        self._writer.write_eof()
-        for _ in range(REFUSAL_READS):
-            if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
-                break
-
-    async def _receive_within(
-        self, timeout_s: float | None, admit: Admit | None = None
-    ) -> tuple[Message, bytes]:
-        try:
-            return await within(self._receive(admit), timeout_s)
-        except AuthFailed:
-            raise  # The other end is still to be told.
-        except VersionMismatch as error:
-            raise await self._refuse_version(error) from error
-        except asyncio.TimeoutError as error:
-            self.close()
-            raise ConnectionLost(f"{self.peer} was silent for {timeout_s:g} s") from error
-        except asyncio.IncompleteReadError as error:
-            self.close()
-            where = " in the middle of a message" if error.partial else ""
-            raise ConnectionLost(f"{self.peer} closed the connection{where}") from error
-        except OSError as error:
-            self.close()
-            raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
-        except BaseException:
-            self.close()
-            raise
+    async def prove(self) -> None:
+        """Go through the handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
+        if self._framer.is_proving:
+            await self._until(self._framer.prove, limits.HANDSHAKE_TIMEOUT_S)
 
     def close(self) -> None:
         """Close at once. Idempotent."""
@@ -507,16 +368,59 @@ class AsyncConnection:
             self._lobby.leave(self)
         self._writer.close()
 
-    async def _receive(self, admit: Admit | None) -> tuple[Message, bytes]:
-        prefix = decode_prefix(await self._reader.readexactly(PREFIX.size))
-        if admit is not None:
-            admit(prefix)
-        header = await self._reader.readexactly(prefix.header_bytes)
-        message = decode_header(prefix.kind, header)
-        payload = b""
-        if prefix.payload_bytes:
-            payload = await self._reader.readexactly(prefix.payload_bytes)
-        return message, payload
+    async def _until(self, step: Callable[[], Result | None], timeout_s: float | None) -> Result:
+        """Receive bytes until ``step`` returns something. Closes the connection at any error."""
+        try:
+            return await within(self._take_in(step), timeout_s)
+        except (OSError, asyncio.TimeoutError) as error:
+            how = f": {reason(error)}"
+            if timeout_s is not None and isinstance(error, asyncio.TimeoutError):
+                how = f" was silent for {timeout_s:g} s"
+            lost = self._framer.lost(how)
+            await self._part()
+            raise lost from error
+        except BaseException:
+            await self._part()
+            raise
+
+    async def _take_in(self, step: Callable[[], Result | None]) -> Result:
+        framer = self._framer
+        deadline_s: float | None = None
+        while (result := step()) is None:
+            if framer.outgoing:
+                await self._flush()
+            if framer.is_refusing:
+                deadline_s = deadline_s or time.monotonic() + REFUSAL_S
+                left_s = max(deadline_s - time.monotonic(), 0.0)
+                await asyncio.wait_for(self._read(), left_s)
+            else:
+                await self._read()
+        if framer.outgoing:
+            await self._flush()
+        return result
+
+    async def _read(self) -> None:
+        space, _ = self._framer.space()
+        data = await self._reader.read(len(space))
+        space[: len(data)] = data
+        self._framer.received(len(data))
+
+    async def _flush(self) -> None:
+        async with self._send_lock:
+            self._writer.write(self._framer.take_outgoing())
+            await within(self._writer.drain(), limits.SEND_TIMEOUT_S)
+
+    async def _part(self) -> None:
+        """As ``Connection._part``."""
+        if self._framer.outgoing:
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await self._flush()
+                if self._writer.can_write_eof():
+                    self._writer.write_eof()
+                for _ in range(REFUSAL_READS):
+                    if not await asyncio.wait_for(self._reader.read(BUFFER_BYTES), REFUSAL_S):
+                        break
+        self.close()
 
 
 async def serve(
@@ -539,11 +443,11 @@ async def serve(
     told: set[str] = set()
 
     async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = AsyncConnection(reader, writer, lobby)
+        handshake = None if token is None else auth.answer(token)
+        connection = AsyncConnection(reader, writer, lobby, handshake)
         lobby.enter(connection, connection.peer_host, connection.close)
         try:
-            if token is not None:
-                await connection.prove(auth.answer(token))
+            await connection.prove()
             await handle(connection)
         except VersionMismatch as error:
             if str(error) not in told and len(told) < MAX_TOLD:
@@ -579,7 +483,7 @@ def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
         connection = Connection.connect(endpoint)
         try:
             connection.set_receive_timeout(limits.CONNECT_TIMEOUT_S)
-            connection._socket.sendall(encode_as(OLDEST, kind, values))
+            connection._transport.send(encode_as(OLDEST, kind, values))
             answer, _ = connection.receive()
         except VersionMismatch as error:
             return error.theirs
@@ -587,66 +491,3 @@ def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
             connection.close()
         return OLDEST if isinstance(answer, JoinRefused) else None
     return None
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConnectFailed with what to do where the address is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        advice = ": choose another port" if error.errno == errno.EADDRINUSE else ""
-        raise ConnectFailed(f"cannot listen on {host}:{port}: {reason(error)}{advice}") from error
-    except OverflowError as error:
-        raise ConnectFailed(f"cannot listen on {host}:{port}: not a port number") from error
-    except (TypeError, ValueError) as error:
-        raise ConnectFailed(f"cannot listen on {host}:{port}: not a host name") from error
-
-
-def tune(sock: socket.socket, stall_s: float = limits.LIVENESS_S) -> None:
-    """Send small frames at once, and notice a peer that vanished without closing.
-
-    A peer that reads nothing of what waits for it is dropped after ``stall_s``, too.
-    """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # Acknowledge at once to begin with, so that the sender's window opens before the first prompt.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    # Without it, unacknowledged data to a dead peer is retransmitted for a quarter of an hour.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_s * 1000))
-
-
-def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    """Set SO_SNDTIMEO or SO_RCVTIMEO: unlike ``settimeout`` they differ per direction."""
-    whole = int(seconds)
-    sock.setsockopt(
-        socket.SOL_SOCKET, option, struct.pack("@ll", whole, int((seconds - whole) * 1e6))
-    )
-
-
-def peer_name(sock: socket.socket) -> str:
-    """``host:port`` of the other end, for messages."""
-    try:
-        address = sock.getpeername()
-    except OSError:
-        return "peer"
-    return f"{address[0]}:{address[1]}"
-
-
-def host_of(peer: str) -> str:
-    """The host of ``host:port``."""
-    return peer.rpartition(":")[0] or peer
-
-
-def reason(error: BaseException) -> str:
-    """An operating system error in words a user can use."""
-    if isinstance(error, (TimeoutError, asyncio.TimeoutError, BlockingIOError)):
-        return "no answer in time"
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return "unknown host"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error) or type(error).__name__

@@ -8,8 +8,8 @@ from calibration.machine import memory_bytes
 from cli.doctor.checks import LEAST_MEMORY_BYTES, NEEDED, Check, Machine, installed
 from cli.doctor.network import check_multicast
 from wire import limits
-from wire.connection import reason
 from wire.sizes import format_size
+from wire.transport import reason
 
 COORDINATOR_NEEDED = (
     *NEEDED,

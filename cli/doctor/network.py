@@ -14,8 +14,8 @@ from typing import Any
 from cli.doctor.checks import Check, Machine
 from cli.doctor.hardware import read_text
 from wire import limits
-from wire.connection import reason
 from wire.discovery import DiscoveryUnavailable, find_coordinator, host_addresses
+from wire.transport import reason
 
 MDNS = ("224.0.0.251", 5353)
 _MDNS_QUERY = bytes(12)

@@ -25,6 +25,7 @@ from cli.doctor.hardware import corals, has_nvidia_driver, is_jetson
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.service.settings import parse_toml, settings_of
+from model.durable import replace_text
 from wire.messages import Endpoint
 from wire.sizes import parse_size
 
@@ -390,26 +391,13 @@ def _carry_out(work: Work, options: argparse.Namespace, screen: Screen) -> None:
     for file in work.files:
         target = _below(root, file.path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, file.text, file.mode)
+        replace_text(target, file.text, mode=file.mode)
     for path, points_to in work.links.items():
         target = _below(root, path)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         target.symlink_to(points_to)
     _run(work.commands)
-
-
-def _replace(path: Path, text: str, mode: int) -> None:
-    """Write through to the disk, then rename: a power cut leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        os.fchmod(handle, mode)
-        file.write(text)
-        file.flush()
-        os.fsync(handle)
-    temporary.replace(path)
 
 
 def _run(commands: Sequence[Sequence[str]]) -> None:

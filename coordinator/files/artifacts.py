@@ -8,23 +8,22 @@ errors measured on the way). Losing an artifact or the index costs time, never c
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from coordinator.errors import MakingFailed, StorageFull
-from model.artifact import file_sha256, write_artifact
+from model.artifact import SHA256, file_sha256, write_artifact
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
+from model.durable import replace_text
 from model.errors import CheckpointError
+from model.partial import PartialFile
 from model.quantize import Format, weight_error
 from model.spec import QUANTIZED_TENSORS
 from wire.messages import BlockRef
@@ -40,56 +39,11 @@ FREE_SHARE = 0.1
 HEADER_BYTES = 4096
 """What an artifact's file has besides its tensors, at most."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_READ_BYTES = 1 << 20
-
 OnStep = Callable[[int, int], None]
 
 
 class Cancelled(Exception):
     """The user went away; raised between two blocks."""
-
-
-class Upload:
-    """A file that comes in pieces; what came stays for the next attempt. Use as a context."""
-
-    def __init__(self, part: Path, target: Path, size_bytes: int) -> None:
-        """Raises OSError."""
-        self._part, self._target, self._size_bytes = part, target, size_bytes
-        self._digest = hashlib.sha256()
-        self.offset = 0
-        self._file = part.open("ab+")
-        if self._file.seek(0, os.SEEK_END) > size_bytes:
-            self._file.truncate(0)
-        self._file.seek(0)
-        while piece := self._file.read(_READ_BYTES):
-            self._digest.update(piece)
-            self.offset += len(piece)
-
-    def __enter__(self) -> Upload:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    @property
-    def complete(self) -> bool:
-        return self.offset == self._size_bytes
-
-    def write(self, piece: bytes) -> None:
-        """Append what comes next. Raises OSError."""
-        self._file.write(piece)
-        self._digest.update(piece)
-        self.offset += len(piece)
-
-    def finish(self) -> bool:
-        """Keep the complete file under its hash; False, and nothing is kept, if it has another."""
-        self._file.close()
-        if self._digest.hexdigest() != self._target.name:
-            self._part.unlink(missing_ok=True)
-            return False
-        self._part.replace(self._target)
-        return True
 
 
 class ArtifactStore:
@@ -118,7 +72,7 @@ class ArtifactStore:
 
     def path(self, sha256: str) -> Path | None:
         """The artifact with this hash, if there is one. ``sha256`` may come from anyone."""
-        if not _SHA256.fullmatch(sha256):
+        if not SHA256.fullmatch(sha256):
             return None
         path = self._artifacts / sha256
         return path if path.is_file() else None
@@ -162,7 +116,7 @@ class ArtifactStore:
     def _has(self, sha256: str, size_bytes: int) -> bool:
         """Whether an artifact of this size is here, which counts as its use."""
         path = self._artifacts / sha256
-        if not _SHA256.fullmatch(sha256) or not path.exists():
+        if not SHA256.fullmatch(sha256) or not path.exists():
             return False
         if not path.is_file() or path.stat().st_size != size_bytes or not os.access(path, os.R_OK):
             log.warning("%s is damaged: it is made again", path)
@@ -232,16 +186,15 @@ class ArtifactStore:
         path.replace(self._artifacts / sha256)
         return sha256, size_bytes
 
-    def begin(self, sha256: str, size_bytes: int, keep: set[str]) -> Upload:
+    def begin(self, sha256: str, size_bytes: int, keep: set[str]) -> PartialFile:
         """Receive a file from somebody, from where an earlier attempt was cut off.
 
         Raises MakingFailed for no valid address, OSError, StorageFull.
         """
-        if not _SHA256.fullmatch(sha256) or size_bytes <= 0:
+        if not SHA256.fullmatch(sha256) or size_bytes <= 0:
             raise MakingFailed("a file has no valid address")
-        part = self._artifacts / f"{sha256}.part"
-        self._make_room(size_bytes, {*keep, part.name})
-        return Upload(part, self._artifacts / sha256, size_bytes)
+        self._make_room(size_bytes, {*keep, f"{sha256}.part"})
+        return PartialFile(self._artifacts / sha256, size_bytes)
 
     def _make_room(self, size_bytes: int, keep: set[str]) -> None:
         """Delete what was used longest ago, nothing in use, until ``size_bytes`` more fit.
@@ -324,15 +277,7 @@ class ArtifactStore:
         return {"version": INDEX_VERSION, "artifacts": {}, "errors": {}}
 
     def _save(self, checkpoint: Checkpoint, index: dict[str, Any]) -> None:
-        path = self._index_path(checkpoint)
-        descriptor, temporary = tempfile.mkstemp(dir=self._indices)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(index, file)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_text(self._index_path(checkpoint), json.dumps(index))
 
     def _index_path(self, checkpoint: Checkpoint) -> Path:
         return self._indices / f"{checkpoint.fingerprint}.json"

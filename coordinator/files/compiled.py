@@ -255,10 +255,8 @@ class Workshop:
                 await connection.send(FetchBlock(ref.sha256, upload.offset))
             while not upload.complete:
                 chunk, payload = await connection.receive(UPLOAD_IDLE_S)
-                if (
-                    not isinstance(chunk, BlockChunk)
-                    or (chunk.offset, chunk.total) != (upload.offset, ref.size_bytes)
-                    or not 0 < len(payload) <= ref.size_bytes - upload.offset
+                if not isinstance(chunk, BlockChunk) or not upload.fits(
+                    chunk.offset, chunk.total, len(payload)
                 ):
                     raise ProtocolError(f"{connection.peer}: unexpected answer to a download")
                 await asyncio.to_thread(upload.write, payload)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import TypeVar
 
 from coordinator.errors import CoordinatorError
 from coordinator.roster.members import Roster
+from model.durable import replace_text
 from model.errors import ModelError
 from planning.errors import RequestInvalid
 from planning.plan import PlanError
@@ -79,13 +79,8 @@ class LoadedFile:
             "devices": list(names),
             "ids": {**request.devices, **(ids or {})},
         }
-        new = self._path.with_suffix(".new")
         try:
-            with new.open("w", encoding="utf-8") as file:
-                json.dump(kept, file)
-                file.flush()
-                os.fsync(file.fileno())  # A power cut is what it is kept for.
-            new.replace(self._path)
+            replace_text(self._path, json.dumps(kept))
         except OSError as error:
             log.warning("%s: %s: a restart will load nothing", self._path, error.strerror)
 

@@ -12,14 +12,13 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from model.checkpoint import Checkpoint
+from model.durable import replace_text
 from model.quantize import DEFAULT_GROUP_SIZE, Scheme
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
@@ -191,14 +190,7 @@ class QualityStore:
             "own": [[*place, *values] for place, values in known.own.items()],
         }
         self._directory.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=self._directory)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_text(path, json.dumps(content))
 
     def _read(self, path: Path, spec: ModelSpec) -> KnownQuality | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):

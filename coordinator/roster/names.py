@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 from collections.abc import Collection
 from pathlib import Path
+
+from model.durable import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +71,9 @@ class NameBook:
     def _write(self) -> None:
         if self._path is None:
             return
-        new = self._path.with_suffix(".new")
+        content = {"version": VERSION, "devices": self._names}
         try:
-            with new.open("w", encoding="utf-8") as file:
-                json.dump({"version": VERSION, "devices": self._names}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self._path)
+            replace_text(self._path, json.dumps(content, indent=1))
         except OSError as error:
             log.warning("%s: %s: a restart may rename devices", self._path, error.strerror)
 

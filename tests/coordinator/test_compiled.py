@@ -174,7 +174,7 @@ async def fetched(connection: AsyncConnection, ref: BlockRef) -> bytes:
     await connection.send(FetchBlock(ref.sha256, 0))
     chunk, payload = await connection.receive(5)
     assert chunk == BlockChunk(0, ref.size_bytes)
-    return payload
+    return bytes(payload)
 
 
 async def is_dropped(connection: AsyncConnection) -> None:

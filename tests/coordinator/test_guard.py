@@ -18,8 +18,8 @@ from starlette.routing import Route
 from coordinator.http import guard
 from coordinator.http.common import on_error, read_json
 from coordinator.http.guard import HostGuard, guarded_protocol
-from wire.connection import bind
 from wire.lobby import Lobby
+from wire.transport import bind
 
 OWN = socket.gethostname()
 SHORT = OWN.partition(".")[0]

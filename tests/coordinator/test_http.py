@@ -27,7 +27,7 @@ from coordinator.http.common import (
     while_connected,
 )
 from planning.errors import RequestInvalid
-from wire.connection import bind
+from wire.transport import bind
 
 JSON = "application/json"
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from wire.codec import encode
-from wire.connection import BUFFER_BYTES, AsyncConnection, Connection, Listener, serve
+from wire.connection import AsyncConnection, Connection, Listener, serve
 from wire.errors import ConnectFailed, ConnectionLost, ProtocolError
+from wire.framing import BUFFER_BYTES
 from wire.messages import (
     Activation,
     Endpoint,

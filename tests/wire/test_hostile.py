@@ -13,11 +13,12 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from wire.codec import decode_header, encode
-from wire.connection import AsyncConnection, Connection, bind, serve
+from wire.connection import AsyncConnection, Connection, serve
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import ConnectFailed, ProtocolError
 from wire.limits import MAX_NESTING
 from wire.messages import Endpoint, Heartbeat, MeasureModel, RequestFailed
+from wire.transport import bind
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

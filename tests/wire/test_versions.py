@@ -222,7 +222,7 @@ def test_a_caller_of_another_version_is_shown_why() -> None:
     caller = Connection.connect(Endpoint("127.0.0.1", listener.port))
     accepted = listener.accept()
     assert accepted is not None
-    accepted._socket.sendall(encode_refusal("install shoal 9", 9))
+    accepted._transport.send(encode_refusal("install shoal 9", 9))
     assert caller.receive()[0] == JoinRefused("install shoal 9")
     for connection in (caller, accepted):
         connection.close()

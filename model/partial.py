@@ -1,0 +1,68 @@
+"""A file that arrives in pieces: what has come stays on disk, the next attempt goes on there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+_READ_BYTES = 1 << 20
+
+
+class PartialFile:
+    """``<sha256>.part``, which becomes ``<sha256>`` once it is whole. Use as a context."""
+
+    def __init__(self, target: Path, size_bytes: int) -> None:
+        """``target`` is named by the hash of its ``size_bytes``. Raises OSError."""
+        self._target, self._part = target, target.with_name(f"{target.name}.part")
+        self._size_bytes = size_bytes
+        self._digest = hashlib.sha256()
+        self.offset = 0
+        """Bytes that are here."""
+        self._file = self._part.open("ab+")
+        if self._file.seek(0, os.SEEK_END) > size_bytes:
+            self._file.truncate(0)  # Not a beginning of this file.
+        self._file.seek(0)
+        while piece := self._file.read(_READ_BYTES):
+            self._digest.update(piece)
+            self.offset += len(piece)
+
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def complete(self) -> bool:
+        return self.offset == self._size_bytes
+
+    def fits(self, offset: int, total: int, count: int) -> bool:
+        """Whether ``count`` bytes at ``offset``, of a file of ``total``, are what comes next."""
+        left = self._size_bytes - self.offset
+        return (offset, total) == (self.offset, self._size_bytes) and 0 < count <= left
+
+    def write(self, piece: bytes | memoryview) -> None:
+        """Append what comes next. Raises OSError."""
+        self._file.write(piece)
+        self._digest.update(piece)
+        self.offset += len(piece)
+
+    def drop(self) -> None:
+        """Start over: forget what is here. Raises OSError."""
+        self._file.truncate(0)
+
+    def finish(self) -> bool:
+        """Keep the complete file under its hash. False where its hash is another: nothing is kept.
+
+        The file is on the disk before it has its name. Raises OSError.
+        """
+        if self._digest.hexdigest() != self._target.name:
+            self._file.close()
+            self._part.unlink(missing_ok=True)
+            return False
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._part.replace(self._target)
+        return True

@@ -1,0 +1,28 @@
+"""A file as the messages that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from wire import limits
+from wire.messages import BlockChunk
+
+
+def file_chunks(path: Path, offset: int) -> Iterator[tuple[BlockChunk, bytes]]:
+    """The messages and payloads that bring the file at ``path``, from ``offset`` on.
+
+    Each step reads one chunk. Raises OSError, also where the file is shorter than ``offset`` or
+    becomes shorter meanwhile.
+    """
+    with path.open("rb") as file:
+        total = path.stat().st_size
+        if offset > total:
+            raise OSError(f"{path} was cut short")  # The receiver has more of it.
+        offset = file.seek(max(offset, 0))
+        while offset < total:
+            data = file.read(limits.FILE_CHUNK_BYTES)
+            if not data:
+                raise OSError(f"{path} was cut short")
+            yield BlockChunk(offset, total), data
+            offset += len(data)

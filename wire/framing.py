@@ -1,0 +1,222 @@
+"""Bytes in, messages out: one end of a connection, without I/O.
+
+An adapter (wire.connection) gives a Framer a transport and a clock:
+
+    while (frame := framer.next_frame()) is None:
+        send framer.take_outgoing()
+        framer.received(how many bytes arrived in framer.space())
+
+The handshake of wire.auth runs inside ``next_frame``: what it has to say appears in ``outgoing``.
+So does a refusal. When a method raises, the adapter sends ``outgoing`` and closes the connection.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from wire import auth
+from wire.admission import Admit
+from wire.auth import Handshake
+from wire.codec import PREFIX, Prefix, decode_header, decode_prefix, encode, encode_refusal
+from wire.errors import AuthFailed, ConnectionLost, VersionMismatch, WireError
+from wire.messages import AuthChallenge, JoinRefused, Message
+from wire.versions import Stranger
+
+NO_PAYLOAD = memoryview(b"")
+
+BUFFER_BYTES = 16 << 10
+"""Size of the receive buffer. The whole frame of a token fits, so one call receives it. At most
+this much of a larger payload is copied; the rest arrives directly in its own memory."""
+
+Frame = tuple[Message, memoryview]
+"""A message and its payload. The payload is empty if there is none."""
+
+
+class Framer:
+    """Turns received bytes into messages, and runs the handshake. One thread uses it at a time.
+
+    Its methods raise AuthFailed, ConnectionLost and ProtocolError (VersionMismatch included).
+    After an error the connection is over.
+    """
+
+    def __init__(self, peer: str, handshake: Handshake | None = None) -> None:
+        """``peer`` is ``host:port``, for error texts. ``handshake``: what the peer must pass before
+        ``next_frame`` returns anything.
+        """
+        self.admit: Admit | None = None
+        """Checks each prefix before more is read. None lets everything come."""
+        self.outgoing: list[bytes] = []
+        """Frames that the adapter must send now."""
+        self.is_proving = handshake is not None
+        """Whether the handshake is not over."""
+        self.is_refusing = False
+        """Whether the peer speaks another version and its first message is still awaited."""
+        self._peer = peer
+        self._handshake = handshake
+        self._handshake_waits = False
+        # Received bytes that nobody has taken are buffer[begin:end].
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._begin = self._end = 0
+        self._wanted = PREFIX.size
+        # A payload, or a header larger than the buffer, arrives in memory of its own.
+        self._own: memoryview | None = None
+        self._filled = 0
+        self._prefix: Prefix | None = None
+        self._message: Message | None = None
+        self._mismatch: VersionMismatch | None = None
+
+    def take_outgoing(self) -> bytes:
+        """The bytes that must be sent now; they count as sent."""
+        data = b"".join(self.outgoing)
+        self.outgoing.clear()
+        return data
+
+    def space(self) -> tuple[memoryview, bool]:
+        """Where the next bytes go, and whether all of that space is awaited."""
+        if self._own is not None:
+            return self._own[self._filled :], True
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif self._begin + self._wanted > len(self._buffer):
+            rest = self._buffer[self._begin : self._end].tobytes()
+            self._buffer[: len(rest)] = rest
+            self._begin, self._end = 0, len(rest)
+        return self._buffer[self._end :], False
+
+    def received(self, count: int) -> None:
+        """``count`` bytes have arrived in ``space``; 0 is the end of the stream.
+
+        Raises ConnectionLost, or VersionMismatch, at the end of the stream.
+        """
+        if count == 0:
+            inside = self._prefix is not None or self._end > self._begin
+            where = " in the middle of a message" if inside else ""
+            raise self.lost(f" closed the connection{where}")
+        if self._own is not None:
+            self._filled += count
+        else:
+            self._end += count
+
+    def lost(self, how: str) -> WireError:
+        """The error of a connection that the transport lost; ``how`` follows the peer's name."""
+        if self._mismatch is not None:
+            return self._refuse_version(self._mismatch, b"")
+        return ConnectionLost(f"{self._peer}{how}")
+
+    def prove(self) -> Literal[True] | None:
+        """Go on with the handshake. True once it is over, None where more bytes are needed."""
+        while self._handshake is not None:
+            incoming: Message | None = None
+            try:
+                if self._handshake_waits:
+                    frame = self._next(auth.admit)
+                    if frame is None:
+                        return None
+                    incoming, _ = frame
+                outgoing = self._handshake.send(incoming)
+            except StopIteration:
+                self._handshake = None
+                self.is_proving = False
+            except AuthFailed as error:
+                raise self._refuse(error) from error
+            else:
+                self._handshake_waits = outgoing is None
+                if outgoing is not None:
+                    self.outgoing.append(encode(outgoing))
+        return True
+
+    def next_frame(self) -> Frame | None:
+        """The next message and its payload, or None where more bytes are needed.
+
+        The payload is the caller's to keep.
+        """
+        if self.is_proving and self.prove() is None:
+            return None
+        frame = self._next(self.admit)
+        if frame is not None and type(frame[0]) is AuthChallenge:
+            raise self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
+        return frame
+
+    def _next(self, admit: Admit | None) -> Frame | None:
+        prefix = self._prefix
+        if prefix is None:
+            if self._mismatch is not None:
+                self._hear_out(self._mismatch)
+                return None
+            if self._end - self._begin < PREFIX.size:
+                self._wanted = PREFIX.size
+                return None
+            data = self._buffer[self._begin : self._begin + PREFIX.size]
+            self._begin += PREFIX.size
+            try:
+                prefix = decode_prefix(data)
+            except VersionMismatch as error:
+                self._mismatch = error
+                self.is_refusing = True
+                self._hear_out(error)
+                return None
+            if admit is not None:
+                admit(prefix)
+            self._prefix = prefix
+        message = self._message
+        if message is None:
+            header = self._take(prefix.header_bytes)
+            if header is None:
+                return None
+            message = decode_header(prefix.kind, header)
+        count = prefix.payload_bytes
+        payload = self._take_own(count) if count else NO_PAYLOAD
+        if payload is None:
+            self._message = message
+            return None
+        self._prefix = self._message = None
+        return message, payload
+
+    def _take(self, count: int) -> memoryview | None:
+        """The next ``count`` bytes, valid until ``space`` is called. None: some are missing."""
+        if count > len(self._buffer):
+            return self._take_own(count)
+        begin = self._begin
+        if self._end - begin < count:
+            self._wanted = count
+            return None
+        self._begin = end = begin + count
+        return self._buffer[begin:end]
+
+    def _take_own(self, count: int) -> memoryview | None:
+        """The next ``count`` bytes in memory of their own, aligned for any number."""
+        own = self._own
+        if own is None:
+            begin = self._begin
+            filled = min(self._end - begin, count)
+            self._begin = end = begin + filled
+            if filled == count:
+                return memoryview(bytearray(self._buffer[begin:end]))
+            own = self._own = np.empty(count, np.uint8).data
+            own[:filled] = self._buffer[begin:end]
+            self._filled = filled
+        if self._filled < count:
+            return None
+        self._own = None
+        return own
+
+    def _hear_out(self, error: VersionMismatch) -> None:
+        """Read what the first message of another version says of its sender, then refuse it."""
+        wanted = error.header_bytes if error.header_bytes <= BUFFER_BYTES else 0
+        header = self._take(wanted)
+        if header is not None:
+            raise self._refuse_version(error, bytes(header))
+
+    def _refuse(self, error: AuthFailed) -> AuthFailed:
+        """Put what the peer is told into ``outgoing``; returns the error with the peer's name."""
+        if error.refusal is not None:
+            self.outgoing.append(encode(JoinRefused(error.refusal)))
+        return AuthFailed(f"{self._peer}: {error}", error.refusal)
+
+    def _refuse_version(self, error: VersionMismatch, header: bytes) -> VersionMismatch:
+        host = self._peer.rpartition(":")[0] or self._peer
+        stranger = Stranger.of(host, error.theirs, error.code, header)
+        self.outgoing.append(encode_refusal(stranger.refusal(), error.theirs))
+        return VersionMismatch(error.ours, error.theirs, story=stranger.story())

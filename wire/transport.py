@@ -1,0 +1,151 @@
+"""Streams of bytes between two machines: what wire.connection needs of them, and TCP.
+
+Another transport (TLS, memory) is one subclass of Transport. Asyncio has its own seam: the
+StreamReader and StreamWriter that AsyncConnection gets may come from any transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import struct
+from abc import ABC, abstractmethod
+
+from wire import limits
+from wire.errors import ConnectFailed
+
+Buffer = bytes | bytearray | memoryview
+"""Raw bytes; a memoryview must be one of bytes."""
+
+BACKLOG = 1024
+"""Connections that wait in the kernel to be accepted: beyond them, a caller tries again after a
+second."""
+
+
+class Transport(ABC):
+    """One end of a stream. One thread may receive while another one sends.
+
+    All methods but ``close`` raise OSError when the stream is broken.
+    """
+
+    peer: str
+    """``host:port`` of the other end, for messages."""
+    local_host: str
+    """Our own address as the peer sees it."""
+
+    @abstractmethod
+    def send(self, head: Buffer, payload: Buffer = b"") -> None:
+        """Send both, one behind the other. TimeoutError where the peer takes nothing for
+        SEND_TIMEOUT_S."""
+
+    @abstractmethod
+    def receive_into(self, view: memoryview, whole: bool) -> int:
+        """Receive at least one byte; returns how many, 0 at the end of the stream.
+
+        ``whole``: the caller awaits all of ``view``, so that a transport may wait for it. Raises
+        TimeoutError or BlockingIOError after the receive timeout.
+        """
+
+    @abstractmethod
+    def set_receive_timeout(self, seconds: float | None) -> None:
+        """How much silence ``receive_into`` bears; None is for ever."""
+
+    @abstractmethod
+    def finish_sending(self) -> None:
+        """Tell the peer that nothing more comes; receiving goes on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close at once and wake a thread that is blocked in a call. Idempotent."""
+
+
+class TcpTransport(Transport):
+    """A TCP socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self.peer = peer_name(sock)
+        self.local_host = str(sock.getsockname()[0])
+        tune(sock)
+        sock.settimeout(None)
+        _set_timeout(sock, socket.SO_SNDTIMEO, limits.SEND_TIMEOUT_S)
+
+    def send(self, head: Buffer, payload: Buffer = b"") -> None:
+        sent = self._socket.sendmsg((head, payload) if len(payload) else (head,))
+        if sent < len(head) + len(payload):
+            self._socket.sendall(head[sent:])
+            self._socket.sendall(memoryview(payload)[max(sent - len(head), 0) :])
+
+    def receive_into(self, view: memoryview, whole: bool) -> int:
+        return self._socket.recv_into(view, 0, socket.MSG_WAITALL if whole else 0)
+
+    def set_receive_timeout(self, seconds: float | None) -> None:
+        _set_timeout(self._socket, socket.SO_RCVTIMEO, seconds or 0.0)
+
+    def finish_sending(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConnectFailed with what to do where the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        advice = ": choose another port" if error.errno == errno.EADDRINUSE else ""
+        raise ConnectFailed(f"cannot listen on {host}:{port}: {reason(error)}{advice}") from error
+    except OverflowError as error:
+        raise ConnectFailed(f"cannot listen on {host}:{port}: not a port number") from error
+    except (TypeError, ValueError) as error:
+        raise ConnectFailed(f"cannot listen on {host}:{port}: not a host name") from error
+
+
+def tune(sock: socket.socket, stall_s: float = limits.LIVENESS_S) -> None:
+    """Send small frames at once, and notice a peer that vanished without closing.
+
+    A peer that reads nothing of what waits for it is dropped after ``stall_s``, too.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Acknowledge at once to begin with, so that the sender's window opens before the first prompt.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    # Without it, unacknowledged data to a dead peer is retransmitted for a quarter of an hour.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_s * 1000))
+
+
+def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
+    """Set SO_SNDTIMEO or SO_RCVTIMEO: unlike ``settimeout`` they differ per direction."""
+    whole = int(seconds)
+    sock.setsockopt(
+        socket.SOL_SOCKET, option, struct.pack("@ll", whole, int((seconds - whole) * 1e6))
+    )
+
+
+def peer_name(sock: socket.socket) -> str:
+    """``host:port`` of the other end, for messages."""
+    try:
+        address = sock.getpeername()
+    except OSError:
+        return "peer"
+    return f"{address[0]}:{address[1]}"
+
+
+def reason(error: BaseException) -> str:
+    """An operating system error in words a user can use."""
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError, BlockingIOError)):
+        return "no answer in time"
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return "unknown host"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
