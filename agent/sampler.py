@@ -148,9 +148,7 @@ def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.N
 
 
 def _weight_before(weights: npt.NDArray[Real], index: int) -> float:
-    """Add up the weights that rank before the one at ``index``: higher ones, and equal ones of
-    lower index.
-    """
+    """Add up the weights above the one at ``index``, and its equals of lower index."""
     flat = weights.reshape(-1)
     weight = flat[index]
     above = weights - weight
