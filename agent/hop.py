@@ -1,12 +1,11 @@
-"""The way to the next device of the ring, and the link's measure taken by the way.
+"""Sends rows to the next device of the ring, and measures the link meanwhile.
 
 A token's row leaves in the thread that computed it: a hand-over would cost more than the call.
-Prompt chunks go through a short queue with a thread of its own, so that the stage computes the next
+Prompt chunks go through a short queue with a thread of its own. So the stage computes the next
 chunk while the last one is on the wire, and other sequences' tokens pass them.
 
-The next device says nothing on this connection but the answers to pings. One ping follows each
-chunk: its answer says when the chunk has arrived. One is sent now and then while nothing else is:
-that is the round trip.
+The next device answers only pings on this connection. One ping follows each chunk: its answer says
+when the chunk has arrived. When nothing else is sent, a ping now and then measures the round trip.
 """
 
 from __future__ import annotations
@@ -58,8 +57,9 @@ class Hop:
         on_news: Callable[[LinkChanged], None],
         on_room: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_lost`` gets the reason, once, and not after ``close``; ``on_room`` is told each time
-        that a chunk has been sent. All may be called by any thread."""
+        """``on_lost`` gets the reason, once, and never after ``close``. ``on_room`` is called after
+        each chunk that was sent. Any thread of this process may make these calls.
+        """
         self._connection = connection
         self._link = link
         self._measuring = measuring
@@ -91,9 +91,9 @@ class Hop:
         return len(self._waiting) < QUEUED_CHUNKS
 
     def send(self, message: Activation | TokenSampled, payload: memoryview = NO_PAYLOAD) -> None:
-        """Send now or, a prompt's chunk and what follows it in its sequence, soon.
+        """Send a token's row now; queue a prompt's chunk and what follows it in its sequence.
 
-        A chunk waits for room. Raises WireError once the hop is lost.
+        A chunk waits for room in the queue. Raises WireError once the hop is lost.
         """
         small = isinstance(message, TokenSampled) or message.rows == 1
         if small and not self._waiting:  # As a rule: no lock for that.

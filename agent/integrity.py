@@ -1,7 +1,7 @@
-"""Whether the files that a stage runs from still hold what was written: storage rots, cards lie.
+"""Checks that the files of a stage still hold what was written: storage rots, cards lie.
 
-A load hashes up to CHECK_FIRST_BYTES before it answers. It hashes what is more than that in a
-thread behind it, at a low priority. What came over the network in the same load was hashed then.
+A load hashes up to CHECK_FIRST_BYTES before it answers. A thread behind it hashes the rest, at a
+low priority. Files that came over the network in the same load were hashed on arrival.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Contents:
 
     @property
     def hashed(self) -> frozenset[Path]:
-        """The files that were hashed in this load and were as they must be."""
+        """The files of this load that were hashed and found whole."""
         return frozenset(self._hashed)
 
     @property
@@ -74,7 +74,7 @@ class Contents:
                 yield path
 
     def forget(self) -> None:
-        """Expect nothing any more: files were removed, and others take their place."""
+        """Forget all files: others take their place."""
         self._expected.clear()
 
     def _unchecked(self) -> list[Path]:
@@ -87,11 +87,11 @@ def load_whole(
     load: Callable[[], Stage],
     remove: Callable[[Path], None],
 ) -> Stage:
-    """Fetch and load a stage; where its files turn out to be damaged, do it once more.
+    """Fetch and load a stage; do it once more if its files turn out to be damaged.
 
-    A load that fails has everything hashed: its files may be why. ``remove`` removes one file from
-    the cache. Raises CacheError for files that are damaged again, and what ``fetch`` and ``load``
-    raise.
+    After a failed load every file is hashed, since a file may be the reason. ``remove`` removes one
+    file from the cache. Raises CacheError for files that are damaged again, and the errors of
+    ``fetch`` and ``load``.
     """
     removed: set[Path] = set()
     while True:

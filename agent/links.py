@@ -1,7 +1,7 @@
-"""What is known of the links that this device sends over, and when it is news.
+"""Estimates the links that this device sends over, and says when an estimate is news.
 
-The coordinator has each link measured once, before the first plan. From then on real traffic, and a
-ping now and then on the sockets that the relay uses anyway, tell whether a link has changed.
+The coordinator has each link measured once, before the first plan. From then on real traffic shows
+whether a link has changed, with a ping now and then on the relay's own sockets.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class LinkFigures:
 
 
 class Link:
-    """The link to one peer: samples in, and out what the coordinator should know by now."""
+    """Collects samples of the link to one peer, and says what the coordinator should know."""
 
     def __init__(self, device: str, told: LinkFigures | None = None) -> None:
-        """``told``: what the coordinator has been told; None if nothing."""
+        """``told`` is what the coordinator has been told; None: nothing yet."""
         self.device = device
         self._told = told
         self._told_at_s = float("-inf")
@@ -61,15 +61,17 @@ class Link:
             self._rtts_s.append(seconds)
 
     def add_transfer(self, size_bytes: int, seconds: float) -> None:
-        """How long the link was busy with a frame: dropped where that is less than a round trip,
-        whose jitter would be most of it."""
+        """Add how long the link was busy with a frame.
+
+        A time below one round trip is dropped: jitter would be most of it.
+        """
         with self._lock:
             rtt_s = self.rtt_s
             if rtt_s is not None and seconds >= rtt_s:
                 self._rates.append(size_bytes / seconds)
 
     def news(self, now_s: float | None = None) -> LinkChanged | None:
-        """What to tell the coordinator, which counts as told then; None where nothing moved."""
+        """Return news for the coordinator, which counts as told then; None where nothing moved."""
         now_s = time.monotonic() if now_s is None else now_s
         with self._lock:
             if self._told is None or now_s - self._told_at_s < REPORT_S:
@@ -87,9 +89,9 @@ class Link:
 
 
 class Measuring:
-    """One measurement on this device at a time: others would be part of what it measures.
+    """Lets one measurement at a time run on this device: two would disturb each other.
 
-    One that was asked for (``with``) does not wait for one that was only tried: that gives up.
+    A measurement that was asked for (``with``) makes one that was only tried give up.
     """
 
     def __init__(self) -> None:

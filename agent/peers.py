@@ -1,7 +1,7 @@
-"""The data plane's doors: accepting peers, and connecting to one.
+"""Accepts other agents, and connects to them.
 
-Both ends prove that they are who the plan means before any tensor moves: an address may be stale,
-or, with several agents on one machine, somebody else's.
+Both ends prove that they are the devices that the plan means before any tensor moves. An address
+may be stale, or belong to another agent on the same machine.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def connect_peer(
 
 @dataclass(frozen=True, slots=True)
 class Entrance:
-    """The way into this device's stage, which only the previous device of the ring may take."""
+    """Admits only the previous device of the ring to this device's stage."""
 
     previous: str
     """Its device id."""
@@ -117,9 +117,9 @@ class Entrance:
 
 
 class PeerServer:
-    """Accepts other agents: answers link probes itself, lets the previous device send to the stage.
+    """Accepts other agents: answers link probes, and lets the previous device send to the stage.
 
-    What a connection may send is decided by its hello, and holds for as long as it lasts.
+    A connection's hello decides what it may send, for as long as it lasts.
     """
 
     def __init__(self, device: str, listener: Listener) -> None:
@@ -217,24 +217,23 @@ class PeerServer:
 
 
 def _admit_probe(prefix: Prefix) -> None:
-    """Lets come what anybody of the shoal may send. Raises ProtocolError."""
+    """Admit the messages that any device of the shoal may send. Raises ProtocolError."""
     if prefix.kind is not ProbePing or prefix.payload_bytes > limits.MAX_PROBE_BYTES:
         raise ProtocolError(f"it sent {prefix.kind.__name__}, and is not the previous device")
 
 
 def measure_link(connection: Connection) -> LinkFigures:
-    """As ``measure_link_steadily``, the figures alone."""
+    """Return only the figures of ``measure_link_steadily``."""
     return measure_link_steadily(connection)[0]
 
 
 def measure_link_steadily(connection: Connection) -> tuple[LinkFigures, Conditions]:
-    """Round trips of small frames, the rate of large ones, and what else went on here meanwhile.
+    """Measure round trips of small frames and the rate of large ones, and note disturbance.
 
-    Small frames are sent after a pause, as a stage's are: the peer's thread sleeps until they come,
-    and waking it is part of what a hop costs. Bandwidth is what is left of a large frame's round
-    trip without the small one's; frames grow until one takes long enough to time, so that a slow
-    radio link is not held up for seconds. Measured a second time where other programs used the
-    processor, or where large frames differed.
+    Small frames are sent after a pause, as a stage's are: waking the peer's sleeping thread is part
+    of what a hop costs. Bandwidth comes from a large frame's round trip minus a small one's. Frames
+    grow until one takes long enough to time, so that a slow radio link is not held up for seconds.
+    The measurement is repeated if other programs used the processor, or if large frames differed.
     """
     connection.set_receive_timeout(limits.SEND_TIMEOUT_S)
     probe = _Probe(connection)

@@ -1,7 +1,7 @@
-"""What fewer bits do to a model, measured here with blocks that come from the coordinator.
+"""Measures a model's sensitivities on this device, with blocks from the coordinator.
 
-A block is fetched when it is needed and evicted when the cache is full, so that neither the memory
-nor the storage of the device has to hold the model.
+The device fetches a block when it needs it, and evicts blocks when the cache is full. So neither
+its memory nor its storage has to hold the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from wire.messages import (
 )
 
 KEPT_SHARE = 0.4
-"""Of the device's memory, for original blocks that are kept instead of read again."""
+"""The share of the device's memory for original blocks that are kept instead of read again."""
 
 
 class StreamedModel:
@@ -50,7 +50,7 @@ class StreamedModel:
         device: str,
         token: Token | None = None,
     ) -> None:
-        """Raises BackendError where ``blocks`` are not those of the model."""
+        """Raises BackendError where ``blocks`` are not all blocks of the model, in order."""
         if [ref.block for ref in blocks] != list(range(spec.block_count)):
             raise BackendError("the blocks are not those of the model")
         self.spec = spec
@@ -95,13 +95,13 @@ def measure_quality(
     progress: Callable[[int, int], None],
     report: Callable[[Message], None],
 ) -> None:
-    """Carry out a request; each result goes to ``report`` as soon as it is there.
+    """Carry out a request; ``report`` gets each result as soon as it is there.
 
-    ``own`` is the agent's backend, for requests that name none. ``directory`` is emptied first: a
-    run that was killed leaves hidden states there. ``progress`` gets (done, all) passes of the
-    blocks, then of the hops, then of the plans. Raises BackendError for a request that makes no
-    sense, BackendUnavailable for a backend that is not here, and what reading and running blocks
-    raise.
+    own: the agent's backend, for requests that name none.
+    directory: is emptied first, because a killed run leaves hidden states there.
+    progress: gets (done, all) passes of the blocks, then of the hops, then of the plans.
+    Raises BackendError for a request that makes no sense, BackendUnavailable for a backend that is
+    not here, and the errors of reading and running blocks.
     """
     formats = _formats(request, source.spec)
     backend, plain = _backends(request.backend, own)
@@ -155,8 +155,9 @@ def measure_quality(
 
 
 def _backends(name: str, own: Backend) -> tuple[Backend, Backend | None]:
-    """What runs layers, and what runs them at widths that it lacks: the default, or (None) the
-    reference. Raises BackendUnavailable.
+    """Return the backend for layers, and the one for widths that it lacks (None: the reference).
+
+    Raises BackendUnavailable.
     """
     if not name:
         return own, None

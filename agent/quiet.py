@@ -55,9 +55,9 @@ class Cancelled(Exception):
 
 
 class Figures:
-    """What this device has measured of itself, and told the coordinator.
+    """This device's figures, and what the coordinator has been told of them.
 
-    Used by one thread at a time: whoever measures holds ``Measuring``.
+    One thread at a time uses it: the one that holds ``Measuring``.
     """
 
     def __init__(self, config: AgentConfig, profile: DeviceProfile) -> None:
@@ -123,7 +123,7 @@ class Figures:
         self._told[repr(spec)] = timings
 
     def news(self, *, whole: bool = False) -> list[FiguresChanged]:
-        """What the store has learnt since the last call, whoever wrote it.
+        """Return what the store has learnt since the last call, from any process.
 
         ``whole``: look although the file has not changed.
         """

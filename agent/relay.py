@@ -139,7 +139,7 @@ class Relay:
                 self._changed.notify_all()
 
     def _problem(self, message: StartSequence, prompt: Tokens) -> str | None:
-        """Why a sequence cannot be started; None: it can."""
+        """Return why a sequence cannot be started; None: it can."""
         if (
             not self._table.fits(message.slot, 0, len(prompt) if self._is_first else 1)
             or not 0 < message.chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
@@ -192,7 +192,7 @@ class Relay:
             self._run(turns)
 
     def _started(self, number: int) -> Sequence | None:
-        """The sequence of this number, once the coordinator has started it; None: it is over.
+        """Return the sequence of this number once the coordinator has started it; None: it is over.
 
         The caller holds the lock.
         """
@@ -211,10 +211,10 @@ class Relay:
         return sequence
 
     def _add(self, sequence: Sequence | None, rows: Rows) -> list[Turn]:
-        """Let rows wait for the stage's thread; returns what this thread has to run instead.
+        """Queue rows for the stage's thread; return what the calling thread must run instead.
 
-        What is not the next of a sequence here is dropped: it was released, and this was still on
-        its way from the device before. The caller holds the lock.
+        Rows that are not the next of a sequence here are dropped: the sequence was released while
+        they were on their way. The caller holds the lock.
         """
         if self._closed or sequence is None or not self._table.add(sequence, rows) or self._busy:
             return []
@@ -255,9 +255,9 @@ class Relay:
                 self._changed.notify_all()
 
     def _pass(self, turns: list[Turn], outputs: Array | None = None) -> None:
-        """Run the stage, unless ``outputs`` are there, and pass each row's on.
+        """Run the stage, unless ``outputs`` are there, and pass each row's result on.
 
-        Where several rows fail together each runs alone: whose fault it is shows then.
+        If several rows fail together, each runs alone: that shows which one is at fault.
         """
         alone = len(turns) == 1
         sequence, rows = turns[0]
@@ -280,7 +280,7 @@ class Relay:
             self._pass([turn], None if outputs is None else outputs[index : index + 1])
 
     def _decode(self, turns: list[Turn]) -> Array:
-        """Hidden rows, or logits [n, vocab], of one row of each of n sequences."""
+        """Return hidden rows, or logits [n, vocab], for one row of each of n sequences."""
         slots = [sequence.slot for sequence, _ in turns]
         positions = [rows.position for _, rows in turns]
         parts = [self._unpacked(rows) for _, rows in turns]

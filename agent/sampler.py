@@ -191,7 +191,7 @@ def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.N
 
 
 def _weight_before(weights: npt.NDArray[Real], index: int) -> float:
-    """What weights more than that at ``index`` add up to, with its equals of lower index."""
+    """Add up the weights above the one at ``index``, and its equals of lower index."""
     flat = weights.reshape(-1)
     weight = flat[index]
     if weights.dtype == np.float32:

@@ -1,6 +1,6 @@
-"""The sequences of a stage: who holds which KV slot, what has come for each, and what runs next.
+"""The table of a stage's sequences: their KV slots, their waiting rows, and which rows run next.
 
-A table without threads: whoever uses it brings the lock.
+It has no threads and no lock: the caller holds one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class SequenceTable:
     def open(
         self, number: int, slot: int, sampling: Sampling, sampler: Sampler | None
     ) -> Sequence | None:
-        """Give the slot to a new sequence, whoever held it is over; None for one from the past."""
+        """Give the slot to a new sequence and end its old one; return None for a number of the
+        past.
+        """
         newest = self._newest.get(slot)
         if newest is not None:
             if number <= newest:

@@ -43,14 +43,15 @@ class FilesMissing(BackendError):
 class Capabilities:
     """What a backend offers on this machine.
 
-    ``container_bits`` maps each width it accepts to the width its kernels keep in memory and
-    compute with (6 -> 8): what the planner charges for memory. ``exact_container_bits`` is that of
-    stages loaded as ``StageOptions.exact``: None where it is the same, empty where results are
-    rounded all the same. ``on_chip_bytes`` is what an accelerator keeps of a stage's layers (one
-    byte per weight at 8 bits); what is beyond it crosses a bus at every call. None where weights
-    are in ordinary memory. ``arithmetic`` names the backend that computes layers with the same
-    rounding on any CPU, where that rounding, exact or not, loses much more than the weights' own
-    does; it is measured apart. Empty: it does not.
+    ``container_bits`` maps each width that it accepts to the width that its kernels keep in memory
+    and compute with (6 -> 8). The planner charges memory by it.
+    ``exact_container_bits`` is the same for stages loaded as ``StageOptions.exact``. None: the same
+    map. Empty: results are always rounded.
+    ``on_chip_bytes`` is how much of a stage's layers an accelerator keeps, at one byte per weight
+    of 8 bits. The rest crosses a bus at every call. None: weights are in ordinary memory.
+    ``arithmetic`` names the backend that rounds layers in the same way on any CPU. It is set where
+    this rounding, exact or not, loses much more than the weights' own; it is then measured apart.
+    Empty: it does not.
     """
 
     backend: str
@@ -68,19 +69,20 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class StageOptions:
-    """What a stage is loaded for. ``slots`` sequences of at most ``context_tokens`` each.
+    """What a stage is loaded for.
 
-    exact: every product takes its activations as they are, on a backend that can; else it may round
-    them (to 8 bits, say) where that is faster and its documentation states the error.
-    prepared_dir: where the backend may keep what it makes of artifacts, to load them faster the
-    next time; None keeps nothing. What lies there is used only for what it was made from.
-    prepared_bytes: what may lie there at most; None: as much as the disk has room for.
-    fast_prompts: prompts may round weights and activations once more where that is faster and
-    memory_bytes leaves room for it. Has no effect on exact stages.
-    memory_bytes: what the stage may take, where that is more than a plan charges for it: room to
-    keep weights in a form that is faster and larger. None: nothing beyond what is charged.
-    hashed: artifacts that the caller has compared with the hashes that name them. The backend
-    compares the others itself before it makes something of them that is kept.
+    slots, context_tokens: how many sequences, each of at most how many tokens.
+    exact: products take activations as they are, if the backend can. Otherwise it may round them
+    (to 8 bits, say) where that is faster and its documentation states the error.
+    prepared_dir: where the backend may keep what it makes of artifacts, to load faster next time. A
+    kept file serves only the artifact that it was made from. None: nothing is kept.
+    prepared_bytes: the limit for prepared_dir. None: what the disk has room for.
+    fast_prompts: prompts may round weights and activations once more, where that is faster and
+    memory_bytes leaves room. It has no effect on exact stages.
+    memory_bytes: what the stage may take, if that is more than a plan charges for it. The rest may
+    hold weights in a faster, larger form. None: only what is charged.
+    hashed: artifacts that the caller has compared with their hashes. The backend compares the
+    others before it keeps anything made of them.
     """
 
     slots: int
@@ -124,11 +126,12 @@ class Stage(ABC):
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
     ) -> Array:
-        """One row of each of several sequences: row i of ``inputs`` at positions[i] of slots[i].
+        """Run one row of each of several sequences: row i of ``inputs`` at positions[i] of
+        slots[i].
 
-        Slots are distinct. As ``forward`` in all else; returns hidden float32 [n, hidden], or
-        logits float32 [n, vocab] of a stage with the head. Where several rows fail together, no
-        slot's earlier rows are lost: whoever runs each alone finds out which one it is. This
+        Slots are distinct. Returns hidden float32 [n, hidden]; a stage with the head returns logits
+        float32 [n, vocab]. If several rows fail together, no slot loses its earlier rows: the
+        caller finds the faulty row by running each alone. All else is as in ``forward``. This
         default runs one after another.
         """
         calls = zip(slots, positions, range(len(inputs)), strict=True)
@@ -138,13 +141,13 @@ class Stage(ABC):
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
-        """Weights as executed plus KV cache plus compute buffers."""
+        """Bytes that the stage takes: weights as executed, KV cache and compute buffers."""
 
     @property
     def kept_files(self) -> Mapping[Path, str]:
-        """Files of ``prepared_dir`` that the stage runs from and an earlier load made.
+        """The files of ``prepared_dir`` that the stage runs from and that an earlier load made.
 
-        Each has the SHA-256 that it had when it was written. A file that has another one now is
+        Each maps to the SHA-256 that it had when it was written. A file with another hash is
         damaged; the backend makes it again once it is removed.
         """
         return {}
@@ -157,8 +160,9 @@ class Stage(ABC):
 class Backend(ABC):
     """A kind of hardware with the library that drives it.
 
-    Hardware that runs only what a tool of its maker's has made of the blocks, which may not run on
-    the device itself, has ``maker`` and ``make_files`` too; ``load`` asks the ``supplier``.
+    Some hardware runs only files that its maker's tool has made of the blocks, and the tool may not
+    run on the device. Such a backend also has ``maker`` and ``make_files``; its ``load`` asks the
+    ``supplier``.
     """
 
     supplier: Supplier | None = None
@@ -170,7 +174,7 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def probe(cls) -> Capabilities:
-        """What is available on this machine. Raises BackendUnavailable."""
+        """Return what is available on this machine. Raises BackendUnavailable."""
 
     @classmethod
     def memory_bytes(cls) -> tuple[int, int] | None:
@@ -187,9 +191,10 @@ class Backend(ABC):
 
     @classmethod
     def maker(cls) -> str | None:
-        """The version of what makes this backend's files here; None without it, or the need.
+        """Return the version of the tool that makes this backend's files here; None: no tool or no
+        need.
 
-        Files of another version are other files. Raises BackendError where it does not run.
+        Files of another version are other files. Raises BackendError where the tool does not run.
         """
         return None
 
@@ -197,10 +202,10 @@ class Backend(ABC):
     def make_files(
         cls, spec: ModelSpec, artifacts: Artifacts, directory: Path, tick: Callable[[], None]
     ) -> Sequence[Path]:
-        """Make, in ``directory``, the files that ``load`` needs beside these blocks.
+        """Make the files that ``load`` needs beside these blocks, in ``directory``.
 
-        ``artifacts`` may be a stranger's. ``tick`` is called each second or so; what it raises ends
-        the work. Raises BackendError, model.errors.CheckpointError, OSError.
+        ``artifacts`` may come from a stranger. ``tick`` is called about each second; an error that
+        it raises ends the work. Raises BackendError, model.errors.CheckpointError, OSError.
         """
         raise FilesMissing(f"{cls.__name__} needs no files")
 
@@ -208,8 +213,8 @@ class Backend(ABC):
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
         """Load contiguous blocks, given as (block, path of its artifact) in order.
 
-        What has to lie on the disk meanwhile is in folders whose names begin with a dot, beside the
-        artifacts or in ``prepared_dir``: their owner removes those of a load that was killed.
-        Raises BackendError where the blocks cannot be run, model.errors.CheckpointError where an
-        artifact is not what it says.
+        Temporary files lie in folders whose names begin with a dot, beside the artifacts or in
+        ``prepared_dir``. Their owner removes the ones that a killed load has left. Raises
+        BackendError where the blocks cannot be run, model.errors.CheckpointError where an artifact
+        is not what it says.
         """

@@ -1,4 +1,4 @@
-"""Pictures of what was measured, as SVG: a roofline, and a heat map of sensitivities."""
+"""Draws measurements as SVG: a roofline, and a heat map of sensitivities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who else used the processor during a measurement, and measuring again while somebody did.
+"""Notices other programs on the processor during a measurement, and repeats the measurement.
 
 Sources: proc(5) on /proc/stat and /proc/loadavg; the kernel's documentation of control groups on
 cpu.stat.

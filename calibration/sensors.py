@@ -1,4 +1,4 @@
-"""Heat, throttling and watts, from what the kernel shows of them; where it shows nothing, nothing.
+"""Reads heat, throttling and watts from the kernel, where it shows them.
 
 Sources: the hwmon, cpufreq, thermal_throttle and powercap ABI of the Linux kernel; Raspberry Pi
 documentation, "vcgencmd get_throttled"; NVIDIA Jetson Linux developer guide, "Power monitoring"

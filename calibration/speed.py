@@ -121,7 +121,7 @@ def prepared_stage(
     directory: Path | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Trial]:
-    """A trial whose rounds the caller runs, interleaved with those of others."""
+    """Give a trial whose rounds the caller runs, interleaved with the rounds of other trials."""
     most = max((options.prompt_tokens, *options.contexts)) + options.decode_tokens
     if most > spec.max_context:
         raise BackendError(

@@ -1,4 +1,4 @@
-"""Measurements kept on disk, under everything that they depend on.
+"""Keeps measurements on disk, under everything that they depend on.
 
 Each is kept with the conditions of its measurement: one of a busy machine gives way to any later
 one, one of a quiet machine only to another of a quiet machine.

@@ -58,27 +58,21 @@ class Client:
         self._http.close()
 
     def get(self, path: str) -> dict[str, Any]:
-        """The JSON object at ``path``."""
+        """Return the JSON object at ``path``."""
         with self._reporting():
             return _object(self._http.get(self._url + path))
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The JSON object that ``path`` answers ``body`` with."""
+        """Send ``body`` to ``path``, and return the JSON object that answers it."""
         with self._reporting():
             return _object(self._http.post(self._url + path, json=body))
 
     def operate(
         self, path: str, body: Mapping[str, Any], on_step: Callable[[dict[str, Any]], None]
     ) -> dict[str, Any]:
-        """Run a plan or load; ``on_step`` gets its progress. The result."""
-        with (
-            self._reporting(),
-            self._http.stream("POST", self._url + path, json=body) as response,
-        ):
-            if response.status_code != 200:
-                response.read()
-                _object(response)
-            for line in response.iter_lines():
+        """Run a plan or load, and return its result; ``on_step`` gets its progress."""
+        with self._lines(path, body) as lines:
+            for line in lines:
                 event = json.loads(line)
                 if "step" in event:
                     on_step(event["step"])
@@ -92,15 +86,9 @@ class Client:
     def stream(
         self, path: str, body: Mapping[str, Any], on_notice: Callable[[str], None] | None = None
     ) -> Generator[dict[str, Any], None, None]:
-        """Server-sent events of a completion, as objects; ``on_notice`` is told why none comes."""
-        with (
-            self._reporting(),
-            self._http.stream("POST", self._url + path, json=body) as response,
-        ):
-            if response.status_code != 200:
-                response.read()
-                _object(response)
-            for line in response.iter_lines():
+        """Yield a completion's events as objects; ``on_notice`` is told why none comes."""
+        with self._lines(path, body) as lines:
+            for line in lines:
                 if line.startswith(": ") and on_notice is not None:
                     on_notice(line.removeprefix(": "))
                 data = line.removeprefix("data: ")
@@ -112,8 +100,20 @@ class Client:
                 yield event
 
     @contextmanager
+    def _lines(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[str]]:
+        """Send ``body`` to ``path``, and give the lines of the answer as they come."""
+        with (
+            self._reporting(),
+            self._http.stream("POST", self._url + path, json=body) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                _object(response)
+            yield response.iter_lines()
+
+    @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Transport trouble in words."""
+        """Turn trouble of the transport into CommandFailed, in words."""
         try:
             yield
         except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:

@@ -1,7 +1,7 @@
-"""What commands show: tables, progress bars and streamed text. Nothing here decides anything.
+"""Prints what commands show: tables, progress bars and streamed text. It decides nothing.
 
-Tables and answers go to stdout; progress, notes and errors go to stderr, so that a pipe gets only
-what was asked for.
+Tables and answers go to stdout. Progress, notes and errors go to stderr, so that a pipe gets only
+the answer.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def create(path: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Let go of a namespace; what is left of one that was only half made, too. Idempotent."""
+    """Remove a namespace, even one that was only half made. Idempotent."""
     libc.umount2(bytes(path), _MNT_DETACH)
     path.unlink(missing_ok=True)
 

@@ -1,22 +1,22 @@
-"""How much each block's precision matters to what the model says, measured by distillation.
+"""Measures each block's sensitivity: how much fewer bits in that block change the predictions.
 
-Teacher is the original model, student the model with one block quantized. Its sensitivity is the
-mean Kullback-Leibler divergence KL(teacher || student) of their next-token distributions, over
-every position of a calibration text. The teacher runs once and leaves the input of each block
-on disk. The students of a block start from that input, and all of them go through the original
-blocks behind it together, one block in memory at a time.
+The teacher is the original model. A student is the same model with one block quantized. The
+block's sensitivity is the mean Kullback-Leibler divergence KL(teacher || student) of their
+next-token distributions, over every position of a calibration text. The teacher runs once and
+leaves the input of each block on disk. The students of a block start from that input. They run
+together through the original blocks behind it, with one block in memory at a time.
 
 Cost, for L blocks, B widths and N tokens: about L^2 / 2 * B * N tokens through a layer, L * (B + 1)
 * N through the head; disk for L * N hidden rows; memory for two blocks in fp32, (B + 1) * N hidden
 rows and a few rows of logits. More blocks are kept where memory is free.
 
-Decoder layers run through a backend where one is given, which is several times as fast as the
-reference; embedding and head run as ``model.reference`` does, because a stage gives logits of a
-prompt's last row only. Activations are fp32 in both, but for a backend that always rounds them
-(``exact_container_bits`` is empty): what it loses so is then part of the layers' sensitivities.
+Decoder layers run on a backend if one is given: it is several times as fast as the reference.
+Embedding and head run on ``model.reference``, because a stage gives logits of a prompt's last row
+only. Activations are fp32. The exception is a backend that always rounds them (its
+``exact_container_bits`` is empty): the layers' sensitivities then include that rounding.
 
-Source: DILEMMA, "Estimating LLM Performance After Layer-wise Quantization" (teacher and student,
-the weight error); the divergence in place of the weights is this project's.
+Source: DILEMMA, "Estimating LLM Performance After Layer-wise Quantization", for teacher, student
+and weight error. This project measures the divergence of predictions instead of weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from calibration.quality.students import (
     Progress,
     Sequences,
     check_text,
-    distiller,
+    students_of,
     text_key,
 )
 from calibration.store import CalibrationStore
@@ -47,10 +47,10 @@ MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class BlockQuality:
-    """What quantizing one block alone does.
+class BlockSensitivity:
+    """The sensitivity of one block at one width, with every other block as it is.
 
-    ``kl`` is the mean over positions in nats; ``weight_error`` is max|w - w_b| over its matrices.
+    ``kl`` is the mean over positions, in nats. ``weight_error`` is max|w - w_b| over the matrices.
     """
 
     block: int
@@ -66,7 +66,7 @@ class BlockQuality:
 
 @dataclass(frozen=True, slots=True)
 class PlanCheck:
-    """A plan's divergence as the sum over its blocks predicts it, and as it was measured."""
+    """A plan's divergence: predicted as the sum over its blocks, and measured."""
 
     bits: tuple[int, ...]
     predicted_kl: float
@@ -89,9 +89,9 @@ def split_passages(
     sequence_tokens: int = SEQUENCE_TOKENS,
     max_tokens: int = MAX_TOKENS,
 ) -> list[list[int]]:
-    """Token sequences to calibrate with: long passages are cut, the whole ends at ``max_tokens``.
+    """Cut passages into sequences to calibrate with, of ``max_tokens`` tokens in total.
 
-    Positions after a cut see nothing of what was before it. Single tokens are dropped.
+    A position sees nothing from before its cut. Sequences of one token are dropped.
     """
     sequences: list[list[int]] = []
     left = max_tokens
@@ -120,15 +120,16 @@ def measure_quality(
     progress: Progress | None = None,
     directory: Path | None = None,
     plain: Backend | None = None,
-) -> tuple[BlockQuality, ...]:
-    """Sensitivity of every block of a model at each of ``bits``, by block and then by width.
+) -> tuple[BlockSensitivity, ...]:
+    """Measure the sensitivity of every block at each of ``bits``; sorted by block, then by width.
 
-    sequences: token ids, each at most the model's context. backend: what decoder layers run on;
-    None for the reference, which also runs embedding and head. plain: what layers run on at widths
-    that the backend lacks, the original's above all; None for the reference.
-    What ``store`` holds for the same checkpoint, text and format is not measured again, and each
-    block is stored as soon as it is done: an interrupted run is taken up where it was. directory:
-    for hidden states and blocks meanwhile. ``progress`` is called with (done, all) passes.
+    sequences: token ids, each sequence at most the model's context.
+    backend: runs decoder layers; None for the reference, which always runs embedding and head.
+    plain: runs layers at widths that ``backend`` lacks, often the original's; None: the reference.
+    store: results that it holds are not measured again. Each new one is stored at once, so that
+    an interrupted run goes on where it stopped.
+    progress: is called with (done, all) passes.
+    directory: holds hidden states and blocks meanwhile.
     Raises ValueError for unusable sequences, CheckpointError for unreadable or absurd weights and
     a full disk, BackendError where the backend fails.
     """
@@ -161,7 +162,7 @@ def measure_quality(
         found[quality.block, quality.bits] = values
         if store is not None:
             store.put(key | _format_key(quality.block, formats[quality.bits]), values)
-    return tuple(BlockQuality(*place, *values) for place, values in sorted(found.items()))
+    return tuple(BlockSensitivity(*place, *values) for place, values in sorted(found.items()))
 
 
 def measure_blocks(
@@ -170,23 +171,23 @@ def measure_blocks(
     sequences: Sequences,
     options: Options,
     directory: Path | None = None,
-) -> Generator[BlockQuality, None, None]:
-    """Each block alone in each of its wanted formats, as soon as it is measured.
+) -> Generator[BlockSensitivity, None, None]:
+    """Yield the sensitivity of each block in each of its wanted formats as soon as it is measured.
 
-    Each original block is read from ``source`` once per pass, unless there is room to keep it. The
-    rest is as in ``measure_quality``.
+    Each original block is read from ``source`` once per pass, unless there is room to keep it.
+    All else is as in ``measure_quality``.
     """
     check_text(source.spec, sequences)
     if not wanted:
         return
-    with distiller(source, sequences, options, directory) as students:
+    with students_of(source, sequences, options, directory) as students:
         head = source.spec.head_block
         # A block, those behind it, and the head.
         students.expect(head + sum(1 + head - block for block in wanted))
         final = students.teach(wanted)
         for block, formats in wanted.items():
             for width, values in students.changed(block, formats, final).items():
-                yield BlockQuality(block, width, *values)
+                yield BlockSensitivity(block, width, *values)
 
 
 def measure_plans(
@@ -196,10 +197,10 @@ def measure_plans(
     options: Options,
     directory: Path | None = None,
 ) -> Generator[float, None, None]:
-    """Mean KL(original || plan) in nats of each plan, given as one format per block.
+    """Yield the mean KL(original || plan) in nats of each plan, given as one format per block.
 
-    None leaves a block as it is; the rest is as in ``measure_blocks``. Raises ValueError for
-    another number of formats than blocks.
+    The format None leaves a block as it is. All else is as in ``measure_blocks``. Raises
+    ValueError where the number of formats is not the number of blocks.
     """
     check_text(source.spec, sequences)
     count = source.spec.block_count
@@ -208,7 +209,7 @@ def measure_plans(
             raise ValueError(f"{len(formats)} formats for a model with {count} blocks")
     if not plans:
         return
-    with distiller(source, sequences, options, directory) as students:
+    with students_of(source, sequences, options, directory) as students:
         students.expect(count - 1 + count * len(plans))
         final = students.teach()
         for formats in plans:
@@ -238,7 +239,7 @@ def measure_plan_kl(
 
 def check_plans(
     checkpoint: Checkpoint,
-    qualities: Sequence[BlockQuality],
+    qualities: Sequence[BlockSensitivity],
     plans: Sequence[Sequence[int]],
     sequences: Sequences,
     *,
@@ -249,9 +250,9 @@ def check_plans(
     progress: Progress | None = None,
     directory: Path | None = None,
 ) -> list[PlanCheck]:
-    """Predicted and measured divergence of plans, each given as the bits of every block.
+    """Return predicted and measured divergence of plans, each given as the bits of every block.
 
-    Raises KeyError for a width that ``qualities`` does not cover; see ``measure_plan_kl``.
+    Raises KeyError for a width that ``qualities`` does not cover. All else: ``measure_plan_kl``.
     """
     kl = {(quality.block, quality.bits): quality.kl for quality in qualities}
     predicted = [sum(kl[place] for place in enumerate(plan)) for plan in plans]

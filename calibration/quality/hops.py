@@ -1,8 +1,8 @@
-"""What rounding the hidden state between two blocks does to what the model says.
+"""Measures how much rounding the hidden state between two blocks changes the predictions.
 
-Where two neighbouring blocks are on different devices, the hidden rows between them cross a link at
-16 or 8 bits a value (wire.activations). The student is the original model with the rows of one
-boundary rounded so; otherwise this is as in calibration.quality.blocks, at the same cost.
+Hidden rows between blocks on different devices cross a link at 16 or 8 bits a value
+(wire.activations). A student is the original model with the rows of one boundary rounded so. All
+else is as in calibration.quality.blocks, at the same cost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from calibration.quality.students import (
     Run,
     Sequences,
     check_text,
-    distiller,
+    students_of,
     text_key,
 )
 from calibration.store import CalibrationStore
@@ -33,7 +33,7 @@ MEASURED_BITS: tuple[HopBits, ...] = (16, 8)
 
 
 @dataclass(frozen=True, slots=True)
-class HopQuality:
+class HopSensitivity:
     """Mean KL(original || rounded) in nats with the rows behind block ``boundary`` rounded."""
 
     boundary: int
@@ -51,11 +51,11 @@ def measure_hops(
     store: CalibrationStore | None = None,
     progress: Progress | None = None,
     directory: Path | None = None,
-) -> tuple[HopQuality, ...]:
-    """Every boundary at each of ``bits``, by boundary, the widest first.
+) -> tuple[HopSensitivity, ...]:
+    """Measure every boundary at each of ``bits``; sorted by boundary, the widest first.
 
     Boundary b lies behind block b: from the embedding (0) to the last layer. Each boundary is
-    stored as soon as it is done. The rest, and what is raised, as in ``measure_quality``.
+    stored as soon as it is done. All else, and the errors, are as in ``measure_quality``.
     """
     check_text(checkpoint.spec, sequences)
     widths = sorted(set(bits), reverse=True)
@@ -80,7 +80,7 @@ def measure_hops(
         if store is not None:
             store.put(key | {"block": hop.boundary, "bits": hop.bits}, (hop.kl,))
     return tuple(
-        HopQuality(boundary, width, found[boundary, width])
+        HopSensitivity(boundary, width, found[boundary, width])
         for boundary in range(checkpoint.spec.head_block)
         for width in widths
     )
@@ -92,16 +92,16 @@ def measure_boundaries(
     sequences: Sequences,
     options: Options,
     directory: Path | None = None,
-) -> Generator[HopQuality, None, None]:
-    """Each boundary alone at each of its wanted widths, as soon as it is measured.
+) -> Generator[HopSensitivity, None, None]:
+    """Yield each boundary at each of its wanted widths as soon as it is measured.
 
-    The rest is as in ``calibration.quality.blocks.measure_blocks``.
+    All else is as in ``calibration.quality.blocks.measure_blocks``.
     """
     check_text(source.spec, sequences)
     if not wanted:
         return
     head = source.spec.head_block
-    with distiller(source, sequences, options, directory) as students:
+    with students_of(source, sequences, options, directory) as students:
         # The blocks behind a boundary, and the head.
         students.expect(head + sum(head - boundary for boundary in wanted))
         final = students.teach([boundary + 1 for boundary in wanted])
@@ -110,11 +110,11 @@ def measure_boundaries(
                 width: partial(through_hop, bits=width) for width in widths
             }
             for width, kl in students.rounded(boundary + 1, changes, final).items():
-                yield HopQuality(boundary, width, kl)
+                yield HopSensitivity(boundary, width, kl)
 
 
-def worst_hops(hops: Sequence[HopQuality]) -> dict[HopBits, float]:
-    """By width, the largest of all boundaries: what a plan has to reckon with for a hop."""
+def worst_hops(hops: Sequence[HopSensitivity]) -> dict[HopBits, float]:
+    """Return the largest KL of all boundaries by width; a plan counts it for each hop."""
     return {
         bits: max(hop.kl for hop in hops if hop.bits == bits)
         for bits in sorted({hop.bits for hop in hops}, reverse=True)
@@ -122,6 +122,6 @@ def worst_hops(hops: Sequence[HopQuality]) -> dict[HopBits, float]:
 
 
 def through_hop(rows: Rows, bits: HopBits) -> Rows:
-    """What arrives of hidden rows [n, hidden] that are sent at ``bits``."""
+    """Return hidden rows [n, hidden] as they arrive when they are sent at ``bits``."""
     count, hidden = rows.shape
     return decode_rows(encode_rows(rows, bits), count, hidden, bits)

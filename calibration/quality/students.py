@@ -1,8 +1,8 @@
-"""Teacher and students of a distillation: the same text through a model and changed copies of it.
+"""Runs the same text through a model (the teacher) and through changed copies (its students).
 
-The teacher is the original model. It runs once and leaves the inputs of blocks on disk; a student
-starts from the input of the first block that is changed, with one block in memory at a time.
-``calibration.quality.blocks`` changes blocks, ``calibration.quality.hops`` the rows between them.
+The teacher runs once and leaves the inputs of blocks on disk. A student starts from the input of
+its first changed block, with one block in memory at a time. ``calibration.quality.blocks`` changes
+blocks, ``calibration.quality.hops`` changes the rows between them.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from model.reference import ReferenceModel
 from model.spec import ModelSpec
 
 _LOGITS = 1 << 23
-"""Of one student that are in memory at once, several times over."""
+"""Logits of one student that are in memory at once; several copies of them exist."""
 
 _MAX_EXPONENT = 20.0
-"""Differences of logits up to which e^d is left to fp32."""
+"""Up to this difference d of logits, e^d is computed in fp32."""
 
 _KEPT_SHARE = 0.4
-"""Of free memory, for blocks that are kept instead of read again."""
+"""The share of free memory for blocks that are kept instead of read again."""
 
 _ERROR_WEIGHTS = 1 << 20
 
 Rows = npt.NDArray[Any]
 Run = Callable[[Rows], Rows]
-"""Token ids or hidden rows of the text to what a block makes of them."""
+"""Runs one block: takes token ids or hidden rows, returns hidden rows or logits."""
 Sequences = Sequence[Sequence[int]]
 Progress = Callable[[int, int], None]
 Width = TypeVar("Width", bound=int)
 
 
 class BlockSource(Protocol):
-    """A model whose original blocks can be had one at a time; a Checkpoint is one."""
+    """A model that gives its original blocks one at a time; a Checkpoint is one."""
 
     @property
     def spec(self) -> ModelSpec: ...
@@ -62,41 +62,45 @@ class BlockSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run. ``kept_bytes`` bounds the original blocks (fp32) that are kept between passes;
-    None takes a share of free memory."""
+    """How to run teacher and students.
+
+    ``backend`` runs layers; None: the reference.
+    ``plain`` runs layers at widths that ``backend`` lacks; None: the reference.
+    ``kept_bytes`` bounds the fp32 blocks that are kept between passes; None: a share of what is
+    free.
+    """
 
     backend: Backend | None
     threads: int
     progress: Progress | None
     kept_bytes: int | None = None
     plain: Backend | None = None
-    """For layers at widths that ``backend`` lacks; None: the reference."""
 
 
 def divergences(expected: Rows, got: Rows) -> npt.NDArray[np.float64]:
-    """KL(softmax(expected) || softmax(got)) of each row of logits fp32 [n, vocab], in nats.
+    """Return KL(softmax(expected) || softmax(got)) of each row of logits fp32 [n, vocab], in nats.
 
-    Good to about 1e-3 of itself where it is small, in fp32: with p the expected distribution, d the
-    difference of the logits and m its mean under p, it is log(1 + sum p (e^(d-m) - 1)), whose terms
-    of first order cancel before they are rounded.
+    Small results are good to about 1e-3 of themselves in fp32. Let p be the expected distribution,
+    d the difference of the logits and m the mean of d under p. The result is
+    log(1 + sum p (e^(d-m) - 1)): its terms of first order cancel before they are rounded.
     """
     chances = expected - expected.max(axis=1, keepdims=True)
     np.exp(chances, out=chances)
     total = chances.sum(axis=1, dtype=np.float64)
     difference = got - expected
     difference -= (np.einsum("ij,ij->i", chances, difference) / total)[:, None]
-    rest = np.einsum("ij,ij->i", chances, difference) / total  # What rounding left of the mean.
+    rest = np.einsum("ij,ij->i", chances, difference) / total  # The mean is not quite 0: rounding.
     curved = np.minimum(difference, _MAX_EXPONENT)
     np.expm1(curved, out=curved)
     curved -= difference
     result: npt.NDArray[np.float64] = np.einsum("ij,ij->i", chances, curved) / total
     result = np.log1p(result + rest) - rest
     for row in np.flatnonzero(difference.max(axis=1) > _MAX_EXPONENT):
-        # Far from each other: here fp64 is needed, and exact enough.
+        # These rows are far from each other: fp64 is needed, and exact enough.
         wide = difference[row].astype(np.float64)
         weighted = np.log(chances[row], where=chances[row] > 0, out=np.full(len(wide), -np.inf))
         result[row] = np.logaddexp.reduce(weighted + wide) - np.log(total[row]) - rest[row]
-    # Never negative but for the last digit of a sum.
+    # A negative value comes only from the last digit of a sum.
     return np.maximum(result, 0.0)
 
 
@@ -122,19 +126,19 @@ def text_key(checkpoint: Checkpoint, sequences: Sequences) -> dict[str, Any]:
 
 
 @contextmanager
-def distiller(
+def students_of(
     source: BlockSource, sequences: Sequences, options: Options, directory: Path | None
-) -> Iterator[Distiller]:
+) -> Iterator[Students]:
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(dir=directory, prefix=".quality-") as name,
-        Distiller(source, sequences, options, Path(name)) as students,
+        Students(source, sequences, options, Path(name)) as students,
     ):
         yield students
 
 
-class Distiller:
+class Students:
     """Runs blocks of one model, as they are or in a format, over all sequences.
 
     ``progress`` counts passes through blocks; ``expect`` says how many there will be.
@@ -160,7 +164,7 @@ class Distiller:
             self._free_bytes = options.kept_bytes
         self._done = self._total = 0
 
-    def __enter__(self) -> Distiller:
+    def __enter__(self) -> Students:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,7 +180,7 @@ class Distiller:
             self._progress(self._done, self._total)
 
     def teach(self, wanted: Container[int] = ()) -> Rows:
-        """Run the teacher up to its head, whose input is returned; keep the wanted inputs."""
+        """Run the teacher and return its head's input; keep the inputs of the wanted blocks."""
         rows = self.tokens
         for block in range(self.spec.head_block):
             if block in wanted:
@@ -189,7 +193,7 @@ class Distiller:
     def changed(
         self, block: int, formats: Sequence[Format], final: Rows
     ) -> dict[int, tuple[float, float]]:
-        """(kl, weight error) by width of the students that have one block in a format."""
+        """Return (kl, weight error) by width of the students with one block in a format."""
         head = self.spec.head_block
         rows = final if block == head else np.load(self._input(block))
         tensors = self._source.block(block)
@@ -221,7 +225,7 @@ class Distiller:
         return results
 
     def rounded(self, block: int, changes: Mapping[Width, Run], final: Rows) -> dict[Width, float]:
-        """KL by width of the students whose hidden rows before a block are changed."""
+        """Return the KL by width of the students whose hidden rows before a block are changed."""
         head = self.spec.head_block
         rows = final if block == head else np.load(self._input(block))
         hidden = {width: change(rows) for width, change in changes.items()}
@@ -236,7 +240,7 @@ class Distiller:
         return dict(zip(hidden, kls, strict=True))
 
     def plan_kl(self, formats: Sequence[Format | None], final: Rows) -> float:
-        """Divergence of a student that has every block in its format."""
+        """Return the divergence of a student that has every block in its format."""
         rows = self.tokens
         head = self.spec.head_block
         for block, fmt in enumerate(formats[:head]):
@@ -249,7 +253,7 @@ class Distiller:
         return kl
 
     def _head_kls(self, final: Rows, students: Sequence[tuple[Run | None, Rows]]) -> list[float]:
-        """Mean KL of each student (its head or None for the teacher's, its input)."""
+        """Return each student's mean KL; a student is (its head or None: the teacher's, input)."""
         sums = [0.0] * len(students)
         count = max(1, _LOGITS // self.spec.vocab)
         with self._original(self.spec.head_block) as teacher:
@@ -272,7 +276,7 @@ class Distiller:
 
     @contextmanager
     def _original(self, block: int) -> Iterator[Run]:
-        """One block of the teacher; kept while there is memory, else loaded again next time."""
+        """Load one block of the teacher; it is kept while there is memory."""
         if block in self._kept:
             yield self._kept[block]
             return
@@ -291,7 +295,7 @@ class Distiller:
     def _quantized(
         self, block: int, tensors: Mapping[str, npt.NDArray[np.float32]], fmt: Format
     ) -> Iterator[tuple[Run, float]]:
-        """A block in a format, and max|w - w_b| over its matrices."""
+        """Load a block in a format; gives it and max|w - w_b| over its matrices."""
         with self._loaded(block, tensors, fmt) as (run, stored):
             worst = 0.0
             for name, matrix in stored.items():
@@ -324,11 +328,11 @@ class Distiller:
             else:
                 yield partial(self._sequences, model.forward), stored
         finally:
-            # Equal blocks share a file, so that another may have removed it.
+            # Equal blocks share a file, so another one may have removed it.
             path.unlink(missing_ok=True)
 
     def _sequences(self, run: Run, rows: Rows) -> Rows:
-        """All sequences, which lie one behind the other in ``rows``, through one block."""
+        """Run all sequences through one block; ``rows`` holds one behind the other."""
         return np.concatenate([run(rows[begin:end]) for begin, end in self._bounds])
 
     def _input(self, block: int) -> Path:

@@ -16,7 +16,7 @@ from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 
 if TYPE_CHECKING:
-    from calibration.quality.blocks import BlockQuality, PlanCheck
+    from calibration.quality.blocks import BlockSensitivity, PlanCheck
     from model.spec import ModelSpec
 
 QUALITY_BITS = (2, 3, 4, 6, 8)
@@ -112,7 +112,7 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
 
 def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
     """As ``quality_here``, measured by an agent and kept by the coordinator."""
-    from calibration.quality.blocks import BlockQuality, PlanCheck, random_plans
+    from calibration.quality.blocks import BlockSensitivity, PlanCheck, random_plans
     from cli.client import Client, default_url
     from model.families import load_spec
 
@@ -147,7 +147,7 @@ def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
     if not told:
         screen.note("all of it was measured before")
     qualities = [
-        BlockQuality(item["block"], item["bits"], item["kl"], item["weight_error"])
+        BlockSensitivity(item["block"], item["bits"], item["kl"], item["weight_error"])
         for item in answer["blocks"]
         if "arithmetic" not in item
     ]
@@ -162,7 +162,7 @@ def _show_quality(
     options: argparse.Namespace,
     screen: Screen,
     answer: Mapping[str, Any],
-    qualities: Sequence[BlockQuality],
+    qualities: Sequence[BlockSensitivity],
     checks: Sequence[PlanCheck],
 ) -> None:
     """Print ``answer`` as JSON, or what it is made of as tables; draw it if asked."""
@@ -215,7 +215,7 @@ def _show_sensitivities(
     title: str,
     names: Sequence[str],
     bits: Sequence[int],
-    qualities: Sequence[BlockQuality],
+    qualities: Sequence[BlockSensitivity],
 ) -> None:
     widths = sorted(set(bits))
     kl = {(item.block, item.bits): item.kl for item in qualities}

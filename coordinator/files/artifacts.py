@@ -47,9 +47,9 @@ class Cancelled(Exception):
 
 
 class ArtifactStore:
-    """Artifacts and their index. One thread at a time.
+    """Artifacts on disk and their index; one thread at a time.
 
-    Before a block is made, those that were used longest ago make room for it.
+    Before a block is made, the artifacts that were used longest ago make room for it.
     """
 
     def __init__(self, state_dir: Path, limit_bytes: int | None = None) -> None:

@@ -1,9 +1,9 @@
-"""Files that a backend needs beside its blocks: made once, where what makes them is.
+"""Files that a backend needs beside its blocks, made once by a machine that can make them.
 
-A device that cannot make them asks here, naming the blocks by hash. They are made on this machine
-where it can, else on an agent that announced it, which is sent the blocks and sends the files back.
-The files are kept with the artifacts and fetched like them. What they were made from, and by which
-version of what made them, is their key; losing the index costs time, never correctness.
+A device that cannot make them asks here, naming the blocks by hash. If this machine can make them,
+it does. Otherwise an agent that announced it gets the blocks, makes the files and sends them back.
+The files are kept with the artifacts, and fetched like them. Their key is what they were made from,
+and the version of the tool. Losing the index costs time, never correctness.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from coordinator.loading.deployment import (
     unload,
 )
 from coordinator.loading.recovery import LoadedFile, joined, recover, remaining
-from coordinator.quality.measuring import Distillation, Losses, QualityFound
+from coordinator.quality.measuring import Losses, QualityFound, QualityMeter
 from coordinator.quality.store import QualityRequest, QualityStore
 from coordinator.roster.measurements import (
     Step,
@@ -108,7 +108,7 @@ class Fleet:
         self._doubts: dict[Member, asyncio.Task[None]] = {}
         """What finds out what became of the hop that a member has lost."""
         self._store = store
-        self._distillation = Distillation(store, quality)
+        self._quality_meter = QualityMeter(store, quality)
         self._damaged_epochs: set[int] = set()
         """Of what was being loaded when a stage of it was found damaged."""
         self._found_damage = False
@@ -182,7 +182,7 @@ class Fleet:
                 device = self._roster.names.device(request.on) or request.on
                 _check_joined((device,), members, self._roster.names)
                 members = tuple(member for member in members if member.device == device)
-            return await self._distillation.calibrate(request, members, everybody, self._report)
+            return await self._quality_meter.calibrate(request, members, everybody, self._report)
 
     async def unload(self) -> str | None:
         """Stop what is loaded; its name, or None if nothing was."""
@@ -324,7 +324,7 @@ class Fleet:
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]
         _check_joined((*absent, *request.pins.values()), members, names)
-        losses = self._distillation.losses(checkpoint, request)
+        losses = self._quality_meter.losses(checkpoint, request)
         context_tokens = min(
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
         )
@@ -347,7 +347,7 @@ class Fleet:
                     "`shoal calibrate --quality --on auto` first",
                     "check_quality",
                 )
-            plan, measured_kl = await self._distillation.keep_budget(
+            plan, measured_kl = await self._quality_meter.keep_budget(
                 request, checkpoint, members, problem, plan, losses.known, self._report
             )
         return Planned(

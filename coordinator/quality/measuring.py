@@ -1,4 +1,4 @@
-"""Lets an agent measure what fewer bits do to a model, and has plans keep a budget of it."""
+"""Lets an agent measure a model's sensitivities, and makes plans keep a quality budget."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ MEASURED_HOPS: tuple[HopBits, ...] = tuple(bits for bits in HOP_BITS if bits != 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QualityFound:
-    """What is known of a model's sensitivities. ``device`` measured; None: all was known."""
+    """The measured sensitivities of one model.
+
+    ``device`` is the one that measured them, or None if the store had all of them.
+    """
 
     request: QualityRequest
     checkpoint: Checkpoint
@@ -51,9 +54,9 @@ class QualityFound:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What is to be measured: widths of blocks and of boundaries, and whole plans.
+    """The measurements to make: widths of blocks and of boundaries, and whole plans.
 
-    ``arithmetic``: blocks are layers to be computed by the backend of that name; empty: by any.
+    ``arithmetic`` names the backend that must compute the blocks, which are layers; empty: any.
     """
 
     blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class Missing:
 
     @staticmethod
     def of(request: QualityRequest, spec: ModelSpec, known: KnownQuality) -> Missing:
-        """What ``request`` asks for beyond what is known; every boundary is part of it."""
+        """Return what ``request`` needs and ``known`` lacks; a request needs every boundary."""
         return Missing(
             {
                 block: widths
@@ -80,7 +83,7 @@ class Missing:
 
     @staticmethod
     def own(arithmetic: str, bits: Iterable[int], spec: ModelSpec, known: KnownQuality) -> Missing:
-        """What is not known of layers at ``bits`` in an arithmetic of its own."""
+        """Return what ``known`` lacks of layers at ``bits`` in an arithmetic of its own."""
         layers = range(1, spec.head_block)
         return Missing(
             {
@@ -95,7 +98,7 @@ class Missing:
         return bool(self.blocks or self.hops or self.plans)
 
     def keep(self, result: QualityMeasured | HopMeasured, known: KnownQuality) -> None:
-        """Add a result to what is known, unless it is absurd or nobody asked for it."""
+        """Add a result to ``known``, unless it is absurd or nobody asked for it."""
         if isinstance(result, HopMeasured):
             if 0 <= result.kl < math.inf and result.bits in self.hops.get(result.boundary, ()):
                 known.hops[result.boundary, result.bits] = result.kl
@@ -113,7 +116,7 @@ class Missing:
                     known.blocks[result.block, bits] = values
 
     def answered(self, known: KnownQuality) -> bool:
-        """Whether all of it is known now."""
+        """Whether ``known`` has all of these measurements."""
         own = {place[1:] for place in known.own if place[0] == self.arithmetic}
         found = own if self.arithmetic else known.blocks
         return (
@@ -125,9 +128,9 @@ class Missing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Losses:
-    """What fewer bits do, as a plan counts it: ``margin`` is part of ``blocks``, ``hops``, ``own``.
+    """The sensitivities as a plan counts them: multiplied by ``margin`` already.
 
-    All are None or empty where nothing is known; ``known`` is what this coordinator measured.
+    All are None or empty where nothing is known. ``known`` holds this coordinator's measurements.
     """
 
     margin: float | None
@@ -137,15 +140,15 @@ class Losses:
     own: Own = field(default_factory=dict)
 
 
-class Distillation:
-    """Measurements of quality on members, kept in a store. One at a time: the fleet's lock."""
+class QualityMeter:
+    """Measures quality on members and keeps the results. The caller's lock admits one at a time."""
 
     def __init__(self, store: ArtifactStore, quality: QualityStore) -> None:
         self._store = store
         self._quality = quality
 
     def losses(self, checkpoint: Checkpoint, request: PlanRequest) -> Losses:
-        """What a plan has to reckon with. Raises RequestInvalid where a budget lacks it."""
+        """Return the sensitivities for a plan. Raises RequestInvalid where a budget has none."""
         known = self._quality.latest(checkpoint, request.scheme, request.group_size)
         if request.sensitivities is not None:
             margin = request.quality_margin or ASSUMED_MARGIN
@@ -180,10 +183,10 @@ class Distillation:
         known: KnownQuality,
         on_step: OnStep,
     ) -> tuple[Plan, float]:
-        """A plan whose measured divergence keeps the budget, and that. Raises PlanError.
+        """Return a plan whose divergence keeps the budget, and that divergence. Raises PlanError.
 
-        Blocks are measured; what hops and the arithmetic of single devices add is predicted, and
-        counted against the budget.
+        The blocks' part is measured. Hops and the arithmetic of single devices add a predicted
+        part, which counts against the budget.
         """
         budget = problem.quality_budget or 0.0  # There is one: PlanRequest.from_dict saw to it.
         member = await self.fastest(members, checkpoint, on_step)
@@ -219,10 +222,10 @@ class Distillation:
         everybody: tuple[Member, ...],
         on_step: OnStep,
     ) -> QualityFound:
-        """Measure what is not known yet on the fastest of ``members``; then what the arithmetics
-        of ``everybody`` add, each on one that has it, of ``members`` if there is one.
+        """Measure on the fastest of ``members`` what the store lacks.
 
-        Raises AgentFailed, RequestInvalid, ModelError.
+        Then measure each arithmetic that ``everybody`` has, on a device that has it: one of
+        ``members`` if there is one. Raises AgentFailed, RequestInvalid, ModelError.
         """
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
         request.check(checkpoint.spec)
@@ -236,14 +239,14 @@ class Distillation:
             name = member.name
             await self.measure(member, checkpoint, known, missing, on_step)
         else:
-            self._quality.save(checkpoint, known)  # It is the latest again.
+            self._quality.save(checkpoint, known)  # Makes it the latest again.
         for arithmetic in sorted({one.profile.arithmetic for one in everybody} - {""}):
             able = [one for one in everybody if one.profile.arithmetic == arithmetic]
             runs = {bits for one in able for bits, _ in one.profile.container_bits}
             wanted = sorted(runs.intersection(request.bits))
             missing = Missing.own(arithmetic, wanted, checkpoint.spec, known)
             if missing:
-                # Whoever has it can run the backend that it is named after; whose own it is first.
+                # Each can run the backend of that name. Prefer a device that serves with it.
                 member = min(
                     able,
                     key=lambda one: (
@@ -258,9 +261,9 @@ class Distillation:
     async def fastest(
         self, members: tuple[Member, ...], checkpoint: Checkpoint, on_step: OnStep
     ) -> Member:
-        """The member with the least measured time per layer and prompt token, weights as they are.
+        """Return the member with the least measured time per layer and prompt token.
 
-        Raises AgentFailed where none can run them.
+        The layers keep the checkpoint's precision. Raises AgentFailed where none can run them.
         """
         spec = checkpoint.spec
         bits = max(checkpoint.lossless_format(block).bits for block in range(spec.block_count))

@@ -1,6 +1,6 @@
-"""What is known of the links between devices: figures of those that work, and why others do not.
+"""Keeps the figures of links that work, and the reasons why others do not.
 
-A link has a direction. One that fails is not planned with; it is tried again after a while that
+A link has a direction. A plan does not use a link that fails; it is tried again after a while that
 grows with each failure. Devices are named by their ids here, since names may change.
 """
 

@@ -1,4 +1,4 @@
-"""Which figures of the members may be those of a busy machine, in words for a user."""
+"""Says in words for a user which figures may have been measured on a busy machine."""
 
 from __future__ import annotations
 

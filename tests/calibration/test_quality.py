@@ -13,7 +13,7 @@ from backends.base import Backend, BackendUnavailable, Capabilities
 from backends.registry import BACKENDS, backend_class
 from calibration.quality import students
 from calibration.quality.blocks import (
-    BlockQuality,
+    BlockSensitivity,
     built_in_text,
     check_plans,
     measure_plan_kl,
@@ -278,4 +278,4 @@ def test_the_built_in_text_is_a_few_hundred_words() -> None:
 
 
 def test_normalized_weight_error() -> None:
-    assert BlockQuality(0, 4, 0.1, 0.32).normalized_weight_error == pytest.approx(0.02)
+    assert BlockSensitivity(0, 4, 0.1, 0.32).normalized_weight_error == pytest.approx(0.02)
