@@ -68,11 +68,10 @@ def test_the_tour_names_files_and_functions_that_exist() -> None:
     threads = set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
     others = defined("wire/messages.py") | threads | {"max_tokens", "Relay._busy"}
     for step in re.split(r"\n(?=\d+\. |- |\||#)", text):
-        here: set[str] = set()
-        for name in re.findall(r"`([^`]+)`", step):
-            if name in files:
-                here |= defined(name)
-            elif re.fullmatch(r"[A-Za-z_.]+", name) and name not in others:
+        names = re.findall(r"`([^`]+)`", step)
+        here = set().union(*(defined(name) for name in names if name in files))
+        for name in names:
+            if re.fullmatch(r"[A-Za-z_.]+", name) and name not in files | others:
                 assert name in (here or known), f"{name}, in: {step}"
 
 
