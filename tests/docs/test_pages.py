@@ -32,7 +32,9 @@ def test_docstrings_have_short_sentences(package: str) -> None:
 
 
 def test_tables_code_and_headings_do_not_count() -> None:
-    text = "# A heading\n\nOne two. Three `four five`\nsix.\n\n    code code\n\n| a | b |\n\n- item one\n"
+    text = (
+        "# Heading\n\nOne two. Three `four five`\nsix.\n\n    code code\n\n| a | b |\n\n- an item\n"
+    )
     assert [count for count, _ in lengths(text)] == [2, 3, 2]
 
 
