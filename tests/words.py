@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,20 +24,14 @@ PACKAGES = (
     "testbed",
     "cli",
 )
-LEFT_OUT = ("CHANGELOG.md", "examples/", "tests/")
-"""A list of changes, a model's card and fixtures are not pages of the manual."""
+FOLDERS = ("docs", "deploy", *PACKAGES)
+"""Where pages of the manual are, beside the two at the top. CHANGELOG.md is a list, not a page."""
 
 
 def pages() -> list[Path]:
-    """Every Markdown page of the manual that git knows or would add, in order of its path."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    return [ROOT / name for name in sorted(set(listed)) if not name.startswith(LEFT_OUT)]
+    """Every Markdown page of the manual, in order of its path."""
+    found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(found)]
 
 
 def paragraphs(text: str) -> Iterator[str]:
