@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-FAST = ("model", "wire", "planning", "coordinator", "calibration", "agent", "cli")
+FAST = ("docs", "model", "wire", "planning", "coordinator", "calibration", "agent", "cli")
 """Folders whose tests ``--fast`` runs, but for those in SLOW."""
 
 SLOW = {
