@@ -42,7 +42,7 @@ from wire.sizes import format_size
 
 OnStep = Callable[[Mapping[str, Any]], None]
 
-EMBEDDED_MODEL = Path(__file__).parent.parent / "examples" / "tiny-opt" / "model"
+EMBEDDED_MODEL = Path(__file__).parents[2] / "examples" / "tiny-opt" / "model"
 EMBEDDED_PROMPT = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"
 OTHER_PROMPT = "Once upon a time"
 DEFAULT_AGENTS = 3

@@ -234,8 +234,8 @@ def plan_uninstall(options: argparse.Namespace, root: Path) -> Work:
 
 def template(name: str) -> str:
     """A template's text: from the installed package, else from the tree."""
-    here = Path(__file__).parent
-    for directory in (here / "units", here.parent / "systemd"):
+    package = Path(__file__).parents[1]
+    for directory in (package / "units", package.parent / "systemd"):
         if (directory / name).exists():
             return (directory / name).read_text(encoding="utf-8")
     raise CommandFailed(f"this installation lacks its template {name}: install it again")

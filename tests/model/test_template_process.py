@@ -96,14 +96,16 @@ def test_a_template_that_takes_too_long_is_ended(name: str, process: TemplatePro
     assert process.render("{{ messages[0].role }}", VALUES) == "user"
 
 
-def test_a_template_that_takes_too_much_memory_is_an_error(process: TemplateProcess) -> None:
+def test_a_template_that_takes_too_much_memory_is_an_error() -> None:
     template = (
         "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}"
         "{% set ns.l = [ns.l, 'a' * 3999000 ~ i] %}{% endfor %}"
     )
+    patient = TemplateProcess()  # A busy machine takes processor time for so much memory, too.
     with pytest.raises(TemplateFailed, match="more than 512 MiB of memory"):
-        process.render(template, VALUES)
-    assert process.render("{{ 'ok' }}", VALUES) == "ok"
+        patient.render(template, VALUES)
+    assert patient.render("{{ 'ok' }}", VALUES) == "ok"
+    patient.close()
 
 
 def test_a_process_with_less_memory_than_that_keeps_its_limit() -> None:
