@@ -114,8 +114,9 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
+    request = plan_arguments.request_of(options).to_dict()
     with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/load", plan_arguments.request_of(options), on_step)
+        answer = client.operate("/shoal/v1/load", request, on_step)
     if options.json:
         screen.json(answer)
     else:
@@ -180,7 +181,9 @@ def _client(options: argparse.Namespace) -> Any:
 
 
 def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
-    """The name of the loaded model, which is MODEL; loads it if need be, otherwise by default."""
+    """The name of the loaded model, which is MODEL; loads it with the defaults if need be."""
+    from planning.request import LoadRequest
+
     loaded = client.get("/shoal/v1/ps")["model"]
     path = Path(options.model).absolute()
     if loaded is not None and options.model in (loaded["model"], loaded["directory"]):
@@ -196,10 +199,10 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
         raise CommandFailed(
             f"{error} (nor is it a loaded model's name: {name} is loaded)"
         ) from error
+    hop_bits = None if options.hop_bits is None else tuple(options.hop_bits)
+    request = LoadRequest(path, hop_bits=hop_bits).to_dict()
     with screen.progress() as on_step:
-        answer = client.operate(
-            "/shoal/v1/load", {"model": str(path), "hop_bits": options.hop_bits}, on_step
-        )
+        answer = client.operate("/shoal/v1/load", request, on_step)
     return str(answer["model"])
 
 

@@ -146,9 +146,8 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
 
     if options.formulation == "dilemma":
         raise UsageError("--formulation dilemma needs --devices LAB.yaml")
-    request = request_of(options)
     asked = (options.explain, options.plot, options.save, options.plan, options.simulate)
-    request["with_problem"] = any(asked)
+    request = request_of(options, with_problem=any(asked)).to_dict()
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/plan", request, on_step)
     wording = _Wording(

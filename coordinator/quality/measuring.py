@@ -20,7 +20,7 @@ from planning.errors import RequestInvalid
 from planning.plan import Plan, PlanError
 from planning.planner import solve
 from planning.problem import PlanningProblem
-from planning.request import PlanRequest, model_name
+from planning.request import LoadRequest, model_name
 from planning.sensitivity import (
     ASSUMED_MARGIN,
     Own,
@@ -144,7 +144,7 @@ class Distillation:
         self._store = store
         self._quality = quality
 
-    def losses(self, checkpoint: Checkpoint, request: PlanRequest) -> Losses:
+    def losses(self, checkpoint: Checkpoint, request: LoadRequest) -> Losses:
         """What a plan has to reckon with. Raises RequestInvalid where a budget lacks it."""
         known = self._quality.latest(checkpoint, request.scheme, request.group_size)
         if request.sensitivities is not None:
@@ -172,7 +172,7 @@ class Distillation:
 
     async def keep_budget(
         self,
-        request: PlanRequest,
+        request: LoadRequest,
         checkpoint: Checkpoint,
         members: tuple[Member, ...],
         problem: PlanningProblem,
@@ -185,7 +185,7 @@ class Distillation:
         Blocks are measured; what hops and the arithmetic of single devices add is predicted, and
         counted against the budget.
         """
-        budget = problem.quality_budget or 0.0  # There is one: PlanRequest.from_dict saw to it.
+        budget = problem.quality_budget or 0.0  # There is one: LoadRequest.from_dict saw to it.
         member = await self.fastest(members, checkpoint, on_step)
         for _ in range(MAX_CHECKS):
             bits = tuple(placement.bits for placement in plan.placements)
@@ -202,7 +202,7 @@ class Distillation:
             )
             if total <= budget:
                 return plan, known.plans[bits]
-            if request.given is not None:
+            if request.plan is not None:
                 break
             on_step(Step("plan", "again, with a tighter budget", 0, 0, ""))
             tighter = tightened(problem, plan, total)

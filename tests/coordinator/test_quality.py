@@ -21,7 +21,7 @@ from planning.errors import RequestInvalid
 from planning.plan import Plan, verify
 from planning.planner import solve
 from planning.problem import PlanningProblem
-from planning.request import PlanRequest
+from planning.request import LoadRequest
 from planning.sensitivity import (
     ASSUMED_MARGIN,
     budget_margin,
@@ -305,4 +305,4 @@ def test_a_plan_request_that_makes_no_sense_names_the_field(
     change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestInvalid, match=message):
-        PlanRequest.from_dict({"model": "/m"} | change)
+        LoadRequest.from_dict({"model": "/m"} | change)
