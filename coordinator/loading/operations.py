@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import (
@@ -64,14 +65,13 @@ from model.checkpoint import Checkpoint
 from model.families import load_spec
 from model.given import require_model
 from model.tokenizer import Tokenizer
-from planning.build import build_problem
+from planning.build import DeviceInput, RequestInput, build_problem
 from planning.errors import RequestInvalid
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.planner import solve
 from planning.problem import PlanningProblem
 from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest, model_name
-from planning.sensitivity import choose_hops, own_rows
-from wire import limits
+from planning.sensitivity import choose_hops
 from wire.messages import BlockRef, StageLoaded
 
 log = logging.getLogger(__name__)
@@ -426,46 +426,41 @@ class Fleet:
                 ),
                 self._report,
             )
-        held: Mapping[str, Sequence[Collection[int]]] | None = None
-        rates: Mapping[str, float] | None = None
+        held: Mapping[str, Sequence[Collection[int]]] = {}
+        rates: Mapping[str, float] = {}
         if request.objective.migration_weight > 0:
             artifacts = self._store.known(checkpoint, map(request.format, request.bits))
             held = await find_held(members, artifacts, spec.block_count)
             rates = load_rates(self._roster, members)
+        devices = [
+            DeviceInput(
+                member.name,
+                member.profile,
+                timings.get(member.name, ()),
+                held.get(member.name, ()),
+                rates.get(member.name, math.inf),
+            )
+            for member in members
+        ]
         try:
-            return build_problem(
+            wanted = RequestInput(
                 spec,
-                {member.name: member.profile for member in members},
-                timings,
-                self._roster.links(),
+                request.bits,
+                context_tokens,
+                request.slots,
+                formats={bits: request.format(bits) for bits in request.bits},
                 weight_errors=errors,
                 max_weight_error=request.max_weight_error,
-                call_s={member.name: member.profile.call_s for member in members},
-                bits=request.bits,
-                formats={bits: request.format(bits) for bits in request.bits},
-                slots=request.slots,
-                context_tokens=context_tokens,
-                chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
                 sensitivities=losses.blocks,
-                own_sensitivities=own_rows(
-                    {member.name: member.profile.arithmetic for member in members},
-                    losses.blocks,
-                    losses.own,
-                ),
+                own_sensitivities=losses.own,
                 quality_budget=request.quality_budget,
                 objective=request.objective,
                 pins={block: names[device] for block, device in request.pins.items()},
                 excluded=excluded,
                 hop_formats=choose_hops(request.hop_bits, losses.hops, request.quality_budget),
-                held=held,
-                load_bytes_per_s=rates,
-                watts={
-                    member.name: member.profile.watts
-                    for member in members
-                    if member.profile.watts is not None
-                },
-                no_links=[link for link, _ in self._roster.failed_links()],
             )
+            no_links = [link for link, _ in self._roster.failed_links()]
+            return build_problem(wanted, devices, self._roster.links(), no_links)
         except ValueError as error:
             raise RequestInvalid(str(error)) from error
 

@@ -16,7 +16,7 @@ from coordinator.quality.measuring import Missing
 from coordinator.quality.store import KnownQuality, QualityRequest, QualityStore
 from model.checkpoint import Checkpoint
 from model.quantize import Format
-from planning.build import build_problem
+from planning.build import DeviceInput, RequestInput, build_problem
 from planning.errors import RequestInvalid
 from planning.plan import Plan, verify
 from planning.planner import solve
@@ -71,18 +71,16 @@ def problem_of(rows: Any, margin: float, budget: float) -> PlanningProblem:
         for kind in ("embedding", "layer", "head")
         for bits in BITS
     ]
-    return build_problem(
+    request = RequestInput(
         SPEC,
-        {"a": profile},
-        {"a": timings},
-        [],
-        bits=BITS,
-        slots=1,
+        BITS,
         context_tokens=32,
         chunk_tokens=32,
         sensitivities=scaled(rows, margin),
         quality_budget=budget,
     )
+    devices = [DeviceInput(name, profile, timings) for name in ("a",)]
+    return build_problem(request, devices, [])
 
 
 def test_budgets_are_kept_by_the_model_that_was_planned(tmp_path: Path) -> None:
