@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from planning.plan import InfeasiblePlan, Plan, PlanError, combined_if_known
 from planning.planner import solve
 from planning.problem import BlockOption, PlanningProblem
+from planning.time_limit import now_s
 
 MORE_MEMORY_BYTES = 1 << 30
 FAST_LINK_BYTES_PER_S = 125e6
@@ -161,7 +161,7 @@ def explain(
     solve_limit_s: float = 5.0,
     solve_again: Solve | None = None,
     on_trial: Callable[[str, int, int], None] = lambda what, done, total: None,
-    now_s: Callable[[], float] = time.monotonic,
+    now_s: Callable[[], float] = now_s,
 ) -> Explanation:
     """Take ``plan`` apart, and try changes until ``time_limit_s`` is over; the likeliest first.
 
