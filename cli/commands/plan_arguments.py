@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
+from model.quantize import DEFAULT_GROUP_SIZE
+from planning.request import DEFAULT_MAX_WEIGHT_ERROR, DEFAULT_TIME_LIMIT_S
 from wire.activations import HOP_BITS
 
 if TYPE_CHECKING:
@@ -138,7 +140,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-weight-error",
         type=_error_bound,
-        default=1e-3,
+        default=DEFAULT_MAX_WEIGHT_ERROR,
         metavar="DELTA",
         help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
     )
@@ -152,7 +154,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         choices=(32, 64, 128),
-        default=64,
+        default=DEFAULT_GROUP_SIZE,
         help="weights per scale, of rtn; default 64",
     )
     parser.add_argument(
@@ -164,7 +166,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit",
         type=_seconds,
-        default=20.0,
+        default=DEFAULT_TIME_LIMIT_S,
         metavar="S",
         help="for the solver, which ends early on a plan proved optimal, of large problems one"
         " within 0.5%% of that; default 20",
