@@ -67,7 +67,8 @@ def search(
 
     ``deadline_s`` is a point on the clock of ``now_s``. While there is no plan at all,
     ``last_resort_s`` (None: the same) takes its place. ``ties`` [i, j] is True for i < j that are
-    twins: exchanging them changes no figure of any plan. Gaps below one in a thousand are not aimed at.
+    twins: exchanging them changes no figure of any plan.
+    Gaps below one in a thousand are not aimed at.
     """
     tables = Tables(problem, ties)
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
