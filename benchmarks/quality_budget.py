@@ -29,7 +29,7 @@ from coordinator.quality.store import MAX_CHECKS
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.tokenizer import Tokenizer
-from planning.build import build_problem
+from planning.build import DeviceInput, RequestInput, build_problem
 from planning.plan import Plan
 from planning.planner import solve
 from planning.problem import PlanningProblem
@@ -55,17 +55,23 @@ def problem_of(
         for kind in ("embedding", "layer", "head")
         for bits in BITS
     ]
-    return build_problem(
+    request = RequestInput(
         checkpoint.spec,
-        {"a": profile, "b": profile},
-        {"a": timings, "b": timings},
-        [LinkProfile("a", "b", 1e-3, 1e8), LinkProfile("b", "a", 1e-3, 1e8)],
-        bits=BITS,
-        slots=1,
+        BITS,
         context_tokens=128,
         chunk_tokens=64,
         sensitivities=scaled(rows, margin),
         quality_budget=budget,
+    )
+    devices = [
+        DeviceInput(name, profile, timings)
+        for name in (
+            "a",
+            "b",
+        )
+    ]
+    return build_problem(
+        request, devices, [LinkProfile("a", "b", 1e-3, 1e8), LinkProfile("b", "a", 1e-3, 1e8)]
     )
 
 

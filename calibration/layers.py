@@ -305,7 +305,7 @@ def timed_layers(spec: ModelSpec, task: Task, on_chip_bytes: int | None = None) 
 
     ``on_chip_bytes`` is the backend's: a stage that a plan may make is within it, or one layer.
     """
-    layer = layer_variants(spec)[task.variant]
+    layer = spec.layer_variants[task.variant]
     single = replace(spec, layers=(layer,))
     one_bytes = executed_bytes(single, 1, Format.of(task.bits), task.container_bits)
     wanted = min(ceil(STAGE_BYTES / one_bytes), MAX_TIMED_LAYERS, spec.layers.count(layer))
@@ -341,21 +341,16 @@ def timing_tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[
     tasks = [Task("embedding", 0, width, containers[width], (width,)) for width in usable]
     for container, widths in alike.items():
         shared = (widths[0], container, tuple(widths))
-        tasks += [Task("layer", index, *shared) for index in range(len(layer_variants(spec)))]
+        tasks += [Task("layer", index, *shared) for index in range(len(spec.layer_variants))]
         tasks.append(Task("head", 0, *shared))
     return tasks
-
-
-def layer_variants(spec: ModelSpec) -> list[LayerSpec]:
-    """Distinct layer shapes by first appearance, which is how BlockTiming counts them."""
-    return list(dict.fromkeys(spec.layers))
 
 
 def timing_dependencies(spec: ModelSpec, task: Task) -> dict[str, Any]:
     """What a timing depends on besides the machine."""
     key: dict[str, Any] = {"kind": task.kind, "context": min(spec.max_context, _CONTEXT_TOKENS)}
     if task.kind == "layer":
-        layer = layer_variants(spec)[task.variant]
+        layer = spec.layer_variants[task.variant]
         count = min(spec.layers.count(layer), MAX_TIMED_LAYERS)
         return key | {"container": task.container_bits, "layer": asdict(layer), "layers": count}
     key |= {"hidden": spec.hidden, "embed": spec.embed_dim}

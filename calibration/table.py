@@ -22,7 +22,6 @@ from calibration.layers import (
     Task,
     chunk_tokens,
     layer_share_s,
-    layer_variants,
     machine_key,
     random_inputs,
     timed_calls,
@@ -343,7 +342,7 @@ class _Run:
         key: dict[str, Any] = self._machine | {
             "kind": "table",
             "container": task.container_bits,
-            "layer": asdict(layer_variants(self._spec)[task.variant]),
+            "layer": asdict(self._spec.layer_variants[task.variant]),
             "layers": len(several.layers),
             "context": self._context_tokens,
         }

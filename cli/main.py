@@ -1,7 +1,7 @@
 """The ``shoal`` command: parse, call, print. Exit codes are listed in cli.errors.
 
-Parts that a machine did not install (``[agent]``, ``[coordinator]``) are imported by the commands
-that need them, so that a Raspberry Pi carries only what it runs.
+Only the command that was named is imported, with what it needs. `shoal --help` is quick therefore,
+and a machine without ``[agent]`` or ``[coordinator]`` runs the other commands.
 """
 
 from __future__ import annotations
@@ -15,33 +15,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import argument_types
-from cli.argument_types import argument, between
-from cli.commands import edgetpu, plan_arguments, planning
-from cli.commands.bench import EXAMPLES as BENCH_EXAMPLES
-from cli.commands.bench import add_bench_arguments, run_bench
-from cli.commands.calibrate import EXAMPLES, add_calibrate_arguments, run_calibrate
-from cli.commands.testbed import EXAMPLES as TESTBED_EXAMPLES
-from cli.commands.testbed import add_testbed_arguments, run_testbed
-from cli.doctor.command import EXAMPLES as CHECKS
-from cli.doctor.command import add_doctor_arguments, run_doctor
 from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable
 from cli.render import Screen
-from cli.service import daemons
 from cli.service.journal import JournalFormatter, under_journal
-from cli.service.settings import read_settings
 from cli.service.signals import Terminated, terminated_like_interrupted
 from wire.sizes import parse_size
-from wire.versions import full_version
 
-_sizes = argument(lambda text: [parse_size(part) for part in text.split(",")], "sizes: 1G,512M")
-_temperature = argument(between(0, 2), "a number between 0 and 2")
-_share = argument(between(0, 1), "a number between 0 and 1")
+Run = Callable[[argparse.Namespace, Screen], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code and lets no traceback reach the user."""
-    parser = _parser()
+    parser = _parser(_named(sys.argv[1:] if arguments is None else arguments))
     options = parser.parse_args(arguments)
     journal = under_journal()
     screen = Screen(json_output=getattr(options, "json", False), journal=journal)
@@ -54,11 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminated_like_interrupted():
             if getattr(options, "config", None) is not None:
+                from cli.service.settings import read_settings
+
                 options.parser.set_defaults(**read_settings(options.config, options.parser))
                 options = parser.parse_args(arguments)
             options.run(options, screen)
     except Terminated as signalled:
-        if options.run in daemons.SERVICES and signalled.number == signal.SIGTERM:
+        if options.command in SERVICES and signalled.number == signal.SIGTERM:
             return 0  # Whoever stops a service has not made it fail.
         screen.note("terminated")
         return EXIT_SIGNAL + signalled.number
@@ -106,6 +93,8 @@ def run_devices(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import planning
+
     if options.devices is not None:
         planning.run_offline_plan(options, screen)
         return
@@ -114,8 +103,11 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import plan_arguments
+
+    request = plan_arguments.request_of(options).to_dict()
     with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/load", plan_arguments.request_of(options), on_step)
+        answer = client.operate("/shoal/v1/load", request, on_step)
     if options.json:
         screen.json(answer)
     else:
@@ -180,7 +172,10 @@ def _client(options: argparse.Namespace) -> Any:
 
 
 def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
-    """The name of the loaded model, which is MODEL; loads it if need be, otherwise by default."""
+    """The name of the loaded model, which is MODEL; loads it with the defaults if need be."""
+    from cli.commands import plan_arguments
+    from planning.request import LoadRequest
+
     loaded = client.get("/shoal/v1/ps")["model"]
     path = Path(options.model).absolute()
     if loaded is not None and options.model in (loaded["model"], loaded["directory"]):
@@ -196,17 +191,256 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
         raise CommandFailed(
             f"{error} (nor is it a loaded model's name: {name} is loaded)"
         ) from error
+    hop_bits = None if options.hop_bits is None else tuple(options.hop_bits)
+    request = LoadRequest(path, hop_bits=hop_bits).to_dict()
     with screen.progress() as on_step:
-        answer = client.operate(
-            "/shoal/v1/load", {"model": str(path), "hop_bits": options.hop_bits}, on_step
-        )
+        answer = client.operate("/shoal/v1/load", request, on_step)
     return str(answer["model"])
 
 
 # ---- arguments ---------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+SERVICES = ("coordinator", "agent")
+"""Commands that systemd runs. A request to stop is no failure of theirs."""
+
+Filler = Callable[[argparse.ArgumentParser], tuple[Run, str]]
+"""Adds a command's arguments to its parser; returns what runs it, and examples."""
+
+
+def _named(arguments: Sequence[str]) -> str | None:
+    """The command in ``arguments``: options before it take no value."""
+    return next((text for text in arguments if not text.startswith("-")), "")
+
+
+def _demo(demo: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli import argument_types
+    from cli.commands import plan_arguments
+
+    sizes = argument_types.argument(
+        lambda text: [parse_size(part) for part in text.split(",")], "sizes: 1G,512M"
+    )
+    demo.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded tiny OPT")
+    demo.add_argument(
+        "--agents", type=argument_types.count, default=None, metavar="N", help="default: 3"
+    )
+    demo.add_argument(
+        "--memory",
+        type=sizes,
+        metavar="A,B,C",
+        help="each agent's memory limit; default: so little that the model must be split",
+    )
+    demo.add_argument(
+        "--bits", type=argument_types.bits, metavar="4,8,16", help="widths to choose from"
+    )
+    plan_arguments.add_hop_argument(demo, with_budget=False)
+    demo.add_argument("--prompt", metavar="TEXT")
+    demo.add_argument("--max-tokens", type=argument_types.count, default=64, metavar="N")
+    demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--exact", action="store_true", help="do not round activations")
+    plan_arguments.add_quality_arguments(demo)
+    return run_demo, (
+        "  shoal demo\n"
+        "  shoal demo --agents 2 --bits 8 --prompt 'The lamp is in the attic. "
+        "Where is the lamp?'\n"
+        "  shoal demo --model ~/models/opt-125m --memory 300M,200M,200M --json\n"
+        "  shoal demo --bits 32 --hop-bits 32   computes what the model computes unsplit\n"
+    )
+
+
+def _coordinator(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.service import daemons
+
+    daemons.add_coordinator_arguments(parser)
+    return daemons.run_coordinator, daemons.COORDINATOR_EXAMPLES
+
+
+def _agent(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.service import daemons
+
+    daemons.add_agent_arguments(parser)
+    return daemons.run_agent, daemons.AGENT_EXAMPLES
+
+
+def _doctor(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.doctor import command
+
+    command.add_doctor_arguments(parser)
+    return command.run_doctor, command.EXAMPLES
+
+
+def _devices(devices: argparse.ArgumentParser) -> tuple[Run, str]:
+    devices.add_argument(
+        "--measure",
+        metavar="NAME",
+        help="first measure this device, its block times and its links again",
+    )
+    _add_url(devices)
+    return run_devices, (
+        "  shoal devices\n  shoal devices --json | jq '.devices[].name'\n"
+        "  shoal devices --measure pi-3   again, now that it is quiet\n"
+    )
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    """What ``plan`` and ``load`` share."""
+    from cli import argument_types
+    from cli.commands import plan_arguments
+
+    sub.add_argument("model", metavar="MODEL", help="a Hugging Face model directory")
+    sub.add_argument(
+        "--bits", type=argument_types.bits, metavar="4,8,16", help="widths to choose from"
+    )
+    plan_arguments.add_quality_arguments(sub)
+    plan_arguments.add_hop_argument(sub, with_budget=True)
+    plan_arguments.add_objective_arguments(sub)
+
+
+def _plan(plan: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.commands import plan_arguments
+
+    _add_model(plan)
+    plan_arguments.add_planning_arguments(plan)
+    _add_url(plan)
+    return run_plan, (
+        "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
+        "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
+        "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
+        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n"
+    )
+
+
+def _load(load: argparse.ArgumentParser) -> tuple[Run, str]:
+    _add_model(load)
+    _add_url(load)
+    return run_load, (
+        "  shoal load ~/models/llama-3.2-1b\n"
+        "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
+        "  shoal load ./opt-350m --plan plan.json   exactly this plan\n"
+        "  shoal load ./opt-350m --objective throughput --slots 8   for many users at once\n"
+        "  shoal load ./opt-350m --bits 32 --hop-bits 32   computes what one machine computes\n"
+    )
+
+
+def _diff(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.commands import plan_arguments, planning
+
+    plan_arguments.add_diff_arguments(parser)
+    return planning.run_plan_diff, "  shoal diff a.json b.json\n"
+
+
+def _study(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.commands import plan_arguments, planning
+
+    plan_arguments.add_study_arguments(parser)
+    return planning.run_study, "  shoal study dilemma --out figures\n"
+
+
+def _calibrate(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.commands import calibrate
+
+    calibrate.add_calibrate_arguments(parser)
+    return calibrate.run_calibrate, calibrate.EXAMPLES
+
+
+def _testbed(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.commands import testbed
+
+    testbed.add_testbed_arguments(parser)
+    return testbed.run_testbed, testbed.EXAMPLES
+
+
+def _bench(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.commands import bench
+
+    bench.add_bench_arguments(parser)
+    return bench.run_bench, bench.EXAMPLES
+
+
+def _edgetpu(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli.commands import edgetpu
+
+    edgetpu.add_edgetpu_arguments(parser)
+    return edgetpu.run_edgetpu, edgetpu.EXAMPLES
+
+
+def _ps(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    _add_url(parser)
+    return run_ps, "  shoal ps\n"
+
+
+def _run(run: argparse.ArgumentParser) -> tuple[Run, str]:
+    from cli import argument_types
+    from cli.commands import plan_arguments
+
+    share = argument_types.argument(argument_types.between(0, 1), "a number between 0 and 1")
+    run.add_argument("model", metavar="MODEL", help="a loaded model's name, or a directory")
+    run.add_argument("prompt", metavar="PROMPT")
+    plan_arguments.add_hop_argument(run, with_budget=False)
+    run.add_argument("--chat", action="store_true", help="use the model's chat template")
+    run.add_argument("--max-tokens", type=argument_types.count, default=256, metavar="N")
+    run.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
+    run.add_argument("--top-k", type=int, default=0, metavar="K")
+    run.add_argument("--top-p", type=share, default=1.0, metavar="P")
+    run.add_argument("--seed", type=int, default=0)
+    _add_url(run)
+    return run_prompt, (
+        '  shoal run llama-3.2-1b "Once upon a time"\n'
+        '  shoal run ./tiny-opt --chat "Where is the lamp?" --temperature 0\n'
+    )
+
+
+def _unload(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+    _add_url(parser)
+    return run_unload, "  shoal unload\n"
+
+
+def _temperature(text: str) -> Any:
+    from cli.argument_types import argument, between
+
+    return argument(between(0, 2), "a number between 0 and 2")(text)
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
+    )
+
+
+COMMANDS: dict[str, tuple[str, Filler]] = {
+    "demo": ("split a model over agents on this machine and ask it something", _demo),
+    "coordinator": ("run the coordinator: agents join it, users talk to it", _coordinator),
+    "agent": ("run the agent on a device", _agent),
+    "doctor": ("say what this machine is, and what it lacks", _doctor),
+    "devices": ("show joined devices and measured links", _devices),
+    "plan": ("decide which device would run which blocks at how many bits", _plan),
+    "load": ("plan a model, quantize it and place it on the devices", _load),
+    "diff": ("compare two saved plans", _diff),
+    "study": ("repeat the DILEMMA paper's experiments", _study),
+    "calibrate": ("measure what this device can do", _calibrate),
+    "testbed": ("emulate a lab's hosts on this machine", _testbed),
+    "bench": ("measure tokens per second of a shape", _bench),
+    "edgetpu": ("compile for a Coral, and check one", _edgetpu),
+    "ps": ("show what is loaded", _ps),
+    "run": ("generate text, loading MODEL first if it is not", _run),
+    "unload": ("free the devices", _unload),
+}
+"""Each command's summary, and what adds its arguments."""
+
+
+class _ShowVersion(argparse.Action):
+    """Print the version. It is read only when it is asked for, since that takes imports."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from wire.versions import full_version
+
+        sys.stdout.write(f"{full_version()}\n")
+        parser.exit()
+
+
+def _parser(named: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands, with the arguments of the one that is ``named``, or of all."""
     parser = argparse.ArgumentParser(
         prog="shoal",
         description="One large language model across a shoal of small devices.",
@@ -222,152 +456,22 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=full_version())
+    parser.add_argument(
+        "--version", action=_ShowVersion, nargs=0, help="show program's version number and exit"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(
-        name: str,
-        run: Callable[[argparse.Namespace, Screen], None],
-        summary: str,
-        examples: str,
-    ) -> argparse.ArgumentParser:
+    for name, (summary, fill) in COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        return sub
-
-    demo = command(
-        "demo",
-        run_demo,
-        "split a model over agents on this machine and ask it something",
-        "  shoal demo\n"
-        "  shoal demo --agents 2 --bits 8 --prompt 'The lamp is in the attic. "
-        "Where is the lamp?'\n"
-        "  shoal demo --model ~/models/opt-125m --memory 300M,200M,200M --json\n"
-        "  shoal demo --bits 32 --hop-bits 32   computes what the model computes unsplit\n",
-    )
-    demo.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded tiny OPT")
-    demo.add_argument(
-        "--agents", type=argument_types.count, default=None, metavar="N", help="default: 3"
-    )
-    demo.add_argument(
-        "--memory",
-        type=_sizes,
-        metavar="A,B,C",
-        help="each agent's memory limit; default: so little that the model must be split",
-    )
-    demo.add_argument(
-        "--bits", type=argument_types.bits, metavar="4,8,16", help="widths to choose from"
-    )
-    plan_arguments.add_hop_argument(demo, with_budget=False)
-    demo.add_argument("--prompt", metavar="TEXT")
-    demo.add_argument("--max-tokens", type=argument_types.count, default=64, metavar="N")
-    demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--exact", action="store_true", help="do not round activations")
-    plan_arguments.add_quality_arguments(demo)
-
-    coordinator = command(
-        "coordinator",
-        daemons.run_coordinator,
-        "run the coordinator: agents join it, users talk to it",
-        daemons.COORDINATOR_EXAMPLES,
-    )
-    daemons.add_coordinator_arguments(coordinator)
-    agent = command("agent", daemons.run_agent, "run the agent on a device", daemons.AGENT_EXAMPLES)
-    daemons.add_agent_arguments(agent)
-    doctor = command("doctor", run_doctor, "say what this machine is, and what it lacks", CHECKS)
-    add_doctor_arguments(doctor)
-    devices = command(
-        "devices",
-        run_devices,
-        "show joined devices and measured links",
-        "  shoal devices\n  shoal devices --json | jq '.devices[].name'\n"
-        "  shoal devices --measure pi-3   again, now that it is quiet\n",
-    )
-    devices.add_argument(
-        "--measure",
-        metavar="NAME",
-        help="first measure this device, its block times and its links again",
-    )
-    plan = command(
-        "plan",
-        run_plan,
-        "decide which device would run which blocks at how many bits",
-        "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
-        "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
-        "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
-        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n",
-    )
-    load = command(
-        "load",
-        run_load,
-        "plan a model, quantize it and place it on the devices",
-        "  shoal load ~/models/llama-3.2-1b\n"
-        "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
-        "  shoal load ./opt-350m --plan plan.json   exactly this plan\n"
-        "  shoal load ./opt-350m --objective throughput --slots 8   for many users at once\n"
-        "  shoal load ./opt-350m --bits 32 --hop-bits 32   computes what one machine computes\n",
-    )
-    for sub in (plan, load):
-        sub.add_argument("model", metavar="MODEL", help="a Hugging Face model directory")
-        sub.add_argument(
-            "--bits", type=argument_types.bits, metavar="4,8,16", help="widths to choose from"
-        )
-        plan_arguments.add_quality_arguments(sub)
-        plan_arguments.add_hop_argument(sub, with_budget=True)
-        plan_arguments.add_objective_arguments(sub)
-    plan_arguments.add_planning_arguments(plan)
-    diff = command(
-        "diff", planning.run_plan_diff, "compare two saved plans", "  shoal diff a.json b.json\n"
-    )
-    plan_arguments.add_diff_arguments(diff)
-    study = command(
-        "study",
-        planning.run_study,
-        "repeat the DILEMMA paper's experiments",
-        "  shoal study dilemma --out figures\n",
-    )
-    plan_arguments.add_study_arguments(study)
-    calibrate = command("calibrate", run_calibrate, "measure what this device can do", EXAMPLES)
-    add_calibrate_arguments(calibrate)
-    testbed = command(
-        "testbed", run_testbed, "emulate a lab's hosts on this machine", TESTBED_EXAMPLES
-    )
-    add_testbed_arguments(testbed)
-    bench = command("bench", run_bench, "measure tokens per second of a shape", BENCH_EXAMPLES)
-    add_bench_arguments(bench)
-    coral = command(
-        "edgetpu", edgetpu.run_edgetpu, "compile for a Coral, and check one", edgetpu.EXAMPLES
-    )
-    edgetpu.add_edgetpu_arguments(coral)
-    ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
-    run = command(
-        "run",
-        run_prompt,
-        "generate text, loading MODEL first if it is not",
-        '  shoal run llama-3.2-1b "Once upon a time"\n'
-        '  shoal run ./tiny-opt --chat "Where is the lamp?" --temperature 0\n',
-    )
-    run.add_argument("model", metavar="MODEL", help="a loaded model's name, or a directory")
-    run.add_argument("prompt", metavar="PROMPT")
-    plan_arguments.add_hop_argument(run, with_budget=False)
-    run.add_argument("--chat", action="store_true", help="use the model's chat template")
-    run.add_argument("--max-tokens", type=argument_types.count, default=256, metavar="N")
-    run.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
-    run.add_argument("--top-k", type=int, default=0, metavar="K")
-    run.add_argument("--top-p", type=_share, default=1.0, metavar="P")
-    run.add_argument("--seed", type=int, default=0)
-    unload = command("unload", run_unload, "free the devices", "  shoal unload\n")
-    for sub in (devices, plan, load, ps, run, unload):
-        sub.add_argument(
-            "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
-        )
+        if named is None or named == name:
+            run, examples = fill(sub)
+            sub.set_defaults(run=run)
+            sub.epilog = f"examples:\n{examples}"
     return parser

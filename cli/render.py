@@ -23,7 +23,6 @@ from rich.text import Text
 from cli.service.journal import prefixed
 from cli.tables import fitting
 from wire.sizes import format_size
-from wire.versions import shoal_version
 
 BAR_AFTER_S = 2.0
 """Work that ends sooner needs no progress bar."""
@@ -189,6 +188,8 @@ class Screen:
 
     def _versions(self, answer: Mapping[str, Any]) -> None:
         """Who runs which shoal, and a hint where they differ."""
+        from wire.versions import shoal_version
+
         here, version = shoal_version(), answer.get("version", "of an older version")
         runs: dict[str, list[str]] = {version: ["the coordinator"]}
         for device in answer["devices"]:

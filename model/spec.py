@@ -118,6 +118,20 @@ class ModelSpec:
         return len(self.layers) + 1
 
     @property
+    def layer_variants(self) -> tuple[LayerSpec, ...]:
+        """The distinct shapes of layers, in order of first appearance.
+
+        On the wire, BlockTiming.variant and a measurement's variant are indices into it.
+        """
+        return tuple(dict.fromkeys(self.layers))
+
+    def block_variant(self, block: int) -> int:
+        """Index of the block's shape in ``layer_variants``; 0 for embedding and head."""
+        if self.block_kind(block) != "layer":
+            return 0
+        return self.layer_variants.index(self.layers[block - 1])
+
+    @property
     def projected(self) -> bool:
         """True where the embedding width is not the hidden width (OPT-350m)."""
         return self.embed_dim != self.hidden

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from model import costs
 from model.quantize import BITS, Format
-from model.spec import LayerSpec, ModelSpec
+from model.spec import ModelSpec
 from planning.problem import (
     DEFAULT_HOPS,
     BlockOption,
@@ -17,113 +18,101 @@ from planning.problem import (
     Objective,
     PlanningProblem,
 )
+from planning.sensitivity import Own
+from wire import limits
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceInput:
+    """One device: its profile, and what was measured of it besides."""
+
+    name: str
+    profile: DeviceProfile
+    timings: Sequence[BlockTiming] = ()
+    """It runs a block only at the widths that it has a timing for."""
+    held: Sequence[Collection[int]] = ()
+    """Widths of each block that are on its disk. Empty: none are."""
+    load_bytes_per_s: float = math.inf
+    """How fast it receives what it does not hold."""
+    layer_kl: Mapping[int, float] | None = None
+    """Bits -> KL divergence of a layer here. None: as its arithmetic has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestInput:
+    """The model, how it may be stored, and what a plan must keep. Rows are one per block."""
+
+    spec: ModelSpec
+    bits: Sequence[int]
+    """Widths to plan with."""
+    context_tokens: int
+    slots: int = 1
+    """Sequences held at once, each of ``context_tokens``."""
+    chunk_tokens: int = limits.PREFILL_CHUNK_TOKENS
+    """Tokens of a prompt computed at a time."""
+    formats: Mapping[int, Format] = field(
+        default_factory=lambda: {width: Format.of(width) for width in BITS}
+    )
+    """How each width is stored."""
+    weight_errors: Sequence[Mapping[int, float]] | None = None
+    """Bits -> normalised error. Needed with ``max_weight_error``."""
+    max_weight_error: float | None = None
+    sensitivities: Sequence[Mapping[int, float]] | None = None
+    """Bits -> KL divergence. Needed with ``quality_budget``."""
+    own_sensitivities: Own = field(default_factory=dict)
+    """The same for layers computed in arithmetics that add their own."""
+    quality_budget: float | None = None
+    objective: Objective = field(default_factory=Objective)
+    pins: Mapping[int, str] = field(default_factory=dict)
+    """Block -> the name of the device that must run it."""
+    excluded: Collection[str] = ()
+    """Names of devices that run nothing."""
+    hop_formats: Sequence[HopFormat] | None = None
+    """Widths that hops may use. None: what the lab says, else DEFAULT_HOPS."""
+
+    def __post_init__(self) -> None:
+        if self.weight_errors is None and self.max_weight_error is not None:
+            raise ValueError("a bound on weight errors needs the errors")
+        if self.sensitivities is None and self.quality_budget is not None:
+            raise ValueError("a quality budget needs the sensitivities")
+        count = self.spec.block_count
+        for what, rows in (
+            ("weight errors", self.weight_errors),
+            ("sensitivities", self.sensitivities),
+        ):
+            if rows is not None and len(rows) != count:
+                raise ValueError(f"{what} of {len(rows)} blocks, not {count}")
+        if not self.bits or any(width not in self.formats for width in self.bits):
+            raise ValueError(f"bits must be some of {sorted(self.formats)}, not {list(self.bits)}")
+        widths = None if self.hop_formats is None else [form.bits for form in self.hop_formats]
+        if widths is not None and (not widths or len(set(widths)) != len(widths)):
+            raise ValueError("hops need at least one width, and each once")
+
+
 def build_problem(
-    spec: ModelSpec,
-    profiles: Mapping[str, DeviceProfile],
-    timings: Mapping[str, Sequence[BlockTiming]],
+    request: RequestInput,
+    devices: Sequence[DeviceInput],
     links: Iterable[LinkProfile],
-    *,
-    bits: Sequence[int],
-    slots: int,
-    context_tokens: int,
-    chunk_tokens: int,
-    formats: Mapping[int, Format] | None = None,
-    weight_errors: Sequence[Mapping[int, float]] | None = None,
-    max_weight_error: float | None = None,
-    call_s: Mapping[str, float] | None = None,
-    sensitivities: Sequence[Mapping[int, float]] | None = None,
-    quality_budget: float | None = None,
-    objective: Objective | None = None,
-    pins: Mapping[int, str] | None = None,
-    excluded: Collection[str] = (),
-    held: Mapping[str, Sequence[Collection[int]]] | None = None,
-    load_bytes_per_s: Mapping[str, float] | None = None,
-    hop_formats: Sequence[HopFormat] = DEFAULT_HOPS,
-    watts: Mapping[str, float] | None = None,
-    own_sensitivities: Mapping[str, Sequence[Mapping[int, float]]] | None = None,
     no_links: Iterable[NoLink] = (),
 ) -> PlanningProblem:
-    """The problem of splitting ``spec`` over the devices in ``profiles``, in that order.
+    """The problem of splitting the request's model over ``devices``, in that order.
 
-    A device runs a block at the widths that its backend takes and that it has a timing for.
-    ``slots`` sequences of ``context_tokens`` are held, prompts computed ``chunk_tokens`` at a time.
-    ``formats`` says how each width is stored (None: the defaults); ``weight_errors`` has one
-    mapping of bits to the normalised error per block, needed with ``max_weight_error``;
-    ``sensitivities`` the same of KL divergence, needed with ``quality_budget``, and
-    ``own_sensitivities`` those of devices whose arithmetic adds its own: all of theirs.
-    ``hop_formats`` are the widths that hops may use, ``watts`` what devices draw while they
-    compute. ``no_links`` says of links that were tried why they are missing. Links to or from other
-    devices, and what they hold, load or draw, are ignored.
-    Raises ValueError for input that is inconsistent.
+    ``no_links`` says of links that were tried why they are missing. Links to or from other devices
+    are ignored. Raises ValueError for input that is inconsistent.
     """
-    blocks = range(spec.block_count)
-    if formats is None:
-        formats = {width: Format.of(width) for width in BITS}
-    if not bits or any(width not in formats for width in bits):
-        raise ValueError(f"bits must be some of {sorted(formats)}, not {list(bits)}")
-    if weight_errors is None:
-        if max_weight_error is not None:
-            raise ValueError("a bound on weight errors needs the errors")
-        weight_errors = [{} for _ in blocks]
-    if len(weight_errors) != len(blocks):
-        raise ValueError(f"weight errors of {len(weight_errors)} blocks, not {len(blocks)}")
-    if sensitivities is None and quality_budget is not None:
-        raise ValueError("a quality budget needs the sensitivities")
-    if sensitivities is not None and len(sensitivities) != len(blocks):
-        raise ValueError(f"sensitivities of {len(sensitivities)} blocks, not {len(blocks)}")
-    for name, rows in (own_sensitivities or {}).items():
-        if len(rows) != len(blocks):
-            raise ValueError(f"{name}: sensitivities of {len(rows)} blocks, not {len(blocks)}")
-    if not hop_formats or len({form.bits for form in hop_formats}) != len(hop_formats):
-        raise ValueError("hops need at least one width, and each once")
-    for name, power in (watts or {}).items():
-        if not 0 < power < math.inf:
-            raise ValueError(f"{name} cannot draw {power} watts")
-    indices = {name: index for index, name in enumerate(profiles)}
-    for block, name in (pins or {}).items():
-        if block not in blocks:
-            raise ValueError(f"cannot pin block {block} of {len(blocks)} to {name}")
-        if name not in indices:
-            raise ValueError(
-                f"cannot pin {spec.block_name(block)} to {name}: no device has that name"
-                f" ({_known(indices)})"
-            )
-    for name in excluded:
-        if name not in indices:
-            raise ValueError(f"cannot exclude {name}: no device has that name ({_known(indices)})")
-    stage_bytes = costs.stage_buffer_bytes(spec, blocks, chunk_tokens, context_tokens)
-    kv_bytes = tuple(slots * costs.kv_bytes(spec, k, context_tokens) for k in blocks)
-    options = {
-        name: _options(
-            spec, profile, timings.get(name, ()), formats, (own_sensitivities or {}).get(name)
-        )
-        for name, profile in profiles.items()
-    }
-    devices = tuple(
-        Device(
-            name=name,
-            memory_bytes=min(
-                profile.memory_bytes,
-                _on_chip_limit(spec, profile, options[name], kv_bytes, stage_bytes),
-            ),
-            storage_bytes=profile.storage_bytes,
-            options=options[name],
-            # The largest of all blocks, although a stage needs only the largest of its own.
-            stage_bytes=stage_bytes,
-            call_s=(call_s or {}).get(name, 0.0),
-            backend_bits=tuple(sorted(width for width, _ in profile.container_bits)),
-            held=tuple(map(frozenset, (held or {}).get(name, ()))),
-            load_bytes_per_s=(load_bytes_per_s or {}).get(name, math.inf),
-            watts=(watts or {}).get(name),
-        )
-        for name, profile in profiles.items()
+    spec, blocks = request.spec, range(request.spec.block_count)
+    indices = {device.name: index for index, device in enumerate(devices)}
+    _check_names(request, indices)
+    kv_bytes = tuple(
+        request.slots * costs.kv_bytes(spec, k, request.context_tokens) for k in blocks
     )
+    bound = math.inf if request.max_weight_error is None else request.max_weight_error
+    hops = DEFAULT_HOPS if request.hop_formats is None else request.hop_formats
+    errors = request.weight_errors or [{}] * len(blocks)
     return PlanningProblem(
         spec=spec,
-        devices=devices,
+        devices=tuple(_device(request, device, kv_bytes) for device in devices),
         links={
             (indices[link.source], indices[link.target]): link
             for link in links
@@ -134,33 +123,80 @@ def build_problem(
             for link in no_links
             if link.source in indices and link.target in indices
         },
-        bits=tuple(sorted(set(bits))),
+        bits=tuple(sorted(set(request.bits))),
         stored_bytes=tuple(
-            {width: costs.stored_bytes(spec, k, fmt) for width, fmt in formats.items()}
+            {width: costs.stored_bytes(spec, k, fmt) for width, fmt in request.formats.items()}
             for k in blocks
         ),
         kv_bytes=kv_bytes,
-        weight_errors=tuple(dict(errors) for errors in weight_errors),
-        max_weight_error=(math.inf if max_weight_error is None else max_weight_error,)
-        * len(blocks),
-        sensitivities=tuple(dict(row) for row in sensitivities or ()),
-        quality_budget=quality_budget,
-        objective=objective or Objective(),
-        pins={block: indices[name] for block, name in (pins or {}).items()},
-        excluded=frozenset(indices[name] for name in excluded),
-        hop_formats=tuple(sorted(hop_formats, key=lambda form: form.bits)),
+        weight_errors=tuple(dict(row) for row in errors),
+        max_weight_error=(bound,) * len(blocks),
+        sensitivities=tuple(dict(row) for row in request.sensitivities or ()),
+        quality_budget=request.quality_budget,
+        objective=request.objective,
+        pins={block: indices[name] for block, name in request.pins.items()},
+        excluded=frozenset(indices[name] for name in request.excluded),
+        hop_formats=tuple(sorted(hops, key=lambda form: form.bits)),
     )
 
 
-def _known(names: Iterable[str]) -> str:
-    return f"known are {', '.join(names)}" if names else "there are no devices"
+def own_rows(request: RequestInput, device: DeviceInput) -> tuple[Mapping[int, float], ...] | None:
+    """Per block, the sensitivities of a device whose arithmetic adds its own; else None.
+
+    Layers have what the device says, or else what was measured of the arithmetic, and nothing where
+    nothing was. Embedding and head are computed alike everywhere.
+    """
+    common, arithmetic = request.sensitivities, device.profile.arithmetic
+    if not common or (device.layer_kl is None and not arithmetic):
+        return None
+    measured = request.own_sensitivities.get(arithmetic, {})
+    layers = (
+        measured.get(block, {}) if device.layer_kl is None else device.layer_kl
+        for block in range(1, len(common) - 1)
+    )
+    return (common[0], *layers, common[-1])
 
 
-def layer_variants(spec: ModelSpec) -> list[int]:
-    """For each block its ``BlockTiming.variant``: distinct layer shapes by first appearance."""
-    shapes: dict[LayerSpec, int] = {}
-    layers = [shapes.setdefault(layer, len(shapes)) for layer in spec.layers]
-    return [0, *layers, 0]
+def _check_names(request: RequestInput, names: Collection[str]) -> None:
+    """Raise ValueError for a wish about a block or a device that there is not."""
+    blocks = range(request.spec.block_count)
+    known = f"known are {', '.join(names)}" if names else "there are no devices"
+    for block, name in request.pins.items():
+        if block not in blocks:
+            raise ValueError(f"cannot pin block {block} of {len(blocks)} to {name}")
+        if name not in names:
+            raise ValueError(
+                f"cannot pin {request.spec.block_name(block)} to {name}: no device has that name"
+                f" ({known})"
+            )
+    for name in request.excluded:
+        if name not in names:
+            raise ValueError(f"cannot exclude {name}: no device has that name ({known})")
+
+
+def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int]) -> Device:
+    spec, profile = request.spec, device.profile
+    if profile.watts is not None and not 0 < profile.watts < math.inf:
+        raise ValueError(f"{device.name} cannot draw {profile.watts} watts")
+    # The largest of all blocks, although a stage needs only the largest of its own.
+    stage_bytes = costs.stage_buffer_bytes(
+        spec, range(spec.block_count), request.chunk_tokens, request.context_tokens
+    )
+    options = _options(request, device)
+    return Device(
+        name=device.name,
+        memory_bytes=min(
+            profile.memory_bytes, _on_chip_limit(spec, profile, options, kv_bytes, stage_bytes)
+        ),
+        storage_bytes=profile.storage_bytes,
+        options=options,
+        stage_bytes=stage_bytes,
+        call_s=profile.call_s,
+        backend_bits=tuple(sorted(width for width, _ in profile.container_bits)),
+        held=tuple(map(frozenset, device.held)),
+        load_bytes_per_s=device.load_bytes_per_s,
+        watts=profile.watts,
+    )
 
 
 def _on_chip_limit(
@@ -191,24 +227,22 @@ def _on_chip_limit(
     return stage_bytes + layers * largest if layers else unlimited
 
 
-def _options(
-    spec: ModelSpec,
-    profile: DeviceProfile,
-    timings: Iterable[BlockTiming],
-    formats: Mapping[int, Format],
-    sensitivities: Sequence[Mapping[int, float]] | None,
-) -> tuple[tuple[BlockOption, ...], ...]:
-    measured = {(timing.kind, timing.variant, timing.bits): timing for timing in timings}
+def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOption, ...], ...]:
+    """For each block, every width that the device runs it at."""
+    spec, profile = request.spec, device.profile
+    measured = {(timing.kind, timing.variant, timing.bits): timing for timing in device.timings}
     for timing in measured.values():
         for seconds in (timing.decode_s, timing.prefill_s_per_token):
             if not 0 < seconds < math.inf:
                 raise ValueError(f"{profile.machine}: a block cannot take {seconds} s")
+    sensitivities = own_rows(request, device)
     rows = []
-    for block, variant in enumerate(layer_variants(spec)):
+    for block in range(spec.block_count):
+        kind, variant = spec.block_kind(block), spec.block_variant(block)
         row = []
-        for bits, fmt in sorted(formats.items()):
+        for bits, fmt in sorted(request.formats.items()):
             container = profile.container(bits)
-            found = measured.get((spec.block_kind(block), variant, bits))
+            found = measured.get((kind, variant, bits))
             if container is not None and found is not None:
                 executed = costs.executed_bytes(spec, block, fmt, container)
                 own = None if sensitivities is None else sensitivities[block].get(bits, math.inf)

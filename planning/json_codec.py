@@ -1,7 +1,7 @@
 """Dataclasses as plain values that survive JSON, and back.
 
-Tuples are lists, sets sorted lists; the keys of mappings are text (a pair of numbers: "0 1").
-Infinity, which JSON does not have, is "inf".
+Tuples become lists, sets sorted lists and paths text. The keys of mappings become text (a pair of
+numbers: "0 1"). Infinity, which JSON does not have, becomes "inf".
 """
 
 from __future__ import annotations
@@ -11,23 +11,42 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.errors import ModelError
 
 
+class Misread(ValueError):
+    """A field is missing, unknown or wrong. ``field`` is its name in the dataclass."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 def to_plain(value: Any) -> Any:
-    """``value`` made of dicts, lists and scalars only; ``from_plain`` is the inverse."""
+    """``value`` made of dicts, lists and scalars only; ``from_plain`` is the inverse.
+
+    Nested types that have a ``to_dict`` of their own are written by it.
+    """
     if is_dataclass(value):
-        return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
+        return {item.name: _part_to_plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
-        return {_key_text(key): to_plain(item) for key, item in value.items()}
+        return {_key_text(key): _part_to_plain(item) for key, item in value.items()}
     if isinstance(value, AbstractSet):
-        return sorted(map(to_plain, value))
+        return sorted(map(_part_to_plain, value))
     if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
+        return [_part_to_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     return "inf" if value == math.inf else value
+
+
+def _part_to_plain(value: Any) -> Any:
+    own = getattr(value, "to_dict", None) if is_dataclass(value) else None
+    return to_plain(value if own is None else own())
 
 
 def from_plain(kind: Any, value: object, where: str, *, finite: bool = False) -> Any:
@@ -38,19 +57,34 @@ def from_plain(kind: Any, value: object, where: str, *, finite: bool = False) ->
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object")
-    hints = _hints(kind)
-    for item in fields(kind):
-        required = item.default is MISSING and item.default_factory is MISSING
-        if item.name not in value and required:
-            raise ValueError(f"{where}.{item.name}: missing")
-    for key in value:
-        if key not in hints:
-            raise ValueError(f"{where}.{key}: unknown")
-    read = {key: _read(hints[key], item, f"{where}.{key}", finite) for key, item in value.items()}
+    read = read_fields(kind, value, f"{where}.", finite=finite)
     try:
         return kind(**read)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def read_fields(
+    kind: Any, value: Mapping[str, Any], prefix: str = "", *, finite: bool = False
+) -> dict[str, Any]:
+    """The arguments of the dataclass ``kind``, as in ``from_plain``. Raises Misread.
+
+    Messages name a field with ``prefix`` before it.
+    """
+    hints = _hints(kind)
+    for item in fields(kind):
+        required = item.default is MISSING and item.default_factory is MISSING
+        if item.name not in value and required:
+            raise Misread(f"{prefix}{item.name}: missing", item.name)
+    read = {}
+    for key, item in value.items():
+        if key not in hints:
+            raise Misread(f"{prefix}{key}: unknown", key)
+        try:
+            read[key] = _read(hints[key], item, f"{prefix}{key}", finite)
+        except ValueError as error:
+            raise Misread(str(error), key) from error
+    return read
 
 
 _hints = cache(get_type_hints)
@@ -87,6 +121,8 @@ def _read(kind: Any, value: Any, where: str, finite: bool) -> Any:
     if isinstance(kind, UnionType):
         (some,) = (choice for choice in get_args(kind) if choice is not type(None))
         return None if value is None else _read(some, value, where, finite)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if kind is float and value == "inf" and not finite:
         return math.inf
     if kind is float and type(value) in (int, float):
@@ -98,12 +134,14 @@ def _read(kind: Any, value: Any, where: str, finite: bool) -> Any:
     raise ValueError(f"{where}: expected {kind.__name__}, got {value!r:.40}")
 
 
-def _key_text(key: int | tuple[int, ...]) -> str:
+def _key_text(key: str | int | tuple[int, ...]) -> str:
     return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-def _read_key(kind: Any, text: object, where: str) -> int | tuple[int, ...]:
-    """A whole number, or as many of them as the tuple type ``kind`` has."""
+def _read_key(kind: Any, text: object, where: str) -> str | int | tuple[int, ...]:
+    """Text, a whole number, or as many of them as the tuple type ``kind`` has."""
+    if kind is str and isinstance(text, str):
+        return text
     count = len(get_args(kind)) or 1
     words = text.split() if isinstance(text, str) else []
     if len(words) != count or not all(word.isascii() and word.isdigit() for word in words):

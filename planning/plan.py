@@ -256,14 +256,14 @@ def assess(
         return_s=return_s,
         decode_s=math.fsum([stage.compute_s for stage in assessed] + leaving_s),
         prefill_s_per_token=math.fsum(stage.prefill_s_per_token for stage in assessed) + wire_s,
-        worst_weight_error=_if_all_known(max, errors),
+        worst_weight_error=combined_if_known(max, errors),
         proof=proof,
         bottleneck_s=max(
             stage.compute_s + link_s for stage, link_s in zip(assessed, leaving_s, strict=True)
         ),
         load_s=math.fsum(problem.load_s(*place) for place in places),
-        total_sensitivity=_if_all_known(math.fsum, losses),
-        energy_j=_if_all_known(math.fsum, [stage.energy_j for stage in assessed]),
+        total_sensitivity=combined_if_known(math.fsum, losses),
+        energy_j=combined_if_known(math.fsum, [stage.energy_j for stage in assessed]),
         objective=problem.objective,
     )
 
@@ -392,9 +392,10 @@ def _assess_stage(
     )
 
 
-def _if_all_known(
+def combined_if_known(
     combine: Callable[[list[float]], float], values: Sequence[float | None]
 ) -> float | None:
+    """``combine`` of ``values``; None where one of them is not known."""
     known = [value for value in values if value is not None]
     return combine(known) if len(known) == len(values) else None
 

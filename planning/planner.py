@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -31,6 +30,7 @@ from planning.plan import (
 )
 from planning.problem import Device, Objective, PlanningProblem
 from planning.search.search import Found, search
+from planning.time_limit import now_s
 from wire.profile import LinkProfile
 
 # Solvers keep each row to about 1e-6 of its limit; a plan that used this slack is solved again
@@ -74,7 +74,7 @@ def solve(
     ``on_progress`` gets one line per step. ``solver`` None takes HiGHS where it is installed.
     Raises InfeasiblePlan with advice, PlanError where the limit passed without any plan.
     """
-    started_s = time.monotonic()
+    started_s = now_s()
     report = on_progress or (lambda _: None)
     runner = _Runner(started_s + time_limit_s, solver)
     report(f"planning {problem.spec.block_count} blocks on {len(problem.devices)} devices")
@@ -82,7 +82,7 @@ def solve(
     if reason is None:
         plan = _best(problem, runner, gap, report)
         if plan is not None:
-            plan = replace(plan, proof=replace(plan.proof, solve_s=time.monotonic() - started_s))
+            plan = replace(plan, proof=replace(plan.proof, solve_s=now_s() - started_s))
             verify(plan, problem)
             return plan
         if runner.failure is not None:
@@ -94,7 +94,7 @@ def solve(
                 " or fewer devices" + (f"; links that do not work: {lost}" if lost else "")
             )
     report("no plan fits: looking for what would make one")
-    runner.deadline_s = max(runner.deadline_s, time.monotonic() + _ADVICE_S)
+    runner.deadline_s = max(runner.deadline_s, now_s() + _ADVICE_S)
     raise _explain(problem, reason, runner)
 
 
@@ -148,7 +148,7 @@ def _size(problem: PlanningProblem) -> int:
 
 def _search(problem: PlanningProblem, runner: _Runner, gap: float, *, share: float) -> Found:
     """A choice by search within a share of the time left, and a lower bound of the objective."""
-    started_s = time.monotonic()
+    started_s = now_s()
     deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
     last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S) if share else deadline_s
     ties = _ties(problem)
@@ -222,7 +222,7 @@ class _Runner:
         """Why the solver failed; None where it did not."""
 
     def left_s(self) -> float:
-        return max(0.0, self.deadline_s - time.monotonic())
+        return max(0.0, self.deadline_s - now_s())
 
     def run(
         self, program: PlanProgram, gap: float = 0.0, start: Mapping[str, float] | None = None
@@ -498,7 +498,7 @@ def _missing_links(
         found = _search(linked, runner, _LINKS_GAP, share=0.5)
         plan = _plan_of(linked, found.choice, Proof("search", 0.0, found.bound))
     else:
-        soon = _Runner(min(runner.deadline_s, time.monotonic() + _ADVICE_S), runner.solver)
+        soon = _Runner(min(runner.deadline_s, now_s() + _ADVICE_S), runner.solver)
         plan = soon.plan(linked, "best", gap=_LINKS_GAP) or runner.plan(linked, "any")
     if plan is None:
         return ()

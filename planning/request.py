@@ -1,18 +1,27 @@
-"""What a user asks to be planned or loaded, checked before anything is done about it."""
+"""What a user asks to be planned or loaded: one value for command line, HTTP and disk."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from model.quantize import DEFAULT_GROUP_SIZE, Format, Scheme
 from planning.errors import RequestInvalid
+from planning.json_codec import to_plain
 from planning.plan import PlanError
 from planning.problem import Objective, ObjectiveKind
-from planning.request_fields import read_widths, take_form, take_model
+from planning.request_fields import (
+    BITS_EXPECTED,
+    MODEL_EXPECTED,
+    read_request,
+    require,
+    require_form,
+    require_model,
+    require_widths,
+)
 from planning.saved import SavedPlan
 from planning.sensitivity import Own
 from wire.activations import HOP_BITS
@@ -35,228 +44,157 @@ def default_slots(objective: ObjectiveKind) -> int:
     return THROUGHPUT_SLOTS if objective == "throughput" else 1
 
 
+_EXPECTED = {
+    "model": MODEL_EXPECTED,
+    "bits": BITS_EXPECTED,
+    "max_weight_error": "a number >= 0, or null",
+    "context_tokens": "a positive whole number, or null",
+    "time_limit_s": "seconds above 0, at most 3600",
+    "slots": f"a whole number from 1 to {MAX_SLOTS}, or null",
+    "objective": f"kind ({', '.join(get_args(ObjectiveKind))}), prompt_tokens, output_tokens,"
+    " migration_weight",
+    "pins": "an object of block number to device name",
+    "exclude": "a list of device names",
+    "sensitivities": "for each block an object of bits to KL divergence",
+    "own_sensitivities": "an object of arithmetic to block to bits to KL divergence",
+    "hop_sensitivities": "an object of bits to KL divergence",
+    "hop_bits": f"a list out of {', '.join(map(str, HOP_BITS))}, or null",
+    "quality_budget": "a number >= 0, or null",
+    "quality_margin": "a number >= 1, or null",
+    "check_quality": "true or false",
+    "with_problem": "true or false",
+}
+"""What each field may hold, in words for the user."""
+
+
 @dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What a user asks to be planned. ``max_weight_error`` None means no bound."""
+class LoadRequest:
+    """What a user asks to be planned or loaded.
+
+    The command line sends it as ``to_dict``, HTTP reads it with ``from_dict``, and the coordinator
+    keeps it on disk. Raises RequestInvalid, with the field's name, for a value that is not allowed.
+    """
 
     model: Path
+    """The absolute path of the model's directory."""
     bits: tuple[int, ...] = DEFAULT_BITS
     scheme: Scheme = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
     max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
+    """None: no bound."""
     context_tokens: int | None = None
+    """None: DEFAULT_CONTEXT_TOKENS, or as many as the model takes."""
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
     slots: int = 1
     """Sequences at once, each with a KV cache of ``context_tokens``."""
     objective: Objective = field(default_factory=Objective)
     pins: Mapping[int, str] = field(default_factory=dict)
-    """Block -> the device that it must be on: name or id, its id once ``identified``."""
+    """Block -> the device that must run it: a name or an id, an id once ``identified``."""
     exclude: tuple[str, ...] = ()
-    """Devices as in ``pins``."""
+    """Devices that run nothing, named as in ``pins``."""
     sensitivities: tuple[Mapping[int, float], ...] | None = None
-    """Per block: bits -> what it adds to the KL divergence. None: what the coordinator measured,
-    where there is a budget."""
+    """Per block: bits -> KL divergence that the block adds. None: what the coordinator measured."""
     own_sensitivities: Own = field(default_factory=dict)
-    """Those of layers in arithmetics that add their own; goes with ``sensitivities``."""
+    """The same for layers in arithmetics that add their own. Goes with ``sensitivities``."""
     hop_sensitivities: Mapping[int, float] = field(default_factory=dict)
-    """Bits -> what one hop at them adds; goes with ``sensitivities``."""
+    """Bits -> KL divergence that one hop adds. Goes with ``sensitivities``."""
     hop_bits: tuple[int, ...] | None = None
-    """Widths that a hop may use; None: ``coordinator.quality.store.choose_hops``."""
+    """Widths that a hop may use. None: ``planning.sensitivity.choose_hops`` decides."""
     quality_budget: float | None = None
+    """Bound on the plan's KL divergence, in nats per token. None: no bound."""
     quality_margin: float | None = None
-    """What ``sensitivities`` are multiplied with; None: what the coordinator knows or assumes."""
+    """Factor on ``sensitivities``. None: what the coordinator knows or assumes."""
     check_quality: bool = False
     """Measure the plan's divergence, and plan again until it keeps the budget."""
-    given: SavedPlan | None = None
-    """This plan instead of the best."""
+    plan: SavedPlan | None = None
+    """Take this plan instead of the best."""
     with_problem: bool = False
     """Answer with the planning problem too."""
-    asked: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """The JSON that this was read from."""
-    devices: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Names in ``asked`` -> ids of the devices that they meant when they were asked for."""
+
+    def __post_init__(self) -> None:
+        require_model(self.model)
+        require_form(self.scheme, self.group_size)
+        require_widths(self.bits, "bits")
+        # Equal requests compare equal, whatever order their widths were given in.
+        object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))
+        if self.hop_bits is not None:
+            object.__setattr__(self, "hop_bits", tuple(sorted(set(self.hop_bits))))
+        for name, holds in self._checks().items():
+            require(holds, name, _EXPECTED[name])
+        if self.check_quality and self.quality_budget is None:
+            raise RequestInvalid("check_quality needs a quality_budget", "check_quality")
+
+    def _checks(self) -> dict[str, bool]:
+        """Whether the value of each field is allowed, by the field's name."""
+        own = [row for rows in self.own_sensitivities.values() for row in rows.values()]
+        known = self.hop_sensitivities
+        return {
+            "max_weight_error": _within(self.max_weight_error, 0),
+            "context_tokens": _within(self.context_tokens, 1),
+            "time_limit_s": 0 < self.time_limit_s <= 3600,
+            "slots": 1 <= self.slots <= MAX_SLOTS,
+            "pins": all(block >= 0 for block in self.pins),
+            "sensitivities": _divergences(self.sensitivities or ()),
+            "own_sensitivities": _divergences(own),
+            "hop_sensitivities": set(known) <= set(HOP_BITS) and _divergences([known]),
+            "hop_bits": self.hop_bits is None
+            or (bool(self.hop_bits) and set(self.hop_bits) <= set(HOP_BITS)),
+            "quality_budget": _within(self.quality_budget, 0),
+            "quality_margin": _within(self.quality_margin, 1),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON that ``from_dict`` reads."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> PlanRequest:
+    def from_dict(values: Mapping[str, Any]) -> LoadRequest:
         """Read a user's JSON. Raises RequestInvalid naming the field."""
-        plain = dict(values)
-        model = take_model(plain)
-        bits = read_widths(plain.pop("bits", list(DEFAULT_BITS)), "bits")
-        scheme, group_size = take_form(plain)
-        error_bound = plain.pop("max_weight_error", DEFAULT_MAX_WEIGHT_ERROR)
-        if error_bound is not None and (
-            not isinstance(error_bound, (int, float)) or not error_bound >= 0
-        ):
-            raise RequestInvalid("max_weight_error: a number >= 0, or null", "max_weight_error")
-        context = plain.pop("context_tokens", None)
-        if context is not None and (type(context) is not int or context < 1):
-            raise RequestInvalid("context_tokens: a positive whole number", "context_tokens")
-        limit_s = plain.pop("time_limit_s", DEFAULT_TIME_LIMIT_S)
-        if not isinstance(limit_s, (int, float)) or not 0 < limit_s <= 3600:
-            raise RequestInvalid("time_limit_s: between 0 and 3600", "time_limit_s")
-        slots = plain.pop("slots", None)
-        if slots is not None and (type(slots) is not int or not 1 <= slots <= MAX_SLOTS):
-            raise RequestInvalid(f"slots: a whole number from 1 to {MAX_SLOTS}, or null", "slots")
-        wishes = _wishes(plain)
-        kind = wishes.get("objective", Objective()).kind
-        if plain:
-            raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
-        return PlanRequest(
-            model,
-            tuple(sorted(set(bits))),
-            scheme,
-            group_size,
-            None if error_bound is None else float(error_bound),
-            context,
-            float(limit_s),
-            slots or default_slots(kind),
-            asked=values,
-            **wishes,
-        )
+        given = {
+            key: value
+            for key, value in values.items()
+            if value is not None or key not in ("slots", "objective")
+        }
+        try:
+            read = read_request(LoadRequest, given, _EXPECTED)
+        except PlanError as error:
+            raise RequestInvalid(str(error), "plan") from error
+        read.setdefault("slots", default_slots(read.get("objective", Objective()).kind))
+        return LoadRequest(**read)
 
-    def identified(self, find: Callable[[str], str | None]) -> PlanRequest:
+    def identified(self, find: Callable[[str], str | None]) -> LoadRequest:
         """The same request, with ids in place of names.
 
         ``find`` gives the id of a name or id, and None for an unknown one, which stays as it is.
         """
-        meant: dict[str, str] = {}
 
         def device(text: str) -> str:
             found = find(text)
-            if found is None:
-                return text
-            meant[text] = found
-            return found
+            return text if found is None else found
 
-        given = self.given
-        if given is not None:
-            ids = given.devices
-            given = given.renamed(lambda text: ids[text] if text in ids else device(text))
+        plan = self.plan
+        if plan is not None:
+            ids = plan.devices
+            plan = plan.renamed(lambda text: ids[text] if text in ids else device(text))
         return replace(
             self,
             pins={block: device(text) for block, text in self.pins.items()},
             exclude=tuple(map(device, self.exclude)),
-            given=given,
-            devices={**self.devices, **meant},
+            plan=plan,
         )
 
     def format(self, bits: int) -> Format:
         return Format.of(bits, self.scheme, self.group_size)
 
 
-def _wishes(plain: dict[str, Any]) -> dict[str, Any]:
-    """Take what is optional about a plan's aim out of ``plain``. Raises RequestInvalid."""
-    wishes: dict[str, Any] = {}
-    objective = plain.pop("objective", None)
-    if objective is not None:
-        try:
-            wishes["objective"] = Objective(**objective)
-        except (TypeError, ValueError) as error:
-            kinds = ", ".join(get_args(ObjectiveKind))
-            raise RequestInvalid(
-                f"objective: kind ({kinds}), prompt_tokens, output_tokens", "objective"
-            ) from error
-    pins = plain.pop("pins", {})
-    if not isinstance(pins, dict) or not all(
-        block.isdecimal() and isinstance(device, str) for block, device in pins.items()
-    ):
-        raise RequestInvalid("pins: an object of block number to device name", "pins")
-    wishes["pins"] = {int(block): device for block, device in pins.items()}
-    exclude = plain.pop("exclude", [])
-    if not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
-        raise RequestInvalid("exclude: a list of device names", "exclude")
-    wishes["exclude"] = tuple(exclude)
-    budget = plain.pop("quality_budget", None)
-    if budget is not None and not (isinstance(budget, (int, float)) and budget >= 0):
-        raise RequestInvalid("quality_budget: a number >= 0, or null", "quality_budget")
-    wishes["quality_budget"] = budget
-    margin = plain.pop("quality_margin", None)
-    if margin is not None and not (isinstance(margin, (int, float)) and 1 <= margin < math.inf):
-        raise RequestInvalid("quality_margin: a number >= 1, or null", "quality_margin")
-    wishes["quality_margin"] = margin
-    for flag in ("check_quality", "with_problem"):
-        wishes[flag] = plain.pop(flag, False)
-        if not isinstance(wishes[flag], bool):
-            raise RequestInvalid(f"{flag}: true or false", flag)
-    if wishes["check_quality"] and budget is None:
-        raise RequestInvalid("check_quality needs a quality_budget", "check_quality")
-    hop_bits = plain.pop("hop_bits", None)
-    if hop_bits is not None:
-        if (
-            not isinstance(hop_bits, list)
-            or not hop_bits
-            or any(type(item) is not int or item not in HOP_BITS for item in hop_bits)
-        ):
-            known = ", ".join(map(str, HOP_BITS))
-            raise RequestInvalid(f"hop_bits: a list out of {known}, or null", "hop_bits")
-        wishes["hop_bits"] = tuple(sorted(set(hop_bits)))
-    wishes["given"] = _given(plain.pop("plan", None))
-    wishes["hop_sensitivities"] = _hop_sensitivities(plain.pop("hop_sensitivities", {}))
-    wishes["own_sensitivities"] = _own_sensitivities(plain.pop("own_sensitivities", {}))
-    rows = plain.pop("sensitivities", None)
-    if rows is None:
-        return wishes
-    try:
-        wishes["sensitivities"] = tuple(
-            {int(bits): float(kl) for bits, kl in row.items()} for row in rows
-        )
-        if not all(0 <= kl < math.inf for row in wishes["sensitivities"] for kl in row.values()):
-            raise ValueError("not a divergence")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise RequestInvalid(
-            "sensitivities: for each block an object of bits to KL divergence", "sensitivities"
-        ) from error
-    return wishes
+def _within(value: float | None, least: float) -> bool:
+    return value is None or least <= value < math.inf
 
 
-def _own_sensitivities(values: object) -> Own:
-    """By arithmetic, block and bits. Raises RequestInvalid."""
-    try:
-        if not isinstance(values, dict):
-            raise TypeError("not an object")
-        own = {
-            str(arithmetic): {
-                int(block): {int(bits): float(kl) for bits, kl in row.items()}
-                for block, row in rows.items()
-            }
-            for arithmetic, rows in values.items()
-        }
-        if not all(
-            0 <= kl < math.inf
-            for rows in own.values()
-            for row in rows.values()
-            for kl in row.values()
-        ):
-            raise ValueError("not a divergence")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise RequestInvalid(
-            "own_sensitivities: an object of arithmetic to block to bits to KL divergence",
-            "own_sensitivities",
-        ) from error
-    return own
-
-
-def _hop_sensitivities(values: object) -> dict[int, float]:
-    """Bits to KL divergence of one hop. Raises RequestInvalid."""
-    known = {str(bits): bits for bits in HOP_BITS}
-    if not isinstance(values, dict) or not all(
-        key in known and type(kl) in (int, float) and 0 <= kl < math.inf
-        for key, kl in values.items()
-    ):
-        raise RequestInvalid(
-            "hop_sensitivities: an object of bits to KL divergence", "hop_sensitivities"
-        )
-    return {known[key]: float(kl) for key, kl in values.items()}
-
-
-def _given(values: object) -> SavedPlan | None:
-    """A plan file's stages, as JSON. Raises RequestInvalid."""
-    if values is None:
-        return None
-    try:
-        return SavedPlan.from_dict(values)
-    except PlanError as error:
-        raise RequestInvalid(str(error), "plan") from error
+def _divergences(rows: Iterable[Mapping[int, float]]) -> bool:
+    """True where all values can be KL divergences."""
+    return all(0 <= kl < math.inf for row in rows for kl in row.values())
 
 
 def model_name(directory: Path) -> str:

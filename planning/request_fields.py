@@ -1,45 +1,63 @@
-"""Fields that several requests of users have, read from their JSON."""
+"""How the JSON of a user's request becomes a dataclass, and what each field may hold."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from model.given import not_absolute
-from model.quantize import BITS, DEFAULT_GROUP_SIZE, Format, Scheme
+from model.quantize import BITS, Format, Scheme
 from planning.errors import RequestInvalid
+from planning.json_codec import Misread, read_fields
+
+BITS_EXPECTED = f"a list out of {', '.join(map(str, BITS))}"
+MODEL_EXPECTED = "the absolute path of a model directory"
 
 
-def take_model(plain: dict[str, Any]) -> Path:
-    """The model's directory, out of ``plain``. Raises RequestInvalid."""
-    model = plain.pop("model", None)
-    if not isinstance(model, str):
-        raise RequestInvalid("model: the absolute path of a model directory", "model")
-    if not Path(model).is_absolute():
+def read_request(
+    kind: type, values: Mapping[str, Any], expected: Mapping[str, str]
+) -> dict[str, Any]:
+    """The arguments of the dataclass ``kind``, which ``values`` is the JSON of.
+
+    ``expected`` says in words what fields may hold. Raises RequestInvalid with the field's name.
+    """
+    unknown = sorted(set(values) - {item.name for item in fields(kind)})
+    if unknown:
+        raise RequestInvalid(f"unknown fields: {', '.join(unknown)}")
+    try:
+        return read_fields(kind, values, finite=True)
+    except Misread as error:
+        words = expected.get(error.field)
+        message = str(error) if words is None else f"{error.field}: {words} ({error})"
+        raise RequestInvalid(message, error.field) from error
+
+
+def require(holds: bool, field: str, expected: str) -> None:
+    """Raise RequestInvalid with the name of ``field`` unless its value ``holds``."""
+    if not holds:
+        raise RequestInvalid(f"{field}: {expected}", field)
+
+
+def require_model(model: Path) -> None:
+    """Raise RequestInvalid unless the path is absolute: another machine reads it."""
+    if not model.is_absolute():
         raise RequestInvalid(
-            f"model: {not_absolute(model)}; the absolute path of a model directory is needed",
-            "model",
+            f"model: {not_absolute(str(model))}; {MODEL_EXPECTED} is needed", "model"
         )
-    return Path(model)
 
 
-def take_form(plain: dict[str, Any]) -> tuple[Scheme, int]:
-    """Scheme and group size, out of ``plain``. Raises RequestInvalid."""
-    scheme = plain.pop("scheme", "rtn")
-    group_size = plain.pop("group_size", DEFAULT_GROUP_SIZE)
+def require_form(scheme: Scheme, group_size: int) -> None:
+    """Raise RequestInvalid unless weights can be stored so."""
     try:
         Format.of(4, scheme, group_size)
     except ValueError as error:
-        raise RequestInvalid(str(error), "scheme") from error
-    return scheme, group_size
+        field = "group_size" if str(error).startswith("group_size") else "scheme"
+        raise RequestInvalid(str(error), field) from error
 
 
-def read_widths(values: object, field: str) -> tuple[int, ...]:
-    """Bits of weights, as given. Raises RequestInvalid."""
-    if (
-        not isinstance(values, list)
-        or not values
-        or any(type(item) is not int or item not in BITS for item in values)
-    ):
-        raise RequestInvalid(f"{field}: a list out of {', '.join(map(str, BITS))}", field)
-    return tuple(values)
+def require_widths(bits: Iterable[int], field: str) -> None:
+    """Raise RequestInvalid unless there are bits, each of them a width of weights."""
+    widths = set(bits)
+    require(bool(widths) and widths <= set(BITS), field, BITS_EXPECTED)

@@ -67,30 +67,6 @@ def scaled_own(own: Own, margin: float) -> Own:
     }
 
 
-def own_rows(
-    arithmetics: Mapping[str, str],
-    sensitivities: Sequence[Mapping[int, float]] | None,
-    own: Own,
-) -> dict[str, tuple[Mapping[int, float], ...]]:
-    """Sensitivities per block of each device in ``arithmetics`` (device -> arithmetic, or empty)
-    whose arithmetic adds its own; ``build_problem`` takes them.
-
-    Layers have what was measured of the arithmetic, and nothing where nothing was. Embedding and
-    head are computed alike everywhere.
-    """
-    if not sensitivities:
-        return {}
-    ends = (0, len(sensitivities) - 1)
-    return {
-        device: tuple(
-            row if block in ends else own.get(arithmetic, {}).get(block, {})
-            for block, row in enumerate(sensitivities)
-        )
-        for device, arithmetic in arithmetics.items()
-        if arithmetic
-    }
-
-
 def choose_hops(
     asked: Iterable[int] | None, sensitivities: Mapping[int, float], quality_budget: float | None
 ) -> tuple[HopFormat, ...]:

@@ -36,7 +36,7 @@ from model.errors import ModelError
 from model.quantize import Format
 from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
-from planning.request import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS
+from planning.request import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS, LoadRequest
 from wire import limits
 from wire.sizes import format_size
 
@@ -108,16 +108,16 @@ class Demo:
                 self._start_agents(cluster, memory, ready["control_port"])
                 if not self._joined(client, len(memory), START_TIMEOUT_S):
                     raise CommandFailed("the agents do not reach the coordinator on this machine")
-            request = {
-                "model": str(model.absolute()),
-                "bits": options.bits or list(DEFAULT_BITS),
-                "hop_bits": options.hop_bits,
-                "scheme": options.scheme,
-                "group_size": options.group_size,
-                "max_weight_error": options.max_weight_error,
-                "context_tokens": options.context,
-                "time_limit_s": options.time_limit,
-            }
+            request = LoadRequest(
+                model.absolute(),
+                bits=tuple(options.bits or DEFAULT_BITS),
+                hop_bits=None if options.hop_bits is None else tuple(options.hop_bits),
+                scheme=options.scheme,
+                group_size=options.group_size,
+                max_weight_error=options.max_weight_error,
+                context_tokens=options.context,
+                time_limit_s=options.time_limit,
+            ).to_dict()
             with screen.progress() as draw, self._phases(draw) as on_step:
                 loaded = client.operate("/shoal/v1/load", request, on_step)
             devices = client.get("/shoal/v1/devices")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
+from model.quantize import DEFAULT_GROUP_SIZE
+from planning.request import DEFAULT_MAX_WEIGHT_ERROR, DEFAULT_TIME_LIMIT_S
 from wire.activations import HOP_BITS
 
 if TYPE_CHECKING:
     from model.spec import ModelSpec
     from planning.labs.sensitivity_file import Sensitivities
     from planning.problem import Objective
+    from planning.request import LoadRequest
     from planning.saved import SavedPlan
 
 _PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.ASCII)
@@ -138,7 +140,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-weight-error",
         type=_error_bound,
-        default=1e-3,
+        default=DEFAULT_MAX_WEIGHT_ERROR,
         metavar="DELTA",
         help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
     )
@@ -152,7 +154,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         choices=(32, 64, 128),
-        default=64,
+        default=DEFAULT_GROUP_SIZE,
         help="weights per scale, of rtn; default 64",
     )
     parser.add_argument(
@@ -164,7 +166,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit",
         type=_seconds,
-        default=20.0,
+        default=DEFAULT_TIME_LIMIT_S,
         metavar="S",
         help="for the solver, which ends early on a plan proved optimal, of large problems one"
         " within 0.5%% of that; default 20",
@@ -236,71 +238,79 @@ def slots_of(options: argparse.Namespace, given: SavedPlan | None) -> int:
     return slots
 
 
-def request_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The live plan or load that the arguments ask for, as the coordinator's API takes it.
+def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> LoadRequest:
+    """The live plan or load that the arguments ask for. Raises UsageError, CommandFailed.
 
-    Raises UsageError, CommandFailed.
+    ``with_problem``: the answer must have the planning problem too.
     """
     from model.errors import ModelError
-    from model.families import load_spec
+    from planning.errors import RequestInvalid
     from planning.labs.sensitivity_file import SensitivityError
     from planning.plan import PlanError
-    from planning.problem import DEFAULT_HOPS
-    from planning.request import DEFAULT_BITS
+    from planning.request import LoadRequest
     from planning.saved import read_plan
 
     if options.check_quality and options.quality_budget is None:
         raise UsageError("--check-quality needs --quality-budget KL to compare with")
     try:
         saved = read_plan(options.plan) if options.plan is not None else None
-    except PlanError as error:
-        raise CommandFailed(str(error)) from error
-    request: dict[str, Any] = {
-        "model": str(absolute_model(options.model)),
-        "scheme": options.scheme,
-        "group_size": options.group_size,
-        "max_weight_error": options.max_weight_error,
-        "context_tokens": context_of(options, saved),
-        "time_limit_s": options.time_limit,
-        "slots": slots_of(options, saved),
-        "objective": asdict(objective_of(options)),
-        "exclude": options.exclude,
-        "quality_budget": options.quality_budget,
-        "check_quality": options.check_quality,
-    }
-    if options.bits is not None:
-        request["bits"] = options.bits
-    if options.hop_bits is not None:
-        request["hop_bits"] = options.hop_bits
-    try:
-        if saved is not None:
-            request["plan"] = saved.to_dict()
-            if options.bits is None:
-                used = {bits for _, bits in saved.placements}
-                request["bits"] = sorted(used.union(DEFAULT_BITS))
-            if options.hop_bits is None and options.quality_budget is None:
-                sent = {bits for bits in saved.hop_bits if bits is not None}
-                request["hop_bits"] = sorted(sent.union(form.bits for form in DEFAULT_HOPS))
-        if options.pin or options.sensitivities is not None:
-            spec = load_spec(Path(options.model))
-            request["pins"] = {str(block): name for block, name in pins_of(options, spec).items()}
-            known = sensitivities_of(options, spec)
-            if known is not None:
-                request["quality_margin"] = known.margin
-                request["sensitivities"] = [
-                    {str(bits): kl for bits, kl in row.items()} for row in known.kl
-                ]
-                request["hop_sensitivities"] = {str(bits): kl for bits, kl in known.hops.items()}
-                request["own_sensitivities"] = {
-                    arithmetic: {
-                        str(block): {str(bits): kl for bits, kl in row.items()}
-                        for block, row in rows.items()
-                    }
-                    for arithmetic, rows in known.own.items()
-                }
+        return LoadRequest(
+            model=absolute_model(options.model),
+            scheme=options.scheme,
+            group_size=options.group_size,
+            max_weight_error=options.max_weight_error,
+            context_tokens=context_of(options, saved),
+            time_limit_s=options.time_limit,
+            slots=slots_of(options, saved),
+            objective=objective_of(options),
+            exclude=tuple(options.exclude),
+            quality_budget=options.quality_budget,
+            check_quality=options.check_quality,
+            plan=saved,
+            with_problem=with_problem,
+            **_widths(options, saved),
+            **_of_model(options),
+        )
+    except RequestInvalid as error:
+        raise UsageError(str(error)) from error
     except (ModelError, PlanError, SensitivityError) as error:
         raise CommandFailed(str(error)) from error
-    return request
+
+
+def _widths(options: argparse.Namespace, saved: SavedPlan | None) -> dict[str, Any]:
+    """Bits of weights and of hops: as asked for, else the defaults and what the plan uses."""
+    from planning.problem import DEFAULT_HOPS
+    from planning.request import DEFAULT_BITS
+
+    bits, hop_bits = options.bits, options.hop_bits
+    if saved is not None and bits is None:
+        bits = {width for _, width in saved.placements}.union(DEFAULT_BITS)
+    if saved is not None and hop_bits is None and options.quality_budget is None:
+        sent = {width for width in saved.hop_bits if width is not None}
+        hop_bits = sent.union(form.bits for form in DEFAULT_HOPS)
+    return {
+        "bits": DEFAULT_BITS if bits is None else tuple(bits),
+        "hop_bits": None if hop_bits is None else tuple(hop_bits),
+    }
+
+
+def _of_model(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the request that need the model's shape: pins and sensitivities."""
+    from model.families import load_spec
+
+    if not options.pin and options.sensitivities is None:
+        return {}
+    spec = load_spec(Path(options.model))
+    known = sensitivities_of(options, spec)
+    found: dict[str, Any] = {"pins": pins_of(options, spec)}
+    if known is not None:
+        found |= {
+            "quality_margin": known.margin,
+            "sensitivities": known.kl,
+            "hop_sensitivities": known.hops,
+            "own_sensitivities": known.own,
+        }
+    return found
 
 
 def absolute_model(given: str) -> Path:

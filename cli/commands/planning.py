@@ -56,6 +56,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     from model.errors import ModelError
     from model.families import load_spec
     from model.quantize import Format
+    from planning.build import RequestInput
     from planning.insight.view import describe_plan
     from planning.labs.lab import LabError, lab_problem, times_of
     from planning.labs.lab_file import read_lab
@@ -73,10 +74,9 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     try:
         lab = read_lab(options.devices)
         spec = load_spec(model)
-        known = {width for device in lab.devices for width in device.bits}
         formats = {
             bits: Format.of(bits, options.scheme, options.group_size)
-            for bits in sorted(known | set(options.bits or ()))
+            for bits in sorted({*lab.bits, *(options.bits or ())})
         }
         errors: Sequence[Mapping[int, float]] | None
         known_kl = sensitivities_of(options, spec)
@@ -100,23 +100,23 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
         context_tokens = min(wanted_tokens, spec.max_context)
         slots = slots_of(options, given)
-        problem = lab_problem(
-            lab,
+        request = RequestInput(
             spec,
-            bits=options.bits,
+            options.bits or lab.bits,
+            context_tokens,
+            slots,
             formats=formats,
-            context_tokens=context_tokens,
-            slots=slots,
             weight_errors=errors,
             max_weight_error=bound,
             sensitivities=None if known_kl is None else scaled(known_kl.kl, known_kl.margin),
-            own=None if known_kl is None else scaled_own(known_kl.own, known_kl.margin),
+            own_sensitivities={} if known_kl is None else scaled_own(known_kl.own, known_kl.margin),
             quality_budget=options.quality_budget,
-            hop_formats=_hop_formats(options, lab, known_kl),
             objective=objective_of(options),
             pins=pins_of(options, spec),
             excluded=options.exclude,
+            hop_formats=_hop_formats(options, lab, known_kl),
         )
+        problem = lab_problem(lab, request)
         times = asdict(times_of(lab, spec))
         if options.formulation == "dilemma":
             _run_dilemma(options, screen, problem, times)
@@ -146,9 +146,8 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
 
     if options.formulation == "dilemma":
         raise UsageError("--formulation dilemma needs --devices LAB.yaml")
-    request = request_of(options)
     asked = (options.explain, options.plot, options.save, options.plan, options.simulate)
-    request["with_problem"] = any(asked)
+    request = request_of(options, with_problem=any(asked)).to_dict()
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/plan", request, on_step)
     wording = _Wording(

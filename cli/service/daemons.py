@@ -264,10 +264,6 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
         agent.stop()
 
 
-SERVICES = (run_agent, run_coordinator)
-"""What systemd runs: to be asked to stop is no failure of theirs."""
-
-
 def _add_token(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-file",

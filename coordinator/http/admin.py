@@ -29,7 +29,7 @@ from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.insight.view import describe_plan
-from planning.request import PlanRequest, model_name
+from planning.request import LoadRequest, model_name
 from wire.messages import PROTOCOL_VERSION
 from wire.versions import shoal_version
 
@@ -92,7 +92,7 @@ class AdminRoutes:
         return JSONResponse({"model": None if deployment is None else _deployment(deployment)})
 
     async def plan(self, request: Request) -> Response:
-        wanted = PlanRequest.from_dict(await read_json(request))
+        wanted = LoadRequest.from_dict(await read_json(request))
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class AdminRoutes:
         return json_lines(work)
 
     async def load(self, request: Request) -> Response:
-        wanted = PlanRequest.from_dict(await read_json(request))
+        wanted = LoadRequest.from_dict(await read_json(request))
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class AdminRoutes:
 
         return json_lines(work)
 
-    def _noise(self, spec: ModelSpec, request: PlanRequest) -> list[dict[str, Any]]:
+    def _noise(self, spec: ModelSpec, request: LoadRequest) -> list[dict[str, Any]]:
         """Figures that a plan for an identified request was made from, and that may be those of a
         busy machine."""
         return plan_noise(

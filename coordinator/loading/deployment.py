@@ -18,7 +18,7 @@ from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from planning.plan import Plan, Stage
 from planning.problem import PlanningProblem
-from planning.request import PlanRequest, model_name
+from planning.request import LoadRequest, model_name
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import BlockRef, ConnectStage, Done, LoadStage, StageLoaded, UnloadStage
 
@@ -33,7 +33,7 @@ class Planned:
     ``measured_kl`` is the plan's divergence where it was asked for.
     """
 
-    request: PlanRequest
+    request: LoadRequest
     checkpoint: Checkpoint
     context_tokens: int
     problem: PlanningProblem
@@ -48,7 +48,7 @@ class Planned:
 class Deployment:
     """A plan in force. ``broken`` says why it no longer is."""
 
-    request: PlanRequest
+    request: LoadRequest
     spec: ModelSpec
     tokenizer: Tokenizer
     plan: Plan

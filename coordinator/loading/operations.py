@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import (
@@ -64,14 +65,13 @@ from model.checkpoint import Checkpoint
 from model.families import load_spec
 from model.given import require_model
 from model.tokenizer import Tokenizer
-from planning.build import build_problem
+from planning.build import DeviceInput, RequestInput, build_problem
 from planning.errors import RequestInvalid
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.planner import solve
 from planning.problem import PlanningProblem
-from planning.request import DEFAULT_CONTEXT_TOKENS, PlanRequest, model_name
-from planning.sensitivity import choose_hops, own_rows
-from wire import limits
+from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest, model_name
+from planning.sensitivity import choose_hops
 from wire.messages import BlockRef, StageLoaded
 
 log = logging.getLogger(__name__)
@@ -127,12 +127,12 @@ class Fleet:
             return await outcome_of(self._outcome)
         raise NotLoaded("no model is loaded: run `shoal load MODEL`")
 
-    async def plan(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Planned:
+    async def plan(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
             return await self._plan(self._identified(request), asked=True)
 
-    async def load(self, request: PlanRequest, on_step: Callable[[Step], None]) -> Deployment:
+    async def load(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
         async with self._exclusive(on_step):
             tokenizer = await asyncio.to_thread(_tokenizer, request.model)
@@ -296,7 +296,7 @@ class Fleet:
                 "another plan, load, unload or measurement is under way: wait for it, or stop it"
             )
 
-    async def _put(self, request: PlanRequest, tokenizer: Tokenizer, *, asked: bool) -> Deployment:
+    async def _put(self, request: LoadRequest, tokenizer: Tokenizer, *, asked: bool) -> Deployment:
         """Plan and deploy. A link that fails meanwhile is planned around.
 
         ``asked``: by a user, in place of what is loaded.
@@ -317,7 +317,7 @@ class Fleet:
                     raise
         raise AssertionError("counting ended")
 
-    async def _plan(self, request: PlanRequest, *, asked: bool) -> Planned:
+    async def _plan(self, request: LoadRequest, *, asked: bool) -> Planned:
         """``asked``: a user waits for the best plan, so that more links are tried again."""
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
         members = self._roster.require_members()
@@ -361,10 +361,10 @@ class Fleet:
             {member.name: member.device for member in members},
         )
 
-    async def _solve(self, request: PlanRequest, problem: PlanningProblem) -> Plan:
+    async def _solve(self, request: LoadRequest, problem: PlanningProblem) -> Plan:
         self._step("plan", "solving", 0, 0, "")
-        if request.given is not None:
-            return request.given.renamed(self._roster.names.name).to_plan(problem)
+        if request.plan is not None:
+            return request.plan.renamed(self._roster.names.name).to_plan(problem)
         return await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
 
     async def _links_back(self, error: PlanError, failed_before_s: float) -> bool:
@@ -378,10 +378,10 @@ class Fleet:
             pairs = [pair for pair in pairs if (pair[0].name, pair[1].name) in wanted]
         return await try_links(self._roster, pairs, self._report)
 
-    def _identified(self, request: PlanRequest) -> PlanRequest:
+    def _identified(self, request: LoadRequest) -> LoadRequest:
         """``request`` with ids in place of names. Raises RequestInvalid for a plan of strangers."""
         names = self._roster.names
-        given = request.given
+        given = request.plan
         if given is not None:
             for name, device in given.devices.items():
                 if names.device(device) is None:
@@ -402,7 +402,7 @@ class Fleet:
 
     async def _problem(
         self,
-        request: PlanRequest,
+        request: LoadRequest,
         checkpoint: Checkpoint,
         members: tuple[Member, ...],
         context_tokens: int,
@@ -426,46 +426,41 @@ class Fleet:
                 ),
                 self._report,
             )
-        held: Mapping[str, Sequence[Collection[int]]] | None = None
-        rates: Mapping[str, float] | None = None
+        held: Mapping[str, Sequence[Collection[int]]] = {}
+        rates: Mapping[str, float] = {}
         if request.objective.migration_weight > 0:
             artifacts = self._store.known(checkpoint, map(request.format, request.bits))
             held = await find_held(members, artifacts, spec.block_count)
             rates = load_rates(self._roster, members)
+        devices = [
+            DeviceInput(
+                member.name,
+                member.profile,
+                timings.get(member.name, ()),
+                held.get(member.name, ()),
+                rates.get(member.name, math.inf),
+            )
+            for member in members
+        ]
         try:
-            return build_problem(
+            wanted = RequestInput(
                 spec,
-                {member.name: member.profile for member in members},
-                timings,
-                self._roster.links(),
+                request.bits,
+                context_tokens,
+                request.slots,
+                formats={bits: request.format(bits) for bits in request.bits},
                 weight_errors=errors,
                 max_weight_error=request.max_weight_error,
-                call_s={member.name: member.profile.call_s for member in members},
-                bits=request.bits,
-                formats={bits: request.format(bits) for bits in request.bits},
-                slots=request.slots,
-                context_tokens=context_tokens,
-                chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
                 sensitivities=losses.blocks,
-                own_sensitivities=own_rows(
-                    {member.name: member.profile.arithmetic for member in members},
-                    losses.blocks,
-                    losses.own,
-                ),
+                own_sensitivities=losses.own,
                 quality_budget=request.quality_budget,
                 objective=request.objective,
                 pins={block: names[device] for block, device in request.pins.items()},
                 excluded=excluded,
                 hop_formats=choose_hops(request.hop_bits, losses.hops, request.quality_budget),
-                held=held,
-                load_bytes_per_s=rates,
-                watts={
-                    member.name: member.profile.watts
-                    for member in members
-                    if member.profile.watts is not None
-                },
-                no_links=[link for link, _ in self._roster.failed_links()],
             )
+            no_links = [link for link, _ in self._roster.failed_links()]
+            return build_problem(wanted, devices, self._roster.links(), no_links)
         except ValueError as error:
             raise RequestInvalid(str(error)) from error
 
@@ -532,7 +527,7 @@ class Fleet:
         await self._until_placed(place, explain, successor, self._recovery_wait_s)
 
     async def _resume(
-        self, request: PlanRequest, devices: Collection[str], outcome: asyncio.Future[Deployment]
+        self, request: LoadRequest, devices: Collection[str], outcome: asyncio.Future[Deployment]
     ) -> None:
         """Load what was loaded once its devices have joined, or without those that do not come."""
         name = model_name(request.model)
@@ -572,16 +567,16 @@ class Fleet:
         names = ", ".join(member.name for member in placed.members)
         log.warning("%s is loaded again, on %s", placed.name, names)
 
-    async def _place(self, request: PlanRequest, tokenizer: Tokenizer) -> Deployment:
+    async def _place(self, request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
         """What is left of ``request``, on who is left."""
         left = remaining(request, [member.device for member in self._roster.members])
         try:
             deployment = await self._put(left, tokenizer, asked=False)
         except (PlanError, LinkFailed):
-            if left.given is None:
+            if left.plan is None:
                 raise
             # Its devices are there, and a link between them is not.
-            deployment = await self._put(replace(left, given=None), tokenizer, asked=False)
+            deployment = await self._put(replace(left, plan=None), tokenizer, asked=False)
         # What was asked for, and not what is left of it, counts next time.
         deployment.request = request
         return deployment

@@ -22,7 +22,7 @@ from model.durable import replace_text
 from model.errors import ModelError
 from planning.errors import RequestInvalid
 from planning.plan import PlanError
-from planning.request import PlanRequest
+from planning.request import LoadRequest
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ RETRY_S = 5.0
 Placed = TypeVar("Placed")
 
 
-def remaining(request: PlanRequest, devices: Collection[str]) -> PlanRequest:
+def remaining(request: LoadRequest, devices: Collection[str]) -> LoadRequest:
     """An identified ``request`` as the devices with these ids can carry it out, and soon.
 
     Wishes about devices that are gone fall away, and so does a given plan that needs them.
     """
-    given = request.given
+    given = request.plan
     if given is not None and not {device for device, _ in given.stages} <= set(devices):
         given = None
     objective = request.objective
@@ -56,7 +56,7 @@ def remaining(request: PlanRequest, devices: Collection[str]) -> PlanRequest:
         time_limit_s=min(request.time_limit_s, TIME_LIMIT_S),
         pins={block: device for block, device in request.pins.items() if device in devices},
         exclude=tuple(device for device in request.exclude if device in devices),
-        given=given,
+        plan=given,
         check_quality=False,
     )
 
@@ -64,20 +64,21 @@ def remaining(request: PlanRequest, devices: Collection[str]) -> PlanRequest:
 class LoadedFile:
     """What is loaded, on disk, for a coordinator that is started again.
 
-    The request is kept as it was asked for, with the ids of the devices that its names meant.
+    The request is kept with the ids of its devices, so that it means the same ones when names have
+    changed. A file of an older version has names, and beside them the ids that they meant.
     """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "loaded.json"
 
     def keep(
-        self, request: PlanRequest, names: Sequence[str], ids: Mapping[str, str] | None = None
+        self, request: LoadRequest, names: Sequence[str], ids: Mapping[str, str] | None = None
     ) -> None:
         """Replace what is kept: a request, its devices by name, and the ids of those names."""
         kept = {
-            "request": request.asked,
+            "request": request.to_dict(),
             "devices": list(names),
-            "ids": {**request.devices, **(ids or {})},
+            "ids": dict(ids or {}),
         }
         try:
             replace_text(self._path, json.dumps(kept))
@@ -91,7 +92,7 @@ class LoadedFile:
         except OSError as error:
             log.warning("%s: %s: a restart will load it", self._path, error.strerror)
 
-    def read(self) -> tuple[PlanRequest, tuple[str, ...]] | None:
+    def read(self) -> tuple[LoadRequest, tuple[str, ...]] | None:
         """What was asked for, and the devices that it was on; None where nothing is kept.
 
         Devices are ids. They are names where the file is older than ids.
@@ -99,7 +100,7 @@ class LoadedFile:
         try:
             kept = json.loads(self._path.read_bytes())
             ids = {str(name): str(device) for name, device in kept.get("ids", {}).items()}
-            request = PlanRequest.from_dict(kept["request"]).identified(ids.get)
+            request = LoadRequest.from_dict(kept["request"]).identified(ids.get)
             return request, tuple(ids.get(name, name) for name in map(str, kept["devices"]))
         except FileNotFoundError:
             return None

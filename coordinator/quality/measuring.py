@@ -20,7 +20,7 @@ from planning.errors import RequestInvalid
 from planning.plan import Plan, PlanError
 from planning.planner import solve
 from planning.problem import PlanningProblem
-from planning.request import PlanRequest, model_name
+from planning.request import LoadRequest, model_name
 from planning.sensitivity import (
     ASSUMED_MARGIN,
     Own,
@@ -147,7 +147,7 @@ class QualityMeter:
         self._store = store
         self._quality = quality
 
-    def losses(self, checkpoint: Checkpoint, request: PlanRequest) -> Losses:
+    def losses(self, checkpoint: Checkpoint, request: LoadRequest) -> Losses:
         """Return the sensitivities for a plan. Raises RequestInvalid where a budget has none."""
         known = self._quality.latest(checkpoint, request.scheme, request.group_size)
         if request.sensitivities is not None:
@@ -175,7 +175,7 @@ class QualityMeter:
 
     async def keep_budget(
         self,
-        request: PlanRequest,
+        request: LoadRequest,
         checkpoint: Checkpoint,
         members: tuple[Member, ...],
         problem: PlanningProblem,
@@ -188,7 +188,7 @@ class QualityMeter:
         The blocks' part is measured. Hops and the arithmetic of single devices add a predicted
         part, which counts against the budget.
         """
-        budget = problem.quality_budget or 0.0  # There is one: PlanRequest.from_dict saw to it.
+        budget = problem.quality_budget or 0.0  # There is one: LoadRequest.from_dict saw to it.
         member = await self.fastest(members, checkpoint, on_step)
         for _ in range(MAX_CHECKS):
             bits = tuple(placement.bits for placement in plan.placements)
@@ -205,7 +205,7 @@ class QualityMeter:
             )
             if total <= budget:
                 return plan, known.plans[bits]
-            if request.given is not None:
+            if request.plan is not None:
                 break
             on_step(Step("plan", "again, with a tighter budget", 0, 0, ""))
             tighter = tightened(problem, plan, total)

@@ -22,7 +22,16 @@ from model.durable import replace_text
 from model.quantize import DEFAULT_GROUP_SIZE, Scheme
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
-from planning.request_fields import read_widths, take_form, take_model
+from planning.json_codec import to_plain
+from planning.request_fields import (
+    BITS_EXPECTED,
+    MODEL_EXPECTED,
+    read_request,
+    require,
+    require_form,
+    require_model,
+    require_widths,
+)
 from planning.sensitivity import budget_margin
 from wire.activations import HOP_BITS
 
@@ -39,6 +48,14 @@ MAX_PLANS = 64
 
 Sequences = tuple[tuple[int, ...], ...]
 
+_EXPECTED = {
+    "model": MODEL_EXPECTED,
+    "bits": BITS_EXPECTED,
+    "sequences": f"lists of token ids, {MAX_TOKENS} in all at most",
+    "plans": f"at most {MAX_PLANS} lists of bits",
+    "on": "an agent's name, or null",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class QualityRequest:
@@ -52,33 +69,25 @@ class QualityRequest:
     group_size: int = DEFAULT_GROUP_SIZE
     on: str | None = None
 
+    def __post_init__(self) -> None:
+        require_model(self.model)
+        require_form(self.scheme, self.group_size)
+        require_widths(self.bits, "bits")
+        object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))
+        require(_are_token_lists(self.sequences), "sequences", _EXPECTED["sequences"])
+        require(len(self.plans) <= MAX_PLANS, "plans", _EXPECTED["plans"])
+        for plan in self.plans:
+            require_widths(plan, "plans")
+
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> QualityRequest:
         """Read a user's JSON. Raises RequestInvalid naming the field."""
-        plain = dict(values)
-        model = take_model(plain)
-        bits = read_widths(plain.pop("bits", None), "bits")
-        sequences = plain.pop("sequences", None)
-        if not _is_token_lists(sequences):
-            raise RequestInvalid("sequences: lists of token ids", "sequences")
-        plans = plain.pop("plans", [])
-        if not isinstance(plans, list) or len(plans) > MAX_PLANS:
-            raise RequestInvalid(f"plans: at most {MAX_PLANS} lists of bits", "plans")
-        on = plain.pop("on", None)
-        if on is not None and not isinstance(on, str):
-            raise RequestInvalid("on: an agent's name, or null", "on")
-        scheme, group_size = take_form(plain)
-        if plain:
-            raise RequestInvalid(f"unknown fields: {', '.join(sorted(plain))}")
-        return QualityRequest(
-            model,
-            tuple(sorted(set(bits))),
-            tuple(map(tuple, sequences)),
-            tuple(read_widths(plan, "plans") for plan in plans),
-            scheme,
-            group_size,
-            on,
-        )
+        return QualityRequest(**read_request(QualityRequest, values, _EXPECTED))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON that ``from_dict`` reads."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
     def check(self, spec: ModelSpec) -> None:
         """Raise RequestInvalid where the request does not fit the model."""
@@ -235,13 +244,9 @@ class QualityStore:
         return self._directory / f"{checkpoint.fingerprint}-{scheme}-{group_size}-{text}.json"
 
 
-def _is_token_lists(values: object) -> bool:
+def _are_token_lists(sequences: Sequences) -> bool:
     return (
-        isinstance(values, list)
-        and bool(values)
-        and all(
-            isinstance(item, list) and all(type(token) is int and token >= 0 for token in item)
-            for item in values
-        )
-        and sum(map(len, values)) <= MAX_TOKENS
+        bool(sequences)
+        and all(token >= 0 for tokens in sequences for token in tokens)
+        and sum(map(len, sequences)) <= MAX_TOKENS
     )

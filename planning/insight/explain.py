@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from planning.plan import InfeasiblePlan, Plan, PlanError
+from planning.plan import InfeasiblePlan, Plan, PlanError, combined_if_known
 from planning.planner import solve
 from planning.problem import BlockOption, PlanningProblem
+from planning.time_limit import now_s
 
 MORE_MEMORY_BYTES = 1 << 30
 FAST_LINK_BYTES_PER_S = 125e6
@@ -161,7 +161,7 @@ def explain(
     solve_limit_s: float = 5.0,
     solve_again: Solve | None = None,
     on_trial: Callable[[str, int, int], None] = lambda what, done, total: None,
-    now_s: Callable[[], float] = time.monotonic,
+    now_s: Callable[[], float] = now_s,
 ) -> Explanation:
     """Take ``plan`` apart, and try changes until ``time_limit_s`` is over; the likeliest first.
 
@@ -348,8 +348,8 @@ def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
     views = []
     for index, stage, way_s in zip(_used(plan, problem), plan.stages, ways, strict=True):
         placed = list(enumerate(stage.bits, stage.first))
-        errors = _if_all_known(problem.weight_error(*place) for place in placed)
-        losses = _if_all_known(problem.sensitivity(index, *place) for place in placed)
+        errors = [problem.weight_error(*place) for place in placed]
+        losses = [problem.sensitivity(index, *place) for place in placed]
         views.append(
             StageView(
                 device=stage.device,
@@ -361,19 +361,13 @@ def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
                 share=(stage.compute_s + way_s) / plan.decode_s,
                 memory_bytes=stage.memory_bytes,
                 memory_limit_bytes=stage.memory_limit_bytes,
-                worst_weight_error=None if errors is None else max(errors),
-                sensitivity=None if losses is None else math.fsum(losses),
+                worst_weight_error=combined_if_known(max, errors),
+                sensitivity=combined_if_known(math.fsum, losses),
                 energy_j=stage.energy_j,
                 hop_bits=stage.hop_bits,
             )
         )
     return tuple(views)
-
-
-def _if_all_known(values: Iterable[float | None]) -> list[float] | None:
-    found = list(values)
-    known = [value for value in found if value is not None]
-    return known if len(known) == len(found) else None
 
 
 def _bottleneck(plan: Plan) -> str:

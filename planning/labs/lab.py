@@ -7,14 +7,12 @@ description names: for another one they are scaled by its weights, and ``times_o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from model.quantize import Format
 from model.spec import LayerSpec, ModelSpec
-from planning.build import build_problem
-from planning.problem import DEFAULT_HOPS, HopFormat, Objective, PlanningProblem
-from planning.sensitivity import Own, own_rows
+from planning.build import DeviceInput, RequestInput, build_problem
+from planning.problem import HopFormat, PlanningProblem
 from wire import limits
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
@@ -126,9 +124,9 @@ class Lab:
     """Whose layer times the devices have; None where the file does not say."""
 
     @property
-    def watts(self) -> dict[str, float]:
-        """Declared watts by device, of those that declare them."""
-        return {item.name: item.watts for item in self.devices if item.watts is not None}
+    def bits(self) -> tuple[int, ...]:
+        """The widths that any device runs."""
+        return tuple(sorted({width for device in self.devices for width in device.bits}))
 
 
 def times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
@@ -153,75 +151,29 @@ def times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
     )
 
 
-def lab_problem(
-    lab: Lab,
-    spec: ModelSpec,
-    *,
-    bits: Sequence[int] | None = None,
-    formats: Mapping[int, Format] | None = None,
-    context_tokens: int,
-    slots: int = 1,
-    weight_errors: Sequence[Mapping[int, float]] | None = None,
-    max_weight_error: float | None = None,
-    sensitivities: Sequence[Mapping[int, float]] | None = None,
-    quality_budget: float | None = None,
-    objective: Objective | None = None,
-    pins: Mapping[int, str] | None = None,
-    excluded: Collection[str] = (),
-    hop_formats: Sequence[HopFormat] | None = None,
-    own: Own | None = None,
-) -> PlanningProblem:
-    """The problem of splitting ``spec`` over the lab; ``bits`` None: all that any device runs.
+def lab_problem(lab: Lab, request: RequestInput) -> PlanningProblem:
+    """The problem of splitting the request's model over the lab.
 
-    The lab's times are scaled by the weights of blocks where they are for another model, and taken
-    as they are where the lab does not say whose they are (``times_of``);
-    ``hop_formats`` None takes the lab's, else the default; ``own`` has the sensitivities of layers
-    in arithmetics that devices name. The other arguments are those of ``build_problem``. Raises
-    ValueError as ``build_problem``, LabError where no device runs any of ``bits``.
+    The lab's times are scaled by the weights of blocks where they are for another model. They are
+    taken as they are where the lab does not say whose they are (``times_of``). Raises ValueError as
+    ``build_problem``, LabError where no device runs any of the request's bits.
     """
-    known = {width for device in lab.devices for width in device.bits}
-    wanted = sorted(known if bits is None else set(bits))
-    if not known & set(wanted):
-        asked, described = (", ".join(map(str, widths)) for widths in (wanted, sorted(known)))
+    if not set(lab.bits) & set(request.bits):
+        asked, described = (", ".join(map(str, sorted(w))) for w in (request.bits, lab.bits))
         raise LabError(
             f"{lab.source}: no device runs {asked} bit: the described widths are {described}"
         )
-    if formats is None:
-        formats = {width: Format.of(width) for width in sorted(known | set(wanted))}
-    return build_problem(
-        spec,
-        {device.name: _profile(device) for device in lab.devices},
-        {device.name: tuple(_timings(device, spec, lab.model)) for device in lab.devices},
-        lab.links,
-        bits=wanted,
-        slots=slots,
-        context_tokens=context_tokens,
-        chunk_tokens=limits.PREFILL_CHUNK_TOKENS,
-        formats=formats,
-        weight_errors=weight_errors,
-        max_weight_error=max_weight_error,
-        call_s={device.name: device.call_s for device in lab.devices},
-        sensitivities=sensitivities,
-        quality_budget=quality_budget,
-        objective=objective,
-        pins=pins,
-        excluded=excluded,
-        hop_formats=hop_formats or lab.hop_formats or DEFAULT_HOPS,
-        watts=lab.watts,
-        own_sensitivities=_own_rows(lab, sensitivities, own or {}),
-    )
-
-
-def _own_rows(
-    lab: Lab, sensitivities: Sequence[Mapping[int, float]] | None, own: Own
-) -> dict[str, tuple[Mapping[int, float], ...]]:
-    """As ``coordinator.quality.store.own_rows``; what a device says itself goes before."""
-    rows = own_rows({device.name: device.arithmetic for device in lab.devices}, sensitivities, own)
-    for device in lab.devices:
-        if sensitivities and device.layer_kl is not None:
-            layers = [device.layer_kl] * (len(sensitivities) - 2)
-            rows[device.name] = (sensitivities[0], *layers, sensitivities[-1])
-    return rows
+    devices = [
+        DeviceInput(
+            device.name,
+            _profile(device),
+            tuple(_timings(device, request.spec, lab.model)),
+            layer_kl=device.layer_kl,
+        )
+        for device in lab.devices
+    ]
+    hops = request.hop_formats or lab.hop_formats or None
+    return build_problem(replace(request, hop_formats=hops), devices, lab.links)
 
 
 def _profile(device: LabDevice) -> DeviceProfile:
@@ -240,6 +192,7 @@ def _profile(device: LabDevice) -> DeviceProfile:
         memory_read_bytes_per_s=0.0,
         disk_write_bytes_per_s=0.0,
         call_s=device.call_s,
+        watts=device.watts,
         on_chip_bytes=device.on_chip_bytes,
         arithmetic=device.arithmetic,
     )
@@ -254,7 +207,7 @@ def _timings(device: LabDevice, spec: ModelSpec, model: LabModel | None) -> Iter
     for bits in device.bits:
         embed_s, head_s = embedding * device.embed_s[bits], ends * device.head_s[bits]
         yield BlockTiming("embedding", 0, bits, embed_s, embed_s)
-        # In the order of ``layer_variants``: distinct shapes by first appearance.
+        # In the order of ``ModelSpec.layer_variants``.
         for variant, factor in enumerate(layers.values()):
             yield BlockTiming(
                 "layer",

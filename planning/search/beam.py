@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from planning.search.bounds import Priced
 from planning.search.tables import Span, Tables
+from planning.time_limit import now_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def beam(
         )
         waiting[k] = []
         order = np.arange(len(bound))
-        if time.monotonic() > deadline_s:
+        if now_s() > deadline_s:
             width = 1
         if len(bound) > 6 * width:
             order = np.argpartition(bound, 6 * width)

@@ -10,7 +10,6 @@ is as long as can be: no plan is below it.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planning.search.tables import Floats, Tables
+from planning.time_limit import now_s
 
 
 class Joint:
@@ -187,7 +187,7 @@ class Pricer:
                 best = (priced, prices)
             if stalled == 8:
                 share, stalled = 0.6 * share, 0
-            if best[0].bound >= target or bound == np.inf or time.monotonic() > self.deadline_s:
+            if best[0].bound >= target or bound == np.inf or now_s() > self.deadline_s:
                 break
             uses = priced.uses()
             # Averaged over walks the slope nears that of a mixture that uses each device once.

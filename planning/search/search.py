@@ -13,7 +13,6 @@ least time at which the budget can be kept is found by bisection.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,6 +27,7 @@ from planning.search.bounds import Joint, Priced, Pricer, Separate
 from planning.search.greedy import fill, walk_value
 from planning.search.polish import Polish
 from planning.search.tables import Floats, Integers, Knapsack, Span, Tables
+from planning.time_limit import now_s
 
 _WIDTHS = (20, 100, 400, 1_500, 5_000, 20_000)
 """Walks that are kept per block, one attempt after the other."""
@@ -65,9 +65,10 @@ def search(
 ) -> Found:
     """The best plan found until its gap is proved to be at most ``gap``, or the deadline.
 
-    ``deadline_s`` is a time of time.monotonic(); while there is no plan at all, ``last_resort_s``
-    (None: the same) takes its place. ``ties`` [i, j] is True for i < j that are twins: exchanging
-    them changes no figure of any plan. Gaps below one in a thousand are not aimed at.
+    ``deadline_s`` is a point on the clock of ``now_s``. While there is no plan at all,
+    ``last_resort_s`` (None: the same) takes its place. ``ties`` [i, j] is True for i < j that are
+    twins: exchanging them changes no figure of any plan.
+    Gaps below one in a thousand are not aimed at.
     """
     tables = Tables(problem, ties)
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
@@ -125,13 +126,13 @@ class _Search:
 
     def _try_other(self) -> None:
         """Finish the walks that are good for the other kind of objective: they fit here as well."""
-        left_s = self._until_s() - time.monotonic()
+        left_s = self._until_s() - now_s()
         if self.other or left_s <= 0:
             return
         aim: ObjectiveKind = "latency" if self.tables.throughput else "throughput"
         problem = replace(self.tables.problem, objective=Objective(aim))
         tables = Tables(problem, self.tables.ties > 0)
-        until_s = time.monotonic() + _OTHER_SHARE * left_s
+        until_s = now_s() + _OTHER_SHARE * left_s
         other = _kind(tables)(tables, (until_s, until_s), _OTHER_GAP)
         other.other = True
         other.run()
@@ -141,7 +142,7 @@ class _Search:
             self._finish(list(spans))
 
     def _late(self) -> bool:
-        return time.monotonic() > self._until_s()
+        return now_s() > self._until_s()
 
     def _until_s(self) -> float:
         """When to end: any plan is worth more time than a better one."""
@@ -238,7 +239,7 @@ class _Cheapest(_Search):
         while step > 1.15 and len(self.found) < 40:
             mu = max(self.found, key=lambda at: self.found[at][0].bound)
             for other in (mu * step, mu / step):
-                if other not in self.found and time.monotonic() <= self.deadline_s:
+                if other not in self.found and now_s() <= self.deadline_s:
                     self._price(other, 15)
             if max(self.found, key=lambda at: self.found[at][0].bound) == mu:
                 step = step**0.5

@@ -19,7 +19,7 @@ from cli.render import Screen
 from model import costs
 from model.families import load_spec
 from planning.paper.study import opt_350m
-from planning.request import PlanRequest
+from planning.request import LoadRequest
 
 CONFIG = Path(__file__).parents[1] / "fixtures" / "opt-pre" / "config.json"
 
@@ -213,7 +213,7 @@ def test_a_saved_plan_is_for_as_many_sequences_as_it_was_made_for(
     parsed = options(model, "--plan", saved)
     parsed.context = None
     request = request_of(parsed)
-    assert (request["slots"], request["context_tokens"]) == (3, 40)
+    assert (request.slots, request.context_tokens) == (3, 40)
 
 
 def test_a_saved_plan_that_does_not_fit_is_refused(model: Path, lab: Path, tmp_path: Path) -> None:
@@ -306,12 +306,12 @@ def test_a_saved_plan_brings_the_widths_of_its_hops(model: Path, lab: Path, tmp_
     saved = tmp_path / "plan.json"
     plan(model, "--devices", lab, "--hop-bits", "8", "--save", saved, "--pin", "head:[attic]")
     request = request_of(options(model, "--plan", saved))
-    assert request["hop_bits"] == [8, 16]
-    assert PlanRequest.from_dict(request).hop_bits == (8, 16)
-    assert request_of(options(model, "--plan", saved, "--hop-bits", "32,8"))["hop_bits"] == [8, 32]
-    assert "hop_bits" not in request_of(options(model))
+    assert request.hop_bits == (8, 16)
+    assert LoadRequest.from_dict(request.to_dict()).hop_bits == (8, 16)
+    assert request_of(options(model, "--plan", saved, "--hop-bits", "32,8")).hop_bits == (8, 32)
+    assert request_of(options(model)).hop_bits is None
     file = write_sensitivities(tmp_path / "quality.json", worst_hops={"8": 0.25})
-    sent = PlanRequest.from_dict(request_of(options(model, "--sensitivities", file)))
+    sent = LoadRequest.from_dict(request_of(options(model, "--sensitivities", file)).to_dict())
     assert sent.hop_sensitivities == {8: 0.25}
 
 

@@ -39,7 +39,7 @@ from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
 from planning.plan import Stage
-from planning.request import PlanRequest
+from planning.request import LoadRequest
 from wire.connection import AsyncConnection, serve
 from wire.errors import ConnectionLost
 from wire.messages import (
@@ -197,7 +197,7 @@ class Cluster:
 
     def deploy(self, slots: int = 1, epoch: int = EPOCH) -> Deployment:
         self.fleet.deployment = Deployment(
-            request=PlanRequest(LLAMA),
+            request=LoadRequest(LLAMA),
             spec=Checkpoint.open(LLAMA).spec,
             tokenizer=Tokenizer.load(LLAMA),
             plan=cast(Any, SimpleNamespace(prefill_s_per_token=0.0, stages=STAGES)),
@@ -510,7 +510,7 @@ def test_damage_that_a_failed_attempt_has_mended_makes_answers_suspect_too(
         cluster.play_helpless(*cluster.agents)
         failed = asyncio.Event()
 
-        async def place(request: PlanRequest, tokenizer: Tokenizer) -> Deployment:
+        async def place(request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
             if failed.is_set():
                 return cluster.deploy(epoch=EPOCH + 2)
             cluster.fleet.stop_damaged(cluster.member("first"), EPOCH + 1, "a file was damaged")
@@ -812,12 +812,12 @@ def test_a_slot_given_to_somebody_who_leaves_at_that_moment_goes_to_the_next() -
 def test_a_plan_request_that_makes_no_sense_is_refused(field: str, value: object) -> None:
     values: dict[str, object] = {"model": "/models/llama", field: value}
     with pytest.raises(RequestInvalid, match=field):
-        PlanRequest.from_dict(values)
+        LoadRequest.from_dict(values)
 
 
 def test_the_default_of_slots_goes_with_the_objective() -> None:
     def slots(**values: object) -> int:
-        return PlanRequest.from_dict({"model": "/models/llama", **values}).slots
+        return LoadRequest.from_dict({"model": "/models/llama", **values}).slots
 
     assert slots() == 1
     assert slots(objective={"kind": "throughput"}) == 4

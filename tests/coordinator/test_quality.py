@@ -16,12 +16,12 @@ from coordinator.quality.measuring import Missing
 from coordinator.quality.store import KnownQuality, QualityRequest, QualityStore
 from model.checkpoint import Checkpoint
 from model.quantize import Format
-from planning.build import build_problem
+from planning.build import DeviceInput, RequestInput, build_problem
 from planning.errors import RequestInvalid
 from planning.plan import Plan, verify
 from planning.planner import solve
 from planning.problem import PlanningProblem
-from planning.request import PlanRequest
+from planning.request import LoadRequest
 from planning.sensitivity import (
     ASSUMED_MARGIN,
     budget_margin,
@@ -71,18 +71,16 @@ def problem_of(rows: Any, margin: float, budget: float) -> PlanningProblem:
         for kind in ("embedding", "layer", "head")
         for bits in BITS
     ]
-    return build_problem(
+    request = RequestInput(
         SPEC,
-        {"a": profile},
-        {"a": timings},
-        [],
-        bits=BITS,
-        slots=1,
+        BITS,
         context_tokens=32,
         chunk_tokens=32,
         sensitivities=scaled(rows, margin),
         quality_budget=budget,
     )
+    devices = [DeviceInput(name, profile, timings) for name in ("a",)]
+    return build_problem(request, devices, [])
 
 
 def test_budgets_are_kept_by_the_model_that_was_planned(tmp_path: Path) -> None:
@@ -305,4 +303,4 @@ def test_a_plan_request_that_makes_no_sense_names_the_field(
     change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestInvalid, match=message):
-        PlanRequest.from_dict({"model": "/m"} | change)
+        LoadRequest.from_dict({"model": "/m"} | change)

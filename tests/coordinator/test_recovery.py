@@ -21,7 +21,7 @@ from coordinator.loading.recovery import (
 )
 from planning.plan import PlanError
 from planning.problem import Objective
-from planning.request import PlanRequest
+from planning.request import LoadRequest
 from planning.saved import SavedPlan
 
 LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
@@ -140,7 +140,7 @@ def test_what_is_loaded_is_kept_until_it_is_unloaded(
     kept = LoadedFile(tmp_path)
     assert kept.read() is None
     asked = {"model": str(LLAMA), "bits": [4, 8], "slots": 2, "pins": {"0": "pi-1"}}
-    request = PlanRequest.from_dict(asked)
+    request = LoadRequest.from_dict(asked)
     kept.keep(request, ["pi-1", "pi-2"])
     assert LoadedFile(tmp_path).read() == (request, ("pi-1", "pi-2"))
     for damaged in (b"", b"{}", b"[1]", b'{"request": {"model": 3}, "devices": []}', b"\xff"):
@@ -154,8 +154,8 @@ def test_what_is_loaded_is_kept_until_it_is_unloaded(
 
 
 def test_what_still_counts_of_a_request() -> None:
-    asked = PlanRequest(
-        Path("model"),
+    asked = LoadRequest(
+        Path("/model"),
         bits=(4, 8),
         pins={0: "pi-1", 1: "pi-2"},
         exclude=("pi-2", "pi-3"),
@@ -164,8 +164,8 @@ def test_what_still_counts_of_a_request() -> None:
         slots=4,
     )
     given = SavedPlan("plan.json", "model", (("pi-1", (8,)), ("pi-3", (8,))), {}, (None,))
-    assert remaining(replace(asked, given=given), {"pi-1"}).given is None
-    assert remaining(replace(asked, given=given), {"pi-1", "pi-3"}).given is given
+    assert remaining(replace(asked, plan=given), {"pi-1"}).plan is None
+    assert remaining(replace(asked, plan=given), {"pi-1", "pi-3"}).plan is given
     left = remaining(asked, {"pi-1", "pi-3"})
     assert left.pins == {0: "pi-1"}
     assert left.exclude == ("pi-3",)
@@ -173,7 +173,7 @@ def test_what_still_counts_of_a_request() -> None:
     assert (left.bits, left.quality_budget, left.slots) == ((4, 8), 0.1, 4)
     assert left.objective == Objective(migration_weight=1 / AMORTIZED_TOKENS)
     assert left.time_limit_s == TIME_LIMIT_S
-    frugal = PlanRequest(Path("model"), objective=Objective("energy"), time_limit_s=1)
+    frugal = LoadRequest(Path("/model"), objective=Objective("energy"), time_limit_s=1)
     assert remaining(frugal, ()).objective == Objective("energy")
     assert remaining(frugal, ()).time_limit_s == 1
 
@@ -188,14 +188,14 @@ def test_what_is_kept_means_the_devices_that_it_was_asked_for(tmp_path: Path) ->
         "plan": {**given, "devices": {"pi": "9" * 16}},
     }
     ids = {"pi": "1" * 16, "pi-2": "2" * 16, "pi-3": "3" * 16}
-    request = PlanRequest.from_dict(asked).identified(
+    request = LoadRequest.from_dict(asked).identified(
         lambda text: text if text in ids.values() else ids.get(text)
     )
     assert request.pins == {0: "2" * 16}
     assert request.exclude == ("3" * 16, "3" * 16)
-    assert request.given is not None
+    assert request.plan is not None
     # The plan was saved when another device was called pi.
-    assert request.given.stages == (("9" * 16, (8,)),)
+    assert request.plan.stages == (("9" * 16, (8,)),)
     LoadedFile(tmp_path).keep(request, ["pi-2"], {"pi-2": "2" * 16})
     kept = LoadedFile(tmp_path).read()
     assert kept == (request, ("2" * 16,))
@@ -205,4 +205,12 @@ def test_a_kept_request_from_before_devices_had_ids_is_still_read(tmp_path: Path
     asked = {"model": str(LLAMA), "pins": {"0": "pi"}}
     text = json.dumps({"request": asked, "devices": ["pi", "pi-2"]})
     (tmp_path / "loaded.json").write_text(text)
-    assert LoadedFile(tmp_path).read() == (PlanRequest.from_dict(asked), ("pi", "pi-2"))
+    assert LoadedFile(tmp_path).read() == (LoadRequest.from_dict(asked), ("pi", "pi-2"))
+
+
+def test_a_kept_request_that_has_names_with_their_ids_is_still_read(tmp_path: Path) -> None:
+    asked = {"model": str(LLAMA), "bits": [8, 4], "pins": {"0": "pi"}, "slots": None}
+    text = json.dumps({"request": asked, "devices": ["pi"], "ids": {"pi": "1" * 16}})
+    (tmp_path / "loaded.json").write_text(text)
+    kept = LoadedFile(tmp_path).read()
+    assert kept == (LoadRequest(LLAMA, bits=(4, 8), pins={0: "1" * 16}), ("1" * 16,))

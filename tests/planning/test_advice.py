@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from planning.build import build_problem
+from planning.build import DeviceInput, RequestInput, build_problem
 from planning.insight.unused import idle_reasons
 from planning.paper.study import opt_350m
 from planning.plan import Advice, InfeasiblePlan, PlanError, Proof, assess, verify
@@ -41,17 +41,19 @@ def problem_of(memory: int = 900, storage: int = 900, **changes: Any) -> Plannin
         for kind in ("embedding", "layer", "head")
         for bits in WIDTHS
     ]
-    problem = build_problem(
+    request = RequestInput(
         SPEC,
-        {name: profile(memory * MB, storage * MB) for name in ("pi-1", "pi-2")},
-        {"pi-1": timings, "pi-2": timings},
-        [LinkProfile("pi-1", "pi-2", 1e-3, 1e8), LinkProfile("pi-2", "pi-1", 1e-3, 1e8)],
-        bits=WIDTHS,
-        slots=1,
+        WIDTHS,
         context_tokens=128,
         chunk_tokens=64,
         weight_errors=[ERRORS for _ in BLOCKS],
         sensitivities=[LOSSES for _ in BLOCKS],
+    )
+    own = profile(memory * MB, storage * MB)
+    problem = build_problem(
+        request,
+        [DeviceInput(name, own, timings) for name in ("pi-1", "pi-2")],
+        [LinkProfile("pi-1", "pi-2", 1e-3, 1e8), LinkProfile("pi-2", "pi-1", 1e-3, 1e8)],
     )
     return replace(problem, **changes)
 
@@ -333,21 +335,17 @@ def test_a_link_that_was_tried_is_named_and_memory_is_not() -> None:
 
 
 def test_of_many_missing_links_only_those_that_are_enough_are_named() -> None:
+    timings = [BlockTiming(kind, 0, 4, 4e-3, 4e-4) for kind in ("embedding", "layer", "head")]
     three = build_problem(
-        SPEC,
-        {name: profile(45 * MB, 900 * MB) for name in ("pi-1", "pi-2", "pi-3")},
-        {
-            name: [BlockTiming(kind, 0, 4, 4e-3, 4e-4) for kind in ("embedding", "layer", "head")]
+        RequestInput(SPEC, (4,), context_tokens=128, chunk_tokens=64),
+        [
+            DeviceInput(name, profile(45 * MB, 900 * MB), timings)
             for name in ("pi-1", "pi-2", "pi-3")
-        },
+        ],
         [
             LinkProfile(f"pi-{i}", f"pi-{j}", 1e-3, 1e8)
             for i, j in itertools.permutations((1, 2, 3), 2)
         ],
-        bits=(4,),
-        slots=1,
-        context_tokens=128,
-        chunk_tokens=64,
     )
     assert len(solve(three).stages) == 3
     # One ring needs one of the links, the other both of the others.

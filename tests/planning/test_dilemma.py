@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from model.quantize import Format, weight_error
-from planning.labs.lab import lab_problem
 from planning.labs.lab_file import parse_lab
 from planning.paper import dilemma, study
 from planning.paper.dilemma import ALL_REPAIRS, Choice, Instance, Repairs, solve
 from planning.plan import PlanError
+from tests.planning.described import described_problem
 
 PRINTED = Repairs()
 
@@ -274,7 +274,7 @@ def test_measured_costs_come_from_the_planners_problem() -> None:
         " embed_ms: 1, head_ms: 5}, {name: b, memory: 1G, storage: 1G, layer_ms: {decode: {8: 1}},"
         " embed_ms: 1, head_ms: 1}]\ndefault_link: {rtt_ms: 2, mbit_per_s: 8}"
     )
-    problem = lab_problem(parse_lab(text, "x"), study.opt_350m(2), context_tokens=64)
+    problem = described_problem(parse_lab(text, "x"), study.opt_350m(2), context_tokens=64)
     instance = dilemma.measured_instance(problem)
     assert instance.layers == 4
     assert instance.compute_s[0][1] == {4: 0.002, 8: 0.003}

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from planning.insight.explain import MORE_MEMORY_BYTES, Kind, Marginal, MarginalProof, explain
-from planning.labs.lab import Lab, lab_problem
+from planning.labs.lab import Lab
 from planning.labs.lab_file import parse_lab
 from planning.paper.study import opt_350m, simulate
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.planner import solve
 from planning.problem import PlanningProblem
+from tests.planning.described import described_problem
 
 LAB = """\
 devices:
@@ -40,7 +41,7 @@ default_link: {rtt_ms: 0.5, mbit_per_s: 1000}
 
 def make_problem(text: str = LAB) -> tuple[Lab, PlanningProblem]:
     lab = parse_lab(text, "lab.yaml")
-    return lab, lab_problem(lab, opt_350m(6), context_tokens=64)
+    return lab, described_problem(lab, opt_350m(6), context_tokens=64)
 
 
 def test_a_plan_is_taken_apart() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from planning.build import build_problem
+from planning.build import DeviceInput, RequestInput, build_problem
 from planning.planner import solve
 from planning.problem import HopFormat, Objective, ObjectiveKind
 from tests.planning.test_plan import PROFILE, SPEC, TIMINGS
@@ -28,17 +28,18 @@ def test_extreme_figures_are_planned_with(kind: ObjectiveKind, link: tuple[float
         extreme = tuple(
             replace(timing, decode_s=decode_s, prefill_s_per_token=prefill_s) for timing in TIMINGS
         )
-        problem = build_problem(
+        request = RequestInput(
             SPEC,
-            {"a": ROOMY, "b": ROOMY},
-            {"a": extreme, "b": TIMINGS},
-            links,
             bits=(4, 8),
             slots=2,
             context_tokens=32,
             chunk_tokens=16,
             hop_formats=(HopFormat.unmeasured(32),),
-            call_s={"a": call_s, "b": 0.0},
             objective=Objective(kind),
         )
+        devices = [
+            DeviceInput("a", replace(ROOMY, call_s=call_s), extreme),
+            DeviceInput("b", ROOMY, TIMINGS),
+        ]
+        problem = build_problem(request, devices, links)
         assert solve(problem, time_limit_s=5).stages

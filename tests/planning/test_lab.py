@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from planning.labs.lab import LabError, lab_problem, times_of
+from planning.labs.lab import LabError, times_of
 from planning.labs.lab_file import parse_lab, read_lab
 from planning.paper.study import opt_350m
 from planning.plan import verify
 from planning.planner import solve
 from planning.problem import DEFAULT_HOPS
+from tests.planning.described import described_problem
 
 LABS = sorted((Path(__file__).parents[2] / "examples" / "labs").glob("*.yaml"))
 
@@ -52,7 +53,7 @@ def test_a_description_means_what_it_says() -> None:
     assert second.call_s == pytest.approx(2e-4)
     assert third.layer_decode_s == {4: pytest.approx(0.002), 8: pytest.approx(0.0035)}
     assert third.embed_s == {4: pytest.approx(1e-4), 8: pytest.approx(1e-4)}
-    assert lab.watts == {"pi-1": 6.0}
+    assert [device.watts for device in lab.devices] == [6.0, None, None]
     links = {(link.source, link.target): link for link in lab.links}
     assert len(links) == 6
     assert links["pi-2", "pi-1"].bytes_per_s == links["pi-1", "pi-2"].bytes_per_s == 10e6
@@ -61,7 +62,7 @@ def test_a_description_means_what_it_says() -> None:
 
 
 def test_its_problem_has_the_described_times() -> None:
-    problem = lab_problem(parse_lab(LAB, "lab.yaml"), opt_350m(4), context_tokens=64)
+    problem = described_problem(parse_lab(LAB, "lab.yaml"), opt_350m(4), context_tokens=64)
     assert [device.name for device in problem.devices] == ["pi-1", "pi-2", "pi-3"]
     assert problem.bits == (4, 8)
     layer = problem.devices[0].option(1, 4)
@@ -96,7 +97,7 @@ def test_pairs_may_have_no_link() -> None:
 def test_widths_of_hops(text: str, expected: list[tuple[int, float | None]]) -> None:
     lab = parse_lab(f"{LAB}\n{text}\n", "lab.yaml")
     assert [(form.bits, form.sensitivity) for form in lab.hop_formats] == expected
-    assert lab_problem(lab, opt_350m(2), context_tokens=64).hop_formats == (
+    assert described_problem(lab, opt_350m(2), context_tokens=64).hop_formats == (
         lab.hop_formats or DEFAULT_HOPS
     )
 
@@ -200,7 +201,7 @@ def test_times_of_the_named_model_are_taken_as_they_are() -> None:
     times = times_of(lab, spec)
     assert (times.model, times.assumed) == ("opt-350m", False)
     assert times.text == "those that lab.yaml describes for opt-350m"
-    layer = lab_problem(lab, spec, context_tokens=64).devices[0].option(1, 4)
+    layer = described_problem(lab, spec, context_tokens=64).devices[0].option(1, 4)
     assert layer is not None
     assert layer.decode_s == 0.002
 
@@ -216,7 +217,7 @@ def test_times_of_another_model_are_scaled_by_weights_and_say_so() -> None:
     assert times.text == (
         "scaled from opt-350m by weights (layers x 0.333 to 1, head x 0.5): assumed"
     )
-    device = lab_problem(lab, other, context_tokens=64).devices[0]
+    device = described_problem(lab, other, context_tokens=64).devices[0]
     same, scaled, head = (device.option(block, 4) for block in (1, 2, 3))
     assert same is not None
     assert scaled is not None
@@ -257,7 +258,7 @@ def test_mistakes_in_the_model_get_a_line(old: str, new: str, message: str) -> N
 
 def test_widths_that_nobody_runs_are_named() -> None:
     with pytest.raises(LabError, match="no device runs 2, 16 bit: the described widths are 4, 8"):
-        lab_problem(parse_lab(LAB, "lab.yaml"), opt_350m(2), bits=[16, 2], context_tokens=64)
+        described_problem(parse_lab(LAB, "lab.yaml"), opt_350m(2), bits=[16, 2], context_tokens=64)
 
 
 @pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
@@ -265,7 +266,7 @@ def test_the_shipped_labs_plan(path: Path) -> None:
     assert "ASSUMED" in path.read_text()
     lab = read_lab(path)
     assert lab.model is not None
-    problem = lab_problem(lab, opt_350m(4), bits=(8,), context_tokens=256)
+    problem = described_problem(lab, opt_350m(4), bits=(8,), context_tokens=256)
     assert len(problem.links) == len(lab.devices) * (len(lab.devices) - 1)
     verify(solve(problem, time_limit_s=20), problem)
 

@@ -14,11 +14,12 @@ from model.checkpoint import Checkpoint
 from model.costs import on_chip_layer_bytes
 from model.spec import ModelSpec
 from planning.insight.unused import idle_reasons
-from planning.labs.lab import Lab, LabError, lab_problem
+from planning.labs.lab import Lab, LabError
 from planning.labs.lab_file import parse_lab, read_lab
 from planning.plan import Plan, verify
 from planning.planner import solve
 from planning.problem import PlanningProblem
+from tests.planning.described import described_problem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -57,7 +58,7 @@ default_link: {{rtt_ms: 0, mbit_per_s: 100000}}
 
 
 def solved(lab: Lab, spec: ModelSpec) -> tuple[Plan, PlanningProblem]:
-    problem = lab_problem(lab, spec, context_tokens=256)
+    problem = described_problem(lab, spec, context_tokens=256)
     plan = solve(problem, time_limit_s=20)
     verify(plan, problem)
     assert plan.proven_optimal
@@ -105,7 +106,7 @@ def test_the_demo_model_uses_a_coral(tiny_opt: ModelSpec) -> None:
 
 def test_a_billion_parameters_do_not() -> None:
     spec = replace(shape_spec("llama-1b"), max_context=4096)
-    problem = lab_problem(
+    problem = described_problem(
         read_lab(EXAMPLES / "labs" / "jetson-pis-coral.yaml"), spec, context_tokens=2048
     )
     plan = solve(problem, time_limit_s=20)
@@ -117,7 +118,7 @@ def test_a_billion_parameters_do_not() -> None:
 
 def test_reasons_name_what_keeps_a_device_out(tiny_opt: ModelSpec) -> None:
     lab = coral("on_chip: 7.5MB", layer_ms=500)
-    problem = lab_problem(lab, tiny_opt, context_tokens=256)
+    problem = described_problem(lab, tiny_opt, context_tokens=256)
     cases = {
         "coral is left out: its fastest layer takes 500.00 ms at 8 bits, those of": problem,
         "coral is left out: it is excluded": replace(problem, excluded=frozenset({0})),

@@ -6,19 +6,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from planning.build import DeviceInput, RequestInput, own_rows
 from planning.insight.explain import explain
 from planning.insight.unused import idle_reasons
-from planning.labs.lab import LabError, lab_problem
+from planning.labs.lab import LabError
 from planning.labs.lab_file import parse_lab
 from planning.labs.sensitivity_file import SensitivityError, read_sensitivities
 from planning.paper.study import opt_350m
 from planning.plan import Plan, PlanError, verify
 from planning.planner import solve
 from planning.problem import PlanningProblem
-from planning.sensitivity import Own, own_rows, own_share
+from planning.sensitivity import Own, own_share
+from tests.planning.described import described_problem
+from tests.planning.test_plan import PROFILE
 
 LAYERS = 6
 SPEC = opt_350m(LAYERS)
@@ -57,8 +61,13 @@ TIGHT = 8.5 * 1e-5
 
 def problem_of(budget: float | None, named: str = NAMED, own: Own | None = OWN) -> PlanningProblem:
     lab = parse_lab(LAB.format(own=named), "lab.yaml")
-    return lab_problem(
-        lab, SPEC, context_tokens=64, sensitivities=COMMON, quality_budget=budget, own=own
+    return described_problem(
+        lab,
+        SPEC,
+        context_tokens=64,
+        sensitivities=COMMON,
+        quality_budget=budget,
+        own_sensitivities=own or {},
     )
 
 
@@ -131,11 +140,22 @@ def test_what_was_not_measured_is_not_used_under_a_budget() -> None:
 
 
 def test_rows_of_devices() -> None:
-    assert own_rows({"a": "", "b": "tflite_cpu"}, None, OWN) == {}
-    rows = own_rows({"a": "", "b": "tflite_cpu", "c": "other"}, COMMON, OWN)
-    assert set(rows) == {"b", "c"}
-    assert rows["b"] == (COMMON[0], *[{8: CORAL_KL}] * LAYERS, COMMON[-1])
-    assert rows["c"] == (COMMON[0], *[{}] * LAYERS, COMMON[-1])
+    def rows(
+        arithmetic: str, *, common: Any = COMMON, layer_kl: Any = None
+    ) -> tuple[Mapping[int, float], ...] | None:
+        profile = replace(PROFILE, arithmetic=arithmetic)
+        request = RequestInput(SPEC, (8,), 64, sensitivities=common, own_sensitivities=OWN)
+        return own_rows(request, DeviceInput("a", profile, layer_kl=layer_kl))
+
+    assert rows("tflite_cpu", common=None) is None
+    assert rows("") is None
+    assert rows("tflite_cpu") == (COMMON[0], *[{8: CORAL_KL}] * LAYERS, COMMON[-1])
+    assert rows("other") == (COMMON[0], *[{}] * LAYERS, COMMON[-1])
+    # What a device says itself goes before what was measured of its arithmetic.
+    assert rows("tflite_cpu", layer_kl={8: 0.5}) == (
+        COMMON[0], *[{8: 0.5}] * LAYERS, COMMON[-1],
+    )  # fmt: skip
+    assert rows("", layer_kl={8: 0.5}) == rows("tflite_cpu", layer_kl={8: 0.5})
 
 
 @pytest.mark.parametrize(

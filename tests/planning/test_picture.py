@@ -9,10 +9,10 @@ import pytest
 
 from model.quantize import BITS
 from planning.insight.picture import COLOURS, Curve, curves_svg, ink_on, plan_svg
-from planning.labs.lab import lab_problem
 from planning.labs.lab_file import parse_lab
 from planning.paper.study import opt_350m
 from planning.plan import Plan, Proof, assess
+from tests.planning.described import described_problem
 
 SVG = "{http://www.w3.org/2000/svg}"
 DEVICE = "name: n{}, memory: 1G, storage: 1G, layer_ms: {{decode: {{4: 2, 8: 3}}}}, embed_ms: 1"
@@ -21,7 +21,7 @@ DEVICE = "name: n{}, memory: 1G, storage: 1G, layer_ms: {{decode: {{4: 2, 8: 3}}
 def make_plan(stages: int, layers: int = 30) -> Plan:
     rows = "\n".join(f"  - {{{DEVICE.format(i)}, head_ms: 1}}" for i in range(stages))
     text = f"devices:\n{rows}\ndefault_link: {{rtt_ms: 1, mbit_per_s: 10}}"
-    problem = lab_problem(parse_lab(text, "x"), opt_350m(layers), context_tokens=64)
+    problem = described_problem(parse_lab(text, "x"), opt_350m(layers), context_tokens=64)
     blocks = layers + 2
     cuts = [blocks * i // stages for i in range(stages + 1)]
     widths = [4 if block % 3 else 8 for block in range(blocks)]

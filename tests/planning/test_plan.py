@@ -13,7 +13,7 @@ import pytest
 from model import costs
 from model.quantize import Format
 from model.spec import LayerSpec, ModelSpec
-from planning.build import build_problem, layer_variants
+from planning.build import DeviceInput, RequestInput, build_problem
 from planning.plan import Plan, PlanError, Proof, assess, verify
 from planning.planner import solve
 from planning.problem import HopFormat, PlanningProblem
@@ -86,9 +86,8 @@ def problem(**options: Any) -> PlanningProblem:
         "weight_errors": ERRORS,
         "hop_formats": (HopFormat.unmeasured(32),),
     }
-    profiles = {"a": PROFILE, "b": PROFILE}
-    timings = {"a": TIMINGS, "b": TIMINGS}
-    return build_problem(SPEC, profiles, timings, LINKS, **{**arguments, **options})
+    devices = [DeviceInput(name, PROFILE, TIMINGS) for name in "ab"]
+    return build_problem(RequestInput(SPEC, **{**arguments, **options}), devices, LINKS)
 
 
 SPLIT = [(0, 0, (8, 8)), (1, 2, (4, 8, 8))]
@@ -96,7 +95,8 @@ PROOF = Proof("by hand", 0.0, 0.0)
 
 
 def test_layer_variants_number_shapes_by_first_appearance() -> None:
-    assert layer_variants(SPEC) == [0, 0, 1, 0, 0]
+    assert SPEC.layer_variants == (LAYER, replace(LAYER, ffn=256))
+    assert [SPEC.block_variant(block) for block in range(5)] == [0, 0, 1, 0, 0]
 
 
 def test_build_takes_costs_from_the_model_and_seconds_from_timings() -> None:
@@ -135,11 +135,19 @@ def test_build_refuses_inconsistent_input(options: dict[str, Any], message: str)
 
 def test_build_refuses_impossible_timings() -> None:
     for seconds in (0.0, -1.0, math.nan, math.inf):
-        bad = {"a": (BlockTiming("layer", 0, 4, seconds, 1e-4),)}
+        bad = DeviceInput("a", PROFILE, (BlockTiming("layer", 0, 4, seconds, 1e-4),))
         with pytest.raises(ValueError, match="cannot take"):
-            build_problem(
-                SPEC, {"a": PROFILE}, bad, (), bits=(4,), slots=1, context_tokens=8, chunk_tokens=8
-            )
+            build_problem(RequestInput(SPEC, (4,), 8), [bad], ())
+
+
+def test_what_a_profile_says_is_taken_from_it() -> None:
+    profile = replace(PROFILE, call_s=0.25, watts=5.0)
+    (device,) = build_problem(RequestInput(SPEC, (4,), 8), [DeviceInput("a", profile)], ()).devices
+    assert (device.call_s, device.watts, device.held) == (0.25, 5.0, ())
+    for watts in (0.0, -1.0, math.nan, math.inf):
+        bad = DeviceInput("a", replace(PROFILE, watts=watts))
+        with pytest.raises(ValueError, match="a cannot draw"):
+            build_problem(RequestInput(SPEC, (4,), 8), [bad], ())
 
 
 def test_unknown_errors_do_not_pass_a_bound() -> None:

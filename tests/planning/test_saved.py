@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from planning.labs.lab import lab_problem
 from planning.labs.lab_file import parse_lab
 from planning.paper.study import opt_350m
 from planning.plan import PlanError, Proof, assess, bits_text
@@ -23,6 +22,7 @@ from planning.saved import (
     plan_text,
     read_plan,
 )
+from tests.planning.described import described_problem
 
 LAB = """\
 devices:
@@ -36,7 +36,7 @@ devices:
   - {<<: *pi, name: b, memory: 250M}
 default_link: {rtt_ms: 1, mbit_per_s: 100}
 """
-PROBLEM = lab_problem(parse_lab(LAB, "lab.yaml"), opt_350m(4), context_tokens=64)
+PROBLEM = described_problem(parse_lab(LAB, "lab.yaml"), opt_350m(4), context_tokens=64)
 PLAN = assess(PROBLEM, [(0, 0, (8, 4, 4, 4)), (1, 4, (4, 8))], Proof("test", 0.0, 0.0))
 
 
@@ -131,7 +131,7 @@ def test_mistakes_get_one_clear_line(old: str, new: str, message: str) -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     small = parse_lab(LAB.replace("250M", "40M"), "lab.yaml")
-    tight = lab_problem(small, opt_350m(4), context_tokens=64)
+    tight = described_problem(small, opt_350m(4), context_tokens=64)
     with pytest.raises(
         PlanError, match=r"plan\.json: b needs \d+ bytes of memory and has 41943040"
     ):

@@ -1,0 +1,46 @@
+"""What commands import: each only what it needs. Every test starts a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+_RUN = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from cli.main import main
+sys.exit(main({arguments!r}))
+"""
+
+
+def run_without(hidden: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``shoal`` with ``arguments`` where the modules ``hidden`` cannot be imported."""
+    code = _RUN.format(hidden=hidden, arguments=list(arguments))
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_needs_no_numerics_and_no_discovery() -> None:
+    shown = run_without(["numpy", "zeroconf", "starlette", "uvicorn"], "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "usage: shoal" in shown.stdout
+
+
+def test_plans_for_described_devices_need_no_web_server() -> None:
+    lab = "examples/labs/home-4-pis.yaml"
+    shown = run_without(
+        ["starlette", "uvicorn"], "plan", "tests/fixtures/opt-pre", "--devices", lab
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "plan for opt-pre, predicted from" in shown.stdout

@@ -1,0 +1,125 @@
+"""The one request of command line, HTTP and disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.quantize import BITS, GROUP_SIZES
+from planning.errors import RequestInvalid
+from planning.problem import Objective, ObjectiveKind
+from planning.request import MAX_SLOTS, LoadRequest
+from planning.saved import SavedPlan
+from wire.activations import HOP_BITS
+
+_names = st.text(min_size=1, max_size=8)
+_kl = st.floats(0, 10)
+_row = st.dictionaries(st.sampled_from(BITS), _kl)
+_widths = st.sets(st.sampled_from(BITS), min_size=1).map(tuple)
+_objectives = st.builds(
+    Objective,
+    st.sampled_from([kind for kind in get_args(ObjectiveKind) if kind != "energy"]),
+    st.integers(0, 1000),
+    st.integers(1, 1000),
+    st.floats(0, 10),
+)
+_plans = st.builds(
+    lambda device, bits: SavedPlan("p.json", "m", ((device, bits),), {}, ()), _names, _widths
+)
+_requests = st.builds(
+    LoadRequest,
+    model=st.just(Path("/models/one")),
+    bits=_widths,
+    scheme=st.sampled_from(("rtn", "truncate")),
+    group_size=st.sampled_from(GROUP_SIZES),
+    max_weight_error=st.none() | st.floats(0, 1),
+    context_tokens=st.none() | st.integers(1, 1 << 20),
+    time_limit_s=st.floats(0.01, 3600),
+    slots=st.integers(1, MAX_SLOTS),
+    objective=_objectives,
+    pins=st.dictionaries(st.integers(0, 99), _names, max_size=3),
+    exclude=st.lists(_names, max_size=3).map(tuple),
+    sensitivities=st.none() | st.lists(_row, max_size=3).map(tuple),
+    own_sensitivities=st.dictionaries(_names, st.dictionaries(st.integers(0, 9), _row, max_size=2)),
+    hop_sensitivities=st.dictionaries(st.sampled_from(HOP_BITS), _kl),
+    hop_bits=st.none() | st.sets(st.sampled_from(HOP_BITS), min_size=1).map(tuple),
+    quality_budget=st.floats(0, 10),
+    quality_margin=st.none() | st.floats(1, 10),
+    check_quality=st.booleans(),
+    plan=st.none() | _plans,
+    with_problem=st.booleans(),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(_requests)
+def test_a_request_survives_json(request: LoadRequest) -> None:
+    sent = json.loads(json.dumps(request.to_dict(), allow_nan=False))
+    assert LoadRequest.from_dict(sent) == request
+
+
+def test_what_json_leaves_out_has_the_defaults_of_the_type() -> None:
+    assert LoadRequest.from_dict({"model": "/m"}) == LoadRequest(Path("/m"))
+    nothing = {"objective": None, "slots": None, "plan": None, "hop_bits": None}
+    assert LoadRequest.from_dict({"model": "/m", **nothing}) == LoadRequest(Path("/m"))
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("model", "here", "the absolute path"),
+    ("model", 3, "the absolute path"),
+    ("bits", [], "a list out of"),
+    ("bits", [5.5], r"bits\[0\]: expected int"),
+    ("bits", [7], "a list out of"),
+    ("scheme", "best", "scheme"),
+    ("group_size", 7, "group_size must be one of"),
+    ("max_weight_error", -1, "a number >= 0, or null"),
+    ("max_weight_error", "inf", "a number >= 0, or null"),
+    ("context_tokens", 0, "a positive whole number"),
+    ("time_limit_s", 3601, "at most 3600"),
+    ("slots", MAX_SLOTS + 1, "from 1 to 64"),
+    ("objective", {"kind": "fame"}, "latency, throughput, request, energy"),
+    ("objective", {"kind": "energy", "migration_weight": 1}, "cannot minimise"),
+    ("pins", {"head": "pi"}, "block number to device name"),
+    ("pins", {"1": 3}, r"pins\.1: expected str"),
+    ("exclude", "pi", "a list of device names"),
+    ("sensitivities", {"4": 1}, "for each block"),
+    ("sensitivities", [{"4": -1}], "for each block"),
+    ("own_sensitivities", {"tflite": {"1": {"8": -1}}}, "arithmetic to block to bits"),
+    ("hop_sensitivities", {"4": 0.1}, "an object of bits"),
+    ("hop_bits", [], "or null"),
+    ("quality_budget", -0.1, "a number >= 0, or null"),
+    ("quality_margin", 0.9, "a number >= 1, or null"),
+    ("check_quality", True, "needs a quality_budget"),
+    ("check_quality", 1, "true or false"),
+    ("plan", {"source": "a", "model": "m", "stages": 3}, "stages: expected a list"),
+    ("with_problem", "yes", "true or false"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG)
+def test_a_wrong_value_is_refused_with_the_name_of_its_field(
+    field: str, value: object, message: str
+) -> None:
+    with pytest.raises(RequestInvalid, match=message) as refused:
+        LoadRequest.from_dict({"model": "/m", field: value})
+    assert refused.value.param == field
+
+
+def test_every_field_has_a_wrong_value_above() -> None:
+    assert {field for field, _, _ in WRONG} == set(LoadRequest(Path("/m")).to_dict())
+
+
+def test_a_request_without_a_model_is_refused() -> None:
+    with pytest.raises(RequestInvalid, match="the absolute path of a model directory") as refused:
+        LoadRequest.from_dict({})
+    assert refused.value.param == "model"
+
+
+def test_a_value_made_in_python_is_checked_like_one_from_json() -> None:
+    with pytest.raises(RequestInvalid, match="slots"):
+        LoadRequest(Path("/m"), slots=0)
