@@ -129,7 +129,18 @@ def run_ps(options: argparse.Namespace, screen: Screen) -> None:
     if options.json:
         screen.json(answer)
     else:
-        screen.deployment(answer["model"])
+        screen.models(answer["models"])
+
+
+def run_events(options: argparse.Namespace, screen: Screen) -> None:
+    with _client(options) as client:
+        events, last = client.get("/shoal/v1/events")["events"], 0
+        screen.events(events)
+        while options.follow:
+            last = events[-1]["number"] if events else last
+            events = client.get(f"/shoal/v1/events?after={last}")["events"]
+            if events:
+                screen.events(events)
 
 
 def run_unload(options: argparse.Namespace, screen: Screen) -> None:
@@ -181,18 +192,25 @@ def _client(options: argparse.Namespace) -> Any:
 
 def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
     """The name of the loaded model, which is MODEL; loads it if need be, otherwise by default."""
-    loaded = client.get("/shoal/v1/ps")["model"]
+    models = client.get("/shoal/v1/ps")["models"]
     path = Path(options.model).absolute()
-    if loaded is not None and options.model in (loaded["model"], loaded["directory"]):
-        if loaded["state"] == "broken":
-            raise CommandFailed(loaded["reason"])
-        return str(loaded["model"])
-    if loaded is not None and str(path) == loaded["directory"] and loaded["state"] != "broken":
-        return str(loaded["model"])
+    for known in models:
+        is_broken = known["state"] == "broken"
+        if options.model in (known["model"], known["directory"]):
+            if is_broken:
+                raise CommandFailed(known["reason"])
+        elif is_broken or str(path) != known["directory"]:
+            continue
+        if known["state"] == "resuming":
+            missing = ", ".join(known["waiting_for"]) or "its devices to load it"
+            screen.note(f"{known['model']} is being resumed: waiting for {missing}")
+        elif known["state"] != "ready":
+            screen.note(f"{known['model']} is {known['state']}: the answer waits for that")
+        return str(known["model"])
     try:
         path = plan_arguments.absolute_model(options.model)
     except CommandFailed as error:
-        name = "nothing" if loaded is None else loaded["model"]
+        name = models[0]["model"] if models else "nothing"
         raise CommandFailed(
             f"{error} (nor is it a loaded model's name: {name} is loaded)"
         ) from error
@@ -348,7 +366,14 @@ def _parser() -> argparse.ArgumentParser:
         "edgetpu", edgetpu.run_edgetpu, "compile for a Coral, and check one", edgetpu.EXAMPLES
     )
     edgetpu.add_edgetpu_arguments(coral)
-    ps = command("ps", run_ps, "show what is loaded", "  shoal ps\n")
+    ps = command("ps", run_ps, "show what is loaded, and what it waits for", "  shoal ps\n")
+    events = command(
+        "events",
+        run_events,
+        "show the last events: devices that joined or left, loads, losses, failed links",
+        "  shoal events\n  shoal events --follow\n  shoal events --json | jq -c '.events[]'\n",
+    )
+    events.add_argument("--follow", action="store_true", help="go on with each new event")
     run = command(
         "run",
         run_prompt,
@@ -366,7 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--top-p", type=_share, default=1.0, metavar="P")
     run.add_argument("--seed", type=int, default=0)
     unload = command("unload", run_unload, "free the devices", "  shoal unload\n")
-    for sub in (devices, plan, load, ps, run, unload):
+    for sub in (devices, plan, load, ps, events, run, unload):
         sub.add_argument(
             "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
         )

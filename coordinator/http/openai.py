@@ -23,9 +23,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coordinator.http.common import read_json, server_sent_events, while_connected
+from coordinator.http.common import model_state, read_json, server_sent_events, while_connected
 from coordinator.loading.deployment import Deployment
-from coordinator.loading.operations import Fleet
+from coordinator.loading.models import Models
 from coordinator.serving.gateway import Gateway, Timing, room_for_answer
 from planning.errors import RequestInvalid
 from wire.messages import Sampling
@@ -65,8 +65,8 @@ class _Job:
 class OpenAIRoutes:
     """Route handlers over a gateway."""
 
-    def __init__(self, fleet: Fleet, gateway: Gateway) -> None:
-        self._fleet = fleet
+    def __init__(self, models: Models, gateway: Gateway) -> None:
+        self._models = models
         self._gateway = gateway
         # Threads of their own: whoever floods these must not keep agents from their blocks.
         self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
@@ -80,13 +80,21 @@ class OpenAIRoutes:
         ]
 
     async def models(self, request: Request) -> Response:
-        deployment = self._fleet.deployment
-        data = []
-        if deployment is not None and deployment.broken is None:
-            data.append(
-                {"id": deployment.name, "object": "model", "created": 0, "owned_by": "shoal"}
-            )
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [
+                    {
+                        "id": name,
+                        "object": "model",
+                        "created": 0,
+                        "owned_by": "shoal",
+                        "shoal": model_state(state),
+                    }
+                    for name, state in self._models.present()
+                ],
+            }
+        )
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, chat=False)
@@ -96,7 +104,7 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         body = await read_json(request)
-        deployment = await while_connected(request, self._fleet.require_deployment())
+        deployment = await while_connected(request, self._models.deployment())
         job = await while_connected(
             request, self._prepare(deployment, body, _is_long(request), chat=chat)
         )
