@@ -111,11 +111,7 @@ async def deploy(
 
     try:
         loaded = await together(map(load, members, stages, members[-1:] + members[:-1], keys))
-        if len(members) > 1:
-            for member, after, key in zip(
-                members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True
-            ):
-                await _connect(member, after, epoch, key)
+        await _connect_ring(members, epoch, keys)
         for member in members:  # One that had answered may be gone before all have.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
@@ -133,6 +129,15 @@ async def deploy(
         members=members,
         loaded=loaded,
     )
+
+
+async def _connect_ring(members: tuple[Member, ...], epoch: int, keys: tuple[bytes, ...]) -> None:
+    """Connect each stage to the next one, and the last to the first. Raises as ``_connect``."""
+    if len(members) > 1:
+        for member, after, key in zip(
+            members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True
+        ):
+            await _connect(member, after, epoch, key)
 
 
 async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> None:

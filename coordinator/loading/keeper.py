@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from functools import partial
 
 from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, LinkFailed, NotLoaded
 from coordinator.loading import state as states
@@ -185,24 +186,28 @@ class Keeper:
 
     async def _until_placed(self, name: str, wait_s: float) -> None:
         """Try to place the model until that works; after ``wait_s`` answers no longer wait."""
-
-        def explain(error: Exception) -> CoordinatorError:
-            failed = self._models.apply(name, AttemptFailed(str(error)))
-            return error_of(failed) or NotLoaded(str(error))
-
-        def give_up(error: CoordinatorError) -> None:
-            self._models.apply(name, WaitEnded(error))
-
+        give_up = partial(self._give_up, name)
         try:
             with self._roster.changed.watch() as changed:
                 placed = await recover(
-                    lambda: self._attempt(name), explain, changed, give_up, wait_s
+                    partial(self._attempt, name),
+                    partial(self._explain, name),
+                    changed,
+                    give_up,
+                    wait_s,
                 )
         except Exception:  # Whatever went wrong, nobody must wait for ever; asyncio reports it.
             give_up(NotLoaded(NO_MODEL))
             raise
         names = ", ".join(member.name for member in placed.members)
         log.warning("%s is loaded again, on %s", name, names)
+
+    def _explain(self, name: str, error: Exception) -> CoordinatorError:
+        failed = self._models.apply(name, AttemptFailed(str(error)))
+        return error_of(failed) or NotLoaded(str(error))
+
+    def _give_up(self, name: str, error: CoordinatorError) -> None:
+        self._models.apply(name, WaitEnded(error))
 
     async def _attempt(self, name: str) -> Deployment:
         """Place the model once. Raises why that did not work."""

@@ -1,8 +1,8 @@
-"""Loading without being asked: after a device was lost, and after the coordinator was restarted.
+"""What loading without being asked needs: what remains of a request, repeated attempts, the disk.
 
-Answers in flight wait for the outcome and go on (coordinator.serving.gateway). A failed attempt is
-repeated when devices join, for instance because the rest has too little memory. It is also repeated
-for a while without a visible reason: a link that was cut may be back.
+coordinator.loading.keeper uses it after a device was lost and after the coordinator was restarted.
+A failed attempt is repeated when devices join, for instance because the others have too little
+memory. It is also repeated for a while without a visible reason: a link that was cut may be back.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class Losses:
 
 
 class Distillation:
-    """Measurements of quality on members, kept in a store. One at a time: the fleet's lock."""
+    """Measurements of quality on members, kept in a store. The caller holds the turn."""
 
     def __init__(self, store: ArtifactStore, quality: QualityStore) -> None:
         self._store = store
