@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def run_ps(options: argparse.Namespace, screen: Screen) -> None:
     if options.json:
         screen.json(answer)
     else:
-        screen.models(answer["models"])
+        screen.models(_models(answer))
 
 
 def run_events(options: argparse.Namespace, screen: Screen) -> None:
@@ -190,9 +190,14 @@ def _client(options: argparse.Namespace) -> Any:
     return Client(options.url or default_url())
 
 
+def _models(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every model that the coordinator told of; the one that answers comes first."""
+    return [model for model in (answer["model"], *answer.get("beside", ())) if model is not None]
+
+
 def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
     """The name of the loaded model, which is MODEL; loads it if need be, otherwise by default."""
-    models = client.get("/shoal/v1/ps")["models"]
+    models = _models(client.get("/shoal/v1/ps"))
     path = Path(options.model).absolute()
     for known in models:
         is_broken = known["state"] == "broken"

@@ -111,7 +111,10 @@ class AdminRoutes:
 
     async def ps(self, request: Request) -> Response:
         models = [_model(state) for _, state in self._models.present()]
-        return JSONResponse({"model": models[0] if models else None, "models": models})
+        answer: dict[str, Any] = {"model": models[0] if models else None}
+        if models[1:]:  # One that is being loaded in place of the first.
+            answer["beside"] = models[1:]
+        return JSONResponse(answer)
 
     async def events(self, request: Request) -> Response:
         """The last events. ``?after=NUMBER``: those after it, once there is one."""
@@ -282,7 +285,6 @@ def _model(state: Present) -> dict[str, Any]:
         "model": name_of(state),
         "directory": str(directory_of(state)),
         **model_state(state),
-        "since_s": round(time.monotonic() - state.since_s, 3),
     }
     if isinstance(state, Loading):
         answer["step"] = state.step

@@ -234,7 +234,7 @@ def test_events_over_http(tmp_path: Path) -> None:
             (event,) = (await client.get("/shoal/v1/events")).json()["events"]
             assert (event["number"], event["kind"], event["subject"]) == (1, "resuming", "llama")
             assert event["text"] == "on pi-1, pi-2"
-            (known,) = (await client.get("/shoal/v1/ps")).json()["models"]
+            known = (await client.get("/shoal/v1/ps")).json()["model"]
             assert (known["state"], known["waiting_for"]) == ("resuming", ["pi-1", "pi-2"])
             for wrong in ("x", "-1", "9" * 16, ""):
                 answer = await client.get("/shoal/v1/events", params={"after": wrong})
