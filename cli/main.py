@@ -206,11 +206,6 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
                 raise CommandFailed(known["reason"])
         elif is_broken or str(path) != known["directory"]:
             continue
-        if known["state"] == "resuming":
-            missing = ", ".join(known["waiting_for"]) or "its devices to load it"
-            screen.note(f"{known['model']} is being resumed: waiting for {missing}")
-        elif known["state"] != "ready":
-            screen.note(f"{known['model']} is {known['state']}: the answer waits for that")
         return str(known["model"])
     try:
         path = plan_arguments.absolute_model(options.model)

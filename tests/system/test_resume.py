@@ -49,7 +49,7 @@ def test_what_is_being_resumed_is_told_by_all_and_answers_come(cluster: Cluster)
     )
     try:
         assert run.stderr is not None
-        assert "tiny-opt is being resumed: waiting for a1" in run.stderr.readline()
+        assert "tiny-opt is resuming: waiting for a1" in run.stderr.readline()
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(ask, cluster, question)
             cluster.start_agent("a1", f"--coordinator=127.0.0.1:{cluster.control_port}")
