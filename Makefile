@@ -62,6 +62,9 @@ check: $(VENV)/dev.stamp ## style, types and the import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+state-diagram: $(VENV)/run.stamp ## write the states of a model into docs/design.md, from their table
+	$(BIN)/python -m coordinator.loading.diagram docs/design.md
+
 bench: $(VENV)/run.stamp ## measure what splitting costs on this machine
 	$(BIN)/python benchmarks/split.py $(ARGS)
 

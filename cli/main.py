@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,18 @@ def run_ps(options: argparse.Namespace, screen: Screen) -> None:
     if options.json:
         screen.json(answer)
     else:
-        screen.deployment(answer["model"])
+        screen.models(_models(answer))
+
+
+def run_events(options: argparse.Namespace, screen: Screen) -> None:
+    with _client(options) as client:
+        events, last = client.get("/shoal/v1/events")["events"], 0
+        screen.events(events)
+        while options.follow:
+            last = events[-1]["number"] if events else last
+            events = client.get(f"/shoal/v1/events?after={last}")["events"]
+            if events:
+                screen.events(events)
 
 
 def run_unload(options: argparse.Namespace, screen: Screen) -> None:
@@ -171,23 +182,30 @@ def _client(options: argparse.Namespace) -> Any:
     return Client(options.url or default_url())
 
 
+def _models(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every model that the coordinator told of; the one that answers comes first."""
+    return [model for model in (answer["model"], *answer.get("beside", ())) if model is not None]
+
+
 def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
     """The name of the loaded model, which is MODEL; loads it with the defaults if need be."""
     from cli.commands import plan_arguments
     from planning.request import LoadRequest
 
-    loaded = client.get("/shoal/v1/ps")["model"]
+    models = _models(client.get("/shoal/v1/ps"))
     path = Path(options.model).absolute()
-    if loaded is not None and options.model in (loaded["model"], loaded["directory"]):
-        if loaded["state"] == "broken":
-            raise CommandFailed(loaded["reason"])
-        return str(loaded["model"])
-    if loaded is not None and str(path) == loaded["directory"] and loaded["state"] != "broken":
-        return str(loaded["model"])
+    for known in models:
+        is_broken = known["state"] == "broken"
+        if options.model in (known["model"], known["directory"]):
+            if is_broken:
+                raise CommandFailed(known["reason"])
+        elif is_broken or str(path) != known["directory"]:
+            continue
+        return str(known["model"])
     try:
         path = plan_arguments.absolute_model(options.model)
     except CommandFailed as error:
-        name = "nothing" if loaded is None else loaded["model"]
+        name = models[0]["model"] if models else "nothing"
         raise CommandFailed(
             f"{error} (nor is it a loaded model's name: {name} is loaded)"
         ) from error
@@ -370,6 +388,14 @@ def _ps(parser: argparse.ArgumentParser) -> tuple[Run, str]:
     return run_ps, "  shoal ps\n"
 
 
+def _events(events: argparse.ArgumentParser) -> tuple[Run, str]:
+    events.add_argument("--follow", action="store_true", help="go on with each new event")
+    _add_url(events)
+    return run_events, (
+        "  shoal events\n  shoal events --follow\n  shoal events --json | jq -c '.events[]'\n"
+    )
+
+
 def _run(run: argparse.ArgumentParser) -> tuple[Run, str]:
     from cli import argument_types
     from cli.commands import plan_arguments
@@ -422,7 +448,11 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "testbed": ("emulate a lab's hosts on this machine", _testbed),
     "bench": ("measure tokens per second of a shape", _bench),
     "edgetpu": ("compile for a Coral, and check one", _edgetpu),
-    "ps": ("show what is loaded", _ps),
+    "ps": ("show what is loaded, and what it waits for", _ps),
+    "events": (
+        "show the last events: devices that joined or left, loads, losses, failed links",
+        _events,
+    ),
     "run": ("generate text, loading MODEL first if it is not", _run),
     "unload": ("free the devices", _unload),
 }

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 from rich import box
@@ -269,12 +270,37 @@ class Screen:
             )
         self.noise(noise)
 
-    def deployment(self, model: Mapping[str, Any] | None) -> None:
-        """What is loaded."""
-        if model is None:
+    def models(self, models: Sequence[Mapping[str, Any]]) -> None:
+        """What is loaded, and what is being loaded."""
+        if not models:
             self.out.print("no model is loaded")
-            return
-        table = titled_table(f"{model['model']}: {model['state']}")
+        for model in models:
+            if "stages" in model:
+                self._deployment(model)
+            else:
+                self.out.print(escape(_state_line(model)), soft_wrap=True)
+            if model["reason"]:
+                self.out.print(f"[red]{escape(model['reason'])}[/]")
+
+    def events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """The coordinator's last events, oldest first: a table, or one JSON object."""
+        if self.json_output:
+            self.json({"events": list(events)})
+        elif not events:
+            self.out.print("nothing has happened yet")
+        else:
+            table = Table(box=None, pad_edge=False, show_header=False)
+            for event in events:
+                when = datetime.fromtimestamp(event["time_s"]).astimezone()
+                table.add_row(
+                    f"{when:%Y-%m-%d %H:%M:%S}.{when.microsecond // 1000:03d}",
+                    *(escape(event[column]) for column in ("kind", "subject", "text")),
+                )
+            self.table(table)
+
+    def _deployment(self, model: Mapping[str, Any]) -> None:
+        """A model with its stages."""
+        table = titled_table(_state_line(model))
         table.add_column("device")
         for column in ("blocks", "memory", "fetched", "load s"):
             table.add_column(column, justify="right")
@@ -291,8 +317,16 @@ class Screen:
         slots = model["slots"]
         line = f", {slots['waiting']} in line" if slots["waiting"] else ""
         self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")
-        if model["reason"]:
-            self.out.print(f"[red]{escape(model['reason'])}[/]")
+
+
+def _state_line(model: Mapping[str, Any]) -> str:
+    """The state of a model in words, such as "tiny-opt: resuming, waiting for pi-1"."""
+    line = f"{model['model']}: {model['state']}"
+    if model["waiting_for"]:
+        line += f", waiting for {', '.join(model['waiting_for'])}"
+    if model.get("step"):
+        line += f", step {model['step']}"
+    return line
 
 
 def titled_table(title: str) -> Table:

@@ -23,12 +23,17 @@ from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
 from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.openai import OpenAIRoutes
-from coordinator.loading.operations import Fleet
+from coordinator.loading.keeper import Keeper
+from coordinator.loading.models import Models
+from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import LoadedFile
+from coordinator.loading.state import Serving, describe
+from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.gateway import Gateway
+from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
 from wire.chunks import file_chunks
@@ -98,20 +103,21 @@ class Coordinator:
         self._say = say
         self._service = service or ServiceManager()
         self._store = ArtifactStore(config.state_dir, config.storage_bytes)
-        self.roster = Roster(
-            config.cluster,
-            on_event=lambda member, message: self._gateway.on_event(member, message),
-            on_lost=lambda member, error: self._gateway.on_lost(member, error),
-            names=NameBook(config.state_dir),
+        self._story = Story()
+        self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story)
+        self._models, turns = Models(self._story), Turns()
+        self._operations = Operations(
+            self.roster, self._store, QualityStore(config.state_dir), self._models, turns
         )
-        self._fleet = Fleet(
+        self._keeper = Keeper(
             self.roster,
-            self._store,
-            QualityStore(config.state_dir),
+            self._models,
+            turns,
+            self._operations,
             LoadedFile(config.state_dir),
             config.recovery_wait_s,
         )
-        self._gateway = Gateway(self._fleet)
+        self._gateway = Gateway(self.roster, self._models)
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
         self._idle_downloads = Lobby("downloads of blocks")
         self._rare_log = RareLog(log)
@@ -146,12 +152,12 @@ class Coordinator:
                     # In this order: a dropped agent tries to join again at once. Connections are
                     # not waited for, they would last as long as their other end likes.
                     control.close()
-                    self._fleet.close()
+                    self._keeper.close()
                     self.roster.close()
 
-                self._fleet.resume()
+                self._keeper.resume()
                 attendant = asyncio.create_task(self._attend())
-                watch = asyncio.create_task(self._fleet.watch_links())
+                watch = asyncio.create_task(self._keeper.watch_links())
                 try:
                     # A task of its own: uvicorn raises the signal that stopped it once more, and
                     # this way that ends the await here, not the first one of the cleaning up.
@@ -168,12 +174,13 @@ class Coordinator:
         """Show the service manager that the event loop turns, and what it serves."""
         while True:
             count = len(self.roster.members)
-            deployment = self._fleet.deployment
-            serves = "no model" if deployment is None else deployment.name
-            if deployment is not None and deployment.broken is not None:
-                serves += ", recovering" if deployment.is_recovering else ", broken"
+            present = [
+                name if isinstance(state, Serving) else f"{name}, {describe(state)}"
+                for name, state in self._models.present()
+            ]
             self._service.status(
-                f"cluster {self._config.cluster!r}: {count} agent{'s' * (count != 1)}, {serves}"
+                f"cluster {self._config.cluster!r}: {count} agent{'s' * (count != 1)}, "
+                + ("; ".join(present) or "no model")
             )
             self._service.alive()
             await asyncio.sleep(limits.HEARTBEAT_S)
@@ -213,8 +220,10 @@ class Coordinator:
             await asyncio.to_thread(advertisement.__exit__, None, None, None)
 
     def _app(self) -> ASGIApp:
-        admin = AdminRoutes(self._config.cluster, self.roster, self._fleet)
-        openai = OpenAIRoutes(self._fleet, self._gateway)
+        admin = AdminRoutes(
+            self._config.cluster, self.roster, self._operations, self._models, self._story
+        )
+        openai = OpenAIRoutes(self._models, self._gateway)
         routes = Starlette(
             routes=[*openai.routes(), *admin.routes()],
             exception_handlers=HANDLERS,

@@ -1,4 +1,5 @@
-"""The routes behind the ``shoal`` command: devices, measure, plan, load, unload, ps, quality.
+"""The routes behind the ``shoal`` command: devices, measure, plan, load, unload, ps, events and
+quality.
 
 Measure, plan, load and quality stream one JSON object a line: {"step": ...} for progress, then
 {"result": ...} or {"error": ...}. A client that goes away cancels the operation.
@@ -7,6 +8,7 @@ Measure, plan, load and quality stream one JSON object a line: {"step": ...} for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,14 +19,24 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coordinator.http.common import json_lines, read_json
+from coordinator.http.common import json_lines, model_state, read_json, while_connected
 from coordinator.loading.deployment import Deployment, Planned
-from coordinator.loading.operations import Fleet
+from coordinator.loading.models import Models
+from coordinator.loading.operations import Operations
+from coordinator.loading.state import (
+    Loading,
+    Present,
+    Serving,
+    deployment_of,
+    directory_of,
+    name_of,
+)
 from coordinator.quality.measuring import QualityFound
 from coordinator.quality.store import QualityRequest
 from coordinator.roster.measurements import Step
 from coordinator.roster.members import Member, Roster
 from coordinator.roster.noise import device_noise, plan_noise
+from coordinator.story import Story
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
@@ -33,22 +45,32 @@ from planning.request import LoadRequest, model_name
 from wire.messages import PROTOCOL_VERSION
 from wire.versions import shoal_version
 
+POLL_S = 30.0
+"""An answer about new events comes by then, maybe without any."""
+
+MOST_DIGITS = 15
+
 Emit = Callable[[dict[str, Any]], None]
 
 
 class AdminRoutes:
-    """Route handlers over a fleet."""
+    """Route handlers over the devices and what is loaded on them."""
 
-    def __init__(self, cluster: str, roster: Roster, fleet: Fleet) -> None:
+    def __init__(
+        self, cluster: str, roster: Roster, operations: Operations, models: Models, story: Story
+    ) -> None:
         self._cluster = cluster
         self._roster = roster
-        self._fleet = fleet
+        self._operations = operations
+        self._models = models
+        self._story = story
 
     def routes(self) -> list[Route]:
         return [
             Route("/shoal/v1/devices", self.devices, methods=["GET"]),
             Route("/shoal/v1/measure", self.measure, methods=["POST"]),
             Route("/shoal/v1/ps", self.ps, methods=["GET"]),
+            Route("/shoal/v1/events", self.events, methods=["GET"]),
             Route("/shoal/v1/plan", self.plan, methods=["POST"]),
             Route("/shoal/v1/load", self.load, methods=["POST"]),
             Route("/shoal/v1/unload", self.unload, methods=["POST"]),
@@ -64,7 +86,7 @@ class AdminRoutes:
             raise RequestInvalid("name the device to measure", "device")
 
         async def work(emit: Emit) -> dict[str, Any]:
-            await self._fleet.measure(name, _emitter(emit))
+            await self._operations.measure(name, _emitter(emit))
             return self._devices()
 
         return json_lines(work)
@@ -88,15 +110,40 @@ class AdminRoutes:
         }
 
     async def ps(self, request: Request) -> Response:
-        deployment = self._fleet.deployment
-        return JSONResponse({"model": None if deployment is None else _deployment(deployment)})
+        models = [_model(state) for _, state in self._models.present()]
+        answer: dict[str, Any] = {"model": models[0] if models else None}
+        if models[1:]:  # One that is being loaded in place of the first.
+            answer["beside"] = models[1:]
+        return JSONResponse(answer)
+
+    async def events(self, request: Request) -> Response:
+        """The last events. ``?after=NUMBER``: those after it, once there is one."""
+        text = request.query_params.get("after")
+        if text is None:
+            return self._events(0)
+        if not (text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS):
+            raise RequestInvalid("after: give the number of an event", "after")
+        await while_connected(request, self._event_after(int(text)))
+        return self._events(int(text))
+
+    def _events(self, number: int) -> Response:
+        return JSONResponse({"events": [asdict(event) for event in self._story.after(number)]})
+
+    async def _event_after(self, number: int) -> None:
+        with self._story.changed.watch() as changed:
+            while not self._story.after(number):
+                changed.clear()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(changed.wait(), POLL_S)
+                    continue
+                return
 
     async def plan(self, request: Request) -> Response:
         wanted = LoadRequest.from_dict(await read_json(request))
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
-            planned = await self._fleet.plan(wanted, _emitter(emit))
+            planned = await self._operations.plan(wanted, _emitter(emit))
             return {
                 **_planned(planned),
                 "noise": self._noise(planned.checkpoint.spec, planned.request),
@@ -109,9 +156,9 @@ class AdminRoutes:
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
-            deployment = await self._fleet.load(wanted, _emitter(emit))
+            deployment = await self._operations.load(wanted, _emitter(emit))
             return {
-                **_deployment(deployment),
+                **_model(Serving(deployment, time.monotonic())),
                 "noise": self._noise(deployment.spec, deployment.request),
             }
 
@@ -129,13 +176,13 @@ class AdminRoutes:
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
-            return _quality(await self._fleet.calibrate(wanted, _emitter(emit)))
+            return _quality(await self._operations.calibrate(wanted, _emitter(emit)))
 
         return json_lines(work)
 
     async def unload(self, request: Request) -> Response:
         await read_json(request)
-        return JSONResponse({"unloaded": await self._fleet.unload()})
+        return JSONResponse({"unloaded": await self._operations.unload()})
 
 
 async def _require_checkpoint(directory: Path) -> None:
@@ -232,13 +279,22 @@ def _quality(found: QualityFound) -> dict[str, Any]:
     }
 
 
+def _model(state: Present) -> dict[str, Any]:
+    """A model; with its plan and stages where it has a deployment."""
+    answer: dict[str, Any] = {
+        "model": name_of(state),
+        "directory": str(directory_of(state)),
+        **model_state(state),
+    }
+    if isinstance(state, Loading):
+        answer["step"] = state.step
+    deployment = deployment_of(state)
+    return answer if deployment is None else answer | _deployment(deployment)
+
+
 def _deployment(deployment: Deployment) -> dict[str, Any]:
     slots = deployment.slots
     return {
-        "model": deployment.name,
-        "directory": str(deployment.request.model),
-        "state": _state(deployment),
-        "reason": str(deployment.broken) if deployment.broken else None,
         "context_tokens": deployment.context_tokens,
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": describe_plan(deployment.spec, deployment.plan, slots.total),
@@ -252,9 +308,3 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             for member, loaded in zip(deployment.members, deployment.loaded, strict=True)
         ],
     }
-
-
-def _state(deployment: Deployment) -> str:
-    if deployment.is_recovering:
-        return "recovering"
-    return "broken" if deployment.broken else "ready"

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from coordinator.errors import CoordinatorError
+from coordinator.loading.state import State, error_of, waiting_for
 from model.errors import ModelError
 from planning.errors import RequestInvalid
 from planning.plan import InfeasiblePlan, PlanError
@@ -39,6 +40,16 @@ _abandoned: set[asyncio.Task[Any]] = set()
 
 class ClientGone(Exception):
     """The client closed its connection before the answer was ready."""
+
+
+def model_state(state: State) -> dict[str, Any]:
+    """The state of a model, as every route tells it."""
+    error = error_of(state)
+    return {
+        "state": state.word,
+        "reason": None if error is None else str(error),
+        "waiting_for": list(waiting_for(state)),
+    }
 
 
 async def read_json(request: Request) -> dict[str, Any]:

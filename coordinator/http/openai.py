@@ -13,7 +13,7 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -23,9 +23,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coordinator.http.common import read_json, server_sent_events, while_connected
+from coordinator.http.common import model_state, read_json, server_sent_events, while_connected
 from coordinator.loading.deployment import Deployment
-from coordinator.loading.operations import Fleet
+from coordinator.loading.models import Models
+from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
 from coordinator.serving.gateway import Gateway, Timing, room_for_answer
 from planning.errors import RequestInvalid
 from wire.messages import Sampling
@@ -65,8 +66,8 @@ class _Job:
 class OpenAIRoutes:
     """Route handlers over a gateway."""
 
-    def __init__(self, fleet: Fleet, gateway: Gateway) -> None:
-        self._fleet = fleet
+    def __init__(self, models: Models, gateway: Gateway) -> None:
+        self._models = models
         self._gateway = gateway
         # Threads of their own: whoever floods these must not keep agents from their blocks.
         self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
@@ -80,13 +81,21 @@ class OpenAIRoutes:
         ]
 
     async def models(self, request: Request) -> Response:
-        deployment = self._fleet.deployment
-        data = []
-        if deployment is not None and deployment.broken is None:
-            data.append(
-                {"id": deployment.name, "object": "model", "created": 0, "owned_by": "shoal"}
-            )
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [
+                    {
+                        "id": name,
+                        "object": "model",
+                        "created": 0,
+                        "owned_by": "shoal",
+                        "shoal": model_state(state),
+                    }
+                    for name, state in self._models.present()
+                ],
+            }
+        )
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, chat=False)
@@ -96,13 +105,26 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         body = await read_json(request)
-        deployment = await while_connected(request, self._fleet.require_deployment())
+        state = self._models.current
+        if body.get("stream") is True and isinstance(state, (Resuming, Loading, Replacing)):
+            return server_sent_events(self._late_stream(body, _is_long(request), chat=chat))
+        deployment = await while_connected(request, self._models.deployment())
         job = await while_connected(
             request, self._prepare(deployment, body, _is_long(request), chat=chat)
         )
         if job.stream:
             return server_sent_events(self._stream(job))
         return JSONResponse(await while_connected(request, self._whole(job)))
+
+    async def _late_stream(
+        self, body: Mapping[str, Any], is_long: bool, *, chat: bool
+    ) -> AsyncIterator[dict[str, Any] | str]:
+        """Say what a streamed answer waits for, then the answer; errors come in the stream."""
+        yield f"{name_of(self._models.current)} is {describe(self._models.current)}"
+        job = await self._prepare(await self._models.deployment(), body, is_long, chat=chat)
+        async with aclosing(self._stream(job)) as events:
+            async for event in events:
+                yield event
 
     async def _prepare(
         self, deployment: Deployment, body: Mapping[str, Any], is_long: bool, *, chat: bool
@@ -136,7 +158,7 @@ class OpenAIRoutes:
             **_details(job, tokens, timing),
         }
 
-    async def _stream(self, job: _Job) -> AsyncIterator[dict[str, Any] | str]:
+    async def _stream(self, job: _Job) -> AsyncGenerator[dict[str, Any] | str]:
         envelope, timing, tokens = _envelope(job), Timing(), list[int]()
         if job.include_usage:
             envelope["usage"] = None

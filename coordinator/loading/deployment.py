@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, LinkFailed
+from coordinator.errors import AgentFailed, AgentLost, LinkFailed
 from coordinator.loading.slots import Slots
 from coordinator.roster.measurements import Step, forward, together
 from coordinator.roster.members import Member
@@ -44,9 +44,9 @@ class Planned:
     """Ids of the devices by the names that the problem and the plan have for them."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
-    """A plan in force. ``broken`` says why it no longer is."""
+    """A plan that was put in force. Whether it still is, coordinator.loading.models knows."""
 
     request: LoadRequest
     spec: ModelSpec
@@ -57,59 +57,16 @@ class Deployment:
     context_tokens: int
     members: tuple[Member, ...]
     loaded: tuple[StageLoaded, ...]
-    broken: CoordinatorError | None = None
-    is_suspect: bool = False
-    """Whether a file of a stage was damaged: tokens that came from here may be wrong."""
-    successor: asyncio.Future[Deployment] | None = None
-    """Once a device or link was lost: what takes this deployment's place, or why nothing does."""
 
     @property
     def name(self) -> str:
         return model_name(self.request.model)
-
-    @property
-    def is_recovering(self) -> bool:
-        return self.successor is not None and not self.successor.done()
 
     def after(self, member: Member) -> Member | None:
         """The next device of the ring; None where the member has no stage, or the only one."""
         if member not in self.members or len(self.members) == 1:
             return None
         return self.members[(self.members.index(member) + 1) % len(self.members)]
-
-    async def latest(self) -> Deployment:
-        """This deployment or, after devices were lost, the one that took its place; waits for that.
-
-        Raises what broke it for good.
-        """
-        deployment = self
-        while deployment.successor is not None:
-            deployment = await outcome_of(deployment.successor)
-        deployment.require()
-        return deployment
-
-    def require(self) -> None:
-        """Raise why the deployment is broken, if it is."""
-        if self.broken is not None:
-            # Raised again and again: its traceback would keep the frames of every time.
-            raise self.broken.with_traceback(None)
-
-
-def new_outcome() -> asyncio.Future[Deployment]:
-    """For what will be loaded, or why nothing is: of interest to nobody, or to many."""
-    outcome = asyncio.get_running_loop().create_future()
-    # If nobody waits, nobody need be told.
-    outcome.add_done_callback(lambda future: future.cancelled() or future.exception())
-    return outcome
-
-
-async def outcome_of(outcome: asyncio.Future[Deployment]) -> Deployment:
-    """Wait for it as one of many. Raises why nothing is loaded."""
-    await asyncio.wait([outcome])
-    error = outcome.exception()
-    if error is not None:
-        raise error.with_traceback(None)
-    return outcome.result()
 
 
 async def deploy(
@@ -154,11 +111,7 @@ async def deploy(
 
     try:
         loaded = await together(map(load, members, stages, members[-1:] + members[:-1], keys))
-        if len(members) > 1:
-            for member, after, key in zip(
-                members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True
-            ):
-                await _connect(member, after, epoch, key)
+        await _connect_ring(members, epoch, keys)
         for member in members:  # One that had answered may be gone before all have.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
@@ -176,6 +129,15 @@ async def deploy(
         members=members,
         loaded=loaded,
     )
+
+
+async def _connect_ring(members: tuple[Member, ...], epoch: int, keys: tuple[bytes, ...]) -> None:
+    """Connect each stage to the next one, and the last to the first. Raises as ``_connect``."""
+    if len(members) > 1:
+        for member, after, key in zip(
+            members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True
+        ):
+            await _connect(member, after, epoch, key)
 
 
 async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> None:

@@ -1,51 +1,38 @@
 """From a model directory to a running deployment: measure, plan, quantize, load, connect.
 
 One operation at a time. Whatever ends an operation early (an error, a lost agent, the user going
-away) leaves no half-loaded stage behind. A deployment that loses a device is placed anew.
+away) leaves no half-loaded stage behind. What comes of an operation is told to
+coordinator.loading.models, and coordinator.loading.keeper repeats a load after a loss.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import math
 import secrets
 import time
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from coordinator.config import DEFAULT_RECOVERY_WAIT_S
-from coordinator.errors import (
-    AgentDamaged,
-    AgentLost,
-    Busy,
-    CoordinatorError,
-    LinkFailed,
-    NotLoaded,
-)
+from coordinator.errors import Busy, LinkFailed, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
-from coordinator.loading.deployment import (
-    Deployment,
-    Planned,
-    deploy,
-    new_outcome,
-    outcome_of,
-    unload,
+from coordinator.loading.deployment import Deployment, Planned, deploy, unload
+from coordinator.loading.models import UNLOADED, Models
+from coordinator.loading.recovery import remaining
+from coordinator.loading.state import (
+    FilesMended,
+    LoadBegan,
+    LoadFailed,
+    Placed,
+    StepBegan,
+    Unloaded,
+    deployment_of,
 )
-from coordinator.loading.recovery import LoadedFile, joined, recover, remaining
+from coordinator.loading.turns import Turns
 from coordinator.quality.measuring import Losses, QualityFound, QualityMeter
 from coordinator.quality.store import QualityRequest, QualityStore
 from coordinator.roster.measurements import (
@@ -76,86 +63,68 @@ from wire.messages import BlockRef, StageLoaded
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
 PLACEMENTS = 6
 """Plans that are made for one load at most, where links fail while each is put in force."""
 
-WATCH_S = 5.0
-"""Between two looks at whether a failed link is worth another try."""
 
-
-class Fleet:
-    """Plans and deployments over the members of a roster."""
+class Operations:
+    """What users ask of the devices together: plan, load, measure, calibrate, unload."""
 
     def __init__(
         self,
         roster: Roster,
         store: ArtifactStore,
         quality: QualityStore,
-        kept: LoadedFile,
-        recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S,
+        models: Models,
+        turns: Turns,
     ) -> None:
-        """``recovery_wait_s``: how long answers wait for a device that no other can replace."""
         self._roster = roster
-        self._kept = kept
-        self._recovery_wait_s = recovery_wait_s
-        self._outcome: asyncio.Future[Deployment] | None = None
-        """Of ``_recovery``: what it loads, or why nothing."""
-        self._recovery: asyncio.Task[None] | None = None
-        self._placing = ""
-        """What holds the lock where that is not a user's operation, in words."""
-        self._doubts: dict[Member, asyncio.Task[None]] = {}
-        """What finds out what became of the hop that a member has lost."""
+        self._models = models
+        self._turns = turns
+        self._report = turns.report
         self._store = store
         self._quality_meter = QualityMeter(store, quality)
         self._damaged_epochs: set[int] = set()
-        """Of what was being loaded when a stage of it was found damaged."""
-        self._found_damage = False
-        """Whether files of stages were found damaged since the newest deployment broke."""
-        self._lock = asyncio.Lock()
-        self.deployment: Deployment | None = None
-        self.on_step: Callable[[Step], None] | None = None
-        self.on_broken: Callable[[Deployment, CoordinatorError], None] = lambda *_: None
-        """Told when a deployment can run nothing any more, and why."""
-
-    async def require_deployment(self) -> Deployment:
-        """The deployment in force, once it is. Raises NotLoaded, or what broke it."""
-        if self.deployment is not None:
-            return await self.deployment.latest()
-        if self._recovery is not None and self._outcome is not None:
-            return await outcome_of(self._outcome)
-        raise NotLoaded("no model is loaded: run `shoal load MODEL`")
+        """Epochs that were being loaded when one of their stages was found damaged."""
 
     async def plan(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
-        async with self._exclusive(on_step):
+        async with self._turns.asked(on_step):
             return await self._plan(self._identified(request), asked=True)
 
     async def load(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
-        async with self._exclusive(on_step):
+        async with self._turns.asked(on_step):
             tokenizer = await asyncio.to_thread(_tokenizer, request.model)
             request = self._identified(request)
             for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
                 log.warning("%s", doubt)
-            self.deployment = await self._put(request, tokenizer, asked=True)
-            ids = {member.name: member.device for member in self.deployment.members}
-            self._kept.keep(request, list(ids), ids)
-            return self.deployment
+            return await self._load(request, tokenizer)
+
+    async def _load(self, request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
+        name = model_name(request.model)
+        self._models.apply(name, LoadBegan(request))
+        try:
+            deployment = await self._put(request, tokenizer, asked=True)
+        except BaseException as error:
+            why = str(error) or "the load was stopped"
+            self._models.apply(name, LoadFailed(NotLoaded(f"{name} was not loaded: {why}")))
+            raise
+        self._models.apply(name, Placed(deployment))
+        return deployment
 
     async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
         """Measure anew what is known of the device ``name``, and its links to those that are free.
 
         Raises CoordinatorError.
         """
-        async with self._exclusive(on_step):
+        async with self._turns.asked(on_step):
             members = self._roster.require_members()
             device = self._roster.names.device(name) or name
             _check_joined((device,), members, self._roster.names)
             (member,) = (member for member in members if member.device == device)
-            deployment = self.deployment
-            serving = () if deployment is None or deployment.broken else deployment.members
+            deployment = deployment_of(self._models.current)
+            serving = () if self._models.serving is None else self._models.serving.members
             free: list[Member] = []
             for residents in machines(members):
                 if not any(resident in serving for resident in residents):
@@ -175,7 +144,7 @@ class Fleet:
 
         What an earlier run measured is not measured again. Raises CoordinatorError, ModelError.
         """
-        async with self._exclusive(on_step):
+        async with self._turns.asked(on_step):
             self._require_idle()
             everybody = members = self._roster.require_members()
             if request.on is not None:
@@ -186,115 +155,28 @@ class Fleet:
 
     async def unload(self) -> str | None:
         """Stop what is loaded; its name, or None if nothing was."""
-        self._require_free()
-        recovery = self._give_up(NotLoaded("the model was unloaded"))
-        if recovery is not None:
-            await asyncio.wait([recovery])
-        async with self._exclusive(lambda step: None):
-            name = self.deployment.name if self.deployment else None
-            await self._unload()
-            return name
+        self._turns.require_free()
+        present = self._models.present()
+        members = self._end_models()
+        async with self._turns.asked(lambda step: None):
+            await asyncio.shield(unload(members))
+        return present[0][0] if present else None
 
-    def lose(self, member: Member, error: AgentLost) -> None:
-        """Break the deployment if ``member`` is part of it, and place it anew."""
-        if self.deployment is not None and member in self.deployment.members:
-            self.place_again(self.deployment, error)
+    def _end_models(self) -> tuple[Member, ...]:
+        """End every model but the one that is being loaded; the members whose stages remain."""
+        members: list[Member] = []
+        for name, state in self._models.present():
+            deployment = deployment_of(state)
+            members += () if deployment is None else deployment.members
+            self._models.apply(name, Unloaded(NotLoaded(UNLOADED)))
+        return tuple(dict.fromkeys(members))
 
-    def lose_hop(self, deployment: Deployment, source: Member, target: Member, reason: str) -> None:
-        """Find out whether a hop's device or its link was lost, and place ``deployment`` anew."""
-
-        async def find_out() -> None:
-            # A target that is lost, the roster tells by ``lose``.
-            if await target.lives() and source.lost is None:
-                self._roster.fail_link(source, target, reason, used=True)
-                self.place_again(deployment, LinkFailed(source.name, target.name, reason))
-
-        if source not in self._doubts:
-            task = self._doubts[source] = asyncio.create_task(find_out())
-            task.add_done_callback(lambda _: self._doubts.pop(source))
-
-    def place_again(self, deployment: Deployment, error: CoordinatorError) -> None:
-        """Break ``deployment``, unless it is broken or replaced already, and place it anew."""
-        if deployment is not self.deployment or deployment.broken:
-            return
-        deployment.successor = self._outcome = new_outcome()
-        self._found_damage = False
-        self._break(deployment, error)
-        self._recovery = asyncio.create_task(self._recover(deployment, error, self._outcome))
-
-    async def watch_links(self) -> None:
-        """Try links that failed again, one at a time while nothing else is done; for ever."""
-        while True:
-            await asyncio.sleep(WATCH_S)
-            due = self._roster.links_to_retry()
-            if due and not self._lock.locked() and not self._is_answering():
-                with contextlib.suppress(CoordinatorError):
-                    async with self._unasked("a link that had failed is tried again"):
-                        await try_links(self._roster, due[:1], self._report)
-
-    def stop_damaged(self, member: Member, epoch: int, reason: str) -> None:
-        """Place anew what ``member`` found to run from a damaged file; its answers are suspect."""
-        error = AgentDamaged(member.name, reason)
-        deployment = self.deployment
-        if deployment is not None and deployment.epoch == epoch and member in deployment.members:
-            deployment.is_suspect = True
-            if not deployment.broken:
-                self.place_again(deployment, error)  # Which says why.
-                return
-        else:
-            self._found_damage = True
-            if self._lock.locked():  # It may be about what is still being loaded.
-                self._damaged_epochs.add(epoch)
-        log.warning("%s", error)
-
-    def resume(self) -> None:
-        """Load what was loaded when the coordinator was stopped, as soon as its devices join."""
-        kept = self._kept.read()
-        if kept is not None:
-            self._outcome = new_outcome()
-            self._recovery = asyncio.create_task(self._resume(*kept, self._outcome))
-
-    def close(self) -> None:
-        """Break what is loaded, because the coordinator stops."""
-        stopped = NotLoaded("the coordinator was stopped")
-        if self.deployment is not None:
-            self._break(self.deployment, stopped)
-        self._give_up(stopped)
+    def note_damage(self, epoch: int) -> None:
+        """Note that a stage of ``epoch`` was found damaged, which may still be loading."""
+        if self._turns.is_taken:
+            self._damaged_epochs.add(epoch)
 
     # ---- steps ----------------------------------------------------------------------------------
-
-    @contextlib.asynccontextmanager
-    async def _exclusive(self, on_step: Callable[[Step], None]) -> AsyncIterator[None]:
-        self._require_free()
-        if self._placing:
-            on_step(Step("wait", self._placing, 0, 0, ""))
-        async with self._lock:
-            self.on_step = on_step
-            try:
-                yield
-            finally:
-                self.on_step = None
-
-    @contextlib.asynccontextmanager
-    async def _unasked(self, what: str) -> AsyncIterator[None]:
-        """Hold the lock for what no user has asked for; users wait for it, and are told what."""
-        async with self._lock:
-            self._placing = what
-            try:
-                yield
-            finally:
-                self._placing = ""
-
-    def _is_answering(self) -> bool:
-        slots = None if self.deployment is None else self.deployment.slots
-        return slots is not None and slots.used + slots.waiting > 0
-
-    def _require_free(self) -> None:
-        """Raise Busy while an operation of a user's is under way."""
-        if self._lock.locked() and not self._placing:
-            raise Busy(
-                "another plan, load, unload or measurement is under way: wait for it, or stop it"
-            )
 
     async def _put(self, request: LoadRequest, tokenizer: Tokenizer, *, asked: bool) -> Deployment:
         """Plan and deploy. A link that fails meanwhile is planned around.
@@ -302,10 +184,15 @@ class Fleet:
         ``asked``: by a user, in place of what is loaded.
         """
         for attempt in itertools.count(1):
+            self._phase(request, "plan")
             planned = await self._plan(request, asked=asked)
+            self._phase(request, "quantize")
             refs = await self._quantize(planned)
             if asked:
-                await self._unload()
+                # It may free the memory that the new stages need.
+                await asyncio.shield(unload(self._end_models()))
+                self._models.apply(model_name(request.model), LoadBegan(request))
+            self._phase(request, "load")
             members = self._roster.members
             try:
                 return await self._deploy(planned, tokenizer, refs, members)
@@ -394,11 +281,12 @@ class Fleet:
         return request.identified(names.device)
 
     def _require_idle(self) -> None:
-        if self.deployment is not None:
-            raise Busy(
-                f"{self.deployment.name} is loaded, and measuring quality needs the device for "
-                "itself: run `shoal unload` first"
-            )
+        for name, state in self._models.present():
+            if deployment_of(state) is not None:
+                raise Busy(
+                    f"{name} is loaded, and measuring quality needs the device for "
+                    "itself: run `shoal unload` first"
+                )
 
     async def _problem(
         self,
@@ -489,86 +377,28 @@ class Fleet:
         self._damaged_epochs.clear()
         while True:  # A device loads no damaged file twice: it fetches or makes it again.
             epoch = secrets.randbits(62)  # Nobody else can name it, and no restart repeats it.
+            on_loaded = partial(self._on_loaded, model_name(planned.request.model))
             deployment = await deploy(
-                planned, tokenizer, refs, members, epoch, self._report, self._on_loaded
+                planned, tokenizer, refs, members, epoch, self._report, on_loaded
             )
             if epoch not in self._damaged_epochs:
                 return deployment
             await asyncio.shield(unload(deployment.members))
 
-    def _on_loaded(self, member: Member, loaded: StageLoaded) -> None:
+    def _on_loaded(self, name: str, member: Member, loaded: StageLoaded) -> None:
         if loaded.damaged_files:
-            self._found_damage = True
+            self._models.apply(name, FilesMended())
             log.warning(
                 "%s: %d damaged files were fetched or made again", member.name, loaded.damaged_files
             )
 
-    # ---- without being asked --------------------------------------------------------------------
+    async def place(self, request: LoadRequest, tokenizer: Tokenizer | None = None) -> Deployment:
+        """Carry out what remains of an identified ``request``, on the devices that are here.
 
-    async def _recover(
-        self, broken: Deployment, why: CoordinatorError, successor: asyncio.Future[Deployment]
-    ) -> None:
-        """Replace ``broken``, as soon as the members allow."""
-
-        async def place() -> Deployment:
-            await unload(broken.members)
-            placed = await self._place(broken.request, broken.tokenizer)
-            if self._found_damage:  # Maybe in an attempt that failed.
-                broken.is_suspect = True
-            return placed
-
-        def explain(error: Exception) -> CoordinatorError:
-            broken.broken = why.unplaced(str(error))
-            return broken.broken
-
-        # Of a device that is lost, the roster has told why.
-        cause = f"without {why.name}" if isinstance(why, AgentLost) else why
-        log.warning("placing %s anew: %s", broken.name, cause)
-        await self._until_placed(place, explain, successor, self._recovery_wait_s)
-
-    async def _resume(
-        self, request: LoadRequest, devices: Collection[str], outcome: asyncio.Future[Deployment]
-    ) -> None:
-        """Load what was loaded once its devices have joined, or without those that do not come."""
-        name = model_name(request.model)
-        names = self._roster.names
-        log.warning("%s was loaded: waiting for %s", name, ", ".join(map(names.name, devices)))
-        await joined(self._roster, devices, self._recovery_wait_s)
-
-        async def place() -> Deployment:
-            # What was kept before devices had ids says names.
-            return await self._place(
-                request.identified(names.device),
-                await asyncio.to_thread(_tokenizer, request.model),
-            )
-
-        def explain(error: Exception) -> CoordinatorError:
-            return NotLoaded(f"{name} cannot be loaded again yet: {error}")
-
-        await self._until_placed(place, explain, outcome, 0)
-
-    async def _until_placed(
-        self,
-        place: Callable[[], Awaitable[Deployment]],
-        explain: Callable[[Exception], CoordinatorError],
-        outcome: asyncio.Future[Deployment],
-        wait_s: float,
-    ) -> None:
-        async def alone() -> Deployment:
-            async with self._unasked("a lost device or link is being replaced"):
-                self.deployment = await place()
-                return self.deployment
-
-        try:
-            placed = await recover(alone, explain, self._roster.changed, outcome, wait_s)
-        finally:
-            if not outcome.done():  # Whatever went wrong, nobody must wait for ever.
-                outcome.set_exception(NotLoaded("no model is loaded: run `shoal load MODEL`"))
-        names = ", ".join(member.name for member in placed.members)
-        log.warning("%s is loaded again, on %s", placed.name, names)
-
-    async def _place(self, request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
-        """What is left of ``request``, on who is left."""
+        The caller holds the turn. Raises CoordinatorError, ModelError, PlanError.
+        """
+        if tokenizer is None:
+            tokenizer = await asyncio.to_thread(_tokenizer, request.model)
         left = remaining(request, [member.device for member in self._roster.members])
         try:
             deployment = await self._put(left, tokenizer, asked=False)
@@ -577,42 +407,16 @@ class Fleet:
                 raise
             # Its devices are there, and a link between them is not.
             deployment = await self._put(replace(left, plan=None), tokenizer, asked=False)
-        # What was asked for, and not what is left of it, counts next time.
-        deployment.request = request
-        return deployment
+        # The next recovery begins from what was asked for, not from what remained of it.
+        return replace(deployment, request=request)
 
-    def _give_up(self, why: CoordinatorError) -> asyncio.Task[None] | None:
-        """End what happens without being asked; whoever waits gets ``why``. The task that ends."""
-        task, self._recovery = self._recovery, None
-        if task is None or task.done():
-            return None
-        task.cancel()
-        if self._outcome is not None and not self._outcome.done():
-            self._outcome.set_exception(why)
-        return task
-
-    async def _unload(self) -> None:
-        unloaded = NotLoaded("the model was unloaded")
-        self._give_up(unloaded)
-        self._kept.forget()
-        deployment, self.deployment = self.deployment, None
-        if deployment is not None:
-            self._break(deployment, unloaded)
-            await asyncio.shield(unload(deployment.members))
-
-    def _break(self, deployment: Deployment, error: CoordinatorError) -> None:
-        if deployment.broken is None:
-            deployment.broken = error
-            self.on_broken(deployment, error)
-
-    # ---- progress and threads -------------------------------------------------------------------
+    # ---- progress ------------------------------------------------------------------------------
 
     def _step(self, phase: str, label: str, done: int, total: int, unit: str) -> None:
-        self._report(Step(phase, label, done, total, unit))
+        self._turns.report(Step(phase, label, done, total, unit))
 
-    def _report(self, step: Step) -> None:
-        if self.on_step is not None:
-            self.on_step(step)
+    def _phase(self, request: LoadRequest, phase: str) -> None:
+        self._models.apply(model_name(request.model), StepBegan(phase))
 
 
 def _tokenizer(directory: Path) -> Tokenizer:

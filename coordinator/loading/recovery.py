@@ -1,8 +1,8 @@
-"""Loading without being asked: after a device was lost, and after the coordinator was restarted.
+"""What loading without being asked needs: what remains of a request, repeated attempts, the disk.
 
-Answers in flight wait for the outcome and go on (coordinator.serving.gateway). A failed attempt is
-repeated when devices join, for instance because the rest has too little memory. It is also repeated
-for a while without a visible reason: a link that was cut may be back.
+coordinator.loading.keeper uses it after a device was lost and after the coordinator was restarted.
+A failed attempt is repeated when devices join, for instance because the others have too little
+memory. It is also repeated for a while without a visible reason: a link that was cut may be back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -117,48 +117,55 @@ class LoadedFile:
             return None
 
 
-async def joined(roster: Roster, devices: Collection[str], wait_s: float) -> None:
-    """Wait until devices with these ids (or names) have joined, or ``wait_s`` seconds."""
+async def awaited(
+    roster: Roster, devices: Collection[str], wait_s: float
+) -> AsyncIterator[tuple[str, ...]]:
+    """Which of these devices (by name) have not joined, each time that changes.
+
+    Ends when all have joined, or after ``wait_s`` seconds.
+    """
     deadline_s = time.monotonic() + wait_s
-    while set(devices) - {text for one in roster.members for text in (one.device, one.name)}:
-        roster.changed.clear()
-        try:
-            await asyncio.wait_for(roster.changed.wait(), deadline_s - time.monotonic())
-        except asyncio.TimeoutError:
-            return
+    with roster.changed.watch() as changed:
+        while missing := set(devices) - {member.name for member in roster.members}:
+            changed.clear()
+            yield tuple(name for name in devices if name in missing)
+            try:
+                await asyncio.wait_for(changed.wait(), deadline_s - time.monotonic())
+            except asyncio.TimeoutError:
+                return
+    yield ()
 
 
 async def recover(
     place: Callable[[], Awaitable[Placed]],
     explain: Callable[[Exception], CoordinatorError],
     changed: asyncio.Event,
-    outcome: asyncio.Future[Placed],
+    give_up: Callable[[CoordinatorError], None],
     wait_s: float,
 ) -> Placed:
-    """Call ``place`` until it works; sets ``outcome`` then, or after ``wait_s`` seconds to why not.
+    """Call ``place`` until it works. After ``wait_s`` seconds, ``give_up`` is told why not.
 
-    ``explain`` makes of an attempt's error what users are told. ``changed`` is set by others when
-    devices or links come or go. Goes on after ``wait_s``, but only when that happens.
+    ``explain`` makes of an attempt's error what users are told. ``changed`` is the caller's own
+    event, which is set when devices or links come or go. Attempts go on after ``wait_s``, but only
+    when that happens.
     """
     deadline_s = time.monotonic() + wait_s
     told: set[str] = set()
+    has_given_up = False
     while True:
         changed.clear()
         try:
-            placed = await place()
+            return await place()
         except (CoordinatorError, RequestInvalid, ModelError, PlanError, OSError) as error:
             failure = explain(error)
             if str(failure) not in told:  # Each once: the next attempt is seconds away.
                 told.add(str(failure))
                 log.warning("%s", failure)
-        else:
-            if not outcome.done():
-                outcome.set_result(placed)
-            return placed
         while not changed.is_set():
             left_s = deadline_s - time.monotonic()
-            if left_s <= 0 and not outcome.done():
-                outcome.set_exception(failure)
+            if left_s <= 0 and not has_given_up:
+                has_given_up = True
+                give_up(failure)
             try:
                 await asyncio.wait_for(changed.wait(), min(left_s, RETRY_S) if left_s > 0 else None)
             except asyncio.TimeoutError:

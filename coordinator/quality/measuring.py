@@ -141,7 +141,7 @@ class Losses:
 
 
 class QualityMeter:
-    """Measures quality on members and keeps the results. The caller's lock admits one at a time."""
+    """Measures quality on members and keeps the results. The caller holds the turn."""
 
     def __init__(self, store: ArtifactStore, quality: QualityStore) -> None:
         self._store = store

@@ -2,7 +2,7 @@
 
 Everything is measured once and kept with the member or the roster. Devices are measured at the same
 time where they share no machine, and links where they share neither a machine nor the air.
-Functions here report each step and send nothing else; the fleet decides when they run.
+Functions here report each step and send nothing else; coordinator.loading decides when they run.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from typing import TypeVar
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
 from coordinator.roster.links import Failure, Links
 from coordinator.roster.names import NameBook
+from coordinator.story import Story
+from coordinator.watching import Signal
 from model.errors import ModelError
 from model.spec import ModelSpec
 from planning.problem import NoLink
@@ -272,31 +274,34 @@ class Member:
                 pending.answer.set_exception(error)
 
 
+OnEvent = Callable[[Member, Message], None]
+OnLost = Callable[[Member, AgentLost], None]
+
+
 class Roster:
     """All members, and what was measured between them."""
 
     def __init__(
-        self,
-        cluster: str,
-        on_event: Callable[[Member, Message], None],
-        on_lost: Callable[[Member, AgentLost], None],
-        names: NameBook | None = None,
+        self, cluster: str, names: NameBook | None = None, story: Story | None = None
     ) -> None:
-        """``on_event`` gets what agents say of their own accord (tokens, failures).
-
-        Without ``names``, devices are named anew by each roster.
-        """
+        """Without ``names``, devices are named anew by each roster."""
         self.names = names or NameBook()
         self._cluster = cluster
-        self._on_event = on_event
-        self._on_lost = on_lost
+        self._story = story or Story()
+        self._subscribers: list[tuple[OnEvent, OnLost]] = []
         self._members: dict[str, Member] = {}
         self._links = Links()
         self._closed = False
         self._rare_log = RareLog(log, most=MOST_LINES)
-        self.changed = asyncio.Event()
-        """Set whenever somebody joins or is lost, or a link works again; whoever waits clears it
-        first."""
+        self.changed = Signal()
+        """Fires when a device joins or is lost, and when a link works again."""
+
+    def subscribe(self, on_event: OnEvent, on_lost: OnLost) -> None:
+        """Tell of what agents say of their own accord (tokens, failures), and of lost members.
+
+        ``on_event`` raises ProtocolError for what no working agent says.
+        """
+        self._subscribers.append((on_event, on_lost))
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -333,6 +338,7 @@ class Roster:
             return  # Lost meanwhile: of one that joins again nothing is known.
         if self._links.fail((source.device, target.device), reason, used=used):
             log.warning("no link from %s to %s: %s", source.name, target.name, reason)
+            self._story.tell("link failed", f"{source.name} to {target.name}", reason)
 
     def links_to_measure(
         self, members: Sequence[Member], *, asked: bool = False
@@ -396,7 +402,8 @@ class Roster:
         )
         if self._links.set((source.device, target.device), link):
             log.warning("the link from %s to %s works again", source.name, target.name)
-            self.changed.set()
+            self._story.tell("link works", f"{source.name} to {target.name}")
+            self.changed.fire()
 
     async def serve(self, hello: AgentHello, connection: AsyncConnection) -> None:
         """Be the coordinator's side of an agent's control connection, until it ends."""
@@ -425,7 +432,8 @@ class Roster:
         try:
             await connection.send(CoordinatorWelcome(self._cluster, member.name))
             log.info("%s joined from %s", member.name, connection.peer)
-            self.changed.set()
+            self._story.tell("joined", member.name, f"from {connection.peer}")
+            self.changed.fire()
             while True:
                 message, _ = await connection.receive(limits.LIVENESS_S)
                 self._receive(member, clean(message))
@@ -511,7 +519,8 @@ class Roster:
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
         elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost, StageDamaged)):
-            self._on_event(member, message)
+            for on_event, _ in self._subscribers:
+                on_event(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
 
@@ -532,8 +541,10 @@ class Roster:
             self._rare_log.warning("lost", "%s", error)
         member.fail(error)
         member.connection.close()
-        self._on_lost(member, error)
-        self.changed.set()
+        self._story.tell("left", member.name, error.cause)
+        for _, on_lost in self._subscribers:
+            on_lost(member, error)
+        self.changed.fire()
 
     def _refusal(self, hello: AgentHello) -> str | None:
         if self._closed:

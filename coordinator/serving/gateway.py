@@ -26,8 +26,9 @@ from coordinator.errors import (
     Stalled,
 )
 from coordinator.loading.deployment import Deployment
-from coordinator.loading.operations import Fleet
-from coordinator.roster.members import Member
+from coordinator.loading.models import Models
+from coordinator.loading.state import EndAnswers
+from coordinator.roster.members import Member, Roster
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
@@ -36,11 +37,9 @@ from wire.errors import ProtocolError
 from wire.messages import (
     FinishReason,
     Message,
-    PeerLost,
     ReleaseSequence,
     Sampling,
     SequenceFailed,
-    StageDamaged,
     StartSequence,
     TokenSampled,
 )
@@ -118,13 +117,14 @@ class _Flight:
 
 
 class Gateway:
-    """Runs prompts on the fleet's deployment, one sequence per KV slot."""
+    """Runs prompts on a deployment, one sequence per KV slot."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, roster: Roster, models: Models) -> None:
+        self._models = models
         self._numbers = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
-        fleet.on_broken = self._break
+        roster.subscribe(self.on_event, lambda *_: None)  # A loss ends answers by EndAnswers.
+        models.carry_out(EndAnswers, self._end)
 
     async def generate(
         self,
@@ -154,8 +154,8 @@ class Gateway:
         given: list[int] = []
         """What the caller has: longer than the answer where that began again."""
         while True:
-            before, deployment = deployment, await deployment.latest()
-            if given and _was_suspect(before, deployment):
+            before, deployment = deployment, await self._models.latest(deployment)
+            if given and before is not deployment and self._models.is_suspect(before):
                 answer.clear()
                 if withdrawable:
                     given.clear()
@@ -180,9 +180,9 @@ class Gateway:
             except (AnswerWithdrawn, AgentLied):
                 raise  # Not even the tokens before are to be trusted.
             except CoordinatorError as error:
-                if deployment.successor is None:
+                if not self._models.is_replaced(deployment):
                     raise
-                does = "begins again" if deployment.is_suspect else "goes on"
+                does = "begins again" if self._models.is_suspect(deployment) else "goes on"
                 notice = f"{error}. The answer {does} once the model is placed anew"
             yield Piece("", (), "", notice)
 
@@ -191,7 +191,7 @@ class Gateway:
     ) -> AsyncGenerator[TokenSampled, None]:
         """What follows a prompt here, once a slot is free. Raises CoordinatorError."""
         async with deployment.slots.one() as slot:
-            deployment.require()
+            self._models.require(deployment)
             number = next(self._numbers)
             flight = self._flights[number] = _Flight(deployment, sampling)
             try:
@@ -211,12 +211,6 @@ class Gateway:
 
         Raises ProtocolError for what ends a flight because no working agent sends it.
         """
-        if isinstance(message, PeerLost):
-            self._on_peer_lost(member, message)
-            return
-        if isinstance(message, StageDamaged):
-            self._fleet.stop_damaged(member, message.epoch, message.reason)
-            return
         if not isinstance(message, (TokenSampled, SequenceFailed)):
             return
         flight = self._flights.get(message.sequence)
@@ -233,23 +227,11 @@ class Gateway:
                 flight.events.put_nowait(AgentLied(member.name, lie))
                 raise ProtocolError(f"it {lie}")
 
-    def on_lost(self, member: Member, error: AgentLost) -> None:
-        """A member is gone: whatever ran on it is over."""
-        self._fleet.lose(member, error)
-
-    def _on_peer_lost(self, member: Member, message: PeerLost) -> None:
-        deployment = self._fleet.deployment
-        if deployment is None or deployment.epoch != message.epoch:
-            return
-        after = deployment.after(member)
-        if after is not None and after.device == message.device:
-            self._fleet.lose_hop(deployment, member, after, message.reason)
-
-    def _break(self, deployment: Deployment, error: CoordinatorError) -> None:
+    def _end(self, action: EndAnswers) -> None:
         """End what runs on a deployment that is no more."""
         for flight in self._flights.values():
-            if flight.deployment is deployment:
-                flight.events.put_nowait(error)
+            if flight.deployment is action.deployment:
+                flight.events.put_nowait(action.error)
 
 
 def room_for_answer(
@@ -271,15 +253,6 @@ def room_for_answer(
             "context_length_exceeded",
         )
     return context_tokens - prompt_tokens
-
-
-def _was_suspect(first: Deployment, last: Deployment) -> bool:
-    """Whether a deployment that came before ``last``, from ``first`` on, had damaged files."""
-    while first is not last and first.successor is not None:
-        if first.is_suspect:
-            return True
-        first = first.successor.result()
-    return False
 
 
 class _StopFilter:

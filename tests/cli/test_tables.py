@@ -181,15 +181,18 @@ def test_what_is_loaded_is_whole() -> None:
     stages = [{"device": name, "memory_bytes": 1 << 30, "fetched_bytes": 9 << 20, "load_s": 12.34}
               for name in ("living-room-raspberry-pi-5", "workstation-below-the-desk")]  # fmt: skip
     screen = Recording()
-    screen.deployment(
-        {
-            "model": "llama-3.2-1b-instruct",
-            "state": "ready",
-            "reason": None,
-            "stages": stages,
-            "plan": {"stages": [{"first": 0, "bits": [4] * 9}, {"first": 9, "bits": [8] * 9}]},
-            "slots": {"total": 4, "used": 1, "waiting": 0},
-        }
+    screen.models(
+        [
+            {
+                "model": "llama-3.2-1b-instruct",
+                "state": "ready",
+                "reason": None,
+                "waiting_for": [],
+                "stages": stages,
+                "plan": {"stages": [{"first": 0, "bits": [4] * 9}, {"first": 9, "bits": [8] * 9}]},
+                "slots": {"total": 4, "used": 1, "waiting": 0},
+            }
+        ]
     )
     screen.check()
 

@@ -25,16 +25,21 @@ from coordinator.errors import (
     Stalled,
 )
 from coordinator.files.artifacts import ArtifactStore
-from coordinator.loading import operations
+from coordinator.loading import keeper
 from coordinator.loading.deployment import Deployment
-from coordinator.loading.operations import Fleet
+from coordinator.loading.keeper import Keeper
+from coordinator.loading.models import Models
+from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import LoadedFile
 from coordinator.loading.slots import Slots
+from coordinator.loading.state import LoadBegan, Lost, Place, Placed, Replacing
+from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster import links
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import gateway
 from coordinator.serving.gateway import Gateway, Piece, Timing, _StopFilter, room_for_answer
+from coordinator.story import Story
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
@@ -59,6 +64,7 @@ from wire.messages import (
     RequestFailed,
     Sampling,
     SequenceFailed,
+    StageDamaged,
     StartSequence,
     TokenSampled,
     UnloadStage,
@@ -157,15 +163,17 @@ class Cluster:
     """A gateway over a deployment of two members; a test plays the agents."""
 
     def __init__(self, directory: Path) -> None:
-        self.roster = Roster(
-            "test",
-            lambda member, message: self.gateway.on_event(member, message),
-            lambda member, error: self.gateway.on_lost(member, error),
-        )
+        self.roster = Roster("test")
         store = ArtifactStore(directory)
         store.prepare()
-        self.fleet = Fleet(self.roster, store, QualityStore(directory), LoadedFile(directory), 0)
-        self.gateway = Gateway(self.fleet)
+        self.models, self.turns = Models(Story()), Turns()
+        self.operations = Operations(
+            self.roster, store, QualityStore(directory), self.models, self.turns
+        )
+        self.keeper = Keeper(
+            self.roster, self.models, self.turns, self.operations, LoadedFile(directory), 0
+        )
+        self.gateway = Gateway(self.roster, self.models)
         self.agents: list[AsyncConnection] = []
         self.playing: list[asyncio.Task[None]] = []
 
@@ -196,7 +204,15 @@ class Cluster:
         self.playing += [asyncio.ensure_future(answer(agent)) for agent in agents]
 
     def deploy(self, slots: int = 1, epoch: int = EPOCH) -> Deployment:
-        self.fleet.deployment = Deployment(
+        """Have the model served, as after a load or a recovery."""
+        deployment = self.made(slots, epoch)
+        self.models.apply("llama", LoadBegan(deployment.request))
+        self.models.apply("llama", Placed(deployment))
+        assert self.models.serving is deployment
+        return deployment
+
+    def made(self, slots: int = 1, epoch: int = EPOCH) -> Deployment:
+        return Deployment(
             request=LoadRequest(LLAMA),
             spec=Checkpoint.open(LLAMA).spec,
             tokenizer=Tokenizer.load(LLAMA),
@@ -207,7 +223,6 @@ class Cluster:
             members=self.roster.members,
             loaded=(),
         )
-        return self.fleet.deployment
 
     def member(self, name: str) -> Member:
         return next(member for member in self.roster.members if member.name == name)
@@ -257,7 +272,7 @@ async def running(directory: Path) -> AsyncIterator[Cluster]:
         yield cluster
     finally:
         server.close()
-        cluster.fleet.close()
+        cluster.keeper.close()
         cluster.roster.close()
         for task in cluster.playing:
             task.cancel()
@@ -286,7 +301,7 @@ async def collect(
     sampling: Sampling = SAMPLING,
     stop: tuple[str, ...] = (),
 ) -> list[Piece]:
-    deployment = await cluster.fleet.require_deployment()
+    deployment = await cluster.models.deployment()
     return [piece async for piece in cluster.gateway.generate(deployment, prompt, sampling, stop)]
 
 
@@ -415,13 +430,13 @@ async def unload(cluster: Cluster) -> None:
             message = await said(agent)
         await agent.send(Done(message.request))
 
-    unloading = asyncio.ensure_future(cluster.fleet.unload())
+    unloading = asyncio.ensure_future(cluster.operations.unload())
     await asyncio.gather(*(answer(agent) for agent in cluster.agents))
     assert await unloading == "llama"
 
 
 async def stop(cluster: Cluster) -> None:
-    cluster.fleet.close()
+    cluster.keeper.close()
 
 
 @pytest.mark.parametrize(
@@ -456,7 +471,7 @@ def test_whatever_ends_a_deployment_ends_its_sequences(
             with pytest.raises(error, match=words):
                 await task
         with pytest.raises(error, match=words):
-            deployment.require()
+            cluster.models.require(deployment)
 
     run(test)
 
@@ -476,8 +491,9 @@ def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
         in_line = asyncio.ensure_future(collect(cluster, (7,), Sampling(2, ())))
         await cluster.sample(begun.sequence, "ab")
         shown = [await first, await anext(pieces)]
-        successor = broken.successor = asyncio.get_running_loop().create_future()
-        cluster.fleet._break(broken, AgentLost("last", "gone"))
+        # Here the test places the model.
+        cluster.models.carry_out(Place, lambda action: None)
+        cluster.models.apply("llama", Lost(AgentLost("last", "gone")))
 
         async def rest() -> list[Piece]:
             return [*shown, *[piece async for piece in pieces]]
@@ -486,7 +502,7 @@ def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
         late = asyncio.ensure_future(collect(cluster, (8,), Sampling(2, ())))
         await ended(cluster, begun.sequence)
         await cluster.sample(begun.sequence, "too late")
-        successor.set_result(cluster.deploy(epoch=EPOCH + 1))
+        cluster.deploy(epoch=EPOCH + 1)
         letters = Tokenizer.load(LLAMA).encode("ab", add_special=False)
         left = {(1, 2, *letters): 2, (7,): 2, (8,): 2}
         for _ in range(3):
@@ -512,19 +528,23 @@ def test_damage_that_a_failed_attempt_has_mended_makes_answers_suspect_too(
 
         async def place(request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
             if failed.is_set():
-                return cluster.deploy(epoch=EPOCH + 2)
-            cluster.fleet.stop_damaged(cluster.member("first"), EPOCH + 1, "a file was damaged")
+                return cluster.made(epoch=EPOCH + 2)
+            assert not cluster.models.is_suspect(broken)
+            await cluster.agents[0].send(StageDamaged(EPOCH + 1, "a file was damaged"))
+            with cluster.models.changed.watch() as changed:
+                while not cluster.models.is_suspect(broken):
+                    await changed.wait()
+                    changed.clear()
             failed.set()
             raise AgentFailed("last", "no room")
 
-        monkeypatch.setattr(cluster.fleet, "_place", place)
-        cluster.fleet.place_again(broken, LinkFailed("first", "last", "reset"))
+        monkeypatch.setattr(cluster.operations, "place", place)
+        cluster.models.apply("llama", Lost(LinkFailed("first", "last", "reset")))
         await failed.wait()
-        assert not broken.is_suspect
-        while cluster.fleet.deployment is broken:
-            cluster.roster.changed.set()
+        while cluster.models.serving is None:
+            cluster.roster.changed.fire()
             await asyncio.sleep(0)
-        assert broken.is_suspect
+        assert cluster.models.is_suspect(broken)
 
     run(test)
 
@@ -532,20 +552,21 @@ def test_damage_that_a_failed_attempt_has_mended_makes_answers_suspect_too(
 def test_an_unload_that_has_to_wait_for_others_ends_no_recovery(run: Run) -> None:
     async def test(cluster: Cluster) -> None:
         deployment = cluster.deploy()
-        async with cluster.fleet._exclusive(lambda step: None):
-            await loss(cluster)
-            while deployment.broken is None:
-                cluster.roster.changed.clear()
-                await cluster.roster.changed.wait()
-            with pytest.raises(Busy):
-                await cluster.fleet.unload()
-            assert deployment.is_recovering
+        with cluster.models.changed.watch() as changed:
+            async with cluster.turns.asked(lambda step: None):
+                await loss(cluster)
+                while cluster.models.serving is not None:
+                    changed.clear()
+                    await changed.wait()
+                with pytest.raises(Busy):
+                    await cluster.operations.unload()
+                assert isinstance(cluster.models.current, Replacing)
         with pytest.raises(AgentLost, match="no room"):
-            await deployment.latest()
+            await cluster.models.latest(deployment)
         # Attempts go on as devices join, until somebody says what he wants.
-        assert await cluster.fleet.unload() == "llama"
+        assert await cluster.operations.unload() == "llama"
         with pytest.raises(NotLoaded):
-            await cluster.fleet.require_deployment()
+            await cluster.models.deployment()
 
     run(test)
 
@@ -553,7 +574,7 @@ def test_an_unload_that_has_to_wait_for_others_ends_no_recovery(run: Run) -> Non
 def test_a_link_that_failed_is_tried_again_while_nothing_else_is_done(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operations, "WATCH_S", 0.01)
+    monkeypatch.setattr(keeper, "WATCH_S", 0.01)
     monkeypatch.setattr(links, "RETRY_S", (0.0,))
 
     async def test(cluster: Cluster) -> None:
@@ -561,16 +582,15 @@ def test_a_link_that_failed_is_tried_again_while_nothing_else_is_done(
         cluster.roster.fail_link(first, last, "refused")
         deployment = cluster.deploy()
         answering = asyncio.ensure_future(collect(cluster, sampling=Sampling(1, ())))
-        watching = asyncio.ensure_future(cluster.fleet.watch_links())
+        watching = asyncio.ensure_future(cluster.keeper.watch_links())
         begun = await cluster.begun()
-        cluster.roster.changed.clear()
         await cluster.sample(begun.sequence, "a", "length")
         await answering
         assert await said(cluster.agents[0]) == ReleaseSequence(EPOCH, begun.sequence)
         message = await said(cluster.agents[0])
         assert isinstance(message, MeasureLink)
         # Who asks for something now is not refused.
-        unloading = asyncio.ensure_future(cluster.fleet.unload())
+        unloading = asyncio.ensure_future(cluster.operations.unload())
         await cluster.agents[0].send(RequestFailed(message.request, "refused again"))
         message = await said(cluster.agents[0])
         cluster.play_helpless(cluster.agents[1])
@@ -580,11 +600,12 @@ def test_a_link_that_failed_is_tried_again_while_nothing_else_is_done(
         assert isinstance(message, UnloadStage)
         await cluster.agents[0].send(Done(message.request))
         assert await unloading == deployment.name
-        while cluster.roster.link(first, last) is None:
-            message = await said(cluster.agents[0])
-            assert isinstance(message, MeasureLink)
-            await cluster.agents[0].send(LinkMeasured(message.request, 1e-3, 1e8))
-            await cluster.roster.changed.wait()
+        with cluster.roster.changed.watch() as changed:
+            while cluster.roster.link(first, last) is None:
+                message = await said(cluster.agents[0])
+                assert isinstance(message, MeasureLink)
+                await cluster.agents[0].send(LinkMeasured(message.request, 1e-3, 1e8))
+                await changed.wait()
         assert cluster.roster.failed_links() == ()
         watching.cancel()
 
@@ -597,7 +618,7 @@ def test_a_broken_deployment_keeps_nothing_of_who_asked(run: Run) -> None:
         await stop(cluster)
         for _ in range(3):
             with pytest.raises(NotLoaded) as raised:
-                deployment.require()
+                cluster.models.require(deployment)
             assert len(raised.traceback) == 2
 
     run(test)
@@ -611,7 +632,7 @@ def test_a_stage_that_cannot_go_on_ends_one_sequence_only(run: Run) -> None:
         await cluster.agents[0].send(SequenceFailed(EPOCH, begun.sequence, "no memory"))
         with pytest.raises(AgentFailed, match="first: no memory"):
             await task
-        deployment.require()
+        cluster.models.require(deployment)
 
     run(test)
 
@@ -694,7 +715,7 @@ def test_devices_that_live_and_give_no_token_are_not_waited_for_for_ever(
             await task
         for agent in cluster.agents:
             assert await said(agent) == ReleaseSequence(EPOCH, begun.sequence)
-        deployment.require()
+        cluster.models.require(deployment)
 
     run(test)
 
@@ -782,7 +803,7 @@ def test_a_slot_given_to_somebody_who_leaves_at_that_moment_goes_to_the_next() -
     asyncio.run(test())
 
 
-# ---- what users may ask of the fleet -----------------------------------------------------------
+# ---- what users may ask -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from starlette.applications import Starlette
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
-from coordinator.loading.operations import Fleet
-from coordinator.loading.recovery import LoadedFile
+from coordinator.loading.models import Models
+from coordinator.loading.operations import Operations
+from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster.members import Roster
+from coordinator.story import Story
 
 LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
@@ -26,12 +28,13 @@ ROUTES = {"plan": {}, "load": {}, "quality": {"sequences": [[1, 2, 3]], "bits": 
 
 def ask(directory: Path, path: str, body: dict[str, Any]) -> httpx.Response:
     """One request to the routes of a coordinator that nothing has joined."""
-    roster = Roster("test", lambda *_: None, lambda *_: None)
+    roster, story = Roster("test"), Story()
     store = ArtifactStore(directory)
     store.prepare()
-    fleet = Fleet(roster, store, QualityStore(directory), LoadedFile(directory), 0)
+    models = Models(story)
+    operations = Operations(roster, store, QualityStore(directory), models, Turns())
     app = Starlette(
-        routes=AdminRoutes("test", roster, fleet).routes(),
+        routes=AdminRoutes("test", roster, operations, models, story).routes(),
         exception_handlers=HANDLERS,
     )
 

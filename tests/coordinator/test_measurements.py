@@ -67,7 +67,7 @@ class Shoal:
 
     def __init__(self, addresses: dict[str, str], port: int) -> None:
         """``addresses``: from where each agent connects."""
-        self.roster = Roster("test", lambda member, message: None, lambda member, error: None)
+        self.roster = Roster("test")
         self.addresses = addresses
         self.port = port
         self.playing: list[asyncio.Task[None]] = []
@@ -370,11 +370,11 @@ def test_better_figures_come_unasked() -> None:
 def test_impossible_figures_end_the_connection(change: FiguresChanged) -> None:
     async def test(shoal: Shoal) -> None:
         a = await shoal.join("a")
-        shoal.roster.changed.clear()
-        await shoal.agents["a"].send(change)
-        while a.lost is None:
-            await shoal.roster.changed.wait()
-            shoal.roster.changed.clear()
+        with shoal.roster.changed.watch() as changed:
+            await shoal.agents["a"].send(change)
+            while a.lost is None:
+                await changed.wait()
+                changed.clear()
         assert shoal.roster.members == ()
 
     run(APART, test)

@@ -76,8 +76,8 @@ class Coordinator:
     connections: list[AsyncConnection] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.roster = Roster(
-            "test",
+        self.roster = Roster("test")
+        self.roster.subscribe(
             lambda member, message: self.events.append(message),
             lambda member, error: self.lost.append((member, error)),
         )
@@ -506,9 +506,9 @@ def test_a_link_that_failed_is_no_link_until_it_is_measured_or_its_device_joins_
             await next_message_or_beat(here)
         assert roster.link(member, other) is None
         assert roster.links_to_measure(roster.members) == []
-        roster.changed.clear()
-        roster.set_link(member, other, LinkMeasured(1, 1e-3, 1e6))
-        assert roster.changed.is_set()
+        with roster.changed.watch() as changed:
+            roster.set_link(member, other, LinkMeasured(1, 1e-3, 1e6))
+            assert changed.is_set()
         # The way back of a link that failed in use is not believed either.
         roster.fail_link(member, other, "reset", used=True)
         assert roster.links() == ()

@@ -50,7 +50,10 @@ class Shoal:
             self.failures.append(AgentLost(LOST.name, LOST.cause, str(error)))
             return self.failures[-1]
 
-        return await recover(self.place, explain, self.joined, self.outcome, wait_s)
+        placed = await recover(self.place, explain, self.joined, self.outcome.set_exception, wait_s)
+        if not self.outcome.done():
+            self.outcome.set_result(placed)
+        return placed
 
 
 def run(test: Callable[[Shoal], Awaitable[None]]) -> None:

@@ -1,0 +1,227 @@
+"""Keeps models loaded without being asked: after a restart, and after a device or link was lost.
+
+The keeper hears of losses from the roster and turns them into events of coordinator.loading.state.
+It carries out what the state table answers: place a model, stop placing it, keep it on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from functools import partial
+
+from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, LinkFailed, NotLoaded
+from coordinator.loading import state as states
+from coordinator.loading.deployment import Deployment, unload
+from coordinator.loading.models import Models
+from coordinator.loading.operations import Operations
+from coordinator.loading.recovery import LoadedFile, awaited, recover
+from coordinator.loading.state import (
+    NO_MODEL,
+    AttemptFailed,
+    DevicesAwaited,
+    FilesMended,
+    Lost,
+    Place,
+    Placed,
+    Replacing,
+    ResumeBegan,
+    Resuming,
+    Serving,
+    StageFoundDamaged,
+    Stopped,
+    StopPlacing,
+    WaitEnded,
+    error_of,
+    name_of,
+)
+from coordinator.loading.turns import Turns
+from coordinator.roster.measurements import try_links
+from coordinator.roster.members import Member, Roster
+from planning.request import model_name
+from wire.messages import Message, PeerLost, StageDamaged
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 5.0
+"""Between two looks at whether a failed link is worth another try."""
+
+
+class Keeper:
+    """Places models again by itself."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        models: Models,
+        turns: Turns,
+        operations: Operations,
+        kept: LoadedFile,
+        wait_s: float,
+    ) -> None:
+        """``wait_s``: how long answers wait for a device that no other can replace."""
+        self._roster = roster
+        self._models = models
+        self._turns = turns
+        self._operations = operations
+        self._kept = kept
+        self._wait_s = wait_s
+        self._placing: dict[str, asyncio.Task[None]] = {}
+        """By model: the attempts to place it."""
+        self._doubts: dict[Member, asyncio.Task[None]] = {}
+        """What finds out what became of the hop that a member has lost."""
+        roster.subscribe(self._on_event, self._on_lost)
+        models.carry_out(Place, self._place)
+        models.carry_out(StopPlacing, self._stop_placing)
+        models.carry_out(states.Keep, self._keep)
+        models.carry_out(states.Forget, lambda _: kept.forget())
+
+    def resume(self) -> None:
+        """Load what was loaded when the coordinator was stopped, as soon as its devices join."""
+        kept = self._kept.read()
+        if kept is not None:
+            request, devices = kept
+            names = tuple(map(self._roster.names.name, devices))
+            self._models.apply(model_name(request.model), ResumeBegan(request, names))
+
+    def close(self) -> None:
+        """End what is loaded, because the coordinator stops."""
+        for name, _ in self._models.present():
+            self._models.apply(name, Stopped(NotLoaded("the coordinator was stopped")))
+
+    async def watch_links(self) -> None:
+        """Try links that failed again, one at a time while nothing else is done; for ever."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            due = self._roster.links_to_retry()
+            if due and not self._turns.is_taken and not self._is_answering():
+                with contextlib.suppress(CoordinatorError):
+                    async with self._turns.unasked("a link that had failed is tried again"):
+                        await try_links(self._roster, due[:1], self._turns.report)
+
+    def _is_answering(self) -> bool:
+        serving = self._models.serving
+        return serving is not None and serving.slots.used + serving.slots.waiting > 0
+
+    # ---- losses ---------------------------------------------------------------------------------
+
+    def _on_lost(self, member: Member, error: AgentLost) -> None:
+        for name, state in self._models.present():
+            if isinstance(state, Serving) and member in state.deployment.members:
+                self._models.apply(name, Lost(error))
+
+    def _on_event(self, member: Member, message: Message) -> None:
+        if isinstance(message, StageDamaged):
+            self._on_damage(member, message)
+        elif isinstance(message, PeerLost):
+            deployment = self._models.of_epoch(message.epoch)
+            after = None if deployment is None else deployment.after(member)
+            if deployment is not None and after is not None and after.device == message.device:
+                self._doubt(deployment, member, after, message.reason)
+
+    def _doubt(self, deployment: Deployment, source: Member, target: Member, reason: str) -> None:
+        """Find out whether a hop's device or its link was lost."""
+        if source not in self._doubts:
+            work = self._find_out(deployment, source, target, reason)
+            task = self._doubts[source] = asyncio.create_task(work)
+            task.add_done_callback(lambda _: self._doubts.pop(source))
+
+    async def _find_out(
+        self, deployment: Deployment, source: Member, target: Member, reason: str
+    ) -> None:
+        # The roster itself tells of a target that is lost.
+        if not await target.lives() or source.lost is not None:
+            return
+        self._roster.fail_link(source, target, reason, used=True)
+        if self._models.ended_by(deployment) is None:
+            error = LinkFailed(source.name, target.name, reason)
+            self._models.apply(deployment.name, Lost(error))
+
+    def _on_damage(self, member: Member, message: StageDamaged) -> None:
+        """Place anew what ran from a damaged file; its answers are suspect."""
+        error = AgentDamaged(member.name, message.reason)
+        deployment = self._models.of_epoch(message.epoch)
+        if deployment is not None and member in deployment.members:
+            is_news = self._models.ended_by(deployment) is None
+            self._models.apply(deployment.name, StageFoundDamaged(error))
+            if is_news:
+                return  # Placing the model anew says why.
+        else:
+            for name, _ in self._models.present():
+                self._models.apply(name, FilesMended())
+            self._operations.note_damage(message.epoch)
+        log.warning("%s", error)
+
+    # ---- actions --------------------------------------------------------------------------------
+
+    def _keep(self, action: states.Keep) -> None:
+        ids = {member.name: member.device for member in action.deployment.members}
+        self._kept.keep(action.deployment.request, list(ids), ids)
+
+    def _stop_placing(self, action: StopPlacing) -> None:
+        task = self._placing.pop(action.name, None)
+        if task is not None:
+            task.cancel()
+
+    def _place(self, action: Place) -> None:
+        state = action.state
+        work = self._resume(state) if isinstance(state, Resuming) else self._replace(state)
+        self._placing[name_of(state)] = asyncio.create_task(work)
+
+    async def _resume(self, state: Resuming) -> None:
+        """Load what was loaded, once its devices have joined or without those that do not come."""
+        name = name_of(state)
+        log.warning("%s was loaded: waiting for %s", name, ", ".join(state.devices))
+        async for missing in awaited(self._roster, state.devices, self._wait_s):
+            self._models.apply(name, DevicesAwaited(missing))
+        await self._until_placed(name, 0)
+
+    async def _replace(self, state: Replacing) -> None:
+        """Place what has lost a device or link on the remaining devices."""
+        # The roster has told why a device is lost.
+        cause = f"without {state.cause.name}" if isinstance(state.cause, AgentLost) else state.cause
+        log.warning("placing %s anew: %s", name_of(state), cause)
+        await self._until_placed(name_of(state), self._wait_s)
+
+    async def _until_placed(self, name: str, wait_s: float) -> None:
+        """Try to place the model until that works; after ``wait_s`` answers no longer wait."""
+        give_up = partial(self._give_up, name)
+        try:
+            with self._roster.changed.watch() as changed:
+                placed = await recover(
+                    partial(self._attempt, name),
+                    partial(self._explain, name),
+                    changed,
+                    give_up,
+                    wait_s,
+                )
+        except Exception:  # Whatever went wrong, nobody must wait for ever; asyncio reports it.
+            give_up(NotLoaded(NO_MODEL))
+            raise
+        names = ", ".join(member.name for member in placed.members)
+        log.warning("%s is loaded again, on %s", name, names)
+
+    def _explain(self, name: str, error: Exception) -> CoordinatorError:
+        failed = self._models.apply(name, AttemptFailed(str(error)))
+        return error_of(failed) or NotLoaded(str(error))
+
+    def _give_up(self, name: str, error: CoordinatorError) -> None:
+        self._models.apply(name, WaitEnded(error))
+
+    async def _attempt(self, name: str) -> Deployment:
+        """Place the model once. Raises why that did not work."""
+        async with self._turns.unasked("a lost device or link is being replaced"):
+            state = self._models[name]
+            broken = states.deployment_of(state)
+            if broken is not None:
+                await unload(broken.members)
+                placed = await self._operations.place(broken.request, broken.tokenizer)
+            elif isinstance(state, states.Nothing):
+                raise state.error
+            else:
+                # What was kept before devices had ids says names.
+                request = states.request_of(state).identified(self._roster.names.device)
+                placed = await self._operations.place(request)
+            self._models.apply(name, Placed(placed))
+            return placed

@@ -1,0 +1,194 @@
+"""The owner of what is loaded: one state for each model, which everybody reads and follows here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from coordinator.errors import CoordinatorError, NotLoaded
+from coordinator.loading import state as states
+from coordinator.loading.deployment import Deployment
+from coordinator.loading.state import (
+    Action,
+    Broken,
+    Event,
+    Loading,
+    Nothing,
+    Present,
+    Replacing,
+    Resuming,
+    Serving,
+    State,
+    advance,
+    deployment_of,
+    error_of,
+    past_of,
+)
+from coordinator.story import Story
+from coordinator.watching import Signal
+
+UNLOADED = "the model was unloaded"
+
+_ORDER = (Serving, Replacing, Resuming, Broken, Loading)
+"""Which of several models a request without a model's name is about: the first of these."""
+
+_KINDS = {
+    states.ResumeBegan: "resuming",
+    states.LoadBegan: "load began",
+    states.StepBegan: "step",
+    states.Placed: "served",
+    states.LoadFailed: "load failed",
+    states.Lost: "lost",
+    states.StageFoundDamaged: "damaged",
+    states.AttemptFailed: "not placed",
+    states.WaitEnded: "broken",
+    states.Unloaded: "unloaded",
+}
+"""What the story calls events; others are not told."""
+
+ActionType = TypeVar("ActionType", bound=Action)
+
+
+class Models:
+    """The state of every model, by name. ``changed`` fires after each event that changed one."""
+
+    def __init__(self, story: Story) -> None:
+        self._story = story
+        self._states: dict[str, State] = {}
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {}
+        self.changed = Signal()
+
+    def carry_out(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
+        """Have ``handler`` carry out actions of this kind. It must not wait."""
+        self._handlers[kind] = handler
+
+    def apply(self, name: str, event: Event) -> State:
+        """Take an event about the model ``name`` and carry out what follows; the next state."""
+        before = self[name]
+        after, actions = advance(before, event, time.monotonic())
+        self._states[name] = after
+        if _is_news(before, event, after):
+            is_replacement = isinstance(event, states.Placed) and deployment_of(before) is not None
+            kind = "replaced" if is_replacement else _KINDS[type(event)]
+            self._story.tell(kind, name, _text(event))
+        for action in actions:
+            if type(action) in self._handlers:
+                self._handlers[type(action)](action)
+        if after is not before:
+            self.changed.fire()
+        return after
+
+    def __getitem__(self, name: str) -> State:
+        return self._states.get(name) or Nothing()
+
+    def present(self) -> tuple[tuple[str, Present], ...]:
+        """(name, state) of every model that is not Nothing; the one that answers comes first."""
+        found = [
+            (name, state) for name, state in self._states.items() if not isinstance(state, Nothing)
+        ]
+        return tuple(sorted(found, key=lambda item: (_ORDER.index(type(item[1])), item[0])))
+
+    @property
+    def current(self) -> State:
+        """The state of the model that requests are for; Nothing without one."""
+        present = self.present()
+        return present[0][1] if present else Nothing()
+
+    @property
+    def serving(self) -> Deployment | None:
+        """The deployment that answers now."""
+        state = self.current
+        return state.deployment if isinstance(state, Serving) else None
+
+    def of_epoch(self, epoch: int) -> Deployment | None:
+        """The present deployment with this epoch, whether it serves or was broken."""
+        for _, state in self.present():
+            deployment = deployment_of(state)
+            if deployment is not None and deployment.epoch == epoch:
+                return deployment
+        return None
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    async def deployment(self) -> Deployment:
+        """The deployment that answers, once there is one. Raises why there will be none."""
+        name = next((name for name, _ in self.present()), "")
+        return await self._served(name, lambda state: True)
+
+    async def latest(self, deployment: Deployment) -> Deployment:
+        """This deployment or the one that took its place; waits for that.
+
+        Raises what broke it for good, or NotLoaded after a user unloaded the model.
+        """
+        return await self._served(deployment.name, lambda state: _continues(state, deployment))
+
+    async def _served(self, name: str, is_meant: Callable[[State], bool]) -> Deployment:
+        with self.changed.watch() as changed:
+            while True:
+                changed.clear()
+                state = self[name]
+                if isinstance(state, Nothing):
+                    raise state.error.with_traceback(None)
+                if not is_meant(state):
+                    raise NotLoaded(UNLOADED)
+                if isinstance(state, Serving):
+                    return state.deployment
+                if isinstance(state, Broken):
+                    # Raised again and again: its traceback would keep the frames of every time.
+                    raise state.error.with_traceback(None)
+                await changed.wait()
+
+    def require(self, deployment: Deployment) -> None:
+        """Raise why ``deployment`` does not answer, if it does not."""
+        error = self.ended_by(deployment)
+        if error is not None:
+            raise error.with_traceback(None)
+
+    def ended_by(self, deployment: Deployment) -> CoordinatorError | None:
+        """What ended ``deployment``; None while it answers."""
+        state = self[deployment.name]
+        if not _continues(state, deployment):
+            return state.error if isinstance(state, Nothing) else NotLoaded(UNLOADED)
+        if deployment.epoch in past_of(state).ended:
+            return past_of(state).ended[deployment.epoch]
+        return state.error if isinstance(state, (Replacing, Broken)) else None
+
+    def is_replaced(self, deployment: Deployment) -> bool:
+        """Whether a device or link of it was lost, and another one is to take its place."""
+        return _continues(self[deployment.name], deployment) and bool(self.ended_by(deployment))
+
+    def is_suspect(self, deployment: Deployment) -> bool:
+        """Whether tokens that came from ``deployment`` may be wrong, because files were damaged."""
+        return deployment.epoch in past_of(self[deployment.name]).suspect
+
+
+def _continues(state: State, deployment: Deployment) -> bool:
+    """Whether ``deployment`` is the present one of ``state``, or was replaced by it."""
+    present = deployment_of(state)
+    return (
+        present is not None and present.epoch == deployment.epoch
+    ) or deployment.epoch in past_of(state).ended
+
+
+def _is_news(before: State, event: Event, after: State) -> bool:
+    """Whether the story is told of an event: attempts fail every few seconds for one reason."""
+    if isinstance(event, states.AttemptFailed):
+        return str(error_of(before)) != str(error_of(after))
+    if isinstance(event, states.LoadFailed):  # The model that was loaded before may still serve.
+        return True
+    return type(event) in _KINDS and after is not before
+
+
+def _text(event: Event) -> str:
+    """What the story says of an event beside its kind."""
+    if isinstance(event, states.Placed):
+        return "on " + ", ".join(member.name for member in event.deployment.members)
+    if isinstance(event, states.ResumeBegan):
+        return "on " + ", ".join(event.devices)
+    if isinstance(event, states.StepBegan):
+        return event.step
+    if isinstance(event, states.AttemptFailed):
+        return event.why
+    error = getattr(event, "error", None)
+    return "" if error is None else str(error)

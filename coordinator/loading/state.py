@@ -1,0 +1,495 @@
+"""The life of one model: states, events, and the table of what each event does in each state.
+
+Two rules hold for this file. It is pure: it reads no clock, starts no task and does no I/O, so that
+the table can be tested as a table. And every fact about what is loaded lives in one of these states
+and nowhere else; coordinator.loading.models owns them, and everybody else reads them there.
+
+``advance`` takes a state and an event. It returns the next state and the actions that others have
+to carry out. docs/design.md has the table as a diagram; ``make state-diagram`` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from coordinator.errors import CoordinatorError, NotLoaded
+from planning.request import LoadRequest, model_name
+
+if TYPE_CHECKING:
+    from coordinator.loading.deployment import Deployment
+
+NO_MODEL = "no model is loaded: run `shoal load MODEL`"
+
+# ---- states ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """The model is not loaded."""
+
+    word = "unloaded"
+    error: CoordinatorError = field(default_factory=lambda: NotLoaded(NO_MODEL))
+    """What a request for the model is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resuming:
+    """The coordinator was started again and loads what was loaded before."""
+
+    word = "resuming"
+    request: LoadRequest
+    devices: tuple[str, ...]
+    """Names of the devices that it was loaded on."""
+    missing: tuple[str, ...]
+    """Those of them that have not joined yet."""
+    since_s: float
+    error: CoordinatorError | None = None
+    """Why the last attempt failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A user has asked for the model, which was not loaded before."""
+
+    word = "loading"
+    request: LoadRequest
+    since_s: float
+    step: str = ""
+    """The phase that the load is in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The deployments that the present one has replaced, without a load by a user between."""
+
+    ended: Mapping[int, CoordinatorError] = field(default_factory=lambda: MappingProxyType({}))
+    """By epoch: what ended it."""
+    suspect: frozenset[int] = frozenset()
+    """Epochs whose tokens may be wrong, because files were damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The model answers."""
+
+    word = "ready"
+    deployment: Deployment
+    since_s: float
+    past: Past = Past()
+
+
+@dataclass(frozen=True, slots=True)
+class Replacing:
+    """A device or link was lost, and the model is placed anew; answers wait."""
+
+    word = "recovering"
+    deployment: Deployment
+    """The one that was broken."""
+    cause: CoordinatorError
+    """What broke it."""
+    error: CoordinatorError
+    """The cause and, after a failed attempt, why the model cannot be placed anew."""
+    since_s: float
+    past: Past
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Placing the model failed for so long that answers no longer wait.
+
+    Attempts go on when devices join.
+    """
+
+    word = "broken"
+    of: Replacing | Resuming
+    error: CoordinatorError
+    since_s: float
+
+
+Present: TypeAlias = Resuming | Loading | Serving | Replacing | Broken
+State: TypeAlias = Nothing | Present
+STATES: tuple[type[State], ...] = (Nothing, Resuming, Loading, Serving, Replacing, Broken)
+
+# ---- events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeBegan:
+    """The coordinator found on its disk what was loaded."""
+
+    request: LoadRequest
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesAwaited:
+    """Some of the devices that a resumed model was on have not joined."""
+
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBegan:
+    """A user asked for the model."""
+
+    request: LoadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class StepBegan:
+    """An operation for the model reached its next phase."""
+
+    step: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The model's stages are loaded and connected."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """A load that a user asked for ended early."""
+
+    error: CoordinatorError
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A device or link of the deployment was lost."""
+
+    error: CoordinatorError
+
+
+@dataclass(frozen=True, slots=True)
+class StageFoundDamaged:
+    """A stage of the deployment ran from a damaged file."""
+
+    error: CoordinatorError
+
+
+@dataclass(frozen=True, slots=True)
+class FilesMended:
+    """Damaged files were found by an attempt to place the model anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """The model could not be placed without being asked for."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class WaitEnded:
+    """Answers have waited as long as they may."""
+
+    error: CoordinatorError
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """A user unloaded the model, or loads another one in its place."""
+
+    error: CoordinatorError
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The coordinator stops. What is kept on disk stays there."""
+
+    error: CoordinatorError
+
+
+Event: TypeAlias = (
+    ResumeBegan
+    | DevicesAwaited
+    | LoadBegan
+    | StepBegan
+    | Placed
+    | LoadFailed
+    | Lost
+    | StageFoundDamaged
+    | FilesMended
+    | AttemptFailed
+    | WaitEnded
+    | Unloaded
+    | Stopped
+)
+EVENTS: tuple[type[Event], ...] = (
+    ResumeBegan,
+    DevicesAwaited,
+    LoadBegan,
+    StepBegan,
+    Placed,
+    LoadFailed,
+    Lost,
+    StageFoundDamaged,
+    FilesMended,
+    AttemptFailed,
+    WaitEnded,
+    Unloaded,
+    Stopped,
+)
+
+# ---- actions -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EndAnswers:
+    """Tell the answers that run on this deployment why it is over."""
+
+    deployment: Deployment
+    error: CoordinatorError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Place the model without being asked, until that works."""
+
+    state: Resuming | Replacing
+
+
+@dataclass(frozen=True, slots=True)
+class StopPlacing:
+    """End the attempts to place the model."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Keep on disk what a user has loaded."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Keep nothing on disk."""
+
+
+Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Forget
+Next: TypeAlias = tuple[State, tuple[Action, ...]]
+Rule: TypeAlias = Callable[[Any, Any, float], Next]
+"""(state, event, time in seconds of the monotonic clock) to what comes next."""
+
+# ---- rules -------------------------------------------------------------------------------------
+
+
+def _resume(state: Nothing, event: ResumeBegan, now_s: float) -> Next:
+    resuming = Resuming(event.request, event.devices, event.devices, now_s)
+    return resuming, (Place(resuming),)
+
+
+def _await(state: Resuming, event: DevicesAwaited, now_s: float) -> Next:
+    return replace(state, missing=event.missing), ()
+
+
+def _load(state: Nothing, event: LoadBegan, now_s: float) -> Next:
+    return Loading(event.request, now_s), ()
+
+
+def _step(state: Loading, event: StepBegan, now_s: float) -> Next:
+    return replace(state, step=event.step), ()
+
+
+def _serve(state: Loading, event: Placed, now_s: float) -> Next:
+    return Serving(event.deployment, now_s), (Keep(event.deployment),)
+
+
+def _serve_resumed(state: Resuming, event: Placed, now_s: float) -> Next:
+    return Serving(event.deployment, now_s), ()
+
+
+def _serve_replaced(state: Replacing, event: Placed, now_s: float) -> Next:
+    ended = {**state.past.ended, state.deployment.epoch: state.cause}
+    past = replace(state.past, ended=MappingProxyType(ended))
+    return Serving(event.deployment, now_s, past), ()
+
+
+def _serve_mended(state: Broken, event: Placed, now_s: float) -> Next:
+    if isinstance(state.of, Replacing):
+        return _serve_replaced(state.of, event, now_s)
+    return _serve_resumed(state.of, event, now_s)
+
+
+def _fail_load(state: Loading, event: LoadFailed, now_s: float) -> Next:
+    return Nothing(event.error), ()
+
+
+def _lose(state: Serving, event: Lost, now_s: float) -> Next:
+    replacing = Replacing(state.deployment, event.error, event.error, now_s, state.past)
+    return replacing, (EndAnswers(state.deployment, event.error), Place(replacing))
+
+
+def _lose_damaged(state: Serving, event: StageFoundDamaged, now_s: float) -> Next:
+    return _lose(replace(state, past=_suspect(state)), Lost(event.error), now_s)
+
+
+def _suspect(state: Serving | Replacing) -> Past:
+    return replace(state.past, suspect=state.past.suspect | {state.deployment.epoch})
+
+
+def _doubt(state: Replacing, event: FilesMended | StageFoundDamaged, now_s: float) -> Next:
+    return replace(state, past=_suspect(state)), ()
+
+
+def _doubt_broken(state: Broken, event: FilesMended | StageFoundDamaged, now_s: float) -> Next:
+    if isinstance(state.of, Resuming):  # It has given no answers since the restart.
+        return state, ()
+    return replace(state, of=replace(state.of, past=_suspect(state.of))), ()
+
+
+def _explain(state: Replacing | Resuming, event: AttemptFailed, now_s: float) -> Next:
+    return replace(state, error=_unplaced(state, event.why)), ()
+
+
+def _explain_broken(state: Broken, event: AttemptFailed, now_s: float) -> Next:
+    error = _unplaced(state.of, event.why)
+    return replace(state, of=replace(state.of, error=error), error=error), ()
+
+
+def _unplaced(state: Replacing | Resuming, why: str) -> CoordinatorError:
+    if isinstance(state, Replacing):
+        return state.cause.unplaced(why)
+    return NotLoaded(f"{model_name(state.request.model)} cannot be loaded again yet: {why}")
+
+
+def _give_up(state: Replacing | Resuming, event: WaitEnded, now_s: float) -> Next:
+    return Broken(state, event.error, now_s), ()
+
+
+def _end(state: State, event: Unloaded | Stopped) -> Next:
+    """End a model in any state; the disk keeps it where the coordinator only stops."""
+    actions: list[Action] = []
+    if isinstance(state, Serving):
+        actions.append(EndAnswers(state.deployment, event.error))
+    if isinstance(state, (Resuming, Replacing, Broken)):
+        actions.append(StopPlacing(name_of(state)))
+    if isinstance(event, Unloaded):
+        actions.append(Forget())
+    return Nothing(event.error), tuple(actions)
+
+
+def _unload(state: State, event: Unloaded, now_s: float) -> Next:
+    return _end(state, event)
+
+
+def _stop(state: State, event: Stopped, now_s: float) -> Next:
+    return _end(state, event)
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
+    Nothing: {
+        ResumeBegan: (Resuming, _resume),
+        LoadBegan: (Loading, _load),
+        Stopped: (Nothing, _stop),
+    },
+    Resuming: {
+        DevicesAwaited: (Resuming, _await),
+        Placed: (Serving, _serve_resumed),
+        AttemptFailed: (Resuming, _explain),
+        WaitEnded: (Broken, _give_up),
+        Unloaded: (Nothing, _unload),
+        Stopped: (Nothing, _stop),
+    },
+    Loading: {
+        StepBegan: (Loading, _step),
+        Placed: (Serving, _serve),
+        LoadFailed: (Nothing, _fail_load),
+        Stopped: (Nothing, _stop),
+    },
+    Serving: {
+        Lost: (Replacing, _lose),
+        StageFoundDamaged: (Replacing, _lose_damaged),
+        Unloaded: (Nothing, _unload),
+        Stopped: (Nothing, _stop),
+    },
+    Replacing: {
+        Placed: (Serving, _serve_replaced),
+        StageFoundDamaged: (Replacing, _doubt),
+        FilesMended: (Replacing, _doubt),
+        AttemptFailed: (Replacing, _explain),
+        WaitEnded: (Broken, _give_up),
+        Unloaded: (Nothing, _unload),
+        Stopped: (Nothing, _stop),
+    },
+    Broken: {
+        Placed: (Serving, _serve_mended),
+        StageFoundDamaged: (Broken, _doubt_broken),
+        FilesMended: (Broken, _doubt_broken),
+        AttemptFailed: (Broken, _explain_broken),
+        Unloaded: (Nothing, _unload),
+        Stopped: (Nothing, _stop),
+    },
+}
+"""By state and event: the next state, and the rule that makes it. A pair that is not here changes
+nothing: a second loss while the first one is replaced, the steps of a load beside a serving model.
+"""
+
+
+def advance(state: State, event: Event, now_s: float) -> Next:
+    """The next state and the actions to carry out. ``now_s``: of the monotonic clock."""
+    row = TABLE[type(state)].get(type(event))
+    return (state, ()) if row is None else row[1](state, event, now_s)
+
+
+# ---- reading a state ---------------------------------------------------------------------------
+
+
+def deployment_of(state: State) -> Deployment | None:
+    """The deployment that serves, or that served last; None where there is none."""
+    if isinstance(state, Broken):
+        return deployment_of(state.of)
+    return state.deployment if isinstance(state, (Serving, Replacing)) else None
+
+
+def past_of(state: State) -> Past:
+    """What the present deployment has replaced."""
+    if isinstance(state, Broken):
+        return past_of(state.of)
+    return state.past if isinstance(state, (Serving, Replacing)) else Past()
+
+
+def request_of(state: Present) -> LoadRequest:
+    """What was asked for."""
+    if isinstance(state, Broken):
+        return request_of(state.of)
+    return state.deployment.request if isinstance(state, (Serving, Replacing)) else state.request
+
+
+def directory_of(state: Present) -> Path:
+    """The folder that the model is in."""
+    return request_of(state).model
+
+
+def name_of(state: State) -> str:
+    """The name of the model; empty for Nothing."""
+    return "" if isinstance(state, Nothing) else model_name(directory_of(state))
+
+
+def waiting_for(state: State) -> tuple[str, ...]:
+    """Names of the devices that a resumed model waits for."""
+    if isinstance(state, Broken):
+        return waiting_for(state.of)
+    return state.missing if isinstance(state, Resuming) else ()
+
+
+def error_of(state: State) -> CoordinatorError | None:
+    """Why the model does not answer, where something went wrong."""
+    return None if isinstance(state, (Loading, Serving)) else state.error
+
+
+def describe(state: State) -> str:
+    """The state in words, such as "resuming: waiting for pi-1"."""
+    missing = waiting_for(state)
+    return state.word + (f": waiting for {', '.join(missing)}" if missing else "")
