@@ -35,6 +35,7 @@ SLOW = {
     "cli/test_calibrate_agent.py",
     "cli/test_doctor.py",
     "cli/test_given.py",
+    "cli/test_imports.py",
     "cli/test_planning.py",
     "cli/test_process.py",
     "cli/test_signals.py",
