@@ -18,7 +18,7 @@ from planning.saved import SavedPlan
 from wire.activations import HOP_BITS
 
 _names = st.text(min_size=1, max_size=8)
-_kl = st.floats(0, 10)
+_kl = st.floats(0, 10, allow_subnormal=False)
 _row = st.dictionaries(st.sampled_from(BITS), _kl)
 _widths = st.sets(st.sampled_from(BITS), min_size=1).map(tuple)
 _objectives = st.builds(
@@ -26,7 +26,7 @@ _objectives = st.builds(
     st.sampled_from([kind for kind in get_args(ObjectiveKind) if kind != "energy"]),
     st.integers(0, 1000),
     st.integers(1, 1000),
-    st.floats(0, 10),
+    st.floats(0, 10, allow_subnormal=False),
 )
 _plans = st.builds(
     lambda device, bits: SavedPlan("p.json", "m", ((device, bits),), {}, ()), _names, _widths
@@ -37,9 +37,9 @@ _requests = st.builds(
     bits=_widths,
     scheme=st.sampled_from(("rtn", "truncate")),
     group_size=st.sampled_from(GROUP_SIZES),
-    max_weight_error=st.none() | st.floats(0, 1),
+    max_weight_error=st.none() | st.floats(0, 1, allow_subnormal=False),
     context_tokens=st.none() | st.integers(1, 1 << 20),
-    time_limit_s=st.floats(0.01, 3600),
+    time_limit_s=st.floats(0.01, 3600, allow_subnormal=False),
     slots=st.integers(1, MAX_SLOTS),
     objective=_objectives,
     pins=st.dictionaries(st.integers(0, 99), _names, max_size=3),
@@ -48,8 +48,8 @@ _requests = st.builds(
     own_sensitivities=st.dictionaries(_names, st.dictionaries(st.integers(0, 9), _row, max_size=2)),
     hop_sensitivities=st.dictionaries(st.sampled_from(HOP_BITS), _kl),
     hop_bits=st.none() | st.sets(st.sampled_from(HOP_BITS), min_size=1).map(tuple),
-    quality_budget=st.floats(0, 10),
-    quality_margin=st.none() | st.floats(1, 10),
+    quality_budget=st.floats(0, 10, allow_subnormal=False),
+    quality_margin=st.none() | st.floats(1, 10, allow_subnormal=False),
     check_quality=st.booleans(),
     plan=st.none() | _plans,
     with_problem=st.booleans(),
