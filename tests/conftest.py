@@ -59,6 +59,7 @@ SLOW = {
     "wire/test_lobby.py",
     "wire/test_patience.py",
     "wire/test_service.py",
+    "wire/test_transport.py",
     "wire/test_versions.py",
 }
 """Tests with processes or connections, or of many seconds. ``--fast`` fails where one that starts
