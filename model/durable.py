@@ -30,6 +30,6 @@ def replace_text(
             file.flush()
             os.fsync(descriptor)
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # Interrupted or failed, however: no part of a file is left behind.
         temporary.unlink(missing_ok=True)
         raise

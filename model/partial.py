@@ -51,6 +51,7 @@ class PartialFile:
     def drop(self) -> None:
         """Start over: forget what is here. Raises OSError."""
         self._file.truncate(0)
+        self._digest, self.offset = hashlib.sha256(), 0
 
     def finish(self) -> bool:
         """Keep the complete file under its hash. False where its hash is another: nothing is kept.

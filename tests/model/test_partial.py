@@ -26,6 +26,17 @@ def test_a_transfer_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert target.read_bytes() == CONTENT
 
 
+def test_a_dropped_transfer_begins_again(tmp_path: Path) -> None:
+    target = tmp_path / SHA256
+    with PartialFile(target, len(CONTENT)) as arriving:
+        arriving.write(b"of another file")
+        arriving.drop()
+        assert arriving.offset == 0
+        arriving.write(CONTENT)
+        assert arriving.finish()
+    assert target.read_bytes() == CONTENT
+
+
 def test_another_hash_and_what_is_too_long_are_not_kept(tmp_path: Path) -> None:
     target = tmp_path / SHA256
     with PartialFile(target, 5) as wrong:
