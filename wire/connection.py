@@ -210,7 +210,7 @@ class Connection:
             lost = framer.lost(f": {reason(error)}")
             self._part()
             raise lost from error
-        except BaseException:
+        except BaseException:  # Refused or interrupted, however: half a message cannot go on.
             self._part()
             raise
         return result
@@ -379,7 +379,7 @@ class AsyncConnection:
             lost = self._framer.lost(how)
             await self._part()
             raise lost from error
-        except BaseException:
+        except BaseException:  # Refused or cancelled, however: half a message cannot go on.
             await self._part()
             raise
 

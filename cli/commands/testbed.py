@@ -109,7 +109,7 @@ def _up(options: argparse.Namespace, screen: Screen) -> None:
                     lambda joined: say(f"starting agents: {joined} of {total} have joined"),
                 )
                 url = cluster.open_door(options.http)
-    except BaseException:
+    except BaseException:  # Interrupted or failed, however: no host stays half up.
         down(options.name)
         raise
     if options.json:

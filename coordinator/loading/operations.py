@@ -106,7 +106,7 @@ class Operations:
         self._models.apply(name, LoadBegan(request))
         try:
             deployment = await self._put(request, tokenizer, asked=True)
-        except BaseException as error:
+        except BaseException as error:  # Cancelled or failed, however: the state must say so.
             why = str(error) or "the load was stopped"
             self._models.apply(name, LoadFailed(NotLoaded(f"{name} was not loaded: {why}")))
             raise
