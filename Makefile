@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := model wire backends calibration agent planning coordinator testbed cli
+PACKAGES := model wire backends calibration agent planning paper coordinator testbed cli
 
 # What `make bundle` is for: a Raspberry Pi OS 12 or Debian 12 agent, unless told otherwise.
 MACHINE ?= aarch64

@@ -13,9 +13,9 @@ from wire.sizes import format_size
 
 if TYPE_CHECKING:
     from model.spec import ModelSpec
+    from paper.dilemma import Instance, Solution
+    from paper.study import DilemmaStudy, Simulation
     from planning.insight.explain import Explanation, Kind
-    from planning.paper.dilemma import Instance, Solution
-    from planning.paper.study import DilemmaStudy, Simulation
     from planning.saved import Change, HopChange, SavedPlan
 
 

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from cli.client import Client
     from model.quantize import Format
     from model.spec import ModelSpec
+    from paper.study import Simulation
     from planning.insight.explain import Explanation
     from planning.labs.lab import Lab
     from planning.labs.sensitivity_file import Sensitivities
-    from planning.paper.study import Simulation
     from planning.plan import Plan
     from planning.problem import HopFormat, PlanningProblem
     from planning.saved import SavedPlan
@@ -207,7 +207,7 @@ def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_study(options: argparse.Namespace, screen: Screen) -> None:
     """``shoal study dilemma``: Table 1 and figures 3, 5, 6 of the paper. Raises CommandFailed."""
-    from planning.paper.study import study_dilemma
+    from paper.study import study_dilemma
     from planning.plan import PlanError
 
     log = None
@@ -346,10 +346,10 @@ def _show_plan(
     found: _Found,
 ) -> None:
     """Explain, simulate, save and draw a plan as asked, then show it."""
+    from paper.study import simulate
     from planning.insight.explain import explain
     from planning.insight.unused import idle_reasons
     from planning.insight.view import describe_plan
-    from planning.paper.study import simulate
 
     if options.simulate and options.objective == "energy":
         raise UsageError("--simulate draws link speeds, which energy does not depend on")
@@ -435,7 +435,7 @@ def _run_dilemma(
     times: Mapping[str, Any],
 ) -> None:
     """The paper's program on the described costs: blocks are its layers."""
-    from planning.paper import dilemma
+    from paper import dilemma
 
     for name, asked in (
         ("--explain", options.explain),

@@ -18,7 +18,7 @@ from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from model import costs
 from model.families import load_spec
-from planning.paper.study import opt_350m
+from paper.study import opt_350m
 from planning.request import LoadRequest
 
 CONFIG = Path(__file__).parents[1] / "fixtures" / "opt-pre" / "config.json"
@@ -471,7 +471,7 @@ def test_a_difference_is_shown(
 def test_a_study_is_shown_and_drawn(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from planning.paper import study
+    from paper import study
 
     whole = study.study_dilemma
     monkeypatch.setattr(study, "study_dilemma", lambda **given: whole(layers=3, **given))

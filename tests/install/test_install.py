@@ -264,6 +264,7 @@ def test_a_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
         "calibration",
         "agent",
         "planning",
+        "paper",
         "coordinator",
         "testbed",
         "cli",

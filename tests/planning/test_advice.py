@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from paper.study import opt_350m
 from planning.build import DeviceInput, RequestInput, build_problem
 from planning.insight.unused import idle_reasons
-from planning.paper.study import opt_350m
 from planning.plan import Advice, InfeasiblePlan, PlanError, Proof, assess, verify
 from planning.planner import solve
 from planning.problem import HopFormat, NoLink, Objective, PlanningProblem

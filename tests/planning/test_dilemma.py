@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from model.quantize import Format, weight_error
+from paper import dilemma, study
+from paper.dilemma import ALL_REPAIRS, Choice, Instance, Repairs, solve
 from planning.labs.lab_file import parse_lab
-from planning.paper import dilemma, study
-from planning.paper.dilemma import ALL_REPAIRS, Choice, Instance, Repairs, solve
 from planning.plan import PlanError
 from tests.planning.described import described_problem
 

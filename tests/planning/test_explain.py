@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from paper.study import opt_350m, simulate
 from planning.insight.explain import MORE_MEMORY_BYTES, Kind, Marginal, MarginalProof, explain
 from planning.labs.lab import Lab
 from planning.labs.lab_file import parse_lab
-from planning.paper.study import opt_350m, simulate
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.planner import solve
 from planning.problem import PlanningProblem

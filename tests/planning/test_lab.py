@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from paper.study import opt_350m
 from planning.labs.lab import LabError, times_of
 from planning.labs.lab_file import parse_lab, read_lab
-from planning.paper.study import opt_350m
 from planning.plan import verify
 from planning.planner import solve
 from planning.problem import DEFAULT_HOPS

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from paper.study import opt_350m
 from planning.build import DeviceInput, RequestInput, own_rows
 from planning.insight.explain import explain
 from planning.insight.unused import idle_reasons
 from planning.labs.lab import LabError
 from planning.labs.lab_file import parse_lab
 from planning.labs.sensitivity_file import SensitivityError, read_sensitivities
-from planning.paper.study import opt_350m
 from planning.plan import Plan, PlanError, verify
 from planning.planner import solve
 from planning.problem import PlanningProblem

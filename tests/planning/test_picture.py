@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from model.quantize import BITS
+from paper.study import opt_350m
 from planning.insight.picture import COLOURS, Curve, curves_svg, ink_on, plan_svg
 from planning.labs.lab_file import parse_lab
-from planning.paper.study import opt_350m
 from planning.plan import Plan, Proof, assess
 from tests.planning.described import described_problem
 

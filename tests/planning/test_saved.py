@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from paper.study import opt_350m
 from planning.labs.lab_file import parse_lab
-from planning.paper.study import opt_350m
 from planning.plan import PlanError, Proof, assess, bits_text
 from planning.problem import HopFormat
 from planning.saved import (

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from model.spec import LayerSpec, ModelSpec
+from paper import dilemma
+from paper.study_log import StudyLog
 from planning.insight.picture import Curve, curves_svg
-from planning.paper import dilemma
-from planning.paper.study_log import StudyLog
 from planning.plan import Plan, PlanError, assess
 from planning.planner import solve
 from planning.problem import PlanningProblem
