@@ -26,7 +26,8 @@ NOT_A_SUBJECT = {"What", "Whatever", "Who", "Whoever", "Whose", "Those", "Of", "
 COVERED = [
     "testbed",
     "coordinator",
-    # Add cli, planning and paper below this line.
+    "cli",
+    # Add planning and paper below this line.
 ]
 
 
