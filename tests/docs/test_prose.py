@@ -27,7 +27,8 @@ COVERED = [
     "testbed",
     "coordinator",
     "cli",
-    # Add planning and paper below this line.
+    "paper",
+    # Add planning below this line.
 ]
 
 
