@@ -257,6 +257,12 @@ def _demo(demo: argparse.ArgumentParser) -> tuple[Run, str]:
     demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--exact", action="store_true", help="do not round activations")
+    demo.add_argument(
+        "--measurements-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep what the agents measure there, for the next demo; default: each demo measures",
+    )
     plan_arguments.add_quality_arguments(demo)
     return run_demo, (
         "  shoal demo\n"

@@ -147,6 +147,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-dir", type=Path, metavar="DIR")
     _add_token(parser)
     parser.add_argument("--list-backends", action="store_true", help="show them and exit")
+    parser.add_argument("--measurements-dir", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     _add_config(parser)
     add_service_actions(parser)
@@ -249,6 +250,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 token=read_token(options.token_file),
                 watts=options.watts,
                 advertise=options.advertise,
+                measurements_dir=options.measurements_dir,
             ),
             screen.note,
             service,
