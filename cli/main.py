@@ -278,6 +278,12 @@ def _demo(demo: argparse.ArgumentParser) -> Page:
         action="store_true",
         help="Compute with activations that are not rounded. This is slower.",
     )
+    demo.add_argument(
+        "--measurements-dir",
+        type=Path,
+        metavar="DIR",
+        help="Keep the agents' measurements in DIR for the next demo. Default: each demo measures.",
+    )
     plan_arguments.add_quality_arguments(demo, with_plan=False)
     return Page(
         run_demo,

@@ -99,7 +99,7 @@ class Demo:
         screen.step("demo: starting a coordinator")
         ready = self._start_coordinator(cluster)
         sizes = ", ".join(format_size(limit) for limit in memory)
-        screen.step(f"demo: starting {len(memory)} agents with {sizes}; each measures this machine")
+        screen.step(f"demo: starting {len(memory)} agents with {sizes}; they measure this machine")
         self._start_agents(cluster, memory, None)
         with Client(ready["http"]) as client:
             if not self._joined(client, len(memory)):
@@ -347,6 +347,8 @@ class Demo:
                     f"--threads={threads}",
                     f"--backend={BACKEND}",
                     f"--state-dir={self._directory / name}",
+                    # They run on one machine, so one of them measures for all.
+                    f"--measurements-dir={self._options.measurements_dir or self._directory}",
                     *(["--exact"] if self._options.exact else []),
                     *where,
                 ],

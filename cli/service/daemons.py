@@ -208,6 +208,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Show every backend, with the reason if it cannot run here, and exit.",
     )
+    parser.add_argument("--measurements-dir", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     _add_config(parser)
     add_service_actions(parser)
@@ -310,6 +311,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 token=read_token(options.token_file),
                 watts=options.watts,
                 advertise=options.advertise,
+                measurements_dir=options.measurements_dir,
             ),
             screen.note,
             service,

@@ -25,6 +25,7 @@ NOT_SETTINGS = {
     "help",
     "json",
     "list_backends",
+    "measurements_dir",
     "until_stdin_closes",
     "verbose",
 }
