@@ -1,4 +1,4 @@
-"""What an installation consists of, and what each part of it gets by without."""
+"""The parts of an installation, and the libraries that each part works without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Having files made, on real sockets: who may ask, who may deliver, and what is believed."""
+"""Having files made, on real sockets: who may ask, who may deliver, and what is checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names belong to devices: whoever joins first, whatever was restarted in between."""
+"""Devices keep their names, whoever joins first and whatever is restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a lost device's work is placed anew, and what of the request still counts."""
+"""Recovery: when a model is placed anew, and which wishes of the request still count."""
 
 from __future__ import annotations
 
