@@ -105,7 +105,7 @@ def measure_for_agent(
             )
     screen.note(
         f"measured anew for the agent in {target.state_dir}: the device and {len(models)} models; "
-        "a running agent takes them over within seconds"
+        "a running agent uses them within seconds"
     )
     return {
         "state_dir": str(target.state_dir),

@@ -140,12 +140,12 @@ def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
             nonlocal told
             if step["phase"] == "quality" and not told:
                 told = True
-                screen.note(f"{step['label']} measures; what it finds is kept as it comes")
+                screen.note(f"{step['label']} measures; the coordinator keeps each result at once")
             on_step(step)
 
         answer = client.operate("/shoal/v1/quality", request, on_agents_step)
     if not told:
-        screen.note("all of it was measured before")
+        screen.note("everything was measured before")
     qualities = [
         BlockSensitivity(item["block"], item["bits"], item["kl"], item["weight_error"])
         for item in answer["blocks"]

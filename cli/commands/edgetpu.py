@@ -105,8 +105,8 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
     compiler = find_compiler()
     if compiler is None:
         raise CommandFailed(
-            f"{COMPILER} is not on PATH: it is Google's, for x86-64 Linux; docs/hardware.md says"
-            " where it comes from"
+            f"{COMPILER} is not on PATH: install Google's, for x86-64 Linux, as docs/hardware.md"
+            " says"
         )
     directory = options.out or default_directory()
     checkpoint = Checkpoint.open(options.model)

@@ -170,7 +170,7 @@ def show_dilemma(
     )
     screen.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
     if solution.honest_s is None:
-        screen.out.print("this places some layers twice or never: no model runs like that")
+        screen.out.print("this places some layers twice or never, so no model can run")
     elif solution.honest_s > solution.objective_s * (1 + 1e-9):
         screen.out.print(
             f"with every transfer charged: {solution.honest_s * 1e3:.2f} ms"

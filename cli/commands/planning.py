@@ -91,8 +91,8 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             ]
             if unknown:
                 screen.note(
-                    f"{options.sensitivities} says nothing of what the arithmetic of"
-                    f" {', '.join(unknown)} loses: see docs/calibration.md"
+                    f"{options.sensitivities} has no sensitivities for the arithmetic of"
+                    f" {', '.join(unknown)}: see docs/calibration.md"
                 )
         else:
             errors, bound = _weight_errors(options, model, formats, screen)
@@ -219,7 +219,7 @@ def run_study(options: argparse.Namespace, screen: Screen) -> None:
                 f"{options.out}: {(error.strerror or str(error)).lower()}"
             ) from error
         log = options.out / "results.jsonl"
-        screen.note(f"results go to {log} as they come: the same command goes on after a stop")
+        screen.note(f"results are kept in {log}: after a stop, the same command goes on")
     try:
         with screen.progress() as on_step:
 
@@ -352,7 +352,9 @@ def _show_plan(
     from planning.insight.view import describe_plan
 
     if options.simulate and options.objective == "energy":
-        raise UsageError("--simulate draws link speeds, which energy does not depend on")
+        raise UsageError(
+            "--simulate draws link speeds, but energy does not depend on them: drop one"
+        )
     explanation: Explanation | None = None
     simulation: Simulation | None = None
     with screen.progress() as on_step:

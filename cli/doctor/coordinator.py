@@ -43,7 +43,7 @@ def check_coordinator_memory(machine: Machine) -> list[Check]:
 
 def check_announcing(machine: Machine) -> list[Check]:
     """Check whether agents can find this coordinator by mDNS. Otherwise they need its address."""
-    fix = "name it on each agent: shoal agent --coordinator HOST"
+    fix = "give each agent the address: shoal agent --coordinator HOST"
     if not machine.announces:
         return [Check("multicast", "note", "no_mdns is set: nothing is announced", fix)]
     (found,) = check_multicast(machine)

@@ -372,7 +372,7 @@ def _url(host: str, port: int) -> str:
 def _required_token_file(options: argparse.Namespace) -> Path:
     path: Path | None = options.token_file
     if path is None:
-        raise UsageError("--create-token writes a file: say which with --token-file FILE")
+        raise UsageError("--create-token writes a file: name it with --token-file FILE")
     return path
 
 

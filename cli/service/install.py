@@ -142,7 +142,7 @@ def run_install(options: argparse.Namespace, screen: Screen) -> None:
         return
     screen.note(
         f"shoal-{options.kind} is installed and enabled; "
-        f"`systemctl status shoal-{options.kind}` says how it goes, "
+        f"`systemctl status shoal-{options.kind}` shows its state, "
         f"settings are in {CONFIG}/{options.kind}.toml"
     )
     if any(file.path == TOKEN for file in work.files):
@@ -155,7 +155,7 @@ def run_uninstall(options: argparse.Namespace, screen: Screen) -> None:
     data = [path for path in _data(options.kind) if _below(root, path).exists()]
     if not (options.yes or options.keep_data or options.dry_run or not data):
         if not sys.stdin.isatty():
-            raise UsageError("say --yes to remove its data as well, or --keep-data")
+            raise UsageError("the data would be removed too: give --yes, or --keep-data to keep it")
         names = ", ".join(map(str, data))
         if input(f"Remove {names} for good? [y/N] ").strip().lower() not in ("y", "yes"):
             raise CommandFailed("nothing was removed; --keep-data removes all but the data")
@@ -356,7 +356,10 @@ def _command(options: argparse.Namespace) -> Path:
         return DEFAULT_COMMAND
     command = Path(sys.prefix, "bin", "shoal")
     if not command.exists():
-        raise CommandFailed("run it from an installation (install.sh), or name one with --command")
+        raise CommandFailed(
+            f"{command} does not exist: install shoal with install.sh, or name its command with "
+            "--command"
+        )
     if command.is_relative_to("/home") or command.is_relative_to("/root"):
         raise CommandFailed(
             f"{command} is in a home directory, which the service cannot see: "
@@ -370,7 +373,7 @@ def _require_systemd(options: argparse.Namespace) -> None:
         return
     if not Path("/run/systemd/system").is_dir():
         raise CommandFailed(
-            "systemd does not run this machine: start `shoal` from what does, "
+            "this machine does not run systemd: start `shoal` with its own service manager, "
             "or prepare an image with --root"
         )
     if os.geteuid() != 0:

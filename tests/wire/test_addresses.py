@@ -1,4 +1,4 @@
-"""Which addresses an agent announces, for a machine with docker's bridge."""
+"""The order in which addresses are announced and tried, on a machine with docker's bridge."""
 
 from __future__ import annotations
 
