@@ -36,7 +36,6 @@ def _numbers(text: str) -> list[int]:
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     parser.add_argument(
         "--shape",
         default="llama-1b",

@@ -54,7 +54,6 @@ _plans = argument(whole, "a whole number, 0 for none")
 
 
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--model", type=Path, metavar="DIR", help="Measure the layers of this model too."

@@ -35,7 +35,6 @@ EXAMPLES = (
 
 
 def add_edgetpu_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
     parser.add_argument(
         "action",
         choices=("check", "compile"),

@@ -218,14 +218,12 @@ def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> N
 
 
 def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the two files to compare."""
     saved = "which `shoal plan --save` wrote."
     parser.add_argument("before", type=Path, metavar="A.json", help=f"The first plan, {saved}")
     parser.add_argument("after", type=Path, metavar="B.json", help=f"The second plan, {saved}")
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``shoal study``."""
     parser.add_argument("study", choices=("dilemma",), help="The only study so far.")
     parser.add_argument(
         "--out",

@@ -91,7 +91,6 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
 
 
 def show_simulation(screen: Screen, simulation: Simulation) -> None:
-    """Show the spread over drawn link speeds."""
     table = titled_table(f"{simulation.kept.runs} draws of link speeds, predicted ms")
     table.add_column("plan")
     for column in ("lowest", "10 %", "median", "90 %", "highest"):

@@ -57,7 +57,6 @@ FAULT_KINDS = (
 
 
 def add_testbed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(

@@ -53,7 +53,6 @@ _CLUSTER = "A name for this shoal. Agents join the coordinator of the same name.
 
 
 def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options, and the actions of a service."""
     parser.add_argument(
         "--cluster",
         default="shoal",
@@ -122,7 +121,6 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options, and the actions of a service."""
     parser.add_argument("--name", help="This device's name. Default: the machine's host name.")
     parser.add_argument(
         "--cluster",
