@@ -48,9 +48,10 @@ from backends.onnx_graph import (
     embedding_graph,
     head_graph,
 )
-from backends.onnx_matrix import CONTAINER_BITS, bytes_of, executable
+from backends.onnx_matrix import EXACT_BITS, Matrix, bytes_of, executable
 from backends.onnx_prepared import Prepared
 from backends.onnx_session import (
+    container_bits,
     flush_denormals,
     new_session,
     return_free_memory,
@@ -93,8 +94,8 @@ class OnnxCpuBackend(Backend):
         return Capabilities(
             "onnx_cpu",
             importlib.metadata.version("onnxruntime"),
-            CONTAINER_BITS,
-            exact_container_bits=dict.fromkeys(CONTAINER_BITS, 32),
+            container_bits(),
+            exact_container_bits=EXACT_BITS,
         )
 
     def load(
@@ -294,6 +295,7 @@ class _Loader:
     def __init__(self, spec: ModelSpec, options: StageOptions) -> None:
         self._spec = spec
         self._options = options
+        self._containers = EXACT_BITS if options.exact else container_bits()
         self._prepared = None
         if options.prepared_dir is not None:
             self._prepared = Prepared(options.prepared_dir, options.prepared_bytes)
@@ -357,7 +359,7 @@ class _Loader:
         spec, projection = self._spec, None
         _, tensors = read_block(artifact[1], spec, artifact[0])
         if spec.projected:
-            matrix = executable(tensors["project_in.weight"], exact=self._options.exact)
+            matrix = executable(tensors["project_in.weight"], self._containers)
             graph = embedding_graph(spec.embed_dim, matrix)
             self._memory_bytes += graph.executed_bytes
             session = new_session(graph, self._options.threads)
@@ -448,7 +450,7 @@ class _Loader:
         spec, run = self._spec, None
         for block, path in artifacts:
             _, tensors = read_block(path, spec, block)
-            weights = _block_weights(tensors, exact=self._options.exact, as_bytes=as_bytes)
+            weights = self._weights(tensors, as_bytes=as_bytes)
             if spec.block_kind(block) == "head":
                 epsilon = spec.layers[-1].norm_eps if spec.final_norm else None
                 return head_graph(spec.hidden, spec.vocab, weights, epsilon)
@@ -459,6 +461,18 @@ class _Loader:
         if run is None:
             raise BackendError("a graph without blocks")
         return run.finish()
+
+    def _weights(self, tensors: Mapping[str, Tensor], *, as_bytes: bool) -> BlockWeights:
+        matrices: dict[str, Matrix] = {}
+        vectors = {}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, QuantizedMatrix):
+                vectors[name] = tensor
+            elif as_bytes:
+                matrices[name] = bytes_of(tensor)
+            else:
+                matrices[name] = executable(tensor, self._containers)
+        return BlockWeights(matrices, vectors)
 
     def _rotary_table(self, layer: LayerSpec) -> tuple[Array, Array] | None:
         if layer.rope is None:
@@ -493,13 +507,3 @@ def _neighbours(slots: Sequence[int]) -> list[tuple[int, slice]]:
         pairs = list(group)
         runs.append((pairs[0][1], slice(pairs[0][0], pairs[-1][0] + 1)))
     return runs
-
-
-def _block_weights(tensors: dict[str, Tensor], *, exact: bool, as_bytes: bool) -> BlockWeights:
-    matrices, vectors = {}, {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, QuantizedMatrix):
-            matrices[name] = bytes_of(tensor) if as_bytes else executable(tensor, exact=exact)
-        else:
-            vectors[name] = tensor
-    return BlockWeights(matrices, vectors)

@@ -1,14 +1,15 @@
 """Stored matrices in the forms that ONNX Runtime's CPU kernels multiply.
 
 Integer codes stay packed: MatMulNBits has kernels for 2, 4 and 8 bits, so 3 bits are kept as 4, and
-5 and 6 as 8. (6 bits as a plane of 4 and one of 2 would take 0.8 of the memory, but decode no
-faster and read a prompt at half the speed.) There is no kernel for 16 bits on x86: fp16 and bf16
-are widened to fp32.
+5 and 6 as 8. Older versions of the runtime lack the kernel for 2 bits, and still older ones the one
+for 8. (6 bits as a plane of 4 and one of 2 would take 0.8 of the memory, but decode no faster and
+read a prompt at half the speed.) There is no kernel for 16 bits on x86: fp16 and bf16 are widened
+to fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,12 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from model.artifact import Tensor
-from model.quantize import QuantizedMatrix
+from model.quantize import INTEGER_BITS, QuantizedMatrix
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-CONTAINER_BITS: Mapping[int, int] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 32, 32: 32}
+KERNEL_BITS = (2, 4, 8)
+"""Widths at which MatMulNBits multiplies codes, in the newest versions."""
+
+EXACT_BITS: Mapping[int, int] = dict.fromkeys((*INTEGER_BITS, 16, 32), 32)
+"""Stored width to executed width where products take activations as they are."""
 
 # Rows that are rounded to bytes at once: the transposed copy then writes whole cache lines.
 _STRIP_ROWS = 64
@@ -59,15 +64,26 @@ Matrix: TypeAlias = PackedMatrix | ByteMatrix | Array
 """A packed matrix, one of bytes, or a dense one as float32 [rows, columns]."""
 
 
-def executable(stored: Tensor, *, exact: bool) -> Matrix:
+def containers(kernels: Collection[int]) -> dict[int, int]:
+    """Stored width to executed width, where MatMulNBits has kernels of the widths ``kernels``.
+
+    Codes take the narrowest kernel that holds them, and are executed as fp32 if none does.
+    """
+    return dict(EXACT_BITS) | {
+        bits: min((kernel for kernel in kernels if kernel >= bits), default=32)
+        for bits in INTEGER_BITS
+    }
+
+
+def executable(stored: Tensor, containers: Mapping[int, int]) -> Matrix:
     """A stored matrix in the form it is executed in; values are exactly the stored ones.
 
-    exact: as fp32, because the packed kernels round activations.
+    ``containers`` maps its stored width to the executed one; 32 is fp32.
     """
     if not isinstance(stored, QuantizedMatrix):
         return stored
-    bits = CONTAINER_BITS[stored.format.bits]
-    if exact or bits == 32:
+    bits = containers[stored.format.bits]
+    if bits == 32:
         return stored.dequantize()
     codes, zeros = stored.in_container(bits)
     centred = stored.format.symmetric and stored.format.bits == bits

@@ -8,7 +8,7 @@ import functools
 import mmap
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from backends.base import BackendError
 from backends.onnx_graph import MICROSOFT, Graph
-from backends.onnx_matrix import ByteMatrix
+from backends.onnx_matrix import KERNEL_BITS, ByteMatrix, containers, executable
+from model.quantize import Format, quantize
 
 _FATAL = 4
 """Log severity: failures come as exceptions, and are reported once by whoever catches them."""
@@ -139,6 +140,31 @@ def window_offset() -> int:
     with translated("onnxruntime lacks an operator, install a newer one"):
         (result,) = new_session(graph, 1).run(["output"], inputs)
     return int(np.count_nonzero(result[0, -1])) - window
+
+
+@functools.lru_cache(maxsize=1)
+def container_bits() -> Mapping[int, int]:
+    """Stored width to executed width with the kernels of the installed runtime.
+
+    Each kernel is tried once, on a small matrix: the operator's documentation does not say which
+    version brought which width.
+    """
+    return containers([bits for bits in KERNEL_BITS if _multiplies(bits)])
+
+
+def _multiplies(bits: int) -> bool:
+    """Whether the runtime multiplies codes of this width, and well."""
+    stored = quantize(np.eye(64, dtype=np.float32), Format.of(bits))
+    graph = Graph()
+    value = graph.input("hidden", TensorProto.FLOAT, (1, 1, 64))
+    product = graph.linear(value, executable(stored, {bits: bits}))
+    graph.output(product, "output", TensorProto.FLOAT, (1, 1, 64))
+    row = np.linspace(-1, 1, 64, dtype=np.float32)
+    try:
+        (result,) = new_session(graph, 1).run(["output"], {"hidden": row[None, None]})
+    except ERRORS:
+        return False
+    return bool(np.allclose(result[0, 0], stored.dequantize() @ row, atol=0.05))
 
 
 @functools.lru_cache(maxsize=1)
