@@ -27,11 +27,11 @@ from wire.hygiene import clean
 from wire.messages import (
     BlockChunk,
     BlockDamaged,
-    BlockRef,
     BlocksHello,
     Done,
     Endpoint,
     FetchBlock,
+    FileRef,
     Heartbeat,
     RequestFailed,
 )
@@ -69,7 +69,7 @@ class BlockCache:
 
     def fetch(
         self,
-        blocks: Sequence[BlockRef],
+        blocks: Sequence[FileRef],
         coordinator: Endpoint,
         device: str,
         on_progress: Callable[[int, int], None],
@@ -87,7 +87,7 @@ class BlockCache:
         wanted = {ref.sha256: ref for ref in blocks}
         for ref in wanted.values():
             if not SHA256.fullmatch(ref.sha256) or ref.size_bytes <= 0:
-                raise CacheError(f"block {ref.block} has no valid address")
+                raise CacheError(f"{ref} has no valid address")
         total = sum(ref.size_bytes for ref in wanted.values())
         needed_bytes = total + self._held_bytes(set(keep) - set(wanted))
         if needed_bytes > self._limit_bytes:
@@ -125,7 +125,7 @@ class BlockCache:
             raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
         return sum(ref.size_bytes for ref in missing)
 
-    def prepare(self, blocks: Sequence[BlockRef], size_bytes: int) -> Path | None:
+    def prepare(self, blocks: Sequence[FileRef], size_bytes: int) -> Path | None:
         """Where a backend may keep ``size_bytes`` that it makes of ``blocks``, which are here.
 
         The same blocks have the same place. None where the limit leaves no room for both.
@@ -160,7 +160,7 @@ class BlockCache:
                 f"{path} is damaged and cannot be removed: {error.strerror}"
             ) from error
 
-    def _present(self, ref: BlockRef, hash_present: bool) -> bool:
+    def _present(self, ref: FileRef, hash_present: bool) -> bool:
         path = self.path(ref.sha256)
         if not path.exists():
             return False
@@ -174,7 +174,7 @@ class BlockCache:
     def _download(
         self,
         connection: Connection,
-        ref: BlockRef,
+        ref: FileRef,
         on_progress: Callable[[int], None],
         *,
         is_last: bool = False,
@@ -192,15 +192,15 @@ class BlockCache:
                 chunk, payload = connection.receive()
                 if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
                     arriving.drop()
-                    raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its size differs)")
+                    raise _ArrivedDamaged(f"{ref} arrived damaged (its size differs)")
                 if not isinstance(chunk, BlockChunk) or not arriving.fits(
                     chunk.offset, chunk.total, len(payload)
                 ):
-                    raise ProtocolError(f"block {ref.block}: unexpected answer to a download")
+                    raise ProtocolError(f"{ref}: unexpected answer to a download")
                 arriving.write(payload)
                 on_progress(arriving.offset)
             if not arriving.finish():
-                raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its hash differs)")
+                raise _ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
         """Drop what was used longest ago until ``needed_bytes`` for what is kept are free."""
@@ -241,7 +241,7 @@ class _Source:
     def __exit__(self, *_: object) -> None:
         self.connection.close()
 
-    def report(self, ref: BlockRef, waiting: Callable[[], None]) -> None:
+    def report(self, ref: FileRef, waiting: Callable[[], None]) -> None:
         """Have the coordinator check a file that did not arrive whole, on a new connection.
 
         ``waiting`` is called now and then; what it raises ends the wait. Raises Gone, WireError.
@@ -255,9 +255,9 @@ class _Source:
             if isinstance(answer, Done):
                 return
             if isinstance(answer, RequestFailed):
-                raise Gone(f"block {ref.block} arrived damaged: {answer.reason}")
+                raise Gone(f"{ref} arrived damaged: {answer.reason}")
             if not isinstance(answer, Heartbeat):
-                raise ProtocolError(f"block {ref.block}: unexpected answer to a report of damage")
+                raise ProtocolError(f"{ref}: unexpected answer to a report of damage")
 
     def _connect(self) -> Connection:
         connection = Connection.connect(self._coordinator, token=self._token)
@@ -272,7 +272,7 @@ def _advance(
     on_progress(before + arrived, total)
 
 
-def _is_whole(path: Path, ref: BlockRef, hash_present: bool) -> bool:
+def _is_whole(path: Path, ref: FileRef, hash_present: bool) -> bool:
     if not path.is_file() or path.stat().st_size != ref.size_bytes:
         return False
     try:

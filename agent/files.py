@@ -29,6 +29,7 @@ from wire.messages import (
     Done,
     Endpoint,
     FetchBlock,
+    FileRef,
     FilesMade,
     Heartbeat,
     MakeFiles,
@@ -60,7 +61,7 @@ class FileExchange:
         """
         paths = {_sha256_of(path): path for _, path in artifacts}
         refs = tuple(
-            BlockRef(block, sha256, path.stat().st_size)
+            BlockRef(sha256, path.stat().st_size, block)
             for (block, path), sha256 in zip(artifacts, paths, strict=True)
         )
         try:
@@ -108,13 +109,8 @@ class FileExchange:
                     spec, artifacts, Path(name), waiting
                 )
                 paths = [(file_sha256(path), path) for path in made]
-                answer = FilesMade(
-                    request.request,
-                    tuple(
-                        BlockRef(number, sha256, path.stat().st_size)
-                        for number, (sha256, path) in enumerate(paths)
-                    ),
-                )
+                files = tuple(FileRef(sha256, path.stat().st_size) for sha256, path in paths)
+                answer = FilesMade(request.request, files)
                 with self._connect() as connection:
                     connection.send(answer)
                     if not isinstance(self._serve(connection, dict(paths), waiting), Done):
@@ -129,7 +125,7 @@ class FileExchange:
         connection.send(BlocksHello(self.device))
         return connection
 
-    def _waiting(self, blocks: Iterable[BlockRef]) -> Callable[[], None]:
+    def _waiting(self, blocks: Iterable[FileRef]) -> Callable[[], None]:
         """Says that nothing is finished yet, and ends a request that nobody waits for."""
         return partial(self.progress, 0, sum(ref.size_bytes for ref in blocks))
 

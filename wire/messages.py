@@ -204,12 +204,24 @@ class LinkChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockRef:
-    """A block to load: its index in the model and the artifact that holds it."""
+class FileRef:
+    """A file of the shoal, which is known by its content: SHA-256 and size."""
 
-    block: int
     sha256: str
     size_bytes: int
+
+    def __str__(self) -> str:
+        return f"file {self.sha256[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef(FileRef):
+    """The artifact of a block, which is numbered by its place in the model."""
+
+    block: int
+
+    def __str__(self) -> str:
+        return f"block {self.block}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,14 +352,14 @@ class MakeFiles:
 
 @dataclass(frozen=True, slots=True)
 class FilesMade:
-    """The files in their order, which ``BlockRef.block`` counts; none: nobody here can make them.
+    """The files, in the order in which the backend takes them. None: nobody here can make them.
 
     From the agent that made them first on a connection of files, where the coordinator fetches
     what it lacks and then says Done, and then as the answer.
     """
 
     request: int
-    files: tuple[BlockRef, ...]
+    files: tuple[FileRef, ...]
 
 
 @dataclass(frozen=True, slots=True)

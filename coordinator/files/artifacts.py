@@ -108,7 +108,7 @@ class ArtifactStore:
                 index["artifacts"][key] = entry
                 self._save(checkpoint, index)
             self._sources[entry[0]] = (checkpoint, block, fmt)
-            refs.append(BlockRef(block, entry[0], entry[1]))
+            refs.append(BlockRef(entry[0], entry[1], block))
             self._in_use.add(entry[0])
             on_step(done + 1, len(wanted))
         return tuple(refs)

@@ -31,9 +31,9 @@ from wire.connection import AsyncConnection
 from wire.errors import ProtocolError
 from wire.messages import (
     BlockChunk,
-    BlockRef,
     Done,
     FetchBlock,
+    FileRef,
     FilesMade,
     Heartbeat,
     MakeFiles,
@@ -127,13 +127,13 @@ class Workshop:
 
     async def _made(
         self, member: Member, request: MakeFiles, connection: AsyncConnection
-    ) -> tuple[BlockRef, ...]:
+    ) -> tuple[FileRef, ...]:
         """The files, all in the store; none where nobody can make them."""
         spec = ModelSpec.from_dict(request.spec)
         if not 0 < len(request.blocks) <= spec.block_count:
             raise MakingFailed("the model has no such blocks")
         async with self._lock:
-            makers: list[tuple[str, Callable[[], Awaitable[tuple[BlockRef, ...]]]]] = []
+            makers: list[tuple[str, Callable[[], Awaitable[tuple[FileRef, ...]]]]] = []
             here = self._here
             if here is not None:
                 version = await asyncio.to_thread(here.version, request.backend)
@@ -158,7 +158,7 @@ class Workshop:
 
     async def _make_here(
         self, here: Makers, spec: ModelSpec, request: MakeFiles
-    ) -> tuple[BlockRef, ...]:
+    ) -> tuple[FileRef, ...]:
         paths = [self._store.path(ref.sha256) for ref in request.blocks]
         artifacts = [
             (ref.block, path) for ref, path in zip(request.blocks, paths, strict=True) if path
@@ -168,7 +168,7 @@ class Workshop:
 
         def work(
             on_step: Callable[[int, int], None], cancelled: Callable[[], bool]
-        ) -> tuple[BlockRef, ...]:
+        ) -> tuple[FileRef, ...]:
             def tick() -> None:
                 if cancelled():
                     raise Cancelled
@@ -176,16 +176,15 @@ class Workshop:
             self._index.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._index, prefix=".making-") as name:
                 made = here.make(request.backend, spec, artifacts, Path(name), tick)
-                files: list[BlockRef] = []
+                files: list[FileRef] = []
                 for path in made:
-                    kept = self._store.adopt(path, {ref.sha256 for ref in files})
-                    files.append(BlockRef(len(files), *kept))
+                    files.append(FileRef(*self._store.adopt(path, {ref.sha256 for ref in files})))
                 return tuple(files)
 
         log.info("making files for %s, beside %d blocks", request.backend, len(artifacts))
         return await in_thread("files", work, lambda step: None)
 
-    async def _make_on(self, maker: Member, request: MakeFiles) -> tuple[BlockRef, ...]:
+    async def _make_on(self, maker: Member, request: MakeFiles) -> tuple[FileRef, ...]:
         sent_bytes = sum(ref.size_bytes for ref in request.blocks)
         self._expected[maker.device] = (
             MAX_FILES_PER_BLOCK * len(request.blocks),
@@ -207,27 +206,24 @@ class Workshop:
 
     # ---- what is kept ---------------------------------------------------------------------------
 
-    def _known(self, key: str) -> tuple[BlockRef, ...] | None:
+    def _known(self, key: str) -> tuple[FileRef, ...] | None:
         with contextlib.suppress(OSError, ValueError, TypeError):
             entries = json.loads((self._index / key).read_text(encoding="utf-8"))
-            files = tuple(
-                BlockRef(number, sha256, size_bytes)
-                for number, (sha256, size_bytes) in enumerate(entries)
-            )
+            files = tuple(FileRef(sha256, size_bytes) for sha256, size_bytes in entries)
             if files and self._has_all(files):
                 return files
         return None
 
-    def _remember(self, key: str, files: Sequence[BlockRef]) -> None:
+    def _remember(self, key: str, files: Sequence[FileRef]) -> None:
         content = json.dumps([[ref.sha256, ref.size_bytes] for ref in files])
         self._index.mkdir(parents=True, exist_ok=True)
         # Cut short by a crash it is no JSON, and the files are made again.
         (self._index / key).write_text(content, encoding="utf-8")
 
-    def _has_all(self, refs: Sequence[BlockRef]) -> bool:
+    def _has_all(self, refs: Sequence[FileRef]) -> bool:
         return all(map(self._has, refs))
 
-    def _has(self, ref: BlockRef) -> bool:
+    def _has(self, ref: FileRef) -> bool:
         """Whether a whole file is here: making from a damaged one costs more than hashing it."""
         if not self._store.is_whole(ref.sha256):
             return False
@@ -238,7 +234,7 @@ class Workshop:
         return True
 
     async def _fetch(
-        self, ref: BlockRef, connection: AsyncConnection, beside: Sequence[BlockRef]
+        self, ref: FileRef, connection: AsyncConnection, beside: Sequence[FileRef]
     ) -> None:
         """Have a file in the store, from the agent at the other end where it is not.
 

@@ -57,7 +57,7 @@ from wire.profile import BlockTiming
 
 SPEC = Checkpoint.open(Path(__file__).parents[1] / "fixtures" / "llama").spec
 ANSWER_S = 20.0
-REFS = tuple(BlockRef(block, "0" * 64, 1) for block in range(SPEC.block_count))
+REFS = tuple(BlockRef("0" * 64, 1, block) for block in range(SPEC.block_count))
 
 
 class Coordinator:
