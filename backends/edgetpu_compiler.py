@@ -28,6 +28,7 @@ from pathlib import Path
 
 from backends.base import BackendError
 from model.artifact import file_sha256
+from model.bounded import read_json
 from model.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def compile_files(
 def _is_whole(directory: Path, files: Sequence[Path]) -> bool:
     """Whether compiled files still are what was made; damaged ones are removed with the rest."""
     try:
-        sums = json.loads((directory / _SUMS).read_text(encoding="ascii"))
+        sums = read_json(directory / _SUMS)
         if all(file_sha256(file) == sums[file.name] for file in files):
             return True
     except FileNotFoundError:

@@ -39,6 +39,7 @@ from backends.onnx_session import (
     session_options,
 )
 from model.artifact import file_sha256
+from model.bounded import read_json
 from model.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
 
 def _read_facts(path: Path) -> Any:
     """Raises OSError, or ValueError, KeyError, TypeError where they are damaged."""
-    sealed = json.loads(path.read_text(encoding="ascii"))
+    sealed = read_json(path)
     if hashlib.sha256(sealed["facts"].encode()).hexdigest() != sealed["sha256"]:
         raise ValueError("the facts are damaged")
     return json.loads(sealed["facts"])

@@ -17,6 +17,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.bounded import read_json
 from model.durable import replace_text
 from wire.conditions import Conditions
 
@@ -142,15 +143,13 @@ class CalibrationStore:
 
     def _read(self) -> _Content:
         try:
-            content = self.path.read_text(encoding="utf-8")
+            return _parse(read_json(self.path))
         except FileNotFoundError:
             return _Content()
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             log.warning("calibration in %s cannot be read, measuring anew: %s", self.path, error)
             return _Content()
-        try:
-            return _parse(json.loads(content))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             log.warning("calibration in %s is damaged, measuring anew: %s", self.path, error)
             return _Content()
 

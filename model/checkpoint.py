@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, describe, read_config, tensor_sources
 from model.given import INDEX as _INDEX
@@ -26,7 +26,6 @@ from model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_MAX_INDEX_BYTES = 64 << 20
 _FLOATS = ("F32", "F16", "BF16")
 _HEAD = "lm_head.weight"
 _ADAPTER = "adapter_config.json"
@@ -267,14 +266,12 @@ def _shard_names(index: Path) -> list[str]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> name of the file beside the index that it lists for it."""
     try:
-        if index.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index}: larger than any index; is it the right file?")
-        values: Any = json.loads(index.read_bytes())
+        values = read_json(index)
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         kind = kind_of_file(index)
-        wrong = f"not an index, but {kind}" if kind else f"not valid JSON: {error}; fetch it again"
+        wrong = f"not an index, but {kind}" if kind else f"{error}; fetch it again"
         raise CheckpointError(f"{index}: {wrong}") from error
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

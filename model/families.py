@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.given import CONFIG, require_model
 from model.spec import MAX_LAYERS, MAX_SIZE, Activation, LayerSpec, ModelSpec, RopeScaling, RopeSpec
@@ -133,7 +134,7 @@ class _Family:
 def read_config(directory: Path) -> Config:
     """config.json of a model directory. Raises CheckpointError, naming what is wrong."""
     require_model(directory)
-    return _read_json(directory / CONFIG)
+    return read_config_file(directory / CONFIG)
 
 
 def load_spec(directory: Path) -> ModelSpec:
@@ -154,7 +155,7 @@ def describe(config: Config, directory: Path) -> ModelSpec:
     _refuse_foreign_options(config)
     spec = family.describe(config)
     generation = directory / "generation_config.json"
-    eos = _read_json(generation).tokens("eos_token_id") if generation.exists() else ()
+    eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()
     plain["eos_tokens"] = eos or spec.eos_tokens
     return ModelSpec.from_dict(plain)
@@ -193,15 +194,14 @@ def _family(config: Config) -> _Family:
     return family
 
 
-def _read_json(path: Path) -> Config:
+def read_config_file(path: Path) -> Config:
+    """As ``read_config``, of a file by any name."""
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: larger than any config; is it the right file?")
-        values = json.loads(path.read_bytes())
+        values = read_json(path, _MAX_CONFIG_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}; fetch it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; fetch it again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object; fetch it again")
     return Config(path, values)

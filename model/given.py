@@ -7,7 +7,6 @@ gave the name of a model on a hub, a GGUF file, or a folder of pointers.
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 import re
@@ -15,6 +14,7 @@ import socket
 import stat
 from pathlib import Path
 
+from model.bounded import read_json
 from model.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -313,12 +313,11 @@ def _adapter(given: Path) -> str:
     base = ""
     path = given / "adapter_config.json"
     try:
-        if path.stat().st_size <= _MAX_ADAPTER_BYTES:
-            values = json.loads(path.read_bytes())
-            named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-            if isinstance(named, str) and named:
-                base = f" of {shown(Path(named[:100]))}"
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path, _MAX_ADAPTER_BYTES)
+        named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+        if isinstance(named, str) and named:
+            base = f" of {shown(Path(named[:100]))}"
+    except (OSError, ValueError):
         pass
     return (
         f"an adapter (LoRA){base} without its base model: merge the two with peft"

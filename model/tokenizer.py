@@ -12,6 +12,7 @@ from typing import Any
 
 import tokenizers
 
+from model.bounded import read_json
 from model.errors import TokenizerError
 from model.given import kind_of_file
 from model.template_process import template_process
@@ -313,10 +314,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise TokenizerError(f"{path}: absurdly large; is it the right file?")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path, _MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
         wrong = kind_of_file(path) or f"{error}; fetch it again"
         raise TokenizerError(f"{path}: cannot be read: {wrong}") from error
     if not isinstance(value, dict):

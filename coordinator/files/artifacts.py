@@ -19,6 +19,7 @@ from typing import Any
 
 from coordinator.errors import MakingFailed, StorageFull
 from model.artifact import SHA256, file_sha256, write_artifact
+from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
 from model.durable import replace_text
@@ -270,7 +271,7 @@ class ArtifactStore:
     def _load(self, checkpoint: Checkpoint) -> dict[str, Any]:
         path = self._index_path(checkpoint)
         with contextlib.suppress(OSError, ValueError):
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = read_json(path)
             if isinstance(index, dict) and index.get("version") == INDEX_VERSION:
                 return index
             log.warning("%s is of another version and is made again", path)

@@ -24,6 +24,7 @@ from coordinator.errors import AgentFailed, CoordinatorError, MakingFailed
 from coordinator.files.artifacts import ArtifactStore, Cancelled
 from coordinator.roster.measurements import in_thread
 from coordinator.roster.members import Member, Roster
+from model.bounded import read_json
 from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
@@ -208,7 +209,7 @@ class Workshop:
 
     def _known(self, key: str) -> tuple[FileRef, ...] | None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            entries = json.loads((self._index / key).read_text(encoding="utf-8"))
+            entries = read_json(self._index / key)
             files = tuple(FileRef(sha256, size_bytes) for sha256, size_bytes in entries)
             if files and self._has_all(files):
                 return files

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
 from model.quantize import DEFAULT_GROUP_SIZE, Scheme
@@ -203,7 +204,7 @@ class QualityStore:
 
     def _read(self, path: Path, spec: ModelSpec) -> KnownQuality | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             blocks = {
                 (int(block), int(bits)): (float(kl), float(error))
                 for block, bits, kl, error in content["blocks"]

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from model.bounded import read_json
 from model.durable import replace_text
 
 log = logging.getLogger(__name__)
@@ -90,11 +91,7 @@ def _candidates(wished: str) -> itertools.chain[str]:
 def _read(path: Path) -> dict[str, tuple[str, str]]:
     """The names in a file; none where there is no file. A file of no use is put aside."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError("too large")
-        kept = json.loads(data)
+        kept = read_json(path, MAX_FILE_BYTES)
         if kept["version"] != VERSION:
             raise ValueError(f"version {kept['version']!r:.20}")
         names = {device: (name, wished) for device, (name, wished) in kept["devices"].items()}
@@ -104,7 +101,7 @@ def _read(path: Path) -> dict[str, tuple[str, str]]:
             raise ValueError("two devices have one name")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s is of no use (%s): devices are named in the order of joining", path, error)
         _put_aside(path)
         return {}
