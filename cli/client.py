@@ -13,8 +13,7 @@ from typing import Any
 import httpx
 
 from cli.errors import CommandFailed, CoordinatorUnreachable
-
-DEFAULT_URL = "http://127.0.0.1:7421"
+from cli.parser import DEFAULT_URL
 
 CONNECT_TIMEOUT_S = 3.0
 """A coordinator that does not answer on this machine or LAN by then is not there. Reading has no

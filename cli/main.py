@@ -13,9 +13,10 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable
+from cli.parser import Parser, add_url_argument
 from cli.render import Screen
 from cli.service.journal import JournalFormatter, under_journal
 from cli.service.signals import Terminated, terminated_like_interrupted
@@ -222,8 +223,17 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
 SERVICES = ("coordinator", "agent")
 """Commands that systemd runs. A request to stop is no failure of theirs."""
 
-Filler = Callable[[argparse.ArgumentParser], tuple[Run, str]]
-"""Adds a command's arguments to its parser; returns what runs it, and examples."""
+
+class Page(NamedTuple):
+    """A command's function and its help beside the summary and the options."""
+
+    run: Run
+    examples: str
+    about: str = ""
+
+
+Filler = Callable[[argparse.ArgumentParser], Page]
+"""Adds a command's arguments to its parser."""
 
 
 def _named(arguments: Sequence[str]) -> str | None:
@@ -231,195 +241,254 @@ def _named(arguments: Sequence[str]) -> str | None:
     return next((text for text in arguments if not text.startswith("-")), "")
 
 
-def _demo(demo: argparse.ArgumentParser) -> tuple[Run, str]:
+def _demo(demo: argparse.ArgumentParser) -> Page:
     from cli import argument_types
     from cli.commands import plan_arguments
 
     sizes = argument_types.argument(
         lambda text: [parse_size(part) for part in text.split(",")], "sizes: 1G,512M"
     )
-    demo.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded tiny OPT")
     demo.add_argument(
-        "--agents", type=argument_types.count, default=None, metavar="N", help="default: 3"
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="A Hugging Face model directory. Default: a tiny OPT that comes with shoal.",
+    )
+    demo.add_argument(
+        "--agents",
+        type=argument_types.count,
+        default=None,
+        metavar="N",
+        help="How many agents to start. Default: one for each size of --memory, else 3.",
     )
     demo.add_argument(
         "--memory",
         type=sizes,
         metavar="A,B,C",
-        help="each agent's memory limit; default: so little that the model must be split",
+        help="The memory limit of each agent. Default: so little that the model must be split.",
     )
-    demo.add_argument(
-        "--bits", type=argument_types.bits, metavar="4,8,16", help="widths to choose from"
-    )
+    _add_bits(demo)
     plan_arguments.add_hop_argument(demo, with_budget=False)
-    demo.add_argument("--prompt", metavar="TEXT")
-    demo.add_argument("--max-tokens", type=argument_types.count, default=64, metavar="N")
-    demo.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--exact", action="store_true", help="do not round activations")
-    plan_arguments.add_quality_arguments(demo)
-    return run_demo, (
+    demo.add_argument("--prompt", metavar="TEXT", help="The text to continue. Default: a question.")
+    demo.add_argument("--max-tokens", default=64, **_MAX_TOKENS)
+    demo.add_argument("--temperature", default=0.0, **_TEMPERATURE)
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help=_SEED)
+    demo.add_argument(
+        "--exact",
+        action="store_true",
+        help="Compute with activations that are not rounded. This is slower.",
+    )
+    plan_arguments.add_quality_arguments(demo, with_plan=False)
+    return Page(
+        run_demo,
         "  shoal demo\n"
-        "  shoal demo --agents 2 --bits 8 --prompt 'The lamp is in the attic. "
-        "Where is the lamp?'\n"
-        "  shoal demo --model ~/models/opt-125m --memory 300M,200M,200M --json\n"
-        "  shoal demo --bits 32 --hop-bits 32   computes what the model computes unsplit\n"
+        "  shoal demo --agents 2 --bits 8 --prompt 'Once upon a time'\n"
+        "  shoal demo --model ~/models/opt-125m --memory 300M,200M,200M\n"
+        "  shoal demo --bits 32 --hop-bits 32  # the same numbers as the unsplit model\n",
+        "It starts a coordinator and several agents on this machine. Each agent has so little "
+        "memory that the model must be split. The demo then loads the model, answers one prompt, "
+        "and ends every process that it started.",
     )
 
 
-def _coordinator(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+def _coordinator(parser: argparse.ArgumentParser) -> Page:
     from cli.service import daemons
 
     daemons.add_coordinator_arguments(parser)
-    return daemons.run_coordinator, daemons.COORDINATOR_EXAMPLES
+    return Page(daemons.run_coordinator, daemons.COORDINATOR_EXAMPLES, daemons.COORDINATOR_ABOUT)
 
 
-def _agent(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+def _agent(parser: argparse.ArgumentParser) -> Page:
     from cli.service import daemons
 
     daemons.add_agent_arguments(parser)
-    return daemons.run_agent, daemons.AGENT_EXAMPLES
+    return Page(daemons.run_agent, daemons.AGENT_EXAMPLES, daemons.AGENT_ABOUT)
 
 
-def _doctor(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+def _doctor(parser: argparse.ArgumentParser) -> Page:
     from cli.doctor import command
 
     command.add_doctor_arguments(parser)
-    return command.run_doctor, command.EXAMPLES
+    return Page(command.run_doctor, command.EXAMPLES, command.ABOUT)
 
 
-def _devices(devices: argparse.ArgumentParser) -> tuple[Run, str]:
+def _devices(devices: argparse.ArgumentParser) -> Page:
     devices.add_argument(
         "--measure",
         metavar="NAME",
-        help="first measure this device, its block times and its links again",
+        help="First measure this device's block times and links again.",
     )
-    _add_url(devices)
-    return run_devices, (
-        "  shoal devices\n  shoal devices --json | jq '.devices[].name'\n"
-        "  shoal devices --measure pi-3   again, now that it is quiet\n"
+    add_url_argument(devices)
+    return Page(
+        run_devices,
+        "  shoal devices\n"
+        "  shoal devices --measure pi-3  # again, now that nothing else runs there\n"
+        "  shoal devices --json | jq '.devices[].name'\n",
+    )
+
+
+def _add_bits(parser: argparse.ArgumentParser) -> None:
+    from cli import argument_types
+    from planning.request import DEFAULT_BITS
+
+    parser.add_argument(
+        "--bits",
+        type=argument_types.bits,
+        metavar="4,8,16",
+        help="The bits per weight that a block may have. "
+        f"Default: {','.join(map(str, DEFAULT_BITS))}.",
     )
 
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
-    """What ``plan`` and ``load`` share."""
-    from cli import argument_types
+    """The arguments that ``plan`` and ``load`` share."""
     from cli.commands import plan_arguments
 
-    sub.add_argument("model", metavar="MODEL", help="a Hugging Face model directory")
-    sub.add_argument(
-        "--bits", type=argument_types.bits, metavar="4,8,16", help="widths to choose from"
-    )
-    plan_arguments.add_quality_arguments(sub)
+    sub.add_argument("model", metavar="MODEL", help="A Hugging Face model directory.")
+    _add_bits(sub)
+    plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
     plan_arguments.add_objective_arguments(sub)
 
 
-def _plan(plan: argparse.ArgumentParser) -> tuple[Run, str]:
+def _plan(plan: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments
 
     _add_model(plan)
     plan_arguments.add_planning_arguments(plan)
-    _add_url(plan)
-    return run_plan, (
+    add_url_argument(plan)
+    return Page(
+        run_plan,
         "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
-        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n"
+        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n",
+        "The coordinator measures what it does not know yet, and solves an integer program. "
+        "Nothing is loaded. With --devices no coordinator is needed.",
     )
 
 
-def _load(load: argparse.ArgumentParser) -> tuple[Run, str]:
+def _load(load: argparse.ArgumentParser) -> Page:
     _add_model(load)
-    _add_url(load)
-    return run_load, (
+    add_url_argument(load)
+    return Page(
+        run_load,
         "  shoal load ~/models/llama-3.2-1b\n"
         "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
-        "  shoal load ./opt-350m --plan plan.json   exactly this plan\n"
-        "  shoal load ./opt-350m --objective throughput --slots 8   for many users at once\n"
-        "  shoal load ./opt-350m --bits 32 --hop-bits 32   computes what one machine computes\n"
+        "  shoal load ./opt-350m --plan plan.json  # exactly this plan\n"
+        "  shoal load ./opt-350m --objective throughput --slots 8  # for many users\n"
+        "  shoal load ./opt-350m --bits 32 --hop-bits 32  # as one machine computes it\n",
+        "A model that is loaded already is replaced.",
     )
 
 
-def _diff(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+def _diff(parser: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments, planning
 
     plan_arguments.add_diff_arguments(parser)
-    return planning.run_plan_diff, "  shoal diff a.json b.json\n"
+    return Page(planning.run_plan_diff, "  shoal diff a.json b.json\n")
 
 
-def _study(parser: argparse.ArgumentParser) -> tuple[Run, str]:
+def _study(parser: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments, planning
 
     plan_arguments.add_study_arguments(parser)
-    return planning.run_study, "  shoal study dilemma --out figures\n"
-
-
-def _calibrate(parser: argparse.ArgumentParser) -> tuple[Run, str]:
-    from cli.commands import calibrate
-
-    calibrate.add_calibrate_arguments(parser)
-    return calibrate.run_calibrate, calibrate.EXAMPLES
-
-
-def _testbed(parser: argparse.ArgumentParser) -> tuple[Run, str]:
-    from cli.commands import testbed
-
-    testbed.add_testbed_arguments(parser)
-    return testbed.run_testbed, testbed.EXAMPLES
-
-
-def _bench(parser: argparse.ArgumentParser) -> tuple[Run, str]:
-    from cli.commands import bench
-
-    bench.add_bench_arguments(parser)
-    return bench.run_bench, bench.EXAMPLES
-
-
-def _edgetpu(parser: argparse.ArgumentParser) -> tuple[Run, str]:
-    from cli.commands import edgetpu
-
-    edgetpu.add_edgetpu_arguments(parser)
-    return edgetpu.run_edgetpu, edgetpu.EXAMPLES
-
-
-def _ps(parser: argparse.ArgumentParser) -> tuple[Run, str]:
-    _add_url(parser)
-    return run_ps, "  shoal ps\n"
-
-
-def _events(events: argparse.ArgumentParser) -> tuple[Run, str]:
-    events.add_argument("--follow", action="store_true", help="go on with each new event")
-    _add_url(events)
-    return run_events, (
-        "  shoal events\n  shoal events --follow\n  shoal events --json | jq -c '.events[]'\n"
+    return Page(
+        planning.run_study,
+        "  shoal study dilemma --out figures\n"
+        "  shoal study dilemma --runs 10 --out quick  # fewer random instances\n",
+        "Figures are written as SVG. A study that was stopped goes on where it was.",
     )
 
 
-def _run(run: argparse.ArgumentParser) -> tuple[Run, str]:
+def _calibrate(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import calibrate
+
+    calibrate.add_calibrate_arguments(parser)
+    return Page(calibrate.run_calibrate, calibrate.EXAMPLES, calibrate.ABOUT)
+
+
+def _testbed(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import testbed
+
+    testbed.add_testbed_arguments(parser)
+    return Page(testbed.run_testbed, testbed.EXAMPLES, testbed.ABOUT)
+
+
+def _bench(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import bench
+
+    bench.add_bench_arguments(parser)
+    return Page(bench.run_bench, bench.EXAMPLES, bench.ABOUT)
+
+
+def _edgetpu(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import edgetpu
+
+    edgetpu.add_edgetpu_arguments(parser)
+    return Page(edgetpu.run_edgetpu, edgetpu.EXAMPLES, edgetpu.ABOUT)
+
+
+def _ps(parser: argparse.ArgumentParser) -> Page:
+    add_url_argument(parser)
+    return Page(run_ps, "  shoal ps\n  shoal ps --json | jq .model.state\n")
+
+
+def _events(events: argparse.ArgumentParser) -> Page:
+    events.add_argument(
+        "--follow", action="store_true", help="Wait, and show each new event as it happens."
+    )
+    add_url_argument(events)
+    return Page(
+        run_events,
+        "  shoal events\n  shoal events --follow\n  shoal events --json | jq -c '.events[]'\n",
+        "Events are devices that joined or left, loads, lost devices and failed links.",
+    )
+
+
+def _run(run: argparse.ArgumentParser) -> Page:
     from cli import argument_types
     from cli.commands import plan_arguments
 
     share = argument_types.argument(argument_types.between(0, 1), "a number between 0 and 1")
-    run.add_argument("model", metavar="MODEL", help="a loaded model's name, or a directory")
-    run.add_argument("prompt", metavar="PROMPT")
+    run.add_argument("model", metavar="MODEL", help="The name of a loaded model, or its directory.")
+    run.add_argument("prompt", metavar="PROMPT", help="The text to continue, or to answer.")
     plan_arguments.add_hop_argument(run, with_budget=False)
-    run.add_argument("--chat", action="store_true", help="use the model's chat template")
-    run.add_argument("--max-tokens", type=argument_types.count, default=256, metavar="N")
-    run.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
-    run.add_argument("--top-k", type=int, default=0, metavar="K")
-    run.add_argument("--top-p", type=share, default=1.0, metavar="P")
-    run.add_argument("--seed", type=int, default=0)
-    _add_url(run)
-    return run_prompt, (
+    run.add_argument(
+        "--chat",
+        action="store_true",
+        help="Send the prompt as a chat message, with the model's template.",
+    )
+    run.add_argument("--max-tokens", default=256, **_MAX_TOKENS)
+    run.add_argument("--temperature", default=0.0, **_TEMPERATURE)
+    run.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="Draw from the K likeliest tokens only. Default: %(default)s, which means all.",
+    )
+    run.add_argument(
+        "--top-p",
+        type=share,
+        default=1.0,
+        metavar="P",
+        help="Draw from the likeliest tokens that have probability P together. "
+        "Default: %(default)g, which means all.",
+    )
+    run.add_argument("--seed", type=int, default=0, metavar="N", help=_SEED)
+    add_url_argument(run)
+    return Page(
+        run_prompt,
         '  shoal run llama-3.2-1b "Once upon a time"\n'
-        '  shoal run ./tiny-opt --chat "Where is the lamp?" --temperature 0\n'
+        '  shoal run ./tiny-opt --chat "Where is the lamp?" --temperature 0.7\n',
+        "A directory that is not loaded is loaded first, with the defaults of `shoal load`.",
     )
 
 
-def _unload(parser: argparse.ArgumentParser) -> tuple[Run, str]:
-    _add_url(parser)
-    return run_unload, "  shoal unload\n"
+def _unload(parser: argparse.ArgumentParser) -> Page:
+    add_url_argument(parser)
+    return Page(run_unload, "  shoal unload\n")
 
 
 def _temperature(text: str) -> Any:
@@ -428,35 +497,46 @@ def _temperature(text: str) -> Any:
     return argument(between(0, 2), "a number between 0 and 2")(text)
 
 
-def _add_url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
-    )
+def _tokens(text: str) -> Any:
+    from cli.argument_types import count
+
+    return count(text)
+
+
+_MAX_TOKENS: dict[str, Any] = {
+    "type": _tokens,
+    "metavar": "N",
+    "help": "End the answer after N tokens. Default: %(default)s.",
+}
+_TEMPERATURE: dict[str, Any] = {
+    "type": _temperature,
+    "metavar": "T",
+    "help": "How freely tokens are drawn, from 0 to 2. 0 takes the likeliest token each time. "
+    "Default: %(default)g.",
+}
+_SEED = "Draws with the same seed are the same. Default: %(default)s."
 
 
 COMMANDS: dict[str, tuple[str, Filler]] = {
-    "demo": ("split a model over agents on this machine and ask it something", _demo),
-    "coordinator": ("run the coordinator: agents join it, users talk to it", _coordinator),
-    "agent": ("run the agent on a device", _agent),
-    "doctor": ("say what this machine is, and what it lacks", _doctor),
-    "devices": ("show joined devices and measured links", _devices),
-    "plan": ("decide which device would run which blocks at how many bits", _plan),
-    "load": ("plan a model, quantize it and place it on the devices", _load),
-    "diff": ("compare two saved plans", _diff),
-    "study": ("repeat the DILEMMA paper's experiments", _study),
-    "calibrate": ("measure what this device can do", _calibrate),
-    "testbed": ("emulate a lab's hosts on this machine", _testbed),
-    "bench": ("measure tokens per second of a shape", _bench),
-    "edgetpu": ("compile for a Coral, and check one", _edgetpu),
-    "ps": ("show what is loaded, and what it waits for", _ps),
-    "events": (
-        "show the last events: devices that joined or left, loads, losses, failed links",
-        _events,
-    ),
-    "run": ("generate text, loading MODEL first if it is not", _run),
-    "unload": ("free the devices", _unload),
+    "demo": ("Split a model over agents on this machine, and ask it something.", _demo),
+    "coordinator": ("Run the coordinator: agents join it, users talk to it.", _coordinator),
+    "agent": ("Run the agent, which lets this device compute part of a model.", _agent),
+    "doctor": ("Check what this machine can do for shoal, and what it lacks.", _doctor),
+    "devices": ("Show the devices that have joined, and their measured links.", _devices),
+    "plan": ("Decide which device would run which blocks at how many bits.", _plan),
+    "load": ("Plan a model, quantize it and place it on the devices.", _load),
+    "diff": ("Compare two saved plans.", _diff),
+    "study": ("Repeat the experiments of the DILEMMA paper.", _study),
+    "calibrate": ("Measure what this device can do.", _calibrate),
+    "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),
+    "bench": ("Measure this device's tokens per second for a model's shape.", _bench),
+    "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
+    "ps": ("Show what is loaded, and what it waits for.", _ps),
+    "events": ("Show the coordinator's last events.", _events),
+    "run": ("Generate text from a prompt.", _run),
+    "unload": ("Unload the model, and free the devices.", _unload),
 }
-"""Each command's summary, and what adds its arguments."""
+"""Each command's summary, and the function that adds its arguments."""
 
 
 class _ShowVersion(argparse.Action):
@@ -469,39 +549,42 @@ class _ShowVersion(argparse.Action):
         parser.exit()
 
 
-def _parser(named: str | None = None) -> argparse.ArgumentParser:
+def _parser(named: str | None = None) -> Parser:
     """The parser of all commands, with the arguments of the one that is ``named``, or of all."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="shoal",
-        description="One large language model across a shoal of small devices.",
+        description="Run one large language model across a shoal of small devices.",
         epilog=(
             "examples:\n"
-            "  shoal demo                        everything on this machine, in one command\n"
-            "  shoal coordinator                 on one machine\n"
-            "  shoal agent --memory 2G           on each device\n"
-            "  shoal load ~/models/llama-3.2-1b  plan, quantize, place\n"
-            '  shoal run llama-3.2-1b "Hello"    generate\n'
-            "exit codes: 0 it worked, 1 it did not, 2 a wrong argument or setting,\n"
-            "  3 no coordinator answers, 4 something is not installed, 128 + N ended by signal N"
+            "  shoal demo                        # everything on this machine\n"
+            "  shoal coordinator                 # on one machine\n"
+            "  shoal agent --memory 2G           # on each device\n"
+            "  shoal load ~/models/llama-3.2-1b  # plan, quantize and place the model\n"
+            '  shoal run llama-3.2-1b "Hello"    # generate text\n'
+            "\n"
+            "exit codes:\n"
+            "  0        success\n"
+            "  1        failure\n"
+            "  2        a wrong argument or setting\n"
+            "  3        no coordinator answers\n"
+            "  4        something is not installed\n"
+            "  128 + N  ended by signal N\n"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--version", action=_ShowVersion, nargs=0, help="show program's version number and exit"
+        "--version", action=_ShowVersion, nargs=0, help="Show the version and exit."
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="Log each step to standard error."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for name, (summary, fill) in COMMANDS.items():
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        sub = commands.add_parser(name, help=summary)
+        sub.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
         if named is None or named == name:
-            run, examples = fill(sub)
-            sub.set_defaults(run=run)
-            sub.epilog = f"examples:\n{examples}"
+            page = fill(sub)
+            sub.set_defaults(run=page.run)
+            sub.description = f"{summary}\n\n{page.about}".strip()
+            sub.epilog = f"examples:\n{page.examples}"
     return parser

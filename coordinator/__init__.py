@@ -1,1 +1,1 @@
-"""Membership, planning, deployment and the HTTP gateway. Imports no backend."""
+"""The coordinator: it admits agents, plans and loads models, and answers over HTTP."""

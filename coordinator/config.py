@@ -1,4 +1,4 @@
-"""What a user sets on the coordinator, checked once and passed down."""
+"""The settings of the coordinator, checked once and passed down."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from wire.auth import Token
 
 DEFAULT_RECOVERY_WAIT_S = 30.0
-"""An agent that its service manager starts again is back by then."""
+"""An agent that its service manager restarts is back after this time."""
 
 CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 
 
 class ConfigError(Exception):
-    """A setting is wrong; the message names it, its value and what would be right."""
+    """A setting is wrong. The message names it, its value and the values that are allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorConfig:
-    """Settings of the coordinator. Agents come in on the control address, users over HTTP."""
+    """Settings of the coordinator. Agents connect to the control address, users over HTTP."""
 
     cluster: str
     state_dir: Path
@@ -32,13 +32,13 @@ class CoordinatorConfig:
     advertise: bool
     """Announce the control address by mDNS."""
     http_hosts: tuple[str, ...] = ()
-    """Host names that HTTP serves beside this machine's own; "*": all."""
+    """Host names that HTTP serves beside this machine's own. "*" means all."""
     storage_bytes: int | None = None
-    """For quantized blocks; None: most of the free disk."""
+    """The most disk space for quantized blocks. None means most of the free space."""
     recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S
-    """How long answers wait for a lost device where the others cannot take its place."""
+    """The time that answers wait for a lost device if the others cannot take its place."""
     token: Token | None = field(default=None, repr=False)
-    """What agents must know to join; None lets everybody in."""
+    """The token that agents must know to join. None lets every agent join."""
 
     def __post_init__(self) -> None:
         if not CLUSTER.fullmatch(self.cluster):
@@ -50,7 +50,7 @@ class CoordinatorConfig:
 
 
 def default_state_dir() -> Path:
-    """Where the coordinator keeps quantized blocks: STATE_DIRECTORY under systemd, else XDG."""
+    """The directory of quantized blocks: STATE_DIRECTORY under systemd, else XDG."""
     service = os.environ.get("STATE_DIRECTORY")
     if service:
         return Path(service.split(":")[0])

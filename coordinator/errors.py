@@ -1,27 +1,27 @@
-"""What the coordinator tells a user who asked for something that did not work.
+"""Errors that the coordinator reports to its users.
 
-CoordinatorError            one line, with what to do next
-├── NoAgents                nothing has joined
-├── AgentFailed             an agent could not do what it was asked
-│   ├── AgentLost           ... because it is gone
-│   ├── AgentDamaged        ... because a file of its stage is damaged: the stage stopped
-│   └── AgentLied           ... because it broke the protocol in an answer
-├── LinkFailed              two agents live, and one cannot reach the other
-├── AnswerWithdrawn         text that was shown came from a damaged stage
-├── Stalled                 the devices live, but no token comes
-├── Busy                    another plan, load, unload or measurement is under way
-├── NotLoaded               no model is loaded, or its deployment is broken
-├── StorageFull             the coordinator may not keep as many blocks as it needs
-└── MakingFailed            files that a backend needs beside blocks could not be made
+    CoordinatorError            one line, with what to do next
+    ├── NoAgents                nothing has joined
+    ├── AgentFailed             an agent could not carry out a request
+    │   ├── AgentLost           the agent is gone
+    │   ├── AgentDamaged        a file of its stage is damaged, and the stage stopped
+    │   └── AgentLied           its answer broke the protocol
+    ├── LinkFailed              two agents live, and one cannot reach the other
+    ├── AnswerWithdrawn         text that was shown came from a damaged stage
+    ├── Stalled                 the devices are alive, but no token comes
+    ├── Busy                    another plan, load, unload or measurement is under way
+    ├── NotLoaded               no model is loaded, or its deployment is broken
+    ├── StorageFull             the coordinator may not keep as many blocks as it needs
+    └── MakingFailed            files that a backend needs beside blocks could not be made
 
-A wrong request is planning.errors.RequestInvalid. The HTTP routes answer with ``status`` and
+A wrong request is planning.errors.RequestInvalid. HTTP answers have the error's ``status`` and
 ``code``.
 """
 
 from __future__ import annotations
 
 UPDATE = "update shoal there, or leave it out with --exclude"
-"""What to do about an agent that sends what no working one does."""
+"""The advice for an agent that sends what no working agent sends."""
 
 
 class CoordinatorError(Exception):
@@ -31,7 +31,7 @@ class CoordinatorError(Exception):
     code = "internal_error"
 
     def unplaced(self, why: str) -> CoordinatorError:
-        """What to say where this broke a deployment, and it cannot be placed anew: ``why``."""
+        """This error with ``why`` the deployment that it broke cannot be placed anew."""
         return NotLoaded(f"{self}; the model cannot be placed anew: {why}")
 
 
@@ -43,7 +43,7 @@ class NoAgents(CoordinatorError):
 
 
 class AgentFailed(CoordinatorError):
-    """The agent ``name`` answered that it cannot."""
+    """The agent ``name`` could not carry out a request."""
 
     status = 502
     code = "agent_failed"
@@ -63,8 +63,10 @@ class AgentLost(AgentFailed):
     def __init__(
         self, name: str, cause: str, alone: str | None = None, *, broke_protocol: bool = False
     ) -> None:
-        """``alone``: why the other devices cannot take its place, once that was tried.
-        ``broke_protocol``: it lives, and was dropped for what it sent.
+        """Make the message.
+
+        alone: why the other devices cannot take its place, once that was tried.
+        broke_protocol: the agent is alive, but the coordinator dropped it for what it sent.
         """
         rest = "" if alone is None else f"; the others cannot take its place: {alone}"
         advice = UPDATE if broke_protocol else "check its power, network and agent"
@@ -83,7 +85,11 @@ class LinkFailed(CoordinatorError):
     code = "link_failed"
 
     def __init__(self, source: str, target: str, reason: str, alone: str | None = None) -> None:
-        """``reason`` names addresses; ``alone``: why no plan does without it, where none does."""
+        """Make the message.
+
+        reason: the failure, with the addresses that were tried.
+        alone: why no plan does without the link, once that was tried.
+        """
         rest = "" if alone is None else f"; no plan does without this link: {alone}"
         super().__init__(
             f"link lost: {source} cannot reach {target} ({reason}), and both are alive: check the"
@@ -98,7 +104,7 @@ class LinkFailed(CoordinatorError):
 
 
 class AgentDamaged(AgentFailed):
-    """The agent ``name`` stopped its stage: a file that the stage runs from is damaged."""
+    """The agent ``name`` stopped its stage, because a file of the stage is damaged."""
 
     status = 503
     code = "stage_damaged"
@@ -108,7 +114,7 @@ class AgentDamaged(AgentFailed):
 
 
 class AnswerWithdrawn(CoordinatorError):
-    """Text that the user has seen came from a damaged stage, and another text would follow now."""
+    """A part of an answer came from a damaged stage, and the right answer is different."""
 
     status = 503
     code = "answer_withdrawn"
@@ -120,7 +126,7 @@ class AnswerWithdrawn(CoordinatorError):
 
 
 class AgentLied(AgentFailed):
-    """The agent ``name`` sent what no working one sends; the answer cannot be trusted."""
+    """The agent ``name`` sent what no working agent sends. Its answer cannot be trusted."""
 
     code = "device_misbehaved"
 
@@ -129,21 +135,21 @@ class AgentLied(AgentFailed):
 
 
 class Stalled(CoordinatorError):
-    """Heartbeats come, tokens do not."""
+    """The devices send heartbeats but no tokens."""
 
     status = 504
     code = "stalled"
 
 
 class Busy(CoordinatorError):
-    """One plan, load, unload or measurement at a time."""
+    """Another plan, load, unload or measurement is under way."""
 
     status = 409
     code = "busy"
 
 
 class NotLoaded(CoordinatorError):
-    """There is no model to run."""
+    """No model is loaded, or its deployment is broken."""
 
     status = 503
     code = "model_not_loaded"

@@ -63,20 +63,21 @@ FIRST_MESSAGES = {
     AgentHello: limits.MAX_AGENT_HELLO_BYTES,
     BlocksHello: limits.MAX_HELLO_BYTES,
 }
-"""What a connection of an agent may begin with, and the largest header of each."""
+"""The messages that an agent's connection may begin with, and the largest header of each."""
 
 MOST_HTTP_WAITING = 128
 MOST_HTTP_OF_ONE = 96
-"""HTTP connections without a whole request, and of one address. A client keeps some open between
-two requests."""
+"""The most HTTP connections without a whole request: in total, and of one address.
+
+Clients keep some open between two requests."""
 
 CLIENT_STALL_S = 60.0
-"""An HTTP client that takes none of its answer for this long is as good as gone."""
+"""An HTTP client that reads nothing of its answer for so long is dropped."""
 
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DOWNLOAD_IDLE_S = 120.0
-"""How long an agent may take between two blocks: it writes the first through to a slow card."""
+"""The time that an agent may take between two blocks. It may write them to a slow card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,11 @@ class Coordinator:
         service: ServiceManager | None = None,
         makers: Makers | None = None,
     ) -> None:
-        """``say`` shows the user one line; ``makers`` make files for backends on this machine."""
+        """Make its parts. ``run`` starts them.
+
+        say: shows the user one line.
+        makers: make files for backends on this machine.
+        """
         self._config = config
         self._say = say
         self._service = service or ServiceManager()
@@ -133,8 +138,8 @@ class Coordinator:
             ) from error
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         http_socket = bind(config.http_host, config.http_port)
-        # Inherited by what it accepts: a client that reads nothing, or is dead, is dropped, or its
-        # answer would hold a KV slot for ever.
+        # Accepted connections inherit this. The answer to a client that is dead or reads nothing
+        # would hold a KV slot for ever.
         tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
@@ -149,8 +154,8 @@ class Coordinator:
                     on_ready(ready)
 
                 def on_stop() -> None:
-                    # In this order: a dropped agent tries to join again at once. Connections are
-                    # not waited for, they would last as long as their other end likes.
+                    # The order matters, because a dropped agent tries to join again at once.
+                    # Connections are not awaited: each lasts as long as its other end likes.
                     control.close()
                     self._keeper.close()
                     self.roster.close()
@@ -159,8 +164,8 @@ class Coordinator:
                 attendant = asyncio.create_task(self._attend())
                 watch = asyncio.create_task(self._keeper.watch_links())
                 try:
-                    # A task of its own: uvicorn raises the signal that stopped it once more, and
-                    # this way that ends the await here, not the first one of the cleaning up.
+                    # A task of its own, because uvicorn raises the signal that stopped it again.
+                    # So the signal ends this await, and not the first one of the cleaning up.
                     await asyncio.ensure_future(
                         _serve_http(self._app(), http_socket, on_started, on_stop)
                     )
@@ -171,7 +176,7 @@ class Coordinator:
                     on_stop()
 
     async def _attend(self) -> None:
-        """Show the service manager that the event loop turns, and what it serves."""
+        """Tell the service manager that the event loop runs, and what it serves."""
         while True:
             count = len(self.roster.members)
             present = [
@@ -186,7 +191,7 @@ class Coordinator:
             await asyncio.sleep(limits.HEARTBEAT_S)
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Say in a line what asyncio survives: it accepts again after a second."""
+        """Log in one line a lack of resources: asyncio accepts again after a second."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in OUT_OF_RESOURCES:
             self._rare_log.warning("accept", "cannot accept connections: %s", reason(error))
@@ -231,7 +236,7 @@ class Coordinator:
         return HostGuard(routes, (*self._config.http_hosts, self._config.http_host))
 
     async def _handle(self, connection: AsyncConnection) -> None:
-        """One incoming connection: an agent's control connection, or a block download."""
+        """Serve one incoming connection: an agent's control connection, or a block download."""
         try:
             hello = await connection.receive_hello(FIRST_MESSAGES)
             connection.admit = admission.report
@@ -253,9 +258,9 @@ class Coordinator:
             self._rare_log.warning("files", "no files for %s: %s", connection.peer, error)
 
     async def _serve_files(self, device: str, connection: AsyncConnection) -> None:
-        """Send files that are asked for, and have them made; ends with the connection."""
+        """Send files that an agent asks for, or make them, until the connection ends."""
         while True:
-            # Until it asks, it may be closed for others' sake.
+            # An idle connection may be closed to make room for others.
             self._idle_downloads.enter(connection, connection.peer_host, connection.close)
             try:
                 request = clean((await connection.receive(DOWNLOAD_IDLE_S))[0])
@@ -280,9 +285,9 @@ class Coordinator:
                     )
 
     async def _send(self, request: FetchBlock, connection: AsyncConnection) -> bool:
-        """Send an artifact's bytes; False where there is none.
+        """Send an artifact's bytes. Returns False if there is no such artifact.
 
-        One that cannot be read is made again: it has the same bytes. Raises OSError, MakingFailed.
+        An unreadable artifact is made again with the same bytes. Raises OSError, MakingFailed.
         """
         offset, store = request.offset, self._store
         for is_last in (False, True):
@@ -304,7 +309,7 @@ class Coordinator:
         return True
 
     async def _repair(self, damaged: BlockDamaged, connection: AsyncConnection) -> None:
-        """Check a file that did not arrive whole, and make a damaged one again."""
+        """Check a file that did not arrive whole, and make it again if it is damaged."""
         repairing = asyncio.ensure_future(asyncio.to_thread(self._store.repair, damaged.sha256))
         while not repairing.done():
             await connection.send(Heartbeat())
@@ -318,7 +323,7 @@ class Coordinator:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling when it accepts requests, and when it begins to stop."""
+    """A uvicorn server that tells when it accepts requests, and when it begins to stop."""
 
     def __init__(
         self, config: uvicorn.Config, on_started: Callable[[], None], on_stop: Callable[[], None]
@@ -332,7 +337,7 @@ class _Server(uvicorn.Server):
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._on_stop()  # Ends what requests wait for, so that they are answered.
+        self._on_stop()  # First, so that requests that wait are answered.
         await super().shutdown(sockets)
 
 
@@ -344,7 +349,7 @@ async def _serve_http(
 ) -> None:
     config = uvicorn.Config(
         app,
-        log_level="critical",  # on_error reports what routes raise, once.
+        log_level="critical",  # coordinator.http.common.HANDLERS report errors once.
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,

@@ -1,4 +1,4 @@
-"""The last events of a coordinator, with their times, for post-mortems."""
+"""Keeps the last events of a coordinator with their times, for post-mortems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StoryEvent:
     time_s: float
     """Seconds since 1970, by the wall clock."""
     monotonic_s: float
-    """Seconds of the monotonic clock, for differences: the wall clock may be set meanwhile."""
+    """Seconds of the monotonic clock, for differences. The wall clock may be set meanwhile."""
     kind: str
     """One word, such as ``joined`` or ``served``."""
     subject: str

@@ -1,4 +1,4 @@
-"""Wake-ups for any number of watchers: none of them takes another one's."""
+"""Signals that wake any number of watchers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 
 class Signal:
-    """Something changed. Every watcher has an event of its own, which only that watcher clears."""
+    """Tells every watcher that something changed.
+
+    Each watcher has an event of its own, which only that watcher clears.
+    """
 
     def __init__(self) -> None:
         self._events: set[asyncio.Event] = set()

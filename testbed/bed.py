@@ -1,12 +1,12 @@
-"""A testbed while it stands: hosts with networks and limits of their own, and faults.
+"""A running testbed: hosts with networks and limits of their own, and faults on request.
 
     with Testbed(Network({"a": Host(cpu_percent=40), "b": Host()}), "try") as bed:
         process = bed.popen("a", ["shoal", "agent"])
         bed.fault("a", "slow=10")
 
-Everything that is made has the testbed's name: a directory below RUN (namespaces, the switch's
-socket, state), control groups, and one process, the switch. ``down`` finds all of it by that name
-alone, whatever became of the process that made it.
+A testbed consists of a directory below RUN, control groups and one process, the switch. The
+directory holds the namespaces, the switch's socket and the state. All of them carry the testbed's
+name. ``down`` finds them by that name, even if the process that made them was killed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from testbed.network import Network, NetworkError
 from testbed.switch import PortFault, fault_from_dict, fault_to_dict, request_fault
 
 RUN = Path("/run/shoal-testbed")
-FILES = Path("/var/tmp/shoal-testbed")  # noqa: S108 - below it only root's, by name
+FILES = Path("/var/tmp/shoal-testbed")  # noqa: S108 - only root creates files below it
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 
 FAULTS = (
@@ -41,29 +41,29 @@ FAULTS = (
 )
 
 _SWITCH = ".switch"
-"""Its control group; no host can be called that."""
+"""The switch's control group. No host can have this name."""
 
 PACKAGES = Path(__file__).parents[1]
-"""Where the packages of shoal are imported from, installed or not."""
+"""The directory from which shoal's packages are imported, installed or not."""
 
 Result = TypeVar("Result")
 
 
 class TestbedError(Exception):
-    """A testbed cannot be made or used; one line for the user, with what to do."""
+    """A testbed cannot be made or used. The text is one line that says what to do."""
 
-    __test__ = False  # Not a test, whatever its name suggests to pytest.
+    __test__ = False  # pytest would take the class for a test because of its name.
 
 
 class Testbed:
-    """One testbed by name. Everything raises TestbedError."""
+    """One testbed, found by its name. Every method raises TestbedError."""
 
     __test__ = False
 
     def __init__(self, network: Network, name: str) -> None:
         if not NAME.fullmatch(name):
             raise TestbedError(
-                f"testbed name {name!r}: use up to 24 small letters, digits and dashes"
+                f"testbed name {name!r}: use at most 24 small letters, digits and dashes"
             )
         self.network = network
         self.name = name
@@ -73,13 +73,13 @@ class Testbed:
 
     @staticmethod
     def standing(name: str) -> Testbed:
-        """The testbed of that name that somebody has made."""
+        """Return the running testbed of that name."""
         try:
             state = read_json(RUN / name / "state.json")
         except FileNotFoundError:
             names = ", ".join(standing()) or "none"
             raise TestbedError(
-                f"no testbed {name!r} stands here (there is: {names}): run `shoal testbed up`"
+                f"no testbed {name!r} stands here (running: {names}): run `shoal testbed up`"
             ) from None
         except (OSError, ValueError) as error:
             raise TestbedError(
@@ -103,11 +103,11 @@ class Testbed:
 
     @property
     def directory(self) -> Path:
-        """For files on disk that go when the testbed goes."""
+        """The directory for files that are deleted together with the testbed."""
         return FILES / self.name
 
     def up(self) -> None:
-        """Make hosts and switch, in place of what had this name."""
+        """Make the hosts and the switch, and remove an older testbed of this name first."""
         check_possible()
         with _locked():
             _remove(self.name)
@@ -120,7 +120,7 @@ class Testbed:
                 raise
 
     def command(self, host: str, command: Sequence[str] = ()) -> list[str]:
-        """The command line that runs ``command`` on ``host``, as the same process."""
+        """Return the command line that runs ``command`` on ``host`` in the same process."""
         self._require(host)
         place = ["--net", str(self.namespace(host)), "--host", host]
         return [*self._entry(host), *place, "--", *command]
@@ -128,10 +128,10 @@ class Testbed:
     def popen(
         self, host: str, command: Sequence[str], *, descriptors: Sequence[int] = (), **options: Any
     ) -> subprocess.Popen[Any]:
-        """Start a process on a host; returns once it is there, and every fault will meet it.
+        """Start a process on a host, and return when every fault can reach it.
 
-        It inherits ``descriptors``; ``options`` are further ones of ``subprocess.Popen``. A command
-        that cannot be started says so on its stderr and ends with exit code 1.
+        The process inherits ``descriptors``. ``options`` are passed to ``subprocess.Popen``. If a
+        command cannot be started, the process says so on stderr and exits with code 1.
         """
         started, running = os.pipe()
         with os.fdopen(started, "rb") as event:
@@ -139,7 +139,7 @@ class Testbed:
             at = line.index("--")
             line[at:at] = ["--ready", str(running)]
             try:
-                process = subprocess.Popen(  # noqa: S603 - the caller's
+                process = subprocess.Popen(  # noqa: S603 - the caller's command
                     line, pass_fds=[running, *descriptors], **options
                 )
             finally:
@@ -148,7 +148,7 @@ class Testbed:
         return process
 
     def inside(self, host: str, call: Callable[[], Result]) -> Result:
-        """Call in this process with the network of ``host``, for its sockets."""
+        """Run ``call`` in this process with the network of ``host``, for its sockets."""
         self._require(host)
         return namespaces.inside(self.namespace(host), call)
 
@@ -157,31 +157,35 @@ class Testbed:
         return self._directory / f"{host}.net"
 
     def processes(self, host: str) -> set[int]:
-        """The processes on a host, as this machine numbers them."""
+        """The processes on a host, by their numbers on this machine."""
         self._require(host)
         return self._groups.processes(host)
 
     def port(self, host: str) -> PortFault:
-        """What is wrong with the host's cable now."""
+        """Return the faults of the host's port."""
         return self._ports.get(host, PortFault())
 
     def fault(self, host: str, what: str) -> None:
-        """Do something to a host; returns once it is in force.
+        """Apply one fault to a host, and return when it is in force.
 
-        ``kill``: power loss: the link goes first, so that nobody is told, then every process.
-        ``freeze``, ``thaw``: stop all processes where they are, let them go on. ``cut``: pull the
-        cable; ``blackhole``: lose every frame while the cable seems fine; ``lose=HOST``: those to
-        that host alone. ``firewall``: let nobody open a TCP connection to the host.
-        ``link:rate=5,delay=50``: Mbit/s and ms (one way) of all its links, also jitter (ms) and
-        loss (%). ``multicast=off``: as some access points do. ``heal``: the link as described
-        again. ``slow=10``: percent of a core; ``slow=off``: as described.
+        ``kill``: power loss. The link goes first, so that no peer hears of it.
+        ``freeze``, ``thaw``: stop all processes where they are, and let them go on.
+        ``cut``: pull the cable.
+        ``blackhole``: lose every frame while the cable seems fine.
+        ``lose=HOST``: lose only the frames to that host.
+        ``firewall``: refuse new TCP connections to the host.
+        ``link:rate=5,delay=50``: set Mbit/s and one-way ms of all its links. Other keys are jitter
+            (ms) and loss (%).
+        ``multicast=off``: drop multicast frames, as some access points do.
+        ``slow=10``, ``slow=off``: limit the host to 10 % of a core, or as described.
+        ``heal``: restore the described link.
         """
         self._require(host)
         with _locked(), _reported():
             self._apply(host, what)
 
     def status(self) -> dict[str, Any]:
-        """What stands, as JSON can hold it."""
+        """Return hosts, processes and faults in a form that JSON can hold."""
         return {
             "name": self.name,
             "switch": bool(self._groups.processes(_SWITCH)),
@@ -217,7 +221,7 @@ class Testbed:
         self._start_switch()
 
     def _entry(self, host: str) -> list[str]:
-        """What puts a process into the control groups of a host."""
+        """Return the command that puts a process into the control groups of a host."""
         entry = [sys.executable, "-I", "-S", str(PACKAGES / "testbed" / "enter.py")]
         for group in self._groups.directories(host):
             entry += ["--group", str(group)]
@@ -244,7 +248,7 @@ class Testbed:
             process.wait()
             reason = log.read_text().strip().splitlines()
             raise TestbedError(f"the switch did not start: {reason[-1] if reason else 'it ended'}")
-        # It outlives this process, or is ended by ``down``, which has no use for its exit code.
+        # The switch outlives this process or is ended by ``down``. Neither needs its exit code.
         process.returncode = 0
 
     def _apply(self, host: str, what: str) -> None:
@@ -292,19 +296,19 @@ class Testbed:
 
 
 def standing() -> list[str]:
-    """The names of the testbeds that stand on this machine, or whose remains lie there."""
+    """The names of the testbeds that run on this machine or have left files here."""
     return sorted(path.name for path in RUN.iterdir()) if RUN.is_dir() else []
 
 
 def down(name: str) -> None:
-    """Remove all of the testbed of that name, and end every process on it. Idempotent."""
+    """Remove the testbed of that name and end every process on it. Idempotent."""
     check_possible()
     with _locked(), _reported():
         _remove(name)
 
 
 def check_possible() -> None:
-    """Raises TestbedError where this machine or user cannot have a testbed."""
+    """Raise TestbedError if this machine or user cannot have a testbed."""
     if os.geteuid() != 0:
         raise TestbedError(
             "a testbed needs root (network namespaces, control groups): run it with sudo"
@@ -315,7 +319,7 @@ def check_possible() -> None:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """One change at a time. The lock dies with its process."""
+    """Allow one change at a time. The lock ends with its process."""
     RUN.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(RUN, os.O_RDONLY)
     try:
@@ -323,7 +327,7 @@ def _locked() -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            RUN.rmdir()  # Unless testbeds are left.
+            RUN.rmdir()  # Fails while other testbeds exist.
         os.close(descriptor)
 
 
@@ -338,7 +342,7 @@ def _remove(name: str) -> None:
             namespaces.delete(path)
         shutil.rmtree(directory)
     with contextlib.suppress(OSError):
-        FILES.rmdir()  # Unless testbeds are left.
+        FILES.rmdir()  # Fails while other testbeds exist.
 
 
 def _groups(name: str) -> Groups:
@@ -357,7 +361,7 @@ def _reported() -> Iterator[None]:
 
 
 def _link_fault(text: str) -> dict[str, Any]:
-    """The fields of a PortFault from ``rate=MBIT,delay=MS,jitter=MS,loss=PERCENT``."""
+    """Return PortFault fields for ``rate=MBIT,delay=MS,jitter=MS,loss=PERCENT``."""
     fields = {
         "rate": ("bytes_per_s", 1e6 / 8),
         "delay": ("delay_s", 1e-3),
@@ -382,7 +386,7 @@ def _number(text: str, what: str) -> float:
 
 
 def describe(faults: Mapping[str, Any]) -> str:
-    """Faults of a port, as ``status`` has them, in words."""
+    """Return in words the faults of a port, given as ``status`` has them."""
 
     def one(name: str, value: Any) -> str:
         if value is True:

@@ -1,9 +1,9 @@
-"""Control groups of hosts, on machines with version 1, version 2, or some controllers of each.
+"""Control groups of hosts, on machines with version 1, version 2, or a mixture.
 
-A host has a group for tracking (freeze, kill) and, where another hierarchy has the controller, one
-for its CPU quota and one for its memory limit. They are made below this process's own groups
-(version 1), so that what limits it limits them, or at the root (version 2, where a group with
-processes cannot have limited children).
+Each host has a group that tracks its processes, to freeze and kill them. The CPU quota and the
+memory limit have groups of their own if another hierarchy has the controller. Under version 1 they
+are below this process's own groups, and so share its limits. Under version 2 they are at the root,
+because a group with processes cannot have limited children.
 """
 
 from __future__ import annotations
@@ -16,33 +16,35 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MIN_QUOTA_US = 1000
-"""The least CPU time per period that the kernel takes."""
+"""The least CPU time per period that the kernel accepts."""
 
 PERIOD_US = 5000
-"""Short, because a stage computes in bursts: with the usual 100 ms it would run at full speed
-inside its quota and never be held up, as if it were not slow at all."""
+"""Shorter than the usual 100 ms, because a stage computes in bursts.
+
+A burst would fit into the quota of a long period, and the host would not be slow at all.
+"""
 
 _CONTROLLERS = ("cpu", "memory")
 _END_S = 5.0
 
 
 class GroupError(Exception):
-    """This machine's control groups cannot do what is asked; one line for the user."""
+    """This machine's control groups cannot do this. The text is one line for the user."""
 
 
 class Groups:
     """The groups of one testbed, all below directories named ``name``."""
 
     def __init__(self, name: str, root: Path = Path("/")) -> None:
-        """``root`` is where /proc and /sys are looked for. Raises GroupError."""
+        """Find the hierarchies in /proc and /sys below ``root``. Raises GroupError."""
         self._name = name
         self._parents, self._unified = _hierarchies(root)
-        """Controller, or "track" -> directories to have groups in, the first for new ones."""
+        """Maps a controller, or "track", to parent directories. New groups go into the first."""
         if "track" not in self._parents:
             raise GroupError("no control groups (version 2, or the freezer) are mounted here")
 
     def create(self, host: str, *, cpu: bool, memory: bool) -> None:
-        """Make the groups of ``host``. Raises GroupError where a wanted limit is not possible."""
+        """Make the groups of ``host``. Raises GroupError if a wanted limit is impossible."""
         wanted = [name for name, want in (("cpu", cpu), ("memory", memory)) if want]
         for controller in wanted:
             if controller not in self._parents:
@@ -60,24 +62,24 @@ class Groups:
             ) from error
 
     def directories(self, host: str) -> list[Path]:
-        """Where a process must be registered to be on ``host``."""
+        """The directories of the groups that contain the processes of ``host``."""
         parents = dict.fromkeys(parents[0] for parents in self._parents.values())
         return [parent / self._name / host for parent in parents]
 
     def limit_cpu(self, host: str, percent: float | None) -> None:
-        """Let ``host`` compute for that share of one core, from now on; None: without limit."""
+        """Limit ``host`` to a percentage of one core from now on. None removes the limit."""
         group = self._group("cpu", host)
         period_us, quota_us = cpu_quota(percent)
         if (group / "cpu.max").exists():
             _write(group / "cpu.max", f"{quota_us or 'max'} {period_us}")
         else:
-            # One after the other must be valid: no quota, then the period, then the quota.
+            # The kernel checks each write, so the quota goes first and comes back after the period.
             _write(group / "cpu.cfs_quota_us", "-1")
             _write(group / "cpu.cfs_period_us", str(period_us))
             _write(group / "cpu.cfs_quota_us", str(quota_us or -1))
 
     def limit_memory(self, host: str, limit_bytes: int) -> None:
-        """Kill what makes ``host`` take more than that, page cache that can be dropped aside."""
+        """Limit the memory of ``host``. The kernel kills above it; page cache does not count."""
         group = self._group("memory", host)
         if (group / "memory.max").exists():
             _write(group / "memory.max", str(limit_bytes))
@@ -99,11 +101,11 @@ class Groups:
         return _processes(self.directories(host))
 
     def kill(self, host: str) -> None:
-        """End every process on ``host``, frozen or not; returns when they are gone."""
+        """End every process on ``host``, even a frozen one, and return when they are gone."""
         _kill(self.directories(host), host)
 
     def remove(self) -> None:
-        """Kill everything on all hosts and remove all groups of this name. Idempotent."""
+        """Kill everything on all hosts, and remove all groups of this name. Idempotent."""
         tops = [
             parent / self._name
             for parents in self._parents.values()
@@ -124,7 +126,7 @@ class Groups:
 
 
 def cpu_quota(percent: float | None) -> tuple[int, int | None]:
-    """(period, quota per period) in microseconds, for a share of one core; None: no quota."""
+    """Return (period, quota) in microseconds for a percentage of one core; None means no quota."""
     if percent is None:
         return PERIOD_US, None
     if not 0.1 <= percent <= 100_000:
@@ -134,7 +136,7 @@ def cpu_quota(percent: float | None) -> tuple[int, int | None]:
 
 
 def _hierarchies(root: Path) -> tuple[dict[str, list[Path]], Path | None]:
-    """Directories by controller, and where version 2 is mounted."""
+    """Return the directories of each controller, and the mount point of version 2."""
     own: dict[str, str] = {}
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -165,7 +167,7 @@ def _hierarchies(root: Path) -> tuple[dict[str, list[Path]], Path | None]:
 def _processes(groups: Iterable[Path]) -> set[int]:
     found: set[int] = set()
     for group in groups:
-        with contextlib.suppress(OSError):  # It is gone, and all that were in it.
+        with contextlib.suppress(OSError):  # The group and its processes are gone.
             found |= set(map(int, (group / "cgroup.procs").read_text().split()))
     return found
 
@@ -176,7 +178,7 @@ def _kill(groups: list[Path], host: str) -> None:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        # A frozen process dies when it is let go, and whatever comes next must run.
+        # A frozen process dies only after it is thawed, so thawing must follow whatever happens.
         for group in groups:
             for name, value in (("cgroup.freeze", "0"), ("freezer.state", "THAWED")):
                 if (group / name).exists():
@@ -193,7 +195,7 @@ def _remove(groups: Iterable[Path]) -> None:
                 group.rmdir()
             except FileNotFoundError:
                 break
-            except OSError:  # Its last process is still being cleared away.
+            except OSError:  # The kernel is still removing its last process.
                 continue
             break
         else:
@@ -201,7 +203,7 @@ def _remove(groups: Iterable[Path]) -> None:
 
 
 def _until_s(seconds: float) -> Iterator[None]:
-    """Again and again for that long: control groups announce nothing that could be awaited."""
+    """Yield repeatedly for that long, because control groups offer no event to wait for."""
     deadline_s = time.monotonic() + seconds
     yield
     while time.monotonic() < deadline_s:

@@ -1,4 +1,4 @@
-"""Shoal on a testbed: a coordinator on one host, agents on others, started as users start them."""
+"""Shoal on a testbed: a coordinator on one host and agents on others, started as a user would."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from testbed.network import HUB
 HTTP_PORT = 7421
 _POLL_S = 0.1
 _START_S = 180.0
-"""Python and its libraries take seconds of a core to start, and a host may have a tenth of one."""
+"""Python and its libraries take seconds of a core to start. A host may have a tenth of one."""
 
 
 class Cluster:
-    """The processes of one testbed. They outlive this object; ``Testbed.down`` ends them.
+    """The shoal processes of one testbed. They outlive this object; ``testbed.bed.down`` ends them.
 
-    Everything raises TestbedError.
+    Every method raises TestbedError.
     """
 
     def __init__(self, bed: Testbed, state_dir: Path, hub: str = HUB) -> None:
-        """``state_dir`` is for the agents' and the coordinator's files, and their logs."""
+        """Keep the files and logs of the agents and the coordinator in ``state_dir``."""
         self.bed = bed
         self.hub = hub
         self._state_dir = state_dir
 
     def start_coordinator(self, *options: str) -> None:
-        """Start it, and wait until it listens; ``options`` are those of `shoal coordinator`."""
+        """Start it and wait until it listens. ``options`` are those of `shoal coordinator`."""
         said, saying = os.pipe()
         with os.fdopen(said, "rb") as event:
             try:
@@ -55,7 +55,7 @@ class Cluster:
                 raise TestbedError(f"the coordinator did not start: {self.last_line(self.hub)}")
 
     def start_agent(self, host: str, settings: AgentSettings | None = None, *options: str) -> None:
-        """Start the agent of a host; ``options`` are further ones of `shoal agent`."""
+        """Start the agent of a host. ``options`` are further ones of `shoal agent`."""
         given = []
         if settings is not None:
             given = [f"--memory={settings.memory_bytes}", f"--storage={settings.storage_bytes}"]
@@ -73,7 +73,7 @@ class Cluster:
     def wait_for_agents(
         self, hosts: Sequence[str], on_joined: Callable[[int], None] = lambda joined: None
     ) -> None:
-        """Wait until the agents of these hosts have joined; says how many have."""
+        """Wait until the agents of these hosts have joined, and report how many have."""
         deadline_s = time.monotonic() + _START_S
         missing = set(hosts)
         while missing:
@@ -104,9 +104,9 @@ class Cluster:
             raise TestbedError(f"the coordinator does not answer: {error}") from error
 
     def open_door(self, port: int | None = None) -> str:
-        """Make the API reachable from outside the testbed, on loopback; returns its URL.
+        """Make the API reachable from this machine, on loopback, and return its URL.
 
-        ``port`` None: HTTP_PORT where that is free, else any.
+        ``port`` None means HTTP_PORT if it is free, or any other port.
         """
         listener = _listen([HTTP_PORT, 0] if port is None else [port])
         with listener:
@@ -124,11 +124,11 @@ class Cluster:
             return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     def log(self, host: str) -> Path:
-        """What the process on a host has said."""
+        """The log of the process on a host."""
         return self._state_dir / f"{host}.log"
 
     def last_line(self, host: str) -> str:
-        """The end of the log."""
+        """The last line of a host's log."""
         lines = self.log(host).read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "nothing"
 
@@ -156,7 +156,7 @@ def _listen(ports: Sequence[int]) -> socket.socket:
 
 
 def _environment() -> dict[str, str]:
-    """Installed or not, the processes run the same shoal as this one."""
-    # Proxies are for the network outside.
+    """The environment in which processes run the same shoal as this one, installed or not."""
+    # Proxies belong to the network outside the testbed.
     kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     return {**kept, "PYTHONPATH": str(PACKAGES)}

@@ -1,9 +1,10 @@
-"""Becomes a command on a host of a testbed: ``enter.py [--group DIR]... [--net FILE] [--host NAME]
-[--ready FD] -- COMMAND...``.
+"""Becomes a command on a host of a testbed.
 
-Joins the control groups, then the network, takes the host's name and executes the command, which
-keeps this process's number and at whose start FD closes. Run by its path (``python -I -S``): it
-starts in some 20 ms, and it imports nothing but the standard library.
+    enter.py [--group DIR]... [--net FILE] [--host NAME] [--ready FD] -- COMMAND...
+
+The process joins the control groups and the network, takes the host's name, and executes the
+command under the same process number. FD closes when the command starts. Run this file by its path
+(``python -I -S``), so that it starts in about 20 ms. It imports only the standard library.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def unshare(flags: int) -> None:
 
 
 def last_error(path: Path | None) -> OSError:
-    """What the C library's last call failed with."""
+    """The error of the C library's last call."""
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number), path and str(path))
 

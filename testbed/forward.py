@@ -1,7 +1,7 @@
-"""Carries connections from outside a testbed to a port of the host that this process is on.
+"""Carries connections from outside a testbed to a port of this process's host.
 
-``python -m testbed.forward DESCRIPTOR PORT``: the descriptor is a listening socket that was made
-outside and inherited; a socket stays in the network that it was made in.
+Run it as ``python -m testbed.forward DESCRIPTOR PORT``. DESCRIPTOR is an inherited listening socket
+that was made outside. A socket stays in the network in which it was made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ async def forward(listener: socket.socket, port: int) -> None:
         except OSError:
             writer.close()
             return
-        # Whichever side ends first ends both: a user who goes away cancels what was asked.
+        # Either end closes both ways, so a user who leaves cancels the request.
         ways = {
             asyncio.ensure_future(_copy(reader, inner_writer)),
             asyncio.ensure_future(_copy(inner_reader, writer)),

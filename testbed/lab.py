@@ -1,4 +1,4 @@
-"""The testbed of a lab file: the one that plans are made from offline (docs/testbed.md)."""
+"""The testbed of a lab file, which also serves to make plans offline (docs/testbed.md)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from testbed.network import HUB, Host, Link, Network, NetworkError
 
 AGENT_BYTES = 320 << 20
 WEIGHT_FACTOR = 1.25
-"""What a host may take besides what its stage may: the agent with its libraries, and buffers while
-blocks are loaded. The limit is there to catch what takes far more than it was planned for."""
+"""A host's memory limit, as a multiple of the memory that its stage may take.
+
+The rest is for the agent, its libraries and the buffers of a load. The limit catches a stage that
+takes far more than planned.
+"""
 
 _SECTION = ("hosts", "default")
 _HOST = ("cpu", "jitter_ms", "loss", "backend")
@@ -25,7 +28,7 @@ _HOST = ("cpu", "jitter_ms", "loss", "backend")
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What the agent on a host is told to give, and what it runs stages with; None: its default."""
+    """The limits and the backend of one host's agent. None means the agent's default."""
 
     memory_bytes: int
     storage_bytes: int
@@ -34,27 +37,27 @@ class AgentSettings:
 
 @dataclass(frozen=True, slots=True)
 class EmulatedLab:
-    """A lab's devices as hosts, and HUB for the coordinator, whose links are not shaped."""
+    """A lab's devices as hosts, and HUB for the coordinator. Links of HUB are not shaped."""
 
     network: Network
     agents: Mapping[str, AgentSettings]
 
 
 def read_emulated_lab(path: Path) -> EmulatedLab:
-    """What a lab file describes. Raises LabError with one line for the user."""
+    """Read the testbed that a lab file describes. Raises LabError with one line for the user."""
     lab = read_lab(path)
     section = yaml.safe_load(path.read_bytes()).get("emulation") or {}
     return emulate(lab, section)
 
 
 def emulate(lab: Lab, section: Mapping[str, Any]) -> EmulatedLab:
-    """``lab`` as hosts; ``section`` is what its file says under ``emulation``. Raises LabError."""
+    """Turn ``lab`` into hosts. ``section`` is ``emulation`` in its file. Raises LabError."""
     where = f"{lab.source}: emulation"
     _check_keys(section, _SECTION, where)
     names = [device.name for device in lab.devices]
     if HUB in names:
         raise LabError(
-            f"{lab.source}: a device is called {HUB}, as the coordinator's host: rename it"
+            f"{lab.source}: {HUB} is the name of the coordinator's host: rename the device"
         )
     settings = section.get("hosts") or {}
     _check_keys(settings, names, f"{where}: hosts")

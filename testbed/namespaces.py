@@ -1,4 +1,4 @@
-"""Network namespaces by system calls: no helper process that could outlive a killed parent."""
+"""Network namespaces by system calls, because a helper process could outlive a killed parent."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def create(path: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Remove a namespace, even one that was only half made. Idempotent."""
+    """Remove a namespace, even a half-made one. Idempotent."""
     libc.umount2(bytes(path), _MNT_DETACH)
     path.unlink(missing_ok=True)
 
 
 def inside(path: Path, call: Callable[[], Result]) -> Result:
-    """Call with the network at ``path``: sockets belong to where they are made. Raises OSError."""
+    """Run ``call`` with the network at ``path``; its sockets stay there. Raises OSError."""
 
     def enter_and_call() -> Result:
         enter_network(path)
@@ -49,9 +49,12 @@ def inside(path: Path, call: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def entered(path: Path) -> Iterator[None]:
-    """Be inside while the context is open; for processes of one thread. Raises OSError."""
+    """Enter the network at ``path`` while the context is open. Raises OSError.
+
+    The process may have no other thread, because that one would stay outside.
+    """
     if threading.active_count() > 1:
-        raise RuntimeError("other threads would stay outside")
+        raise RuntimeError("this process has several threads, and the others would stay outside")
     with _OWN_NETWORK.open() as own:
         enter_network(path)
         try:
@@ -62,6 +65,6 @@ def entered(path: Path) -> Iterator[None]:
 
 
 def _in_thread(call: Callable[[], Result]) -> Result:
-    """A namespace belongs to a thread: one of its own keeps it from the caller."""
+    """Run ``call`` in a new thread, because a namespace belongs to a thread."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(call).result()

@@ -1,4 +1,4 @@
-"""What a testbed is made of, as values: hosts, and the links between them."""
+"""The description of a testbed as values: hosts, and the links between them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ HUB = "hub"
 
 
 class NetworkError(Exception):
-    """A testbed cannot be described like that; one line for the user."""
+    """A testbed cannot have this description. The text is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One host; None: without limit. ``cpu_percent`` is of one core of the machine underneath.
+    """One host. None means without limit.
 
-    ``jitter_s`` (uniform, up to so much earlier or later) and ``loss`` (a share of frames) are met
-    by every frame to or from the host.
+    cpu_percent: of one core of the machine underneath.
+    jitter_s: each frame to or from the host is up to this much earlier or later, uniformly.
+    loss: the share of frames to or from the host that get lost.
     """
 
     cpu_percent: float | None = None
@@ -40,7 +41,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One direction between two hosts: how long a frame is on its way, and how fast frames pass."""
+    """One direction between two hosts: the delay of a frame, and the rate at which bytes pass."""
 
     delay_s: float = 0.0
     bytes_per_s: float = math.inf
@@ -56,8 +57,8 @@ class Link:
 class Network:
     """Hosts on one switch, in order. A pair (source, target) has its own link or the default one.
 
-    ``default`` None: other pairs cannot reach each other. A host's port is as fast as its fastest
-    link, in each direction.
+    If ``default`` is None, other pairs cannot reach each other. In each direction, a host's port is
+    as fast as its fastest link.
     """
 
     hosts: Mapping[str, Host]
@@ -74,18 +75,18 @@ class Network:
                 )
         for pair in self.links:
             if not set(pair) <= set(self.hosts) or pair[0] == pair[1]:
-                raise NetworkError(f"a link from {pair[0]} to {pair[1]}: no two hosts")
+                raise NetworkError(f"a link from {pair[0]} to {pair[1]}: name two different hosts")
 
     def link(self, source: str, target: str) -> Link | None:
-        """How frames get from one host to another; None: not at all."""
+        """Return the link from one host to another, or None if there is none."""
         return self.links.get((source, target), self.default)
 
     def address(self, host: str) -> str:
-        """The host's IPv4 address; all are in one /24 network."""
+        """Return the host's IPv4 address. All hosts are in one /24 network."""
         return f"{_SUBNET}.{1 + list(self.hosts).index(host)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the network in a form that JSON can hold."""
         return {
             "hosts": {name: asdict(host) for name, host in self.hosts.items()},
             "links": [[*pair, *_speed(link)] for pair, link in self.links.items()],
@@ -94,7 +95,7 @@ class Network:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Network:
-        """What ``to_dict`` made."""
+        """Inverse of ``to_dict``."""
         default = values["default"]
         return Network(
             {name: Host(**host) for name, host in values["hosts"].items()},

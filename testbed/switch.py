@@ -1,9 +1,9 @@
 """The switch of a testbed: a process that carries frames between the hosts' TAP interfaces.
 
-``python -m testbed.switch DIRECTORY`` makes the interfaces, says "ready" on stdout and forwards
-until it is killed. Links are shaped here, because many kernels lack netem, and because a link of a
-lab is a pair of hosts, which no queue of an interface is. Faults come as lines of JSON over a Unix
-socket in the directory.
+``python -m testbed.switch DIRECTORY`` makes the interfaces, prints "ready" and forwards until it is
+killed. The switch shapes links itself for two reasons. Many kernels lack netem. And a lab's link
+joins a pair of hosts, while a queue belongs to one interface. Faults come as lines of JSON over a
+Unix socket in the directory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from testbed import namespaces, tap
 from testbed.network import Network, NetworkError
 
 QUEUE_S = 0.05
-"""A frame that would wait longer than this for a port or link is dropped, as by a small router."""
+"""A port or link drops a frame that would wait longer than this, as a small router does."""
 
 _BROADCAST = b"\xff" * 6
 _FRAME_BYTES = 1 << 17
@@ -41,12 +41,14 @@ _REQUEST_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class PortFault:
-    """What is wrong with a host's cable. None, or the default: nothing.
+    """The faults of a host's port. None, or the default, means no fault.
 
-    ``cut`` takes the carrier away as well, ``blackhole`` only loses every frame, and those to the
-    hosts ``loses`` get lost in this direction alone. ``firewall``: the host opens TCP connections,
-    and none is opened to it. The others stand in for what the description says: of every link of
-    the host, in both directions.
+    cut: the carrier goes away too.
+    blackhole: every frame is lost, but the carrier stays.
+    loses: hosts whose frames from this host are lost. The other direction works.
+    firewall: the host can open TCP connections, but nobody can open one to it.
+
+    The other fields replace the described values of every link of the host, in both directions.
     """
 
     cut: bool = False
@@ -71,7 +73,7 @@ class PortFault:
 
 @dataclass(slots=True)
 class _Port:
-    """A host's plug: when it is free to send and to receive, and what a byte takes it."""
+    """A host's port: the times at which it can send and receive again, and its seconds per byte."""
 
     fault: PortFault
     send_s_per_byte: float = 0.0
@@ -82,7 +84,7 @@ class _Port:
 
 @dataclass(slots=True)
 class _Path:
-    """One direction between two hosts, faults included."""
+    """One direction between two hosts, including faults."""
 
     delay_s: float
     s_per_byte: float
@@ -94,7 +96,7 @@ class _Path:
 
 @dataclass(slots=True)
 class Fabric:
-    """What becomes of a frame: a function of the network, the faults, the clock and chance."""
+    """Decides the fate of each frame from the network, the faults, the clock and chance."""
 
     network: Network
     chance: random.Random = field(default_factory=random.Random)
@@ -102,24 +104,24 @@ class Fabric:
     _ports: dict[str, _Port] = field(default_factory=dict)
     _paths: dict[tuple[str, str], _Path] = field(default_factory=dict)
     _owner: dict[bytes, str] = field(default_factory=dict)
-    """Hardware address -> the host that it was last seen at."""
+    """Maps a hardware address to the host where it was last seen."""
 
     def __post_init__(self) -> None:
         self._ports = {name: _Port(PortFault()) for name in self.network.hosts}
         self._compile()
 
     def set_fault(self, host: str, fault: PortFault) -> None:
-        """From now on; frames that are on their way arrive."""
+        """Apply a fault from now on. Frames on their way still arrive."""
         self._ports[host].fault = fault
         self._compile()
 
     @property
     def loses_frames(self) -> bool:
-        """True where frames are lost by chance, so that each packet must be a frame of its own."""
+        """True if some frames are lost by chance. Then each packet must be a frame of its own."""
         return any(path.loss for path in self._paths.values())
 
     def carry(self, source: str, frame: bytes, now_s: float) -> Iterator[tuple[float, str]]:
-        """(when, to whom) a frame with its virtio header arrives; each port once at most."""
+        """Yield (time, host) of each arrival of a frame, which includes its virtio header."""
         header = tap.VIRTIO_HEADER_BYTES
         target, origin = frame[header : header + 6], frame[header + 6 : header + 12]
         self._owner[origin] = source
@@ -146,15 +148,15 @@ class Fabric:
                 yield arrival_s, name
 
     def reaches(self, host: str) -> bool:
-        """False where what is on its way to the host gets lost at its plug."""
+        """False if the host's port loses the frames that are on their way to it."""
         fault = self._ports[host].fault
         return not fault.cut and not fault.blackhole
 
     def _through(self, source: str, target: str, size: int, sent_s: float) -> float | None:
-        """When a frame that begins to leave at ``sent_s`` has arrived whole; None: never.
+        """Return when a frame that leaves at ``sent_s`` has arrived whole, or None if it is lost.
 
-        Cut-through: the path and the receiving port pass bytes on as they come, so that the slowest
-        of the three decides, and each is taken for as long as it needs for the frame.
+        The path and the receiving port pass bytes on as they come (cut-through). So the slowest of
+        sender, path and receiver decides, and each is busy for as long as it needs for the frame.
         """
         path = self._paths.get((source, target))
         if path is None or not self.reaches(target):
@@ -176,7 +178,7 @@ class Fabric:
         return path.last_s
 
     def _compile(self) -> None:
-        """Derive ports and paths anew; what is queued on them stays."""
+        """Compute ports and paths again from the faults. Their queues stay."""
         hosts, ports = self.network.hosts, self._ports
         for port in ports.values():
             port.send_s_per_byte = port.receive_s_per_byte = math.inf
@@ -206,7 +208,7 @@ class Fabric:
 
 
 class Switch:
-    """The process: TAP interfaces, the control socket, and frames that wait for their time."""
+    """The switch process: TAP interfaces, the control socket and the queue of frames."""
 
     def __init__(self, directory: Path) -> None:
         state = json.loads((directory / "state.json").read_text())
@@ -222,7 +224,7 @@ class Switch:
         self._set_segmentation()
 
     def run(self) -> None:
-        """Forward for ever."""
+        """Forward frames for ever."""
         names = {descriptor: name for name, descriptor in self._taps.items()}
         control = self._control.fileno()
         descriptors = [*names, control]
@@ -234,10 +236,10 @@ class Switch:
             while waiting and waiting[0][0] <= now_s:
                 _, _, name, frame = heapq.heappop(waiting)
                 if fabric.reaches(name):
-                    with suppress(OSError):  # Its queue is full, or the interface is down.
+                    with suppress(OSError):  # The queue is full, or the interface is down.
                         os.write(taps[name], frame)
             rest_s = max(waiting[0][0] - time.monotonic(), 0) if waiting else None
-            # Not epoll, whose timer counts milliseconds.
+            # epoll's timer counts whole milliseconds.
             for descriptor in select.select(descriptors, (), (), rest_s)[0]:
                 if descriptor == control:
                     self._serve()
@@ -245,7 +247,7 @@ class Switch:
                 for _ in range(_BURST_FRAMES):
                     try:
                         frame = os.read(descriptor, _FRAME_BYTES)
-                    except OSError:  # No more for now, or the interface is down.
+                    except OSError:  # There are no more frames, or the interface is down.
                         break
                     for arrival_s, name in fabric.carry(names[descriptor], frame, time.monotonic()):
                         heapq.heappush(waiting, (arrival_s, next(count), name, frame))
@@ -259,7 +261,7 @@ class Switch:
             self._fabric.set_fault(host, fault)
             self._set_segmentation()
             tap.set_carrier(self._taps[host], not fault.cut)
-            with suppress(OSError):  # Whoever asked has gone.
+            with suppress(OSError):  # The process that asked has ended.
                 connection.send(b"done")
 
     def _set_segmentation(self) -> None:
@@ -268,7 +270,7 @@ class Switch:
 
 
 def request_fault(directory: Path, host: str, fault: PortFault) -> None:
-    """Have the switch of the testbed in ``directory`` do it; returns once done. Raises OSError."""
+    """Have the switch of ``directory`` set a fault, and wait until it is set. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(10)
         connection.connect(str(directory / "switch.sock"))
@@ -279,7 +281,7 @@ def request_fault(directory: Path, host: str, fault: PortFault) -> None:
 
 
 def fault_to_dict(fault: PortFault) -> dict[str, Any]:
-    """The fields that differ from "nothing is wrong"."""
+    """Return the fields that differ from a port without faults."""
     nothing = PortFault()
     return {
         name: getattr(fault, name)
@@ -289,7 +291,7 @@ def fault_to_dict(fault: PortFault) -> dict[str, Any]:
 
 
 def fault_from_dict(values: Mapping[str, Any]) -> PortFault:
-    """Inverse of ``fault_to_dict``, also after a way through JSON."""
+    """Inverse of ``fault_to_dict``, also after JSON."""
     return PortFault(**{**values, "loses": tuple(values.get("loses", ()))})
 
 

@@ -15,7 +15,10 @@ DEVICE = "/dev/net/tun"
 INTERFACE = "eth0"
 
 VIRTIO_HEADER_BYTES = 10
-"""flags, kind, header length, segment size, checksum start and offset, before every frame."""
+"""The size of flags, kind, header length, segment size, checksum start and offset.
+
+These come before every frame.
+"""
 
 _TUNSETIFF, _TUNSETOFFLOAD, _TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
 _TUNSETCARRIER = 0x400454E2
@@ -25,7 +28,7 @@ _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8914, 0x8916, 0x891C
 _IFF_UP, _IFF_RUNNING = 0x1, 0x40
 _ETHERNET_HEADER_BYTES, _IPV4, _TCP, _SYN, _ACK = 14, b"\x08\x00", 6, 0x02, 0x10
 _ETHERNET_OVERHEAD_BYTES = 24
-"""Preamble, checksum and gap, which every frame takes on a wire."""
+"""The preamble, checksum and gap of a frame on a wire."""
 
 
 def open_tap(address: str) -> int:
@@ -47,18 +50,18 @@ def open_tap(address: str) -> int:
 
 
 def set_carrier(descriptor: int, connected: bool) -> None:
-    """Plug the cable in, or pull it: the host sees that."""
+    """Plug the cable in or pull it. The host notices."""
     fcntl.ioctl(descriptor, _TUNSETCARRIER, struct.pack("i", int(connected)))
 
 
 def set_segmentation(descriptor: int, large: bool) -> None:
-    """Let the host hand over TCP segments of up to 64 KiB as one frame, or single packets only."""
+    """Choose whether the host may send TCP segments of up to 64 KiB as one frame."""
     offload = _TUN_F_CSUM | (_TUN_F_TSO4 | _TUN_F_TSO6 if large else 0)
     fcntl.ioctl(descriptor, _TUNSETOFFLOAD, offload)
 
 
 def wire_bytes(frame: bytes) -> int:
-    """What a frame takes on a wire, with the headers of the packets that it stands for."""
+    """Bytes of a frame on a wire, with the headers of all packets that it stands for."""
     size = len(frame) - VIRTIO_HEADER_BYTES
     kind, header_bytes, segment_bytes = frame[1], frame[2] | frame[3] << 8, frame[4] | frame[5] << 8
     packets = 1
@@ -68,7 +71,7 @@ def wire_bytes(frame: bytes) -> int:
 
 
 def opens_connection(frame: bytes) -> bool:
-    """Whether a frame holds the first packet of a TCP connection, over IPv4."""
+    """Whether a frame holds the first packet of a TCP connection over IPv4."""
     packet = VIRTIO_HEADER_BYTES + _ETHERNET_HEADER_BYTES
     if len(frame) < packet + 20 or frame[packet - 2 : packet] != _IPV4 or frame[packet + 9] != _TCP:
         return False

@@ -1,15 +1,18 @@
-"""Words a sentence of every page and of every package's docstrings: ``python -m tests.words``.
+"""Words per sentence of every page and of every package's prose: ``python -m tests.words``.
 
-Tables, code blocks and headings are left out. A code span or a link's address counts as one word.
+A package's prose is its docstrings, its comments and the messages of its errors. Tables, code
+blocks, headings and shapes are left out. A code span or a link's address counts as one word.
 """
 
 from __future__ import annotations
 
 import ast
+import io
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+import tokenize
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -20,11 +23,14 @@ PACKAGES = (
     "calibration",
     "agent",
     "planning",
+    "paper",
     "coordinator",
     "testbed",
     "cli",
+    "benchmarks",
+    "examples",
 )
-FOLDERS = ("docs", "deploy", *PACKAGES)
+FOLDERS = ("docs", "deploy", *(package for package in PACKAGES if package != "examples"))
 """Where pages of the manual are, beside the two at the top. CHANGELOG.md is a list, not a page."""
 
 
@@ -70,28 +76,74 @@ def lengths(text: str) -> list[tuple[int, str]]:
     return [(words(s), s) for paragraph in paragraphs(text) for s in sentences(paragraph)]
 
 
+_FIELD = r"\n(?=(?:``[^`\n]+``|\w+)(?:, (?:``[^`\n]+``|\w+))*: )"
+"""The start of a line that describes a field."""
+
+
 def docstrings(source: str) -> Iterator[str]:
-    """The docstrings of a module, its classes, functions and documented attributes."""
+    """The docstrings of a module, its classes, functions and documented attributes.
+
+    A line that begins with a name and a colon describes a field, and is a paragraph of its own.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             for statement in node.body:
                 if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                     text = statement.value.value
                     if isinstance(text, str):
-                        first, _, rest = text.partition("\n")
-                        margin = min(
-                            (len(i) - len(i.lstrip()) for i in rest.splitlines() if i.strip()),
-                            default=0,
-                        )
-                        yield "\n".join([first, *(i[margin:] for i in rest.splitlines())])
+                        text = text.replace("\n" + " " * statement.col_offset, "\n")
+                        yield re.sub(_FIELD, "\n\n", text)
 
 
-def package_lengths(package: str) -> list[tuple[int, str]]:
-    """Words and text of each sentence of a package's docstrings."""
+def comments(source: str) -> Iterator[str]:
+    """The comments of a file; lines of comment below one another are one text.
+
+    Left out are shapes (``# [n, d]``) and the codes of checkers. The reason after a code counts.
+    """
+    block: list[str] = []
+    last = (0, 0)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        row, column = token.start
+        alone = not token.line[:column].strip()
+        if block and not (alone and last == (row - 1, column)):
+            yield "\n".join(block)
+            block = []
+        last = token.start
+        text = re.sub(
+            r"^#+!?\s?((noqa|type|pragma|mypy|fmt)\b\S*( [A-Z]+\d+,?)*)?", "", token.string
+        )
+        if not re.fullmatch(r"\s*\[.*\]\S*", text):
+            block.append(text.strip(" -"))
+    yield "\n".join(block)
+
+
+def messages(source: str) -> Iterator[str]:
+    """The texts of raised errors. A value that is filled in counts as one word."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            for argument in node.exc.args:
+                if isinstance(argument, ast.JoinedStr):
+                    yield "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else "value"
+                        for part in argument.values
+                    )
+                elif isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield argument.value
+
+
+Prose = Callable[[str], Iterator[str]]
+"""One of the kinds of prose in a file: `docstrings`, `comments` or `messages`."""
+PROSE: tuple[Prose, ...] = (docstrings, comments, messages)
+
+
+def package_lengths(package: str, prose: Prose = docstrings) -> list[tuple[int, str]]:
+    """Words and text of each sentence of one kind of a package's prose."""
     return [
         found
         for path in sorted((ROOT / package).rglob("*.py"))
-        for text in docstrings(path.read_text(encoding="utf-8"))
+        for text in prose(path.read_text(encoding="utf-8"))
         for found in lengths(text)
     ]
 
@@ -103,15 +155,17 @@ def row(name: str, found: list[tuple[int, str]]) -> str:
 
 
 def main() -> None:
-    """Print the table; with ``--long N`` also every sentence of a page of more than N words."""
+    """Print the table; with ``--long N`` also every sentence of more than N words."""
     limit = int(sys.argv[2]) if sys.argv[1:2] == ["--long"] else None
+    found = {str(p.relative_to(ROOT)): lengths(p.read_text(encoding="utf-8")) for p in pages()}
+    for package in PACKAGES:
+        for prose in PROSE:
+            found[f"{package}/ {prose.__name__}"] = package_lengths(package, prose)
     lines = [f"{'':28} {'sentences':>9} {'words':>6} {'longest':>8}"]
-    for path in pages():
-        name, found = str(path.relative_to(ROOT)), lengths(path.read_text(encoding="utf-8"))
-        lines.append(row(name, found))
+    for name, counted in found.items():
+        lines.append(row(name, counted) if counted else f"{name:28} {0:9}")
         if limit is not None:
-            lines += [f"    {count}: {text}" for count, text in found if count > limit]
-    lines += [row(f"{package}/ docstrings", package_lengths(package)) for package in PACKAGES]
+            lines += [f"    {count}: {text}" for count, text in counted if count > limit]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

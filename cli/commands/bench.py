@@ -16,14 +16,19 @@ from wire.sizes import format_size
 if TYPE_CHECKING:
     from calibration.speed import StageSpeed
 
+ABOUT = (
+    "A shape is a model without its weights: random ones take their place. The whole model runs on "
+    "this device, without a coordinator. The command shows tokens per second of decoding and of a "
+    "prompt, the load time and the memory."
+)
 EXAMPLES = (
-    "  shoal bench                                         llama-1b at 4 bits\n"
+    "  shoal bench\n"
     "  shoal bench --shape qwen2.5-0.5b --bits 8 --threads 4\n"
     "  shoal bench --shape ./config.json --context 32,4000 --json\n"
-    "  shoal bench --fast-prompts                          prompts through a copy in bytes\n"
-    "  shoal bench --bits 4,8 --mixed                      layers at 4 and 8 bits in turn\n"
+    "  shoal bench --bits 4,8          # two runs\n"
+    "  shoal bench --bits 4,8 --mixed  # one run, with layers at 4 and 8 bits in turn\n"
 )
-"""For the command's help."""
+SHAPE_HELP = "One of llama-1b, opt-350m, tinyllama and qwen2.5-0.5b, or the path of a config.json."
 
 
 def _numbers(text: str) -> list[int]:
@@ -36,42 +41,78 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         default="llama-1b",
         metavar="NAME",
-        help="llama-1b, opt-350m, tinyllama, qwen2.5-0.5b, or a config.json; default llama-1b",
-    )
-    parser.add_argument("--backend", default="onnx_cpu", metavar="NAME", help="default: onnx_cpu")
-    parser.add_argument(
-        "--bits", type=_numbers, default=[4], metavar="4", help="one run each; default 4"
+        help=f"{SHAPE_HELP} Default: %(default)s.",
     )
     parser.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128), default=64, help="default 64"
+        "--backend",
+        default="onnx_cpu",
+        metavar="NAME",
+        help="The backend to run. `shoal agent --list-backends` shows all. Default: %(default)s.",
     )
     parser.add_argument(
-        "--threads", type=argument_types.count, default=len(os.sched_getaffinity(0)), metavar="N"
+        "--bits",
+        type=_numbers,
+        default="4",
+        metavar="4,8",
+        help="Bits per weight, with one run for each width. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        default=64,
+        help="Weights that share one scale. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--threads",
+        type=argument_types.count,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="Threads that compute. Default: one for each core, here %(default)s.",
     )
     parser.add_argument(
         "--context",
         type=_numbers,
-        default=[32, 900],
+        default="32,900",
+        metavar="N,N",
+        help="Context lengths at which decoding is measured, in tokens. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--prompt",
+        type=argument_types.count,
+        default=512,
         metavar="N",
-        help="tokens behind the decoded ones; default 32,900",
+        help="Length of the measured prompt, in tokens. Default: %(default)s.",
     )
     parser.add_argument(
-        "--prompt", type=argument_types.count, default=512, metavar="N", help="default 512"
+        "--rounds",
+        type=argument_types.count,
+        default=5,
+        metavar="N",
+        help="How often each measurement is repeated. Default: %(default)s.",
     )
     parser.add_argument(
-        "--rounds", type=argument_types.count, default=5, metavar="N", help="default 5"
+        "--mixed",
+        action="store_true",
+        help="Make one run in which the layers take the widths of --bits in turn.",
     )
     parser.add_argument(
-        "--mixed", action="store_true", help="one run, whose layers take the widths in turn"
+        "--exact",
+        action="store_true",
+        help="Compute with activations that are not rounded. This is slower.",
     )
     parser.add_argument(
-        "--exact", action="store_true", help="fp32 activations, as results are compared with"
+        "--fast-prompts",
+        action="store_true",
+        help="Run prompts through a second copy of the layers, as `shoal agent` does with this "
+        "option.",
     )
     parser.add_argument(
-        "--fast-prompts", action="store_true", help="as an agent's: through a copy in bytes"
-    )
-    parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="for the weights meanwhile; default: /tmp"
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="Where the weights are written during the run. Default: the directory for temporary "
+        "files.",
     )
 
 

@@ -20,9 +20,11 @@ from rich.table import Table
 
 from cli import argument_types
 from cli.argument_types import argument, between, whole
+from cli.commands.bench import SHAPE_HELP
 from cli.commands.calibrate_agent import Target, measure_for_agent, target_of
-from cli.commands.calibrate_quality import quality_here, quality_on_agent
+from cli.commands.calibrate_quality import QUALITY_BITS, quality_here, quality_on_agent
 from cli.errors import CommandFailed, UsageError
+from cli.parser import add_url_argument
 from cli.render import NOISY, Screen
 from wire.conditions import Conditions, worst
 from wire.sizes import format_size
@@ -32,14 +34,18 @@ if TYPE_CHECKING:
     from calibration.table import LayerTable
     from model.spec import ModelSpec
 
-EXAMPLES = (
-    "  shoal calibrate                                   this device: arithmetic, memory, disk\n"
-    "  shoal calibrate --sustain 60s --watts 6.5         does it keep its speed when it is hot?\n"
-    "  shoal calibrate --shape llama-1b --plot roof.svg  seconds per layer, without the weights\n"
-    "  shoal calibrate --quality --model ./opt-350m --bits 3,4,8 --plot heat.svg\n"
-    "  shoal calibrate --quality --model ./opt-350m --on auto    on the shoal's fastest agent\n"
+ABOUT = (
+    "It measures arithmetic, memory and disk. With --model or --shape it also measures the time of "
+    "a layer. With --quality it measures instead what fewer bits do to the model's predictions. "
+    "Agents and `shoal plan` use the results."
 )
-"""For the command's help."""
+EXAMPLES = (
+    "  shoal calibrate\n"
+    "  shoal calibrate --sustain 60s --watts 6.5  # is it as fast when it is hot?\n"
+    "  shoal calibrate --shape llama-1b --plot roof.svg\n"
+    "  shoal calibrate --quality --model ./opt-350m --bits 3,4,8 --plot heat.svg\n"
+    "  shoal calibrate --quality --model ./opt-350m --on auto  # on the fastest agent\n"
+)
 
 DEFAULT_BITS = (4, 8, 16)
 DEFAULT_CHECKED_PLANS = 8
@@ -51,93 +57,117 @@ _plans = argument(whole, "a whole number, 0 for none")
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything but ``--json``, which all commands share."""
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", type=Path, metavar="DIR", help="measure its layers too")
+    what.add_argument(
+        "--model", type=Path, metavar="DIR", help="Measure the layers of this model too."
+    )
     what.add_argument(
         "--shape",
         metavar="NAME",
-        help="as --model, without weights: llama-1b, opt-350m, tinyllama, qwen2.5-0.5b, or a "
-        "config.json",
+        help=f"Measure the layers of a model whose weights are not here. {SHAPE_HELP}",
     )
     parser.add_argument(
         "--bits",
         type=argument_types.bits,
         metavar="4,8,16",
-        help="widths; default 4,8,16, or 2,3,4,6,8",
+        help=f"Bits per weight to measure. Default: {','.join(map(str, DEFAULT_BITS))}, or "
+        f"{','.join(map(str, QUALITY_BITS))} with --quality.",
     )
-    parser.add_argument("--backend", metavar="NAME", help="default: all that run here")
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="The backend to measure. Default: every backend that runs here.",
+    )
     parser.add_argument(
         "--threads",
         type=argument_types.count,
         metavar="N",
-        help="default: the agent service's here, else one for each core",
+        help="Threads that compute. Default: as the agent service here, else one for each core.",
     )
     parser.add_argument(
         "--sustain",
         type=_sustained_s,
         default=0.0,
         metavar="60s",
-        help="compute for so long, get hot",
+        help="Compute for so long, and compare the speed at the end with the first. "
+        "Default: not at all.",
     )
     parser.add_argument(
         "--watts",
         type=argument_types.watts,
         metavar="W",
-        help="what it draws, where no sensor tells",
+        help="What this device draws while it computes, in watts. Default: what a sensor says.",
     )
     parser.add_argument(
-        "--full", action="store_true", help="the whole layer table, however long it takes"
+        "--full",
+        action="store_true",
+        help="Measure every point of the layer table, however long it takes.",
     )
     parser.add_argument(
         "--again",
         action="store_true",
-        help="measure anew what is stored, and what this machine's agent has measured",
+        help="Measure again what is stored already, for this machine's agent too.",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.svg", help="a roofline, or a heat map of --quality"
+        "--plot",
+        type=Path,
+        metavar="FILE.svg",
+        help="Draw a roofline, or with --quality a heat map.",
     )
     parser.add_argument(
-        "--state-dir", type=Path, metavar="DIR", help="where results are kept; default: the agent's"
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="Where results are kept. Default: where this machine's agent keeps them.",
     )
     quality = parser.add_argument_group("sensitivity to fewer bits")
     quality.add_argument(
-        "--quality", action="store_true", help="measure each block's; needs --model"
+        "--quality",
+        action="store_true",
+        help="Measure the sensitivity of each block. It needs --model.",
     )
     quality.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
-        help="calibration text, passages between blank lines; default: the built-in English",
+        help="A calibration text in UTF-8, with blank lines between passages. Default: a built-in "
+        "English text.",
     )
     quality.add_argument(
         "--scheme",
         choices=("rtn", "truncate"),
         default="rtn",
-        help="as for `shoal load`; default rtn",
+        help="The quantization scheme, as for `shoal load`. Default: %(default)s.",
     )
     quality.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128), default=64, help="default 64"
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        default=64,
+        help="Weights that share one scale. Default: %(default)s.",
     )
     quality.add_argument(
-        "--max-tokens", type=argument_types.count, default=1024, metavar="N", help="of the text"
+        "--max-tokens",
+        type=argument_types.count,
+        default=1024,
+        metavar="N",
+        help="Use the first N tokens of the text. Default: %(default)s.",
     )
     quality.add_argument(
         "--check-plans",
         type=_plans,
         default=DEFAULT_CHECKED_PLANS,
         metavar="N",
-        help="compare the sum over blocks with what N random mixed plans really do; the largest "
-        "ratio is the margin that plans keep; default 8",
+        help="Measure N random mixed plans too, and compare each with the sum over its blocks. "
+        "The largest ratio is the margin that plans keep. Default: %(default)s.",
     )
     quality.add_argument(
         "--on",
         metavar="NAME",
-        help="measure on this agent, or on the fastest ('auto'), with blocks streamed from the "
-        "coordinator, which keeps the result for --quality-budget; asked again it goes on where "
-        "it was",
+        help="Measure on this agent of the shoal, or with auto on the fastest. The coordinator "
+        "keeps the results for --quality-budget. If it is stopped, ask again: it goes on where it "
+        "was.",
     )
-    quality.add_argument(
-        "--url", metavar="URL", help="the coordinator's API; default: SHOAL_COORDINATOR or here"
-    )
+    add_url_argument(quality)
 
 
 def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:

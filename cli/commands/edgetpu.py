@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
+from model.quantize import DEFAULT_GROUP_SIZE
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -20,11 +21,16 @@ if TYPE_CHECKING:
 ROOT = Path("/")
 """Where /sys and /dev are."""
 
+ABOUT = (
+    "Google's edgetpu_compiler runs on x86-64 only. If it is on a coordinator's or an agent's "
+    "PATH, `shoal load` compiles by itself. Otherwise compile on another machine, and copy the "
+    "files to the device."
+)
 EXAMPLES = (
-    "  shoal edgetpu check                                      is the Edge TPU here usable?\n"
-    "  shoal edgetpu compile ./opt-350m -o compiled             what measuring needs\n"
+    "  shoal edgetpu check\n"
+    "  shoal edgetpu compile ./opt-350m -o compiled\n"
     "  shoal edgetpu compile ./opt-350m --layers 3:8 -o compiled\n"
-    "  rsync -a compiled/ pi-3:.cache/shoal/edgetpu/\n"
+    "  rsync -a compiled/ pi-3:.cache/shoal/edgetpu/  # the device finds them there\n"
 )
 
 
@@ -33,27 +39,44 @@ def add_edgetpu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=("check", "compile"),
-        help="check: run products on the chip, compare them with the CPU, and time them; "
-        "compile: make the files that a device without edgetpu_compiler needs",
+        help="Run matrix products on the chip, compare them with the CPU and time them (check). "
+        "Or make the files for a device without edgetpu_compiler (compile).",
     )
-    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="to compile")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        metavar="MODEL",
+        help="The Hugging Face model directory to compile.",
+    )
     parser.add_argument(
         "--layers",
         type=_layers,
         action="append",
         default=[],
         metavar="A:B",
-        help="layers [A, B) as one stage, as `shoal plan` placed them; may be repeated",
+        help="Compile layers A to B - 1 as one stage, as `shoal plan` placed them. May be "
+        "repeated. Without it, only the files for measuring are made.",
     )
     parser.add_argument(
         "-o",
         "--out",
         type=Path,
         metavar="DIR",
-        help="default: where agents on this machine look, ~/.cache/shoal/edgetpu",
+        help="Where the files go. Default: ~/.cache/shoal/edgetpu, where agents look.",
     )
-    parser.add_argument("--scheme", choices=("rtn", "truncate"), default="rtn")
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), help="default: load's")
+    parser.add_argument(
+        "--scheme",
+        choices=("rtn", "truncate"),
+        default="rtn",
+        help="The quantization scheme, as for `shoal load`. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        help=f"Weights that share one scale. Default: {DEFAULT_GROUP_SIZE}.",
+    )
 
 
 def run_edgetpu(options: argparse.Namespace, screen: Screen) -> None:

@@ -11,8 +11,13 @@ from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
 from model.quantize import DEFAULT_GROUP_SIZE
-from planning.request import DEFAULT_MAX_WEIGHT_ERROR, DEFAULT_TIME_LIMIT_S
-from wire.activations import HOP_BITS
+from planning.request import (
+    DEFAULT_CONTEXT_TOKENS,
+    DEFAULT_MAX_WEIGHT_ERROR,
+    DEFAULT_TIME_LIMIT_S,
+    THROUGHPUT_SLOTS,
+)
+from wire.activations import DEFAULT_HOP_BITS, HOP_BITS
 
 if TYPE_CHECKING:
     from model.spec import ModelSpec
@@ -36,32 +41,43 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices",
         type=Path,
         metavar="LAB.yaml",
-        help="plan for described devices, without agents",
+        help="Plan for the devices that this lab file describes. No coordinator is asked.",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="where the time goes and what each change would give"
+        "--explain",
+        action="store_true",
+        help="Show where the time goes, and what each change would give.",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, to edit or load")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="Draw the plan.")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="Write the plan to a file for --plan."
+    )
     parser.add_argument(
         "--simulate",
         type=argument_types.count,
         metavar="N",
-        help="draw the links' speeds anew N times",
+        help="Draw the speeds of all links at random N times, and show how the plan's time varies.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --simulate; default 0")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="The seed of --simulate. Default: %(default)s.",
+    )
     parser.add_argument(
         "--formulation",
         choices=("shoal", "dilemma"),
         default="shoal",
-        help="dilemma: the paper's integer program (with --devices)",
+        help="The integer program to solve: shoal's, or the DILEMMA paper's. The paper's needs "
+        "--devices. Default: %(default)s.",
     )
     parser.add_argument(
         "--repair",
         type=_repairs,
         default=("2c", "2d", "2e", "2f", "cm"),
         metavar="2c,2d,2e,2f,cm",
-        help="what to repair in the paper's program, or 'none'; default: all",
+        help="Which faults of the paper's program to repair, or none. Default: all.",
     )
 
 
@@ -71,28 +87,30 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective",
         choices=("latency", "throughput", "request", "energy"),
         default="latency",
-        help="what to minimise; energy: joules computing one token, on devices of known watts",
+        help="What to minimise. latency: the time of a token. throughput: the slowest stage's "
+        "time. request: the time of a prompt and its answer. energy: the joules of a token. "
+        "Default: %(default)s.",
     )
     parser.add_argument(
         "--slots",
         type=argument_types.count,
         metavar="N",
-        help="sequences at once, each with a KV cache of --context tokens; default: as --plan says,"
-        " else 1, with --objective throughput 4",
+        help="How many sequences run at once. Each takes a KV cache of --context tokens. Default: "
+        f"as --plan says, else 1, or {THROUGHPUT_SLOTS} for the objective throughput.",
     )
     parser.add_argument(
         "--prompt-tokens",
         type=argument_types.count,
         default=256,
         metavar="N",
-        help="of --objective request",
+        help="The prompt's length for the objective request. Default: %(default)s.",
     )
     parser.add_argument(
         "--output-tokens",
         type=argument_types.count,
         default=128,
         metavar="N",
-        help="of --objective request",
+        help="The answer's length for the objective request. Default: %(default)s.",
     )
     parser.add_argument(
         "--pin",
@@ -100,112 +118,136 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="layers=0-5:NAME",
-        help="these blocks on this device; also embedding:NAME, head:NAME",
+        help="Put these layers on this device. embedding:NAME and head:NAME work too. May be "
+        "repeated.",
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="NAME", help="plan without this device"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Plan without this device. May be repeated.",
     )
     parser.add_argument(
         "--migration-weight",
         type=_budget,
         default=0.0,
         metavar="W",
-        help="add W seconds to the objective per second of loading what devices do not hold",
+        help="Count each second of loading new blocks as W seconds of the objective. "
+        "Default: %(default)g.",
     )
     parser.add_argument(
-        "--plan", type=Path, metavar="FILE", help="take the plan of this file, verified"
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="Use the plan in this file, which --save wrote, after checking it.",
     )
     parser.add_argument(
         "--quality-budget",
         type=_budget,
         metavar="KL",
-        help="bound on the plan's KL divergence from the original model, nats per token",
+        help="The largest KL divergence from the original model that a plan may have, in nats per "
+        "token. Default: no bound.",
     )
     parser.add_argument(
         "--sensitivities",
         type=Path,
         metavar="FILE",
-        help="what calibrate printed for the model with --json; default: what the coordinator "
-        "has from `shoal calibrate --quality --on`",
+        help="What `shoal calibrate --quality --json` printed for the model. Default: what "
+        "`shoal calibrate --quality --on` left at the coordinator.",
     )
     parser.add_argument(
         "--check-quality",
         action="store_true",
-        help="measure the plan's divergence, and plan anew until it keeps --quality-budget",
+        help="Measure the plan's divergence, and plan again until it keeps --quality-budget.",
     )
 
 
-def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
+def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -> None:
     """How weights are stored, what they may lose, and for how long a plan is sought."""
     parser.add_argument(
         "--max-weight-error",
         type=_error_bound,
         default=DEFAULT_MAX_WEIGHT_ERROR,
         metavar="DELTA",
-        help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
+        help="The largest weight error max|w - w_b| / 2^bits of a block, or none for no bound. "
+        "Default: %(default)g.",
     )
     parser.add_argument(
         "--scheme",
         choices=("rtn", "truncate"),
         default="rtn",
-        help="round to nearest (the default), or as the DILEMMA paper does",
+        help="How weights are quantized: rounded to nearest, or truncated as in the DILEMMA paper. "
+        "Default: %(default)s.",
     )
     parser.add_argument(
         "--group-size",
         type=int,
         choices=(32, 64, 128),
         default=DEFAULT_GROUP_SIZE,
-        help="weights per scale, of rtn; default 64",
+        help="Weights that share one scale, with --scheme rtn. Default: %(default)s.",
     )
     parser.add_argument(
         "--context",
         type=argument_types.count,
         metavar="TOKENS",
-        help="default: as --plan says, else the model's, at most 2048",
+        help="The most tokens of a prompt and its answer together. Default: "
+        f"{'as --plan says, else ' if with_plan else ''}what the model can, but not more than "
+        f"{DEFAULT_CONTEXT_TOKENS}.",
     )
     parser.add_argument(
         "--time-limit",
         type=_seconds,
         default=DEFAULT_TIME_LIMIT_S,
         metavar="S",
-        help="for the solver, which ends early on a plan proved optimal, of large problems one"
-        " within 0.5%% of that; default 20",
+        help="The most seconds that the solver takes. It ends early once a plan is proved optimal, "
+        "or nearly so if the problem is large. Default: %(default)g.",
     )
 
 
 def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
     """At how many bits hidden values may cross a link. ``with_budget``: the command has one."""
-    unless = ", or with --quality-budget every width of known divergence" if with_budget else ""
+    unless = " With --quality-budget: all whose divergence is known." if with_budget else ""
     parser.add_argument(
         "--hop-bits",
         type=_hop_bits,
         metavar="32|16|8[,...]",
-        help="bits of a hidden value between devices, to choose from; 32 is exact; default: 16"
-        + unless,
+        help="The bits per hidden value that a hop between devices may have. 32 is exact. "
+        f"Default: {DEFAULT_HOP_BITS}.{unless}",
     )
 
 
 def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     """The two files of a comparison."""
-    parser.add_argument("before", type=Path, metavar="A.json")
-    parser.add_argument("after", type=Path, metavar="B.json")
+    saved = "which `shoal plan --save` wrote."
+    parser.add_argument("before", type=Path, metavar="A.json", help=f"The first plan, {saved}")
+    parser.add_argument("after", type=Path, metavar="B.json", help=f"The second plan, {saved}")
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``shoal study dilemma`` takes."""
-    parser.add_argument("study", choices=("dilemma",))
+    parser.add_argument("study", choices=("dilemma",), help="The only study so far.")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("dilemma-study"),
         metavar="DIR",
-        help="for the figures as SVG, and for results as they come: the same command goes on after"
-        " a stop (default: dilemma-study)",
+        help="The directory for figures and results. Default: %(default)s.",
     )
     parser.add_argument(
-        "--runs", type=argument_types.count, default=100, metavar="N", help="default 100"
+        "--runs",
+        type=argument_types.count,
+        default=100,
+        metavar="N",
+        help="Random instances of each experiment. Default: %(default)s.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="The seed of the random instances. Default: %(default)s.",
+    )
 
 
 def objective_of(options: argparse.Namespace) -> Objective:

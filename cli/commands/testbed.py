@@ -12,20 +12,47 @@ from typing import Any
 from rich.markup import escape
 from rich.status import Status
 
+from cli.argument_types import HTTP_PORT
 from cli.errors import CommandFailed
 from cli.render import Screen, titled_table
 from wire.sizes import format_size
 
 DEFAULT_NAME = "lab"
 
+ABOUT = (
+    "A lab file describes devices and links. Each device becomes a network namespace with its own "
+    "limits of memory and processor. Links have the described speed and delay. It needs root."
+)
 EXAMPLES = (
     "  sudo shoal testbed up examples/labs/home-4-pis.yaml\n"
-    "  shoal load ~/models/opt-125m && shoal run opt-125m 'Once upon a time'\n"
-    "  sudo shoal testbed fault attic link:rate=5,delay=40   5 Mbit/s, 40 ms one way\n"
-    "  sudo shoal testbed fault pi-2 kill                    power loss\n"
+    "  shoal load ~/models/opt-125m\n"
+    "  shoal run opt-125m 'Once upon a time'\n"
+    "  sudo shoal testbed fault attic link:rate=5,delay=40  # 5 Mbit/s, 40 ms one way\n"
+    "  sudo shoal testbed fault pi-2 kill                   # as a loss of power\n"
     "  sudo shoal testbed exec pi-1 -- ip address\n"
     "  sudo shoal testbed status --json\n"
     "  sudo shoal testbed down\n"
+)
+
+FAULT_EXAMPLES = (
+    "  sudo shoal testbed fault pi-2 kill\n"
+    "  sudo shoal testbed fault attic link:rate=5,delay=40  # 5 Mbit/s, 40 ms one way\n"
+    "  sudo shoal testbed fault attic heal\n"
+)
+FAULT_KINDS = (
+    "\nfaults:\n"
+    "  kill           end all processes at once, as a loss of power does\n"
+    "  freeze, thaw   stop all processes, and let them go on\n"
+    "  cut            unplug the cable: the carrier is gone\n"
+    "  blackhole      drop every packet while the carrier stays\n"
+    "  firewall       let nobody open a TCP connection to the host\n"
+    "  lose=HOST      drop packets to HOST\n"
+    "  multicast=off  drop multicast, which mDNS needs\n"
+    "  link:KEY=NUMBER[,...]\n"
+    "                 change the link: rate in Mbit/s, delay and jitter in ms\n"
+    "                 one way, loss in percent\n"
+    "  heal           end the faults of the cable\n"
+    "  slow=PERCENT   limit the host to a share of one core, until slow=off\n"
 )
 
 
@@ -33,33 +60,67 @@ def add_testbed_arguments(parser: argparse.ArgumentParser) -> None:
     """The actions of ``shoal testbed`` and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--name", default=DEFAULT_NAME, help=f"default: {DEFAULT_NAME}")
-    shared.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    shared.add_argument(
+        "--name", default=DEFAULT_NAME, help="The testbed's name. Default: %(default)s."
+    )
+    shared.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
 
-    def action(name: str, summary: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=summary, description=summary, parents=[shared])
+    def action(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+        return actions.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{examples}",
+            parents=[shared],
+        )
 
-    up = action("up", "make the hosts of a lab file and start shoal on them, in place of what is")
-    up.add_argument("lab", type=Path, metavar="LAB.yaml")
-    up.add_argument(
-        "--bare", action="store_true", help="hosts and links only: no coordinator, no agents"
+    up = action(
+        "up",
+        "Make the hosts of a lab file, and start shoal on them.",
+        "  sudo shoal testbed up examples/labs/home-4-pis.yaml\n",
     )
     up.add_argument(
-        "--http", type=_port, metavar="PORT", help="the API on this machine; default: 7421 or any"
+        "lab",
+        type=Path,
+        metavar="LAB.yaml",
+        help="The lab file. A testbed of the same name is removed first.",
     )
-    action("status", "show hosts, links' faults and what runs")
-    execute = action("exec", "run a command on a host")
-    execute.add_argument("host", metavar="HOST")
-    execute.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
-    fault = action("fault", "do something to a host")
-    fault.add_argument("host", metavar="HOST")
-    fault.add_argument(
-        "what",
-        metavar="FAULT",
-        help="kill, freeze, thaw, cut, heal, blackhole, multicast=off, slow=PERCENT, slow=off, or "
-        "link:rate=MBIT,delay=MS,jitter=MS,loss=PERCENT",
+    up.add_argument(
+        "--bare",
+        action="store_true",
+        help="Make hosts and links only. Start neither coordinator nor agents.",
     )
-    action("down", "remove the testbed and end everything on it")
+    up.add_argument(
+        "--http",
+        type=_port,
+        metavar="PORT",
+        help=f"The API's port on this machine. Default: {HTTP_PORT} if it is free, else any.",
+    )
+    action(
+        "status",
+        "Show the hosts, the faults in force, and the running processes.",
+        "  sudo shoal testbed status --json\n",
+    )
+    execute = action(
+        "exec", "Run a command on a host.", "  sudo shoal testbed exec pi-1 -- ip address\n"
+    )
+    execute.add_argument("host", metavar="HOST", help="A host of the lab.")
+    execute.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="-- COMMAND",
+        help="The command with its arguments. Its exit code is passed on.",
+    )
+    fault = action(
+        "fault", "Inject a fault at a host, or end its faults.", FAULT_EXAMPLES + FAULT_KINDS
+    )
+    fault.add_argument("host", metavar="HOST", help="A host of the lab.")
+    fault.add_argument("what", metavar="FAULT", help="One of the faults below.")
+    action(
+        "down",
+        "Remove the testbed, and end every process on it.",
+        "  sudo shoal testbed down\n",
+    )
 
 
 def run_testbed(options: argparse.Namespace, screen: Screen) -> None:

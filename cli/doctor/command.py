@@ -21,6 +21,10 @@ from cli.render import Screen
 from cli.service.settings import parse_toml
 from wire.messages import Endpoint
 
+ABOUT = (
+    "It checks memory, disk, libraries, accelerators and network. Each finding that is not ok says "
+    "what to do about it. The exit code is 1 if something essential fails."
+)
 EXAMPLES = (
     "  shoal doctor\n"
     "  shoal doctor --coordinator 192.168.1.10\n"
@@ -68,19 +72,30 @@ COLOURS = {"ok": "green", "note": "default", "warning": "yellow", "failed": "bol
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", help="which one to look for; default: the service's, or shoal")
+    parser.add_argument(
+        "--cluster",
+        metavar="NAME",
+        help="The cluster to look for. Default: the installed service's, else shoal.",
+    )
     parser.add_argument(
         "--coordinator",
         type=control_endpoint,
         metavar="HOST[:PORT]",
-        help="its address; default: the service's, or search by mDNS",
+        help="Where the coordinator is. Default: as the installed service says, else a search by "
+        "mDNS.",
     )
     parser.add_argument(
         "--role",
         choices=tuple(ROLES),
-        help="what the machine is to be; default: the services that are installed, or agent",
+        help="What to check the machine for. Default: the services that are installed, else agent.",
     )
-    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where blocks are kept")
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="The directory of blocks and measurements. Default: the installed service's, else "
+        "the user's.",
+    )
     parser.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
 
 

@@ -27,33 +27,58 @@ MOST_DESCRIPTORS = 65_536
 
 ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - agents are on other machines
 
+COORDINATOR_ABOUT = (
+    "A shoal has one coordinator. It plans, quantizes models, serves their blocks to the agents, "
+    "and answers HTTP requests. It needs no accelerator."
+)
 COORDINATOR_EXAMPLES = (
-    "  shoal coordinator\n  shoal coordinator --cluster attic --http 0.0.0.0:7421\n"
-    "  shoal coordinator --create-token --token-file ~/shoal.token   then copy it to agents\n"
+    "  shoal coordinator\n"
+    "  shoal coordinator --cluster attic --http 0.0.0.0:7421\n"
+    "  shoal coordinator --create-token --token-file ~/shoal.token\n"
+)
+AGENT_ABOUT = (
+    "The agent measures this device, joins the coordinator and waits for blocks of a model. "
+    "It finds the coordinator by itself if multicast works in the network."
 )
 AGENT_EXAMPLES = (
     "  shoal agent\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
-    "  shoal agent --coordinator 192.168.1.10   where multicast is blocked\n"
-    "  shoal agent --port 7430 --advertise 192.168.1.20   in a container that publishes 7430\n"
-    "  shoal agent --token-file ~/shoal.token   the coordinator's, where it has one\n"
+    "  shoal agent --coordinator 192.168.1.10    # where multicast is blocked\n"
+    "  shoal agent --token-file ~/shoal.token    # a copy of the coordinator's file\n"
     "  shoal agent --list-backends\n"
+    "\nin a container that publishes port 7430 of the host 192.168.1.20:\n"
+    "  shoal agent --port 7430 --advertise 192.168.1.20\n"
 )
+_CLUSTER = "A name for this shoal. Agents join the coordinator of the same name. "
 
 
 def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything but ``--json``, which all commands share; and the actions of a service."""
-    parser.add_argument("--cluster", default="shoal", help="default: shoal")
     parser.add_argument(
-        "--bind", default=ALL_INTERFACES, metavar="HOST", help="where agents connect"
+        "--cluster",
+        default="shoal",
+        metavar="NAME",
+        help=f"{_CLUSTER}Default: %(default)s.",
     )
-    parser.add_argument("--port", type=argument_types.port, default=CONTROL_PORT, help="for agents")
+    parser.add_argument(
+        "--bind",
+        default=ALL_INTERFACES,
+        metavar="HOST",
+        help="The address where agents connect. Default: %(default)s, which means all.",
+    )
+    parser.add_argument(
+        "--port",
+        type=argument_types.port,
+        default=CONTROL_PORT,
+        help="The port where agents connect. Default: %(default)s.",
+    )
     parser.add_argument(
         "--http",
         type=argument_types.http_endpoint,
         default=Endpoint("127.0.0.1", HTTP_PORT),
         metavar="HOST:PORT",
-        help=f"the API; default 127.0.0.1:{HTTP_PORT}, this machine only",
+        help="The address and port of the HTTP API. "
+        f"Default: 127.0.0.1:{HTTP_PORT}, which only this machine reaches.",
     )
     parser.add_argument(
         "--http-host",
@@ -61,31 +86,35 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="another host name that the API may be called by; added to this machine's own name "
-        "and addresses; may be repeated, * for all",
+        help="Another host name by which clients call the API, or * for any. This machine's own "
+        "name and addresses are known. May be repeated.",
     )
     parser.add_argument(
         "--storage",
         type=argument_types.size,
         metavar="SIZE",
-        help="for quantized blocks, the least recently used make room; default: 90 %% of the free "
-        "disk",
+        help="The disk space for quantized blocks. Blocks used longest ago make room for new ones. "
+        "Default: 90 %% of the free disk.",
     )
     parser.add_argument(
         "--recovery-wait",
         type=argument_types.seconds,
         default=DEFAULT_RECOVERY_WAIT_S,
         metavar="S",
-        help="how long answers wait for a lost device whose place no other can take; default: "
-        f"{DEFAULT_RECOVERY_WAIT_S:g}",
+        help="How many seconds answers wait for a lost device, if the remaining devices cannot "
+        "hold the model. Default: %(default)g.",
     )
-    parser.add_argument("--state-dir", type=Path, metavar="DIR")
+    _add_state_dir(parser, "coordinator")
     _add_token(parser)
     parser.add_argument(
-        "--create-token", action="store_true", help="make the --token-file, if it is not there"
+        "--create-token",
+        action="store_true",
+        help="Make the --token-file if it does not exist.",
     )
     parser.add_argument(
-        "--no-mdns", action="store_true", help="do not announce; agents need --coordinator"
+        "--no-mdns",
+        action="store_true",
+        help="Do not announce the coordinator by mDNS. Agents then need --coordinator.",
     )
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     _add_config(parser)
@@ -94,46 +123,74 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     """As ``add_coordinator_arguments``."""
-    parser.add_argument("--name", help="default: this machine's host name")
+    parser.add_argument("--name", help="This device's name. Default: the machine's host name.")
     parser.add_argument(
-        "--cluster", default="shoal", help="the only cluster to join; default: shoal"
+        "--cluster",
+        default="shoal",
+        metavar="NAME",
+        help="The cluster to join. Default: %(default)s.",
     )
     parser.add_argument(
         "--coordinator",
         type=argument_types.control_endpoint,
         metavar="HOST[:PORT]",
-        help="its address; default: search by mDNS",
+        help=f"Where the coordinator is. The port is {CONTROL_PORT} unless given. "
+        "Default: a search by mDNS.",
     )
     parser.add_argument(
-        "--memory", type=argument_types.size, metavar="SIZE", help="for weights, KV and buffers"
+        "--memory",
+        type=argument_types.size,
+        metavar="SIZE",
+        help="The most memory for weights, KV cache and buffers, such as 3G. Default: what is "
+        "free, less some headroom.",
     )
     parser.add_argument(
         "--storage",
         type=argument_types.size,
         metavar="SIZE",
-        help="for blocks and what is prepared of them",
+        help="The most disk space for blocks and prepared weights. Default: what is free.",
     )
     parser.add_argument(
-        "--threads", type=argument_types.count, default=len(os.sched_getaffinity(0)), metavar="N"
+        "--threads",
+        type=argument_types.count,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="Threads that compute. Default: one for each core, here %(default)s.",
     )
     parser.add_argument(
         "--watts",
         type=argument_types.watts,
         metavar="W",
-        help="what it draws while it computes, for energy",
+        help="What this device draws while it computes, in watts. The objective energy needs it.",
     )
-    parser.add_argument("--backend", default="onnx_cpu", help="default: onnx_cpu")
     parser.add_argument(
-        "--exact", action="store_true", help="do not round activations: slow, to compare results"
+        "--backend",
+        default="onnx_cpu",
+        metavar="NAME",
+        help="The backend that computes. --list-backends shows all. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="Do not round activations. This is slower, and serves to compare results.",
     )
     parser.add_argument(
         "--fast-prompts",
         action="store_true",
-        help="where memory has room for a copy in bytes: twice as fast, less accurate",
+        help="Read prompts through a second, 8-bit copy of the layers if memory has room. This is "
+        "about twice as fast, and less accurate.",
     )
-    parser.add_argument("--bind", default=ALL_INTERFACES, metavar="HOST", help="for other agents")
     parser.add_argument(
-        "--port", type=argument_types.port, default=0, help="for other agents; default: any"
+        "--bind",
+        default=ALL_INTERFACES,
+        metavar="HOST",
+        help="The address where other agents connect. Default: %(default)s, which means all.",
+    )
+    parser.add_argument(
+        "--port",
+        type=argument_types.port,
+        default=0,
+        help="The port where other agents connect. Default: any free one.",
     )
     parser.add_argument(
         "--advertise",
@@ -141,12 +198,16 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         type=argument_types.advertised_endpoint,
         default=(),
         metavar="HOST[:PORT]",
-        help="where other agents reach this one, behind NAT or in a container; replaces this "
-        "machine's own addresses; may be repeated",
+        help="Where other agents reach this one if it is behind NAT or in a container. It "
+        "replaces this machine's own addresses. May be repeated.",
     )
-    parser.add_argument("--state-dir", type=Path, metavar="DIR")
+    _add_state_dir(parser, "agent")
     _add_token(parser)
-    parser.add_argument("--list-backends", action="store_true", help="show them and exit")
+    parser.add_argument(
+        "--list-backends",
+        action="store_true",
+        help="Show every backend, with the reason if it cannot run here, and exit.",
+    )
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     _add_config(parser)
     add_service_actions(parser)
@@ -269,7 +330,18 @@ def _add_token(parser: argparse.ArgumentParser) -> None:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="the shoal's shared token; default: $SHOAL_TOKEN, or none",
+        help="A file with the shoal's token. Only devices that have it may join. "
+        "Default: $SHOAL_TOKEN, else no token.",
+    )
+
+
+def _add_state_dir(parser: argparse.ArgumentParser, kind: str) -> None:
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="Where blocks and measurements are kept. "
+        f"Default: $STATE_DIRECTORY, else ~/.local/state/shoal/{kind}.",
     )
 
 
@@ -278,7 +350,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="TOML with any of these options by their long names; the command line wins",
+        help="A TOML file that sets these options by their long names. The command line wins.",
     )
     parser.set_defaults(parser=parser)
 

@@ -78,35 +78,52 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="install | uninstall")
     install = actions.add_parser(
         "install",
-        help="make it a service of this machine, or upgrade the one that is there",
-        description=f"Make the {kind} a systemd service. Settings given here are written to "
-        f"{CONFIG}/{kind}.toml; others there stay as they are.",
+        help=f"Make the {kind} a systemd service of this machine, or upgrade it.",
+        description=f"Make the {kind} a systemd service of this machine, or upgrade it.\n\n"
+        f"The options given here are written to {CONFIG}/{kind}.toml. Other settings in that file "
+        "stay as they are. It needs root, except with --dry-run or --root.",
         epilog="examples:\n"
         f"  sudo shoal {kind} install --dry-run\n"
         f"  sudo {TOKEN_VARIABLE}=... shoal {kind} install\n"
-        f"  shoal {kind} install --root image/   what a packager needs\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"  shoal {kind} install --root image/  # for packagers\n",
     )
     for action in settings.values():
         install._add_action(action)  # The same options, with the same checks.
     install.add_argument(
-        "--cpu-weight", type=int, metavar="1..10000", help="its share of a busy processor"
+        "--cpu-weight",
+        type=int,
+        metavar="1..10000",
+        help="The service's share of a busy processor, where other services have 100. "
+        "Default: as the unit file says.",
     )
     install.add_argument(
         "--command",
         dest="executable",
         type=Path,
         metavar="FILE",
-        help="the shoal command to start; default: this one",
+        help="The shoal command that the service starts. Default: the running one.",
     )
-    install.add_argument("--no-start", action="store_true", help="enable it, but start it later")
-    uninstall = actions.add_parser("uninstall", help="remove the service and what it wrote")
-    uninstall.add_argument("--yes", action="store_true", help="remove data without asking")
-    uninstall.add_argument("--keep-data", action="store_true", help="keep blocks and settings")
+    install.add_argument(
+        "--no-start", action="store_true", help="Enable the service, but do not start it now."
+    )
+    summary = "Remove the service, its settings and its data."
+    uninstall = actions.add_parser(
+        "uninstall",
+        help=summary,
+        description=summary,
+        epilog="examples:\n"
+        f"  sudo shoal {kind} uninstall --dry-run\n"
+        f"  sudo shoal {kind} uninstall --keep-data\n",
+    )
+    uninstall.add_argument("--yes", action="store_true", help="Remove data without asking.")
+    uninstall.add_argument("--keep-data", action="store_true", help="Keep blocks and settings.")
     for sub, run in ((install, run_install), (uninstall, run_uninstall)):
-        sub.add_argument("--dry-run", action="store_true", help="show what would be done")
+        sub.add_argument("--dry-run", action="store_true", help="Show what would be done.")
         sub.add_argument(
-            "--root", type=Path, metavar="DIR", help="work below DIR; start and stop nothing"
+            "--root",
+            type=Path,
+            metavar="DIR",
+            help="Treat DIR as the root of the system. Start and stop nothing.",
         )
         # The settings of its own file are what it changes, not what it obeys.
         sub.set_defaults(run=run, kind=kind, parser=parser, config=None)

@@ -1,1 +1,1 @@
-"""Blocks and compiled files on the coordinator's disk."""
+"""Keeps blocks and compiled files on the coordinator's disk."""

@@ -1,8 +1,8 @@
-"""Quantized blocks on the coordinator's disk: made once per checkpoint, block and format.
+"""Makes quantized blocks once per checkpoint, block and format, and keeps them on disk.
 
-Layout under the state directory: ``artifacts/<sha256>`` (what agents fetch) and
-``checkpoints/<fingerprint>.json`` (which hash is which block in which format, and the weight
-errors measured on the way). Losing an artifact or the index costs time, never correctness.
+In the state directory, ``artifacts/<sha256>`` are the files that agents fetch. The index
+``checkpoints/<fingerprint>.json`` has the hash of each block and format, and the weight errors.
+Losing an artifact or the index costs time, never correctness.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ log = logging.getLogger(__name__)
 INDEX_VERSION = 1
 
 FREE_SHARE = 0.1
-"""Of the disk space that artifacts could take, where no limit is set: for everything else."""
+"""Without a limit, this share of the disk space for artifacts stays free."""
 
 HEADER_BYTES = 4096
-"""What an artifact's file has besides its tensors, at most."""
+"""The most bytes of an artifact's file beside its tensors."""
 
 OnStep = Callable[[int, int], None]
 
 
 class Cancelled(Exception):
-    """The user went away; raised between two blocks."""
+    """The user went away. It is raised between two blocks."""
 
 
 class ArtifactStore:
-    """Artifacts on disk and their index; one thread at a time.
+    """Artifacts on disk and their index, for one thread at a time.
 
     Before a block is made, the artifacts that were used longest ago make room for it.
     """
 
     def __init__(self, state_dir: Path, limit_bytes: int | None = None) -> None:
-        """``limit_bytes`` of artifacts, or None: all but FREE_SHARE of what the disk can give."""
+        """Use ``state_dir`` for up to ``limit_bytes``. None leaves FREE_SHARE of the disk free."""
         self._artifacts = state_dir / "artifacts"
         self._indices = state_dir / "checkpoints"
         self._limit_bytes = limit_bytes
         self._in_use: set[str] = set()
-        """What was quantized last: agents may be fetching it."""
+        """Hashes of the artifacts quantized last. Agents may be fetching them."""
         self._sources: dict[str, tuple[Checkpoint, int, Format]] = {}
-        """What the artifacts of the last checkpoint are made of."""
+        """Hash -> the source of each artifact of the last checkpoint."""
         self._whole: set[str] = set()
-        """Files whose hash was compared since the start."""
+        """Hashes of files that were checked since the start."""
         self._making = threading.Lock()
 
     def prepare(self) -> None:
@@ -72,7 +72,7 @@ class ArtifactStore:
         self._indices.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path | None:
-        """The artifact with this hash, if there is one. ``sha256`` may come from anyone."""
+        """The artifact with this hash, or None. ``sha256`` may come from anyone."""
         if not SHA256.fullmatch(sha256):
             return None
         path = self._artifacts / sha256
@@ -85,7 +85,7 @@ class ArtifactStore:
         on_step: OnStep,
         cancelled: Callable[[], bool],
     ) -> tuple[BlockRef, ...]:
-        """The artifact of each (block, format), made where it does not exist yet.
+        """Make the missing artifacts of ``wanted``, and return all.
 
         Raises model.errors.ModelError (damaged weights, disk full), OSError, StorageFull,
         Cancelled.
@@ -115,7 +115,7 @@ class ArtifactStore:
         return tuple(refs)
 
     def _has(self, sha256: str, size_bytes: int) -> bool:
-        """Whether an artifact of this size is here, which counts as its use."""
+        """Whether an artifact of this size is here. Asking counts as using it."""
         path = self._artifacts / sha256
         if not SHA256.fullmatch(sha256) or not path.exists():
             return False
@@ -127,27 +127,27 @@ class ArtifactStore:
         return True
 
     def can_make(self, sha256: str) -> bool:
-        """Whether ``repair`` knows what this file is made of."""
+        """Whether ``repair`` knows the source of this file."""
         return sha256 in self._sources
 
     def _make(self, checkpoint: Checkpoint, block: int, fmt: Format) -> list[Any]:
-        """Write one artifact: [its hash, its size]. Raises ModelError, OSError, StorageFull."""
+        """Write an artifact, and return [hash, size]. Raises ModelError, OSError, StorageFull."""
         with self._making:
             self._make_room(stored_bytes(checkpoint.spec, block, fmt) + HEADER_BYTES, set())
             artifact = write_artifact(self._artifacts, block, checkpoint.block(block), fmt)
             return [artifact.sha256, artifact.size_bytes]
 
     def is_whole(self, sha256: str) -> bool:
-        """Whether a file is here and has this hash; one that has another is removed.
+        """Whether the file of this hash is here and undamaged. A damaged one is removed.
 
-        A file is hashed once after each start. For any thread. Raises OSError.
+        A file is hashed once after each start. Any thread may call it. Raises OSError.
         """
         path = self.path(sha256)
         if path is None:
             return False
         if sha256 in self._whole:
             return True
-        with contextlib.suppress(CheckpointError):  # Then it cannot be read.
+        with contextlib.suppress(CheckpointError):  # An unreadable file is damaged too.
             if file_sha256(path) == sha256:
                 self._whole.add(sha256)
                 return True
@@ -156,10 +156,10 @@ class ArtifactStore:
         return False
 
     def repair(self, sha256: str) -> None:
-        """Make a file that is damaged or gone again from its checkpoint; a whole one stays.
+        """Make a missing or damaged file again from its checkpoint.
 
-        For any thread. Raises MakingFailed where the checkpoint is not known or gives other bytes,
-        ModelError, OSError, StorageFull.
+        Any thread may call it. Raises ModelError, OSError, StorageFull, and MakingFailed if the
+        checkpoint is not known or gives other bytes.
         """
         self._whole.discard(sha256)
         if self.is_whole(sha256):
@@ -178,7 +178,7 @@ class ArtifactStore:
         log.warning("%s was damaged here and is made again from the checkpoint", name)
 
     def adopt(self, path: Path, keep: set[str]) -> tuple[str, int]:
-        """Move a finished file here, without making room of ``keep``; its hash and size.
+        """Move a finished file here, and return its hash and size. The files ``keep`` stay.
 
         Raises CheckpointError, OSError, StorageFull.
         """
@@ -188,9 +188,9 @@ class ArtifactStore:
         return sha256, size_bytes
 
     def begin(self, sha256: str, size_bytes: int, keep: set[str]) -> PartialFile:
-        """Receive a file from somebody, from where an earlier attempt was cut off.
+        """Begin to receive a file, or go on where an earlier attempt was cut off.
 
-        Raises MakingFailed for no valid address, OSError, StorageFull.
+        Raises OSError, StorageFull, and MakingFailed if the hash or size is impossible.
         """
         if not SHA256.fullmatch(sha256) or size_bytes <= 0:
             raise MakingFailed("a file has no valid address")
@@ -198,9 +198,9 @@ class ArtifactStore:
         return PartialFile(self._artifacts / sha256, size_bytes)
 
     def _make_room(self, size_bytes: int, keep: set[str]) -> None:
-        """Delete what was used longest ago, nothing in use, until ``size_bytes`` more fit.
+        """Delete the files used longest ago until ``size_bytes`` more fit.
 
-        Raises StorageFull where what must be kept leaves no room.
+        Files in use and those in ``keep`` stay. Raises StorageFull if they leave too little room.
         """
         used: list[tuple[int, int, Path]] = []
         for path in self._artifacts.iterdir():
@@ -225,7 +225,7 @@ class ArtifactStore:
     def known(
         self, checkpoint: Checkpoint, formats: Iterable[Format]
     ) -> dict[tuple[int, int], str]:
-        """(block, bits) -> hash of each artifact of these formats that was ever made."""
+        """The hashes of artifacts in these formats that were ever made, by (block, bits)."""
         index = self._load(checkpoint)["artifacts"]
         return {
             (block, fmt.bits): index[key][0]
@@ -241,7 +241,7 @@ class ArtifactStore:
         on_step: OnStep,
         cancelled: Callable[[], bool],
     ) -> tuple[dict[int, float], ...]:
-        """For each block: bits -> largest |w - w_b| / 2^b over its matrices.
+        """The largest |w - w_b| / 2^b over each block's matrices, as a mapping from bits.
 
         Source: DILEMMA, constraint (2g) and "Environment Setup".
         Raises model.errors.ModelError, OSError, Cancelled.

@@ -1,9 +1,9 @@
-"""Files that a backend needs beside its blocks, made once by a machine that can make them.
+"""Has files made that a backend needs beside its blocks, such as compiled ones.
 
-A device that cannot make them asks here, naming the blocks by hash. If this machine can make them,
-it does. Otherwise an agent that announced it gets the blocks, makes the files and sends them back.
-The files are kept with the artifacts, and fetched like them. Their key is what they were made from,
-and the version of the tool. Losing the index costs time, never correctness.
+A device that cannot make the files asks the coordinator, and names the blocks by hash. The
+coordinator's machine makes them if it can. Otherwise an agent that can gets the blocks, makes the
+files and sends them back. They are kept with the artifacts and fetched like them. Their key is made
+of the blocks and the version of the tool. Losing the index costs time, never correctness.
 """
 
 from __future__ import annotations
@@ -48,15 +48,16 @@ UPLOAD_IDLE_S = 30.0
 MAX_FILES_PER_BLOCK = 64
 MADE_FACTOR = 4
 MADE_BYTES = 64 << 20
-"""Of an agent no more is taken than this many bytes beside MADE_FACTOR times those of the blocks:
-compilers were seen to add a tenth."""
+"""An agent may send files of MADE_FACTOR times the blocks' bytes, and this many more.
+
+Compilers were seen to add a tenth."""
 
 
 class Makers(Protocol):
-    """What can be made on this machine; the coordinator itself knows no backend."""
+    """Makes files on this machine. The coordinator itself knows no backend."""
 
     def version(self, backend: str) -> str | None:
-        """Of what makes the backend's files here; None where nothing does."""
+        """The version of the backend's tool on this machine, or None without one."""
 
     def make(
         self,
@@ -66,31 +67,32 @@ class Makers(Protocol):
         directory: Path,
         tick: Callable[[], None],
     ) -> Sequence[Path]:
-        """The files, made in ``directory``; ``tick`` is called now and then, and may raise.
+        """Make the files in ``directory``, and return them.
 
+        tick: is called now and then, and may raise to end the work.
         Raises MakingFailed, ModelError, OSError.
         """
 
 
 class Workshop:
-    """Has files made, for agents that were asked for something; one making at a time."""
+    """Has files made for agents that carry out a request, one set at a time."""
 
     def __init__(
         self, store: ArtifactStore, roster: Roster, state_dir: Path, here: Makers | None
     ) -> None:
-        """``here`` None: nothing is made on this machine."""
+        """Make no files on this machine if ``here`` is None."""
         self._store = store
         self._roster = roster
         self._index = state_dir / "made"
         self._here = here
         self._lock = asyncio.Lock()
         self._expected: dict[str, tuple[int, int]] = {}
-        """Device that makes files -> how many, and how many bytes, may come from it."""
+        """The most files and bytes that each device that makes files may send."""
 
     async def serve(self, device: str, request: MakeFiles, connection: AsyncConnection) -> None:
-        """Answer an agent on its connection, which is sent heartbeats until then.
+        """Answer an agent's request, and send heartbeats until then.
 
-        Raises WireError where the agent goes away, which ends the work.
+        Raises WireError if the agent goes away. The work then ends.
         """
         member = self._roster.find(device)
         if member is None or not member.is_asked:
@@ -114,7 +116,7 @@ class Workshop:
             await asyncio.gather(making, return_exceptions=True)
 
     async def take(self, device: str, made: FilesMade, connection: AsyncConnection) -> None:
-        """Fetch the files that an agent made, then say Done. Raises WireError, CoordinatorError."""
+        """Fetch the files that an agent made, then answer. Raises WireError, CoordinatorError."""
         if device not in self._expected:
             raise ProtocolError(f"{connection.peer} offers files that nobody asked for")
         count, size_bytes = self._expected[device]
@@ -129,7 +131,7 @@ class Workshop:
     async def _made(
         self, member: Member, request: MakeFiles, connection: AsyncConnection
     ) -> tuple[FileRef, ...]:
-        """The files, all in the store; none where nobody can make them."""
+        """The files, all in the store. None are returned if no machine can make them."""
         spec = ModelSpec.from_dict(request.spec)
         if not 0 < len(request.blocks) <= spec.block_count:
             raise MakingFailed("the model has no such blocks")
@@ -165,7 +167,7 @@ class Workshop:
             (ref.block, path) for ref, path in zip(request.blocks, paths, strict=True) if path
         ]
         if len(artifacts) < len(paths):
-            raise MakingFailed("the blocks made room for others meanwhile: load again")
+            raise MakingFailed("the blocks were deleted meanwhile to make room: load again")
 
         def work(
             on_step: Callable[[int, int], None], cancelled: Callable[[], bool]
@@ -218,14 +220,14 @@ class Workshop:
     def _remember(self, key: str, files: Sequence[FileRef]) -> None:
         content = json.dumps([[ref.sha256, ref.size_bytes] for ref in files])
         self._index.mkdir(parents=True, exist_ok=True)
-        # Cut short by a crash it is no JSON, and the files are made again.
+        # If a crash cuts it short, it is no JSON, and the files are made again.
         (self._index / key).write_text(content, encoding="utf-8")
 
     def _has_all(self, refs: Sequence[FileRef]) -> bool:
         return all(map(self._has, refs))
 
     def _has(self, ref: FileRef) -> bool:
-        """Whether a whole file is here: making from a damaged one costs more than hashing it."""
+        """Whether an undamaged file is here. Hashing it costs less than work on a damaged one."""
         if not self._store.is_whole(ref.sha256):
             return False
         path = self._store.path(ref.sha256)
@@ -237,9 +239,9 @@ class Workshop:
     async def _fetch(
         self, ref: FileRef, connection: AsyncConnection, beside: Sequence[FileRef]
     ) -> None:
-        """Have a file in the store, from the agent at the other end where it is not.
+        """Fetch a file from the agent at the other end, unless the store has it.
 
-        Those ``beside`` it do not make room for it.
+        The files ``beside`` it stay in the store.
 
         Raises WireError, StorageFull, OSError.
         """
@@ -262,7 +264,7 @@ class Workshop:
 
 
 def _key(request: MakeFiles, version: str) -> str:
-    """What files are known by: all that they were made from, and by what."""
+    """The key of made files: the backend, the tool's version, the model and the blocks."""
     blocks = [[ref.block, ref.sha256] for ref in request.blocks]
     content = json.dumps([request.backend, version, request.spec, blocks], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""The HTTP routes: OpenAI's, and those of the shoal command."""
+"""The HTTP routes of OpenAI clients and of the shoal command."""

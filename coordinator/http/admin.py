@@ -1,8 +1,7 @@
-"""The routes behind the ``shoal`` command: devices, measure, plan, load, unload, ps, events and
-quality.
+"""The HTTP routes of the ``shoal`` command.
 
-Measure, plan, load and quality stream one JSON object a line: {"step": ...} for progress, then
-{"result": ...} or {"error": ...}. A client that goes away cancels the operation.
+Measure, plan, load and quality stream one JSON object a line. {"step": ...} reports progress, and
+{"result": ...} or {"error": ...} comes last. A client that goes away cancels the operation.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from wire.messages import PROTOCOL_VERSION
 from wire.versions import shoal_version
 
 POLL_S = 30.0
-"""An answer about new events comes by then, maybe without any."""
+"""The longest wait for new events. The answer may then have none."""
 
 MOST_DIGITS = 15
 
@@ -54,7 +53,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class AdminRoutes:
-    """Route handlers over the devices and what is loaded on them."""
+    """Route handlers about devices and models."""
 
     def __init__(
         self, cluster: str, roster: Roster, operations: Operations, models: Models, story: Story
@@ -112,12 +111,12 @@ class AdminRoutes:
     async def ps(self, request: Request) -> Response:
         models = [_model(state) for _, state in self._models.present()]
         answer: dict[str, Any] = {"model": models[0] if models else None}
-        if models[1:]:  # One that is being loaded in place of the first.
+        if models[1:]:  # A model that is being loaded in place of the first.
             answer["beside"] = models[1:]
         return JSONResponse(answer)
 
     async def events(self, request: Request) -> Response:
-        """The last events. ``?after=NUMBER``: those after it, once there is one."""
+        """The last events. ``?after=NUMBER`` waits for events after that one."""
         text = request.query_params.get("after")
         if text is None:
             return self._events(0)
@@ -165,8 +164,7 @@ class AdminRoutes:
         return json_lines(work)
 
     def _noise(self, spec: ModelSpec, request: LoadRequest) -> list[dict[str, Any]]:
-        """Figures that a plan for an identified request was made from, and that may be those of a
-        busy machine."""
+        """The figures of a plan for an identified ``request`` that are noisy."""
         return plan_noise(
             self._roster.members, self._roster.links(), spec, request.bits, request.exclude
         )
@@ -186,7 +184,7 @@ class AdminRoutes:
 
 
 async def _require_checkpoint(directory: Path) -> None:
-    """Raise ModelError for what is no model, while the answer can still have its own status."""
+    """Raise ModelError for a directory without a model, before the stream has a status."""
     await asyncio.to_thread(Checkpoint.open, directory)
 
 
@@ -230,7 +228,7 @@ def _planned(planned: Planned) -> dict[str, Any]:
 
 
 def _quality(found: QualityFound) -> dict[str, Any]:
-    """As ``shoal calibrate --quality --json`` prints what it measured by itself."""
+    """The JSON that ``shoal calibrate --quality --json`` prints for its own measurements."""
     known, spec = found.known, found.checkpoint.spec
     return {
         "model": str(found.request.model),
@@ -280,7 +278,7 @@ def _quality(found: QualityFound) -> dict[str, Any]:
 
 
 def _model(state: Present) -> dict[str, Any]:
-    """A model; with its plan and stages where it has a deployment."""
+    """The JSON of a model, with plan and stages if it has a deployment."""
     answer: dict[str, Any] = {
         "model": name_of(state),
         "directory": str(directory_of(state)),

@@ -1,8 +1,7 @@
-"""What all HTTP routes share: reading JSON, answering errors as OpenAI does, and noticing that the
-client has gone away.
+"""Shared by all HTTP routes: JSON bodies, errors in OpenAI's form, and clients that go away.
 
-Routes accept JSON bodies only, with the JSON content type: a web page that a user happens to visit
-cannot send that to a loopback address without asking first (CORS preflight), and is never allowed.
+Routes accept only bodies with the JSON content type. A web page cannot send that to a loopback
+address without asking first (CORS preflight), and such a request is never allowed.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from planning.plan import InfeasiblePlan, PlanError
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 << 20
-"""More text than any context here holds."""
+"""More text than any context holds."""
 
 CLIENT_CLOSED_REQUEST = 499
-"""Status that nobody reads (Source: nginx, which logs it for a client that closed first)."""
+"""A status for a client that closed first, which nobody reads (Source: nginx's log)."""
 
 Result = TypeVar("Result")
 
 _abandoned: set[asyncio.Task[Any]] = set()
-"""Work whose client is gone and that is still ending: the event loop alone would forget it."""
+"""Work of clients that went away, until it has ended. The event loop keeps only weak references."""
 
 
 class ClientGone(Exception):
@@ -43,7 +42,7 @@ class ClientGone(Exception):
 
 
 def model_state(state: State) -> dict[str, Any]:
-    """The state of a model, as every route tells it."""
+    """The JSON of a model's state, the same in every route."""
     error = error_of(state)
     return {
         "state": state.word,
@@ -69,12 +68,12 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RequestInvalid("the request must be a JSON object")
     if b"\\u" in body and not _is_unicode(values):
-        raise RequestInvalid("the request has text that is no Unicode: half of a surrogate pair")
+        raise RequestInvalid("the request has text that is not Unicode: half of a surrogate pair")
     return values
 
 
 def _is_unicode(values: dict[str, Any]) -> bool:
-    """False where JSON's escapes made text that cannot be encoded."""
+    """Whether all texts can be encoded. JSON's escapes can make text that cannot."""
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -83,7 +82,7 @@ def _is_unicode(values: dict[str, Any]) -> bool:
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, OpenAI error object) of anything a handler may raise."""
+    """The HTTP status and the OpenAI error object of an error."""
     if isinstance(error, CoordinatorError):
         status, code, param = error.status, error.code, None
     elif isinstance(error, RequestInvalid):
@@ -133,13 +132,13 @@ HANDLERS = {
         Exception,
     )
 }
-"""For an application's ``exception_handlers``: nothing that a route raises goes unanswered."""
+"""An application's ``exception_handlers``. Every error of a route gets an answer."""
 
 
 async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
-    """Await ``work``; cancelled, with ClientGone raised, when the client goes away first.
+    """Await ``work``. If the client goes away first, cancel it and raise ClientGone.
 
-    The request's body must have been read.
+    The request's body must have been read before.
     """
 
     async def gone() -> None:
@@ -162,9 +161,9 @@ async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
 def server_sent_events(
     events: AsyncIterator[dict[str, Any] | str],
 ) -> StreamingResponse:
-    """Stream JSON objects as server-sent events, closed by OpenAI's [DONE]; errors come as one.
+    """Stream JSON objects as server-sent events, with OpenAI's [DONE] at the end.
 
-    A plain line becomes a comment, which clients that do not know it pass over.
+    An error becomes an event. A text becomes a comment, which clients ignore.
     """
 
     async def lines() -> AsyncIterator[str]:
@@ -210,8 +209,8 @@ def json_lines(
                 final = {"error": describe(error)[1]}
             yield json.dumps(final) + "\n"
         finally:
-            # Not awaited: what Starlette has cancelled it cancels again at every await, and the
-            # task has stages to unload.
+            # It is not awaited, because Starlette would cancel again at every await. The task may
+            # have stages to unload.
             task.cancel()
             _abandoned.add(task)
             task.add_done_callback(_forget)
@@ -220,7 +219,7 @@ def json_lines(
 
 
 def _forget(task: asyncio.Task[Any]) -> None:
-    """Let go of abandoned work that has ended; nobody is left to be told how."""
+    """Forget abandoned work that has ended. Nobody is left to hear of its error."""
     _abandoned.discard(task)
     if not task.cancelled():
         task.exception()

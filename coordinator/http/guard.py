@@ -1,9 +1,7 @@
-"""What stands before all HTTP routes: which host names are served, and how long a request may take
-to arrive.
+"""Guards all HTTP routes: it checks host names, and limits the time of a request.
 
-A web page that knows nothing of this machine can still make its visitor's browser talk to it, when
-its own name is pointed at this machine's address (DNS rebinding). The browser then sends that name
-as the host, so that only known names are served.
+A web page can point its own name at this machine's address (DNS rebinding). Then browsers of its
+visitors talk to this machine, and send the page's name as the host. So only known names are served.
 """
 
 from __future__ import annotations
@@ -24,21 +22,21 @@ from wire.hygiene import clean_text
 from wire.lobby import Lobby
 
 HEAD_S = 15.0
-"""For a request's line and headers; an idle connection is closed after five seconds of these."""
+"""The time for a request's line and headers. uvicorn closes an idle connection after 5 s."""
 
 BODY_S = 60.0
-"""For a request's body: 4 MiB at half a megabit per second."""
+"""The time for a request's body: 4 MiB at about half a megabit per second."""
 
 MOST_REQUESTS = 192
-"""Requests that are answered at once, those that wait for a slot included."""
+"""The most requests at once, including those that wait for a slot."""
 
 ALWAYS_SERVED = ("/shoal/v1/unload",)
-"""Paths that MOST_REQUESTS does not count: what ends an overload must get in."""
+"""Paths that MOST_REQUESTS does not bound, because they can end an overload."""
 
 ANY_HOST = "*"
-"""Setting that serves every host name."""
+"""The setting that serves every host name."""
 
-UNSPECIFIED = ("0.0.0.0", "::")  # noqa: S104 - to be left out
+UNSPECIFIED = ("0.0.0.0", "::")  # noqa: S104 - left out of the known names
 
 LONGEST_SHOWN = 80
 
@@ -49,11 +47,10 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]+)", re.ASCII)
 
 
 class HostGuard:
-    """ASGI middleware: refuses requests for, and from pages of, hosts that are not this machine's,
-    and more than MOST_REQUESTS at once; ALWAYS_SERVED is let through however many there are.
+    """ASGI middleware that refuses unknown hosts and origins, and more than MOST_REQUESTS at once.
 
-    Known are loopback names and addresses, the address that the client has connected to, this
-    machine's name, and ``names``. The port does not matter.
+    Known are loopback names and addresses, the address that the client connected to, this machine's
+    name, and ``names``. The port does not matter. ALWAYS_SERVED is exempt from the number.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str] = ()) -> None:
@@ -62,7 +59,7 @@ class HostGuard:
         self._any = ANY_HOST in names
         own = socket.gethostname().lower()
         short = own.partition(".")[0]
-        # An address to listen on that stands for all is nobody's name.
+        # An address that means all interfaces is not a name of this machine.
         named = {name for name in map(_normal, names) if name not in UNSPECIFIED}
         self._names = {own, short, f"{short}.local", "localhost", *named}
 
@@ -84,9 +81,9 @@ class HostGuard:
                 self._answering -= 1
 
     def _refusal(self, scope: Scope) -> str | None:
-        """Why a request is not served; None: it is.
+        """The reason why a request is refused, or None.
 
-        Without a host, which browsers always send, it comes from a program.
+        Browsers always send a host. A request without one comes from a program, and is served.
         """
         for name, value in scope["headers"]:
             if name == b"host" and not self._is_known(value.decode("latin-1"), scope):
@@ -120,10 +117,10 @@ class HostGuard:
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's protocol, with time limits and a lobby for connections without a whole request.
+    """uvicorn's protocol with time limits, and a lobby for connections without a whole request.
 
-    uvicorn itself waits for a request for ever. A connection whose request is being answered is out
-    of the lobby, and has no time limit.
+    uvicorn itself waits for ever for a request. A connection whose request is being answered has
+    left the lobby, and has no time limit.
     """
 
     lobby: Lobby
@@ -149,7 +146,7 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _follow(self) -> None:
-        """Notice how far the request is."""
+        """Enter the phase of the current request."""
         if self._phase == "lost":
             return
         state = self.conn.their_state
@@ -174,7 +171,7 @@ class GuardedProtocol(H11Protocol):
             self._deadline = self.loop.call_later(limit_s, self._on_late)
 
     def _on_late(self) -> None:
-        """Close, and say why to whoever is sending a body."""
+        """Close the connection. A client that sends a body is told why."""
         if self._phase == "body" and not self.cycle.response_started:
             text = f"the request took longer than {BODY_S:g} s to arrive"
             body = b'{"error":{"message":"%s","type":"invalid_request_error"}}' % text.encode()
@@ -186,7 +183,7 @@ class GuardedProtocol(H11Protocol):
 
 
 def guarded_protocol(lobby: Lobby) -> type[GuardedProtocol]:
-    """The protocol class for one server."""
+    """Make the protocol class of one server."""
     return type("GuardedProtocol", (GuardedProtocol,), {"lobby": lobby})
 
 
@@ -196,7 +193,7 @@ def _error(status: int, message: str, kind: str, code: str) -> JSONResponse:
 
 
 def _normal(name: str) -> str:
-    """A host name or address as it is compared."""
+    """A host name or address in the form for comparing."""
     name = name.strip("[]").lower().removesuffix(".")
     address = _address(name)
     return name if address is None else str(address)
@@ -211,12 +208,12 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _shown(value: bytes) -> str:
-    """A stranger's header, short and printable."""
+    """A stranger's header as short, printable text."""
     return clean_text(value.decode("latin-1"), LONGEST_SHOWN)
 
 
 def _suggested(host: str) -> str:
-    """The setting that would let a host in, where it is one."""
+    """The setting that would admit a host, or NAME if the host is malformed."""
     match = _HOST.fullmatch(host)
     if match is None or re.fullmatch(r"[A-Za-z0-9.:-]+", match["v6"] or match["name"]) is None:
         return "NAME"

@@ -1,9 +1,11 @@
 """The OpenAI-compatible routes: /v1/models, /v1/completions, /v1/chat/completions.
 
-What this server cannot do is refused by name, never ignored: an answer that silently lacks what was
-asked for is worse than an error. Beyond OpenAI's fields it takes ``top_k``, ``ignore_eos`` (do not
-end at the model's own end of text, so that an answer has ``max_tokens``), and ``return_token_ids``;
-the latter adds a ``shoal`` object with token ids and measured speeds.
+A field that this server cannot honour is refused by name. An answer that silently ignores a field
+would be worse than an error. Beyond OpenAI's fields there are three:
+
+- ``top_k`` draws from so many of the likeliest tokens.
+- ``ignore_eos`` goes on after the model's own end of text, up to ``max_tokens``.
+- ``return_token_ids`` adds a ``shoal`` object with token ids and measured speeds.
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ from planning.errors import RequestInvalid
 from wire.messages import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's default for completions; chat runs to the end of the context."""
+"""OpenAI's default for completions. Chat answers may fill the context."""
 
 PROMPT_THREADS = 4
 
 LONG_REQUEST_BYTES = 256 << 10
-"""Of requests from this size on, one at a time is tokenized: each takes some 80 times its size."""
+"""Requests of this size or more are tokenized one at a time. Each takes about 80 times its size in
+memory."""
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 256
@@ -64,12 +67,12 @@ class _Job:
 
 
 class OpenAIRoutes:
-    """Route handlers over a gateway."""
+    """Route handlers that answer with a gateway."""
 
     def __init__(self, models: Models, gateway: Gateway) -> None:
         self._models = models
         self._gateway = gateway
-        # Threads of their own: whoever floods these must not keep agents from their blocks.
+        # Threads of their own, so that a flood of prompts does not delay block downloads.
         self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
         self._one_long = asyncio.Semaphore(1)
 
@@ -119,7 +122,7 @@ class OpenAIRoutes:
     async def _late_stream(
         self, body: Mapping[str, Any], is_long: bool, *, chat: bool
     ) -> AsyncIterator[dict[str, Any] | str]:
-        """Say what a streamed answer waits for, then the answer; errors come in the stream."""
+        """Stream what the answer waits for, then the answer. Errors come in the stream."""
         yield f"{name_of(self._models.current)} is {describe(self._models.current)}"
         job = await self._prepare(await self._models.deployment(), body, is_long, chat=chat)
         async with aclosing(self._stream(job)) as events:
@@ -129,7 +132,7 @@ class OpenAIRoutes:
     async def _prepare(
         self, deployment: Deployment, body: Mapping[str, Any], is_long: bool, *, chat: bool
     ) -> _Job:
-        """Check and tokenize in a thread: a long text takes seconds, and agents must be heard."""
+        """Check and tokenize in a thread, because a long text would block the event loop."""
         async with self._one_long if is_long else contextlib.nullcontext():
             work = functools.partial(_job, deployment, body, chat=chat)
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -229,7 +232,7 @@ def _details(job: _Job, tokens: list[int], timing: Timing) -> dict[str, Any]:
 
 
 def _is_long(request: Request) -> bool:
-    """Whether a request has, or may have, a long text. HTTP has checked the number."""
+    """Whether a request may have a long text. h11 has checked the number."""
     return int(request.headers.get("content-length", LONG_REQUEST_BYTES)) >= LONG_REQUEST_BYTES
 
 
@@ -252,12 +255,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "prediction": (None,),
 }
-"""OpenAI's fields that are not implemented, with the values that ask for nothing."""
+"""OpenAI's fields that are not supported, with the values that have no effect."""
 
 _IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"}
 )
-"""Fields that change nothing about the answer."""
+"""Fields that do not change the answer."""
 
 _KNOWN = frozenset(
     {
@@ -338,7 +341,7 @@ def _chat_prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
 
 
 def _encode(deployment: Deployment, text: str, *, add_special: bool) -> list[int]:
-    """Tokens of a prompt; one that is far too long is refused before it costs anything."""
+    """The tokens of a prompt. A prompt that is far too long is refused before tokenizing."""
     least_tokens = deployment.tokenizer.least_tokens(text)
     if least_tokens:
         room_for_answer(least_tokens, deployment.context_tokens, deployment.spec, at_least=True)

@@ -1,4 +1,4 @@
-"""A plan put in force on the members of a roster, and what follows when it no longer is."""
+"""Loads and connects the stages of a plan on the members, and unloads them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ HOP_KEY_BYTES = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Planned:
-    """A plan with what it was made for and from.
+    """A plan with the request and the problem that it was made for.
 
-    ``quality_margin`` is part of the problem's sensitivities; None where there are none.
-    ``measured_kl`` is the plan's divergence where it was asked for.
+    quality_margin: the margin in the problem's sensitivities, or None if it has none.
+    measured_kl: the plan's measured divergence, or None if it was not measured.
     """
 
     request: LoadRequest
@@ -41,12 +41,12 @@ class Planned:
     quality_margin: float | None
     measured_kl: float | None
     devices: Mapping[str, str] = field(default_factory=dict)
-    """Ids of the devices by the names that the problem and the plan have for them."""
+    """Device ids by the names in the problem and the plan."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
-    """A plan that was put in force. Whether it still is, coordinator.loading.models knows."""
+    """A plan whose stages were loaded. coordinator.loading.models knows whether it still serves."""
 
     request: LoadRequest
     spec: ModelSpec
@@ -63,7 +63,7 @@ class Deployment:
         return model_name(self.request.model)
 
     def after(self, member: Member) -> Member | None:
-        """The next device of the ring; None where the member has no stage, or the only one."""
+        """The next device of the ring, or None if the member has no stage or the only one."""
         if member not in self.members or len(self.members) == 1:
             return None
         return self.members[(self.members.index(member) + 1) % len(self.members)]
@@ -78,10 +78,10 @@ async def deploy(
     on_step: Callable[[Step], None],
     on_loaded: Callable[[Member, StageLoaded], None],
 ) -> Deployment:
-    """Load and connect the stages of a plan. Where that fails, none of them stays loaded.
+    """Load and connect the stages of a plan. If that fails, none of them stays loaded.
 
-    ``on_loaded`` is told of each stage, also where another one fails. Raises AgentFailed,
-    LinkFailed.
+    on_loaded: is called for each loaded stage, even if another one fails.
+    Raises AgentFailed, LinkFailed.
     """
     by_device = {member.device: member for member in roster}
     stages = planned.plan.stages
@@ -90,7 +90,7 @@ async def deploy(
             raise AgentLost(stage.device, "it left while the plan was made")
     members = tuple(by_device[planned.devices[stage.device]] for stage in stages)
     spec = planned.checkpoint.spec
-    # What lets each stage's previous device in: its neighbours know it, and no other device.
+    # A stage admits its previous device by this key, which no third device knows.
     keys = tuple(secrets.token_bytes(HOP_KEY_BYTES) for _ in members)
 
     async def load(member: Member, stage: Stage, previous: Member, key: bytes) -> StageLoaded:
@@ -112,10 +112,10 @@ async def deploy(
     try:
         loaded = await together(map(load, members, stages, members[-1:] + members[:-1], keys))
         await _connect_ring(members, epoch, keys)
-        for member in members:  # One that had answered may be gone before all have.
+        for member in members:  # A member may be lost after its answer, before the last one's.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
-    except BaseException:  # Cancelled or failed, however: no stage stays half loaded.
+    except BaseException:  # Also when cancelled, no stage stays loaded.
         await asyncio.shield(unload(members))
         raise
     return Deployment(
@@ -141,7 +141,7 @@ async def _connect_ring(members: tuple[Member, ...], epoch: int, keys: tuple[byt
 
 
 async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> None:
-    """Have a stage connect to the next of the ring. Raises AgentLost, LinkFailed."""
+    """Have a stage connect to the next one of the ring. Raises AgentLost, LinkFailed."""
     build = partial(
         ConnectStage,
         epoch=epoch,
@@ -161,7 +161,7 @@ async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> Non
 
 
 async def unload(members: Sequence[Member]) -> None:
-    """Free the stages of those that live."""
+    """Unload the stages of the living members."""
 
     async def one(member: Member) -> None:
         with contextlib.suppress(AgentFailed):
@@ -171,5 +171,5 @@ async def unload(members: Sequence[Member]) -> None:
 
 
 def _hop_bits(stage: Stage) -> HopBits:
-    """Of the hidden values that a stage sends; the last one's token has none."""
+    """The bits of the hidden values that a stage sends. The last stage sends only tokens."""
     return next((bits for bits in HOP_BITS if bits == stage.hop_bits), DEFAULT_HOP_BITS)

@@ -1,4 +1,4 @@
-"""Writes the state table into docs/design.md, as a diagram: ``make state-diagram``."""
+"""Draws the state table into docs/design.md, for ``make state-diagram``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BEGIN, END = "<!-- state table -->", "<!-- end of state table -->"
 
 
 def mermaid() -> str:
-    """The table as a mermaid state diagram: one arrow for each pair of states, with its events."""
+    """The table as a mermaid state diagram. Each arrow has its events."""
     arrows: dict[tuple[str, str], list[str]] = {}
     for state, rows in TABLE.items():
         for event, (target, _) in rows.items():

@@ -1,7 +1,7 @@
-"""Keeps models loaded without being asked: after a restart, and after a device or link was lost.
+"""Loads models again by itself, after a restart and after a device or link was lost.
 
 The keeper hears of losses from the roster and turns them into events of coordinator.loading.state.
-It carries out what the state table answers: place a model, stop placing it, keep it on disk.
+It carries out the actions of the state table: place a model, stop placing it, keep it on disk.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from wire.messages import Message, PeerLost, StageDamaged
 log = logging.getLogger(__name__)
 
 WATCH_S = 5.0
-"""Between two looks at whether a failed link is worth another try."""
+"""Pause between two checks whether a failed link is due again."""
 
 
 class Keeper:
@@ -60,7 +60,10 @@ class Keeper:
         kept: LoadedFile,
         wait_s: float,
     ) -> None:
-        """``wait_s``: how long answers wait for a device that no other can replace."""
+        """Subscribe to losses and actions.
+
+        wait_s: how long answers wait for a device that no other can replace.
+        """
         self._roster = roster
         self._models = models
         self._turns = turns
@@ -68,9 +71,9 @@ class Keeper:
         self._kept = kept
         self._wait_s = wait_s
         self._placing: dict[str, asyncio.Task[None]] = {}
-        """By model: the attempts to place it."""
+        """The task that places a model, by the model's name."""
         self._doubts: dict[Member, asyncio.Task[None]] = {}
-        """What finds out what became of the hop that a member has lost."""
+        """The task that finds out why a member lost its hop."""
         roster.subscribe(self._on_event, self._on_lost)
         models.carry_out(Place, self._place)
         models.carry_out(StopPlacing, self._stop_placing)
@@ -78,7 +81,7 @@ class Keeper:
         models.carry_out(states.Forget, lambda _: kept.forget())
 
     def resume(self) -> None:
-        """Load what was loaded when the coordinator was stopped, as soon as its devices join."""
+        """Load the model that was loaded before the restart, once its devices join."""
         kept = self._kept.read()
         if kept is not None:
             request, devices = kept
@@ -86,12 +89,12 @@ class Keeper:
             self._models.apply(model_name(request.model), ResumeBegan(request, names))
 
     def close(self) -> None:
-        """End what is loaded, because the coordinator stops."""
+        """End every model, because the coordinator stops."""
         for name, _ in self._models.present():
             self._models.apply(name, Stopped(NotLoaded("the coordinator was stopped")))
 
     async def watch_links(self) -> None:
-        """Try links that failed again, one at a time while nothing else is done; for ever."""
+        """Try failed links again for ever, one at a time, while no operation or answer runs."""
         while True:
             await asyncio.sleep(WATCH_S)
             due = self._roster.links_to_retry()
@@ -121,7 +124,7 @@ class Keeper:
                 self._doubt(deployment, member, after, message.reason)
 
     def _doubt(self, deployment: Deployment, source: Member, target: Member, reason: str) -> None:
-        """Find out whether a hop's device or its link was lost."""
+        """Find out whether the target of a hop or only the link was lost."""
         if source not in self._doubts:
             work = self._find_out(deployment, source, target, reason)
             task = self._doubts[source] = asyncio.create_task(work)
@@ -130,7 +133,7 @@ class Keeper:
     async def _find_out(
         self, deployment: Deployment, source: Member, target: Member, reason: str
     ) -> None:
-        # The roster itself tells of a target that is lost.
+        # The roster itself reports a lost target.
         if not await target.lives() or source.lost is not None:
             return
         self._roster.fail_link(source, target, reason, used=True)
@@ -139,14 +142,14 @@ class Keeper:
             self._models.apply(deployment.name, Lost(error))
 
     def _on_damage(self, member: Member, message: StageDamaged) -> None:
-        """Place anew what ran from a damaged file; its answers are suspect."""
+        """Place the model anew that ran from a damaged file. Its answers are suspect."""
         error = AgentDamaged(member.name, message.reason)
         deployment = self._models.of_epoch(message.epoch)
         if deployment is not None and member in deployment.members:
             is_news = self._models.ended_by(deployment) is None
             self._models.apply(deployment.name, StageFoundDamaged(error))
             if is_news:
-                return  # Placing the model anew says why.
+                return  # ``_replace`` logs the error.
         else:
             for name, _ in self._models.present():
                 self._models.apply(name, FilesMended())
@@ -170,7 +173,7 @@ class Keeper:
         self._placing[name_of(state)] = asyncio.create_task(work)
 
     async def _resume(self, state: Resuming) -> None:
-        """Load what was loaded, once its devices have joined or without those that do not come."""
+        """Load the model again once its devices have joined. Late devices are left out."""
         name = name_of(state)
         log.warning("%s was loaded: waiting for %s", name, ", ".join(state.devices))
         async for missing in awaited(self._roster, state.devices, self._wait_s):
@@ -178,14 +181,14 @@ class Keeper:
         await self._until_placed(name, 0)
 
     async def _replace(self, state: Replacing) -> None:
-        """Place what has lost a device or link on the remaining devices."""
-        # The roster has told why a device is lost.
+        """Place a model that lost a device or link on the remaining devices."""
+        # The roster has logged why a device is lost.
         cause = f"without {state.cause.name}" if isinstance(state.cause, AgentLost) else state.cause
         log.warning("placing %s anew: %s", name_of(state), cause)
         await self._until_placed(name_of(state), self._wait_s)
 
     async def _until_placed(self, name: str, wait_s: float) -> None:
-        """Try to place the model until that works; after ``wait_s`` answers no longer wait."""
+        """Try to place the model until that works. After ``wait_s``, answers no longer wait."""
         give_up = partial(self._give_up, name)
         try:
             with self._roster.changed.watch() as changed:
@@ -196,7 +199,7 @@ class Keeper:
                     give_up,
                     wait_s,
                 )
-        except Exception:  # Whatever went wrong, nobody must wait for ever; asyncio reports it.
+        except Exception:  # Nobody must wait for ever. asyncio reports the error.
             give_up(NotLoaded(NO_MODEL))
             raise
         names = ", ".join(member.name for member in placed.members)
@@ -210,7 +213,7 @@ class Keeper:
         self._models.apply(name, WaitEnded(error))
 
     async def _attempt(self, name: str) -> Deployment:
-        """Place the model once. Raises why that did not work."""
+        """Place the model once. Raises the reason if that fails."""
         async with self._turns.unasked("a lost device or link is being replaced"):
             state = self._models[name]
             broken = states.deployment_of(state)
@@ -220,7 +223,7 @@ class Keeper:
             elif isinstance(state, states.Nothing):
                 raise state.error
             else:
-                # What was kept before devices had ids says names.
+                # Files of older versions have names in place of ids.
                 request = states.request_of(state).identified(self._roster.names.device)
                 placed = await self._operations.place(request)
             self._models.apply(name, Placed(placed))

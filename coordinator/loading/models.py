@@ -1,4 +1,4 @@
-"""The owner of what is loaded: one state for each model, which everybody reads and follows here."""
+"""Owns the state of each model. All other code reads and follows it here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from coordinator.watching import Signal
 UNLOADED = "the model was unloaded"
 
 _ORDER = (Serving, Replacing, Resuming, Broken, Loading)
-"""Which of several models a request without a model's name is about: the first of these."""
+"""A request without a model's name is about the first of these."""
 
 _KINDS = {
     states.ResumeBegan: "resuming",
@@ -45,7 +45,7 @@ _KINDS = {
     states.WaitEnded: "broken",
     states.Unloaded: "unloaded",
 }
-"""What the story calls events; others are not told."""
+"""The story's words for events. Other events are not told."""
 
 ActionType = TypeVar("ActionType", bound=Action)
 
@@ -60,11 +60,11 @@ class Models:
         self.changed = Signal()
 
     def carry_out(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
-        """Have ``handler`` carry out actions of this kind. It must not wait."""
+        """Let ``handler`` carry out actions of this kind. It must not wait."""
         self._handlers[kind] = handler
 
     def apply(self, name: str, event: Event) -> State:
-        """Take an event about the model ``name`` and carry out what follows; the next state."""
+        """Apply an event to the model ``name``, carry out the actions, return the next state."""
         before = self[name]
         after, actions = advance(before, event, time.monotonic())
         self._states[name] = after
@@ -83,7 +83,7 @@ class Models:
         return self._states.get(name) or Nothing()
 
     def present(self) -> tuple[tuple[str, Present], ...]:
-        """(name, state) of every model that is not Nothing; the one that answers comes first."""
+        """The name and state of every model that is not Nothing. The one that answers is first."""
         found = [
             (name, state) for name, state in self._states.items() if not isinstance(state, Nothing)
         ]
@@ -91,7 +91,7 @@ class Models:
 
     @property
     def current(self) -> State:
-        """The state of the model that requests are for; Nothing without one."""
+        """The state of the model that requests are for, or Nothing."""
         present = self.present()
         return present[0][1] if present else Nothing()
 
@@ -112,14 +112,14 @@ class Models:
     # ---- requests -------------------------------------------------------------------------------
 
     async def deployment(self) -> Deployment:
-        """The deployment that answers, once there is one. Raises why there will be none."""
+        """Wait for the deployment that answers. Raises the reason if there will be none."""
         name = next((name for name, _ in self.present()), "")
         return await self._served(name, lambda state: True)
 
     async def latest(self, deployment: Deployment) -> Deployment:
-        """This deployment or the one that took its place; waits for that.
+        """Wait for this deployment, or for the one that takes its place.
 
-        Raises what broke it for good, or NotLoaded after a user unloaded the model.
+        Raises the error that broke it for good, or NotLoaded after a user unloaded the model.
         """
         return await self._served(deployment.name, lambda state: _continues(state, deployment))
 
@@ -135,18 +135,18 @@ class Models:
                 if isinstance(state, Serving):
                     return state.deployment
                 if isinstance(state, Broken):
-                    # Raised again and again: its traceback would keep the frames of every time.
+                    # It is raised many times. A traceback would grow with each.
                     raise state.error.with_traceback(None)
                 await changed.wait()
 
     def require(self, deployment: Deployment) -> None:
-        """Raise why ``deployment`` does not answer, if it does not."""
+        """Raise the reason if ``deployment`` does not answer."""
         error = self.ended_by(deployment)
         if error is not None:
             raise error.with_traceback(None)
 
     def ended_by(self, deployment: Deployment) -> CoordinatorError | None:
-        """What ended ``deployment``; None while it answers."""
+        """The error that ended ``deployment``, or None while it answers."""
         state = self[deployment.name]
         if not _continues(state, deployment):
             return state.error if isinstance(state, Nothing) else NotLoaded(UNLOADED)
@@ -155,16 +155,16 @@ class Models:
         return state.error if isinstance(state, (Replacing, Broken)) else None
 
     def is_replaced(self, deployment: Deployment) -> bool:
-        """Whether a device or link of it was lost, and another one is to take its place."""
+        """Whether a device or link of it was lost, and another deployment takes its place."""
         return _continues(self[deployment.name], deployment) and bool(self.ended_by(deployment))
 
     def is_suspect(self, deployment: Deployment) -> bool:
-        """Whether tokens that came from ``deployment`` may be wrong, because files were damaged."""
+        """Whether tokens from ``deployment`` may be wrong, because files were damaged."""
         return deployment.epoch in past_of(self[deployment.name]).suspect
 
 
 def _continues(state: State, deployment: Deployment) -> bool:
-    """Whether ``deployment`` is the present one of ``state``, or was replaced by it."""
+    """Whether ``state`` has ``deployment`` or one that replaced it."""
     present = deployment_of(state)
     return (
         present is not None and present.epoch == deployment.epoch
@@ -172,7 +172,7 @@ def _continues(state: State, deployment: Deployment) -> bool:
 
 
 def _is_news(before: State, event: Event, after: State) -> bool:
-    """Whether the story is told of an event: attempts fail every few seconds for one reason."""
+    """Whether the story tells an event. Repeated attempts fail for the same reason."""
     if isinstance(event, states.AttemptFailed):
         return str(error_of(before)) != str(error_of(after))
     if isinstance(event, states.LoadFailed):  # The model that was loaded before may still serve.
@@ -181,7 +181,7 @@ def _is_news(before: State, event: Event, after: State) -> bool:
 
 
 def _text(event: Event) -> str:
-    """What the story says of an event beside its kind."""
+    """The story's details of an event."""
     if isinstance(event, states.Placed):
         return "on " + ", ".join(member.name for member in event.deployment.members)
     if isinstance(event, states.ResumeBegan):

@@ -1,8 +1,8 @@
-"""From a model directory to a running deployment: measure, plan, quantize, load, connect.
+"""Takes a model directory to a running deployment: measure, plan, quantize, load, connect.
 
-One operation at a time. Whatever ends an operation early (an error, a lost agent, the user going
-away) leaves no half-loaded stage behind. What comes of an operation is told to
-coordinator.loading.models, and coordinator.loading.keeper repeats a load after a loss.
+One operation runs at a time. An operation that ends early leaves no half-loaded stage behind. Its
+end may be an error, a lost agent or a user who goes away. Operations report results to
+coordinator.loading.models. coordinator.loading.keeper repeats a load after a loss.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ from wire.messages import BlockRef, StageLoaded
 log = logging.getLogger(__name__)
 
 PLACEMENTS = 6
-"""Plans that are made for one load at most, where links fail while each is put in force."""
+"""The most plans for one load. Each failed link during a deployment needs another plan."""
 
 
 class Operations:
-    """What users ask of the devices together: plan, load, measure, calibrate, unload."""
+    """The operations that users ask for: plan, load, measure, calibrate and unload."""
 
     def __init__(
         self,
@@ -88,12 +88,12 @@ class Operations:
         """Epochs that were being loaded when one of their stages was found damaged."""
 
     async def plan(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Planned:
-        """Measure what is missing, and plan. Raises CoordinatorError, ModelError, PlanError."""
+        """Measure missing figures, and plan. Raises CoordinatorError, ModelError, PlanError."""
         async with self._turns.asked(on_step):
             return await self._plan(self._identified(request), asked=True)
 
     async def load(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Deployment:
-        """Plan, then replace what is loaded. Raises CoordinatorError, ModelError, PlanError."""
+        """Plan, then replace the loaded model. Raises CoordinatorError, ModelError, PlanError."""
         async with self._turns.asked(on_step):
             tokenizer = await asyncio.to_thread(_tokenizer, request.model)
             request = self._identified(request)
@@ -106,7 +106,7 @@ class Operations:
         self._models.apply(name, LoadBegan(request))
         try:
             deployment = await self._put(request, tokenizer, asked=True)
-        except BaseException as error:  # Cancelled or failed, however: the state must say so.
+        except BaseException as error:  # Also when cancelled, the state must say so.
             why = str(error) or "the load was stopped"
             self._models.apply(name, LoadFailed(NotLoaded(f"{name} was not loaded: {why}")))
             raise
@@ -114,9 +114,9 @@ class Operations:
         return deployment
 
     async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
-        """Measure anew what is known of the device ``name``, and its links to those that are free.
+        """Measure the device ``name`` again, and its links to devices without a stage.
 
-        Raises CoordinatorError.
+        Raises Busy if the device or its machine has a stage, and CoordinatorError.
         """
         async with self._turns.asked(on_step):
             members = self._roster.require_members()
@@ -140,9 +140,9 @@ class Operations:
     async def calibrate(
         self, request: QualityRequest, on_step: Callable[[Step], None]
     ) -> QualityFound:
-        """Measure what fewer bits do, on the fastest agent or the one asked for.
+        """Measure a model's sensitivities, on the fastest agent or on ``request.on``.
 
-        What an earlier run measured is not measured again. Raises CoordinatorError, ModelError.
+        Results of earlier runs are kept. Raises CoordinatorError, ModelError.
         """
         async with self._turns.asked(on_step):
             self._require_idle()
@@ -154,7 +154,7 @@ class Operations:
             return await self._quality_meter.calibrate(request, members, everybody, self._report)
 
     async def unload(self) -> str | None:
-        """Stop what is loaded; its name, or None if nothing was."""
+        """Unload the model. Returns its name, or None if no model was loaded."""
         self._turns.require_free()
         present = self._models.present()
         members = self._end_models()
@@ -163,7 +163,7 @@ class Operations:
         return present[0][0] if present else None
 
     def _end_models(self) -> tuple[Member, ...]:
-        """End every model but the one that is being loaded; the members whose stages remain."""
+        """End every model, and return the members that still have stages of them."""
         members: list[Member] = []
         for name, state in self._models.present():
             deployment = deployment_of(state)
@@ -172,7 +172,7 @@ class Operations:
         return tuple(dict.fromkeys(members))
 
     def note_damage(self, epoch: int) -> None:
-        """Note that a stage of ``epoch`` was found damaged, which may still be loading."""
+        """Note that a stage of ``epoch``, which may still be loading, was found damaged."""
         if self._turns.is_taken:
             self._damaged_epochs.add(epoch)
 
@@ -181,7 +181,7 @@ class Operations:
     async def _put(self, request: LoadRequest, tokenizer: Tokenizer, *, asked: bool) -> Deployment:
         """Plan and deploy. A link that fails meanwhile is planned around.
 
-        ``asked``: by a user, in place of what is loaded.
+        asked: a user wants this model in place of the loaded one.
         """
         for attempt in itertools.count(1):
             self._phase(request, "plan")
@@ -189,7 +189,7 @@ class Operations:
             self._phase(request, "quantize")
             refs = await self._quantize(planned)
             if asked:
-                # It may free the memory that the new stages need.
+                # The new stages may need the memory of the old ones.
                 await asyncio.shield(unload(self._end_models()))
                 self._models.apply(model_name(request.model), LoadBegan(request))
             self._phase(request, "load")
@@ -205,7 +205,10 @@ class Operations:
         raise AssertionError("counting ended")
 
     async def _plan(self, request: LoadRequest, *, asked: bool) -> Planned:
-        """``asked``: a user waits for the best plan, so that more links are tried again."""
+        """Plan a request.
+
+        asked: a user waits for the best plan, so more of the failed links are tried again.
+        """
         checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
         members = self._roster.require_members()
         names = self._roster.names
@@ -255,9 +258,9 @@ class Operations:
         return await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
 
     async def _links_back(self, error: PlanError, failed_before_s: float) -> bool:
-        """Whether links that may have been missing in a plan, and were not tried for it, work.
+        """Try failed links that a plan may have lacked. Returns whether one of them works.
 
-        Those that the planner says would be enough; all that failed where it does not know.
+        These are the links that the planner names, or every failed link if it names none.
         """
         pairs = self._roster.links_to_retry(failed_before_s)
         if isinstance(error, InfeasiblePlan):
@@ -266,7 +269,7 @@ class Operations:
         return await try_links(self._roster, pairs, self._report)
 
     def _identified(self, request: LoadRequest) -> LoadRequest:
-        """``request`` with ids in place of names. Raises RequestInvalid for a plan of strangers."""
+        """``request`` with ids in place of names. Raises RequestInvalid for unknown devices."""
         names = self._roster.names
         given = request.plan
         if given is not None:
@@ -298,7 +301,7 @@ class Operations:
         *,
         asked: bool,
     ) -> PlanningProblem:
-        """The problem as measured; what is not known yet is measured."""
+        """Measure what is not known yet, and build the planning problem."""
         spec = checkpoint.spec
         names = {member.device: member.name for member in members}
         excluded = [member.name for member in members if member.device in request.exclude]
@@ -375,8 +378,8 @@ class Operations:
         members: Sequence[Member],
     ) -> Deployment:
         self._damaged_epochs.clear()
-        while True:  # A device loads no damaged file twice: it fetches or makes it again.
-            epoch = secrets.randbits(62)  # Nobody else can name it, and no restart repeats it.
+        while True:  # This ends, because a device fetches or makes damaged files again.
+            epoch = secrets.randbits(62)  # Hard to guess, and not repeated after a restart.
             on_loaded = partial(self._on_loaded, model_name(planned.request.model))
             deployment = await deploy(
                 planned, tokenizer, refs, members, epoch, self._report, on_loaded
@@ -393,7 +396,7 @@ class Operations:
             )
 
     async def place(self, request: LoadRequest, tokenizer: Tokenizer | None = None) -> Deployment:
-        """Carry out what remains of an identified ``request``, on the devices that are here.
+        """Deploy an identified ``request``, as far as the living devices can carry it out.
 
         The caller holds the turn. Raises CoordinatorError, ModelError, PlanError.
         """
@@ -405,9 +408,9 @@ class Operations:
         except (PlanError, LinkFailed):
             if left.plan is None:
                 raise
-            # Its devices are there, and a link between them is not.
+            # The given plan's devices are here, but a link between them is not.
             deployment = await self._put(replace(left, plan=None), tokenizer, asked=False)
-        # The next recovery begins from what was asked for, not from what remained of it.
+        # The next recovery begins from the whole request.
         return replace(deployment, request=request)
 
     # ---- progress ------------------------------------------------------------------------------
@@ -420,7 +423,7 @@ class Operations:
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a model's folder. Raises ModelError, for a folder that is none first."""
+    """The tokenizer of a model's directory. Raises ModelError."""
     require_model(directory)
     return Tokenizer.load(directory)
 
@@ -430,7 +433,7 @@ def _doubts(tokenizer: Tokenizer, model: Path) -> list[str]:
 
 
 def _check_joined(wanted: Iterable[str], members: tuple[Member, ...], names: NameBook) -> None:
-    """Raise RequestInvalid for a wish about a device (its id) that is not a member."""
+    """Raise RequestInvalid if a device of ``wanted``, which are ids, is not a member."""
     here = {member.device for member in members}
     joined_now = ", ".join(member.name for member in members)
     for device in wanted:

@@ -1,8 +1,8 @@
-"""What loading without being asked needs: what remains of a request, repeated attempts, the disk.
+"""The parts of loading again: a request without lost devices, repeated attempts, a file on disk.
 
-coordinator.loading.keeper uses it after a device was lost and after the coordinator was restarted.
-A failed attempt is repeated when devices join, for instance because the others have too little
-memory. It is also repeated for a while without a visible reason: a link that was cut may be back.
+coordinator.loading.keeper uses them after a loss and after a restart. A failed attempt is repeated
+when devices join, since the others may have too little memory. For a while it is also repeated
+without a visible reason, because a link that was cut may be back.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from planning.request import LoadRequest
 log = logging.getLogger(__name__)
 
 AMORTIZED_TOKENS = 1000
-"""A second of loading is worth as many seconds as these tokens save: answers wait for it."""
+"""Answers wait for the load. So a plan that loads one second longer must save that second within
+this number of tokens."""
 
 TIME_LIMIT_S = 5.0
-"""For the solver, since answers wait for it too."""
+"""The solver's time limit. Answers wait for it."""
 
 RETRY_S = 5.0
-"""Pause before the same devices are tried again."""
+"""Pause before an attempt with the same devices."""
 
 Placed = TypeVar("Placed")
 
 
 def remaining(request: LoadRequest, devices: Collection[str]) -> LoadRequest:
-    """An identified ``request`` as the devices with these ids can carry it out, and soon.
+    """The part of an identified ``request`` that the devices with these ids can carry out.
 
-    Wishes about devices that are gone fall away, and so does a given plan that needs them.
+    Wishes about other devices are dropped, and so is a given plan that needs them. Loading time
+    counts, and the solver's time is short.
     """
     given = request.plan
     if given is not None and not {device for device, _ in given.stages} <= set(devices):
@@ -63,10 +65,10 @@ def remaining(request: LoadRequest, devices: Collection[str]) -> LoadRequest:
 
 
 class LoadedFile:
-    """What is loaded, on disk, for a coordinator that is started again.
+    """The file from which a restarted coordinator knows the loaded request and its devices.
 
-    The request is kept with the ids of its devices, so that it means the same ones when names have
-    changed. A file of an older version has names, and beside them the ids that they meant.
+    It has device ids, because names may change. A file of an older version has names, and beside
+    them their ids.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -75,7 +77,7 @@ class LoadedFile:
     def keep(
         self, request: LoadRequest, names: Sequence[str], ids: Mapping[str, str] | None = None
     ) -> None:
-        """Replace what is kept: a request, its devices by name, and the ids of those names."""
+        """Write a request, the names of its devices, and the ids of those names."""
         kept = {
             "request": request.to_dict(),
             "devices": list(names),
@@ -87,16 +89,16 @@ class LoadedFile:
             log.warning("%s: %s: a restart will load nothing", self._path, error.strerror)
 
     def forget(self) -> None:
-        """Keep nothing any more."""
+        """Remove the file."""
         try:
             self._path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s: %s: a restart will load it", self._path, error.strerror)
 
     def read(self) -> tuple[LoadRequest, tuple[str, ...]] | None:
-        """What was asked for, and the devices that it was on; None where nothing is kept.
+        """The request and its devices, or None if there is no file.
 
-        Devices are ids. They are names where the file is older than ids.
+        Devices are ids, or names if the file is of an older version.
         """
         try:
             kept = read_json(self._path)
@@ -121,7 +123,7 @@ class LoadedFile:
 async def awaited(
     roster: Roster, devices: Collection[str], wait_s: float
 ) -> AsyncIterator[tuple[str, ...]]:
-    """Which of these devices (by name) have not joined, each time that changes.
+    """Yield the names of the devices that have not joined, each time that changes.
 
     Ends when all have joined, or after ``wait_s`` seconds.
     """
@@ -144,11 +146,11 @@ async def recover(
     give_up: Callable[[CoordinatorError], None],
     wait_s: float,
 ) -> Placed:
-    """Call ``place`` until it works. After ``wait_s`` seconds, ``give_up`` is told why not.
+    """Call ``place`` until it works. After ``wait_s`` seconds, ``give_up`` gets the last error.
 
-    ``explain`` makes of an attempt's error what users are told. ``changed`` is the caller's own
-    event, which is set when devices or links come or go. Attempts go on after ``wait_s``, but only
-    when that happens.
+    explain: turns an attempt's error into one for users.
+    changed: the caller's own event, which is set when devices or links come or go.
+    After ``wait_s`` an attempt follows only such a change.
     """
     deadline_s = time.monotonic() + wait_s
     told: set[str] = set()
@@ -159,7 +161,7 @@ async def recover(
             return await place()
         except (CoordinatorError, RequestInvalid, ModelError, PlanError, OSError) as error:
             failure = explain(error)
-            if str(failure) not in told:  # Each once: the next attempt is seconds away.
+            if str(failure) not in told:  # Attempts often fail for the same reason.
                 told.add(str(failure))
                 log.warning("%s", failure)
         while not changed.is_set():

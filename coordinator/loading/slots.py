@@ -10,8 +10,10 @@ from contextlib import asynccontextmanager
 
 
 class Slots:
-    """``total`` slots of one event loop. The lowest free one goes first: stages run rows of
-    neighbouring slots together."""
+    """``total`` slots, for one event loop.
+
+    The lowest free slot is given first, because stages run rows of neighbouring slots together.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -24,12 +26,12 @@ class Slots:
 
     @property
     def waiting(self) -> int:
-        """How many stand in line."""
+        """The number of requests in line."""
         return len(self._line)
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[int]:
-        """Hold a slot, after all who asked before."""
+        """Wait in line for a slot, and hold it."""
         slot = await self._take()
         try:
             yield slot
@@ -37,14 +39,14 @@ class Slots:
             self._give(slot)
 
     async def _take(self) -> int:
-        if self._free:  # Then nobody stands in line.
+        if self._free:  # Then the line is empty.
             return heapq.heappop(self._free)
         turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._line.append(turn)
         try:
             return await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # It was given the slot at the same moment.
+            if not turn.cancelled():  # It got the slot at the same moment.
                 self._give(turn.result())
             elif turn in self._line:
                 self._line.remove(turn)

@@ -1,11 +1,11 @@
-"""The life of one model: states, events, and the table of what each event does in each state.
+"""The states of one model, its events, and the table of what each event does in each state.
 
-Two rules hold for this file. It is pure: it reads no clock, starts no task and does no I/O, so that
-the table can be tested as a table. And every fact about what is loaded lives in one of these states
-and nowhere else; coordinator.loading.models owns them, and everybody else reads them there.
+Two rules hold for this file. It is pure: it reads no clock, starts no task and does no I/O. So the
+table can be tested as a table. And every fact about a loaded model is in one of these states, and
+nowhere else. coordinator.loading.models owns the states.
 
-``advance`` takes a state and an event. It returns the next state and the actions that others have
-to carry out. docs/design.md has the table as a diagram; ``make state-diagram`` writes it.
+``advance`` takes a state and an event. It returns the next state and the actions that others carry
+out. ``make state-diagram`` draws the table into docs/design.md.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class Nothing:
 
     word = "unloaded"
     error: CoordinatorError = field(default_factory=lambda: NotLoaded(NO_MODEL))
-    """What a request for the model is told."""
+    """The error for a request that names the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resuming:
-    """The coordinator was started again and loads what was loaded before."""
+    """The coordinator was restarted, and loads the model that was loaded before."""
 
     word = "resuming"
     request: LoadRequest
     devices: tuple[str, ...]
     """Names of the devices that it was loaded on."""
     missing: tuple[str, ...]
-    """Those of them that have not joined yet."""
+    """Names of the devices that have not joined yet."""
     since_s: float
     error: CoordinatorError | None = None
     """Why the last attempt failed."""
@@ -59,7 +59,7 @@ class Loading:
     request: LoadRequest
     since_s: float
     step: str = ""
-    """The phase that the load is in."""
+    """The phase of the load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Past:
     """The deployments that the present one has replaced, without a load by a user between."""
 
     ended: Mapping[int, CoordinatorError] = field(default_factory=lambda: MappingProxyType({}))
-    """By epoch: what ended it."""
+    """The error that ended each deployment, by epoch."""
     suspect: frozenset[int] = frozenset()
     """Epochs whose tokens may be wrong, because files were damaged."""
 
@@ -84,15 +84,15 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Replacing:
-    """A device or link was lost, and the model is placed anew; answers wait."""
+    """A device or link was lost, and the model is placed anew. Answers wait."""
 
     word = "recovering"
     deployment: Deployment
-    """The one that was broken."""
+    """The broken deployment."""
     cause: CoordinatorError
-    """What broke it."""
+    """The error that broke it."""
     error: CoordinatorError
-    """The cause and, after a failed attempt, why the model cannot be placed anew."""
+    """The cause. After a failed attempt it also has the reason of that failure."""
     since_s: float
     past: Past
 
@@ -119,7 +119,7 @@ STATES: tuple[type[State], ...] = (Nothing, Resuming, Loading, Serving, Replacin
 
 @dataclass(frozen=True, slots=True)
 class ResumeBegan:
-    """The coordinator found on its disk what was loaded."""
+    """The coordinator found a loaded model on its disk."""
 
     request: LoadRequest
     devices: tuple[str, ...]
@@ -176,33 +176,33 @@ class StageFoundDamaged:
 
 @dataclass(frozen=True, slots=True)
 class FilesMended:
-    """Damaged files were found by an attempt to place the model anew."""
+    """An attempt to place the model anew found and mended damaged files."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailed:
-    """The model could not be placed without being asked for."""
+    """An attempt of the coordinator to place the model failed."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class WaitEnded:
-    """Answers have waited as long as they may."""
+    """Answers have waited for the longest allowed time."""
 
     error: CoordinatorError
 
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A user unloaded the model, or loads another one in its place."""
+    """A user unloads the model, or loads another one in its place."""
 
     error: CoordinatorError
 
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """The coordinator stops. What is kept on disk stays there."""
+    """The coordinator stops. The file on disk stays."""
 
     error: CoordinatorError
 
@@ -243,7 +243,7 @@ EVENTS: tuple[type[Event], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class EndAnswers:
-    """Tell the answers that run on this deployment why it is over."""
+    """End the answers of this deployment with the error."""
 
     deployment: Deployment
     error: CoordinatorError
@@ -251,7 +251,7 @@ class EndAnswers:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Place the model without being asked, until that works."""
+    """Try to place the model until that works."""
 
     state: Resuming | Replacing
 
@@ -265,20 +265,20 @@ class StopPlacing:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Keep on disk what a user has loaded."""
+    """Keep on disk what a user loaded."""
 
     deployment: Deployment
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Keep nothing on disk."""
+    """Remove the loaded request from the disk."""
 
 
 Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Forget
 Next: TypeAlias = tuple[State, tuple[Action, ...]]
 Rule: TypeAlias = Callable[[Any, Any, float], Next]
-"""(state, event, time in seconds of the monotonic clock) to what comes next."""
+"""Maps (state, event, seconds of the monotonic clock) to the next state and actions."""
 
 # ---- rules -------------------------------------------------------------------------------------
 
@@ -367,7 +367,7 @@ def _give_up(state: Replacing | Resuming, event: WaitEnded, now_s: float) -> Nex
 
 
 def _end(state: State, event: Unloaded | Stopped) -> Next:
-    """End a model in any state; the disk keeps it where the coordinator only stops."""
+    """End a model in any state. The disk keeps it if the coordinator only stops."""
     actions: list[Action] = []
     if isinstance(state, Serving):
         actions.append(EndAnswers(state.deployment, event.error))
@@ -432,13 +432,15 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
         Stopped: (Nothing, _stop),
     },
 }
-"""By state and event: the next state, and the rule that makes it. A pair that is not here changes
-nothing: a second loss while the first one is replaced, the steps of a load beside a serving model.
+"""The next state and the rule that makes it, by state and event.
+
+A pair without an entry changes nothing. Examples are a second loss while the first one is replaced,
+and the steps of a load beside a serving model.
 """
 
 
 def advance(state: State, event: Event, now_s: float) -> Next:
-    """The next state and the actions to carry out. ``now_s``: of the monotonic clock."""
+    """Return the next state and the actions. ``now_s`` is of the monotonic clock."""
     row = TABLE[type(state)].get(type(event))
     return (state, ()) if row is None else row[1](state, event, now_s)
 
@@ -447,33 +449,33 @@ def advance(state: State, event: Event, now_s: float) -> Next:
 
 
 def deployment_of(state: State) -> Deployment | None:
-    """The deployment that serves, or that served last; None where there is none."""
+    """The deployment that serves or served last, or None if there is none."""
     if isinstance(state, Broken):
         return deployment_of(state.of)
     return state.deployment if isinstance(state, (Serving, Replacing)) else None
 
 
 def past_of(state: State) -> Past:
-    """What the present deployment has replaced."""
+    """The deployments that the present one has replaced."""
     if isinstance(state, Broken):
         return past_of(state.of)
     return state.past if isinstance(state, (Serving, Replacing)) else Past()
 
 
 def request_of(state: Present) -> LoadRequest:
-    """What was asked for."""
+    """The request for the model."""
     if isinstance(state, Broken):
         return request_of(state.of)
     return state.deployment.request if isinstance(state, (Serving, Replacing)) else state.request
 
 
 def directory_of(state: Present) -> Path:
-    """The folder that the model is in."""
+    """The directory of the model."""
     return request_of(state).model
 
 
 def name_of(state: State) -> str:
-    """The name of the model; empty for Nothing."""
+    """The name of the model, or empty for Nothing."""
     return "" if isinstance(state, Nothing) else model_name(directory_of(state))
 
 
@@ -485,7 +487,7 @@ def waiting_for(state: State) -> tuple[str, ...]:
 
 
 def error_of(state: State) -> CoordinatorError | None:
-    """Why the model does not answer, where something went wrong."""
+    """The reason why the model does not answer, or None."""
     return None if isinstance(state, (Loading, Serving)) else state.error
 
 

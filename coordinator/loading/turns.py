@@ -1,4 +1,4 @@
-"""One operation at a time: users take turns, and wait for what the coordinator does by itself."""
+"""Lets one operation run at a time. Users wait for operations of the coordinator itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Turns:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._unasked = ""
-        """What the coordinator does by itself now, in words."""
+        """The coordinator's own operation in words, or empty."""
         self._on_step: OnStep | None = None
 
     @property
@@ -25,7 +25,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def asked(self, on_step: OnStep) -> AsyncIterator[None]:
-        """A user's operation. Raises Busy while another user's one is under way."""
+        """Run a user's operation. Raises Busy during the operation of another user."""
         self.require_free()
         if self._unasked:
             on_step(Step("wait", self._unasked, 0, 0, ""))
@@ -38,7 +38,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def unasked(self, what: str) -> AsyncIterator[None]:
-        """An operation that no user asked for. Users wait for it, and are told ``what`` it is."""
+        """Run an operation of the coordinator itself. Waiting users read ``what`` it is."""
         async with self._lock:
             self._unasked = what
             try:
@@ -47,13 +47,13 @@ class Turns:
                 self._unasked = ""
 
     def require_free(self) -> None:
-        """Raise Busy while an operation of a user is under way."""
+        """Raise Busy during an operation of a user."""
         if self._lock.locked() and not self._unasked:
             raise Busy(
                 "another plan, load, unload or measurement is under way: wait for it, or stop it"
             )
 
     def report(self, step: Step) -> None:
-        """Tell the user whose turn it is how far the operation is."""
+        """Report progress to the user whose operation runs."""
         if self._on_step is not None:
             self._on_step(step)

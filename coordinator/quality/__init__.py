@@ -1,1 +1,1 @@
-"""What fewer bits do to a model, measured by an agent and kept."""
+"""Measures the sensitivities of models on agents, and keeps them."""

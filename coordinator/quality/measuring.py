@@ -56,7 +56,7 @@ class QualityFound:
 class Missing:
     """The measurements to make: widths of blocks and of boundaries, and whole plans.
 
-    ``arithmetic`` names the backend that must compute the blocks, which are layers; empty: any.
+    arithmetic: the backend that must compute the blocks, which are layers. Empty means any.
     """
 
     blocks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Missing:
 
     @staticmethod
     def of(request: QualityRequest, spec: ModelSpec, known: KnownQuality) -> Missing:
-        """Return what ``request`` needs and ``known`` lacks; a request needs every boundary."""
+        """Return what ``request`` needs and ``known`` lacks. A request needs every boundary."""
         return Missing(
             {
                 block: widths
@@ -130,7 +130,7 @@ class Missing:
 class Losses:
     """The sensitivities as a plan counts them: multiplied by ``margin`` already.
 
-    All are None or empty where nothing is known. ``known`` holds this coordinator's measurements.
+    All are None or empty if nothing is known. ``known`` has this coordinator's measurements.
     """
 
     margin: float | None
@@ -148,7 +148,7 @@ class QualityMeter:
         self._quality = quality
 
     def losses(self, checkpoint: Checkpoint, request: LoadRequest) -> Losses:
-        """Return the sensitivities for a plan. Raises RequestInvalid where a budget has none."""
+        """Return the sensitivities for a plan. Raises RequestInvalid if a budget has none."""
         known = self._quality.latest(checkpoint, request.scheme, request.group_size)
         if request.sensitivities is not None:
             margin = request.quality_margin or ASSUMED_MARGIN
@@ -188,7 +188,7 @@ class QualityMeter:
         The blocks' part is measured. Hops and the arithmetic of single devices add a predicted
         part, which counts against the budget.
         """
-        budget = problem.quality_budget or 0.0  # There is one: LoadRequest.from_dict saw to it.
+        budget = problem.quality_budget or 0.0  # LoadRequest made sure that there is one.
         member = await self.fastest(members, checkpoint, on_step)
         for _ in range(MAX_CHECKS):
             bits = tuple(placement.bits for placement in plan.placements)
@@ -263,7 +263,7 @@ class QualityMeter:
     ) -> Member:
         """Return the member with the least measured time per layer and prompt token.
 
-        The layers keep the checkpoint's precision. Raises AgentFailed where none can run them.
+        The layers keep the checkpoint's precision. Raises AgentFailed if no member can run them.
         """
         spec = checkpoint.spec
         bits = max(checkpoint.lossless_format(block).bits for block in range(spec.block_count))
@@ -291,7 +291,7 @@ class QualityMeter:
         wanted: Missing,
         on_step: OnStep,
     ) -> None:
-        """Let ``member`` measure; results are kept as soon as they come. Raises AgentFailed."""
+        """Let ``member`` measure. Results are kept as soon as they come. Raises AgentFailed."""
         spec = checkpoint.spec
         originals = [(k, checkpoint.lossless_format(k)) for k in range(spec.block_count)]
         refs = await in_thread(

@@ -1,8 +1,8 @@
-"""What fewer bits do to a model: asked for, kept on disk, and turned into bounds for a plan.
+"""Keeps measured sensitivities on disk, and turns them into bounds for a plan.
 
-Sensitivities are measured one block at a time; a plan's divergence is predicted as their sum times
-a margin, because errors of several blocks can reinforce each other. The margin is the largest
-measured / predicted of whole plans (docs/calibration.md).
+Sensitivities are measured one block at a time. A plan's divergence is predicted as their sum times
+a margin, because errors of several blocks can reinforce each other. The margin is the largest ratio
+of measured to predicted divergence among whole plans (docs/calibration.md).
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ log = logging.getLogger(__name__)
 
 STORE_VERSION = 1
 
-
 MAX_CHECKS = 8
-"""Plans that are measured before a budget is given up."""
+"""The most plans that are measured for one budget."""
 
 MAX_TOKENS = 1 << 16
 MAX_PLANS = 64
@@ -60,7 +59,7 @@ _EXPECTED = {
 
 @dataclass(frozen=True, slots=True)
 class QualityRequest:
-    """What ``shoal calibrate --quality --on`` asks for. ``on`` None: the fastest agent."""
+    """The request of ``shoal calibrate --quality --on``. ``on`` None means the fastest agent."""
 
     model: Path
     bits: tuple[int, ...]
@@ -86,12 +85,12 @@ class QualityRequest:
         return QualityRequest(**read_request(QualityRequest, values, _EXPECTED))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON that ``from_dict`` reads."""
+        """The JSON that ``from_dict`` reads."""
         plain: dict[str, Any] = to_plain(self)
         return plain
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise RequestInvalid where the request does not fit the model."""
+        """Raise RequestInvalid if the request does not fit the model."""
         for sequence in self.sequences:
             if not 2 <= len(sequence) <= spec.max_context or max(sequence) >= spec.vocab:
                 raise RequestInvalid(
@@ -103,12 +102,13 @@ class QualityRequest:
 
 @dataclass(slots=True)
 class KnownQuality:
-    """What is known of a model over one text and in one kind of format.
+    """The measurements of one model over one text, for one scheme and group size.
 
-    ``blocks`` maps (block, bits) to (KL divergence, max|w - w_b|), ``plans`` the bits of all blocks
-    to the plan's KL divergence, ``hops`` (boundary, bits) to that of rounding the rows there.
-    ``own`` is as ``blocks``, by (arithmetic, block, bits), of layers computed with an arithmetic
-    that loses more than weights do (DeviceProfile).
+    blocks: (block, bits) -> (KL divergence, max|w - w_b|).
+    plans: the bits of all blocks -> KL divergence of the plan.
+    hops: (boundary, bits) -> KL divergence of rounding the rows there.
+    own: (arithmetic, block, bits) -> as blocks, for layers computed with a lossy arithmetic
+    (DeviceProfile).
     """
 
     sequences: Sequences
@@ -120,21 +120,24 @@ class KnownQuality:
     own: dict[tuple[str, int, int], tuple[float, float]] = field(default_factory=dict)
 
     def own_sensitivities(self) -> dict[str, dict[int, dict[int, float]]]:
-        """By arithmetic, block and bits: KL divergence of the block alone so computed."""
+        """The KL divergence of each block alone, by arithmetic, block and bits."""
         found: dict[str, dict[int, dict[int, float]]] = {}
         for (arithmetic, block, bits), (kl, _) in self.own.items():
             found.setdefault(arithmetic, {}).setdefault(block, {})[bits] = kl
         return found
 
     def sensitivities(self, block_count: int) -> tuple[Mapping[int, float], ...]:
-        """For each block: bits -> KL divergence of the block alone."""
+        """The KL divergence of each block alone, as a mapping from bits."""
         rows: tuple[dict[int, float], ...] = tuple({} for _ in range(block_count))
         for (block, bits), (kl, _) in self.blocks.items():
             rows[block][bits] = kl
         return rows
 
     def worst_hops(self, block_count: int) -> dict[int, float]:
-        """Bits -> the largest KL divergence of all boundaries, where all of them are known."""
+        """The largest KL divergence of a boundary, by bits.
+
+        Bits for which a boundary was not measured are left out.
+        """
         boundaries = range(block_count - 1)
         return {
             bits: max((self.hops[boundary, bits] for boundary in boundaries), default=0.0)
@@ -143,7 +146,7 @@ class KnownQuality:
         }
 
     def checks(self) -> list[tuple[tuple[int, ...], float, float]]:
-        """(bits, predicted, measured) of each measured plan whose blocks are all known."""
+        """The (bits, predicted, measured) of each measured plan whose blocks are all known."""
         return [
             (plan, math.fsum(self.blocks[place][0] for place in enumerate(plan)), kl)
             for plan, kl in self.plans.items()
@@ -152,7 +155,7 @@ class KnownQuality:
 
     @property
     def margin(self) -> float:
-        """What the sum over blocks is multiplied with."""
+        """The factor on the sum over blocks."""
         return budget_margin((predicted, measured) for _, predicted, measured in self.checks())
 
 
@@ -168,7 +171,7 @@ class QualityStore:
     def open(
         self, checkpoint: Checkpoint, sequences: Sequences, scheme: Scheme, group_size: int
     ) -> KnownQuality:
-        """What is known over this text so far; empty where nothing is."""
+        """The measurements over this text so far, maybe none."""
         path = self._path(checkpoint, sequences, scheme, group_size)
         known = self._read(path, checkpoint.spec) if path.exists() else None
         return known or KnownQuality(sequences, scheme, group_size, {}, {})
@@ -176,7 +179,7 @@ class QualityStore:
     def latest(
         self, checkpoint: Checkpoint, scheme: Scheme, group_size: int
     ) -> KnownQuality | None:
-        """What was measured last for the checkpoint in this kind of format, over any text."""
+        """The newest measurements of the checkpoint in this scheme and group size."""
         pattern = f"{checkpoint.fingerprint}-{scheme}-{group_size}-*.json"
         for path in sorted(
             self._directory.glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True
@@ -187,7 +190,7 @@ class QualityStore:
         return None
 
     def save(self, checkpoint: Checkpoint, known: KnownQuality) -> None:
-        """Write what is known, in place of what was. Raises OSError."""
+        """Replace the measurements on disk. Raises OSError."""
         path = self._path(checkpoint, known.sequences, known.scheme, known.group_size)
         content = {
             "version": STORE_VERSION,
@@ -211,7 +214,7 @@ class QualityStore:
             }
             hops = {
                 (int(boundary), int(bits)): float(kl)
-                # Files of before hops were measured have none.
+                # Files of older versions have no hops.
                 for boundary, bits, kl in content.get("hops", ())
             }
             own = {
@@ -235,7 +238,7 @@ class QualityStore:
                     hops,
                     own,
                 )
-        log.warning("%s is damaged or of another version: measured anew", path)
+        log.warning("%s is damaged or of another version: it is measured again", path)
         return None
 
     def _path(

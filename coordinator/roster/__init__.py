@@ -1,1 +1,1 @@
-"""The devices that have joined, what they are called, and what they measured."""
+"""The devices that have joined, their names, and their measurements."""

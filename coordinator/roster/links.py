@@ -1,7 +1,7 @@
-"""Keeps the figures of links that work, and the reasons why others do not.
+"""Keeps the figures of working links, and the reasons why other links fail.
 
-A link has a direction. A plan does not use a link that fails; it is tried again after a while that
-grows with each failure. Devices are named by their ids here, since names may change.
+A link has a direction. A plan does not use a link that failed. Such a link is tried again after a
+pause that grows with each failure. Devices are named by their ids here, since names may change.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Pair = tuple[str, str]
 """(source, target), as device ids."""
 
 RETRY_S = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0)
-"""Pauses before a link is tried again, by the number of failures; the last one repeats."""
+"""Pauses before a link is tried again, by the number of failures. The last one repeats."""
 
 REMEMBERED_S = 600.0
 """A link that works again counts as never failed after this long."""
 
 FRESH_S = 10.0
-"""A failure that is not older is believed even where a user asks."""
+"""A failure of this age or less is believed, even when a user asks for the best plan."""
 
 MAX_REASON = 400
-"""Characters of a reason that are kept: it comes from an agent."""
+"""The most characters of a reason. Reasons come from agents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class Failure:
     reason: str
     failed_s: float
     count: int
-    """Failures in a row, this one included."""
+    """The number of failures in a row, this one included."""
     due_s: float
     """When the link is worth another try."""
     reasons: frozenset[str]
-    """All that were given since it worked."""
+    """Every reason since the link worked."""
 
 
 class Links:
@@ -48,28 +48,28 @@ class Links:
     def __init__(self) -> None:
         self._working: dict[Pair, LinkProfile] = {}
         self._failures: dict[Pair, Failure] = {}
-        """Those of links that work again are kept for a while: they may fail again soon."""
+        """Failures of links that work again are kept for a while: they may fail again soon."""
 
     def get(self, pair: Pair) -> LinkProfile | None:
-        """The link as last measured; None where it was not, or has failed since."""
+        """The link as last measured, or None if it was never measured or has failed since."""
         return self._working.get(pair)
 
     def failure(self, pair: Pair) -> Failure | None:
-        """Why the link does not work; None where it does, or was never tried."""
+        """The failure of a link, or None if it works or was never tried."""
         return None if pair in self._working else self._failures.get(pair)
 
     def set(self, pair: Pair, link: LinkProfile) -> bool:
-        """Take figures. True where the link had failed before."""
+        """Store figures. Returns True if the link had failed before."""
         failed = self.failure(pair) is not None
         self._working[pair] = link
         return failed
 
     def fail(self, pair: Pair, reason: str, *, used: bool, now_s: float | None = None) -> bool:
-        """Take a failure; True where its reason is news.
+        """Note a failure. Returns True if its reason is news.
 
-        ``used``: in use, and not when it was measured. Then the way back is doubtful too, and has
-        to be measured again; and the first time the failure is checked at once, since a connection
-        can end although the link works.
+        used: the link failed in use, not in a measurement. Then the way back is measured again too.
+        The first such failure is checked at once, since a connection can end although the link
+        works.
         """
         now_s = time.monotonic() if now_s is None else now_s
         reason = clean_text(reason, MAX_REASON)
@@ -88,7 +88,10 @@ class Links:
         return reason not in known
 
     def is_due(self, pair: Pair, *, asked: bool, now_s: float | None = None) -> bool:
-        """Whether to measure the link now; ``asked``: a user waits for the best plan."""
+        """Whether to measure the link now.
+
+        asked: a user waits for the best plan.
+        """
         now_s = time.monotonic() if now_s is None else now_s
         failure = self.failure(pair)
         if failure is None:
@@ -96,7 +99,7 @@ class Links:
         return now_s >= failure.due_s or (asked and now_s - failure.failed_s >= FRESH_S)
 
     def forget(self, device: str) -> None:
-        """Know nothing any more of the links from and to a device."""
+        """Forget the links from and to a device."""
         for pair in {*self._working, *self._failures}:
             if device in pair:
                 self._working.pop(pair, None)

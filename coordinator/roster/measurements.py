@@ -1,8 +1,8 @@
-"""What is asked of agents before a plan: times of blocks and links, and the blocks they hold.
+"""Asks agents for the times of blocks and links, and for the blocks that they hold.
 
-Everything is measured once and kept with the member or the roster. Devices are measured at the same
-time where they share no machine, and links where they share neither a machine nor the air.
-Functions here report each step and send nothing else; coordinator.loading decides when they run.
+Everything is measured once, and kept with the member or the roster. Devices on different machines
+are measured at the same time. So are links that share neither a machine nor the air. Functions here
+report each step; coordinator.loading decides when they run.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from wire.messages import (
 from wire.profile import BlockTiming
 
 FILES = "files"
-"""An agent's own phase within any other: it waits for files that its backend needs."""
+"""The phase of an agent that waits for files of its backend. It may come within another phase."""
 
 AIR = "the air"
-"""What all radio links are taken to share: which of them use one channel is not known."""
+"""All radio links are taken to share this, since their channels are not known."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How far an operation is, for a progress bar. ``total`` 0: not known."""
+    """The progress of an operation. ``total`` is 0 if it is not known."""
 
     phase: str
     label: str
@@ -56,7 +56,7 @@ OnStep = Callable[[Step], None]
 
 
 def forward(on_step: OnStep, phase: str, name: str) -> OnProgress:
-    """What hands an agent's progress on as steps of ``phase``, labelled with its name."""
+    """A function that turns an agent's progress into steps of ``phase``, labelled ``name``."""
 
     def on_progress(progress: Progress) -> None:
         own = FILES if progress.phase == FILES else phase
@@ -66,10 +66,10 @@ def forward(on_step: OnStep, phase: str, name: str) -> OnProgress:
 
 
 def machines(members: Iterable[Member]) -> list[list[Member]]:
-    """The members by the machine that they run on, as far as can be told.
+    """The members grouped by machine, as far as that can be known.
 
-    One machine is what runs one kernel, or what is reached at one address: several machines behind
-    one address share their link at least.
+    Members are on one machine if they run one kernel or have one address. Several machines behind
+    one address share at least their link.
     """
     groups: list[tuple[set[str], list[Member]]] = []
     for member in members:
@@ -92,9 +92,10 @@ async def measure_blocks(
     on_step: OnStep,
     excluded: Collection[str] = (),
 ) -> dict[str, tuple[BlockTiming, ...]]:
-    """Seconds per block on each member; members on one machine take turns.
+    """Have each member measure its seconds per block. Members on one machine take turns.
 
-    Of the ``excluded``, who are not asked, is what is known. Raises AgentFailed.
+    excluded: names of members that are not asked. The result has what is known of them.
+    Raises AgentFailed.
     """
 
     async def one_machine(residents: list[Member]) -> None:
@@ -118,7 +119,7 @@ async def measure_blocks(
 async def _measure_model(
     member: Member, spec: ModelSpec, bits: tuple[int, ...], on_step: OnStep, *, again: bool = False
 ) -> None:
-    """Have ``member`` measure the model at ``bits``, and note it. Raises AgentFailed."""
+    """Have ``member`` measure the model at ``bits``, and store the times. Raises AgentFailed."""
     try:
         answer = await member.request(
             partial(MeasureModelAgain if again else MeasureModel, spec=spec.to_dict(), bits=bits),
@@ -146,8 +147,10 @@ async def _measure_model(
 async def measure_again(
     roster: Roster, member: Member, others: Sequence[Member], on_step: OnStep
 ) -> None:
-    """Measure anew what is known of ``member``: the device, its block times, its links to
-    ``others`` and back. Raises AgentFailed."""
+    """Measure ``member`` again: the device, its block times, and its links to and from ``others``.
+
+    Raises AgentFailed.
+    """
     answer = await member.request(
         MeasureDevice, DeviceMeasured, forward(on_step, "measure", member.name)
     )
@@ -166,9 +169,10 @@ async def measure_again(
 async def measure_links(
     roster: Roster, members: Sequence[Member], on_step: OnStep, *, asked: bool = False
 ) -> None:
-    """Measure each ordered pair that has not been; of those that failed, which are due again.
+    """Measure every link that was never measured, and every failed link that is due again.
 
-    ``asked``: a user waits for the best plan. Raises AgentLost.
+    asked: a user waits for the best plan.
+    Raises AgentLost.
     """
     await try_links(roster, roster.links_to_measure(members, asked=asked), on_step)
 
@@ -176,11 +180,10 @@ async def measure_links(
 async def try_links(
     roster: Roster, pairs: Sequence[tuple[Member, Member]], on_step: OnStep
 ) -> bool:
-    """Measure links; says whether one of them works. Raises AgentLost.
+    """Measure links. Returns whether at least one works. Raises AgentLost.
 
-    Pairs are measured at the same time where they have no machine in common, and no radio: none
-    disturbs another. A pair that cannot connect is noted as such: the plan will not make them
-    neighbours.
+    Links that share neither a machine nor the air are measured at the same time. A link that cannot
+    connect is marked as failed, and plans do not use it.
     """
     hosts = {
         member.device: f"machine {number}"
@@ -220,10 +223,10 @@ async def try_links(
 async def without_conflict(
     jobs: Sequence[tuple[frozenset[str], Callable[[], Awaitable[None]]]],
 ) -> None:
-    """Do all jobs, at the same time those that need nothing in common.
+    """Run all jobs. Jobs that need nothing in common run at the same time.
 
-    A job is what it needs, and what to await. The first failure cancels the rest, and is raised
-    once they have ended.
+    A job is a pair: the things it needs, and a function whose result is awaited. The first failure
+    cancels the other jobs. It is raised when they have ended.
     """
     waiting = list(jobs)
     running: dict[asyncio.Future[None], frozenset[str]] = {}
@@ -250,9 +253,10 @@ async def without_conflict(
 async def find_held(
     members: Sequence[Member], artifacts: Mapping[tuple[int, int], str], block_count: int
 ) -> dict[str, list[set[int]]]:
-    """By member: for each block the widths whose artifact, named by its hash, is in its cache.
+    """For each member's name, the widths of each block whose artifacts are in its cache.
 
-    ``artifacts`` maps (block, bits) to the hash. Raises AgentFailed.
+    artifacts: maps (block, bits) to the artifact's hash.
+    Raises AgentFailed.
     """
 
     async def one(member: Member) -> list[set[int]]:
@@ -271,10 +275,10 @@ async def find_held(
 
 
 def load_rates(roster: Roster, members: Sequence[Member]) -> dict[str, float]:
-    """Bytes per second at which each member can take in blocks, at best: what plans assume.
+    """The bytes per second at which each member can receive blocks. Plans assume these rates.
 
-    The link from the coordinator is not measured; the fastest measured link into the device stands
-    for it, and the disk that blocks are written to may be slower.
+    The rate is that of the disk or of the fastest measured link into the device, whichever is
+    slower. The link from the coordinator itself is not measured.
     """
     rates = {member.name: member.profile.disk_write_bytes_per_s for member in members}
     for name in rates:
@@ -288,7 +292,7 @@ async def in_thread(
     work: Callable[[Callable[[int, int], None], Callable[[], bool]], Result],
     on_step: OnStep,
 ) -> Result:
-    """Run ``work(on_block, cancelled)`` in a thread; cancelling waits for it to notice."""
+    """Run ``work(on_block, cancelled)`` in a thread. Cancelling waits until ``work`` notices."""
     loop = asyncio.get_running_loop()
     cancelled = threading.Event()
 
@@ -306,7 +310,7 @@ async def in_thread(
 
 
 async def together(work: Iterable[Awaitable[Result]]) -> tuple[Result, ...]:
-    """Await all; the first failure cancels the rest and is raised once they have ended."""
+    """Await all. The first failure cancels the others, and is raised when they have ended."""
     tasks = [asyncio.ensure_future(item) for item in work]
     try:
         return tuple(await asyncio.gather(*tasks))
@@ -317,7 +321,7 @@ async def together(work: Iterable[Awaitable[Result]]) -> tuple[Result, ...]:
 
 
 def _are_possible(timings: Collection[BlockTiming], spec: ModelSpec) -> bool:
-    """Whether a device can have measured these: each block that the model has, and once."""
+    """Whether the times are plausible, each for another block of the model."""
     variants = len(set(spec.layers))
     measured = {(timing.kind, timing.variant, timing.bits) for timing in timings}
     return (

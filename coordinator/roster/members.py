@@ -1,4 +1,4 @@
-"""Who is in the shoal: one Member per joined agent, alive as long as its heartbeats come."""
+"""Keeps the agents that have joined. An agent is a member as long as its heartbeats come."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ from wire.rare_log import RareLog
 log = logging.getLogger(__name__)
 
 MAX_MEMBERS = 256
-"""More devices than anyone has on a shelf; a flood of joins stops here."""
+"""More devices than anyone has on a shelf. A flood of joins stops here."""
 
 MOST_LINES = 30
-"""Lines a minute about members that are lost: without a token, anybody may join and leave."""
+"""Lines a minute about lost members. Without a token, anybody may join and leave."""
 SIGN_OF_LIFE_S = 2 * limits.HEARTBEAT_S
-"""A living agent has sent a heartbeat by then."""
+"""A living agent sends a heartbeat within this time."""
 
 LAST_WORDS_S = 0.25
-"""What a device said before it died has arrived by then."""
+"""The last message of a dying device arrives within this time."""
 
 LIFE_CHECKS = 4
-"""The wait for a sign of life is cut in so many: a coordinator that stood still loses one."""
+"""The wait for a sign of life has so many parts. A coordinator that stood still loses one."""
 
 _ANSWERS = (
     ModelMeasured,
@@ -91,7 +91,7 @@ OnResult = Callable[[QualityMeasured | HopMeasured], None]
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A request that waits for its answer, and who is told what comes before that."""
+    """A request that waits for its answer. The callbacks get what comes before the answer."""
 
     answer: asyncio.Future[Message]
     on_progress: OnProgress | None
@@ -111,26 +111,26 @@ class Member:
     joined_s: float
     """On the monotonic clock."""
     run: str = ""
-    """Differs between two processes of one device; empty where the agent does not say."""
+    """The id of the agent's process, or empty if the agent does not send one."""
     attempt: int = 0
     """Grows with each connection of one run."""
     port: int = 0
-    """Where it listens on every address that it has; 0: only at ``endpoints``."""
+    """The port at which it listens on all its addresses. 0 means only at ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
-    """Where its user says that others reach it."""
+    """The endpoints of --advertise, where other agents reach it."""
     memory_available_bytes: int = 0
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
-    """What it measured of each model so far, by bits."""
+    """The measured block times of each model, by bits."""
     heard: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set by whatever it says; whoever waits clears it first."""
+    """Set by each of its messages. A waiter clears it first."""
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _cancelling: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def is_asked(self) -> bool:
-        """Whether it has a request to carry out."""
+        """Whether it has an open request."""
         return bool(self._pending)
 
     @property
@@ -140,11 +140,11 @@ class Member:
         return is_loopback(host) or host == self.connection.local_host
 
     def endpoints_for(self, source: Member) -> tuple[Endpoint, ...]:
-        """Where ``source`` may reach it, the likeliest first.
+        """The endpoints where ``source`` may reach this agent, the likeliest first.
 
-        To what the agent announces comes the address that this coordinator sees: that of the
-        connection, or the coordinator's own where the agent is on its machine. Loopback is only
-        for an agent on the same machine.
+        They are those that the agent announces, and its address as this coordinator sees it. For
+        an agent on the coordinator's machine, that is the coordinator's own address. Loopback
+        addresses are only for an agent on the same machine.
         """
         host = self.connection.peer_host
         if self.is_here:
@@ -157,7 +157,7 @@ class Member:
 
     @property
     def connected_s(self) -> float:
-        """For how long it has been a member."""
+        """The time for which it has been a member."""
         return time.monotonic() - self.joined_s
 
     async def request(
@@ -167,10 +167,11 @@ class Member:
         on_progress: OnProgress | None = None,
         on_result: OnResult | None = None,
     ) -> Answer:
-        """Send ``build(request number)`` and wait for the answer; parts of it go to ``on_result``.
+        """Send ``build(request number)``, and wait for the answer.
 
-        Waits as long as heartbeats come: measuring and loading take their time. Raises AgentFailed,
-        AgentLost.
+        on_result: gets the parts of an answer that come before its end.
+        The wait has no limit while heartbeats come, because measuring and loading take long.
+        Raises AgentFailed, AgentLost.
         """
         if self.lost is not None:
             raise self.lost.with_traceback(None)
@@ -181,7 +182,7 @@ class Member:
             await self.send(build(number))
             answer = await future
         except asyncio.CancelledError:
-            # Or it would be busy, for minutes maybe, with what nobody waits for.
+            # Otherwise it would be busy for minutes with a request that nobody waits for.
             task = asyncio.ensure_future(self._cancel(number))
             self._cancelling.add(task)
             task.add_done_callback(self._cancelling.discard)
@@ -189,7 +190,7 @@ class Member:
         finally:
             self._pending.pop(number, None)
             if future.done() and not future.cancelled():
-                future.exception()  # Lost while sending: asyncio complains of what nobody looks at.
+                future.exception()  # Otherwise asyncio complains that nobody looked at it.
         if isinstance(answer, RequestFailed):
             raise AgentFailed(self.name, answer.reason)
         if not isinstance(answer, expect):
@@ -204,9 +205,9 @@ class Member:
             raise self.lost or AgentLost(self.name, str(error)) from error
 
     async def lives(self) -> bool:
-        """Wait until it says something, or is lost; whether it lives.
+        """Wait until the agent sends something or is lost. Returns whether it is alive.
 
-        Its connections to other devices may be over although it does.
+        A living agent may have lost its connections to other devices.
         """
         await asyncio.sleep(LAST_WORDS_S)
         self.heard.clear()
@@ -219,7 +220,7 @@ class Member:
             await self.send(CancelRequest(number))
 
     def take_figures(self, profile: DeviceProfile) -> None:
-        """Take the measured figures of ``profile``, and nothing else. Raises AgentFailed."""
+        """Store the measured figures of ``profile``, but none of its limits. Raises AgentFailed."""
         wrong = implausible_profile(profile)
         if wrong is not None:
             raise AgentFailed(self.name, f"reported {wrong}")
@@ -232,9 +233,9 @@ class Member:
         )
 
     def take_better(self, changed: FiguresChanged) -> None:
-        """Take what it has measured again; times only of what it was asked for before.
+        """Store figures that the agent measured again by itself. Raises AgentFailed.
 
-        Raises AgentFailed.
+        Times are stored only for blocks and widths that it was asked for before.
         """
         self.take_figures(changed.profile)
         if not all(map(is_plausible, changed.timings)):
@@ -252,7 +253,7 @@ class Member:
             ]
 
     def resolve(self, number: int, answer: Message) -> None:
-        """Hand an answer, a part of it or progress to whoever asked; late ones are dropped."""
+        """Give an answer, a part of it or progress to the request. Late ones are dropped."""
         pending = self._pending.get(number)
         if pending is None:
             return
@@ -266,9 +267,9 @@ class Member:
             pending.answer.set_result(answer)
 
     def fail(self, error: AgentLost) -> None:
-        """Mark as lost and fail every request that waits."""
+        """Mark the agent as lost, and fail every open request."""
         self.lost = error
-        self.heard.set()  # Nothing more will be: whoever waits must see it.
+        self.heard.set()  # Wakes the waiters, since no message will.
         for pending in self._pending.values():
             if not pending.answer.done():
                 pending.answer.set_exception(error)
@@ -279,12 +280,12 @@ OnLost = Callable[[Member, AgentLost], None]
 
 
 class Roster:
-    """All members, and what was measured between them."""
+    """All members, and the links between them."""
 
     def __init__(
         self, cluster: str, names: NameBook | None = None, story: Story | None = None
     ) -> None:
-        """Without ``names``, devices are named anew by each roster."""
+        """Without ``names``, names last as long as this roster."""
         self.names = names or NameBook()
         self._cluster = cluster
         self._story = story or Story()
@@ -297,9 +298,9 @@ class Roster:
         """Fires when a device joins or is lost, and when a link works again."""
 
     def subscribe(self, on_event: OnEvent, on_lost: OnLost) -> None:
-        """Tell of what agents say of their own accord (tokens, failures), and of lost members.
+        """Call ``on_event`` for messages that answer no request, and ``on_lost`` for lost members.
 
-        ``on_event`` raises ProtocolError for what no working agent says.
+        ``on_event`` may raise ProtocolError for a message that no working agent sends.
         """
         self._subscribers.append((on_event, on_lost))
 
@@ -313,7 +314,7 @@ class Roster:
         return self._members.get(device)
 
     def require_members(self) -> tuple[Member, ...]:
-        """Living members, at least one. Raises NoAgents."""
+        """The living members. Raises NoAgents if there are none."""
         if not self._members:
             raise NoAgents(
                 "no agent has joined: start `shoal agent` on each device; where multicast is "
@@ -322,20 +323,20 @@ class Roster:
         return self.members
 
     def link(self, source: Member, target: Member) -> LinkProfile | None:
-        """The link as last measured between these two; None if it was not, or has failed."""
+        """The link as last measured, or None if it was never measured or has failed."""
         return self._links.get((source.device, target.device))
 
     def link_failure(self, source: Member, target: Member) -> Failure | None:
-        """Why the link between these two does not work; None where it does, or was not tried."""
+        """The failure of the link, or None if it works or was never tried."""
         return self._links.failure((source.device, target.device))
 
     def fail_link(self, source: Member, target: Member, reason: str, *, used: bool = False) -> None:
-        """Plan without a link until it has been measured again.
+        """Mark a link as failed. Plans do not use it until it is measured again.
 
-        ``used``: it failed in use, which makes the way back doubtful too.
+        used: it failed in use, so the way back is measured again too.
         """
         if self.find(source.device) is not source or self.find(target.device) is not target:
-            return  # Lost meanwhile: of one that joins again nothing is known.
+            return  # One of them was lost meanwhile, and its links are forgotten.
         if self._links.fail((source.device, target.device), reason, used=used):
             log.warning("no link from %s to %s: %s", source.name, target.name, reason)
             self._story.tell("link failed", f"{source.name} to {target.name}", reason)
@@ -343,9 +344,9 @@ class Roster:
     def links_to_measure(
         self, members: Sequence[Member], *, asked: bool = False
     ) -> list[tuple[Member, Member]]:
-        """Ordered pairs of these that were not measured, or have failed and are due again.
+        """The ordered pairs whose link was never measured, or has failed and is due again.
 
-        ``asked``: a user waits for the best plan, and not a device that was lost.
+        asked: a user waits for the best plan.
         """
         return [
             (source, target)
@@ -354,7 +355,7 @@ class Roster:
         ]
 
     def links(self) -> tuple[LinkProfile, ...]:
-        """Every measured link between living members, by name."""
+        """Every working link between living members, ordered by name."""
         return tuple(
             link
             for source in self.members
@@ -363,7 +364,7 @@ class Roster:
         )
 
     def failed_links(self) -> tuple[tuple[NoLink, Failure], ...]:
-        """Every link between living members that was tried and does not work, by name."""
+        """Every failed link between living members, ordered by name."""
         return tuple(
             (NoLink(source.name, target.name, failure.reason, _addresses(source, target)), failure)
             for source, target in itertools.permutations(self.members, 2)
@@ -371,7 +372,7 @@ class Roster:
         )
 
     def links_to_retry(self, failed_before_s: float | None = None) -> list[tuple[Member, Member]]:
-        """Ordered pairs whose link has failed and is due again, or failed before that time."""
+        """Failed links that are due again, or that failed before ``failed_before_s``."""
         now_s = time.monotonic()
         return [
             (source, target)
@@ -387,7 +388,7 @@ class Roster:
     def set_link(
         self, source: Member, target: Member, measured: LinkMeasured | LinkChanged
     ) -> None:
-        """Take a link as the source measured it. Raises AgentFailed for an impossible one."""
+        """Store a link as its source measured it. Raises AgentFailed if that is impossible."""
         conditions = measured.conditions if isinstance(measured, LinkMeasured) else None
         figures = measured.rtt_s, measured.bytes_per_s, measured.rtt_p90_s
         if not (is_plausible_link(*figures) and are_plausible(conditions)):
@@ -406,7 +407,7 @@ class Roster:
             self.changed.fire()
 
     async def serve(self, hello: AgentHello, connection: AsyncConnection) -> None:
-        """Be the coordinator's side of an agent's control connection, until it ends."""
+        """Serve an agent's control connection until it ends."""
         refusal = self._refusal(hello)
         if refusal is not None:
             await connection.send(JoinRefused(refusal))
@@ -446,10 +447,11 @@ class Roster:
             self._lose(member, AgentLost(member.name, "its connection ended"))
 
     async def _replaces(self, hello: AgentHello, connection: AsyncConnection) -> bool:
-        """Whether the agent may join: no other one with its id is a living member.
+        """Whether the agent may join. It may not if a living member has its device id.
 
-        An agent that lost its connection may come back before the loss is seen here. Its own
-        process is known by ``run``; another process of the same device must be seen to be dead.
+        An agent that lost its connection may come back before the loss is seen here. The same
+        process is known by ``run``. Another process of that device may join only once the member
+        is dead.
         """
         while (previous := self._members.get(hello.device)) is not None:
             if hello.run and hello.run == previous.run:
@@ -469,15 +471,15 @@ class Roster:
                 )
                 return False
             self._lose(previous, AgentLost(previous.name, "it joined again"))
-        if self._closed:  # While the old connection was watched.
+        if self._closed:  # It may have been closed during the awaits above.
             await connection.send(JoinRefused("the coordinator stops"))
         return not self._closed
 
     async def _is_alive(self, member: Member) -> bool:
-        """True where the member says something, as a dead one cannot.
+        """Whether the member sends something within SIGN_OF_LIFE_S.
 
-        One that lost its power or its network has left a connection behind that does not look
-        closed, and maybe messages in it: they are read first, and count for nothing.
+        A member that lost its power or network leaves an open connection behind. Messages that it
+        sent before may still arrive. They are read first, and do not count.
         """
         for _ in range(LIFE_CHECKS):
             await asyncio.sleep(SIGN_OF_LIFE_S / 2 / LIFE_CHECKS)
@@ -490,7 +492,7 @@ class Roster:
         return self._members.get(member.device) is member and member.heard.is_set()
 
     def close(self) -> None:
-        """Drop every member, and take no more."""
+        """Drop every member, and let no more join."""
         self._closed = True
         for member in self.members:
             self._lose(member, AgentLost(member.name, "the coordinator stops"))
@@ -508,7 +510,7 @@ class Roster:
         elif isinstance(message, LinkChanged):
             target = self._members.get(message.device)
             if target is None or target is member or self.link(member, target) is None:
-                return  # Lost meanwhile, or the link was.
+                return  # The target or the link was lost meanwhile.
             try:
                 self.set_link(member, target, message)
             except AgentFailed as error:
@@ -530,7 +532,7 @@ class Roster:
                 await asyncio.sleep(limits.HEARTBEAT_S)
                 await member.send(Heartbeat())
         except AgentLost:
-            pass  # The reader of the connection sees it too, and decides.
+            pass  # ``serve``, which reads the connection, sees the loss too.
 
     def _lose(self, member: Member, error: AgentLost) -> None:
         if self._members.get(member.device) is not member:
@@ -563,12 +565,12 @@ class Roster:
         if len(hello.version) > 64:
             return "its version is too long"
         if len(hello.advertised) > 64 or not 0 <= hello.port < 1 << 16 or len(hello.run) > 64:
-            return "more addresses than there can be, or no port"
+            return "it has more than 64 addresses, or an impossible port"
         if not 0 < len(hello.endpoints) <= 64 or any(
             len(endpoint.host) > 255 or not 0 < endpoint.port < 1 << 16
             for endpoint in (*hello.endpoints, *hello.advertised)
         ):
-            return "there are no addresses, too many, or some that are none"
+            return "it has no addresses, more than 64, or impossible ones"
         if self.names.is_name(hello.device, besides=hello.device):
             return f"the device id {hello.device!r} is another device's name"
         wrong = implausible_profile(hello.profile)
@@ -576,12 +578,12 @@ class Roster:
 
 
 def _addresses(source: Member, target: Member) -> tuple[str, ...]:
-    """Where ``source`` looks for ``target``, as ``host:port``."""
+    """The ``host:port`` texts where ``source`` looks for ``target``."""
     return tuple(f"{item.host}:{item.port}" for item in target.endpoints_for(source))
 
 
 def _is_possible(message: Message) -> bool:
-    """Whether an answer's figures can be true; times of blocks and links have checks of theirs."""
+    """Whether an answer's figures are plausible. Block times and links are checked elsewhere."""
     sizes: tuple[int, ...] = ()
     figures: tuple[float, ...] = ()
     if isinstance(message, Progress):
@@ -591,7 +593,7 @@ def _is_possible(message: Message) -> bool:
     elif isinstance(message, StageLoaded):
         sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
     elif isinstance(message, (QualityMeasured, HopMeasured)):
-        figures = (abs(message.kl),)  # Rounding takes a divergence of 0 below it.
+        figures = (abs(message.kl),)  # Rounding can make a divergence of 0 negative.
     return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(
         0 <= figure <= hygiene.MAX_SECONDS for figure in figures
     )

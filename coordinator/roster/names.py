@@ -1,7 +1,8 @@
-"""Which name belongs to which device, for as long as the coordinator's state directory lives.
+"""Gives each device a name, and keeps the names in the coordinator's state directory.
 
-A device is its id; its name is how users see it. The first device that asks for a name keeps it,
-another one that asks for the same gets ``name-2`` and keeps that, in whatever order they join.
+A device is known by its id, and users see its name. The first device that asks for a name gets it.
+The next one that asks for the same name gets ``name-2``. Each keeps its name, in whatever order
+they join later.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from model.durable import replace_text
 log = logging.getLogger(__name__)
 
 MAX_NAMES = 1024
-"""Devices that are remembered: four times the members that a cluster can have."""
+"""The most devices that are remembered, four times the members that a cluster can have."""
 
 MAX_FILE_BYTES = 1 << 20
 MAX_NAME_CHARACTERS = 63
@@ -26,21 +27,21 @@ VERSION = 1
 
 
 class NameBook:
-    """Names by device id, on disk. No name is ever the id of another device, nor its name."""
+    """The names of devices, on disk. No name is the id or the name of another device."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        """Read what is kept in ``directory``; without one, names last as long as this object."""
+        """Read the names in ``directory``. Without one, names last as long as this object."""
         self._path = None if directory is None else directory / "names.json"
         self._names: dict[str, tuple[str, str]] = {}
-        """Device -> its name and the one it asked for, the last to join last."""
+        """Device id -> its name and the name it asked for. The device that joined last is last."""
         if self._path is not None:
             self._names = _read(self._path)
 
     def assign(self, device: str, wished: str, living: Collection[str]) -> str:
         """The name of ``device``, which asks to be called ``wished``.
 
-        It is the same at each call until the device asks for another one. Once too many devices
-        are known, the one that joined longest ago and is not in ``living`` is forgotten.
+        A device keeps its name until it asks for another one. If there are more than MAX_NAMES
+        devices, those that joined longest ago and are not in ``living`` are forgotten.
         """
         known = self._names.pop(device, None)
         if known is not None and known[1] == wished:
@@ -60,13 +61,13 @@ class NameBook:
         return any(name == text for device, (name, _) in self._names.items() if device != besides)
 
     def device(self, text: str) -> str | None:
-        """The id of the device with this id or name; None where no such device has ever joined."""
+        """The id of the device with this id or name, or None if no such device ever joined."""
         if text in self._names:
             return text
         return next((device for device, (name, _) in self._names.items() if name == text), None)
 
     def name(self, device: str) -> str:
-        """What ``device`` is called; its id where it has never joined."""
+        """The name of ``device``, or its id if it never joined."""
         return self._names[device][0] if device in self._names else device
 
     def _write(self) -> None:
@@ -80,7 +81,7 @@ class NameBook:
 
 
 def _candidates(wished: str) -> itertools.chain[str]:
-    """``wished``, then with -2, -3, ... behind it, shortened where it would be too long."""
+    """``wished``, then with -2, -3 and so on behind it. A name that is too long is shortened."""
     numbered = (
         wished[: MAX_NAME_CHARACTERS - len(suffix)] + suffix
         for suffix in map("-{}".format, itertools.count(2))
@@ -89,7 +90,7 @@ def _candidates(wished: str) -> itertools.chain[str]:
 
 
 def _read(path: Path) -> dict[str, tuple[str, str]]:
-    """The names in a file; none where there is no file. A file of no use is put aside."""
+    """The names in a file, or none if there is no file. A damaged file is renamed."""
     try:
         kept = read_json(path, MAX_FILE_BYTES)
         if kept["version"] != VERSION:

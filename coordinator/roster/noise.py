@@ -1,4 +1,4 @@
-"""Says in words for a user which figures may have been measured on a busy machine."""
+"""Tells users which figures may have been measured on a busy machine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _NAMES = {"memory": "memory bandwidth", "disk": "disk rate", "call": "time of a 
 
 
 def device_noise(member: Member, links: Iterable[LinkProfile]) -> dict[str, Any] | None:
-    """Of all that is known of a member: what is noisy, and what to do; None where nothing is.
+    """The noisy figures of a member, or None if no figure is noisy.
 
-    ``figures`` names them, ``conditions`` are the worst, ``text`` is one line for a user.
+    ``figures`` has their names and ``conditions`` the worst conditions. ``text`` is one line for a
+    user, with advice.
     """
     found: Found = [(_NAMES.get(name, "figures"), of) for name, of in member.profile.conditions]
     for known in member.timings.values():
@@ -34,9 +35,9 @@ def plan_noise(
     bits: Collection[int],
     excluded: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """As ``device_noise``, by member, of what a plan of this model at these widths is made from.
+    """The noisy figures of each member that a plan of this model at these widths is made from.
 
-    ``excluded`` are device ids.
+    excluded: device ids of members that the plan does not use.
     """
     names = {member.name for member in members if member.device not in excluded}
     among = [link for link in links if {link.source, link.target} <= names]

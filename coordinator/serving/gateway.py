@@ -1,10 +1,11 @@
-"""Generations: a prompt goes to the first stage, tokens come back, text goes to the user.
+"""Generates answers: a prompt goes to the first stage, tokens come back, text goes to the user.
 
-As many sequences are in flight as the deployment has KV slots; who comes later stands in line. The
-gateway follows each sequence to its end, and frees its slot on every stage whatever ends it: the
-model, a stop string, an error, or the user going away. It keeps every token: where a device is lost
-and the model placed anew, prompt and answer so far run through the new stages, and the answer goes
-on.
+The deployment's KV slots bound the sequences in flight. Later requests stand in line. The gateway
+follows each sequence to its end, and then frees its slot on every stage. A sequence ends by the
+model, a stop string, an error, or a user who goes away.
+
+The gateway keeps every token. If a device is lost and the model is placed anew, the prompt and the
+answer so far run through the new stages, and the answer goes on.
 """
 
 from __future__ import annotations
@@ -47,26 +48,27 @@ from wire.patience import within
 
 STALL_S = 120.0
 STALL_FACTOR = 20
-"""No token for STALL_S and STALL_FACTOR times what the plan predicts for the whole prompt: whoever
-waits in line must not wait for ever."""
+"""The time limit for one token is STALL_S plus STALL_FACTOR times the prompt's predicted time.
+
+Without a limit, requests in line could wait for ever."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step adds to an answer. ``tokens`` may be empty, and so may ``text``."""
+    """The part of an answer that one step adds. ``tokens`` and ``text`` may be empty."""
 
     text: str
     tokens: tuple[int, ...]
     finish: FinishReason
     notice: str = ""
-    """Why nothing comes for a while; then nothing else is there."""
+    """The reason of a pause. Such a piece has nothing else."""
     withdraws: bool = False
-    """Whether all that came before is wrong: the answer begins again."""
+    """Whether all earlier pieces are wrong, and the answer begins again."""
 
 
 @dataclass(slots=True)
 class Timing:
-    """When a generation's tokens arrived at the gateway, in seconds of a monotonic clock."""
+    """The times at which tokens arrived at the gateway, in seconds of a monotonic clock."""
 
     prompt_tokens: int = 0
     started_s: float = 0.0
@@ -76,14 +78,14 @@ class Timing:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens per second until the first token was there; None before that."""
+        """Prompt tokens per second until the first token. None before that."""
         if self.first_s is None:
             return None
         return self.prompt_tokens / (self.first_s - self.started_s)
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens per second after the first; None with fewer than two."""
+        """Tokens per second after the first one. None with fewer than two."""
         if self.first_s is None or self.last_s is None or self.tokens < 2:
             return None
         return (self.tokens - 1) / (self.last_s - self.first_s)
@@ -91,17 +93,17 @@ class Timing:
 
 @dataclass(slots=True)
 class _Flight:
-    """A sequence in flight. What its last stage says of it is checked here, whoever samples."""
+    """A sequence in flight. It checks each token that the last stage sends."""
 
     deployment: Deployment
     sampling: Sampling
     events: asyncio.Queue[TokenSampled | CoordinatorError] = field(default_factory=asyncio.Queue)
     tokens: int = 0
     ended: bool = False
-    """Nothing that still arrives counts."""
+    """Later messages of the sequence are dropped."""
 
     def take(self, message: TokenSampled) -> str | None:
-        """Queue the next token; what is wrong with it, if it cannot be that."""
+        """Queue the next token. Returns what is wrong with it, or None."""
         limit = self.sampling.max_tokens
         if message.index != self.tokens or self.tokens >= limit:
             return f"sent token number {message.index}, where {self.tokens} of {limit} had come"
@@ -123,7 +125,7 @@ class Gateway:
         self._models = models
         self._numbers = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
-        roster.subscribe(self.on_event, lambda *_: None)  # A loss ends answers by EndAnswers.
+        roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
         models.carry_out(EndAnswers, self._end)
 
     async def generate(
@@ -136,13 +138,15 @@ class Gateway:
         *,
         withdrawable: bool = False,
     ) -> AsyncGenerator[Piece, None]:
-        """Pieces of the answer until one has a finish reason; waits for its turn first.
+        """Wait for a slot, then yield the answer's pieces. The last one has a finish reason.
 
-        ``max_tokens`` is cut to what the context leaves. Where a device is lost, the answer goes on
-        once the model is placed anew. Where a stage was damaged it begins again, and must give the
-        tokens that were given already: else AnswerWithdrawn is raised, or, where pieces are
-        ``withdrawable``, one says so. Closing the iterator cancels the sequence on every stage.
-        Raises RequestInvalid, CoordinatorError.
+        ``max_tokens`` is cut to the room in the context. If a device is lost, the answer goes on
+        once the model is placed anew. If a stage was damaged, the answer begins again. Should it
+        then differ from the tokens that the caller has, AnswerWithdrawn is raised.
+
+        withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
+        Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
+        CoordinatorError.
         """
         room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
         limit = min(sampling.max_tokens, room)
@@ -152,7 +156,7 @@ class Gateway:
         text = _StopFilter(stop)
         answer: list[int] = []
         given: list[int] = []
-        """What the caller has: longer than the answer where that began again."""
+        """The tokens that the caller has. The answer has fewer after it began again."""
         while True:
             before, deployment = deployment, await self._models.latest(deployment)
             if given and before is not deployment and self._models.is_suspect(before):
@@ -178,7 +182,7 @@ class Gateway:
                         if piece.finish:
                             return
             except (AnswerWithdrawn, AgentLied):
-                raise  # Not even the tokens before are to be trusted.
+                raise  # Not even the earlier tokens can be trusted.
             except CoordinatorError as error:
                 if not self._models.is_replaced(deployment):
                     raise
@@ -189,7 +193,7 @@ class Gateway:
     async def _tokens(
         self, deployment: Deployment, prompt: tuple[int, ...], sampling: Sampling, timing: Timing
     ) -> AsyncGenerator[TokenSampled, None]:
-        """What follows a prompt here, once a slot is free. Raises CoordinatorError."""
+        """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
         async with deployment.slots.one() as slot:
             self._models.require(deployment)
             number = next(self._numbers)
@@ -207,9 +211,9 @@ class Gateway:
                 await asyncio.shield(_release(deployment, number))
 
     def on_event(self, member: Member, message: Message) -> None:
-        """Take what an agent says of its own accord; what belongs to no flight is dropped.
+        """Take a token or a failure from an agent. A message of no known flight is dropped.
 
-        Raises ProtocolError for what ends a flight because no working agent sends it.
+        Raises ProtocolError for a token that no working agent sends. It ends the flight.
         """
         if not isinstance(message, (TokenSampled, SequenceFailed)):
             return
@@ -228,7 +232,7 @@ class Gateway:
                 raise ProtocolError(f"it {lie}")
 
     def _end(self, action: EndAnswers) -> None:
-        """End what runs on a deployment that is no more."""
+        """End every flight of a deployment that has ended."""
         for flight in self._flights.values():
             if flight.deployment is action.deployment:
                 flight.events.put_nowait(action.error)
@@ -237,9 +241,9 @@ class Gateway:
 def room_for_answer(
     prompt_tokens: int, context_tokens: int, spec: ModelSpec, *, at_least: bool = False
 ) -> int:
-    """How many tokens may follow a prompt. Raises RequestInvalid where none may.
+    """The number of tokens that may follow a prompt. Raises RequestInvalid if there is no room.
 
-    ``at_least``: the prompt has not been tokenized, and may have more tokens than that.
+    at_least: the prompt is not tokenized yet, and may have more than ``prompt_tokens``.
     """
     if not prompt_tokens:
         raise RequestInvalid("the prompt is empty", "prompt")
@@ -256,14 +260,14 @@ def room_for_answer(
 
 
 class _StopFilter:
-    """Ends text at the first stop string, holding back what might be the start of one."""
+    """Ends text at the first stop string. It holds text back that may begin one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """(text that is safe to show, whether a stop string was met)."""
+        """Return the text that is safe to show, and whether a stop string was met."""
         self._held += text
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
@@ -275,7 +279,7 @@ class _StopFilter:
         return shown, False
 
     def rest(self) -> str:
-        """What was held back, once no more text comes."""
+        """The held text, once no more text comes."""
         rest, self._held = self._held, ""
         return rest
 
@@ -305,9 +309,9 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
 async def _begin(
     deployment: Deployment, number: int, slot: int, prompt: tuple[int, ...], sampling: Sampling
 ) -> None:
-    """Have a sequence start on every stage; where a device is gone, its flight is told by others.
+    """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
-    The first one gets the prompt, and comes last: its rows find the others prepared.
+    The first stage gets the prompt. It is told last, so that its rows find the others prepared.
     """
 
     async def tell(member: Member, message: StartSequence) -> None:

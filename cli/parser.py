@@ -1,0 +1,46 @@
+"""The argument parser of ``shoal`` and all its commands, and how their help texts are laid out."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import Any
+
+DEFAULT_URL = "http://127.0.0.1:7421"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help is made of sentences. Sub-commands are parsers of this class."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments, formatter_class=HelpFormatter, add_help=False)
+        self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps paragraphs to the width of the terminal, and keeps indented lines such as examples."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        paragraph: list[str] = []
+        for line in [*text.splitlines(), ""]:
+            if line and not line.startswith(" "):
+                paragraph.append(line)
+                continue
+            lines += textwrap.wrap(" ".join(paragraph), width, break_on_hyphens=False)
+            lines.append(line)
+            paragraph = []
+        return "\n".join(lines[:-1])
+
+
+def add_url_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--url``, which commands that ask the coordinator share."""
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help="The address of the coordinator's API. "
+        f"Default: $SHOAL_COORDINATOR, else {DEFAULT_URL}.",
+    )
