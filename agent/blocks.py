@@ -1,9 +1,8 @@
-"""The block cache: artifacts on this device's disk, by content hash, and what is made of them.
+"""The block cache: artifacts on this device's disk by content hash, and the files made from them.
 
-What comes is compared with its hash on the way. What lies there is compared again before or while
-it is used, because storage rots (agent.integrity). A download that was cut off stays as a .part
-file and goes on where it stopped. What was used longest ago makes room, be it an artifact or the
-weights that a backend prepared for a stage.
+A download is hashed as it arrives. Files on disk are hashed again before or during use, because
+storage rots (agent.integrity). A download that was cut off stays as a .part file and continues
+later. The files used longest ago make room, whether artifacts or a backend's prepared weights.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ class CacheError(Exception):
 
 
 class Gone(CacheError):
-    """The coordinator's own file was damaged, and it could not make it again from a checkpoint."""
+    """The coordinator's own file was damaged, and no checkpoint was there to make it again."""
 
 
 class BlockCache:
-    """Artifacts and prepared weights under ``directory``, together never above ``limit_bytes``."""
+    """Artifacts and prepared weights under ``directory``, together at most ``limit_bytes``."""
 
     def __init__(self, directory: Path, limit_bytes: int) -> None:
         self._directory = directory
@@ -62,7 +61,7 @@ class BlockCache:
         return self._directory / sha256
 
     def find(self, sha256s: Iterable[str]) -> tuple[str, ...]:
-        """Those of the artifacts, named by hashes from anyone, that are here."""
+        """Return those of the hashes whose artifacts are here. The hashes may come from anyone."""
         return tuple(
             sha256 for sha256 in sha256s if SHA256.fullmatch(sha256) and self.path(sha256).is_file()
         )
@@ -78,11 +77,11 @@ class BlockCache:
         keep: Collection[str] = (),
         hashed: set[Path] | None = None,
     ) -> int:
-        """Make all ``blocks`` present and whole; returns how many bytes came over the network.
+        """Make all ``blocks`` present and whole, and return the bytes that came over the network.
 
-        ``on_progress`` gets (bytes present, bytes in all). Artifacts in ``keep``, by their hashes,
-        do not make room for others. A caller that gives ``hashed`` checks what was present itself:
-        the paths of what came are added there. Raises CacheError, WireError.
+        ``on_progress`` gets (bytes present, bytes in all). Artifacts whose hashes are in ``keep``
+        are not evicted. With ``hashed``, the caller checks files that were present already. The
+        paths of fetched files are added to it. Raises CacheError, WireError.
         """
         wanted = {ref.sha256: ref for ref in blocks}
         for ref in wanted.values():
@@ -126,9 +125,9 @@ class BlockCache:
         return sum(ref.size_bytes for ref in missing)
 
     def prepare(self, blocks: Sequence[FileRef], size_bytes: int) -> Path | None:
-        """Where a backend may keep ``size_bytes`` that it makes of ``blocks``, which are here.
+        """Return a folder for ``size_bytes`` that a backend makes from ``blocks``, which are here.
 
-        The same blocks have the same place. None where the limit leaves no room for both.
+        The same blocks have the same folder. None if the limit leaves no room for both.
         """
         wanted = {ref.sha256: ref.size_bytes for ref in blocks}
         home = self._prepared / hashlib.sha256("".join(wanted).encode()).hexdigest()
@@ -147,9 +146,9 @@ class BlockCache:
         return sum(self.path(sha256).stat().st_size for sha256 in self.find(sha256s))
 
     def remove(self, path: Path) -> None:
-        """Remove an artifact; of prepared weights, all that were kept with this file.
+        """Remove an artifact, or all prepared weights that were kept together with this file.
 
-        Raises CacheError where something stays there.
+        Raises CacheError if something remains.
         """
         if self._prepared in path.parents:
             path = path.parent
@@ -179,7 +178,7 @@ class BlockCache:
         *,
         is_last: bool = False,
     ) -> None:
-        """Fetch one artifact; ``on_progress`` gets how much of it is here.
+        """Fetch one artifact; ``on_progress`` gets the bytes that are here.
 
         Raises _ArrivedDamaged, WireError, OSError.
         """
@@ -203,7 +202,7 @@ class BlockCache:
                 raise _ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
-        """Drop what was used longest ago until ``needed_bytes`` for what is kept are free."""
+        """Remove the files used longest ago, except ``keep``, until ``needed_bytes`` are free."""
         others = [
             path
             for path in self._directory.iterdir()
@@ -224,11 +223,11 @@ class BlockCache:
 
 
 class _ArrivedDamaged(CacheError):
-    """What came is not what was asked for; nothing of it is kept."""
+    """The bytes that arrived are not the artifact. None of them are kept."""
 
 
 class _Source:
-    """The coordinator as a source of files, over a connection that can be replaced; a context."""
+    """The coordinator as a source of files, over a connection that can be replaced. A context."""
 
     def __init__(self, coordinator: Endpoint, device: str, token: Token | None) -> None:
         """Raises WireError."""
@@ -242,9 +241,9 @@ class _Source:
         self.connection.close()
 
     def report(self, ref: FileRef, waiting: Callable[[], None]) -> None:
-        """Have the coordinator check a file that did not arrive whole, on a new connection.
+        """Have the coordinator check a file that arrived damaged, on a new connection.
 
-        ``waiting`` is called now and then; what it raises ends the wait. Raises Gone, WireError.
+        ``waiting`` is called now and then, and may raise to end the wait. Raises Gone, WireError.
         """
         self.connection.close()
         self.connection = self._connect()
@@ -277,7 +276,7 @@ def _is_whole(path: Path, ref: FileRef, hash_present: bool) -> bool:
         return False
     try:
         return not hash_present or file_sha256(path) == ref.sha256
-    except CheckpointError:  # It cannot be read.
+    except CheckpointError:  # The file cannot be read.
         return False
 
 
@@ -290,10 +289,10 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what loads that were killed left in a cache: folders whose names begin with a dot.
+    """Remove the folders that killed loads left in a cache. Their names begin with a dot.
 
-    For the agent that has claimed the state directory, before it loads anything: nobody else
-    writes there.
+    The agent calls this after it has claimed the state directory and before it loads anything, so
+    no other process writes there.
     """
     for folder, names, _ in os.walk(directory):
         for name in [name for name in names if name.startswith(".")]:

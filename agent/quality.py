@@ -50,7 +50,7 @@ class StreamedModel:
         device: str,
         token: Token | None = None,
     ) -> None:
-        """Raises BackendError where ``blocks`` are not all blocks of the model, in order."""
+        """Raises BackendError if ``blocks`` are not all blocks of the model, in order."""
         if [ref.block for ref in blocks] != list(range(spec.block_count)):
             raise BackendError("the blocks are not those of the model")
         self.spec = spec
@@ -62,7 +62,7 @@ class StreamedModel:
         self._formats: dict[int, Format] = {}
 
     def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
-        """Raises CacheError, WireError, CheckpointError."""
+        """Read one block. Raises CacheError, WireError, CheckpointError."""
         fmt, tensors = read_block(self._path(block), self.spec, block)
         self._formats[block] = fmt
         return {
@@ -71,7 +71,7 @@ class StreamedModel:
         }
 
     def lossless_format(self, block: int) -> Format:
-        """The format that the block came in. Raises as ``block``."""
+        """Return the format in which the block came. Raises the same errors as ``block``."""
         if block not in self._formats:
             self._formats[block], _ = read_block(self._path(block), self.spec, block)
         return self._formats[block]
@@ -98,10 +98,11 @@ def measure_quality(
     """Carry out a request; ``report`` gets each result as soon as it is there.
 
     own: the agent's backend, for requests that name none.
-    directory: is emptied first, because a killed run leaves hidden states there.
+    directory: it is emptied first, because a killed run leaves hidden states there.
     progress: gets (done, all) passes of the blocks, then of the hops, then of the plans.
-    Raises BackendError for a request that makes no sense, BackendUnavailable for a backend that is
-    not here, and the errors of reading and running blocks.
+
+    Raises BackendError for an impossible request, BackendUnavailable for a backend that is not
+    here, and the errors of reading and running blocks.
     """
     formats = _formats(request, source.spec)
     backend, plain = _backends(request.backend, own)

@@ -1,4 +1,4 @@
-"""What every backend refuses: blocks that are no stage, rows that do not fit."""
+"""The checks of every backend: blocks must form a stage, and rows must fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.spec import ModelSpec
 
 
 def check_blocks(spec: ModelSpec, blocks: Sequence[int], options: StageOptions) -> None:
-    """Raise BackendError unless ``blocks`` are a contiguous run that the options make sense for."""
+    """Raise BackendError unless ``blocks`` are a contiguous run that fits the options."""
     if not blocks or list(blocks) != list(range(blocks[0], blocks[0] + len(blocks))):
         raise BackendError(f"a stage is a contiguous run of blocks, not {list(blocks)}")
     if blocks[0] < 0 or blocks[-1] >= spec.block_count:

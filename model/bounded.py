@@ -1,4 +1,4 @@
-"""Reads files of unknown origin up to a size, so that none of them can fill the memory."""
+"""Files of unknown origin are read up to a size, so that none of them can fill the memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_JSON_BYTES = 64 << 20
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The content of a file. Raises OSError, and ValueError for more than ``max_bytes``."""
+    """Read a file. Raises OSError, and ValueError for more than ``max_bytes``."""
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -19,8 +19,11 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The JSON value in a file. Raises OSError, and ValueError for a file that is too large or has
-    no JSON; its message does not name the file."""
+    """Read the JSON value in a file.
+
+    Raises OSError, and ValueError for a file that is too large or holds no JSON. The message of the
+    ValueError does not name the file.
+    """
     data = read_bytes(path, max_bytes)
     try:
         return json.loads(data)
