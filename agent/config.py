@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import secrets
 import unicodedata
@@ -75,15 +74,6 @@ class AgentConfig:
     @property
     def cache_dir(self) -> Path:
         return self.state_dir / "blocks"
-
-
-def default_state_dir() -> Path:
-    """Return the directory for identity and blocks: STATE_DIRECTORY under systemd, else XDG."""
-    service = os.environ.get("STATE_DIRECTORY")
-    if service:
-        return Path(service.split(":")[0])
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "shoal" / "agent"
 
 
 def claim(state_dir: Path) -> TextIO:

@@ -80,6 +80,12 @@ class Format:
             return Format(bits, "float", 0, True)
         return Format(bits, scheme, group_size, symmetric or scheme == "truncate")
 
+    @property
+    def key(self) -> str:
+        """The format's name in files."""
+        kind = "sym" if self.symmetric else "asym"
+        return f"{self.bits}/{self.scheme}/{self.group_size}/{kind}"
+
     def groups(self, columns: int) -> int:
         """Groups in a row of ``columns`` weights (integer formats only)."""
         return -(-columns // self.group_size)

@@ -1,4 +1,4 @@
-"""Reports to the service manager by the protocol of sd_notify(3): ready, status, alive.
+"""Reports to the service manager by the protocol of sd_notify(3), and asks where state is kept.
 
 Container engines have no such protocol. For them, SHOAL_ALIVE_FILE names a file to touch.
 
@@ -24,6 +24,15 @@ TOUCH_INTERVAL_S = 5.0
 """The interval at which the file is touched, for a checker of its age."""
 
 MAX_STATUS_CHARACTERS = 200
+
+
+def default_state_dir(service: str) -> Path:
+    """Return where a service keeps its files: STATE_DIRECTORY under systemd, else XDG's place."""
+    given = os.environ.get("STATE_DIRECTORY")
+    if given:
+        return Path(given.split(":")[0])
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "shoal" / service
 
 
 class ServiceManager:

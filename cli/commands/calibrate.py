@@ -27,6 +27,7 @@ from cli.errors import CommandFailed, UsageError
 from cli.parser import add_url_argument
 from cli.render import NOISY, Screen
 from wire.conditions import Conditions, worst
+from wire.service import default_state_dir
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -175,7 +176,6 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
 
     Raises CommandFailed.
     """
-    from agent.config import default_state_dir
     from backends.base import BackendError
     from model.errors import ModelError
 
@@ -189,7 +189,7 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
         if options.quality and options.on is not None:
             quality_on_agent(options, screen)
         elif options.quality:
-            quality_here(options, screen, options.state_dir or default_state_dir())
+            quality_here(options, screen, options.state_dir or default_state_dir("agent"))
         else:
             target = target_of(options.state_dir)
             if target.unreachable is not None:

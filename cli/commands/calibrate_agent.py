@@ -17,6 +17,7 @@ from cli.render import Screen
 from cli.service import daemons
 from cli.service.install import CONFIG, STATE
 from cli.service.settings import read_settings
+from wire.service import default_state_dir
 
 if TYPE_CHECKING:
     from calibration.store import CalibrationStore
@@ -40,8 +41,6 @@ class Target:
 def target_of(state_dir: Path | None, root: Path = Path("/")) -> Target:
     """The agent whose state is in ``state_dir``; else the service, where it may be written; else
     the user's. ``root`` stands for / in tests. Raises UsageError for settings that are wrong."""
-    from agent.config import default_state_dir
-
     parser = argparse.ArgumentParser(prog="shoal agent")
     daemons.add_agent_arguments(parser)
     defaults = parser.get_default
@@ -49,7 +48,7 @@ def target_of(state_dir: Path | None, root: Path = Path("/")) -> Target:
     config = root / CONFIG.relative_to("/") / "agent.toml"
     settings: Mapping[str, Any] = {}
     unreachable: Path | None = None
-    chosen = state_dir or default_state_dir()
+    chosen = state_dir or default_state_dir("agent")
     if state_dir is None and service.is_dir():
         if os.access(service, os.W_OK | os.X_OK):
             chosen = service

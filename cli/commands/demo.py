@@ -28,13 +28,13 @@ from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import PHASES, Screen
 from cli.service.signals import held_signals
-from coordinator.files.artifacts import ArtifactStore
 from coordinator.serving.gateway import room_for_answer
 from model import costs
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
 from model.quantize import Format
 from model.tokenizer import Tokenizer
+from model.weight_errors import weight_errors
 from planning.errors import RequestInvalid
 from planning.request import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS, LoadRequest
 from wire import limits
@@ -246,13 +246,12 @@ class Demo:
         bound = options.max_weight_error
         errors: Sequence[dict[int, float]] = [{}] * spec.block_count
         if bound is not None:
-            store = ArtifactStore(self._directory / "coordinator")
-            store.prepare()
             with self._screen.progress() as on_step:
                 try:
-                    errors = store.weight_errors(
+                    errors = weight_errors(
                         checkpoint,
                         formats,
+                        self._directory / "coordinator",
                         lambda done, total: on_step(
                             {
                                 "phase": "weight errors",
@@ -262,7 +261,6 @@ class Demo:
                                 "unit": "blocks",
                             }
                         ),
-                        lambda: False,
                     )
                 except (ModelError, OSError) as error:
                     raise CommandFailed(str(error)) from error

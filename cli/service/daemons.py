@@ -20,7 +20,7 @@ from cli.service.install import add_service_actions
 from coordinator.config import DEFAULT_RECOVERY_WAIT_S
 from wire.errors import WireError
 from wire.messages import Endpoint
-from wire.service import ServiceManager
+from wire.service import ServiceManager, default_state_dir
 
 MOST_DESCRIPTORS = 65_536
 """More than all connections that are let in, and all files."""
@@ -215,7 +215,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.making import LocalMakers
-    from coordinator.config import ConfigError, CoordinatorConfig, default_state_dir
+    from coordinator.config import ConfigError, CoordinatorConfig
     from coordinator.server import Coordinator, Ready
     from wire.auth import TokenError, create_token, read_token
 
@@ -241,7 +241,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         coordinator = Coordinator(
             CoordinatorConfig(
                 cluster=options.cluster,
-                state_dir=options.state_dir or default_state_dir(),
+                state_dir=options.state_dir or default_state_dir("coordinator"),
                 control_host=options.bind,
                 control_port=options.port,
                 http_host=options.http.host,
@@ -286,7 +286,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
             screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
         return
 
-    from agent.config import AgentConfig, ConfigError, default_name, default_state_dir
+    from agent.config import AgentConfig, ConfigError, default_name
     from agent.daemon import Agent
     from wire.auth import TokenError, read_token
 
@@ -296,7 +296,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
         agent = Agent(
             AgentConfig(
                 name=options.name or default_name(socket.gethostname()),
-                state_dir=options.state_dir or default_state_dir(),
+                state_dir=options.state_dir or default_state_dir("agent"),
                 cluster=options.cluster,
                 coordinator=options.coordinator,
                 bind_host=options.bind,
