@@ -75,3 +75,4 @@ def test_the_status_of_a_unit_tells_what_is_served(
     for name, told in (("a1", agents), ("coordinator", manager)):
         cluster.processes[name].terminate()
         told.hear("STOPPING=1")
+        assert cluster.processes[name].wait(START_TIMEOUT_S) == 0
