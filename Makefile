@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := model wire backends calibration agent planning paper coordinator testbed cli
 
-# What `make bundle` is for: a Raspberry Pi OS 12 or Debian 12 agent, unless told otherwise.
+# `make bundle` is for an agent on Raspberry Pi OS 12 or Debian 12, unless told otherwise.
 MACHINE ?= aarch64
 PYTHON_VERSION ?= 3.11
 LOCK ?= agent
@@ -18,32 +18,32 @@ PREPARED ?= $(HOME)/.cache/shoal/prepared
 .PHONY: $(shell sed -nE 's/^([a-z-]+):.*\#\# .*/\1/p' $(MAKEFILE_LIST))
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: $(VENV)/run.stamp ## split the embedded model over three agents on this machine and ask it
+demo: $(VENV)/run.stamp ## split the embedded model over three agents on this machine, and ask it something
 	$(BIN)/shoal demo
 
-test: $(VENV)/dev.stamp ## run the tests in 4 processes (pass options in ARGS); durations in build/tests.xml
+test: $(VENV)/dev.stamp ## run all tests in 4 processes (options in ARGS; durations go to build/tests.xml)
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 20 \
 		--junitxml build/tests.xml $(ARGS)
 
-test-fast: $(VENV)/dev.stamp ## the tests that start no process and open no connection
+test-fast: $(VENV)/dev.stamp ## run the tests that start no process and open no connection
 	$(BIN)/python -m pytest -n 2 --dist worksteal --fast $(ARGS)
 
-test-matrix: ## the tests of an installation on every supported Python that pyenv or PATH has
+test-matrix: ## test an installation on every supported Python that pyenv or PATH has
 	tests/install/matrix.sh
 
-test-install: $(VENV)/dev.stamp ## services under a real systemd and on arm64 (root; makes Debian trees, minutes)
+test-install: $(VENV)/dev.stamp ## test services under a real systemd and on arm64 (root; takes minutes)
 	tests/install/prepare.sh $(PREPARED)
 	SHOAL_PREPARED=$(PREPARED) $(BIN)/python -m pytest tests/install -m slow $(ARGS)
 
-dist: $(VENV)/run.stamp ## a folder to install from: wheel, locks, install.sh
+dist: $(VENV)/run.stamp ## make a folder to install from: wheel, locks, install.sh
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	cp install.sh requirements/agent.lock requirements/run.lock dist/
 
-# pip judges "python_full_version < '3.11'" by the Python that runs it: uv resolves the lock for the target.
-bundle: dist ## the same with every wheel for MACHINE and PYTHON_VERSION, to install without a network
+# pip would judge "python_full_version < '3.11'" by its own Python. So uv resolves the lock for the target.
+bundle: dist ## make dist with every wheel for MACHINE and PYTHON_VERSION, to install offline
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \
 		--python-platform $(MACHINE)-manylinux_2_28 requirements/$(LOCK).lock -o dist/wheels.lock
@@ -53,55 +53,55 @@ bundle: dist ## the same with every wheel for MACHINE and PYTHON_VERSION, to ins
 		-r dist/wheels.lock -d dist/wheels
 	rm dist/wheels.lock
 
-test-system: $(VENV)/dev.stamp ## run the tests on emulated hosts (needs root)
+test-system: $(VENV)/dev.stamp ## run the tests on emulated hosts (root)
 	$(BIN)/python -m pytest -m netns $(ARGS)
 
-check: $(VENV)/dev.stamp ## style, types and the import contract
+check: $(VENV)/dev.stamp ## check style, types and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-state-diagram: $(VENV)/run.stamp ## write the states of a model into docs/design.md, from their table
+state-diagram: $(VENV)/run.stamp ## draw a model's states into docs/design.md, from their table
 	$(BIN)/python -m coordinator.loading.diagram docs/design.md
 
-bench: $(VENV)/run.stamp ## measure what splitting costs on this machine
+bench: $(VENV)/run.stamp ## measure the cost of splitting on this machine
 	$(BIN)/python benchmarks/split.py $(ARGS)
 
-bench-hop: $(VENV)/run.stamp ## what a hop costs beside raw TCP (with root on a LAN, too)
+bench-hop: $(VENV)/run.stamp ## measure the cost of a hop beside raw TCP (with root also on a LAN)
 	$(BIN)/python benchmarks/hop.py $(ARGS)
 
-bench-pipeline: $(VENV)/run.stamp ## what splitting over 1 to 4 emulated devices costs (needs root)
+bench-pipeline: $(VENV)/run.stamp ## measure the cost of splitting over 1 to 4 emulated devices (root)
 	$(BIN)/python -m benchmarks.pipeline $(ARGS)
 
-bench-rest: $(VENV)/run.stamp ## measure what an agent and its coordinator take while nobody asks (root)
+bench-rest: $(VENV)/run.stamp ## measure what an idle agent and coordinator take (root)
 	unshare --net $(BIN)/python benchmarks/at_rest.py $(ARGS)
 
-bench-planner: $(VENV)/run.stamp ## solve times and proved gaps of the planner
+bench-planner: $(VENV)/run.stamp ## measure the planner's solve times and proved gaps
 	$(BIN)/python benchmarks/planner.py $(ARGS)
 
-bench-fidelity: $(VENV)/run.stamp ## predicted and measured times of many plans on emulated hosts (needs root)
+bench-fidelity: $(VENV)/run.stamp ## compare predicted and measured times of many plans on emulated hosts (root)
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
-bench-throughput: $(VENV)/run.stamp ## several generations at once over 1 to 4 emulated hosts (needs root)
+bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 1 to 4 emulated hosts (root)
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
-bench-recovery: $(VENV)/run.stamp ## how much later an answer ends when a device is lost (needs root)
+bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when a device is lost (root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
-chaos: $(VENV)/run.stamp ## 10 minutes of random faults while clients ask: no wrong answer, no traceback (root)
+chaos: $(VENV)/run.stamp ## inject random faults for 10 minutes while clients ask, and check every answer (root)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
-bench-integrity: $(VENV)/run.stamp ## what checking files costs until the first answer
+bench-integrity: $(VENV)/run.stamp ## measure the cost of checking files until the first answer
 	$(BIN)/python -m benchmarks.integrity $(ARGS)
 
-bench-sampling: $(VENV)/run.stamp ## what drawing a token costs beside taking the likeliest, over HTTP
+bench-sampling: $(VENV)/run.stamp ## measure the cost of drawing a token, over HTTP
 	$(BIN)/python -m benchmarks.sampling $(ARGS)
 
-bench-pages: $(VENV)/run.stamp ## decoding speed of fresh processes, by the memory that weights lie in
+bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
 
-lock: $(VENV)/run.stamp ## resolve requirements/*.lock anew for all supported Pythons
+lock: $(VENV)/run.stamp ## resolve requirements/*.lock again for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \
 		extras="--extra agent --extra coordinator"; \

@@ -6,22 +6,22 @@
 #   sudo sh install.sh rollback
 #   sudo sh install.sh uninstall [--yes | --keep-data]
 #
-# It installs the wheel that lies beside it (make dist), or the source tree that it is part of.
-# Run again, it upgrades, restarts the machine's services, and keeps the environment that was
-# there in /opt/shoal.previous: rollback goes back to it. Variables:
-#   SHOAL_TOKEN    the cluster's token, kept in /etc/shoal/token
-#   SHOAL_WHEELS   a folder with every wheel that is needed; nothing is downloaded then.
-#                  Default: wheels/ beside this script, if there is one (make bundle)
-#   SHOAL_EXTRAS   more extras of the package, say: highs
-#   SHOAL_PREFIX   instead of /opt/shoal
-#   PYTHON         instead of python3
+# It installs the wheel beside it (make dist), or the source tree that it is part of.
+# Run it again to upgrade. It then restarts the machine's services, and keeps the old
+# environment in /opt/shoal.previous. `rollback` goes back to that. Variables:
+#   SHOAL_TOKEN    The cluster's token. It is kept in /etc/shoal/token.
+#   SHOAL_WHEELS   A folder with all needed wheels. Nothing is downloaded then.
+#                  Default: wheels/ beside this script, if it exists (make bundle).
+#   SHOAL_EXTRAS   More extras of the package, such as highs.
+#   SHOAL_PREFIX   The environment's folder. Default: /opt/shoal.
+#   PYTHON         The Python to use. Default: python3.
 set -eu
 
 PREFIX=${SHOAL_PREFIX:-/opt/shoal}
 PYTHON=${PYTHON:-python3}
 PREVIOUS=$PREFIX.previous
-KEPT=$PREFIX.kept # What was there, while an upgrade is under way.
-SWAP=$PREFIX.swap # What is replaced, while a rollback is under way.
+KEPT=$PREFIX.kept # The old environment during an upgrade.
+SWAP=$PREFIX.swap # The replaced environment during a rollback.
 UNITS=/etc/systemd/system
 COMMAND=/usr/local/bin/shoal
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -51,12 +51,12 @@ uninstall() {
     echo "shoal is removed"
 }
 
-# The shoal in an environment; nothing where there is none.
+# Prints the version of shoal in an environment, or nothing.
 version_in() {
     "$1/bin/python" -c 'import importlib.metadata as m; print(m.version("shoal-llm"))' 2>/dev/null || true
 }
 
-# Mend what an upgrade or a rollback left that was cut short, say by a power cut.
+# Repairs the state after an upgrade or a rollback that was cut short, for instance by a power cut.
 mend() {
     rm -rf "$KEPT.part"
     if [ -e "$KEPT" ]; then
@@ -69,7 +69,7 @@ mend() {
     fi
 }
 
-# Copy what is there before it is changed. The copy works once it is back at its path.
+# Copies the environment before it is changed. The copy works only at the old path.
 keep_environment() {
     before=$(version_in "$PREFIX")
     [ -n "$before" ] || return 0
@@ -92,21 +92,21 @@ put_back() {
     exit $code
 }
 
-# The new environment works: the old one is what rollback goes back to.
+# Checks that the new environment works, and keeps the old one for a rollback.
 accept_environment() {
     "$PREFIX/bin/shoal" --help >/dev/null
     trap - EXIT INT TERM HUP
     [ -e "$KEPT" ] || return 0
     kept=$(version_in "$PREVIOUS")
     if [ "$(version_in "$PREFIX")" = "$before" ] && [ -n "$kept" ] && [ "$kept" != "$before" ]; then
-        rm -rf "$KEPT" # Installed again: the version before it stays.
+        rm -rf "$KEPT" # The same version again: keep the earlier one.
     else
         rm -rf "$PREVIOUS"
         mv "$KEPT" "$PREVIOUS"
     fi
 }
 
-# Renew the unit of a service that is installed, and restart it if it runs.
+# Renews the unit of an installed service, and restarts it if it runs.
 renew() {
     unit=shoal-$1.service
     [ -e "$UNITS/$unit" ] || return 0
@@ -136,7 +136,7 @@ rollback() {
     echo "shoal ${now:-?} is kept in $PREVIOUS: \`sudo sh install.sh rollback\` goes forward again"
 }
 
-# What an upgrade did.
+# Says what was installed.
 report() {
     after=$(version_in "$PREFIX")
     if [ -z "$before" ]; then
@@ -159,14 +159,14 @@ is_jetson() {
     [ -e /etc/nv_tegra_release ]
 }
 
-# A Jetson's torch comes from NVIDIA and lies in the system's Python.
+# NVIDIA installs a Jetson's torch into the system's Python.
 has_system_torch() {
     is_jetson && "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 }
 
 make_environment() {
     if [ -e "$PREFIX/pyvenv.cfg" ] && "$PREFIX/bin/python" -c 'import pip' 2>/dev/null; then
-        return # An upgrade in place.
+        return # It is an upgrade in place.
     fi
     if [ -e "$PREFIX" ] && [ ! -e "$PREFIX/pyvenv.cfg" ]; then
         fail "$PREFIX exists and is not an environment of shoal; name another one in SHOAL_PREFIX"
@@ -205,7 +205,7 @@ install_package() {
         set -- --no-index --find-links "$wheels"
     fi
     if has_system_torch; then
-        # NVIDIA builds its torch against numpy 1; the lock has numpy 2.
+        # NVIDIA builds its torch for numpy 1, but the lock has numpy 2.
         pip_install "$@" "$package[$extras]" 'numpy<2'
         return
     fi
@@ -248,7 +248,7 @@ check_python
 before=
 keep_environment
 make_environment
-# A machine that is both keeps what its other service needs.
+# A machine with both services keeps the packages of the other one.
 if [ -e "$UNITS/shoal-coordinator.service" ]; then lock=run.lock; fi
 if [ $lock = run.lock ]; then
     install_package agent,coordinator run.lock

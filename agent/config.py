@@ -54,6 +54,8 @@ class AgentConfig:
     """Read prompts faster through a coarser copy of the layers, if memory has room for it."""
     advertise: tuple[Endpoint, ...] = ()
     """Addresses at which other agents reach this one, besides its own. Port 0 is the data port."""
+    measurements_dir: Path | None = None
+    """Where measurements are kept. Agents of one machine may share it. None: ``state_dir``."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -74,6 +76,16 @@ class AgentConfig:
     @property
     def cache_dir(self) -> Path:
         return self.state_dir / "blocks"
+
+    @property
+    def calibration_path(self) -> Path:
+        """What this device has measured."""
+        return (self.measurements_dir or self.state_dir) / "calibration.json"
+
+    @property
+    def trials_path(self) -> Path:
+        """Which blocks have run in a child process without harm."""
+        return (self.measurements_dir or self.state_dir) / "trials.json"
 
 
 def claim(state_dir: Path) -> TextIO:

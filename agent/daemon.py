@@ -149,7 +149,11 @@ class Agent:
         self._carrying_out = False
         """Whether a request is running."""
         self._trials = Trials.of(
-            profile, config.state_dir, exact=config.exact, fast_prompts=config.fast_prompts
+            profile,
+            config.state_dir,
+            config.trials_path,
+            exact=config.exact,
+            fast_prompts=config.fast_prompts,
         )
         self._cache = BlockCache(config.cache_dir, profile.storage_bytes)
         self._listener = Listener(config.bind_host, config.data_port, token=config.token)

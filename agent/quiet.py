@@ -63,7 +63,7 @@ class Figures:
     def __init__(self, config: AgentConfig, profile: DeviceProfile) -> None:
         """``profile`` has just been measured."""
         self._config = config
-        self.store = CalibrationStore(config.state_dir / "calibration.json")
+        self.store = CalibrationStore(config.calibration_path)
         self.profile = kept_profile(profile, self.store, exact=config.exact)
         self._told: dict[str, tuple[BlockTiming, ...]] = {}
         self._told_profile = self.profile

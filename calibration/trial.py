@@ -64,9 +64,17 @@ class Trials:
 
     @staticmethod
     def of(
-        profile: DeviceProfile, directory: Path, *, exact: bool = False, fast_prompts: bool = False
+        profile: DeviceProfile,
+        directory: Path,
+        kept: Path | None = None,
+        *,
+        exact: bool = False,
+        fast_prompts: bool = False,
     ) -> Trials:
-        """Trials on the device with this profile; what passes is kept in ``directory``."""
+        """Trials on the device with this profile.
+
+        The file ``kept`` remembers what passed; by default it lies in ``directory``.
+        """
         return Trials(
             backend=profile.backend,
             version=profile.backend_version,
@@ -75,7 +83,7 @@ class Trials:
             exact=exact,
             fast_prompts=fast_prompts,
             directory=directory,
-            store=CalibrationStore(directory / "trials.json"),
+            store=CalibrationStore(kept or directory / "trials.json"),
         )
 
     def require_widths(

@@ -1,1 +1,1 @@
-"""The ``shoal`` command: parse, call, print."""
+"""The ``shoal`` command."""

@@ -1,4 +1,4 @@
-"""``shoal`` and ``python -m cli``: how the process begins and ends, whatever the command is."""
+"""The entry point of ``shoal`` and ``python -m cli``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 
 
 def run() -> int:
-    """The command's exit code. Ctrl-C is quiet from the first import on."""
+    """Run the command and return its exit code. Ctrl-C is quiet from the first import on."""
     try:
         from cli.main import main
 
@@ -24,16 +24,16 @@ def run() -> int:
 
 
 def _end_at_once(code: int) -> None:
-    """End without the interpreter's own end.
+    """End the process without finalizing the interpreter.
 
-    An agent that is stopped does not wait for what it measures or loads. A thread that comes back
-    from native code into an interpreter that is ending is unwound through C++, which aborts.
+    A stopped agent does not wait for measurements or loads. Their threads may return from native
+    code while the interpreter ends. Such a thread is unwound through C++, which aborts.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # Nobody reads it any more.
+        except OSError:  # The reader has gone away.
             code = code or 1
     os._exit(code)
 

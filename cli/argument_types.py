@@ -1,4 +1,4 @@
-"""Types of arguments: from text to a value, or to a message that says what was expected."""
+"""Types of arguments: each turns a text into a value, or says what was expected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HTTP_PORT = 7421
 
 
 class Several(argparse.Action):
-    """An option that may be given more than once; given at all, it replaces what a file sets."""
+    """An option that may be repeated. The command line replaces the values of a file."""
 
     def __call__(
         self,
@@ -27,13 +27,13 @@ class Several(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         before = getattr(namespace, self.dest)
-        # The very object of the default: nothing was given on the command line so far.
+        # If it is still the default object, the command line has not given the option yet.
         given = () if before is self.default else before
         setattr(namespace, self.dest, (*given, values))
 
 
 def argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
-    """``convert``, with its ValueError or KeyError as a message for the user."""
+    """``convert`` with a message for the user in place of its ValueError or KeyError."""
 
     def parse(text: str) -> Any:
         try:
@@ -52,7 +52,7 @@ def whole(text: str) -> int:
 
 
 def between(low: float, high: float, unit: str = "") -> Callable[[str], float]:
-    """Numbers from ``low`` to ``high``, with or without ``unit`` behind them."""
+    """A converter of numbers from ``low`` to ``high``, with or without ``unit``."""
 
     def convert(text: str) -> float:
         value = float(text.removesuffix(unit))

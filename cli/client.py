@@ -16,8 +16,9 @@ from cli.errors import CommandFailed, CoordinatorUnreachable
 from cli.parser import DEFAULT_URL
 
 CONNECT_TIMEOUT_S = 3.0
-"""A coordinator that does not answer on this machine or LAN by then is not there. Reading has no
-limit: measuring and loading take as long as they take, and Ctrl-C ends them."""
+"""The time to connect to a coordinator on this machine or LAN.
+
+Reading has no limit, because measuring and loading take long. Ctrl-C ends them."""
 
 KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -25,20 +26,20 @@ KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
-"""Notices a coordinator that lost its power while it was to answer."""
+"""These notice a coordinator that loses its power before it answers."""
 
 
 def default_url() -> str:
-    """Where the coordinator is: SHOAL_COORDINATOR, else this machine."""
+    """The coordinator's URL: SHOAL_COORDINATOR, else this machine."""
     return os.environ.get("SHOAL_COORDINATOR", DEFAULT_URL)
 
 
 class Client:
-    """A coordinator at ``url``. All calls raise CoordinatorUnreachable and CommandFailed."""
+    """The API of a coordinator. All calls raise CoordinatorUnreachable and CommandFailed."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        # No proxies from the environment: the coordinator is on this machine or LAN.
+        # Proxies of the environment do not lead to this machine or LAN.
         self._http = httpx.Client(
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
@@ -69,7 +70,7 @@ class Client:
     def operate(
         self, path: str, body: Mapping[str, Any], on_step: Callable[[dict[str, Any]], None]
     ) -> dict[str, Any]:
-        """Run a plan or load, and return its result; ``on_step`` gets its progress."""
+        """Run a plan or load, and return its result. ``on_step`` gets its progress."""
         with self._lines(path, body) as lines:
             for line in lines:
                 event = json.loads(line)
@@ -85,7 +86,7 @@ class Client:
     def stream(
         self, path: str, body: Mapping[str, Any], on_notice: Callable[[str], None] | None = None
     ) -> Generator[dict[str, Any], None, None]:
-        """Yield a completion's events as objects; ``on_notice`` is told why none comes."""
+        """Yield a completion's events as objects. ``on_notice`` gets the reason of a pause."""
         with self._lines(path, body) as lines:
             for line in lines:
                 if line.startswith(": ") and on_notice is not None:
@@ -100,7 +101,7 @@ class Client:
 
     @contextmanager
     def _lines(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[str]]:
-        """Send ``body`` to ``path``, and give the lines of the answer as they come."""
+        """Send ``body`` to ``path``, and yield the lines of the answer as they come."""
         with (
             self._reporting(),
             self._http.stream("POST", self._url + path, json=body) as response,
@@ -112,7 +113,7 @@ class Client:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Turn trouble of the transport into CommandFailed, in words."""
+        """Turn errors of the transport into CommandFailed."""
         try:
             yield
         except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:

@@ -1,16 +1,16 @@
-"""How a command ends.
+"""The errors of commands and their exit codes.
 
-exit code   meaning
-0           it worked
-1           it was tried and did not work; one line on stderr says why and what to do
-2           the command line itself is wrong
-3           no coordinator answers
-4           this machine or installation lacks what the command needs
-129, 143    the terminal was closed, or the command was terminated
-130         interrupted (Ctrl-C)
+    exit code   meaning
+    0           success
+    1           failure: one line on stderr has the cause and what to do
+    2           an argument or setting is wrong
+    3           no coordinator answers
+    4           this machine or installation lacks something that the command needs
+    129, 143    the terminal was closed, or the command was terminated
+    130         interrupted (Ctrl-C)
 
-An agent or coordinator that is terminated has done what it was for, and ends with 0. The units in
-systemd/ do not restart after 2 and 4: only a person can change what is wrong then.
+An agent or coordinator that is terminated ends with 0, because stopping it is no failure. The units
+in systemd/ do not restart after 2 and 4, because only a person can mend these.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ EXIT_USAGE = 2
 EXIT_UNREACHABLE = 3
 EXIT_UNAVAILABLE = 4
 EXIT_SIGNAL = 128
-"""Plus the number of the signal that ended the command."""
+"""The exit code is this plus the number of the signal that ended the command."""
 
 
 class CommandFailed(Exception):
-    """A command did not work; the message is one line for the user."""
+    """A command failed. The message is one line for the user."""
 
     exit_code = EXIT_FAILED
 
@@ -42,6 +42,6 @@ class CoordinatorUnreachable(CommandFailed):
 
 
 class Unavailable(CommandFailed):
-    """This machine or installation lacks what the command needs."""
+    """This machine or installation lacks something that the command needs."""
 
     exit_code = EXIT_UNAVAILABLE

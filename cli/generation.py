@@ -1,4 +1,4 @@
-"""One prompt through the gateway, shown as it arrives: what ``run`` and ``demo`` have in common."""
+"""Runs one prompt and shows the answer as it arrives, for ``run`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generate(
     """Stream the answer to the screen.
 
     Returns {"model", "prompt_tokens", "tokens", "text", "finish_reason", "prefill_tokens_per_s",
-    "decode_tokens_per_s"}; speeds are measured at the gateway. Raises CommandFailed.
+    "decode_tokens_per_s"}. Speeds are measured at the gateway. Raises CommandFailed.
     """
     body: dict[str, Any] = {
         "model": model,

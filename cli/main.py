@@ -1,7 +1,7 @@
-"""The ``shoal`` command: parse, call, print. Exit codes are listed in cli.errors.
+"""Parses the ``shoal`` command line and runs the command. cli.errors lists the exit codes.
 
-Only the command that was named is imported, with what it needs. `shoal --help` is quick therefore,
-and a machine without ``[agent]`` or ``[coordinator]`` runs the other commands.
+Only the named command is imported. So `shoal --help` is quick, and a machine without ``[agent]`` or
+``[coordinator]`` runs the other commands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Run = Callable[[argparse.Namespace, Screen], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code and lets no traceback reach the user."""
+    """Run one command and return its exit code. No traceback reaches the user."""
     parser = _parser(_named(sys.argv[1:] if arguments is None else arguments))
     options = parser.parse_args(arguments)
     journal = under_journal()
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options, screen)
     except Terminated as signalled:
         if options.command in SERVICES and signalled.number == signal.SIGTERM:
-            return 0  # Whoever stops a service has not made it fail.
+            return 0  # A service that is stopped has not failed.
         screen.note("terminated")
         return EXIT_SIGNAL + signalled.number
     except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return Unavailable.exit_code
     except BrokenPipeError:
-        # Whoever read our output has seen enough; Python must not complain about it at exit.
+        # The reader has seen enough. Without this, Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CommandFailed.exit_code
     except OSError as error:
@@ -168,7 +168,7 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_demo(options: argparse.Namespace, screen: Screen) -> None:
-    screen.step("demo: reading the model")  # What is imported next takes seconds on a small board.
+    screen.step("demo: reading the model")  # The next import takes seconds on a small board.
     from cli.commands.demo import Demo
 
     Demo(options, screen).run()
@@ -184,12 +184,12 @@ def _client(options: argparse.Namespace) -> Any:
 
 
 def _models(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every model that the coordinator told of; the one that answers comes first."""
+    """Every model in the coordinator's answer. The one that serves comes first."""
     return [model for model in (answer["model"], *answer.get("beside", ())) if model is not None]
 
 
 def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
-    """The name of the loaded model, which is MODEL; loads it with the defaults if need be."""
+    """The name of the model MODEL. It is loaded with the defaults if it is not loaded."""
     from cli.commands import plan_arguments
     from planning.request import LoadRequest
 
@@ -221,7 +221,7 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
 
 
 SERVICES = ("coordinator", "agent")
-"""Commands that systemd runs. A request to stop is no failure of theirs."""
+"""Commands that systemd runs. Stopping them is no failure."""
 
 
 class Page(NamedTuple):
@@ -237,7 +237,7 @@ Filler = Callable[[argparse.ArgumentParser], Page]
 
 
 def _named(arguments: Sequence[str]) -> str | None:
-    """The command in ``arguments``: options before it take no value."""
+    """The command in ``arguments``. Options before it take no value."""
     return next((text for text in arguments if not text.startswith("-")), "")
 
 
@@ -277,6 +277,12 @@ def _demo(demo: argparse.ArgumentParser) -> Page:
         "--exact",
         action="store_true",
         help="Compute with activations that are not rounded. This is slower.",
+    )
+    demo.add_argument(
+        "--measurements-dir",
+        type=Path,
+        metavar="DIR",
+        help="Keep the agents' measurements in DIR for the next demo. Default: each demo measures.",
     )
     plan_arguments.add_quality_arguments(demo, with_plan=False)
     return Page(
@@ -540,7 +546,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
 
 
 class _ShowVersion(argparse.Action):
-    """Print the version. It is read only when it is asked for, since that takes imports."""
+    """Print the version, which is imported only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from wire.versions import full_version
@@ -550,7 +556,7 @@ class _ShowVersion(argparse.Action):
 
 
 def _parser(named: str | None = None) -> Parser:
-    """The parser of all commands, with the arguments of the one that is ``named``, or of all."""
+    """The parser of all commands, with the arguments of the command ``named``, or of all."""
     parser = Parser(
         prog="shoal",
         description="Run one large language model across a shoal of small devices.",

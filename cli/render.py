@@ -1,4 +1,4 @@
-"""Prints what commands show: tables, progress bars and streamed text. It decides nothing.
+"""Prints the tables, progress bars and streamed text of commands.
 
 Tables and answers go to stdout. Progress, notes and errors go to stderr, so that a pipe gets only
 the answer.
@@ -29,7 +29,7 @@ BAR_AFTER_S = 2.0
 """Work that ends sooner needs no progress bar."""
 
 NOISY = " *"
-"""Behind the name of a device whose figures may be those of a busy machine."""
+"""Marks a device whose figures may have been measured on a busy machine."""
 
 NOISE_LINES = 8
 
@@ -46,10 +46,13 @@ PHASES = {
 
 
 class Screen:
-    """Where a command writes. With ``json_output`` stdout gets only JSON."""
+    """The output of a command. With ``json_output``, stdout gets only JSON."""
 
     def __init__(self, *, json_output: bool, journal: bool = False) -> None:
-        """journal: begin lines on stderr with a priority for the journal (cli.service.journal)."""
+        """Open the consoles.
+
+        journal: lines on stderr begin with a priority for the journal (cli.service.journal).
+        """
         self.json_output = json_output
         self._journal = journal
         self.out = Console(highlight=False, stderr=json_output)
@@ -57,36 +60,36 @@ class Screen:
         self._plain = Console(highlight=False)
 
     def note(self, text: str) -> None:
-        """One line about what is going on."""
+        """Print one line about something that happened."""
         if self._journal:
             text = prefixed(logging.INFO, text)
         self.err.print(escape(text), style="dim", soft_wrap=True)
 
     def step(self, text: str) -> None:
-        """One line about what begins, for somebody who waits at a terminal."""
+        """Print one line about the next step, if stderr is a terminal."""
         if self.err.is_terminal:
             self.note(text)
 
     def error(self, text: str) -> None:
-        """The one line that says what went wrong."""
+        """Print the line that says what went wrong."""
         if self._journal:
             self.err.print(escape(prefixed(logging.ERROR, f"error: {text}")), soft_wrap=True)
             return
         self.err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
     def json(self, values: Mapping[str, Any]) -> None:
-        """One JSON object as one line."""
+        """Print a JSON object as one line."""
         self._plain.print(
             json.dumps(values), markup=False, soft_wrap=True, emoji=False, highlight=False
         )
 
     def text(self, piece: str) -> None:
-        """A piece of streamed text, as it is."""
+        """Print a piece of streamed text as it is."""
         self.out.print(piece, end="", markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Yields a function that takes the coordinator's steps and draws bars for slow ones."""
+        """Yield a function that takes the coordinator's steps, and draws bars for slow ones."""
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -99,7 +102,7 @@ class Screen:
         started_s = time.monotonic()
 
         def on_step(step: Mapping[str, Any]) -> None:
-            # Devices are measured at the same time: each has its bar. Links have one together.
+            # Each device has its bar, because several are measured at once. Links share one.
             apart = step["unit"] != "steps" or step["phase"] == "measure"
             key = (step["phase"], step["label"] if apart else "")
             label = PHASES.get(step["phase"], step["phase"])
@@ -125,7 +128,7 @@ class Screen:
 
     @contextmanager
     def counting(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        """As ``progress`` for work of this process: the function takes (done, total)."""
+        """Yield a function that takes (done, total), and draws a bar for slow work."""
         with self.progress() as on_step:
 
             def report(done: int, total: int) -> None:
@@ -138,14 +141,14 @@ class Screen:
     # ---- tables ---------------------------------------------------------------------------------
 
     def table(self, table: Table, keys: int = 1) -> None:
-        """A table, whole however narrow the terminal is; the first ``keys`` columns name a row."""
+        """Print a table that fits the terminal. The first ``keys`` columns name a row."""
         if table.title is not None:
             self.out.print(Text.from_markup(str(table.title), style="table.title"))
         for part in fitting(table, self.out.width, keys):
             self.out.print(part)
 
     def devices(self, answer: Mapping[str, Any]) -> None:
-        """Joined devices as they measured themselves."""
+        """Print the joined devices, their measurements and links."""
         table = titled_table(f"measured devices of cluster {answer['cluster']}")
         table.add_column("device", no_wrap=True)
         table.add_column("processor")
@@ -180,7 +183,7 @@ class Screen:
                     f"{link['bytes_per_s'] * 8e-6:.0f}",
                 )
             self.table(links)
-        for link in answer.get("no_links", ()):  # Older coordinators say nothing of them.
+        for link in answer.get("no_links", ()):  # Older coordinators do not send them.
             age_s = link["age_s"]
             since = f"{age_s:.0f} s" if age_s < 120 else f"{age_s / 60:.0f} min"
             text = f"[red]no link:[/] {escape(link['text'])}, tried {since} ago"
@@ -188,7 +191,7 @@ class Screen:
         self.noise([device["noise"] for device in answer["devices"] if device.get("noise")])
 
     def _versions(self, answer: Mapping[str, Any]) -> None:
-        """Who runs which shoal, and a hint where they differ."""
+        """Print the versions of shoal, with advice if they differ."""
         from wire.versions import shoal_version
 
         here, version = shoal_version(), answer.get("version", "of an older version")
@@ -205,7 +208,7 @@ class Screen:
         self.out.print(escape(line))
 
     def noise(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Which figures may be those of a busy machine, and what to do about it."""
+        """Print which figures may be wrong because the machine was busy, with advice."""
         for entry in entries[:NOISE_LINES]:
             self.out.print(f"{NOISY.strip()} {escape(entry['text'])}", soft_wrap=True)
         if len(entries) > NOISE_LINES:
@@ -223,8 +226,11 @@ class Screen:
         times: Mapping[str, Any] | None = None,
         noise: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """A plan: its stages, and what each block was given; ``times`` says whose times it has,
-        ``noise`` is as of ``self.noise``."""
+        """Print a plan's stages, hops and prediction.
+
+        times: the source of described or assumed times, or None for measured ones.
+        noise: as for ``self.noise``.
+        """
         from planning.plan import bits_text
 
         table = titled_table(title)
@@ -271,7 +277,7 @@ class Screen:
         self.noise(noise)
 
     def models(self, models: Sequence[Mapping[str, Any]]) -> None:
-        """What is loaded, and what is being loaded."""
+        """Print the models that are loaded or being loaded."""
         if not models:
             self.out.print("no model is loaded")
         for model in models:
@@ -283,7 +289,7 @@ class Screen:
                 self.out.print(f"[red]{escape(model['reason'])}[/]")
 
     def events(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """The coordinator's last events, oldest first: a table, or one JSON object."""
+        """Print the coordinator's last events, oldest first."""
         if self.json_output:
             self.json({"events": list(events)})
         elif not events:
@@ -299,7 +305,7 @@ class Screen:
             self.table(table)
 
     def _deployment(self, model: Mapping[str, Any]) -> None:
-        """A model with its stages."""
+        """Print a model with its stages."""
         table = titled_table(_state_line(model))
         table.add_column("device")
         for column in ("blocks", "memory", "fetched", "load s"):
@@ -330,5 +336,5 @@ def _state_line(model: Mapping[str, Any]) -> str:
 
 
 def titled_table(title: str) -> Table:
-    """An empty table in the style of all commands; ``title`` is plain text."""
+    """An empty table in the style of all commands. ``title`` is plain text."""
     return Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

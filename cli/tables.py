@@ -1,8 +1,8 @@
-"""Tables that a narrow terminal shows whole: nothing is cut, and no number is broken.
+"""Fits tables into narrow terminals. Nothing is cut, and no number is broken.
 
-Where a table is wider than the terminal, headers and text go on in further lines. Where that does
-not suffice, the columns are shown as several tables one below the other, each with the first
-columns again, which say what a row is.
+If a table is wider than the terminal, headers and text go on in further lines. If that is not
+enough, the columns become several tables below one another. Each begins with the first columns,
+which name the rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rich.text import Text
 def fitting(table: Table, width: int, keys: int = 1) -> list[Table]:
     """``table`` as tables of at most ``width`` characters that hold all of its cells.
 
-    Columns are kept in one piece per line where they say ``no_wrap`` or are justified to the right;
-    others may go on in the next line. The first ``keys`` columns are in every table.
+    Cells of a column stay on one line if it is ``no_wrap`` or justified to the right. Others may go
+    on in the next line. The first ``keys`` columns are in every table.
     """
     columns = table.columns
     whole = _widths(table, columns, width)
@@ -45,11 +45,11 @@ def fitting(table: Table, width: int, keys: int = 1) -> list[Table]:
 def _widths(
     table: Table, columns: Sequence[Column], width: int, *, break_cells: bool = False
 ) -> list[int] | None:
-    """The width of each column; None where they do not fit beside each other.
+    """The width of each column, or None if they do not fit beside each other.
 
-    ``break_cells``: cells that are to stay whole may go on in the next line, words may not.
+    break_cells: every cell may go on in the next line. Words stay whole.
     """
-    # An empty column takes a character, too.
+    # An empty column takes one character.
     naturals = [max(1, *map(_length, _texts(column))) for column in columns]
     widths = [
         min(_least(column, break_cells=break_cells), natural)
@@ -67,7 +67,7 @@ def _widths(
 
 
 def _squeezed(table: Table, columns: Sequence[Column], width: int) -> list[int]:
-    """Widths with which words are broken: there is no room for whole ones."""
+    """The width of each column if there is no room for whole words."""
     widths = [_least(column) for column in columns]
     room = max(width - _frame(table, len(columns)), len(columns))
     while sum(widths) > room:
@@ -76,7 +76,7 @@ def _squeezed(table: Table, columns: Sequence[Column], width: int) -> list[int]:
 
 
 def _least(column: Column, *, break_cells: bool = False) -> int:
-    """The width below which a column would break a word, or a cell that is to stay whole."""
+    """The width below which a column would break a word, or a cell that must stay whole."""
     header, *cells = _texts(column)
     if column.overflow == "fold" and column.min_width is not None:
         return max(column.min_width, _longest_word(header))
@@ -102,7 +102,7 @@ def _part(table: Table, columns: Sequence[Column], widths: Sequence[int]) -> Tab
 
 
 def _frame(table: Table, count: int) -> int:
-    """What ``count`` columns take besides their contents."""
+    """The width of ``count`` columns without their contents."""
     empty = Table(*(Column(width=1) for _ in range(count)), box=table.box, pad_edge=table.pad_edge)
     console = Console(width=1000)
     return Measurement.get(console, console.options, empty).maximum - count

@@ -31,7 +31,7 @@ class CoordinatorError(Exception):
     code = "internal_error"
 
     def unplaced(self, why: str) -> CoordinatorError:
-        """This error with ``why`` the deployment that it broke cannot be placed anew."""
+        """Extend the error with ``why`` the deployment that it broke cannot be placed anew."""
         return NotLoaded(f"{self}; the model cannot be placed anew: {why}")
 
 

@@ -1,1 +1,1 @@
-"""The DILEMMA paper's integer program and its experiments."""
+"""The DILEMMA paper's integer program and its experiments, for research."""

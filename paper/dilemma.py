@@ -1,7 +1,7 @@
-"""DILEMMA's integer program as its paper prints it, each oddity behind a switch; for research.
+"""The DILEMMA paper's integer program as it is printed, with a switch to repair each oddity.
 
-docs/dilemma.md says what each switch repairs and shows what happens without it. The planner that
-plans deployments is ``planning.planner``.
+docs/dilemma.md explains the repairs, and shows results without them. Deployments are planned by
+``planning.planner`` instead.
 
 Source: Hosseinzadeh and Khamfroush, "DILEMMA: Joint LLM Quantization and Distributed LLM Inference
 Over Edge Computing Systems", equations (1) to (7).
@@ -29,7 +29,6 @@ ByWidth = Mapping[int, float]
 # Solvers keep each row to about 1e-6 of its limit.
 _TOLERANCE = 2e-6
 
-
 _State = tuple[int, int, tuple[int, ...]]
 _MOST_STATES = 20_000
 _ROUNDING = 1e-9
@@ -37,14 +36,14 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Repairs:
-    """Which oddities of the printed program are repaired; all False is what the paper prints.
+    """The repaired oddities of the program. All False is the program as the paper prints it.
 
-    ``coverage``   (2c) one place per layer, instead of one layer per width
-    ``sharing``    (2d) a device may host many layers, instead of one
-    ``storage``    (2e) a device stores all its layers together, instead of each alone
-    ``widths``     (2f) a transfer between layers of different widths is a transfer too
-    ``transfers``  (1)  each crossing costs its own layer's output at its own width, instead of one
-                   charge per pair of devices for the outputs of all layers
+    coverage: (2c) gives each layer one place, instead of each width one layer.
+    sharing: (2d) lets a device host many layers, instead of one.
+    storage: (2e) bounds all layers of a device together, instead of each alone.
+    widths: (2f) charges a transfer between layers of different widths too.
+    transfers: (1) charges each transfer with its own layer's output at its own width. As printed,
+    a pair of devices is charged once, for the outputs of all layers.
     """
 
     coverage: bool = False
@@ -55,7 +54,7 @@ class Repairs:
 
     @staticmethod
     def of(names: Iterable[str]) -> Repairs:
-        """From the equations' numbers: 2c, 2d, 2e, 2f, and cm. Raises ValueError for others."""
+        """The repairs with these names: 2c, 2d, 2e, 2f and cm. Raises ValueError for others."""
         fields = {
             "2c": "coverage", "2d": "sharing", "2e": "storage", "2f": "widths", "cm": "transfers",
         }  # fmt: skip
@@ -72,12 +71,14 @@ ALL_REPAIRS = Repairs(True, True, True, True, True)
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The program's data; i and j are devices, l layers, b widths.
+    """The program's data. i and j are devices, l is a layer, b a width.
 
-    ``compute_s[i][l]`` maps b to cp_ilb (a width that is missing cannot run there),
-    ``transfer_s[i, j][l]`` maps b to cm (a pair that is missing has no link),
-    ``stored_bytes[l]`` maps b to the layer's size, ``storage_bytes[i]`` is kappa_i,
-    ``errors[l]`` maps b to max|w - w_b|, divided by 2^b, and ``delta`` bounds it (inf: no bound).
+    compute_s: [i][l] maps b to cp_ilb. A missing width cannot run there.
+    transfer_s: [i, j][l] maps b to cm. A missing pair has no link.
+    stored_bytes: [l] maps b to the layer's size.
+    storage_bytes: [i] is kappa_i.
+    errors: [l] maps b to max|w - w_b| / 2^b.
+    delta: the bound on errors. inf means no bound.
     """
 
     devices: tuple[str, ...]
@@ -94,9 +95,10 @@ class Instance:
         return len(self.stored_bytes)
 
     def allowed(self, i: int, layer: int, b: int) -> bool:
-        """True where (5)-(7), (2e) for this layer alone, and the device leave x_ilb free.
+        """Whether (5)-(7), (2e) for this layer alone, and the device leave x_ilb free.
 
-        For a binary this says the same as the rows; deltas of 1e-7 are below what solvers resolve.
+        For a binary this is equal to rows of the program, but solvers do not resolve a delta of
+        1e-7.
         """
         return (
             b in self.compute_s[i][layer]
@@ -107,7 +109,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Choice:
-    """x_ilb = 1."""
+    """A variable x_ilb that is 1."""
 
     layer: int
     device: int
@@ -116,10 +118,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """What the program chose. ``objective_s`` is its T, ``honest_s`` what the choice really takes.
+    """A solution of the program.
 
-    ``honest_s`` charges every transfer between consecutive layers on different devices at the
-    layer's own width; None where the choice does not place each layer once.
+    objective_s: the program's T.
+    honest_s: the time with every transfer between consecutive layers on different devices charged,
+    at the layer's own width. None if the choices do not place each layer once.
     """
 
     choices: tuple[Choice, ...]
@@ -140,7 +143,7 @@ def solve(
     time_limit_s: float = 60.0,
     solver: SolverName | None = None,
 ) -> Solution:
-    """Minimise T. Raises PlanError where there is no solution, or none was found in time."""
+    """Minimise T. Raises PlanError if there is no solution, or none was found in time."""
     program = _Program(instance, repairs)
     try:
         outcome = run(program.program, time_limit_s=time_limit_s, solver=solver)
@@ -165,15 +168,15 @@ def solve(
 
 
 def solve_by_stages(instance: Instance) -> Solution | None:
-    """The optimum of the wholly repaired program by dynamic programming; None where that is large.
+    """Solve the wholly repaired program by dynamic programming, or return None if it is too large.
 
-    Layer by layer, a state is where the layer is, its width, and what each device stores by then:
-    of equal states the cheapest goes on. Where layers are alike there are few of them, and this
-    takes milliseconds where the integer program takes a second. Raises PlanError as ``solve``.
+    A state is the layer's device, its width, and the bytes stored on each device so far. Of equal
+    states the cheapest goes on. Equal layers make few states. Then this takes milliseconds, and the
+    integer program a second. Raises PlanError as ``solve``.
     """
     devices = range(len(instance.devices))
     empty = (0,) * len(devices)
-    # State (device, width, bytes stored by device): seconds, and the choices that lead there.
+    # Maps (device, width, bytes stored by device) to seconds and the choices so far.
     states: dict[_State, tuple[float, tuple[Choice, ...]]] = {}
     for layer in range(instance.layers):
         before = list(states.items()) if layer else [((-1, 0, empty), (0.0, ()))]
@@ -208,7 +211,7 @@ def solve_by_stages(instance: Instance) -> Solution | None:
 
 
 def charge(instance: Instance, repairs: Repairs, choices: Sequence[Choice]) -> float:
-    """T of the given x, with the least y that (2f) allows; inf where a pair has no link."""
+    """T of the choices with the least y that (2f) allows. inf if a pair has no link."""
     total = [instance.compute_s[c.device][c.layer][c.bits] for c in choices]
     pairs = set()
     crossings = set()
@@ -227,7 +230,7 @@ def charge(instance: Instance, repairs: Repairs, choices: Sequence[Choice]) -> f
 
 
 def check(instance: Instance, repairs: Repairs, choices: Sequence[Choice]) -> None:
-    """Check x against (2c) to (2e) and (5) to (7), without a solver. Raises PlanError."""
+    """Check the choices against (2c) to (2e) and (5) to (7) without a solver. Raises PlanError."""
     for c in choices:
         if not instance.allowed(c.device, c.layer, c.bits):
             raise PlanError(f"{c} is not allowed")
@@ -247,7 +250,7 @@ def check(instance: Instance, repairs: Repairs, choices: Sequence[Choice]) -> No
 
 
 def why_infeasible(instance: Instance, repairs: Repairs) -> str:
-    """What can be said without solving, to follow "no solution"; may be empty."""
+    """The end of a sentence with a reason that is known without solving, maybe empty."""
     placed = instance.layers if repairs.coverage else len(instance.bits)
     if not repairs.sharing and len(instance.devices) < placed:
         return (
@@ -280,8 +283,8 @@ def why_infeasible(instance: Instance, repairs: Repairs) -> str:
 def without_dominated(instance: Instance) -> Instance:
     """The same instance without widths that a narrower one replaces at no cost.
 
-    Exact for programs with (2c) and (2f) repaired: compute, storage and transfers of a layer then
-    depend on its own width alone.
+    It keeps the optimum if (2c) and (2f) are repaired. Compute, storage and transfers of a layer
+    then depend on its own width alone.
     """
     devices = range(len(instance.devices))
 
@@ -327,11 +330,12 @@ def ccs_instance(
     original_bits: int = 32,
     outputs_in_compute: bool = False,
 ) -> Instance:
-    """The paper's own costs, of the decoder layers only.
+    """Make an instance with the paper's costs, for the decoder layers only.
 
-    (3) cp = n FLOPS_l / CCS_i (b p_l / original bits), (4) cm = n p_l b / Omega_ij, with p_l the
-    outputs of a layer (batch times width). ``outputs_in_compute`` keeps p_l in (3) as printed,
-    where it makes a time of a time times a count; False leaves it out.
+    (3) is cp = n FLOPS_l / CCS_i (b p_l / original bits), and (4) is cm = n p_l b / Omega_ij.
+    A layer has p_l outputs, batch times width.
+
+    outputs_in_compute: keep p_l in (3) as printed, although cp is then a time times a count.
     """
     blocks = range(1, spec.head_block)
     outputs = batch * spec.hidden
@@ -367,10 +371,10 @@ def ccs_instance(
 
 
 def measured_instance(problem: PlanningProblem) -> Instance:
-    """The planner's measured or described costs in the paper's program; blocks are its layers.
+    """Make an instance with the costs of a planning problem. Its layers are the blocks.
 
-    Memory, KV cache, contiguity and the token's way back have no place in it and are left out.
-    A problem with different error bounds per block is not the paper's: the least bound is taken.
+    The paper has no memory, KV cache, contiguity or token return, so these are left out. It has one
+    error bound, so the least bound of all blocks is taken.
     """
     devices = range(len(problem.devices))
     blocks = range(problem.spec.block_count)
@@ -402,7 +406,7 @@ def measured_instance(problem: PlanningProblem) -> Instance:
 def quantization_ratio(
     instance: Instance, choices: Sequence[Choice], original_bits: int = 32
 ) -> float:
-    """Bits kept over bits of the original, weighted by each layer's weights; 0 to 1."""
+    """The bits of all chosen layers together, as a share of the original's. From 0 to 1."""
     kept = sum(instance.stored_bytes[c.layer][c.bits] for c in choices)
     original = sum(instance.stored_bytes[c.layer][c.bits] * original_bits / c.bits for c in choices)
     return kept / original
@@ -416,9 +420,9 @@ def _honest(instance: Instance, choices: Sequence[Choice]) -> float | None:
 
 
 def _pair_cost(instance: Instance, pair: tuple[int, int]) -> float:
-    """y_ij times the sum over l of cm_ilj, as (1) prints it.
+    """The sum over l of cm_ilj, which (1) multiplies with y_ij.
 
-    cm_ilj names no width; the widest that is allowed to be chosen stands in.
+    cm_ilj has no width in the paper. The widest one is taken.
     """
     widest = max(instance.bits)
     return math.fsum(row[widest] for row in instance.transfer_s[pair])
@@ -428,7 +432,7 @@ def _pair_cost(instance: Instance, pair: tuple[int, int]) -> float:
 
 
 class _Program:
-    """``program`` in PuLP, and its variables ``x[i, l, b]``."""
+    """The program in PuLP, with its variables ``x[i, l, b]``."""
 
     def __init__(self, instance: Instance, repairs: Repairs) -> None:
         self._instance = instance
@@ -456,7 +460,7 @@ class _Program:
         self.program.setObjective(pulp.LpAffineExpression(self._cost))
 
     def _sum(self, **fixed: int) -> pulp.LpAffineExpression:
-        """All x with the given device, layer or bits."""
+        """The sum of all x with the given device, layer or bits."""
         names = ("device", "layer", "bits")
         return pulp.lpSum(
             variable
@@ -469,13 +473,13 @@ class _Program:
             for layer in range(self._instance.layers):
                 self.program += self._sum(layer=layer) == 1
         else:
-            # As printed: "for all l" has no l left to range over, and each width gets one layer.
+            # As printed, "for all l" has no l to range over. Each width gets one layer.
             for b in self._instance.bits:
                 self.program += self._sum(bits=b) == 1
 
     def _add_sharing(self) -> None:
         if not self._repairs.sharing:
-            # Printed with a sum over i and for all i; read as its text says, one layer per server.
+            # It is printed with a sum over i and "for all i". The text says one layer per server.
             for i in range(len(self._instance.devices)):
                 self.program += self._sum(device=i) <= 1
 
@@ -509,9 +513,9 @@ class _Program:
             self._add_departures()
 
     def _add_departures(self) -> None:
-        """Rows that the paper does not have: they cut off no solution and prove the optimum sooner.
+        """Add rows that exclude no solution, but prove the optimum sooner. The paper lacks them.
 
-        Where layer l is on i, then so is l + 1, or some transfer leaves i; and the same backwards.
+        If layer l is on i, then l + 1 is on i too, or a transfer leaves i. Backwards likewise.
         """
         leaving: dict[tuple[int, int], list[pulp.LpVariable]] = defaultdict(list)
         arriving: dict[tuple[int, int], list[pulp.LpVariable]] = defaultdict(list)
@@ -526,16 +530,16 @@ class _Program:
                 self.program += after - here - pulp.lpSum(arriving[i, layer]) <= 0
 
     def _followers(self, b: int, after: Mapping[int, pulp.LpVariable]) -> list[pulp.LpVariable]:
-        """What (2f) adds to x_ilb: x_j(l+1)b as printed, or all widths of the next layer."""
+        """The terms that (2f) adds to x_ilb: x_j(l+1)b as printed, or the next layer's widths."""
         if not self._repairs.widths:
             return [after[b]] if b in after else []
         if self._repairs.coverage:
-            # At most one of them is 1, so that one row does for all and bounds better.
+            # At most one of them is 1. So one row is enough, and bounds better.
             return [pulp.lpSum(after.values())] if after else []
         return list(after.values())
 
     def _transfer(self, i: int, j: int, layer: int, b: int) -> pulp.LpVariable:
-        """y_ij as printed, or y_lijb; made with its cost when first asked for."""
+        """The variable y_ij as printed, or y_lijb. The first call makes it, with its cost."""
         key = (i, j, layer, b) if self._repairs.transfers else (i, j)
         if key not in self._y:
             name = "y_" + "_".join(map(str, key))

@@ -1,8 +1,8 @@
-"""Repeated planning: a plan under drawn link speeds, and the experiments of the DILEMMA paper.
+"""Plans many times: under random link speeds, and for the experiments of the DILEMMA paper.
 
-``simulate`` asks what a plan is worth when links are not what they were taken for.
-``study_dilemma`` computes the bits of the paper's Table 1 and its figures 3, 5 and 6, from the
-paper's cost model and synthetic weights: nothing in it was measured on a device.
+``simulate`` shows how a plan's time varies with the speeds of links. ``study_dilemma`` computes the
+bits of the paper's Table 1 and its figures 3, 5 and 6. They come from the paper's cost model and
+synthetic weights, and nothing in them was measured on a device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OnRun = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How values are distributed over the runs."""
+    """The distribution of values over the runs."""
 
     runs: int
     low: float
@@ -47,7 +47,7 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        """Of at least one value; tenth and ninetieth percentile are interpolated."""
+        """Make it from at least one value. Percentiles are interpolated."""
         ordered = sorted(values)
         if len(ordered) == 1:
             return Spread(1, *ordered * 5)
@@ -64,11 +64,13 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """Predicted seconds (the objective) under drawn link speeds.
+    """The predicted objective in seconds under drawn link speeds.
 
-    ``kept`` is the given plan left as it is, ``replanned`` the best plan of each draw, of which
-    ``distinct`` different ones came up. ``replanned`` is None where every search ran out of time,
-    ``unsolved`` counts the draws where it did, ``unproven`` those whose plan may not be the best.
+    kept: of the given plan in each draw.
+    replanned: of the best plan of each draw, or None if every search ran out of time.
+    distinct: the number of different best plans.
+    unsolved: the number of draws whose search ran out of time.
+    unproven: the number of draws whose plan may not be the best.
     """
 
     kept: Spread
@@ -93,7 +95,7 @@ def simulate(
 ) -> Simulation:
     """Draw each link's speed uniformly in [its own, SPEED_FACTOR times its own], ``runs`` times.
 
-    Both directions of a pair get the same factor; round trips stay. The same seed draws the same.
+    Both directions of a pair get the same factor, and round trips stay. Equal seeds draw equally.
     """
     again = solve_again or (lambda drawn, limit_s: solve(drawn, time_limit_s=limit_s))
     random_source = random.Random(seed)  # noqa: S311 - a simulation
@@ -142,17 +144,19 @@ def _drawn(problem: PlanningProblem, random_source: random.Random) -> PlanningPr
 
 DELTAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 PAPER_BITS = dict(zip(DELTAS, (12, 10, 8, 8, 6, 4, 4, 4), strict=True))
-"""Table 1: its quantization ratios times the 32 bits of the original."""
+"""The quantization ratios of Table 1 times the original's 32 bits."""
 STUDY_BITS = tuple(range(4, 33, 2))
-"""Least 4, in steps of 2 (Source: DILEMMA, "Environment Setup")."""
+"""From 4 bits on in steps of 2 (Source: DILEMMA, "Environment Setup")."""
 MIN_LINK_BIT_PER_S = (1e6, 1e7, 1e8, 1e9, 1e10)
 CLOCKS_HZ = (0.5e9, 1e9, 2e9, 4e9)
 
 LARGEST_WEIGHT = (0.21, 0.32)
-"""Range of max|w| per synthetic layer. Truncation with step R / 2^(b-1) gives Table 1's bits for
-0.2048 < R <= 0.3277 and for no other R: at 1e-4 six bits must fail, at 1e-5 eight must do."""
+"""The range of max|w| of a synthetic layer.
+
+Truncation with step R / 2^(b-1) gives Table 1's bits only for 0.2048 < R <= 0.3277. At 1e-4 six
+bits must fail, and at 1e-5 eight bits must suffice."""
 _SYNTHETIC_WEIGHTS = 1 << 14
-# Assumed, as the paper does not give them: three servers, each with room for 2/5 of the model.
+# The paper does not give these. Assumed are three servers, each with room for 2/5 of the model.
 _SERVER_CLOCKS_HZ = (1.2e9, 1.8e9, 2.4e9)
 _STORAGE_SHARE = 0.4
 _STUDY_DELTA = 1e-3
@@ -164,7 +168,7 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One delta: the bits of all layers, what is kept of the model, and the program's T."""
+    """The results for one delta: the bits of all layers, their ratio, and the program's T."""
 
     delta: float
     bits: tuple[int, ...]
@@ -177,7 +181,7 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The objective in seconds over the runs, at each value of what was varied."""
+    """The objective in seconds over the runs, at each value of one varied quantity."""
 
     values: tuple[float, ...]
     spreads: tuple[Spread, ...]
@@ -188,8 +192,9 @@ class Sweep:
 class OddityRow:
     """The paper's program on a small case with one repair left out.
 
-    ``honest_s`` charges every transfer of the choice; None where there is no such model.
-    ``bits`` are by layer, ``servers`` how many are used.
+    honest_s: the time with every transfer charged, or None if the choices make no model.
+    bits: the bits of each layer.
+    servers: the number of used servers.
     """
 
     left_out: str
@@ -202,7 +207,7 @@ class OddityRow:
 
 @dataclass(frozen=True, slots=True)
 class DilemmaStudy:
-    """Everything that ``shoal study dilemma`` computes. ``solver`` made the table."""
+    """The results of ``shoal study dilemma``. ``solver`` computed the table."""
 
     seed: int
     runs: int
@@ -210,9 +215,9 @@ class DilemmaStudy:
     table: tuple[TableRow, ...]
     oddities: tuple[OddityRow, ...]
     links: Sweep
-    """Over the least link speed, bit/s."""
+    """The sweep over the least link speed in bit/s."""
     clocks: Sweep
-    """Over the clock of every server, Hz."""
+    """The sweep over the clock of every server in Hz."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -255,11 +260,12 @@ def study_dilemma(
     on_step: OnStep = lambda what, done, total: None,
     log: Path | None = None,
 ) -> DilemmaStudy:
-    """Table 1 and figures 3, 5 and 6 on ``layers`` layers of OPT-350m's shape.
+    """Compute Table 1 and figures 3, 5 and 6 on ``layers`` layers of OPT-350m's shape.
 
-    ``log`` is a file that gets each draw's result as it comes; what it has of the same study is
-    not computed again, however few runs it was for. Raises PlanError where a program could not be
-    solved within a minute, OSError where the file cannot be written.
+    log: a file that gets each draw's result at once. Results of the same study in it are not
+    computed again, even if it had fewer runs.
+    Raises PlanError if a program is not solved within a minute, OSError if the file cannot be
+    written.
     """
     what = {"name": "dilemma", "seed": seed, "layers": layers, "version": 1}
     with StudyLog(log, what) as kept:
@@ -327,7 +333,10 @@ def _study(runs: int, seed: int, layers: int, on_step: OnStep, kept: StudyLog) -
 def dilemma_oddities(
     seed: int = 0, on_step: OnStep = lambda what, done, total: None
 ) -> tuple[OddityRow, ...]:
-    """Four layers on four servers that hold two each, with links of 1 Mbit/s; delta 1e-3."""
+    """Solve a small case with each repair left out.
+
+    It has four layers on four servers that hold two each, links of 1 Mbit/s, and delta 1e-3.
+    """
     clocks_hz = (1.2e9, 1.5e9, 1.8e9, 2.1e9)
     instance = dilemma.ccs_instance(
         opt_350m(4),
@@ -368,7 +377,7 @@ def dilemma_oddities(
 
 
 def opt_350m(layers: int = 24) -> ModelSpec:
-    """The paper's model by its numbers, with as many of its layers as asked for."""
+    """The shape of the paper's model, with ``layers`` of its layers."""
     layer = LayerSpec(
         hidden=1024,
         heads=16,
@@ -400,7 +409,7 @@ def opt_350m(layers: int = 24) -> ModelSpec:
 
 
 def synthetic_errors(layers: int, seed: int) -> tuple[dict[int, float], ...]:
-    """max|w - w_b| / 2^b of normal weights whose largest is drawn from LARGEST_WEIGHT."""
+    """The max|w - w_b| / 2^b of normal weights. Their largest is drawn from LARGEST_WEIGHT."""
     source = np.random.default_rng(seed)
     errors = []
     for _ in range(layers):
@@ -411,7 +420,7 @@ def synthetic_errors(layers: int, seed: int) -> tuple[dict[int, float], ...]:
 
 
 def truncation_error(weights: npt.NDArray[np.float64], bits: int) -> float:
-    """Largest |w - w_b| of truncation towards zero with step max|w| / 2^(bits - 1)."""
+    """The largest |w - w_b| of truncation towards zero with step max|w| / 2^(bits - 1)."""
     step = float(np.abs(weights).max()) / 2.0 ** (bits - 1)
     codes = np.clip(np.trunc(weights / step), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
     return float(np.abs(weights - codes * step).max())
@@ -424,7 +433,7 @@ def _instance(
     clocks_hz: Sequence[float],
     links_bit_per_s: Mapping[tuple[int, int], float],
 ) -> dilemma.Instance:
-    """All layers on assumed servers that together hold 6/5 of the model at the bits of delta."""
+    """Make an instance of servers that together hold 6/5 of the model at the least allowed bits."""
     instance = dilemma.ccs_instance(
         spec,
         clocks_hz=clocks_hz,
@@ -459,10 +468,10 @@ def _sweep(
     on_step: OnStep,
     kept: StudyLog,
 ) -> Sweep:
-    """The optimum for each value and each run; every value sees the same draws."""
+    """Solve for each value and each run. Every value gets the same draws."""
 
     def solved(value: float, drawn: Mapping[tuple[int, int], float]) -> list[Any]:
-        # Exact with all repairs, and many times faster than with all 15 widths.
+        # With all repairs this keeps the optimum. It is many times faster than with 15 widths.
         few = dilemma.without_dominated(instance(value, drawn))
         solution = dilemma.solve_by_stages(few) or dilemma.solve(
             few, dilemma.ALL_REPAIRS, time_limit_s=_SOLVE_LIMIT_S

@@ -1,4 +1,4 @@
-"""Results of a long study, written to a file as they come, so that it can go on where it ended."""
+"""Keeps the results of a long study in a file, so that a stopped study can go on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class StudyLog:
-    """Results by name in a file of JSON lines; without a file they are only kept in memory.
+    """Results by name in a file of JSON lines, or only in memory.
 
-    The first line says what the study is. A file of another study is begun anew; a last line that
-    an interruption cut off is dropped. Use it as a context manager.
+    The first line describes the study. The file of another study is begun anew. A last line that an
+    interruption cut off is dropped. Use it as a context manager.
     """
 
     def __init__(self, path: Path | None, study: Mapping[str, Any]) -> None:
@@ -25,7 +25,7 @@ class StudyLog:
         self._results = kept
         heading = {"study": dict(study)}
         lines = [heading, *({"name": name, "result": value} for name, value in kept.items())]
-        # Written whole: what was cut off is not appended to.
+        # Written anew, so that nothing is appended to a cut line.
         text = "".join(json.dumps(line) + "\n" for line in lines)
         path.write_text(text, encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
@@ -46,7 +46,7 @@ class StudyLog:
             self._file.close()
 
     def result(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The result of that name, as plain JSON values: kept from before, or computed now."""
+        """The result of that name as plain JSON values. It is computed unless it was kept."""
         if name not in self._results:
             value = json.loads(json.dumps(compute()))
             self._results[name] = value
@@ -57,7 +57,7 @@ class StudyLog:
 
 
 def _read(path: Path, study: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file has of this study; nothing where it is of another one, or is not there."""
+    """The results of this study in a file, or {} if it is missing or of another study."""
     if not path.exists():
         return {}
     found: dict[str, Any] = {}

@@ -80,7 +80,8 @@ class Framer:
             return self._own[self._filled :], True
         if self._begin == self._end:
             self._begin = self._end = 0
-        elif self._begin + self._wanted > len(self._buffer):
+            return self._buffer, False
+        if self._begin + self._wanted > len(self._buffer):
             rest = self._buffer[self._begin : self._end].tobytes()
             self._buffer[: len(rest)] = rest
             self._begin, self._end = 0, len(rest)

@@ -1,1 +1,1 @@
-"""One module for each command, or for each group of them."""
+"""The commands of ``shoal``."""

@@ -1,4 +1,4 @@
-"""``shoal bench``: tokens per second of a whole model on this device alone, from its shape."""
+"""``shoal bench``: measures tokens per second of a whole model on this device, from its shape."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def _numbers(text: str) -> list[int]:
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything but ``--json``, which all commands share."""
     parser.add_argument(
         "--shape",
         default="llama-1b",

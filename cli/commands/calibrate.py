@@ -1,8 +1,7 @@
-"""``shoal calibrate``: what this device can do, alone, without a coordinator.
+"""``shoal calibrate``: measures this device, without a coordinator.
 
-Without options it measures the device. With a model (or only its shape) it adds the table of
-layer times, with ``--quality`` it measures instead what fewer bits do to the model's words: here,
-or with ``--on`` on an agent of the shoal.
+With a model or a shape it adds the table of layer times. With ``--quality`` it measures instead the
+model's sensitivities, here or with ``--on`` on an agent of the shoal.
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ _plans = argument(whole, "a whole number, 0 for none")
 
 
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything but ``--json``, which all commands share."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--model", type=Path, metavar="DIR", help="Measure the layers of this model too."
@@ -172,7 +170,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
-    """Measure what ``options`` ask for, show it, and keep what an agent can use.
+    """Measure, show the results, and keep those that an agent can use.
 
     Raises CommandFailed.
     """
@@ -261,7 +259,7 @@ def _device(options: argparse.Namespace, screen: Screen, target: Target) -> None
 
 
 def marked(conditions: Conditions | None) -> str:
-    """What follows a figure that may be that of a busy machine."""
+    """The mark behind a figure that may be of a busy machine, or ""."""
     return NOISY if conditions is not None and conditions.is_noisy else ""
 
 
@@ -330,7 +328,7 @@ def _show_survey(screen: Screen, survey: DeviceSurvey) -> None:
 
 
 def _say_noise(screen: Screen, conditions: Iterable[Conditions | None]) -> None:
-    """One line below a table that has marks."""
+    """Print one line that explains the marks of a table."""
     noisy = worst(of for of in conditions if of is not None and of.is_noisy)
     if noisy is not None:
         screen.out.print(

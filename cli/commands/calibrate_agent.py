@@ -1,7 +1,7 @@
-"""Where ``shoal calibrate`` keeps figures, so that the agent of this machine uses them.
+"""Finds the agent of this machine, so that it can use the figures of ``shoal calibrate``.
 
-An agent that runs as a service has its state below /var/lib and its settings below /etc: the same
-threads, backend and exactness must be measured, or it would not find what it looks for.
+An agent that runs as a service has its state below /var/lib and its settings below /etc. It looks
+for figures of its own threads, backend and exactness. So these are measured.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 
 PATIENCE_S = 10.0
-"""For measuring the device again while others disturb it."""
+"""The longest time for measuring the device again while other programs disturb it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Whose figures are measured. ``unreachable`` is a service's directory that others own."""
+    """The agent whose figures are measured.
+
+    unreachable: the state directory of a service, if this user cannot write it.
+    """
 
     state_dir: Path
     threads: int
@@ -39,8 +42,11 @@ class Target:
 
 
 def target_of(state_dir: Path | None, root: Path = Path("/")) -> Target:
-    """The agent whose state is in ``state_dir``; else the service, where it may be written; else
-    the user's. ``root`` stands for / in tests. Raises UsageError for settings that are wrong."""
+    """Find the agent: that of ``state_dir``, else the service if it is writable, else the user's.
+
+    root: / or a test's directory in its place.
+    Raises UsageError for wrong settings.
+    """
     parser = argparse.ArgumentParser(prog="shoal agent")
     daemons.add_agent_arguments(parser)
     defaults = parser.get_default
@@ -67,9 +73,9 @@ def target_of(state_dir: Path | None, root: Path = Path("/")) -> Target:
 def measure_for_agent(
     target: Target, threads: int, store: CalibrationStore, screen: Screen
 ) -> dict[str, Any]:
-    """Measure anew what the agent tells of itself and of its models, and keep it for the agent.
+    """Measure the agent's device and models again, and keep the figures for it.
 
-    A running agent notices within seconds. Returns what was measured, as JSON. Raises BackendError.
+    A running agent notices within seconds. Returns the figures as JSON. Raises BackendError.
     """
     from backends.registry import backend_class
     from calibration.device import kept_profile, profile_device
@@ -98,7 +104,7 @@ def measure_for_agent(
             )
     screen.note(
         f"measured anew for the agent in {target.state_dir}: the device and {len(models)} models; "
-        "a running agent takes them over within seconds"
+        "a running agent uses them within seconds"
     )
     return {
         "state_dir": str(target.state_dir),

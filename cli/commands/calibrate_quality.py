@@ -1,4 +1,4 @@
-"""``shoal calibrate --quality``: what fewer bits do to a model's words, here or on an agent."""
+"""``shoal calibrate --quality``: measures a model's sensitivities, here or on an agent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUALITY_BITS = (2, 3, 4, 6, 8)
 
 
 def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -> None:
-    """Measure on this device, in this process. Raises CommandFailed, ModelError, BackendError."""
+    """Measure in this process. Raises CommandFailed, ModelError, BackendError."""
     from backends.registry import BACKENDS, backend_class
     from calibration.quality.blocks import check_plans, measure_quality, random_plans
     from calibration.quality.hops import measure_hops, worst_hops
@@ -40,7 +40,7 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
     first = next(iter(BACKENDS))
     backend = backend_class(options.backend or first)()
     capabilities = backend.probe()
-    # One that rounds is measured beside what the weights' bits alone lose.
+    # A backend that rounds is measured in addition to the loss of the weights' bits alone.
     rounding = bool(capabilities.arithmetic)
     how = form | {
         "backend": backend_class(first)() if rounding else backend,
@@ -111,7 +111,7 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
 
 
 def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
-    """As ``quality_here``, measured by an agent and kept by the coordinator."""
+    """Let an agent measure and the coordinator keep results. Raises CommandFailed, ModelError."""
     from calibration.quality.blocks import BlockSensitivity, PlanCheck, random_plans
     from cli.client import Client, default_url
     from model.families import load_spec
@@ -140,12 +140,12 @@ def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
             nonlocal told
             if step["phase"] == "quality" and not told:
                 told = True
-                screen.note(f"{step['label']} measures; what it finds is kept as it comes")
+                screen.note(f"{step['label']} measures; the coordinator keeps each result at once")
             on_step(step)
 
         answer = client.operate("/shoal/v1/quality", request, on_agents_step)
     if not told:
-        screen.note("all of it was measured before")
+        screen.note("everything was measured before")
     qualities = [
         BlockSensitivity(item["block"], item["bits"], item["kl"], item["weight_error"])
         for item in answer["blocks"]
@@ -165,7 +165,7 @@ def _show_quality(
     qualities: Sequence[BlockSensitivity],
     checks: Sequence[PlanCheck],
 ) -> None:
-    """Print ``answer`` as JSON, or what it is made of as tables; draw it if asked."""
+    """Print ``answer`` as JSON or as tables, and draw it if asked."""
     from calibration.charts import heatmap_svg
 
     names = list(dict.fromkeys(item["name"] for item in answer["blocks"]))
@@ -231,7 +231,7 @@ def _show_sensitivities(
 
 
 def _show_own(screen: Screen, items: Sequence[Mapping[str, Any]]) -> None:
-    """What arithmetics add that lose more than the weights' bits do."""
+    """Print the divergences of layers in arithmetics that round."""
     for arithmetic in dict.fromkeys(item["arithmetic"] for item in items):
         some = [item for item in items if item["arithmetic"] == arithmetic]
         title = f"layers as {arithmetic} computes them, KL in nats per token"
@@ -249,7 +249,7 @@ def _show_own(screen: Screen, items: Sequence[Mapping[str, Any]]) -> None:
 def _show_hops(screen: Screen, hops: Sequence[Mapping[str, Any]]) -> None:
     widths = sorted({hop["bits"] for hop in hops}, reverse=True)
     kl = {(hop["after"], hop["bits"]): hop["kl"] for hop in hops}
-    # The table is narrow, and a title no wider.
+    # The title must not be wider than the table.
     table = Table(title="hops, KL in nats per token", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("behind", no_wrap=True)
     for width in widths:

@@ -1,8 +1,8 @@
-"""``shoal demo``: a coordinator and agents as processes of their own, a real split, one answer.
+"""``shoal demo``: splits a model over agents on this machine, and asks for one answer.
 
-Nothing is simulated: the agents are what `shoal agent` starts, found by mDNS on the loopback
-interface, each with a memory limit so small that the model must be split. Whatever ends the demo,
-its processes and files go with it.
+Nothing is simulated. The agents are processes of `shoal agent`, found by mDNS on the loopback
+interface. Each has a memory limit so small that the model must be split. The end of the demo
+removes its processes and files, whatever ends it.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ DEFAULT_AGENTS = 3
 BACKEND = "onnx_cpu"
 
 JOIN_TIMEOUT_S = 10.0
-"""How long agents may take to join by mDNS before they are told the address."""
+"""The time for agents to join by mDNS. After that they get the coordinator's address."""
 
 START_TIMEOUT_S = 60.0
-"""How long a process may take to start on a slow machine."""
+"""The time for a process to start on a slow machine."""
 
 SPEED_TOKENS = 128
-"""Tokens that the speed is measured over. An answer may have two, whose time says nothing."""
+"""The tokens of an answer whose speed is measured. The shown answer may have only two."""
 
 SPEED_RUNS = 3
-"""Answers of SPEED_TOKENS, of whose speeds the median counts."""
+"""The number of answers of SPEED_TOKENS. The median of their speeds counts."""
 
 SPLIT_SHARE = 0.97
-"""All agents but one together get this share of what the model needs at least."""
+"""All agents but one together get this share of the model's least memory."""
 
 
 class Demo:
@@ -74,7 +74,7 @@ class Demo:
         self._directory = Path()
 
     def run(self) -> None:
-        """Start everything, ask, show, and leave nothing behind. Raises CommandFailed."""
+        """Start all processes, ask, show the answer, and clean up. Raises CommandFailed."""
         options = self._options
         model = self._model()
         prompt = options.prompt
@@ -99,7 +99,7 @@ class Demo:
         screen.step("demo: starting a coordinator")
         ready = self._start_coordinator(cluster)
         sizes = ", ".join(format_size(limit) for limit in memory)
-        screen.step(f"demo: starting {len(memory)} agents with {sizes}; each measures this machine")
+        screen.step(f"demo: starting {len(memory)} agents with {sizes}; they measure this machine")
         self._start_agents(cluster, memory, None)
         with Client(ready["http"]) as client:
             if not self._joined(client, len(memory)):
@@ -122,7 +122,7 @@ class Demo:
                 loaded = client.operate("/shoal/v1/load", request, on_step)
             devices = client.get("/shoal/v1/devices")
             if not screen.json_output:
-                # The demo's own processes disturb each other, and are gone before it is quiet.
+                # The demo's processes disturb each other, so the usual advice does not help.
                 disturbed = [device.pop("noise", None) for device in devices["devices"]]
                 screen.devices(devices)
                 if any(disturbed):
@@ -154,11 +154,11 @@ class Demo:
             self._compare(loaded["plan"], result)
 
     def _speed(self, client: Client, prompt: list[int]) -> dict[str, Any]:
-        """Measure on longer answers to the same prompt, which nobody sees.
+        """Measure the speed of longer answers to the same prompt, which are not shown.
 
         They go on past the model's end of text. Returns {"speed_tokens", "prefill_tokens_per_s",
-        "decode_tokens_per_s"}: the tokens of each answer, fewer than SPEED_TOKENS only where the
-        context ends, and median speeds.
+        "decode_tokens_per_s"}: the tokens of each answer, and median speeds. An answer has fewer
+        than SPEED_TOKENS only if the context ends.
         """
         body = {
             "prompt": prompt,
@@ -179,7 +179,7 @@ class Demo:
     def _compare(self, plan: dict[str, Any], result: dict[str, Any]) -> None:
         predicted = 1e3 / plan["predicted_ms_per_token"]
         measured, tokens = result["decode_tokens_per_s"], result["speed_tokens"]
-        rate = "too short to measure"  # The context has no room for two tokens more.
+        rate = "too short to measure"  # The context has no room for two more tokens.
         if measured is not None:
             rate = f"{measured:.0f} tokens/s measured over {tokens} tokens"
         self._screen.out.print(
@@ -192,7 +192,7 @@ class Demo:
 
     @contextlib.contextmanager
     def _phases(self, draw: OnStep) -> Iterator[OnStep]:
-        """A line as each phase of loading begins, and another when all of them are done."""
+        """Print a line as each phase of loading begins, and one at the end."""
         begun: list[str] = []
         started_s = time.monotonic()
 
@@ -217,7 +217,7 @@ class Demo:
         return min(self._options.context or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context)
 
     def _memory_limits(self, checkpoint: Checkpoint) -> list[int]:
-        """Bytes for each agent: the user's, or so little that all of them are needed."""
+        """The memory of each agent in bytes: as asked for, or so little that all are needed."""
         options = self._options
         if options.memory is not None:
             memory: list[int] = options.memory
@@ -232,7 +232,7 @@ class Demo:
         return [int(share) + stage] * agents
 
     def _needs(self, checkpoint: Checkpoint) -> tuple[list[int], list[int], int]:
-        """Per block the least and the most bytes any allowed width takes, and a stage's own."""
+        """The least and the most bytes of each block at allowed widths, and a stage's own bytes."""
         options, spec = self._options, checkpoint.spec
         try:
             containers = backend_class(BACKEND).probe().containers(exact=options.exact)
@@ -271,7 +271,7 @@ class Demo:
                 for fmt in formats
                 if bound is None or errors[block][fmt.bits] <= bound
             ] or [
-                # No width is allowed: the coordinator says so, with advice.
+                # If no width is allowed, the coordinator says so, with advice.
                 costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
                 for fmt in formats
             ]
@@ -295,7 +295,7 @@ class Demo:
 
     def _start(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
         log = self._directory / f"{name}.log"
-        # A process that runs must be one that is stopped.
+        # Every process that has started must be noted, or it would not be stopped.
         with held_signals(), log.open("w", encoding="utf-8") as errors:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, "-m", "cli", *arguments, "--until-stdin-closes"],
@@ -303,7 +303,7 @@ class Demo:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                # Ctrl-C is for the demo, which stops its processes in order.
+                # Ctrl-C reaches only the demo, which stops its processes in order.
                 start_new_session=True,
             )
             self._processes.append((name, process, log))
@@ -345,13 +345,15 @@ class Demo:
                     f"--threads={threads}",
                     f"--backend={BACKEND}",
                     f"--state-dir={self._directory / name}",
+                    # They run on one machine, so one of them measures for all.
+                    f"--measurements-dir={self._options.measurements_dir or self._directory}",
                     *(["--exact"] if self._options.exact else []),
                     *where,
                 ],
             )
 
     def _joined(self, client: Client, wanted: int, timeout_s: float = JOIN_TIMEOUT_S) -> bool:
-        """Wait until all agents have joined; False after ``timeout_s``."""
+        """Wait until all agents have joined. Returns False after ``timeout_s``."""
         deadline_s = time.monotonic() + timeout_s
         told = 0
         while time.monotonic() < deadline_s:
@@ -366,7 +368,7 @@ class Demo:
         return False
 
     def _check_processes(self) -> None:
-        """Raise what the first process that ended had to say."""
+        """Raise CommandFailed with the last words of a process that has ended."""
         for name, process, log in self._processes:
             if process.poll() is not None:
                 lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -386,7 +388,7 @@ class Demo:
 
 
 def _stop(ending: Sequence[subprocess.Popen[str]]) -> None:
-    """End processes: politely, then not. Takes some seconds at most."""
+    """Terminate processes, and kill those that have not ended after 5 s."""
     for process in ending:
         process.terminate()
     deadline_s = time.monotonic() + 5
@@ -402,7 +404,7 @@ def _stop(ending: Sequence[subprocess.Popen[str]]) -> None:
 
 
 def _smallest_cap(sizes: Sequence[int], parts: int) -> int:
-    """The least cap with which ``sizes`` can be cut into at most ``parts`` contiguous runs."""
+    """The least cap that lets ``sizes`` be cut into at most ``parts`` contiguous runs."""
     low, high = max(sizes), sum(sizes)
     while low < high:
         cap = (low + high) // 2
@@ -416,5 +418,5 @@ def _smallest_cap(sizes: Sequence[int], parts: int) -> int:
 
 
 def _literal(text: str) -> str:
-    """Text for rich that is not markup."""
+    """``text`` escaped, so that rich sees no markup."""
     return text.replace("[", r"\[")

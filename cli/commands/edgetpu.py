@@ -1,4 +1,4 @@
-"""``shoal edgetpu``: compile a model's layers for a Coral Edge TPU, and check the one here."""
+"""``shoal edgetpu``: compiles a model for a Coral Edge TPU, and checks the one here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from backends.edgetpu_compiler import Compiled
 
 ROOT = Path("/")
-"""Where /sys and /dev are."""
+"""The directory with /sys and /dev."""
 
 ABOUT = (
     "Google's edgetpu_compiler runs on x86-64 only. If it is on a coordinator's or an agent's "
@@ -35,7 +35,6 @@ EXAMPLES = (
 
 
 def add_edgetpu_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything but ``--json``, which all commands share."""
     parser.add_argument(
         "action",
         choices=("check", "compile"),
@@ -105,8 +104,8 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
     compiler = find_compiler()
     if compiler is None:
         raise CommandFailed(
-            f"{COMPILER} is not on PATH: it is Google's, for x86-64 Linux; docs/hardware.md says"
-            " where it comes from"
+            f"{COMPILER} is not on PATH: install Google's, for x86-64 Linux, as docs/hardware.md"
+            " says"
         )
     directory = options.out or default_directory()
     checkpoint = Checkpoint.open(options.model)

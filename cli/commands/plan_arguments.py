@@ -1,4 +1,4 @@
-"""What the planning commands take, and the requests and wishes that it makes."""
+"""The arguments of the planning commands, and the requests made from them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _seconds = argument(between(0.01, 3600), "seconds between 0.01 and 3600")
 
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``shoal plan`` beyond those that ``shoal load`` shares."""
+    """Add the options of ``shoal plan`` that ``shoal load`` does not have."""
     parser.add_argument(
         "--devices",
         type=Path,
@@ -82,7 +82,7 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to minimise, and what the user has decided already."""
+    """Add the objective and the wishes about the plan."""
     parser.add_argument(
         "--objective",
         choices=("latency", "throughput", "request", "energy"),
@@ -164,7 +164,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -> None:
-    """How weights are stored, what they may lose, and for how long a plan is sought."""
+    """Add the options about stored weights, context and the solver's time."""
     parser.add_argument(
         "--max-weight-error",
         type=_error_bound,
@@ -206,7 +206,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
 
 
 def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
-    """At how many bits hidden values may cross a link. ``with_budget``: the command has one."""
+    """Add --hop-bits. ``with_budget`` says that the command has --quality-budget."""
     unless = " With --quality-budget: all whose divergence is known." if with_budget else ""
     parser.add_argument(
         "--hop-bits",
@@ -218,14 +218,12 @@ def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> N
 
 
 def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two files of a comparison."""
     saved = "which `shoal plan --save` wrote."
     parser.add_argument("before", type=Path, metavar="A.json", help=f"The first plan, {saved}")
     parser.add_argument("after", type=Path, metavar="B.json", help=f"The second plan, {saved}")
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``shoal study dilemma`` takes."""
     parser.add_argument("study", choices=("dilemma",), help="The only study so far.")
     parser.add_argument(
         "--out",
@@ -264,13 +262,13 @@ def objective_of(options: argparse.Namespace) -> Objective:
 
 
 def context_of(options: argparse.Namespace, given: SavedPlan | None) -> int | None:
-    """Tokens of a sequence, as asked for or as the plan of --plan was made for; None: neither."""
+    """The context as asked for, else that of the plan of --plan, else None."""
     asked: int | None = options.context
     return asked or (given.context_tokens if given is not None else None)
 
 
 def slots_of(options: argparse.Namespace, given: SavedPlan | None) -> int:
-    """How many sequences at once, as ``context_of`` or by default. Raises UsageError."""
+    """The slots as asked for, else those of the plan, else the default. Raises UsageError."""
     from planning.request import MAX_SLOTS, default_slots
 
     saved = given.slots if given is not None else None
@@ -281,9 +279,9 @@ def slots_of(options: argparse.Namespace, given: SavedPlan | None) -> int:
 
 
 def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> LoadRequest:
-    """The live plan or load that the arguments ask for. Raises UsageError, CommandFailed.
+    """The request for a live plan or load. Raises UsageError, CommandFailed.
 
-    ``with_problem``: the answer must have the planning problem too.
+    with_problem: the answer must have the planning problem too.
     """
     from model.errors import ModelError
     from planning.errors import RequestInvalid
@@ -320,7 +318,7 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
 
 
 def _widths(options: argparse.Namespace, saved: SavedPlan | None) -> dict[str, Any]:
-    """Bits of weights and of hops: as asked for, else the defaults and what the plan uses."""
+    """The bits of weights and hops as asked for, else the defaults and those of the plan."""
     from planning.problem import DEFAULT_HOPS
     from planning.request import DEFAULT_BITS
 
@@ -337,7 +335,7 @@ def _widths(options: argparse.Namespace, saved: SavedPlan | None) -> dict[str, A
 
 
 def _of_model(options: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the request that need the model's shape: pins and sensitivities."""
+    """The fields of the request that need the model's shape: pins and sensitivities."""
     from model.families import load_spec
 
     if not options.pin and options.sensitivities is None:
@@ -356,10 +354,10 @@ def _of_model(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def absolute_model(given: str) -> Path:
-    """The path to tell the coordinator, which may be on another machine and judges it.
+    """The absolute path of a model for the coordinator, which may be on another machine.
 
-    Only an absolute path can be one there alone. Raises CommandFailed for another that is nothing
-    here: the name of a model on a hub, or a wrong path.
+    An absolute path may exist only there, so it is not checked here. Raises CommandFailed if a
+    relative path does not exist here. It may be a hub's name.
     """
     from model.errors import ModelError
     from model.given import require_model
@@ -374,7 +372,7 @@ def absolute_model(given: str) -> Path:
 
 
 def pins_of(options: argparse.Namespace, spec: ModelSpec) -> dict[int, str]:
-    """Block to device name. Raises UsageError for layers that the model does not have."""
+    """The pinned device of each block. Raises UsageError for layers that do not exist."""
     pins: dict[int, str] = {}
     for first, last, device in options.pin:
         if isinstance(first, str):
@@ -417,7 +415,7 @@ def _hop_bits(text: str) -> list[int]:
 
 
 def _pin(text: str) -> tuple[int | str, int, str]:
-    """First and last layer, or the name of another block, and the device."""
+    """Parse a pin into the first and last layer, or a block's name and 0, and the device."""
     match = _PIN.fullmatch(text)
     if match is None or (match[3] is not None and int(match[3]) < int(match[2])):
         raise argparse.ArgumentTypeError(

@@ -1,4 +1,4 @@
-"""How plans, explanations, simulations and studies are shown. Nothing here decides anything."""
+"""Shows plans, explanations, simulations and studies as tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def show_divergence(
     screen: Screen, plan: Mapping[str, Any], margin: float | None, measured_kl: float | None
 ) -> None:
-    """One line on what the plan's bits do to the model, where that is known."""
+    """Show the plan's divergence in one line, if it is known."""
     total = plan["total_sensitivity"]
     if total is None:
         return
@@ -35,7 +35,7 @@ def show_divergence(
 
 
 def show_explanation(screen: Screen, explanation: Explanation) -> None:
-    """Where a token's time goes, then one line per change that was tried."""
+    """Show where a token's time goes, then one line for each change that was tried."""
     from planning.insight.explain import change_text
     from planning.plan import bits_text
 
@@ -48,7 +48,7 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
         ("KL", "3g", [stage.sensitivity for stage in explanation.stages]),
         ("J", "2f", [stage.energy_j for stage in explanation.stages]),
     ]
-    # What is known of no stage takes no room.
+    # A column without values is left out.
     known = [column for column in optional if any(value is not None for value in column[2])]
     for name in [*columns, *(name for name, _, _ in known)]:
         table.add_column(name, justify="right", no_wrap=True)
@@ -78,7 +78,7 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
     telling = [item for item in explanation.marginals if item.change != 0.0]
     for item in telling:
         screen.out.print(f"  {escape(str(item))}")
-    # What makes no difference takes one line per kind, however many there are.
+    # Changes without an effect share one line per kind.
     same: dict[tuple[Kind, str], list[str]] = {}
     for item in explanation.marginals:
         if item.change == 0.0:
@@ -91,7 +91,6 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
 
 
 def show_simulation(screen: Screen, simulation: Simulation) -> None:
-    """The spread over drawn link speeds."""
     table = titled_table(f"{simulation.kept.runs} draws of link speeds, predicted ms")
     table.add_column("plan")
     for column in ("lowest", "10 %", "median", "90 %", "highest"):
@@ -170,7 +169,7 @@ def show_dilemma(
     )
     screen.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
     if solution.honest_s is None:
-        screen.out.print("this places some layers twice or never: no model runs like that")
+        screen.out.print("this places some layers twice or never, so no model can run")
     elif solution.honest_s > solution.objective_s * (1 + 1e-9):
         screen.out.print(
             f"with every transfer charged: {solution.honest_s * 1e3:.2f} ms"
@@ -179,7 +178,7 @@ def show_dilemma(
 
 
 def show_study(screen: Screen, study: DilemmaStudy) -> None:
-    """The bits of Table 1, then the figures' points."""
+    """Show the bits of Table 1, then the points of the figures."""
     table = titled_table("Table 1 with synthetic weights: computed, not measured")
     for column in ("delta", "bits", "paper", "ratio", "T, s"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -1,8 +1,8 @@
-"""``shoal plan`` and what goes with it: for the shoal as measured, or for a described testbed.
+"""``shoal plan``, ``diff`` and ``study``.
 
-Both ways lead to a planning problem, and everything beyond the best plan (explanations, drawings,
-files, simulations) is made from it by the same functions here. Figures made from a described
-testbed are predictions from what its file says, and are labelled so.
+A plan is for the measured shoal or for described devices. Both ways lead to a planning problem. The
+same functions make explanations, drawings, files and simulations from it. Figures for described
+devices are predictions from their lab file, and are labelled so.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from planning.saved import SavedPlan
 
 EXPLAIN_LIMIT_S = 60.0
-"""What all trials of an explanation may take together."""
+"""The time for all trials of an explanation together."""
 SOLVE_AGAIN_LIMIT_S = 5.0
 
 
 def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
-    """``shoal plan MODEL --devices LAB.yaml``: no coordinator, no agent. Raises CommandFailed."""
+    """Run ``shoal plan MODEL --devices LAB.yaml``, without a coordinator. Raises CommandFailed."""
     from model.errors import ModelError
     from model.families import load_spec
     from model.quantize import Format
@@ -91,8 +91,8 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             ]
             if unknown:
                 screen.note(
-                    f"{options.sensitivities} says nothing of what the arithmetic of"
-                    f" {', '.join(unknown)} loses: see docs/calibration.md"
+                    f"{options.sensitivities} has no sensitivities for the arithmetic of"
+                    f" {', '.join(unknown)}: see docs/calibration.md"
                 )
         else:
             errors, bound = _weight_errors(options, model, formats, screen)
@@ -140,7 +140,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -> None:
-    """``shoal plan MODEL``: what the coordinator measured. Raises CommandFailed."""
+    """Run ``shoal plan MODEL`` with the coordinator's measurements. Raises CommandFailed."""
     from planning.plan import Plan, PlanError, verify
     from planning.problem import PlanningProblem
 
@@ -206,7 +206,7 @@ def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_study(options: argparse.Namespace, screen: Screen) -> None:
-    """``shoal study dilemma``: Table 1 and figures 3, 5, 6 of the paper. Raises CommandFailed."""
+    """Run ``shoal study dilemma``: Table 1 and figures 3, 5, 6. Raises CommandFailed."""
     from paper.study import study_dilemma
     from planning.plan import PlanError
 
@@ -219,7 +219,7 @@ def run_study(options: argparse.Namespace, screen: Screen) -> None:
                 f"{options.out}: {(error.strerror or str(error)).lower()}"
             ) from error
         log = options.out / "results.jsonl"
-        screen.note(f"results go to {log} as they come: the same command goes on after a stop")
+        screen.note(f"results are kept in {log}: after a stop, the same command goes on")
     try:
         with screen.progress() as on_step:
 
@@ -272,7 +272,7 @@ def save_plan(path: Path, plan: Plan, found: _Found) -> None:
 def _hop_formats(
     options: argparse.Namespace, lab: Lab, known: Sensitivities | None
 ) -> tuple[HopFormat, ...]:
-    """--hop-bits, else what the lab says of hops; what was measured of the model comes first."""
+    """The widths of --hop-bits, else of the lab. Measured divergences replace the lab's."""
     from planning.sensitivity import choose_hops, scaled
 
     declared = {
@@ -287,7 +287,7 @@ def _hop_formats(
 def _weight_errors(
     options: argparse.Namespace, model: Path, formats: Mapping[int, Format], screen: Screen
 ) -> tuple[Sequence[Mapping[int, float]] | None, float | None]:
-    """Errors of each block and their bound; none where there are no weights to measure."""
+    """The weight errors of each block and their bound, or None without weights to measure."""
     from model.checkpoint import Checkpoint
     from model.weight_errors import weight_errors
     from wire.service import default_state_dir
@@ -312,17 +312,17 @@ def _weight_errors(
 
 @dataclass(frozen=True, slots=True)
 class _Wording:
-    """What tells a live plan from one for described devices."""
+    """The words that differ between a live plan and one for described devices."""
 
     title: str
     picture: str
     labels: Mapping[str, Any]
-    """Keys of the JSON answer that say where its figures are from."""
+    """Fields of the JSON answer that name the source of its figures."""
 
 
 @dataclass(slots=True)
 class _Found:
-    """A plan as JSON, and what is known beside it."""
+    """A plan as JSON, with its context for showing it."""
 
     model: str
     context_tokens: int
@@ -331,9 +331,9 @@ class _Found:
     margin: float | None = None
     measured_kl: float | None = None
     devices: Mapping[str, str] | None = None
-    """Ids of devices by name; None for described ones."""
+    """Ids of devices by name, or None for described devices."""
     noise: Sequence[Mapping[str, Any]] = ()
-    """Measured figures that may be those of a busy machine."""
+    """Entries about noisy figures (coordinator.roster.noise)."""
 
 
 def _show_plan(
@@ -350,7 +350,9 @@ def _show_plan(
     from planning.insight.view import describe_plan
 
     if options.simulate and options.objective == "energy":
-        raise UsageError("--simulate draws link speeds, which energy does not depend on")
+        raise UsageError(
+            "--simulate draws link speeds, but energy does not depend on them: drop one"
+        )
     explanation: Explanation | None = None
     simulation: Simulation | None = None
     with screen.progress() as on_step:
@@ -393,7 +395,7 @@ def _show_found(
     idle: Sequence[str] = (),
     simulation: Simulation | None = None,
 ) -> None:
-    """A plan as JSON or as tables. ``idle`` says of devices that it leaves out, why."""
+    """Show a plan as JSON or as tables. ``idle`` has the reasons for unused devices."""
     if options.json:
         answer: dict[str, Any] = {
             "model": found.model,
@@ -432,7 +434,7 @@ def _run_dilemma(
     problem: PlanningProblem,
     times: Mapping[str, Any],
 ) -> None:
-    """The paper's program on the described costs: blocks are its layers."""
+    """Solve the paper's program for the described costs. Its layers are the blocks."""
     from paper import dilemma
 
     for name, asked in (
@@ -483,7 +485,7 @@ def _run_dilemma(
 def _given_or_best(
     options: argparse.Namespace, screen: Screen, problem: PlanningProblem, given: SavedPlan | None
 ) -> Plan:
-    """The plan of --plan, else the best."""
+    """The plan of --plan, else the best one."""
     if given is not None:
         return _compared(options, screen, given.to_plan(problem), problem)
     return _solve(options, screen, problem)
@@ -492,7 +494,7 @@ def _given_or_best(
 def _compared(
     options: argparse.Namespace, screen: Screen, plan: Plan, problem: PlanningProblem
 ) -> Plan:
-    """A plan of --plan with the user told how far from the best it is; another as it is."""
+    """Tell the user how far a plan of --plan is from the best. Other plans stay as they are."""
     from planning.plan import PlanError
 
     if not options.plan:

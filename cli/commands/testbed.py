@@ -1,4 +1,4 @@
-"""``shoal testbed``: a lab file brought up as emulated hosts on this machine (docs/testbed.md)."""
+"""``shoal testbed``: emulates the devices of a lab file (docs/testbed.md)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,6 @@ FAULT_KINDS = (
 
 
 def add_testbed_arguments(parser: argparse.ArgumentParser) -> None:
-    """The actions of ``shoal testbed`` and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
@@ -170,7 +169,7 @@ def _up(options: argparse.Namespace, screen: Screen) -> None:
                     lambda joined: say(f"starting agents: {joined} of {total} have joined"),
                 )
                 url = cluster.open_door(options.http)
-    except BaseException:  # Interrupted or failed, however: no host stays half up.
+    except BaseException:  # Also when interrupted, no host stays.
         down(options.name)
         raise
     if options.json:
@@ -214,13 +213,13 @@ def _exec(bed: Any, options: argparse.Namespace) -> None:
     if not words:
         raise CommandFailed("exec: no command: shoal testbed exec HOST -- COMMAND")
     line = bed.command(options.host, words)
-    # The command takes this process's place: its terminal, its signals and its exit code.
-    os.execv(line[0], line)  # noqa: S606 - what the user asked for
+    # The command replaces this process, with its terminal, signals and exit code.
+    os.execv(line[0], line)  # noqa: S606 - the user's command
 
 
 @contextmanager
 def _doing(screen: Screen, what: str) -> Iterator[Any]:
-    """A line that says what is under way; yields what changes it."""
+    """Show a status line. Yields the function that changes it."""
     with Status(what, console=screen.err) as status:
         yield status.update
 

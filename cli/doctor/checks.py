@@ -1,6 +1,6 @@
 """The checks of ``shoal doctor`` that need no network. Each takes a Machine and returns findings.
 
-What the kernel shows is read below ``Machine.root``, so that a test can be any board.
+The kernel's files are read below ``Machine.root``, so that tests can be any board.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ FEATURES = {
     "flags": ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8"),
     "Features": ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 }
-"""Instructions that the kernels of backends are written for, by the label of /proc/cpuinfo."""
+"""Instructions that backends use, by their label in /proc/cpuinfo."""
 
 LOW_MEMORY_BYTES = 512 << 20
 LEAST_MEMORY_BYTES = 160 << 20
-"""An agent with its library takes about 95 MB before it holds any block."""
+"""An agent with its library takes about 95 MB without any block."""
 
 LOW_DISK_BYTES = 1 << 30
 LEAST_DISK_BYTES = 64 << 20
@@ -55,7 +55,7 @@ _WRITE_BYTES = 1 << 20
 
 FIRST_RELEASE_YEAR = 2026
 HOT_C = 80.0
-"""Where a Raspberry Pi begins to slow down."""
+"""The temperature at which a Raspberry Pi begins to slow down."""
 
 _STA_UNSYNC = 0x40
 _ADJTIMEX_BYTES = 512
@@ -77,16 +77,20 @@ print(json.dumps(answer))
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What is examined. ``root`` stands for / in tests; ``backend`` is the one to be used."""
+    """The machine to check.
+
+    root: / or a test's directory in its place.
+    backend: the backend that the agent will use.
+    """
 
     root: Path
     state_dir: Path
     cluster: str
     coordinator: Endpoint | None
-    """The one to join; of a coordinator's own machine where it listens."""
+    """The coordinator to join. For a coordinator's machine, the address where it listens."""
     backend: str
     announces: bool = True
-    """Whether a coordinator here is to announce itself by mDNS."""
+    """Whether a coordinator here announces itself by mDNS."""
 
     @property
     def real(self) -> bool:
@@ -95,8 +99,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. ``failed`` means that the machine cannot be what it is checked for, an agent or
-    a coordinator; ``fix`` is what to do about it."""
+    """One finding, with ``fix`` as its advice.
+
+    The state ``failed`` means that the machine cannot be an agent, or a coordinator.
+    """
 
     name: str
     state: State
@@ -108,7 +114,7 @@ class Check:
 
 
 def check_board(machine: Machine) -> list[Check]:
-    """Board, processor and its instructions; 32-bit systems cannot be used."""
+    """Check the board, the processor and its instructions. A 32-bit system fails."""
     fields: dict[str, str] = {}
     for line in read_text(machine.root / "proc/cpuinfo").splitlines():
         label, _, value = line.partition(":")
@@ -135,7 +141,7 @@ def check_board(machine: Machine) -> list[Check]:
 
 
 def check_system(machine: Machine) -> list[Check]:
-    """Operating system, kernel and Python."""
+    """Show the operating system, kernel and Python."""
     release = dict(
         line.partition("=")[::2]
         for line in read_text(machine.root / "etc/os-release").splitlines()
@@ -150,19 +156,19 @@ def check_system(machine: Machine) -> list[Check]:
 
 
 def check_libraries(machine: Machine) -> list[Check]:
-    """What every agent imports."""
+    """Check the libraries that every agent imports."""
     return installed(NEEDED)
 
 
 def installed(packages: Iterable[str]) -> list[Check]:
-    """The versions of these packages, or which of them are missing."""
+    """Check that these packages are installed, and show their versions."""
     found, missing = [], []
     for name in packages:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
-    missing = [name for name in missing if name != "shoal-llm"]  # Run from its tree.
+    missing = [name for name in missing if name != "shoal-llm"]  # It may run from its tree.
     if missing:
         return [
             Check("libraries", "failed", f"missing: {', '.join(missing)}", _pip(" ".join(missing)))
@@ -171,7 +177,7 @@ def installed(packages: Iterable[str]) -> list[Check]:
 
 
 def check_backends(machine: Machine) -> list[Check]:
-    """Each backend, imported in a process of its own: such libraries crash on some processors."""
+    """Check each backend in a process of its own, because such libraries may crash."""
     with ThreadPoolExecutor(len(BACKENDS)) as pool:
         answers = dict(zip(BACKENDS, pool.map(probe_backend, BACKENDS), strict=True))
     usable = [name for name, answer in answers.items() if "version" in answer]
@@ -191,7 +197,7 @@ def check_backends(machine: Machine) -> list[Check]:
 
 
 def probe_backend(name: str) -> dict[str, str]:
-    """``version`` of an available backend, or the ``reason`` why it is not."""
+    """The ``version`` of an available backend, or the ``reason`` why it is not available."""
     try:
         completed = subprocess.run(  # noqa: S603 - this interpreter
             [sys.executable, "-I", "-c", _PROBE],
@@ -214,7 +220,7 @@ def probe_backend(name: str) -> dict[str, str]:
 
 
 def check_accelerators(machine: Machine) -> list[Check]:
-    """Edge TPUs and Jetsons, and what stands between them and a backend."""
+    """Check Edge TPUs and Jetsons, and what a backend needs to use them."""
     found = [_coral(machine, coral) for coral in corals(machine.root)]
     if is_jetson(machine.root):
         release = read_text(machine.root / "etc/nv_tegra_release").partition("\n")[0]
@@ -223,7 +229,7 @@ def check_accelerators(machine: Machine) -> list[Check]:
 
 
 def check_clock(machine: Machine) -> list[Check]:
-    """A board without a clock chip starts in the past, where no certificate is valid."""
+    """Check the clock. A board without a clock chip starts in the past, and certificates fail."""
     now = time.gmtime()
     text = time.strftime("%Y-%m-%d %H:%M:%S UTC", now)
     fix = "sudo timedatectl set-ntp true"
@@ -247,7 +253,7 @@ def check_memory(machine: Machine) -> list[Check]:
 
 
 def check_limits(machine: Machine) -> list[Check]:
-    """Raspberry Pi OS starts its kernel without the control group that bounds memory."""
+    """Check the control group that bounds memory. Raspberry Pi OS starts without it."""
     controllers = read_text(machine.root / "sys/fs/cgroup/cgroup.controllers").split()
     if controllers and "memory" not in controllers:
         fix = "add cgroup_enable=memory to /boot/firmware/cmdline.txt and reboot"
@@ -257,7 +263,7 @@ def check_limits(machine: Machine) -> list[Check]:
 
 
 def check_swap(machine: Machine) -> list[Check]:
-    """Swap on a card makes a stage hundreds of times slower instead of failing."""
+    """Check swap. A stage that swaps to a card does not fail, but is hundreds of times slower."""
     lines = read_text(machine.root / "proc/swaps").splitlines()[1:]
     names = [line.split()[0] for line in lines if line.split()]
     if not names:
@@ -270,7 +276,7 @@ def check_swap(machine: Machine) -> list[Check]:
 
 
 def check_disk(machine: Machine) -> list[Check]:
-    """Free room where blocks are kept, and a real write."""
+    """Check free space in the state directory, and write a file there."""
     directory = machine.state_dir
     while not _reachable(directory) and directory != directory.parent:
         directory = directory.parent
@@ -307,7 +313,7 @@ def check_disk(machine: Machine) -> list[Check]:
 
 
 def check_heat(machine: Machine) -> list[Check]:
-    """Temperature, and whether the firmware slows the processor down."""
+    """Check the temperature, and whether the firmware slows the processor down."""
     zones = sorted(machine.root.glob("sys/class/thermal/thermal_zone*/temp"))
     degrees = [int(text) / 1000 for zone in zones if (text := read_text(zone)).isdigit()]
     governor = read_text(machine.root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -359,9 +365,9 @@ def _coral(machine: Machine, coral: Coral) -> Check:
 
 
 def _backend_fix(reason: str, machine: Machine) -> tuple[str, str]:
-    """What of ``reason`` is to be said, and the command that mends it, for this environment.
+    """Split ``reason`` into the cause and a command that mends it in this environment.
 
-    A backend's own advice is to "pip install" something, which is rarely this environment's pip.
+    A backend advises "pip install", but that is rarely the pip of this environment.
     """
     reason, _, advice = reason.partition(": pip install ")
     if advice:
@@ -388,7 +394,7 @@ def _reachable(path: Path) -> bool:
 
 
 def _unsynchronized() -> bool:
-    """What the kernel's clock discipline says; False where it cannot be asked."""
+    """Whether the kernel says that its clock is not synchronized."""
     buffer: Any = ctypes.create_string_buffer(_ADJTIMEX_BYTES)  # modes 0: only read
     try:
         if ctypes.CDLL(None).adjtimex(buffer) < 0:

@@ -1,7 +1,7 @@
-"""``shoal doctor``: what this machine is, what works on it, and the command that mends the rest.
+"""``shoal doctor``: checks what works on this machine, and says how to mend the rest.
 
-The checks are in cli.doctor.checks and cli.doctor.network. They run here, each for a bounded time,
-and are shown. The exit code is 1 when something essential fails.
+The checks are in cli.doctor.checks and cli.doctor.network. Each runs for a bounded time. The exit
+code is 1 if something essential fails.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ CHECKS: tuple[tuple[Callable[[Machine], list[Check]], float], ...] = (
     (network.check_coordinator, 10.0),
     (network.check_firewall, 10.0),
 )
-"""In the order they are shown, each with the seconds after which it is given up: a dead disk or a
-library that hangs must not keep the rest from being said."""
+"""The checks of an agent in the order of the output, each with its time limit in seconds.
+
+A dead disk or a library that hangs must not hold up the other checks."""
 
 COORDINATOR_CHECKS: tuple[tuple[Callable[[Machine], list[Check]], float], ...] = (
     (checks.check_board, 5.0),
@@ -61,13 +62,13 @@ COORDINATOR_CHECKS: tuple[tuple[Callable[[Machine], list[Check]], float], ...] =
     (coordinator.check_serving, 10.0),
     (network.check_firewall, 10.0),
 )
-"""As CHECKS for a coordinator, which needs no backend and joins nobody."""
+"""The checks of a coordinator, which needs no backend and joins no cluster."""
 
 ROLES = {"agent": CHECKS, "coordinator": COORDINATOR_CHECKS}
 SETTINGS = Path("/etc/shoal")
 SERVICE_STATE = Path("/var/lib/shoal")
 UNITS = Path("/etc/systemd/system")
-ANYWHERE = "0.0.0.0"  # noqa: S104 - where a coordinator listens unless told otherwise
+ANYWHERE = "0.0.0.0"  # noqa: S104 - the coordinator's default
 COLOURS = {"ok": "green", "note": "default", "warning": "yellow", "failed": "bold red"}
 
 
@@ -100,7 +101,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_doctor(options: argparse.Namespace, screen: Screen) -> None:
-    """Run every check and show it. Raises CommandFailed when something essential fails."""
+    """Run every check and show it. Raises CommandFailed if something essential fails."""
     roles = _roles(options)
     found: list[Check] = []
     verdicts = []
@@ -133,14 +134,14 @@ def run_doctor(options: argparse.Namespace, screen: Screen) -> None:
 def bounded(
     check: Callable[[Machine], list[Check]], machine: Machine, timeout_s: float
 ) -> list[Check]:
-    """What ``check`` finds, or that it failed or did not come back in time."""
+    """The findings of ``check``, or a failure if it raises or takes too long."""
     name = check.__name__.removeprefix("check_")
     found: list[Check] = []
 
     def run() -> None:
         try:
             found.extend(check(machine))
-        except Exception as error:  # On a broken machine anything may break, and is a finding.
+        except Exception as error:  # On a broken machine anything may fail. It is a finding.
             found.append(Check(name, "failed", f"cannot be checked: {error!r}"))
 
     thread = threading.Thread(target=run, name=f"check {name}", daemon=True)
@@ -152,7 +153,7 @@ def bounded(
 
 
 def _roles(options: argparse.Namespace) -> list[str]:
-    """What the machine is to be: as --role says, else as its services do."""
+    """The roles to check the machine for: --role, else its installed services."""
     if options.role is not None:
         return [options.role]
     units = options.root / UNITS.relative_to("/")
@@ -160,7 +161,7 @@ def _roles(options: argparse.Namespace) -> list[str]:
 
 
 def _machine(options: argparse.Namespace, role: str) -> Machine:
-    """What the arguments and the settings of the role's service say. Raises UsageError."""
+    """The machine as arguments and the service's settings describe it. Raises UsageError."""
     root: Path = options.root
     settings = {}
     path = root / SETTINGS.relative_to("/") / f"{role}.toml"

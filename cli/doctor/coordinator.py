@@ -1,4 +1,4 @@
-"""What ``shoal doctor`` checks of a coordinator: it runs no stage, and waits for agents."""
+"""The checks of ``shoal doctor`` for a coordinator's machine."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ COORDINATOR_NEEDED = (
     "uvicorn",
 )
 
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a setting says
-"""Addresses to listen at, and where the listener is then met on its own machine."""
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - a setting's value
+"""Addresses that mean all interfaces, and the address that reaches them on this machine."""
 
 
 def check_coordinator_libraries(machine: Machine) -> list[Check]:
-    """What a coordinator imports."""
+    """Check the libraries that a coordinator imports."""
     return installed(COORDINATOR_NEEDED)
 
 
 def check_coordinator_memory(machine: Machine) -> list[Check]:
-    """A coordinator holds one block at a time while it quantizes."""
+    """Check memory. A coordinator holds one block at a time while it quantizes."""
     available, total = memory_bytes(machine.root)
     text = f"{format_size(available)} of {format_size(total)} available"
     if available < LEAST_MEMORY_BYTES:
@@ -42,21 +42,21 @@ def check_coordinator_memory(machine: Machine) -> list[Check]:
 
 
 def check_announcing(machine: Machine) -> list[Check]:
-    """Whether agents can find this coordinator by mDNS; all of them can be told its address."""
-    fix = "name it on each agent: shoal agent --coordinator HOST"
+    """Check whether agents can find this coordinator by mDNS. Otherwise they need its address."""
+    fix = "give each agent the address: shoal agent --coordinator HOST"
     if not machine.announces:
         return [Check("multicast", "note", "no_mdns is set: nothing is announced", fix)]
     (found,) = check_multicast(machine)
     if found.state == "ok":
         return [found]
-    if found.state == "failed":  # An agent lacks its network then.
+    if found.state == "failed":  # No interface has an address.
         text = f"{found.text}: only agents on this machine can join"
         return [Check("multicast", "warning", text, "connect it")]
     return [Check("multicast", "warning", found.text, fix)]
 
 
 def check_serving(machine: Machine) -> list[Check]:
-    """Whether a coordinator listens where the settings say."""
+    """Check whether a coordinator listens where the settings say."""
     endpoint = machine.coordinator
     if endpoint is None:
         return []

@@ -1,4 +1,4 @@
-"""Which board this is and which accelerators are plugged in, from what the kernel shows.
+"""Recognizes the board and its accelerators from the kernel's files.
 
 Sources: the device tree's ``model`` (Raspberry Pi, Jetson), DMI (PCs), sysfs of USB and PCI. The
 Coral's USB ids are 1a6e:089a before its firmware is loaded and 18d1:9302 after; on PCIe 1ac1:089a.
@@ -16,7 +16,7 @@ _SUPERSPEED_MBIT_S = 5000
 
 @dataclass(frozen=True, slots=True)
 class Coral:
-    """An Edge TPU. ``place`` is its name on the bus, ``slow`` a USB port below 5 Gbit/s."""
+    """An Edge TPU. ``place`` is its name on the bus. ``slow`` means USB below 5 Gbit/s."""
 
     bus: str
     place: str
@@ -24,7 +24,7 @@ class Coral:
 
 
 def board_model(root: Path = Path("/")) -> str:
-    """``Raspberry Pi 5 Model B Rev 1.0``, or a PC's maker and product; "" where nobody says."""
+    """The board's name, such as ``Raspberry Pi 5 Model B Rev 1.0``, or a PC's maker and product."""
     for name in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
         model = read_text(root / name)
         if model:
@@ -38,12 +38,12 @@ def is_jetson(root: Path = Path("/")) -> bool:
 
 
 def has_nvidia_driver(root: Path = Path("/")) -> bool:
-    """Whether a PC's driver for NVIDIA's GPUs is loaded."""
+    """Whether a PC has loaded NVIDIA's driver."""
     return not is_jetson(root) and (root / "proc/driver/nvidia/version").exists()
 
 
 def corals(root: Path = Path("/")) -> list[Coral]:
-    """Edge TPUs that are plugged in, whether or not their library is installed."""
+    """The Edge TPUs that are plugged in, even if their library is missing."""
     found = []
     for device in sorted(root.glob("sys/bus/usb/devices/*")):
         if (read_text(device / "idVendor"), read_text(device / "idProduct")) in _CORAL_USB:
@@ -57,7 +57,7 @@ def corals(root: Path = Path("/")) -> list[Coral]:
 
 
 def read_text(path: Path) -> str:
-    """A small file of the kernel's, stripped; "" where it cannot be read."""
+    """The stripped text of a kernel's file, or "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
     except OSError:

@@ -1,4 +1,4 @@
-"""The network's checks of ``shoal doctor``: multicast, the coordinator, firewalls."""
+"""The network checks of ``shoal doctor``: multicast, the coordinator and firewalls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MDNS_QUERY = bytes(12)
 """A message without questions, which every responder ignores."""
 
 SEARCH_S = 4.0
-"""A coordinator on this network answers within a second; a search round takes three."""
+"""A coordinator on this network answers within a second. A search round takes three."""
 
 _ECHO_S = 1.0
 _TOOL_S = 3.0
@@ -34,7 +34,7 @@ PORTS = "TCP 7420 (and 7421 for users) on the coordinator, UDP 5353, and the age
 
 
 def check_multicast(machine: Machine) -> list[Check]:
-    """Whether this machine may send and receive what mDNS consists of."""
+    """Check whether this machine can send and receive mDNS packets."""
     addresses = [address for address in host_addresses() if not address.startswith("127.")]
     if not addresses:
         return [Check("multicast", "failed", "no network interface has an address", "connect it")]
@@ -69,7 +69,7 @@ def check_multicast(machine: Machine) -> list[Check]:
 
 
 def check_coordinator(machine: Machine) -> list[Check]:
-    """The coordinator that an agent of this machine would join."""
+    """Check the coordinator that an agent on this machine would join."""
     endpoint = machine.coordinator
     if endpoint is not None:
         where = f"{endpoint.host}:{endpoint.port}"
@@ -105,9 +105,9 @@ def check_coordinator(machine: Machine) -> list[Check]:
 
 
 def check_firewall(machine: Machine) -> list[Check]:
-    """Whether incoming connections are dropped unless allowed."""
+    """Check whether a firewall drops incoming connections by default."""
     if not machine.real:
-        return [Check("firewall", "note", "not looked at")]
+        return [Check("firewall", "note", "not checked")]
     closed, seen = [], False
     for name, command in (
         ("nftables", ["nft", "-j", "list", "ruleset"]),
@@ -124,12 +124,12 @@ def check_firewall(machine: Machine) -> list[Check]:
         fix = f"allow {PORTS}; with ufw: sudo ufw allow 7420/tcp"
         return [Check("firewall", "warning", f"{closed[0]} drops incoming packets by default", fix)]
     if not seen:
-        return [Check("firewall", "note", "not to be seen: no tool for it, or not root")]
+        return [Check("firewall", "note", "unknown: run as root, with nft or iptables")]
     return [Check("firewall", "ok", "drops nothing by default")]
 
 
 def _echo(address: str) -> bool:
-    """True when a packet sent to the mDNS group at ``address`` comes back. Raises OSError."""
+    """Whether a packet sent to the mDNS group at ``address`` comes back. Raises OSError."""
     interface = socket.inet_aton(address)
     with contextlib.ExitStack() as stack:
         listener, sender = (
@@ -155,7 +155,7 @@ def _echo(address: str) -> bool:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a tool prints; None where it is missing, is not allowed to, or does not answer."""
+    """The output of a tool, or None if it is missing, not allowed, or does not answer."""
     path = shutil.which(command[0], path="/usr/sbin:/sbin:/usr/bin:/bin")
     if path is None:
         return None

@@ -1,1 +1,1 @@
-"""The processes that stay: their services, settings, logs and signals."""
+"""The commands that run as services, with their settings, logs and signals."""

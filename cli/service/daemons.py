@@ -1,4 +1,4 @@
-"""``shoal coordinator`` and ``shoal agent``: the processes that stay, and what they take."""
+"""``shoal coordinator`` and ``shoal agent``: their arguments, and how they run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
 
 MOST_DESCRIPTORS = 65_536
-"""More than all connections that are let in, and all files."""
+"""More than all admitted connections and all files."""
 
 ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - agents are on other machines
 
@@ -53,7 +53,6 @@ _CLUSTER = "A name for this shoal. Agents join the coordinator of the same name.
 
 
 def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything but ``--json``, which all commands share; and the actions of a service."""
     parser.add_argument(
         "--cluster",
         default="shoal",
@@ -118,11 +117,10 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     _add_config(parser)
-    add_service_actions(parser)  # After the options, which installing takes as well.
+    add_service_actions(parser)  # After the options, because installing takes them too.
 
 
 def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
-    """As ``add_coordinator_arguments``."""
     parser.add_argument("--name", help="This device's name. Default: the machine's host name.")
     parser.add_argument(
         "--cluster",
@@ -208,6 +206,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Show every backend, with the reason if it cannot run here, and exit.",
     )
+    parser.add_argument("--measurements-dir", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     _add_config(parser)
     add_service_actions(parser)
@@ -310,6 +309,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 token=read_token(options.token_file),
                 watts=options.watts,
                 advertise=options.advertise,
+                measurements_dir=options.measurements_dir,
             ),
             screen.note,
             service,
@@ -356,7 +356,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _raise_descriptor_limit() -> None:
-    """Let this process have as many file descriptors as it may: by default it starts with 1024."""
+    """Raise the limit of file descriptors, which by default is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -370,12 +370,12 @@ def _url(host: str, port: int) -> str:
 def _required_token_file(options: argparse.Namespace) -> Path:
     path: Path | None = options.token_file
     if path is None:
-        raise UsageError("--create-token writes a file: say which with --token-file FILE")
+        raise UsageError("--create-token writes a file: name it with --token-file FILE")
     return path
 
 
 def _follow_parent(options: argparse.Namespace, stop: Callable[[], None]) -> None:
-    """With --until-stdin-closes: end when the process that started this one does, however."""
+    """With --until-stdin-closes, call ``stop`` when the parent process has ended."""
     if not options.until_stdin_closes:
         return
 

@@ -1,7 +1,7 @@
-"""``shoal agent install`` and ``shoal coordinator install``: a systemd service, and its removal.
+"""``install`` and ``uninstall`` of ``shoal agent`` and ``shoal coordinator``, as systemd services.
 
-What is to be done is worked out first, as files and commands, so that ``--dry-run`` shows exactly
-what would happen and ``--root`` does the same below a directory. Templates are in systemd/.
+The files and commands are planned first, and then carried out. So ``--dry-run`` shows exactly what
+would happen, and ``--root`` does the same below a directory. Templates are in systemd/.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from wire.messages import Endpoint
 from wire.sizes import parse_size
 
 DEFAULT_COMMAND = Path("/opt/shoal/bin/shoal")
-"""The command that the templates start; where install.sh puts it."""
+"""The command in the templates, where install.sh puts it."""
 
 KINDS = ("agent", "coordinator")
 UNITS = Path("/etc/systemd/system")
@@ -42,16 +42,18 @@ STATE = Path("/var/lib/shoal")
 TOKEN_VARIABLE = "SHOAL_TOKEN"  # noqa: S105 - the name of a variable
 
 OWN_MEMORY_BYTES = 384 << 20
-"""What an agent takes besides the stage that --memory bounds: interpreter and libraries (95 MB with
-ONNX Runtime), twice a segment of 128 MiB while it loads, and files it has just read."""
+"""The memory of an agent beside its stage, which --memory bounds.
+
+It covers the interpreter and libraries (95 MB with ONNX Runtime), two segments of 128 MiB during a
+load, and files that were just read."""
 
 GROWING_PAUSES_VERSION = 254
-"""The first systemd that knows RestartSteps."""
+"""The first version of systemd with RestartSteps."""
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file to write; the owner is root, its group is changed by systemd-tmpfiles."""
+    """A file to write. Its owner is root, and systemd-tmpfiles sets its group."""
 
     path: Path
     text: str
@@ -60,7 +62,7 @@ class File:
 
 @dataclass(slots=True)
 class Work:
-    """What an installation or a removal does, in this order."""
+    """The steps of an installation or a removal, in this order."""
 
     commands_before: list[list[str]] = field(default_factory=list)
     files: list[File] = field(default_factory=list)
@@ -71,7 +73,7 @@ class Work:
 
 
 def add_service_actions(parser: argparse.ArgumentParser) -> None:
-    """``install`` and ``uninstall`` below the command of a service."""
+    """Add ``install`` and ``uninstall`` to the command of a service."""
     kind = parser.prog.rpartition(" ")[2]
     settings = settings_of(parser)
     settings.pop("state_dir", None)
@@ -125,7 +127,7 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
             metavar="DIR",
             help="Treat DIR as the root of the system. Start and stop nothing.",
         )
-        # The settings of its own file are what it changes, not what it obeys.
+        # It changes the settings file, and does not obey it.
         sub.set_defaults(run=run, kind=kind, parser=parser, config=None)
 
 
@@ -140,7 +142,7 @@ def run_install(options: argparse.Namespace, screen: Screen) -> None:
         return
     screen.note(
         f"shoal-{options.kind} is installed and enabled; "
-        f"`systemctl status shoal-{options.kind}` says how it goes, "
+        f"`systemctl status shoal-{options.kind}` shows its state, "
         f"settings are in {CONFIG}/{options.kind}.toml"
     )
     if any(file.path == TOKEN for file in work.files):
@@ -153,7 +155,7 @@ def run_uninstall(options: argparse.Namespace, screen: Screen) -> None:
     data = [path for path in _data(options.kind) if _below(root, path).exists()]
     if not (options.yes or options.keep_data or options.dry_run or not data):
         if not sys.stdin.isatty():
-            raise UsageError("say --yes to remove its data as well, or --keep-data")
+            raise UsageError("the data would be removed too: give --yes, or --keep-data to keep it")
         names = ", ".join(map(str, data))
         if input(f"Remove {names} for good? [y/N] ").strip().lower() not in ("y", "yes"):
             raise CommandFailed("nothing was removed; --keep-data removes all but the data")
@@ -163,7 +165,7 @@ def run_uninstall(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def plan_install(options: argparse.Namespace, root: Path) -> Work:
-    """Everything that installing does. Raises UsageError, CommandFailed."""
+    """Plan an installation. Raises UsageError, CommandFailed."""
     kind: str = options.kind
     work = Work()
     command = _command(options)
@@ -178,7 +180,7 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
     given = _given(options)
     token = _token(options)
     if token is None and kind == "coordinator" and not _below(root, TOKEN).exists():
-        # The first machine of a shoal makes the token that the others are given.
+        # The coordinator makes the token, and the other machines get it.
         token = secrets.token_urlsafe(32)
     if token is not None:
         work.files.append(File(TOKEN, token + "\n", 0o600))
@@ -194,7 +196,7 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
     if options.root is None and _systemd_version() >= GROWING_PAUSES_VERSION:
         wanted["backoff.conf"] = template("backoff.conf")
     if kind == "agent":
-        # Without a root of its own it is this machine that matters.
+        # ``root`` is / unless an image is prepared.
         hardware = {
             "coral.conf": bool(corals(root)),
             "jetson.conf": is_jetson(root),
@@ -222,7 +224,7 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
 
 
 def plan_uninstall(options: argparse.Namespace, root: Path) -> Work:
-    """Everything that removing does; what the other service needs stays."""
+    """Plan a removal. Files that the other service needs stay."""
     kind: str = options.kind
     unit = f"shoal-{kind}.service"
     other = next(name for name in KINDS if name != kind)
@@ -237,7 +239,7 @@ def plan_uninstall(options: argparse.Namespace, root: Path) -> Work:
         work.removed += _data(kind)
         if last:
             work.removed += [TOKEN, SYSUSERS, TMPFILES]
-            # The other service's data may have been kept there.
+            # The other service's data may still be there.
             work.removed_if_empty = [CONFIG, STATE, SYSUSERS.parent]
     if options.root is None:
         if _below(root, UNITS / unit).exists():
@@ -250,7 +252,7 @@ def plan_uninstall(options: argparse.Namespace, root: Path) -> Work:
 
 
 def template(name: str) -> str:
-    """A template's text: from the installed package, else from the tree."""
+    """The text of a template, from the installed package or the source tree."""
     package = Path(__file__).parents[1]
     for directory in (package / "units", package.parent / "systemd"):
         if (directory / name).exists():
@@ -259,7 +261,7 @@ def template(name: str) -> str:
 
 
 def with_settings(text: str, settings: dict[str, Any]) -> str:
-    """``text`` of a settings file with these values, in place of what it says or comments out."""
+    """A settings file's ``text`` with these values. They replace lines, also commented ones."""
     for name, value in settings.items():
         line = f"{name} = {_toml(value)}"
         pattern = re.compile(rf"^#?[ \t]*{re.escape(name)}[ \t]*=.*$", re.MULTILINE)
@@ -285,7 +287,7 @@ def _toml(value: object) -> str:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were named on the command line, sizes as people write them."""
+    """The settings given on the command line, with sizes such as 3G."""
     given = {}
     for name, action in settings_of(options.parser).items():
         value = getattr(options, name, action.default)
@@ -305,7 +307,7 @@ def _exact_size(size_bytes: int) -> str:
 
 
 def _token(options: argparse.Namespace) -> str | None:
-    """The token to write; None to keep what is there."""
+    """The token to write, or None to keep the present one."""
     if options.token_file is not None:
         try:
             token = options.token_file.read_text(encoding="ascii").strip()
@@ -324,7 +326,7 @@ def _token(options: argparse.Namespace) -> str | None:
 
 
 def _limits(options: argparse.Namespace, text: str, config: Path, before: str) -> str:
-    """The drop-in that bounds the service, from its settings; "" for no bounds."""
+    """The drop-in with the service's limits, or "" if it has none."""
     lines = []
     memory = parse_toml(text, config).get("memory")
     if options.kind == "agent" and memory is not None:
@@ -354,7 +356,10 @@ def _command(options: argparse.Namespace) -> Path:
         return DEFAULT_COMMAND
     command = Path(sys.prefix, "bin", "shoal")
     if not command.exists():
-        raise CommandFailed("run it from an installation (install.sh), or name one with --command")
+        raise CommandFailed(
+            f"{command} does not exist: install shoal with install.sh, or name its command with "
+            "--command"
+        )
     if command.is_relative_to("/home") or command.is_relative_to("/root"):
         raise CommandFailed(
             f"{command} is in a home directory, which the service cannot see: "
@@ -368,7 +373,7 @@ def _require_systemd(options: argparse.Namespace) -> None:
         return
     if not Path("/run/systemd/system").is_dir():
         raise CommandFailed(
-            "systemd does not run this machine: start `shoal` from what does, "
+            "this machine does not run systemd: start `shoal` with its own service manager, "
             "or prepare an image with --root"
         )
     if os.geteuid() != 0:
@@ -378,7 +383,7 @@ def _require_systemd(options: argparse.Namespace) -> None:
 def _systemd_version() -> int:
     try:
         shown = subprocess.run(
-            ["systemctl", "--version"],  # noqa: S607 - where it lies differs by system
+            ["systemctl", "--version"],  # noqa: S607 - its path differs by system
             capture_output=True,
             text=True,
             timeout=5,
@@ -432,7 +437,7 @@ def _run(commands: Sequence[Sequence[str]]) -> None:
 
 
 def _show(work: Work, root: Path, screen: Screen) -> None:
-    """Print what would be done, as the shell would be told."""
+    """Print the steps like shell commands."""
     for command in work.commands_before:
         screen.text(f"$ {' '.join(command)}\n")
     for path in work.removed:
@@ -450,7 +455,7 @@ def _show(work: Work, root: Path, screen: Screen) -> None:
 
 
 def _data(kind: str) -> list[Path]:
-    """What a user may want to keep."""
+    """The data that a user may want to keep."""
     return [STATE / kind, CONFIG / f"{kind}.toml"]
 
 

@@ -1,4 +1,4 @@
-"""Lines for the systemd journal: it keeps the time itself, and takes a priority from ``<N>``.
+"""Formats lines for the systemd journal, which reads a priority from ``<N>``.
 
 Source: systemd, sd-daemon(3) for the prefixes and systemd.exec(5) for JOURNAL_STREAM.
 """
@@ -12,7 +12,7 @@ from typing import IO
 
 
 def under_journal(environment: Mapping[str, str] = os.environ, stream: IO[str] | int = 2) -> bool:
-    """True where stderr goes to the journal, and to nothing that somebody put in between."""
+    """Whether stderr goes straight to the journal."""
     try:
         status = os.fstat(stream if isinstance(stream, int) else stream.fileno())
     except (OSError, ValueError):
@@ -21,7 +21,7 @@ def under_journal(environment: Mapping[str, str] = os.environ, stream: IO[str] |
 
 
 def prefixed(level: int, text: str) -> str:
-    """Each line of ``text`` with the syslog priority of a logging level."""
+    """``text`` with the syslog priority of a logging level before each line."""
     if level >= logging.CRITICAL:
         priority = 2
     elif level >= logging.ERROR:
@@ -34,7 +34,7 @@ def prefixed(level: int, text: str) -> str:
 
 
 class JournalFormatter(logging.Formatter):
-    """Gives every line its priority, those of a traceback as well."""
+    """Gives every line its priority, also the lines of a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         return prefixed(record.levelno, super().format(record))

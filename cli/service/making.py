@@ -1,4 +1,4 @@
-"""What the coordinator's own machine can make for backends: the coordinator imports none itself."""
+"""Lets the coordinator's machine make files for backends, which the coordinator cannot import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class LocalMakers:
-    """``coordinator.files.compiled.Makers`` of the backends that are installed here."""
+    """The ``coordinator.files.compiled.Makers`` of the installed backends."""
 
     def version(self, backend: str) -> str | None:
         try:

@@ -1,6 +1,6 @@
-"""Configuration files of the services: TOML whose keys are the long options of a command.
+"""Reads settings files of the services: TOML whose keys are the long options of a command.
 
-One table of settings exists, the command's own options; a file gives them other defaults.
+The command's own options are the only table of settings. A file gives them other defaults.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ NOT_SETTINGS = {
     "help",
     "json",
     "list_backends",
+    "measurements_dir",
     "until_stdin_closes",
     "verbose",
 }
 
 
 def settings_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The options of ``parser`` that a file may set, by their names there (dashes as _)."""
+    """The options of ``parser`` that a file may set, by name. Dashes become underscores."""
     return dict(_settings(parser))
 
 
 def read_settings(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """New defaults for ``parser`` out of a file, checked as on the command line.
+    """Read new defaults for ``parser`` from a file, checked as on the command line.
 
-    Raises UsageError naming the file, the setting and what would be right.
+    Raises UsageError, which names the file, the setting and the values that are allowed.
     """
     try:
         values = parse_toml(path.read_text(encoding="utf-8"), path)
@@ -55,7 +56,7 @@ def read_settings(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]
 
 
 def parse_toml(text: str, path: Path) -> dict[str, Any]:
-    """The values in ``text``, which is the file at ``path``. Raises UsageError."""
+    """The values in ``text``, the content of the file at ``path``. Raises UsageError."""
     try:
         values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -64,7 +65,7 @@ def parse_toml(text: str, path: Path) -> dict[str, Any]:
 
 
 def _settings(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
-    # argparse has no public way to list what was added.
+    # argparse has no public way to list a parser's options.
     for action in parser._actions:
         if action.option_strings and action.dest not in NOT_SETTINGS:
             yield action.dest, action

@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do to a command: each ends it as Ctrl-C does, which cleans up."""
+"""Lets SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM and the end of the terminal raise Terminated within the block."""
+    """Let SIGTERM and SIGHUP raise Terminated within the block."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Terminated(number)
@@ -30,7 +30,7 @@ def terminated_like_interrupted() -> Iterator[None]:
         yield
         return
     previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Which is what nohup asks for.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it.
         previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, interrupt)
     try:
         yield
@@ -41,10 +41,10 @@ def terminated_like_interrupted() -> Iterator[None]:
 
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """Ending signals wait for the end of the block, which must be short.
+    """Hold ending signals until the end of the block, which must be short.
 
-    For what must not stop halfway: a process that has started but that nobody has noted down. They
-    are not blocked by a mask, because processes started here would inherit that.
+    It protects work that must not stop halfway, such as starting a process and noting it. A signal
+    mask would not do, because started processes would inherit it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

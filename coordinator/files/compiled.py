@@ -121,7 +121,7 @@ class Workshop:
             raise ProtocolError(f"{connection.peer} offers files that nobody asked for")
         count, size_bytes = self._expected[device]
         if len(made.files) > count or sum(ref.size_bytes for ref in made.files) > size_bytes:
-            raise ProtocolError(f"{connection.peer} offers more than can have been asked for")
+            raise ProtocolError(f"{connection.peer} offers more files or bytes than were asked for")
         for ref in made.files:
             await self._fetch(ref, connection, made.files)
         await connection.send(Done(made.request))
@@ -204,7 +204,7 @@ class Workshop:
         finally:
             del self._expected[maker.device]
         if not made.files or not await asyncio.to_thread(self._has_all, made.files):
-            raise AgentFailed(maker.name, "said it had made files, and did not send them")
+            raise AgentFailed(maker.name, "reported that it had made files, but did not send them")
         return made.files
 
     # ---- what is kept ---------------------------------------------------------------------------

@@ -319,13 +319,13 @@ def _prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
         if any(not 0 <= token < deployment.spec.vocab for token in prompt):
             raise RequestInvalid("prompt: token ids outside the vocabulary", "prompt")
         return prompt
-    raise RequestInvalid("prompt: one string, or one list of token ids", "prompt")
+    raise RequestInvalid("prompt: expected one string, or one list of token ids", "prompt")
 
 
 def _chat_prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise RequestInvalid("messages: a list with at least one message", "messages")
+        raise RequestInvalid("messages: expected a list with at least one message", "messages")
     plain = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -416,5 +416,9 @@ def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
             isinstance(item, str) and 0 < len(item) <= MAX_STOP_CHARACTERS for item in strings
         )
     ):
-        raise RequestInvalid(f"stop: a string, or up to {MAX_STOP_STRINGS}, none empty", "stop")
+        raise RequestInvalid(
+            f"stop: expected a string, or a list of up to {MAX_STOP_STRINGS}, each of 1 to "
+            f"{MAX_STOP_CHARACTERS} characters",
+            "stop",
+        )
     return tuple(strings)

@@ -49,7 +49,7 @@ WATCH_S = 5.0
 
 
 class Keeper:
-    """Places models again by itself."""
+    """Places models again after a restart or a loss."""
 
     def __init__(
         self,

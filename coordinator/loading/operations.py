@@ -131,8 +131,8 @@ class Operations:
                     free += residents
             if member not in free and deployment is not None:
                 raise Busy(
-                    f"{deployment.name} is loaded on {name} or its machine, which measuring needs "
-                    "for itself: run `shoal unload` first"
+                    f"{deployment.name} is loaded on {name} or its machine, and measuring needs "
+                    "the whole machine: run `shoal unload` first"
                 )
             await measure_again(self._roster, member, free, self._report)
             return member
@@ -233,7 +233,7 @@ class Operations:
             self._require_idle()
             if losses.known is None:
                 raise RequestInvalid(
-                    "check_quality needs what this coordinator measured: run "
+                    "check_quality needs sensitivities that this coordinator has: run "
                     "`shoal calibrate --quality --on auto` first",
                     "check_quality",
                 )
@@ -287,8 +287,8 @@ class Operations:
         for name, state in self._models.present():
             if deployment_of(state) is not None:
                 raise Busy(
-                    f"{name} is loaded, and measuring quality needs the device for "
-                    "itself: run `shoal unload` first"
+                    f"{name} is loaded, and measuring quality needs the whole device: "
+                    "run `shoal unload` first"
                 )
 
     async def _problem(

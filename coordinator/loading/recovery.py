@@ -116,7 +116,7 @@ class LoadedFile:
             RequestInvalid,
             PlanError,
         ) as error:
-            log.warning("%s is of no use (%s): run `shoal load`", self._path, error)
+            log.warning("%s cannot be used (%s): run `shoal load`", self._path, error)
             return None
 
 

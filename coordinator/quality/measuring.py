@@ -160,7 +160,7 @@ class QualityMeter:
             if request.quality_budget is None:
                 return Losses(None, None, {}, None)
             raise RequestInvalid(
-                f"nothing is known of what fewer bits do to {model_name(request.model)} "
+                f"no sensitivities of {model_name(request.model)} are known "
                 f"({request.scheme}, groups of {request.group_size}): run `shoal calibrate "
                 f"--quality --on auto --model {request.model}`, or name a file with "
                 "--sensitivities",
@@ -331,8 +331,10 @@ class QualityMeter:
         except AgentLost as error:
             raise AgentFailed(
                 member.name,
-                "device lost while it measured; what it found is kept: run the same command again "
-                "to go on, with another agent if this one stays away",
+                "device lost while it measured; its results are kept: run the same command again "
+                "to go on, with another agent if this one does not come back",
             ) from error
         if not wanted.answered(known):
-            raise AgentFailed(member.name, "said it had measured everything, and had not")
+            raise AgentFailed(
+                member.name, "reported the end of the measurement, but did not send every result"
+            )

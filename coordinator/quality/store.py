@@ -94,10 +94,13 @@ class QualityRequest:
         for sequence in self.sequences:
             if not 2 <= len(sequence) <= spec.max_context or max(sequence) >= spec.vocab:
                 raise RequestInvalid(
-                    f"sequences: 2 to {spec.max_context} tokens below {spec.vocab}", "sequences"
+                    f"sequences: expected 2 to {spec.max_context} tokens, all below {spec.vocab}",
+                    "sequences",
                 )
         if any(len(plan) != spec.block_count for plan in self.plans):
-            raise RequestInvalid(f"plans: the bits of {spec.block_count} blocks each", "plans")
+            raise RequestInvalid(
+                f"plans: expected the bits of {spec.block_count} blocks in each", "plans"
+            )
 
 
 @dataclass(slots=True)

@@ -245,7 +245,9 @@ class Member:
         try:
             known = self.timings.get(ModelSpec.from_dict(changed.spec), {})
         except ModelError as error:
-            raise AgentFailed(self.name, f"reported times of no model: {error}") from error
+            raise AgentFailed(
+                self.name, f"reported times of an impossible model: {error}"
+            ) from error
         better = {(item.kind, item.variant, item.bits): item for item in changed.timings}
         for width, timings in known.items():
             known[width] = [
@@ -456,7 +458,9 @@ class Roster:
         while (previous := self._members.get(hello.device)) is not None:
             if hello.run and hello.run == previous.run:
                 if hello.attempt < previous.attempt:
-                    await connection.send(JoinRefused("a later connection of yours has joined"))
+                    await connection.send(
+                        JoinRefused("a later connection of this agent has joined")
+                    )
                     return False
             elif await self._is_alive(previous):
                 self._rare_log.warning(

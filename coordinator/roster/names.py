@@ -103,7 +103,9 @@ def _read(path: Path) -> dict[str, tuple[str, str]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s is of no use (%s): devices are named in the order of joining", path, error)
+        log.warning(
+            "%s cannot be used (%s): devices are named in the order of joining", path, error
+        )
         _put_aside(path)
         return {}
     return names

@@ -1,4 +1,4 @@
-"""Files made elsewhere: an agent asks, serves its blocks, and believes only what it can check."""
+"""Files made by another machine: an agent asks, serves its blocks, and checks what it gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads from files that are damaged: which of them are found when, and what follows."""
+"""Loads with damaged files: when each is found, and what follows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What waits at a stage, and in which order it runs."""
+"""The order in which a stage runs its waiting rows."""
 
 from __future__ import annotations
 

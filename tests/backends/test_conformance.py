@@ -1,7 +1,7 @@
-"""Every backend of the registry that this machine has, against model.reference in float64.
+"""Every backend that runs on this machine, against model.reference in float64.
 
-A new backend needs no test of its own here: it is in the table, so it is run. Those that cannot but
-round activations have their own tolerances in test_edgetpu.
+A new backend needs no test of its own here, because the registry's table is tested. Backends that
+always round activations have their own tolerances in test_edgetpu.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The whole way to a chip: found in sysfs, compiled for, tried in a child, run through a delegate.
-
-Device, library and compiler are stand-ins (fake_edgetpu beside this file); the runtime, the files
-and the child processes are real.
-"""
+"""The whole way to a chip: found in sysfs, compiled for, tried in a child, run by a delegate."""
 
 from __future__ import annotations
 

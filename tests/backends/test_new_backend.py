@@ -1,4 +1,4 @@
-"""A new kind of hardware is one new file and one line in the registry: one is added, and used."""
+"""A new kind of hardware needs one new file and one line in the registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to the ONNX Runtime backend: layouts, segments, memory, thread hygiene."""
+"""The ONNX Runtime backend: layouts, segments, memory, threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to torch: packed weights, kernels and their choice, lengths, GPUs, reasons."""
+"""The torch backends: packed weights, kernels and their choice, lengths, GPUs, reasons."""
 
 from __future__ import annotations
 

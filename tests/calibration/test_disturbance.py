@@ -1,4 +1,4 @@
-"""Who else used the processor: on recorded texts of the kernel, and with real load."""
+"""Other programs' use of the processor: recorded texts of the kernel, and real load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rounding at a boundary does, against two halves of a whole model in fp64."""
+"""The divergence of rounding at a boundary, against two halves of a model in fp64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timings through the real backends; what is asserted is which there are, not how long they are."""
+"""Timings through the real backends. Tests assert which there are, not how long they are."""
 
 from __future__ import annotations
 

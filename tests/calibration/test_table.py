@@ -1,4 +1,4 @@
-"""The grid of layer times; what is asserted is which points there are, not how long they take."""
+"""The grid of layer times. Tests assert which points there are, not how long they take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``shoal bench`` on a tiny shape through the real backend: which figures there are, not what."""
+"""``shoal bench`` on a tiny shape through the real backend. Tests assert no speeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shoal doctor` says the true thing about machines that lack something."""
+"""`shoal doctor` on machines that lack something."""
 
 from __future__ import annotations
 

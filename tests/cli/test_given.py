@@ -1,4 +1,4 @@
-"""Every command that takes a model says what was given instead of one, and asks nobody."""
+"""Commands that get something else than a model say so, without asking a coordinator."""
 
 from __future__ import annotations
 

@@ -34,8 +34,22 @@ def texts(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
         if isinstance(action, argparse._SubParsersAction):
             yield from ((choice.dest, choice.help or "") for choice in action._choices_actions)
         elif action.help != argparse.SUPPRESS:
-            name = "/".join(action.option_strings) or str(action.metavar or action.dest)
-            yield name, formatter._expand_help(action) if action.help else ""
+            yield name_of(action), formatter._expand_help(action) if action.help else ""
+
+
+def name_of(action: argparse.Action) -> str:
+    return "/".join(action.option_strings) or str(action.metavar or action.dest)
+
+
+def silent_defaults(parser: argparse.ArgumentParser) -> list[str]:
+    """The options that take a value and have a default, which their help does not name."""
+    return [
+        name_of(action)
+        for action in parser._actions
+        if action.nargs != 0 and action.help not in (None, argparse.SUPPRESS)
+        if action.default not in (None, [], (), argparse.SUPPRESS)
+        if "Default: " not in str(action.help)
+    ]
 
 
 def faults(text: str) -> list[str]:
@@ -69,6 +83,11 @@ def test_help_is_made_of_short_whole_sentences(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", PARSERS)
+def test_help_names_each_default(command: str) -> None:
+    assert silent_defaults(PARSERS[command]) == []
+
+
+@pytest.mark.parametrize("command", PARSERS)
 def test_help_has_an_example_of_its_command(command: str) -> None:
     example = re.search(
         r"^examples:\n  (?:sudo )?(.*)", PARSERS[command].epilog or "", re.MULTILINE
@@ -98,6 +117,8 @@ def test_what_is_wrong_with_a_help_text_is_found() -> None:
         ("--c", "does not end with a full stop"),
         ("--c", "has a semicolon: make two sentences"),
     ]
+    parser.add_argument("--d", default=3, help="Takes N.")
+    assert silent_defaults(parser) == ["--c", "--d"]
 
 
 def test_paragraphs_are_wrapped_and_examples_are_not() -> None:

@@ -1,4 +1,4 @@
-"""What commands import: each only what it needs. Every test starts a fresh interpreter."""
+"""Each command imports only what it needs. Every test starts a fresh interpreter."""
 
 from __future__ import annotations
 

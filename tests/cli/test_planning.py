@@ -365,7 +365,7 @@ def test_what_needs_agents_says_so(model: Path, lab: Path) -> None:
         (["--check-quality"], "drop --devices"),
         (["--migration-weight", "1"], "described devices hold nothing"),
         (["--quality-budget", "1"], "--quality-budget needs --sensitivities"),
-        (["--objective", "energy", "--simulate", "2"], "energy does not depend on"),
+        (["--objective", "energy", "--simulate", "2"], "energy does not depend on them"),
     ):
         with pytest.raises(UsageError, match=message):
             plan(model, "--devices", lab, *asked)
@@ -423,7 +423,7 @@ def test_the_papers_program(capsys: pytest.CaptureFixture[str], model: Path, lab
     assert [item["block"] for item in answer["choices"]] == [0, 1, 2, 3, 4]
     assert answer["objective_ms"] == pytest.approx(answer["with_every_transfer_ms"])
     plan(model, "--devices", lab, "--formulation", "dilemma", "--repair", "none")
-    assert "no model runs like that" in capsys.readouterr().out
+    assert "so no model can run" in capsys.readouterr().out
     with pytest.raises(CommandFailed, match=r"\(2d\) gives each device one layer"):
         plan(model, "--devices", lab, "--formulation", "dilemma", "--repair", "2c")
     with pytest.raises(UsageError, match="--explain does not go with --formulation dilemma"):

@@ -1,4 +1,4 @@
-"""Having files made, on real sockets: who may ask, who may deliver, and what is believed."""
+"""Having files made, on real sockets: who may ask, who may deliver, and what is checked."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_an_agent_makes_them(tmp_path: Path, makers: Makers) -> None:
         await control.send(FilesMade(request.request, refs(*MADE)))
         failed = await next_message(connection)
         assert isinstance(failed, RequestFailed)
-        assert "maker: said it had made files, and did not send them" in failed.reason
+        assert "maker: reported that it had made files, but did not send them" in failed.reason
 
         # Sends something else than it said.
         request = await asked()

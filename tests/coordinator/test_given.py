@@ -1,4 +1,4 @@
-"""The coordinator's API answers 400 for what is no model, and names it, before it begins."""
+"""The coordinator's API refuses a directory without a model with 400, before it begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a link that failed is believed to have failed, and when it is tried again."""
+"""When a link counts as failed, and when it is tried again."""
 
 from __future__ import annotations
 

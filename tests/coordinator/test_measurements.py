@@ -1,4 +1,4 @@
-"""Who is measured at the same time as whom, and what is said of noisy figures; on real sockets."""
+"""Which measurements run at the same time, and the words about noisy figures."""
 
 from __future__ import annotations
 

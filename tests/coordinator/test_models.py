@@ -1,4 +1,4 @@
-"""Who waits for a model and follows its states, and the story of what happened."""
+"""Requests that wait for a model, watchers of its states, and the story of events."""
 
 from __future__ import annotations
 

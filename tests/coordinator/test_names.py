@@ -1,4 +1,4 @@
-"""Names belong to devices: whoever joins first, whatever was restarted in between."""
+"""Devices keep their names, whoever joins first and whatever is restarted."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_put_aside_with_a_word(
 ) -> None:
     (tmp_path / "names.json").write_bytes(damage)
     book = NameBook(tmp_path)
-    assert "is of no use" in caplog.text
+    assert "cannot be used" in caplog.text
     assert book.assign("a", "pi", ()) == "pi"
     assert (tmp_path / "names.damaged").read_bytes() == damage
     assert json.loads((tmp_path / "names.json").read_bytes())["devices"] == {"a": ["pi", "pi"]}

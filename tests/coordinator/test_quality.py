@@ -1,4 +1,4 @@
-"""Margins, budgets and what is kept of sensitivities, on a real model where that can be."""
+"""Margins, budgets and kept sensitivities, on a real model where possible."""
 
 from __future__ import annotations
 

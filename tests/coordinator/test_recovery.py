@@ -1,4 +1,4 @@
-"""When a lost device's work is placed anew, and what of the request still counts."""
+"""Recovery: when a model is placed anew, and which wishes of the request still count."""
 
 from __future__ import annotations
 
@@ -149,11 +149,11 @@ def test_what_is_loaded_is_kept_until_it_is_unloaded(
     for damaged in (b"", b"{}", b"[1]", b'{"request": {"model": 3}, "devices": []}', b"\xff"):
         (tmp_path / "loaded.json").write_bytes(damaged)
         assert kept.read() is None
-    assert caplog.text.count("is of no use") == 5
+    assert caplog.text.count("cannot be used") == 5
     kept.forget()
     kept.forget()
     assert kept.read() is None
-    assert caplog.text.count("is of no use") == 5
+    assert caplog.text.count("cannot be used") == 5
 
 
 def test_what_still_counts_of_a_request() -> None:

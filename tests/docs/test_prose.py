@@ -27,7 +27,9 @@ COVERED = [
     "testbed",
     "wire",
     "coordinator",
-    # Add cli, planning and paper below this line.
+    "cli",
+    "paper",
+    # Add planning below this line.
 ]
 
 

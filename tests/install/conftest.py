@@ -1,4 +1,4 @@
-"""What the slow tests of installations need; `make test-install` makes it and names it."""
+"""Fixtures of the slow tests of installations. `make test-install` prepares them."""
 
 from __future__ import annotations
 

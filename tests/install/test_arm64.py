@@ -1,7 +1,7 @@
 """An agent of a 64-bit Arm userland (Debian 12 under qemu-user) beside one of this machine.
 
-It shows that the locked wheels install and compute the same there; it says nothing of speed, of a
-board's kernel, or of its processor's own kernels' rounding.
+It shows that the locked wheels install and compute the same there. It shows nothing about speed,
+a board's kernel, or the rounding of its processor's own kernels.
 """
 
 from __future__ import annotations

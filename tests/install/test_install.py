@@ -1,4 +1,4 @@
-"""Installing below a directory, and the units that result: what needs no systemd running."""
+"""Installing below a directory, and the resulting units, without a running systemd."""
 
 from __future__ import annotations
 

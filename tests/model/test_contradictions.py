@@ -1,4 +1,4 @@
-"""Model directories whose files say two things: followed as transformers does, or refused."""
+"""Model directories whose files contradict each other: read as transformers does, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies at a model's path is named as what it is, with what to do, before it is read."""
+"""Paths that are no model directory: the message names what is there, and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates that take too much of time or memory, and those that only look as if."""
+"""Chat templates that take too much time or memory, and harmless ones that look alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever figures are let in, the planner finds a plan with them."""
+"""The planner finds a plan with every figure that is accepted from agents."""
 
 from __future__ import annotations
 

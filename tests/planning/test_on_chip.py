@@ -1,4 +1,4 @@
-"""Accelerators with a memory of their own: how many layers a plan gives them, and when none."""
+"""Accelerators with memory of their own: the layers that a plan gives them."""
 
 from __future__ import annotations
 

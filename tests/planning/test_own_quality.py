@@ -1,4 +1,4 @@
-"""Devices whose arithmetic loses more than their bits: charged their own, in plans and in words."""
+"""Devices whose arithmetic rounds are charged their own sensitivities."""
 
 from __future__ import annotations
 

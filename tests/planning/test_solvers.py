@@ -1,4 +1,4 @@
-"""What the solvers are told, and what is made of their answers, failures and time limits."""
+"""Solvers: their input, answers, failures and time limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that were measured beside other programs, from the agent to what a user reads."""
+"""Figures measured beside other programs, from the agent to the words for users."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links that are dead between devices that live: named, planned around, and used again."""
+"""Dead links between living devices: named, planned around, and used again."""
 
 from __future__ import annotations
 

@@ -32,18 +32,24 @@ TIE = 1e-3
 of logits of order 1, and int8 or 4-bit codes do not add to that, being exact in both."""
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Lets the demos of this file measure each model once."""
+    return f"--measurements-dir={tmp_path_factory.mktemp('measured')}"
+
+
 def demo(model: Path, prompt: str, *options: str) -> Any:
     return last_json(shoal("demo", "--json", f"--model={model}", f"--prompt={prompt}", *options))
 
 
 @pytest.mark.parametrize("agents", [1, 2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_at_32_bits_are_those_of_transformers(family: str, agents: int) -> None:
+def test_tokens_at_32_bits_are_those_of_transformers(family: str, agents: int, kept: str) -> None:
     model = FIXTURES / family
     golden = np.load(model / "golden.npz")
     prompt = Tokenizer.load(model).decode(golden["prompt"].tolist())
     answer = demo(
-        model, prompt, "--bits=32", EXACT_HOPS, f"--agents={agents}", f"--max-tokens={TOKENS}"
+        model, prompt, "--bits=32", EXACT_HOPS, f"--agents={agents}", f"--max-tokens={TOKENS}", kept
     )
     assert answer["prompt_tokens"] == golden["prompt"].tolist()
     assert answer["tokens"] == golden["continuation"][:TOKENS].tolist()
@@ -55,7 +61,7 @@ def test_tokens_at_32_bits_are_those_of_transformers(family: str, agents: int) -
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_tokens_are_those_of_the_reference(
-    family: str, bits: int, tmp_path: Path
+    family: str, bits: int, tmp_path: Path, kept: str
 ) -> None:
     model = FIXTURES / family
     prompt = "The quick brown fox"
@@ -67,6 +73,7 @@ def test_quantized_tokens_are_those_of_the_reference(
         EXACT_HOPS,
         "--max-weight-error=none",
         f"--max-tokens={TOKENS}",
+        kept,
     )
     assert len(answer["plan"]["stages"]) == 3
     checkpoint = Checkpoint.open(model)
@@ -84,9 +91,9 @@ def test_quantized_tokens_are_those_of_the_reference(
     assert answer["tokens"]
 
 
-def test_the_demo_answers_rightly_the_same_split_and_unsplit() -> None:
+def test_the_demo_answers_rightly_the_same_split_and_unsplit(kept: str) -> None:
     answers = [
-        last_json(shoal("demo", "--json", "--bits=16", EXACT_HOPS, f"--agents={agents}"))
+        last_json(shoal("demo", "--json", "--bits=16", EXACT_HOPS, f"--agents={agents}", kept))
         for agents in (1, 2, 3)
     ]
     assert [len(answer["plan"]["stages"]) for answer in answers] == [1, 2, 3]
@@ -131,7 +138,7 @@ def test_a_terminal_is_told_what_the_demo_does_from_its_first_moment() -> None:
     assert steps[0] == "demo: reading the model"
     assert steps[1] == "demo: starting a coordinator"
     assert steps[2] == (
-        "demo: starting 3 agents with 4.0 MiB, 5.0 MiB, 20.0 MiB; each measures this machine"
+        "demo: starting 3 agents with 4.0 MiB, 5.0 MiB, 20.0 MiB; they measure this machine"
     )
     last = steps.index("demo: 3 of 3 agents have joined")
     assert {"demo: measuring links", "demo: quantizing blocks"} <= set(steps[last + 1 : -1])

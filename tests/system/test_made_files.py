@@ -1,6 +1,6 @@
-"""A Coral without a compiler gets its files from whoever in the shoal can make them.
+"""A Coral without a compiler gets its files from another machine of the shoal.
 
-Chip, library and compiler are stand-ins; coordinator, agents, sockets and files are real.
+Chip, library and compiler are stand-ins. Coordinator, agents, sockets and files are real.
 """
 
 from __future__ import annotations

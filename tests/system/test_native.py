@@ -1,4 +1,4 @@
-"""Models whose shapes native code cannot take: an error, and nobody dies."""
+"""Models whose shapes native code cannot take: an error, and no process dies."""
 
 from __future__ import annotations
 

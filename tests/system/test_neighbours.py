@@ -1,4 +1,4 @@
-"""What neighbours do to running processes: say nothing, too much, or speak for somebody else."""
+"""Hostile neighbours of running processes: silent, flooding, or forging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A coordinator that is started again alone says what it waits for, and answers once it can."""
+"""A restarted coordinator says what it waits for, and answers once it can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A coordinator that stood still takes its own silence for nobody else's."""
+"""A coordinator that stood still does not lose its agents."""
 
 from __future__ import annotations
 

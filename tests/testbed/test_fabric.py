@@ -1,4 +1,4 @@
-"""What becomes of a frame, with the arithmetic in comments; no clock, no interface."""
+"""The path of a frame through the switch, with the arithmetic in comments."""
 
 from __future__ import annotations
 

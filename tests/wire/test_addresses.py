@@ -1,4 +1,4 @@
-"""Which addresses are of use to whom, for a machine with a bridge, as docker makes one."""
+"""The order in which addresses are announced and tried, on a machine with docker's bridge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets through the handshake, and who is told what."""
+"""The handshake: who gets through, and what each side is told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a broken or hostile peer sends, and addresses that are none."""
+"""Messages of broken or hostile peers, and impossible addresses."""
 
 from __future__ import annotations
 

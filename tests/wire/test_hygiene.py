@@ -1,4 +1,4 @@
-"""What a peer with the token may say, and what becomes of it."""
+"""Values from peers with the token: which are accepted, cleaned or refused."""
 
 from __future__ import annotations
 

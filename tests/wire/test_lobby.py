@@ -1,4 +1,4 @@
-"""Who goes when too many connections say nothing, and what a first message may be."""
+"""The lobby: which silent connections are closed, and what a first message may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a service manager hears: the datagrams of sd_notify(3), on a real socket."""
+"""Datagrams to the service manager, as in sd_notify(3), on a real socket."""
 
 from __future__ import annotations
 

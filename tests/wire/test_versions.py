@@ -1,4 +1,4 @@
-"""Peers of other protocols: both sides are told what runs where, and what to install."""
+"""Peers with other protocols: both sides hear the versions, and what to install."""
 
 from __future__ import annotations
 
