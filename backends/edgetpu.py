@@ -266,7 +266,7 @@ class Int8Stage(Stage):
         if not self._open:
             raise BackendError("the stage is closed")
         if len(set(slots)) < len(slots):
-            raise BackendError("each row of a pass must have a slot of its own")
+            raise BackendError("the rows of a pass must have different slots")
         check_inputs(inputs, self._spec, tokens=self._embedding is not None)
         for slot in slots:
             check_rows(

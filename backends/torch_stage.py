@@ -127,7 +127,7 @@ class TorchStage(Stage):
     ) -> Array:
         count = len(slots)
         if not 0 < count == len(set(slots)) == len(positions) == len(inputs):
-            raise BackendError("each row of a pass must have a slot of its own")
+            raise BackendError("the rows of a pass must have different slots")
         self._check(slots, positions, inputs, 1)
         with translated("cannot run the stage"), torch.inference_mode():
             result = self._decoder.run(slots, positions, self._rows(inputs)).fetch()
