@@ -143,8 +143,8 @@ def prepared_stage(
     available_bytes, _ = memory_bytes()
     if weights + caches > LOAD_SHARE * available_bytes:
         raise BackendError(
-            f"the model needs {(weights + caches) / 1e9:.1f} GB, of which "
-            f"{available_bytes / 1e9:.1f} GB are free: fewer bits, or a smaller shape"
+            f"the model needs {(weights + caches) / 1e9:.1f} GB, and "
+            f"{available_bytes / 1e9:.1f} GB are free: use fewer bits, or a smaller shape"
         )
     steps = _Steps(progress, spec.block_count + 2 + options.rounds)
     with TemporaryDirectory(dir=directory, prefix=".shoal-bench-") as name:

@@ -147,12 +147,14 @@ class CalibrationStore:
         except FileNotFoundError:
             return _Content()
         except (OSError, UnicodeDecodeError) as error:
-            log.warning("calibration in %s cannot be read, measuring anew: %s", self.path, error)
+            log.warning(
+                "calibration in %s cannot be read and is measured again: %s", self.path, error
+            )
             return _Content()
         try:
             return _parse(json.loads(content))
         except (ValueError, RecursionError) as error:
-            log.warning("calibration in %s is damaged, measuring anew: %s", self.path, error)
+            log.warning("calibration in %s is damaged and is measured again: %s", self.path, error)
             return _Content()
 
     def _write(self, content: _Content) -> None:

@@ -144,7 +144,7 @@ def _cause(result: Sustained, flags: Sequence[str], events: int) -> str:
             )
     if last.held_share > first.held_share + 0.1:
         causes.append(
-            f"the container's processor limit held it up in {last.held_share:.0%} of periods"
+            f"the container's processor limit stopped it in {last.held_share:.0%} of periods"
         )
     if causes:
         return "; ".join(causes)

@@ -122,7 +122,7 @@ class Trials:
         if begun:
             ((block, fmt),) = stages[begun[-1]]
             what = f"{spec.block_name(block)} at {fmt.bits} bits: {self.backend}"
-        raise BackendError(f"{what} {_cause(code)} when it was tried in a process of its own")
+        raise BackendError(f"{what} {_cause(code)} when a child process tried it")
 
     def _untried(
         self, spec: ModelSpec, blocks: Iterable[tuple[int, Format]]
@@ -297,6 +297,6 @@ def _cause(code: int) -> str:
         number = signal.Signals(-code)
         said = signal.strsignal(number) or ""
         if number == signal.SIGKILL:
-            said = "maybe for want of memory"
+            said = "maybe for lack of memory"
         return f"died by {number.name} ({said.lower()})"
     return f"died by signal {-code}"

@@ -139,7 +139,7 @@ class ModelSpec:
     def block_kind(self, block: int) -> BlockKind:
         """Return the kind of a block. Raises IndexError outside [0, block_count)."""
         if not 0 <= block < self.block_count:
-            raise IndexError(f"block {block} of a model with {self.block_count} blocks")
+            raise IndexError(f"the model has {self.block_count} blocks, but no block {block}")
         if block == 0:
             return "embedding"
         return "head" if block == self.head_block else "layer"
