@@ -46,7 +46,7 @@ class CacheError(Exception):
 
 
 class Gone(CacheError):
-    """The coordinator's own file was damaged, and no checkpoint was there to make it again."""
+    """The coordinator's own file was damaged, and it could not make the file again."""
 
 
 class BlockCache:
@@ -91,8 +91,8 @@ class BlockCache:
         needed_bytes = total + self._held_bytes(set(keep) - set(wanted))
         if needed_bytes > self._limit_bytes:
             raise CacheError(
-                f"the blocks need {format_size(needed_bytes)}, "
-                f"the storage limit is {format_size(self._limit_bytes)}"
+                f"the blocks need {format_size(needed_bytes)}, and the storage limit is "
+                f"{format_size(self._limit_bytes)}: raise it with --storage"
             )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)

@@ -638,7 +638,7 @@ class Agent:
             connection.send(StageDamaged(relay.epoch, reason))
 
     def _prepared(self, blocks: Sequence[BlockRef]) -> tuple[Path | None, int]:
-        """Return a folder for prepared weights and its size in bytes, or None without room.
+        """Return a folder for prepared weights (None without room) and its size in bytes.
 
         Exact stages keep none. Their files would be many times larger, and nobody waits for their
         loads.

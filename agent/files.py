@@ -145,7 +145,7 @@ class FileExchange:
 
 
 def _sha256_of(path: Path) -> str:
-    """Return the hash in an artifact's name. Raises CheckpointError if the contents differ."""
+    """Return the hash of an artifact. Raises CheckpointError if its name is another hash."""
     sha256 = file_sha256(path)
     if SHA256.fullmatch(path.name) and sha256 != path.name:
         raise CheckpointError(f"{path}: the file is damaged; fetch it again")

@@ -73,7 +73,7 @@ class Hop:
         self._waiting: deque[tuple[Activation | TokenSampled, memoryview]] = deque()
         """The first one is being sent."""
         self._passing = 0
-        """Small messages that go before the next chunk."""
+        """The number of small messages that go before the next chunk."""
         self._pings: deque[_Ping] = deque()
         """Pings without an answer yet."""
         self._number = 0

@@ -52,7 +52,7 @@ class StreamedModel:
     ) -> None:
         """Raises BackendError if ``blocks`` are not all blocks of the model, in order."""
         if [ref.block for ref in blocks] != list(range(spec.block_count)):
-            raise BackendError("the blocks are not those of the model")
+            raise BackendError("the request must have all blocks of the model, in order")
         self.spec = spec
         self._blocks = blocks
         self._cache = cache

@@ -249,7 +249,7 @@ class QuietMoments:
     def _improve(self, ended: threading.Event) -> None:
         def check() -> None:
             if ended.is_set() or self._given_up.is_set() or not self._is_idle():
-                raise Cancelled("something else is to be done")
+                raise Cancelled("other work has come")
 
         tried = True
         try:

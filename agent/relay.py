@@ -339,7 +339,7 @@ class Relay:
         """Forget a sequence that cannot continue, and report it."""
         self.release(sequence.number)
         if isinstance(error, ProtocolError):
-            reason = f"the previous device sent what is no activation: {error}"
+            reason = f"the previous device sent an invalid activation: {error}"
         elif isinstance(error, WireError):
             # The hop or the coordinator is lost. The coordinator may have been told of the hop
             # before it knew this deployment, so it is told again.

@@ -67,7 +67,7 @@ ARITHMETIC = "tflite_cpu"
 ON_CHIP_BYTES = 7_500_000
 """The chip's room for weights: 7.7 to 7.9 MiB of 8 MB, less the programs of about twenty products.
 
-These are the sizes that compilers were seen to use.
+Compilers were seen to leave that much to weights.
 """
 
 FILES_VERSION = 1
@@ -252,8 +252,8 @@ class Int8Stage(Stage):
             share = counts.saturated / max(counts.outputs, 1)
             log.log(
                 logging.WARNING if share > MANY_SATURATED else logging.DEBUG,
-                "%s: the host computed the %.2g %% of the outputs that left the range, and %.2g %%"
-                " of the inputs, which stood out",
+                "%s: the host computed %.2g %% of the outputs, which left the range, and %.2g %%"
+                " of the inputs, which were outliers",
                 name,
                 100 * share,
                 100 * counts.outliers / max(counts.inputs, 1),
@@ -266,7 +266,7 @@ class Int8Stage(Stage):
         if not self._open:
             raise BackendError("the stage is closed")
         if len(set(slots)) < len(slots):
-            raise BackendError("each row of a pass must have a slot of its own")
+            raise BackendError("the rows of a pass must have different slots")
         check_inputs(inputs, self._spec, tokens=self._embedding is not None)
         for slot in slots:
             check_rows(

@@ -180,7 +180,7 @@ def _compile(
     outputs = [work / f"{path.stem}_edgetpu.tflite" for path in inputs]
     for file, output in zip(files, outputs, strict=True):
         if not output.is_file():
-            raise BackendError(f"{COMPILER} {compiler.version} made nothing of {file}")
+            raise BackendError(f"{COMPILER} {compiler.version} wrote no output for {file}")
         if CUSTOM_OPERATOR not in output.read_bytes():
             raise BackendError(
                 f"{COMPILER} {compiler.version} mapped no operator of {file} to the Edge TPU"

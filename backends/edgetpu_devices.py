@@ -98,7 +98,7 @@ def check_in_child(
     except subprocess.TimeoutExpired as error:
         raise BackendError(
             f"Edge TPU {target.device} did not answer within {timeout_s:g} s: unplug it, plug it"
-            " in again, and see that its supply holds"
+            " in again, and check its power supply"
         ) from error
     if done.returncode == 0:
         return
@@ -108,7 +108,7 @@ def check_in_child(
             f"{target.library} crashed ({name}) with {runtime}: it was built for another version;"
             " docs/hardware.md says which go together"
         )
-    said = done.stdout or done.stderr or "the check ended without a word"
+    said = done.stdout or done.stderr or "the check ended without a message"
     raise BackendError(said.strip().splitlines()[-1][:400])
 
 

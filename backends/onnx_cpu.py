@@ -164,7 +164,7 @@ class OnnxCpuStage(Stage):
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
     ) -> Array:
         if not len(slots) == len(set(slots)) == len(positions) == len(inputs):
-            raise BackendError("decoding takes one row of each of some distinct slots")
+            raise BackendError("the rows of a pass must have different slots")
         self._check(slots, positions, inputs, 1)
         order = np.argsort(slots)
         at = np.asarray(positions)[order]
@@ -373,7 +373,7 @@ class _Loader:
             projection = _Segment(session, (), spec.hidden)
         tokens, positions = tensors["tokens.weight"], tensors.get("positions.weight")
         if not isinstance(tokens, QuantizedMatrix) or isinstance(positions, QuantizedMatrix):
-            raise BackendError("the embedding's tensors are not in the form they are stored in")
+            raise BackendError("the embedding's tensors must be stored matrices")
         self._memory_bytes += tokens.stored_bytes + (0 if positions is None else positions.nbytes)
         return _Embedding(tokens, positions, spec.position_offset, projection)
 

@@ -127,7 +127,7 @@ class TorchStage(Stage):
     ) -> Array:
         count = len(slots)
         if not 0 < count == len(set(slots)) == len(positions) == len(inputs):
-            raise BackendError("each row of a pass must have a slot of its own")
+            raise BackendError("the rows of a pass must have different slots")
         self._check(slots, positions, inputs, 1)
         with translated("cannot run the stage"), torch.inference_mode():
             result = self._decoder.run(slots, positions, self._rows(inputs)).fetch()
@@ -153,7 +153,7 @@ class TorchStage(Stage):
     def _finite(self, result: Array, slots: Sequence[int]) -> Array:
         """Return the result. Raises BackendError if values left the range of fp16.
 
-        A token's pass multiplies hidden positions by zero, which does not remove infinities. So the
+        A token's pass multiplies masked positions by zero, which does not remove infinities. So the
         slot is emptied, because the next sequence would inherit them. With several slots none is
         emptied, because only one may be faulty. That shows when each runs alone.
         """
@@ -369,7 +369,7 @@ class _Loader:
     def _add_embedding(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         table, vectors = tensors["tokens.weight"], self._vectors(tensors)
         if not isinstance(table, QuantizedMatrix):
-            raise BackendError("the token table is not in the form it is stored in")
+            raise BackendError("the token table must be a stored matrix")
         self.tokens = table
         self.memory_bytes += table.stored_bytes
         projection = None
@@ -405,7 +405,7 @@ class _Loader:
         for name in names:
             matrix = tensors[f"{name}.weight"]
             if not isinstance(matrix, QuantizedMatrix):
-                raise BackendError(f"{name} is not in the form it is stored in")
+                raise BackendError(f"{name} must be a stored matrix")
             matrices.append(matrix)
         bias = None
         if f"{names[0]}.bias" in tensors:

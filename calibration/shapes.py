@@ -1,4 +1,4 @@
-"""Shapes of models to measure a device for without having their weights."""
+"""Shapes of models, to measure a device without the models' weights."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ _NO_DIRECTORY = Path(os.devnull)
 
 
 def shape_spec(shape: str) -> ModelSpec:
-    """The model that ``shape`` names: one of SHAPES, or the path of a config.json.
+    """Return the model that ``shape`` names: one of SHAPES, or the path of a config.json.
 
-    Raises CheckpointError for neither, UnsupportedModelError for an architecture that is not
+    Raises CheckpointError for anything else, UnsupportedModelError for an architecture that is not
     implemented.
     """
     if shape in SHAPES:

@@ -33,4 +33,6 @@ def hello(largest_bytes: Mapping[type[Message], int]) -> Admit:
 def report(prefix: Prefix) -> None:
     """Admit an agent's message to the coordinator, which waits while Python decodes it."""
     if prefix.header_bytes > limits.MAX_REPORT_BYTES:
-        raise ProtocolError(f"{prefix.kind.__name__} has {prefix.header_bytes} bytes")
+        raise ProtocolError(
+            f"{prefix.kind.__name__} has {prefix.header_bytes} bytes, over the limit"
+        )

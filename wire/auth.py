@@ -92,7 +92,7 @@ def admit(prefix: Prefix) -> None:
     if prefix.kind not in (AuthChallenge, AuthAnswer, AuthProof, JoinRefused):
         raise AuthFailed(CAME_WITHOUT, NEEDED)
     if prefix.header_bytes > limits.MAX_HANDSHAKE_BYTES:
-        raise ProtocolError(f"a handshake of {prefix.header_bytes} bytes")
+        raise ProtocolError(f"its handshake has {prefix.header_bytes} bytes, over the limit")
 
 
 def _proof(token: Token, role: Literal["caller", "answerer"], nonces: bytes) -> bytes:

@@ -66,7 +66,7 @@ class Conditions:
             parts.append(f"the hypervisor took {stolen} of {self.cores} cores for other machines")
         if self.held_share > 0:
             share = min(self.held_share, 1.0)
-            parts.append(f"the container's processor limit held it up in {share:.0%} of periods")
+            parts.append(f"the container's processor limit stopped it in {share:.0%} of periods")
         elif self.spread > QUIET_SPREAD:
             parts.append(f"repeats differed by {min(self.spread, 10.0):.0%}")
         return ", ".join(parts) or "nothing else ran"

@@ -471,8 +471,7 @@ async def serve(
 def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
     """Return the protocol of a peer that closes in silence, or None if it stays unknown.
 
-    Only protocol OLDEST closes in silence, so the peer is asked in that protocol. A peer that wants
-    a token hears why it is refused.
+    Only protocol OLDEST closes in silence, so the peer is asked in that protocol.
     """
     kind: type[Message] = AgentHello
     values: list[object] = hello_of_oldest()

@@ -65,9 +65,9 @@ def implausible_profile(profile: DeviceProfile) -> str | None:
         if value is not None and low is not None and not low <= value <= high:
             return f"{field.name} {value:g}"
     if not all(0 < bits <= 64 for pair in profile.container_bits for bits in pair):
-        return "widths that are none"
+        return "impossible widths"
     if not all(are_plausible(conditions) for _, conditions in profile.conditions):
-        return "conditions that cannot be"
+        return "impossible conditions"
     return None
 
 
