@@ -32,6 +32,7 @@ Bytes = npt.NDArray[np.uint8]
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 INTEGER_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+DEFAULT_SCHEME: Scheme = "rtn"
 DEFAULT_GROUP_SIZE = 64
 """Groups of 64 are as accurate at 4 bits as symmetric groups of 32, and faster.
 
@@ -56,7 +57,7 @@ class Format:
     """
 
     bits: int
-    scheme: Scheme = "rtn"
+    scheme: Scheme = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     symmetric: bool = False
 
@@ -76,7 +77,7 @@ class Format:
     @staticmethod
     def of(
         bits: int,
-        scheme: Scheme = "rtn",
+        scheme: Scheme = DEFAULT_SCHEME,
         group_size: int = DEFAULT_GROUP_SIZE,
         symmetric: bool = False,
     ) -> Format:

@@ -40,7 +40,7 @@ from calibration.quality.students import (
 )
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
-from model.quantize import DEFAULT_GROUP_SIZE, Format, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Scheme
 
 SEQUENCE_TOKENS = 128
 MAX_TOKENS = 1024
@@ -112,7 +112,7 @@ def measure_quality(
     bits: Sequence[int],
     sequences: Sequences,
     *,
-    scheme: Scheme = "rtn",
+    scheme: Scheme = DEFAULT_SCHEME,
     group_size: int = DEFAULT_GROUP_SIZE,
     backend: Backend | None = None,
     threads: int = 1,
@@ -244,7 +244,7 @@ def check_plans(
     plans: Sequence[Sequence[int]],
     sequences: Sequences,
     *,
-    scheme: Scheme = "rtn",
+    scheme: Scheme = DEFAULT_SCHEME,
     group_size: int = DEFAULT_GROUP_SIZE,
     backend: Backend | None = None,
     threads: int = 1,

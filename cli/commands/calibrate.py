@@ -7,7 +7,6 @@ model's sensitivities, here or with ``--on`` on an agent of the shoal.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,13 @@ from cli.commands.calibrate_quality import QUALITY_BITS, quality_here, quality_o
 from cli.errors import CommandFailed, UsageError
 from cli.parser import add_url_argument
 from cli.render import NOISY, Screen
+from cli.shared_arguments import (
+    add_group_size_argument,
+    add_scheme_argument,
+    add_threads_argument,
+    add_watts_argument,
+    core_count,
+)
 from wire.conditions import Conditions, worst
 from wire.service import default_state_dir
 from wire.sizes import format_size
@@ -76,12 +82,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="The backend to measure. Default: every backend that runs here.",
     )
-    parser.add_argument(
-        "--threads",
-        type=argument_types.count,
-        metavar="N",
-        help="Threads that compute. Default: as the agent service here, else one for each core.",
-    )
+    add_threads_argument(parser, of_service=True)
     parser.add_argument(
         "--sustain",
         type=_sustained_s,
@@ -90,12 +91,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         help="Compute for so long, and compare the speed at the end with the first. "
         "Default: not at all.",
     )
-    parser.add_argument(
-        "--watts",
-        type=argument_types.watts,
-        metavar="W",
-        help="What this device draws while it computes, in watts. Default: what a sensor says.",
-    )
+    add_watts_argument(parser, "Default: what a sensor says.")
     parser.add_argument(
         "--full",
         action="store_true",
@@ -118,7 +114,10 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="Where results are kept. Default: where this machine's agent keeps them.",
     )
-    quality = parser.add_argument_group("sensitivity to fewer bits")
+    _add_quality_arguments(parser.add_argument_group("sensitivity to fewer bits"))
+
+
+def _add_quality_arguments(quality: argparse._ActionsContainer) -> None:
     quality.add_argument(
         "--quality",
         action="store_true",
@@ -131,19 +130,8 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         help="A calibration text in UTF-8, with blank lines between passages. Default: a built-in "
         "English text.",
     )
-    quality.add_argument(
-        "--scheme",
-        choices=("rtn", "truncate"),
-        default="rtn",
-        help="The quantization scheme, as for `shoal load`. Default: %(default)s.",
-    )
-    quality.add_argument(
-        "--group-size",
-        type=int,
-        choices=(32, 64, 128),
-        default=64,
-        help="Weights that share one scale. Default: %(default)s.",
-    )
+    add_scheme_argument(quality)
+    add_group_size_argument(quality)
     quality.add_argument(
         "--max-tokens",
         type=argument_types.count,
@@ -183,7 +171,7 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--on NAME goes with --quality: a device measures itself when it joins")
     try:
         if options.quality:
-            options.threads = options.threads or len(os.sched_getaffinity(0))
+            options.threads = options.threads or core_count()
         if options.quality and options.on is not None:
             quality_on_agent(options, screen)
         elif options.quality:

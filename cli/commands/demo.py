@@ -28,6 +28,7 @@ from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import PHASES, Screen
 from cli.service.signals import held_signals
+from cli.shared_arguments import core_count
 from coordinator.serving.gateway import room_for_answer
 from model import costs
 from model.checkpoint import Checkpoint
@@ -330,7 +331,7 @@ class Demo:
         return ready
 
     def _start_agents(self, cluster: str, memory: Sequence[int], port: int | None) -> None:
-        threads = max(1, len(os.sched_getaffinity(0)) // len(memory))
+        threads = max(1, core_count() // len(memory))
         for number, limit in enumerate(memory, 1):
             name = f"device-{number}"
             where = [] if port is None else [f"--coordinator=127.0.0.1:{port}"]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from model.quantize import DEFAULT_GROUP_SIZE
+from cli.shared_arguments import add_group_size_argument, add_scheme_argument
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -64,18 +64,8 @@ def add_edgetpu_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="Where the files go. Default: ~/.cache/shoal/edgetpu, where agents look.",
     )
-    parser.add_argument(
-        "--scheme",
-        choices=("rtn", "truncate"),
-        default="rtn",
-        help="The quantization scheme, as for `shoal load`. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=(32, 64, 128),
-        help=f"Weights that share one scale. Default: {DEFAULT_GROUP_SIZE}.",
-    )
+    add_scheme_argument(parser)
+    add_group_size_argument(parser)
 
 
 def run_edgetpu(options: argparse.Namespace, screen: Screen) -> None:
@@ -109,9 +99,7 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
         )
     directory = options.out or default_directory()
     checkpoint = Checkpoint.open(options.model)
-    spec, fmt = checkpoint.spec, Format.of(BITS, options.scheme)
-    if options.group_size is not None:
-        fmt = Format.of(BITS, options.scheme, options.group_size)
+    spec, fmt = checkpoint.spec, Format.of(BITS, options.scheme, options.group_size)
     for first, end in options.layers:
         if end > len(spec.layers):
             raise UsageError(f"--layers {first}:{end}: the model has {len(spec.layers)} layers")

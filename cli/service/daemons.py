@@ -17,6 +17,7 @@ from cli.argument_types import CONTROL_PORT, HTTP_PORT
 from cli.errors import CommandFailed, Unavailable, UsageError
 from cli.render import Screen
 from cli.service.install import add_service_actions
+from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
 from coordinator.config import DEFAULT_RECOVERY_WAIT_S
 from wire.errors import WireError
 from wire.messages import Endpoint
@@ -135,32 +136,15 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Where the coordinator is. The port is {CONTROL_PORT} unless given. "
         "Default: a search by mDNS.",
     )
-    parser.add_argument(
-        "--memory",
-        type=argument_types.size,
-        metavar="SIZE",
-        help="The most memory for weights, KV cache and buffers, such as 3G. Default: what is "
-        "free, less some headroom.",
-    )
+    add_memory_argument(parser)
     parser.add_argument(
         "--storage",
         type=argument_types.size,
         metavar="SIZE",
         help="The most disk space for blocks and prepared weights. Default: what is free.",
     )
-    parser.add_argument(
-        "--threads",
-        type=argument_types.count,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="Threads that compute. Default: one for each core, here %(default)s.",
-    )
-    parser.add_argument(
-        "--watts",
-        type=argument_types.watts,
-        metavar="W",
-        help="What this device draws while it computes, in watts. The objective energy needs it.",
-    )
+    add_threads_argument(parser)
+    add_watts_argument(parser, "The objective energy needs it.")
     parser.add_argument(
         "--backend",
         default="onnx_cpu",

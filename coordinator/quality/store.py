@@ -20,7 +20,7 @@ from typing import Any
 from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
-from model.quantize import DEFAULT_GROUP_SIZE, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Scheme
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
@@ -65,7 +65,7 @@ class QualityRequest:
     bits: tuple[int, ...]
     sequences: Sequences
     plans: tuple[tuple[int, ...], ...] = ()
-    scheme: Scheme = "rtn"
+    scheme: Scheme = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     on: str | None = None
 
