@@ -7,7 +7,7 @@ its memory nor its storage has to hold the model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -110,49 +110,38 @@ def measure_quality(
     options = Options(backend, threads, progress, int(memory_bytes * KEPT_SHARE), plain)
 
     try:
-        with closing(
-            measure_blocks(
-                source,
-                {block: [formats[bits] for bits in widths] for block, widths in request.wanted},
-                request.sequences,
-                options,
-                directory,
-            )
-        ) as found:
-            for one in found:
-                report(
-                    QualityMeasured(
-                        request.request, one.block, (one.bits,), one.kl, one.weight_error
-                    )
-                )
-        with closing(
-            measure_boundaries(
-                source,
-                dict(request.hops),
-                request.sequences,
-                options,
-                directory,
-            )
-        ) as hops:
-            for hop in hops:
-                report(HopMeasured(request.request, hop.boundary, hop.bits, hop.kl))
-        with closing(
-            measure_plans(
-                source,
-                [[formats[bits] for bits in plan] for plan in request.plans],
-                request.sequences,
-                options,
-                directory,
-            )
-        ) as measured:
-            for plan, kl in zip(request.plans, measured, strict=True):
-                report(QualityMeasured(request.request, None, plan, kl, 0.0))
+        with closing(_results(request, source, formats, options, directory)) as results:
+            for result in results:
+                report(result)
     except ValueError as error:
         raise BackendError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{directory}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _results(
+    request: MeasureQuality,
+    source: StreamedModel,
+    formats: Mapping[int, Format],
+    options: Options,
+    directory: Path,
+) -> Generator[Message, None, None]:
+    """Yield the results of blocks, then of hops, then of plans. Close it to end the work."""
+    sequences = request.sequences
+    wanted = {block: [formats[bits] for bits in widths] for block, widths in request.wanted}
+    with closing(measure_blocks(source, wanted, sequences, options, directory)) as found:
+        for one in found:
+            yield QualityMeasured(request.request, one.block, (one.bits,), one.kl, one.weight_error)
+    wanted_hops = dict(request.hops)
+    with closing(measure_boundaries(source, wanted_hops, sequences, options, directory)) as hops:
+        for hop in hops:
+            yield HopMeasured(request.request, hop.boundary, hop.bits, hop.kl)
+    plans = [[formats[bits] for bits in plan] for plan in request.plans]
+    with closing(measure_plans(source, plans, sequences, options, directory)) as measured:
+        for plan, kl in zip(request.plans, measured, strict=True):
+            yield QualityMeasured(request.request, None, plan, kl, 0.0)
 
 
 def _backends(name: str, own: Backend) -> tuple[Backend, Backend | None]:

@@ -122,14 +122,10 @@ def survey_device(
         raise BackendError(f"directory {directory} is not usable: {error}") from error
     steps.done()
     patience = Patience(_REPEATS_SHARE, _REPEATS_LIMIT_S)
-    rates: dict[str, dict[int, float]] = {}
-    for name, measure in (("memory_read", memory_read_rate), ("memory_copy", memory_copy_rate)):
-        rates[name] = {}
-        for count in sorted({1, threads}):
-            rates[name][count], conditions[f"{name} {count}"] = steady(
-                partial(measure, count), patience, lambda rate: 1 / rate
-            )
-        steps.done()
+    read_rates = _rates("memory_read", memory_read_rate, threads, patience, conditions)
+    steps.done()
+    copy_rates = _rates("memory_copy", memory_copy_rate, threads, patience, conditions)
+    steps.done()
     meter = sensors.power_meter()
     surveys = tuple(
         _with_flops(survey, threads, directory, meter, steps, patience) for survey in found.values()
@@ -145,8 +141,8 @@ def survey_device(
         memory_available_bytes=available_bytes,
         memory_total_bytes=total_bytes,
         storage_free_bytes=free_bytes,
-        memory_read_bytes_per_s=rates["memory_read"],
-        memory_copy_bytes_per_s=rates["memory_copy"],
+        memory_read_bytes_per_s=read_rates,
+        memory_copy_bytes_per_s=copy_rates,
         disk_write_bytes_per_s=write_bytes_per_s,
         disk_read_bytes_per_s=read_bytes_per_s,
         backends=surveys,
@@ -157,6 +153,22 @@ def survey_device(
         sustained=sustained,
         conditions=conditions,
     )
+
+
+def _rates(
+    name: str,
+    measure: Callable[[int], tuple[float, float]],
+    threads: int,
+    patience: Patience,
+    conditions: dict[str, Conditions],
+) -> dict[int, float]:
+    """Measure bytes per second with one thread and with all. ``conditions`` gets those of each."""
+    rates: dict[int, float] = {}
+    for count in sorted({1, threads}):
+        rates[count], conditions[f"{name} {count}"] = steady(
+            partial(measure, count), patience, lambda rate: 1 / rate
+        )
+    return rates
 
 
 def slower_than_before(survey: DeviceSurvey, store: CalibrationStore, *, again: bool) -> list[str]:

@@ -136,9 +136,11 @@ class Demo:
                 screen,
                 loaded["model"],
                 prompt,
-                max_tokens=options.max_tokens,
-                temperature=options.temperature,
-                seed=options.seed,
+                {
+                    "max_tokens": options.max_tokens,
+                    "temperature": options.temperature,
+                    "seed": options.seed,
+                },
             )
             result |= self._speed(client, result["prompt_tokens"])
         if screen.json_output:

@@ -247,26 +247,9 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     from backends.base import BackendError, BackendUnavailable
-    from backends.registry import probe_all
 
     if options.list_backends:
-        found = probe_all()
-        if options.json:
-            screen.json(
-                {
-                    name: {"available": False, "reason": result.reason}
-                    if isinstance(result, BackendUnavailable)
-                    else {"available": True, "version": result.version}
-                    for name, result in found.items()
-                }
-            )
-            return
-        for name, result in found.items():
-            if isinstance(result, BackendUnavailable):
-                state = result.reason
-            else:
-                state = f"available ({result.version})"
-            screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
+        _list_backends(screen)
         return
 
     from agent.config import AgentConfig, ConfigError, default_name
@@ -307,6 +290,29 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
         agent.run()
     finally:
         agent.stop()
+
+
+def _list_backends(screen: Screen) -> None:
+    from backends.base import BackendUnavailable
+    from backends.registry import probe_all
+
+    found = probe_all()
+    if screen.json_output:
+        screen.json(
+            {
+                name: {"available": False, "reason": result.reason}
+                if isinstance(result, BackendUnavailable)
+                else {"available": True, "version": result.version}
+                for name, result in found.items()
+            }
+        )
+        return
+    for name, result in found.items():
+        if isinstance(result, BackendUnavailable):
+            state = result.reason
+        else:
+            state = f"available ({result.version})"
+        screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
 
 
 def _add_token(parser: argparse.ArgumentParser) -> None:
