@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from model.artifact import SHA256, file_sha256
+from model.durable import remove
 from model.errors import CheckpointError
 from model.partial import PartialFile
 from wire.auth import Token
@@ -37,8 +38,6 @@ from wire.messages import (
 from wire.sizes import format_size
 
 log = logging.getLogger(__name__)
-
-READ_BYTES = 1 << 20
 
 
 class CacheError(Exception):
@@ -153,7 +152,7 @@ class BlockCache:
         if self._prepared in path.parents:
             path = path.parent
         try:
-            _remove(path)
+            remove(path)
         except OSError as error:
             raise CacheError(
                 f"{path} is damaged and cannot be removed: {error.strerror}"
@@ -165,7 +164,7 @@ class BlockCache:
             return False
         if not _is_whole(path, ref, hash_present):
             log.warning("%s is damaged: it is removed, and fetched again", path)
-            _remove(path)
+            remove(path)
             return False
         os.utime(path)
         return True
@@ -184,7 +183,7 @@ class BlockCache:
         """
         part = self._directory / f"{ref.sha256}.part"
         if part.is_dir():
-            _remove(part)
+            remove(part)
         with PartialFile(self.path(ref.sha256), ref.size_bytes) as arriving:
             connection.send(FetchBlock(ref.sha256, arriving.offset))
             while not arriving.complete:
@@ -219,7 +218,7 @@ class BlockCache:
             if used <= self._limit_bytes:
                 break
             used -= sizes[path]
-            _remove(path)
+            remove(path)
 
 
 class _ArrivedDamaged(CacheError):
@@ -278,14 +277,6 @@ def _is_whole(path: Path, ref: FileRef, hash_present: bool) -> bool:
         return not hash_present or file_sha256(path) == ref.sha256
     except CheckpointError:  # The file cannot be read.
         return False
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -20,9 +20,9 @@ from backends.registry import BACKENDS, backend_class
 from calibration.quality.blocks import measure_blocks, measure_plans
 from calibration.quality.hops import measure_boundaries
 from calibration.quality.students import Options
-from model.artifact import read_block
+from model.artifact import read_block, values_of
 from model.errors import CheckpointError
-from model.quantize import BITS, Format, QuantizedMatrix
+from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from wire.auth import Token
 from wire.messages import (
@@ -65,10 +65,7 @@ class StreamedModel:
         """Read one block. Raises CacheError, WireError, CheckpointError."""
         fmt, tensors = read_block(self._path(block), self.spec, block)
         self._formats[block] = fmt
-        return {
-            name: tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
-            for name, tensor in tensors.items()
-        }
+        return {name: values_of(tensor) for name, tensor in tensors.items()}
 
     def lossless_format(self, block: int) -> Format:
         """Return the format in which the block came. Raises the same errors as ``block``."""

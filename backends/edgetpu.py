@@ -52,9 +52,8 @@ from backends.edgetpu_product import Counts, Int8Product, Int8Weights
 from backends.edgetpu_runtime import Engine, Runtime, Target, find_runtime
 from backends.edgetpu_tflite import fully_connected
 from backends.onnx_cpu import CHUNK_ROWS, OnnxCpuBackend
-from model.artifact import Tensor, read_block
+from model.artifact import read_block, values_of
 from model.costs import stage_buffer_bytes
-from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -297,7 +296,7 @@ def product_files(
             name: tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)
         }
         for name, parts in stacks(spec.layer(block)).items():
-            matrix = np.concatenate([_values(tensors[f"{part}.weight"]) for part in parts])
+            matrix = np.concatenate([values_of(tensors[f"{part}.weight"]) for part in parts])
             weights = Int8Weights.of(matrix)
             written = fully_connected(weights.codes, weights.multipliers)
             path = directory / f"{len(files):03}.tflite"
@@ -462,10 +461,6 @@ def _rotary(layer: LayerSpec, context_tokens: int) -> tuple[Array, Array] | None
     if layer.rope is None:
         return None
     return _rotary_table(layer.rope, layer.head_dim, context_tokens)
-
-
-def _values(tensor: Tensor) -> Array:
-    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
 
 
 def _reason(error: BackendError) -> str:

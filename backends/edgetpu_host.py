@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from model.rotary import rotate
 from model.spec import LayerSpec
 
 Array = npt.NDArray[np.float32]
@@ -113,7 +114,7 @@ class HostLayer:
             queries, keys = q[own], k[own]
             if self._rotary is not None:
                 cos, sin = (table[positions, None] for table in self._rotary)
-                queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
+                queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
             self._keys[span.slot, :, positions] = keys.transpose(1, 0, 2)
             self._values[span.slot, :, positions] = v[own].transpose(1, 0, 2)
             mixed[own] = self._attend(queries, span.slot, span.position)
@@ -171,12 +172,6 @@ def _rms_norm(rows: Array, epsilon: float) -> Array:
     mean = np.square(rows).mean(axis=-1, keepdims=True)
     normed: Array = rows / np.sqrt(mean + np.float32(epsilon))
     return normed
-
-
-def _rotate(heads: Array, cos: Array, sin: Array) -> Array:
-    """Rotate heads [n, heads, head_dim] by cos, sin [n, 1, head_dim / 2]."""
-    first, second = np.split(heads, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)

@@ -34,21 +34,21 @@ def processor_name(root: Path = Path("/")) -> str:
     return board or platform.processor() or "unknown processor"
 
 
-def kernel_id(root: Path = Path("/")) -> str:
+def kernel_id() -> str:
     """Return an id of the running machine, equal in all its containers. Empty if unknown.
 
     It comes from the kernel's boot id. Two machines never share that, but copied disks share a
     machine id. It is hashed, because other machines see it.
     """
-    boot = "".join(read_lines(root / "proc/sys/kernel/random/boot_id")).strip()
+    boot = "".join(read_lines(Path("/proc/sys/kernel/random/boot_id"))).strip()
     return hashlib.sha256(f"shoal {boot}".encode()).hexdigest()[:16] if boot else ""
 
 
-def is_wireless(address: str, root: Path = Path("/")) -> bool:
+def is_wireless(address: str) -> bool:
     """Whether this address of ours belongs to a radio's interface."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(item.address.partition("%")[0] == address for item in addresses):
-            interface = root / "sys/class/net" / name
+            interface = Path("/sys/class/net") / name
             return (interface / "wireless").exists() or (interface / "phy80211").exists()
     return False
 

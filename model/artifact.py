@@ -35,6 +35,11 @@ _VERSION = "1"
 _KEYS = {"version", "block", "bits", "scheme", "group_size", "symmetric", "shapes"}
 
 
+def values_of(tensor: Tensor) -> npt.NDArray[np.float32]:
+    """Return the values of a stored tensor."""
+    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """A written block. ``size_bytes`` is the file, ``payload_bytes`` its tensors without header."""

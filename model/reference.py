@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.artifact import Tensor, read_block
+from model.artifact import Tensor, read_block, values_of
 from model.checkpoint import Checkpoint
-from model.quantize import QuantizedMatrix
-from model.rotary import rotary_table
+from model.rotary import rotary_table, rotate
 from model.spec import LayerSpec, ModelSpec
 
 Array = npt.NDArray[Any]
@@ -43,7 +42,7 @@ class ReferenceModel:
         self.blocks = range(first_block, first_block + len(blocks))
         self._dtype = dtype
         self._weights: dict[int, Weights] = {
-            block: {name: _values(tensor).astype(dtype) for name, tensor in tensors.items()}
+            block: {name: values_of(tensor).astype(dtype) for name, tensor in tensors.items()}
             for block, tensors in zip(self.blocks, blocks, strict=True)
         }
         self._cache: dict[int, tuple[Array, Array]] = {}
@@ -126,7 +125,7 @@ class ReferenceModel:
                 table[position:, None].astype(self._dtype)
                 for table in rotary_table(layer.rope, layer.head_dim, end)
             )
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if position:
             old_k, old_v = self._cache[block]
             k = np.concatenate([old_k[:position], k])
@@ -170,12 +169,6 @@ def _rms_norm(rows: Array, eps: float) -> Array:
     return rows / np.sqrt(mean)
 
 
-def _rotate(heads: Array, cos: Array, sin: Array) -> Array:
-    """Rotate heads [n, heads, head_dim] by cos, sin [n, 1, head_dim / 2]."""
-    first, second = np.split(heads, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
 def _activate(layer: LayerSpec, rows: Array) -> Array:
     if layer.activation == "relu":
         return np.maximum(rows, 0)
@@ -188,7 +181,3 @@ def _activate(layer: LayerSpec, rows: Array) -> Array:
         erf = np.vectorize(math.erf, otypes=[rows.dtype])
         weight = 0.5 + 0.5 * erf(rows / math.sqrt(2))
     return rows * weight
-
-
-def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
-    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,14 @@ def rotary_table(rope: RopeSpec, head_dim: int, positions_count: int) -> tuple[T
             frequencies = _llama3(rope, frequencies)
         angles = positions * frequencies
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(
+    heads: npt.NDArray[Any], cos: npt.NDArray[Any], sin: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Rotate heads [n, heads, head_dim] by cos, sin [n, 1, head_dim / 2]."""
+    first, second = np.split(heads, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def _dynamic_bases(

@@ -22,7 +22,7 @@ from model.artifact import SHA256, file_sha256, write_artifact
 from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
-from model.durable import replace_text
+from model.durable import remove, replace_text
 from model.errors import CheckpointError
 from model.partial import PartialFile
 from model.quantize import Format
@@ -265,11 +265,3 @@ class ArtifactStore:
 
     def _index_path(self, checkpoint: Checkpoint) -> Path:
         return self._indices / f"{checkpoint.fingerprint}.json"
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
