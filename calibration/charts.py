@@ -99,7 +99,15 @@ def roofline_svg(
         x, y = horizontal.at(intensity), vertical.at(rate)
         colour = _colour(point.container_bits)
         picture.mark(x, y, colour, point.long_context, point.label, square=point.prefill)
-    for index, (colour, text) in enumerate(legend):
+    _draw_legend(picture, legend, kinds)
+    return picture.svg()
+
+
+def _draw_legend(
+    picture: _Picture, widths: Sequence[tuple[str, str]], kinds: Sequence[tuple[bool, bool, str]]
+) -> None:
+    """Draw below a roofline: (colour, text) of each width, (square, hollow, text) of each mark."""
+    for index, (colour, text) in enumerate(widths):
         y = _HEIGHT + 12 + 16.0 * index
         picture.mark(_LEFT + 4, y - 4, colour, False, text)
         picture.text(_LEFT + 16, y, text, "start")
@@ -107,7 +115,6 @@ def roofline_svg(
         y = _HEIGHT + 12 + 16.0 * index
         picture.mark(_WIDTH / 2 + 44, y - 4, _INK, hollow, text, square=square)
         picture.text(_WIDTH / 2 + 56, y, text, "start")
-    return picture.svg()
 
 
 def heatmap_svg(

@@ -136,11 +136,7 @@ class Demo:
                 screen,
                 loaded["model"],
                 prompt,
-                {
-                    "max_tokens": options.max_tokens,
-                    "temperature": options.temperature,
-                    "seed": options.seed,
-                },
+                {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")},
             )
             result |= self._speed(client, result["prompt_tokens"])
         if screen.json_output:

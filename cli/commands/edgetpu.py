@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,11 +123,17 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
             pass
         found += [(what, compiled) for what, compiled in backend.compiled.items()]
         found += compile_check(compiler, directory)
-    if options.json:
+    _show_compiled(screen, compiler.version, directory, found)
+
+
+def _show_compiled(
+    screen: Screen, version: str, directory: Path, found: Sequence[tuple[str, Compiled]]
+) -> None:
+    if screen.json_output:
         screen.json(
             {
                 "directory": str(directory),
-                "compiler": compiler.version,
+                "compiler": version,
                 "stages": [
                     {
                         "stage": what,
@@ -138,7 +145,7 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
             }
         )
         return
-    table = Table(title=f"compiled by {compiler.version} into {escape(str(directory))}")
+    table = Table(title=f"compiled by {version} into {escape(str(directory))}")
     for column in ("stage", "files", "off chip"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for what, compiled in found:
