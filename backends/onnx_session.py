@@ -23,7 +23,7 @@ from backends.onnx_graph import MICROSOFT, Graph
 from backends.onnx_matrix import ByteMatrix
 
 _FATAL = 4
-"""The log severity. Failures come as exceptions, and whoever catches them reports them once."""
+"""The log severity. Failures come as exceptions, which the catching code reports once."""
 
 PROVIDERS = ["CPUExecutionProvider"]
 ERRORS = (
