@@ -92,7 +92,7 @@ def measure_quality(
     progress: Callable[[int, int], None],
     report: Callable[[Message], None],
 ) -> None:
-    """Carry out a request; ``report`` gets each result as soon as it is there.
+    """Carry out a request; ``report`` gets each result at once.
 
     own: the agent's backend, for requests that name none.
     directory: it is emptied first, because a killed run leaves hidden states there.

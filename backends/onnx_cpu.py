@@ -164,7 +164,7 @@ class OnnxCpuStage(Stage):
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
     ) -> Array:
         if not len(slots) == len(set(slots)) == len(positions) == len(inputs):
-            raise BackendError("the rows of a pass must have different slots")
+            raise BackendError("a pass takes one row for each slot, and its slots must be distinct")
         self._check(slots, positions, inputs, 1)
         order = np.argsort(slots)
         at = np.asarray(positions)[order]

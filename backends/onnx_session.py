@@ -24,7 +24,7 @@ from backends.onnx_matrix import KERNEL_BITS, ByteMatrix, containers, executable
 from model.quantize import Format, quantize
 
 _FATAL = 4
-"""The log severity. Failures come as exceptions, and whoever catches them reports them once."""
+"""The log severity. Failures come as exceptions, which the catching code reports once."""
 
 PROVIDERS = ["CPUExecutionProvider"]
 ERRORS = (

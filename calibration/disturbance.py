@@ -47,7 +47,7 @@ class LoadMeter:
     """Watches the processor from its creation on. ``conditions`` reports the other users."""
 
     def __init__(self, root: Path = Path("/"), *, kernel: bool = True) -> None:
-        """``kernel`` False leaves out the kernel's work, as a disk or network causes it."""
+        """``kernel`` False leaves out the kernel's work, which disks and networks cause."""
         self._root = root
         self._kernel = kernel
         self._history = _histories.setdefault((root, kernel), deque(maxlen=64))

@@ -93,7 +93,7 @@ class Trials:
         tick: Callable[[], None],
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        """Do ``require`` for every kind of block at each of ``bits`` that the backend takes."""
+        """Call ``require`` for every kind of block at each of ``bits`` that the backend takes."""
         formats = [Format.of(width) for width in sorted(bits) if width in self.containers]
         kinds = kinds_of_blocks(spec)
         self.require(spec, [(block, fmt) for fmt in formats for block in kinds], tick, meanwhile)

@@ -394,7 +394,7 @@ def _round_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArr
 
 
 def _to_half(weights: FloatArray) -> npt.NDArray[Any]:
-    """Convert to fp16 or bf16: the lossless one, else the one that holds the range."""
+    """Convert to fp16 or bf16: the lossless one, else the one with enough range."""
     with np.errstate(over="ignore"):
         half = weights.astype(np.float16)
     if np.array_equal(half, weights):

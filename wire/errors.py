@@ -7,8 +7,8 @@
     ├── ConnectionLost          the peer is gone (closed, reset, or silent for too long)
     └── ConnectFailed           nobody answered at the address
 
-wire.connection and wire.codec raise them. The owner of the connection decides what follows: it
-drops the peer, retries, or reports the device as lost.
+wire.connection and wire.codec raise them. The owner of the connection drops the peer,
+retries, or reports the device as lost.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Framer:
         return message, payload
 
     def _take(self, count: int) -> memoryview | None:
-        """Return the next ``count`` bytes, valid until ``space`` is called. None if some lack."""
+        """Return the next ``count`` bytes, valid until ``space``, or None if some are missing."""
         if count > len(self._buffer):
             return self._take_own(count)
         begin = self._begin

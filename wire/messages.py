@@ -138,7 +138,7 @@ class MeasureModelAgain:
 
 @dataclass(frozen=True, slots=True)
 class ModelMeasured:
-    """The measured times. ``call_s`` is the profile's, or is measured now for lack of it."""
+    """The measured times. ``call_s`` is the profile's, or a new one if that had none."""
 
     request: int
     timings: tuple[BlockTiming, ...]

@@ -365,7 +365,7 @@ def test_it_says_which_blocks_it_holds(coordinator: Coordinator, tmp_path: Path)
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (MeasureQuality(1, SPEC.to_dict(), (), ((1, 2),), (), (), "rtn", 32), "not those of the"),
+        (MeasureQuality(1, SPEC.to_dict(), (), ((1, 2),), (), (), "rtn", 32), "all blocks of the"),
         (
             MeasureQuality(1, SPEC.to_dict(), REFS, ((1, 2),), ((9, (4,)),), (), "rtn", 32),
             "no such",
