@@ -1,9 +1,8 @@
-"""The block cache: artifacts on this device's disk, by content hash, and what is made of them.
+"""The block cache: artifacts on this device's disk by content hash, and the files made from them.
 
-What comes is compared with its hash on the way. What lies there is compared again before or while
-it is used, because storage rots (agent.integrity). A download that was cut off stays as a .part
-file and goes on where it stopped. What was used longest ago makes room, be it an artifact or the
-weights that a backend prepared for a stage.
+A download is hashed as it arrives. Files on disk are hashed again before or during use, because
+storage rots (agent.integrity). A download that was cut off stays as a .part file and continues
+later. The files used longest ago make room, whether artifacts or a backend's prepared weights.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from model.artifact import SHA256, file_sha256
+from model.durable import remove
 from model.errors import CheckpointError
 from model.partial import PartialFile
 from wire.auth import Token
@@ -27,11 +27,11 @@ from wire.hygiene import clean
 from wire.messages import (
     BlockChunk,
     BlockDamaged,
-    BlockRef,
     BlocksHello,
     Done,
     Endpoint,
     FetchBlock,
+    FileRef,
     Heartbeat,
     RequestFailed,
 )
@@ -39,19 +39,17 @@ from wire.sizes import format_size
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 1 << 20
-
 
 class CacheError(Exception):
     """Blocks cannot be kept: too large for the limit, the disk is full, or the data is wrong."""
 
 
 class Gone(CacheError):
-    """The coordinator's own file was damaged, and it could not make it again from a checkpoint."""
+    """The coordinator's own file was damaged, and it could not make the file again."""
 
 
 class BlockCache:
-    """Artifacts and prepared weights under ``directory``, together never above ``limit_bytes``."""
+    """Artifacts and prepared weights under ``directory``, together at most ``limit_bytes``."""
 
     def __init__(self, directory: Path, limit_bytes: int) -> None:
         self._directory = directory
@@ -62,14 +60,14 @@ class BlockCache:
         return self._directory / sha256
 
     def find(self, sha256s: Iterable[str]) -> tuple[str, ...]:
-        """Those of the artifacts, named by hashes from anyone, that are here."""
+        """Return those of the hashes whose artifacts are here. The hashes may come from anyone."""
         return tuple(
             sha256 for sha256 in sha256s if SHA256.fullmatch(sha256) and self.path(sha256).is_file()
         )
 
     def fetch(
         self,
-        blocks: Sequence[BlockRef],
+        blocks: Sequence[FileRef],
         coordinator: Endpoint,
         device: str,
         on_progress: Callable[[int, int], None],
@@ -78,22 +76,22 @@ class BlockCache:
         keep: Collection[str] = (),
         hashed: set[Path] | None = None,
     ) -> int:
-        """Make all ``blocks`` present and whole; returns how many bytes came over the network.
+        """Make all ``blocks`` present and whole, and return the bytes that came over the network.
 
-        ``on_progress`` gets (bytes present, bytes in all). Artifacts in ``keep``, by their hashes,
-        do not make room for others. A caller that gives ``hashed`` checks what was present itself:
-        the paths of what came are added there. Raises CacheError, WireError.
+        ``on_progress`` gets (bytes present, bytes in all). Artifacts whose hashes are in ``keep``
+        are not evicted. With ``hashed``, the caller checks files that were present already. The
+        paths of fetched files are added to it. Raises CacheError, WireError.
         """
         wanted = {ref.sha256: ref for ref in blocks}
         for ref in wanted.values():
             if not SHA256.fullmatch(ref.sha256) or ref.size_bytes <= 0:
-                raise CacheError(f"block {ref.block} has no valid address")
+                raise CacheError(f"{ref} has no valid address")
         total = sum(ref.size_bytes for ref in wanted.values())
         needed_bytes = total + self._held_bytes(set(keep) - set(wanted))
         if needed_bytes > self._limit_bytes:
             raise CacheError(
-                f"the blocks need {format_size(needed_bytes)}, "
-                f"the storage limit is {format_size(self._limit_bytes)}"
+                f"the blocks need {format_size(needed_bytes)}, and the storage limit is "
+                f"{format_size(self._limit_bytes)}: raise it with --storage"
             )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -125,10 +123,10 @@ class BlockCache:
             raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
         return sum(ref.size_bytes for ref in missing)
 
-    def prepare(self, blocks: Sequence[BlockRef], size_bytes: int) -> Path | None:
-        """Where a backend may keep ``size_bytes`` that it makes of ``blocks``, which are here.
+    def prepare(self, blocks: Sequence[FileRef], size_bytes: int) -> Path | None:
+        """Return a folder for ``size_bytes`` that a backend makes from ``blocks``, which are here.
 
-        The same blocks have the same place. None where the limit leaves no room for both.
+        The same blocks have the same folder. None if the limit leaves no room for both.
         """
         wanted = {ref.sha256: ref.size_bytes for ref in blocks}
         home = self._prepared / hashlib.sha256("".join(wanted).encode()).hexdigest()
@@ -147,26 +145,26 @@ class BlockCache:
         return sum(self.path(sha256).stat().st_size for sha256 in self.find(sha256s))
 
     def remove(self, path: Path) -> None:
-        """Remove an artifact; of prepared weights, all that were kept with this file.
+        """Remove an artifact, or all prepared weights that were kept together with this file.
 
-        Raises CacheError where something stays there.
+        Raises CacheError if something remains.
         """
         if self._prepared in path.parents:
             path = path.parent
         try:
-            _remove(path)
+            remove(path)
         except OSError as error:
             raise CacheError(
                 f"{path} is damaged and cannot be removed: {error.strerror}"
             ) from error
 
-    def _present(self, ref: BlockRef, hash_present: bool) -> bool:
+    def _present(self, ref: FileRef, hash_present: bool) -> bool:
         path = self.path(ref.sha256)
         if not path.exists():
             return False
         if not _is_whole(path, ref, hash_present):
             log.warning("%s is damaged: it is removed, and fetched again", path)
-            _remove(path)
+            remove(path)
             return False
         os.utime(path)
         return True
@@ -174,36 +172,36 @@ class BlockCache:
     def _download(
         self,
         connection: Connection,
-        ref: BlockRef,
+        ref: FileRef,
         on_progress: Callable[[int], None],
         *,
         is_last: bool = False,
     ) -> None:
-        """Fetch one artifact; ``on_progress`` gets how much of it is here.
+        """Fetch one artifact; ``on_progress`` gets the bytes that are here.
 
         Raises _ArrivedDamaged, WireError, OSError.
         """
         part = self._directory / f"{ref.sha256}.part"
         if part.is_dir():
-            _remove(part)
+            remove(part)
         with PartialFile(self.path(ref.sha256), ref.size_bytes) as arriving:
             connection.send(FetchBlock(ref.sha256, arriving.offset))
             while not arriving.complete:
                 chunk, payload = connection.receive()
                 if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
                     arriving.drop()
-                    raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its size differs)")
+                    raise _ArrivedDamaged(f"{ref} arrived damaged (its size differs)")
                 if not isinstance(chunk, BlockChunk) or not arriving.fits(
                     chunk.offset, chunk.total, len(payload)
                 ):
-                    raise ProtocolError(f"block {ref.block}: unexpected answer to a download")
+                    raise ProtocolError(f"{ref}: unexpected answer to a download")
                 arriving.write(payload)
                 on_progress(arriving.offset)
             if not arriving.finish():
-                raise _ArrivedDamaged(f"block {ref.block} arrived damaged (its hash differs)")
+                raise _ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
-        """Drop what was used longest ago until ``needed_bytes`` for what is kept are free."""
+        """Remove the files used longest ago, except ``keep``, until ``needed_bytes`` are free."""
         others = [
             path
             for path in self._directory.iterdir()
@@ -220,15 +218,15 @@ class BlockCache:
             if used <= self._limit_bytes:
                 break
             used -= sizes[path]
-            _remove(path)
+            remove(path)
 
 
 class _ArrivedDamaged(CacheError):
-    """What came is not what was asked for; nothing of it is kept."""
+    """The bytes that arrived are not the artifact. None of them are kept."""
 
 
 class _Source:
-    """The coordinator as a source of files, over a connection that can be replaced; a context."""
+    """The coordinator as a source of files, over a connection that can be replaced. A context."""
 
     def __init__(self, coordinator: Endpoint, device: str, token: Token | None) -> None:
         """Raises WireError."""
@@ -241,10 +239,10 @@ class _Source:
     def __exit__(self, *_: object) -> None:
         self.connection.close()
 
-    def report(self, ref: BlockRef, waiting: Callable[[], None]) -> None:
-        """Have the coordinator check a file that did not arrive whole, on a new connection.
+    def report(self, ref: FileRef, waiting: Callable[[], None]) -> None:
+        """Have the coordinator check a file that arrived damaged, on a new connection.
 
-        ``waiting`` is called now and then; what it raises ends the wait. Raises Gone, WireError.
+        ``waiting`` is called now and then, and may raise to end the wait. Raises Gone, WireError.
         """
         self.connection.close()
         self.connection = self._connect()
@@ -255,9 +253,9 @@ class _Source:
             if isinstance(answer, Done):
                 return
             if isinstance(answer, RequestFailed):
-                raise Gone(f"block {ref.block} arrived damaged: {answer.reason}")
+                raise Gone(f"{ref} arrived damaged: {answer.reason}")
             if not isinstance(answer, Heartbeat):
-                raise ProtocolError(f"block {ref.block}: unexpected answer to a report of damage")
+                raise ProtocolError(f"{ref}: unexpected answer to a report of damage")
 
     def _connect(self) -> Connection:
         connection = Connection.connect(self._coordinator, token=self._token)
@@ -272,28 +270,20 @@ def _advance(
     on_progress(before + arrived, total)
 
 
-def _is_whole(path: Path, ref: BlockRef, hash_present: bool) -> bool:
+def _is_whole(path: Path, ref: FileRef, hash_present: bool) -> bool:
     if not path.is_file() or path.stat().st_size != ref.size_bytes:
         return False
     try:
         return not hash_present or file_sha256(path) == ref.sha256
-    except CheckpointError:  # It cannot be read.
+    except CheckpointError:  # The file cannot be read.
         return False
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def remove_leftovers(directory: Path) -> None:
-    """Remove what loads that were killed left in a cache: folders whose names begin with a dot.
+    """Remove the folders that killed loads left in a cache. Their names begin with a dot.
 
-    For the agent that has claimed the state directory, before it loads anything: nobody else
-    writes there.
+    The agent calls this after it has claimed the state directory and before it loads anything, so
+    no other process writes there.
     """
     for folder, names, _ in os.walk(directory):
         for name in [name for name in names if name.startswith(".")]:

@@ -1,9 +1,8 @@
-"""What a user sets on an agent, checked once and passed down."""
+"""The settings of an agent, checked once and passed down."""
 
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import secrets
 import unicodedata
@@ -19,11 +18,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 class ConfigError(Exception):
-    """A setting is wrong; the message names it, its value and what would be right."""
+    """A setting is wrong. The message names it, its value and a valid value."""
 
 
 def default_name(host_name: str) -> str:
-    """The first part of a host name, mended where a device may not be called so."""
+    """Make a device name from the first part of a host name, replacing invalid characters."""
     plain = unicodedata.normalize("NFKD", host_name.strip().split(".")[0])
     plain = plain.encode("ascii", "ignore").decode()
     mended = re.sub(r"[^A-Za-z0-9_-]+", "-", plain)
@@ -32,13 +31,13 @@ def default_name(host_name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """Settings of one agent. None for a limit means: measure what is free and use that."""
+    """The settings of one agent. None for a limit means: measure what is free, and use that."""
 
     name: str
     state_dir: Path
     cluster: str
     coordinator: Endpoint | None
-    """Where the coordinator is; None searches by mDNS."""
+    """The coordinator's address. None searches by mDNS."""
     bind_host: str
     data_port: int
     memory_bytes: int | None
@@ -46,15 +45,15 @@ class AgentConfig:
     threads: int
     backend: str
     watts: float | None = None
-    """What the device draws while it computes, as its user says; None: not known."""
+    """The power that the device draws while it computes, as its user says. None if unknown."""
     token: Token | None = field(default=None, repr=False)
-    """Shared by all of the shoal; None where nobody has one."""
+    """The token of the whole shoal. None if there is none."""
     exact: bool = False
-    """Do not round activations: slower, for comparing results."""
+    """Do not round activations. Slower, for comparing results."""
     fast_prompts: bool = False
-    """Read prompts faster through a coarser copy of the layers, where memory has room for it."""
+    """Read prompts faster through a coarser copy of the layers, if memory has room for it."""
     advertise: tuple[Endpoint, ...] = ()
-    """Where other agents reach this one, beside its own addresses; port 0: the data port."""
+    """Addresses at which other agents reach this one, besides its own. Port 0 is the data port."""
     measurements_dir: Path | None = None
     """Where measurements are kept. Agents of one machine may share it. None: ``state_dir``."""
 
@@ -72,7 +71,7 @@ class AgentConfig:
                 )
         for label, limit in (("memory", self.memory_bytes), ("storage", self.storage_bytes)):
             if limit is not None and limit <= 0:
-                raise ConfigError(f"{label} {limit}: must be more than nothing")
+                raise ConfigError(f"{label} {limit}: must be above 0")
 
     @property
     def cache_dir(self) -> Path:
@@ -89,17 +88,8 @@ class AgentConfig:
         return (self.measurements_dir or self.state_dir) / "trials.json"
 
 
-def default_state_dir() -> Path:
-    """Where an agent keeps its identity and blocks: STATE_DIRECTORY under systemd, else XDG."""
-    service = os.environ.get("STATE_DIRECTORY")
-    if service:
-        return Path(service.split(":")[0])
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "shoal" / "agent"
-
-
 def claim(state_dir: Path) -> TextIO:
-    """Lock ``state_dir`` for this process, until the result is closed. Raises ConfigError."""
+    """Lock ``state_dir`` for this process until the result is closed. Raises ConfigError."""
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
         lock = (state_dir / "lock").open("w", encoding="ascii")
@@ -117,7 +107,7 @@ def claim(state_dir: Path) -> TextIO:
 
 
 def device_identity(state_dir: Path) -> str:
-    """This device's id, made once and kept in ``state_dir``. Raises ConfigError."""
+    """Return this device's id, which is made once and kept in ``state_dir``. Raises ConfigError."""
     path = state_dir / "device-id"
     try:
         state_dir.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""The agent: find the coordinator, join, carry out what it asks, and say that one is alive.
+"""The agent: finds the coordinator, joins, carries out its requests and sends heartbeats.
 
-Threads: the main one reads the control connection; a heartbeat thread writes to it; one worker
-carries out the long requests (measure, fetch, load) in order; agent.quiet has one that measures
-again while nothing else is to be done; agent.relay has one that runs the stage, agent.integrity one
-that hashes its files, agent.hop two, agent.peers one per peer. Losing the coordinator ends the
-stage, not the agent: it searches again.
+The main thread reads the control connection, and a heartbeat thread writes to it. One worker
+carries out the long requests (measure, fetch, load) in order. Other threads belong to modules:
+agent.quiet measures again in idle moments, agent.relay runs the stage, agent.integrity hashes its
+files, agent.hop has two, and agent.peers one for each peer. Losing the coordinator ends the stage,
+but not the agent, which searches again.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ from wire.versions import Stranger, shoal_version
 log = logging.getLogger(__name__)
 
 RETRY_S = (0.5, 1.0, 2.0, 5.0)
-"""Pauses between attempts to join; the last one repeats."""
+"""The pauses between attempts to join. The last one repeats."""
 
 Request = (
     MeasureModel
@@ -123,13 +123,13 @@ class Agent:
         self._told = ""
         self._relay: Relay | None = None
         self._watch: Watch | None = None
-        """Hashes files of the stage in the relay, as long as that is not done."""
+        """Hashes the remaining files of the stage in the relay, until it is done."""
         self._had_damage = False
-        """Whether a damaged file has stopped a stage: then the next load hashes all its files."""
+        """Whether a damaged file has stopped a stage. Then the next load hashes all files."""
         self._cancelled: set[int] = set()
-        """Requests of this connection that nobody waits for any more."""
+        """Cancelled requests of this connection."""
         self._links: dict[str, Link] = {}
-        """By the peer's device: what the coordinator knows of them, and what was seen since."""
+        """Maps a peer's device to its link: the reported figures and newer samples."""
         self._measuring = Measuring()
         self._state_lock = claim(config.state_dir)
         remove_leftovers(config.cache_dir)
@@ -145,9 +145,9 @@ class Agent:
         )
         self._figures = Figures(config, profile)
         self._call_s = 0.0
-        """Where the profile has none: the backend needed files for it that others make."""
+        """The call overhead, if it was measured later than the profile for lack of files."""
         self._carrying_out = False
-        """Whether a request is under way."""
+        """Whether a request is running."""
         self._trials = Trials.of(
             profile,
             config.state_dir,
@@ -182,7 +182,7 @@ class Agent:
             self._state_lock.close()
 
     def stop(self) -> None:
-        """End ``run`` soon; safe in a signal handler and from any thread."""
+        """End ``run`` soon. Safe in a signal handler and from any thread."""
         self._stop.set()
         control = self._control
         if control is not None:
@@ -190,13 +190,13 @@ class Agent:
 
     @cached_property
     def _backend(self) -> Backend:
-        """Imported when first used: at rest, an agent need not hold an accelerator's library."""
+        """The backend, imported at first use. An idle agent holds no accelerator library."""
         return backend_class(self._config.backend)()
 
     # ---- joining --------------------------------------------------------------------------------
 
     def _join(self) -> tuple[Connection, Endpoint]:
-        """A control connection that the coordinator has welcomed, and where it was found."""
+        """Return a control connection that the coordinator has welcomed, and its address."""
         if self._config.coordinator is not None:
             candidates: tuple[Endpoint, ...] = (self._config.coordinator,)
         else:
@@ -215,8 +215,9 @@ class Agent:
             self._service.alive()
             try:
                 return self._join_at(endpoint), endpoint
-            except WireError as error:  # Of several addresses, another may be the right one.
-                # Who answers at an address of this machine says nothing about another one's.
+            except WireError as error:  # Another address may be the right one.
+                # An answer at an address of this machine says nothing about another machine's
+                # coordinator.
                 if failure is None or not is_own(endpoint.host) or is_own(candidates[0].host):
                     failure = error
         raise failure or ConnectFailed("stopped")
@@ -226,7 +227,7 @@ class Agent:
         try:
             return self._welcomed_at(endpoint)
         except ConnectionLost as error:
-            # At once and without a word: an older version leaves like that.
+            # Only an older version closes at once and in silence.
             if self._stop.is_set() or time.monotonic() - started_s > limits.HEARTBEAT_S:
                 raise
             protocol = protocol_of_silent(endpoint, self._config.token)
@@ -267,16 +268,16 @@ class Agent:
         raise ProtocolError(f"{connection.peer} is not a coordinator")
 
     def _tell(self, state: str) -> None:
-        """Show the user how joining stands, when that has changed."""
+        """Show the user the progress of joining, if it has changed."""
         self._service.status(state)
         if state != self._told:
             self._told = state
             self._say(state)
 
     def _hello(self, connection: Connection) -> AgentHello:
-        """What this agent is, and where others reach it.
+        """Describe this agent and the addresses at which others reach it.
 
-        Loopback means something on this machine only. It is named where there is nothing else.
+        Loopback is valid on this machine only. It is included only if there is no other address.
         """
         port = self._listener.port
         found = reachable_addresses(self._listener.host)
@@ -284,7 +285,7 @@ class Agent:
         everywhere = is_everywhere(self._listener.host) and (":" in here) == (
             ":" in self._listener.host
         )
-        if everywhere:  # The way to the coordinator is the best guess for the way to its agents.
+        if everywhere:  # Agents probably reach us at the address that the coordinator does.
             found = tuple(dict.fromkeys((here, *found)))
         shared = tuple(host for host in found if not is_loopback(host))
         self._attempts += 1
@@ -327,12 +328,12 @@ class Agent:
             for thread in threads:
                 thread.daemon = True
                 thread.start()
-        except RuntimeError as error:  # No more threads for this process.
+        except RuntimeError as error:  # The process cannot have more threads.
             connection.close()
             raise ConnectFailed(f"cannot serve the coordinator: {error}") from error
         try:
             while True:
-                message = clean(connection.receive()[0])  # A heartbeat each second, at least.
+                message = clean(connection.receive()[0])  # Heartbeats come every second.
                 self._service.alive()
                 if isinstance(message, Request):
                     requests.put(message)
@@ -355,13 +356,13 @@ class Agent:
             connection.close()
             requests.put(None)
             if not self._stop.is_set():
-                # A load that is still under way belongs to this connection, not to the next.
+                # A running load belongs to this connection, not to the next.
                 while threads[-1].is_alive():
                     threads[-1].join(limits.HEARTBEAT_S)
                     self._service.alive()
             raise
         finally:
-            # Ctrl-C does not wait for what is under way: it ends with the process.
+            # Ctrl-C does not wait for running requests. They end with the process.
             connection.close()
             ended.set()
             requests.put(None)
@@ -372,7 +373,7 @@ class Agent:
             while not ended.wait(limits.HEARTBEAT_S):
                 connection.send(Heartbeat(psutil.virtual_memory().available))
         except WireError:
-            pass  # The reader of the connection sees it too, and decides.
+            pass  # The reader of the connection sees the loss too, and decides.
 
     def _work(
         self,
@@ -380,7 +381,8 @@ class Agent:
         coordinator: Endpoint,
         requests: queue.Queue[Request | None],
     ) -> None:
-        # Whatever ends this thread ends the connection: the coordinator must not wait for ever.
+        # Any end of this thread ends the connection, because the coordinator must not wait for
+        # ever.
         with connection, contextlib.suppress(WireError):
             while (request := requests.get()) is not None:
                 self._carrying_out = True
@@ -429,7 +431,7 @@ class Agent:
 
     def _measure_device(self, request: MeasureDevice, connection: Connection) -> Message:
         if self._relay is not None:
-            raise BackendError("a stage is loaded, which others wait for: unload it first")
+            raise BackendError("a stage is loaded, and measuring would delay it: unload it first")
         progress = self._progress(connection, request.request, "measure", "steps")
         with self._measuring:
             self._figures.measure_device(lambda: progress(0, 1))
@@ -465,7 +467,7 @@ class Agent:
         return FileExchange(self._device, self._cache, coordinator, self._config.token, progress)
 
     def _supplied(self, request: int, connection: Connection, coordinator: Endpoint) -> Backend:
-        """The backend, which has the shoal make the files that it lacks, for ``request``."""
+        """Return the backend for ``request``; the shoal makes the files that it lacks."""
         exchange = self._exchange(request, connection, coordinator)
         self._backend.supplier = partial(exchange.supply, self._config.backend)
         return self._backend
@@ -601,7 +603,7 @@ class Agent:
         hashed: frozenset[Path],
         waiting: Callable[[], None],
     ) -> Stage:
-        """Load blocks that are in the cache, of which those ``hashed`` are known to be whole."""
+        """Load blocks that are in the cache. The files in ``hashed`` are known to be whole."""
         artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
         kinds = [(block, read_format(path)) for block, path in artifacts]
         self._trials.require(spec, kinds, waiting)
@@ -632,14 +634,14 @@ class Agent:
             self._cache.remove(path)
         except CacheError as error:
             reason = str(error)
-        with contextlib.suppress(WireError):  # Then the coordinator has seen the agent's loss.
+        with contextlib.suppress(WireError):  # The coordinator sees the agent's loss.
             connection.send(StageDamaged(relay.epoch, reason))
 
     def _prepared(self, blocks: Sequence[BlockRef]) -> tuple[Path | None, int]:
-        """Where the backend may keep prepared weights, and how many bytes: nowhere if storage
-        leaves them no room.
+        """Return a folder for prepared weights (None without room) and its size in bytes.
 
-        Exact stages keep none: theirs are many times larger, and nobody is in a hurry.
+        Exact stages keep none. Their files would be many times larger, and nobody waits for their
+        loads.
         """
         factor = self._backend.PREPARED_FACTOR * (2 if self._config.fast_prompts else 1)
         if self._config.exact or factor == 0:
@@ -650,7 +652,7 @@ class Agent:
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str
     ) -> Callable[[int, int], None]:
-        """What reports how far ``request`` is, and raises Cancelled once it is cancelled."""
+        """Return a function that reports progress, and raises Cancelled if cancelled."""
         report, cancelled = _Throttled(connection, request, phase, unit), self._cancelled
 
         def progress(done: int, total: int) -> None:

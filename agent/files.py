@@ -1,7 +1,7 @@
-"""Files that a backend needs beside its blocks, made by another machine of the shoal, or for one.
+"""Files that a backend needs beside its blocks, made by or for another machine of the shoal.
 
-Whoever asks names the blocks by hash and serves those that the coordinator does not have; so does
-whoever has made files serve them. What comes is verified against its hash by the block cache.
+The asking agent names the blocks by hash, and serves those that the coordinator lacks. The making
+agent serves the files that it made. The block cache verifies the hash of every file that arrives.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from wire.messages import (
     Done,
     Endpoint,
     FetchBlock,
+    FileRef,
     FilesMade,
     Heartbeat,
     MakeFiles,
@@ -41,9 +42,9 @@ SILENCE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class FileExchange:
-    """Files to and from the coordinator, on behalf of one request that is carried out.
+    """Exchanges files with the coordinator on behalf of one running request.
 
-    progress: called with (done, total) now and then; what it raises ends the exchange.
+    progress: called with (done, total) now and then; it may raise to end the exchange.
     """
 
     device: str
@@ -53,25 +54,25 @@ class FileExchange:
     progress: Callable[[int, int], None]
 
     def supply(self, backend: str, spec: ModelSpec, artifacts: Artifacts) -> list[Path]:
-        """What ``backend`` needs beside these blocks, in the cache.
+        """Return the files that ``backend`` needs beside these blocks, in the cache.
 
-        Raises FilesMissing where nobody can make it, BackendError where making fails, CacheError,
+        Raises FilesMissing if nobody can make them, BackendError if making fails, CacheError,
         WireError.
         """
         paths = {_sha256_of(path): path for _, path in artifacts}
         refs = tuple(
-            BlockRef(block, sha256, path.stat().st_size)
+            BlockRef(sha256, path.stat().st_size, block)
             for (block, path), sha256 in zip(artifacts, paths, strict=True)
         )
         try:
             return self._obtain(backend, spec, refs, paths)
-        except Gone:  # The coordinator's files were damaged: now they are made again.
+        except Gone:  # The coordinator's files were damaged, and are made again now.
             return self._obtain(backend, spec, refs, paths)
 
     def _obtain(
         self, backend: str, spec: ModelSpec, refs: tuple[BlockRef, ...], paths: Mapping[str, Path]
     ) -> list[Path]:
-        """As ``supply``, of artifacts by hash; Gone where the coordinator's files were damaged."""
+        """Obtain files for artifacts by hash. Gone if the coordinator's files were damaged."""
         with self._connect() as connection:
             connection.send(MakeFiles(0, backend, spec.to_dict(), refs))
             answer = self._serve(connection, paths, self._waiting(refs))
@@ -108,13 +109,8 @@ class FileExchange:
                     spec, artifacts, Path(name), waiting
                 )
                 paths = [(file_sha256(path), path) for path in made]
-                answer = FilesMade(
-                    request.request,
-                    tuple(
-                        BlockRef(number, sha256, path.stat().st_size)
-                        for number, (sha256, path) in enumerate(paths)
-                    ),
-                )
+                files = tuple(FileRef(sha256, path.stat().st_size) for sha256, path in paths)
+                answer = FilesMade(request.request, files)
                 with self._connect() as connection:
                     connection.send(answer)
                     if not isinstance(self._serve(connection, dict(paths), waiting), Done):
@@ -129,14 +125,14 @@ class FileExchange:
         connection.send(BlocksHello(self.device))
         return connection
 
-    def _waiting(self, blocks: Iterable[BlockRef]) -> Callable[[], None]:
-        """Says that nothing is finished yet, and ends a request that nobody waits for."""
+    def _waiting(self, blocks: Iterable[FileRef]) -> Callable[[], None]:
+        """Return a function that sends a heartbeat, and ends a cancelled request."""
         return partial(self.progress, 0, sum(ref.size_bytes for ref in blocks))
 
     def _serve(
         self, connection: Connection, paths: Mapping[str, Path], waiting: Callable[[], None]
     ) -> Message:
-        """Send what is asked for of ``paths``, by hash, until the coordinator says more."""
+        """Send files of ``paths`` by hash on request, and return the message that ends this."""
         while True:
             message = clean(connection.receive()[0])
             waiting()
@@ -149,7 +145,7 @@ class FileExchange:
 
 
 def _sha256_of(path: Path) -> str:
-    """The hash of an artifact's bytes. Raises CheckpointError where it is not in its name."""
+    """Return the hash of an artifact. Raises CheckpointError if its name is another hash."""
     sha256 = file_sha256(path)
     if SHA256.fullmatch(path.name) and sha256 != path.name:
         raise CheckpointError(f"{path}: the file is damaged; fetch it again")

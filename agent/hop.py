@@ -23,13 +23,13 @@ from wire.framing import NO_PAYLOAD
 from wire.messages import Activation, LinkChanged, Message, ProbePing, ProbePong, TokenSampled
 
 QUEUED_CHUNKS = 2
-"""Chunks that wait to be sent; a stage that is further ahead waits for the link."""
+"""The chunks that wait to be sent. A stage that is further ahead waits for the link."""
 
 PING_S = 2.0
-"""Between two pings while nothing is sent."""
+"""The time between two pings while nothing is sent."""
 
 ANSWER_S = 10.0
-"""A ping that is not answered for so long is forgotten."""
+"""A ping that is not answered for this long is forgotten."""
 
 TIMED_BYTES = 32 << 10
 """Smaller frames take too short a time to measure."""
@@ -39,9 +39,9 @@ TIMED_BYTES = 32 << 10
 class _Ping:
     number: int
     started_s: float
-    """When the frame before it was begun, or the ping itself where there is none."""
+    """The start of the frame before the ping, or of the ping itself if there is none."""
     size_bytes: int
-    """Of the frame before it; 0 where that one's time says nothing of the link."""
+    """The size of that frame. 0 if its time says nothing about the link."""
 
 
 class Hop:
@@ -57,8 +57,10 @@ class Hop:
         on_news: Callable[[LinkChanged], None],
         on_room: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_lost`` gets the reason, once, and never after ``close``. ``on_room`` is called after
-        each chunk that was sent. Any thread of this process may make these calls.
+        """``on_lost`` gets the reason once, and never after ``close``.
+
+        ``on_room`` is called after each chunk that was sent. Any thread of this process may make
+        these calls.
         """
         self._connection = connection
         self._link = link
@@ -67,20 +69,20 @@ class Hop:
         self._on_news = on_news
         self._on_room = on_room
         self._changed = threading.Condition()
-        """Guards what follows."""
+        """Guards the following fields."""
         self._waiting: deque[tuple[Activation | TokenSampled, memoryview]] = deque()
-        """The first is being sent."""
+        """The first one is being sent."""
         self._passing = 0
-        """Small messages that the next chunk lets go first."""
+        """The number of small messages that go before the next chunk."""
         self._pings: deque[_Ping] = deque()
-        """Not answered yet."""
+        """Pings without an answer yet."""
         self._number = 0
         self._answered_s = 0.0
-        """When the newest answer came."""
+        """The time of the newest answer."""
         self._unseen = True
-        """Whether something large may be under way that no ping follows."""
+        """Whether a large frame without a ping behind it may be on its way."""
         self._sent_s = float("-inf")
-        """When anything but a ping was sent last; written without the lock."""
+        """The time when anything but a ping was sent last. Written without the lock."""
         self._over = False
         for target in (self._receive, self._send_chunks):
             threading.Thread(target=target, name="hop", daemon=True).start()
@@ -91,12 +93,12 @@ class Hop:
         return len(self._waiting) < QUEUED_CHUNKS
 
     def send(self, message: Activation | TokenSampled, payload: memoryview = NO_PAYLOAD) -> None:
-        """Send a token's row now; queue a prompt's chunk and what follows it in its sequence.
+        """Send a token's row now; queue a prompt's chunk and later rows of its sequence.
 
         A chunk waits for room in the queue. Raises WireError once the hop is lost.
         """
         small = isinstance(message, TokenSampled) or message.rows == 1
-        if small and not self._waiting:  # As a rule: no lock for that.
+        if small and not self._waiting:  # The common case takes no lock.
             self._send_now(message, payload)
             return
         with self._changed:
@@ -120,7 +122,7 @@ class Hop:
                     self._changed.notify_all()
 
     def close(self) -> None:
-        """Close at once; what still waits is dropped."""
+        """Close at once, and drop all waiting frames."""
         self._end(None)
 
     def _send_now(self, message: Activation | TokenSampled, payload: memoryview) -> None:
@@ -147,7 +149,7 @@ class Hop:
                     self._ping_if_idle()
                     continue
                 started_s = time.monotonic()
-                # After a pause the window has shrunk: the time would be that of its growing.
+                # After a pause the window has shrunk, and the time would mostly show how it grows.
                 warm = started_s - self._sent_s < PING_S
                 self._connection.send(*chunk)
                 self._sent_s = time.monotonic()
@@ -173,7 +175,7 @@ class Hop:
             self._send_ping(time.monotonic(), 0)
 
     def _send_ping(self, started_s: float, size_bytes: int) -> bool:
-        """Unless something else is being measured on this device."""
+        """Send a ping, unless another measurement runs on this device."""
         with self._changed:
             if self._over or not (self._pings or self._measuring.try_begin(self._give_up)):
                 return False
@@ -184,12 +186,12 @@ class Hop:
         return True
 
     def _give_up(self) -> None:
-        """Something that was asked for is to be measured, and does not wait for answers."""
+        """Give up measuring, because a requested measurement must not wait for answers."""
         with self._changed:
             self._forget_pings()
 
     def _forget_pings(self) -> None:
-        """The caller holds the lock."""
+        """Forget all pings. The caller holds the lock."""
         if self._pings:
             self._pings.clear()
             self._unseen = True
@@ -208,7 +210,7 @@ class Hop:
     def _on_answer(self, message: Message, now_s: float) -> None:
         with self._changed:
             if not self._pings or message != ProbePong(self._pings[0].number):
-                return  # Forgotten: answers come in order.
+                return  # The ping was forgotten, and answers come in order.
             ping = self._pings.popleft()
             if not self._pings:
                 self._measuring.end()
@@ -218,7 +220,7 @@ class Hop:
         if idle:
             self._link.add_rtt(now_s - ping.started_s)
         elif ping.size_bytes and rtt_s is not None:
-            # It left when it was sent, or when the one before it had left.
+            # The frame left when it was sent, or after the one before it.
             self._link.add_transfer(ping.size_bytes, now_s - max(ping.started_s + rtt_s, before_s))
         news = self._link.news()
         if news is not None:

@@ -21,10 +21,10 @@ from model.errors import ModelError
 log = logging.getLogger(__name__)
 
 CHECK_FIRST_BYTES = 8 << 20
-"""A twentieth of a second of hashing for a processor that hashes 150 MB/s."""
+"""8 MiB take a twentieth of a second on a processor that hashes 150 MB/s."""
 
 NICENESS = 10
-"""A tenth of a core while the stage wants all of them, and a whole core while it does not."""
+"""With this niceness the thread gets a tenth of a core while the stage wants all of them."""
 
 _READ_BYTES = 1 << 20
 
@@ -33,12 +33,12 @@ class Contents:
     """The files of one load, each with the SHA-256 that it must have."""
 
     def __init__(self, *, check_all_first: bool = False) -> None:
-        """``check_all_first``: the load waits until everything is hashed, whatever its size."""
+        """With ``check_all_first``, the load waits until everything is hashed."""
         self._check_all_first = check_all_first
         self._expected: dict[Path, str] = {}
         self._hashed: set[Path] = set()
         self.damaged_files = 0
-        """How many were removed in this load because they were damaged."""
+        """The number of files that were removed in this load because they were damaged."""
 
     def expect(self, files: Mapping[Path, str]) -> None:
         """Add files to check."""
@@ -55,14 +55,14 @@ class Contents:
 
     @property
     def is_checked_later(self) -> bool:
-        """Whether the rest is too large to be hashed before the stage answers."""
+        """Whether the remaining files are too large to be hashed before the stage answers."""
         rest_bytes = sum(path.stat().st_size for path in self._unchecked() if path.is_file())
         return rest_bytes > CHECK_FIRST_BYTES and not self._check_all_first
 
     def find_damaged(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Path]:
-        """Hash what was not hashed yet, and yield each damaged file; ``stopped`` ends it early.
+        """Hash each unchecked file, and yield the damaged ones. ``stopped`` ends it early.
 
-        A file that is gone made room for others: it is not damaged.
+        A missing file counts as evicted, not as damaged.
         """
         for path in self._unchecked():
             sha256 = _hash(path, stopped)
@@ -74,7 +74,7 @@ class Contents:
                 yield path
 
     def forget(self) -> None:
-        """Forget all files: others take their place."""
+        """Forget all files, because others take their place."""
         self._expected.clear()
 
     def _unchecked(self) -> list[Path]:
@@ -123,7 +123,7 @@ def load_whole(
 
 
 class Watch:
-    """Hashes the rest of a load's files in a thread, until the first damaged one."""
+    """Hashes the remaining files of a load in a thread, until the first damaged one."""
 
     def __init__(self, contents: Contents, on_damage: Callable[[Path], None]) -> None:
         self._contents = contents
@@ -133,12 +133,12 @@ class Watch:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop hashing, and wait until that is so."""
+        """Stop hashing, and wait until the thread has ended."""
         self._stopped.set()
         self._thread.join()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # Not everywhere; it is checked anyway.
+        with contextlib.suppress(OSError, AttributeError):  # Not every system has priorities.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         damaged = next(self._contents.find_damaged(self._stopped.is_set), None)
         if damaged is not None:
@@ -146,7 +146,7 @@ class Watch:
 
 
 def _hash(path: Path, stopped: Callable[[], bool]) -> str | None:
-    """The SHA-256 of a file, "" where it cannot be read, None where it is gone."""
+    """Return the SHA-256 of a file, "" if it cannot be read, or None if it is gone."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -17,13 +17,13 @@ from wire.messages import LinkChanged
 
 RTT_SAMPLES = 9
 RATE_SAMPLES = 5
-"""Of so many newest samples the median counts; no verdict on fewer."""
+"""The estimate is the median of this many newest samples. With fewer there is none."""
 
 MOVED = 0.2
-"""What moved by more than this share is news."""
+"""A figure that moved by more than this share is news."""
 
 REPORT_S = 10.0
-"""The least time between two reports of a link: some 10 bytes a second."""
+"""The least time between two reports of a link, which cost about 10 bytes a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +39,18 @@ class Link:
     """Collects samples of the link to one peer, and says what the coordinator should know."""
 
     def __init__(self, device: str, told: LinkFigures | None = None) -> None:
-        """``told`` is what the coordinator has been told; None: nothing yet."""
+        """``told`` is what the coordinator knows. None if it knows nothing yet."""
         self.device = device
         self._told = told
         self._told_at_s = float("-inf")
         self._rtts_s: deque[float] = deque(maxlen=RTT_SAMPLES)
         self._rates: deque[float] = deque(maxlen=RATE_SAMPLES)
         self._lock = threading.RLock()
-        """Guards all of it: a closed hop may still read an answer beside its successor."""
+        """Guards all fields, because a closed hop may still read an answer beside its successor."""
 
     @property
     def rtt_s(self) -> float | None:
-        """The best estimate of a small frame's round trip; None as long as there is none."""
+        """The best estimate of a small frame's round trip. None before the first sample."""
         with self._lock:
             if self._rtts_s:
                 return statistics.median(self._rtts_s)
@@ -61,9 +61,9 @@ class Link:
             self._rtts_s.append(seconds)
 
     def add_transfer(self, size_bytes: int, seconds: float) -> None:
-        """Add how long the link was busy with a frame.
+        """Add the time for which a frame kept the link busy.
 
-        A time below one round trip is dropped: jitter would be most of it.
+        A time below one round trip is dropped, because it would mostly be jitter.
         """
         with self._lock:
             rtt_s = self.rtt_s
@@ -71,7 +71,7 @@ class Link:
                 self._rates.append(size_bytes / seconds)
 
     def news(self, now_s: float | None = None) -> LinkChanged | None:
-        """Return news for the coordinator, which counts as told then; None where nothing moved."""
+        """Return news for the coordinator and count it as told, or None if nothing moved."""
         now_s = time.monotonic() if now_s is None else now_s
         with self._lock:
             if self._told is None or now_s - self._told_at_s < REPORT_S:
@@ -89,14 +89,14 @@ class Link:
 
 
 class Measuring:
-    """Lets one measurement at a time run on this device: two would disturb each other.
+    """Lets one measurement at a time run on this device, because two would disturb each other.
 
-    A measurement that was asked for (``with``) makes one that was only tried give up.
+    A requested measurement (``with``) makes an optional one (``try_begin``) give up.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        """Guards what follows."""
+        """Guards the following fields."""
         self._busy = False
         self._waiting = 0
         self._give_up: Callable[[], None] | None = None
@@ -116,9 +116,9 @@ class Measuring:
         self.end()
 
     def try_begin(self, give_up: Callable[[], None]) -> bool:
-        """Begin, unless something is being measured; then ``end`` must follow.
+        """Begin unless a measurement runs. If this returns True, ``end`` must follow.
 
-        ``give_up`` may be called by any thread: it ends the measurement soon, unless it has ended.
+        Any thread may call ``give_up``. It ends the measurement soon, unless it has ended.
         """
         with self._changed:
             if self._busy or self._waiting:
@@ -133,7 +133,7 @@ class Measuring:
 
 
 def summary_s(times_s: Sequence[float] | deque[float]) -> tuple[float, float]:
-    """Median and 90th percentile of some times."""
+    """Return the median and the 90th percentile of some times."""
     ordered = sorted(times_s)
     return statistics.median(ordered), ordered[min(len(ordered) * 9 // 10, len(ordered) - 1)]
 

@@ -43,22 +43,22 @@ Deliver = Callable[[Message, memoryview], None]
 HELLO_TIMEOUT_S = 5.0
 
 PROBE_IDLE_S = 30.0
-"""A peer that measures the link sends its next probe much sooner."""
+"""A peer that measures the link sends its next probe much sooner than this."""
 
 MOST_PROBING = 16
-"""Peers that measure their link at once; the coordinator asks for few at a time."""
+"""The number of peers that may measure their link at once. The coordinator asks for few."""
 
 THREAD_PAUSE_S = 0.1
-"""Pause of the accepting thread where no thread can be started for a connection."""
+"""The pause of the accepting thread if no thread can be started for a connection."""
 
 NOT_PREVIOUS = "the sender is not the previous device of the ring there: load the model again"
 LARGE_FRAMES = 4
-"""Of these the best one counts, and the two in the middle tell how far they differ."""
+"""The number of large frames. The best one counts, and the middle two show the spread."""
 
 _SMALL = bytes(64)
 
 PROBE_PAUSE_S = 0.002
-"""Pause before a probe: about what a stage waits for its turn, long enough for threads to sleep."""
+"""The pause before a probe, about as long as a stage waits. Threads fall asleep in it."""
 
 
 def connect_peer(
@@ -71,9 +71,9 @@ def connect_peer(
 ) -> Connection:
     """Connect to the agent ``expected`` at the first of its addresses that is really it.
 
-    ``hop_key`` opens the way into its stage; without it, only the link can be measured. Addresses
-    that this machine has itself come last: another one may have them too. Raises ConnectFailed
-    naming every address that was tried.
+    ``hop_key`` admits rows to its stage. Without it, only the link can be measured. Addresses of
+    this machine come last, because the other machine may have the same ones. Raises ConnectFailed,
+    which names every address that was tried.
     """
     failures: list[str] = []
     for endpoint in own_last(endpoints):
@@ -103,9 +103,9 @@ class Entrance:
     """Admits only the previous device of the ring to this device's stage."""
 
     previous: str
-    """Its device id."""
+    """The device id of the previous device."""
     hop_key: bytes
-    """What the coordinator told it and nobody else; empty: nobody may come in."""
+    """The key that the coordinator gave only to that device. Empty admits nobody."""
     deliver: Deliver
 
     def admits(self, hello: PeerHello) -> bool:
@@ -124,7 +124,7 @@ class PeerServer:
 
     def __init__(self, device: str, listener: Listener) -> None:
         self.entrance: Entrance | None = None
-        """The stage's; None where no stage is loaded. Set by any thread."""
+        """Admits peers to the loaded stage. None without a stage. Any thread may set it."""
         self._device = device
         self._listener = listener
         self._connections: set[Connection] = set()
@@ -139,7 +139,7 @@ class PeerServer:
         self._threads.append(thread)
 
     def close(self) -> None:
-        """Stop accepting and drop every peer; returns when the threads have ended."""
+        """Stop accepting, drop every peer, and return when the threads have ended."""
         self._listener.close()
         with self._lock:
             connections, threads = list(self._connections), list(self._threads)
@@ -158,7 +158,7 @@ class PeerServer:
                 self._connections.add(connection)
                 try:
                     thread.start()
-                except (RuntimeError, MemoryError) as error:  # No more threads for this process.
+                except (RuntimeError, MemoryError) as error:  # The process is out of threads.
                     self._connections.discard(connection)
                     failure = error
                 else:
@@ -182,7 +182,7 @@ class PeerServer:
         except ProtocolError as error:
             self._rare_log.warning("protocol", "%s: %s", connection.peer, error)
         except WireError:
-            pass  # The peer's own side, or the coordinator, reports a loss that matters.
+            pass  # The peer, or the coordinator, reports a loss that matters.
         finally:
             connection.close()
             self._probing.leave(connection)
@@ -190,7 +190,7 @@ class PeerServer:
                 self._connections.discard(connection)
 
     def _welcome(self, hello: PeerHello, connection: Connection) -> None:
-        """Serve a peer that means this device. Raises WireError once the connection ends."""
+        """Serve a peer whose hello names this device. Raises WireError once the connection ends."""
         entrance = self.entrance
         if not hello.hop_key:
             self._probing.enter(connection, connection.peer_host, connection.close)
@@ -208,7 +208,7 @@ class PeerServer:
             self._answer(connection, entrance.deliver)
 
     def _answer(self, connection: Connection, deliver: Deliver | None = None) -> None:
-        """Take one message, which ``admit`` has let in. Raises WireError."""
+        """Handle one message that ``admit`` has let in. Raises WireError."""
         message, payload = connection.receive()
         if isinstance(message, ProbePing):
             connection.send(ProbePong(message.number))
@@ -219,7 +219,7 @@ class PeerServer:
 def _admit_probe(prefix: Prefix) -> None:
     """Admit the messages that any device of the shoal may send. Raises ProtocolError."""
     if prefix.kind is not ProbePing or prefix.payload_bytes > limits.MAX_PROBE_BYTES:
-        raise ProtocolError(f"it sent {prefix.kind.__name__}, and is not the previous device")
+        raise ProtocolError(f"it sent {prefix.kind.__name__} but is not the previous device")
 
 
 def measure_link(connection: Connection) -> LinkFigures:
@@ -230,16 +230,17 @@ def measure_link(connection: Connection) -> LinkFigures:
 def measure_link_steadily(connection: Connection) -> tuple[LinkFigures, Conditions]:
     """Measure round trips of small frames and the rate of large ones, and note disturbance.
 
-    Small frames are sent after a pause, as a stage's are: waking the peer's sleeping thread is part
-    of what a hop costs. Bandwidth comes from a large frame's round trip minus a small one's. Frames
-    grow until one takes long enough to time, so that a slow radio link is not held up for seconds.
-    The measurement is repeated if other programs used the processor, or if large frames differed.
+    Each small frame is sent after a pause, as a stage's are. So it includes the time to wake the
+    peer's thread, which is part of a hop's cost. Bandwidth comes from a large frame's round trip
+    minus a small one's. Frames grow only until one takes long enough to time, so that a slow radio
+    link is not blocked for seconds. The measurement is repeated if other programs used the
+    processor, or if large frames differed.
     """
     connection.set_receive_timeout(limits.SEND_TIMEOUT_S)
     probe = _Probe(connection)
     for _ in range(5):
         probe.round_trip_s(_SMALL)
-    # What the kernel does is the link's own work.
+    # The kernel's work is part of the link.
     return steady(probe.figures, Patience(), lambda figures: figures.rtt_s, kernel=False)
 
 
@@ -262,7 +263,7 @@ class _Probe:
         return elapsed
 
     def figures(self) -> tuple[LinkFigures, float]:
-        """The link's figures, and the spread of the large frames."""
+        """Return the link's figures and the spread of the large frames."""
         times_s = []
         for _ in range(21):
             time.sleep(PROBE_PAUSE_S)

@@ -7,7 +7,7 @@ its memory nor its storage has to hold the model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from backends.registry import BACKENDS, backend_class
 from calibration.quality.blocks import measure_blocks, measure_plans
 from calibration.quality.hops import measure_boundaries
 from calibration.quality.students import Options
-from model.artifact import read_block
+from model.artifact import read_block, values_of
 from model.errors import CheckpointError
-from model.quantize import BITS, Format, QuantizedMatrix
+from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from wire.auth import Token
 from wire.messages import (
@@ -50,9 +50,9 @@ class StreamedModel:
         device: str,
         token: Token | None = None,
     ) -> None:
-        """Raises BackendError where ``blocks`` are not all blocks of the model, in order."""
+        """Raises BackendError if ``blocks`` are not all blocks of the model, in order."""
         if [ref.block for ref in blocks] != list(range(spec.block_count)):
-            raise BackendError("the blocks are not those of the model")
+            raise BackendError("the request must have all blocks of the model, in order")
         self.spec = spec
         self._blocks = blocks
         self._cache = cache
@@ -62,16 +62,13 @@ class StreamedModel:
         self._formats: dict[int, Format] = {}
 
     def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
-        """Raises CacheError, WireError, CheckpointError."""
+        """Read one block. Raises CacheError, WireError, CheckpointError."""
         fmt, tensors = read_block(self._path(block), self.spec, block)
         self._formats[block] = fmt
-        return {
-            name: tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
-            for name, tensor in tensors.items()
-        }
+        return {name: values_of(tensor) for name, tensor in tensors.items()}
 
     def lossless_format(self, block: int) -> Format:
-        """The format that the block came in. Raises as ``block``."""
+        """Return the format in which the block came. Raises the same errors as ``block``."""
         if block not in self._formats:
             self._formats[block], _ = read_block(self._path(block), self.spec, block)
         return self._formats[block]
@@ -95,13 +92,14 @@ def measure_quality(
     progress: Callable[[int, int], None],
     report: Callable[[Message], None],
 ) -> None:
-    """Carry out a request; ``report`` gets each result as soon as it is there.
+    """Carry out a request; ``report`` gets each result at once.
 
     own: the agent's backend, for requests that name none.
-    directory: is emptied first, because a killed run leaves hidden states there.
+    directory: it is emptied first, because a killed run leaves hidden states there.
     progress: gets (done, all) passes of the blocks, then of the hops, then of the plans.
-    Raises BackendError for a request that makes no sense, BackendUnavailable for a backend that is
-    not here, and the errors of reading and running blocks.
+
+    Raises BackendError for an impossible request, BackendUnavailable for a backend that is not
+    here, and the errors of reading and running blocks.
     """
     formats = _formats(request, source.spec)
     backend, plain = _backends(request.backend, own)
@@ -109,49 +107,38 @@ def measure_quality(
     options = Options(backend, threads, progress, int(memory_bytes * KEPT_SHARE), plain)
 
     try:
-        with closing(
-            measure_blocks(
-                source,
-                {block: [formats[bits] for bits in widths] for block, widths in request.wanted},
-                request.sequences,
-                options,
-                directory,
-            )
-        ) as found:
-            for one in found:
-                report(
-                    QualityMeasured(
-                        request.request, one.block, (one.bits,), one.kl, one.weight_error
-                    )
-                )
-        with closing(
-            measure_boundaries(
-                source,
-                dict(request.hops),
-                request.sequences,
-                options,
-                directory,
-            )
-        ) as hops:
-            for hop in hops:
-                report(HopMeasured(request.request, hop.boundary, hop.bits, hop.kl))
-        with closing(
-            measure_plans(
-                source,
-                [[formats[bits] for bits in plan] for plan in request.plans],
-                request.sequences,
-                options,
-                directory,
-            )
-        ) as measured:
-            for plan, kl in zip(request.plans, measured, strict=True):
-                report(QualityMeasured(request.request, None, plan, kl, 0.0))
+        with closing(_results(request, source, formats, options, directory)) as results:
+            for result in results:
+                report(result)
     except ValueError as error:
         raise BackendError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{directory}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _results(
+    request: MeasureQuality,
+    source: StreamedModel,
+    formats: Mapping[int, Format],
+    options: Options,
+    directory: Path,
+) -> Generator[Message, None, None]:
+    """Yield the results of blocks, then of hops, then of plans. Close it to end the work."""
+    sequences = request.sequences
+    wanted = {block: [formats[bits] for bits in widths] for block, widths in request.wanted}
+    with closing(measure_blocks(source, wanted, sequences, options, directory)) as found:
+        for one in found:
+            yield QualityMeasured(request.request, one.block, (one.bits,), one.kl, one.weight_error)
+    wanted_hops = dict(request.hops)
+    with closing(measure_boundaries(source, wanted_hops, sequences, options, directory)) as hops:
+        for hop in hops:
+            yield HopMeasured(request.request, hop.boundary, hop.bits, hop.kl)
+    plans = [[formats[bits] for bits in plan] for plan in request.plans]
+    with closing(measure_plans(source, plans, sequences, options, directory)) as measured:
+        for plan, kl in zip(request.plans, measured, strict=True):
+            yield QualityMeasured(request.request, None, plan, kl, 0.0)
 
 
 def _backends(name: str, own: Backend) -> tuple[Backend, Backend | None]:

@@ -1,9 +1,9 @@
-"""Measuring again, in quiet moments, what was measured while the machine was busy.
+"""Repeats, in quiet moments, measurements that were made while the machine was busy.
 
-A moment is quiet when nothing is asked of the agent, no stage is loaded, and other programs have
-left the processor alone for a while. What is measured then takes seconds, ends as soon as something
-is asked, and comes ever more seldom where the machine does not stay quiet. The same thread notices
-what ``shoal calibrate`` has measured beside the agent.
+A moment is quiet if the agent has no request and no stage, and other programs have left the
+processor alone for a while. Measuring then takes seconds and ends when a request comes. It becomes
+rarer if the machine does not stay quiet. The same thread notices new figures that ``shoal
+calibrate`` has stored beside the agent.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from wire.profile import BlockTiming, DeviceProfile
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
-"""Interval at which the thread looks around."""
+"""The interval at which the thread checks for a quiet moment."""
 
 QUIET_S = 20.0
-"""So long the machine must have been quiet."""
+"""The machine must have been quiet for this long."""
 
 PATIENCE_S = 5.0
-"""For measuring the device again, at most: nobody waits for it to start."""
+"""The time for repeats of the device's own figures. It is long, because nobody waits."""
 
 MOMENT_S = 5.0
-"""No new figure is begun after so long."""
+"""No new figure is begun after this time."""
 
 PAUSE_S = 30.0
 LONGEST_PAUSE_S = 3600.0
-"""Between two moments; the pause doubles each time that figures stay doubtful."""
+"""The longest pause between two moments. It doubles each time that figures stay doubtful."""
 
 
 class Cancelled(Exception):
-    """Something else is to be done, or nobody waits any more."""
+    """Other work has come, or nobody waits for this any more."""
 
 
 class Figures:
-    """This device's figures, and what the coordinator has been told of them.
+    """This device's figures, and those that the coordinator has been told.
 
     One thread at a time uses it: the one that holds ``Measuring``.
     """
@@ -71,7 +71,7 @@ class Figures:
         self._seen_s = self.store.changed_s()
 
     def measure_device(self, check: Callable[[], None]) -> DeviceProfile:
-        """The profile with new figures, where these are better. ``check`` ends it by raising.
+        """Return the profile with those new figures that are better. ``check`` may raise to end it.
 
         Limits of memory and storage stay as they were at the start. Raises BackendError.
         """
@@ -98,7 +98,7 @@ class Figures:
         return self.profile
 
     def improve(self, check: Callable[[], None]) -> bool:
-        """Measure some of the doubtful figures again; False where none is. Raises BackendError."""
+        """Measure some of the doubtful figures again. False if none is. Raises BackendError."""
         jobs: list[Callable[[Callable[[], None]], object]] = []
         if any(is_doubtful(conditions) for _, conditions in self.profile.conditions):
             jobs.append(self.measure_device)
@@ -108,24 +108,24 @@ class Figures:
                 jobs.append(partial(self._measure_moment, model, bits))
         if not jobs:
             return False
-        # One that stays doubtful must not keep the others from their turn.
+        # A figure that stays doubtful must not keep the others from their turn.
         self._turn += 1
         jobs[self._turn % len(jobs)](check)
         return True
 
     def told_profile(self) -> DeviceProfile:
-        """The profile, which the coordinator is told now."""
+        """Return the profile, and count it as told to the coordinator."""
         self._told_profile = self.profile
         return self.profile
 
     def told(self, spec: ModelSpec, timings: tuple[BlockTiming, ...]) -> None:
-        """Remember what the coordinator has been told of a model."""
+        """Remember the timings that the coordinator has been told of a model."""
         self._told[repr(spec)] = timings
 
     def news(self, *, whole: bool = False) -> list[FiguresChanged]:
-        """Return what the store has learnt since the last call, from any process.
+        """Return the figures that the store has learnt since the last call, from any process.
 
-        ``whole``: look although the file has not changed.
+        ``whole`` looks even if the file has not changed.
         """
         changed_s = self.store.changed_s()
         if changed_s == self._seen_s and not whole:
@@ -162,7 +162,7 @@ class Figures:
     def _measure_moment(
         self, spec: ModelSpec, bits: tuple[int, ...], check: Callable[[], None]
     ) -> None:
-        """As many doubtful times as a moment allows, at least one."""
+        """Measure as many doubtful times as a moment allows, at least one."""
         until_s = time.monotonic() + MOMENT_S
         reached = 0
 
@@ -184,15 +184,15 @@ class Figures:
                 exact=self._config.exact,
             )
         except _Enough:
-            log.info("the rest is measured in another quiet moment")
+            log.info("the remaining times are measured in another quiet moment")
 
 
 class _Enough(Exception):
-    """The moment is over; what was measured is kept."""
+    """The moment is over. The measured times are kept."""
 
 
 class QuietMoments:
-    """Improves ``figures`` while nothing else is to be done, and tells the coordinator."""
+    """Improves ``figures`` while the agent is idle, and tells the coordinator."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class QuietMoments:
         is_idle: Callable[[], bool],
         send: Callable[[Message], None],
     ) -> None:
-        """``is_idle``: nothing is asked of the agent, and no stage is loaded."""
+        """``is_idle`` is true while the agent has no request and no stage."""
         self._figures = figures
         self._measuring = measuring
         self._is_idle = is_idle
@@ -212,7 +212,7 @@ class QuietMoments:
         self._pause_s = PAUSE_S
 
     def run(self, ended: threading.Event) -> None:
-        """Look around each LOOK_S until ``ended``."""
+        """Check for a quiet moment each LOOK_S until ``ended``."""
         meter = LoadMeter()
         while not ended.wait(LOOK_S):
             busy = meter.conditions().was_busy
@@ -220,11 +220,11 @@ class QuietMoments:
             try:
                 self._look(ended, busy=busy)
             except WireError:
-                return  # The reader of the connection sees it too, and decides.
+                return  # The reader of the connection sees the loss too, and decides.
             except (BackendError, ModelError, OSError) as error:
                 log.info("not measured again: %s", error)
                 self._wait_longer()
-            except Exception:  # The outermost loop of its thread, which ends: nobody waits for it.
+            except Exception:  # The outermost loop of a thread that nobody waits for.
                 log.exception("measuring in a quiet moment failed")
                 return
 
@@ -249,7 +249,7 @@ class QuietMoments:
     def _improve(self, ended: threading.Event) -> None:
         def check() -> None:
             if ended.is_set() or self._given_up.is_set() or not self._is_idle():
-                raise Cancelled("something else is to be done")
+                raise Cancelled("other work has come")
 
         tried = True
         try:

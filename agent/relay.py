@@ -1,15 +1,14 @@
-"""A stage at work: rows come in, run through the blocks, and go on to the next device.
+"""A stage at work: rows come in, run through the blocks, and go to the next device.
 
 The ring is first stage -> ... -> last stage -> first stage. Prompt chunks and single tokens take
-the same way; the last stage samples, and its token is the first stage's next input. The coordinator
-is told every token but is not waited for.
+the same way. The last stage samples, and its token is the first stage's next input. The coordinator
+is told every token, but the ring does not wait for it.
 
-One thread at a time runs the stage. A token that finds it idle, of the only sequence here, runs in
-the thread that received it: a hand-over would cost more than the call. All else waits in
-agent.sequences for the stage's own thread, which takes what is there: the tokens of several
-sequences in one pass, and between two such passes one chunk of a prompt. Meanwhile connections are
-read on: one that is not read for as long as some chunks take looks dead to its sender. What goes on
-leaves by agent.hop.
+One thread at a time runs the stage. If the stage is idle and has one sequence, its token runs in
+the thread that received it, because a hand-over would cost more than the call. All other rows wait
+in agent.sequences for the stage's own thread. That thread runs the tokens of several sequences in
+one pass, and one prompt chunk between two such passes. Connections are read meanwhile, because a
+sender takes an unread connection for dead. Results leave by agent.hop.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from wire.rare_log import RareLog
 log = logging.getLogger(__name__)
 
 START_WAIT_S = limits.LIVENESS_S
-"""Rows may overtake the coordinator's word that their sequence begins: they wait for so long."""
+"""How long rows wait for the coordinator's StartSequence, which they may overtake."""
 
 INTERNAL_ERROR = "internal error in the stage; see the agent's log"
 
@@ -65,8 +64,10 @@ class Relay:
         hop_bits: HopBits,
         report: Callable[[Message], None],
     ) -> None:
-        """``hop_bits``: of each value that goes on to the next device. ``report`` sends to the
-        coordinator; it may raise WireError, which ends the sequence it was about.
+        """Run ``stage``, whose rows leave at ``hop_bits`` a value.
+
+        ``report`` sends to the coordinator. If it raises WireError, the sequence of the message
+        ends.
         """
         self.epoch = epoch
         self._stage = stage
@@ -78,19 +79,19 @@ class Relay:
         self._report = report
         self._hop: Hop | None = None
         self._hop_lost: PeerLost | None = None
-        """What was said of it, once it is lost."""
+        """The report that was sent when the hop was lost."""
         self._lock = threading.Lock()
-        """Guards what follows; never held while the stage runs or a message is sent."""
+        """Guards the following fields. Never held while the stage runs or a message is sent."""
         self._changed = threading.Condition(self._lock)
         self._table = SequenceTable(slots, context_tokens)
         self._busy = False
-        """Whether a thread runs the stage, which is that thread's until it is done."""
+        """Whether a thread runs the stage. The stage belongs to that thread until it is done."""
         self._closed = False
         self._rare_log = RareLog(log)
         threading.Thread(target=self._work, name="stage", daemon=True).start()
 
     def connect(self, connection: Connection, link: Link, measuring: Measuring) -> None:
-        """Set the way to the next device of the ring. Not used where the stage is alone."""
+        """Set the way to the next device of the ring. A stage that is alone needs none."""
 
         def on_lost(reason: str) -> None:
             self._hop_lost = PeerLost(self.epoch, link.device, reason)
@@ -106,7 +107,7 @@ class Relay:
         )
 
     def close(self) -> None:
-        """Drop every sequence, the hop and the stage; waits for a running forward pass."""
+        """Drop every sequence, the hop and the stage, after the running forward pass."""
         with self._lock:
             self._closed = True
             self._table.clear()
@@ -120,7 +121,7 @@ class Relay:
     # ---- what arrives ---------------------------------------------------------------------------
 
     def start(self, message: StartSequence) -> None:
-        """Give the slot to a sequence; the first stage runs its prompt, chunk by chunk."""
+        """Give the slot to a sequence. The first stage runs its prompt, chunk by chunk."""
         number = message.sequence
         prompt = np.asarray(message.prompt if self._is_first else (), dtype=np.int64)
         problem = self._problem(message, prompt)
@@ -139,7 +140,7 @@ class Relay:
                 self._changed.notify_all()
 
     def _problem(self, message: StartSequence, prompt: Tokens) -> str | None:
-        """Return why a sequence cannot be started; None: it can."""
+        """Return why a sequence cannot be started, or None if it can."""
         if (
             not self._table.fits(message.slot, 0, len(prompt) if self._is_first else 1)
             or not 0 < message.chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
@@ -150,7 +151,7 @@ class Relay:
         return "the seed is negative" if message.sampling.seed < 0 else None
 
     def deliver(self, message: Message, payload: memoryview) -> None:
-        """Take a data-plane message from a peer; what belongs to another epoch is dropped."""
+        """Take a data-plane message from a peer, and drop messages of another epoch."""
         if isinstance(message, Activation):
             if message.epoch == self.epoch:
                 self._deliver_rows(message, payload)
@@ -158,7 +159,7 @@ class Relay:
             self._deliver_token(message)
 
     def release(self, number: int) -> None:
-        """Forget a sequence: what still arrives for it is dropped."""
+        """Forget a sequence. Later rows for it are dropped."""
         with self._lock:
             self._table.drop(number)
 
@@ -192,7 +193,7 @@ class Relay:
             self._run(turns)
 
     def _started(self, number: int) -> Sequence | None:
-        """Return the sequence of this number once the coordinator has started it; None: it is over.
+        """Return this sequence once the coordinator has started it, or None if it is over.
 
         The caller holds the lock.
         """
@@ -211,10 +212,10 @@ class Relay:
         return sequence
 
     def _add(self, sequence: Sequence | None, rows: Rows) -> list[Turn]:
-        """Queue rows for the stage's thread; return what the calling thread must run instead.
+        """Queue rows for the stage's thread; return those that the calling thread must run instead.
 
-        Rows that are not the next of a sequence here are dropped: the sequence was released while
-        they were on their way. The caller holds the lock.
+        Rows that are not the next ones of a sequence are dropped, because the sequence was released
+        while they were on their way. The caller holds the lock.
         """
         if self._closed or sequence is None or not self._table.add(sequence, rows) or self._busy:
             return []
@@ -228,7 +229,7 @@ class Relay:
     # ---- one pass after the other ---------------------------------------------------------------
 
     def _work(self) -> None:
-        """The stage's thread: runs what waits, until the relay is closed."""
+        """Run waiting rows in the stage's thread until the relay is closed."""
         while True:
             with self._lock:
                 while self._busy or not (turns := self._table.take(chunks=self._has_room())):
@@ -239,7 +240,7 @@ class Relay:
             self._run(turns)
 
     def _has_room(self) -> bool:
-        """Whether a chunk can be sent on; else tokens go first, which need not wait for room."""
+        """Whether a chunk can be sent on. Otherwise tokens go first, which need no room."""
         return self._hop is None or self._hop.has_room
 
     def _wake(self) -> None:
@@ -247,7 +248,7 @@ class Relay:
             self._changed.notify_all()
 
     def _run(self, turns: list[Turn]) -> None:
-        """One pass and what follows from it, in the thread that made the relay busy."""
+        """Run one pass in the thread that made the relay busy, and free the relay."""
         self._pass(turns)
         with self._lock:
             self._busy = False
@@ -255,9 +256,9 @@ class Relay:
                 self._changed.notify_all()
 
     def _pass(self, turns: list[Turn], outputs: Array | None = None) -> None:
-        """Run the stage, unless ``outputs`` are there, and pass each row's result on.
+        """Run the stage, unless ``outputs`` is given, and pass each row's result on.
 
-        If several rows fail together, each runs alone: that shows which one is at fault.
+        If several rows fail together, each runs alone, which shows the row at fault.
         """
         alone = len(turns) == 1
         sequence, rows = turns[0]
@@ -270,7 +271,7 @@ class Relay:
             if alone:
                 self._pass_on(sequence, rows, outputs)
                 return
-        except Exception as error:  # Whatever it is ends one sequence: the thread is the others'.
+        except Exception as error:  # It ends one sequence, and the thread serves others.
             if alone:
                 self._give_up(sequence, error)
                 return
@@ -284,7 +285,7 @@ class Relay:
         slots = [sequence.slot for sequence, _ in turns]
         positions = [rows.position for _, rows in turns]
         parts = [self._unpacked(rows) for _, rows in turns]
-        inputs = cast("Array | Tokens", np.concatenate(parts))  # All of a stage's are alike.
+        inputs = cast("Array | Tokens", np.concatenate(parts))  # All parts of a stage are alike.
         return self._stage.decode(slots, positions, inputs)
 
     def _unpacked(self, rows: Rows) -> Array | Tokens:
@@ -294,7 +295,7 @@ class Relay:
         return rows.content
 
     def _pass_on(self, sequence: Sequence, rows: Rows, output: Array) -> None:
-        """Send rows on, or sample and tell both ends."""
+        """Send rows on, or sample a token and tell both ends."""
         end = rows.position + rows.count
         if not self._is_last:
             message = Activation(
@@ -335,13 +336,13 @@ class Relay:
     # ---- what fails -----------------------------------------------------------------------------
 
     def _give_up(self, sequence: Sequence, error: Exception) -> None:
-        """Forget a sequence that cannot go on, and say so."""
+        """Forget a sequence that cannot continue, and report it."""
         self.release(sequence.number)
         if isinstance(error, ProtocolError):
-            reason = f"the previous device sent what is no activation: {error}"
+            reason = f"the previous device sent an invalid activation: {error}"
         elif isinstance(error, WireError):
-            # Lost is the hop, or the coordinator, which needs no telling. Of the hop it may have
-            # been told before it knew this deployment: so it is told again.
+            # The hop or the coordinator is lost. The coordinator may have been told of the hop
+            # before it knew this deployment, so it is told again.
             log.info("sequence %d ends here: %s", sequence.number, error)
             if self._hop_lost is not None:
                 self._try_report(self._hop_lost)

@@ -1,14 +1,14 @@
 """From logits to a token: greedy, or temperature with top-k and top-p.
 
-Nothing is sorted. One uniform number is looked up in the cumulative distribution: sums of groups of
+Nothing is sorted. One uniform number is looked up in the cumulative distribution. Sums of groups of
 weights find the group, and the weights of that group find the token.
 
-Top-k needs the k highest logits only. At least k of all logits reach the k-th highest of the
-groups' maxima, and few more do: the exact choice is made among these.
+Top-k needs only the k highest logits. At least k of all logits reach the k-th highest of the
+groups' maxima, and few more do. The exact choice is made among these.
 
-Top-p draws from the whole distribution and adds up the probability that ranks before the token.
-Where that reaches top_p already, the token and all that rank behind it are dropped, and another
-token is drawn from the rest. Each draw is proportional to the weights, so the result is, too.
+Top-p draws from the whole distribution, and adds up the probability that ranks before the token. If
+that reaches top_p, this token and all that rank behind it are dropped, and another one is drawn
+from the others. Each draw is proportional to the weights, so the result is, too.
 """
 
 from __future__ import annotations
@@ -34,24 +34,26 @@ GROUPS = 1024
 """Token i is in group i % GROUPS. Groups are columns, which vector instructions sum and compare."""
 
 EXACT_COUNT = 4096
-"""At most so many logits are computed with in float64 at once: that costs microseconds."""
+"""At most this many logits are computed in float64 at once, which takes microseconds."""
 
 DOUBT = 1e-5
-"""Probability that sums in float32 are trusted to. What is closer to top_p is computed again in
-float64."""
+"""The accuracy of float32 sums of probabilities. Anything closer to top_p is computed again.
+
+The second computation uses float64.
+"""
 
 SMALLEST_TEMPERATURE = 1e-37
-"""A normal float32: denormals may read as zero in the thread of a stage."""
+"""A normal float32, because the thread of a stage may read denormals as zero."""
 
 
 ZEROS = np.zeros(GROUPS, np.float32)
-"""Compared with row by row: NumPy is four times as slow where it compares with one number."""
+"""Zeros to compare rows with. Comparing with one number takes NumPy four times as long."""
 
 
 class _Memory(threading.local):
-    """Arrays that a thread computes float32 in, token after token.
+    """Float32 arrays that a thread reuses for each token.
 
-    Fresh ones of this size would be mapped, zeroed and given back with each token.
+    New arrays of this size would be mapped, zeroed and given back with each token.
     """
 
     def __init__(self) -> None:
@@ -80,7 +82,7 @@ _memory = _Memory()
 
 
 class Sampler:
-    """Draws the tokens of one sequence; equal settings, positions and logits give equal tokens."""
+    """Draws the tokens of one sequence. Equal settings, positions and logits give equal tokens."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -88,12 +90,12 @@ class Sampler:
     def sample(self, logits: Logits, position: int) -> int:
         """Return the token at ``position`` by ``logits`` [vocab].
 
-        Temperature 0 takes the highest logit. Of equal logits the lowest id ranks first, whether
-        for greedy, top_k or top_p. The token depends on nothing that was drawn before: another
-        device can go on. Raises BackendError where the highest logit is no finite number.
+        Temperature 0 takes the highest logit. Of equal logits the lowest id ranks first, for
+        greedy, top_k and top_p. The token does not depend on earlier draws, so another device can
+        continue. Raises BackendError if the highest logit is not finite.
         """
         sampling = self._sampling
-        best = int(logits.argmax())  # The first NaN, where there is one.
+        best = int(logits.argmax())  # The first NaN, if there is one.
         if not math.isfinite(logits[best]):
             raise BackendError("the model's logits are not finite: load it at more bits")
         if not sampling.temperature > 0 or sampling.top_k == 1:
@@ -105,7 +107,7 @@ class Sampler:
         return self._draw(logits, best, position)
 
     def _draw(self, logits: Logits, best: int, position: int) -> int:
-        """Draw an index of ``logits``, of which ``best`` has the highest."""
+        """Draw an index of ``logits``, whose highest is at ``best``."""
         if len(logits) > EXACT_COUNT:
             try:
                 return draw(logits, best, self._sampling, position)
@@ -138,9 +140,9 @@ def highest(logits: Logits, count: int) -> Ids:
 
 
 def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int) -> int:
-    """Draw an index of ``logits`` [n] by temperature and top_p, computed in the type of the logits.
+    """Draw an index of ``logits`` [n] by temperature and top_p, in the type of the logits.
 
-    The highest logit is at ``best``, and finite. Raises _InDoubt where float32 is too coarse.
+    The highest logit is at ``best``, and finite. Raises _InDoubt if float32 is too coarse.
     """
     weights = _weights(logits, logits[best], sampling.temperature)
     flat = weights.reshape(-1)
@@ -164,7 +166,7 @@ def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int
             break
         if before < limit + doubt and doubt:
             raise _InDoubt
-        # Multiplied, not assigned through a mask: that costs more than all else in this function.
+        # Assigning through a mask would cost more than everything else in this function.
         np.multiply(weights, weights >= flat[index], out=weights)
         behind = flat[index:]
         behind[behind == behind[0]] = 0
@@ -172,7 +174,7 @@ def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int
 
 
 def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.NDArray[Real]:
-    """Probabilities over that of the highest logit, [rows, groups]; those past the end are 0."""
+    """Return probabilities over that of the highest logit, [rows, groups], padded with 0."""
     groups = min(GROUPS, len(logits))
     shape = -(-len(logits) // groups), groups
     if logits.dtype == np.float32:
@@ -182,7 +184,7 @@ def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.N
     flat = weights.reshape(-1)
     flat[len(logits) :] = 0
     own = flat[: len(logits)]
-    with np.errstate(over="ignore"):  # A tiny temperature leaves the likeliest token only.
+    with np.errstate(over="ignore"):  # A tiny temperature leaves only the likeliest token.
         np.subtract(logits, best, out=own)
         if temperature != 1:
             own /= logits.dtype.type(max(temperature, SMALLEST_TEMPERATURE))
@@ -191,7 +193,7 @@ def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.N
 
 
 def _weight_before(weights: npt.NDArray[Real], index: int) -> float:
-    """Add up the weights above the one at ``index``, and its equals of lower index."""
+    """Add up the weights above the one at ``index``, and equal weights of lower index."""
     flat = weights.reshape(-1)
     weight = flat[index]
     if weights.dtype == np.float32:
@@ -208,14 +210,14 @@ def _weight_before(weights: npt.NDArray[Real], index: int) -> float:
 
 
 def _invert(cumulative: npt.NDArray[np.float64], target: float) -> int:
-    """The first index whose cumulative sum is above ``target``; never one that adds nothing."""
+    """Return the first index whose cumulative sum is above ``target``, never one of weight 0."""
     if target >= cumulative[-1]:  # Sums in another order differ in their last bits.
         return int(cumulative.searchsorted(cumulative[-1]))
     return int(cumulative.searchsorted(target, side="right"))
 
 
 def _uniform(seed: int, position: int, attempt: int) -> float:
-    """A number in [0, 1) of 53 bits, which nothing but the arguments decides."""
+    """Return a number in [0, 1) of 53 bits that depends only on the arguments."""
     digest = hashlib.blake2b(struct.pack("<qqq", seed, position, attempt), digest_size=8).digest()
     (number,) = struct.unpack("<Q", digest)
     return float(number >> 11) * 2.0**-53

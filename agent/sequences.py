@@ -1,6 +1,6 @@
 """The table of a stage's sequences: their KV slots, their waiting rows, and which rows run next.
 
-It has no threads and no lock: the caller holds one.
+It has no threads and no lock, so the caller holds one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from wire.messages import Sampling
 
 @dataclass(slots=True)
 class Rows:
-    """What has come for a sequence and runs in one pass: a token's row, or a chunk of a prompt.
+    """The rows of a sequence that run in one pass: a token's row, or a chunk of a prompt.
 
-    ``last``: no row of the sequence is on its way behind these, so that a token is sampled from
-    them. ``content``: token ids int64 [count], or hidden rows as they crossed the link at so many
-    bits.
+    last: whether a token is sampled from them, because no row of the sequence follows.
+    content: token ids int64 [count], or hidden rows as received with their bits a value.
     """
 
     position: int
@@ -38,9 +37,9 @@ class Sequence:
     sampling: Sampling
     sampler: Sampler | None
     arrived: int = 0
-    """Rows that have come, run or not: where the next ones go."""
+    """Rows that have arrived, whether run or not. The next ones begin at this position."""
     waiting: deque[Rows] = field(default_factory=deque)
-    """What has not run yet, in order."""
+    """Rows that have not run yet, in order."""
     sampled_tokens: int = 0
 
 
@@ -48,8 +47,10 @@ Turn = tuple[Sequence, Rows]
 
 
 START_AHEAD = 1024
-"""Sequences that the coordinator may have started and this stage not heard of: numbers are given
-out in order, and one that is further ahead is made up."""
+"""How many sequences the coordinator may start before this stage hears of them.
+
+Numbers are given out in order, so a number that is further ahead is false.
+"""
 
 
 class SequenceTable:
@@ -59,15 +60,15 @@ class SequenceTable:
         self._slots = slots
         self._context_tokens = context_tokens
         self._held: dict[int, Sequence] = {}
-        """By number; prompts take turns in this order."""
+        """Maps a number to its sequence. Prompts take turns in this order."""
         self._newest: dict[int, int] = {}
-        """Slot -> the newest sequence that held it: numbers only grow."""
+        """Maps a slot to the newest sequence that held it. Numbers only grow."""
         self._after_tokens = False
         self.newest = 0
-        """The newest sequence that was opened, of any slot; numbers count from 1."""
+        """The newest sequence that was opened in any slot. Numbers count from 1."""
 
     def fits(self, slot: int, position: int, rows: int) -> bool:
-        """Whether there is such a slot, with room for these rows."""
+        """Whether the slot exists and has room for these rows."""
         return (
             0 <= slot < self._slots
             and position >= 0
@@ -78,13 +79,11 @@ class SequenceTable:
     def open(
         self, number: int, slot: int, sampling: Sampling, sampler: Sampler | None
     ) -> Sequence | None:
-        """Give the slot to a new sequence and end its old one; return None for a number of the
-        past.
-        """
+        """Give the slot to a new sequence and end its old one. None for a number of the past."""
         newest = self._newest.get(slot)
         if newest is not None:
             if number <= newest:
-                return None  # Cancelled, and still on its way when the slot was given on.
+                return None  # A late start of a sequence that was cancelled.
             self._held.pop(newest, None)
         if number in self._held:
             return None
@@ -101,15 +100,14 @@ class SequenceTable:
         return self._held.get(number)
 
     def drop(self, number: int) -> None:
-        """Forget a sequence with all that waits for it."""
+        """Forget a sequence and its waiting rows."""
         self._held.pop(number, None)
 
     def clear(self) -> None:
         self._held.clear()
 
     def add(self, sequence: Sequence, rows: Rows) -> bool:
-        """Put behind what waits; False, and nothing done, where these rows are not the next ones,
-        or beyond the context."""
+        """Append to the waiting rows. False, without effect, if they are not next or do not fit."""
         end = rows.position + rows.count
         if rows.position != sequence.arrived or end > self._context_tokens:
             return False
@@ -119,7 +117,7 @@ class SequenceTable:
 
     @property
     def alone(self) -> bool:
-        """Whether one sequence has the stage to itself."""
+        """Whether only one sequence uses the stage."""
         return len(self._held) == 1
 
     @property
@@ -130,10 +128,10 @@ class SequenceTable:
         return False
 
     def take(self, *, chunks: bool) -> list[Turn]:
-        """What the next pass runs: all single rows that are next in their sequences, or one chunk.
+        """Return the turns of the next pass: the next single row of each sequence, or one chunk.
 
-        Both kinds alternate while both wait, and prompts take turns. Without ``chunks``, chunks
-        stay where they are. Empty where nothing can run.
+        Tokens and chunks alternate while both wait, and prompts take turns. Without ``chunks``,
+        chunks stay in the table. Empty if nothing can run.
         """
         tokens = [
             sequence

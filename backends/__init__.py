@@ -1,7 +1,7 @@
-"""One file per kind of hardware: load a stage of quantized blocks, run it."""
+"""One file per kind of hardware: it loads a stage of quantized blocks and runs it."""
 
 import os
 
-# ONNX Runtime from 1.29 on reports its use to its makers, over the network and with an identity of
-# this machine, unless this is set before it is imported. Nothing of a user's leaves the shoal.
+# Unless this is set before its import, ONNX Runtime from 1.29 on reports its use to its makers over
+# the network, with an identity of this machine. A user's data must not leave the shoal.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,4 +1,4 @@
-"""What every backend refuses: blocks that are no stage, rows that do not fit."""
+"""The checks of every backend: blocks must form a stage, and rows must fit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from model.spec import ModelSpec
 
 
 def check_blocks(spec: ModelSpec, blocks: Sequence[int], options: StageOptions) -> None:
-    """Raise BackendError unless ``blocks`` are a contiguous run that the options make sense for."""
+    """Raise BackendError unless ``blocks`` are a contiguous run that fits the options."""
     if not blocks or list(blocks) != list(range(blocks[0], blocks[0] + len(blocks))):
         raise BackendError(f"a stage is a contiguous run of blocks, not {list(blocks)}")
     if blocks[0] < 0 or blocks[-1] >= spec.block_count:
-        raise BackendError(f"blocks {list(blocks)} of a model with {spec.block_count}")
+        raise BackendError(f"the model has {spec.block_count} blocks, not {list(blocks)}")
     if options.slots < 1 or options.threads < 1:
         raise BackendError("a stage needs at least one slot and one thread")
     if not 0 < options.context_tokens <= spec.max_context:
@@ -27,7 +27,7 @@ def check_blocks(spec: ModelSpec, blocks: Sequence[int], options: StageOptions) 
 def check_rows(slot: int, position: int, rows: int, slots: int, context_tokens: int) -> None:
     """Raise BackendError unless rows [position, position + rows) fit a slot of the stage."""
     if not 0 <= slot < slots:
-        raise BackendError(f"slot {slot} of a stage with {slots} slots")
+        raise BackendError(f"the stage has {slots} slots, but no slot {slot}")
     if rows < 1 or position < 0 or position + rows > context_tokens:
         raise BackendError(
             f"rows [{position}, {position + rows}) do not fit the context of "

@@ -1,12 +1,13 @@
 """Google's Coral Edge TPU: a layer's matrix products on the chip, everything else on the host.
 
-Two backends run the same files. ``edgetpu`` has them compiled and gives them to the chip;
-``tflite_cpu`` interprets them as they are, so that what the chip would compute can be had, tested
-and measured without one. Embedding and head are ONNX Runtime's: looking up rows is no product, and
-no vocabulary fits on the chip.
+Two backends run the same files. ``edgetpu`` has them compiled and runs them on the chip.
+``tflite_cpu`` interprets them on the CPU. So the chip's results can be tested and measured without
+a chip. ONNX Runtime computes embedding and head. Looking up rows is no product, and no vocabulary
+fits on the chip.
 
-Each of a layer's products (q, k and v stacked; o; gate and up stacked; down) is one file; see
-edgetpu_product for what 8 bits do to it, and edgetpu_compiler for where compiled files are kept.
+Each of a layer's products (q, k and v stacked; o; gate and up stacked; down) is one file.
+edgetpu_product describes the rounding to 8 bits, and edgetpu_compiler where compiled files are
+kept.
 """
 
 from __future__ import annotations
@@ -51,9 +52,8 @@ from backends.edgetpu_product import Counts, Int8Product, Int8Weights
 from backends.edgetpu_runtime import Engine, Runtime, Target, find_runtime
 from backends.edgetpu_tflite import fully_connected
 from backends.onnx_cpu import CHUNK_ROWS, OnnxCpuBackend
-from model.artifact import Tensor, read_block
+from model.artifact import read_block, values_of
 from model.costs import stage_buffer_bytes
-from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -64,14 +64,16 @@ CONTAINER_BITS = {BITS: BITS}
 ARITHMETIC = "tflite_cpu"
 
 ON_CHIP_BYTES = 7_500_000
-"""Of the chip's 8 MB, what compilers were seen to leave to weights (7.7 to 7.9 MiB) less the
-programs of some twenty products."""
+"""The chip's room for weights: 7.7 to 7.9 MiB of 8 MB, less the programs of about twenty products.
+
+Compilers were seen to leave that much to weights.
+"""
 
 FILES_VERSION = 1
-"""Of what ``product_files`` writes: another one's files are compiled anew."""
+"""The version of the files of ``product_files``. Files of another version are compiled again."""
 
 MANY_SATURATED = 0.05
-"""Share of a product's outputs from which on the host's part is worth a warning."""
+"""The share of saturated outputs of a product that is worth a warning."""
 
 
 class TfliteCpuBackend(Backend):
@@ -105,12 +107,12 @@ class EdgeTpuBackend(Backend):
     """An Edge TPU on USB or PCIe, reached through libedgetpu."""
 
     root: ClassVar[Path] = Path("/")
-    """Where /sys and /dev are."""
+    """The directory that contains /sys and /dev."""
 
     @classmethod
     def probe(cls) -> Capabilities:
         try:
-            target = choose_target(cls.root)  # First: without one, nothing is worth installing.
+            target = choose_target(cls.root)  # Without a chip no runtime is needed.
             runtime = find_runtime(edge_tpu=True)
             OnnxCpuBackend.probe()
             _check_once(runtime, target)
@@ -126,7 +128,7 @@ class EdgeTpuBackend(Backend):
             compiled = _compiled(files)
             if compiled is None:
                 compiled = _supplied(self.supplier, spec, artifacts, files)
-                # What others made must be right in every product.
+                # Files from another machine must be right in every product.
                 pairs = zip(compiled.files, [file.path for file in files], strict=True)
                 check_in_child(runtime, target, [path for pair in pairs for path in pair])
             else:
@@ -150,7 +152,7 @@ class EdgeTpuBackend(Backend):
     def make_files(
         cls, spec: ModelSpec, artifacts: Artifacts, directory: Path, tick: Callable[[], None]
     ) -> list[Path]:
-        """The compiled products of all layers in order, then what the compiler said."""
+        """Return the compiled products of all layers in order, then the compiler's log."""
         compiler = find_compiler()
         if compiler is None:
             raise FilesMissing(f"{COMPILER} is not on PATH")
@@ -160,7 +162,7 @@ class EdgeTpuBackend(Backend):
 
 @dataclass(frozen=True, slots=True)
 class ProductFile:
-    """One product's .tflite file, and its weights, whose codes are a view of it."""
+    """One product's .tflite file and its weights, whose codes are a view of the file."""
 
     name: str
     path: Path
@@ -168,7 +170,7 @@ class ProductFile:
 
 
 class Int8Stage(Stage):
-    """Layers whose products are an Engine's, between ONNX Runtime's embedding and head."""
+    """Layers whose products run on an Engine, between ONNX Runtime's embedding and head."""
 
     def __init__(
         self,
@@ -201,7 +203,7 @@ class Int8Stage(Stage):
 
     @property
     def counts(self) -> dict[str, Counts]:
-        """What the host had to compute of each product so far."""
+        """Return the values that the host had to compute of each product so far."""
         return {name: product.counts for name, product in self._products}
 
     def forward(
@@ -222,7 +224,7 @@ class Int8Stage(Stage):
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
     ) -> Array:
-        """One row of each of several sequences: the layers' products take all rows at once."""
+        """Run one row of each of several sequences. The layers' products take all rows at once."""
         for row, position in enumerate(positions):
             self._check_call(slots, position, inputs[row : row + 1])
         places = list(zip(slots, positions, strict=True))
@@ -234,11 +236,11 @@ class Int8Stage(Stage):
         return hidden if self._head is None else _each_row(self._head, places, hidden)
 
     def _run_layers(self, hidden: Array, spans: Sequence[Span]) -> Array:
-        # What a damaged model or peer makes infinite gives NaN, not a line on stderr.
+        # Infinities from a damaged model or peer give NaN, and must not print a warning.
         with np.errstate(over="ignore", invalid="ignore"):
             for layer in self._layers:
                 hidden = layer(hidden, spans)
-        # A stage of no layers hands on what it was given, and the result is the caller's.
+        # A stage without layers returns its input, and the caller owns the result.
         return hidden if self._layers else hidden.copy()
 
     def close(self) -> None:
@@ -249,8 +251,8 @@ class Int8Stage(Stage):
             share = counts.saturated / max(counts.outputs, 1)
             log.log(
                 logging.WARNING if share > MANY_SATURATED else logging.DEBUG,
-                "%s: the host computed the %.2g %% of the outputs that left the range, and %.2g %%"
-                " of the inputs, which stood out",
+                "%s: the host computed %.2g %% of the outputs, which left the range, and %.2g %%"
+                " of the inputs, which were outliers",
                 name,
                 100 * share,
                 100 * counts.outliers / max(counts.inputs, 1),
@@ -263,7 +265,7 @@ class Int8Stage(Stage):
         if not self._open:
             raise BackendError("the stage is closed")
         if len(set(slots)) < len(slots):
-            raise BackendError("the rows of a pass must be of as many different slots")
+            raise BackendError("the rows of a pass must have different slots")
         check_inputs(inputs, self._spec, tokens=self._embedding is not None)
         for slot in slots:
             check_rows(
@@ -274,11 +276,11 @@ class Int8Stage(Stage):
 def product_files(
     spec: ModelSpec, artifacts: Artifacts, directory: Path
 ) -> tuple[list[ProductFile], dict[int, dict[str, Array]]]:
-    """The .tflite files of all layers in order, and each layer's norms and biases by block.
+    """Return the .tflite files of all layers in order, and each layer's norms and biases by block.
 
-    The files are written to ``directory``, and stay mapped after it is gone. Equal artifacts make
-    equal files on every machine.
-    Raises BackendError for other than 8 bits, CheckpointError for damaged artifacts.
+    The files are written to ``directory`` and stay mapped after it is gone. Equal artifacts make
+    equal files on every machine. Raises BackendError unless the blocks have 8 bits, and
+    CheckpointError for damaged artifacts.
     """
     files: list[ProductFile] = []
     vectors: dict[int, dict[str, Array]] = {}
@@ -294,7 +296,7 @@ def product_files(
             name: tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)
         }
         for name, parts in stacks(spec.layer(block)).items():
-            matrix = np.concatenate([_values(tensors[f"{part}.weight"]) for part in parts])
+            matrix = np.concatenate([values_of(tensors[f"{part}.weight"]) for part in parts])
             weights = Int8Weights.of(matrix)
             written = fully_connected(weights.codes, weights.multipliers)
             path = directory / f"{len(files):03}.tflite"
@@ -316,7 +318,7 @@ def _load(
     try:
         return _build(spec, artifacts, options, make_engines, directory)
     except OSError as error:
-        # Files of a byte per weight lie there until they are mapped.
+        # The directory must hold files of a byte per weight until they are mapped.
         reason = (error.strerror or str(error)).lower()
         raise BackendError(f"cannot write products to {directory}: {reason}") from error
 
@@ -332,7 +334,7 @@ def _build(
         ExitStack() as resources,
         tempfile.TemporaryDirectory(dir=directory, prefix=".products-") as name,
     ):
-        # Two stages cannot share one directory of prepared weights: each drops what it did not use.
+        # Two stages cannot share one directory of prepared weights, because each drops the other's.
         end_options = replace(options, prepared_dir=None)
         ends = {
             kind: resources.enter_context(
@@ -399,7 +401,7 @@ def compile_stage(
 
 
 def _compiled(files: Sequence[ProductFile]) -> Compiled | None:
-    """The files for the chip: made where the compiler is, or found. Raises BackendError."""
+    """Return the files for the chip, compiled here or found. Raises BackendError."""
     paths, directory = [file.path for file in files], default_directory()
     compiler = find_compiler()
     if compiler is not None:
@@ -410,7 +412,7 @@ def _compiled(files: Sequence[ProductFile]) -> Compiled | None:
 def _supplied(
     supplier: Supplier | None, spec: ModelSpec, artifacts: Artifacts, files: Sequence[ProductFile]
 ) -> Compiled:
-    """The files for the chip as another machine made them. Raises FilesMissing, BackendError."""
+    """Return the files for the chip from another machine. Raises FilesMissing, BackendError."""
     layers = [item for item in artifacts if spec.block_kind(item[0]) == "layer"]
     first, end = layers[0][0] - 1, layers[-1][0]
     try:
@@ -420,9 +422,9 @@ def _supplied(
     except FilesMissing as error:
         raise FilesMissing(
             f"{_layer_names(spec, layers)} are not compiled for the Edge TPU ({error}): put"
-            f" {COMPILER} on the PATH of the coordinator or of an agent, on x86-64; or there,"
-            f" `shoal edgetpu compile MODEL --layers {first}:{end} -o DIR`, and copy what is in DIR"
-            f" to {default_directory()}"
+            f" {COMPILER} on the PATH of the coordinator or of an agent, on x86-64; or run there"
+            f" `shoal edgetpu compile MODEL --layers {first}:{end} -o DIR`, and copy the files in"
+            f" DIR to {default_directory()}"
         ) from error
     if len(paths) != len(files):
         raise BackendError(f"{len(paths)} compiled files came for {len(files)} products")
@@ -438,7 +440,7 @@ _checked: set[tuple[Target, str, bool]] = set()
 
 
 def _check_once(runtime: Runtime, target: Target, files: tuple[Path, ...] = ()) -> None:
-    """Let a child open the device, or run a product, before this process does: see there."""
+    """Let a child open the device, or run a product, before this process does."""
     key = target, str(runtime), bool(files)
     if key not in _checked:
         check_in_child(runtime, target, files)
@@ -459,10 +461,6 @@ def _rotary(layer: LayerSpec, context_tokens: int) -> tuple[Array, Array] | None
     if layer.rope is None:
         return None
     return _rotary_table(layer.rope, layer.head_dim, context_tokens)
-
-
-def _values(tensor: Tensor) -> Array:
-    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
 
 
 def _reason(error: BackendError) -> str:

@@ -1,4 +1,4 @@
-"""What an owner of an Edge TPU runs by hand: compiling ahead, and seeing that the chip works."""
+"""Commands for the owner of an Edge TPU: compile ahead, and check that the chip works."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ from backends.edgetpu_tflite import fully_connected
 from model.spec import ModelSpec
 
 SHAPES = ((512, 512), (2048, 2048), (4096, 4096))
-"""Small; most of the chip; twice what it holds, so that weights cross the bus at every call."""
+"""A small product, one that fills most of the chip, and one of twice the chip's memory.
+
+The last one's weights cross the bus at every call.
+"""
 
 _ROWS = 64
 _REPEATS = 20
 
 
 class CompilingBackend(TfliteCpuBackend):
-    """Runs on the CPU, and leaves what it loads compiled for the chip in ``directory``.
+    """Runs on the CPU, and compiles the loaded blocks for the chip into ``directory``.
 
-    Measuring a model with it makes the files that measuring on a device without compiler needs: its
-    random blocks are the same everywhere. ``compiled`` has them by what they are.
+    Measuring a model with it makes the files that a device without compiler needs for the same
+    measurement, because the random blocks are the same everywhere. ``compiled`` has them by the key
+    of the stage.
     """
 
     def __init__(self, compiler: Compiler, directory: Path) -> None:
@@ -47,7 +51,7 @@ class CompilingBackend(TfliteCpuBackend):
 
     @classmethod
     def probe(cls) -> Capabilities:
-        # What is timed at once depends on it.
+        # The amount that is timed at once depends on it.
         return replace(super().probe(), on_chip_bytes=ON_CHIP_BYTES)
 
     def load(
@@ -82,9 +86,9 @@ def compile_check(compiler: Compiler, directory: Path) -> list[tuple[str, Compil
 def check_products(
     runtime: Runtime, target: Target, compiler: Compiler | None, directory: Path | None
 ) -> list[ProductTiming]:
-    """Run each product on the chip: compared with the CPU in a child process, timed in this one.
+    """Run each product on the chip, compare it with the CPU in a child process, and time it here.
 
-    directory: of compiled files. Raises BackendError where one is missing, fails, or differs.
+    ``directory`` has compiled files. Raises BackendError if one is missing, fails or differs.
     """
     directory = directory or default_directory()
     check_in_child(runtime, target)
@@ -97,8 +101,9 @@ def check_products(
                 found = find_compiled(directory, [path], None)
             if found is None:
                 raise BackendError(
-                    f"the chip can be opened, but {directory} has no compiled product to run: on an"
-                    " x86-64 machine, `shoal edgetpu compile MODEL -o DIR`, and copy what is in DIR"
+                    f"the chip can be opened, but {directory} has no compiled product to run: run"
+                    " `shoal edgetpu compile MODEL -o DIR` on an x86-64 machine, and copy the files"
+                    " in DIR"
                 )
             check_in_child(runtime, target, (found.files[0], path))
             with closing(Engine(runtime, found.files[0], target, 1)) as engine:
@@ -108,7 +113,7 @@ def check_products(
 
 
 def _files(directory: Path) -> list[tuple[tuple[int, int], Path]]:
-    """The products' .tflite files: random weights, the same bytes on every machine."""
+    """Write the products' .tflite files. Their random weights are the same on every machine."""
     files = []
     for shape in SHAPES:
         random = np.random.default_rng(0)

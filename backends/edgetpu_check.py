@@ -1,9 +1,9 @@
-"""What a child process runs to find out whether libedgetpu works here; see edgetpu_devices.
+"""The program of a child process that tests whether libedgetpu works here (edgetpu_devices).
 
     python -m backends.edgetpu_check LIBRARY DEVICE [COMPILED PLAIN ...]
 
-Ends with 0, or with 1 after one line on stdout, or as the library makes it end. What else a library
-or a runtime has to say goes to stderr.
+It exits with 0, or with 1 after one line on stdout. The library may end it in other ways. Other
+output of the library or the runtime goes to stderr.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from backends.base import BackendError
 from backends.edgetpu_runtime import Engine, Runtime, Target, find_runtime, load_delegate
 
 ROWS = 3
-"""More than one: the batch of a compiled file is set at run time."""
+"""More than one, because the batch of a compiled file is set at run time."""
 
 
 def check(target: Target, files: list[Path]) -> None:
-    """Raises BackendError where the device cannot be opened or computes something else."""
+    """Raise BackendError if the device cannot be opened or its results differ from the CPU's."""
     runtime = find_runtime(edge_tpu=True)
     if not files:
         load_delegate(runtime, target)

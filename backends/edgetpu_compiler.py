@@ -1,8 +1,8 @@
-"""Files for the chip: what edgetpu_compiler makes of .tflite files, kept by what they were made of.
+"""Compiled files for the chip, kept under a key of the .tflite files they were made from.
 
-The compiler exists for x86-64 only. A stage's files are compiled together, because only then do
-they share the chip's memory; a stage of other blocks is another compilation. What it made is kept
-in a directory that can be copied to devices without a compiler:
+edgetpu_compiler exists for x86-64 only. A stage's files are compiled together, because only then do
+they share the chip's memory. So each stage is a compilation of its own. The results are kept in a
+directory that can be copied to devices without a compiler:
 
     DIRECTORY/KEY-VERSION/000.tflite ...    KEY: SHA-256 over the stage's files in order
 
@@ -28,6 +28,7 @@ from pathlib import Path
 
 from backends.base import BackendError
 from model.artifact import file_sha256
+from model.bounded import read_json
 from model.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 COMPILER = "edgetpu_compiler"
 DIRECTORY_VARIABLE = "SHOAL_EDGETPU_DIR"
 CUSTOM_OPERATOR = b"edgetpu-custom-op"
-"""Only what the compiler mapped to the chip has it; all else would run on the CPU unnoticed."""
+"""The operator that the compiler maps to the chip. Others would run on the CPU unnoticed."""
 
 COMPILE_TIMEOUT_S = 1800.0
 
@@ -43,7 +44,7 @@ TICK_S = 0.5
 
 _LOG = "compiler.log"
 _SUMS = "sha256.json"
-"""The hash of each file when it was made; what was copied from elsewhere may lack it."""
+"""The hash of each file when it was made. Directories copied from elsewhere may lack it."""
 _OFF_CHIP = re.compile(
     r"Off-chip memory used for streaming uncached model parameters:\s*([\d.]+)\s*([KMG]?i?B)"
 )
@@ -60,9 +61,9 @@ class Compiler:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A stage's files for the chip, in the order of the files that they were made of.
+    """A stage's files for the chip, in the order of the .tflite files.
 
-    ``streamed_bytes``: weights that did not fit on the chip, as the compiler says in its ``log``.
+    streamed_bytes: weights that do not fit on the chip, by the compiler's ``log``.
     """
 
     files: tuple[Path, ...]
@@ -75,7 +76,7 @@ class Compiled:
 
 
 def default_directory() -> Path:
-    """Where compiled files are kept: SHOAL_EDGETPU_DIR, else below the user's cache directory."""
+    """Return the directory of compiled files: SHOAL_EDGETPU_DIR, or below the user's cache."""
     base = os.environ.get(DIRECTORY_VARIABLE)
     if base:
         return Path(base)
@@ -84,7 +85,7 @@ def default_directory() -> Path:
 
 
 def find_compiler() -> Compiler | None:
-    """The compiler on PATH; None where there is none. Raises BackendError where it does not run."""
+    """Return the compiler on PATH, or None. Raises BackendError if it does not run."""
     path = shutil.which(COMPILER)
     if path is None:
         return None
@@ -95,7 +96,7 @@ def find_compiler() -> Compiler | None:
 
 
 def stage_key(files: Sequence[Path]) -> str:
-    """What files of a stage, in this order, are known by."""
+    """Return the key of a stage's files, in this order."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file_sha256(file).encode())
@@ -103,7 +104,7 @@ def stage_key(files: Sequence[Path]) -> str:
 
 
 def find_compiled(directory: Path, files: Sequence[Path], version: str | None) -> Compiled | None:
-    """What ``files`` were compiled to, by that version or (None) the latest there is."""
+    """Find the compiled ``files`` of this version, or of the latest one if it is None."""
     key = stage_key(files)
     for path in sorted(directory.glob(f"{key}-{version or '*'}"), reverse=True):
         compiled = [path / f"{index:03}.tflite" for index in range(len(files))]
@@ -118,10 +119,10 @@ def compile_files(
     directory: Path,
     tick: Callable[[], None] = lambda: None,
 ) -> Compiled:
-    """Compile a stage's files together, or find that this was done before.
+    """Compile a stage's files together, or find an earlier compilation.
 
-    ``tick`` is called each TICK_S; what it raises ends the compiler. Raises BackendError where the
-    compiler refuses a file or maps none of its operators, or the directory cannot be written.
+    ``tick`` is called each TICK_S, and may raise to end the compiler. Raises BackendError if the
+    compiler refuses a file or maps none of its operators, or if the directory cannot be written.
     """
     found = find_compiled(directory, files, compiler.version)
     if found is not None:
@@ -150,15 +151,15 @@ def compile_files(
 
 
 def _is_whole(directory: Path, files: Sequence[Path]) -> bool:
-    """Whether compiled files still are what was made; damaged ones are removed with the rest."""
+    """Whether compiled files are undamaged. A damaged compilation is removed as a whole."""
     try:
-        sums = json.loads((directory / _SUMS).read_text(encoding="ascii"))
+        sums = read_json(directory / _SUMS)
         if all(file_sha256(file) == sums[file.name] for file in files):
             return True
     except FileNotFoundError:
         return True
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
-        pass  # As good as other bytes.
+        pass  # Unreadable files count as damaged.
     log.warning("%s is damaged: it is removed, and compiled again", directory)
     shutil.rmtree(directory, ignore_errors=True)
     return False
@@ -167,19 +168,19 @@ def _is_whole(directory: Path, files: Sequence[Path]) -> bool:
 def _compile(
     compiler: Compiler, files: Sequence[Path], work: Path, tick: Callable[[], None]
 ) -> list[Path]:
-    """The compiled files in ``work``, and the compiler's words in its log."""
+    """Return the compiled files in ``work``. The compiler's output goes to its log."""
     inputs = []
     for index, file in enumerate(files):
         link = work / f"{index:03}.tflite"
         link.symlink_to(file)
         inputs.append(link)
     said = _run([compiler.path, "-s", "-o", str(work), *map(str, inputs)], tick)
-    # Never empty, or it could not be sent to other machines.
+    # An empty file could not be sent to other machines.
     (work / _LOG).write_text(said or "\n", encoding="utf-8")
     outputs = [work / f"{path.stem}_edgetpu.tflite" for path in inputs]
     for file, output in zip(files, outputs, strict=True):
         if not output.is_file():
-            raise BackendError(f"{COMPILER} {compiler.version} made nothing of {file}")
+            raise BackendError(f"{COMPILER} {compiler.version} wrote no output for {file}")
         if CUSTOM_OPERATOR not in output.read_bytes():
             raise BackendError(
                 f"{COMPILER} {compiler.version} mapped no operator of {file} to the Edge TPU"
@@ -212,7 +213,7 @@ def _run(command: list[str], tick: Callable[[], None] = lambda: None) -> str:
                     raise BackendError(f"{command[0]} did not end within {COMPILE_TIMEOUT_S:g} s")
         finally:
             if process.poll() is None:
-                # With what it may have started: Google's is said to be a script.
+                # The compiler may have started other processes: Google's is said to be a script.
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         lines = said.strip().splitlines() or [f"exit code {process.returncode}"]

@@ -1,7 +1,7 @@
-"""Which Edge TPUs this machine has, and whether its libedgetpu can be trusted with one.
+"""Finds this machine's Edge TPUs, and tests whether its libedgetpu works with one.
 
 Devices are found in sysfs, without any library. A libedgetpu that was built for another runtime
-loads without complaint and kills the process at the first product, so that it is tried in a child.
+loads without complaint, but kills the process at the first product. So a child tries it first.
 
 Sources: libedgetpu's udev rules (USB ids); the gasket driver (/dev/apex_*).
 """
@@ -23,21 +23,21 @@ USB_IDS = {
     ("1a6e", "089a"): "no firmware yet, libedgetpu brings it",
     ("18d1", "9302"): "ready",
 }
-"""Vendor and product before and after the first use since it was plugged in."""
+"""Vendor and product, before and after the first use since the device was plugged in."""
 
 LIBRARY = "libedgetpu.so.1"
 LIBRARY_VARIABLE = "SHOAL_LIBEDGETPU"
 DEVICE_VARIABLE = "SHOAL_EDGETPU_DEVICE"
 
 CHECK_TIMEOUT_S = 60.0
-"""Bringing the firmware to a USB device takes seconds."""
+"""Loading the firmware into a USB device takes seconds."""
 
 _USB2_MBIT_PER_S = 480
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeTpu:
-    """One chip. ``device`` is what libedgetpu calls it; ``note`` is for people."""
+    """One chip. ``device`` is its name in libedgetpu, and ``note`` is for people."""
 
     device: str
     note: str
@@ -47,7 +47,7 @@ class EdgeTpu:
 
 
 def find_devices(root: Path = Path("/")) -> tuple[EdgeTpu, ...]:
-    """The Edge TPUs of this machine, those on USB first. ``root`` is where /sys and /dev are."""
+    """Find the Edge TPUs of this machine, USB first. /sys and /dev are below ``root``."""
     devices: list[EdgeTpu] = []
     for path in sorted((root / "sys/bus/usb/devices").glob("*")):
         state = USB_IDS.get((_word(path / "idVendor"), _word(path / "idProduct")))
@@ -63,7 +63,7 @@ def find_devices(root: Path = Path("/")) -> tuple[EdgeTpu, ...]:
 
 
 def choose_target(root: Path = Path("/")) -> Target:
-    """The device that SHOAL_EDGETPU_DEVICE names, or the first. Raises BackendError."""
+    """Return the device that SHOAL_EDGETPU_DEVICE names, or the first one. Raises BackendError."""
     devices = find_devices(root)
     if not devices:
         raise BackendError("no Edge TPU on USB (1a6e:089a, 18d1:9302) nor as /dev/apex_*")
@@ -77,10 +77,10 @@ def choose_target(root: Path = Path("/")) -> Target:
 def check_in_child(
     runtime: Runtime, target: Target, files: Sequence[Path] = (), timeout_s: float = CHECK_TIMEOUT_S
 ) -> None:
-    """Let a child process open the device and, given (compiled, plain, ...) files, run products.
+    """Have a child process open the device and, given (compiled, plain, ...) files, run products.
 
-    Plain files run on the CPU, and both of a pair must give the same within one code.
-    Raises BackendError with what the child said or died of, and what to do about it.
+    Plain files run on the CPU. The results of both files of a pair must agree within one code.
+    Raises BackendError with the child's message or its signal, and advice.
     """
     packages = str(Path(__file__).parents[1])
     paths = [packages, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -98,7 +98,7 @@ def check_in_child(
     except subprocess.TimeoutExpired as error:
         raise BackendError(
             f"Edge TPU {target.device} did not answer within {timeout_s:g} s: unplug it, plug it"
-            " in again, and see that its supply holds"
+            " in again, and check its power supply"
         ) from error
     if done.returncode == 0:
         return
@@ -108,7 +108,7 @@ def check_in_child(
             f"{target.library} crashed ({name}) with {runtime}: it was built for another version;"
             " docs/hardware.md says which go together"
         )
-    said = done.stdout or done.stderr or "the check ended without a word"
+    said = done.stdout or done.stderr or "the check ended without a message"
     raise BackendError(said.strip().splitlines()[-1][:400])
 
 

@@ -1,6 +1,7 @@
-"""A decoder layer in numpy whose matrix products are given: what the host does beside a chip.
+"""The host's part of a decoder layer beside a chip that multiplies, in numpy.
 
-Norms, rotary embedding, attention with its KV cache, activations, biases and residuals, in float32.
+It has norms, rotary embedding, attention with its KV cache, activations, biases and residuals, in
+float32.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from model.rotary import rotate
 from model.spec import LayerSpec
 
 Array = npt.NDArray[np.float32]
 Product = Callable[[Array], Array]
-"""float32 [n, in] to float32 [n, out], without bias."""
+"""A function from float32 [n, in] to float32 [n, out], without bias."""
 
 _HALF = np.float32(0.5)
 
@@ -32,14 +34,18 @@ class Span:
 
 
 def stacks(layer: LayerSpec) -> dict[str, tuple[str, ...]]:
-    """The products of a layer in order, each with the canonical matrices whose rows it stacks."""
+    """Return a layer's products in order, each with the canonical matrices that it stacks."""
     raised = ("gate", "up") if layer.gated else ("up",)
     return {"qkv": ("q", "k", "v"), "o": ("o",), "raise": raised, "down": ("down",)}
 
 
 class HostLayer:
-    """One decoder layer. products: by the names of ``stacks``; rotary: float32 [context,
-    head_dim / 2] cosines and sines; vectors: the layer's canonical norms and biases."""
+    """One decoder layer.
+
+    products: by the names of ``stacks``.
+    rotary: float32 [context, head_dim / 2] cosines and sines.
+    vectors: the layer's canonical norms and biases.
+    """
 
     def __init__(
         self,
@@ -55,7 +61,7 @@ class HostLayer:
         self._products = products
         self._rotary = rotary
         shape = (slots, layer.kv_heads, context_tokens, layer.head_dim)
-        # Filled, so that a lack of memory shows now and not in the middle of a text.
+        # Filling the cache shows a lack of memory now, and not in the middle of a text.
         self._keys, self._values = np.full(shape, 0, np.float32), np.full(shape, 0, np.float32)
         self._biases = {
             name: np.concatenate([vectors[f"{part}.bias"] for part in parts])
@@ -65,11 +71,11 @@ class HostLayer:
 
     @property
     def memory_bytes(self) -> int:
-        """KV cache, norms and biases; the products are not this layer's."""
+        """KV cache, norms and biases. The products have memory of their own."""
         return self._keys.nbytes * 2 + sum(array.nbytes for array in self._vectors.values())
 
     def __call__(self, hidden: Array, spans: Sequence[Span]) -> Array:
-        """hidden float32 [n, hidden], whose rows are those of the spans."""
+        """Run ``hidden`` float32 [n, hidden], whose rows are those of the spans."""
         if self._layer.norm_position == "pre":
             hidden = hidden + self._attention(self._norm("attn_norm", hidden), spans)
             return hidden + self._mlp(self._norm("mlp_norm", hidden))
@@ -108,14 +114,14 @@ class HostLayer:
             queries, keys = q[own], k[own]
             if self._rotary is not None:
                 cos, sin = (table[positions, None] for table in self._rotary)
-                queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
+                queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
             self._keys[span.slot, :, positions] = keys.transpose(1, 0, 2)
             self._values[span.slot, :, positions] = v[own].transpose(1, 0, 2)
             mixed[own] = self._attend(queries, span.slot, span.position)
         return self._linear("o", mixed)
 
     def _attend(self, queries: Array, slot: int, position: int) -> Array:
-        """queries [n, heads, head_dim] at ``position`` on, over all that is cached up to them."""
+        """Attend from queries [n, heads, head_dim] at ``position`` on to all rows up to them."""
         layer, count = self._layer, len(queries)
         window, end = layer.sliding_window, position + count
         begin = 0 if window is None else max(0, position + 1 - window)
@@ -151,7 +157,7 @@ class HostLayer:
             case "relu":
                 return np.maximum(rows, 0)
             case "silu":
-                # Written with tanh, which does not overflow for large negative inputs.
+                # tanh does not overflow for large negative inputs.
                 bent = np.tanh(_HALF * rows)
             case "gelu_tanh":
                 cubic = rows + np.float32(0.044715) * rows**3
@@ -168,17 +174,11 @@ def _rms_norm(rows: Array, epsilon: float) -> Array:
     return normed
 
 
-def _rotate(heads: Array, cos: Array, sin: Array) -> Array:
-    """heads [n, heads, head_dim]; cos, sin [n, 1, head_dim / 2]."""
-    first, second = np.split(heads, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 
 def _erf(values: Array) -> Array:
-    """To 2e-7; numpy has none. Source: Abramowitz and Stegun, formula 7.1.26."""
+    """Compute erf to 2e-7. Source: Abramowitz and Stegun, formula 7.1.26."""
     size = np.abs(values)
     t = 1 / (1 + np.float32(0.3275911) * size)
     series = np.zeros_like(t)

@@ -1,15 +1,15 @@
-"""A matrix product on int8 codes that gives what the float product gives, to about 1 %.
+"""A matrix product on int8 codes that equals the float product to about 1 %.
 
-The chip knows one fixed scale per input and per output channel. The host does the rest, row by row:
+The chip has one fixed scale per input and per output channel. The host does the rest, row by row:
 
-* A product without bias is homogeneous, so each row is divided by CLIP times its own root mean
+- A product without bias is homogeneous. So each row is divided by CLIP times its own root mean
   square before, and multiplied back after. One fixed input scale then suits every row.
-* What is above 1 then stands out: it goes through the host in float, a few values of a row. Where
-  all else drowned beside it, the row is divided anew by what is left (Source: Dettmers et al.,
-  "LLM.int8()", the outlier columns).
-* A row of independent values of unit variance gives an output channel the standard deviation
-  ||w||_2. Its range is RANGE times that, known from the weights alone: no calibration text. What
-  leaves the range nevertheless saturates, and is computed again on the host.
+- Values above 1 are outliers. The host multiplies them in float, a few values of a row. If the
+  other values would vanish beside them, the row is divided by the scale of the others instead.
+  (Source: Dettmers et al., "LLM.int8()", the outlier columns.)
+- A row of independent values of unit variance gives an output channel the standard deviation
+  ||w||_2. The channel's range is RANGE times that. It follows from the weights alone, without a
+  calibration text. An output outside the range saturates, and the host computes it again.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ Array = npt.NDArray[np.float32]
 
 CLIP = 4.0
 RANGE = 5.0
-"""Chosen on the demo model; docs/edgetpu.md has the divergence at other values."""
+"""Chosen on the demo model. docs/edgetpu.md has the divergence at other values."""
 
 DROWNED = 0.5
-"""Share of a row's root mean square that is left without what stands out, below which it counts."""
+"""The outliers dominate a row if the others have less than this share of its root mean square."""
 
 _TOP = 127
 _EXACT_WEIGHTS = 1 << 20
-"""Weights that are unpacked at once for what saturated."""
+"""The weights that are unpacked at once to compute saturated outputs again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int8Weights:
     """A matrix as codes int8 [N, K] in [-127, 127] times ``steps`` float32 [N].
 
-    ``ranges`` float32 [N] is the output, in units of a row's scale, that the code 127 stands for.
+    ranges: float32 [N], the output of code 127 in units of a row's scale.
     """
 
     codes: Codes
@@ -50,7 +50,7 @@ class Int8Weights:
 
     @staticmethod
     def of(matrix: Array) -> Int8Weights:
-        """Round to nearest, one step per row. The same bytes on every machine."""
+        """Round to nearest, with one step per row. The bytes are the same on every machine."""
         largest = np.abs(matrix).max(axis=1)
         steps = (np.where(largest == 0, 1, largest) / np.float32(_TOP)).astype(np.float32)
         codes = np.empty(matrix.shape, np.int8)
@@ -58,7 +58,7 @@ class Int8Weights:
         for first in range(0, len(matrix), 256):
             part = slice(first, first + 256)
             codes[part] = np.rint(matrix[part] / steps[part, None])
-            # Sums of integers, which do not depend on their order.
+            # Sums of integers do not depend on their order.
             norms[part] = np.sqrt(np.square(codes[part].astype(np.int64)).sum(axis=1))
         ranges = norms * steps * (RANGE / CLIP)
         ranges[ranges == 0] = 1
@@ -66,13 +66,13 @@ class Int8Weights:
 
     @property
     def multipliers(self) -> Array:
-        """What a product of codes is multiplied by to become an output code."""
+        """The factors that turn sums of code products into output codes."""
         return (self.steps / self.ranges).astype(np.float32)
 
 
 @dataclass(slots=True)
 class Counts:
-    """What the host computed: ``outliers`` of ``inputs`` values, ``saturated`` of ``outputs``."""
+    """The host's share: ``outliers`` of ``inputs``, and ``saturated`` of ``outputs``."""
 
     inputs: int = 0
     outliers: int = 0
@@ -81,9 +81,9 @@ class Counts:
 
 
 class Int8Product:
-    """x @ W.T of float rows through an Engine that holds W's codes.
+    """Computes x @ W.T of float rows through an Engine that holds W's codes.
 
-    ``weights.codes`` may be a view of the engine's mapped file: few of them are read.
+    ``weights.codes`` may be a view of the engine's mapped file, because few of them are read.
     """
 
     def __init__(self, weights: Int8Weights, engine: Engine) -> None:
@@ -93,7 +93,7 @@ class Int8Product:
         self._output_steps = weights.ranges * np.float32(SCALE)
 
     def __call__(self, rows: Array) -> Array:
-        """float32 [n, K] to float32 [n, N]."""
+        """Multiply float32 [n, K] to float32 [n, N]."""
         count, width = rows.shape
         units = _units(rows)
         units[units == 0] = 1
@@ -102,7 +102,7 @@ class Int8Product:
         outliers = int(np.count_nonzero(wide))
         beside = None
         if outliers:
-            # Of rows that were divided by their own, this is a share.
+            # The rows were divided by their own scale, so this is a share.
             left = _units(np.where(wide, np.float32(0), scaled))
             drowned = (left > 0) & (left < DROWNED)
             if drowned.any():
@@ -112,7 +112,7 @@ class Int8Product:
                 outliers = int(np.count_nonzero(wide))
             columns = np.flatnonzero(wide.any(axis=0))
             kept = np.where(wide[:, columns], scaled[:, columns], np.float32(0))
-            # Twenty times as fast as indexing.
+            # np.take is twenty times as fast as indexing.
             beside = kept @ np.take(self._weights.codes, columns, axis=1).astype(np.float32).T
             beside *= self._weights.steps
             scaled[wide] = 0
@@ -147,7 +147,7 @@ class Int8Product:
 
 
 def _units(rows: Array) -> Array:
-    """CLIP root mean squares of each row, float32 [n, 1]."""
+    """Return CLIP root mean squares of each row, float32 [n, 1]."""
     squares = np.einsum("ij,ij->i", rows, rows)[:, None]
     units: Array = np.sqrt(squares) * np.float32(CLIP / sqrt(rows.shape[1]))
     return units

@@ -1,4 +1,4 @@
-"""TensorFlow Lite's interpreter, from whichever package is installed, on the CPU or an Edge TPU."""
+"""TensorFlow Lite's interpreter from any installed package, on the CPU or an Edge TPU."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RUNTIMES = {
     "ai-edge-litert": "ai_edge_litert.interpreter",
     "tflite-runtime": "tflite_runtime.interpreter",
 }
-"""Distributions that have the interpreter, in order of preference, and their modules."""
+"""Distributions that contain the interpreter, in order of preference, and their modules."""
 
 _PYCORAL = "pycoral.utils.edgetpu"
-"""Google's. What the package index calls pycoral is another project's and has no such module."""
+"""Google's pycoral. The package index has another project of that name, without this module."""
 
 _ERRORS = (AttributeError, OSError, RuntimeError, SystemError, ValueError)
-"""What interpreters and delegates raise, and a runtime whose numpy is of the wrong generation."""
+"""The errors of interpreters, of delegates, and of a runtime built for another numpy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +43,17 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An Edge TPU: what libedgetpu calls it ("usb:0"), and the library to reach it through."""
+    """An Edge TPU: its name in libedgetpu ("usb:0"), and the library to reach it through."""
 
     device: str
     library: str
 
 
 def find_runtime(edge_tpu: bool = False) -> Runtime:
-    """The preferred runtime that is installed. Raises BackendError naming what to install.
+    """Return the preferred installed runtime. Raises BackendError that names what to install.
 
-    edge_tpu: Google's pycoral, where it is installed, came with a tflite-runtime and a libedgetpu
-    that match each other, so that runtime is preferred.
+    edge_tpu: prefer the tflite-runtime that came with Google's pycoral, because it matches the
+        libedgetpu that came with it.
     """
     names = list(RUNTIMES)
     if edge_tpu and _is_installed(_PYCORAL):
@@ -73,14 +73,14 @@ def find_runtime(edge_tpu: bool = False) -> Runtime:
 
 
 class Engine:
-    """The matrix product of one .tflite file, on codes. Not for several threads at once.
+    """The matrix product of one .tflite file, on codes. One thread at a time.
 
-    The runtime maps the file: its name may go once the engine is there, its content may not change.
-    Raises BackendError where the runtime or the device refuses the file.
+    The runtime maps the file. Its name may be removed afterwards, but its contents must not change.
+    Raises BackendError if the runtime or the device refuses the file.
     """
 
     def __init__(self, runtime: Runtime, path: Path, target: Target | None, threads: int) -> None:
-        # Must outlive the interpreter, which does not keep it alive.
+        # The delegate must outlive the interpreter, which does not keep it alive.
         self._delegate = None if target is None else load_delegate(runtime, target)
         try:
             self._interpreter: Any = runtime.module.Interpreter(
@@ -100,11 +100,11 @@ class Engine:
 
     @property
     def width(self) -> int:
-        """Codes of an input row."""
+        """The number of codes of an input row."""
         return int(self._input["shape"][1])
 
     def run(self, codes: Codes) -> Codes:
-        """int8 [n, K] to int8 [n, N]. Raises BackendError where the device fails."""
+        """Multiply int8 [n, K] to int8 [n, N]. Raises BackendError if the device fails."""
         try:
             if len(codes) != self._rows:
                 self._interpreter.resize_tensor_input(self._input["index"], codes.shape)
@@ -124,9 +124,9 @@ class Engine:
 
 
 def load_delegate(runtime: Runtime, target: Target) -> Any:
-    """libedgetpu's delegate for a device: what hands compiled operators to it.
+    """Return libedgetpu's delegate, which hands compiled operators to a device.
 
-    Raises BackendError where the library is missing or wrong, or the device cannot be opened.
+    Raises BackendError if the library is missing or wrong, or the device cannot be opened.
     """
     try:
         return runtime.module.load_delegate(target.library, {"device": target.device})
@@ -138,7 +138,7 @@ def load_delegate(runtime: Runtime, target: Target) -> Any:
     except AttributeError as error:
         raise BackendError(f"{target.library} is not libedgetpu: {_first_line(error)}") from error
     except _ERRORS as error:
-        # The runtime's first line only repeats the library's name; what the library says follows.
+        # The runtime's first line only repeats the library's name. The library's message follows.
         said = str(error).strip().partition("\n")[2].strip()
         raise BackendError(
             f"{target.library} cannot open Edge TPU {target.device}"

@@ -1,9 +1,9 @@
 """Writes .tflite files that hold one int8 matrix product, without TensorFlow.
 
-Each file is one FULLY_CONNECTED operator, bias-free, on one row: int8 [1, K] to int8 [1, N]. The
-runtime runs n rows after resizing its input to [n, K], and `edgetpu_compiler` takes one row only.
+Each file is one FULLY_CONNECTED operator without bias on one row: int8 [1, K] to int8 [1, N]. The
+runtime runs n rows after resizing its input to [n, K]. `edgetpu_compiler` takes one row only.
 
-Source: TensorFlow Lite's schema.fbs, version 3; numbers below are positions and codes in it.
+Source: TensorFlow Lite's schema.fbs, version 3. The numbers below are positions and codes in it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import numpy.typing as npt
 from flatbuffers.number_types import UOffsetTFlags
 
 SCALE = 1 / 127
-"""Of input and output: both mean numbers in [-1, 1]."""
+"""The step of inputs and outputs, which are numbers in [-1, 1]."""
 
 FILE_IDENTIFIER = b"TFL3"
 SCHEMA_VERSION = 3
 
 _FULLY_CONNECTED = 9
 _FULLY_CONNECTED_VERSION = 4
-"""Knows int8 with a scale per row. Version 11 and up are unknown to tflite-runtime 2.14, and the
-last edgetpu_compiler (2021) is older still."""
+"""The version that has int8 with a scale per row.
+
+tflite-runtime 2.14 does not know version 11 and later. The last edgetpu_compiler (2021) is older.
+"""
 
 _FULLY_CONNECTED_OPTIONS = 8
 _INT8 = 9
@@ -38,17 +40,17 @@ _OVERHEAD_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class TfliteFile:
-    """A file's content, and where in it the weights are: int8 [N, K], row after row."""
+    """A file's content, and the offset of its weights: int8 [N, K], row after row."""
 
     content: bytes
     weights_offset: int
 
 
 def fully_connected(weights: npt.NDArray[np.int8], scales: npt.NDArray[np.float32]) -> TfliteFile:
-    """The file that computes y = clip(round(x @ weights.T * scales)) on codes of step SCALE.
+    """Return the file that computes y = clip(round(x @ weights.T * scales)) on codes of step SCALE.
 
-    weights: int8 [N, K], never -128; scales: float32 [N], what a product of codes is multiplied by
-    to become a code of the output.
+    weights: int8 [N, K], never -128.
+    scales: float32 [N], the factors that turn sums of code products into output codes.
     """
     rows, columns = weights.shape
     builder = flatbuffers.Builder(weights.nbytes + 8 * rows + _OVERHEAD_BYTES)
@@ -67,7 +69,7 @@ def fully_connected(weights: npt.NDArray[np.int8], scales: npt.NDArray[np.float3
             _tensor(builder, "y", (1, rows), 0, step),
         ],
     )
-    # No fused activation, plain weights, 2-D output: all of the options' defaults.
+    # The defaults: no fused activation, plain weights, 2-D output.
     options = _table(builder, [])
     operator = [
         (1, _integers(builder, (0, 1, _NO_TENSOR))),
@@ -104,19 +106,19 @@ def fully_connected(weights: npt.NDArray[np.int8], scales: npt.NDArray[np.float3
     )
     builder.Finish(model, FILE_IDENTIFIER)
     content = bytes(builder.Output())
-    # Offsets count from the end; a vector begins with its length.
+    # Offsets count from the end, and a vector begins with its length.
     return TfliteFile(content, len(content) - stored + 4)
 
 
 Field = tuple[int, Callable[[int], Any]]
-"""The position of a field in its table, and what writes it there."""
+"""The position of a field in its table, and the function that writes it there."""
 
 
 def _tensor(
     builder: Any, name: str, shape: tuple[int, int], buffer: int, scales: npt.NDArray[np.float32]
 ) -> list[Field]:
     zeros = np.zeros(len(scales), np.int64)
-    # With several scales, dimension 0 (rows) has one each: the default.
+    # Each index of dimension 0 (rows) has one of the scales, by default.
     quantization = _table(
         builder,
         [(2, _numbers(builder, scales)), (3, _numbers(builder, zeros))],
@@ -138,7 +140,7 @@ def _table(builder: Any, fields: Sequence[Field]) -> int:
 
 
 def _tables(builder: Any, tables: Sequence[Sequence[Field]]) -> int:
-    """A vector of tables."""
+    """Write a vector of tables."""
     offsets = [_table(builder, fields) for fields in tables]
     builder.StartVector(4, len(offsets), 4)
     for offset in reversed(offsets):
@@ -163,7 +165,7 @@ def _integers(builder: Any, values: Sequence[int]) -> Callable[[int], Any]:
 
 
 def _bytes(builder: Any, content: bytes) -> int:
-    """A vector of bytes that begins at a multiple of 16, as the schema asks for buffers."""
+    """Write a vector of bytes at a multiple of 16, which the schema requires of buffers."""
     builder.StartVector(1, len(content), _ALIGNMENT)
     head = UOffsetTFlags.py_type(builder.Head() - len(content))
     builder.head = head

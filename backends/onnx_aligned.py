@@ -1,8 +1,8 @@
-"""Saved graphs whose weights begin where vector instructions want them.
+"""Aligns the weights of saved graphs for vector instructions.
 
-ONNX Runtime writes tensors back to back, and maps the file to run it. Kernels read what they have
-rearranged with instructions that end the process where an address is no multiple of 64 bytes. A
-vector of 160 bytes, as a hidden size of 40 has, moves everything behind it to such an address.
+ONNX Runtime writes tensors back to back, and maps the file to run it. Kernels read rearranged
+weights with instructions that end the process at an address that is no multiple of 64 bytes. One
+vector of 160 bytes (hidden size 40) shifts all later weights to such addresses.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _COPY_BYTES = 1 << 20
 def align_weights(graph_file: Path) -> onnx.ModelProto:
     """Read a saved graph, and move its weights to multiples of ALIGNMENT_BYTES in their file.
 
-    Nothing is written where they lie so already. Returns the graph, its weights still in their
-    file. Raises OSError, ValueError where the file is not as the runtime writes it.
+    Aligned weights are left as they are. Returns the graph, whose weights stay in their file.
+    Raises OSError, and ValueError if the file is not as the runtime writes it.
     """
     model = onnx.load(graph_file, load_external_data=False)
     files = {
@@ -50,7 +50,7 @@ def align_weights(graph_file: Path) -> onnx.ModelProto:
 
 
 def _spans(tensor: onnx.TensorProto) -> list[tuple[int, int]]:
-    """(begin, size) of a tensor's bytes in its file, and of each form it was rearranged to."""
+    """Return (begin, size) of a tensor's bytes in its file, and of each of its rearranged forms."""
     found: list[tuple[int, int]] = []
 
     def note(begin: int, size: int) -> int:
@@ -64,10 +64,10 @@ def _spans(tensor: onnx.TensorProto) -> list[tuple[int, int]]:
 
 
 def _move_tensor(tensor: onnx.TensorProto, move: Callable[[int, int], int]) -> None:
-    """Give a tensor the places that ``move(begin, size)`` says its parts have now.
+    """Store the new places of a tensor's parts, as ``move(begin, size)`` returns them.
 
-    Entries: ``offset`` and ``length``, and ``prepacked_N``, which is ``key|begin;size;checksum``
-    with one such triple a buffer.
+    The entries are ``offset`` and ``length``, and ``prepacked_N``. The latter is
+    ``key|begin;size;checksum``, with one such triple a buffer.
     """
     entries = {entry.key: entry for entry in tensor.external_data}
     if "offset" in entries:
@@ -83,14 +83,14 @@ def _move_tensor(tensor: onnx.TensorProto, move: Callable[[int, int], int]) -> N
 
 
 def _copy(source: BinaryIO, target: BinaryIO, begin: int, size: int) -> int:
-    """Append bytes of ``source`` at the next aligned place of ``target``, which is returned."""
+    """Append bytes of ``source`` at the next aligned place of ``target``, and return that place."""
     target.write(bytes(-target.tell() % ALIGNMENT_BYTES))
     place = target.tell()
     source.seek(begin)
     while size > 0:
         piece = source.read(min(size, _COPY_BYTES))
         if not piece:
-            raise ValueError("weights end before what the graph says")
+            raise ValueError("the weights are shorter than the graph says")
         target.write(piece)
         size -= len(piece)
     return place

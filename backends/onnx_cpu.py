@@ -1,18 +1,18 @@
 """Any CPU: ONNX Runtime, weights packed in 2, 4 or 8 bits, activations rounded to 8 bits.
 
-A stage is a graph of its layers and one of the head, which only the last row goes through. ONNX
-Runtime holds a graph's weights twice while it rearranges them for its kernels, so layers are built
-in segments of SEGMENT_BYTES. Where prepared weights can be kept they become one session; else each
-segment is one, with threads of its own.
+A stage is one graph of its layers and one of its head. Only the last row goes through the head.
+ONNX Runtime holds a graph's weights twice while it rearranges them for its kernels. So layers are
+built in segments of SEGMENT_BYTES. If prepared weights can be kept, the segments become one
+session. Otherwise each segment is a session with threads of its own.
 
-With ``StageOptions.fast_prompts``, and room in its ``memory_bytes``, layers are held once more, as
-signed bytes with one scale a row, and prompts run through that copy with each row of activations
-rounded to 8 bits as a whole: twice as fast, with errors of a product of 2 to 5 %. Decoding never
-uses it.
+With ``StageOptions.fast_prompts``, and room in ``memory_bytes``, the stage holds its layers a
+second time, as signed bytes with one scale a row. Prompts run through that copy, and each row of
+activations is rounded to 8 bits as a whole. That is twice as fast, with errors of a product of 2 to
+5 %. Decoding never uses it.
 
-Packed matrices are multiplied with activations rounded to 8 bits in blocks of a group's size:
-relative errors of a product of 1 to 2 % at any width (docs/performance.md). With
-``StageOptions.exact`` all matrices run as fp32 instead, and results are the reference's.
+Packed matrices are multiplied with activations rounded to 8 bits in blocks of a group's size. This
+gives relative errors of a product of 1 to 2 % at any width (docs/performance.md). With
+``StageOptions.exact`` all matrices run as fp32 instead, and the results equal the reference's.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ from backends.onnx_graph import (
     embedding_graph,
     head_graph,
 )
-from backends.onnx_matrix import CONTAINER_BITS, bytes_of, executable
+from backends.onnx_matrix import EXACT_BITS, Matrix, bytes_of, executable
 from backends.onnx_prepared import Prepared
 from backends.onnx_session import (
+    container_bits,
     flush_denormals,
     new_session,
     return_free_memory,
@@ -67,22 +68,22 @@ from model.spec import LayerSpec, ModelSpec
 
 SEGMENT_BYTES = 64 << 20
 MAX_EXPANSION = 2
-"""Bytes of a block as executed over those of its file, at most (16 bits run as 32)."""
+"""The most bytes of a block as executed over those of its file (16 bits run as 32)."""
 
 CHUNK_ROWS = 64
-"""Rows of a call that compute buffers are estimated for."""
+"""The rows of a call for which compute buffers are estimated."""
 
 PROMPT_ROWS = 16
-"""Rows of one sequence from which the copy for prompts is faster."""
+"""The fewest rows of one sequence for which the prompt copy is faster."""
 
 COPY_MARGIN = 1.02
-"""Bytes of that copy, with scales and sums, over one for each weight, at most."""
+"""The most bytes of the prompt copy, with scales and sums, per weight."""
 
 
 class OnnxCpuBackend(Backend):
     """ONNX Runtime's CPU provider on any machine that has it."""
 
-    PREPARED_FACTOR = 4.5  # MAX_EXPANSION * DISK_FACTOR, and what tables and graphs take.
+    PREPARED_FACTOR = 4.5  # MAX_EXPANSION * DISK_FACTOR, plus tables and graphs.
 
     @classmethod
     def probe(cls) -> Capabilities:
@@ -93,8 +94,8 @@ class OnnxCpuBackend(Backend):
         return Capabilities(
             "onnx_cpu",
             importlib.metadata.version("onnxruntime"),
-            CONTAINER_BITS,
-            exact_container_bits=dict.fromkeys(CONTAINER_BITS, 32),
+            container_bits(),
+            exact_container_bits=EXACT_BITS,
         )
 
     def load(
@@ -111,7 +112,7 @@ class OnnxCpuBackend(Backend):
 
 
 class OnnxCpuStage(Stage):
-    """A chain of sessions; see the module's description."""
+    """A chain of sessions, as the module's description explains."""
 
     def __init__(
         self,
@@ -163,13 +164,13 @@ class OnnxCpuStage(Stage):
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
     ) -> Array:
         if not len(slots) == len(set(slots)) == len(positions) == len(inputs):
-            raise BackendError("decoding takes one row of each of some distinct slots")
+            raise BackendError("a pass takes one row for each slot, and its slots must be distinct")
         self._check(slots, positions, inputs, 1)
         order = np.argsort(slots)
         at = np.asarray(positions)[order]
         with translated("cannot run the stage"):
             hidden = self._enter(inputs[order], at)[:, None]
-            # Sequences share a call where their slots are neighbours, as in memory.
+            # Sequences in neighbouring slots share a call, because they are neighbours in memory.
             runs = _neighbours([slots[index] for index in order])
             for segment in self._layers:
                 parts = [segment.run(hidden[run], first, at[run]) for first, run in runs]
@@ -178,7 +179,7 @@ class OnnxCpuStage(Stage):
             if self._head is not None:
                 rows = self._head.run(rows[None])[0]
         if list(slots) == sorted(slots):
-            return rows  # In order already: logits of several sequences are megabytes to copy.
+            return rows  # Already in order: copying logits of several sequences costs megabytes.
         result = np.empty_like(rows)
         result[order] = rows
         return result
@@ -190,7 +191,7 @@ class OnnxCpuStage(Stage):
         return_free_memory()
 
     def _enter(self, inputs: Array | Tokens, positions: Tokens) -> Array:
-        """Hidden rows [n, hidden] of ``inputs`` at ``positions``."""
+        """Return hidden rows [n, hidden] of ``inputs`` at ``positions``."""
         flush_denormals()
         if self._embedding is not None:
             return self._embedding.rows(np.asarray(inputs, np.int64), positions)
@@ -207,7 +208,7 @@ class OnnxCpuStage(Stage):
 
 
 class _Segment:
-    """One session with the KV caches of its layers, which another one may share."""
+    """One session with the KV caches of its layers, which another session may share."""
 
     def __init__(self, session: Any, caches: Sequence[_Cache], width: int) -> None:
         self._session = session
@@ -216,8 +217,11 @@ class _Segment:
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
     def run(self, hidden: Array, first_slot: int = 0, last: Tokens | None = None) -> Array:
-        """hidden [b, n, any] to [b, n, width]; ``last``: the last row's position of each of b
-        sequences in consecutive slots (unused by a segment without layers)."""
+        """Run hidden [b, n, any] to [b, n, width].
+
+        ``last`` is the last row's position of each of b sequences in consecutive slots. A segment
+        without layers ignores it.
+        """
         count, rows, _ = hidden.shape
         binding = self._bindings.get((first_slot, count))
         if binding is None:
@@ -233,7 +237,7 @@ class _Segment:
         return result
 
     def _bind(self, first_slot: int, count: int) -> _Binding:
-        # Inputs that change every call: the runtime reads this memory in place.
+        # These inputs change every call. The runtime reads this memory in place.
         binding = _Binding(
             self._session.io_binding(), np.zeros(count, np.int32), np.zeros((), np.int32)
         )
@@ -243,7 +247,7 @@ class _Segment:
                 binding.values.bind_ortvalue_input(name, value)
         for index, pair in enumerate(self._caches):
             for kind, memory in zip(("key", "value"), pair, strict=True):
-                # Past and present are one buffer, in which only the new rows are written.
+                # Past and present are one buffer, to which only new rows are written.
                 part = memory[first_slot : first_slot + count]
                 shared = ort.OrtValue.ortvalue_from_numpy(part)
                 binding.values.bind_ortvalue_input(f"past_{kind}_{index}", shared)
@@ -261,8 +265,10 @@ class _Cache(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Binding:
-    """Memory bound for some consecutive slots. It does not keep arrays alive: those it points to
-    are here and in the segment."""
+    """Memory bound for some consecutive slots. It does not keep its arrays alive.
+
+    The arrays that it points to are kept here and in the segment.
+    """
 
     values: Any
     last: Any
@@ -271,7 +277,7 @@ class _Binding:
 
 @dataclass(frozen=True, slots=True)
 class _Embedding:
-    """Token rows are unpacked one by one from the stored table, which stays mapped."""
+    """Unpacks token rows one by one from the stored table, which stays mapped."""
 
     tokens: QuantizedMatrix
     positions: Array | None
@@ -279,7 +285,7 @@ class _Embedding:
     projection: _Segment | None
 
     def rows(self, tokens: Tokens, positions: Tokens) -> Array:
-        """Token ids [n] to hidden [n, hidden]."""
+        """Return hidden [n, hidden] for token ids [n]."""
         hidden: Array = self.tokens.dequantize(tokens)
         if self.projection is not None:
             hidden = self.projection.run(hidden[None])[0]
@@ -294,6 +300,7 @@ class _Loader:
     def __init__(self, spec: ModelSpec, options: StageOptions) -> None:
         self._spec = spec
         self._options = options
+        self._containers = EXACT_BITS if options.exact else container_bits()
         self._prepared = None
         if options.prepared_dir is not None:
             self._prepared = Prepared(options.prepared_dir, options.prepared_bytes)
@@ -337,8 +344,10 @@ class _Loader:
         )
 
     def _room_for_bytes(self, artifacts: Sequence[tuple[int, Path]]) -> bool:
-        """Whether layers are held again as bytes, for prompts: where that was asked for, memory
-        was given for it, and no layer is stored wider."""
+        """Whether to hold layers again as bytes for prompts.
+
+        The caller must have asked for that and given memory, and no layer may be stored wider.
+        """
         allowed = self._options.memory_bytes
         if allowed is None or not self._options.fast_prompts or self._options.exact:
             return False
@@ -357,21 +366,21 @@ class _Loader:
         spec, projection = self._spec, None
         _, tensors = read_block(artifact[1], spec, artifact[0])
         if spec.projected:
-            matrix = executable(tensors["project_in.weight"], exact=self._options.exact)
+            matrix = executable(tensors["project_in.weight"], self._containers)
             graph = embedding_graph(spec.embed_dim, matrix)
             self._memory_bytes += graph.executed_bytes
             session = new_session(graph, self._options.threads)
             projection = _Segment(session, (), spec.hidden)
         tokens, positions = tensors["tokens.weight"], tensors.get("positions.weight")
         if not isinstance(tokens, QuantizedMatrix) or isinstance(positions, QuantizedMatrix):
-            raise BackendError("the embedding's tensors are not in the form they are stored in")
+            raise BackendError("the embedding's tensors must be stored matrices")
         self._memory_bytes += tokens.stored_bytes + (0 if positions is None else positions.nbytes)
         return _Embedding(tokens, positions, spec.position_offset, projection)
 
     def _cache(self, layer: LayerSpec) -> _Cache:
         width = cached_head_width(layer)
         shape = CacheShape(layer.kv_heads, self._options.context_tokens, width)
-        # Filled, so that a lack of memory shows now and not in the middle of a text.
+        # Filling the cache shows a lack of memory now, and not in the middle of a text.
         cache = _Cache(*(np.full(shape.of(self._options.slots), 0, np.float32) for _ in range(2)))
         self._memory_bytes += cache.key.nbytes + cache.value.nbytes
         return cache
@@ -383,7 +392,7 @@ class _Loader:
         *,
         as_bytes: bool = False,
     ) -> list[_Segment]:
-        """Layers with their caches."""
+        """Return the layers' segments with their caches."""
         rest, width = iter(caches), self._spec.hidden
         return [
             _Segment(session, list(itertools.islice(rest, count)), width)
@@ -393,8 +402,10 @@ class _Loader:
     def _sessions(
         self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool = False
     ) -> Iterator[tuple[Any, int]]:
-        """Sessions for layers, or for the head, with how many blocks each has: one session where
-        prepared weights can be kept. as_bytes: of matrices as bytes."""
+        """Yield a session and its number of blocks, for layers or for the head.
+
+        It is one session if prepared weights can be kept. ``as_bytes`` takes matrices as bytes.
+        """
         threads, parts = self._options.threads, list(_segments(artifacts))
         build = partial(self._graph, as_bytes=as_bytes)
         key, found = self._key(artifacts, as_bytes=as_bytes), None
@@ -418,16 +429,16 @@ class _Loader:
             yield new_session(graph, threads), len(part)
 
     def _require_whole(self, artifacts: Sequence[tuple[int, Path]]) -> None:
-        """Raise CheckpointError for an artifact that is not what its name says.
+        """Raise CheckpointError for an artifact whose contents differ from its name.
 
-        Weights that were made of it and kept would be wrong for as long as they lie there.
+        Kept weights that were made of it would stay wrong until they are removed.
         """
         for _, path in artifacts:
             if path not in self._options.hashed and file_sha256(path) != path.name:
                 raise CheckpointError(f"{path}: the file is damaged; fetch it again")
 
     def _key(self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool) -> str | None:
-        """Names what would be prepared; None for files that are not named by their content."""
+        """Return the name for prepared weights, or None if files are not named by their content."""
         if not all(SHA256.fullmatch(path.name) and path.exists() for _, path in artifacts):
             return None
         return Prepared.key(
@@ -448,7 +459,7 @@ class _Loader:
         spec, run = self._spec, None
         for block, path in artifacts:
             _, tensors = read_block(path, spec, block)
-            weights = _block_weights(tensors, exact=self._options.exact, as_bytes=as_bytes)
+            weights = self._weights(tensors, as_bytes=as_bytes)
             if spec.block_kind(block) == "head":
                 epsilon = spec.layers[-1].norm_eps if spec.final_norm else None
                 return head_graph(spec.hidden, spec.vocab, weights, epsilon)
@@ -459,6 +470,18 @@ class _Loader:
         if run is None:
             raise BackendError("a graph without blocks")
         return run.finish()
+
+    def _weights(self, tensors: Mapping[str, Tensor], *, as_bytes: bool) -> BlockWeights:
+        matrices: dict[str, Matrix] = {}
+        vectors = {}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, QuantizedMatrix):
+                vectors[name] = tensor
+            elif as_bytes:
+                matrices[name] = bytes_of(tensor)
+            else:
+                matrices[name] = executable(tensor, self._containers)
+        return BlockWeights(matrices, vectors)
 
     def _rotary_table(self, layer: LayerSpec) -> tuple[Array, Array] | None:
         if layer.rope is None:
@@ -472,12 +495,12 @@ class _Loader:
 
 
 def _segments(artifacts: Sequence[tuple[int, Path]]) -> Iterator[list[tuple[int, Path]]]:
-    """Runs of blocks whose files reach SEGMENT_BYTES."""
+    """Yield runs of blocks whose files reach SEGMENT_BYTES."""
     run: list[tuple[int, Path]] = []
     run_bytes = 0
     for artifact in artifacts:
         run.append(artifact)
-        # What is missing fails where it is read.
+        # A missing file fails where it is read.
         run_bytes += artifact[1].stat().st_size if artifact[1].exists() else 0
         if run_bytes >= SEGMENT_BYTES:
             yield run
@@ -487,19 +510,9 @@ def _segments(artifacts: Sequence[tuple[int, Path]]) -> Iterator[list[tuple[int,
 
 
 def _neighbours(slots: Sequence[int]) -> list[tuple[int, slice]]:
-    """Runs of consecutive numbers in rising ``slots``, as (first, where they are)."""
+    """Return runs of consecutive numbers in rising ``slots``, as (first, slice)."""
     runs = []
     for _, group in itertools.groupby(enumerate(slots), key=lambda pair: pair[1] - pair[0]):
         pairs = list(group)
         runs.append((pairs[0][1], slice(pairs[0][0], pairs[-1][0] + 1)))
     return runs
-
-
-def _block_weights(tensors: dict[str, Tensor], *, exact: bool, as_bytes: bool) -> BlockWeights:
-    matrices, vectors = {}, {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, QuantizedMatrix):
-            matrices[name] = bytes_of(tensor) if as_bytes else executable(tensor, exact=exact)
-        else:
-            vectors[name] = tensor
-    return BlockWeights(matrices, vectors)

@@ -1,11 +1,10 @@
 """ONNX graphs of decoder blocks, built from LayerSpec features alone.
 
-Activations are fp32 [sequences, rows, width]. Weights are kept out of the protobuf (which ends at
-2 GB): the graph only names them, and ``Graph.weights`` holds their arrays for the session to take
-over.
+Activations are fp32 [sequences, rows, width]. A protobuf can hold at most 2 GB, so the graph only
+names its weights. ``Graph.weights`` holds their arrays until the session takes them over.
 
-Operators of the domain com.microsoft are ONNX Runtime's own:
-Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+Operators of the domain com.microsoft are ONNX Runtime's own: Source:
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 from __future__ import annotations
@@ -27,8 +26,10 @@ OPSET = 21
 IR_VERSION = 10
 
 INT8_ACTIVATIONS = 4
-"""MatMulNBits accuracy_level: each block of a row of activations is rounded to 8 bits, and products
-are summed as integers."""
+"""The accuracy_level of MatMulNBits that rounds activations to 8 bits.
+
+Each block of a row is rounded on its own, and products are summed as integers.
+"""
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 Array: TypeAlias = npt.NDArray[np.float32]
@@ -36,7 +37,7 @@ Array: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
-    """A block's tensors by canonical name, matrices as executed."""
+    """A block's tensors by canonical name, with matrices as executed."""
 
     matrices: Mapping[str, Matrix]
     vectors: Mapping[str, Array]
@@ -44,7 +45,7 @@ class BlockWeights:
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """KV cache of one layer: two float32 tensors [slots, heads, context, width]."""
+    """The KV cache of one layer: two float32 tensors [slots, heads, context, width]."""
 
     heads: int
     context: int
@@ -55,14 +56,16 @@ class CacheShape:
 
 
 def cached_head_width(layer: LayerSpec) -> int:
-    """Width of a head in the KV cache: GroupQueryAttention wants a multiple of 16 for rotary
-    embedding and of 8 without, so odd heads are padded with zeros."""
+    """Return the width of a head in the KV cache. Other heads are padded with zeros.
+
+    GroupQueryAttention wants a multiple of 16 with rotary embedding, and of 8 without.
+    """
     multiple = 16 if layer.rope is not None else 8
     return -(-layer.head_dim // multiple) * multiple
 
 
 class Graph:
-    """A graph under construction. Names are made unique by counting."""
+    """A graph under construction. It numbers names to make them unique."""
 
     def __init__(self) -> None:
         self.weights: dict[str, AnyArray] = {}
@@ -79,8 +82,10 @@ class Graph:
 
     @property
     def executed_bytes(self) -> int:
-        """``weight_bytes`` and what kernels add to packed matrices: a copy of the scales beside
-        the codes, and a sum per block."""
+        """``weight_bytes`` and the bytes that kernels add to packed matrices.
+
+        Kernels add a copy of the scales beside the codes, and a sum per block.
+        """
         return self.weight_bytes + self._added_bytes
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
@@ -100,7 +105,7 @@ class Graph:
         domain: str = "",
         **attributes: Any,
     ) -> list[str]:
-        """Append a node; its outputs are named here unless names are given ("" drops one)."""
+        """Append a node and return its outputs. An empty name in ``outputs`` drops one."""
         self._count += 1
         if isinstance(outputs, int):
             outputs = [f"{operator}_{self._count}_{index}" for index in range(outputs)]
@@ -113,19 +118,19 @@ class Graph:
         return list(outputs)
 
     def weight(self, array: AnyArray) -> str:
-        """Name of a new weight; equal tables are the caller's to share."""
+        """Add a weight, and return its name. The caller shares equal tables."""
         name = f"weight_{len(self.weights)}"
         self.weights[name] = array
         return name
 
     def integers(self, *values: int) -> str:
-        """Name of a constant int64 vector."""
+        """Return the name of a constant int64 vector."""
         name = "integers_" + "_".join(map(str, values))
         self._constants[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
         return name
 
     def serialized(self) -> bytes:
-        """The model without its weights, which it names as external data."""
+        """Return the model without its weights, which it names as external data."""
         initializers = [*self._constants.values()]
         for name, array in self.weights.items():
             tensor = TensorProto(
@@ -145,7 +150,7 @@ class Graph:
         return serialized
 
     def linear(self, value: str, matrix: Matrix, bias: Array | None = None) -> str:
-        """value [b, n, columns] times ``matrix`` transposed, plus ``bias``: [b, n, rows]."""
+        """Multiply value [b, n, columns] by ``matrix`` transposed, add ``bias``: [b, n, rows]."""
         if isinstance(matrix, ByteMatrix):
             return self._linear_of_bytes(value, matrix, bias)
         if not isinstance(matrix, PackedMatrix):
@@ -172,8 +177,8 @@ class Graph:
         )[0]
 
     def _linear_of_bytes(self, value: str, matrix: ByteMatrix, bias: Array | None) -> str:
-        # The operator rounds to 256 steps between the extremes of all rows; rows that are divided
-        # by their largest magnitude share these without loss.
+        # The operator rounds to 256 steps between the extremes of all rows. Rows that were divided
+        # by their largest magnitude share these steps without loss.
         (magnitudes,) = self.node("Abs", [value])
         (largest,) = self.node("ReduceMax", [magnitudes, self.integers(-1)], keepdims=1)
         (scale,) = self.node("Max", [largest, self.weight(np.array([1e-30], np.float32))])
@@ -188,7 +193,7 @@ class Graph:
         return result
 
     def norm(self, value: str, weight: Array, bias: Array | None, epsilon: float) -> str:
-        """LayerNorm, or RMSNorm where there is no bias, over the last axis."""
+        """Apply LayerNorm over the last axis, or RMSNorm if there is no bias."""
         if bias is None:
             return self.node(
                 "SimplifiedLayerNormalization",
@@ -206,7 +211,7 @@ class Graph:
     def add_norm(
         self, value: str, delta: str, weight: Array, bias: Array | None, epsilon: float
     ) -> tuple[str, str]:
-        """(value + delta, its norm) in one node."""
+        """Compute (value + delta, its norm) in one node."""
         operator = "SkipSimplifiedLayerNormalization" if bias is None else "SkipLayerNormalization"
         inputs = [value, delta, self.weight(weight)]
         if bias is not None:
@@ -220,15 +225,19 @@ class Graph:
 class LayerGraph:
     """A run of decoder layers in one graph: ``begin``, ``layer`` for each, ``finish``.
 
-    Inputs: ``hidden`` float32 [b, n, hidden], n rows of each of b sequences (n or b is 1);
-    ``seqlens_k`` int32 [b], the last positions; ``total`` int32 [], the most positions that a
-    sequence has after this call; ``past_key_i`` and ``past_value_i`` of the i-th layer.
-    Outputs: ``output`` like ``hidden``; ``key_i`` and ``value_i``, to be bound to the same memory
-    as their past, so that only the new rows are written.
+    The inputs are:
+
+    - ``hidden`` float32 [b, n, hidden]: n rows of each of b sequences (n or b is 1)
+    - ``seqlens_k`` int32 [b]: the last positions
+    - ``total`` int32 []: the most positions that a sequence has after this call
+    - ``past_key_i`` and ``past_value_i`` of the i-th layer
+
+    The outputs are ``output`` like ``hidden``, and ``key_i`` and ``value_i``. These are bound to
+    the same memory as their past, so that only the new rows are written.
     """
 
     def __init__(self, hidden: int, context: int, window_offset: int) -> None:
-        """``window_offset``: positions GroupQueryAttention sees beyond ``local_window_size``."""
+        """GroupQueryAttention sees ``window_offset`` positions beyond ``local_window_size``."""
         self.graph = Graph()
         self.caches: list[CacheShape] = []
         self._hidden = hidden
@@ -243,7 +252,7 @@ class LayerGraph:
     def layer(
         self, layer: LayerSpec, weights: BlockWeights, rotary: tuple[Array, Array] | None
     ) -> None:
-        """Append a layer. ``rotary``: its cos and sin tables [context, head_dim / 2]."""
+        """Append a layer. ``rotary`` has its cos and sin tables [context, head_dim / 2]."""
         if layer.norm_position == "pre":
             value, normed = self._settle(layer, "attn_norm", weights)
             attended = self._attention(layer, weights, normed, rotary)
@@ -257,12 +266,12 @@ class LayerGraph:
         _, self._value = self._add_norm(layer, "mlp_norm", weights, value, delta)
 
     def finish(self) -> Graph:
-        """The graph with its output in place."""
+        """Return the graph with its output in place."""
         self.graph.output(self._sum(), "output", TensorProto.FLOAT, ("b", "n", self._hidden))
         return self.graph
 
     def _sum(self) -> str:
-        """The hidden state with the last layer's MLP added, which waits for a norm to join."""
+        """Add the last layer's MLP to the hidden state. It waited to be joined with a norm."""
         if self._delta is not None:
             (self._value,) = self.graph.node("Add", [self._value, self._delta])
             self._delta = None
@@ -286,7 +295,7 @@ class LayerGraph:
         return self.graph.linear(value, weights.matrices[f"{name}.weight"], bias)
 
     def _joined(self, weights: BlockWeights, value: str, names: Sequence[str]) -> str | None:
-        """The projections ``names`` as one matrix product, where their layouts allow."""
+        """Return the projections ``names`` as one matrix product, if their layouts allow."""
         stacked = stack_rows([weights.matrices[f"{name}.weight"] for name in names])
         if stacked is None:
             return None
@@ -368,7 +377,7 @@ class LayerGraph:
         return graph.node("Reshape", [normed, graph.integers(0, -1, heads * width)])[0]
 
     def _pad_heads(self, layer: LayerSpec, value: str, heads: int) -> str:
-        """Zeros behind each half of each head, so that rotary pairs stay pairs."""
+        """Put zeros behind each half of each head, so that rotary pairs stay pairs."""
         graph, half = self.graph, layer.head_dim // 2
         padding = cached_head_width(layer) // 2 - half
         (split,) = graph.node("Reshape", [value, graph.integers(0, -1, heads * 2, half)])
@@ -417,7 +426,7 @@ class LayerGraph:
 
 
 def embedding_graph(embed_dim: int, project_in: Matrix) -> Graph:
-    """``rows`` [1, n, embed_dim] through the input projection to ``output`` [1, n, hidden]."""
+    """Project ``rows`` [1, n, embed_dim] to ``output`` [1, n, hidden]."""
     graph = Graph()
     rows = graph.input("hidden", TensorProto.FLOAT, (1, "n", embed_dim))
     result = graph.linear(rows, project_in)
@@ -426,9 +435,9 @@ def embedding_graph(embed_dim: int, project_in: Matrix) -> Graph:
 
 
 def head_graph(hidden: int, vocab: int, weights: BlockWeights, norm_epsilon: float | None) -> Graph:
-    """``hidden`` [1, n, hidden] through final norm, projection and LM head to logits ``output``.
+    """Run ``hidden`` [1, n, hidden] through final norm, projection and LM head to ``output``.
 
-    ``norm_epsilon``: None where there is no final norm.
+    ``norm_epsilon`` is None if there is no final norm.
     """
     graph = Graph()
     value = graph.input("hidden", TensorProto.FLOAT, (1, "n", hidden))
@@ -443,7 +452,7 @@ def head_graph(hidden: int, vocab: int, weights: BlockWeights, norm_epsilon: flo
 
 
 def _transposed(matrix: Array) -> Array:
-    """A copy [columns, rows], made in strips of one cache line: four times as fast as in one go."""
+    """Return a copy [columns, rows]. Strips of one cache line make it four times as fast."""
     rows, columns = matrix.shape
     result = np.empty((columns, rows), np.float32)
     for first in range(0, rows, 16):

@@ -1,14 +1,15 @@
 """Stored matrices in the forms that ONNX Runtime's CPU kernels multiply.
 
-Integer codes stay packed: MatMulNBits has kernels for 2, 4 and 8 bits, so 3 bits are kept as 4, and
-5 and 6 as 8. (6 bits as a plane of 4 and one of 2 would take 0.8 of the memory, but decode no
-faster and read a prompt at half the speed.) There is no kernel for 16 bits on x86: fp16 and bf16
-are widened to fp32.
+Integer codes stay packed. MatMulNBits has kernels for 2, 4 and 8 bits, so 3 bits are kept as 4, and
+5 and 6 as 8. Older runtimes lack the kernel for 2 bits, and the oldest also the kernel for 8. (6
+bits as a plane of 4 and one of 2 would take 0.8 of the memory. But they decode no faster, and read
+a prompt at half the speed.) There is no kernel for 16 bits on x86, so fp16 and bf16 are widened to
+fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,14 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from model.artifact import Tensor
-from model.quantize import QuantizedMatrix
+from model.quantize import INTEGER_BITS, QuantizedMatrix
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-CONTAINER_BITS: Mapping[int, int] = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 32, 32: 32}
+KERNEL_BITS = (2, 4, 8)
+"""The widths of codes that the newest MatMulNBits multiplies."""
 
-# Rows that are rounded to bytes at once: the transposed copy then writes whole cache lines.
+EXACT_BITS: Mapping[int, int] = dict.fromkeys((*INTEGER_BITS, 16, 32), 32)
+"""Stored to executed widths of products that do not round activations."""
+
+# With this many rows at once, the transposed copy writes whole cache lines.
 _STRIP_ROWS = 64
 
 
@@ -31,9 +36,10 @@ _STRIP_ROWS = 64
 class PackedMatrix:
     """A matrix [rows, columns] as MatMulNBits takes it.
 
-    codes: uint8 [rows, blocks, block_size * bits / 8], low bits first; scales: float32 [rows,
-    blocks]; zero_points: uint8 [rows, ceil(blocks * bits / 8)], packed like codes, or None where
-    all are 2^(bits - 1).
+    codes: uint8 [rows, blocks, block_size * bits / 8], low bits first.
+    scales: float32 [rows, blocks].
+    zero_points: uint8 [rows, ceil(blocks * bits / 8)], packed like codes. None: all are 2^(bits -
+        1).
     """
 
     columns: int
@@ -48,7 +54,8 @@ class PackedMatrix:
 class ByteMatrix:
     """A matrix [rows, columns] of signed bytes as DynamicQuantizeMatMul takes it.
 
-    codes: int8 [columns, rows], within +-127; scales: float32 [rows].
+    codes: int8 [columns, rows], within +-127.
+    scales: float32 [rows].
     """
 
     codes: npt.NDArray[np.int8]
@@ -56,18 +63,29 @@ class ByteMatrix:
 
 
 Matrix: TypeAlias = PackedMatrix | ByteMatrix | Array
-"""A packed matrix, one of bytes, or a dense one as float32 [rows, columns]."""
+"""A packed matrix, a matrix of bytes, or a dense one as float32 [rows, columns]."""
 
 
-def executable(stored: Tensor, *, exact: bool) -> Matrix:
-    """A stored matrix in the form it is executed in; values are exactly the stored ones.
+def containers(kernels: Collection[int]) -> dict[int, int]:
+    """Map stored to executed widths, for a runtime whose MatMulNBits has ``kernels`` of these bits.
 
-    exact: as fp32, because the packed kernels round activations.
+    Codes take the narrowest kernel that holds them, and run as fp32 if none does.
+    """
+    return dict(EXACT_BITS) | {
+        bits: min((kernel for kernel in kernels if kernel >= bits), default=32)
+        for bits in INTEGER_BITS
+    }
+
+
+def executable(stored: Tensor, containers: Mapping[int, int]) -> Matrix:
+    """Return a stored matrix in its executed form, with the same values.
+
+    ``containers`` maps its stored width to the executed one. 32 is fp32.
     """
     if not isinstance(stored, QuantizedMatrix):
         return stored
-    bits = CONTAINER_BITS[stored.format.bits]
-    if exact or bits == 32:
+    bits = containers[stored.format.bits]
+    if bits == 32:
         return stored.dequantize()
     codes, zeros = stored.in_container(bits)
     centred = stored.format.symmetric and stored.format.bits == bits
@@ -82,8 +100,7 @@ def executable(stored: Tensor, *, exact: bool) -> Matrix:
 
 
 def bytes_of(stored: QuantizedMatrix) -> ByteMatrix:
-    """A stored matrix rounded to nearest at one scale per row: no value is further than
-    max|row| / 254 from the stored one."""
+    """Round a stored matrix to nearest at one scale per row, within max|row| / 254."""
     rows, columns = stored.shape
     codes = np.empty((columns, rows), np.int8)
     scales = np.empty(rows, np.float32)
@@ -98,7 +115,7 @@ def bytes_of(stored: QuantizedMatrix) -> ByteMatrix:
 
 
 def stack_rows(matrices: Sequence[Matrix]) -> Matrix | None:
-    """One matrix with the rows of all, or None where their layouts differ."""
+    """Stack the rows of all matrices in one, or return None if their layouts differ."""
     if len(matrices) == 1:
         return matrices[0]
     narrow = [matrix for matrix in matrices if isinstance(matrix, ByteMatrix)]

@@ -1,9 +1,9 @@
-"""Graphs on disk with their weights as kernels read them, to be mapped instead of built.
+"""Graphs on disk whose weights are in the kernels' order, to be mapped instead of built.
 
 ONNX Runtime rearranges weights when it makes a session, and holds them twice meanwhile. Here that
-is done piece by piece, each saved with what the runtime made of its weights; then the pieces are
-joined into one graph, whose session maps all their files. So memory beyond the weights is bounded
-by a piece, the weights are the page cache's, and loading again is reading.
+is done piece by piece. Each piece is saved with its rearranged weights. Then the pieces are joined
+into one graph, whose session maps all their files. So the memory beyond the weights is that of one
+piece, the page cache holds the weights, and loading again only reads.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ from backends.onnx_session import (
     session_options,
 )
 from model.artifact import file_sha256
+from model.bounded import read_json
 from model.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 DISK_FACTOR = 2.1
-"""Bytes on disk over those of the weights: the runtime keeps them as given and rearranged."""
+"""Bytes on disk over those of the weights, because the runtime keeps them in both orders."""
 
 _GRAPH_FILE = "graph.onnx"
 _FACTS_FILE = "facts.json"
 
 _INLINE_BYTES = "128"
-"""Smaller tensors stay in the graph: sizes that it needs to be read at all."""
+"""Smaller tensors stay in the graph. The runtime needs such sizes to read the graph at all."""
 
 _CACHES = re.compile(r"(past_key|past_value|key|value)_(\d+)")
 _SHARED = ("", "seqlens_k", "total")
@@ -65,19 +66,21 @@ class Prepared:
         self._used: dict[str, int] = {}
         self._made: set[str] = set()
         self.opened: dict[Path, str] = {}
-        """Weights in use that were there before, with the SHA-256 that they were written with."""
+        """The opened weights of earlier loads, with the SHA-256 at the time of writing."""
 
     @staticmethod
     def key(content: Mapping[str, Any]) -> str:
-        """The name of what is made from ``content`` (plain values) by this code, this version of
-        the runtime and on this kind of processor: all that the bytes depend on."""
+        """Return the name of the weights that are made from ``content`` (plain values).
+
+        It covers everything that the bytes depend on: this code, the runtime's version and the kind
+        of processor.
+        """
         made_by = {"runtime": ort.__version__, "code": _code_sha256(), "processor": _processor()}
         text = json.dumps([content, made_by], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def open(self, key: str, threads: int) -> tuple[Any, int] | None:
-        """(session, bytes of its weights as executed); None where there is none, or a damaged
-        one."""
+        """Return (session, bytes of weights as executed), or None if missing or damaged."""
         home = self._directory / key
         if not home.exists():
             return None
@@ -110,16 +113,18 @@ class Prepared:
         return session, executed_bytes
 
     def keep(self, key: str, pieces: Iterable[Graph], needed_bytes: int) -> bool:
-        """Save graphs that follow one another as one; False where the disk or the limit has no
-        room for ``needed_bytes`` of weights, or the disk fails."""
+        """Save consecutive graphs as one. False if they do not fit or the disk fails.
+
+        Their weights take ``needed_bytes``.
+        """
         needed_bytes = int(DISK_FACTOR * needed_bytes)
         kept_bytes = sum(self._used.values())
         if self._limit_bytes is not None and kept_bytes + needed_bytes > self._limit_bytes:
             return False
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self.drop_others()  # They are not both kept, not even meanwhile.
-            # Leave as much free again: other files have to fit as well.
+            self.drop_others()  # The limit has no room for both, even for a moment.
+            # Other files need as much free space again.
             if shutil.disk_usage(self._directory).free < 2 * needed_bytes:
                 return False
             with tempfile.TemporaryDirectory(dir=self._directory, prefix=".new-") as name:
@@ -134,7 +139,7 @@ class Prepared:
         return True
 
     def drop_others(self) -> None:
-        """Remove what has not been opened through this object."""
+        """Remove the graphs that were not opened through this object."""
         with contextlib.suppress(OSError):
             for path in self._directory.iterdir():
                 if path.name not in self._used:
@@ -142,7 +147,7 @@ class Prepared:
 
 
 def _write(home: Path, pieces: Iterable[Graph]) -> None:
-    # While the next piece is made on one core, another one hashes.
+    # One core hashes a piece while another makes the next one.
     with ThreadPoolExecutor(1, "hash") as hashing:
         digests: dict[str, Future[str]] = {}
         models, executed_bytes = _write_pieces(home, pieces, hashing, digests)
@@ -150,7 +155,7 @@ def _write(home: Path, pieces: Iterable[Graph]) -> None:
         digests[_GRAPH_FILE] = hashing.submit(file_sha256, home / _GRAPH_FILE)
         files = {}
         for path in home.iterdir():
-            # A power cut must not leave a file of the right size with holes in it.
+            # After a power cut the file must not have the right size and holes.
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             files[path.name] = [path.stat().st_size, digests[path.name].result()]
@@ -160,7 +165,7 @@ def _write(home: Path, pieces: Iterable[Graph]) -> None:
 def _write_pieces(
     home: Path, pieces: Iterable[Graph], hashing: Executor, digests: dict[str, Future[str]]
 ) -> tuple[list[onnx.ModelProto], int]:
-    """Save each piece's weights; (graphs, bytes as executed). ``digests`` gets their hashes."""
+    """Save each piece's weights; return (graphs, bytes as executed). Fills ``digests``."""
     models, executed_bytes = [], 0
     for number, graph in enumerate(pieces):
         executed_bytes += graph.executed_bytes
@@ -181,7 +186,7 @@ def _write_pieces(
         models.append(model)
         part.unlink()
         weights = home / f"weights-{number}.bin"
-        if weights.exists():  # All weights of a very small piece are in its graph.
+        if weights.exists():  # The weights of a very small piece are all in its graph.
             digests[weights.name] = hashing.submit(file_sha256, weights)
     return models, executed_bytes
 
@@ -193,15 +198,15 @@ def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _read_facts(path: Path) -> Any:
-    """Raises OSError, or ValueError, KeyError, TypeError where they are damaged."""
-    sealed = json.loads(path.read_text(encoding="ascii"))
+    """Read the facts. Raises OSError, or ValueError, KeyError, TypeError if they are damaged."""
+    sealed = read_json(path)
     if hashlib.sha256(sealed["facts"].encode()).hexdigest() != sealed["sha256"]:
         raise ValueError("the facts are damaged")
     return json.loads(sealed["facts"])
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, or leave it where that fails."""
+    """Remove a file or a folder. Leave it if that fails."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -210,10 +215,10 @@ def remove(path: Path) -> None:
 
 
 def _output(session: Any) -> npt.NDArray[np.float32]:
-    """What a session makes of one row without a past.
+    """Return a session's output for one row without a past.
 
-    The runtime (1.31) is not to be trusted with what it saves: of matrices with inline scales, and
-    of some small ones of 2 bits, what it reads back are other weights.
+    This checks the runtime (1.31), which saves some weights wrongly. It reads back other weights
+    for matrices with inline scales and for some small matrices of 2 bits.
     """
     values: dict[str, npt.NDArray[Any]] = {}
     for value in session.get_inputs():
@@ -228,14 +233,14 @@ def _output(session: Any) -> npt.NDArray[np.float32]:
 
 
 class _Differs(Exception):
-    """What was saved does not compute what it was made from."""
+    """The saved graph computes something else than the graph it was made from."""
 
 
 def joined(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
-    """One model of those whose ``hidden`` is the ``output`` of the one before.
+    """Join models, each of whose ``output`` is the next one's ``hidden``.
 
-    Caches are numbered on; ``seqlens_k`` and ``total`` are one input; all else gets names of its
-    own.
+    Caches are numbered throughout. ``seqlens_k`` and ``total`` are shared. All other names become
+    distinct.
     """
     result = onnx.ModelProto()
     result.CopyFrom(models[0])
@@ -270,7 +275,7 @@ def joined(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 class _Names:
-    """What the names of one of several joined models become."""
+    """Maps the names of one of several joined models to new names."""
 
     def __init__(self, number: int, layers: int, *, last: bool) -> None:
         self._number, self._layers, self._last = number, layers, last
@@ -297,7 +302,7 @@ def _code_sha256() -> str:
 
 @functools.lru_cache(maxsize=1)
 def _processor() -> str:
-    """The instruction sets, which decide on the kernels and so on the arrangement."""
+    """Return the instruction sets, which decide the kernels and so the order of weights."""
     lines = {platform.machine()}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime's CPU provider, and what its threads need."""
+"""Sessions of ONNX Runtime's CPU provider, and the settings of its threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import mmap
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from backends.base import BackendError
 from backends.onnx_graph import MICROSOFT, Graph
-from backends.onnx_matrix import ByteMatrix
+from backends.onnx_matrix import KERNEL_BITS, ByteMatrix, containers, executable
+from model.quantize import Format, quantize
 
 _FATAL = 4
-"""Log severity: failures come as exceptions, and are reported once by whoever catches them."""
+"""The log severity. Failures come as exceptions, which the catching code reports once."""
 
 PROVIDERS = ["CPUExecutionProvider"]
 ERRORS = (
@@ -40,8 +41,8 @@ ERRORS = (
     MemoryError,
 )
 
-# fenv_t of glibc: its bytes, where the control word of the vector unit is, and the bits in it that
-# flush denormals, results and operands: DAZ and FTZ of MXCSR, FZ of FPCR.
+# glibc's fenv_t: its size, the offset of the vector unit's control word, and the bits that flush
+# denormals (DAZ and FTZ of MXCSR, FZ of FPCR).
 _MODES = {"x86_64": (32, 28, 0x8040), "aarch64": (8, 0, 1 << 24)}
 _MODE = _MODES.get(platform.machine()) if platform.libc_ver()[0] == "glibc" else None
 _MATH = ctypes.CDLL("libm.so.6") if _MODE is not None else ctypes.CDLL(None)
@@ -54,23 +55,23 @@ _ONE = np.array([1.0], np.float32)
 
 
 def new_session(graph: Graph, threads: int) -> Any:
-    """An InferenceSession that has taken over the graph's weights."""
+    """Make an InferenceSession that takes over the graph's weights."""
     return session_of(graph, session_options(threads))
 
 
 def session_options(threads: int) -> Any:
     """The settings that every session shares."""
-    # numpy probes the smallest denormals once, which must be before they read as zero.
+    # numpy probes the smallest denormals once, which must happen before they read as zero.
     for dtype in (np.float16, np.float32, np.float64):
         np.finfo(dtype)
-    # On some boards the runtime complains of processors that it does not know, to no effect.
+    # On some boards the runtime warns of unknown processors, to no effect.
     ort.set_default_logger_severity(_FATAL)
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Waiting threads sleep: spinning gains a few microseconds per operator on an idle machine, and
-    # loses a quarter of the speed where another process wants a core.
+    # Waiting threads sleep. Spinning gains a few microseconds per operator on an idle machine, but
+    # loses a quarter of the speed if another process wants a core.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Hidden states that decay towards zero would otherwise halve the speed.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
@@ -78,9 +79,9 @@ def session_options(threads: int) -> Any:
 
 
 def session_of(graph: Graph, options: Any) -> Any:
-    """As ``new_session``, with ``session_options`` to which something was added."""
+    """Make a session as ``new_session`` does, with extended ``session_options``."""
     serialized = graph.serialized()
-    # The runtime copies what it keeps, so that the arrays may go once the session exists.
+    # The runtime copies what it keeps, so the arrays may go once the session exists.
     weights, graph.weights = graph.weights, {}
     values = [
         ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in weights.values()
@@ -93,9 +94,9 @@ def session_of(graph: Graph, options: Any) -> Any:
 def flush_denormals() -> None:
     """Let the calling thread read denormals as zero, as the runtime's own threads do.
 
-    The runtime sets this once, in the thread that makes the first session of the process, and a
-    stage may run in another, which computes its share of every operator: at long contexts a
-    decisive one. On other processors and C libraries than those known here nothing happens.
+    The runtime sets this once, in the thread that makes the first session of the process. A stage
+    may run in another thread, which computes its share of every operator. At long contexts this
+    share decides the speed. Unknown processors and C libraries are left as they are.
     """
     if (_DENORMAL * _ONE)[0] and _MODE is not None:
         size, offset, bits = _MODE
@@ -108,9 +109,10 @@ def flush_denormals() -> None:
 
 @functools.lru_cache(maxsize=1)
 def window_offset() -> int:
-    """Positions that GroupQueryAttention sees beyond ``local_window_size``; depends on the version.
+    """Return the positions that GroupQueryAttention sees beyond ``local_window_size``.
 
-    Measured on a head whose values are the unit vectors and whose scores are all equal.
+    They depend on the version. They are measured on a head whose values are the unit vectors and
+    whose scores are all equal.
     """
     width, window, rows = 8, 3, 6
     graph = Graph()
@@ -142,9 +144,36 @@ def window_offset() -> int:
 
 
 @functools.lru_cache(maxsize=1)
+def container_bits() -> Mapping[int, int]:
+    """Map stored to executed widths, with the kernels of the installed runtime.
+
+    The operator's documentation does not say which version brought which width. So each kernel is
+    tried once on a small matrix.
+    """
+    return containers([bits for bits in KERNEL_BITS if _multiplies(bits)])
+
+
+def _multiplies(bits: int) -> bool:
+    """Whether the runtime multiplies codes of this width correctly."""
+    stored = quantize(np.eye(64, dtype=np.float32), Format.of(bits))
+    graph = Graph()
+    value = graph.input("hidden", TensorProto.FLOAT, (1, 1, 64))
+    product = graph.linear(value, executable(stored, {bits: bits}))
+    graph.output(product, "output", TensorProto.FLOAT, (1, 1, 64))
+    row = np.linspace(-1, 1, 64, dtype=np.float32)
+    try:
+        (result,) = new_session(graph, 1).run(["output"], {"hidden": row[None, None]})
+    except ERRORS:
+        return False
+    return bool(np.allclose(result[0, 0], stored.dequantize() @ row, atol=0.05))
+
+
+@functools.lru_cache(maxsize=1)
 def sums_bytes_exactly() -> bool:
-    """Whether sums of products of bytes are exact: x86 processors without VNNI add pairs of them in
-    16 bits, which is too narrow."""
+    """Whether sums of byte products are exact.
+
+    x86 processors without VNNI add pairs of them in 16 bits, which is too narrow.
+    """
     columns = 64
     graph = Graph()
     value = graph.input("hidden", TensorProto.FLOAT, (1, 1, columns))
@@ -159,17 +188,17 @@ def sums_bytes_exactly() -> bool:
 
 
 def return_free_memory() -> None:
-    """Give the heap that loading leaves behind back to the system: as much as the weights again."""
+    """Return the freed heap to the system. After a load it is as large as the weights."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def release_mapped(directory: Path) -> None:
-    """Let go of what this process has mapped of the files in ``directory``; it is mapped again when
-    it is read. A session is made from tensors that no kernel looks at afterwards.
+    """Unmap the pages of the files in ``directory``. They are mapped again when they are read.
 
-    Linux only; elsewhere, and for what was changed in memory, nothing happens.
+    A session is made from tensors that no kernel reads later. Linux only; elsewhere, and for pages
+    that were changed in memory, nothing happens.
     """
     begin, size, mapped = 0, 0, False
     with contextlib.suppress(OSError), Path("/proc/self/smaps").open(encoding="utf-8") as regions:
@@ -185,7 +214,7 @@ def release_mapped(directory: Path) -> None:
 
 @contextmanager
 def translated(context: str) -> Iterator[None]:
-    """The runtime's exceptions as BackendError in one line."""
+    """Turn the runtime's exceptions into BackendError with one line."""
     try:
         yield
     except ERRORS as error:

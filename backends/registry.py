@@ -1,4 +1,4 @@
-"""The table of backends: name -> where it lives. Imported only when selected."""
+"""The table of backends: name -> module and class. A backend is imported when it is selected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BACKENDS: dict[str, str] = {
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The backend called ``name``. Raises BackendUnavailable naming the known ones."""
+    """Return the backend called ``name``. Raises BackendUnavailable that names the known ones."""
     module_name, class_name = require_known(name).split(":")
     try:
         module = importlib.import_module(module_name)
@@ -28,7 +28,7 @@ def backend_class(name: str) -> type[Backend]:
 
 
 def require_known(name: str) -> str:
-    """``module:class`` of the backend called ``name``, not imported. Raises BackendUnavailable."""
+    """Return ``module:class`` of the backend ``name`` without import. Raises BackendUnavailable."""
     location = BACKENDS.get(name)
     if location is None:
         raise BackendUnavailable(name, f"unknown; known are {', '.join(sorted(BACKENDS))}")
@@ -36,7 +36,7 @@ def require_known(name: str) -> str:
 
 
 def probe_all() -> dict[str, Capabilities | BackendUnavailable]:
-    """Each backend's capabilities, or why it is not available."""
+    """Return each backend's capabilities, or why it is not available."""
     results: dict[str, Capabilities | BackendUnavailable] = {}
     for name in BACKENDS:
         try:
@@ -47,7 +47,7 @@ def probe_all() -> dict[str, Capabilities | BackendUnavailable]:
 
 
 def makers() -> dict[str, str]:
-    """Backends whose files can be made here, with the version of what makes them."""
+    """Return the backends whose files can be made here, with the version of the tool."""
     found: dict[str, str] = {}
     for name in BACKENDS:
         with contextlib.suppress(BackendError):

@@ -1,8 +1,7 @@
-"""NVIDIA GPUs, Jetson included, by PyTorch; and the same code on any CPU, as ``torch_cpu``.
+"""NVIDIA GPUs, Jetson included, by PyTorch. ``torch_cpu`` is the same code on any CPU.
 
-Two entries of the registry, so that nobody takes one for the other: ``torch_cuda`` never falls back
-to the CPU. torch is imported when it is asked for, because every error of that import has its own
-remedy.
+They are two entries of the registry, so that ``torch_cuda`` never falls back to the CPU unnoticed.
+torch is imported on request, because every error of that import has its own remedy.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 GPU_CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 16, 32: 32}
 CPU_CONTAINER_BITS = GPU_CONTAINER_BITS | {16: 32}
-"""A CPU, or an exact stage, multiplies in fp32, so that results equal the reference."""
+"""A CPU, or an exact stage, multiplies in fp32, so that its results equal the reference."""
 
 READ_PROBE_BYTES = 1 << 30
 """Larger than the cache of any GPU, so that the probe reads memory."""
@@ -62,8 +61,8 @@ class TorchCudaBackend(Backend):
         torch = _torch("torch_cuda")
         check_gpu(torch)
         if is_integrated(torch.cuda.get_device_properties(0)):
-            # Shared with the CPU: what the system has available is what there is, and it already
-            # lacks what CUDA took when it started.
+            # The GPU shares memory with the CPU. The system's available memory already lacks CUDA's
+            # part.
             return None
         free, total = torch.cuda.mem_get_info(0)
         return int(free), int(total)
@@ -97,7 +96,7 @@ class TorchCudaBackend(Backend):
 
 
 class TorchCpuBackend(Backend):
-    """The processor, by the code of the GPU backend without graphs: slower than ``onnx_cpu``."""
+    """The processor, by the GPU backend's code without graphs. Slower than ``onnx_cpu``."""
 
     @classmethod
     def probe(cls) -> Capabilities:
@@ -114,7 +113,7 @@ class TorchCpuBackend(Backend):
 
 
 def is_integrated(gpu: Any, device_tree: Path = _DEVICE_TREE) -> bool:
-    """Whether a GPU has no memory of its own: what CUDA says of it, or the board is a Jetson."""
+    """Whether a GPU has no memory of its own, by CUDA's report or because the board is a Jetson."""
     if getattr(gpu, "is_integrated", 0):
         return True
     try:
@@ -136,7 +135,7 @@ def _load(
 
 
 def _torch(backend: str) -> Any:
-    """The module. Raises BackendUnavailable with what to install."""
+    """Return the module torch. Raises BackendUnavailable that names what to install."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -145,7 +144,7 @@ def _torch(backend: str) -> Any:
             backend, f"{error.name} is not installed: pip install torch{board}"
         ) from error
     except (ImportError, OSError) as error:
-        # A wheel for another JetPack or another CUDA: the first line names the missing library.
+        # A wheel for another JetPack or CUDA. The first line names the missing library.
         raise BackendUnavailable(
             backend, f"torch does not load ({_line(error)}); install the build for this system"
         ) from error
@@ -166,7 +165,7 @@ def check_gpu(torch: Any) -> None:
         )
     try:
         with warnings.catch_warnings():
-            # Of drivers that are too old and GPUs that the build does not know; errors follow.
+            # Warnings of old drivers and unknown GPUs. Errors follow.
             warnings.simplefilter("ignore")
             torch.cuda.init()
             if int(torch.ones(1, device="cuda:0").add(1).item()) != 2:
@@ -176,14 +175,17 @@ def check_gpu(torch: Any) -> None:
 
 
 def triton_version() -> str:
-    """What the speed of quantized layers depends on; not imported, since that may fail."""
+    """Return Triton's version, which decides the speed of quantized layers.
+
+    Triton is not imported, because that may fail.
+    """
     if importlib.util.find_spec("triton") is None:
         return "no Triton"
     try:
         found = f"Triton {importlib.metadata.version('triton')}"
     except importlib.metadata.PackageNotFoundError:
         found = "Triton"
-    # Triton compiles what launches its kernels on the machine that runs them.
+    # Triton compiles the launchers of its kernels on the machine that runs them.
     compilers = (os.environ.get("CC"), "gcc", "clang")
     if not any(shutil.which(name) for name in compilers if name):
         found += " without a C compiler"

@@ -1,9 +1,9 @@
 """Triton kernels for packed weights: multiply without unpacking, or unpack in one pass.
 
-Imported only where Triton is installed and a device can run it; whether a kernel is used is
-decided by comparing and timing it (backends.torch_matmul). A kernel may name nothing of Python but
-what is Triton's, in annotations either. Both take words that hold 32 / BITS
-codes each, low bits first, and scales and zeros with a stride of 0 where they do not change.
+This module is imported only if Triton is installed and a device can run it. backends.torch_matmul
+compares and times a kernel before it uses it. A kernel may use only Triton's names, even in
+annotations. Both kernels take words of 32 / BITS codes, low bits first. Scales and zeros that do
+not change have a stride of 0.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def _gemv(
     OUTPUTS: tl.constexpr,
     WORDS: tl.constexpr,
 ) -> None:
-    """One program: OUTPUTS outputs of one row of x. Sums in fp32."""
+    """Compute OUTPUTS outputs of one row of x in one program. Sums are fp32."""
     PER_WORD: tl.constexpr = 32 // BITS
     MASK: tl.constexpr = (1 << BITS) - 1
     # Programs that read the same weights for different rows of x run next to each other.
     row = tl.program_id(0)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     output_exists = output < outputs
-    wide = output.to(tl.int64)  # Offsets into a large head leave 32 bits.
+    wide = output.to(tl.int64)  # Offsets into a large head exceed 32 bits.
     code = tl.arange(0, PER_WORD)
     sums = tl.zeros((OUTPUTS, WORDS), dtype=tl.float32)
     for first in range(0, row_words, WORDS):
@@ -63,8 +63,9 @@ def _gemv(
         ).to(tl.float32)
         column = word[:, None] * PER_WORD + code[None, :]  # [WORDS, PER_WORD]
         values = tl.load(x + row * columns + column, mask=column < columns, other=0.0)
-        # The sign that a right shift drags in is masked away. As the low bits of the float 2^23, a
-        # code is 2^23 + code: one logical operation, where conversions run at a fraction of it.
+        # The mask removes the sign that a right shift drags in. A code in the low bits of the float
+        # 2^23 reads as 2^23 + code. This is one logical operation, and conversions run at a
+        # fraction of its speed.
         codes = ((packed[:, :, None] >> (code * BITS)[None, None, :]) & MASK) | 0x4B000000
         steps = codes.to(tl.float32, bitcast=True) - (zero + 8388608.0)[:, :, None]  # exact
         sums += tl.sum(steps * values.to(tl.float32)[None, :, :], axis=2) * scale
@@ -91,7 +92,7 @@ def _unpack(
     GROUP_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
 ) -> None:
-    """One program: WORDS words of one row."""
+    """Unpack WORDS words of one row in one program."""
     PER_WORD: tl.constexpr = 32 // BITS
     MASK: tl.constexpr = (1 << BITS) - 1
     row = tl.program_id(0).to(tl.int64)
@@ -112,7 +113,7 @@ def _unpack(
     )
 
 
-# Not as decorators: those of an untyped library would leave the functions untyped.
+# Decorators of an untyped library would leave the functions untyped.
 gemv_kernel = triton.jit(_gemv)
 unpack_kernel = triton.jit(_unpack)
 
@@ -120,7 +121,7 @@ unpack_kernel = triton.jit(_unpack)
 def gemv(
     x: torch.Tensor, weight: PackedWeight, outputs_per_program: int, warps: int
 ) -> torch.Tensor:
-    """x [n, K] by the packed weight, to [n, N] of x's dtype; meant for few rows."""
+    """Multiply x [n, K] by the packed weight to [n, N] of x's dtype. Meant for few rows."""
     x = x.contiguous()
     outputs = weight.words.shape[0]
     result = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
@@ -146,7 +147,7 @@ def gemv(
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The values [N, K] in ``dtype``."""
+    """Return the values [N, K] in ``dtype``."""
     outputs, row_words = weight.words.shape
     result = torch.empty((outputs, weight.columns), dtype=dtype, device=weight.words.device)
     unpack_kernel[(outputs, triton.cdiv(row_words, _UNPACK_WORDS))](

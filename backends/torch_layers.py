@@ -1,9 +1,11 @@
 """The blocks of a stage on a torch device, from LayerSpec features alone.
 
-The residual stream is fp32 everywhere; each block multiplies and attends in its own dtype (fp16 on
-a GPU, fp32 on a CPU and for blocks stored at 32 bits). A *pass* says which rows of which sequences
-run, where their keys and values go and what each row sees: a prompt's chunk is known to the host,
-a decoded token only to the device, so that its pass can be captured once for every position.
+The residual stream is fp32 everywhere. Each block multiplies and attends in its own dtype: fp16 on
+a GPU, fp32 on a CPU and for blocks stored at 32 bits.
+
+A *pass* says which rows of which sequences run, where their keys and values go, and what each row
+sees. The host knows the positions of a prompt's chunk. Only the device knows those of decoded
+tokens, so that one captured graph serves every position.
 """
 
 from __future__ import annotations
@@ -34,29 +36,29 @@ class Pass(ABC):
     """Rows that run through a stage together."""
 
     def __init__(self, positions: torch.Tensor) -> None:
-        """positions: int64 [n], on the device."""
+        """``positions`` is int64 [n], on the device."""
         self.positions = positions
         self._masks: dict[tuple[int | None, int], torch.Tensor] = {}
         self._rotations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @abstractmethod
     def fold(self, heads: torch.Tensor) -> torch.Tensor:
-        """[n, heads, width] to [sequences, heads, rows of a sequence, width]."""
+        """Reshape [n, heads, width] to [sequences, heads, rows of a sequence, width]."""
 
     @abstractmethod
     def unfold(self, heads: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``fold``, with heads joined: to [n, heads * width]."""
+        """Invert ``fold`` and join the heads: [n, heads * width]."""
 
     @abstractmethod
     def store(self, cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Write rows [n, kv_heads, width]; what to see, [sequences, kv_heads, length, width]."""
+        """Write rows [n, kv_heads, width]; return visible [sequences, kv_heads, length, width]."""
 
     @abstractmethod
     def _visible(self, window: int | None) -> torch.Tensor:
-        """bool [sequences, 1, rows of a sequence, length]: which positions a row sees."""
+        """Return which positions a row sees: bool [sequences, 1, rows of a sequence, length]."""
 
     def mask(self, window: int | None, group: int) -> torch.Tensor:
-        """``_visible`` for ``group`` query heads laid end to end as rows of one."""
+        """Return ``_visible`` for ``group`` query heads laid end to end as rows of one."""
         key = window, group
         if key not in self._masks:
             self._masks[key] = self._visible(window).repeat(1, 1, group, 1)
@@ -65,7 +67,7 @@ class Pass(ABC):
     def rotation(
         self, table: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [n, 1, width / 2] of the rows, from a table that layers share."""
+        """Return cosines and sines [n, 1, width / 2] of the rows, from a shared table."""
         key = id(table[0])
         if key not in self._rotations:
             cos, sin = (part.index_select(0, self.positions)[:, None] for part in table)
@@ -98,10 +100,10 @@ class PromptPass(Pass):
 
 
 class TokenPass(Pass):
-    """One row of each of several sequences; nothing of it is known to the host but ``length``.
+    """One row of each of several sequences. The host knows only ``length``.
 
-    slots, positions: int64 [n]; each sees at most the first ``length`` positions of its slot.
-    ``only_slot`` saves the copy of the caches that several sequences need.
+    slots, positions: int64 [n]. Each row sees at most the first ``length`` positions of its slot.
+    only_slot: saves the copy of the caches that several sequences need.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class TokenPass(Pass):
 
 
 class EmbeddingTail:
-    """What follows the look-up of token rows, which the host does: projection and positions."""
+    """The device's part of an embedding: projection and positions. The host looks rows up."""
 
     def __init__(
         self,
@@ -155,7 +157,8 @@ class EmbeddingTail:
 class Layer:
     """A decoder layer: rows fp32 [n, hidden] to the same.
 
-    linears: ``qkv`` and ``o``, ``up`` (``gate_up`` where gated) and ``down``. vectors: fp32.
+    linears: ``qkv`` and ``o``, ``up`` (``gate_up`` if gated) and ``down``.
+    vectors: fp32.
     rotary: the layer's table of cosines and sines, each [context, head_dim / 2].
     """
 
@@ -183,7 +186,7 @@ class Layer:
         return self._norm("mlp_norm", hidden + self._mlp(hidden))
 
     def empty(self, slots: Sequence[int]) -> None:
-        """Forget what the slots' caches hold."""
+        """Clear the slots' caches."""
         for slot in slots:
             self._cache.keys[slot].zero_()
             self._cache.values[slot].zero_()
@@ -202,7 +205,8 @@ class Layer:
             query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         keys = rows.store(self._cache.keys, key.to(self._dtype))
         values = rows.store(self._cache.values, value)
-        # Query heads that share a key head become rows of one head: no copy of keys and values.
+        # Query heads that share a key head become rows of one head, which saves a copy of the
+        # cache.
         group = spec.heads // spec.kv_heads
         folded = rows.fold(query.to(self._dtype))  # [sequences, heads, rows, width]
         sequences, _, count, _ = folded.shape
@@ -259,7 +263,7 @@ class Head:
 
 
 def norm(rows: torch.Tensor, vectors: Vectors, name: str, epsilon: float) -> torch.Tensor:
-    """Layer norm where the block has a bias for it, else RMS norm; over the last dimension."""
+    """Apply layer norm if the block has a bias for it, else RMS norm, over the last dimension."""
     weight, bias = vectors[f"{name}.weight"], vectors.get(f"{name}.bias")
     if bias is None:
         return functional.rms_norm(rows, weight.shape, weight, epsilon)
@@ -267,7 +271,7 @@ def norm(rows: torch.Tensor, vectors: Vectors, name: str, epsilon: float) -> tor
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """heads [n, heads, width]; computed in fp32, because cos and sin are."""
+    """Rotate heads [n, heads, width] in fp32, the type of cos and sin."""
     first, second = heads.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

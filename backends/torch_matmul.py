@@ -1,8 +1,8 @@
 """Products with quantized weights on a torch device: several ways, chosen by measuring.
 
-A *form* is a way to keep a matrix; it has one or more kernels. The first matrix of each layout is
-kept in every form that may be, every kernel is compared with the plain one, and the fastest serves
-all matrices of that layout:
+A *form* is a way to keep a matrix. It has one or more kernels. The first matrix of each layout is
+kept in every possible form, and every kernel is compared with the plain one. The fastest kernel
+serves all matrices of that layout:
 
     packed    codes and scales as stored. Kernels: Triton multiplies without unpacking (few rows);
               Triton unpacks, then torch multiplies; torch does both (always works)
@@ -10,7 +10,9 @@ all matrices of that layout:
               product's largest, see TOLERANCE), so never where a stage must be exact
     unpacked  unpacked once at load, where the stage's memory has room for it
 
-torch._weight_int8pack_mm is not among them: it takes one scale per row, ours have one per group.
+torch._weight_int8pack_mm is not among them. It takes one scale per row, and ours have one per
+group.
+
 Source: https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/int4mm.cu
 """
 
@@ -39,38 +41,44 @@ from backends.torch_packed import (
 log = logging.getLogger(__name__)
 
 FEW_ROWS = 8
-"""Up to here a product is limited by reading the weights."""
+"""Up to this many rows, reading the weights limits the speed of a product."""
 
 MEASURED_ROWS = (1, FEW_ROWS, 64)
-"""A token, tokens of several sequences, a chunk of a prompt."""
+"""The rows of a token, of several sequences' tokens, and of a prompt's chunk."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
-"""Largest error of a kernel against fp32, relative to the largest result. fp16 rounds a weight and
-a result by 2^-11 each."""
+"""The largest error of a kernel against fp32, relative to the largest result.
+
+fp16 rounds a weight and a result by 2^-11 each.
+"""
 
 INT4_TOLERANCE = 2e-2
 """bfloat16 rounds inputs, scales, zeros and results by 2^-9 each, which random signs average."""
 
 UNPACKED_WEIGHTS = 1 << 24
-"""Weights that Triton unpacks at once: few enough to hold, many enough to multiply fast with."""
+"""The weights that Triton unpacks at once: few enough to hold, many enough to multiply fast."""
 
 _REPEATS = 5
 
 _OPERATOR_ERRORS = (RuntimeError, AttributeError, TypeError, ValueError, MemoryError)
-"""What torch raises where an operator fails (also for lack of memory or of an implementation), is
-not there, or takes other arguments in this version."""
+"""The errors of a torch operator that fails, is absent or takes other arguments.
+
+An operator also fails for lack of memory or of an implementation.
+"""
 
 _IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
-"""What a broken or unfitting Triton raises when it is imported and its kernels are declared: parts
-that are missing or do not load, no driver, an interface of another version."""
+"""The errors of a broken or unfitting Triton, at its import and when its kernels are declared.
+
+Parts may be missing or fail to load, the driver may be missing, or its interface may differ.
+"""
 
 Kernel = Callable[[torch.Tensor, Any], torch.Tensor]
-"""x [n, K] and a matrix [N, K] in the kernel's form, to [n, N] of x's dtype."""
+"""Multiplies x [n, K] by a matrix [N, K] in the kernel's form, to [n, N] of x's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Int4Weight:
-    """What torch's 4-bit product takes: its own tiles, and [G, N, 2] of scales and offsets."""
+    """The operands of torch's 4-bit product: its own tiles, and [G, N, 2] of scales and offsets."""
 
     tiles: torch.Tensor
     scales_and_offsets: torch.Tensor
@@ -79,7 +87,7 @@ class Int4Weight:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A way to keep a packed matrix, with the kernels that multiply with it by name."""
+    """A way to keep a packed matrix, and its kernels by name."""
 
     name: str
     convert: Callable[[PackedWeight], Any]
@@ -116,21 +124,21 @@ class Linear:
 
 
 def unpacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """Of a matrix stored as plain numbers."""
+    """Return the product with a matrix that is stored as plain numbers."""
     return Linear(weight, (_multiply_unpacked,) * 3, bias, held_bytes(weight))
 
 
 class KernelChooser:
-    """Makes packed matrices into ``Linear``, by measuring each layout once."""
+    """Makes packed matrices into ``Linear``, and measures each layout once."""
 
     def __init__(self, device: torch.device, *, exact: bool, roomy: bool) -> None:
-        """``roomy``: matrices may take more memory than their packed codes do."""
+        """``roomy`` means that matrices may take more memory than their packed codes."""
         self._device = device
         self._exact = exact
         self._roomy = roomy
         self._choices: dict[tuple[object, ...], Choice] = {}
         self.scratch_bytes = 0
-        """What the kernels chosen so far take while they run, on a CPU."""
+        """The memory that the chosen kernels take while they run, on a CPU."""
 
     def linear(self, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
         layout = (weight.shape, weight.bits, weight.group_size, weight.scales.dtype, dtype)
@@ -174,7 +182,7 @@ class KernelChooser:
     def _measure(
         self, form: Form, weight: PackedWeight, dtype: torch.dtype
     ) -> tuple[float, Choice] | None:
-        """(seconds of one row, the best kernels); None where no kernel of the form is right."""
+        """Return (seconds of one row, the best kernels), or None if no kernel is right."""
         try:
             held = form.convert(weight)
         except _OPERATOR_ERRORS as error:
@@ -192,14 +200,14 @@ class KernelChooser:
     def _times(
         self, form: Form, name: str, held: Any, weight: PackedWeight, dtype: torch.dtype
     ) -> list[float]:
-        """Seconds at each of MEASURED_ROWS, or infinity for all where the kernel fails."""
+        """Return seconds at each of MEASURED_ROWS, or infinities if the kernel fails."""
         kernel, times = form.kernels[name], []
         generator = torch.Generator().manual_seed(0)
         try:
             for rows in MEASURED_ROWS:
                 x = torch.randn((rows, weight.columns), generator=generator).to(self._device, dtype)
                 with warnings.catch_warnings():
-                    # Of compilers, about what nobody here can change.
+                    # Compiler warnings that no user here can act on.
                     warnings.simplefilter("ignore")
                     kernel(x, held)
                 error = _error(kernel(x, held), _multiply_plainly(x.float(), weight))
@@ -207,15 +215,15 @@ class KernelChooser:
                     raise ArithmeticError(f"its results are off by {error:.2g}")
                 times.append(_seconds(functools.partial(kernel, x, held), self._device))
         except Exception as failure:
-            # Triton's compiler, its C compiler and drivers have exceptions of their own, which are
-            # no subclasses of anything; any failure costs this path only.
+            # Triton's compiler, its C compiler and drivers raise exceptions without a common base
+            # class. Any failure costs only this kernel.
             _give_up(f"{form.name}/{name}", failure)
             return [math.inf] * len(MEASURED_ROWS)
         return times
 
 
 def candidate_forms(device: torch.device, dtype: torch.dtype, *, exact: bool) -> list[Form]:
-    """The forms to measure; the first is ``packed``, which has a kernel that always works."""
+    """Return the forms to measure. The first is ``packed``, whose plain kernel always works."""
     kernels: dict[str, Kernel] = {"torch": _multiply_plainly}
     triton_kernels = load_triton(device)
     if triton_kernels is not None:
@@ -237,7 +245,7 @@ def candidate_forms(device: torch.device, dtype: torch.dtype, *, exact: bool) ->
 
 @functools.cache
 def load_triton(device: torch.device) -> Any | None:
-    """The module of Triton kernels, or None (said once, in the log) where there can be none."""
+    """Return the module of Triton kernels, or None with one log line if it is not usable."""
     if device.type != "cuda":
         return None
     try:
@@ -252,7 +260,7 @@ def load_triton(device: torch.device) -> Any | None:
 
 
 def weight_bytes(held: Any) -> int:
-    """Bytes of a matrix in its form."""
+    """Return the bytes of a matrix in its form."""
     if isinstance(held, PackedWeight):
         return held.nbytes
     if isinstance(held, Int4Weight):
@@ -305,7 +313,7 @@ def _int4_cuda(weight: PackedWeight) -> Int4Weight:
 
 
 def _scales_and_offsets(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """[G, N, 2] so that value = (code - 8) * scale + offset."""
+    """Return [G, N, 2] so that value = (code - 8) * scale + offset."""
     scales = weight.scales.float()
     offsets = (8 - weight.zeros.float()) * scales
     return torch.stack([scales.T, offsets.T], dim=-1).to(dtype).contiguous()
@@ -361,7 +369,7 @@ def _multiply_int4_cuda(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
 def _multiply_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == x.dtype:
         return functional.linear(x, weight)
-    # Wider than the rest, because fp16 does not hold its values.
+    # The weight may be wider than x, because fp16 does not hold its values.
     return functional.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
@@ -369,13 +377,13 @@ def _multiply_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference relative to the largest value; NaN where ``actual`` has one."""
+    """Return the largest difference relative to the largest value. NaN if ``actual`` has one."""
     scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return float((actual.float() - expected).abs().max() / scale)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Least seconds of a call. It has run once: compiled, and with its memory allocated."""
+    """Return the least seconds of a call that is compiled and has its memory already."""
     best_s = math.inf
     for _ in range(_REPEATS):
         _finish(device)

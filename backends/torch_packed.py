@@ -13,21 +13,22 @@ import torch
 from model.quantize import QuantizedMatrix
 
 CONTAINERS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
-"""Width in memory of each integer format: those that fill a 32-bit word."""
+"""Maps each integer format to its width in memory, which divides a 32-bit word."""
 
 STRIP_WEIGHTS = 1 << 20
-"""Weights that torch unpacks at once: bounds what a product takes besides its operands."""
+"""The weights that torch unpacks at once. This bounds a product's memory besides its operands."""
 
 STRIP_WEIGHT_BYTES = 16
-"""What it takes for each of them meanwhile: shifted, masked and offset codes, values."""
+"""The bytes that each of them takes meanwhile: shifted, masked and offset codes, and values."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A matrix [N, columns] of codes below 2^bits: value = (code - zero) * scale.
 
-    words: int32 [N, W], 32 / bits codes each, low bits first; rows are padded to whole groups.
-    scales: float16 or float32 [N, G]; zeros: uint8 [N, G]. Both may be views that repeat one value.
+    words: int32 [N, W] of 32 / bits codes each, low bits first. Rows are padded to whole groups.
+    scales: float16 or float32 [N, G].
+    zeros: uint8 [N, G]. Both may be views that repeat one value.
     """
 
     columns: int
@@ -39,13 +40,13 @@ class PackedWeight:
 
     @staticmethod
     def of(matrices: Sequence[QuantizedMatrix], device: torch.device) -> PackedWeight:
-        """Matrices of one integer format and width, stacked by rows, without loss."""
+        """Stack matrices of one integer format and width by rows, without loss."""
         fmt, columns = matrices[0].format, matrices[0].shape[1]
         rows, groups = sum(matrix.shape[0] for matrix in matrices), fmt.groups(columns)
         bits = CONTAINERS[fmt.bits]
         words = [_words(matrix, bits).to(device) for matrix in matrices]
         if fmt.scheme == "truncate":
-            # One scale for all of a matrix.
+            # The whole matrix has one scale.
             scales = torch.cat([_tensor(matrix.scales()[:, :1], device) for matrix in matrices])
         else:
             scales = _cat_scales([_stored_scales(matrix, device) for matrix in matrices])
@@ -71,20 +72,20 @@ class PackedWeight:
         return sum(held_bytes(part) for part in (self.words, self.scales, self.zeros))
 
     def codes(self, rows: slice = slice(None)) -> torch.Tensor:
-        """int32 [n, G * group_size]."""
+        """Return the codes, int32 [n, G * group_size]."""
         shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=self.words.device)
         codes = (self.words[rows, :, None] >> shifts) & ((1 << self.bits) - 1)
         return codes.flatten(1)
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
-        """Values [n, columns]; computed in fp32, so that rounding to ``dtype`` is the only one."""
+        """Return values [n, columns], computed in fp32, so that ``dtype`` is the only rounding."""
         zeros, scales = self.zeros[rows, :, None], self.scales[rows, :, None]
         steps = self.codes(rows).unflatten(1, (-1, self.group_size)) - zeros.to(torch.int32)
         values = steps.to(torch.float32) * scales
         return values.flatten(1)[:, : self.columns].to(dtype)
 
     def part(self, rows: slice) -> PackedWeight:
-        """A view of some rows."""
+        """Return a view of some rows."""
         return PackedWeight(
             self.columns,
             self.bits,
@@ -95,7 +96,7 @@ class PackedWeight:
         )
 
     def strips(self, weights: int = STRIP_WEIGHTS) -> Iterator[slice]:
-        """Row ranges of about so many weights."""
+        """Yield row ranges of about this many weights."""
         rows = self.words.shape[0]
         step = max(1, weights // self.columns)
         for first in range(0, rows, step):
@@ -105,9 +106,9 @@ class PackedWeight:
 def plain_weight(
     matrices: Sequence[QuantizedMatrix], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Matrices of a float format stacked by rows, in ``dtype``.
+    """Stack matrices of a float format by rows, in ``dtype``.
 
-    In fp32 where fp16 would overflow, which weights stored as bf16 may.
+    The result is fp32 if fp16 would overflow, as weights stored as bf16 may.
     """
     weight = torch.cat([_tensor(matrix.dequantize(), device) for matrix in matrices])
     narrow = weight.to(dtype)
@@ -115,13 +116,13 @@ def plain_weight(
 
 
 def held_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the memory behind a tensor, which a repeating view does not add to."""
+    """Return the bytes of the memory behind a tensor. A repeating view adds none."""
     return int(tensor.untyped_storage().nbytes())
 
 
 def _words(matrix: QuantizedMatrix, bits: int) -> torch.Tensor:
     codes, _ = matrix.in_container(bits)
-    # Low bits first in each byte, and bytes in order: a little-endian word is low bits first too.
+    # Bytes have low bits first and are in order, so a little-endian word has low bits first too.
     return torch.from_numpy(np.array(codes).reshape(len(codes), -1).view("<i4"))
 
 
@@ -137,5 +138,5 @@ def _cat_scales(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _tensor(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A copy on the device: stored arrays are mapped files, which must not be written to."""
+    """Copy an array to the device. Stored arrays are mapped files, which must not be written."""
     return torch.from_numpy(np.array(array)).to(device)

@@ -1,8 +1,8 @@
-"""A stage on a torch device: blocks loaded, prompts run eagerly, tokens as captured graphs.
+"""A stage on a torch device. Prompts run eagerly, and tokens run as captured graphs.
 
-A token's pass reads slots and positions from device memory and looks at a fixed length of the
-cache, so that one CUDA graph serves every position below that length; lengths double from
-SHORTEST_LENGTH on. Where capturing fails, and on a CPU, the same pass runs eagerly.
+A token's pass reads slots and positions from device memory, and looks at a fixed length of the
+cache. So one CUDA graph serves every position below that length. Lengths double from
+SHORTEST_LENGTH on. On a CPU, or if capturing fails, the same pass runs eagerly.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from model.spec import QUANTIZED_TENSORS, ModelSpec
 log = logging.getLogger(__name__)
 
 PROMPT_ROWS = 64
-"""Rows of a prompt that run at once: as many as plans reckon with."""
+"""The rows of a prompt that run at once, as in plans."""
 
 SHORTEST_LENGTH = 256
-"""Positions that the shortest graph looks at."""
+"""The positions that the shortest graph looks at."""
 
 GRAPH_TOLERANCE = 1e-2
-"""A graph runs the very kernels it was captured from; what differs more is not the same pass."""
+"""The largest error of a graph. It runs the captured kernels, so more is a fault."""
 
 _JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-"""Matrices that see the same rows, multiplied as one."""
+"""Matrices that see the same rows, and are multiplied as one."""
 
 Compute = Callable[[torch.Tensor, TokenPass], torch.Tensor]
 
@@ -70,7 +70,7 @@ class TorchStage(Stage):
         options: StageOptions,
         device: torch.device,
     ) -> None:
-        """Raises BackendError, and CheckpointError for an artifact that is not what it says."""
+        """Load the blocks. Raises BackendError, and CheckpointError for a damaged artifact."""
         self._spec = spec
         self._options = options
         self._device = device
@@ -127,7 +127,7 @@ class TorchStage(Stage):
     ) -> Array:
         count = len(slots)
         if not 0 < count == len(set(slots)) == len(positions) == len(inputs):
-            raise BackendError("the rows of a pass must be of as many different slots")
+            raise BackendError("the rows of a pass must have different slots")
         self._check(slots, positions, inputs, 1)
         with translated("cannot run the stage"), torch.inference_mode():
             result = self._decoder.run(slots, positions, self._rows(inputs)).fetch()
@@ -151,11 +151,11 @@ class TorchStage(Stage):
         return rows
 
     def _finite(self, result: Array, slots: Sequence[int]) -> Array:
-        """The result, or BackendError where values left the range of fp16.
+        """Return the result. Raises BackendError if values left the range of fp16.
 
-        A token's pass multiplies what it must not see by zero, which does not undo infinities: the
-        slot is emptied, or whoever gets it next would inherit these. Of several slots none is, as
-        only one may be to blame, which shows when each runs alone.
+        A token's pass multiplies masked positions by zero, which does not remove infinities. So the
+        slot is emptied, because the next sequence would inherit them. With several slots none is
+        emptied, because only one may be faulty. That shows when each runs alone.
         """
         if math.isfinite(float(result.sum())):
             return result
@@ -167,13 +167,13 @@ class TorchStage(Stage):
         )
 
     def _rows(self, inputs: Array | Tokens) -> Array:
-        """What goes to the device: rows of the token table, which stays mapped, or of hidden."""
+        """Return the rows for the device: hidden rows, or rows of the mapped token table."""
         if self._tokens is None:
             return np.asarray(inputs, np.float32)
         return self._tokens.dequantize(np.asarray(inputs, np.int64))
 
     def _prompt(self, slot: int, position: int, inputs: Array | Tokens) -> torch.Tensor:
-        """All rows through all blocks but the head."""
+        """Run all rows through all blocks but the head."""
         rows = PromptPass(slot, position, len(inputs), self._device)
         hidden = torch.from_numpy(np.array(self._rows(inputs))).to(self._device)
         return self._body(hidden, rows)
@@ -190,9 +190,9 @@ class TorchStage(Stage):
         return hidden
 
     def _warm_up(self) -> int:
-        """Bytes that a chunk and a token take on a GPU besides what is loaded; 0 on a CPU.
+        """Run a chunk and a token; return the extra bytes they take on a GPU, or 0 on a CPU.
 
-        Compiles, captures and allocates now what would otherwise delay or end the first answer.
+        This compiles, captures and allocates now, so that the first answer is not delayed or ended.
         """
         if self._device.type != "cuda":
             return 0
@@ -216,7 +216,7 @@ class _Buffers:
     def __init__(self, count: int, width: int, result_width: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self._device = device
-        # Pinned, so that copies need no intermediate one.
+        # Pinned memory needs no intermediate copy.
         self._host_rows = torch.zeros((count, width), pin_memory=pinned)
         self._host_places = torch.zeros((2, count), dtype=torch.int64, pin_memory=pinned)
         self._host_result = torch.zeros((count, result_width), pin_memory=pinned)
@@ -232,7 +232,7 @@ class _Buffers:
         self._places.copy_(self._host_places, non_blocking=True)
 
     def fetch(self) -> Array:
-        """The result as an array of its own, once it is there."""
+        """Wait for the result, and return it as an array of its own."""
         self._host_result.copy_(self.result, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -241,7 +241,7 @@ class _Buffers:
 
 
 class _TokenRunner:
-    """Runs passes of one row per sequence; on CUDA as graphs, captured when first needed."""
+    """Runs passes of one row per sequence. On CUDA they are graphs, captured when first needed."""
 
     def __init__(
         self, compute: Compute, device: torch.device, width: int, result_width: int, context: int
@@ -256,7 +256,7 @@ class _TokenRunner:
         self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
 
     def run(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> _Buffers:
-        """One row [width] of each sequence; the result is in the buffers until the next run."""
+        """Run one row [width] of each sequence. The result is in the buffers until the next run."""
         count, only_slot = len(slots), slots[0] if len(slots) == 1 else None
         if count not in self._buffers:
             self._buffers[count] = _Buffers(count, *self._widths, self._device)
@@ -285,7 +285,7 @@ class _TokenRunner:
         self._compute = self._pool = None
 
     def _length(self, positions: int) -> int:
-        """The shortest captured length that holds so many positions."""
+        """Return the shortest captured length that holds this many positions."""
         length = SHORTEST_LENGTH
         while length < positions:
             length *= 2
@@ -294,8 +294,9 @@ class _TokenRunner:
     def _capture(
         self, key: tuple[int, int, int | None], compute: Callable[[], None], buffers: _Buffers
     ) -> None:
-        """Run the pass, capture it, and keep the graph if it gives the same; else none any more."""
-        # Libraries allocate and kernels are compiled in the first run, which no graph may contain.
+        """Run and capture the pass. Keep the graph if its results agree, else stop using graphs."""
+        # Libraries allocate and kernels are compiled in the first run, which a graph must not
+        # contain.
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -368,7 +369,7 @@ class _Loader:
     def _add_embedding(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         table, vectors = tensors["tokens.weight"], self._vectors(tensors)
         if not isinstance(table, QuantizedMatrix):
-            raise BackendError("the token table is not in the form it is stored in")
+            raise BackendError("the token table must be a stored matrix")
         self.tokens = table
         self.memory_bytes += table.stored_bytes
         projection = None
@@ -382,7 +383,7 @@ class _Loader:
         names = ("qkv", "o", "gate_up" if layer.gated else "up", "down")
         linears = {name: self._linear(tensors, _JOINED.get(name, (name,)), dtype) for name in names}
         shape = (self._options.slots, layer.kv_heads, self._options.context_tokens, layer.head_dim)
-        # Filled, so that a lack of memory shows now and not in the middle of a text.
+        # Filling the cache shows a lack of memory now, and not in the middle of a text.
         cache = Cache(*(torch.zeros(shape, dtype=dtype, device=self._device) for _ in range(2)))
         self.memory_bytes += held_bytes(cache.keys) + held_bytes(cache.values)
         rotary = None
@@ -399,12 +400,12 @@ class _Loader:
     def _linear(
         self, tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype
     ) -> Linear:
-        """The matrices ``names``, stacked, with their biases."""
+        """Stack the matrices ``names`` with their biases."""
         matrices = []
         for name in names:
             matrix = tensors[f"{name}.weight"]
             if not isinstance(matrix, QuantizedMatrix):
-                raise BackendError(f"{name} is not in the form it is stored in")
+                raise BackendError(f"{name} must be a stored matrix")
             matrices.append(matrix)
         bias = None
         if f"{names[0]}.bias" in tensors:
@@ -418,7 +419,7 @@ class _Loader:
         return linear
 
     def _vectors(self, tensors: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
-        """All but matrices and the biases that go with them, fp32 on the device."""
+        """Return all tensors but matrices and their biases, fp32 on the device."""
         vectors = {}
         for name, tensor in tensors.items():
             linear_bias = f"{name.removesuffix('bias')}weight" in QUANTIZED_TENSORS
@@ -435,7 +436,7 @@ def _to_host(values: torch.Tensor) -> Array:
 
 
 def compute_dtype(device: torch.device, bits: int, *, exact: bool) -> torch.dtype:
-    """What a block of ``bits`` multiplies and caches in."""
+    """Return the dtype in which a block of ``bits`` multiplies and caches."""
     half = device.type == "cuda" and bits < 32 and not exact
     return torch.float16 if half else torch.float32
 
@@ -467,7 +468,7 @@ def _has_room(
 
 @contextmanager
 def translated(context: str) -> Iterator[None]:
-    """torch's exceptions as BackendError in one line that says what to do."""
+    """Turn torch's exceptions into BackendError with one line of advice."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

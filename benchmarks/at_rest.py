@@ -1,11 +1,11 @@
-"""What an agent and its coordinator take while nobody asks anything.
+"""The load of an agent and its coordinator while there are no requests.
 
     make bench-rest
     make bench-rest ARGS='--seconds 60 --json'
 
-Both run in a network namespace of their own (`unshare --net`), so that the bytes of its loopback
-interface are all that they exchange. Reported are the share of a core, the resident memory, and
-bytes a second in both directions together, headers included.
+Both run in a network namespace of their own (`unshare --net`), so its loopback interface carries
+only their traffic. The report has the share of a core, the resident memory, and bytes a second in
+both directions together, headers included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 SHOAL = (sys.executable, "-m", "cli")
 SETTLE_S = 10.0
-"""Joining, and the search by mDNS, are over by then."""
+"""By then the agent has joined, and the search by mDNS is over."""
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    # A namespace is made with its loopback interface down.
+    # A new namespace has its loopback interface down.
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)  # noqa: S607 - in the PATH
     with tempfile.TemporaryDirectory() as directory:
         coordinator = start(
@@ -65,7 +65,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def measure(pids: dict[str, int], seconds: float) -> dict[str, float]:
-    """CPU shares in percent of a core, resident megabytes, and bytes per second on loopback."""
+    """Measure CPU shares in percent of a core, resident megabytes, and bytes/s on loopback."""
     processes = {name: psutil.Process(pid) for name, pid in pids.items()}
     cpu_s = {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
     sent = psutil.net_io_counters(pernic=True)["lo"].bytes_sent

@@ -1,13 +1,13 @@
-"""What a backend's arithmetic does to the demo model's answers, at one width.
+"""The effect of a backend's arithmetic on the demo model's answers, at one width.
 
-For each backend: the mean divergence KL(original || backend) of the next token over all positions,
-loss and perplexity of the answers given their questions, and how many of the dev set's questions it
-answers exactly. Beside them, what its host had to compute of the products, where it says so.
+For each backend it reports the mean divergence KL(original || backend) of the next token over all
+positions. It also reports loss and perplexity of the answers given their questions, and the number
+of exactly answered questions of the dev set. If the backend counts the products that its host had
+to compute, they are reported too.
 
-examples:
-  python benchmarks/backend_quality.py
-  python benchmarks/backend_quality.py --backends tflite_cpu --questions 100 --json
-  python benchmarks/backend_quality.py --backends onnx_cpu --bits 4 --exact
+    python benchmarks/backend_quality.py
+    python benchmarks/backend_quality.py --backends tflite_cpu --questions 100 --json
+    python benchmarks/backend_quality.py --backends onnx_cpu --bits 4 --exact
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ TINY_OPT = Path(__file__).parents[1] / "examples" / "tiny-opt"
 NEW_TOKENS = 8
 
 Question = tuple[list[int], list[int]]
-"""Tokens of a prompt and of its answer, the end-of-text token included."""
+"""The tokens of a prompt and of its answer, the end-of-text token included."""
 
 
 def questions_of(path: Path, tokenizer: Tokenizer, eos: int, count: int) -> list[Question]:
-    """The first ``count`` questions of a dev set."""
+    """Return the first ``count`` questions of a dev set."""
     data = json.loads(path.read_text(encoding="utf-8"))["data"]
     found = []
     for entry in data:
@@ -63,7 +63,7 @@ def measure(
     *,
     exact_stages: bool,
 ) -> dict[str, Any]:
-    """All figures of one backend. ``exact_stages``: as ``StageOptions.exact``."""
+    """Measure all figures of one backend; ``exact_stages`` is ``StageOptions.exact``."""
     spec = checkpoint.spec
     with tempfile.TemporaryDirectory() as name:
         artifacts = [
@@ -73,7 +73,7 @@ def measure(
             )
             for block in range(spec.block_count)
         ]
-        # A stage gives the logits of a prompt's last row; all rows' are the reference head's.
+        # A stage gives only the logits of a prompt's last row. The reference head gives all rows'.
         head = ReferenceModel.from_artifacts(spec, artifacts[-1:])
         options = StageOptions(1, spec.max_context, 1, exact=exact_stages)
         kls, losses, exact = [], [], 0

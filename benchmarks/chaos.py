@@ -1,18 +1,23 @@
-"""Faults at random while four clients ask: every answer must be the right one, or a clear error.
+"""Random faults while four clients ask: each answer must be right, or a clear error.
 
     make chaos
     python -m benchmarks.chaos --minutes 2 --seed 7 --json
 
 Four emulated hosts (testbed/) share a model of random weights at 32 bits, which no host can hold
-alone. Four clients ask greedy and drawn answers over HTTP, streamed, one after the other. What they
-must be was asked before the first fault. Meanwhile one fault at a time, by the seed: an agent is
-killed, or frozen; a cable is cut, or loses every frame; frames between two hosts are lost in one
-direction; a link is slow or loses some frames; the coordinator is killed; files in an agent's cache
-are damaged while it is down.
+alone. Four clients ask over HTTP, streamed, one request after the other. Answers are greedy or
+drawn. The right answers were recorded before the first fault.
 
-An answer counts as right, refused (an error message, or the coordinator was down), wrong (any text
-that the undisturbed answer has not), or stuck (no end within --patience seconds). The exit code is
-1 if one was wrong or stuck, if a log holds a traceback, or if no answer was right.
+Meanwhile the seed chooses one fault at a time:
+
+- An agent is killed or frozen, or the coordinator is killed.
+- A cable is cut, or loses every frame, or loses the frames to one host.
+- A link is slow or loses some frames.
+- Files in an agent's cache are damaged while it is down.
+
+Each answer counts as right, refused, wrong or stuck. Refused means an error message, or that the
+coordinator was down. Wrong means any text that the undisturbed answer lacks. Stuck means no end
+within --patience seconds. The exit code is 1 if an answer was wrong or stuck, if a log holds a
+traceback, or if no answer was right.
 """
 
 from __future__ import annotations
@@ -49,12 +54,12 @@ HOSTS = ("ash", "birch", "cedar", "dogwood")
 SHAPE = Shape(hidden=256, ffn=704, layers=8, heads=8)
 CONTEXT_TOKENS = 512
 AGENT = AgentSettings(memory_bytes=36 << 20, storage_bytes=1 << 30)
-"""So little memory that the model needs two hosts."""
+"""With so little memory the model needs two hosts."""
 
 STREAMS = 4
 TOKENS = 320
 DAMAGED_BYTES = 40
-"""In each file."""
+"""Damaged bytes in each file."""
 
 PROMPTS: tuple[dict[str, Any], ...] = (
     {"prompt": "The lamp is in the attic.", "temperature": 0},
@@ -67,7 +72,7 @@ PROMPTS: tuple[dict[str, Any], ...] = (
 
 @dataclass
 class Tally:
-    """What became of the answers; the clients' threads add to it."""
+    """Counts the outcomes of answers, which the clients' threads add."""
 
     answers: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -86,14 +91,14 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer: many tokens of a random model have no text."""
+    """A whole answer. It has tokens, because many tokens of a random model have no text."""
 
     text: str
     tokens: tuple[int, ...]
 
 
 class Clients:
-    """STREAMS threads that ask until they are told to stop."""
+    """STREAMS threads that ask until they are stopped."""
 
     def __init__(self, url: str, expected: list[Answer], tally: Tally, patience_s: float) -> None:
         self._url, self._expected, self._tally = url, expected, tally
@@ -110,7 +115,7 @@ class Clients:
             thread.start()
 
     def finish(self) -> None:
-        """Let the answers in flight end; those that do not are stuck."""
+        """Let the answers in flight end. Any that do not are stuck."""
         self._stop.set()
         for number, thread in enumerate(self._threads):
             thread.join(self._patience_s)
@@ -149,18 +154,18 @@ class Clients:
 
 
 def body(which: int) -> dict[str, Any]:
-    """The request of a prompt."""
+    """Return the request of a prompt."""
     return {**PROMPTS[which], "max_tokens": TOKENS, "stream": True, "return_token_ids": True}
 
 
 def read(event: dict[str, Any], tokens: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The text that an event adds, and all tokens so far where it names them, else ``tokens``."""
+    """Return an event's text, and all tokens so far if it names them, else ``tokens``."""
     text = "".join(choice["text"] for choice in event["choices"])
     return text, tuple(event.get("shoal", {}).get("tokens", tokens))
 
 
 class Shoal:
-    """A coordinator and four agents on emulated hosts, and what can be done to them."""
+    """A coordinator and four agents on emulated hosts, and the faults to apply to them."""
 
     def __init__(self, bed: Testbed, directory: Path, chance: random.Random) -> None:
         self.bed = bed
@@ -188,7 +193,7 @@ class Shoal:
             client.operate("/shoal/v1/load", request, lambda step: None)
 
     def ask(self, which: int) -> Answer:
-        """An undisturbed answer."""
+        """Ask for an undisturbed answer."""
         text, tokens = "", tuple[int, ...]()
         with Client(self.url) as client:
             for event in client.stream("/v1/completions", body(which)):
@@ -197,7 +202,7 @@ class Shoal:
         return Answer(text, tokens)
 
     def tracebacks(self) -> list[str]:
-        """Logs that hold one, or an internal error."""
+        """Return the logs that hold a traceback or an internal error."""
         found = []
         for name in (HUB, *HOSTS):
             text = self._cluster.log(name).read_text(errors="replace")
@@ -207,7 +212,7 @@ class Shoal:
         return found
 
     def settle(self, patience_s: float) -> bool:
-        """Wait until every agent is back; says whether they are."""
+        """Wait until every agent is back, and return whether they are."""
         deadline_s = time.monotonic() + patience_s
         while time.monotonic() < deadline_s:
             try:
@@ -222,7 +227,7 @@ class Shoal:
     # ---- faults ---------------------------------------------------------------------------------
 
     def faults(self) -> dict[str, Callable[[], str]]:
-        """By name: does it, waits, and undoes it; returns what was done."""
+        """Return the faults by name. Each applies itself, waits, undoes itself and describes it."""
         return {
             "kill": self._kill,
             "freeze": lambda: self._for_a_while("freeze", "thaw"),
@@ -299,13 +304,13 @@ class Shoal:
 
 
 def network() -> Network:
-    """Four equal hosts on wires, and the coordinator's."""
+    """Return four equal hosts on wires, and the coordinator's host."""
     wire = Link(2e-4, 12.5e6)
     return Network({HUB: Host()} | {name: Host(cpu_percent=40) for name in HOSTS}, {}, wire)
 
 
 def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """All of it; what was seen."""
+    """Run everything, and return the observations."""
     chance = random.Random(options.seed)
     tally, done = Tally(), Counter[str]()
     unsettled: list[str] = []

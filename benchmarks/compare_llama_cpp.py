@@ -3,10 +3,10 @@
     python -m benchmarks.compare_llama_cpp --llama-python ~/llama/bin/python --bits 4 --against q4_0
     LLAMA_CPP_LIB_PATH=~/llama.cpp/build/bin python -m benchmarks.compare_llama_cpp ... --json
 
-Both run the same shape with random weights, the same threads and contexts, in processes of their
-own, in turns of a few seconds. Reported are medians over rounds and the median of the ratios within
-a round. llama.cpp is llama-cpp-python's, under the Python given (LLAMA_CPP_LIB_PATH points it to
-another build of the library).
+Both run the same shape with random weights, the same threads and contexts. Each has a process of
+its own, and they take turns of a few seconds. The report has medians over rounds, and the median of
+the ratios within a round. llama.cpp is llama-cpp-python's under the given Python.
+LLAMA_CPP_LIB_PATH points to another build of the library.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
         llama = Worker(process)
         stack.callback(llama.close)
         for number in range(options.rounds):
-            # Whoever comes second finds the machine warmer: they take turns.
+            # The second one finds a warmer machine, so they take turns.
             for which in (0, 1) if number % 2 else (1, 0):
                 if which:
                     trial.round()

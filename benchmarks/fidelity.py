@@ -1,14 +1,15 @@
-"""How well plans predict: emulated hosts of different speed, many plans, predicted and measured.
+"""Compares predictions of many plans with measurements, on emulated hosts of different speed.
 
     make bench-fidelity
     python -m benchmarks.fidelity --only chosen,uniform --again --json
 
-Four hosts with CPU quotas and links of their own (testbed/), agents that measure themselves inside
-their quota and the links between them, and a model of random weights. Each plan is loaded, run a
-few times, and compared with what was predicted when it was made. All of that happens in several
-passes, each with measurements of its own that plans are made from: a shared machine's speed drifts,
-and what counts is how far prediction and measurement lie apart at one time. Results are kept in
---state: what is there is not measured again, so that an interrupted run goes on where it was.
+Four hosts have CPU quotas and links of their own (testbed/). Their agents measure themselves inside
+their quota, and the links between them. The model has random weights. Each plan is loaded, run a
+few times, and compared with its prediction.
+
+There are several passes, and each makes its plans from new measurements. A shared machine's speed
+drifts, so only predictions and measurements of the same time can be compared. Results are kept in
+--state and are not measured again, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ from wire.profile import LinkProfile
 
 Made = TypeVar("Made")
 
-STATE = Path("/var/tmp/shoal-fidelity")  # noqa: S108 - a fixed place, to go on where one was
+STATE = Path("/var/tmp/shoal-fidelity")  # noqa: S108 - a fixed place, so that a run can continue
 
 SHAPE = Shape(hidden=3072, ffn=8192, layers=24, heads=24)
-"""2.4 billion weights: a stage outlasts what a quota lets through at full speed."""
+"""A model of 2.4 billion weights. A stage then outlasts the full-speed part of a quota."""
 CONTEXT_TOKENS = 512
 WIDTHS = (4, 8)
 PROMPT_TOKENS = 64
@@ -59,8 +60,10 @@ SEED = 7
 
 CPU_PERCENT = {"ash": 60, "birch": 45, "cedar": 30, "dogwood": 20}
 TIGHT_SHARE = {"ash": 0.40, "birch": 0.32, "cedar": 0.36, "dogwood": 0.30}
-"""Of what the model takes at 8 bits: no host holds it, any three do, and memory is no measure of
-speed."""
+"""Each host's share of the model's bytes at 8 bits.
+
+No host holds the model, any three do, and memory says nothing about speed.
+"""
 
 ROOMY_SHARE = 1.5
 
@@ -75,7 +78,7 @@ BASELINES = ("uniform", "RAM-proportional", "greedy", "single fastest")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One plan. ``pins`` None: the planner is free; ``memory`` says which limits agents have."""
+    """One plan. ``split`` None lets the planner choose; ``memory`` names the agents' limits."""
 
     name: str
     memory: str
@@ -123,7 +126,7 @@ def _arguments() -> argparse.Namespace:
 
 
 class Results:
-    """What each pass measured of each plan, on disk."""
+    """The measurements of each pass and plan, on disk."""
 
     def __init__(self, path: Path, *, again: bool) -> None:
         self._path = path
@@ -143,7 +146,7 @@ class Results:
 
 
 def network() -> Network:
-    """Three wired hosts, one of them behind a 100 Mbit port, and one on radio."""
+    """Return three wired hosts, one of them behind a 100 Mbit port, and one on radio."""
     links = {(a, b): WIRED for a in NAMES for b in NAMES if a != b}
     for name in NAMES:
         if name not in ("cedar", SLOW_HOST):
@@ -157,7 +160,7 @@ def network() -> Network:
 
 
 def memory_bytes(spec: ModelSpec, memory: str) -> dict[str, int]:
-    """What each agent may give: TIGHT_SHARE of the model at 8 bits, or more than enough."""
+    """Return each agent's limit: TIGHT_SHARE of the model at 8 bits, or more than enough."""
     blocks = range(spec.block_count)
     total = sum(
         costs.executed_bytes(spec, block, Format.of(8), 8)
@@ -171,14 +174,14 @@ def memory_bytes(spec: ModelSpec, memory: str) -> dict[str, int]:
 
 
 def forget_calibration(state: Path) -> None:
-    """Let agents measure themselves anew."""
+    """Make agents measure themselves again."""
     for path in (state / "hosts").glob("*/calibration.json"):
         path.unlink()
 
 
 @contextmanager
 def cluster(state: Path, spec: ModelSpec, memory: str) -> Iterator[tuple[Client, list[str]]]:
-    """A coordinator and agents with these limits; yields its API, and hosts from fast to slow."""
+    """Start a coordinator and agents; yield its API, and the hosts from fast to slow."""
     with Testbed(network(), "fidelity") as bed:
         shoal = Cluster(bed, state / "hosts")
         shoal.start_coordinator()
@@ -187,8 +190,8 @@ def cluster(state: Path, spec: ModelSpec, memory: str) -> Iterator[tuple[Client,
                 shoal.start_agent(name, AgentSettings(limit, 8 << 30))
                 shoal.wait_for_agents(NAMES[:count])
                 say(f"{name}: calibrating")
-                # One at a time: real hosts share nothing, but threads of one core do. All that is
-                # wanted of the plan is that the new agent measures itself and its links.
+                # Agents join one at a time. Real hosts share nothing, but these share cores. The
+                # plan only makes the new agent measure itself and its links.
                 with suppress(CommandFailed):
                     client.operate("/shoal/v1/plan", request(state, WIDTHS), lambda step: None)
             yield client, sorted(NAMES, key=lambda name: -CPU_PERCENT[name])
@@ -198,7 +201,7 @@ def cluster(state: Path, spec: ModelSpec, memory: str) -> Iterator[tuple[Client,
 
 
 def _in_shares(spec: ModelSpec, shares: Mapping[str, float]) -> dict[int, str]:
-    """Layers in proportion to ``shares``; embedding with the first, head with the last."""
+    """Split layers in proportion to ``shares``; embedding with the first, head with the last."""
     total, names = sum(shares.values()), list(shares)
     ends, run = [], 0.0
     for name in names:
@@ -245,7 +248,7 @@ def single(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
 
 
 def backwards(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
-    """Over the radio link twice, and the fastest host last."""
+    """Cross the radio link twice, and put the fastest host last."""
     return _in_shares(spec, {"cedar": 2.0, SLOW_HOST: 1.0, "ash": 3.0})
 
 
@@ -271,7 +274,7 @@ def run(
     fastest: Sequence[str],
     first: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Load a case's plan and measure it; the plan is that of its ``first`` pass, if there was."""
+    """Load a case's plan and measure it. Later passes use the plan of the ``first`` one."""
     wishes = dict(case.wishes)
     if first is not None:
         wishes["pins"] = {
@@ -304,7 +307,7 @@ def run(
 
 
 def request(state: Path, bits: Sequence[int]) -> dict[str, Any]:
-    """A plan of the model at these widths, all else free."""
+    """Return the request for a plan of the model at these widths, without other wishes."""
     return {
         "model": str((state / "model").absolute()),
         "bits": list(bits),
@@ -314,7 +317,7 @@ def request(state: Path, bits: Sequence[int]) -> dict[str, Any]:
 
 
 def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> dict[str, Any]:
-    """One generation's own account of itself."""
+    """Run one generation, and return its own figures."""
     random = np.random.default_rng(SEED)
     body = {
         "prompt": random.integers(0, 256, prompt_tokens).tolist(),
@@ -333,7 +336,7 @@ def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) ->
 def predicted_prefill_ms(
     plan: Mapping[str, Any], described_links: Sequence[Mapping[str, Any]]
 ) -> float:
-    """Of a prompt of PROMPT_TOKENS, by a plan and links as the API describes them."""
+    """Predict a prompt of PROMPT_TOKENS by a plan and links as the API describes them."""
     stages = [from_fields(Stage, stage) for stage in plan["stages"]]
     links = [from_fields(LinkProfile, link) for link in described_links]
     hop_bits = {hop.get("bits", 32) for hop in plan["hops"]} or {32}
@@ -341,7 +344,7 @@ def predicted_prefill_ms(
 
 
 def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row of the table: medians over a plan's passes. An error is the median of theirs."""
+    """Return a row of the table: medians over a plan's passes, also of the errors."""
     row: dict[str, Any] = {**passes[0], "passes": len(passes)}
     for what in ("ms_per_token", "prefill_ms"):
         predicted = [item[f"predicted_{what}"] for item in passes]
@@ -355,7 +358,7 @@ def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
-    """Print the table, or everything that was measured as JSON."""
+    """Print the table, or all measurements as JSON."""
     chosen = next((row for row in rows if row["plan"] == "chosen"), None)
     ratios = {
         row["plan"]: row["measured_ms_per_token"] / chosen["measured_ms_per_token"]
@@ -403,14 +406,14 @@ def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
 
 
 def _with_range(errors: Sequence[float]) -> str:
-    """The median of a plan's errors over passes, and where there are several the extremes."""
+    """Return the median of a plan's errors over passes, and the extremes if there are several."""
     if len(errors) == 1:
         return f"{errors[0]:+.1%}"
     return f"{statistics.median(errors):+.1%} ({min(errors):+.0%} to {max(errors):+.0%})"
 
 
 def from_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
-    """A dataclass from those of the values that are its fields."""
+    """Make a dataclass from the values that are its fields."""
     names = {item.name for item in fields(kind)}  # type: ignore[arg-type] # any dataclass
     return kind(**{name: value for name, value in values.items() if name in names})
 

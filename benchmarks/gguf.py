@@ -1,4 +1,4 @@
-"""Writes GGUF files of random weights: what llama.cpp needs to run a shape at full speed.
+"""Writes GGUF files of random weights, with which llama.cpp runs a shape at full speed.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3)
 """
@@ -16,17 +16,17 @@ from model.spec import ModelSpec
 
 ALIGNMENT = 32
 BLOCK = 32
-"""Weights with one scale, in both of the formats written."""
+"""The weights with one scale, in both written formats."""
 
 TYPES = {"q4_0": (2, 18), "q8_0": (8, 34)}
-"""ggml's number of the type, and bytes of a block: an fp16 scale and the codes."""
+"""ggml's number of the type, and the bytes of a block: an fp16 scale and the codes."""
 
 F32 = 0
 _UINT32, _FLOAT32, _STRING = 4, 6, 8
 
 
 def write_llama(path: Path, spec: ModelSpec, kind: str, context_tokens: int) -> None:
-    """A Llama model of the shape ``spec`` with every matrix in ``kind``, without a tokenizer.
+    """Write a Llama model of the shape ``spec`` with every matrix in ``kind``, without a tokenizer.
 
     Raises ValueError for a shape that is not Llama's.
     """

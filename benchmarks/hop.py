@@ -1,21 +1,23 @@
-"""What a hop costs beside raw TCP, and what Python takes of a decode step.
+"""The cost of a hop compared with raw TCP, and Python's share of a decode step.
 
     make bench-hop
     python benchmarks/hop.py --rounds 20 --json
     python benchmarks/hop.py --share
 
-Latency: a hidden vector goes to another process and back, through wire.connection or as the same
-bytes through a bare socket; half of the round trip counts. It is measured back to back, where
-nobody sleeps, and after a pause of 2 ms, as between two steps of a stage, where the other process
-has to be woken. Beside them "least": numbers packed and unpacked, the payload copied to memory of
-its own, nothing checked. Throughput: prompt chunks of 256 rows one way, until the last is
-confirmed. All take turns in each round.
+Latency: a hidden vector goes to another process and back. It goes through wire.connection, or as
+    the same bytes through a bare socket. Half of the round trip counts. It is measured back to
+    back, where no process sleeps. It is also measured after a pause of 2 ms, as between two steps
+    of a stage, where the other process must be woken. "least" is the minimum in Python: numbers are
+    packed and unpacked, the payload is copied, and nothing is checked.
 
-Loopback, and with root between two hosts of an emulated LAN (testbed/): 1 Gbit/s, 0.2 ms round
-trip.
+Throughput: prompt chunks of 256 rows go one way, until the last one is confirmed. All ways take
+    turns in each round.
 
---share: the thread that receives a row, runs a stage that only reads memory, and sends the next;
-counted is what is neither within the stage nor within a call of the socket.
+The network is loopback, and with root also an emulated LAN of two hosts (testbed/) with 1 Gbit/s
+and 0.2 ms round trip.
+
+--share measures the thread that receives a row, runs a stage that only reads memory, and sends the
+next row. It counts the time outside the stage and outside calls of the socket.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ HIDDEN = 2048
 ROW_BYTES = 4096
 CHUNK_ROWS = 256
 CHUNKS = 24
-"""Of a throughput measurement: 24 MiB."""
+"""The chunks of a throughput measurement: 24 MiB."""
 
 BACK_TO_BACK = 500
 PAUSED = 100
@@ -86,7 +88,7 @@ FIELDS = struct.Struct("<4s5I2BI")
 
 
 class Raw:
-    """The bytes of a frame through a bare socket."""
+    """Sends the bytes of a frame through a bare socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -144,7 +146,7 @@ class Framed(Raw):
 
 
 class Shoal:
-    """The same as a frame of the data plane."""
+    """Sends the same as a frame of the data plane."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -180,7 +182,7 @@ WAYS: dict[str, Callable[[socket.socket], Way]] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the two ends are: how to make sockets there, and the address of the far one."""
+    """The place of both ends: how to make sockets there, and the address of the far one."""
 
     name: str
     address: str
@@ -190,7 +192,7 @@ class Place:
 
 @contextlib.contextmanager
 def pair(place: Place, kind: str, serve: Callable[[Way], None]) -> Iterator[Way]:
-    """The near end of a connection whose far end another process serves."""
+    """Yield the near end of a connection. Another process serves the far end."""
     listener = place.far(lambda: socket.create_server((place.address, 0)))
     port = listener.getsockname()[1]
     child = os.fork()
@@ -243,7 +245,7 @@ def rate(way: Way) -> float:
 
 
 def compare(place: Place, rounds: int, console: Console) -> dict[str, Any]:
-    """Latency and throughput of both ways at one place."""
+    """Measure latency and throughput of all ways at one place."""
     times_s: dict[tuple[str, str], list[float]] = {}
     rates: dict[str, list[float]] = {kind: [] for kind in WAYS}
     with contextlib.ExitStack() as stack:
@@ -291,14 +293,14 @@ def places(stack: contextlib.ExitStack) -> Iterator[Place]:
 
 
 class Clock:
-    """Time that is not the relay's own."""
+    """Adds up the time outside the relay's own code."""
 
     def __init__(self) -> None:
         self.outside_s = 0.0
 
 
 class ClockedSocket(socket.socket):
-    """A socket that puts down how long its calls take."""
+    """A socket that records the time of its calls."""
 
     clock: Clock
 
@@ -318,8 +320,10 @@ class ClockedSocket(socket.socket):
 
 
 class ReadingStage(Stage):
-    """Returns the same rows or logits each time, after reading as much memory as weights would be:
-    what Python needs is no longer in a cache then."""
+    """Returns the same rows or logits each time, after it has read a stage's worth of memory.
+
+    The read removes Python's own data from the caches, as weights do.
+    """
 
     def __init__(self, clock: Clock, output: Array, weights: Array) -> None:
         self._clock, self._output, self._weights = clock, output, weights
@@ -342,7 +346,7 @@ class ReadingStage(Stage):
 
 
 def spec(vocab: int) -> ModelSpec:
-    """Four blocks of a Llama-1B's width: embedding, two layers, head."""
+    """Return four blocks of a Llama-1B's width: embedding, two layers, head."""
     layer = LayerSpec(
         hidden=HIDDEN,
         heads=32,
@@ -374,7 +378,7 @@ def spec(vocab: int) -> ModelSpec:
 
 
 def clocked_pair(clock: Clock) -> tuple[Connection, Connection]:
-    """A connection's near end, whose calls are put down, and its far end."""
+    """Return a connection's near end, whose calls are timed, and its far end."""
     listener = Listener("127.0.0.1", 0)
     sock = socket.create_connection(("127.0.0.1", listener.port))
     near = ClockedSocket(fileno=sock.detach())
@@ -387,7 +391,7 @@ def clocked_pair(clock: Clock) -> tuple[Connection, Connection]:
 
 
 def share(role: str, steps: int, vocab: int, weights_mib: int) -> list[float]:
-    """Seconds of Python in each step of a first, middle or last stage, in the order measured."""
+    """Return Python's seconds in each step of a first, middle or last stage, in order."""
     clock = Clock()
     model = spec(vocab)
     blocks = {"first": range(2), "middle": range(1, 2), "last": range(2, 4)}[role]

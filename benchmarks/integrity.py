@@ -1,14 +1,16 @@
-"""What it costs to check the files that a stage runs from: seconds to the first answer.
+"""The cost of checking a stage's files: seconds to the first answer.
 
     make bench-integrity
     python -m benchmarks.integrity --rounds 5 --json
 
 Two shoals of one agent run in turn on this machine, the second without checks and trials. A round
-loads a model and asks for one token, twice: ``first`` with nothing on any disk but the checkpoint
-(blocks are made and fetched, times are measured), ``again`` with all of that there. The small model
-is hashed before it answers, the large one behind its first tokens. Ratios are of one round's pair;
-which shoal is first changes from round to round. The rate at which this processor hashes comes with
-it: what another one takes behind a load can be predicted from its own.
+loads a model and asks for one token, twice. For ``first`` only the checkpoint is on disk, so blocks
+are made and fetched, and times are measured. For ``again`` all of that is there. The small model is
+hashed before it answers, the large one behind its first tokens.
+
+Ratios are of one round's pair, and the order of the shoals changes from round to round. The report
+also has this processor's hash rate. From its own rate, another processor's time behind a load can
+be predicted.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from calibration.machine import processor_name
 from cli.client import Client
 
 ROOT = Path(__file__).parents[1]
-STATE = Path("/var/tmp/shoal-integrity")  # noqa: S108 - a fixed place: models are made once
+STATE = Path("/var/tmp/shoal-integrity")  # noqa: S108 - a fixed place, so that models are made once
 
 CONTEXT_TOKENS = 256
 BITS = 8
@@ -65,7 +67,7 @@ class Shoal:
         self._port, self._url = ready["control_port"], ready["http"]
 
     def join(self) -> None:
-        """Start an agent, with nothing on its disk nor on the coordinator's."""
+        """Start an agent, with empty disks for it and the coordinator."""
         state = self._directory / "agent"
         self.leave()
         shutil.rmtree(state, ignore_errors=True)
@@ -89,7 +91,7 @@ class Shoal:
             self._agent.wait()
 
     def first_answer_s(self, model: Path) -> float:
-        """Seconds to load a model and have one token of it; nothing is loaded afterwards."""
+        """Return the seconds to load a model and get one token, then unload the model."""
         body = {
             "model": str(model.absolute()),
             "bits": [BITS],
@@ -119,7 +121,7 @@ class Shoal:
 
 
 def measure(model: Path, rounds: int) -> list[dict[str, Any]]:
-    """A row for each round and kind of load, with the seconds of both shoals."""
+    """Return a row for each round and kind of load, with the seconds of both shoals."""
     rows = []
     with TemporaryDirectory(dir=model.parent, prefix="shoals-") as name:
         shoals = {}
@@ -142,7 +144,7 @@ def measure(model: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def hash_rate() -> float:
-    """Bytes per second of SHA-256 in one thread, the best of three."""
+    """Return bytes per second of SHA-256 in one thread, the best of three."""
     data, best_s = bytes(HASHED_BYTES), float("inf")
     for _ in range(3):
         started_s = time.perf_counter()

@@ -15,14 +15,14 @@ from testbed.bed import Testbed
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 SERVERS = ("ggml-rpc-server", "rpc-server")
-"""Names that the server has had."""
+"""The names that the server has had."""
 
 FIRST_PORT = 50052
 _START_S = 60.0
 
 
 class Worker:
-    """llama_cpp_worker.py with one model, under the user's Python. Exits where it ends."""
+    """llama_cpp_worker.py with one model, under the user's Python. Exits if the worker ends."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         """The process needs pipes for stdin and stdout."""
@@ -30,7 +30,7 @@ class Worker:
         self.version = self._line()
 
     def ask(self, *words: object) -> list[float]:
-        """Seconds that the worker measured, of each part of what it was asked to do."""
+        """Return the seconds that the worker measured for each part of its task."""
         assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
         print(*words, file=self._process.stdin, flush=True)
         seconds: list[float] = json.loads(self._line())
@@ -52,13 +52,13 @@ class Worker:
 def worker_command(
     python: str, model: Path, threads: int, context_tokens: int, *options: str
 ) -> list[str]:
-    """The command line of a worker; ``options`` are further ones of its own."""
+    """Return the command line of a worker. ``options`` are its further options."""
     numbers = ["--threads", str(threads), "--context-tokens", str(context_tokens)]
     return [python, str(WORKER), str(model), *numbers, *options]
 
 
 def find_server(directory: Path) -> Path:
-    """The RPC server in a folder of llama.cpp's binaries; exits where anything needed lacks."""
+    """Return the RPC server in a folder of llama.cpp's binaries. Exits if a file is missing."""
     found = [directory / name for name in SERVERS if (directory / name).is_file()]
     libraries = ("libllama.so", "libggml.so", "libggml-rpc.so")
     missing = [name for name in libraries if not (directory / name).is_file()]
@@ -75,10 +75,10 @@ def find_server(directory: Path) -> Path:
 def start_servers(
     bed: Testbed, hosts: Sequence[str], server: Path, threads: int, client: str, stack: ExitStack
 ) -> list[str]:
-    """An RPC server on each of the hosts; their addresses, once ``client`` can reach them all.
+    """Start an RPC server on each host, and return the addresses once ``client`` reaches all.
 
-    A server serves one client at a time: the port tells sets of different size apart. They end with
-    ``stack``. Exits where one does not start.
+    A server serves one client at a time, so the port tells sets of different size apart. They end
+    with ``stack``. Exits if a server does not start.
     """
     port = FIRST_PORT + len(hosts)
     addresses = []
@@ -98,7 +98,7 @@ def start_servers(
         while not _answers(bed, client, address, port):
             if process.poll() is not None or time.monotonic() > deadline_s:
                 sys.exit(f"{server} does not start or does not listen on {address}:{port}")
-            time.sleep(0.2)  # Another program's port: nothing announces it.
+            time.sleep(0.2)  # No event announces another program's port.
     return [f"{address}:{port}" for _, address in addresses]
 
 

@@ -3,11 +3,11 @@
     python llama_cpp_worker.py MODEL.gguf --threads 1 --context-tokens 600
     python llama_cpp_worker.py MODEL.gguf ... --rpc 10.0.0.1:50052,10.0.0.2:50052 --split 8,9
 
-Reads lines `prefill N` and `decode CONTEXT N` from stdin and answers each with a JSON list of
-seconds: of the whole prompt, or of each token. The first line it writes says what runs.
+The worker reads lines `prefill N` and `decode CONTEXT N` from stdin. It answers each with a JSON
+list of seconds: of the whole prompt, or of each token. The first line of output says what runs.
 
-With --rpc all layers are on llama.cpp's RPC servers; --split says how many each has, the output
-counted as one. The library is then the one in LLAMA_CPP_LIB_PATH.
+With --rpc all layers are on llama.cpp's RPC servers. --split gives the number of layers of each,
+and the output counts as one. The library is then the one in LLAMA_CPP_LIB_PATH.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_BATCH = 512
-"""llama.cpp's own, of rows that are computed at once."""
+"""llama.cpp's own number of rows that are computed at once."""
 
 
 def preload() -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """libggml and libggml-rpc of LLAMA_CPP_LIB_PATH, before llama-cpp-python loads its own."""
+    """Load libggml and libggml-rpc of LLAMA_CPP_LIB_PATH before llama-cpp-python loads its own."""
     directory = Path(os.environ["LLAMA_CPP_LIB_PATH"])
     try:
         return (
@@ -51,10 +51,10 @@ def add_servers(endpoints: list[str]) -> None:
 
 
 class Model:
-    """A context of one sequence; logits are computed for the last row of a batch."""
+    """A context of one sequence. Logits are computed for the last row of a batch."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        import llama_cpp as api  # Only now: the servers' libraries come first.
+        import llama_cpp as api  # Imported late, because the servers' libraries come first.
 
         self._api = api
         self._quiet = api.llama_log_callback(lambda level, text, data: None)
@@ -86,14 +86,14 @@ class Model:
         )
 
     def prefill(self, count: int) -> list[float]:
-        """Seconds of a prompt of ``count`` tokens."""
+        """Return the seconds of a prompt of ``count`` tokens."""
         self._forget(0)
         started_s = time.perf_counter()
         self._run(count)
         return [time.perf_counter() - started_s]
 
     def decode(self, context: int, count: int) -> list[float]:
-        """Seconds of each token behind ``context`` tokens."""
+        """Return the seconds of each token behind ``context`` tokens."""
         if self._filled < context:
             self._run(context - self._filled)
         self._forget(context)

@@ -1,14 +1,16 @@
-"""Decoding speed of fresh processes, by the memory that their weights lie in.
+"""Decoding speed of fresh processes, by the memory that holds their weights.
 
     make bench-pages
     make bench-pages ARGS='--processes 10 --bits 4,8 --threads 1,2 --json'
 
-Every process loads the same stage (layers of random weights, Llama's shape) and times tokens. Its
-weights are mapped from prepared files, as an agent's; or on the heap, as where nothing can be
-prepared; or on a heap of huge pages (GLIBC_TUNABLES=glibc.malloc.hugetlb=1). In each round all of
-these take turns, each in a process of its own. A process counts with the median of its tokens, and
-with its fastest 5 %, which other work on the machine disturbs less. Spread is the slowest
-process over the fastest.
+Every process loads the same stage (layers of random weights, Llama's shape) and times tokens. There
+are three kinds of memory. Weights are mapped from prepared files, as an agent's are. Or they are on
+the heap, as without prepared files. Or they are on a heap of huge pages
+(GLIBC_TUNABLES=glibc.malloc.hugetlb=1).
+
+In each round all kinds take turns, each in a process of its own. A process counts with the median
+of its tokens, and with its fastest 5 %, which other work on the machine disturbs less. Spread is
+the slowest process over the fastest.
 
 The artifacts are kept in --state.
 """
@@ -41,7 +43,7 @@ from calibration.shapes import shape_spec
 from model.quantize import Format
 from model.spec import ModelSpec
 
-STATE = Path("/var/tmp/shoal-pages")  # noqa: S108 - a fixed place, to go on where one was
+STATE = Path("/var/tmp/shoal-pages")  # noqa: S108 - a fixed place, so that a run can continue
 CONTEXT_TOKENS = 256
 BEHIND = 32
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -49,7 +51,7 @@ KINDS: dict[str, dict[str, str]] = {"mapped": {}, "heap": {}, "heap, huge pages"
 
 
 def stage_spec(layers: int) -> ModelSpec:
-    """Llama-1B's layers, so many, with a small vocabulary."""
+    """Return this many of Llama-1B's layers, with a small vocabulary."""
     spec = shape_spec("llama-1b")
     return replace(spec, layers=spec.layers[:1] * layers, vocab=1024)
 
@@ -86,7 +88,7 @@ def prepare(options: argparse.Namespace, bits: int) -> None:
 
 
 def fresh(options: argparse.Namespace, kind: str, bits: int, threads: int) -> dict[str, float]:
-    """One process of its own."""
+    """Run a fresh process, and return its figures."""
     command = [
         *(sys.executable, "-m", "benchmarks.pages", f"--kind={kind}", f"--state={options.state}"),
         *(f"--bits={bits}", f"--threads={threads}", f"--layers={options.layers}"),
@@ -101,7 +103,7 @@ def fresh(options: argparse.Namespace, kind: str, bits: int, threads: int) -> di
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each width, number of threads and kind of memory."""
+    """Return a row for each width, number of threads and kind of memory."""
     cells = [
         (bits, threads, kind)
         for bits in options.bits
@@ -110,7 +112,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     for bits in options.bits:
         prepare(options, bits)
-        fresh(options, "mapped", bits, 1)  # The first one prepares the files.
+        fresh(options, "mapped", bits, 1)  # The first process prepares the files.
     found: dict[tuple[int, int, str], list[dict[str, float]]] = {cell: [] for cell in cells}
     rounds = track(range(options.processes), console=Console(stderr=True), transient=True)
     for _ in rounds:

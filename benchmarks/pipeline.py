@@ -1,28 +1,30 @@
-"""What splitting over 1 to 4 equal devices costs, on an emulated LAN, and what it costs llama.cpp.
+"""The cost of a split over 1 to 4 equal devices on an emulated LAN, here and in llama.cpp.
 
     make bench-pipeline
     python -m benchmarks.pipeline --stages 1,4 --rounds 5 --json
     python -m benchmarks.pipeline --llama-cpp ~/llama.cpp/build/bin --llama-python PYTHON
 
-Each stage is a process on a host of its own (testbed/): 40 % of a core in periods of 5 ms, 1
-Gbit/s, 0.2 ms round trip. The model is Llama-1B with random weights at 4 bits and a vocabulary of
-32,000. Stages and hops are the agent's own (benchmarks/pipeline_stage.py); no coordinator takes
-part. All numbers of stages stand at once and take turns.
+Each stage is a process on a host of its own (testbed/). A host has 40 % of a core in periods of 5
+ms, 1 Gbit/s and 0.2 ms round trip. The model is Llama-1B with random weights at 4 bits and a
+vocabulary of 32,000. Stages and hops are the agent's own (benchmarks/pipeline_stage.py), without a
+coordinator. All numbers of stages run at once and take turns.
 
-Reported for each: decoded tokens per second, against what the stages' calls took and the measured
-hops add up to (1 / (sum of compute + sum of hops)); the time of a prompt of 512 tokens, and against
-the first number of stages given, as the median of the ratios within a round. The hop of a link is
-half its median round trip and the bytes of a row at its rate, as measured by the relay's own probe
-on the emulated network.
+For each number of stages the report has two figures:
 
-With --llama-cpp, the same shape as GGUF in Q4_0, as many layers on each of llama.cpp's RPC servers
-on the same hosts with one thread each. Its client holds the embedding only; it is on a host of its
-own without a limit, or on the first of the others (--client-shares). The Python given has the
+- Decoded tokens per second, compared with the bound 1 / (sum of compute + sum of hops). Compute is
+  the time of the stages' calls. The hop of a link is half its median round trip plus the bytes of a
+  row at its rate. The relay's own probe measures both on the emulated network.
+- The time of a prompt of 512 tokens, also as the median of the ratios within a round to the first
+  given number of stages.
+
+With --llama-cpp, the same shape runs as GGUF in Q4_0. llama.cpp's RPC servers hold as many layers
+on the same hosts, with one thread each. Its client holds only the embedding. It is on a host of its
+own without a limit, or on the first of the others (--client-shares). The given Python has the
 llama-cpp-python that the libraries were built for.
 
-The quota flatters a split: a stage that computes for less than its share of a period is not slowed
-down at all, and a short call of a small stage is just that. Compare with the bound, not with one
-stage's decoding.
+The quota flatters a split. A stage that computes for less than its share of a period is not slowed
+down at all, and a small stage has such short calls. Compare with the bound, not with the decoding
+of one stage.
 """
 
 from __future__ import annotations
@@ -69,16 +71,16 @@ BITS = 4
 THREADS = 1
 PROMPT_TOKENS = 512
 SHORT_TOKENS = 8
-"""The prompt that decoding starts from."""
+"""The prompt before the decoded tokens."""
 
 CLIENT = "client"
 STAGE_SCRIPT = Path(__file__).with_name("pipeline_stage.py")
 
 
 def split(spec: ModelSpec, stages: int) -> list[range]:
-    """Contiguous runs of blocks, the longest prompt time as short as can be, then the decoding.
+    """Split blocks so that the slowest stage is fastest for a prompt, then for a token.
 
-    A single sequence decodes equally fast however its blocks are shared out, a prompt does not.
+    The split does not change the decoding speed of a single sequence, but that of a prompt.
     """
     reads = [
         0 if block == 0 else sum(map(math.prod, spec.block_tensors(block).values()))
@@ -99,7 +101,7 @@ def split(spec: ModelSpec, stages: int) -> list[range]:
 
 
 def write_blocks(spec: ModelSpec, directory: Path) -> list[str]:
-    """Artifacts of random blocks; all layers are alike: time does not depend on the values."""
+    """Write random blocks. All layers are alike, because time does not depend on the values."""
     random = np.random.default_rng(0)
     made: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
     paths = []
@@ -149,8 +151,8 @@ class Line:
                 self.links.append(LinkFigures(**self._hear(index)))
 
     def generate(self, sequence: int, prompt_tokens: int, tokens: int) -> list[float]:
-        """Seconds after the start at which the tokens were there."""
-        for index in reversed(range(len(self._processes))):  # The first one last, as in a shoal.
+        """Return the times since the start at which the tokens arrived, in seconds."""
+        for index in reversed(range(len(self._processes))):  # The first one is last, as in a shoal.
             self._tell(
                 index,
                 do="start",
@@ -166,7 +168,7 @@ class Line:
         return [arrived_s - started_s for arrived_s in answer["arrived_s"]]
 
     def calls(self) -> list[list[tuple[int, float]]]:
-        """(rows, seconds) of the calls of each stage since the last time."""
+        """Return (rows, seconds) of the calls of each stage since the last time."""
         result = []
         for index in range(len(self._processes)):
             self._tell(index, do="calls")
@@ -191,7 +193,7 @@ class Line:
         stream = self._processes[index].stdout
         line = "" if stream is None else stream.readline()
         if not line:
-            raise RuntimeError(f"stage {index} ended; what it said is above")
+            raise RuntimeError(f"stage {index} ended: its output is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -201,7 +203,7 @@ class Line:
 
 @dataclass(slots=True)
 class Split:
-    """One number of stages, here and in llama.cpp, and what each round gave."""
+    """One number of stages, here and in llama.cpp, and the results of each round."""
 
     runs: list[range]
     line: Line
@@ -209,10 +211,10 @@ class Split:
     hop_s: float
     rounds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     busy_s: list[float] = field(default_factory=list)
-    """What each stage computed for the last prompt."""
+    """The compute time of each stage for the last prompt."""
 
     def measure(self, number: int, tokens: int) -> None:
-        """Decode and prefill, here; ``number`` differs from all before."""
+        """Decode and prefill here. ``number`` differs from all earlier ones."""
         self.line.calls()
         step_s = fmean(np.diff(self.line.generate(2 * number, SHORT_TOKENS, tokens + 1)))
         calls = self.line.calls()
@@ -223,14 +225,14 @@ class Split:
         self.busy_s = [sum(s for _, s in stage) for stage in self.line.calls()]
 
     def measure_llama(self, tokens: int) -> None:
-        """The same in llama.cpp."""
+        """Decode and prefill in llama.cpp."""
         if self.llama is not None:
             decode_s = self.llama.ask("decode", SHORT_TOKENS, tokens)
             self.rounds["llama_step_s"].append(fmean(decode_s))
             self.rounds["llama_prompt_s"] += self.llama.ask("prefill", PROMPT_TOKENS)
 
     def row(self, first: Split) -> dict[str, Any]:
-        """Medians over the rounds, and of the ratios within each."""
+        """Return medians over the rounds, and of the ratios within each."""
         rounds = self.rounds
 
         def ratios(above: list[float], below: list[float]) -> list[float]:
@@ -266,7 +268,7 @@ class Split:
 
 
 def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[dict[str, Any]]:
-    """A row for each number of stages, all on one testbed."""
+    """Return a row for each number of stages, all on one testbed."""
     counts = [int(count) for count in options.stages.split(",")]
     names = [f"stage-{number}" for number in range(1, max(counts) + 1)]
     hosts = {name: Host(cpu_percent=CPU_PERCENT) for name in names}
@@ -317,7 +319,7 @@ def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[di
             splits.append(Split(runs, line, llama, hop_s))
         for number in range(options.rounds):
             say(f"round {number + 1} of {options.rounds} ...")
-            # Whoever comes second finds the machine warmer: they take turns.
+            # The second one finds a warmer machine, so they take turns.
             for each in splits if number % 2 else reversed(splits):
                 if number % 2:
                     each.measure_llama(options.tokens)
@@ -328,7 +330,7 @@ def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[di
 
 
 def timed(calls: Sequence[Sequence[tuple[int, float]]]) -> list[Stage]:
-    """Stages as a plan has them, with what a row took and a row of a whole chunk."""
+    """Return stages as in a plan, with the times of a row and of a chunk's row."""
     stages = []
     for stage in calls:
         row_s, chunk_s = (
@@ -349,10 +351,10 @@ def start_llama(
     model: Path,
     stack: ExitStack,
 ) -> llama_cpp_process.Worker:
-    """llama.cpp's servers on the hosts, and a worker that has put the model there."""
+    """Start llama.cpp's servers on the hosts, and a worker that has placed the model there."""
     server = llama_cpp_process.find_server(options.llama_cpp)
     addresses = llama_cpp_process.start_servers(bed, hosts, server, THREADS, client, stack)
-    # The embedding stays with the client; the output counts as a layer.
+    # The embedding stays with the client, and the output counts as a layer.
     layers = [len(run) - (run.start == 0) for run in runs]
     command = llama_cpp_process.worker_command(
         options.llama_python,

@@ -1,7 +1,7 @@
 """One stage of benchmarks/pipeline.py, in a process on its emulated host.
 
-Takes its description as JSON on the command line, then carries out the lines of JSON on stdin and
-answers each with one on stdout. Stage, relay and hop are the agent's own.
+Its description is JSON on the command line. It then carries out the lines of JSON on stdin, and
+answers each with a line on stdout. Stage, relay and hop are the agent's own.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ HOP_KEY = b"of all stages here"
 
 
 def model_spec(layers: int, vocab: int) -> ModelSpec:
-    """Llama-1B with fewer layers and words."""
+    """Return Llama-1B with fewer layers and words."""
     whole = shape_spec("llama-1b")
     return replace(whole, vocab=vocab, layers=whole.layers[:layers], max_context=2048)
 
 
 class TimedStage(Stage):
-    """Puts down how long each call takes, by its rows."""
+    """Records the time of each call, and its rows."""
 
     def __init__(self, stage: Stage) -> None:
         self.calls: list[tuple[int, float]] = []
@@ -62,13 +62,13 @@ class TimedStage(Stage):
 
 @dataclass(slots=True)
 class StageProcess:
-    """What the lines on stdin are done with."""
+    """Carries out the lines on stdin."""
 
     config: dict[str, Any]
     arrived_s: list[float] = field(default_factory=list)
 
     def run(self) -> None:
-        """Until stdin ends."""
+        """Run until stdin ends."""
         config = self.config
         spec = model_spec(config["layers"], config["vocab"])
         blocks = range(*config["blocks"])
@@ -119,7 +119,7 @@ class StageProcess:
                     say({"started_s": time.monotonic()})
                 sampling = Sampling(command["tokens"], ())
                 chunk_tokens = command["chunk_tokens"]
-                # So that longer ones can be tried than a coordinator may ask for.
+                # This allows longer chunks than a coordinator may ask for.
                 limits.PREFILL_CHUNK_TOKENS = max(limits.PREFILL_CHUNK_TOKENS, chunk_tokens)
                 number = command["sequence"]
                 relay.start(StartSequence(EPOCH, number, 0, prompt, sampling, chunk_tokens))
@@ -130,7 +130,7 @@ class StageProcess:
         server.close()
 
     def _report(self, message: Message) -> None:
-        """The last stage's tokens; they are told when all are there."""
+        """Collect the last stage's tokens, and report them when all are there."""
         if isinstance(message, SequenceFailed):
             say({"failed": message.reason})
         elif isinstance(message, TokenSampled):

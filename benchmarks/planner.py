@@ -1,15 +1,17 @@
-"""How fast the planner proves how good its plans are, on made-up fleets with a quality budget.
+"""The planner's time to prove a gap, on made-up fleets with a quality budget.
 
     make bench-planner
     python benchmarks/planner.py --quick
     python benchmarks/planner.py --layers 80 --devices 32 --seeds 5 --gap 0.01 --json
     python benchmarks/planner.py --solver cbc --markdown
 
-Per layers x devices: seconds until the gap is proved or the limit passes, the proved gap, and how
-many of the seeds reached it; seeds without a plan, and those proved infeasible, are counted too and
-never left out of "of how many". Instances have 4 widths, sensitivities that differ from layer to
-layer, six kinds of device, each a little different, and three kinds of link. The devices' memory
-holds the model at 8 bits 1.3 times in all; the budget is 1.5 times what 6 bits throughout take.
+For layers x devices the report has the seconds until the gap is proved or the limit passes, the
+proved gap, and the number of seeds that reached it. Seeds without a plan and infeasible ones are
+counted too, and stay in the total.
+
+Instances have 4 widths, and sensitivities that differ from layer to layer. They have six kinds of
+device, each a little different, and three kinds of link. All memory together holds the model at 8
+bits 1.3 times. The budget is 1.5 times the sum of sensitivities at 6 bits throughout.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ from wire.profile import LinkProfile
 
 WIDTHS = (4, 6, 8, 16)
 BLOCK_PARAMETERS = 50_000_000
-# (relative memory, milliseconds of a layer at 4 bits)
+# Relative memory, and milliseconds of a layer at 4 bits.
 KINDS = ((2.0, 9.0), (4.0, 5.5), (4.0, 2.6), (8.0, 1.9), (8.0, 1.2), (3.0, 3.5))
-# (round trip in seconds, bytes per second)
+# The round trip in seconds, and bytes per second.
 WIRES = ((0.4e-3, 110e6), (0.6e-3, 11.5e6), (3e-3, 5e6))
 
 
 def spec(layers: int) -> ModelSpec:
-    """A model of equal layers; only its hidden size and block count matter here."""
+    """Return a model of equal layers. Only its hidden size and block count matter here."""
     layer = LayerSpec(
         hidden=2048,
         heads=32,
@@ -77,7 +79,7 @@ def spec(layers: int) -> ModelSpec:
 
 
 def instance(layers: int, count: int, seed: int, objective: Objective) -> PlanningProblem:
-    """A random problem; the same for the same arguments."""
+    """Return a random problem, which depends only on the arguments."""
     rng = random.Random(f"{layers} {count} {seed}")
     blocks = layers + 2
     ends = (0, blocks - 1)
@@ -142,7 +144,7 @@ def instance(layers: int, count: int, seed: int, objective: Objective) -> Planni
 
 
 def machine() -> str:
-    """The processor's name, and how many of it the operating system sees."""
+    """Name the processor, and its cores that the operating system sees."""
     info = Path("/proc/cpuinfo")
     names = [
         line.partition(":")[2].strip()
@@ -154,7 +156,7 @@ def machine() -> str:
 
 
 def measure(options: argparse.Namespace, layers: int, count: int, kind: Any) -> dict[str, Any]:
-    """One row of the table."""
+    """Return one row of the table."""
     seconds, gaps, failed, infeasible = [], [], 0, 0
     for seed in range(options.seeds):
         problem = instance(layers, count, seed, Objective(kind, 256, 128))
@@ -187,7 +189,7 @@ def measure(options: argparse.Namespace, layers: int, count: int, kind: Any) -> 
 
 
 def cell(row: dict[str, Any]) -> str:
-    """A row of the results in a few words, as docs/planner.md has them."""
+    """Return a row of the results in a few words, as docs/planner.md has them."""
     if row["infeasible"] == row["seeds"]:
         return "-"
     parts = []
@@ -203,7 +205,7 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """One table per objective: layers down, devices across."""
+    """Return one table per objective: layers down, devices across."""
     lines = []
     for kind in dict.fromkeys(row["objective"] for row in rows):
         own = {(row["layers"], row["devices"]): row for row in rows if row["objective"] == kind}

@@ -1,11 +1,12 @@
-"""Does a plan keep its KL budget? Plans the demo model under several and measures each plan.
+"""Plans the demo model under several KL budgets, and measures whether each plan keeps its budget.
 
     python -m benchmarks.quality_budget
 
-Two alike devices, whose layers take as many milliseconds as they have bits, so that the planner
-spends all of the budget. Each budget is planned with the plain sum of sensitivities and with the
-margin that ``shoal calibrate --quality`` derives from eight random plans; where the measured
-divergence is above the budget, it is planned again as ``shoal plan --check-quality`` does.
+There are two equal devices. A layer takes as many milliseconds as it has bits, so the planner
+spends all of the budget. Each budget is planned with the plain sum of sensitivities. It is also
+planned with the margin that ``shoal calibrate --quality`` derives from eight random plans. If the
+measured divergence is above the budget, the model is planned again as ``shoal plan
+--check-quality`` does.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ BUDGETS = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1)
 def problem_of(
     checkpoint: Checkpoint, rows: Sequence[dict[int, float]], margin: float, budget: float
 ) -> PlanningProblem:
-    """Two devices that are slower with each bit, and the budget."""
+    """Return the problem of two devices that are slower with each bit, and the budget."""
     profile = DeviceProfile(
         "x", "x", 1, 1, "described", "", tuple((bits, bits) for bits in BITS),
         1 << 30, 1 << 30, 1 << 30, 0.0, 0.0,
@@ -76,7 +77,7 @@ def problem_of(
 
 
 def passages() -> list[str]:
-    """The development questions of the demo model with their answers, as docs/calibration.md."""
+    """Return the demo model's development questions with answers, as in docs/calibration.md."""
     entries = json.loads((ROOT / "examples" / "tiny-opt" / "dev.json").read_text())["data"]
     return [
         " ".join((paragraph["context"], qa["question"], qa["answers"][0]["text"]))

@@ -17,7 +17,7 @@ from model.spec import ModelSpec
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-opt" / "model"
 VOCAB = 8192
 KV_SHARE = 4
-"""Query heads that share a key and value head."""
+"""The query heads that share a key and value head."""
 SEED = 7
 
 
@@ -32,7 +32,7 @@ class Shape:
 def make_model(
     directory: Path, shape: Shape, context_tokens: int, *, vocab: int = VOCAB
 ) -> ModelSpec:
-    """A checkpoint of random weights in ``directory``, unless it is there."""
+    """Write a checkpoint of random weights into ``directory``, unless it is there."""
     hidden, ffn, kv_rows = shape.hidden, shape.ffn, shape.hidden // KV_SHARE
     if not (directory / "model.safetensors").exists():
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,16 @@
-"""How much later an answer ends when a device is lost, on emulated hosts.
+"""The delay of an answer when a device is lost, on emulated hosts.
 
     make bench-recovery
     python -m benchmarks.recovery --rounds 3 --json
 
-Three hosts have 30 % of a core and a wired link each (testbed/); the model has 943 million random
-weights at 8 bits, a third of them on each host. Two seconds after an answer has begun, the agent of
-the middle host is killed (its connections end) or its cable is cut (it falls silent); the model is
-then placed on the other two. The same answer undisturbed over three hosts is measured right before.
-In the first round the others fetch what they lack; later they have it on their disks.
+Three hosts have 30 % of a core and a wired link each (testbed/). The model has 943 million random
+weights at 8 bits, a third of them on each host. Two seconds after an answer has begun, the middle
+host is lost. Either its agent is killed (its connections end), or its cable is cut (it falls
+silent). The model is then placed on the other two. The same answer, undisturbed over three hosts,
+is measured right before. In the first round the others fetch the missing blocks. Later they have
+them on their disks.
 
-What was measured of the hosts, and the model, are kept in --state.
+The model and the measurements of the hosts are kept in --state.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from testbed.bed import Testbed
 from testbed.cluster import Cluster
 from testbed.lab import AgentSettings
 
-STATE = Path("/var/tmp/shoal-recovery")  # noqa: S108 - a fixed place, to go on where one was
+STATE = Path("/var/tmp/shoal-recovery")  # noqa: S108 - a fixed place, so that a run can continue
 
 HOSTS = NAMES[:3]
 VICTIM = HOSTS[1]
@@ -59,11 +60,11 @@ class Trial:
             for count, name in enumerate(HOSTS, start=1):
                 self._start(name)
                 self._shoal.wait_for_agents(HOSTS[:count])
-                # One measures itself at a time: hosts here share a processor.
+                # The hosts share a processor here, so they measure themselves one at a time.
                 client.operate("/shoal/v1/plan", self._plain, lambda step: None)
 
     def lose(self, how: str, tokens: int) -> dict[str, Any]:
-        """One loss: how long the answer took without it and with it."""
+        """Lose the device once, and return the time of the answer without and with the loss."""
         lose, back = {"killed": (self._kill, self._restart), "cut": (self._cut, self._heal)}[how]
         with Client(self._url) as client:
             client.operate("/shoal/v1/load", self._body, lambda step: None)
@@ -91,7 +92,7 @@ class Trial:
         }
 
     def _answer(self, client: Client, tokens: int) -> float:
-        """Seconds until an answer of so many tokens was there."""
+        """Return the seconds until an answer of this many tokens was there."""
         body = {"prompt": [1], "max_tokens": tokens, "temperature": self._temperature, "seed": 1}
         started_s = time.perf_counter()
         answer = client.post("/v1/completions", body)
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     make_model(options.state / "model", SHAPE, CONTEXT_TOKENS)
-    # What an earlier run left on the hosts' disks would have to be fetched on real ones.
+    # Real hosts would have to fetch the blocks that an earlier run left on these disks.
     shutil.rmtree(options.state / "hosts", ignore_errors=True)
     rows = []
     with Testbed(network(len(HOSTS)), "recovery") as bed:

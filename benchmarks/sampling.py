@@ -1,4 +1,4 @@
-"""What drawing a token costs beside taking the likeliest, over HTTP.
+"""The cost of drawing a token compared with taking the likeliest one, over HTTP.
 
     make bench-sampling
     make bench-sampling ARGS='--streams 1,4,8 --rounds 9 --json'
@@ -8,7 +8,7 @@ A coordinator and one agent run on this machine. The model has random weights in
 Llama 3's vocabulary. It is smaller than any model of that vocabulary, so that sampling is a larger
 part of a token. Requests go the way of every client: HTTP, coordinator, agent.
 
-In each round all settings take turns, greedy among them. Rates are medians over the rounds; a ratio
+In each round all settings take turns, greedy among them. Rates are medians over the rounds. A ratio
 is the median of the ratios within each round.
 
 The model is kept in --state.
@@ -38,7 +38,7 @@ from rich.table import Table
 from benchmarks.random_model import Shape, make_model
 from cli.client import Client
 
-STATE = Path("/var/tmp/shoal-sampling")  # noqa: S108 - a fixed place, to go on where one was
+STATE = Path("/var/tmp/shoal-sampling")  # noqa: S108 - a fixed place, so that a run can continue
 ROOT = Path(__file__).parents[1]
 SHOAL = (sys.executable, "-m", "cli")
 JOIN_TIMEOUT_S = 60.0
@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, float]] = {
 
 @contextmanager
 def serving(model: Path, bits: int, threads: int, slots: int) -> Iterator[str]:
-    """A coordinator with one agent, which has the model loaded; yields the URL."""
+    """Start a coordinator with one agent that has the model loaded, and yield the URL."""
     with tempfile.TemporaryDirectory(prefix="shoal-sampling-") as directory:
         coordinator = _start(
             "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
@@ -101,7 +101,7 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def rate(url: str, streams: int, tokens: int, settings: dict[str, float], seed: int) -> float:
-    """Tokens per second of all streams together, from the first request to the last answer."""
+    """Return tokens per second of all streams, from the first request to the last answer."""
 
     def one(first: int) -> None:
         body = {"prompt": [first], "max_tokens": tokens, "seed": seed + first, **settings}
@@ -117,11 +117,11 @@ def rate(url: str, streams: int, tokens: int, settings: dict[str, float], seed: 
 
 
 def measure(url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each number of streams and each setting."""
+    """Return a row for each number of streams and each setting."""
     cells = [(streams, name) for streams in options.streams for name in SETTINGS]
     found: dict[tuple[int, str], list[float]] = {cell: [] for cell in cells}
     for number in track(range(-1, options.rounds), console=Console(stderr=True), transient=True):
-        # The order turns from round to round: whoever comes first may meet a cooler processor.
+        # The first setting may find a cooler processor, so the order changes from round to round.
         for streams, name in np.roll(np.array(cells, object), number, axis=0):
             measured = rate(url, streams, options.tokens, SETTINGS[name], 1000 * number + 1000)
             if number >= 0:  # The first round only warms up.

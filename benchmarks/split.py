@@ -1,12 +1,12 @@
-"""What splitting costs on this machine: decode speed of 1, 2 and 3 agents, interleaved.
+"""The cost of a split on this machine: decode speed of 1, 2 and 3 agents, interleaved.
 
     make bench
     make bench ARGS='--rounds 5 --bits 8 --json'
 
-Each run is a whole `shoal demo` (processes, mDNS, plan, load) of the same model at the same width;
-the split is forced by memory limits. Reported are medians: time per token as measured and as
-predicted, and the speed as a ratio to one agent in the same round. All processes share this
-machine, so that hops cost no wire but compete for its cores.
+Each run is a whole `shoal demo` (processes, mDNS, plan, load) of the same model at the same width.
+Memory limits force the split. The report has medians of the time per token, measured and predicted,
+and of the speed over that of one agent in the same round. All processes share this machine, so hops
+have no wire but compete for its cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPT = "The lamp is in the attic."
 
 
 def demo(options: argparse.Namespace, agents: int) -> dict[str, Any]:
-    """One run of `shoal demo`; its JSON object. Exits where it fails."""
+    """Run `shoal demo` once, and return its JSON object. Exits if it fails."""
     command = [
         *(sys.executable, "-m", "cli", "demo", "--json"),
         *(f"--agents={agents}", f"--bits={options.bits}", "--max-weight-error=none"),

@@ -1,19 +1,19 @@
-"""Quality of what a backend really computes, and whether layers of several widths cost their own.
+"""The quality of a backend's real arithmetic, and the cost of layers of several widths.
 
     python -m benchmarks.stage                      # demo model: loss and exact match, both modes
     python -m benchmarks.stage --bits 4 --groups 64 --questions 100 --json
     python -m benchmarks.stage --layers --bits 4 8  # what rounding does to each layer's result
     python -m benchmarks.stage --mixed llama-1b     # 4, 6, 8 and 16 bits in one stage
 
-Quality: every token of the dev set goes through a stage of the embedded model, with activations
-not rounded (fp32), rounded as in serving (packed), and where memory leaves room for a copy that
-prompts run through (bytes). Loss is of the answer's tokens and the end of the text, given the
-question, in nats; exact match compares greedy answers as the SQuAD v1.1 script.
+Quality: every token of the dev set goes through a stage of the embedded model. Activations are not
+    rounded (fp32), or rounded as in serving (packed). If memory has room, prompts also run through
+    a coarser copy (bytes). Loss, in nats, is of the answer's tokens and the end of the text, given
+    the question. Exact match compares greedy answers as the SQuAD v1.1 script does.
 
-Layers: relative L2 error of what a layer adds to the hidden states of prompts.
+Layers: the relative L2 error of a layer's addition to the hidden states of prompts.
 
-Mixed: seconds per token of stages of one width each, of one with all widths in turn, and what the
-first predict for the last.
+Mixed: seconds per token of stages of one width each, and of one stage with all widths in turn. The
+    former predict the latter.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ MODES: dict[str, dict[str, Any]] = {
     "packed": {},
     "bytes": {"memory_bytes": 1 << 40, "fast_prompts": True},
 }
-"""Options of a stage, by how it treats activations."""
+"""The options of a stage, by its treatment of activations."""
 
 
 def questions(count: int) -> list[tuple[str, str]]:
-    """(prompt, answer) of the dev set, evenly picked."""
+    """Return (prompt, answer) of the dev set, evenly picked."""
     data = json.loads((DEMO / "dev.json").read_text(encoding="utf-8"))
     found = [
         (f"{paragraph['context']} {qa['question']}", qa["answers"][0]["text"])
@@ -77,7 +77,7 @@ def quality(
     mode: str,
     asked: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Loss and exact match of the demo model with every block in ``fmt``."""
+    """Return loss and exact match of the demo model with every block in ``fmt``."""
     checkpoint = Checkpoint.open(DEMO / "model")
     spec = checkpoint.spec
     tokenizer = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
@@ -107,7 +107,7 @@ def quality(
 
 
 def layer_errors(backend: Backend, fmt: Format, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Per layer and mode, the error of what the layer makes of the exact layers' results."""
+    """Return each layer's error per mode, with the exact layers' results as input."""
     checkpoint = Checkpoint.open(DEMO / "model")
     spec = checkpoint.spec
     tokenizer = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
@@ -133,14 +133,14 @@ def layer_errors(backend: Backend, fmt: Format, prompts: Sequence[str]) -> list[
 
 
 def forced(stage: Stage, prompt: Sequence[int], wanted: Sequence[int]) -> Iterator[Any]:
-    """Logits before each wanted token."""
+    """Yield the logits before each wanted token."""
     yield stage.forward(0, 0, np.array(prompt))[0]
     for position, token in enumerate(wanted[:-1], len(prompt)):
         yield stage.forward(0, position, np.array([token]))[0]
 
 
 def greedy(stage: Stage, prompt: Sequence[int]) -> Iterator[int]:
-    """The likeliest continuation."""
+    """Yield the likeliest continuation."""
     rows, position = np.array(prompt), 0
     for _ in range(NEW_TOKENS):
         token = int(stage.forward(0, position, rows)[0].argmax())
@@ -152,22 +152,22 @@ def greedy(stage: Stage, prompt: Sequence[int]) -> Iterator[int]:
 
 
 def log_probability(logits: Any, token: int) -> float:
-    """Natural logarithm of softmax(logits)[token]."""
+    """Return the natural logarithm of softmax(logits)[token]."""
     wide = logits.astype(np.float64)
     wide -= wide.max()
     return float(wide[token] - np.log(np.exp(wide).sum()))
 
 
 def normalized(text: str) -> str:
-    """Without case, punctuation and articles."""
+    """Return text without case, punctuation and articles."""
     text = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def mixed(shape: str, backend: Backend, threads: int, rounds: int) -> dict[str, Any]:
-    """Seconds per token of stages in one width each, and of one with all, interleaved.
+    """Time stages in one width each and one stage with all, interleaved, in seconds per token.
 
-    Embedding and head are at the first width in the mixed stage: their part is taken from it.
+    The mixed stage has embedding and head at the first width, whose time is subtracted.
     """
     spec = shape_spec(shape)
     layers = len(MIXED_BITS) * 2

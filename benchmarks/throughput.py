@@ -1,16 +1,16 @@
-"""Several generations at once, over 1 to 4 emulated hosts: tokens per second, and as predicted.
+"""Tokens per second of several generations at once over 1 to 4 emulated hosts, and predictions.
 
     make bench-throughput
     python -m benchmarks.throughput --hosts 1,4 --sequences 4 --json
 
-Each host has 30 % of a core and a wired link (testbed/); the model has 943 million random weights
-at 8 bits. For each number of hosts the planner's best plan for throughput is
-loaded, and runs one generation at a time, then several at once, in turns. A prompt is one token
-long, so that every pass is a token's. Tokens per second are those of all generations, from the
-first request to the end of the last answer, measured by the client. A plan predicts them without
-counting that a stage runs the rows of several sequences in one pass (planning/forecast.py).
+Each host has 30 % of a core and a wired link (testbed/). The model has 943 million random weights
+at 8 bits. For each number of hosts, the planner's best plan for throughput is loaded. It runs one
+generation at a time, then several at once, in turns. A prompt is one token long, so every pass is a
+token's. The client measures tokens per second of all generations, from the first request to the end
+of the last answer. The plan's prediction does not count that a stage runs the rows of several
+sequences in one pass (planning/forecast.py).
 
-What was measured of the hosts, and the model, are kept in --state.
+The model and the measurements of the hosts are kept in --state.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from testbed.cluster import Cluster
 from testbed.lab import AgentSettings
 from testbed.network import HUB, Host, Link, Network
 
-STATE = Path("/var/tmp/shoal-throughput")  # noqa: S108 - a fixed place, to go on where one was
+STATE = Path("/var/tmp/shoal-throughput")  # noqa: S108 - a fixed place, so that a run can continue
 
 SHAPE = Shape(hidden=2048, ffn=5632, layers=20, heads=16)
 CPU_PERCENT = 30.0
@@ -47,7 +47,7 @@ NAMES = ("ash", "birch", "cedar", "dogwood")
 
 
 def network(hosts: int) -> Network:
-    """So many equal hosts, and the coordinator's, whose links are not shaped."""
+    """Return this many equal hosts, and the coordinator's, whose links are not shaped."""
     names = NAMES[:hosts]
     links = {(a, b): WIRED for a in names for b in names if a != b}
     for name in names:
@@ -58,13 +58,13 @@ def network(hosts: int) -> Network:
 
 
 def measure(options: argparse.Namespace, hosts: int) -> dict[str, Any]:
-    """One number of hosts, on a testbed of its own; a row of the table."""
+    """Measure one number of hosts on a testbed of its own, and return a row of the table."""
     most = max(options.sequences)
     body = {
         **request(options.state, (BITS,)),
         "objective": {"kind": "throughput"},
         "slots": most,
-        # As many stages as there are hosts: each holds some of the layers.
+        # Each host holds some of the layers, so there are as many stages as hosts.
         "pins": {
             str(1 + at * SHAPE.layers // hosts): name for at, name in enumerate(NAMES[:hosts])
         },
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, hosts: int) -> dict[str, Any]:
             for count, name in enumerate(NAMES[:hosts], start=1):
                 shoal.start_agent(name, AgentSettings(MEMORY_BYTES, 8 << 30))
                 shoal.wait_for_agents(NAMES[:count])
-                # One measures itself at a time: hosts here share a processor.
+                # The hosts share a processor here, so they measure themselves one at a time.
                 plain = request(options.state, (BITS,))
                 client.operate("/shoal/v1/plan", plain, lambda step: None)
             say(f"{hosts} hosts: planning and loading")
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, hosts: int) -> dict[str, Any]:
 
 
 def generate(url: str, count: int, tokens: int, temperature: float = 0.0) -> float:
-    """Tokens per second, in all, of so many generations at once."""
+    """Return tokens per second of this many generations at once, all together."""
 
     def one(first: int) -> None:
         body = {"prompt": [first], "max_tokens": tokens, "temperature": temperature}

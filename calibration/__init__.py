@@ -1,1 +1,1 @@
-"""What this device and its links can really do, measured and stored."""
+"""The measured abilities of this device and its links, and their store."""

@@ -18,8 +18,10 @@ _COLOURS = {
     16: "#000000",
     32: "#009e73",
 }
-"""By width, the same in every picture; told apart by colour-blind readers too (mostly Okabe and
-Ito's)."""
+"""The colour of each width, the same in every picture.
+
+Colour-blind readers can tell them apart too (mostly Okabe and Ito's).
+"""
 _OTHER = "#777777"
 
 _WIDTH, _HEIGHT = 760.0, 500.0
@@ -28,7 +30,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 20.0, 50.0, 55.0
 
 @dataclass(frozen=True, slots=True)
 class RooflinePoint:
-    """A measured call: what it computes, at least moves, and took."""
+    """A measured call: its operations, the bytes it moves at least, and its seconds."""
 
     label: str
     container_bits: int
@@ -37,7 +39,7 @@ class RooflinePoint:
     seconds: float
     long_context: bool
     prefill: bool = False
-    """Many tokens of a prompt at once, instead of one decoded token."""
+    """Whether it runs many tokens of a prompt at once, instead of one decoded token."""
 
 
 def roofline_svg(
@@ -46,10 +48,10 @@ def roofline_svg(
     flops: Mapping[int, float],
     points: Sequence[RooflinePoint],
 ) -> str:
-    """Points against the measured ceilings: memory bandwidth, and arithmetic of each width.
+    """Draw points against the measured ceilings: memory bandwidth, and each width's arithmetic.
 
-    flops: executed width to operations per second of the fastest call; a width whose points were
-    faster yet has its ceiling at the fastest of these. Needs at least one width.
+    ``flops`` maps an executed width to operations per second of the fastest call. If a point was
+    faster, it sets the ceiling of its width. At least one width is needed.
     """
     flops = dict(flops)
     for point in points:
@@ -81,7 +83,8 @@ def roofline_svg(
         [(horizontal.at(x), vertical.at(x * read_bytes_per_s)) for x in (horizontal.low, ridge)],
         _INK,
     )
-    # Above the sloped line, where no point can be: clear of it at the right end of the words.
+    # Above the sloped line there can be no point. The right end of the text must not touch the
+    # line.
     bandwidth = f"memory read {read_bytes_per_s / 1e9:.1f} GB/s"
     reach = horizontal.value(_LEFT + 14 + 7 * len(bandwidth))
     above = vertical.at(min(reach * read_bytes_per_s, top)) - 8
@@ -96,7 +99,15 @@ def roofline_svg(
         x, y = horizontal.at(intensity), vertical.at(rate)
         colour = _colour(point.container_bits)
         picture.mark(x, y, colour, point.long_context, point.label, square=point.prefill)
-    for index, (colour, text) in enumerate(legend):
+    _draw_legend(picture, legend, kinds)
+    return picture.svg()
+
+
+def _draw_legend(
+    picture: _Picture, widths: Sequence[tuple[str, str]], kinds: Sequence[tuple[bool, bool, str]]
+) -> None:
+    """Draw below a roofline: (colour, text) of each width, (square, hollow, text) of each mark."""
+    for index, (colour, text) in enumerate(widths):
         y = _HEIGHT + 12 + 16.0 * index
         picture.mark(_LEFT + 4, y - 4, colour, False, text)
         picture.text(_LEFT + 16, y, text, "start")
@@ -104,18 +115,17 @@ def roofline_svg(
         y = _HEIGHT + 12 + 16.0 * index
         picture.mark(_WIDTH / 2 + 44, y - 4, _INK, hollow, text, square=square)
         picture.text(_WIDTH / 2 + 56, y, text, "start")
-    return picture.svg()
 
 
 def heatmap_svg(
     title: str, columns: Sequence[str], rows: Sequence[str], values: Mapping[tuple[int, int], float]
 ) -> str:
-    """``values`` by (row, column), coloured by their logarithm; what is missing stays empty."""
+    """Draw ``values`` by (row, column), coloured by their logarithm. Missing values stay empty."""
     cell, height, left, top = 62.0, 30.0, 70.0, 70.0
     positive = [value for value in values.values() if value > 0]
     low = math.log10(min(positive, default=1e-9))
     high = max(math.log10(max(positive, default=1.0)), low + 1e-9)
-    # Wide enough for the title too.
+    # The title must fit, too.
     width = max(left + cell * len(columns) + 20, 28 + 8.5 * len(title))
     picture = _Picture(width, top + height * len(rows) + 20, title)
     for column, name in enumerate(columns):
@@ -136,7 +146,7 @@ def heatmap_svg(
 
 
 class _Log:
-    """A logarithmic axis over whole decades that hold ``values``, from pixel to pixel."""
+    """A logarithmic axis from pixel to pixel, over the whole decades that hold ``values``."""
 
     def __init__(self, values: Iterable[float], first: float, last: float, label: str) -> None:
         found = [math.log10(value) for value in values if value > 0]
@@ -157,7 +167,7 @@ class _Log:
         return self._first + share * (self._last - self._first)
 
     def value(self, pixel: float) -> float:
-        """What lies at a pixel; the inverse of ``at``."""
+        """Return the value at a pixel. The inverse of ``at``."""
         share = (pixel - self._first) / (self._last - self._first)
         return float(10.0 ** (self._low + share * (self._high - self._low)))
 
@@ -166,7 +176,7 @@ class _Log:
 
 
 class _Picture:
-    """Elements of an SVG file, in the order they are drawn."""
+    """The elements of an SVG file, in the order in which they are drawn."""
 
     def __init__(self, width: float, height: float, title: str) -> None:
         self._head = (
@@ -225,7 +235,7 @@ def _tick(picture: _Picture, axis: _Log, value: float, upright: bool, unit: floa
 
 
 def _kinds(points: Sequence[RooflinePoint]) -> list[tuple[bool, bool, str]]:
-    """The marks in use: square, hollow, and what that means."""
+    """Return the marks in use: square, hollow, and their meaning."""
     return [
         (square, hollow, f"{'prefill' if square else 'decode'}, {length} context")
         for square in (False, True)
@@ -239,7 +249,7 @@ def _colour(bits: int) -> str:
 
 
 def _clipped(title: str) -> str:
-    """A title that fits the picture at 14 pixels a letter's height."""
+    """Shorten a title to the picture's width, at 14 pixels a letter's height."""
     most = int((_WIDTH - 28) / 8.5)
     return title if len(title) <= most else title[: most - 1] + "\u2026"
 

@@ -1,4 +1,4 @@
-"""What this device is and what it can give: measured, and limited by its user and its container."""
+"""Measures this device's abilities, within the limits of its user and its container."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from wire.profile import DeviceProfile
 
 MIN_HEADROOM_BYTES = 64 << 20
 HEADROOM_SHARE = 0.1
-"""What stays free of the memory that was free at start: for the system, and for this process."""
+"""The share of memory that stays free for the system and for this process."""
 
 START_PATIENCE_S = 0.5
-"""An agent that starts does not wait for a quiet moment: it measures again when one comes."""
+"""An agent that starts does not wait for a quiet moment. It measures again in one."""
 
 CANCEL_S = 0.1
-"""How soon a measurement in another process ends that nobody wants any more."""
+"""How soon a cancelled measurement in another process ends."""
 
 _READ_BUFFER_BYTES = 128 << 20
 _READ_TIME_S = 0.25
@@ -60,7 +60,7 @@ sys.path[:] = settings.pop("path")
 from calibration.device import answer_parent
 answer_parent(settings)
 """
-"""Finds modules where its parent does, and never in the directory that it happens to start in."""
+"""The child finds modules where its parent does, and never in its working directory."""
 
 
 def profile_device(
@@ -74,13 +74,18 @@ def profile_device(
     exact: bool = False,
     patience_s: float = START_PATIENCE_S,
 ) -> DeviceProfile:
-    """Measure this device for stages run by ``backend``; takes about a second.
+    """Measure this device for stages run by ``backend``. It takes about a second.
 
-    cache_dir: where blocks will be kept; created. A limit caps what is free, it cannot add to it.
-    threads: None for as many as ``usable_threads`` finds. watts: what its user says. exact: stages
-    will be loaded so. patience_s: for measuring again what others disturbed, at most, and no longer
-    than the first time took. Raises BackendUnavailable where the backend does not run here,
-    BackendError where it cannot be exact or the cache directory cannot be written.
+    cache_dir: the directory for blocks, which is created.
+    memory_limit_bytes, storage_limit_bytes: cap the free amounts, and cannot add to them.
+    threads: None for ``usable_threads``.
+    watts: declared by the user.
+    exact: whether stages are exact.
+    patience_s: the most time for repeats of disturbed measurements. They never take longer than the
+        first tries did.
+
+    Raises BackendUnavailable if the backend does not run here, BackendError if it cannot be exact
+    or the cache directory cannot be written.
     """
     kind = backend_class(backend)
     capabilities = kind.probe()
@@ -88,7 +93,7 @@ def profile_device(
     if not containers:
         raise BackendError(f"{backend} always rounds activations: start it without --exact")
     threads = threads or usable_threads()
-    # The backend first: what a GPU that shares the memory takes at its start is then gone already.
+    # The backend comes first, so that a GPU that shares the memory has already taken its part.
     of_its_own = kind.memory_bytes()
     available_bytes, total_bytes = of_its_own or memory_bytes()
     headroom_bytes = max(MIN_HEADROOM_BYTES, int(available_bytes * HEADROOM_SHARE))
@@ -131,9 +136,9 @@ def profile_device(
 def kept_profile(
     profile: DeviceProfile, store: CalibrationStore, *, exact: bool, measured: bool = True
 ) -> DeviceProfile:
-    """``profile`` with the figures in ``store`` where those were disturbed less, and kept there.
+    """Return ``profile`` with the less disturbed figures of ``store``, and keep the better ones.
 
-    measured False: nothing is new in ``profile``, which takes what ``store`` has. Figures are
+    With ``measured`` False, ``profile`` has nothing new and takes the stored figures. Figures are
     stored under the hardware, as block times are.
     """
     figures = {
@@ -145,7 +150,7 @@ def kept_profile(
     conditions = dict(profile.conditions)
     for figure, value in figures.items():
         key: dict[str, Any] = {"hardware": hardware_id(), "kind": "device", "figure": figure}
-        if figure == "memory":  # An accelerator's own is no other backend's.
+        if figure == "memory":  # An accelerator's own memory belongs to its backend.
             key |= {"backend": profile.backend, "threads": profile.threads}
         elif figure == "call":
             key |= {"backend": profile.backend, "version": profile.backend_version}
@@ -174,11 +179,11 @@ def profile_in_child(
     check: Callable[[], None] | None = None,
     **settings: float | None,
 ) -> DeviceProfile:
-    """``profile_device`` in a process of its own, so that this one imports no backend for it.
+    """Run ``profile_device`` in a child process, so that this one imports no backend.
 
-    settings: its other arguments. ``check`` is called each CANCEL_S and ends the measurement by
-    raising. A library that crashes while it is imported, as one built for newer processors does, is
-    a BackendUnavailable.
+    ``settings`` are its other arguments. ``check`` is called each CANCEL_S, and may raise to end
+    the measurement. A library may crash at its import, if it was built for newer processors. That
+    is a BackendUnavailable.
     """
     require_known(backend)
     everything = {"path": sys.path, "backend": backend, "cache_dir": str(cache_dir), **settings}
@@ -191,7 +196,7 @@ def profile_in_child(
     ) as child:
         try:
             out, err = _communicate(child, json.dumps(everything), check)
-        except BaseException:  # Cancelled or interrupted, however: the child must not outlive it.
+        except BaseException:  # Cancelled or interrupted: the child must not outlive it.
             child.kill()
             raise
     try:
@@ -212,19 +217,19 @@ def profile_in_child(
 def _communicate(
     child: subprocess.Popen[str], said: str, check: Callable[[], None] | None
 ) -> tuple[str, str]:
-    """What the child wrote to stdout and stderr; whatever ``check`` raises comes first."""
+    """Return the child's stdout and stderr, unless ``check`` raises first."""
     remaining: str | None = said
     while True:
         try:
             return child.communicate(remaining, timeout=None if check is None else CANCEL_S)
         except subprocess.TimeoutExpired:
-            remaining = None  # It goes on with what it has begun to write.
+            remaining = None  # The call continues with the text that it has begun to write.
             if check is not None:
                 check()
 
 
 def answer_parent(settings: dict[str, Any]) -> None:
-    """The other process of ``profile_in_child``: the answer goes to stdout, as JSON."""
+    """Run the child's side of ``profile_in_child``, and write the answer to stdout as JSON."""
     answer: dict[str, Any]
     try:
         profile = profile_device(**{**settings, "cache_dir": Path(settings["cache_dir"])})
@@ -237,7 +242,7 @@ def answer_parent(settings: dict[str, Any]) -> None:
 
 
 def _call_s(bench: Bench, patience: Patience) -> tuple[float, Conditions | None]:
-    """0 where the shoal has to make files for it first: the agent measures it then."""
+    """Measure the call overhead. 0 if that takes files from others; the agent measures it later."""
     bench.patience = patience
     try:
         return bench.call_s, bench.call_conditions
@@ -246,32 +251,32 @@ def _call_s(bench: Bench, patience: Patience) -> tuple[float, Conditions | None]
 
 
 def measure_memory_read(threads: int) -> float:
-    """Bytes per second that ``threads`` threads read together from main memory, at best."""
+    """Return bytes per second that ``threads`` threads read together from main memory, at best."""
     return memory_read_rate(threads)[0]
 
 
 def _memory_rate(kind: type[Backend], threads: int) -> tuple[float, float]:
-    """As ``memory_read_rate``, of the memory that the backend's stages live in."""
+    """Return ``memory_read_rate`` of the memory that holds the backend's stages."""
     rate = kind.memory_read_bytes_per_s()
     return memory_read_rate(threads) if rate is None else (rate, 0.0)
 
 
 def memory_read_rate(threads: int) -> tuple[float, float]:
-    """As ``measure_memory_read``, and the spread of its repeats."""
+    """Return the rate as ``measure_memory_read`` does, and the spread of its repeats."""
     items = _buffer_items()
     parts = np.array_split(np.ones(items, np.int64), threads)
-    # numpy lets go of the interpreter lock while it reduces.
+    # numpy releases the interpreter lock while it reduces.
     best_s, spread = _best_s(threads, np.bitwise_or.reduce, parts)
     return items * 8 / best_s, spread
 
 
 def measure_memory_copy(threads: int) -> float:
-    """Bytes per second, read plus written, of ``threads`` threads copying in main memory."""
+    """Return bytes per second, read plus written, of ``threads`` threads copying in main memory."""
     return memory_copy_rate(threads)[0]
 
 
 def memory_copy_rate(threads: int) -> tuple[float, float]:
-    """As ``measure_memory_copy``, and the spread of its repeats."""
+    """Return the rate as ``measure_memory_copy`` does, and the spread of its repeats."""
     items = _buffer_items() // 2
     sources = np.array_split(np.ones(items, np.int64), threads)
     targets = np.array_split(np.zeros(items, np.int64), threads)
@@ -284,18 +289,18 @@ def _slowness(rate: float) -> float:
 
 
 def measure_disk_write(directory: Path) -> float:
-    """Bytes per second of a short file in ``directory``, written through to the disk.
+    """Return bytes per second of a short file in ``directory``, written through to the disk.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written.
     """
     return measure_disk(directory)[0]
 
 
 def measure_disk(directory: Path) -> tuple[float, float | None]:
-    """(written, read) bytes per second of a short file in ``directory``, past the page cache.
+    """Return (written, read) bytes per second of a short file, past the page cache.
 
-    Read is None where the file system cannot be read past it. Raises OSError where the file
-    cannot be written.
+    Read is None if the file system cannot bypass the cache. Raises OSError if the file cannot be
+    written.
     """
     chunk = np.random.default_rng(0).bytes(_WRITE_CHUNK_BYTES)
     written = 0
@@ -330,7 +335,7 @@ def _disk_read(path: Path) -> float | None:
 
 
 def _buffer_items() -> int:
-    """Eight-byte items that the memory measurements go over."""
+    """Return the number of eight-byte items that the memory measurements cover."""
     available_bytes, _ = memory_bytes()
     return max(min(_READ_BUFFER_BYTES, available_bytes // 8) // 8, 1 << 16)
 
@@ -338,8 +343,10 @@ def _buffer_items() -> int:
 def _best_s(
     threads: int, work: Callable[..., object], *parts: Sequence[Any]
 ) -> tuple[float, float]:
-    """Least seconds in which ``threads`` threads do ``work`` on all parts, of several tries; and
-    the spread of these."""
+    """Return the least seconds of several tries, and their spread.
+
+    In each try, ``threads`` threads do ``work`` on all parts.
+    """
     times_s: list[float] = []
     with ThreadPoolExecutor(threads) as pool:
         started_s = time.perf_counter()
@@ -351,6 +358,6 @@ def _best_s(
 
 
 def _storage_bytes(cache_dir: Path) -> int:
-    """Free on the cache's disk, and what the cache holds already."""
+    """Return the free bytes on the cache's disk, plus the bytes of the cache."""
     held = sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
     return shutil.disk_usage(cache_dir).free + held

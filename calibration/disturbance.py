@@ -22,7 +22,7 @@ from wire.conditions import Conditions
 Figure = TypeVar("Figure")
 
 SHORTEST_S = 0.25
-"""A shorter time has too few of the kernel's ticks: what came just before counts as well."""
+"""A shorter time has too few of the kernel's ticks, so the moments before it count too."""
 
 _RECENT_S = 2.0
 
@@ -40,30 +40,29 @@ class _Reading:
 
 
 _histories: dict[tuple[Path, bool], deque[tuple[float, _Reading]]] = {}
-"""What meters of this process have read of late."""
+"""Recent readings of this process's meters."""
 
 
 class LoadMeter:
-    """Watches the processor from its making on; ``conditions`` says what else used it."""
+    """Watches the processor from its creation on. ``conditions`` reports the other users."""
 
     def __init__(self, root: Path = Path("/"), *, kernel: bool = True) -> None:
-        """``kernel`` False leaves out what the kernel does: of a disk or a network that is
-        measured, this is part of the work."""
+        """``kernel`` False leaves out the kernel's work, which disks and networks cause."""
         self._root = root
         self._kernel = kernel
         self._history = _histories.setdefault((root, kernel), deque(maxlen=64))
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was seen so far."""
+        """Forget all readings."""
         self._begun_s = time.perf_counter()
         self._first = _read(self._root, kernel=self._kernel)
         self._history.append((self._begun_s, self._first))
 
     def conditions(self, spread: float = 0.0) -> Conditions:
-        """What was seen since the beginning; ``spread`` is the measurement's own.
+        """Return the processor's use since the beginning, with the measurement's ``spread``.
 
-        Our own children count as other programs until they have ended and been waited for.
+        Our child processes count as other programs until they have ended and been waited for.
         """
         last, now_s = _read(self._root, kernel=self._kernel), time.perf_counter()
         begun_s, first = self._begun_s, self._first
@@ -77,7 +76,7 @@ class LoadMeter:
                 (begun_s, first),
             )
         elapsed_s = max(now_s - begun_s, 1e-9)
-        # The kernel counts in ticks: each core may be one off.
+        # The kernel counts in ticks, so each core may be one off.
         error_s = first.cores / _ticks_per_s()
         others_s = last.busy_s - first.busy_s - (last.own_s - first.own_s) - error_s
         periods = last.periods - first.periods
@@ -94,7 +93,7 @@ class LoadMeter:
 
 
 class Patience:
-    """Time that repeats may take: ``share`` of what first tries took, ``limit_s`` at most."""
+    """The time for repeats: ``share`` of the first tries' time, at most ``limit_s``."""
 
     def __init__(self, share: float = 1.0, limit_s: float = 10.0) -> None:
         self._share = share
@@ -102,11 +101,11 @@ class Patience:
         self._earned_s = 0.0
 
     def earn(self, first_s: float) -> None:
-        """A first try took so long."""
+        """Record the duration of a first try."""
         self._earned_s += self._share * first_s
 
     def spend(self, repeat_s: float) -> bool:
-        """Whether there is time for a repeat that takes so long, which counts as spent then."""
+        """Whether there is time for a repeat of this length, which counts as spent then."""
         if repeat_s > min(self._earned_s, self._left_s):
             return False
         self._earned_s -= repeat_s
@@ -121,11 +120,11 @@ def steady(
     *,
     kernel: bool = True,
 ) -> tuple[Figure, Conditions]:
-    """The figure of a quiet machine, or the best one that ``patience`` allows to get.
+    """Return the figure of a quiet machine, or the best one that ``patience`` allows.
 
-    ``measure`` returns a figure and the spread of its repeats. It is called again while others used
-    the processor or the repeats disagreed. Of disturbed figures the one of the fewest ``seconds``
-    counts: others only ever make it slower. ``kernel`` as of LoadMeter.
+    ``measure`` returns a figure and the spread of its repeats. It is called again while others use
+    the processor or the repeats disagree. Of disturbed figures the one of the fewest ``seconds``
+    counts, because others can only make it slower. ``kernel`` is that of LoadMeter.
     """
     best: tuple[bool, float, Figure, Conditions] | None = None
     while True:
@@ -144,7 +143,7 @@ def steady(
 
 
 def spread_of(values: Sequence[float]) -> float:
-    """Distance of the quartiles over the median; of two or three values, of the outer ones."""
+    """Return the distance of the quartiles over the median; of 2 or 3 values, of the extremes."""
     if len(values) < 2:
         return 0.0
     ordered = sorted(values)
@@ -164,7 +163,7 @@ def _read(root: Path, *, kernel: bool) -> _Reading:
 
 
 def _processor(root: Path, *, kernel: bool) -> tuple[int, float, float]:
-    """(cores, busy seconds, stolen seconds) of the cores that this process may run on."""
+    """Return (cores, busy seconds, stolen seconds) of the cores that this process may run on."""
     allowed = os.sched_getaffinity(0)
     rows: dict[str, list[int]] = {}
     for line in read_lines(root / "proc/stat"):
@@ -183,7 +182,7 @@ def _processor(root: Path, *, kernel: bool) -> tuple[int, float, float]:
 
 
 def _quota(root: Path) -> tuple[int, int]:
-    """(periods, those in which it held us up) of the container's limit that held up most often."""
+    """Return (periods, periods that stopped us) of the container limit that stopped us most."""
     found = [(0, 0)]
     for group in cgroups(root, "cpu"):
         counts = dict(

@@ -1,8 +1,9 @@
 """Seconds per block of a model's own shapes, through the backend that will run them.
 
-Weights are random: time depends on shapes and widths alone. A layer is timed inside a stage of
-several, large enough not to live in a cache, and its share is what remains without the cost of the
-call; so the time of a stage is predicted as ``call_s`` plus the sum of its blocks' times.
+Weights are random, because time depends on shapes and widths alone. A layer is timed inside a stage
+of several layers that is too large for a cache. Its time is its share of the stage's time without
+the overhead of the call. So the time of a stage is predicted as ``call_s`` plus the sum of its
+blocks' times.
 """
 
 from __future__ import annotations
@@ -33,37 +34,37 @@ from wire.limits import PREFILL_CHUNK_TOKENS
 from wire.profile import BlockTiming, TimingKind
 
 STAGE_BYTES = 64 << 20
-"""Weights in a timed stage, where the model has that many layers: more than most caches hold."""
+"""The weights of a timed stage, if the model has enough layers. Most caches hold less."""
 
 MAX_TIMED_LAYERS = 8
 HEAD_BYTES = 32 << 20
-"""A larger head is timed with part of its vocabulary and scaled up: it is one product."""
+"""A larger head is timed with part of its vocabulary and scaled up, because it is one product."""
 
 EMBEDDING_ROWS = 1024
-"""Looking up a token takes the same time in a table of any length."""
+"""The number of rows of the timed table. A look-up takes the same time in any table."""
 
 LOAD_FACTOR = 2.5
-"""Memory to load a stage, over its weights as executed; what does not fit is not timed."""
+"""Memory to load a stage, over its weights as executed. A stage that does not fit is not timed."""
 
 _PREPARED = {"prepared": True}
-"""In the key of what was timed with prepared weights: before, it was timed on the heap."""
+"""Part of the key of times with prepared weights. Older times were measured on the heap."""
 
 _CONTEXT_TOKENS = 4 * PREFILL_CHUNK_TOKENS
 _MIN_REPEATS = 5
 _MIN_TIME_S = 0.2
 _MAX_TIME_S = 2.0
 _LIMITED_TIME_S = 1.0
-"""Where a quota holds calls up, single rounds differ by a third."""
+"""A quota stops calls, and single rounds then differ by a third."""
 
 _ROUND_S = 0.04
-"""Several periods of the kernel's CPU quotas, which are 5 to 10 ms where they are short."""
+"""Several periods of the kernel's CPU quotas, of which short ones are 5 to 10 ms."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds of a row that is decoded, and of a prompt's token; and what else went on."""
+    """The seconds of a decoded row and of a prompt's token, and the conditions."""
 
     seconds: tuple[float, float]
     conditions: Conditions
@@ -91,14 +92,16 @@ def measure_model(
     directory: Path | None = None,
     exact: bool = False,
 ) -> tuple[BlockTiming, ...]:
-    """Timings of embedding, distinct layers and head of ``spec`` at each of ``bits``.
+    """Time embedding, distinct layers and head of ``spec`` at each of ``bits``.
 
-    Widths that the backend does not take, and blocks too large to be loaded here, have none. What
-    is in ``store`` is not measured again. ``progress`` is called with (done, all) steps, several
-    times a second, and may raise to end it.
-    directory: where the random blocks are written meanwhile, by default beside the store. exact:
-    of stages loaded so. Raises BackendError where the backend fails, CheckpointError where the disk
-    is full.
+    Widths that the backend does not take have no timing, nor have blocks too large to load here.
+    Times in ``store`` are not measured again.
+
+    progress: called with (done, all) steps several times a second; it may raise to end it.
+    directory: holds the random blocks meanwhile; by default a directory beside the store.
+    exact: times exact stages.
+
+    Raises BackendError if the backend fails, CheckpointError if the disk is full.
     """
     capabilities = backend.probe()
     tasks = timing_tasks(spec, bits, capabilities.containers(exact=exact))
@@ -139,7 +142,7 @@ def kept_timings(
     store: CalibrationStore,
     exact: bool = False,
 ) -> tuple[BlockTiming, ...]:
-    """As ``measure_model``, of what is in ``store`` only: nothing is measured."""
+    """Return the timings in ``store`` without measuring; otherwise as ``measure_model``."""
     capabilities = backend.probe()
     common = machine_key(capabilities, threads, exact=exact)
     timings: list[BlockTiming] = []
@@ -154,7 +157,7 @@ def kept_timings(
 
 
 def machine_key(capabilities: Capabilities, threads: int, *, exact: bool = False) -> dict[str, Any]:
-    """What every timing depends on besides the shape."""
+    """Return everything besides the shape that a timing depends on."""
     layout = {"exact": True} if exact else _PREPARED
     return layout | {
         "hardware": hardware_id(),
@@ -167,7 +170,7 @@ def machine_key(capabilities: Capabilities, threads: int, *, exact: bool = False
 def measure_call(
     backend: Backend, threads: int, directory: Path | None = None, *, exact: bool = False
 ) -> float:
-    """Seconds that a call of a stage takes besides its blocks, from stages of tiny layers."""
+    """Measure the call overhead of a stage in seconds, with stages of tiny layers."""
     return Bench(backend, threads, directory, exact=exact).call_s
 
 
@@ -183,9 +186,9 @@ class Bench:
         self._directory = directory
         self._call: tuple[float, Conditions] | None = None
         self.patience = Patience()
-        """For measuring again what others disturbed."""
+        """The time for repeats of disturbed measurements."""
         self.check: Callable[[], None] = _nothing
-        """Called now and then while something is timed, which it ends by raising."""
+        """Called now and then during a measurement, and may raise to end it."""
 
     @property
     def call_s(self) -> float:
@@ -193,7 +196,7 @@ class Bench:
 
     @property
     def call_conditions(self) -> Conditions:
-        """Of the measurement of ``call_s``."""
+        """The conditions of ``call_s``."""
         return self._measured_call()[1]
 
     def _measured_call(self) -> tuple[float, Conditions]:
@@ -207,7 +210,7 @@ class Bench:
         return self._call
 
     def run(self, spec: ModelSpec, task: Task) -> Measured | None:
-        """The times of a block, or None where it does not fit here."""
+        """Return the times of a block, or None if it does not fit here."""
         if task.kind == "embedding":
             return self._embedding(spec, task)
         if task.kind == "head":
@@ -250,8 +253,11 @@ class Bench:
     def _time(
         self, spec: ModelSpec, blocks: range, bits: int, rows: Sequence[int]
     ) -> tuple[list[float], Conditions]:
-        """Seconds of a call with each number of ``rows``, through a stage of random blocks,
-        behind as many tokens as a chunk has; and what else went on meanwhile."""
+        """Time a call with each number of ``rows`` through a stage of random blocks.
+
+        The rows come behind one chunk of tokens. Returns seconds by number of rows, and the
+        conditions.
+        """
         context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), chunk_tokens(spec)
         options = StageOptions(1, context_tokens, self.threads, exact=self._exact)
         inputs = random_inputs(spec, blocks, chunk)
@@ -270,16 +276,16 @@ class Bench:
     def stage(
         self, spec: ModelSpec, blocks: range, bits: int, options: StageOptions
     ) -> Iterator[Stage]:
-        """A stage of random blocks, loaded for as long as the context lasts.
+        """Load a stage of random blocks for as long as the context lasts.
 
-        As an agent's, all but exact ones keep prepared weights: memory that is mapped from a file
-        is read at another speed than the heap (docs/performance.md).
+        As an agent's stages do, all but exact ones keep prepared weights. Memory that is mapped
+        from a file is read at another speed than the heap (docs/performance.md).
         """
         with TemporaryDirectory(dir=self._directory, prefix=".calibration-") as name:
             formats = [Format.of(bits)] * len(blocks)
             artifacts = list(random_artifacts(Path(name), spec, blocks, formats))
             if not options.exact:
-                # Just written: hashing them first would only take time.
+                # The files were just written, and hashing them would only take time.
                 written = frozenset(path for _, path in artifacts)
                 prepared = Path(name) / "prepared"
                 options = replace(options, prepared_dir=prepared, hashed=written)
@@ -292,7 +298,7 @@ def random_artifacts(
 ) -> Iterator[tuple[int, Path]]:
     """Write blocks of random weights, each in its format.
 
-    All differ: a runtime may keep equal weights once, and then reads them from a cache.
+    All differ. A runtime may keep equal weights once, and would then read them from a cache.
     """
     random = np.random.default_rng(0)
     for block, fmt in zip(blocks, formats, strict=True):
@@ -301,9 +307,10 @@ def random_artifacts(
 
 
 def timed_layers(spec: ModelSpec, task: Task, on_chip_bytes: int | None = None) -> ModelSpec | None:
-    """The model of as many equal layers as are timed at once; None where not even one fits.
+    """Return a model of the equal layers that are timed together, or None if not even one fits.
 
-    ``on_chip_bytes`` is the backend's: a stage that a plan may make is within it, or one layer.
+    ``on_chip_bytes`` is the backend's. The timed stage fits on the chip, as in a plan, or is one
+    layer.
     """
     layer = spec.layer_variants[task.variant]
     single = replace(spec, layers=(layer,))
@@ -319,7 +326,7 @@ def timed_layers(spec: ModelSpec, task: Task, on_chip_bytes: int | None = None) 
 
 
 def random_inputs(spec: ModelSpec, blocks: range, rows: int) -> npt.NDArray[Any]:
-    """Token ids [rows] for a stage that begins with the embedding, else hidden [rows, hidden]."""
+    """Return token ids [rows] for a stage with the embedding, else hidden rows [rows, hidden]."""
     random = np.random.default_rng(0)
     if blocks[0] == 0:
         return random.integers(0, spec.vocab, rows)
@@ -327,8 +334,8 @@ def random_inputs(spec: ModelSpec, blocks: range, rows: int) -> npt.NDArray[Any]
 
 
 def layer_share_s(seconds: float, call_s: float, layers: int) -> float:
-    """Seconds of one layer, from those of a stage of ``layers`` and of a call."""
-    # Never less than half: a call is not worth more than a layer of any real model.
+    """Return the seconds of one layer from those of a stage of ``layers`` and of a call."""
+    # At least half, because a call never costs more than a layer of a real model.
     return max(seconds - call_s, seconds / 2) / layers
 
 
@@ -337,7 +344,7 @@ def timing_tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[
     alike: dict[int, list[int]] = {}
     for width in usable:
         alike.setdefault(containers[width], []).append(width)
-    # Embedding rows are unpacked from storage, so that each width is its own.
+    # Embedding rows are unpacked from storage, so each width has its own time.
     tasks = [Task("embedding", 0, width, containers[width], (width,)) for width in usable]
     for container, widths in alike.items():
         shared = (widths[0], container, tuple(widths))
@@ -347,7 +354,7 @@ def timing_tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[
 
 
 def timing_dependencies(spec: ModelSpec, task: Task) -> dict[str, Any]:
-    """What a timing depends on besides the machine."""
+    """Return everything besides the machine that a timing depends on."""
     key: dict[str, Any] = {"kind": task.kind, "context": min(spec.max_context, _CONTEXT_TOKENS)}
     if task.kind == "layer":
         layer = spec.layer_variants[task.variant]
@@ -363,7 +370,7 @@ def timing_dependencies(spec: ModelSpec, task: Task) -> dict[str, Any]:
 def fits_memory(spec: ModelSpec, blocks: range, task: Task) -> bool:
     fmt = Format.of(task.bits)
     weights = sum(executed_bytes(spec, block, fmt, task.container_bits) for block in blocks)
-    # The floats of one block, from which its artifact is made, come on top.
+    # Making an artifact also takes the floats of one block.
     floats = 4 * max(sum(map(prod, spec.block_tensors(block).values())) for block in blocks)
     available_bytes, _ = memory_bytes()
     return max(LOAD_FACTOR * weights, weights + floats) < available_bytes
@@ -376,7 +383,7 @@ def chunk_tokens(spec: ModelSpec) -> int:
 def _random_block(
     spec: ModelSpec, block: int, fmt: Format, random: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Matrices of random codes; norms of ones, and biases and positions of small numbers."""
+    """Draw matrices of random codes, norms of ones, and small biases and positions."""
     tensors: dict[str, Tensor] = {}
     for name, shape in spec.block_tensors(block).items():
         if name in QUANTIZED_TENSORS:
@@ -420,12 +427,14 @@ def _tiny_model(layers: int) -> ModelSpec:
 
 
 def _nothing() -> None:
-    """A check that lets everything go on."""
+    """A check that never raises."""
 
 
 def _timed(call: Callable[[], object], check: Callable[[], None]) -> tuple[float, float]:
-    """(seconds, spread) of a fifth of a second's worth of repeats, fewer of a slow call; more with
-    a part of a core."""
+    """Return (seconds, spread) of repeats over a fifth of a second.
+
+    Slow calls repeat less. With part of a core the time is longer.
+    """
     limited = usable_share() < 1
     min_time_s = _LIMITED_TIME_S if limited else _MIN_TIME_S
     return timed_calls(call, _MIN_REPEATS, min_time_s, _MAX_TIME_S, check)
@@ -438,12 +447,13 @@ def timed_calls(
     max_time_s: float,
     check: Callable[[], None] = _nothing,
 ) -> tuple[float, float]:
-    """(seconds, spread) of a call that follows on others, after one that does not count.
+    """Return (seconds, spread) of a call in a series, after one uncounted call.
 
-    The median over rounds of _ROUND_S of the mean in each: a processor that is shared or limited
-    runs a call at full speed or holds it up for milliseconds, so that only a mean tells what many
-    cost, while the median keeps out what happened once. Repeated until both minima are reached, or
-    ``max_time_s`` is (once at least). ``check`` is called between rounds, and ends it by raising.
+    The result is the median over rounds of _ROUND_S, each with the mean of its calls. On a shared
+    or limited processor a call runs at full speed or stops for milliseconds. Only a mean shows the
+    cost of many calls, and the median leaves out single events. Rounds go on until both minima are
+    reached, or ``max_time_s`` has passed, but at least one runs. ``check`` is called between
+    rounds, and may raise to end it.
     """
     call()
     rounds_s: list[float] = []
@@ -455,7 +465,7 @@ def timed_calls(
         now_s = time.perf_counter()
         elapsed_s = now_s - started_s
         done = (total >= min_repeats and elapsed_s >= min_time_s) or elapsed_s >= max_time_s
-        # What is left over at the end is no round, unless it is all there is.
+        # A short last round counts only if it is the only one.
         if now_s - before_s >= _ROUND_S or (done and not rounds_s):
             rounds_s.append((now_s - before_s) / calls)
             check()

@@ -1,4 +1,4 @@
-"""What the machine says of itself (processor, cores, memory), and what a container leaves of it."""
+"""The machine's processor, cores and memory, as far as a container may use them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 import psutil
 
 _NO_LIMIT_BYTES = 1 << 60
-"""Version 1 of control groups says "no limit" by a number near 2^63."""
+"""Version 1 of control groups writes "no limit" as a number near 2^63."""
 
 
 def hardware_id(root: Path = Path("/")) -> str:
-    """What measured times depend on: processor, machine type and cores (or the share of some)."""
+    """Name the hardware that times depend on: processor, machine type and cores (or a share)."""
     return f"{processor_name(root)}, {platform.machine()}, {usable_share(root):.4g} cores"
 
 
 def processor_name(root: Path = Path("/")) -> str:
-    """The processor (x86) or the board (ARM, where the kernel names no processor)."""
+    """Name the processor (x86), or the board (ARM, whose kernel names no processor)."""
     fields: dict[str, str] = {}
     for line in read_lines(root / "proc/cpuinfo"):
         label, _, value = line.partition(":")
@@ -34,32 +34,32 @@ def processor_name(root: Path = Path("/")) -> str:
     return board or platform.processor() or "unknown processor"
 
 
-def kernel_id(root: Path = Path("/")) -> str:
-    """Names the running machine, the same in all its containers; empty where it cannot be told.
+def kernel_id() -> str:
+    """Return an id of the running machine, equal in all its containers. Empty if unknown.
 
-    Made of the kernel's boot id, which two machines never share, as copied disks do a machine id.
-    Hashed, because it goes to others.
+    It comes from the kernel's boot id. Two machines never share that, but copied disks share a
+    machine id. It is hashed, because other machines see it.
     """
-    boot = "".join(read_lines(root / "proc/sys/kernel/random/boot_id")).strip()
+    boot = "".join(read_lines(Path("/proc/sys/kernel/random/boot_id"))).strip()
     return hashlib.sha256(f"shoal {boot}".encode()).hexdigest()[:16] if boot else ""
 
 
-def is_wireless(address: str, root: Path = Path("/")) -> bool:
+def is_wireless(address: str) -> bool:
     """Whether this address of ours belongs to a radio's interface."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(item.address.partition("%")[0] == address for item in addresses):
-            interface = root / "sys/class/net" / name
+            interface = Path("/sys/class/net") / name
             return (interface / "wireless").exists() or (interface / "phy80211").exists()
     return False
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Logical cores this process may use: its affinity, and the CPU quota of its container."""
+    """Return the logical cores for this process, by its affinity and its container's CPU quota."""
     return max(1, math.ceil(usable_share(root)))
 
 
 def usable_share(root: Path = Path("/")) -> float:
-    """As ``usable_cores``, as the quota has it: less than 1 for a part of a core."""
+    """Return ``usable_cores`` as a fraction: less than 1 for a part of a core."""
     cores = float(len(os.sched_getaffinity(0)))
     for group in cgroups(root, "cpu"):
         words = " ".join(read_lines(group / "cpu.max")).split()
@@ -74,12 +74,12 @@ def usable_share(root: Path = Path("/")) -> float:
 
 
 def usable_threads() -> int:
-    """Threads for compute: one per physical core, since two of one core share its multipliers."""
+    """Return the threads for compute: one per physical core, whose threads share multipliers."""
     return min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores())
 
 
 def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
-    """(free, total) bytes for this process: the machine's, or its container's where it has less.
+    """Return (free, total) bytes for this process: the machine's, or less in a container.
 
     Page cache that can be dropped counts as free.
     """
@@ -112,10 +112,10 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def cgroups(root: Path, controller: str) -> Iterator[Path]:
-    """Directories of this process's control groups (versions 1 and 2), each with its parents.
+    """Yield this process's control group directories (versions 1 and 2), each with its parents.
 
     Inside a container the names may be the host's, while the mount shows the container's own group
-    at its top: directories that do not exist read as groups without limits.
+    at its top. Directories that do not exist read as groups without limits.
     """
     for line in read_lines(root / "proc/self/cgroup"):
         _, controllers, name = (*line.strip().split(":", 2), "", "")[:3]
@@ -133,7 +133,7 @@ def cgroups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file of the kernel's; none where it cannot be read."""
+    """Return the lines of a kernel file, or none if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -141,6 +141,6 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a one-line file; None where there is no file, or no limit ("max")."""
+    """Return the number in a one-line file, or None without a file or without a limit ("max")."""
     text = "".join(read_lines(path)).strip()
     return int(text) if text.isdigit() else None

@@ -28,24 +28,26 @@ _SINCE_BOOT_SHIFT = 16
 _VCGENCMD_TIMEOUT_S = 2.0
 
 _TOTAL_RAILS = ("VDD_IN", "POM_5V_IN")
-"""Rails that carry the whole module; the others are parts of them."""
+"""Rails that carry the whole module. The other rails are parts of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Throttling:
-    """What a Raspberry Pi's firmware says: reasons that hold now, and that held since it booted."""
+    """The reasons for throttling that a Raspberry Pi's firmware reports, now and since boot."""
 
     now: tuple[str, ...]
     since_boot: tuple[str, ...]
 
 
 Rail = Callable[[], float | None]
-"""Momentary watts of a rail, or None where its sensor does not answer."""
+"""Returns the present watts of a rail, or None if its sensor does not answer."""
 
 
 class PowerMeter(ABC):
-    """Mean watts from its making to the last ``sample``. Sample at least once a minute: an energy
-    counter may wrap around only once in between."""
+    """Measures mean watts from its creation to the last ``sample``.
+
+    Sample at least once a minute, because an energy counter may wrap around only once in between.
+    """
 
     source: str
 
@@ -55,7 +57,7 @@ class PowerMeter(ABC):
 
     @abstractmethod
     def watts(self) -> float | None:
-        """Mean watts so far; None before the first useful sample."""
+        """Return mean watts so far, or None before the first useful sample."""
 
 
 class Sensors:
@@ -75,11 +77,11 @@ class Sensors:
         self._temperatures_c = temperatures_c or _psutil_temperatures
 
     def temperatures_c(self) -> dict[str, float]:
-        """Degrees Celsius by sensor; empty where there are none."""
+        """Return degrees Celsius by sensor. Empty if there are none."""
         return self._temperatures_c()
 
     def throttling(self) -> Throttling | None:
-        """A Raspberry Pi's flags; None on other machines."""
+        """Return a Raspberry Pi's flags, or None on other machines."""
         for path in sorted(self.root.glob("sys/devices/platform/soc/*firmware/get_throttled")):
             text = _read(path)
             if text:
@@ -87,7 +89,7 @@ class Sensors:
         return parse_throttled(self._ask_firmware())
 
     def clock_hz(self) -> float | None:
-        """Mean clock of the cores now; None where the kernel does not govern it."""
+        """Return the mean clock of the cores now, or None if the kernel does not govern it."""
         rates = [
             _number(path)
             for path in self.root.glob("sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq")
@@ -96,7 +98,7 @@ class Sensors:
         return sum(known) / len(known) if known else None
 
     def throttle_events(self) -> int | None:
-        """How often an x86 processor's cores have slowed down for heat since it was booted."""
+        """Return how often an x86 processor's cores have slowed down for heat since boot."""
         counts = [
             _number(path)
             for path in self.root.glob(
@@ -107,21 +109,21 @@ class Sensors:
         return sum(known) if known else None
 
     def power_meter(self) -> PowerMeter | None:
-        """A meter that starts now: a Jetson's rails, else RAPL counters, else None."""
+        """Start a meter: a Jetson's rails, else RAPL counters, else None."""
         rails = _total_rails(dict(_ina_hwmon(self.root)) or dict(_ina_iio(self.root)))
         if rails:
             return _RailMeter(rails)
         counters = [
             path
             for path in sorted(self.root.glob("sys/class/powercap/intel-rapl:*/energy_uj"))
-            # Packages are intel-rapl:N; intel-rapl:N:M are parts of them.
+            # intel-rapl:N is a package, and intel-rapl:N:M is a part of one.
             if path.parent.name.count(":") == 1 and _number(path) is not None
         ]
         return _RaplMeter(counters, self._clock_s) if counters else None
 
 
 def parse_throttled(text: str) -> Throttling | None:
-    """``throttled=0x50005`` of vcgencmd, or ``50005`` of sysfs; None for anything else."""
+    """Parse ``throttled=0x50005`` of vcgencmd, or ``50005`` of sysfs. None for other text."""
     match = re.fullmatch(r"(?:throttled=)?(?:0x)?([0-9a-fA-F]{1,8})", text.strip())
     if match is None:
         return None
@@ -132,7 +134,7 @@ def parse_throttled(text: str) -> Throttling | None:
 
 
 class _RaplMeter(PowerMeter):
-    """Counters of microjoules, one a processor package, that wrap around."""
+    """Counters of microjoules, one for each processor package, that wrap around."""
 
     source = "RAPL"
 
@@ -180,7 +182,7 @@ class _RailMeter(PowerMeter):
 
 
 def _ina_hwmon(root: Path) -> Iterator[tuple[str, Rail]]:
-    """Rails as JetPack 5 and later show them: millivolts and milliamperes."""
+    """Yield rails as JetPack 5 and later show them: millivolts and milliamperes."""
     for label in sorted(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/in*_label")):
         number = label.name[2 : -len("_label")]
         volts, amperes = (label.with_name(f"{kind}{number}_input") for kind in ("in", "curr"))
@@ -189,7 +191,7 @@ def _ina_hwmon(root: Path) -> Iterator[tuple[str, Rail]]:
 
 
 def _ina_iio(root: Path) -> Iterator[tuple[str, Rail]]:
-    """Rails as JetPack 4 shows them: milliwatts."""
+    """Yield rails as JetPack 4 shows them: milliwatts."""
     for label in sorted(root.glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_*")):
         power = label.with_name(f"in_power{label.name.rpartition('_')[2]}_input")
         yield _read(label), partial(_scaled, power)
@@ -227,7 +229,7 @@ def _number(path: Path) -> int | None:
 def _vcgencmd() -> str:
     try:
         return subprocess.run(
-            ["vcgencmd", "get_throttled"],  # noqa: S607 - where it lies differs by system
+            ["vcgencmd", "get_throttled"],  # noqa: S607 - its path differs by system
             capture_output=True,
             text=True,
             timeout=_VCGENCMD_TIMEOUT_S,

@@ -1,15 +1,14 @@
-"""Shapes of models to measure a device for without having their weights."""
+"""Shapes of models, to measure a device without the models' weights."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from model.errors import CheckpointError
-from model.families import Config, describe
+from model.families import Config, describe, read_config_file
 from model.spec import ModelSpec
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -72,13 +71,12 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 """The fields of each model's published config.json that shape it."""
 
 _NO_DIRECTORY = Path(os.devnull)
-_MAX_FILE_BYTES = 16 << 20
 
 
 def shape_spec(shape: str) -> ModelSpec:
-    """The model that ``shape`` names: one of SHAPES, or the path of a config.json.
+    """Return the model that ``shape`` names: one of SHAPES, or the path of a config.json.
 
-    Raises CheckpointError for neither, UnsupportedModelError for an architecture that is not
+    Raises CheckpointError for anything else, UnsupportedModelError for an architecture that is not
     implemented.
     """
     if shape in SHAPES:
@@ -87,14 +85,4 @@ def shape_spec(shape: str) -> ModelSpec:
     if path.suffix != ".json":
         known = ", ".join(sorted(SHAPES))
         raise CheckpointError(f"shape {shape!r}: known are {known}, or the path of a config.json")
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise CheckpointError(f"{path}: larger than any config; is it the right file?")
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object; give a model's config.json")
-    return describe(Config(path, values), _NO_DIRECTORY)
+    return describe(read_config_file(path), _NO_DIRECTORY)

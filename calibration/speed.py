@@ -1,8 +1,9 @@
 """Tokens per second of a whole model on this device alone, from its shape.
 
-Blocks of random weights are written as real artifacts and loaded as an agent loads them, into one
-stage from embedding to head. What a token must read is set against what memory gives, measured
-between the rounds: the share of that limit says how much a faster kernel could still gain.
+Blocks of random weights are written as real artifacts. They are loaded as an agent loads them, into
+one stage from embedding to head. The bytes that a token must read are compared with the memory
+bandwidth, which is measured between the rounds. The share of that limit shows how much a faster
+kernel could gain.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from model.spec import QUANTIZED_TENSORS, ModelSpec
 Progress = Callable[[int, int], None]
 
 LOAD_SHARE = 0.8
-"""Of free memory, that weights and KV cache may take."""
+"""The share of free memory that weights and KV cache may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpeedOptions:
-    """What to run. ``contexts``: tokens already behind the decoded ones. ``cached``: load a second
-    time, from what the backend prepared the first time. ``fast_prompts``: as of
-    StageOptions, with all memory that is free."""
+    """The settings of a measurement.
+
+    contexts: numbers of tokens before the decoded ones.
+    cached: load a second time from the prepared weights of the first load.
+    fast_prompts: as in StageOptions, with all free memory.
+    """
 
     threads: int
     contexts: tuple[int, ...] = (32, 900)
@@ -53,8 +57,8 @@ class SpeedOptions:
 class DecodeSpeed:
     """One token at a time behind ``context`` tokens: the median over rounds.
 
-    ``read_bytes``: weights as executed and cached keys and values that a token reads at least;
-    ``bandwidth_share``: those per second over the memory bandwidth of the same round.
+    read_bytes: weights as executed and cached keys and values that a token reads at least.
+    bandwidth_share: those bytes per second over the memory bandwidth of the same round.
     """
 
     context: int
@@ -67,11 +71,13 @@ class DecodeSpeed:
 class StageSpeed:
     """One model in one format. Seconds and rates are medians, sizes in bytes.
 
-    ``packed_bytes``: codes, fp32 scales and zeros, or plain numbers, of all blocks as stored
-    widths; ``executed_bytes``: the same, of plain numbers where those are kept instead (exactly,
-    or of 16 bits as 32); ``stated_bytes``: what the stage says it takes; ``rss_bytes``: what the
-    process has, libraries included. ``load_s``: the first load; ``load_again_s``: with prepared
-    weights.
+    packed_bytes: codes, fp32 scales and zeros, or plain numbers, of all blocks as stored.
+    executed_bytes: the same as executed. Plain numbers replace codes if the backend keeps those
+        (exact stages, or 16 bits as 32).
+    stated_bytes: memory that the stage reports.
+    rss_bytes: memory of the process, libraries included.
+    load_s: the first load.
+    load_again_s: a load with prepared weights.
     """
 
     bits: tuple[int, ...]
@@ -102,9 +108,11 @@ def measure_speed(
 ) -> StageSpeed:
     """Measure a model whose layers take ``formats`` in turn, embedding and head the first.
 
-    directory: for the blocks meanwhile, by default the system's for temporary files. ``progress``
-    is called with (done, all) steps. Raises BackendError where the backend fails or memory does not
-    suffice, CheckpointError where the disk is full.
+    directory: holds the blocks meanwhile; by default the system's for temporary files.
+    progress: called with (done, all) steps.
+
+    Raises BackendError if the backend fails or memory does not suffice, CheckpointError if the disk
+    is full.
     """
     with prepared_stage(spec, formats, backend, options, directory, progress) as trial:
         for _ in range(options.rounds):
@@ -121,7 +129,7 @@ def prepared_stage(
     directory: Path | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Trial]:
-    """Give a trial whose rounds the caller runs, interleaved with the rounds of other trials."""
+    """Yield a trial whose rounds the caller runs, interleaved with the rounds of other trials."""
     most = max((options.prompt_tokens, *options.contexts)) + options.decode_tokens
     if most > spec.max_context:
         raise BackendError(
@@ -135,8 +143,8 @@ def prepared_stage(
     available_bytes, _ = memory_bytes()
     if weights + caches > LOAD_SHARE * available_bytes:
         raise BackendError(
-            f"the model needs {(weights + caches) / 1e9:.1f} GB, of which "
-            f"{available_bytes / 1e9:.1f} GB are free: fewer bits, or a smaller shape"
+            f"the model needs {(weights + caches) / 1e9:.1f} GB, and "
+            f"{available_bytes / 1e9:.1f} GB are free: use fewer bits, or a smaller shape"
         )
     steps = _Steps(progress, spec.block_count + 2 + options.rounds)
     with TemporaryDirectory(dir=directory, prefix=".shoal-bench-") as name:
@@ -198,12 +206,12 @@ class Trial:
         self._tokens = np.random.default_rng(0).integers(0, spec.vocab, spec.max_context)
 
     def loaded(self, load_s: float, again_s: float | None, artifact: int, kv: int) -> None:
-        """What was measured before the first round."""
+        """Record the measurements before the first round."""
         self._load_s, self._again_s = load_s, again_s
         self._artifact_bytes, self._kv_bytes = artifact, kv
 
     def round(self) -> None:
-        """The bandwidth, a prompt, and some tokens at each context."""
+        """Measure the bandwidth, a prompt, and some tokens at each context."""
         rate = self._backend.memory_read_bytes_per_s()
         self._bandwidths.append(rate or measure_memory_read(self._options.threads))
         self.prefill()
@@ -212,14 +220,14 @@ class Trial:
         self._steps.done()
 
     def prefill(self) -> float:
-        """Tokens per second of a prompt, in chunks as an agent runs them."""
+        """Return tokens per second of a prompt, in chunks as an agent runs them."""
         seconds = self._fill(0, self._options.prompt_tokens)
         self._prefill_s.append(seconds)
         self._filled = max(self._filled, self._options.prompt_tokens)
         return self._options.prompt_tokens / seconds
 
     def decode(self, context: int) -> float:
-        """Tokens per second behind ``context`` tokens."""
+        """Return tokens per second behind ``context`` tokens."""
         if self._filled < context:
             self._fill(self._filled, context)
             self._filled = context
@@ -234,7 +242,7 @@ class Trial:
         return 1 / median(times_s)
 
     def latest(self) -> dict[str, float]:
-        """Tokens per second of the last round, by what was run."""
+        """Return the tokens per second of the last round, by what was run."""
         rates = {
             f"decode past {context}": 1 / times_s[-1] for context, times_s in self._decode_s.items()
         }
@@ -249,7 +257,7 @@ class Trial:
         return time.perf_counter() - started_s
 
     def result(self) -> StageSpeed:
-        """Medians over the rounds so far."""
+        """Return medians over the rounds so far."""
         bandwidth = median(self._bandwidths)
         decode = []
         for context, times_s in self._decode_s.items():
@@ -292,10 +300,11 @@ class Trial:
 def executed_formats(
     backend: Backend, formats: Sequence[Format], *, exact: bool
 ) -> tuple[Format, ...]:
-    """By block, what kernels read: plain numbers where the backend keeps a width as those, and the
-    format itself where it packs; the embedding's table (block 0) stays as it is stored.
+    """Return the format of each block as kernels read it.
 
-    Raises BackendError for widths that it does not run, or not exactly.
+    A width that the backend keeps as plain numbers becomes a float format. Packed widths stay, and
+    so does the embedding's table (block 0). Raises BackendError for widths that it does not run, or
+    not exactly.
     """
     capabilities = backend.probe()
     containers = capabilities.containers(exact=exact)
@@ -314,7 +323,7 @@ def executed_formats(
 
 
 def packed_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
-    """Bytes of a block's codes, fp32 scales and zeros (plain numbers where the format is float)."""
+    """Return the bytes of a block's codes, fp32 scales and zeros, or of its plain numbers."""
     total = 0
     for name, shape in spec.block_tensors(block).items():
         if name not in QUANTIZED_TENSORS:

@@ -1,7 +1,7 @@
 """Keeps measurements on disk, under everything that they depend on.
 
-Each is kept with the conditions of its measurement: one of a busy machine gives way to any later
-one, one of a quiet machine only to another of a quiet machine.
+Each has the conditions of its measurement. Any later measurement replaces one of a busy machine.
+Only another quiet one replaces one of a quiet machine.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.bounded import read_json
 from model.durable import replace_text
 from wire.conditions import Conditions
 
 VERSION = 1
 
 MAX_MODELS = 8
-"""Models that are remembered; measuring one again takes some seconds."""
+"""The number of remembered models. Measuring one again takes some seconds."""
 
 Values = tuple[float, ...]
 Due = Callable[[Conditions | None], bool]
-"""Whether a figure that was measured under such conditions is to be measured again."""
+"""Whether a figure that was measured under these conditions must be measured again."""
 
 log = logging.getLogger(__name__)
 
 
 def is_doubtful(conditions: Conditions | None) -> bool:
-    """Whether a figure may be that of a busy machine: it was, or nobody wrote down."""
+    """Whether a figure may be a busy machine's: it was, or its conditions are unknown."""
     return conditions is None or conditions.is_noisy
 
 
 @dataclass(slots=True)
 class _Content:
-    """What the file holds; keys are canonical."""
+    """The contents of the file. Keys are canonical."""
 
     entries: dict[str, Values] = field(default_factory=dict)
     conditions: dict[str, Conditions] = field(default_factory=dict)
@@ -47,21 +48,22 @@ class _Content:
 
 
 class CalibrationStore:
-    """A JSON file of measurements; safe for several processes at once.
+    """A JSON file of measurements, safe for several processes at once.
 
-    A key is a mapping of plain values naming all that the measurement depends on; equal keys in
-    any order are one. A file that is damaged or of another version counts as empty, with a warning,
-    and the next ``put`` replaces it. The disk being full or read-only costs a warning, not the
-    measurement. What the administrator writes belongs to the owner of the directory: a service.
+    A key maps names to plain values, and has all that the measurement depends on. The order does
+    not matter. A file that is damaged or of another version counts as empty, with a warning, and
+    the next ``put`` replaces it. If the disk is full or read-only, a warning is logged and the
+    measurement goes on. Files that the administrator writes go to the owner of the directory, a
+    service.
     """
 
     def __init__(self, path: Path, due: Due = lambda conditions: False) -> None:
-        """``due`` tells which figures ``get`` does not find, so that they are measured again."""
+        """``get`` does not return figures that are ``due``, so that they are measured again."""
         self.path = path
         self._due = due
 
     def again(self, due: Due = lambda conditions: True) -> CalibrationStore:
-        """The same file, for measuring again what is ``due``."""
+        """Return a store of the same file that measures ``due`` figures again."""
         return CalibrationStore(self.path, due)
 
     def get(self, key: Mapping[str, Any]) -> Values | None:
@@ -69,7 +71,7 @@ class CalibrationStore:
         return self.found(key)[0]
 
     def found(self, key: Mapping[str, Any]) -> tuple[Values | None, Conditions | None]:
-        """As ``get``, and under which conditions they were measured; None: not known."""
+        """Return the values as ``get`` does, and their conditions. None if these are unknown."""
         content, name = self._read(), _canonical(key)
         conditions = content.conditions.get(name)
         if name not in content.entries or self._due(conditions):
@@ -79,7 +81,7 @@ class CalibrationStore:
     def put(
         self, key: Mapping[str, Any], values: Values, conditions: Conditions | None = None
     ) -> None:
-        """Store ``values`` under ``key``, in place of what was there."""
+        """Store ``values`` under ``key``, in place of earlier ones."""
         with self._changed() as content:
             content.entries[_canonical(key)] = values
             content.conditions.pop(_canonical(key), None)
@@ -89,7 +91,7 @@ class CalibrationStore:
     def keep(
         self, key: Mapping[str, Any], values: Values, conditions: Conditions
     ) -> tuple[Values, Conditions]:
-        """Store ``values``, unless those that are there disturbed less; returns the better ones."""
+        """Store ``values`` unless the stored ones were disturbed less; return the better ones."""
         name = _canonical(key)
         with self._changed() as content:
             stored, before = content.entries.get(name), content.conditions.get(name)
@@ -105,7 +107,7 @@ class CalibrationStore:
         return values, conditions
 
     def note_model(self, spec: Mapping[str, Any], bits: tuple[int, ...]) -> None:
-        """Remember that this model was asked for at ``bits``, as one of the MAX_MODELS latest."""
+        """Remember a request for this model at ``bits``, as one of the MAX_MODELS latest."""
         known = next((item for item in self.models() if item[0] == spec), None)
         widths = sorted({*bits, *(() if known is None else known[1])})
         if known is not None and list(known[1]) == widths:
@@ -115,11 +117,11 @@ class CalibrationStore:
             content.models = [*others, {"spec": dict(spec), "bits": widths}][-MAX_MODELS:]
 
     def models(self) -> list[tuple[dict[str, Any], tuple[int, ...]]]:
-        """(spec as a dict, bits) of the models that were asked for."""
+        """Return (spec as a dict, bits) of the remembered models."""
         return [(item["spec"], tuple(item["bits"])) for item in self._read().models]
 
     def changed_s(self) -> float:
-        """When the file was last written; 0 where there is none."""
+        """Return the time when the file was last written, or 0 if there is none."""
         try:
             return self.path.stat().st_mtime
         except OSError:
@@ -127,7 +129,7 @@ class CalibrationStore:
 
     @contextmanager
     def _changed(self) -> Iterator[_Content]:
-        """What the file holds, to be changed; written back at the end."""
+        """Yield the contents of the file for changes, and write them back at the end."""
         content: _Content | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,16 +144,16 @@ class CalibrationStore:
 
     def _read(self) -> _Content:
         try:
-            content = self.path.read_text(encoding="utf-8")
+            return _parse(read_json(self.path))
         except FileNotFoundError:
             return _Content()
-        except (OSError, UnicodeDecodeError) as error:
-            log.warning("calibration in %s cannot be read, measuring anew: %s", self.path, error)
+        except OSError as error:
+            log.warning(
+                "calibration in %s cannot be read and is measured again: %s", self.path, error
+            )
             return _Content()
-        try:
-            return _parse(json.loads(content))
-        except (ValueError, RecursionError) as error:
-            log.warning("calibration in %s is damaged, measuring anew: %s", self.path, error)
+        except ValueError as error:
+            log.warning("calibration in %s is damaged and is measured again: %s", self.path, error)
             return _Content()
 
     def _write(self, content: _Content) -> None:
@@ -169,8 +171,8 @@ class CalibrationStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        # A file of its own: the data file is replaced, and with it what a lock on it would hold.
-        # Links are not followed: the administrator writes into a directory of somebody else's.
+        # The lock has a file of its own, because the data file is replaced with its lock. Links are
+        # not followed, because the administrator writes into somebody else's directory.
         path = self.path.with_name(self.path.name + ".lock")
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -184,7 +186,7 @@ class CalibrationStore:
         """Give a file that the administrator has opened to the owner of the directory."""
         if os.geteuid() == 0:
             owner = self.path.parent.stat()
-            with suppress(PermissionError):  # A container's root may not.
+            with suppress(PermissionError):  # A container's root may not do this.
                 os.fchown(handle, owner.st_uid, owner.st_gid)
 
 
@@ -204,7 +206,7 @@ def _parse(content: Any) -> _Content:
         ):
             raise ValueError(f"entry {key[:60]} is not a list of finite numbers")
     found = _Content({key: tuple(values) for key, values in entries.items()})
-    # What came later is optional: an older version leaves it out when it writes.
+    # The parts below came later. An older version leaves them out when it writes.
     conditions = content.get("conditions")
     for key, values in (conditions if isinstance(conditions, dict) else {}).items():
         if _are_conditions(values):

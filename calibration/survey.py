@@ -1,4 +1,4 @@
-"""All that a device can tell of itself alone: arithmetic, memory, disk, heat and watts."""
+"""Everything that a device can measure alone: arithmetic, memory, disk, heat and watts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from model.spec import LayerSpec, ModelSpec
 from wire.conditions import Conditions
 
 FLOPS_ROWS = 256
-"""Rows of a call: enough that arithmetic, not memory, is what limits."""
+"""The rows of a call. With this many, arithmetic and not memory is the limit."""
 
 SLOWER = 0.6
-"""A figure that is below this share of an earlier one is worth a word."""
+"""A figure below this share of an earlier one is reported."""
 
 _FLOPS_TIME_S = 0.6
 _REPEATS_SHARE, _REPEATS_LIMIT_S = 2.0, 20.0
-"""Time to measure again what was disturbed, over that of the first tries, and at most."""
+"""The time for repeats of disturbed measurements: over the first tries' time, and at most."""
 
 _HIDDEN = 1024
 
@@ -42,8 +42,8 @@ Progress = Callable[[int, int], None]
 class BackendSurvey:
     """One backend on this device: its rates, or the reason why it does not run here.
 
-    ``flops`` maps each width that it computes with to floating-point operations per second, as they
-    were sustained over all calls; ``best_flops`` to those of the fastest call.
+    flops: maps each executed width to floating-point operations per second, over all calls.
+    best_flops: the same, of the fastest call.
     """
 
     name: str
@@ -57,11 +57,13 @@ class BackendSurvey:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSurvey:
-    """What was measured, in SI units. None and empty: no sensor, or it cannot be measured here.
+    """The measured figures, in SI units. None or empty: no sensor, or not measurable here.
 
-    Bandwidths are by number of threads. ``watts`` is the mean while computing; its source is the
-    sensor, or "declared" where the user gave it. ``conditions`` are by figure: memory_read and
-    memory_copy with the number of threads behind, and disk.
+    Bandwidths are by number of threads.
+
+    watts: the mean while computing.
+    watts_source: the sensor, or "declared" if the user gave the watts.
+    conditions: by figure: disk, and memory_read and memory_copy followed by the number of threads.
     """
 
     machine: str
@@ -93,12 +95,14 @@ def survey_device(
     sensors: Sensors | None = None,
     progress: Progress | None = None,
 ) -> DeviceSurvey:
-    """Measure this device; takes a few seconds, and ``sustain_s`` more where that is asked for.
+    """Measure this device. It takes a few seconds, and ``sustain_s`` more if that is given.
 
-    directory: where the disk is measured and random weights are written meanwhile; created.
-    backends: names; None for all. ``progress`` is called with (done, all) steps.
-    Raises BackendUnavailable for an unknown backend or where none runs here, BackendError where
-    one fails or the directory cannot be written.
+    directory: where the disk is measured and random weights are written; it is created.
+    backends: names; None for all.
+    progress: called with (done, all) steps.
+
+    Raises BackendUnavailable for an unknown backend or if none runs here, BackendError if one fails
+    or the directory cannot be written.
     """
     sensors = sensors or Sensors()
     found = _probe(backends)
@@ -118,14 +122,10 @@ def survey_device(
         raise BackendError(f"directory {directory} is not usable: {error}") from error
     steps.done()
     patience = Patience(_REPEATS_SHARE, _REPEATS_LIMIT_S)
-    rates: dict[str, dict[int, float]] = {}
-    for name, measure in (("memory_read", memory_read_rate), ("memory_copy", memory_copy_rate)):
-        rates[name] = {}
-        for count in sorted({1, threads}):
-            rates[name][count], conditions[f"{name} {count}"] = steady(
-                partial(measure, count), patience, lambda rate: 1 / rate
-            )
-        steps.done()
+    read_rates = _rates("memory_read", memory_read_rate, threads, patience, conditions)
+    steps.done()
+    copy_rates = _rates("memory_copy", memory_copy_rate, threads, patience, conditions)
+    steps.done()
     meter = sensors.power_meter()
     surveys = tuple(
         _with_flops(survey, threads, directory, meter, steps, patience) for survey in found.values()
@@ -141,8 +141,8 @@ def survey_device(
         memory_available_bytes=available_bytes,
         memory_total_bytes=total_bytes,
         storage_free_bytes=free_bytes,
-        memory_read_bytes_per_s=rates["memory_read"],
-        memory_copy_bytes_per_s=rates["memory_copy"],
+        memory_read_bytes_per_s=read_rates,
+        memory_copy_bytes_per_s=copy_rates,
         disk_write_bytes_per_s=write_bytes_per_s,
         disk_read_bytes_per_s=read_bytes_per_s,
         backends=surveys,
@@ -155,11 +155,27 @@ def survey_device(
     )
 
 
-def slower_than_before(survey: DeviceSurvey, store: CalibrationStore, *, again: bool) -> list[str]:
-    """What earlier surveys of this machine found much faster, one line each.
+def _rates(
+    name: str,
+    measure: Callable[[int], tuple[float, float]],
+    threads: int,
+    patience: Patience,
+    conditions: dict[str, Conditions],
+) -> dict[int, float]:
+    """Measure bytes per second with one thread and with all. ``conditions`` gets those of each."""
+    rates: dict[int, float] = {}
+    for count in sorted({1, threads}):
+        rates[count], conditions[f"{name} {count}"] = steady(
+            partial(measure, count), patience, lambda rate: 1 / rate
+        )
+    return rates
 
-    A neighbour on the same host takes memory bandwidth and clock without being seen from here. The
-    fastest of each figure is kept in ``store``; with ``again`` the new one counts.
+
+def slower_than_before(survey: DeviceSurvey, store: CalibrationStore, *, again: bool) -> list[str]:
+    """Name the figures that earlier surveys of this machine found much faster, one line each.
+
+    A neighbour on the same host takes memory bandwidth and clock unseen. The fastest of each figure
+    is kept in ``store``. With ``again`` the new one is kept.
     """
     figures = {
         f"{name}, {count} thread{'s' * (count != 1)}": (rate, 1e9, "GB/s")
@@ -204,7 +220,7 @@ def _probe(names: Sequence[str] | None) -> dict[str, BackendSurvey]:
     surveys: dict[str, BackendSurvey] = {}
     for name in results if names is None else names:
         if name not in results:
-            backend_class(name)  # Raises, naming the known ones.
+            backend_class(name)  # Raises an error that names the known ones.
         result = results[name]
         if isinstance(result, BackendUnavailable):
             surveys[name] = BackendSurvey(name, None, result.reason, {}, {}, {})
@@ -214,7 +230,7 @@ def _probe(names: Sequence[str] | None) -> dict[str, BackendSurvey]:
 
 
 def _widths(survey: BackendSurvey) -> dict[int, int]:
-    """The narrowest stored width of each width that is computed with."""
+    """Return the narrowest stored width of each executed width."""
     widths: dict[int, int] = {}
     for bits, container in sorted(survey.container_bits.items()):
         widths.setdefault(container, bits)
@@ -250,7 +266,7 @@ def _with_flops(
 def _flops(
     call: Callable[[], object], operations: int, meter: PowerMeter | None
 ) -> tuple[tuple[float, float], float]:
-    """((operations per second over all calls, of the best call), spread of the calls)."""
+    """Return ((operations per second over all calls, of the best call), spread of the calls)."""
     times_s: list[float] = []
     while sum(times_s) < _FLOPS_TIME_S:
         before_s = time.perf_counter()
@@ -284,9 +300,9 @@ def _sustain(
 def compute_call(
     backend: Backend, bits: int, threads: int, directory: Path
 ) -> Iterator[tuple[Callable[[], object], int]]:
-    """A call of FLOPS_ROWS rows through one large layer, and its floating-point operations.
+    """Yield a call of FLOPS_ROWS rows through one large layer, and its floating-point operations.
 
-    directory: for the layer's random weights meanwhile.
+    ``directory`` holds the layer's random weights meanwhile.
     """
     layer = LayerSpec(
         hidden=_HIDDEN,
@@ -319,7 +335,7 @@ def compute_call(
     blocks = range(1, 2)
     inputs = random_inputs(spec, blocks, FLOPS_ROWS)
     options = StageOptions(1, FLOPS_ROWS, threads)
-    # Row i sees i + 1 positions: on average half of them.
+    # Row i sees i + 1 positions, which is half of them on average.
     operations = FLOPS_ROWS * block_flops(spec, 1, FLOPS_ROWS // 2)
     with Bench(backend, threads, directory).stage(spec, blocks, bits, options) as stage:
         yield partial(stage.forward, 0, 0, inputs), operations

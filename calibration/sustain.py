@@ -1,7 +1,7 @@
-"""How fast a device stays when it has to work for long: burst against sustained rate.
+"""Compares a device's burst rate with the rate that it sustains.
 
-That it got slower is measured; why, only sensors and counters tell. Where they are silent, or where
-other programs took the processor, this is said, and nothing is put down to heat.
+The slowdown itself is measured. Only sensors and counters show its cause. If they are silent, or if
+other programs took the processor, the result says so and does not blame heat.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _SUSTAINED_SHARE = 1 / 3
 _SENSOR_INTERVAL_S = 1.0
 
 KEPT_SHARE = 0.95
-"""A device that keeps so much of its speed has not become slower."""
+"""A device that keeps this share of its speed has not become slower."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sustained:
     """Operations per second in the first tenth of ``duration_s`` and in its last third.
 
-    Temperatures are of the hottest sensor; they, ``throttling`` and ``watts`` are None where no
-    sensor tells. ``during_burst`` and ``during_sustained`` say what else used the processor. Clocks
-    are means over the cores. ``cause`` says why it became slower, as far as anything tells; empty
-    where it did not.
+    Temperatures are of the hottest sensor. They, ``throttling`` and ``watts`` are None without a
+    sensor. ``during_burst`` and ``during_sustained`` are the conditions. Clocks are means over the
+    cores. ``cause`` says why the device became slower, as far as is known. It is empty if it did
+    not.
     """
 
     duration_s: float
@@ -60,7 +60,7 @@ def measure_sustained(
 
     ``progress`` is called about once a second with the seconds that have passed.
     """
-    call()  # What happens once only is not part of a burst.
+    call()  # One-time work is not part of a burst.
     start_c = hottest_c = _hottest_c(sensors)
     meter = sensors.power_meter()
     before, events = sensors.throttling(), sensors.throttle_events()
@@ -120,8 +120,10 @@ def measure_sustained(
 
 
 def _cause(result: Sustained, flags: Sequence[str], events: int) -> str:
-    """Why it became slower, as far as anything tells. ``flags``: of the firmware; ``events``: how
-    often the processor slowed itself down."""
+    """Say why the device became slower, as far as is known.
+
+    ``flags`` are the firmware's. ``events`` counts how often the processor slowed itself down.
+    """
     causes = []
     if flags:
         causes.append(f"the firmware reports {', '.join(flags)}")
@@ -142,7 +144,7 @@ def _cause(result: Sustained, flags: Sequence[str], events: int) -> str:
             )
     if last.held_share > first.held_share + 0.1:
         causes.append(
-            f"the container's processor limit held it up in {last.held_share:.0%} of periods"
+            f"the container's processor limit stopped it in {last.held_share:.0%} of periods"
         )
     if causes:
         return "; ".join(causes)
@@ -152,7 +154,7 @@ def _cause(result: Sustained, flags: Sequence[str], events: int) -> str:
 
 
 def _rate(ends_s: list[float], first_s: float, last_s: float) -> float:
-    """Calls per second among those that ended within (first_s, last_s], or the one after it."""
+    """Return calls per second among those that ended within (first_s, last_s], or the next one."""
     before = [end for end in ends_s if end <= first_s]
     inside = [end for end in ends_s if first_s < end <= last_s]
     if not inside:

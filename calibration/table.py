@@ -1,8 +1,8 @@
 """Seconds of a decoder layer for several numbers of rows, at short and at long context.
 
-A finer grid than ``calibration.layers`` gives a planner: it shows how a device's time depends on
-batch, chunk and context. It is measured through the same stages and stored in the same file, and
-leaves there what an agent would otherwise measure for the same model.
+The grid is finer than the one of ``calibration.layers`` for a planner. It shows how a device's time
+depends on batch, chunk and context. It is measured through the same stages and stored in the same
+file. An agent finds its own figures for the same model there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from wire.profile import BlockTiming
 ContextName = Literal["short", "long"]
 
 BUDGET_S = 20.0
-"""Time for a new shape; points that it does not suffice for are left for the next time."""
+"""The time for a new shape. Points that do not fit into it wait for the next run."""
 
 LONG_CONTEXT_TOKENS = 2048
 _BY_IMPORTANCE: tuple[tuple[int, ContextName], ...] = (
@@ -58,24 +58,24 @@ _BY_IMPORTANCE: tuple[tuple[int, ContextName], ...] = (
     (4, "long"),
     (256, "long"),
 )
-"""Rows of a call: 1 to 8 decode that many sequences, more are a chunk of a prompt."""
+"""Rows of a call: 1 to 8 decode that many sequences, and more are a chunk of a prompt."""
 
 _QUICK = (3, 0.04, 1.0)
 _THOROUGH = (5, 0.2, 4.0)
-"""Least repeats, least seconds and most seconds of a point."""
+"""The least repeats, the least seconds and the most seconds of a point."""
 
 Progress = Callable[[int, int], None]
 
 Points = dict[tuple[int, ContextName, int], tuple[float, Conditions | None] | None]
-"""By (rows, context, position): seconds and what else went on; None where it is missing."""
+"""Maps (rows, context, position) to seconds and conditions, or to None if missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTiming:
-    """One layer, ``rows`` rows in one call behind ``position`` tokens.
+    """One layer with ``rows`` rows in one call, behind ``position`` tokens.
 
-    ``flops`` and ``moved_bytes`` are what the layer computes and at least reads: its weights as
-    executed and the keys and values that are seen.
+    flops: operations of the layer.
+    moved_bytes: bytes that it reads at least: weights as executed, and visible keys and values.
     """
 
     variant: int
@@ -92,10 +92,11 @@ class LayerTiming:
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """Bytes of one layer with a KV cache of ``context_tokens``.
+    """The bytes of one layer with a KV cache of ``context_tokens``.
 
-    ``charged_bytes`` is what the stage says of itself, ``taken_bytes`` by how much the process
-    grew while it was loaded and run; None where it did not grow, reusing what it had.
+    charged_bytes: memory that the stage reports.
+    taken_bytes: growth of the process while the layer was loaded and run. None if it did not grow,
+        because it used free memory of its own.
     """
 
     variant: int
@@ -107,7 +108,7 @@ class LayerMemory:
 
 @dataclass(frozen=True, slots=True)
 class LayerTable:
-    """Everything measured of one model's shape. ``left_out`` counts the points that are missing."""
+    """All measurements of one model's shape. ``left_out`` counts the missing points."""
 
     layers: tuple[LayerTiming, ...]
     memory: tuple[LayerMemory, ...]
@@ -129,13 +130,14 @@ def measure_table(
     progress: Progress | None = None,
     clock_s: Callable[[], float] = time.perf_counter,
 ) -> LayerTable:
-    """Measure what ``store`` does not hold yet of the layers of ``spec``, embedding and head.
+    """Measure the missing timings of the layers of ``spec``, embedding and head.
 
-    It stops starting new points once ``budget_s`` has passed, the less important ones suffering
-    first; with ``full`` there is no limit and each point is repeated more. With ``again`` all is
-    measured anew, and stored in place of what was, unless that was disturbed less. Blocks too large
-    to be loaded here are left out. ``progress`` is called with (done, all) points.
-    Raises BackendError where the backend fails, CheckpointError where the disk is full.
+    Once ``budget_s`` has passed no new point is begun, and the important points come first. With
+    ``full`` there is no limit, and each point is repeated more. With ``again`` everything is
+    measured again. A new figure replaces the stored one unless that was disturbed less. Blocks too
+    large to load here are left out. ``progress`` is called with (done, all) points.
+
+    Raises BackendError if the backend fails, CheckpointError if the disk is full.
     """
     store.path.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(backend, threads, store.path.parent)
@@ -152,11 +154,11 @@ def measure_table(
 
     on_point(0)
     done = 0
-    # The small ones first, so that a slow layer cannot crowd them out.
+    # The small ones go first, because a slow layer could take all the time.
     tasks.sort(key=lambda task: task.kind == "layer")
     for index, task in enumerate(tasks):
         if task.kind == "layer":
-            # Each width gets an equal share of what is left.
+            # Each width gets an equal share of the remaining time.
             share_s = (deadline_s - clock_s()) / (len(tasks) - index)
             run.layer(task, points[task], None if full else clock_s() + share_s, on_point, done)
         else:
@@ -173,7 +175,7 @@ def measure_table(
 
 
 class _Run:
-    """One go at the table: what it found out so far."""
+    """One run that fills the table."""
 
     def __init__(
         self,
@@ -197,7 +199,7 @@ class _Run:
         self.reused = 0
 
     def points(self) -> list[tuple[int, ContextName, int]]:
-        """(rows, context, position) of each point that fits the model's context."""
+        """Return (rows, context, position) of each point that fits the model's context."""
         found: list[tuple[int, ContextName, int]] = []
         short = chunk_tokens(self._spec)
         for rows, context in _BY_IMPORTANCE:
@@ -255,7 +257,7 @@ class _Run:
         on_point: Callable[[int], None],
         done: int,
     ) -> tuple[float, ...]:
-        """Fill the gaps of ``known``; returns (charged, taken) bytes of a layer."""
+        """Measure the missing points of ``known``, and return (charged, taken) bytes of a layer."""
         count = len(several.layers)
         blocks = range(1, 1 + count)
         inputs = random_inputs(self._spec, blocks, max(rows for rows, _, _ in known))
@@ -286,7 +288,7 @@ class _Run:
         return memory
 
     def _for_agents(self, task: Task, known: Points) -> None:
-        """Leave the two figures that ``measure_model`` looks for."""
+        """Store the two figures that ``measure_model`` looks for."""
         chunk = chunk_tokens(self._spec)
         decode, prefill = known.get((1, "short", chunk)), known.get((chunk, "short", chunk))
         if decode is None or prefill is None:
@@ -338,7 +340,7 @@ class _Run:
     def _key(
         self, task: Task, several: ModelSpec, point: tuple[int, ContextName, int] | None
     ) -> dict[str, Any]:
-        """What a point depends on; None stands for the memory of the stage."""
+        """Return the key of a point, or of the stage's memory if it is None."""
         key: dict[str, Any] = self._machine | {
             "kind": "table",
             "container": task.container_bits,

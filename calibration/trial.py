@@ -1,7 +1,7 @@
-"""What a model's shapes make native code do, tried first in a process of its own.
+"""Runs native code with a model's shapes in a child process, before the agent does.
 
-A kernel that ends its process at some shape would take the agent with it, at each load again. So
-one block of each kind is loaded and run with random weights in a child. What passed is remembered.
+A kernel that ends its process at some shape would take the agent with it, at each load again. So a
+child loads one block of each kind and runs it with random weights. Passed trials are remembered.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from model.spec import ModelSpec
 from wire.profile import DeviceProfile
 
 VERSION = 1
-"""Of what a trial does: another version tries everything again."""
+"""The version of a trial. Another version tries everything again."""
 
 TICK_S = 0.2
 
 MAX_VOCAB = 1 << 11
-"""A larger vocabulary is cut, to the same remainder: kernels treat the rest of a tile apart."""
+"""A larger vocabulary is cut to the same remainder, because kernels treat the last tile apart."""
 
 _CHILD = """
 import json, sys
@@ -47,10 +47,10 @@ answer_parent(settings)
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """Trials with one backend on this device, of stages that are loaded as the options say.
+    """Trials with one backend on this device, of stages that are loaded with these options.
 
     containers: the widths that the backend takes, and those that its kernels compute with.
-    directory: where blocks of random weights are written meanwhile.
+    directory: holds blocks of random weights meanwhile.
     """
 
     backend: str
@@ -71,9 +71,9 @@ class Trials:
         exact: bool = False,
         fast_prompts: bool = False,
     ) -> Trials:
-        """Trials on the device with this profile.
+        """Return trials on the device with this profile. Passed ones are kept in the file ``kept``.
 
-        The file ``kept`` remembers what passed; by default it lies in ``directory``.
+        By default it lies in ``directory``.
         """
         return Trials(
             backend=profile.backend,
@@ -93,7 +93,7 @@ class Trials:
         tick: Callable[[], None],
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        """As ``require``, of every kind of block at each of ``bits`` that the backend takes."""
+        """Call ``require`` for every kind of block at each of ``bits`` that the backend takes."""
         formats = [Format.of(width) for width in sorted(bits) if width in self.containers]
         kinds = kinds_of_blocks(spec)
         self.require(spec, [(block, fmt) for fmt in formats for block in kinds], tick, meanwhile)
@@ -105,16 +105,16 @@ class Trials:
         tick: Callable[[], None],
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        """Try those kinds of blocks that were not tried before, each in its format.
+        """Try the new kinds of these blocks, each in its format.
 
-        ``tick`` is called now and then; what it raises ends the child. ``meanwhile`` is called
-        once, while a child works. Raises BackendError that names block, backend and signal where
+        ``tick`` is called now and then, and may raise to end the child. ``meanwhile`` is called
+        once, while a child works. Raises BackendError that names block, backend and signal if
         native code ends the child.
         """
         wanted = self._untried(spec, blocks)
         if not wanted:
             return
-        # All of a format at once is faster; one by one says which of them it was.
+        # All of a format at once is faster. One by one shows which of them failed.
         stages = list(_by_format(wanted.values()).values())
         _, passed, code = self._run_child(spec, stages, tick, meanwhile)
         if code != 0:
@@ -130,12 +130,12 @@ class Trials:
         if begun:
             ((block, fmt),) = stages[begun[-1]]
             what = f"{spec.block_name(block)} at {fmt.bits} bits: {self.backend}"
-        raise BackendError(f"{what} {_cause(code)} when it was tried in a process of its own")
+        raise BackendError(f"{what} {_cause(code)} when a child process tried it")
 
     def _untried(
         self, spec: ModelSpec, blocks: Iterable[tuple[int, Format]]
     ) -> dict[str, tuple[int, Format]]:
-        """One block of each kind and format that is not known to pass, by its key."""
+        """Return one block of each kind and format that is not known to pass, by its key."""
         kinds: dict[object, tuple[int, Format]] = {}
         for block, fmt in blocks:
             kind = spec.block_kind(block)
@@ -150,7 +150,7 @@ class Trials:
         tick: Callable[[], None],
         meanwhile: Callable[[], object],
     ) -> tuple[list[int], list[int], int]:
-        """(numbers of stages that were begun, numbers of those that passed, exit code)."""
+        """Return (numbers of begun stages, numbers of passed stages, exit code)."""
         settings = {
             "path": sys.path,
             "backend": self.backend,
@@ -187,7 +187,7 @@ class Trials:
         return begun, passed, child.returncode
 
     def _key(self, spec: ModelSpec, block: int, fmt: Format) -> str:
-        """All that the outcome depends on."""
+        """Return the key, which covers everything that the outcome depends on."""
         small, number = _small(spec, block)
         content = {
             "version": VERSION,
@@ -202,7 +202,7 @@ class Trials:
 
 
 def kinds_of_blocks(spec: ModelSpec) -> list[int]:
-    """The embedding, the first layer of each shape, and the head."""
+    """Return the embedding, the first layer of each shape, and the head."""
     layers = {layer: 1 + index for index, layer in reversed(list(enumerate(spec.layers)))}
     return [0, *sorted(layers.values()), spec.head_block]
 
@@ -217,17 +217,18 @@ def _by_format(
 
 
 def answer_parent(settings: dict[str, Any]) -> None:
-    """The other process: says on stdout which stage it begins, and which one passed."""
+    """Run the child's side, and name each stage on stdout when it begins and when it passes."""
     backend = backend_class(settings["backend"])()
     spec = ModelSpec.from_dict(settings["spec"])
-    # Such files are checked in a child of their own, and random ones would take minutes to make.
+    # Compiled files are checked in a child of their own, and random ones would take minutes to
+    # make.
     makes_files = type(backend).make_files.__qualname__ != Backend.make_files.__qualname__
     for number, stage in enumerate(settings["stages"]):
         blocks, fmt = sorted(block for block, _ in stage), Format(**stage[0][1])
         sys.stdout.write(f"begun {number}\n")
         sys.stdout.flush()
         with contextlib.suppress(BackendError, ModelError, MemoryError, OSError):
-            # The load itself meets these errors again, and says so.
+            # The load itself meets these errors again, and reports them.
             if makes_files or all(
                 [_try(backend, *part, fmt, settings) for part in _stages(spec, blocks)]
             ):
@@ -236,7 +237,7 @@ def answer_parent(settings: dict[str, Any]) -> None:
 
 
 def _stages(spec: ModelSpec, blocks: Sequence[int]) -> list[tuple[ModelSpec, range]]:
-    """Small models with stages of these blocks: one, or two where an end stands alone."""
+    """Return small models with stages of these blocks: one, or two if the ends are apart."""
     layers = tuple(spec.layer(block) for block in blocks if spec.block_kind(block) == "layer")
     if not layers:
         small = [_small(spec, block) for block in blocks]
@@ -249,7 +250,7 @@ def _stages(spec: ModelSpec, blocks: Sequence[int]) -> list[tuple[ModelSpec, ran
 def _try(
     backend: Backend, spec: ModelSpec, blocks: range, fmt: Format, settings: Mapping[str, Any]
 ) -> bool:
-    """Load blocks and run a chunk and a token; False where memory is too short for a trial."""
+    """Load blocks and run a chunk and a token. False if memory is too short for a trial."""
     chunk, containers = chunk_tokens(spec), dict(settings["containers"])
     task = Task("layer", 0, fmt.bits, containers.get(fmt.bits, fmt.bits), (fmt.bits,))
     if not fits_memory(spec, blocks, task):
@@ -275,7 +276,7 @@ def _try(
 
 
 def _small(spec: ModelSpec, block: int) -> tuple[ModelSpec, int]:
-    """A model of one layer around a block's kind, and the block's number in it."""
+    """Return a model of one layer around a block's kind, and the block's number in it."""
     vocab = spec.vocab
     if vocab > MAX_VOCAB:
         vocab = MAX_VOCAB // 2 + vocab % (MAX_VOCAB // 2)
@@ -286,7 +287,7 @@ def _small(spec: ModelSpec, block: int) -> tuple[ModelSpec, int]:
 
 
 def _said(child: subprocess.Popen[str], tick: Callable[[], None]) -> str:
-    """What the child says until it ends, while ``tick`` is called."""
+    """Return the child's output, and call ``tick`` until it ends."""
     while True:
         try:
             said, _ = child.communicate(timeout=TICK_S)
@@ -297,13 +298,13 @@ def _said(child: subprocess.Popen[str], tick: Callable[[], None]) -> str:
 
 
 def _cause(code: int) -> str:
-    """How a process ended, in words."""
+    """Describe how a process ended."""
     if code >= 0:
         return f"ended with exit code {code}"
     with contextlib.suppress(ValueError):
         number = signal.Signals(-code)
         said = signal.strsignal(number) or ""
         if number == signal.SIGKILL:
-            said = "maybe for want of memory"
+            said = "maybe for lack of memory"
         return f"died by {number.name} ({said.lower()})"
     return f"died by signal {-code}"

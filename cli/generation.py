@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -15,26 +16,19 @@ def generate(
     screen: Screen,
     model: str,
     prompt: str,
+    sampling: Mapping[str, float],
     *,
     chat: bool = False,
-    max_tokens: int,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int,
 ) -> dict[str, Any]:
     """Stream the answer to the screen.
 
+    ``sampling`` are fields of the API's request: max_tokens, temperature, top_k, top_p, seed.
     Returns {"model", "prompt_tokens", "tokens", "text", "finish_reason", "prefill_tokens_per_s",
     "decode_tokens_per_s"}. Speeds are measured at the gateway. Raises CommandFailed.
     """
     body: dict[str, Any] = {
         "model": model,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
+        **sampling,
         "stream": True,
         "return_token_ids": True,
     }

@@ -146,6 +146,10 @@ def run_unload(options: argparse.Namespace, screen: Screen) -> None:
         screen.out.print("no model was loaded" if name is None else f"{name} is unloaded")
 
 
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+"""The options of ``shoal run`` that the API has by the same names."""
+
+
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
     from cli.generation import generate
 
@@ -156,12 +160,8 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
             screen,
             name,
             options.prompt,
+            {name: getattr(options, name) for name in SAMPLING},
             chat=options.chat,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
         )
     if options.json:
         screen.json(result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +46,3 @@ class CoordinatorConfig:
             )
         if self.storage_bytes is not None and self.storage_bytes <= 0:
             raise ConfigError(f"storage {self.storage_bytes}: must be more than nothing")
-
-
-def default_state_dir() -> Path:
-    """The directory of quantized blocks: STATE_DIRECTORY under systemd, else XDG."""
-    service = os.environ.get("STATE_DIRECTORY")
-    if service:
-        return Path(service.split(":")[0])
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "shoal" / "coordinator"

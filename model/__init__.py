@@ -1,1 +1,1 @@
-"""What a decoder language model is, without hardware: shapes, weights, formats, tokens."""
+"""A decoder language model without hardware: shapes, weights, formats, tokens."""

@@ -1,8 +1,8 @@
-"""One block in one format, as a content-addressed safetensors file: what devices fetch and cache.
+"""One block in one format as a content-addressed safetensors file, which devices fetch and cache.
 
 A matrix ``q.weight`` is stored as ``q.weight.codes``, ``.scales`` and (asymmetric) ``.zeros``, or
-as ``q.weight`` where the format is float; tensors outside QUANTIZED_TENSORS are F32. The header is
-canonical, so that equal contents are equal bytes and a file has one possible name.
+as ``q.weight`` if the format is float. Tensors outside QUANTIZED_TENSORS are F32. The header is
+canonical. So equal contents are equal bytes, and a file has one possible name.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ _VERSION = "1"
 _KEYS = {"version", "block", "bits", "scheme", "group_size", "symmetric", "shapes"}
 
 
+def values_of(tensor: Tensor) -> npt.NDArray[np.float32]:
+    """Return the values of a stored tensor."""
+    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """A written block. ``size_bytes`` is the file, ``payload_bytes`` its tensors without header."""
@@ -53,8 +58,9 @@ def write_artifact(
     """Quantize a block's tensors and store them as ``directory / <sha256>``, atomically.
 
     tensors: canonical names to float values, as ``Checkpoint.block`` gives them.
-    Raises CheckpointError for values that cannot be stored and when the disk is full; nothing
-    partial is left behind.
+
+    Raises CheckpointError for values that cannot be stored, and if the disk is full. No partial
+    file remains.
     """
     stored: dict[str, Tensor] = {}
     for name in sorted(tensors):
@@ -68,7 +74,7 @@ def write_artifact(
 def store_block(
     directory: Path, block: int, tensors: Mapping[str, Tensor], fmt: Format
 ) -> Artifact:
-    """As ``write_artifact``, of matrices that are in the format already."""
+    """Store matrices that are in the format already, as ``write_artifact`` does."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     shapes: dict[str, list[int]] = {}
     bfloat16: set[str] = set()
@@ -96,10 +102,10 @@ def store_block(
 
 
 def read_block(path: Path, spec: ModelSpec, block: int) -> tuple[Format, dict[str, Tensor]]:
-    """The format and the tensors of a file that may come from a peer, mapped read-only.
+    """Return the format and the tensors of a file that may come from a peer, mapped read-only.
 
-    Every size, dtype and scale is checked, and that the file holds exactly the tensors of this
-    block. Raises CheckpointError.
+    Every size, dtype and scale is checked. The file must hold exactly the tensors of this block.
+    Raises CheckpointError.
     """
     stored_block, fmt, tensors = _read(path)
     expected = spec.block_tensors(block)
@@ -119,7 +125,7 @@ def read_block(path: Path, spec: ModelSpec, block: int) -> tuple[Format, dict[st
 
 
 def read_format(path: Path) -> Format:
-    """The format that a block file's header names; its tensors are not looked at.
+    """Return the format that a block file's header names, without a look at the tensors.
 
     Raises CheckpointError.
     """
@@ -131,11 +137,11 @@ def read_format(path: Path) -> Format:
 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-"""A hash as hex: the name of an artifact. Use ``fullmatch``."""
+"""A hash as hex, which is the name of an artifact. Use ``fullmatch``."""
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as hex. Raises CheckpointError when it cannot be read."""
+    """Return the SHA-256 of a file as hex. Raises CheckpointError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -236,7 +242,7 @@ def _parse_tensors(
 
 
 def _check_canonical(file: SafetensorsFile, views: Mapping[str, npt.NDArray[Any]]) -> None:
-    """One content, one file: the header must be what ``write_artifact`` would have written."""
+    """Check that the header is the one that ``write_artifact`` writes. One content is one file."""
     bfloat16 = frozenset(name for name, entry in file.entries.items() if entry.dtype == "BF16")
     header, _ = encode_header(views, file.metadata, bfloat16)
     if header != file.header:

@@ -1,10 +1,9 @@
-"""A Hugging Face model directory, read block by block: weights stay on disk until asked for."""
+"""A Hugging Face model directory, read block by block. Weights stay on disk until requested."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, describe, read_config, tensor_sources
 from model.given import INDEX as _INDEX
@@ -26,23 +26,22 @@ from model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_MAX_INDEX_BYTES = 64 << 20
 _FLOATS = ("F32", "F16", "BF16")
 _HEAD = "lm_head.weight"
 _ADAPTER = "adapter_config.json"
 _RECOMPUTED = "rotary_emb.inv_freq"
-"""End of the names of tensors that old checkpoints hold although config.json says it all."""
+"""The end of the names of tensors in old checkpoints that config.json makes redundant."""
 _SHOWN_NAMES = 3
 _PIECE = 1 << 22
-"""Values compared at once."""
+"""The number of values that are compared at once."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The validated headers of a model's weight files. ``open`` is the way to get one.
+    """The validated headers of a model's weight files. Use ``open`` to get one.
 
-    ``fingerprint`` changes when any file is replaced, without reading the weights: SHA-256 over
+    ``fingerprint`` changes if any file is replaced, and needs no weights. It is the SHA-256 over
     config.json and each weight file's name, size, modification time and header.
     """
 
@@ -51,14 +50,14 @@ class Checkpoint:
     fingerprint: str
     config: Config
     files: Mapping[str, SafetensorsFile]
-    """Checkpoint tensor name -> the file that holds it."""
+    """Maps a checkpoint tensor's name to the file that holds it."""
 
     @staticmethod
     def open(directory: Path) -> Checkpoint:
-        """Read config.json and all headers; every tensor of every block is checked against them.
+        """Read config.json and all headers, and check every tensor of every block against them.
 
-        Raises CheckpointError (missing, damaged, unsafe or inconsistent files) or
-        UnsupportedModelError (an architecture or option that is not implemented).
+        Raises CheckpointError for missing, damaged, unsafe or inconsistent files,
+        UnsupportedModelError for an architecture or option that is not implemented.
         """
         config = read_config(directory)
         spec = describe(config, directory)
@@ -80,10 +79,10 @@ class Checkpoint:
         return checkpoint
 
     def block(self, block: int) -> dict[str, npt.NDArray[np.float32]]:
-        """Canonical tensors of one block (``ModelSpec.block_tensors``) as float32.
+        """Return the canonical tensors of one block (``ModelSpec.block_tensors``) as float32.
 
-        F32 weights are read-only views of the file, others are converted: the memory needed is
-        that of the block. Raises CheckpointError when a file has vanished since.
+        F32 weights are read-only views of the file. Others are converted, which takes the memory of
+        one block. Raises CheckpointError if a file has vanished.
         """
         return {
             canonical: self.files[source].float32(source)
@@ -91,12 +90,12 @@ class Checkpoint:
         }
 
     def lossless_format(self, block: int) -> Format:
-        """The narrowest format that keeps the weights of a block as they are: 16 or 32 bits."""
+        """Return the narrowest format that keeps a block's weights unchanged: 16 or 32 bits."""
         wide = "F32" in self.source_dtypes(block).values()
         return Format.of(32 if wide else 16)
 
     def source_dtypes(self, block: int) -> dict[str, str]:
-        """How the checkpoint stores each canonical tensor of a block: F32, F16 or BF16."""
+        """Return the stored type of each canonical tensor of a block: F32, F16 or BF16."""
         return {
             canonical: self.files[source].entries[source].dtype
             for canonical, source in self._sources(block).items()
@@ -112,7 +111,7 @@ class Checkpoint:
             for canonical, source in self._sources(block).items():
                 self._check_tensor(source, shapes[canonical])
                 used.add(source)
-        # A bias or norm that the config does not announce would silently be left out.
+        # A bias or norm that the config does not name would be left out unnoticed.
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
         for name in self.files:
             layer = _LAYER.search(name)
@@ -134,7 +133,7 @@ class Checkpoint:
             )
 
     def _check_tied_head(self, used: set[str]) -> None:
-        """Refuse a head of its own where config.json says that there is none.
+        """Refuse a separate head if config.json says that there is none.
 
         Versions of transformers differ in which of the two they take.
         """
@@ -171,7 +170,7 @@ class Checkpoint:
 
 
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:
-    """Weight files by name. As in transformers, a single file wins over an index."""
+    """Return the weight files by name. A single file wins over an index, as in transformers."""
     if (directory / _SINGLE).exists():
         return {_SINGLE: read_safetensors(directory / _SINGLE)}
     index = directory / _INDEX
@@ -189,9 +188,9 @@ def _open_shard(directory: Path, name: str) -> SafetensorsFile:
 
 
 def _refuse_adapter(directory: Path) -> None:
-    """Refuse weights beside an adapter, which would be left out of every answer.
+    """Refuse weights beside an adapter, because the adapter would be left out of every answer.
 
-    transformers reads another base then, and applies the adapter, but only where peft is installed.
+    transformers reads another base then, and applies the adapter only if peft is installed.
     """
     if (directory / _ADAPTER).exists():
         raise CheckpointError(
@@ -202,7 +201,7 @@ def _refuse_adapter(directory: Path) -> None:
 
 
 def _unread_files(directory: Path, shards: Mapping[str, SafetensorsFile]) -> str:
-    """A line on weights that lie beside those that are read; empty where there are none."""
+    """Return a line that names unread weights beside the others, or "" if there are none."""
     unread = {path.name for path in directory.glob("*.safetensors")} - shards.keys()
     index = directory / _INDEX
     if _SINGLE in shards and index.exists() and _listed(index) != {_SINGLE}:
@@ -212,7 +211,7 @@ def _unread_files(directory: Path, shards: Mapping[str, SafetensorsFile]) -> str
 
 
 def _wrong_places(directory: Path, files: Mapping[str, SafetensorsFile]) -> str:
-    """A line on tensors that the index in use has in other files than they are in."""
+    """Return a line that names tensors in other files than the index in use says."""
     index = directory / _INDEX
     if (directory / _SINGLE).exists() or not index.exists():
         return ""
@@ -226,7 +225,7 @@ def _wrong_places(directory: Path, files: Mapping[str, SafetensorsFile]) -> str:
 
 
 def _listed(index: Path) -> set[str]:
-    """The files of an index that is not used; none where it is damaged."""
+    """Return the files of an index that is not used, or none if it is damaged."""
     try:
         return set(_shard_names(index))
     except CheckpointError:
@@ -234,7 +233,7 @@ def _listed(index: Path) -> set[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Return the first of many names, and the number of further ones."""
     shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN_NAMES]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
@@ -242,12 +241,12 @@ def _some(names: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _tell(fingerprint: str, note: str) -> None:
-    """Log a line once for a checkpoint, however often that is opened."""
+    """Log a line once for a checkpoint, however often it is opened."""
     log.warning("%s", note)
 
 
 def _same_values(one: SafetensorsFile, name: str, other: SafetensorsFile, other_name: str) -> bool:
-    """Whether two tensors hold equal numbers; reads them in pieces, up to the first difference."""
+    """Whether two tensors hold equal numbers. Reads them in pieces, up to the first difference."""
     if one.entries[name].shape != other.entries[other_name].shape:
         return False
     if one.entries[name].dtype != other.entries[other_name].dtype:
@@ -260,21 +259,19 @@ def _same_values(one: SafetensorsFile, name: str, other: SafetensorsFile, other_
 
 
 def _shard_names(index: Path) -> list[str]:
-    """File names an index lists. They must lie beside it: a path would let it read anything."""
+    """Return an index's file names. They must be beside it, because a path could name any file."""
     return sorted(set(_weight_map(index).values()))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> name of the file beside the index that it lists for it."""
+    """Return the index's map of tensor names to names of files beside it."""
     try:
-        if index.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index}: larger than any index; is it the right file?")
-        values: Any = json.loads(index.read_bytes())
+        values = read_json(index)
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         kind = kind_of_file(index)
-        wrong = f"not an index, but {kind}" if kind else f"not valid JSON: {error}; fetch it again"
+        wrong = f"not an index, but {kind}" if kind else f"{error}; fetch it again"
         raise CheckpointError(f"{index}: {wrong}") from error
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -303,5 +300,5 @@ def _fingerprint(config: Config, shards: Mapping[str, SafetensorsFile]) -> str:
 
 
 def _feed(digest: Any, part: bytes) -> None:
-    """Lengths first, so that no two different lists of parts give the same bytes."""
+    """Add a part after its length, so that different lists of parts never give the same bytes."""
     digest.update(len(part).to_bytes(8, "little") + part)

@@ -1,7 +1,7 @@
-"""What a block costs: bytes on disk and on the wire, bytes while it runs, operations per token.
+"""The costs of a block: bytes on disk and on the wire, bytes while it runs, operations per token.
 
-Every figure is computed from the spec alone, so that a planner can price blocks that nobody has
-quantized yet.
+Every figure is computed from the spec alone. So a planner can price blocks that are not quantized
+yet.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from model.quantize import INTEGER_BITS, Format
 from model.spec import QUANTIZED_TENSORS, LayerSpec, ModelSpec
 
 BUFFER_FACTOR = 3
-"""Buffers of ONNX Runtime 1.31 over the intermediates live at once (measured, hidden 2048)."""
+"""The buffers of ONNX Runtime 1.31 over the live intermediates (measured at hidden size 2048)."""
 
 
 def stored_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
-    """Bytes of the block's tensors in its artifact (its file has a header of 1-4 KB besides).
+    """Return the bytes of the block's tensors in its artifact, without a header of 1-4 KB.
 
-    Exact while scales fit fp16 (a matrix whose largest scale leaves [2^-20, 65504] takes two
-    bytes more per group).
+    The figure is exact while scales fit fp16. A matrix whose largest scale leaves [2^-20, 65504]
+    takes two bytes more per group.
     """
     return sum(
         _stored_matrix(shape, fmt) if name in QUANTIZED_TENSORS else 4 * prod(shape)
@@ -29,12 +29,11 @@ def stored_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
 
 
 def executed_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int) -> int:
-    """Bytes of the block's weights as kernels keep them at ``container_bits``.
+    """Return the bytes of the block's weights as kernels keep them at ``container_bits``.
 
-    An integer container takes per group a zero, and three times four bytes: a scale, its copy
-    beside the codes and the sum of the codes (measured: onnxruntime 1.31 keeps all three). 16 and
-    32 hold plain numbers. The token table is charged as stored: only the rows that are looked up
-    get unpacked.
+    In an integer container each group has a zero, and four bytes each for its scale, a copy of the
+    scale and the sum of its codes (measured with onnxruntime 1.31). 16 and 32 hold plain numbers.
+    The token table is charged as stored, because only looked-up rows are unpacked.
     """
     total = 0
     for name, shape in spec.block_tensors(block).items():
@@ -53,14 +52,15 @@ def executed_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int
 
 
 def on_chip_layer_bytes(layer: LayerSpec) -> int:
-    """Bytes that a layer's matrices take on a chip with a memory of its own: one per weight."""
+    """Return the bytes of a layer's matrices in a chip's own memory: one per weight."""
     return sum(prod(shape) for name, shape in layer.tensors().items() if name in QUANTIZED_TENSORS)
 
 
 def kv_bytes(spec: ModelSpec, block: int, tokens: int, item_bytes: int = 4) -> int:
-    """Bytes of keys and values of ``tokens`` positions; 0 for embedding and head.
+    """Return the bytes of keys and values of ``tokens`` positions, or 0 for embedding and head.
 
-    A sliding window is charged in full: the cache keeps all positions, to be able to roll back.
+    A sliding window is charged in full, because the cache keeps all positions to be able to roll
+    back.
     """
     if spec.block_kind(block) != "layer":
         return 0
@@ -71,19 +71,19 @@ def kv_bytes(spec: ModelSpec, block: int, tokens: int, item_bytes: int = 4) -> i
 def stage_buffer_bytes(
     spec: ModelSpec, blocks: Iterable[int], rows: int, context_tokens: int
 ) -> int:
-    """Bytes a runtime needs besides weights and KV cache to run ``rows`` rows through ``blocks``.
+    """Return the bytes besides weights and KV cache to run ``rows`` rows through ``blocks``.
 
-    Buffers are reused from block to block, so the largest decides; an arena holds BUFFER_FACTOR
-    times what is live.
+    Blocks reuse buffers, so the largest block decides. The runtime's arena holds BUFFER_FACTOR
+    times the live bytes.
     """
     return BUFFER_FACTOR * max(_live_bytes(spec, block, rows, context_tokens) for block in blocks)
 
 
 def block_flops(spec: ModelSpec, block: int, context_tokens: int) -> int:
-    """Floating-point operations of one token that sees ``context_tokens`` positions.
+    """Return the floating-point operations of one token that sees ``context_tokens`` positions.
 
-    Two per weight of each matrix product, and two per element of scores and of weighted values;
-    norms, activations and rotations are left out (below 1 %).
+    There are two per weight of each matrix product, and two per element of scores and of weighted
+    values. Norms, activations and rotations are left out (below 1 %).
     """
     matrices = sum(
         prod(shape)
@@ -98,9 +98,9 @@ def block_flops(spec: ModelSpec, block: int, context_tokens: int) -> int:
 
 
 def hop_bytes(spec: ModelSpec, bits: int = 16) -> int:
-    """Bytes of one hidden row on a link at ``bits``, without framing.
+    """Return the bytes of one hidden row on a link at ``bits``, without framing.
 
-    32: raw fp32. 16 and 8: fp16 or int8 values with one fp32 scale.
+    32 bits are raw fp32. 16 and 8 bits are fp16 or int8 values with one fp32 scale.
     """
     return spec.hidden * bits // 8 + (0 if bits == 32 else 4)
 
@@ -118,7 +118,7 @@ def _stored_matrix(shape: tuple[int, ...], fmt: Format) -> int:
 
 
 def _live_bytes(spec: ModelSpec, block: int, rows: int, context_tokens: int) -> int:
-    """Bytes of fp32 intermediates while the block computes ``rows`` rows at once."""
+    """Return the bytes of fp32 intermediates while the block computes ``rows`` rows at once."""
     kind = spec.block_kind(block)
     if kind == "embedding":
         return 4 * rows * (spec.hidden + spec.embed_dim)

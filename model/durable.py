@@ -1,8 +1,9 @@
-"""Small files that a power cut leaves whole: the old text or the new one, never a part."""
+"""Small files that survive a power cut whole, with either the old or the new text."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ def replace_text(
 ) -> None:
     """Write ``text`` beside ``path``, through to the disk, then rename it to ``path``.
 
-    ``prepare`` is called with the descriptor of the new file before anything is written, for
-    instance to change its owner. Raises OSError; ``path`` is as it was then.
+    ``prepare`` is called with the new file's descriptor before anything is written. It may change
+    the owner, for instance. Raises OSError, and then leaves ``path`` unchanged.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -30,6 +31,14 @@ def replace_text(
             file.flush()
             os.fsync(descriptor)
         temporary.replace(path)
-    except BaseException:  # Interrupted or failed, however: no part of a file is left behind.
+    except BaseException:  # Interrupted or failed: no partial file remains.
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,12 +1,12 @@
-"""Everything that can be wrong with a model a user points at.
+"""The errors of a model that a user names.
 
-ModelError
-├── UnsupportedModelError    the architecture, or one of its options, is not implemented
-├── CheckpointError          the files are absent, truncated, inconsistent or unsafe
-└── TokenizerError           tokenizer.json or the chat template is absent or broken
+    ModelError
+    ├── UnsupportedModelError    the architecture, or one of its options, is not implemented
+    ├── CheckpointError          the files are absent, truncated, inconsistent or unsafe
+    └── TokenizerError           tokenizer.json or the chat template is absent or broken
 
-Each message is one line that says which file or field, and what to do about it.
-The command line catches ModelError and exits; the coordinator answers it as a client error.
+Each message is one line that names the file or field, and what to do about it. The command line
+catches ModelError and exits. The coordinator answers it as a client error.
 """
 
 from __future__ import annotations

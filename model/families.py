@@ -1,8 +1,8 @@
-"""What config.json of each architecture means, and what its checkpoints call the tensors.
+"""The meaning of each architecture's config.json, and the names of its checkpoints' tensors.
 
-Adding an architecture is one function that maps its config to features, one table of names and one
-line in ``_FAMILIES``. An option that would change the numbers is honoured or refused; options that
-only concern training (dropout, initializer ranges, caching) are not looked at.
+A new architecture is one function that maps its config to features, one table of names and one line
+in ``_FAMILIES``. An option that would change the numbers is honoured or refused. Options that only
+concern training (dropout, initializer ranges, caching) are ignored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.given import CONFIG, require_model
 from model.spec import MAX_LAYERS, MAX_SIZE, Activation, LayerSpec, ModelSpec, RopeScaling, RopeSpec
@@ -38,7 +39,7 @@ _SCALINGS: Mapping[str, RopeScaling] = {
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """config.json with typed access; messages name the file and the field."""
+    """config.json with typed access. Messages name the file and the field."""
 
     path: Path
     values: Mapping[str, Any]
@@ -48,7 +49,7 @@ class Config:
         return self.text("model_type")
 
     def has(self, key: str) -> bool:
-        """True where the key is present and not null."""
+        """Whether the key is present and not null."""
         return self.values.get(key) is not None
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -58,14 +59,14 @@ class Config:
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive count. Raises CheckpointError where it is no int or absurd."""
+        """Return a positive count. Raises CheckpointError if it is not an int, or absurd."""
         value = self._get(key, default)
         if type(value) is not int or not 0 < value < MAX_SIZE:
             raise self._wrong(key, f"an integer in [1, {MAX_SIZE})", value)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
+        """Return a positive finite number."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, "a number", value)
@@ -80,7 +81,7 @@ class Config:
         return value
 
     def tokens(self, key: str) -> tuple[int, ...]:
-        """Token ids: null, one id, or a list of them."""
+        """Return token ids from null, one id, or a list of them."""
         value = self.values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(item) is int and 0 <= item < MAX_SIZE for item in ids):
@@ -99,7 +100,7 @@ class Config:
         )
 
     def nested(self, key: str) -> Config | None:
-        """An object inside the config, or None where it is absent or empty."""
+        """Return an object inside the config, or None if it is absent or empty."""
         value = self.values.get(key)
         if not value:
             return None
@@ -122,26 +123,27 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """One architecture: how to read its config, and its tensor names relative to a prefix."""
+    """One architecture: the reader of its config, and its tensor names relative to a prefix."""
 
     describe: Callable[[Config], ModelSpec]
     prefixes: tuple[str, ...]
     names: Mapping[str, str]
-    """Canonical module -> checkpoint module; ``{layer}`` stands for the layer's index."""
+    """Maps a canonical module to the checkpoint's; ``{layer}`` stands for the layer's index."""
 
 
 def read_config(directory: Path) -> Config:
-    """config.json of a model directory. Raises CheckpointError, naming what is wrong."""
+    """Read config.json of a model directory. Raises CheckpointError that names the fault."""
     require_model(directory)
-    return _read_json(directory / CONFIG)
+    return read_config_file(directory / CONFIG)
 
 
 def load_spec(directory: Path) -> ModelSpec:
-    """What the model in a directory is, by the architecture that config.json names.
+    """Return the features of the model in a directory, by the architecture in its config.json.
 
-    eos tokens come from generation_config.json where it has any. ``max_context`` is
-    max_position_embeddings, times the factor for `linear` and `dynamic` rotary scaling: those two
-    configs state the trained context, the others the usable one.
+    eos tokens come from generation_config.json if it has any. ``max_context`` is
+    max_position_embeddings. For `linear` and `dynamic` rotary scaling it is multiplied by the
+    factor, because those configs state the trained context and the others the usable one.
+
     Raises UnsupportedModelError for an architecture or option that is not implemented,
     CheckpointError for a file that is missing or malformed.
     """
@@ -149,12 +151,12 @@ def load_spec(directory: Path) -> ModelSpec:
 
 
 def describe(config: Config, directory: Path) -> ModelSpec:
-    """As ``load_spec`` for a config that is already read."""
+    """Do the same as ``load_spec`` for a config that is already read."""
     family = _family(config)
     _refuse_foreign_options(config)
     spec = family.describe(config)
     generation = directory / "generation_config.json"
-    eos = _read_json(generation).tokens("eos_token_id") if generation.exists() else ()
+    eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()
     plain["eos_tokens"] = eos or spec.eos_tokens
     return ModelSpec.from_dict(plain)
@@ -163,7 +165,7 @@ def describe(config: Config, directory: Path) -> ModelSpec:
 def tensor_sources(
     config: Config, spec: ModelSpec, block: int, available: Collection[str]
 ) -> dict[str, str]:
-    """Which checkpoint tensor each canonical tensor of a block is read from.
+    """Return the checkpoint tensor from which each canonical tensor of a block is read.
 
     ``available`` decides between the prefixes that checkpoints of a family use. A tied head reads
     the token table.
@@ -193,22 +195,21 @@ def _family(config: Config) -> _Family:
     return family
 
 
-def _read_json(path: Path) -> Config:
+def read_config_file(path: Path) -> Config:
+    """As ``read_config``, of a file by any name."""
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: larger than any config; is it the right file?")
-        values = json.loads(path.read_bytes())
+        values = read_json(path, _MAX_CONFIG_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}; fetch it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; fetch it again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object; fetch it again")
     return Config(path, values)
 
 
 def _refuse_foreign_options(config: Config) -> None:
-    """Options any architecture may carry that change the numbers."""
+    """Refuse options of any architecture that would change the numbers."""
     for key in ("quantization_config", "compression_config"):
         if config.has(key):
             raise config.unsupported(
@@ -295,7 +296,7 @@ def _llama(config: Config) -> ModelSpec:
 
 
 def _mistral(config: Config) -> ModelSpec:
-    # Absent means 4096 to the architecture's own config class; newer checkpoints say null.
+    # Absent means 4096 to the architecture's own config class. Newer checkpoints say null.
     window = config.values.get("sliding_window", 4096)
     windows = [None if window is None else config.size("sliding_window", 4096)]
     kinds = set(_strings(config, "layer_types"))
@@ -321,7 +322,7 @@ def _qwen3(config: Config) -> ModelSpec:
 
 
 def _qwen_windows(config: Config) -> list[int | None]:
-    """Layer l slides where layer_types says so; without it from layer max_window_layers on."""
+    """Return each layer's window by layer_types, or else for layers from max_window_layers on."""
     count = _layer_count(config)
     window = None
     if (
@@ -331,7 +332,7 @@ def _qwen_windows(config: Config) -> list[int | None]:
         window = config.size("sliding_window", 4096)
     kinds = _strings(config, "layer_types")
     if not kinds:
-        # Zero is a valid number of full layers here, so this is not a size.
+        # Zero full layers are valid here, so this is not a size.
         first = config.values.get("max_window_layers", 28)
         if type(first) is not int or first < 0:
             raise CheckpointError(f"{config.path}: max_window_layers must be a number of layers")
@@ -360,7 +361,7 @@ def _rotary_decoder(
     windows: list[int | None] | None = None,
     head_dim: int | None = None,
 ) -> ModelSpec:
-    """Pre-norm RMSNorm, rotary, gated MLP: what Llama and its relatives share."""
+    """Describe pre-norm RMSNorm, rotary and gated MLP, which Llama and its relatives share."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -407,7 +408,7 @@ def _rotary_decoder(
 
 
 def _rope(config: Config, head_dim: int) -> tuple[RopeSpec, int]:
-    """Rotary parameters and the usable context, from the old fields or ``rope_parameters``."""
+    """Return rotary parameters and usable context, from the old fields or ``rope_parameters``."""
     context = config.size("max_position_embeddings")
     scaling = (
         config.nested("rope_scaling") or config.nested("rope_parameters") or Config(config.path, {})

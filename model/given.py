@@ -1,13 +1,12 @@
-"""What a user gave as a model, before any of it is read as one.
+"""Recognizes what a user named as a model, before it is read as one.
 
-``require_model`` is asked first by everything that opens a model, here and on the coordinator. Its
-messages say what lies at the path and what to do, because "config.json is missing" helps nobody who
-gave the name of a model on a hub, a GGUF file, or a folder of pointers.
+Everything that opens a model calls ``require_model`` first, here and on the coordinator. Users also
+give the name of a model on a hub, a GGUF file, or a folder of pointers. "config.json is missing"
+would not help them. So the messages say what is at the path, and what to do.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 import re
@@ -15,6 +14,7 @@ import socket
 import stat
 from pathlib import Path
 
+from model.bounded import read_json
 from model.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -23,12 +23,14 @@ INDEX = "model.safetensors.index.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FOREIGN = ("*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.npz", "*.mlmodelc", "*.engine")
-"""Weights of other frameworks, which no folder of transformers consists of alone."""
+"""Weights of other frameworks. A folder of transformers never has these alone."""
 _UNFINISHED = ("*.incomplete", "*.part", "*.partial", "*.crdownload", "*.aria2", "*.tmp")
 
 MAX_HEADER_BYTES = 100_000_000
-"""Longest header of a safetensors file: what the format's own library accepts; a header of a
-1000-layer model has about 1 MB."""
+"""The longest header that the format's own library accepts.
+
+The header of a model with 1000 layers has about 1 MB.
+"""
 _HEAD_BYTES = 512
 _MAX_SHOWN = 3
 _MAX_FOLDERS = 200
@@ -59,7 +61,7 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
     (b"Entry not found", "a refusal of the hub: it has no such file"),
     (b"Repository not found", "a refusal of the hub: it has no such model"),
 )
-"""First bytes of a file, without regard to case, and what such a file is."""
+"""The first bytes of a file, without regard to case, and the kind of file."""
 
 _HUB_URL = re.compile(r"(?:https?:/{1,2}(?:www\.)?(?:huggingface|hf)\.co|hf:)/{1,2}(?P<id>.+)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -67,9 +69,9 @@ _ONE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?::[\w.-]{1,40})?")
 
 
 def require_model(given: Path) -> None:
-    """Check that ``given`` is a folder with a config.json; its weights are not looked at.
+    """Check that ``given`` is a folder with a config.json, without a look at its weights.
 
-    Raises CheckpointError, whose one line says what was given instead and what to do.
+    Raises CheckpointError. Its one line says what was given instead, and what to do.
     """
     try:
         kind = given.stat().st_mode
@@ -92,7 +94,7 @@ def require_model(given: Path) -> None:
 
 
 def without_weights(directory: Path) -> CheckpointError:
-    """What to say of a model's folder that has neither model.safetensors nor an index of shards."""
+    """Return the error for a model's folder without model.safetensors and index."""
     names = _names(directory)
     known = _other_weights(directory, names)
     if known is None:
@@ -101,10 +103,10 @@ def without_weights(directory: Path) -> CheckpointError:
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """What a file with these first bytes is and what to do, where it is none of a model's files."""
+    """Name the foreign kind of a file by its first bytes, and the advice; None if it is none."""
     length_bytes = int.from_bytes(head[:8], "little")
     if length_bytes <= MAX_HEADER_BYTES and head[8:9] in (b"", b"{"):
-        return None  # A safetensors file may begin with any magic: with its header's length.
+        return None  # A header's length may look like any magic.
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     for magic, kind in _KINDS:
         if head.startswith(magic) or (magic[:1].isascii() and start.startswith(magic.lower())):
@@ -113,7 +115,7 @@ def foreign_kind(head: bytes) -> str | None:
 
 
 def kind_of_file(path: Path) -> str | None:
-    """As ``foreign_kind`` for a file that could not be used; None where it cannot be read."""
+    """Name the kind of a file that could not be used, as ``foreign_kind``. None if unreadable."""
     try:
         return foreign_kind(_head(path))
     except OSError:
@@ -121,7 +123,7 @@ def kind_of_file(path: Path) -> str | None:
 
 
 def hub_name(text: str) -> str | None:
-    """ORG/NAME where ``text`` is a name or an address of the Hugging Face Hub."""
+    """Return ORG/NAME if ``text`` is a name or an address of the Hugging Face Hub."""
     address = _HUB_URL.fullmatch(text)
     if address is not None:
         parts = [part for part in address["id"].split("/") if part]
@@ -131,7 +133,7 @@ def hub_name(text: str) -> str | None:
 
 
 def not_absolute(text: str) -> str:
-    """What to say of a model that was named where only an absolute path can be meant."""
+    """Return the message for a model's name where an absolute path is needed."""
     name = hub_name(text)
     if name is None:
         return f"{shown(Path(text))} is no absolute path"
@@ -139,7 +141,7 @@ def not_absolute(text: str) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path for a message of one line."""
+    """Return a path for a message of one line."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(path))[:500]
 
 
@@ -181,7 +183,7 @@ def _absent(given: Path) -> str:
 
 
 def _fetch(name: str) -> str:
-    """How to get a hub's model onto this machine, or where it already is."""
+    """Say how to get a hub's model onto this machine, or where it already is."""
     cached = _hub_cache() / f"models--{name.replace('/', '--')}"
     snapshot = _snapshot(cached)
     if snapshot is not None:
@@ -197,7 +199,7 @@ def _hub_cache() -> Path:
             return Path(os.environ[variable], below)
     try:
         home = Path.home()
-    except RuntimeError:  # A service's user may have none.
+    except RuntimeError:  # A service's user may have no home.
         home = Path("/")
     return home / ".cache" / "huggingface" / "hub"
 
@@ -230,7 +232,7 @@ def _file(given: Path) -> str:
 
 
 def _folder(given: Path, names: frozenset[str]) -> str:
-    """What a folder is that has no config.json that can be read."""
+    """Describe a folder without a readable config.json."""
     if not names:
         return (
             f"not a model: it has no {CONFIG}, nor anything else; give the path of a model's folder"
@@ -273,7 +275,7 @@ def _folder(given: Path, names: frozenset[str]) -> str:
 
 
 def _cache_folder(given: Path, names: frozenset[str]) -> str | None:
-    """What to give instead of a folder of the hub's cache that holds snapshots."""
+    """Say what to give instead of a folder of the hub's cache that holds snapshots."""
     if "snapshots" in names or given.name.startswith("models--"):
         snapshot = _snapshot(given)
         if snapshot is not None:
@@ -293,7 +295,7 @@ def _cache_folder(given: Path, names: frozenset[str]) -> str | None:
 
 
 def _snapshot(cached: Path) -> Path | None:
-    """The snapshot of a folder models--ORG--NAME: the one of refs/main, else the newest."""
+    """Return the snapshot of a folder models--ORG--NAME: that of refs/main, else the newest."""
     try:
         found = [path for path in (cached / "snapshots").iterdir() if (path / CONFIG).exists()]
         if not found:
@@ -309,16 +311,15 @@ def _snapshot(cached: Path) -> Path | None:
 
 
 def _adapter(given: Path) -> str:
-    """An adapter's folder, by the base that its config names."""
+    """Describe an adapter's folder by the base model that its config names."""
     base = ""
     path = given / "adapter_config.json"
     try:
-        if path.stat().st_size <= _MAX_ADAPTER_BYTES:
-            values = json.loads(path.read_bytes())
-            named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-            if isinstance(named, str) and named:
-                base = f" of {shown(Path(named[:100]))}"
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path, _MAX_ADAPTER_BYTES)
+        named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+        if isinstance(named, str) and named:
+            base = f" of {shown(Path(named[:100]))}"
+    except (OSError, ValueError):
         pass
     return (
         f"an adapter (LoRA){base} without its base model: merge the two with peft"
@@ -327,7 +328,7 @@ def _adapter(given: Path) -> str:
 
 
 def _models_below(given: Path, names: frozenset[str]) -> list[str]:
-    """Folders directly in this one, or one below, that are models."""
+    """Return the folders in this one, or one level deeper, that are models."""
     found: list[str] = []
     for name in sorted(names)[:_MAX_FOLDERS]:
         folder = given / name
@@ -345,7 +346,7 @@ def _models_below(given: Path, names: frozenset[str]) -> list[str]:
 
 
 def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
-    """What lies there instead of safetensors with their usual names, and what to do."""
+    """Describe weights other than safetensors with the usual names, and say what to do."""
     if names & {SINGLE, INDEX}:
         link = next(directory / name for name in (SINGLE, INDEX) if name in names)
         if not link.exists() and link.is_symlink():
@@ -381,7 +382,7 @@ def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
 
 
 def _names(directory: Path) -> frozenset[str]:
-    """What a folder holds; nothing where it is none. Raises CheckpointError where it is closed."""
+    """Return a folder's names, or none if it is no folder. Raises CheckpointError if unreadable."""
     try:
         return frozenset(path.name for path in directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -396,7 +397,7 @@ def _head(path: Path) -> bytes:
 
 
 def _some(directory: Path, *patterns: str) -> str:
-    """The first names that match, for a message; "" for none."""
+    """Return the first names that match, for a message, or "" if there are none."""
     found = sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
     return _listed([shown(Path(name)) for name in found])
 

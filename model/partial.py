@@ -1,4 +1,4 @@
-"""A file that arrives in pieces: what has come stays on disk, the next attempt goes on there."""
+"""A file that arrives in pieces. The pieces stay on disk, and the next attempt continues there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _READ_BYTES = 1 << 20
 
 
 class PartialFile:
-    """``<sha256>.part``, which becomes ``<sha256>`` once it is whole. Use as a context."""
+    """A file ``<sha256>.part``, which becomes ``<sha256>`` once it is whole. Use as a context."""
 
     def __init__(self, target: Path, size_bytes: int) -> None:
         """``target`` is named by the hash of its ``size_bytes``. Raises OSError."""
@@ -18,10 +18,10 @@ class PartialFile:
         self._size_bytes = size_bytes
         self._digest = hashlib.sha256()
         self.offset = 0
-        """Bytes that are here."""
+        """The bytes that are here."""
         self._file = self._part.open("ab+")
         if self._file.seek(0, os.SEEK_END) > size_bytes:
-            self._file.truncate(0)  # Not a beginning of this file.
+            self._file.truncate(0)  # Too long to be a part of this file.
         self._file.seek(0)
         while piece := self._file.read(_READ_BYTES):
             self._digest.update(piece)
@@ -38,23 +38,23 @@ class PartialFile:
         return self.offset == self._size_bytes
 
     def fits(self, offset: int, total: int, count: int) -> bool:
-        """Whether ``count`` bytes at ``offset``, of a file of ``total``, are what comes next."""
+        """Whether ``count`` bytes at ``offset`` of a file of ``total`` are the next ones."""
         left = self._size_bytes - self.offset
         return (offset, total) == (self.offset, self._size_bytes) and 0 < count <= left
 
     def write(self, piece: bytes | memoryview) -> None:
-        """Append what comes next. Raises OSError."""
+        """Append the next bytes. Raises OSError."""
         self._file.write(piece)
         self._digest.update(piece)
         self.offset += len(piece)
 
     def drop(self) -> None:
-        """Start over: forget what is here. Raises OSError."""
+        """Start over, and forget the bytes that are here. Raises OSError."""
         self._file.truncate(0)
         self._digest, self.offset = hashlib.sha256(), 0
 
     def finish(self) -> bool:
-        """Keep the complete file under its hash. False where its hash is another: nothing is kept.
+        """Keep the complete file under its hash. If the hash differs, drop it and return False.
 
         The file is on the disk before it has its name. Raises OSError.
         """

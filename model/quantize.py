@@ -1,10 +1,12 @@
 """Storage formats of weight matrices: how numbers become b-bit codes and back.
 
-Every integer format decodes as ``value = (code - zero) * scale`` with one scale and zero per
-group of consecutive inputs of a row. Codes are packed low bits first, each group in whole bytes,
-rows padded to whole groups; at 2, 4 and 8 bits that is what ONNX Runtime's MatMulNBits takes.
+Every integer format decodes as ``value = (code - zero) * scale``. Each group of consecutive inputs
+of a row has one scale and one zero. Codes are packed low bits first. Each group takes whole bytes,
+and rows are padded to whole groups. At 2, 4 and 8 bits this is the layout of ONNX Runtime's
+MatMulNBits.
 
-Schemes:
+The schemes are:
+
     rtn        round to nearest, per group; asymmetric or symmetric (zero = 2^(bits-1))
     truncate   towards zero with one step R / 2^(bits-1), R = max|w| of the matrix
                (Source: DILEMMA, "Environment Setup": truncation as the quantization technique)
@@ -30,28 +32,32 @@ Bytes = npt.NDArray[np.uint8]
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 INTEGER_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+DEFAULT_SCHEME: Scheme = "rtn"
 DEFAULT_GROUP_SIZE = 64
-"""At 4 bits as accurate as symmetric groups of 32, and faster (docs/performance.md)."""
+"""Groups of 64 are as accurate at 4 bits as symmetric groups of 32, and faster.
 
-# Rows are processed in pieces of about this many weights: small enough for a core's cache.
+The figures are in docs/performance.md.
+"""
+
+# Rows are processed in pieces of about this many weights, which fit a core's cache.
 _CHUNK_WEIGHTS = 1 << 18
-# Products of codes and scales stay finite below it; no trained weight comes near.
+# Products of codes and scales stay finite below this. No trained weight comes near.
 _MAX_MAGNITUDE = 2.0**100
-# From here on an fp16 scale, rounded up, is at most 1/16 too wide.
+# From here on, rounding up makes an fp16 scale at most 1/16 too wide.
 _MIN_HALF_SCALE = 2.0**-20
 _MAX_HALF = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How the matrices of a block are stored. ``Format.of`` fills in what bits leave no choice of.
+    """The storage of a block's matrices. ``Format.of`` fills in the fields that the bits determine.
 
-    ``group_size`` is 0 for float; for truncate it only pads rows. Raises ValueError for a
+    ``group_size`` is 0 for float. For truncate it only pads rows. Raises ValueError for a
     combination that does not exist.
     """
 
     bits: int
-    scheme: Scheme = "rtn"
+    scheme: Scheme = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     symmetric: bool = False
 
@@ -71,29 +77,36 @@ class Format:
     @staticmethod
     def of(
         bits: int,
-        scheme: Scheme = "rtn",
+        scheme: Scheme = DEFAULT_SCHEME,
         group_size: int = DEFAULT_GROUP_SIZE,
         symmetric: bool = False,
     ) -> Format:
-        """The format of a width: float for 16 and 32 bits, else as asked for."""
+        """Return the format of a width: float for 16 and 32 bits, else the given scheme."""
         if bits >= 16:
             return Format(bits, "float", 0, True)
         return Format(bits, scheme, group_size, symmetric or scheme == "truncate")
 
+    @property
+    def key(self) -> str:
+        """The format's name in files."""
+        kind = "sym" if self.symmetric else "asym"
+        return f"{self.bits}/{self.scheme}/{self.group_size}/{kind}"
+
     def groups(self, columns: int) -> int:
-        """Groups in a row of ``columns`` weights (integer formats only)."""
+        """Return the groups in a row of ``columns`` weights (integer formats only)."""
         return -(-columns // self.group_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedMatrix:
-    """A matrix [N, K] in a format; G groups of g inputs a row.
+    """A matrix [N, K] in a format, with G groups of g inputs a row.
 
-    data: integer formats: uint8 [N, G, g * bits / 8], packed codes; float: [N, K] of float16,
-    uint16 (bf16 bit patterns) or float32.
+    data: for integer formats packed codes uint8 [N, G, g * bits / 8]. For float formats [N, K] of
+        float16, uint16 (bf16 bit patterns) or float32.
     scale_data: float16 or float32 [N, G] (truncate: [1, 1]); None for float.
-    zero_data: uint8 [N, ceil(G * bits / 8)], codes packed per row; None where symmetric.
-    Raises ValueError when the arrays do not fit shape and format.
+    zero_data: uint8 [N, ceil(G * bits / 8)], codes packed per row; None if symmetric.
+
+    Raises ValueError if the arrays do not fit shape and format.
     """
 
     shape: tuple[int, int]
@@ -125,12 +138,12 @@ class QuantizedMatrix:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of codes, scales and zeros."""
+        """The bytes of codes, scales and zeros."""
         parts = (self.data, self.scale_data, self.zero_data)
         return sum(part.nbytes for part in parts if part is not None)
 
     def dequantize(self, rows: slice | npt.NDArray[np.integer[Any]] | None = None) -> FloatArray:
-        """Values float32 [n, K] of all rows, or of the selected ones without unpacking the rest."""
+        """Return values float32 [n, K] of all rows, or unpack only the selected ones."""
         data = self.data if rows is None else self.data[rows]
         if self.format.scheme == "float":
             if data.dtype == np.uint16:
@@ -147,13 +160,13 @@ class QuantizedMatrix:
         return values
 
     def codes(self) -> Bytes:
-        """Unpacked codes uint8 [N, K] (integer formats only)."""
+        """Return unpacked codes uint8 [N, K] (integer formats only)."""
         self._integer()
         rows, columns = self.shape
         return unpack(self.data, self.format.bits).reshape(rows, -1)[:, :columns]
 
     def zeros(self, rows: slice | npt.NDArray[np.integer[Any]] | None = None) -> Bytes:
-        """Zero codes uint8 [n, G] (integer formats only)."""
+        """Return zero codes uint8 [n, G] (integer formats only)."""
         self._integer()
         groups = self.format.groups(self.shape[1])
         if self.zero_data is None:
@@ -163,7 +176,7 @@ class QuantizedMatrix:
         return _unpack_rows(packed, self.format.bits, groups)
 
     def scales(self, rows: slice | npt.NDArray[np.integer[Any]] | None = None) -> FloatArray:
-        """Scales float32 [n, G] (integer formats only)."""
+        """Return scales float32 [n, G] (integer formats only)."""
         self._integer()
         assert self.scale_data is not None  # noqa: S101 - checked at construction
         if self.format.scheme == "truncate":
@@ -173,10 +186,10 @@ class QuantizedMatrix:
         return np.array(self.scale_data if rows is None else self.scale_data[rows], np.float32)
 
     def in_container(self, bits: int) -> tuple[Bytes, Bytes]:
-        """The same codes and zeros packed at a width >= the format's, for kernels without it.
+        """Pack the same codes and zeros at a larger width, for kernels without the format's width.
 
         Returns data uint8 [N, G, g * bits / 8] and zeros uint8 [N, ceil(G * bits / 8)], as
-        MatMulNBits takes them; scales stay as they are. Integer formats and widths only.
+        MatMulNBits takes them. Scales stay as they are. Integer formats and widths only.
         """
         self._integer()
         if bits not in INTEGER_BITS or bits < self.format.bits:
@@ -196,17 +209,17 @@ class QuantizedMatrix:
 
 
 def quantize(weights: npt.NDArray[Any], fmt: Format, name: str = "weights") -> QuantizedMatrix:
-    """Encode a float matrix [N, K]; no value is further than half a step (truncate: one) away.
+    """Encode a float matrix [N, K]; no value moves further than half a step (truncate: one).
 
-    Scales are fp16, rounded up before codes are chosen; fp32 where the largest leaves
-    [2^-20, 65504]. Memory: the result plus a few rows.
-    Raises CheckpointError, naming ``name``, for NaN, infinities and magnitudes above 2^100.
+    Scales are fp16, rounded up before codes are chosen. They are fp32 if the largest leaves [2^-20,
+    65504]. It takes the memory of the result plus a few rows. Raises CheckpointError that names
+    ``name`` for NaN, infinities and magnitudes above 2^100.
     """
     if weights.ndim != 2:
         raise ValueError(f"{name}: only matrices are quantized, not shape {weights.shape}")
     rows, columns = weights.shape
     for part in _row_chunks(rows, columns):
-        # Written so that NaN fails it too.
+        # NaN fails this comparison, too.
         if not np.abs(weights[part]).max(initial=0.0) <= _MAX_MAGNITUDE:
             raise CheckpointError(
                 f"{name} holds NaN, infinite or absurdly large values; the checkpoint is damaged"
@@ -224,8 +237,10 @@ def quantize(weights: npt.NDArray[Any], fmt: Format, name: str = "weights") -> Q
 def random_matrix(
     shape: tuple[int, int], fmt: Format, random: np.random.Generator
 ) -> QuantizedMatrix:
-    """Codes drawn evenly, so that values lie within +-1 / sqrt(columns), as ``quantize`` would have
-    made of such weights, in a tenth of its time. To measure speed with."""
+    """Draw random codes for measurements of speed, in a tenth of the time of ``quantize``.
+
+    Values are spread evenly within +-1 / sqrt(columns).
+    """
     rows, columns = shape
     if fmt.scheme == "float":
         values = random.random(shape, np.float32)
@@ -245,7 +260,7 @@ def random_matrix(
 
 
 def weight_error(weights: npt.NDArray[Any], fmt: Format, *, normalized: bool = False) -> float:
-    """Largest |w - w_b| over a matrix [N, K]; ``normalized`` divides it by 2^bits.
+    """Return the largest |w - w_b| over a matrix [N, K]; ``normalized`` divides it by 2^bits.
 
     Source: DILEMMA, the constraint on delta and "Environment Setup" (division by 2^b).
     """
@@ -283,14 +298,17 @@ def unpack(packed: Bytes, bits: int) -> Bytes:
 
 
 def _bit_positions(bits: int) -> Iterator[tuple[int, int, int, bool]]:
-    """(code index, byte, shift, continues in the next byte) of eight codes in ``bits`` bytes."""
+    """Yield (code index, byte, shift, continues in the next byte) of eight codes.
+
+    They fill ``bits`` bytes.
+    """
     for index in range(8):
         byte, shift = divmod(index * bits, 8)
         yield index, byte, shift, shift + bits > 8
 
 
 def _pack_rows(codes: Bytes, bits: int) -> Bytes:
-    """Codes [N, n] of any n to bytes [N, ceil(n * bits / 8)]."""
+    """Pack codes [N, n] of any n to bytes [N, ceil(n * bits / 8)]."""
     count = codes.shape[1]
     padded = np.pad(codes, ((0, 0), (0, -count % 8)))
     return np.ascontiguousarray(pack(padded, bits)[:, : -(-count * bits // 8)])
@@ -308,7 +326,7 @@ def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _grouped(weights: npt.NDArray[Any], fmt: Format) -> FloatArray:
-    """Rows as float32 [n, G, g], padded with zeros."""
+    """Return rows as float32 [n, G, g], padded with zeros."""
     chunk = np.asarray(weights, np.float32)
     padding = -chunk.shape[1] % fmt.group_size
     if padding:
@@ -370,13 +388,13 @@ def _stored_scales(exact: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
 
 
 def _round_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Narrow to ``dtype`` without getting smaller: a smaller step would clip a group's ends."""
+    """Narrow to ``dtype`` and never down, because a smaller step would clip a group's ends."""
     narrow = exact.astype(dtype)
     return np.where(narrow < exact, np.nextafter(narrow, dtype.type(np.inf)), narrow)
 
 
 def _to_half(weights: FloatArray) -> npt.NDArray[Any]:
-    """fp16 where that is lossless, else bf16 where that is, else whichever holds the range."""
+    """Convert to fp16 or bf16: the lossless one, else the one with enough range."""
     with np.errstate(over="ignore"):
         half = weights.astype(np.float16)
     if np.array_equal(half, weights):
@@ -386,7 +404,7 @@ def _to_half(weights: FloatArray) -> npt.NDArray[Any]:
         return (patterns >> 16).astype(np.uint16)
     if np.isfinite(half).all():
         return half
-    # Round to nearest, ties to even: half of the dropped range, less one where the kept bit is 0.
+    # Round to nearest, ties to even: add half of the dropped range, less one if the kept bit is 0.
     return ((patterns + 0x7FFF + ((patterns >> 16) & 1)) >> 16).astype(np.uint16)
 
 

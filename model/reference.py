@@ -1,4 +1,4 @@
-"""The forward pass in plain numpy: slow, short, and what every backend is measured against.
+"""The forward pass in plain numpy: slow and short. Every backend is compared with it.
 
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
 (pre-norm, gated); the Qwen3 report (norms of q and k per head).
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.artifact import Tensor, read_block
+from model.artifact import Tensor, read_block, values_of
 from model.checkpoint import Checkpoint
-from model.quantize import QuantizedMatrix
-from model.rotary import rotary_table
+from model.rotary import rotary_table, rotate
 from model.spec import LayerSpec, ModelSpec
 
 Array = npt.NDArray[Any]
@@ -27,8 +26,8 @@ Weights = Mapping[str, Array]
 class ReferenceModel:
     """Contiguous blocks from ``first_block`` on, with a KV cache for one sequence.
 
-    blocks: canonical tensors per block, floats or QuantizedMatrix (dequantized here). Computes in
-    ``dtype``, float32 or float64.
+    blocks: canonical tensors per block, floats or QuantizedMatrix (dequantized here).
+    dtype: float32 or float64, in which it computes.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class ReferenceModel:
         self.blocks = range(first_block, first_block + len(blocks))
         self._dtype = dtype
         self._weights: dict[int, Weights] = {
-            block: {name: _values(tensor).astype(dtype) for name, tensor in tensors.items()}
+            block: {name: values_of(tensor).astype(dtype) for name, tensor in tensors.items()}
             for block, tensors in zip(self.blocks, blocks, strict=True)
         }
         self._cache: dict[int, tuple[Array, Array]] = {}
@@ -52,7 +51,7 @@ class ReferenceModel:
     def from_checkpoint(
         checkpoint: Checkpoint, dtype: type[np.floating[Any]] = np.float32
     ) -> ReferenceModel:
-        """The whole model with its original weights."""
+        """Return the whole model with its original weights."""
         blocks = [checkpoint.block(block) for block in range(checkpoint.spec.block_count)]
         return ReferenceModel(checkpoint.spec, blocks, dtype=dtype)
 
@@ -62,16 +61,17 @@ class ReferenceModel:
         artifacts: Iterable[tuple[int, Path]],
         dtype: type[np.floating[Any]] = np.float32,
     ) -> ReferenceModel:
-        """A contiguous run of blocks as their artifacts hold them. Raises CheckpointError."""
+        """Return a contiguous run of blocks from their artifacts. Raises CheckpointError."""
         pairs = list(artifacts)
         blocks = [read_block(path, spec, block)[1] for block, path in pairs]
         return ReferenceModel(spec, blocks, first_block=pairs[0][0], dtype=dtype)
 
     def forward(self, inputs: npt.NDArray[Any] | Sequence[int], position: int = 0) -> Array:
-        """Rows [position, position + n) of the sequence; cached rows below must be valid.
+        """Run rows [position, position + n) of the sequence; cached rows below must be valid.
 
-        inputs: tokens [n] where the embedding is held, else hidden [n, hidden].
-        Returns logits [n, vocab] of every row where the head is held, else hidden [n, hidden].
+        inputs: tokens [n] if the embedding is held, else hidden [n, hidden].
+
+        Returns logits [n, vocab] of every row if the head is held, else hidden [n, hidden].
         """
         rows = np.asarray(inputs)
         for block in self.blocks:
@@ -125,7 +125,7 @@ class ReferenceModel:
                 table[position:, None].astype(self._dtype)
                 for table in rotary_table(layer.rope, layer.head_dim, end)
             )
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if position:
             old_k, old_v = self._cache[block]
             k = np.concatenate([old_k[:position], k])
@@ -169,17 +169,11 @@ def _rms_norm(rows: Array, eps: float) -> Array:
     return rows / np.sqrt(mean)
 
 
-def _rotate(heads: Array, cos: Array, sin: Array) -> Array:
-    """heads: [n, heads, head_dim]; cos, sin: [n, 1, head_dim / 2]."""
-    first, second = np.split(heads, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
 def _activate(layer: LayerSpec, rows: Array) -> Array:
     if layer.activation == "relu":
         return np.maximum(rows, 0)
     if layer.activation == "silu":
-        # Written with tanh, which does not overflow for large negative inputs.
+        # tanh does not overflow for large negative inputs.
         weight: Array = 0.5 + 0.5 * np.tanh(0.5 * rows)
     elif layer.activation == "gelu_tanh":
         weight = 0.5 + 0.5 * np.tanh(math.sqrt(2 / math.pi) * (rows + 0.044715 * rows**3))
@@ -187,7 +181,3 @@ def _activate(layer: LayerSpec, rows: Array) -> Array:
         erf = np.vectorize(math.erf, otypes=[rows.dtype])
         weight = 0.5 + 0.5 * erf(rows / math.sqrt(2))
     return rows * weight
-
-
-def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
-    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor

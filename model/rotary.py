@@ -1,8 +1,9 @@
-"""Rotary position embedding: the one table that the reference and every backend look up."""
+"""Rotary position embedding: the one table that the reference and every backend use."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +14,14 @@ Table = npt.NDArray[np.float32]
 
 
 def rotary_table(rope: RopeSpec, head_dim: int, positions_count: int) -> tuple[Table, Table]:
-    """Cosines and sines, each float32 [positions_count, head_dim / 2].
+    """Return cosines and sines, each float32 [positions_count, head_dim / 2].
 
     Column i turns the pair (i, i + head_dim / 2) of a head. Position p of a `dynamic` table uses
-    the frequencies of a sequence of p + 1 tokens, as incremental decoding meets them; a prompt
-    longer than the trained context therefore gives what feeding it token by token gives.
+    the frequencies of a sequence of p + 1 tokens, as in incremental decoding. So a prompt longer
+    than the trained context gives the same result as its tokens one by one.
 
-    Source: Su et al., "RoFormer"; scalings as Hugging Face transformers computes them
-    (linear: position interpolation; dynamic: NTK-aware base; llama3: by wavelength band).
+    Source: Su et al., "RoFormer". The scalings are those of Hugging Face transformers (linear:
+    position interpolation; dynamic: NTK-aware base; llama3: by wavelength band).
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     positions = np.arange(positions_count, dtype=np.float64)[:, None]
@@ -36,6 +37,14 @@ def rotary_table(rope: RopeSpec, head_dim: int, positions_count: int) -> tuple[T
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def rotate(
+    heads: npt.NDArray[Any], cos: npt.NDArray[Any], sin: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Rotate heads [n, heads, head_dim] by cos, sin [n, 1, head_dim / 2]."""
+    first, second = np.split(heads, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
 def _dynamic_bases(
     rope: RopeSpec, head_dim: int, positions: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
@@ -46,7 +55,7 @@ def _dynamic_bases(
 
 
 def _llama3(rope: RopeSpec, frequencies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Long waves are slowed by the factor, short ones kept, those between interpolated."""
+    """Divide long waves' frequencies by the factor, keep short ones, interpolate between."""
     turns = rope.original_context * frequencies / (2 * math.pi)
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)

@@ -49,7 +49,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: ``begin`` counts from the start of the file."""
+    """The place of one tensor. ``begin`` counts from the start of the file."""
 
     name: str
     dtype: str
@@ -60,7 +60,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """A validated header. Nothing of the tensors is in memory before they are asked for."""
+    """A validated header. Tensors are read only on request."""
 
     path: Path
     header: bytes
@@ -68,9 +68,9 @@ class SafetensorsFile:
     entries: Mapping[str, TensorEntry]
 
     def map(self, name: str) -> npt.NDArray[Any]:
-        """The tensor as a read-only view of the file; bf16 appears as its uint16 bit patterns.
+        """Return a tensor as a read-only view of the file; bf16 appears as its uint16 bit patterns.
 
-        Raises CheckpointError when the file has no such tensor or vanished.
+        Raises CheckpointError if the file has no such tensor or has vanished.
         """
         entry = self._entry(name)
         dtype = _DTYPES[entry.dtype]
@@ -84,9 +84,9 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: cannot be read again: {error}") from error
 
     def map_all(self) -> dict[str, npt.NDArray[Any]]:
-        """All tensors as read-only views of one mapping, which holds one file descriptor.
+        """Return all tensors as read-only views of one mapping, which holds one file descriptor.
 
-        Raises CheckpointError when the file vanished or shrank since its header was read.
+        Raises CheckpointError if the file vanished or shrank since its header was read.
         """
         try:
             data = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
@@ -100,7 +100,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: cannot be read again: {error}") from error
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
-        """The tensor's values as float32 (a view of the file where it stores F32).
+        """Return a tensor's values as float32 (a view of the file if it stores F32).
 
         Raises CheckpointError for a tensor that is not F64, F32, F16 or BF16.
         """
@@ -123,9 +123,9 @@ class SafetensorsFile:
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
-    """Read and check a header: every offset, size and dtype in it can be relied on afterwards.
+    """Read and check a header. Every offset, size and dtype in it is valid afterwards.
 
-    Raises CheckpointError that names the file and what is wrong with it.
+    Raises CheckpointError that names the file and the fault.
     """
     try:
         with path.open("rb") as file:
@@ -155,10 +155,11 @@ def encode_header(
     metadata: Mapping[str, str],
     bfloat16: frozenset[str] = frozenset(),
 ) -> tuple[bytes, list[str]]:
-    """The one header this project writes for these tensors, and the order of their bytes.
+    """Return the only header that this project writes for these tensors, and their order.
 
-    Widest items first and then by name, so that every tensor is aligned and the bytes depend on
-    nothing but the contents. ``bfloat16`` names uint16 tensors that hold bf16 bit patterns.
+    The widest items come first, then the order is by name. So every tensor is aligned, and the
+    bytes depend only on the contents. ``bfloat16`` names uint16 tensors that hold bf16 bit
+    patterns.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -179,9 +180,9 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     bfloat16: frozenset[str] = frozenset(),
 ) -> None:
-    """Write a file in one piece: readers see the old one or the whole new one.
+    """Write a file at once, so that readers see the old one or the whole new one.
 
-    Raises CheckpointError when it cannot be written (a full disk); no partial file is left.
+    Raises CheckpointError if it cannot be written (a full disk). No partial file remains.
     """
     temporary, _, _ = write_temporary(path.parent, tensors, metadata or {}, bfloat16)
     publish(temporary, path)
@@ -193,9 +194,9 @@ def write_temporary(
     metadata: Mapping[str, str],
     bfloat16: frozenset[str] = frozenset(),
 ) -> tuple[Path, str, int]:
-    """Write to a temporary file of ``directory``: (path, sha256 as hex, size in bytes).
+    """Write a temporary file in ``directory``; return (path, sha256 as hex, size in bytes).
 
-    The caller passes the path to ``publish``. Raises CheckpointError, leaving nothing behind.
+    The caller passes the path to ``publish``. Raises CheckpointError, and leaves no file then.
     """
     header, order = encode_header(tensors, metadata, bfloat16)
     digest = hashlib.sha256()
@@ -223,7 +224,7 @@ def write_temporary(
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a temporary file its name atomically. Raises CheckpointError, removing the file."""
+    """Rename a temporary file atomically. Raises CheckpointError and removes it on failure."""
     try:
         temporary.replace(path)
     except OSError as error:
@@ -232,7 +233,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def bfloat16_to_float32(patterns: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """Values of bf16 bit patterns: they are the upper halves of float32 patterns."""
+    """Return the values of bf16 bit patterns, which are the upper halves of float32 patterns."""
     wide = patterns.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
@@ -256,7 +257,7 @@ def _dtype_name(dtype: np.dtype[Any]) -> str:
 
 
 def _no_header(path: Path, head: bytes, header_bytes: int, file_bytes: int) -> CheckpointError:
-    """What to say of a file whose length of a header cannot be one."""
+    """Return the error for a file whose header length is impossible."""
     kind = foreign_kind(head)
     if kind is not None:
         return CheckpointError(f"{path}: not a safetensors file, but {kind}")
@@ -319,7 +320,7 @@ def _is_sizes(value: Any) -> bool:
 def _check_layout(
     path: Path, entries: Mapping[str, TensorEntry], data_begin: int, file_bytes: int
 ) -> None:
-    """The format has no gaps: tensors cover the data exactly, so nothing can hide or overlap."""
+    """Check that tensors cover the data exactly, so that nothing can hide or overlap."""
     position = data_begin
     for entry in sorted(entries.values(), key=lambda item: (item.begin, item.size_bytes)):
         if entry.begin != position:

@@ -1,7 +1,7 @@
-"""A decoder language model as features: what every backend, cost formula and plan is built from.
+"""A decoder language model as features, from which backends, cost formulas and plans are built.
 
-A family (``model.families``) maps config.json to these values once; nothing downstream ever asks
-for a family's name. The unit of placement is the block:
+A family (``model.families``) maps config.json to these values once. No other code asks for a
+family's name. The unit of placement is the block:
 
     block 0                 the embedding (token rows, learned positions, input projection)
     block 1 .. layers       the decoder layers
@@ -27,8 +27,8 @@ RopeScaling = Literal["none", "linear", "dynamic", "llama3"]
 class RopeSpec:
     """Rotary position embedding: half-split ("rotate half") pairs over the whole head dimension.
 
-    ``original_context`` is the trained context: where `dynamic` scaling starts, and what `llama3`
-    compares wavelengths with. The frequency and band factors mean nothing for other kinds.
+    ``original_context`` is the trained context. `dynamic` scaling starts there, and `llama3`
+    compares wavelengths with it. Other kinds ignore the frequency and band factors.
     """
 
     theta: float
@@ -59,10 +59,10 @@ class LayerSpec:
     qk_norm: bool = False
     rope: RopeSpec | None = None
     sliding_window: int | None = None
-    """How many positions a query sees, itself included; None sees all."""
+    """The number of positions that a query sees, itself included. None sees all."""
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Canonical tensor names of the layer and their shapes; matrices are [out, in]."""
+        """Return the layer's canonical tensor names and shapes. Matrices are [out, in]."""
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
 
@@ -102,7 +102,7 @@ class ModelSpec:
     max_context: int
     layers: tuple[LayerSpec, ...]
     learned_positions: int
-    """Rows of the learned position table (0: none); position p reads row p + position_offset."""
+    """Rows of the learned position table, or 0. Position p reads row p + position_offset."""
     position_offset: int
     final_norm: bool
     tied_head: bool
@@ -126,37 +126,37 @@ class ModelSpec:
         return tuple(dict.fromkeys(self.layers))
 
     def block_variant(self, block: int) -> int:
-        """Index of the block's shape in ``layer_variants``; 0 for embedding and head."""
+        """Return the index of the block's shape in ``layer_variants``; 0 for embedding and head."""
         if self.block_kind(block) != "layer":
             return 0
         return self.layer_variants.index(self.layers[block - 1])
 
     @property
     def projected(self) -> bool:
-        """True where the embedding width is not the hidden width (OPT-350m)."""
+        """Whether the embedding width differs from the hidden width (OPT-350m)."""
         return self.embed_dim != self.hidden
 
     def block_kind(self, block: int) -> BlockKind:
-        """Kind of block ``block``. Raises IndexError outside [0, block_count)."""
+        """Return the kind of a block. Raises IndexError outside [0, block_count)."""
         if not 0 <= block < self.block_count:
-            raise IndexError(f"block {block} of a model with {self.block_count} blocks")
+            raise IndexError(f"the model has {self.block_count} blocks, but no block {block}")
         if block == 0:
             return "embedding"
         return "head" if block == self.head_block else "layer"
 
     def layer(self, block: int) -> LayerSpec:
-        """The decoder layer that is block ``block``."""
+        """Return the decoder layer of a block."""
         return self.layers[block - 1]
 
     def block_name(self, block: int) -> str:
-        """What users are shown: ``embedding``, ``layer 0`` .. ``layer L-1``, ``head``."""
+        """Return the name for users: ``embedding``, ``layer 0`` .. ``layer L-1``, ``head``."""
         kind = self.block_kind(block)
         return f"layer {block - 1}" if kind == "layer" else kind
 
     def block_tensors(self, block: int) -> dict[str, tuple[int, ...]]:
-        """Canonical tensor names of a block and their shapes; matrices are [out, in].
+        """Return a block's canonical tensor names and shapes. Matrices are [out, in].
 
-        A tied head owns a copy of the token table as ``lm_head.weight``, since it may sit on
+        A tied head owns a copy of the token table as ``lm_head.weight``, because it may be on
         another device than the embedding.
         """
         kind = self.block_kind(block)
@@ -180,14 +180,14 @@ class ModelSpec:
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only (for messages and files); ``from_dict`` is the inverse."""
+        """Return plain values only, for messages and files. ``from_dict`` is the inverse."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelSpec:
         """Inverse of ``to_dict`` for input that may come from a peer.
 
-        Raises UnsupportedModelError when a key is missing, unknown or absurd.
+        Raises UnsupportedModelError if a key is missing, unknown or absurd.
         """
         try:
             plain = dict(values)
@@ -207,7 +207,7 @@ QUANTIZED_TENSORS = frozenset(
         "tokens", "project_in", "project_out", "lm_head",
     )
 )  # fmt: skip
-"""Canonical names stored in the block's format; all other tensors are stored as fp32."""
+"""Canonical names stored in the block's format. All other tensors are stored as fp32."""
 
 
 def _layer_from_dict(values: dict[str, Any]) -> LayerSpec:
@@ -227,12 +227,12 @@ _SIZES = frozenset(
     ("vocab", "hidden", "embed_dim", "max_context", "heads", "kv_heads", "head_dim", "ffn")
 )
 MAX_SIZE = 1 << 24
-"""Each width, head count and token id is below this: no real model has more."""
+"""The bound of each width, head count and token id. No real model has more."""
 MAX_LAYERS = 1 << 12
 
 
 def _check(spec: ModelSpec) -> None:
-    """Refuse types and sizes that no real model has, before anyone allocates by them."""
+    """Refuse types and sizes that no real model has, before they are used for allocation."""
     if not 0 < len(spec.layers) <= MAX_LAYERS:
         raise UnsupportedModelError(f"malformed model description: {len(spec.layers)} layers")
     _check_fields(spec)

@@ -1,13 +1,13 @@
-"""A child process that renders chat templates: what a template takes too much of ends the child.
+"""A child process that renders chat templates. A template that takes too much ends the child.
 
 One child serves all templates of this process. It waits between renderings, so that none pays for
-its start. Requests and answers go through its standard streams, each behind its length:
+its start. Requests and answers go through its standard streams, each after its length:
 
     request   (text, values or None) by pickle; None only compiles
     answer    one byte, 1 for text and 0 for a failure, then the text or the reason as UTF-8
 
-The parent unpickles nothing: a template that got out of its sandbox would gain no more than a
-process without the token, and with limits.
+The parent unpickles nothing. A template that escapes from its sandbox gains only a limited process
+without the token.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from typing import IO, Any
 from model.template_sandbox import MAX_PROMPT_CHARS, Sandbox, TemplateFailed, one_line
 
 MAX_CPU_S = 3.0
-"""Processor time of one rendering: real ones take milliseconds, the longest prompt some 0.2 s."""
+"""The processor time of one rendering. Real ones take milliseconds, the longest prompt 0.2 s."""
 
 MAX_WALL_S = 20.0
-"""For a child that gets no processor time: a busy machine is no fault of the template."""
+"""The time limit of a child without processor time. A busy machine is no fault of the template."""
 
 MAX_MEMORY_BYTES = 512 << 20
-"""Address space of the child; the interpreter and jinja take some 40 MiB of it."""
+"""The address space of the child. The interpreter and jinja take about 40 MiB of it."""
 
 MAX_ANSWER_BYTES = 4 * MAX_PROMPT_CHARS + 1
 
@@ -51,11 +51,11 @@ sys.path[:] = settings["path"]
 from model.template_process import serve
 serve(sys.stdin.buffer, sys.stdout.buffer, settings["max_cpu_s"])
 """
-"""Finds modules where its parent does, and never in the directory that it happens to start in."""
+"""The child finds modules where its parent does, and never in its working directory."""
 
 
 class TemplateProcess:
-    """The parent's side; safe to share by threads, which take turns."""
+    """The parent's side. Threads may share it, and take turns."""
 
     def __init__(self, max_cpu_s: float = MAX_CPU_S, max_wall_s: float = MAX_WALL_S) -> None:
         self._max_cpu_s = max_cpu_s
@@ -64,11 +64,11 @@ class TemplateProcess:
         self._child: subprocess.Popen[bytes] | None = None
 
     def check(self, text: str) -> None:
-        """Compile a template. Raises TemplateFailed where it is none."""
+        """Compile a template. Raises TemplateFailed if it is invalid."""
         self._ask(text, None)
 
     def render(self, text: str, values: Mapping[str, Any]) -> str:
-        """The text of a template for these variables. Raises TemplateFailed."""
+        """Render a template with these variables. Raises TemplateFailed."""
         return self._ask(text, dict(values))
 
     def close(self) -> None:
@@ -84,14 +84,14 @@ class TemplateProcess:
             try:
                 succeeded, answer = _exchange(self._child, request, self._max_wall_s)
             except (OSError, EOFError, UnicodeDecodeError):
-                reason = self._restart()  # So that the next request finds it ready.
+                reason = self._restart()  # The next request must find the child ready.
                 raise TemplateFailed(reason) from None
         if not succeeded:
             raise TemplateFailed(answer)
         return answer
 
     def _restart(self) -> str:
-        """End the child and start another; why the old one would not have gone on."""
+        """Start a new child in place of the old one, and return why that one failed."""
         reason = self._end()
         try:
             self._child = _start(self._max_cpu_s)
@@ -100,12 +100,12 @@ class TemplateProcess:
         return reason
 
     def _end(self) -> str:
-        """Kill the child, if there is one; why it would not have gone on."""
+        """Kill the child, if there is one, and return why it failed."""
         child, self._child = self._child, None
         if child is None:
             return ""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0.1)  # Its streams end a moment before it does.
+            child.wait(0.1)  # Its streams end a moment before the child.
         child.kill()
         code = child.wait()
         for stream in (child.stdin, child.stdout):
@@ -121,15 +121,15 @@ class TemplateProcess:
 
 @functools.cache
 def template_process() -> TemplateProcess:
-    """The one of this process."""
+    """Return the only one of this process."""
     process = TemplateProcess()
     atexit.register(process.close)
     return process
 
 
 def _start(max_cpu_s: float) -> subprocess.Popen[bytes]:
-    """A child that imports what it needs while nobody waits for it."""
-    # The token is none of its business.
+    """Start a child that imports its modules before it is needed."""
+    # The child must not have the token.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SHOAL_")}
     child = subprocess.Popen(  # noqa: S603 - this interpreter, with our own code
         [sys.executable, "-I", "-c", _CHILD],
@@ -141,7 +141,7 @@ def _start(max_cpu_s: float) -> subprocess.Popen[bytes]:
     assert child.stdin is not None  # noqa: S101 - it is a pipe
     paths = [str(Path(path).resolve()) for path in sys.path]
     settings = json.dumps({"path": paths, "max_cpu_s": max_cpu_s})
-    with contextlib.suppress(BrokenPipeError):  # It has ended already: noticed when it is asked.
+    with contextlib.suppress(BrokenPipeError):  # The next request notices that it ended.
         child.stdin.write(settings.encode() + b"\n")
         child.stdin.flush()
     return child
@@ -150,7 +150,7 @@ def _start(max_cpu_s: float) -> subprocess.Popen[bytes]:
 def _exchange(
     child: subprocess.Popen[bytes] | None, request: bytes, max_wall_s: float
 ) -> tuple[bool, str]:
-    """Send a request and await its answer. Raises OSError or EOFError where the child ends."""
+    """Send a request and await its answer. Raises OSError or EOFError if the child ends."""
     if child is None or child.stdin is None or child.stdout is None:
         raise EOFError
     limit = threading.Timer(max_wall_s, child.kill)
@@ -178,7 +178,7 @@ def _read(stream: IO[bytes], count: int) -> bytes:
 
 
 def serve(requests: IO[bytes], answers: IO[bytes], max_cpu_s: float) -> None:
-    """Answer requests until their stream ends; SIGPROF ends all where one takes ``max_cpu_s``."""
+    """Answer requests until the stream ends. SIGPROF kills the child after ``max_cpu_s``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _limit(resource.RLIMIT_CORE, 0)
@@ -194,17 +194,17 @@ def serve(requests: IO[bytes], answers: IO[bytes], max_cpu_s: float) -> None:
 
 
 def _limit(kind: int, most: int) -> None:
-    """Limit a resource of this process; one that is limited further already stays so."""
+    """Limit a resource of this process, unless it is more limited already."""
     _, hard = resource.getrlimit(kind)
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)
-    # A service manager may forbid the call, and has limits of its own then.
+    # A service manager may forbid the call, and then has limits of its own.
     with contextlib.suppress(PermissionError):
         resource.setrlimit(kind, (most, most))
 
 
 def _answer(compiled: Any, request: bytes) -> bytes:
-    """``compiled`` gives the Sandbox of a template's text."""
+    """Answer one request. ``compiled`` returns the Sandbox of a template's text."""
     try:
         text, values = pickle.loads(request)  # noqa: S301 - from our parent
         sandbox = compiled(text)
@@ -215,5 +215,5 @@ def _answer(compiled: Any, request: bytes) -> bytes:
         return b"\0" + f"it takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory".encode()
     except UnicodeEncodeError:
         return b"\0it produces text that is no Unicode"
-    except Exception as error:  # Whatever a stranger's program comes up with, the child goes on.
+    except Exception as error:  # The child survives any error of a stranger's program.
         return b"\0" + one_line(error).encode(errors="replace")

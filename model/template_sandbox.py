@@ -1,8 +1,9 @@
-"""The sandbox in which a model's chat template, a stranger's program, is rendered.
+"""The sandbox that renders a model's chat template, which is a stranger's program.
 
-Rendered as transformers does: trimmed blocks, loop controls, ``raise_exception``, ``strftime_now``,
-``tojson`` without HTML escapes, ``{% generation %}`` markers ignored. Steps and sizes are bounded
-here, time and memory by the process that this runs in (model.template_process).
+It renders as transformers does: trimmed blocks, loop controls, ``raise_exception``,
+``strftime_now``, ``tojson`` without HTML escapes, and ``{% generation %}`` markers ignored. The
+sandbox bounds steps and sizes. The process around it (model.template_process) bounds time and
+memory.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_PROMPT_CHARS = 4_000_000
-"""Longest text a template may produce, and the largest value inside one: beyond any context."""
+"""The longest text of a template, and the largest value inside one: more than any context."""
 MAX_TEMPLATE_STEPS = 200_000
-"""Loop rounds and calls of one rendering; real templates need some dozens per message."""
+"""Loop rounds and calls of one rendering. Real templates need a few dozen per message."""
 
 
 class TemplateFailed(Exception):
-    """A template is invalid, or cannot be rendered; one line says why."""
+    """A template is invalid or cannot be rendered. The text is one line that says why."""
 
 
 class Sandbox:
     """A compiled template."""
 
     def __init__(self, text: str) -> None:
-        """Raises TemplateFailed where it is no valid template."""
+        """Compile the template. Raises TemplateFailed if it is invalid."""
         self._environment = _Environment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -56,8 +57,8 @@ class Sandbox:
             raise TemplateFailed(one_line(error)) from error
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """The text for these variables. Raises TemplateFailed with what the template says."""
-        # An overlay per rendering, since it carries the count of steps.
+        """Render with these variables. Raises TemplateFailed with the template's own message."""
+        # Each rendering has an overlay, because that carries the count of steps.
         environment = self._environment.overlay()
         environment.steps = 0
         template = Template.from_code(environment, self._code, dict(environment.globals))
@@ -74,7 +75,7 @@ class Sandbox:
         return "".join(pieces)
 
 
-# What expressions of a template can raise, besides jinja's own errors.
+# The errors that expressions of a template raise, besides jinja's own.
 _RENDER_ERRORS = (
     TemplateError,
     ArithmeticError,
@@ -85,7 +86,7 @@ _RENDER_ERRORS = (
     ValueError,
 )
 _COMPILE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
-# Their result may be far larger than their arguments, and chat templates have no use for them.
+# Their results may be far larger than their arguments, and chat templates do not need them.
 _UNBOUNDED_FILTERS = frozenset(
     ("batch", "center", "filesizeformat", "format", "slice", "urlize", "wordwrap", "xmlattr")
 )
@@ -94,7 +95,7 @@ _LONG_NUMBER = re.compile(r"\d{5}")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """jinja's sandbox keeps templates from Python; this also keeps them from hogging it."""
+    """jinja's sandbox, which keeps templates from Python, with bounds on steps and sizes."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     steps = 0
@@ -108,12 +109,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.step()
-        # jinja adds the variables of a surrounding loop or block, for functions of its own.
+        # jinja adds the variables of a surrounding loop or block for functions of its own.
         own = {name: value for name, value in kwargs.items() if name not in _ADDED_BY_JINJA}
         for value in (*args, *own.values()):
             if isinstance(value, int) and value > MAX_PROMPT_CHARS:
                 raise SecurityError(f"calls with the number {value}")
-        # The sandbox hands out str.format in a wrapper.
+        # The sandbox returns str.format in a wrapper.
         method = getattr(obj, "__name__", "")
         text = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         if isinstance(text, str) and method in ("format", "format_map"):
@@ -166,7 +167,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _GenerationMarker(Extension):
-    """``{% generation %}``: marks the assistant's text for training; means nothing here."""
+    """``{% generation %}`` marks the assistant's text for training. It has no meaning here."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja declares it as an instance attribute
 
@@ -202,7 +203,7 @@ def _check_size(size: int) -> None:
 def _check_format(text: str, values: Iterable[Any]) -> None:
     if _LONG_NUMBER.search(text):
         raise SecurityError("formats with a huge width")
-    # Each field takes two characters at least, and may name any of the values.
+    # Each field takes at least two characters, and may name any of the values.
     _check_size(len(text) // 2 * max((len(str(value)) for value in values), default=0))
 
 
@@ -267,5 +268,5 @@ _BOUNDED_FILTERS: dict[str, Callable[..., Any]] = {
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, short enough for a message."""
+    """Return an error's text, short enough for a message."""
     return " ".join(str(error).split())[:500] or type(error).__name__

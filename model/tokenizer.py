@@ -1,6 +1,6 @@
 """Text to tokens and back, also while streaming, and the model's chat template.
 
-Only the coordinator imports this module: it needs ``tokenizers`` and ``jinja2``.
+Only the coordinator imports this module, because it needs ``tokenizers`` and ``jinja2``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import tokenizers
 
+from model.bounded import read_json
 from model.errors import TokenizerError
 from model.given import kind_of_file
 from model.template_process import template_process
@@ -19,7 +20,7 @@ from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
 from model.template_sandbox import TemplateFailed, one_line
 
 MAX_TEMPLATE_CHARS = 1 << 20
-"""Ten times the longest chat template that is known."""
+"""Ten times the longest known chat template."""
 _MAX_FILE_BYTES = 256 << 20
 
 _SPECIAL_KEYS = tuple(
@@ -29,7 +30,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """A model directory's tokenizer. ``load`` is the way to get one; safe to share by threads."""
+    """A model directory's tokenizer. Use ``load`` to get one. Threads may share it."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class Tokenizer:
         directory: Path,
     ) -> None:
         self._backend = backend
-        # A file may cut prompts, or fill them up: transformers takes neither from it.
+        # A file may truncate or pad prompts. transformers ignores both settings.
         backend.no_truncation()
         backend.no_padding()
         self._longest_token_bytes = _longest_token_bytes(backend)
@@ -62,27 +63,27 @@ class Tokenizer:
         return Tokenizer(backend, special, template, directory)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Tokens of a text; ``add_special`` puts in what the model expects around it (bos).
+        """Return the tokens of a text. ``add_special`` adds those that the model expects (bos).
 
         Pass False for the result of ``apply_chat_template``, which has its special tokens. Other
         threads run meanwhile, however long the text is.
         """
-        # Only the batch releases the interpreter's lock; the fast one leaves out offsets.
+        # Only the batch call releases the interpreter's lock. The fast one leaves out offsets.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special)
         return list(encoding.ids)
 
     def least_tokens(self, text: str) -> int:
-        """How many tokens a text has at least, known without tokenizing; 0 where nothing is."""
+        """Return a lower bound on a text's tokens without tokenizing it, or 0 if none is known."""
         if self._longest_token_bytes is None:
             return 0
         return len(text.encode()) // self._longest_token_bytes
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of tokens; bytes that are no UTF-8 become replacement characters."""
+        """Return the text of tokens. Bytes that are not UTF-8 become replacement characters."""
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special)
 
     def stream(self) -> StreamDecoder:
-        """A decoder for one sequence whose tokens arrive one by one."""
+        """Return a decoder for one sequence whose tokens arrive one by one."""
         return StreamDecoder(self.decode)
 
     def apply_chat_template(
@@ -92,11 +93,12 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt of a conversation, special tokens included.
+        """Return the prompt of a conversation, special tokens included.
 
-        messages: ``{"role": ..., "content": ...}`` as the OpenAI API has them. Further variables
-        (tools, documents) go to the template. Raises TokenizerError where the model has no
-        template or it rejects the messages.
+        messages: ``{"role": ..., "content": ...}`` as in the OpenAI API.
+        variables: further ones (tools, documents) for the template.
+
+        Raises TokenizerError if the model has no template, or the template rejects the messages.
         """
         if self._template is None:
             raise TokenizerError(
@@ -108,7 +110,7 @@ class Tokenizer:
         return self._template.render(values)
 
     def doubts(self, vocab: int) -> Iterator[str]:
-        """Lines on what will not work with a model of ``vocab`` tokens; usually none."""
+        """Yield a line for each thing that will not work with a model of ``vocab`` tokens."""
         largest = max(self._backend.get_vocab().values(), default=0)
         if largest >= vocab:
             yield (
@@ -123,35 +125,35 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns tokens into pieces of text whose concatenation is the text of all of them.
+    """Turns tokens into pieces of text whose concatenation is the text of all tokens.
 
-    No piece ends inside a character: bytes are held back until they complete one. Spaces at
-    token borders come out as in one decode, since each token is decoded with the ones before it.
+    No piece ends inside a character, because bytes are held back until they complete one. Each
+    token is decoded with the ones before it, so spaces at token borders come out as in one decode.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        # Tokens from the border before last on, and how much of their text was given out.
+        # The tokens after the border before last, and the length of their text that was given out.
         self._window: list[int] = []
         self._border = 0
         self._emitted_chars = 0
 
     def push(self, token: int) -> str:
-        """The text that this token completes; may be empty."""
+        """Return the text that this token completes, which may be empty."""
         self._window.append(token)
         text = self._decode(self._window)
         complete = text.rstrip(_REPLACEMENT)
         piece = complete[self._emitted_chars :]
         self._emitted_chars = max(self._emitted_chars, len(complete))
         if piece and complete == text:
-            # Nothing is pending: the next token needs only the context of this piece's tokens.
+            # No bytes are held back, so the next token needs only this piece's tokens as context.
             self._window = self._window[self._border :]
             self._border = len(self._window)
             self._emitted_chars = len(self._decode(self._window))
         return piece
 
     def finish(self) -> str:
-        """What is still held back: an incomplete character shows as replacement characters."""
+        """Return the text that is held back. An incomplete character is a replacement character."""
         text = self._decode(self._window)
         piece = text[self._emitted_chars :]
         self._emitted_chars = len(text)
@@ -159,10 +161,10 @@ class StreamDecoder:
 
 
 class ChatTemplate:
-    """A jinja template from a stranger: bounded in time, memory, steps and size."""
+    """A jinja template from a stranger, bounded in time, memory, steps and size."""
 
     def __init__(self, text: str, source: Path) -> None:
-        """Raises TokenizerError where it is no valid template."""
+        """Compile the template. Raises TokenizerError if it is invalid."""
         self._text = text
         self._source = source
         if len(text) > MAX_TEMPLATE_CHARS:
@@ -173,7 +175,7 @@ class ChatTemplate:
             raise TokenizerError(f"{source}: not a valid chat template: {error}") from error
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """The text for these variables. Raises TokenizerError with what the template says."""
+        """Render with these variables. Raises TokenizerError with the template's own message."""
         try:
             return template_process().render(self._text, values)
         except TemplateFailed as error:
@@ -181,9 +183,9 @@ class ChatTemplate:
 
 
 def _longest_token_bytes(backend: tokenizers.Tokenizer) -> int | None:
-    """Bytes of text that one token stands for at most; None where no such bound is certain.
+    """Return the most bytes of text in one token, or None if no such bound is certain.
 
-    Certain only where each byte of a text is in some token: byte-level BPE that drops nothing.
+    It is certain only if each byte of a text is in some token: byte-level BPE that drops nothing.
     """
     model, added = backend.model, backend.get_added_tokens_decoder().values()
     vocab = backend.get_vocab()
@@ -202,12 +204,12 @@ def _longest_token_bytes(backend: tokenizers.Tokenizer) -> int | None:
         and all(map(_keeps_all, parts))
         and not any(token.lstrip or token.rstrip for token in added)
     )
-    # A token's text is never shorter in UTF-8 than the bytes that it stands for.
+    # A token's text in UTF-8 is never shorter than the bytes of its text.
     return max(len(token.encode()) for token in vocab) if certain else None
 
 
 def _parts(component: Any, list_name: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as the settings of its steps, in their order."""
+    """Return the settings of a normalizer's or pre-tokenizer's steps, in their order."""
     if component is None:
         return []
     settings = json.loads(component.__getstate__())
@@ -215,7 +217,7 @@ def _parts(component: Any, list_name: str) -> list[dict[str, Any]]:
 
 
 def _keeps_all(step: Mapping[str, Any]) -> bool:
-    """Whether a step before the model leaves every byte of the text there, or adds some."""
+    """Whether a step before the model keeps every byte of the text, or adds some."""
     kind = step["type"]
     if kind == "Replace":
         old = step["pattern"].get("String")
@@ -253,7 +255,7 @@ def _load_backend(
 def _gpt2(
     vocab: Path, merges: Path, settings: Mapping[str, Any], special: Mapping[str, str]
 ) -> tokenizers.Tokenizer:
-    """Byte-level BPE from the two files that OPT checkpoints come with."""
+    """Make byte-level BPE from the two files of OPT checkpoints."""
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE.from_file(str(vocab), str(merges), unk_token=special.get("unk_token"))
     )
@@ -271,7 +273,7 @@ def _gpt2(
 
 
 def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, str | None]:
-    """The template's text and where it is from; a file of its own wins over the config."""
+    """Return the template's file and text. A file of its own wins over the config."""
     path = directory / "chat_template.jinja"
     if path.exists():
         try:
@@ -298,7 +300,7 @@ def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, 
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Names to texts; each is written as a string or as an object with its content."""
+    """Map names to texts. Each text is a string, or an object with its content."""
     tokens: dict[str, str] = {}
     for key in _SPECIAL_KEYS:
         value = settings.get(key)
@@ -309,14 +311,12 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the optional file is absent."""
+    """Read a JSON object. Empty if the optional file is absent."""
     if not path.exists():
         return {}
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise TokenizerError(f"{path}: absurdly large; is it the right file?")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path, _MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
         wrong = kind_of_file(path) or f"{error}; fetch it again"
         raise TokenizerError(f"{path}: cannot be read: {wrong}") from error
     if not isinstance(value, dict):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from model.quantize import DEFAULT_GROUP_SIZE, Format, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Scheme
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
 from planning.plan import PlanError
@@ -78,7 +78,7 @@ class LoadRequest:
     model: Path
     """The absolute path of the model's directory."""
     bits: tuple[int, ...] = DEFAULT_BITS
-    scheme: Scheme = "rtn"
+    scheme: Scheme = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
     """None: no bound."""

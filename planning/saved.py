@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from model.bounded import read_bytes
 from model.quantize import BITS
 from planning.plan import Plan, PlanError, Proof, assess, bits_text, verify
 from planning.problem import PlanningProblem
@@ -196,12 +197,11 @@ def plan_text(
 def read_plan(path: Path) -> SavedPlan:
     """The plan in a file. Raises PlanError with one line: file, place, what was expected."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = read_bytes(path, MAX_FILE_BYTES)
     except OSError as error:
         raise PlanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise PlanError(f"{path}: larger than any plan")
+    except ValueError as error:
+        raise PlanError(f"{path}: {error}") from error
     return parse_plan(data, str(path))
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from model.bounded import read_json
 from testbed import namespaces, tap
 from testbed.cgroups import GroupError, Groups
 from testbed.network import Network, NetworkError
@@ -74,7 +75,7 @@ class Testbed:
     def standing(name: str) -> Testbed:
         """Return the running testbed of that name."""
         try:
-            state = json.loads((RUN / name / "state.json").read_text())
+            state = read_json(RUN / name / "state.json")
         except FileNotFoundError:
             names = ", ".join(standing()) or "none"
             raise TestbedError(

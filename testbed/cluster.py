@@ -29,10 +29,9 @@ class Cluster:
     Every method raises TestbedError.
     """
 
-    def __init__(self, bed: Testbed, state_dir: Path, hub: str = HUB) -> None:
+    def __init__(self, bed: Testbed, state_dir: Path) -> None:
         """Keep the files and logs of the agents and the coordinator in ``state_dir``."""
         self.bed = bed
-        self.hub = hub
         self._state_dir = state_dir
 
     def start_coordinator(self, *options: str) -> None:
@@ -41,10 +40,10 @@ class Cluster:
         with os.fdopen(said, "rb") as event:
             try:
                 process = self._start(
-                    self.hub,
+                    HUB,
                     [
                         *("coordinator", "--json", f"--http=127.0.0.1:{HTTP_PORT}"),
-                        *(f"--state-dir={self._state_dir / self.hub}", *options),
+                        *(f"--state-dir={self._state_dir / HUB}", *options),
                     ],
                     saying,
                 )
@@ -52,7 +51,7 @@ class Cluster:
                 os.close(saying)
             if not event.readline():
                 process.wait()
-                raise TestbedError(f"the coordinator did not start: {self.last_line(self.hub)}")
+                raise TestbedError(f"the coordinator did not start: {self.last_line(HUB)}")
 
     def start_agent(self, host: str, settings: AgentSettings | None = None, *options: str) -> None:
         """Start the agent of a host. ``options`` are further ones of `shoal agent`."""
@@ -99,7 +98,7 @@ class Cluster:
                 return json.load(answer)
 
         try:
-            return self.bed.inside(self.hub, ask)
+            return self.bed.inside(HUB, ask)
         except (OSError, ValueError) as error:
             raise TestbedError(f"the coordinator does not answer: {error}") from error
 
@@ -112,7 +111,7 @@ class Cluster:
         with listener:
             command = [sys.executable, "-m", "testbed.forward", str(listener.fileno())]
             self.bed.popen(
-                self.hub,
+                HUB,
                 [*command, str(HTTP_PORT)],
                 descriptors=[listener.fileno()],
                 stdin=subprocess.DEVNULL,

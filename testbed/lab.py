@@ -16,10 +16,9 @@ from testbed.network import HUB, Host, Link, Network, NetworkError
 
 AGENT_BYTES = 320 << 20
 WEIGHT_FACTOR = 1.25
-"""A host's memory limit, as a multiple of the memory that its stage may take.
+"""A host may take AGENT_BYTES for the agent and its libraries, and this multiple of its stage.
 
-The rest is for the agent, its libraries and the buffers of a load. The limit catches a stage that
-takes far more than planned.
+The excess is for the buffers of a load. The limit catches a stage that takes far more than planned.
 """
 
 _SECTION = ("hosts", "default")

@@ -30,7 +30,7 @@ PACKAGES = (
     "benchmarks",
     "examples",
 )
-FOLDERS = ("docs", "deploy", *(package for package in PACKAGES if package != "examples"))
+FOLDERS = ("docs", "deploy", *PACKAGES)
 """Where pages of the manual are, beside the two at the top. CHANGELOG.md is a list, not a page."""
 
 

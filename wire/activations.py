@@ -1,15 +1,15 @@
-"""Hidden rows on the wire: float32 outside, 32, 16 or 8 bits a value on the link.
+"""Hidden rows on the wire: float32 on the device, and 32, 16 or 8 bits a value on the link.
 
-A payload is the values [rows, hidden] row by row, then, below 32 bits, one float32 scale per row;
-all little-endian. A value decodes as value * scale:
+A payload is the values [rows, hidden], row by row. Below 32 bits, one float32 scale per row
+follows. All numbers are little-endian. A value decodes as value * scale:
 
     bits  value    scale of a row                                        error at most
     32    float32  none                                                  0
     16    float16  1, or a power of two where float16 would overflow     |x| / 2^11 + scale / 2^25
     8     int8     largest magnitude / 127                               scale / 2
 
-What is not finite stays so: float16 has infinities and NaN; at 8 bits both are code -128, which
-decodes to NaN. Scales come from the finite values of a row. At 16 bits what is above 3.4e38 becomes
+Infinities and NaN stay what they are at 16 bits. At 8 bits both have the code -128, which decodes
+to NaN. A scale comes from the finite values of its row. At 16 bits a value above 3.4e38 becomes
 infinite.
 """
 
@@ -36,7 +36,7 @@ _VALUE: dict[HopBits, np.dtype[np.generic]] = {
 _SCALE = np.dtype("<f4")
 
 _HALF_MAX = np.float32(65504)
-"""Largest finite float16."""
+"""The largest finite float16."""
 
 _BYTE_MAX = np.float32(127)
 _NOT_FINITE = -128
@@ -47,28 +47,28 @@ _LARGEST_SCALE: dict[HopBits, np.float32] = {
     16: np.float32(2.0**113),
     8: np.nextafter(np.finfo(np.float32).max / _BYTE_MAX, np.float32(0)),
 }
-"""No encoder needs a larger one; at 8 bits the largest value still is a finite float32."""
+"""The largest scale that an encoder needs. At 8 bits its largest value is a finite float32."""
 
 
 def payload_bytes(rows: int, hidden: int, bits: HopBits) -> int:
-    """Size of a payload of ``rows`` hidden rows."""
+    """Return the size of a payload of ``rows`` hidden rows."""
     return rows * (hidden * bits // 8 + (0 if bits == 32 else _SCALE.itemsize))
 
 
 def encode_rows(rows: Rows, bits: HopBits) -> memoryview:
-    """The payload for hidden rows float32 [n, hidden]; a view of them where nothing changes."""
+    """Encode hidden rows float32 [n, hidden]. The payload is a view of them if nothing changes."""
     if bits == 32:
         return np.ascontiguousarray(rows, _VALUE[32]).data.cast("B")
     count, hidden = rows.shape
     payload = np.empty(payload_bytes(count, hidden, bits), np.uint8).data
     values, scales = _parts(payload, count, hidden, bits)
     magnitudes = np.abs(rows)
-    # False where a NaN is among them, too.
+    # A NaN makes this comparison false.
     if bits == 16 and magnitudes.max() <= _HALF_MAX:
         values[:] = rows
         scales[:] = 1
         return payload
-    with np.errstate(all="ignore"):  # A NaN may signal.
+    with np.errstate(all="ignore"):  # A signalling NaN would warn.
         largest = magnitudes.max(axis=1)
         finite = None if np.isfinite(largest).all() else np.isfinite(rows)
         if finite is not None:
@@ -89,18 +89,18 @@ def encode_rows(rows: Rows, bits: HopBits) -> memoryview:
 
 
 def decode_rows(payload: memoryview, count: int, hidden: int, bits: HopBits) -> Rows:
-    """Hidden rows float32 [count, hidden] of a payload; at 32 bits a view of it.
+    """Decode a payload into hidden rows float32 [count, hidden]. At 32 bits they are a view of it.
 
-    Raises ProtocolError for a payload of another length, and for scales that no encoder makes.
+    Raises ProtocolError if the length is wrong, or if no encoder makes such scales.
     """
     if count < 1 or len(payload) != payload_bytes(count, hidden, bits):
-        raise ProtocolError(f"{len(payload)} bytes are not {count} hidden rows at {bits} bits")
+        raise ProtocolError(f"{count} hidden rows at {bits} bits do not have {len(payload)} bytes")
     values, scales = _parts(payload, count, hidden, bits)
     rows: Rows = values.astype(np.float32, copy=False)
     if bits == 32:
         return rows
     least, largest = scales.min(), scales.max()
-    # Both are NaN where one is, and a NaN fails both comparisons.
+    # If a scale is NaN, so are both, and a NaN fails both comparisons.
     if not (least >= _SMALLEST_SCALE[bits] and largest <= _LARGEST_SCALE[bits]):
         raise ProtocolError("an activation's scales are out of range")
     if bits == 16 and largest == 1:
@@ -115,7 +115,7 @@ def decode_rows(payload: memoryview, count: int, hidden: int, bits: HopBits) -> 
 def _parts(
     payload: memoryview, count: int, hidden: int, bits: HopBits
 ) -> tuple[npt.NDArray[np.generic], Rows]:
-    """Values [count, hidden] and scales [count] of a payload, as views."""
+    """Return the values [count, hidden] and scales [count] of a payload as views."""
     kind = _VALUE[bits]
     values = np.frombuffer(payload, kind, count * hidden).reshape(count, hidden)
     if bits == 32:

@@ -1,4 +1,4 @@
-"""Which addresses this machine has, which of them others can use, and whose to try first."""
+"""The addresses of this machine, and the order in which to try the addresses of another one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 
 def host_addresses(version: int = 4) -> tuple[str, ...]:
-    """IP addresses of this machine: those of bridges late, loopback last.
+    """Return the IP addresses of this machine: bridges late, loopback last.
 
-    Another machine may have the same bridge (docker0), with the same address. Addresses of IPv6
-    that hold on one link only are left out.
+    Another machine may have the same bridge (docker0) with the same address. IPv6 addresses that
+    are valid on one link only are left out.
     """
     ranked: dict[str, tuple[bool, bool]] = {}
     for adapter, interface in _interfaces():
@@ -45,13 +45,13 @@ def is_everywhere(bind_host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host means the machine that uses it, whichever that is."""
+    """Whether ``host`` is loopback, and so names whatever machine uses it."""
     address = _address(host)
     return host == "localhost" if address is None else address.is_loopback
 
 
 def is_shared(host: str) -> bool:
-    """Whether an IP address means the same machine to others on the network."""
+    """Whether other machines on the network reach the same machine by this IP address."""
     address = _address(host)
     return address is not None and not (
         address.is_loopback or address.is_link_local or address.is_unspecified
@@ -59,14 +59,14 @@ def is_shared(host: str) -> bool:
 
 
 def is_own(host: str) -> bool:
-    """Whether it is an address of this machine."""
+    """Whether ``host`` is an address of this machine."""
     return is_loopback(host) or _address(host) in {interface.ip for _, interface in _interfaces()}
 
 
 def own_last(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
-    """The same, in the same order, but addresses of this machine at the end.
+    """Return the endpoints in the same order, but addresses of this machine at the end.
 
-    Where another machine has one of them as well, whoever answers there is somebody else.
+    If another machine has the same address, a connection to it from here reaches the wrong machine.
     """
     own = {interface.ip for _, interface in _interfaces()}
     return tuple(
@@ -75,7 +75,7 @@ def own_last(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
 
 
 def nearest_first(hosts: Iterable[str]) -> tuple[str, ...]:
-    """Hosts of another machine: those in a network of ours first, addresses of ours last."""
+    """Sort another machine's hosts: those in our networks first, our own addresses last."""
     interfaces = [interface for _, interface in _interfaces()]
 
     def rank(host: str) -> int:
@@ -90,7 +90,7 @@ def nearest_first(hosts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _interfaces() -> list[tuple[str, Interface]]:
-    """Name of the adapter, and an address with its network, in the system's order."""
+    """Return each adapter's name and an address with its network, in the system's order."""
     found: list[tuple[str, Interface]] = []
     for adapter in ifaddr.get_adapters():
         for ip in adapter.ips:
@@ -102,7 +102,7 @@ def _interfaces() -> list[tuple[str, Interface]]:
 
 
 def _address(host: str) -> Address | None:
-    """``host`` as an address, IPv4 in an IPv6 one as such; None where it is a name."""
+    """Parse ``host`` as an address, IPv4 in IPv6 as IPv4. None if it is a name."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

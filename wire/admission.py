@@ -1,4 +1,4 @@
-"""What may come next on a connection, decided by the prefix of a frame: nothing else is read."""
+"""Checks on the prefix of a frame that decide whether the rest of the frame is read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from wire.errors import ProtocolError
 from wire.messages import AuthChallenge, Message
 
 Admit = Callable[[Prefix], None]
-"""Raises ProtocolError or AuthFailed at a frame that may not come."""
+"""Raises ProtocolError or AuthFailed if this frame may not come."""
 
 
 def hello(largest_bytes: Mapping[type[Message], int]) -> Admit:
-    """Lets a first message come: one of these kinds, each with its largest header.
+    """Admit one of these kinds as first message, each with its largest header.
 
-    A challenge comes as well, from a peer with a token where there is none: it is to be told.
+    A challenge is admitted too. It comes from a peer that has a token although we have none, and
+    that peer must be told.
     """
     allowed = {**largest_bytes, AuthChallenge: limits.MAX_HANDSHAKE_BYTES}
 
@@ -30,6 +31,8 @@ def hello(largest_bytes: Mapping[type[Message], int]) -> Admit:
 
 
 def report(prefix: Prefix) -> None:
-    """Lets come what an agent says to the coordinator, which waits while Python decodes it."""
+    """Admit an agent's message to the coordinator, which waits while Python decodes it."""
     if prefix.header_bytes > limits.MAX_REPORT_BYTES:
-        raise ProtocolError(f"{prefix.kind.__name__} has {prefix.header_bytes} bytes")
+        raise ProtocolError(
+            f"{prefix.kind.__name__} has {prefix.header_bytes} bytes, over the limit"
+        )

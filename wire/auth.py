@@ -1,17 +1,17 @@
-"""The shared token, and how both ends of a connection prove that they know it. No I/O.
+"""The shared token, and the handshake in which both ends prove that they know it. No I/O.
 
-The one that connects is the caller, the other the answerer:
+The caller opens the connection, and the answerer accepts it:
 
     caller      AuthChallenge   version of the handshake, the caller's nonce
     answerer    AuthAnswer      the answerer's nonce, proof of the answerer
     caller      AuthProof       proof of the caller
 
-A proof is HMAC-SHA256 under the token over a label, the role of the prover and both nonces: fresh
-ones make a recording worthless, the role makes what one end sent worthless in its own direction.
-Whoever finds something wrong says so in a JoinRefused and leaves.
+A proof is HMAC-SHA256 under the token. It covers a label, the role of the prover and both nonces.
+Fresh nonces make a recorded proof useless. The role makes a proof useless in the other direction.
+An end that refuses the other one sends JoinRefused and closes.
 
-Tokens are random and long, so that a proof tells nobody anything. What follows on the connection is
-neither encrypted nor signed: this keeps strangers out, not somebody who sits on the cable.
+Tokens are random and long, so a proof does not help anybody to guess them. Later messages are
+neither encrypted nor signed. So a token keeps strangers out, but not somebody who taps the network.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ OTHER_VERSION = "another version of the handshake: install the same shoal versio
 
 Token = bytes
 Handshake = Generator[Message | None, Message | None, None]
-"""Yields a message to send, or None to be sent the next one that arrives; returns once the other
-end has proved itself. Raises AuthFailed; its refusal is for the driver to send."""
+"""Yields a message to send, or None to receive one. Returns once the peer has proved itself.
+
+Raises AuthFailed, whose refusal the driver must send.
+"""
 
 
 class TokenError(Exception):
-    """A token cannot be used; the message says why and what to do."""
+    """A token cannot be used. The message says why and what to do."""
 
 
 def call(token: Token) -> Handshake:
-    """The caller's side."""
+    """Run the caller's side."""
     ours = secrets.token_bytes(NONCE_BYTES)
     yield AuthChallenge(HANDSHAKE_VERSION, ours, shoal_version())
     answer = yield None
@@ -68,7 +70,7 @@ def call(token: Token) -> Handshake:
 
 
 def answer(token: Token) -> Handshake:
-    """The answerer's side."""
+    """Run the answerer's side."""
     challenge = yield None
     if not isinstance(challenge, AuthChallenge):
         raise AuthFailed(CAME_WITHOUT, NEEDED)
@@ -86,11 +88,11 @@ def answer(token: Token) -> Handshake:
 
 
 def admit(prefix: Prefix) -> None:
-    """Refuse what is no part of a handshake before it is read. Raises AuthFailed, ProtocolError."""
+    """Refuse a message that is not part of a handshake. Raises AuthFailed, ProtocolError."""
     if prefix.kind not in (AuthChallenge, AuthAnswer, AuthProof, JoinRefused):
         raise AuthFailed(CAME_WITHOUT, NEEDED)
     if prefix.header_bytes > limits.MAX_HANDSHAKE_BYTES:
-        raise ProtocolError(f"a handshake of {prefix.header_bytes} bytes")
+        raise ProtocolError(f"its handshake has {prefix.header_bytes} bytes, over the limit")
 
 
 def _proof(token: Token, role: Literal["caller", "answerer"], nonces: bytes) -> bytes:
@@ -98,7 +100,7 @@ def _proof(token: Token, role: Literal["caller", "answerer"], nonces: bytes) -> 
 
 
 def read_token(path: Path | None) -> Token | None:
-    """The token in a file, else in SHOAL_TOKEN, else None. Raises TokenError."""
+    """Read the token from a file, or from SHOAL_TOKEN, or return None. Raises TokenError."""
     if path is not None:
         try:
             with path.open("rb") as file:
@@ -112,7 +114,7 @@ def read_token(path: Path | None) -> Token | None:
 
 
 def create_token(path: Path) -> None:
-    """Write a new token to ``path``, for the owner's eyes; one that is there stays.
+    """Write a new token to ``path``, readable by its owner only. An existing token stays.
 
     Raises TokenError.
     """

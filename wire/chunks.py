@@ -1,4 +1,4 @@
-"""A file as the messages that carry it."""
+"""A file as the sequence of messages that carries it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from wire.messages import BlockChunk
 
 
 def file_chunks(path: Path, offset: int) -> Iterator[tuple[BlockChunk, bytes]]:
-    """The messages and payloads that bring the file at ``path``, from ``offset`` on.
+    """Yield the messages and payloads that carry the file at ``path`` from ``offset`` on.
 
-    Each step reads one chunk. Raises OSError, also where the file is shorter than ``offset`` or
-    becomes shorter meanwhile.
+    Each step reads one chunk. Raises OSError if the file is shorter than ``offset``, or becomes
+    shorter meanwhile.
     """
     with path.open("rb") as file:
         total = path.stat().st_size

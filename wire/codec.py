@@ -1,7 +1,7 @@
 """Bytes <-> messages. No I/O.
 
-A frame is a fixed prefix, a msgpack header (the message's fields in declared order, nested
-messages likewise), and a raw payload:
+A frame is a fixed prefix, a msgpack header and a raw payload. The header is the list of the
+message's fields in declared order; nested messages are lists too:
 
     offset  size  field
     0       4     magic "SHOL"
@@ -14,7 +14,7 @@ messages likewise), and a raw payload:
 The prefix and JoinRefused are the same in all versions from 3 on (wire.versions).
 
 All integers are little-endian. Lengths are checked against wire.limits before anything is
-allocated, and every field is checked against the type that the dataclass declares.
+allocated. Every field is checked against the type that the dataclass declares.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from wire.messages import CODES, PROTOCOL_VERSION, WITH_PAYLOAD, JoinRefused, Me
 MAGIC = b"SHOL"
 PREFIX = struct.Struct("<4sBBHIQ")
 MAX_REFUSAL_BYTES = 960
-"""Of the reason: within what anybody reads of a stranger."""
+"""The largest text of a refusal. It fits into what a peer reads from a stranger."""
 
 
 class Prefix(NamedTuple):
-    """What the fixed part of a frame announces; the lengths are within the limits."""
+    """The contents of a frame's fixed part. The lengths are within the limits."""
 
     kind: type[Message]
     header_bytes: int
@@ -49,15 +49,14 @@ class Prefix(NamedTuple):
 
 
 def encode(message: Message, payload_bytes: int = 0) -> bytes:
-    """Prefix and header of ``message``; the caller sends ``payload_bytes`` raw bytes behind it.
+    """Return prefix and header of ``message``; the caller sends the payload after them.
 
-    Raises ProtocolError where the message itself is over the limits, so that the mistake shows on
-    the side that made it.
+    Raises ProtocolError if the message is over the limits, so that the sender sees its own mistake.
     """
     kind = type(message)
     try:
         header: bytes = _packer.pack(_ENCODERS[kind](message))
-    except (OverflowError, ValueError) as error:  # Over 64 bits; text that is no Unicode.
+    except (OverflowError, ValueError) as error:  # Over 64 bits, or text that is not Unicode.
         raise ProtocolError(f"{kind.__name__} cannot be sent: {error}") from error
     if len(header) > limits.MAX_HEADER_BYTES or payload_bytes > limits.MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"{kind.__name__} is too large to send")
@@ -67,13 +66,13 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
 
 
 def encode_refusal(reason: str, version: int) -> bytes:
-    """A JoinRefused that a peer of protocol ``version`` understands."""
+    """Return a JoinRefused that a peer of protocol ``version`` understands."""
     brief = reason.encode(errors="replace")[:MAX_REFUSAL_BYTES].decode(errors="ignore")
     return encode_as(version, JoinRefused, [brief])
 
 
 def encode_as(version: int, kind: type[Message], values: list[Any]) -> bytes:
-    """A frame of another protocol ``version``, its fields as plain values."""
+    """Return a frame of another protocol ``version`` with plain values as fields."""
     header: bytes = _packer.pack(values)
     return PREFIX.pack(MAGIC, version, 0, _CODE_OF[kind], len(header), 0) + header
 
@@ -83,7 +82,7 @@ def decode_prefix(data: bytes | bytearray | memoryview) -> Prefix:
     magic, version, reserved, code, header_bytes, payload_bytes = PREFIX.unpack(data)
     if magic != MAGIC:
         raise ProtocolError("peer does not speak the shoal protocol")
-    if version == 0:  # There never was one: zeros deserve no answer.
+    if version == 0:  # No version 0 ever existed, so zeros get no answer.
         raise ProtocolError("peer does not speak the shoal protocol")
     kind = CODES.get(code)
     is_refusal = kind is JoinRefused and header_bytes <= limits.MAX_HANDSHAKE_BYTES
@@ -107,13 +106,13 @@ def decode_header(kind: type[Message], header: bytes | bytearray | memoryview) -
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"{kind.__name__}: malformed header: {error}") from error
     if kind is JoinRefused and type(values) is list:
-        values = values[:1]  # Later versions may say more.
+        values = values[:1]  # Later versions may add fields.
     message: Message = _DECODERS[kind](values)
     return message
 
 
 class _Packer(threading.local):
-    """One packer per thread: making one costs more than a small message does."""
+    """One packer per thread, because making one costs more than packing a small message."""
 
     def __init__(self) -> None:
         self.pack: Callable[[Any], bytes] = msgpack.Packer(use_bin_type=True).pack
@@ -169,7 +168,7 @@ def _plain_dict(name: str) -> _Convert:
 
 
 def _converters(annotation: Any, name: str) -> tuple[_Convert, _Convert]:
-    """(to plain values, from plain values) for a field annotated ``annotation``."""
+    """Return (to plain values, from plain values) for a field with this annotation."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is float:
         return _same, _number(name)
@@ -228,14 +227,14 @@ def _optional(arguments: tuple[Any, ...], name: str) -> tuple[_Convert, _Convert
 
 
 def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
-    """A dataclass as the list of its fields in declared order."""
+    """Convert a dataclass to the list of its fields in declared order, and back."""
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         raise TypeError(f"{name}: cannot encode {kind!r}")
     hints = typing.get_type_hints(kind)
     fields = [field.name for field in dataclasses.fields(kind)]
     count = len(fields)
     parts = [_converters(hints[field], f"{name}.{field}") for field in fields]
-    # Every token passes here: what needs no conversion costs one call for all fields together.
+    # Every token passes here. All fields that need no conversion cost one call together.
     packers = [(index, part[0]) for index, part in enumerate(parts) if part[0] is not _same]
     unpackers = [
         (index, part[1])
@@ -259,7 +258,7 @@ def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
             raise ProtocolError(f"{name}: expected {count} fields, got {_brief(values)}")
         for index, expected in enumerate(exact):
             if expected is not None and type(values[index]) is not expected:
-                parts[index][1](values[index])  # Raises, naming the field.
+                parts[index][1](values[index])  # Raises an error that names the field.
         for index, convert in unpackers:
             values[index] = convert(values[index])
         return kind(*values)
@@ -268,7 +267,7 @@ def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
 
 
 def _getter(fields: list[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """A record's fields as a tuple."""
+    """Return a function that reads a record's fields as a tuple."""
     if len(fields) > 1:
         getter: Callable[[Any], tuple[Any, ...]] = operator.attrgetter(*fields)
         return getter
@@ -276,7 +275,7 @@ def _getter(fields: list[str]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _brief(value: Any) -> str:
-    """A hostile value, short enough for a log line."""
+    """Shorten a hostile value for a log line."""
     text = repr(value) if not isinstance(value, (list, dict)) else f"{len(value)} items"
     return text if len(text) <= 40 else text[:37] + "..."
 

@@ -1,10 +1,11 @@
 """Connections between two processes: the adapters between wire.framing and real streams.
 
-``Connection`` blocks (agents: a thread owns each connection), ``AsyncConnection`` awaits (the
-coordinator). Both drive a wire.framing.Framer, so that they speak the same protocol with the same
-errors. Where there is a token, the handshake of wire.auth comes before anything else: in
-``Connection.connect``, in the first ``receive`` on an accepted connection, and in ``serve``.
-Nothing else in the program knows of it.
+``Connection`` blocks. Agents use it, with one thread for each connection. ``AsyncConnection``
+awaits. The coordinator uses it. Both drive a wire.framing.Framer, so they speak the same protocol
+and raise the same errors.
+
+If there is a token, the handshake of wire.auth comes first. It runs in ``Connection.connect``, in
+the first ``receive`` of an accepted connection, and in ``serve``. No other code knows about it.
 
 An accepted connection sits in a lobby until ``receive_hello`` returns, and may be closed there.
 """
@@ -41,27 +42,27 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MakeTransport = Callable[[socket.socket], Transport]
-"""Makes a transport of a connected socket."""
+"""Makes a transport from a connected socket."""
 
 REFUSAL_S = 0.5
 REFUSAL_READS = 16
-"""Patience with a peer that is refused, and may still be sending its first message."""
+"""How often to read from a refused peer that may still be sending its first message."""
 
 MAX_TOLD = 256
-"""Peers of other versions that are logged: more would only fill the log."""
+"""The number of peers of other versions that are logged. More would only fill the log."""
 
 ACCEPT_PAUSE_S = 0.1
-"""Pause of a listener that has no memory or file descriptor left for the next connection."""
+"""The pause of a listener that has no memory or file descriptor for the next connection."""
 
 ACCEPT_AT_ONCE = 64
-"""Connections that asyncio accepts before anything else has its turn."""
+"""The number of connections that asyncio accepts before other tasks run."""
 
 
 class Connection:
-    """A blocking framed connection. ``send`` may be called by many threads, ``receive`` by one.
+    """A blocking framed connection. Many threads may call ``send``, and one may call ``receive``.
 
-    Both raise ConnectionLost when the peer is gone and ProtocolError when it misbehaves; after
-    either, the connection is closed.
+    Both raise ConnectionLost if the peer is gone, and ProtocolError if it misbehaves. After either
+    error the connection is closed.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class Connection:
         handshake: Handshake | None = None,
         lobby: Lobby | None = None,
     ) -> None:
-        """``handshake``: what the other end must pass before ``receive`` returns anything.
-        ``lobby``: where the connection sits until ``receive_hello`` returns.
+        """Own a transport. ``handshake`` must succeed before ``receive`` returns anything.
+
+        The connection sits in ``lobby`` until ``receive_hello`` returns.
         """
         self.peer = transport.peer
         self.peer_host = self.peer.rpartition(":")[0]
@@ -94,7 +96,7 @@ class Connection:
         token: Token | None = None,
         transport: MakeTransport = TcpTransport,
     ) -> Connection:
-        """Connect to an address; with a token, to somebody who knows it.
+        """Connect to an address. If there is a token, the peer must know it.
 
         Raises ConnectFailed, AuthFailed.
         """
@@ -103,7 +105,7 @@ class Connection:
             handshake = None if token is None else auth.call(token)
             connection = Connection(transport(sock), handshake)
         except (OSError, OverflowError, ValueError) as error:
-            # A host name that is none raises UnicodeError, a port that is none OverflowError.
+            # A malformed host name raises UnicodeError, and an impossible port OverflowError.
             raise ConnectFailed(
                 f"cannot connect to {endpoint.host}:{endpoint.port}: {reason(error)}"
             ) from error
@@ -112,7 +114,7 @@ class Connection:
 
     @property
     def admit(self) -> Admit | None:
-        """What may come next; None: anything."""
+        """The check on the next frame. None admits every frame."""
         return self._framer.admit
 
     @admit.setter
@@ -120,9 +122,9 @@ class Connection:
         self._framer.admit = admit
 
     def set_receive_timeout(self, seconds: float | None) -> None:
-        """Let ``receive`` raise ConnectionLost after this much silence; None waits for ever.
+        """Let ``receive`` raise ConnectionLost after this much silence. None waits for ever.
 
-        Raises ConnectionLost where another thread has closed the connection meanwhile.
+        Raises ConnectionLost if another thread has closed the connection meanwhile.
         """
         self._timeout_s = seconds
         try:
@@ -131,7 +133,7 @@ class Connection:
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
     def send(self, message: Message, payload: Buffer = b"") -> None:
-        """Send one frame: header and payload leave in one call."""
+        """Send one frame. Header and payload leave in one call."""
         head = encode(message, len(payload))
         try:
             with self._send_lock:
@@ -141,17 +143,16 @@ class Connection:
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
     def receive(self) -> tuple[Message, memoryview]:
-        """The next message and its payload (empty if none); the payload is the caller's to keep.
+        """Return the next message and its payload, which the caller may keep. It may be empty.
 
-        Raises AuthFailed where the other end has not proved to know the token.
+        Raises AuthFailed if the peer has not proved that it knows the token.
         """
         if self._framer.is_proving:
             self._prove()
         return self._until(self._framer.next_frame)
 
     def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
-        """The first message of a peer that was accepted: one of these kinds, each with its largest
-        header.
+        """Return an accepted peer's first message: one of these kinds, with its largest header.
 
         The peer has HELLO_TIMEOUT_S from the moment it was accepted. Raises WireError.
         """
@@ -163,7 +164,7 @@ class Connection:
         self._deadline_s = None
         self.set_receive_timeout(self._timeout_s)
         if self._lobby is not None and not self._lobby.leave(self):
-            raise ConnectionLost(f"{self.peer} made room for others")
+            raise ConnectionLost(f"{self.peer} was closed to make room for others")
         return message
 
     def close(self) -> None:
@@ -184,7 +185,7 @@ class Connection:
         self.close()
 
     def _prove(self) -> None:
-        """Go through the handshake within HANDSHAKE_TIMEOUT_S. Raises WireError."""
+        """Complete the handshake within HANDSHAKE_TIMEOUT_S. Raises WireError."""
         if self._framer.is_proving:
             self._deadline_s = time.monotonic() + limits.HANDSHAKE_TIMEOUT_S
             self._until(self._framer.prove)
@@ -210,7 +211,7 @@ class Connection:
             lost = framer.lost(f": {reason(error)}")
             self._part()
             raise lost from error
-        except BaseException:  # Refused or interrupted, however: half a message cannot go on.
+        except BaseException:  # Refused or interrupted: half a message cannot be continued.
             self._part()
             raise
         return result
@@ -227,12 +228,12 @@ class Connection:
             self._transport.send(self._framer.take_outgoing())
 
     def _part(self) -> None:
-        """Say what the peer is still to be told, and close."""
+        """Send what the peer must still be told, and close."""
         if self._framer.outgoing:
             with contextlib.suppress(OSError):
                 self._flush()
-                # Closed with something unread, the connection would be reset, and the last words
-                # be lost.
+                # The kernel resets a connection that is closed with unread bytes. The last words
+                # would be lost.
                 self._transport.finish_sending()
                 self._transport.set_receive_timeout(REFUSAL_S)
                 scrap = memoryview(bytearray(BUFFER_BYTES))
@@ -243,7 +244,7 @@ class Connection:
 
 
 class Listener:
-    """A listening TCP socket that yields Connections; with a token, of those who know it."""
+    """A listening TCP socket that yields Connections. With a token, callers must know it."""
 
     def __init__(
         self,
@@ -253,7 +254,7 @@ class Listener:
         token: Token | None = None,
         transport: MakeTransport = TcpTransport,
     ) -> None:
-        """Bind. Port 0 takes a free one. Raises ConnectFailed where the address is taken."""
+        """Bind. Port 0 takes a free one. Raises ConnectFailed if the address is taken."""
         self._token = token
         self._transport = transport
         self._socket = bind(host, port)
@@ -264,9 +265,9 @@ class Listener:
         self._rare_log = RareLog(log)
 
     def accept(self) -> Connection | None:
-        """The next connection, which has not proved anything yet; None once closed.
+        """Return the next connection, which has not proved anything yet, or None once closed.
 
-        Goes on whatever one connection, or a lack of memory or file descriptors, does to it.
+        A broken connection, or a lack of memory or file descriptors, does not end the loop.
         """
         while not self._closed:
             try:
@@ -280,7 +281,7 @@ class Listener:
             try:
                 handshake = None if self._token is None else auth.answer(self._token)
                 connection = Connection(self._transport(sock), handshake, self._lobby)
-            except OSError:  # The peer is gone again.
+            except OSError:  # The peer has left already.
                 sock.close()
                 continue
             self._lobby.enter(connection, str(address[0]), connection.close)
@@ -304,10 +305,10 @@ class AsyncConnection:
         lobby: Lobby | None = None,
         handshake: Handshake | None = None,
     ) -> None:
-        """As ``Connection``."""
+        """Take the same arguments as ``Connection``."""
         sock: socket.socket = writer.get_extra_info("socket")
         self.peer = peer_name(sock)
-        # A peer that is gone again before it was accepted has no address.
+        # A peer that left before it was accepted has no address.
         self.peer_host: str = (writer.get_extra_info("peername") or ("",))[0]
         self.local_host: str = (writer.get_extra_info("sockname") or ("",))[0]
         """Our own address as this peer sees it."""
@@ -321,7 +322,7 @@ class AsyncConnection:
 
     @property
     def admit(self) -> Admit | None:
-        """What may come next; None: anything."""
+        """The check on the next frame. None admits every frame."""
         return self._framer.admit
 
     @admit.setter
@@ -342,23 +343,23 @@ class AsyncConnection:
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
     async def receive(self, timeout_s: float | None = None) -> tuple[Message, memoryview]:
-        """The next message and its payload; ConnectionLost after ``timeout_s`` of silence."""
+        """Return the next message and its payload. Raises ConnectionLost after ``timeout_s``."""
         await self.prove()
         return await self._until(self._framer.next_frame, timeout_s)
 
     async def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
-        """As ``Connection.receive_hello``."""
+        """Do the same as ``Connection.receive_hello``."""
         await self.prove()
         left_s = max(self._opened_s + limits.HELLO_TIMEOUT_S - time.monotonic(), 0.0)
         admit, self.admit = self.admit, admission.hello(largest_bytes)
         message, _ = await self._until(self._framer.next_frame, left_s)
         self.admit = admit
         if self._lobby is not None and not self._lobby.leave(self):
-            raise ConnectionLost(f"{self.peer} made room for others")
+            raise ConnectionLost(f"{self.peer} was closed to make room for others")
         return message
 
     async def prove(self) -> None:
-        """Go through the handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
+        """Complete the handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
         if self._framer.is_proving:
             await self._until(self._framer.prove, limits.HANDSHAKE_TIMEOUT_S)
 
@@ -379,7 +380,7 @@ class AsyncConnection:
             lost = self._framer.lost(how)
             await self._part()
             raise lost from error
-        except BaseException:  # Refused or cancelled, however: half a message cannot go on.
+        except BaseException:  # Refused or cancelled: half a message cannot be continued.
             await self._part()
             raise
 
@@ -411,7 +412,7 @@ class AsyncConnection:
             await within(self._writer.drain(), limits.SEND_TIMEOUT_S)
 
     async def _part(self) -> None:
-        """As ``Connection._part``."""
+        """Do the same as ``Connection._part``."""
         if self._framer.outgoing:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 await self._flush()
@@ -430,11 +431,11 @@ async def serve(
     *,
     token: Token | None = None,
 ) -> tuple[asyncio.Server, int]:
-    """Accept AsyncConnections on an address; returns the server and its port.
+    """Accept AsyncConnections on an address, and return the server and its port.
 
-    With a token, only those who know it get to ``handle``; who does not is logged. A peer of
-    another version is logged once, not at each of its attempts. Raises ConnectFailed where the
-    address is taken.
+    With a token, only peers that know it get to ``handle``. The others are logged. A peer of
+    another version is logged once, not at each attempt. Raises ConnectFailed if the address is
+    taken.
     """
     listening = bind(host, port)
     bound_port = int(listening.getsockname()[1])
@@ -458,7 +459,7 @@ async def serve(
         except WireError as error:
             log.info("connection dropped: %s", error)
         except asyncio.CancelledError:
-            pass  # The event loop ends: asyncio would report it as an error of this task.
+            pass  # The event loop is ending, and asyncio would report this as an error of the task.
         finally:
             connection.close()
 
@@ -468,9 +469,9 @@ async def serve(
 
 
 def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
-    """The protocol of a peer that closes without a word at what we say; None if it stays unknown.
+    """Return the protocol of a peer that closes in silence, or None if it stays unknown.
 
-    Only protocol OLDEST does so: it is asked in its own words. Where it has a token, it hears why.
+    Only protocol OLDEST closes in silence, so the peer is asked in that protocol.
     """
     kind: type[Message] = AgentHello
     values: list[object] = hello_of_oldest()

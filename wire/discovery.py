@@ -1,7 +1,7 @@
-"""Finding the coordinator by mDNS. It says where somebody was, never that he is alive.
+"""Finds the coordinator by mDNS. A record says where it was, not that it is alive.
 
-A killed host stays in mDNS caches for minutes (RFC 6762 section 10), so liveness is the business of
-heartbeats, and every search here starts with an empty cache.
+A killed host stays in mDNS caches for minutes (RFC 6762 section 10). So heartbeats decide liveness,
+and every search here starts with an empty cache.
 """
 
 from __future__ import annotations
@@ -32,29 +32,34 @@ from wire.messages import Endpoint
 
 SERVICE_TYPE = "_shoal._tcp.local."
 RESOLVE_TIMEOUT_MS = 2000
-"""How long to wait for the address records of an announced coordinator (RFC 6762 answers within
-500 ms at most; the rest is for slow devices)."""
+"""How long to wait for the address records of an announced coordinator.
+
+RFC 6762 allows 500 ms for an answer. The rest is for slow devices.
+"""
 
 SEARCH_ROUND_S = 3.0
-"""How long one set of sockets is searched with. zeroconf asks after 0, 1, 5 and 14 s and then never
-again, and it does not see interfaces that come up later: an agent must outwait both."""
+"""How long one set of sockets is used for a search.
+
+zeroconf asks after 0, 1, 5 and 14 s and then never again. It also ignores interfaces that come up
+later. An agent must outlast both.
+"""
 
 OTHERS_S = 0.15
-"""How long others that were asked at once are waited for: they answer within 120 ms."""
+"""How long to wait for other coordinators. They were asked together and answer within 120 ms."""
 
 ADDRESS_CHECK_S = 2.0
-"""How often the coordinator looks whether its machine's addresses have changed."""
+"""The interval at which the coordinator checks its machine's addresses for changes."""
 
-# It warns, with tracebacks, of each packet that cannot be sent while a cable is unplugged.
+# zeroconf warns with a traceback of each packet that it cannot send while a cable is unplugged.
 logging.getLogger("zeroconf").setLevel(logging.ERROR)
 
 
 class DiscoveryUnavailable(WireError):
-    """This machine or network does not let us use multicast."""
+    """This machine or network does not allow multicast."""
 
 
 class Advertisement:
-    """The coordinator's mDNS record while the context is open; follows changes of address."""
+    """The coordinator's mDNS record while the context is open. It follows changes of address."""
 
     def __init__(self, cluster: str, instance: str, bind_host: str, port: int) -> None:
         self._cluster = cluster
@@ -67,7 +72,7 @@ class Advertisement:
         self._follower = threading.Thread(target=self._follow, name="announce", daemon=True)
 
     def __enter__(self) -> Advertisement:
-        """Announce. Raises DiscoveryUnavailable."""
+        """Announce the coordinator. Raises DiscoveryUnavailable."""
         self._announce(_announced_addresses(self._bind_host))
         self._follower.start()
         return self
@@ -110,7 +115,7 @@ class Advertisement:
             zeroconf.close()
 
     def _follow(self) -> None:
-        """A machine may get its address, or another one, long after the coordinator started."""
+        """Announce again when the addresses change, which may be long after the start."""
         while not self._stop.wait(ADDRESS_CHECK_S):
             addresses = _announced_addresses(self._bind_host)
             if addresses == self._announced:
@@ -126,13 +131,14 @@ def find_coordinator(
     on_wait: Callable[[], None] | None = None,
     on_round: Callable[[], None] | None = None,
 ) -> tuple[Endpoint, ...]:
-    """Search until a coordinator of ``cluster`` is announced; its addresses, or () once stopped.
+    """Search until a coordinator of ``cluster`` is announced, and return its addresses.
 
-    The likeliest come first: an address that this machine has itself may be meant for another one.
-    Where several coordinators answer at once, all of theirs are there.
+    Returns () once stopped. The likeliest address comes first. An address that this machine has
+    itself comes last, because it may mean another machine. If several coordinators answer at once,
+    the result has the addresses of all of them.
 
-    ``on_wait`` is called once when none has answered within SEARCH_ROUND_S, ``on_round`` after
-    each time of that length. Raises DiscoveryUnavailable.
+    ``on_wait`` is called once if none has answered within SEARCH_ROUND_S, and ``on_round`` after
+    each round of that length. Raises DiscoveryUnavailable.
     """
     found = _search(cluster, stop)
     if not found and not stop.is_set() and on_wait is not None:
@@ -145,7 +151,7 @@ def find_coordinator(
 
 
 def _search(cluster: str, stop: threading.Event) -> tuple[Endpoint, ...]:
-    """One round of find_coordinator."""
+    """Run one round of find_coordinator."""
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def on_change(
@@ -183,10 +189,10 @@ def _search(cluster: str, stop: threading.Event) -> tuple[Endpoint, ...]:
 
 
 def _announced_addresses(bind_host: str) -> tuple[str, ...]:
-    """Where agents on other machines, or else those on this one, reach us."""
+    """Return the addresses at which other machines reach us, or else this machine."""
     addresses = reachable_addresses(bind_host)
     if addresses == (bind_host,):
-        try:  # It may be a name, or have no IPv4 address at all.
+        try:  # It may be a name, or have no IPv4 address.
             answers = socket.getaddrinfo(bind_host, None, socket.AF_INET, socket.SOCK_STREAM)
         except OSError:
             return ()

@@ -1,14 +1,14 @@
-"""What can go wrong between two processes.
+"""Errors of a connection between two processes.
 
-WireError
-├── ProtocolError           the peer sent something this protocol does not allow
-│   └── VersionMismatch     ... because it speaks another version
-├── AuthFailed              the peer has no token, or another one
-├── ConnectionLost          the peer is gone (closed, reset, or silent for too long)
-└── ConnectFailed           nobody answered at the address
+    WireError
+    ├── ProtocolError           the peer sent something this protocol does not allow
+    │   └── VersionMismatch     ... because it speaks another version
+    ├── AuthFailed              the peer has no token, or another one
+    ├── ConnectionLost          the peer is gone (closed, reset, or silent for too long)
+    └── ConnectFailed           nobody answered at the address
 
-Raised by wire.connection and wire.codec. Whoever owns the connection decides: drop the peer, retry,
-or report the device as lost.
+wire.connection and wire.codec raise them. The owner of the connection drops the peer,
+retries, or reports the device as lost.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ class WireError(Exception):
 
 
 class ProtocolError(WireError):
-    """The remote peer broke the protocol; the connection must be dropped."""
+    """The peer broke the protocol, so the connection must be dropped."""
 
 
 class VersionMismatch(ProtocolError):
-    """The remote peer speaks another protocol version. It began with ``code`` and a header."""
+    """The peer speaks another protocol version. It began with ``code`` and a header."""
 
     def __init__(
         self, ours: int, theirs: int, code: int = 0, header_bytes: int = 0, story: str = ""
     ) -> None:
-        """``story``: what is known of both sides, in one line."""
+        """``story`` is one line that describes both sides."""
         super().__init__(
             story
             or f"peer speaks protocol version {theirs}, this is version {ours}: "
@@ -41,7 +41,7 @@ class VersionMismatch(ProtocolError):
 
 
 class AuthFailed(WireError):
-    """The peer did not prove that it knows the token; ``refusal`` is what it should be told."""
+    """The peer did not prove that it knows the token. ``refusal`` is the text for the peer."""
 
     def __init__(self, reason: str, refusal: str | None = None) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""Chains over message types that mypy checks: a type that nobody handles is an error there."""
+"""A function that lets mypy find message types that a chain of cases forgets."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import NoReturn
 
 
 def assert_never(value: NoReturn) -> NoReturn:
-    """The last case of an exhaustive ``match``, never reached (``typing`` has it from 3.11 on)."""
+    """End an exhaustive chain; never reached (``typing`` has it from 3.11 on)."""
     raise TypeError(f"{type(value).__name__} is not handled")

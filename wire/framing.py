@@ -6,8 +6,8 @@ An adapter (wire.connection) gives a Framer a transport and a clock:
         send framer.take_outgoing()
         framer.received(how many bytes arrived in framer.space())
 
-The handshake of wire.auth runs inside ``next_frame``: what it has to say appears in ``outgoing``.
-So does a refusal. When a method raises, the adapter sends ``outgoing`` and closes the connection.
+The handshake of wire.auth runs inside ``next_frame``. Its messages and a refusal appear in
+``outgoing``. If a method raises, the adapter sends ``outgoing`` and closes the connection.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from wire.versions import Stranger
 NO_PAYLOAD = memoryview(b"")
 
 BUFFER_BYTES = 16 << 10
-"""Size of the receive buffer. The whole frame of a token fits, so one call receives it. At most
-this much of a larger payload is copied; the rest arrives directly in its own memory."""
+"""The size of the receive buffer.
+
+The whole frame of a token fits, so one call receives it. At most this much of a larger payload is
+copied. The rest arrives directly in its own memory.
+"""
 
 Frame = tuple[Message, memoryview]
 """A message and its payload. The payload is empty if there is none."""
@@ -42,21 +45,19 @@ class Framer:
     """
 
     def __init__(self, peer: str, handshake: Handshake | None = None) -> None:
-        """``peer`` is ``host:port``, for error texts. ``handshake``: what the peer must pass before
-        ``next_frame`` returns anything.
-        """
+        """``peer`` is ``host:port``, for error texts. The peer must pass ``handshake`` first."""
         self.admit: Admit | None = None
-        """Checks each prefix before more is read. None lets everything come."""
+        """Checks each prefix before more is read. None admits every frame."""
         self.outgoing: list[bytes] = []
         """Frames that the adapter must send now."""
         self.is_proving = handshake is not None
-        """Whether the handshake is not over."""
+        """Whether the handshake is still running."""
         self.is_refusing = False
         """Whether the peer speaks another version and its first message is still awaited."""
         self._peer = peer
         self._handshake = handshake
         self._handshake_waits = False
-        # Received bytes that nobody has taken are buffer[begin:end].
+        # buffer[begin:end] holds received bytes that nobody has taken yet.
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._begin = self._end = 0
         self._wanted = PREFIX.size
@@ -68,13 +69,13 @@ class Framer:
         self._mismatch: VersionMismatch | None = None
 
     def take_outgoing(self) -> bytes:
-        """The bytes that must be sent now; they count as sent."""
+        """Return the bytes that must be sent now, and count them as sent."""
         data = b"".join(self.outgoing)
         self.outgoing.clear()
         return data
 
     def space(self) -> tuple[memoryview, bool]:
-        """Where the next bytes go, and whether all of that space is awaited."""
+        """Return the memory for the next bytes, and whether all of it is awaited."""
         if self._own is not None:
             return self._own[self._filled :], True
         if self._begin == self._end:
@@ -87,7 +88,7 @@ class Framer:
         return self._buffer[self._end :], False
 
     def received(self, count: int) -> None:
-        """``count`` bytes have arrived in ``space``; 0 is the end of the stream.
+        """Record that ``count`` bytes have arrived in ``space``. 0 is the end of the stream.
 
         Raises ConnectionLost, or VersionMismatch, at the end of the stream.
         """
@@ -101,13 +102,13 @@ class Framer:
             self._end += count
 
     def lost(self, how: str) -> WireError:
-        """The error of a connection that the transport lost; ``how`` follows the peer's name."""
+        """Return the error for a lost transport. Its text is the peer's name and ``how``."""
         if self._mismatch is not None:
             return self._refuse_version(self._mismatch, b"")
         return ConnectionLost(f"{self._peer}{how}")
 
     def prove(self) -> Literal[True] | None:
-        """Go on with the handshake. True once it is over, None where more bytes are needed."""
+        """Continue the handshake. True once it is over, None if more bytes are needed."""
         while self._handshake is not None:
             incoming: Message | None = None
             try:
@@ -129,9 +130,9 @@ class Framer:
         return True
 
     def next_frame(self) -> Frame | None:
-        """The next message and its payload, or None where more bytes are needed.
+        """Return the next message and its payload, or None if more bytes are needed.
 
-        The payload is the caller's to keep.
+        The caller may keep the payload.
         """
         if self.is_proving and self.prove() is None:
             return None
@@ -176,7 +177,7 @@ class Framer:
         return message, payload
 
     def _take(self, count: int) -> memoryview | None:
-        """The next ``count`` bytes, valid until ``space`` is called. None: some are missing."""
+        """Return the next ``count`` bytes, valid until ``space``, or None if some are missing."""
         if count > len(self._buffer):
             return self._take_own(count)
         begin = self._begin
@@ -187,7 +188,7 @@ class Framer:
         return self._buffer[begin:end]
 
     def _take_own(self, count: int) -> memoryview | None:
-        """The next ``count`` bytes in memory of their own, aligned for any number."""
+        """Return the next ``count`` bytes in memory of their own, aligned for any number."""
         own = self._own
         if own is None:
             begin = self._begin
@@ -204,14 +205,14 @@ class Framer:
         return own
 
     def _hear_out(self, error: VersionMismatch) -> None:
-        """Read what the first message of another version says of its sender, then refuse it."""
+        """Read who sent the first message of another version, then refuse the sender."""
         wanted = error.header_bytes if error.header_bytes <= BUFFER_BYTES else 0
         header = self._take(wanted)
         if header is not None:
             raise self._refuse_version(error, bytes(header))
 
     def _refuse(self, error: AuthFailed) -> AuthFailed:
-        """Put what the peer is told into ``outgoing``; returns the error with the peer's name."""
+        """Put the refusal into ``outgoing``, and return the error with the peer's name."""
         if error.refusal is not None:
             self.outgoing.append(encode(JoinRefused(error.refusal)))
         return AuthFailed(f"{self._peer}: {error}", error.refusal)

@@ -1,7 +1,7 @@
-"""What peers say, made safe to keep and to show: text without escapes, figures that can be true.
+"""Makes the text and figures of peers safe to keep and to show.
 
-Whoever has the token can still lie. Text is cleaned where it enters: by whoever reads a control
-connection, or one of files. Figures are checked by whoever keeps them, with the limits here.
+A peer with the token can still lie. Text is cleaned where it enters, by the reader of a control or
+file connection. Figures are checked by the code that keeps them, with the limits here.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from wire.messages import Message
 from wire.profile import BlockTiming, DeviceProfile
 
 MAX_TEXT_CHARACTERS = 1000
-"""Of a text for people; the longest of ours has some 500."""
+"""The largest text for people. Ours have at most about 500 characters."""
 
 MAX_PROFILE_CHARACTERS = 256
 MAX_PROFILE_ENTRIES = 64
-"""A profile is kept as long as its device: more than any real one has of anything."""
+"""The largest number of entries of each kind in a profile, which is kept as long as its device."""
 
 MAX_BYTES = 1 << 60
 MAX_TIME_S = 1e12
-"""Since 1970, and far from now."""
+"""The latest plausible time in seconds since 1970, far in the future."""
 
 MAX_SECONDS = 1e6
 BLOCK_SECONDS = (1e-9, 600.0)
 CALL_SECONDS = (0.0, 600.0)
 ROUND_TRIP_SECONDS = (1e-7, 60.0)
 LINK_BYTES_PER_S = (100.0, 1e12)
-"""Wider than any device and link; a solver tells no plan from none over much wider ones."""
+"""Wider than any device and link. Solvers fail on figures that differ by much more."""
 
 Cleaner = Callable[[Any], Any]
 
 
 def clean_text(text: str, most_characters: int = MAX_TEXT_CHARACTERS) -> str:
-    """Text for a terminal or a log: one line, no control characters, escapes or reordering."""
+    """Return text for a terminal or a log: one line without control characters or reordering."""
     if len(text) > most_characters:
         text = text[: most_characters - 1] + "\N{HORIZONTAL ELLIPSIS}"
     if text.isprintable():
@@ -47,14 +47,14 @@ def clean_text(text: str, most_characters: int = MAX_TEXT_CHARACTERS) -> str:
 
 
 def clean(message: Message) -> Message:
-    """A message with all its text cleaned; the same object where it has none."""
+    """Return the message with all its text cleaned. A message without text is returned itself."""
     kind: Any = type(message)
     cleaner = _cleaner(kind)
     return message if cleaner is None else typing.cast("Message", cleaner(message))
 
 
 def implausible_profile(profile: DeviceProfile) -> str | None:
-    """Which figure of a profile cannot be true, or is more than is kept; None for a good one."""
+    """Name an implausible or oversized entry of a profile, or return None if there is none."""
     for field in dataclasses.fields(profile):
         value = getattr(profile, field.name)
         if isinstance(value, tuple) and len(value) > MAX_PROFILE_ENTRIES:
@@ -65,14 +65,14 @@ def implausible_profile(profile: DeviceProfile) -> str | None:
         if value is not None and low is not None and not low <= value <= high:
             return f"{field.name} {value:g}"
     if not all(0 < bits <= 64 for pair in profile.container_bits for bits in pair):
-        return "widths that are none"
+        return "impossible widths"
     if not all(are_plausible(conditions) for _, conditions in profile.conditions):
-        return "conditions that cannot be"
+        return "impossible conditions"
     return None
 
 
 def are_plausible(conditions: Conditions | None) -> bool:
-    """Whether something can have been measured under these conditions; None is not known."""
+    """Whether a measurement can have had these conditions. None means that they are unknown."""
     return conditions is None or all(
         0 <= figure <= MAX_TIME_S for figure in dataclasses.astuple(conditions)
     )
@@ -88,7 +88,7 @@ def is_plausible(timing: BlockTiming) -> bool:
 
 
 def is_plausible_link(rtt_s: float, bytes_per_s: float, rtt_p90_s: float) -> bool:
-    """Whether a link can have these figures; a 90th percentile of 0 is not known."""
+    """Whether a link can have these figures. A 90th percentile of 0 means unknown."""
     return (
         1e-12 <= rtt_s <= MAX_SECONDS
         and 1e-3 <= bytes_per_s <= 1e18
@@ -97,7 +97,7 @@ def is_plausible_link(rtt_s: float, bytes_per_s: float, rtt_p90_s: float) -> boo
 
 
 def within_range(figure: float, limits: tuple[float, float]) -> float:
-    """The nearest figure within limits: a busy machine measures links faster than any."""
+    """Return the nearest figure within limits, because a busy machine may measure absurd rates."""
     return min(max(figure, limits[0]), limits[1])
 
 
@@ -116,7 +116,7 @@ _PROFILE_RANGES: dict[str, tuple[float, float]] = {
 
 
 def _texts(value: Any) -> list[str]:
-    """All text in a field of a profile."""
+    """Return all text in a field of a profile."""
     if isinstance(value, str):
         return [value]
     return [text for item in value for text in _texts(item)] if isinstance(value, tuple) else []
@@ -124,7 +124,7 @@ def _texts(value: Any) -> list[str]:
 
 @functools.cache
 def _cleaner(annotation: Any) -> Cleaner | None:
-    """What cleans a value of a type; None where it holds no text."""
+    """Return the cleaner for values of this type, or None if they hold no text."""
     if annotation is str:
         return clean_text
     arguments = [item for item in typing.get_args(annotation) if item not in (type(None), ...)]
@@ -136,7 +136,7 @@ def _cleaner(annotation: Any) -> Cleaner | None:
     cleaners = [_cleaner(item) for item in arguments]
     if not any(cleaners):
         return None
-    if origin is not tuple:  # Of an optional value, there is one type.
+    if origin is not tuple:  # An optional value has one type besides None.
         (inner,) = filter(None, cleaners)
         return lambda value: None if value is None else inner(value)
     if len(cleaners) == 1:

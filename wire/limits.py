@@ -3,60 +3,70 @@
 from __future__ import annotations
 
 MAX_HEADER_BYTES = 4 << 20
-"""Largest msgpack header: a model description of some hundred layers, or a prompt of 128 Ki tokens
-(5 bytes each at most), stays well below."""
+"""The largest msgpack header.
+
+The description of a model with some hundred layers is far smaller. So is a prompt of 128 Ki tokens
+with at most 5 bytes each.
+"""
 
 MAX_PAYLOAD_BYTES = 64 << 20
-"""Largest tensor or file chunk in one frame: 512 rows of a 16 Ki wide hidden state at fp32 are
-32 MiB. Files travel in chunks, so that their size is not bounded by this."""
+"""The largest tensor or file chunk in one frame. Files travel in chunks, so they may be larger.
+
+512 rows of a 16 Ki wide hidden state at fp32 are 32 MiB.
+"""
 
 FILE_CHUNK_BYTES = 256 << 10
-"""Bytes of an artifact per frame: large enough for line rate, small enough to get through within
-SEND_TIMEOUT_S on a link of 0.25 Mbit/s."""
+"""Bytes of an artifact per frame: large enough for line rate, small enough for a slow link.
+
+On 0.25 Mbit/s a chunk gets through within SEND_TIMEOUT_S.
+"""
 
 MAX_NESTING = 8
-"""Depth of containers in a header; the deepest real one (a layer's rotary settings) is 5."""
+"""The depth of containers in a header. The deepest real one (a layer's rotary settings) is 5."""
 
 PREFILL_CHUNK_TOKENS = 64
-"""Rows of a prompt that a stage runs in one call: bounds compute buffers and frame sizes."""
+"""The prompt rows that a stage runs in one call. This bounds compute buffers and frames."""
 
 CONNECT_TIMEOUT_S = 3.0
 """A device on the same LAN answers in milliseconds, or not at all."""
 
 HANDSHAKE_TIMEOUT_S = 5.0
-"""For both ends to prove that they know the token, however slowly bytes come."""
+"""The time in which both ends must prove that they know the token, however slow the bytes."""
 
 MAX_HANDSHAKE_BYTES = 1024
-"""Largest header of somebody who has proved nothing yet."""
+"""The largest header from a peer that has proved nothing yet."""
 
 HELLO_TIMEOUT_S = 10.0
-"""From the moment a connection is accepted until its first message is there, handshake included,
-however slowly bytes come."""
+"""The time from accepting a connection until its first message is there, handshake included."""
 
 MAX_AGENT_HELLO_BYTES = 64 << 10
-"""Largest AgentHello: a profile and 64 addresses are some 4 KiB."""
+"""The largest AgentHello. A profile and 64 addresses are about 4 KiB."""
 
 MAX_HELLO_BYTES = 1024
-"""Largest of the other first messages."""
+"""The largest header of the other first messages."""
 
 MAX_REPORT_BYTES = 512 << 10
-"""Largest header that the coordinator reads: the hashes of 7000 blocks. Python decodes it in a few
-tenths of a second, in which everybody else waits."""
+"""The largest header that the coordinator reads: the hashes of 7000 blocks.
+
+Python decodes it in a few tenths of a second, while all others wait.
+"""
 
 MAX_PROBE_BYTES = 4 << 20
-"""Largest payload of a link probe."""
+"""The largest payload of a link probe."""
 
 SEND_TIMEOUT_S = 10.0
-"""A peer that accepts no byte for this long is as good as dead."""
+"""The time after which a peer that accepts no byte counts as dead."""
 
 HEARTBEAT_S = 1.0
-"""Interval at which an agent says that it is alive."""
+"""The interval at which an agent says that it is alive."""
 
 LIVENESS_S = 5.0
-"""Silence after which an agent counts as lost: five heartbeats, within the user's patience."""
+"""The silence after which an agent counts as lost: five heartbeats."""
 
 COORDINATOR_PATIENCE_S = 20.0
-"""Silence after which an agent leaves a coordinator whose machine still acknowledges what it is
-sent. Such a coordinator stands still, and goes on where it was. One whose machine or network is
-gone acknowledges nothing: the kernel says so after LIVENESS_S. Less than the agent's own watchdog
-bears (systemd/shoal-agent.service), since heartbeats feed that."""
+"""The silence after which an agent leaves a coordinator whose machine still acknowledges.
+
+Such a coordinator is suspended, and may go on later. If its machine or network is gone, nothing is
+acknowledged, and the kernel reports that after LIVENESS_S. The limit is below the agent's own
+watchdog (systemd/shoal-agent.service), because heartbeats feed that.
+"""

@@ -1,4 +1,4 @@
-"""Connections that have not said yet who they are: how many may wait, and which one goes first."""
+"""Connections that have not said who they are. Their number is bounded, the oldest one yields."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ log = logging.getLogger(__name__)
 rare_log = RareLog(log)
 
 MOST = 64
-"""Real peers are here for milliseconds, so that many at once are strangers. All lobbies of one
-process together stay far below the usual 1024 descriptors."""
+"""Real peers are here for milliseconds, so 64 at once are strangers.
+
+All lobbies of one process together stay far below the usual 1024 descriptors.
+"""
 
 MOST_OF_ONE = 32
-"""Of one address: the others' seats stay free."""
+"""The seats of one address, so that other addresses always find some."""
 
 
 class Lobby:
     """Seats for connections that may be closed when more come.
 
-    Where no seat is left, the oldest guest of the address with the most guests is closed. A guest
-    that leaves in time cannot be closed any more. Any thread may call.
+    If no seat is left, the oldest guest of the address with the most guests is closed. A guest that
+    leaves in time can no longer be closed. Any thread may call.
     """
 
     def __init__(self, port: str, most: int = MOST, most_of_one: int = MOST_OF_ONE) -> None:
-        """``port`` says in log lines which one it is."""
+        """``port`` names the port in log lines."""
         self._port = port
         self._most = most
         self._most_of_one = most_of_one
         self._lock = threading.Lock()
         self._guests: dict[str, dict[object, Callable[[], None]]] = {}
-        """By address, oldest first: the guest and how it is closed."""
+        """Maps an address to its guests, oldest first, and to the function that closes each."""
         self._hosts: dict[object, str] = {}
 
     def __len__(self) -> int:
         return len(self._hosts)
 
     def enter(self, guest: object, host: str, close: Callable[[], None]) -> None:
-        """Take a guest in. ``close`` may be called at once for another one, by this thread."""
+        """Take a guest in. ``close`` of another guest may be called at once, by this thread."""
         leaving: Callable[[], None] | None = None
         with self._lock:
             crowded = self._crowded(host)
@@ -59,12 +61,12 @@ class Lobby:
             leaving()
 
     def leave(self, guest: object) -> bool:
-        """Give up the seat; False where there is none, because the guest was closed or has left."""
+        """Give up the seat. False if the guest was closed or has left."""
         with self._lock:
             return self._remove(guest)
 
     def _crowded(self, host: str) -> str | None:
-        """The address whose oldest guest makes room for one of ``host``; None: there is room.
+        """Return the address whose oldest guest must go for ``host``, or None if there is room.
 
         The caller holds the lock.
         """
@@ -75,7 +77,7 @@ class Lobby:
         return max(self._guests, key=lambda address: len(self._guests[address]))
 
     def _remove(self, guest: object) -> bool:
-        """The caller holds the lock."""
+        """Remove a guest. The caller holds the lock."""
         host = self._hosts.pop(guest, None)
         if host is None:
             return False

@@ -1,16 +1,15 @@
 """Every message that crosses a socket: one dataclass each, one code each, one table.
 
-Three kinds of connection exist, told apart by their first message:
+There are three kinds of connection, told apart by their first message:
 
     AgentHello      agent -> coordinator   control: profile, commands, results, heartbeats
     BlocksHello     agent -> coordinator   files: FetchBlock / BlockChunk, MakeFiles / FilesMade
     PeerHello       agent -> agent         data plane: activations, tokens, link probes
 
-Names say who says what. Requests carry ``request``, answers repeat it. Data-plane messages carry
-the epoch of their deployment, a random number that no other deployment has; a stage drops what
-belongs to another.
+Requests carry ``request``, and answers repeat it. Data-plane messages carry the epoch of their
+deployment, a random number that no other deployment has. A stage drops messages of another epoch.
 
-All are frozen but the two that every token needs, Activation and TokenSampled: a frozen dataclass
+Activation and TokenSampled are not frozen, because each token needs one of each. A frozen dataclass
 takes ten times as long to make.
 """
 
@@ -42,12 +41,12 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class AuthChallenge:
-    """The one that connects, before anything else."""
+    """Caller to answerer, before anything else."""
 
     version: int
     nonce: bytes
     shoal: str = ""
-    """The sender's shoal version, for a peer that cannot read what follows."""
+    """The sender's shoal version, for a peer that cannot read later messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +65,25 @@ class AuthProof:
 
 @dataclass(frozen=True, slots=True)
 class AgentHello:
-    """Agent to coordinator, first message: who I am, what I can do, where peers reach me."""
+    """Agent to coordinator, first message: identity, abilities and addresses for peers."""
 
     device: str
-    """Identity that outlives restarts."""
+    """An identity that outlives restarts."""
     name: str
     version: str
     endpoints: tuple[Endpoint, ...]
-    """Where it listens, as it knows by itself."""
+    """The addresses at which it listens, as far as it knows."""
     profile: DeviceProfile
     cluster: str = ""
-    """The only one to join; empty: any."""
+    """The only cluster to join. Empty means any."""
     run: str = ""
-    """Random, of this process of the agent: one that comes back is told from a copy."""
+    """Random, of this process. It tells a returning agent from a copy of its disk."""
     attempt: int = 0
-    """Grows with each connection of a run."""
+    """A counter that grows with each connection of a run."""
     port: int = 0
-    """Where it listens on every address of its machine; 0: only at ``endpoints``."""
+    """The port at which it listens on every address of its machine. 0 means only ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
-    """Where its user says that peers reach it: to be tried first."""
+    """The addresses that its user configured for peers. They are tried first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +96,10 @@ class CoordinatorWelcome:
 
 @dataclass(frozen=True, slots=True)
 class JoinRefused:
-    """Coordinator's answer to an agent that may not join; the agent shows it and retries.
+    """Coordinator's answer to an agent that may not join. The agent shows it and retries.
 
-    Also what either end of any connection says to one that has not proved to know the token, or
-    that speaks another protocol: all versions from 3 on understand it.
+    Either end of any connection also sends it to a peer without the token or of another protocol.
+    All versions from 3 on understand it.
     """
 
     reason: str
@@ -120,7 +119,7 @@ class Heartbeat:
 class MeasureModel:
     """Measure seconds per block of this model's shapes at each of ``bits``.
 
-    What the agent has measured before is not measured again.
+    The agent reports earlier measurements without repeating them.
     """
 
     request: int
@@ -130,7 +129,7 @@ class MeasureModel:
 
 @dataclass(frozen=True, slots=True)
 class MeasureModelAgain:
-    """As MeasureModel, but what the agent has measured before is measured again."""
+    """Do the same as MeasureModel, but repeat earlier measurements."""
 
     request: int
     spec: dict[str, Any]
@@ -139,7 +138,7 @@ class MeasureModelAgain:
 
 @dataclass(frozen=True, slots=True)
 class ModelMeasured:
-    """``call_s`` is the profile's, or measured now by an agent that could not before it joined."""
+    """The measured times. ``call_s`` is the profile's, or a new one if that had none."""
 
     request: int
     timings: tuple[BlockTiming, ...]
@@ -148,14 +147,14 @@ class ModelMeasured:
 
 @dataclass(frozen=True, slots=True)
 class MeasureDevice:
-    """Measure again what the profile says of the device itself. No stage may be loaded."""
+    """Measure the device's own figures in its profile again. No stage may be loaded."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMeasured:
-    """The profile with its new figures; limits are as they were."""
+    """The profile with its new figures. The limits are unchanged."""
 
     request: int
     profile: DeviceProfile
@@ -163,9 +162,9 @@ class DeviceMeasured:
 
 @dataclass(frozen=True, slots=True)
 class FiguresChanged:
-    """Agent to coordinator, unasked: better figures than it has told before.
+    """Agent to coordinator, unasked: better figures than before.
 
-    ``timings`` are of the model ``spec``, where it is not empty.
+    ``timings`` are of the model ``spec``, if it is not empty.
     """
 
     profile: DeviceProfile
@@ -195,7 +194,7 @@ class LinkMeasured:
 
 @dataclass(frozen=True, slots=True)
 class LinkChanged:
-    """Agent to coordinator, unasked: the link to ``device`` is not what it was measured as."""
+    """Agent to coordinator, unasked: the link to ``device`` has changed since it was measured."""
 
     device: str
     rtt_s: float
@@ -204,17 +203,29 @@ class LinkChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockRef:
-    """A block to load: its index in the model and the artifact that holds it."""
+class FileRef:
+    """A file of the shoal, which is known by its content: SHA-256 and size."""
 
-    block: int
     sha256: str
     size_bytes: int
+
+    def __str__(self) -> str:
+        return f"file {self.sha256[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef(FileRef):
+    """The artifact of a block, which is numbered by its place in the model."""
+
+    block: int
+
+    def __str__(self) -> str:
+        return f"block {self.block}"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadStage:
-    """Fetch these contiguous blocks and load them: this device's stage of deployment ``epoch``."""
+    """Fetch these contiguous blocks, and load them as the stage of deployment ``epoch``."""
 
     request: int
     epoch: int
@@ -223,11 +234,11 @@ class LoadStage:
     slots: int
     context_tokens: int
     previous: str
-    """Device that sends here: the stage before, or the last one for the first."""
+    """The device that sends to this stage: the stage before, or the last one for the first."""
     hop_key: bytes
-    """What that device must show in its PeerHello: random, and told to no other."""
+    """A random key that the previous device shows in its PeerHello. Only it gets the key."""
     hop_bits: HopBits = DEFAULT_HOP_BITS
-    """Of the rows that this stage sends on."""
+    """The width of the rows that this stage sends on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,14 +248,14 @@ class StageLoaded:
     fetched_bytes: int
     load_s: float
     damaged_files: int
-    """Files of the stage that were damaged on the device, and were fetched or made again."""
+    """The number of files that were damaged on the device, and were fetched or made again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectStage:
-    """Connect to the next device of the ring (the first stage's, for the last).
+    """Connect to the next device of the ring. The last stage's next is the first.
 
-    ``hop_key`` is what that device expects.
+    ``hop_key`` is the key that the next device expects.
     """
 
     request: int
@@ -261,7 +272,7 @@ class UnloadStage:
 
 @dataclass(frozen=True, slots=True)
 class FindBlocks:
-    """Which of these artifacts are in the block cache?"""
+    """Say which of these artifacts are in the block cache."""
 
     request: int
     sha256s: tuple[str, ...]
@@ -275,12 +286,11 @@ class BlocksFound:
 
 @dataclass(frozen=True, slots=True)
 class MeasureQuality:
-    """Measure what fewer bits do to a model's predictions over ``sequences`` of token ids.
+    """Measure how fewer bits change a model's predictions over ``sequences`` of token ids.
 
-    ``blocks`` are all of the model's, as its checkpoint has them. Each block at each width of
-    ``wanted`` is measured alone, so is each boundary of ``hops``, and each of ``plans`` (bits of
-    every block) as a whole; results come as QualityMeasured and HopMeasured as soon as they are
-    there, Done ends the request.
+    ``blocks`` are all blocks of the model, as in its checkpoint. The agent measures each block at
+    each width of ``wanted`` alone, each boundary of ``hops`` alone, and each plan as a whole. It
+    sends a QualityMeasured or HopMeasured for each as soon as it has it, and then Done.
     """
 
     request: int
@@ -288,22 +298,22 @@ class MeasureQuality:
     blocks: tuple[BlockRef, ...]
     sequences: tuple[tuple[int, ...], ...]
     wanted: tuple[tuple[int, tuple[int, ...]], ...]
-    """(block, widths) pairs."""
+    """Pairs of a block and its widths."""
     plans: tuple[tuple[int, ...], ...]
     scheme: Literal["rtn", "truncate", "float"]
     group_size: int
     hops: tuple[tuple[int, tuple[HopBits, ...]], ...] = ()
-    """(boundary, widths) pairs; boundary b lies behind block b."""
+    """Pairs of a boundary and its widths. Boundary b lies behind block b."""
     backend: str = ""
-    """What computes the layers, for the sake of its arithmetic; empty: the agent's own."""
+    """The backend whose arithmetic the layers are computed with. Empty means the agent's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class QualityMeasured:
     """One result: mean KL divergence in nats of ``block`` alone at ``bits``, or of a plan.
 
-    A plan's result has no block, and the bits of all blocks. ``weight_error`` is max|w - w_b|, of a
-    plan 0.
+    A plan's result has no block, the bits of all blocks, and 0 as ``weight_error``. The weight
+    error of a block is max|w - w_b|.
     """
 
     request: int
@@ -325,11 +335,11 @@ class HopMeasured:
 
 @dataclass(frozen=True, slots=True)
 class MakeFiles:
-    """Make what ``backend`` needs beside these blocks, on a machine that has what makes it.
+    """Make the files that ``backend`` needs beside these blocks, on a machine with its compiler.
 
-    An agent asks the coordinator (on a connection of files, ``request`` 0), and serves the blocks
-    that the coordinator does not have; heartbeats come until the answer does. The coordinator asks
-    an agent that can, which fetches the blocks as for a stage.
+    An agent asks the coordinator on a file connection, with ``request`` 0, and serves the blocks
+    that the coordinator lacks. Heartbeats come until the answer does. The coordinator asks an agent
+    that has the compiler. That agent fetches the blocks as for a stage.
     """
 
     request: int
@@ -340,33 +350,33 @@ class MakeFiles:
 
 @dataclass(frozen=True, slots=True)
 class FilesMade:
-    """The files in their order, which ``BlockRef.block`` counts; none: nobody here can make them.
+    """The files, in the backend's order. Empty if nobody here can make them.
 
-    From the agent that made them first on a connection of files, where the coordinator fetches
-    what it lacks and then says Done, and then as the answer.
+    The agent that made them sends this twice. The first time is on a file connection, where the
+    coordinator fetches the files it lacks and then says Done. The second time is the answer.
     """
 
     request: int
-    files: tuple[BlockRef, ...]
+    files: tuple[FileRef, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class CancelRequest:
-    """Nobody waits for this request any more; its answer, if one comes, is dropped."""
+    """Nobody waits for this request any more. Its answer, if one comes, is dropped."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A request without a result of its own has been carried out."""
+    """A request without a result has been carried out."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a request is; ``unit`` is "bytes" or "steps"."""
+    """The progress of a request. ``unit`` is "bytes" or "steps"."""
 
     request: int
     phase: str
@@ -377,7 +387,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """A request was not carried out; ``reason`` is one line for the user."""
+    """A request was not carried out. ``reason`` is one line for the user."""
 
     request: int
     reason: str
@@ -402,7 +412,7 @@ class Sampling:
 class StartSequence:
     """Coordinator to every stage: this sequence holds the slot from now on.
 
-    A stage takes rows of no other sequence. Only the first stage gets the prompt, and runs it.
+    A stage takes rows only of started sequences. Only the first stage gets the prompt, and runs it.
     """
 
     epoch: int
@@ -411,12 +421,12 @@ class StartSequence:
     prompt: tuple[int, ...]
     sampling: Sampling
     chunk_tokens: int = limits.PREFILL_CHUNK_TOKENS
-    """Rows of the prompt that go through the stages at once, at most that many."""
+    """The largest number of prompt rows that go through the stages at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseSequence:
-    """Coordinator to every stage: the sequence is over or cancelled; ignore what still arrives."""
+    """Coordinator to every stage: the sequence is over or cancelled. Ignore later rows."""
 
     epoch: int
     sequence: int
@@ -424,7 +434,7 @@ class ReleaseSequence:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailed:
-    """A stage cannot go on with a sequence."""
+    """Stage to coordinator: a sequence cannot continue."""
 
     epoch: int
     sequence: int
@@ -433,7 +443,7 @@ class SequenceFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """A stage lost its connection to the next device of the ring; repeated at each sequence."""
+    """Stage to coordinator: the next device is lost. Repeated at each sequence."""
 
     epoch: int
     device: str
@@ -442,7 +452,7 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class StageDamaged:
-    """A stage stopped because a file that it runs from is damaged; its tokens may be wrong.
+    """Stage to coordinator: a damaged file stopped this stage, and its tokens may be wrong.
 
     The file is removed, so that the next load fetches or makes it again.
     """
@@ -458,8 +468,8 @@ class StageDamaged:
 class PeerHello:
     """Agent to agent, first message. ``expected`` must be the acceptor's own device id.
 
-    ``hop_key``: the one of LoadStage, from the previous device of the ring. Without it, nothing but
-    link probes may follow.
+    The previous device of the ring shows ``hop_key`` from LoadStage. Without it only link probes
+    may follow.
     """
 
     device: str
@@ -476,8 +486,8 @@ class PeerWelcome:
 class Activation:
     """Hidden rows [position, position + rows) of a sequence, to the next stage.
 
-    Payload: wire.activations, at ``bits`` a value. ``last`` is false for prompt chunks that more
-    chunks follow: the head need not run for them.
+    The payload is that of wire.activations, at ``bits`` a value. ``last`` is false if more chunks
+    of the prompt follow, so that the head need not run.
     """
 
     epoch: int
@@ -493,7 +503,7 @@ class Activation:
 class TokenSampled:
     """Last stage to first stage and to coordinator: token number ``index`` of the answer.
 
-    A token that is a stop token is reported with finish "stop", and is not part of the answer.
+    A stop token has finish "stop", and is not part of the answer.
     """
 
     epoch: int
@@ -505,7 +515,7 @@ class TokenSampled:
 
 @dataclass(frozen=True, slots=True)
 class ProbePing:
-    """Link probe; the peer answers ProbePong at once. The payload is ignored."""
+    """Link probe. The peer answers ProbePong at once. The payload is ignored."""
 
     number: int
 
@@ -533,10 +543,10 @@ class FetchBlock:
 
 @dataclass(frozen=True, slots=True)
 class BlockDamaged:
-    """The artifact with this hash arrived with other contents, or not whole.
+    """The artifact with this hash arrived incomplete or with other contents.
 
-    The coordinator checks its own file and makes a damaged one again. It sends heartbeats
-    meanwhile, then Done, or RequestFailed where it cannot make the file (with 0 as ``request``).
+    The coordinator checks its own file, and makes a damaged one again. It sends heartbeats
+    meanwhile. It ends with Done, or with RequestFailed (``request`` 0) if it cannot make the file.
     """
 
     sha256: str
@@ -544,7 +554,7 @@ class BlockDamaged:
 
 @dataclass(frozen=True, slots=True)
 class BlockChunk:
-    """Payload: bytes of the artifact at ``offset``. ``total`` is the artifact's size."""
+    """The payload is bytes of the artifact at ``offset``. ``total`` is the artifact's size."""
 
     offset: int
     total: int
@@ -647,7 +657,7 @@ CODES: dict[int, type[Message]] = {
     87: FiguresChanged,
     88: MeasureModelAgain,
 }
-"""Message codes on the wire. Never reuse a number."""
+"""The message codes on the wire. Never reuse a number."""
 
 WITH_PAYLOAD: frozenset[type[Message]] = frozenset({Activation, ProbePing, BlockChunk})
-"""Messages that may carry raw bytes behind the header."""
+"""The messages that may carry raw bytes behind the header."""

@@ -1,4 +1,4 @@
-"""Waiting with a limit, in a process that may stand still itself."""
+"""Waiting with a limit, in a process that may itself be suspended."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 SLICE_S = 1.0
-"""How much of the limit a standstill costs at most."""
+"""The most that one standstill costs of the limit."""
 
 LAST_LOOK_S = 0.05
-"""Time for the event loop to read what its sockets hold, before the limit is called exceeded."""
+"""Time for the event loop to read its sockets before the limit counts as exceeded."""
 
 
 async def within(work: Awaitable[Result], timeout_s: float | None) -> Result:
-    """Await ``work`` for at most ``timeout_s`` in which this process could run; None is for ever.
+    """Await ``work`` for at most ``timeout_s`` in which this process could run. None is for ever.
 
-    A process that was stopped, suspended or starved has read nothing meanwhile, so its own
-    standstill must not count as the silence of others. The limit is waited for in slices. Each
-    counts once, however long it really took, and the event loop reads its sockets in between.
+    A process that was stopped, suspended or starved has read nothing meanwhile. Its own standstill
+    must not count as the silence of others. So the limit is split into slices. Each counts once,
+    however long it really took, and the event loop reads its sockets in between.
 
-    Raises asyncio.TimeoutError once the limit is exceeded; ``work`` is cancelled then.
+    Raises asyncio.TimeoutError once the limit is exceeded, and cancels ``work``.
     """
     task = asyncio.ensure_future(work)
     left_s = timeout_s
@@ -43,4 +43,4 @@ async def within(work: Awaitable[Result], timeout_s: float | None) -> Result:
             task.cancel()
             await asyncio.wait({task})
         if task.done() and not task.cancelled():
-            task.exception()  # Or asyncio would report one that comes with a cancellation.
+            task.exception()  # Otherwise asyncio reports an error that comes with a cancellation.

@@ -1,6 +1,6 @@
-"""What calibration found out about devices and links: the data that plans are made from.
+"""The measured figures of devices and links, from which plans are made.
 
-Agents fill these in, the coordinator only reads them. All times are seconds, all sizes bytes.
+Agents fill these in, and the coordinator only reads them. All times are seconds, all sizes bytes.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ TimingKind = Literal["embedding", "layer", "head"]
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """One device as it measured itself, and what its user lets it give.
+    """One device as it measured itself, with the limits that its user set.
 
-    ``memory_bytes`` is what a stage may take (weights as executed, KV cache, compute buffers): the
-    user's limit, or what was free at start less headroom. ``container_bits`` lists (bits, bits as
-    executed) pairs of the backend. ``call_s`` is what a call of a stage takes besides its blocks; 0
-    where measuring it takes files that others make, and comes with the first model measured.
-    ``watts`` is what the device draws while it computes, as declared. ``on_chip_bytes``: where an
-    accelerator keeps weights, how many (one byte each at 8 bits) cross no bus at a call; None where
-    weights are in ordinary memory. ``makes`` lists (backend, version of what makes them) of the
-    files that this device can make for others. ``arithmetic`` names the backend whose rounding of
-    layers the device's has, where that is measured apart from what the weights' bits lose.
-    ``conditions`` are those under which figures were measured, by name: memory, disk, call.
-    ``kernel_id`` is the same for all agents on one running machine, containers included; empty:
-    not known. ``wireless``: what it sends goes over the air, which others use as well.
+    memory_bytes: memory for a stage (weights as executed, KV cache, compute buffers). It is the
+        user's limit, or what was free at start less headroom.
+    container_bits: the backend's pairs of bits and bits as executed.
+    call_s: overhead of a stage's call besides its blocks. It is 0 if measuring it takes files that
+        others make; then the first measurement of a model brings it.
+    watts: declared power while the device computes.
+    on_chip_bytes: bytes of weights in an accelerator's own memory, which cross no bus at a call
+        (one byte a weight at 8 bits). None if weights are in ordinary memory.
+    makes: pairs of a backend and the version of its compiler, if this device can make its files.
+    arithmetic: the backend whose rounding of layers this device shares. It is set if that rounding
+        is measured apart from the loss by the weights' bits.
+    conditions: the conditions of the figures, by name: memory, disk, call.
+    kernel_id: the same for all agents on one running machine, containers included. Empty if
+        unknown.
+    wireless: whether it sends over the air, which others use too.
     """
 
     machine: str
@@ -53,7 +56,7 @@ class DeviceProfile:
     wireless: bool = False
 
     def container(self, bits: int) -> int | None:
-        """Width in memory of a block stored at ``bits``; None where the backend cannot run it."""
+        """Return the width in memory of a block stored at ``bits``, or None if it cannot run."""
         return dict(self.container_bits).get(bits)
 
 
@@ -61,10 +64,11 @@ class DeviceProfile:
 class BlockTiming:
     """Measured seconds of one block of a given shape at ``bits``.
 
-    ``variant`` is the index of the block's shape among the model's distinct layer shapes (0 for
-    embedding and head). ``decode_s`` is one row at short context, ``prefill_s_per_token`` one
-    token of a chunk (of a head, which sees a prompt's last row only: its share in a chunk's time).
-    ``conditions``: None where nobody wrote them down.
+    variant: index of the shape among the model's distinct layer shapes; 0 for embedding and head.
+    decode_s: one row at short context.
+    prefill_s_per_token: one token of a chunk. A head sees only a prompt's last row, so this is its
+        share in the time of a chunk.
+    conditions: None if they were not recorded.
     """
 
     kind: TimingKind
@@ -79,8 +83,9 @@ class BlockTiming:
 class LinkProfile:
     """The link from ``source`` to ``target``, measured through the relay's own sockets.
 
-    ``rtt_s`` is the median round trip of a small frame, ``rtt_p90_s`` its 90th percentile (0 where
-    that is not known). ``conditions`` are those at its source; None where it was seen in use.
+    rtt_s: median round trip of a small frame.
+    rtt_p90_s: its 90th percentile; 0 if unknown.
+    conditions: those at the source; None if the figures come from use.
     """
 
     source: str
@@ -91,5 +96,5 @@ class LinkProfile:
     conditions: Conditions | None = None
 
     def transfer_s(self, size_bytes: int) -> float:
-        """Predicted seconds until ``size_bytes`` have arrived: half a round trip plus the bytes."""
+        """Predict the seconds for ``size_bytes`` to arrive: half a round trip plus the bytes."""
         return self.rtt_s / 2 + size_bytes / self.bytes_per_s

@@ -1,4 +1,4 @@
-"""Log lines that strangers cause: bounded, however often they cause them."""
+"""Log lines that strangers cause. Their number is bounded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ PERIOD_S = 60.0
 
 
 class RareLog:
-    """Writes at most ``most`` warnings per cause and minute, and says later how many it left out.
+    """Writes at most ``most`` warnings per cause and minute, and counts the ones it left out.
 
-    ``cause`` comes from the program, never from a peer: what is kept is one entry per cause. Any
+    ``cause`` comes from the program, never from a peer, because each cause takes an entry. Any
     thread may call.
     """
 
@@ -21,10 +21,10 @@ class RareLog:
         self._most = most
         self._lock = threading.Lock()
         self._causes: dict[str, tuple[float, int]] = {}
-        """Cause -> when its minute began, and the lines asked for since."""
+        """Maps a cause to the start of its minute and the number of lines since."""
 
     def warning(self, cause: str, message: str, *arguments: object) -> None:
-        """As ``logging.Logger.warning``, unless this cause has used up its minute."""
+        """Warn as ``logging.Logger.warning`` does, unless this cause has used up its minute."""
         now_s = time.monotonic()
         with self._lock:
             began_s, asked = self._causes.get(cause, (float("-inf"), 0))

@@ -1,9 +1,9 @@
-"""What a service manager is told, by the protocol of sd_notify(3): ready, how it goes, alive.
+"""Reports to the service manager by the protocol of sd_notify(3), and asks where state is kept.
 
-Container engines have no such protocol: for them, SHOAL_ALIVE_FILE names a file to touch.
+Container engines have no such protocol. For them, SHOAL_ALIVE_FILE names a file to touch.
 
-``alive`` is for the loop whose progress proves that the process does its work; a thread that only
-pings would keep a hung process alive.
+Only the loop that does the work may call ``alive``. A thread of its own would keep a hung process
+alive.
 """
 
 from __future__ import annotations
@@ -18,16 +18,25 @@ from pathlib import Path
 from wire.hygiene import clean_text
 
 PINGS_PER_TIMEOUT = 4
-"""Watchdog messages in the time after which the manager would end us: some may come late."""
+"""Watchdog messages per timeout of the manager. Some may come late."""
 
 TOUCH_INTERVAL_S = 5.0
-"""Between two touches of the file, for whoever looks at its age."""
+"""The interval at which the file is touched, for a checker of its age."""
 
 MAX_STATUS_CHARACTERS = 200
 
 
+def default_state_dir(service: str) -> Path:
+    """Return where a service keeps its files: STATE_DIRECTORY under systemd, else XDG's place."""
+    given = os.environ.get("STATE_DIRECTORY")
+    if given:
+        return Path(given.split(":")[0])
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "shoal" / service
+
+
 class ServiceManager:
-    """Who started this process and wants to hear of it; without an address, nobody."""
+    """The manager that started this process. Without an address, there is none to tell."""
 
     def __init__(
         self,
@@ -36,7 +45,7 @@ class ServiceManager:
         alive_file: Path | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """address: a datagram socket, a path or ``@name``. watchdog_s: silence it bears."""
+        """``address`` is a datagram socket: a path or ``@name``. ``watchdog_s`` is its timeout."""
         self._address = address
         self._watchdog = watchdog_s is not None
         self._alive_file = alive_file
@@ -49,8 +58,7 @@ class ServiceManager:
 
     @classmethod
     def from_environment(cls, environment: MutableMapping[str, str] = os.environ) -> ServiceManager:
-        """The manager that the environment names. Takes the names out of it: children are not the
-        service."""
+        """Take the manager out of the environment, because child processes are not the service."""
         address = environment.pop("NOTIFY_SOCKET", None)
         name = environment.pop("SHOAL_ALIVE_FILE", "")
         alive_file = Path(name) if name else None
@@ -61,21 +69,21 @@ class ServiceManager:
         return cls(address, int(microseconds) * 1e-6, alive_file)
 
     def ready(self) -> None:
-        """It serves, or searches whom to serve."""
+        """Say that the process serves, or searches for a coordinator."""
         self._send("READY=1")
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``; sent when it differs from the last one."""
+        """Send one line for ``systemctl status`` if it differs from the last one."""
         line = clean_text(text[:MAX_STATUS_CHARACTERS])
         if line != self._status:
             self._status = line
             self._send(f"STATUS={line}")
 
     def alive(self) -> None:
-        """Reset the watchdog; cheap enough for every turn of a loop."""
+        """Reset the watchdog. Every turn of a loop may call this."""
         if self._interval_s is None:
             return
         now_s = self._clock_s()
@@ -91,7 +99,7 @@ class ServiceManager:
         if self._address is None:
             return
         path = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        # A manager that is gone, or busy, is no reason to stop serving.
+        # A manager that is gone or busy is no reason to stop serving.
         with (
             contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,

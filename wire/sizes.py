@@ -12,10 +12,10 @@ _PATTERN = re.compile(
 
 
 def parse_size(text: str) -> int:
-    """Bytes in ``text``: a number, then B, K, M, G or T, alone or as KB or KiB; any case.
+    """Parse a size: a number, then B, K, M, G or T, alone or as KB or KiB, in any case.
 
-    K and KiB are 1024 bytes, as the tools that show memory count; KB is 1000 bytes, as disks are
-    sold. Fractions of a byte are dropped. Raises ValueError with one line.
+    K and KiB are 1024 bytes, as in tools that show memory. KB is 1000 bytes, as disks are sold.
+    Fractions of a byte are dropped. Raises ValueError with one line.
     """
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """``size_bytes`` in the largest binary unit that fits it: ``1.5 GiB``, ``17 B``."""
+    """Write ``size_bytes`` in the largest binary unit that fits: ``1.5 GiB``, ``17 B``."""
     value, unit = float(size_bytes), ""
     for larger in _UNITS:
         if abs(value) < 1023.95:

@@ -1,7 +1,7 @@
-"""Streams of bytes between two machines: what wire.connection needs of them, and TCP.
+"""Streams of bytes between two machines: the interface that wire.connection needs, and TCP.
 
-Another transport (TLS, memory) is one subclass of Transport. Asyncio has its own seam: the
-StreamReader and StreamWriter that AsyncConnection gets may come from any transport.
+Another transport (TLS, memory) is one subclass of Transport. Asyncio needs none. AsyncConnection
+takes a StreamReader and a StreamWriter, which may come from any transport.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from wire import limits
 from wire.errors import ConnectFailed
 
 Buffer = bytes | bytearray | memoryview
-"""Raw bytes; a memoryview must be one of bytes."""
+"""Raw bytes. A memoryview must have items of one byte."""
 
 BACKLOG = 1024
-"""Connections that wait in the kernel to be accepted: beyond them, a caller tries again after a
-second."""
+"""Connections that wait in the kernel to be accepted. Later callers retry after a second."""
 
 
 class Transport(ABC):
     """One end of a stream. One thread may receive while another one sends.
 
-    All methods but ``close`` raise OSError when the stream is broken.
+    All methods but ``close`` raise OSError if the stream is broken.
     """
 
     peer: str
@@ -37,24 +36,26 @@ class Transport(ABC):
 
     @abstractmethod
     def send(self, head: Buffer, payload: Buffer = b"") -> None:
-        """Send both, one behind the other. TimeoutError where the peer takes nothing for
-        SEND_TIMEOUT_S."""
+        """Send both, one after the other.
+
+        Raises TimeoutError if the peer takes nothing for SEND_TIMEOUT_S.
+        """
 
     @abstractmethod
     def receive_into(self, view: memoryview, whole: bool) -> int:
-        """Receive at least one byte; returns how many, 0 at the end of the stream.
+        """Receive at least one byte, and return the number. 0 is the end of the stream.
 
-        ``whole``: the caller awaits all of ``view``, so that a transport may wait for it. Raises
-        TimeoutError or BlockingIOError after the receive timeout.
+        ``whole`` means that the caller awaits all of ``view``, so the transport may wait for it.
+        Raises TimeoutError or BlockingIOError after the receive timeout.
         """
 
     @abstractmethod
     def set_receive_timeout(self, seconds: float | None) -> None:
-        """How much silence ``receive_into`` bears; None is for ever."""
+        """Limit the silence that ``receive_into`` accepts. None is no limit."""
 
     @abstractmethod
     def finish_sending(self) -> None:
-        """Tell the peer that nothing more comes; receiving goes on."""
+        """Tell the peer that nothing more comes. Receiving goes on."""
 
     @abstractmethod
     def close(self) -> None:
@@ -94,7 +95,7 @@ class TcpTransport(Transport):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConnectFailed with what to do where the address is taken."""
+    """Return a listening socket. Raises ConnectFailed with advice if the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -110,21 +111,21 @@ def bind(host: str, port: int) -> socket.socket:
 def tune(sock: socket.socket, stall_s: float = limits.LIVENESS_S) -> None:
     """Send small frames at once, and notice a peer that vanished without closing.
 
-    A peer that reads nothing of what waits for it is dropped after ``stall_s``, too.
+    A peer that stops reading is dropped after ``stall_s``, too.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # Acknowledge at once to begin with, so that the sender's window opens before the first prompt.
+    # Acknowledging at once opens the sender's window before the first prompt.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    # Without it, unacknowledged data to a dead peer is retransmitted for a quarter of an hour.
+    # Otherwise TCP retransmits to a dead peer for a quarter of an hour.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_s * 1000))
 
 
 def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    """Set SO_SNDTIMEO or SO_RCVTIMEO: unlike ``settimeout`` they differ per direction."""
+    """Set SO_SNDTIMEO or SO_RCVTIMEO. Unlike ``settimeout``, they differ per direction."""
     whole = int(seconds)
     sock.setsockopt(
         socket.SOL_SOCKET, option, struct.pack("@ll", whole, int((seconds - whole) * 1e6))
@@ -141,7 +142,7 @@ def peer_name(sock: socket.socket) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An operating system error in words a user can use."""
+    """Describe an operating system error in words that a user can use."""
     if isinstance(error, (TimeoutError, asyncio.TimeoutError, BlockingIOError)):
         return "no answer in time"
     if isinstance(error, (socket.gaierror, UnicodeError)):

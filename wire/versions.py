@@ -1,9 +1,11 @@
-"""Which shoal runs where, and what to say where two machines speak different protocols.
+"""The shoal versions of two machines, and the advice if they speak different protocols.
 
-Three things stay as they are in every version from 3 on, so that both sides of a mismatch can be
-told: the prefix of a frame, JoinRefused (code 3, its first field is text; stamped with the version
-of the one who is refused), and how a stranger begins (AgentHello: id, name, shoal version;
-AuthChallenge: two fields, then the shoal version).
+Three things never change from version 3 on, so that both sides of a mismatch can be told:
+
+- the prefix of a frame
+- JoinRefused: code 3, whose first field is text. It carries the version of the refused peer.
+- the first message: AgentHello begins with id, name and shoal version. AuthChallenge has two fields
+  before the shoal version.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ from wire.hygiene import clean_text
 from wire.messages import CODES, PROTOCOL_VERSION, AgentHello, AuthChallenge
 
 OLDEST = 2
-"""The first protocol that was published. Peers that speak it close without a word."""
+"""The first published protocol. Its peers close a connection in silence."""
 
 _PROFILE_OF_2 = ["", "", 0, 0, "", "", [], 0, 0, 0, 0.0, 0.0, 0.0, None, None, [], ""]
 _HELLO_OF_2: list[object] = ["", "", "", [], _PROFILE_OF_2]
-"""AgentHello of protocol 2, with an empty id: it is refused, in protocol 2."""
+"""AgentHello of protocol 2 with an empty id. Such a peer refuses it, in protocol 2."""
 
 _MAX_TEXT = 48
 
 
 @lru_cache
 def shoal_version() -> str:
-    """The installed version, or "source" where the tree is run uninstalled."""
+    """Return the installed version, or "source" if the tree runs uninstalled."""
     try:
         return version("shoal-llm")
     except PackageNotFoundError:
@@ -38,13 +40,13 @@ def shoal_version() -> str:
 
 
 def full_version() -> str:
-    """What ``shoal --version`` prints."""
+    """Return the text that ``shoal --version`` prints."""
     return f"shoal {shoal_version()}, protocol {PROTOCOL_VERSION}"
 
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """What is known of a peer of another protocol; empty text where nothing is."""
+    """The known facts of a peer of another protocol. Empty text means unknown."""
 
     host: str
     protocol: int
@@ -53,7 +55,7 @@ class Stranger:
 
     @staticmethod
     def of(host: str, protocol: int, code: int, header: bytes) -> Stranger:
-        """Read what the first message of any version says; whatever is wrong counts as unknown."""
+        """Read the first message of any version. Anything malformed counts as unknown."""
         try:
             values = msgpack.unpackb(header, raw=False)
             if CODES.get(code) is AgentHello:
@@ -65,19 +67,19 @@ class Stranger:
         return Stranger(host, protocol)
 
     def story(self) -> str:
-        """One line for the user of this machine."""
+        """Return one line for the user of this machine."""
         where = f"{self.host} ({self.name})" if self.name else self.host
         cure = self._cure(where, "this machine")
         return f"{where} runs {self._runs()}, this machine runs {_runs_here()}: {cure}"
 
     def refusal(self) -> str:
-        """One line for the user of the other machine."""
+        """Return one line for the user of the other machine."""
         here = socket.gethostname()
         cure = self._cure("this machine", here)
         return f"{here} runs {_runs_here()}, this machine runs {self._runs()}: {cure}"
 
     def _cure(self, there: str, here: str) -> str:
-        """The older one is to be upgraded."""
+        """Advise to upgrade the older machine."""
         if self.shoal == shoal_version():
             older = there if self.protocol < PROTOCOL_VERSION else here
             return f"install the newer build of shoal {self.shoal} on {older}"
@@ -94,7 +96,7 @@ class Stranger:
 
 
 def hello_of_oldest() -> list[object]:
-    """The fields of a hello that a peer of protocol OLDEST answers with a refusal."""
+    """Return the fields of a hello that a peer of protocol OLDEST answers with a refusal."""
     return _HELLO_OF_2
 
 
@@ -103,5 +105,5 @@ def _runs_here() -> str:
 
 
 def _clean(text: object) -> str:
-    """What somebody unknown says of himself, safe for a terminal."""
+    """Make a stranger's text safe for a terminal."""
     return clean_text(text[:_MAX_TEXT]).strip() if isinstance(text, str) else ""

@@ -1,1 +1,1 @@
-"""What fewer bits do to what a model says, measured."""
+"""Measures how fewer bits change a model's predictions."""

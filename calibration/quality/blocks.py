@@ -40,7 +40,7 @@ from calibration.quality.students import (
 )
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
-from model.quantize import DEFAULT_GROUP_SIZE, Format, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Scheme
 
 SEQUENCE_TOKENS = 128
 MAX_TOKENS = 1024
@@ -112,7 +112,7 @@ def measure_quality(
     bits: Sequence[int],
     sequences: Sequences,
     *,
-    scheme: Scheme = "rtn",
+    scheme: Scheme = DEFAULT_SCHEME,
     group_size: int = DEFAULT_GROUP_SIZE,
     backend: Backend | None = None,
     threads: int = 1,
@@ -126,19 +126,20 @@ def measure_quality(
     sequences: token ids, each sequence at most the model's context.
     backend: runs decoder layers; None for the reference, which always runs embedding and head.
     plain: runs layers at widths that ``backend`` lacks, often the original's; None: the reference.
-    store: results that it holds are not measured again. Each new one is stored at once, so that
-    an interrupted run goes on where it stopped.
-    progress: is called with (done, all) passes.
+    store: its results are not measured again. Each new one is stored at once, so that an
+        interrupted run continues where it stopped.
+    progress: called with (done, all) passes.
     directory: holds hidden states and blocks meanwhile.
-    Raises ValueError for unusable sequences, CheckpointError for unreadable or absurd weights and
-    a full disk, BackendError where the backend fails.
+
+    Raises ValueError for unusable sequences, CheckpointError for unreadable or absurd weights and a
+    full disk, BackendError if the backend fails.
     """
     check_text(checkpoint.spec, sequences)
     formats = {width: Format.of(width, scheme, group_size) for width in sorted(set(bits))}
     blocks = range(checkpoint.spec.block_count)
     key = text_key(checkpoint, sequences)
     if backend is not None:
-        # One that rounds activations makes a block more sensitive than its weights alone do.
+        # Rounded activations make a block more sensitive than its weights alone do.
         key["backend"] = backend.probe().backend
     found: dict[tuple[int, int], tuple[float, ...]] = {}
     for block in blocks:
@@ -182,7 +183,7 @@ def measure_blocks(
         return
     with students_of(source, sequences, options, directory) as students:
         head = source.spec.head_block
-        # A block, those behind it, and the head.
+        # The block, the blocks behind it, and the head.
         students.expect(head + sum(1 + head - block for block in wanted))
         final = students.teach(wanted)
         for block, formats in wanted.items():
@@ -199,8 +200,8 @@ def measure_plans(
 ) -> Generator[float, None, None]:
     """Yield the mean KL(original || plan) in nats of each plan, given as one format per block.
 
-    The format None leaves a block as it is. All else is as in ``measure_blocks``. Raises
-    ValueError where the number of formats is not the number of blocks.
+    The format None leaves a block as it is. All else is as in ``measure_blocks``. Raises ValueError
+    if the number of formats is not the number of blocks.
     """
     check_text(source.spec, sequences)
     count = source.spec.block_count
@@ -223,15 +224,14 @@ def measure_plan_kl(
     *,
     backend: Backend | None = None,
     threads: int = 1,
-    progress: Progress | None = None,
     directory: Path | None = None,
 ) -> float:
-    """As ``measure_plans`` for one plan."""
+    """Measure one plan as ``measure_plans`` does."""
     (kl,) = measure_plans(
         checkpoint,
         [formats],
         sequences,
-        Options(backend, threads, progress),
+        Options(backend, threads, None),
         directory,
     )
     return kl
@@ -243,7 +243,7 @@ def check_plans(
     plans: Sequence[Sequence[int]],
     sequences: Sequences,
     *,
-    scheme: Scheme = "rtn",
+    scheme: Scheme = DEFAULT_SCHEME,
     group_size: int = DEFAULT_GROUP_SIZE,
     backend: Backend | None = None,
     threads: int = 1,
@@ -270,11 +270,9 @@ def check_plans(
     ]
 
 
-def random_plans(
-    block_count: int, bits: Sequence[int], count: int, seed: int = 0
-) -> list[tuple[int, ...]]:
-    """Mixed plans, each of which draws the blocks' widths from some of ``bits``."""
-    random = np.random.default_rng(seed)
+def random_plans(block_count: int, bits: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """The same mixed plans every time. Each draws the blocks' widths from some of ``bits``."""
+    random = np.random.default_rng(0)
     widths = sorted(set(bits))
     plans = []
     for _ in range(count):

@@ -1,8 +1,8 @@
-"""Measures how much rounding the hidden state between two blocks changes the predictions.
+"""Measures how rounding the hidden state between two blocks changes the predictions.
 
 Hidden rows between blocks on different devices cross a link at 16 or 8 bits a value
-(wire.activations). A student is the original model with the rows of one boundary rounded so. All
-else is as in calibration.quality.blocks, at the same cost.
+(wire.activations). A student is the original model with the rows of one boundary rounded in this
+way. All else is as in calibration.quality.blocks, at the same cost.
 """
 
 from __future__ import annotations

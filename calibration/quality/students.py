@@ -29,7 +29,7 @@ from model.reference import ReferenceModel
 from model.spec import ModelSpec
 
 _LOGITS = 1 << 23
-"""Logits of one student that are in memory at once; several copies of them exist."""
+"""The logits of one student that are in memory at once. Several copies of them exist."""
 
 _MAX_EXPONENT = 20.0
 """Up to this difference d of logits, e^d is computed in fp32."""
@@ -54,20 +54,19 @@ class BlockSource(Protocol):
     def spec(self) -> ModelSpec: ...
 
     def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
-        """Canonical tensors of one block as float32."""
+        """Return the canonical tensors of one block as float32."""
 
     def lossless_format(self, block: int) -> Format:
-        """The narrowest format that keeps the weights of a block as they are."""
+        """Return the narrowest format that keeps the weights of a block as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run teacher and students.
+    """The settings of teacher and students.
 
-    ``backend`` runs layers; None: the reference.
-    ``plain`` runs layers at widths that ``backend`` lacks; None: the reference.
-    ``kept_bytes`` bounds the fp32 blocks that are kept between passes; None: a share of what is
-    free.
+    backend: runs layers; None: the reference.
+    plain: runs layers at widths that ``backend`` lacks; None: the reference.
+    kept_bytes: bounds the fp32 blocks that are kept between passes; None: a share of free memory.
     """
 
     backend: Backend | None
@@ -89,14 +88,14 @@ def divergences(expected: Rows, got: Rows) -> npt.NDArray[np.float64]:
     total = chances.sum(axis=1, dtype=np.float64)
     difference = got - expected
     difference -= (np.einsum("ij,ij->i", chances, difference) / total)[:, None]
-    rest = np.einsum("ij,ij->i", chances, difference) / total  # The mean is not quite 0: rounding.
+    rest = np.einsum("ij,ij->i", chances, difference) / total  # The mean is not quite 0.
     curved = np.minimum(difference, _MAX_EXPONENT)
     np.expm1(curved, out=curved)
     curved -= difference
     result: npt.NDArray[np.float64] = np.einsum("ij,ij->i", chances, curved) / total
     result = np.log1p(result + rest) - rest
     for row in np.flatnonzero(difference.max(axis=1) > _MAX_EXPONENT):
-        # These rows are far from each other: fp64 is needed, and exact enough.
+        # These rows are far apart, so fp64 is needed, and exact enough.
         wide = difference[row].astype(np.float64)
         weighted = np.log(chances[row], where=chances[row] > 0, out=np.full(len(wide), -np.inf))
         result[row] = np.logaddexp.reduce(weighted + wide) - np.log(total[row]) - rest[row]
@@ -205,7 +204,7 @@ class Students:
                 errors[fmt.bits] = error
                 results[fmt.bits] = (0.0, error)
                 if error == 0:
-                    continue  # The same weights say the same.
+                    continue  # Equal weights give equal predictions.
                 if block == head:
                     (kl,) = self._head_kls(final, [(run, rows)])
                     results[fmt.bits] = (kl, error)
@@ -253,7 +252,7 @@ class Students:
         return kl
 
     def _head_kls(self, final: Rows, students: Sequence[tuple[Run | None, Rows]]) -> list[float]:
-        """Return each student's mean KL; a student is (its head or None: the teacher's, input)."""
+        """Return the mean KL of each student: (its head, or None for the teacher's, its input)."""
         sums = [0.0] * len(students)
         count = max(1, _LOGITS // self.spec.vocab)
         with self._original(self.spec.head_block) as teacher:
@@ -276,7 +275,7 @@ class Students:
 
     @contextmanager
     def _original(self, block: int) -> Iterator[Run]:
-        """Load one block of the teacher; it is kept while there is memory."""
+        """Load one block of the teacher, and keep it while there is memory."""
         if block in self._kept:
             yield self._kept[block]
             return
@@ -295,7 +294,7 @@ class Students:
     def _quantized(
         self, block: int, tensors: Mapping[str, npt.NDArray[np.float32]], fmt: Format
     ) -> Iterator[tuple[Run, float]]:
-        """Load a block in a format; gives it and max|w - w_b| over its matrices."""
+        """Load a block in a format, and yield it with max|w - w_b| over its matrices."""
         with self._loaded(block, tensors, fmt) as (run, stored):
             worst = 0.0
             for name, matrix in stored.items():
@@ -332,7 +331,7 @@ class Students:
             path.unlink(missing_ok=True)
 
     def _sequences(self, run: Run, rows: Rows) -> Rows:
-        """Run all sequences through one block; ``rows`` holds one behind the other."""
+        """Run all sequences through one block. ``rows`` holds them one after the other."""
         return np.concatenate([run(rows[begin:end]) for begin, end in self._bounds])
 
     def _input(self, block: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from cli import argument_types
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen, titled_table
+from cli.shared_arguments import add_group_size_argument, add_threads_argument
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -55,20 +55,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="4,8",
         help="Bits per weight, with one run for each width. Default: %(default)s.",
     )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=(32, 64, 128),
-        default=64,
-        help="Weights that share one scale. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--threads",
-        type=argument_types.count,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="Threads that compute. Default: one for each core, here %(default)s.",
-    )
+    add_group_size_argument(parser)
+    add_threads_argument(parser)
     parser.add_argument(
         "--context",
         type=_numbers,

@@ -17,6 +17,7 @@ from cli.render import Screen
 from cli.service import daemons
 from cli.service.install import CONFIG, STATE
 from cli.service.settings import read_settings
+from wire.service import default_state_dir
 
 if TYPE_CHECKING:
     from calibration.store import CalibrationStore
@@ -46,8 +47,6 @@ def target_of(state_dir: Path | None, root: Path = Path("/")) -> Target:
     root: / or a test's directory in its place.
     Raises UsageError for wrong settings.
     """
-    from agent.config import default_state_dir
-
     parser = argparse.ArgumentParser(prog="shoal agent")
     daemons.add_agent_arguments(parser)
     defaults = parser.get_default
@@ -55,7 +54,7 @@ def target_of(state_dir: Path | None, root: Path = Path("/")) -> Target:
     config = root / CONFIG.relative_to("/") / "agent.toml"
     settings: Mapping[str, Any] = {}
     unreachable: Path | None = None
-    chosen = state_dir or default_state_dir()
+    chosen = state_dir or default_state_dir("agent")
     if state_dir is None and service.is_dir():
         if os.access(service, os.W_OK | os.X_OK):
             chosen = service

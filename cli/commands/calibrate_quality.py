@@ -90,17 +90,7 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
         "fingerprint": checkpoint.fingerprint,
         "tokens": sum(map(len, sequences)),
         **form,
-        "blocks": [
-            asdict(quality)
-            | {
-                "name": spec.block_name(quality.block),
-                "normalized_weight_error": quality.normalized_weight_error,
-            }
-            | ({"arithmetic": arithmetic} if arithmetic else {})
-            for arithmetic, some in (("", qualities), (capabilities.arithmetic, own))
-            for quality in some
-            if not arithmetic or spec.block_kind(quality.block) == "layer"
-        ],
+        "blocks": _described(spec, qualities) + _described(spec, own, capabilities.arithmetic),
         "hops": [
             {"after": spec.block_name(hop.boundary), "bits": hop.bits, "kl": hop.kl} for hop in hops
         ],
@@ -108,6 +98,23 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
         "plans": [asdict(check) for check in checks],
     }
     _show_quality(options, screen, answer, qualities, checks)
+
+
+def _described(
+    spec: ModelSpec, found: Sequence[BlockSensitivity], arithmetic: str = ""
+) -> list[dict[str, Any]]:
+    """Describe sensitivities for JSON. Of an ``arithmetic`` with its own losses, only layers."""
+    mark = {"arithmetic": arithmetic} if arithmetic else {}
+    return [
+        asdict(quality)
+        | {
+            "name": spec.block_name(quality.block),
+            "normalized_weight_error": quality.normalized_weight_error,
+        }
+        | mark
+        for quality in found
+        if not arithmetic or spec.block_kind(quality.block) == "layer"
+    ]
 
 
 def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:

@@ -28,13 +28,14 @@ from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import PHASES, Screen
 from cli.service.signals import held_signals
-from coordinator.files.artifacts import ArtifactStore
+from cli.shared_arguments import core_count
 from coordinator.serving.gateway import room_for_answer
 from model import costs
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
 from model.quantize import Format
 from model.tokenizer import Tokenizer
+from model.weight_errors import weight_errors
 from planning.errors import RequestInvalid
 from planning.request import DEFAULT_BITS, DEFAULT_CONTEXT_TOKENS, LoadRequest
 from wire import limits
@@ -135,9 +136,7 @@ class Demo:
                 screen,
                 loaded["model"],
                 prompt,
-                max_tokens=options.max_tokens,
-                temperature=options.temperature,
-                seed=options.seed,
+                {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")},
             )
             result |= self._speed(client, result["prompt_tokens"])
         if screen.json_output:
@@ -246,13 +245,12 @@ class Demo:
         bound = options.max_weight_error
         errors: Sequence[dict[int, float]] = [{}] * spec.block_count
         if bound is not None:
-            store = ArtifactStore(self._directory / "coordinator")
-            store.prepare()
             with self._screen.progress() as on_step:
                 try:
-                    errors = store.weight_errors(
+                    errors = weight_errors(
                         checkpoint,
                         formats,
+                        self._directory / "coordinator",
                         lambda done, total: on_step(
                             {
                                 "phase": "weight errors",
@@ -262,7 +260,6 @@ class Demo:
                                 "unit": "blocks",
                             }
                         ),
-                        lambda: False,
                     )
                 except (ModelError, OSError) as error:
                     raise CommandFailed(str(error)) from error
@@ -332,7 +329,7 @@ class Demo:
         return ready
 
     def _start_agents(self, cluster: str, memory: Sequence[int], port: int | None) -> None:
-        threads = max(1, len(os.sched_getaffinity(0)) // len(memory))
+        threads = max(1, core_count() // len(memory))
         for number, limit in enumerate(memory, 1):
             name = f"device-{number}"
             where = [] if port is None else [f"--coordinator=127.0.0.1:{port}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from model.quantize import DEFAULT_GROUP_SIZE
+from cli.shared_arguments import add_group_size_argument, add_scheme_argument
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -64,18 +65,8 @@ def add_edgetpu_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="Where the files go. Default: ~/.cache/shoal/edgetpu, where agents look.",
     )
-    parser.add_argument(
-        "--scheme",
-        choices=("rtn", "truncate"),
-        default="rtn",
-        help="The quantization scheme, as for `shoal load`. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=(32, 64, 128),
-        help=f"Weights that share one scale. Default: {DEFAULT_GROUP_SIZE}.",
-    )
+    add_scheme_argument(parser)
+    add_group_size_argument(parser)
 
 
 def run_edgetpu(options: argparse.Namespace, screen: Screen) -> None:
@@ -109,9 +100,7 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
         )
     directory = options.out or default_directory()
     checkpoint = Checkpoint.open(options.model)
-    spec, fmt = checkpoint.spec, Format.of(BITS, options.scheme)
-    if options.group_size is not None:
-        fmt = Format.of(BITS, options.scheme, options.group_size)
+    spec, fmt = checkpoint.spec, Format.of(BITS, options.scheme, options.group_size)
     for first, end in options.layers:
         if end > len(spec.layers):
             raise UsageError(f"--layers {first}:{end}: the model has {len(spec.layers)} layers")
@@ -134,11 +123,17 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
             pass
         found += [(what, compiled) for what, compiled in backend.compiled.items()]
         found += compile_check(compiler, directory)
-    if options.json:
+    _show_compiled(screen, compiler.version, directory, found)
+
+
+def _show_compiled(
+    screen: Screen, version: str, directory: Path, found: Sequence[tuple[str, Compiled]]
+) -> None:
+    if screen.json_output:
         screen.json(
             {
                 "directory": str(directory),
-                "compiler": compiler.version,
+                "compiler": version,
                 "stages": [
                     {
                         "stage": what,
@@ -150,7 +145,7 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
             }
         )
         return
-    table = Table(title=f"compiled by {compiler.version} into {escape(str(directory))}")
+    table = Table(title=f"compiled by {version} into {escape(str(directory))}")
     for column in ("stage", "files", "off chip"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for what, compiled in found:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
-from model.quantize import DEFAULT_GROUP_SIZE
+from cli.shared_arguments import add_group_size_argument, add_scheme_argument
 from planning.request import (
     DEFAULT_CONTEXT_TOKENS,
     DEFAULT_MAX_WEIGHT_ERROR,
@@ -173,20 +173,8 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
         help="The largest weight error max|w - w_b| / 2^bits of a block, or none for no bound. "
         "Default: %(default)g.",
     )
-    parser.add_argument(
-        "--scheme",
-        choices=("rtn", "truncate"),
-        default="rtn",
-        help="How weights are quantized: rounded to nearest, or truncated as in the DILEMMA paper. "
-        "Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=(32, 64, 128),
-        default=DEFAULT_GROUP_SIZE,
-        help="Weights that share one scale, with --scheme rtn. Default: %(default)s.",
-    )
+    add_scheme_argument(parser)
+    add_group_size_argument(parser)
     parser.add_argument(
         "--context",
         type=argument_types.count,

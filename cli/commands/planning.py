@@ -288,9 +288,9 @@ def _weight_errors(
     options: argparse.Namespace, model: Path, formats: Mapping[int, Format], screen: Screen
 ) -> tuple[Sequence[Mapping[int, float]] | None, float | None]:
     """The weight errors of each block and their bound, or None without weights to measure."""
-    from coordinator.config import default_state_dir
-    from coordinator.files.artifacts import ArtifactStore
     from model.checkpoint import Checkpoint
+    from model.weight_errors import weight_errors
+    from wire.service import default_state_dir
 
     if options.max_weight_error is None:
         return None, None
@@ -300,14 +300,12 @@ def _weight_errors(
             f" {options.max_weight_error:g} is not applied"
         )
         return None, None
-    store = ArtifactStore(default_state_dir())
-    store.prepare()
     with screen.progress() as on_step:
-        errors = store.weight_errors(
+        errors = weight_errors(
             Checkpoint.open(model),
             formats.values(),
+            default_state_dir("coordinator"),
             lambda done, total: on_step(_step("weight errors", "", done, total)),
-            lambda: False,
         )
     return errors, options.max_weight_error
 

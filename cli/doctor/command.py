@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.config import default_state_dir
 from cli.argument_types import CONTROL_PORT, control_endpoint
 from cli.doctor import checks, coordinator, network
 from cli.doctor.checks import Check, Machine
@@ -20,6 +19,7 @@ from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.service.settings import parse_toml
 from wire.messages import Endpoint
+from wire.service import default_state_dir
 
 ABOUT = (
     "It checks memory, disk, libraries, accelerators and network. Each finding that is not ok says "
@@ -182,7 +182,7 @@ def _machine(options: argparse.Namespace, role: str) -> Machine:
     state_dir = options.state_dir
     if state_dir is None:
         service = root / SERVICE_STATE.relative_to("/") / role
-        state_dir = service if service.is_dir() else default_state_dir().with_name(role)
+        state_dir = service if service.is_dir() else default_state_dir(role)
     return Machine(
         root=root,
         state_dir=state_dir,

@@ -17,10 +17,11 @@ from cli.argument_types import CONTROL_PORT, HTTP_PORT
 from cli.errors import CommandFailed, Unavailable, UsageError
 from cli.render import Screen
 from cli.service.install import add_service_actions
+from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
 from coordinator.config import DEFAULT_RECOVERY_WAIT_S
 from wire.errors import WireError
 from wire.messages import Endpoint
-from wire.service import ServiceManager
+from wire.service import ServiceManager, default_state_dir
 
 MOST_DESCRIPTORS = 65_536
 """More than all admitted connections and all files."""
@@ -135,32 +136,15 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Where the coordinator is. The port is {CONTROL_PORT} unless given. "
         "Default: a search by mDNS.",
     )
-    parser.add_argument(
-        "--memory",
-        type=argument_types.size,
-        metavar="SIZE",
-        help="The most memory for weights, KV cache and buffers, such as 3G. Default: what is "
-        "free, less some headroom.",
-    )
+    add_memory_argument(parser)
     parser.add_argument(
         "--storage",
         type=argument_types.size,
         metavar="SIZE",
         help="The most disk space for blocks and prepared weights. Default: what is free.",
     )
-    parser.add_argument(
-        "--threads",
-        type=argument_types.count,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="Threads that compute. Default: one for each core, here %(default)s.",
-    )
-    parser.add_argument(
-        "--watts",
-        type=argument_types.watts,
-        metavar="W",
-        help="What this device draws while it computes, in watts. The objective energy needs it.",
-    )
+    add_threads_argument(parser)
+    add_watts_argument(parser, "The objective energy needs it.")
     parser.add_argument(
         "--backend",
         default="onnx_cpu",
@@ -214,7 +198,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.making import LocalMakers
-    from coordinator.config import ConfigError, CoordinatorConfig, default_state_dir
+    from coordinator.config import ConfigError, CoordinatorConfig
     from coordinator.server import Coordinator, Ready
     from wire.auth import TokenError, create_token, read_token
 
@@ -240,7 +224,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         coordinator = Coordinator(
             CoordinatorConfig(
                 cluster=options.cluster,
-                state_dir=options.state_dir or default_state_dir(),
+                state_dir=options.state_dir or default_state_dir("coordinator"),
                 control_host=options.bind,
                 control_port=options.port,
                 http_host=options.http.host,
@@ -263,29 +247,12 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     from backends.base import BackendError, BackendUnavailable
-    from backends.registry import probe_all
 
     if options.list_backends:
-        found = probe_all()
-        if options.json:
-            screen.json(
-                {
-                    name: {"available": False, "reason": result.reason}
-                    if isinstance(result, BackendUnavailable)
-                    else {"available": True, "version": result.version}
-                    for name, result in found.items()
-                }
-            )
-            return
-        for name, result in found.items():
-            if isinstance(result, BackendUnavailable):
-                state = result.reason
-            else:
-                state = f"available ({result.version})"
-            screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
+        _list_backends(screen)
         return
 
-    from agent.config import AgentConfig, ConfigError, default_name, default_state_dir
+    from agent.config import AgentConfig, ConfigError, default_name
     from agent.daemon import Agent
     from wire.auth import TokenError, read_token
 
@@ -295,7 +262,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
         agent = Agent(
             AgentConfig(
                 name=options.name or default_name(socket.gethostname()),
-                state_dir=options.state_dir or default_state_dir(),
+                state_dir=options.state_dir or default_state_dir("agent"),
                 cluster=options.cluster,
                 coordinator=options.coordinator,
                 bind_host=options.bind,
@@ -323,6 +290,29 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
         agent.run()
     finally:
         agent.stop()
+
+
+def _list_backends(screen: Screen) -> None:
+    from backends.base import BackendUnavailable
+    from backends.registry import probe_all
+
+    found = probe_all()
+    if screen.json_output:
+        screen.json(
+            {
+                name: {"available": False, "reason": result.reason}
+                if isinstance(result, BackendUnavailable)
+                else {"available": True, "version": result.version}
+                for name, result in found.items()
+            }
+        )
+        return
+    for name, result in found.items():
+        if isinstance(result, BackendUnavailable):
+            state = result.reason
+        else:
+            state = f"available ({result.version})"
+        screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
 
 
 def _add_token(parser: argparse.ArgumentParser) -> None:

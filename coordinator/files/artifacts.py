@@ -1,7 +1,7 @@
 """Makes quantized blocks once per checkpoint, block and format, and keeps them on disk.
 
 In the state directory, ``artifacts/<sha256>`` are the files that agents fetch. The index
-``checkpoints/<fingerprint>.json`` has the hash of each block and format, and the weight errors.
+``checkpoints/<fingerprint>.json`` has the hash of each block and format.
 Losing an artifact or the index costs time, never correctness.
 """
 
@@ -19,13 +19,14 @@ from typing import Any
 
 from coordinator.errors import MakingFailed, StorageFull
 from model.artifact import SHA256, file_sha256, write_artifact
+from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
-from model.durable import replace_text
+from model.durable import remove, replace_text
 from model.errors import CheckpointError
 from model.partial import PartialFile
-from model.quantize import Format, weight_error
-from model.spec import QUANTIZED_TENSORS
+from model.quantize import Format
+from model.weight_errors import weight_errors
 from wire.messages import BlockRef
 from wire.sizes import format_size
 
@@ -54,6 +55,7 @@ class ArtifactStore:
 
     def __init__(self, state_dir: Path, limit_bytes: int | None = None) -> None:
         """Use ``state_dir`` for up to ``limit_bytes``. None leaves FREE_SHARE of the disk free."""
+        self._state_dir = state_dir
         self._artifacts = state_dir / "artifacts"
         self._indices = state_dir / "checkpoints"
         self._limit_bytes = limit_bytes
@@ -101,14 +103,14 @@ class ArtifactStore:
         for done, (block, fmt) in enumerate(wanted):
             if cancelled():
                 raise Cancelled
-            key = f"{block}/{_key(fmt)}"
+            key = f"{block}/{fmt.key}"
             entry = index["artifacts"].get(key)
             if entry is None or not self._has(*entry):
                 entry = self._make(checkpoint, block, fmt)
                 index["artifacts"][key] = entry
                 self._save(checkpoint, index)
             self._sources[entry[0]] = (checkpoint, block, fmt)
-            refs.append(BlockRef(block, entry[0], entry[1]))
+            refs.append(BlockRef(entry[0], entry[1], block))
             self._in_use.add(entry[0])
             on_step(done + 1, len(wanted))
         return tuple(refs)
@@ -230,7 +232,7 @@ class ArtifactStore:
             (block, fmt.bits): index[key][0]
             for fmt in formats
             for block in range(checkpoint.spec.block_count)
-            if (key := f"{block}/{_key(fmt)}") in index
+            if (key := f"{block}/{fmt.key}") in index
         }
 
     def weight_errors(
@@ -240,57 +242,26 @@ class ArtifactStore:
         on_step: OnStep,
         cancelled: Callable[[], bool],
     ) -> tuple[dict[int, float], ...]:
-        """The largest |w - w_b| / 2^b over each block's matrices, as a mapping from bits.
+        """Call ``model.weight_errors``, which keeps its results here. Raises Cancelled, too."""
 
-        Source: DILEMMA, constraint (2g) and "Environment Setup".
-        Raises model.errors.ModelError, OSError, Cancelled.
-        """
-        formats = tuple(formats)
-        index = self._load(checkpoint)
-        errors: list[dict[int, float]] = []
-        count = checkpoint.spec.block_count
-        for block in range(count):
+        def step(done: int, total: int) -> None:
             if cancelled():
                 raise Cancelled
-            known = index["errors"].setdefault(str(block), {})
-            missing = [fmt for fmt in formats if _key(fmt) not in known]
-            if missing:
-                tensors = checkpoint.block(block)
-                for fmt in missing:
-                    known[_key(fmt)] = max(
-                        weight_error(tensor, fmt, normalized=True)
-                        for name, tensor in tensors.items()
-                        if name in QUANTIZED_TENSORS
-                    )
-                self._save(checkpoint, index)
-            errors.append({fmt.bits: known[_key(fmt)] for fmt in formats})
-            on_step(block + 1, count)
-        return tuple(errors)
+            on_step(done, total)
+
+        return weight_errors(checkpoint, formats, self._state_dir, step)
 
     def _load(self, checkpoint: Checkpoint) -> dict[str, Any]:
         path = self._index_path(checkpoint)
         with contextlib.suppress(OSError, ValueError):
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = read_json(path)
             if isinstance(index, dict) and index.get("version") == INDEX_VERSION:
                 return index
             log.warning("%s is of another version and is made again", path)
-        return {"version": INDEX_VERSION, "artifacts": {}, "errors": {}}
+        return {"version": INDEX_VERSION, "artifacts": {}}
 
     def _save(self, checkpoint: Checkpoint, index: dict[str, Any]) -> None:
         replace_text(self._index_path(checkpoint), json.dumps(index))
 
     def _index_path(self, checkpoint: Checkpoint) -> Path:
         return self._indices / f"{checkpoint.fingerprint}.json"
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _key(fmt: Format) -> str:
-    kind = "sym" if fmt.symmetric else "asym"
-    return f"{fmt.bits}/{fmt.scheme}/{fmt.group_size}/{kind}"

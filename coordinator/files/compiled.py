@@ -24,6 +24,7 @@ from coordinator.errors import AgentFailed, CoordinatorError, MakingFailed
 from coordinator.files.artifacts import ArtifactStore, Cancelled
 from coordinator.roster.measurements import in_thread
 from coordinator.roster.members import Member, Roster
+from model.bounded import read_json
 from model.errors import ModelError
 from model.spec import ModelSpec
 from wire import limits
@@ -31,9 +32,9 @@ from wire.connection import AsyncConnection
 from wire.errors import ProtocolError
 from wire.messages import (
     BlockChunk,
-    BlockRef,
     Done,
     FetchBlock,
+    FileRef,
     FilesMade,
     Heartbeat,
     MakeFiles,
@@ -129,13 +130,13 @@ class Workshop:
 
     async def _made(
         self, member: Member, request: MakeFiles, connection: AsyncConnection
-    ) -> tuple[BlockRef, ...]:
+    ) -> tuple[FileRef, ...]:
         """The files, all in the store. None are returned if no machine can make them."""
         spec = ModelSpec.from_dict(request.spec)
         if not 0 < len(request.blocks) <= spec.block_count:
             raise MakingFailed("the model has no such blocks")
         async with self._lock:
-            makers: list[tuple[str, Callable[[], Awaitable[tuple[BlockRef, ...]]]]] = []
+            makers: list[tuple[str, Callable[[], Awaitable[tuple[FileRef, ...]]]]] = []
             here = self._here
             if here is not None:
                 version = await asyncio.to_thread(here.version, request.backend)
@@ -160,7 +161,7 @@ class Workshop:
 
     async def _make_here(
         self, here: Makers, spec: ModelSpec, request: MakeFiles
-    ) -> tuple[BlockRef, ...]:
+    ) -> tuple[FileRef, ...]:
         paths = [self._store.path(ref.sha256) for ref in request.blocks]
         artifacts = [
             (ref.block, path) for ref, path in zip(request.blocks, paths, strict=True) if path
@@ -170,7 +171,7 @@ class Workshop:
 
         def work(
             on_step: Callable[[int, int], None], cancelled: Callable[[], bool]
-        ) -> tuple[BlockRef, ...]:
+        ) -> tuple[FileRef, ...]:
             def tick() -> None:
                 if cancelled():
                     raise Cancelled
@@ -178,16 +179,15 @@ class Workshop:
             self._index.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._index, prefix=".making-") as name:
                 made = here.make(request.backend, spec, artifacts, Path(name), tick)
-                files: list[BlockRef] = []
+                files: list[FileRef] = []
                 for path in made:
-                    kept = self._store.adopt(path, {ref.sha256 for ref in files})
-                    files.append(BlockRef(len(files), *kept))
+                    files.append(FileRef(*self._store.adopt(path, {ref.sha256 for ref in files})))
                 return tuple(files)
 
         log.info("making files for %s, beside %d blocks", request.backend, len(artifacts))
         return await in_thread("files", work, lambda step: None)
 
-    async def _make_on(self, maker: Member, request: MakeFiles) -> tuple[BlockRef, ...]:
+    async def _make_on(self, maker: Member, request: MakeFiles) -> tuple[FileRef, ...]:
         sent_bytes = sum(ref.size_bytes for ref in request.blocks)
         self._expected[maker.device] = (
             MAX_FILES_PER_BLOCK * len(request.blocks),
@@ -209,27 +209,24 @@ class Workshop:
 
     # ---- what is kept ---------------------------------------------------------------------------
 
-    def _known(self, key: str) -> tuple[BlockRef, ...] | None:
+    def _known(self, key: str) -> tuple[FileRef, ...] | None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            entries = json.loads((self._index / key).read_text(encoding="utf-8"))
-            files = tuple(
-                BlockRef(number, sha256, size_bytes)
-                for number, (sha256, size_bytes) in enumerate(entries)
-            )
+            entries = read_json(self._index / key)
+            files = tuple(FileRef(sha256, size_bytes) for sha256, size_bytes in entries)
             if files and self._has_all(files):
                 return files
         return None
 
-    def _remember(self, key: str, files: Sequence[BlockRef]) -> None:
+    def _remember(self, key: str, files: Sequence[FileRef]) -> None:
         content = json.dumps([[ref.sha256, ref.size_bytes] for ref in files])
         self._index.mkdir(parents=True, exist_ok=True)
         # If a crash cuts it short, it is no JSON, and the files are made again.
         (self._index / key).write_text(content, encoding="utf-8")
 
-    def _has_all(self, refs: Sequence[BlockRef]) -> bool:
+    def _has_all(self, refs: Sequence[FileRef]) -> bool:
         return all(map(self._has, refs))
 
-    def _has(self, ref: BlockRef) -> bool:
+    def _has(self, ref: FileRef) -> bool:
         """Whether an undamaged file is here. Hashing it costs less than work on a damaged one."""
         if not self._store.is_whole(ref.sha256):
             return False
@@ -240,7 +237,7 @@ class Workshop:
         return True
 
     async def _fetch(
-        self, ref: BlockRef, connection: AsyncConnection, beside: Sequence[BlockRef]
+        self, ref: FileRef, connection: AsyncConnection, beside: Sequence[FileRef]
     ) -> None:
         """Fetch a file from the agent at the other end, unless the store has it.
 

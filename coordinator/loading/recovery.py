@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from coordinator.errors import CoordinatorError
 from coordinator.roster.members import Roster
+from model.bounded import read_json
 from model.durable import replace_text
 from model.errors import ModelError
 from planning.errors import RequestInvalid
@@ -100,7 +101,7 @@ class LoadedFile:
         Devices are ids, or names if the file is of an older version.
         """
         try:
-            kept = json.loads(self._path.read_bytes())
+            kept = read_json(self._path)
             ids = {str(name): str(device) for name, device in kept.get("ids", {}).items()}
             request = LoadRequest.from_dict(kept["request"]).identified(ids.get)
             return request, tuple(ids.get(name, name) for name in map(str, kept["devices"]))

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
-from model.quantize import DEFAULT_GROUP_SIZE, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Scheme
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
@@ -64,7 +65,7 @@ class QualityRequest:
     bits: tuple[int, ...]
     sequences: Sequences
     plans: tuple[tuple[int, ...], ...] = ()
-    scheme: Scheme = "rtn"
+    scheme: Scheme = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     on: str | None = None
 
@@ -209,7 +210,7 @@ class QualityStore:
 
     def _read(self, path: Path, spec: ModelSpec) -> KnownQuality | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             blocks = {
                 (int(block), int(bits)): (float(kl), float(error))
                 for block, bits, kl, error in content["blocks"]

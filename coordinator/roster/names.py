@@ -13,6 +13,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from model.bounded import read_json
 from model.durable import replace_text
 
 log = logging.getLogger(__name__)
@@ -91,11 +92,7 @@ def _candidates(wished: str) -> itertools.chain[str]:
 def _read(path: Path) -> dict[str, tuple[str, str]]:
     """The names in a file, or none if there is no file. A damaged file is renamed."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError("too large")
-        kept = json.loads(data)
+        kept = read_json(path, MAX_FILE_BYTES)
         if kept["version"] != VERSION:
             raise ValueError(f"version {kept['version']!r:.20}")
         names = {device: (name, wished) for device, (name, wished) in kept["devices"].items()}
@@ -105,7 +102,7 @@ def _read(path: Path) -> dict[str, tuple[str, str]]:
             raise ValueError("two devices have one name")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning(
             "%s cannot be used (%s): devices are named in the order of joining", path, error
         )

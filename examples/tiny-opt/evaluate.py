@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
 """Measure the tiny OPT model on its dev set at several bit-widths.
 
-Every matrix of the decoder layers and the token embedding (which is the output head too) is
-quantized and dequantized with shoal's own quantizer; then the questions are answered greedily.
+Every matrix of the decoder layers, and the token embedding (which is the output head too), is
+quantized and dequantized with shoal's own quantizer. Then the questions are answered greedily.
 
 Exact match compares answers as the SQuAD v1.1 script does (case, punctuation and articles do not
 count). Loss and perplexity are of the answer's tokens and the end-of-text token, given the
 question.
 
-examples:
-  python evaluate.py                       # the table of the model card
-  python evaluate.py --bits 16 3 --json
-  python evaluate.py --bits 8 --ask "The lamp is in the attic. Where is the lamp?"
+    python evaluate.py                       # the table of the model card
+    python evaluate.py --bits 16 3 --json
+    python evaluate.py --bits 8 --ask "The lamp is in the attic. Where is the lamp?"
 """
 
 from __future__ import annotations

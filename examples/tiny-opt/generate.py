@@ -1,26 +1,27 @@
 #!/usr/bin/env python3
 """Seeded generator of extractive questions about a smart home and a smart city (SQuAD v1.1 JSON).
 
-Every passage states a few facts in short English sentences, in random order, and every question
-has its answer as a span of the passage. Five kinds of question:
+Every passage states a few facts in short English sentences, in random order. Every question has its
+answer as a span of the passage. There are five kinds of question:
 
-  one-fact    the passage holds several facts and the question asks about one of them
-  distractor  a similar or a misleading sentence stands in the same passage (the old lamp and the
-              new lamp, another meter in another room, "is not in", another property of the thing)
-  count       "There are 7 lamps in the attic." - the number is found by thing and room together
-  two-hop     two sentences have to be joined ("The nurse has the key. The nurse is in the attic.
-              Where is the key?")
-  three-hop   the same with three sentences ("... The attic is on floor 3. Which floor is the key
-              on?")
+    one-fact    the passage holds several facts and the question asks about one of them
+    distractor  a similar or a misleading sentence stands in the same passage (the old lamp and the
+                new lamp, another meter in another room, "is not in", another property of the
+                thing)
+    count       "There are 7 lamps in the attic." - the number is found by thing and room together
+    two-hop     two sentences have to be joined ("The nurse has the key. The nurse is in the attic.
+                Where is the key?")
+    three-hop   the same with three sentences ("... The attic is on floor 3. Which floor is the key
+                on?")
 
-A passage belongs to the dev set or to the training set by a hash of its sentences that does not
-depend on their order, so no dev passage, nor a reordering of one, is ever a training passage.
+A hash of its sentences assigns a passage to the dev set or the training set. The hash does not
+depend on the order of the sentences. So no dev passage, nor a reordering of one, is ever a training
+passage.
 
-examples:
-  python generate.py --out dev.json                    # the committed dev set
-  python generate.py --split train --per-kind 50 --seed 5 --out -
-  python generate.py --items 8 8 --sentences 20 --out /tmp/long.json    # longer than in training
-  python generate.py --check dev.json                  # spans, split and overlap with training
+    python generate.py --out dev.json                    # the committed dev set
+    python generate.py --split train --per-kind 50 --seed 5 --out -
+    python generate.py --items 8 8 --sentences 20 --out /tmp/long.json    # longer than in training
+    python generate.py --check dev.json                  # spans, split and overlap with training
 """
 
 from __future__ import annotations
@@ -299,7 +300,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def sentences_hash(facts: IntArray) -> npt.NDArray[np.uint64]:
-    """Return a hash for each row of sentences [rows, sentences, tokens], blind to their order."""
+    """Return a hash for each row of sentences [rows, sentences, tokens], whatever their order."""
     total = np.zeros(facts.shape[:2], dtype=np.uint64)
     for j in range(facts.shape[2]):
         word = np.where(facts[..., j] >= 0, _WORD_CODE[facts[..., j]], np.uint64(0))
@@ -310,7 +311,7 @@ def sentences_hash(facts: IntArray) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Passages [rows, tokens] and, per row, the questions with answers; -1 where nothing is."""
+    """Passages [rows, tokens] and the questions with answers of each row, padded with -1."""
 
     passages: IntArray  # [rows, passage tokens]
     questions: IntArray  # [rows, items, QUESTION_LENGTH]: question tokens, then answer tokens
@@ -350,7 +351,7 @@ def _draw(
             continue
         per = PER_ITEM[name]
         order = np.argsort(rng.random((rows, len(pool))), axis=1)
-        picked = np.resize(order.T, (items * per, rows)).T  # starts again where a pool is short
+        picked = np.resize(order.T, (items * per, rows)).T  # starts again if a pool is too short
         for i in range(per):
             chosen = picked[:, i::per]
             values[..., _SLOT_ID[f"{{{name}{i}}}"]] = WORD_ID[pool[0]] + chosen
@@ -388,7 +389,7 @@ def draw_batch(
 ) -> Batch:
     """Return `rows` passages with `items` questions each that belong to the split.
 
-    In a share `same` of the rows all items have one template, so that only the lookup tells.
+    In a share `same` of the rows all items have one template, so that only the lookup helps.
     """
     weights = np.asarray(kind_weights, dtype=np.float64)
     parts: list[Batch] = []
@@ -514,7 +515,7 @@ _SUBJECT_WORDS = frozenset(w for name in "oOrdav" for w in POOLS[name])
 
 
 def _find_words(text: str, words: str) -> int:
-    """Return where `words` stands in the text between word boundaries, or -1."""
+    """Return the position of `words` in the text between word boundaries, or -1."""
     at = text.find(words)
     while at >= 0:
         before = at == 0 or not text[at - 1].isalnum()
@@ -534,7 +535,7 @@ def iterate(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def check(data: dict[str, Any], train_passages: int, seed: int) -> list[str]:
-    """Return what is wrong with a dev set: spans, split, and overlap with drawn training data."""
+    """Return the faults of a dev set: spans, split, and overlap with drawn training data."""
     faults = []
     passages: dict[int, str] = {}
     for context, qa in iterate(data):

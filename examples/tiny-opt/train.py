@@ -1,25 +1,24 @@
 #!/usr/bin/env python3
 """Train the tiny OPT model from scratch on the generated questions, on a CPU, and export it.
 
-The model is the OPT architecture (pre-norm, learned positions, ReLU, tied embeddings) and its
+The model is the OPT architecture (pre-norm, learned positions, ReLU, tied embeddings). Its
 parameters carry the Hugging Face names, so that an export is a plain copy.
 
-- A row of a batch is one passage with several questions. An attention mask lets every question
-  see the passage and itself only, at the positions that it would have alone, so each of them is
-  exactly what the model meets in use, and elimination among the questions is no help.
-- Training starts with few layers and an auxiliary loss: the first two layers have to tell the
-  last two content words before each token. The lookup of a fact ("attic" belongs to "lamp")
-  forms within 300 steps with it; without it, it was not there after 1400.
-- Then the model grows by layers whose output projections are zero, and goes on training.
-- Two and three hops form the same way: in the last stage layers in the middle have to tell,
-  where an answer begins, the words that join the sentences.
+- A row of a batch is one passage with several questions. An attention mask lets every question see
+  only the passage and itself, at the positions that it would have alone. So the model meets each
+  question as in use, and cannot eliminate answers of the other questions.
+- Training starts with few layers and an auxiliary loss. The first two layers must tell the last two
+  content words before each token. With this loss the lookup of a fact ("attic" belongs to "lamp")
+  forms within 300 steps. Without it, there was no lookup after 1400 steps.
+- Then the model grows by layers whose output projections are zero, and training continues.
+- Two and three hops form the same way. In the last stage, layers in the middle must tell the words
+  that join the sentences, at the beginning of an answer.
 
-Everything is seeded; a run goes on from its checkpoint when it is started again.
+Everything is seeded. A run continues from its checkpoint when it is started again.
 
-examples:
-  python train.py --work /tmp/tiny-opt                     # the committed model, about an hour
-  python train.py --work /tmp/tiny-opt --stop-after 600    # ten minutes of it; run again to go on
-  python train.py --work /tmp/tiny-opt --export-only       # write model/ from the checkpoint
+    python train.py --work /tmp/tiny-opt                     # the committed model, about an hour
+    python train.py --work /tmp/tiny-opt --stop-after 600    # ten minutes of it; run again to go on
+    python train.py --work /tmp/tiny-opt --export-only       # write model/ from the checkpoint
 """
 
 from __future__ import annotations
@@ -47,23 +46,23 @@ WARM_UP = 200
 BATCH_ROWS = 64
 AUX_LAYERS = 2
 AUX_STEPS = 1500
-BRIDGE_LAYERS = (3, 5)  # the layers whose outputs have to tell the words that join sentences
+BRIDGE_LAYERS = (3, 5)  # the layers whose outputs tell the words that join sentences
 SEED = 1
 
 
 @dataclass(frozen=True)
 class Stage:
-    """So many steps at one depth."""
+    """A number of training steps at one depth."""
 
     steps: int
     layers: int
-    items: tuple[int, ...]  # items per passage, one of these at random for each batch
+    items: tuple[int, ...]  # items per passage, drawn for each batch
     kinds: tuple[float, ...]  # weights of generate.KINDS
-    same: float  # share of the rows whose items have all the same template
+    same: float  # share of the rows whose items all have the same template
     rate: tuple[float, float]  # learning rate after the warm-up and at the end, a cosine between
-    aux: float  # weight of the auxiliary loss at the start; it falls linearly over AUX_STEPS
+    aux: float  # initial weight of the auxiliary loss, which falls linearly over AUX_STEPS
     shift: float  # share of the batches that start at a random position
-    bridges: bool = False  # the auxiliary loss is of the joining words, not of the content words
+    bridges: bool = False  # the auxiliary loss is of the joining words instead of the content words
     sentences: int = generate.MAX_SENTENCES
 
 
@@ -181,7 +180,7 @@ class TinyOPT(nn.Module):
         return F.linear(hidden, self.decoder.embed_tokens.weight)
 
     def grow(self, layers: int) -> None:
-        """Insert layers, evenly spread, that change nothing yet."""
+        """Insert layers, evenly spread, that do not change the result yet."""
         old = list(self.decoder.layers)
         grown: list[nn.Module] = []
         for i in range(layers):
@@ -196,7 +195,7 @@ class TinyOPT(nn.Module):
 
 
 def initialise(layer: Any, residual: float) -> None:
-    """Give a layer its starting values; `residual` scales what it adds to the stream."""
+    """Set a layer's starting values; `residual` scales its addition to the stream."""
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -221,7 +220,7 @@ class Packed:
     positions: torch.Tensor  # [rows, tokens]
     mask: torch.Tensor  # [rows, 1, tokens, tokens], additive
     targets: torch.Tensor  # [rows, tokens]: the next token
-    weights: torch.Tensor  # [rows, tokens]: 1 where the target is of an answer, 0 where padding
+    weights: torch.Tensor  # [rows, tokens]: 1 if the target is in an answer, 0 if padding
     bridges: torch.Tensor  # [rows, tokens, 2]: joining words where an answer is given, else -1
     passage_tokens: int
 
@@ -271,7 +270,7 @@ def pack(batch: generate.Batch, shift: int = 0, text_weight: float = 0.02) -> Pa
 
 @torch.no_grad()
 def accuracy(model: TinyOPT, rng: np.random.Generator, rows: int = 128) -> dict[str, float]:
-    """Return the share of dev questions, by kind, whose whole answer comes first at every token."""
+    """Return the share of dev questions, by kind, whose answer is the likeliest throughout."""
     model.eval()
     result = {}
     for k, kind in enumerate(generate.KINDS):
@@ -334,7 +333,7 @@ class Trainer:
     """The state of a training run: model, optimizer, random generator, stage and step."""
 
     def __init__(self, work: Path) -> None:
-        """Start a run, or take up the one whose checkpoint lies in the work folder."""
+        """Start a run, or continue the one whose checkpoint is in the work folder."""
         torch.manual_seed(SEED)
         self.path = work / "checkpoint.pt"
         self.rng = np.random.default_rng(SEED)
@@ -351,14 +350,14 @@ class Trainer:
             self.aux.load_state_dict(saved["aux"])
             self.rng.bit_generator.state = saved["rng"]
             self.optimizer = self._optimizer()
-            if self.step:  # a stage starts with fresh ones
+            if self.step:  # a stage starts with new ones
                 self.bridges.load_state_dict(saved["bridges"])
                 self.optimizer.load_state_dict(saved["optimizer"])
         else:
             self.optimizer = self._optimizer()
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """Return a fresh optimizer; only matrices of the layers decay."""
+        """Return a new optimizer. Only matrices of the layers decay."""
         every = [
             *self.model.named_parameters(),
             *self.aux.named_parameters(),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from model.bounded import read_bytes
 from model.quantize import BITS
 from planning.labs.lab import Lab, LabDevice, LabError, LabModel
 from planning.problem import HopFormat
@@ -23,12 +24,11 @@ MAX_LAB_BYTES = 1 << 20
 def read_lab(path: Path) -> Lab:
     """The testbed that a YAML file describes. Raises LabError with one line for the user."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_LAB_BYTES + 1)
+        data = read_bytes(path, MAX_LAB_BYTES)
     except OSError as error:
         raise LabError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    if len(data) > MAX_LAB_BYTES:
-        raise LabError(f"{path}: larger than {MAX_LAB_BYTES >> 20} MiB, which no description is")
+    except ValueError as error:
+        raise LabError(f"{path}: {error}") from error
     return parse_lab(data, str(path))
 
 

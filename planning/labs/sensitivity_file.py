@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.bounded import read_json
 from model.quantize import BITS
 from model.spec import ModelSpec
 from planning.sensitivity import Own, budget_margin
@@ -41,15 +41,11 @@ class Sensitivities:
 def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
     """What ``shoal calibrate`` printed for a model with --json. Raises SensitivityError."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_SENSITIVITY_BYTES + 1)
-        values = json.loads(data[:MAX_SENSITIVITY_BYTES])
+        values = read_json(path, MAX_SENSITIVITY_BYTES)
     except OSError as error:
         raise SensitivityError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    except (ValueError, RecursionError) as error:
-        raise SensitivityError(
-            f"{path}: not JSON: expected what calibrate --json prints"
-        ) from error
+    except ValueError as error:
+        raise SensitivityError(f"{path}: {error}: expected what calibrate --json prints") from error
     blocks = values.get("blocks") if isinstance(values, dict) else None
     if not isinstance(blocks, list):
         raise SensitivityError(

@@ -42,7 +42,7 @@ class BlockServer:
     def add(self, block: int, data: bytes) -> BlockRef:
         sha256 = hashlib.sha256(data).hexdigest()
         self.blocks[sha256] = data
-        return BlockRef(block, sha256, len(data))
+        return BlockRef(sha256, len(data), block)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -242,7 +242,7 @@ def test_what_killed_loads_left_is_removed(
 @pytest.mark.parametrize("sha256", ["", "../../etc/passwd", "A" * 64, "0" * 63])
 def test_an_address_that_is_no_hash_is_refused(fetch: Fetch, tmp_path: Path, sha256: str) -> None:
     with pytest.raises(CacheError, match="no valid address"):
-        fetch(BlockCache(tmp_path, 1 << 20), BlockRef(0, sha256, 10))
+        fetch(BlockCache(tmp_path, 1 << 20), BlockRef(sha256, 10, 0))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -57,7 +57,7 @@ from wire.profile import BlockTiming
 
 SPEC = Checkpoint.open(Path(__file__).parents[1] / "fixtures" / "llama").spec
 ANSWER_S = 20.0
-REFS = tuple(BlockRef(block, "0" * 64, 1) for block in range(SPEC.block_count))
+REFS = tuple(BlockRef("0" * 64, 1, block) for block in range(SPEC.block_count))
 
 
 class Coordinator:
@@ -365,7 +365,7 @@ def test_it_says_which_blocks_it_holds(coordinator: Coordinator, tmp_path: Path)
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (MeasureQuality(1, SPEC.to_dict(), (), ((1, 2),), (), (), "rtn", 32), "not those of the"),
+        (MeasureQuality(1, SPEC.to_dict(), (), ((1, 2),), (), (), "rtn", 32), "all blocks of the"),
         (
             MeasureQuality(1, SPEC.to_dict(), REFS, ((1, 2),), ((9, (4,)),), (), "rtn", 32),
             "no such",

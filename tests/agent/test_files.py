@@ -25,6 +25,7 @@ from wire.messages import (
     Done,
     Endpoint,
     FetchBlock,
+    FileRef,
     FilesMade,
     Heartbeat,
     MakeFiles,
@@ -37,8 +38,8 @@ BLOCK = b"a block" * 100
 MADE = [b"first", b"and second"]
 
 
-def ref(number: int, content: bytes) -> BlockRef:
-    return BlockRef(number, hashlib.sha256(content).hexdigest(), len(content))
+def ref(content: bytes) -> FileRef:
+    return FileRef(hashlib.sha256(content).hexdigest(), len(content))
 
 
 class Coordinator:
@@ -94,7 +95,11 @@ def answering(*messages: Message) -> Callable[[Connection], None]:
     def answer(connection: Connection) -> None:
         asked, _ = connection.receive()
         assert isinstance(asked, MakeFiles)
-        assert (asked.request, asked.backend, asked.blocks) == (0, "chip", (ref(1, BLOCK),))
+        assert (asked.request, asked.backend, asked.blocks) == (
+            0,
+            "chip",
+            (BlockRef(ref(BLOCK).sha256, len(BLOCK), 1),),
+        )
         for message in messages:
             connection.send(message)
 
@@ -129,9 +134,9 @@ def test_blocks_are_sent_from_where_they_are_wanted(
     received = []
 
     def answer(connection: Connection) -> None:
-        answering(Heartbeat(), FetchBlock(ref(1, BLOCK).sha256, 600))(connection)
+        answering(Heartbeat(), FetchBlock(ref(BLOCK).sha256, 600))(connection)
         received.append(connection.receive())
-        connection.send(FilesMade(0, tuple(map(ref, range(2), MADE))))
+        connection.send(FilesMade(0, tuple(map(ref, MADE))))
 
     coordinator.serve(answer, sending(*MADE))
     paths = exchange(coordinator, tmp_path).supply("chip", SPEC, [block])
@@ -147,8 +152,8 @@ def test_blocks_are_sent_from_where_they_are_wanted(
         (FilesMade(0, ()), FilesMissing, "neither the coordinator nor any agent"),
         (RequestFailed(0, "compiler: no"), BackendError, "^compiler: no$"),
         (FetchBlock("0" * 64, 0), ProtocolError, "unexpected answer to MakeFiles"),
-        (FilesMade(0, (BlockRef(0, "../x", 3),)), CacheError, "no valid address"),
-        (FilesMade(0, (BlockRef(0, "0" * 64, 1 << 30),)), CacheError, "storage limit"),
+        (FilesMade(0, (FileRef("../x", 3),)), CacheError, "no valid address"),
+        (FilesMade(0, (FileRef("0" * 64, 1 << 30),)), CacheError, "storage limit"),
     ],
 )
 def test_answers_that_are_of_no_use(
@@ -167,7 +172,7 @@ def test_answers_that_are_of_no_use(
 def test_what_comes_is_what_was_made(
     coordinator: Coordinator, tmp_path: Path, block: tuple[int, Path]
 ) -> None:
-    made = FilesMade(0, (ref(0, MADE[0]),))
+    made = FilesMade(0, (ref(MADE[0]),))
     coordinator.serve(answering(made), sending(b"f1rst"), told(Done(0), b"f1rst"))
     with pytest.raises(CacheError, match="arrived damaged"):
         exchange(coordinator, tmp_path).supply("chip", SPEC, [block])
@@ -176,7 +181,7 @@ def test_what_comes_is_what_was_made(
 def test_files_that_are_damaged_at_the_coordinator_are_made_again(
     coordinator: Coordinator, tmp_path: Path, block: tuple[int, Path]
 ) -> None:
-    made = FilesMade(0, (ref(0, MADE[0]),))
+    made = FilesMade(0, (ref(MADE[0]),))
     gone = told(RequestFailed(0, "the coordinator's own file is damaged and was removed"))
     coordinator.serve(answering(made), sending(b"f1rst"), gone, answering(made), sending(MADE[0]))
     (path,) = exchange(coordinator, tmp_path).supply("chip", SPEC, [block])
@@ -193,8 +198,8 @@ def test_no_files_are_asked_for_a_damaged_block(coordinator: Coordinator, tmp_pa
 def test_the_stage_does_not_make_room_for_its_own_files(
     coordinator: Coordinator, tmp_path: Path
 ) -> None:
-    made = FilesMade(0, tuple(map(ref, range(2), MADE)))
-    cached = tmp_path / "cache" / ref(1, BLOCK).sha256
+    made = FilesMade(0, tuple(map(ref, MADE)))
+    cached = tmp_path / "cache" / ref(BLOCK).sha256
     cached.parent.mkdir()
     cached.write_bytes(BLOCK)
     old = cached.with_name("1" * 64)

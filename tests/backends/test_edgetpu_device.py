@@ -312,7 +312,7 @@ def test_what_does_not_fit_on_the_chip_is_told(
     [
         ("refuse", "edgetpu_compiler failed: Internal compiler error"),
         ("unmapped", "mapped no operator of .*a.tflite to the Edge TPU"),
-        ("silent", "made nothing of .*a.tflite"),
+        ("silent", "wrote no output for .*a.tflite"),
     ],
 )
 def test_a_compiler_that_does_not_do_it(

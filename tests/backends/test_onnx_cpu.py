@@ -18,16 +18,19 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto
 
-from backends import onnx_aligned, onnx_cpu, onnx_prepared
+from backends import onnx_aligned, onnx_cpu, onnx_prepared, onnx_session
 from backends.base import BackendError, BackendUnavailable, StageOptions
 from backends.onnx_cpu import OnnxCpuBackend
 from backends.onnx_graph import Graph, cached_head_width
 from backends.onnx_matrix import (
-    CONTAINER_BITS,
+    EXACT_BITS,
+    KERNEL_BITS,
     PackedMatrix,
     bytes_of,
+    containers,
     executable,
     stack_rows,
 )
@@ -60,6 +63,8 @@ LAYER = LayerSpec(
 )
 ROOT = Path(__file__).parents[2]
 OPTIONS = StageOptions(slots=1, context_tokens=32, threads=1)
+NEWEST = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 32, 32: 32}
+"""Stored width to executed width where the runtime has every kernel."""
 ROOMY = replace(OPTIONS, memory_bytes=1 << 40, fast_prompts=True)
 
 
@@ -73,14 +78,57 @@ def test_packed_matrices_hold_exactly_the_stored_values(
 ) -> None:
     stored = quantize(some_weights(columns), Format.of(bits, scheme, 32, symmetric))
     packed = pack(stored)
-    assert packed.bits == CONTAINER_BITS[bits]
+    assert packed.bits == NEWEST[bits]
     np.testing.assert_array_equal(values_of(packed), stored.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("kernels", "changes"),
+    [
+        (KERNEL_BITS, {}),
+        ((4, 8), {2: 4}),
+        ((4,), {2: 4, 5: 32, 6: 32, 8: 32}),
+        ((), dict.fromkeys((2, 3, 4, 5, 6, 8), 32)),
+    ],
+)
+def test_codes_take_the_narrowest_kernel_that_holds_them(
+    kernels: tuple[int, ...], changes: dict[int, int]
+) -> None:
+    assert containers(kernels) == NEWEST | changes
+
+
+def test_a_width_without_a_kernel_runs_in_a_wider_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that refuses 2 bits, as 1.23 does: nothing but its refusal says so."""
+    session = ort.InferenceSession
+
+    def refusing(model: bytes, *arguments: Any) -> Any:
+        nodes = onnx.load_from_string(model).graph.node
+        widths = [item.i for node in nodes for item in node.attribute if item.name == "bits"]
+        if 2 in widths:
+            raise RuntimeError("nbits_ == 4 || nbits_ == 8 was false")
+        return session(model, *arguments)
+
+    onnx_session.container_bits.cache_clear()
+    monkeypatch.setattr(ort, "InferenceSession", refusing)
+    try:
+        assert OnnxCpuBackend.probe().container_bits[2] == 4
+        spec, artifacts = stored_model(tmp_path, LAYER, layers=1, bits=2)
+        reference = ReferenceModel.from_artifacts(spec, artifacts, np.float64)
+        tokens = np.random.default_rng(1).integers(0, spec.vocab, 9)
+        with closing(OnnxCpuBackend().load(spec, artifacts, OPTIONS)) as stage:
+            found = stage.forward(0, 0, tokens)
+        expected = reference.forward(tokens)[-1:]
+        assert np.linalg.norm(found - expected) < 0.04 * np.linalg.norm(expected)
+    finally:
+        onnx_session.container_bits.cache_clear()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 16])
 def test_exact_matrices_are_the_stored_values_as_floats(bits: int) -> None:
     stored = quantize(some_weights(72), Format.of(bits))
-    exact = executable(stored, exact=True)
+    exact = executable(stored, EXACT_BITS)
     assert isinstance(exact, np.ndarray)
     np.testing.assert_array_equal(exact, stored.dequantize())
 
@@ -494,7 +542,7 @@ def assert_similar(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.flo
 
 
 def pack(stored: QuantizedMatrix) -> PackedMatrix:
-    packed = executable(stored, exact=False)
+    packed = executable(stored, NEWEST)
     assert isinstance(packed, PackedMatrix)
     return packed
 

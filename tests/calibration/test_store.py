@@ -60,7 +60,7 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_rewritten(
     path.write_bytes(content)
     store = CalibrationStore(path)
     assert store.get(KEY) is None
-    assert "measuring anew" in caplog.text
+    assert "measured again" in caplog.text
     store.put(KEY, (0.5,))
     assert CalibrationStore(path).get(KEY) == (0.5,)
 

@@ -91,7 +91,7 @@ os.kill(os.getpid(), signal.SIGILL)
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (-signal.SIGKILL, "died by SIGKILL (maybe for want of memory)"),
+        (-signal.SIGKILL, "died by SIGKILL (maybe for lack of memory)"),
         (-signal.SIGSEGV, "died by SIGSEGV (segmentation fault)"),
         (-200, "died by signal 200"),
         (3, "ended with exit code 3"),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 _RUN = """
@@ -37,10 +39,15 @@ def test_help_needs_no_numerics_and_no_discovery() -> None:
     assert "usage: shoal" in shown.stdout
 
 
-def test_plans_for_described_devices_need_no_web_server() -> None:
+def test_plans_for_described_devices_need_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model has weights, whose errors are measured and kept."""
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     lab = "examples/labs/home-4-pis.yaml"
-    shown = run_without(
-        ["starlette", "uvicorn"], "plan", "tests/fixtures/opt-pre", "--devices", lab
-    )
+    server = ["coordinator", "agent", "starlette", "uvicorn", "httpx"]
+    shown = run_without(server, "plan", "tests/fixtures/opt-pre", "--devices", lab)
     assert shown.returncode == 0, shown.stderr
     assert "plan for opt-pre, predicted from" in shown.stdout
+    assert list((tmp_path / "shoal" / "coordinator").rglob("*.json"))

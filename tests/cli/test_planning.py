@@ -344,7 +344,7 @@ def test_sensitivities_that_do_not_fit_are_refused(model: Path, lab: Path, tmp_p
         with pytest.raises(CommandFailed, match=message):
             plan(model, "--devices", lab, "--sensitivities", file)
     file.write_text("{")
-    with pytest.raises(CommandFailed, match="not JSON"):
+    with pytest.raises(CommandFailed, match="not valid JSON"):
         plan(model, "--devices", lab, "--sensitivities", file)
 
 

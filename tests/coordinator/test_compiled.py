@@ -29,6 +29,7 @@ from wire.messages import (
     BlocksHello,
     Done,
     FetchBlock,
+    FileRef,
     FilesMade,
     MakeFiles,
     RequestFailed,
@@ -40,14 +41,19 @@ BLOCKS = {block: bytes([block]) * 1000 * (block + 1) for block in (1, 2)}
 LIMIT_BYTES = 100_000
 
 
-def refs(*contents: bytes, first: int = 0) -> tuple[BlockRef, ...]:
-    return tuple(
-        BlockRef(number, hashlib.sha256(content).hexdigest(), len(content))
-        for number, content in enumerate(contents, first)
-    )
+def refs(*contents: bytes) -> tuple[FileRef, ...]:
+    return tuple(FileRef(hashlib.sha256(content).hexdigest(), len(content)) for content in contents)
 
 
-ASKED = MakeFiles(0, "chip", SPEC.to_dict(), refs(*BLOCKS.values(), first=1))
+ASKED = MakeFiles(
+    0,
+    "chip",
+    SPEC.to_dict(),
+    tuple(
+        BlockRef(hashlib.sha256(content).hexdigest(), len(content), block)
+        for block, content in BLOCKS.items()
+    ),
+)
 
 
 Test: TypeAlias = "Callable[[Shoal, AsyncConnection], Awaitable[None]]"
@@ -170,7 +176,7 @@ async def send(connection: AsyncConnection, wanted: FetchBlock, content: bytes) 
         await connection.send(BlockChunk(offset, len(content)), content[offset : offset + size])
 
 
-async def fetched(connection: AsyncConnection, ref: BlockRef) -> bytes:
+async def fetched(connection: AsyncConnection, ref: FileRef) -> bytes:
     await connection.send(FetchBlock(ref.sha256, 0))
     chunk, payload = await connection.receive(5)
     assert chunk == BlockChunk(0, ref.size_bytes)
@@ -267,7 +273,7 @@ def test_an_agent_makes_them(tmp_path: Path, makers: Makers) -> None:
 
         # More than the blocks can have become.
         upload = await shoal.files("maker")
-        await upload.send(FilesMade(request.request, (BlockRef(0, "0" * 64, 1 << 40),)))
+        await upload.send(FilesMade(request.request, (FileRef("0" * 64, 1 << 40),)))
         await is_dropped(upload)
         await control.send(RequestFailed(request.request, "no more disk"))
         failed = await next_message(connection)
@@ -301,9 +307,9 @@ def test_strangers_get_nothing_made(tmp_path: Path, makers: Makers) -> None:
             (replace(ASKED, blocks=()), "no such blocks"),
             (replace(ASKED, blocks=ASKED.blocks * 20), "no such blocks"),
             (replace(ASKED, spec={"layers": 1}), "malformed"),
-            (replace(ASKED, blocks=(BlockRef(1, "../../etc/passwd", 9),)), "no valid address"),
-            (replace(ASKED, blocks=(BlockRef(1, "0" * 64, 0),)), "no valid address"),
-            (replace(ASKED, blocks=(BlockRef(1, "0" * 64, LIMIT_BYTES + 1),)), "--storage"),
+            (replace(ASKED, blocks=(BlockRef("../../etc/passwd", 9, 1),)), "no valid address"),
+            (replace(ASKED, blocks=(BlockRef("0" * 64, 0, 1),)), "no valid address"),
+            (replace(ASKED, blocks=(BlockRef("0" * 64, LIMIT_BYTES + 1, 1),)), "--storage"),
         ):
             connection = await shoal.files("coral")
             await connection.send(wrong)

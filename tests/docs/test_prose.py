@@ -25,6 +25,7 @@ NOT_A_SUBJECT = {"What", "Whatever", "Who", "Whoever", "Whose", "Those", "Of", "
 # The packages whose prose was rewritten.
 COVERED = [
     "testbed",
+    "wire",
     "coordinator",
     "cli",
     "paper",

@@ -1,0 +1,67 @@
+"""Options that several commands take: their names, defaults and help are written once, here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from cli import argument_types
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, GROUP_SIZES
+
+
+def core_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def add_scheme_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--scheme",
+        choices=("rtn", "truncate"),
+        default=DEFAULT_SCHEME,
+        help="How weights are quantized: rounded to nearest, or truncated as in the DILEMMA paper. "
+        "Default: %(default)s.",
+    )
+
+
+def add_group_size_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=DEFAULT_GROUP_SIZE,
+        help="Weights that share one scale, with the scheme rtn. Default: %(default)s.",
+    )
+
+
+def add_memory_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--memory",
+        type=argument_types.size,
+        metavar="SIZE",
+        help="The most memory for weights, KV cache and buffers, such as 3G. Default: what is "
+        "free, less some headroom.",
+    )
+
+
+def add_threads_argument(parser: argparse._ActionsContainer, *, of_service: bool = False) -> None:
+    """Add --threads. ``of_service`` leaves None as the default, for the agent service's setting."""
+    default = "as the agent service here, else one for each core"
+    parser.add_argument(
+        "--threads",
+        type=argument_types.count,
+        default=None if of_service else core_count(),
+        metavar="N",
+        help="Threads that compute. Default: "
+        f"{default if of_service else 'one for each core, here %(default)s'}.",
+    )
+
+
+def add_watts_argument(parser: argparse._ActionsContainer, default: str) -> None:
+    """Add --watts. ``default`` says what the command does without it."""
+    parser.add_argument(
+        "--watts",
+        type=argument_types.watts,
+        metavar="W",
+        help=f"What this device draws while it computes, in watts. {default}",
+    )
