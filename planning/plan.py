@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planning.json_codec import from_plain, to_plain
-from planning.problem import Objective, PlanningProblem
+from planning.problem import ONE_TOKEN, Objective, PlanningProblem
 from planning.prompt import NO_TIME, Passage, best_chunk_tokens, prompt_s
 
 FORMAT = 1
@@ -138,7 +138,7 @@ class Plan:
     load_s: float = field(default=0.0, kw_only=True)
     total_sensitivity: float | None = field(default=None, kw_only=True)
     energy_j: float | None = field(default=None, kw_only=True)
-    objective: Objective = field(default=Objective(), kw_only=True)
+    objective: Objective = field(default=ONE_TOKEN, kw_only=True)
 
     @property
     def value(self) -> float:

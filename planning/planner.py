@@ -28,7 +28,7 @@ from planning.plan import (
     keeps_budget,
     verify,
 )
-from planning.problem import BlockOption, Device, Objective, PlanningProblem
+from planning.problem import ONE_TOKEN, BlockOption, Device, PlanningProblem
 from planning.search.search import Found, search
 from planning.time_limit import now_s
 from wire.profile import LinkProfile
@@ -567,7 +567,7 @@ def _missing_links(
     linked = replace(
         problem,
         links={**problem.links, **assumed},
-        objective=Objective("latency"),
+        objective=ONE_TOKEN,
         excluded=frozenset(unusable),
     )
     if _size(linked) > _SMALL:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from model import costs
@@ -35,12 +35,13 @@ class Objective:
     decoded one by one. ``energy``: what the stages draw while they compute one decoded token; what
     devices draw while they wait or send is left out.
     ``migration_weight`` adds that many seconds per second of loading what devices do not hold yet;
-    ``energy`` has none.
+    ``energy`` has none. The prompt is also the one whose seconds a plan shows, whatever counts.
+    The defaults are what is minimised unless a user says otherwise (docs/planner.md says why).
     """
 
-    kind: ObjectiveKind = "latency"
-    prompt_tokens: int = 0
-    output_tokens: int = 1
+    kind: ObjectiveKind = "request"
+    prompt_tokens: int = 512
+    output_tokens: int = 128
     migration_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -59,6 +60,19 @@ class Objective:
         if self.kind == "request":
             return self.prompt_tokens, self.output_tokens
         return 0, int(self.kind == "latency")
+
+    def within(self, context_tokens: int) -> Objective:
+        """The same with a prompt and an answer that fit the context, each shorter in proportion."""
+        prompt, output = self.prompt_tokens, self.output_tokens
+        longest = max(prompt + output, 1)
+        if longest <= context_tokens:
+            return self
+        shorter = prompt * context_tokens // longest
+        return replace(self, prompt_tokens=shorter, output_tokens=context_tokens - shorter)
+
+
+ONE_TOKEN = Objective("latency", prompt_tokens=0, output_tokens=1)
+"""What counts where a problem is made of numbers alone, and says nothing of requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +201,7 @@ class PlanningProblem:
     max_weight_error: tuple[float, ...]
     sensitivities: tuple[Mapping[int, float], ...] = ()
     quality_budget: float | None = None
-    objective: Objective = Objective()
+    objective: Objective = ONE_TOKEN
     pins: Mapping[int, int] = field(default_factory=dict)
     excluded: frozenset[int] = frozenset()
     hop_formats: tuple[HopFormat, ...] = DEFAULT_HOPS
