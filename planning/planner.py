@@ -42,8 +42,10 @@ _FREE = 1e-9
 # OPTIMALITY_GAP.
 _SAME = 5e-7
 # With more counts than this the search goes first, as it does where a gap is allowed: it closes
-# large problems sooner, but seldom to nothing. With more than the other the program is hopeless.
+# large problems sooner, but seldom to nothing. With more than the last the program is hopeless.
 _SMALL, _LARGE = 600, 6_000
+# Where the slowest stage counts beside the sum, the program takes much longer.
+_SMALL_REQUEST = 100
 DEFAULT_GAP = 0.005
 """What is aimed at where nothing else is asked for and the search has to go first: closing the
 last half percent can take as long as there is time."""
@@ -105,7 +107,7 @@ def _best(
     problem: PlanningProblem, runner: _Runner, asked: float | None, report: Callable[[str], None]
 ) -> Plan | None:
     """The best plan that was found, over all sizes of a prompt's chunks; None where none was."""
-    gap = (DEFAULT_GAP if _size(problem) > _SMALL else 0.0) if asked is None else asked
+    gap = (DEFAULT_GAP if _size(problem) > _small(problem) else 0.0) if asked is None else asked
     best: Plan | None = None
     bound = math.inf
     waiting = list(problem.chunk_choices)
@@ -144,7 +146,7 @@ def _best_in_chunks(
     found = Found(None, 0.0)
     plan = None
     enough = math.inf if rival is None else rival.value * (1 - max(gap, _SAME))
-    if searching := size > _SMALL or gap > 0:
+    if searching := size > _small(problem) or gap > 0:
         report("searching")
         found = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0, rival=rival)
         plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
@@ -169,6 +171,11 @@ def _best_in_chunks(
             default=None,
         )
     return plan, bound
+
+
+def _small(problem: PlanningProblem) -> int:
+    """Up to how many counts the program is used alone."""
+    return _SMALL_REQUEST if problem.objective.tokens[0] else _SMALL
 
 
 def _size(problem: PlanningProblem) -> int:
@@ -210,8 +217,8 @@ def _search(
     )
 
 
-def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
-    """[i, j]: i < j are twins. Twins of one device are twins of each other: one is compared."""
+def _twin_sets(problem: PlanningProblem) -> list[list[int]]:
+    """Devices by whom they are twins of. Twins of one device are twins of each other."""
     sets: list[list[int]] = []
     for j in range(len(problem.devices)):
         own = next((some for some in sets if _twins(problem, some[0], j)), None)
@@ -219,8 +226,13 @@ def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
             sets.append([j])
         else:
             own.append(j)
+    return sets
+
+
+def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
+    """[i, j]: i < j are twins."""
     ties = np.zeros((len(problem.devices),) * 2, dtype=bool)
-    for some in sets:
+    for some in _twin_sets(problem):
         for at, i in enumerate(some):
             ties[i, some[at + 1 :]] = True
     return ties
@@ -239,8 +251,11 @@ def _solve(
     looked for.
     """
     bound = None
+    twins = [pair for some in _twin_sets(problem) for pair in pairwise(some)]
+    if known is not None:
+        known = Choice(_in_order(problem, known.stages), known.hop_bits)
     for margin in (0.0, _LIMIT_MARGIN):
-        program = PlanProgram(problem, margin=margin, cutoff=cutoff)
+        program = PlanProgram(problem, margin=margin, cutoff=cutoff, twins=twins)
         start = None if known is None else program.values(known)
         outcome = runner.run(program, gap, start)
         if bound is None:
@@ -316,7 +331,15 @@ class _Runner:
 
 def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
     """The same stages, as fast: devices in their given order, bits as wide as comes for free."""
-    stages = choice.stages
+    chosen = _in_order(problem, choice.stages)
+    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
+    free_s = _FREE * plan.value / len(chosen)
+    by_chunks = [replace(problem, chunk_tokens=rows) for rows in problem.chunk_choices]
+    return [_raise_bits(by_chunks, stage, free_s) for stage in chosen]
+
+
+def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
+    """The same stages, with twins among the devices in their given order."""
     order = [device for device, _, _ in stages]
     unused = [i for i in range(len(problem.devices)) if i not in order]
     for position in range(len(order)):
@@ -327,11 +350,7 @@ def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
                 order = [swap.get(i, i) for i in order]
                 unused = [swap.get(i, i) for i in unused]
                 break
-    chosen = [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
-    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
-    free_s = _FREE * plan.value / len(chosen)
-    by_chunks = [replace(problem, chunk_tokens=rows) for rows in problem.chunk_choices]
-    return [_raise_bits(by_chunks, stage, free_s) for stage in chosen]
+    return [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
 
 
 def _twins(problem: PlanningProblem, i: int, j: int) -> bool:

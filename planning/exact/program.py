@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,7 +161,8 @@ class PlanProgram:
     """The program for one problem, with one size of a prompt's chunks where a prompt counts.
 
     ``margin`` is the share of each limit that it leaves unused. Plans whose objective is above
-    ``cutoff`` are left out.
+    ``cutoff`` are left out. Of ``twins``, pairs of devices whose exchange changes nothing, the
+    first comes first.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class PlanProgram:
         aim: Aim = "best",
         margin: float = 0.0,
         cutoff: float = math.inf,
+        twins: Sequence[tuple[int, int]] = (),
     ) -> None:
         short = () if aim in ("best", "sensitivity", "any") else tuple(aim.split(" and "))
         self._problem = problem
@@ -181,7 +183,7 @@ class PlanProgram:
         self._find_alike(fitting=not short)
         self.program = pulp.LpProblem("plan", pulp.LpMinimize)
         self._place()
-        self._order()
+        self._order(twins)
         excess = self._limit(short, margin)
         self._unit_s = self._least_s() / _OBJECTIVE_SCALE
         sensitivity = self._budget(margin)
@@ -371,7 +373,7 @@ class PlanProgram:
             program += pulp.lpSum(self._a[i][r] for i in self._devices) == len(stretch)
             program += pulp.lpSum(beyond[r]) <= 1
 
-    def _order(self) -> None:
+    def _order(self, twins: Sequence[tuple[int, int]]) -> None:
         """One path of hops through the used devices, in the order of their blocks."""
         program, devices, total = self.program, self._devices, self._total
         problem = self._problem
@@ -402,6 +404,7 @@ class PlanProgram:
         self._back = {(i, j): program.add_variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
         self._left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
         left = self._left
+        entered = []
         program += pulp.lpSum(self._first) == 1
         program += pulp.lpSum(last) == 1
         for i in devices:
@@ -415,6 +418,7 @@ class PlanProgram:
             program += first <= self._start[i][0]
             program += last[i] <= self._end[i][-1]
             remaining = pulp.lpSum(left[key] for key in entering) + total * first
+            entered.append(remaining)
             beyond = pulp.lpSum(left[key] for key in leaving)
             program += remaining - beyond == pulp.lpSum(self._a[i])
             for position, flags in (
@@ -424,6 +428,8 @@ class PlanProgram:
                 spans = list(zip(self._stretches, flags, strict=True))
                 program += position >= pulp.lpSum(span[0] * flag for span, flag in spans)
                 program += position <= pulp.lpSum(span[-1] * flag for span, flag in spans)
+        for i, j in twins:
+            program += entered[i] >= entered[j]
         for i, j in pairs:
             program += left[i, j] >= self._hop[i, j]
             program += left[i, j] <= (total - 1) * self._hop[i, j]

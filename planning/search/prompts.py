@@ -21,11 +21,13 @@ from planning.search.bounds import Priced, Separate
 from planning.search.search import _FINISHED, _WIDTHS, Found, _Cheapest
 from planning.search.tables import Floats, Span, Tables
 
-_NARROW = 0.25
+_NARROW = 0.4
 """Share of the gap that the width of an interval may take of its bound."""
 _FACTORS = (1.0, 0.6, 1.7)
 """Of the best price of the budget, for the bounds of a beam."""
 _ROUNDS = 25
+_FAR = 1.1
+"""Limits that differ by less have the same price of the budget."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -51,6 +53,10 @@ class Prompted(_Cheapest):
         self.varied = bool((np.where(usable, tables.turn, 0.0).max(2) > tables.turn.min(2)).any())
         """Whether widths make a difference to the slowest stage."""
         self.prices = np.zeros(2 * tables.shape[0])
+        self.segments: dict[float, Floats] = {}
+        """Of all stages, by the price of the budget."""
+        self.price_at: dict[int, float] = {}
+        """Prices of the budget by limit, on a scale of _FAR."""
 
     def run(self) -> Found:
         """Search until the gap is proved or the time is over."""
@@ -60,22 +66,20 @@ class Prompted(_Cheapest):
         self._climb()
         self.price = max(self.found, key=lambda mu: self.found[mu][0].bound)
         self.prices = self.found[self.price][1]
-        for mu in self._mus():
-            self._price(mu, _ROUNDS)
         rest = self._best()
-        open_: list[_Interval] = [self._interval(rest, *self._reach_s(rest))]
-        while open_:
-            least = open_[0]
-            self.bound = max(self.bound, min(least.bound, self.value))
-            # One that the widest beam could not close bounds all.
-            if self._late() or self._done() or least.level == len(_WIDTHS):
-                return Found(self.choice, self.bound)
-            heapq.heappop(open_)
+        waiting = [self._interval(rest, *self._reach_s(rest))]
+        closed = math.inf
+        """Bound of what no beam could tell more of."""
+        while waiting and waiting[0].bound < self._target() and not self._late():
+            least = heapq.heappop(waiting)
+            if least.level == len(_WIDTHS):
+                closed = min(closed, least.bound)
+                continue
             for one in self._narrower(least):
-                if one.bound < self._target():
-                    heapq.heappush(open_, one)
-        # Everything that was left out was not better than this.
-        self.bound = max(self.bound, min(self._target(), self.value))
+                heapq.heappush(waiting, one)
+        # What is not among these was not better than the target, which only ever falls.
+        left = [closed, self._target(), *(one.bound for one in waiting[:1])]
+        self.bound = max(self.bound, min(*left, self.value))
         return Found(self.choice, self.bound)
 
     def _target(self) -> float:
@@ -137,20 +141,49 @@ class Prompted(_Cheapest):
 
     def _limited(self, high_s: float, target: float) -> Priced:
         """The best relaxation in which no stage and no link takes longer with a chunk."""
-        priced, self.prices = self.pricer.price(
-            self._arcs(self.price, high_s),
-            self.price * (self.tables.budget or 0.0),
+        if self.price:
+            near = round(math.log(high_s, _FAR))
+            if near not in self.price_at:
+                self.price_at[near] = self._price_within(high_s, target)
+            self.price = self.price_at[near]
+        priced, self.prices = self._at_price(self.price, high_s, target, _ROUNDS)
+        return priced
+
+    def _at_price(
+        self, mu: float, high_s: float, target: float, rounds: int
+    ) -> tuple[Priced, Floats]:
+        return self.pricer.price(
+            self._arcs(mu, high_s),
+            mu * (self.tables.budget or 0.0),
             self.prices,
             target=target,
             reach=min(target, 1.1 * self._best()),
-            rounds=_ROUNDS,
+            rounds=rounds,
         )
-        return priced
+
+    def _price_within(self, high_s: float, target: float) -> float:
+        """The best price of the budget under this limit, by hill climbing."""
+        bounds: dict[float, float] = {}
+
+        def bound(mu: float) -> float:
+            if mu not in bounds:
+                bounds[mu] = self._at_price(mu, high_s, target, _ROUNDS // 3)[0].bound
+            return bounds[mu]
+
+        best, step = max((self.price, self._guess()), key=bound), 4.0
+        # Where nothing keeps the budget the bound grows with the price for ever.
+        while step > 1.3 and bound(best) < target and len(bounds) < 25 and not self._late():
+            nearby = max((best, best * step, best / step), key=bound)
+            step = step if nearby != best else step**0.5
+            best = nearby
+        return best
 
     def _arcs(self, mu: float, high_s: float) -> Separate:
-        tables, arcs = self.tables, self.found[mu][0].arcs
+        tables = self.tables
+        if mu not in self.segments:
+            self.segments[mu] = tables.segments(tables.cost + mu * tables.loss)
         limit_s = high_s * (1 + 1e-9)
-        segments = np.where(self.least_s <= limit_s, arcs.segments, np.inf)  # type: ignore[union-attr] # as _price made it
+        segments = np.where(self.least_s <= limit_s, self.segments[mu], np.inf)
         hops = np.where(tables.hop_turn <= limit_s, tables.hop, np.inf)
         priced = hops + mu * tables.hop_loss[:, None, None]
         return Separate(segments, priced.min(0, initial=math.inf), tables.back)
