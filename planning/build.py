@@ -193,7 +193,7 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
         storage_bytes=profile.storage_bytes,
         options=options,
         stage_bytes=stage_bytes,
-        call_s=profile.call_s,
+        call_s=profile.call_s + profile.relay_s,
         backend_bits=tuple(sorted(width for width, _ in profile.container_bits)),
         held=tuple(map(frozenset, device.held)),
         load_bytes_per_s=device.load_bytes_per_s,

@@ -128,7 +128,8 @@ class Device:
     """One device: its limits and, for each block, every width that it can run the block at.
 
     ``stage_bytes`` is memory that any stage here needs besides weights and KV cache;
-    ``call_s`` is what each token pays once for there being a stage here. ``backend_bits`` are the
+    ``call_s`` is what each token pays once for there being a stage here, the agent's work included.
+    ``backend_bits`` are the
     widths that the backend takes, measured or not: only messages use them. ``held`` has the widths
     of each block that are on the device's disk already (empty: nothing is). ``watts`` is what it
     draws while it computes; where that is not known, no plan for ``energy`` uses it.
