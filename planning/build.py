@@ -139,6 +139,7 @@ def build_problem(
         pins={block: indices[name] for block, name in request.pins.items()},
         excluded=frozenset(indices[name] for name in request.excluded),
         hop_formats=tuple(sorted(hops, key=lambda form: form.bits)),
+        sequences=request.slots if request.slots > 1 else None,
     )
 
 
@@ -248,8 +249,7 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
             if container is not None and found is not None:
                 executed = costs.executed_bytes(spec, block, fmt, container)
                 own = None if sensitivities is None else sensitivities[block].get(bits, math.inf)
-                row.append(
-                    BlockOption(bits, executed, found.decode_s, found.prefill_s_per_token, own)
-                )
+                times = found.decode_s, found.prefill_s_per_token
+                row.append(BlockOption(bits, executed, *times, own, found.rows_s))
         rows.append(tuple(row))
     return tuple(rows)

@@ -66,7 +66,8 @@ class BlockTiming:
     ``variant`` is the index of the block's shape among the model's distinct layer shapes (0 for
     embedding and head). ``decode_s`` is one row at short context, ``prefill_s_per_token`` one
     token of a chunk (of a head, which sees a prompt's last row only: its share in a chunk's time).
-    ``conditions``: None where nobody wrote them down.
+    ``conditions``: None where nobody wrote them down. ``rows_s`` is one pass of 2, 4 and 8 rows, each
+    of another sequence; empty where that was not measured.
     """
 
     kind: TimingKind
@@ -75,6 +76,7 @@ class BlockTiming:
     decode_s: float
     prefill_s_per_token: float
     conditions: Conditions | None = None
+    rows_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

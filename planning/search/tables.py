@@ -155,6 +155,8 @@ class Tables:
                 for o, option in enumerate(row):
                     self.cost[i, k, o] = problem.block_cost(i, k, option)
                     self.decode[i, k, o] = option.decode_s
+                    if self.throughput:
+                        self.decode[i, k, o] = problem.turn_s(k, option)
                     self.turn[i, k, o] = problem.turn_s(k, option)
                     self.memory[i, k, o] = option.executed_bytes + problem.kv_bytes[k]
                     self.storage[i, k, o] = problem.stored_bytes[k][option.bits]
@@ -175,7 +177,7 @@ class Tables:
             for i in devices
         ]
         self.entry = np.array([problem.call_cost(i) for i in devices])
-        self.call_s = np.array([device.call_s for device in problem.devices])
+        self.call_s = np.array([problem.call_turn_s(i) for i in devices])
         forms = problem.permitted_hops
         self.hop_bits = [form.bits for form in forms]
         priced = self.budget is not None

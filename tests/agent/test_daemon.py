@@ -482,7 +482,8 @@ def test_figures_that_calibrate_left_are_told(
 @pytest.mark.usefixtures("agent")
 def test_the_device_is_measured_again_on_request(coordinator: Coordinator) -> None:
     hello = coordinator.welcome()
-    assert [name for name, _ in hello.profile.conditions] == ["memory", "disk", "call"]
+    names = [name for name, _ in hello.profile.conditions]
+    assert names == ["memory", "disk", "call", "relay"]
     assert hello.profile.kernel_id
     coordinator.send(MeasureDevice(1))
     answer = coordinator.answer()
