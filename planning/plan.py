@@ -18,7 +18,8 @@ from typing import Any
 from planning.json_codec import from_plain, to_plain
 from planning.problem import ONE_TOKEN, BlockOption, Objective, PlanningProblem
 from planning.prompt import NO_TIME, Passage, best_chunk_tokens, prompt_s
-from planning.together import TIMED_ROWS, pass_s, row_s
+from planning.together import pass_s, row_s
+from wire.profile import TIMED_ROWS
 
 FORMAT = 1
 OPTIMALITY_GAP = 1e-6

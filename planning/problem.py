@@ -15,9 +15,9 @@ from model import costs
 from model.spec import ModelSpec
 from planning.json_codec import from_plain, to_plain
 from planning.prompt import CHUNK_TOKENS, Passage, block_passage, chunk_choices, turns
-from planning.together import TIMED_ROWS, row_s
+from planning.together import row_s
 from wire.activations import HOP_BITS
-from wire.profile import LinkProfile
+from wire.profile import TIMED_ROWS, LinkProfile
 
 _MOST_COUNTED = 8
 """Of plans with more stages all are compared together."""
