@@ -11,6 +11,7 @@ from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from planning.problem import (
     DEFAULT_HOPS,
+    ONE_TOKEN,
     BlockOption,
     Device,
     HopFormat,
@@ -63,7 +64,8 @@ class RequestInput:
     own_sensitivities: Own = field(default_factory=dict)
     """The same for layers computed in arithmetics that add their own."""
     quality_budget: float | None = None
-    objective: Objective = field(default_factory=Objective)
+    objective: Objective = ONE_TOKEN
+    """What does not fit the context counts in proportion."""
     pins: Mapping[int, str] = field(default_factory=dict)
     """Block -> the name of the device that must run it."""
     excluded: Collection[str] = ()
@@ -133,10 +135,11 @@ def build_problem(
         max_weight_error=(bound,) * len(blocks),
         sensitivities=tuple(dict(row) for row in request.sensitivities or ()),
         quality_budget=request.quality_budget,
-        objective=request.objective,
+        objective=request.objective.within(request.context_tokens),
         pins={block: indices[name] for block, name in request.pins.items()},
         excluded=frozenset(indices[name] for name in request.excluded),
         hop_formats=tuple(sorted(hops, key=lambda form: form.bits)),
+        sequences=request.slots if request.slots > 1 else None,
     )
 
 
@@ -191,7 +194,7 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
         storage_bytes=profile.storage_bytes,
         options=options,
         stage_bytes=stage_bytes,
-        call_s=profile.call_s,
+        call_s=profile.call_s + profile.relay_s,
         backend_bits=tuple(sorted(width for width, _ in profile.container_bits)),
         held=tuple(map(frozenset, device.held)),
         load_bytes_per_s=device.load_bytes_per_s,
@@ -246,8 +249,7 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
             if container is not None and found is not None:
                 executed = costs.executed_bytes(spec, block, fmt, container)
                 own = None if sensitivities is None else sensitivities[block].get(bits, math.inf)
-                row.append(
-                    BlockOption(bits, executed, found.decode_s, found.prefill_s_per_token, own)
-                )
+                times = found.decode_s, found.prefill_s_per_token
+                row.append(BlockOption(bits, executed, *times, own, found.rows_s))
         rows.append(tuple(row))
     return tuple(rows)

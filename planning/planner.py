@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -28,7 +29,7 @@ from planning.plan import (
     keeps_budget,
     verify,
 )
-from planning.problem import Device, Objective, PlanningProblem
+from planning.problem import ONE_TOKEN, BlockOption, Device, PlanningProblem
 from planning.search.search import Found, search
 from planning.time_limit import now_s
 from wire.profile import LinkProfile
@@ -38,9 +39,14 @@ from wire.profile import LinkProfile
 _LIMIT_MARGIN = 4e-6
 # Raising bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
 _FREE = 1e-9
+# A plan must be better by this share to be looked for beside one that is known: half of
+# OPTIMALITY_GAP.
+_SAME = 5e-7
 # With more counts than this the search goes first, as it does where a gap is allowed: it closes
-# large problems sooner, but seldom to nothing. With more than the other the program is hopeless.
+# large problems sooner, but seldom to nothing. With more than the last the program is hopeless.
 _SMALL, _LARGE = 600, 6_000
+# Where the slowest stage counts beside the sum, the program takes much longer.
+_SMALL_REQUEST = 100
 DEFAULT_GAP = 0.005
 """What is aimed at where nothing else is asked for and the search has to go first: closing the
 last half percent can take as long as there is time."""
@@ -101,26 +107,76 @@ def solve(
 def _best(
     problem: PlanningProblem, runner: _Runner, asked: float | None, report: Callable[[str], None]
 ) -> Plan | None:
-    """The best plan that was found; None where none was."""
+    """The best plan that was found, over all variants of the problem; None where none was."""
+    gap = (DEFAULT_GAP if _size(problem) > _small(problem) else 0.0) if asked is None else asked
+    best: Plan | None = None
+    bound = math.inf
+    waiting = list(problem.variants)
+    until_s, refused = runner.deadline_s, True
+    while waiting:
+        if best is not None:
+            likely = partial(_is_of, best)
+            waiting.sort(key=likely, reverse=True)
+        variant = waiting.pop(0)
+        runner.refused = False
+        runner.deadline_s = now_s() + max(0.0, until_s - now_s()) / (1 + len(waiting))
+        found, proved = _best_of(variant, runner, gap, report, best)
+        runner.deadline_s = until_s
+        refused = refused and runner.refused
+        best = min(
+            (one for one in (found, best) if one is not None),
+            key=lambda one: one.value,
+            default=None,
+        )
+        bound = min(bound, proved)
+        # Chunks limit nothing: what does not fit in some fits in none.
+        if best is None and problem.shared_by is None:
+            return None
+    runner.refused = refused
+    if best is None:
+        return None
+    return replace(best, proof=replace(best.proof, bound=min(bound, best.value)))
+
+
+def _is_of(plan: Plan, variant: PlanningProblem) -> bool:
+    """Whether the variant counts as the plan does."""
+    if variant.shared_by is None:
+        return plan.chunk_tokens(variant.objective.tokens[0]) == variant.chunk_tokens
+    return variant.least_stages <= len(plan.stages) <= (variant.most_stages or len(plan.stages))
+
+
+def _best_of(
+    problem: PlanningProblem,
+    runner: _Runner,
+    gap: float,
+    report: Callable[[str], None],
+    rival: Plan | None,
+) -> tuple[Plan | None, float]:
+    """A plan of a variant that is better than ``rival``, and a bound of all of its plans."""
     size = _size(problem)
-    gap = (DEFAULT_GAP if size > _SMALL else 0.0) if asked is None else asked
     found = Found(None, 0.0)
     plan = None
-    if searching := size > _SMALL or gap > 0:
+    enough = math.inf if rival is None else rival.value * (1 - max(gap, _SAME))
+    if searching := size > _small(problem) or gap > 0:
         report("searching")
-        found = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0)
+        found = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0, rival=rival)
         plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
     bound = found.bound
-    if plan is None or (plan.gap > gap and size <= _LARGE and runner.left_s() > 0):
+    least = min((one.value for one in (plan, rival) if one is not None), default=math.inf)
+    missing = plan is None and rival is None
+    if missing or (bound < (1 - gap) * least and size <= _LARGE and runner.left_s() > 0):
         report("solving the integer program")
-        exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None)
-        if exact is None and plan is None and not searching:
+        exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None, enough)
+        if exact is None and missing and not searching:
             report("the integer program gave no plan: looking for one at hand")
             # A program whose figures are far apart may be called infeasible although it is not.
             share = 0.0 if runner.refused else 1.0
             found = _search(problem, runner, gap, share=share)
             exact = _plan_of(problem, found.choice, Proof("search", 0.0, 0.0))
-            exact_bound = found.bound if runner.refused else max(exact_bound, found.bound)
+            # The search may find plans of other variants, which say nothing of this one.
+            own = exact is not None and (problem.shared_by is None or _is_of(exact, problem))
+            wrong = runner.refused and own
+            exact_bound = found.bound if wrong else max(exact_bound, found.bound)
         bound = max(bound, exact_bound)
         # A plan at hand stands, whatever the solver says.
         plan = min(
@@ -128,9 +184,12 @@ def _best(
             key=lambda one: one.value,
             default=None,
         )
-    if plan is None:
-        return None
-    return replace(plan, proof=replace(plan.proof, bound=min(bound, plan.value)))
+    return plan, bound
+
+
+def _small(problem: PlanningProblem) -> int:
+    """Up to how many counts the program is used alone."""
+    return _SMALL_REQUEST if problem.objective.tokens[0] else _SMALL
 
 
 def _size(problem: PlanningProblem) -> int:
@@ -146,17 +205,34 @@ def _size(problem: PlanningProblem) -> int:
     return distinct * len(problem.devices) * len(problem.bits)
 
 
-def _search(problem: PlanningProblem, runner: _Runner, gap: float, *, share: float) -> Found:
-    """A choice by search within a share of the time left, and a lower bound of the objective."""
+def _search(
+    problem: PlanningProblem,
+    runner: _Runner,
+    gap: float,
+    *,
+    share: float,
+    rival: Plan | None = None,
+) -> Found:
+    """A choice by search within a share of the time left, and a lower bound of the objective.
+
+    Only a plan that is better than ``rival`` is looked for.
+    """
     started_s = now_s()
     deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
     last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S) if share else deadline_s
     ties = _ties(problem)
-    return search(problem, deadline_s=deadline_s, gap=gap, ties=ties, last_resort_s=last_resort_s)
+    return search(
+        problem,
+        deadline_s=deadline_s,
+        gap=gap,
+        ties=ties,
+        last_resort_s=last_resort_s,
+        known=math.inf if rival is None else rival.value,
+    )
 
 
-def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
-    """[i, j]: i < j are twins. Twins of one device are twins of each other: one is compared."""
+def _twin_sets(problem: PlanningProblem) -> list[list[int]]:
+    """Devices by whom they are twins of. Twins of one device are twins of each other."""
     sets: list[list[int]] = []
     for j in range(len(problem.devices)):
         own = next((some for some in sets if _twins(problem, some[0], j)), None)
@@ -164,27 +240,40 @@ def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
             sets.append([j])
         else:
             own.append(j)
+    return sets
+
+
+def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
+    """[i, j]: i < j are twins."""
     ties = np.zeros((len(problem.devices),) * 2, dtype=bool)
-    for some in sets:
+    for some in _twin_sets(problem):
         for at, i in enumerate(some):
             ties[i, some[at + 1 :]] = True
     return ties
 
 
 def _solve(
-    problem: PlanningProblem, runner: _Runner, gap: float, known: Choice | None
+    problem: PlanningProblem,
+    runner: _Runner,
+    gap: float,
+    known: Choice | None,
+    cutoff: float = math.inf,
 ) -> tuple[Plan | None, float]:
     """A plan from the integer program, and a lower bound of the objective.
 
-    ``known`` is a choice that fits: the solver starts with it.
+    ``known`` is a choice that fits: the solver starts with it. Plans above ``cutoff`` are not
+    looked for.
     """
     bound = None
+    twins = [pair for some in _twin_sets(problem) for pair in pairwise(some)]
+    if known is not None:
+        known = Choice(_in_order(problem, known.stages), known.hop_bits)
     for margin in (0.0, _LIMIT_MARGIN):
-        program = PlanProgram(problem, margin=margin)
+        program = PlanProgram(problem, margin=margin, cutoff=cutoff, twins=twins)
         start = None if known is None else program.values(known)
         outcome = runner.run(program, gap, start)
         if bound is None:
-            bound = program.bound(outcome.bound)
+            bound = cutoff if runner.refused else min(program.bound(outcome.bound), cutoff)
         choice = program.choice(outcome.values) if outcome.values else None
         plan = _plan_of(problem, choice, Proof(outcome.solver, 0.0, 0.0))
         if plan is not None or choice is None:
@@ -255,7 +344,14 @@ class _Runner:
 
 def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
     """The same stages, as fast: devices in their given order, bits as wide as comes for free."""
-    stages = choice.stages
+    chosen = _in_order(problem, choice.stages)
+    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
+    free_s = _FREE * plan.value / len(chosen)
+    return [_raise_bits(problem.variants, stage, free_s) for stage in chosen]
+
+
+def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
+    """The same stages, with twins among the devices in their given order."""
     order = [device for device, _, _ in stages]
     unused = [i for i in range(len(problem.devices)) if i not in order]
     for position in range(len(order)):
@@ -266,10 +362,7 @@ def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
                 order = [swap.get(i, i) for i in order]
                 unused = [swap.get(i, i) for i in unused]
                 break
-    chosen = [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
-    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
-    free_s = _FREE * plan.value / len(chosen)
-    return [_raise_bits(problem, stage, free_s) for stage in chosen]
+    return [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
 
 
 def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
@@ -292,8 +385,14 @@ def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
     )
 
 
-def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> StageChoice:
-    """The stage with each block as wide as fits and costs no time; worst errors choose first."""
+def _raise_bits(
+    variants: Sequence[PlanningProblem], stage: StageChoice, free_s: float
+) -> StageChoice:
+    """The stage with each block as wide as fits and costs no time; worst errors choose first.
+
+    In all ``variants`` of the problem that is: any may turn out to be the one that counts.
+    """
+    problem = variants[0]
     index, first, widths = stage
     device = problem.devices[index]
     chosen = dict(enumerate(widths, first))
@@ -306,10 +405,7 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
         for option in sorted(options.values(), key=lambda option: -option.bits):
             if option.bits <= now.bits:
                 break
-            cost_s = max(
-                option.decode_s - now.decode_s,
-                problem.block_cost(index, block, option) - problem.block_cost(index, block, now),
-            )
+            cost_s = max(_cost_s(one, index, block, now, option) for one in variants)
             new_memory = memory + option.executed_bytes - now.executed_bytes
             new_storage = storage + stored[option.bits] - stored[now.bits]
             if (
@@ -323,6 +419,17 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
                 chosen[block] = option.bits
                 break
     return index, first, tuple(chosen[block] for block in sorted(chosen))
+
+
+def _cost_s(
+    problem: PlanningProblem, device: int, block: int, now: BlockOption, wider: BlockOption
+) -> float:
+    """The most that the other option of a block can add to the objective, or to a token's time."""
+    added_s = problem.block_cost(device, block, wider) - problem.block_cost(device, block, now)
+    if problem.slowest_counts:
+        slower_s = problem.turn_s(block, wider) - problem.turn_s(block, now)
+        added_s += problem.slowest_counts * max(0.0, slower_s)
+    return max(added_s, wider.decode_s - now.decode_s)
 
 
 def _hopeless(problem: PlanningProblem) -> str | None:
@@ -491,7 +598,7 @@ def _missing_links(
     linked = replace(
         problem,
         links={**problem.links, **assumed},
-        objective=Objective(),
+        objective=ONE_TOKEN,
         excluded=frozenset(unusable),
     )
     if _size(linked) > _SMALL:

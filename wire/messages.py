@@ -120,11 +120,13 @@ class MeasureModel:
     """Measure seconds per block of this model's shapes at each of ``bits``.
 
     The agent reports earlier measurements without repeating them.
+    together: passes of several rows are timed too, each row of another sequence.
     """
 
     request: int
     spec: dict[str, Any]
     bits: tuple[int, ...]
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ class MeasureModelAgain:
     request: int
     spec: dict[str, Any]
     bits: tuple[int, ...]
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,9 @@ from typing import Literal
 
 from wire.conditions import Conditions
 
+TIMED_ROWS = (2, 4, 8)
+"""Rows of a pass, each of another sequence, that are timed beside one."""
+
 TimingKind = Literal["embedding", "layer", "head"]
 
 
@@ -22,13 +25,14 @@ class DeviceProfile:
     container_bits: the backend's pairs of bits and bits as executed.
     call_s: overhead of a stage's call besides its blocks. It is 0 if measuring it takes files that
         others make; then the first measurement of a model brings it.
+    relay_s: seconds of the agent itself for each call; 0 if that was not measured.
     watts: declared power while the device computes.
     on_chip_bytes: bytes of weights in an accelerator's own memory, which cross no bus at a call
         (one byte a weight at 8 bits). None if weights are in ordinary memory.
     makes: pairs of a backend and the version of its compiler, if this device can make its files.
     arithmetic: the backend whose rounding of layers this device shares. It is set if that rounding
         is measured apart from the loss by the weights' bits.
-    conditions: the conditions of the figures, by name: memory, disk, call.
+    conditions: the conditions of the figures, by name: memory, disk, call, relay.
     kernel_id: the same for all agents on one running machine, containers included. Empty if
         unknown.
     wireless: whether it sends over the air, which others use too.
@@ -54,6 +58,7 @@ class DeviceProfile:
     conditions: tuple[tuple[str, Conditions], ...] = ()
     kernel_id: str = ""
     wireless: bool = False
+    relay_s: float = 0.0
 
     def container(self, bits: int) -> int | None:
         """Return the width in memory of a block stored at ``bits``, or None if it cannot run."""
@@ -69,6 +74,7 @@ class BlockTiming:
     prefill_s_per_token: one token of a chunk. A head sees only a prompt's last row, so this is its
         share in the time of a chunk.
     conditions: None if they were not recorded.
+    rows_s: one pass of TIMED_ROWS rows; empty if it was not measured.
     """
 
     kind: TimingKind
@@ -77,6 +83,7 @@ class BlockTiming:
     decode_s: float
     prefill_s_per_token: float
     conditions: Conditions | None = None
+    rows_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

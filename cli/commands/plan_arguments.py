@@ -11,6 +11,7 @@ from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
 from cli.shared_arguments import add_group_size_argument, add_scheme_argument
+from planning.problem import Objective
 from planning.request import (
     DEFAULT_CONTEXT_TOKENS,
     DEFAULT_MAX_WEIGHT_ERROR,
@@ -22,7 +23,6 @@ from wire.activations import DEFAULT_HOP_BITS, HOP_BITS
 if TYPE_CHECKING:
     from model.spec import ModelSpec
     from planning.labs.sensitivity_file import Sensitivities
-    from planning.problem import Objective
     from planning.request import LoadRequest
     from planning.saved import SavedPlan
 
@@ -86,10 +86,9 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objective",
         choices=("latency", "throughput", "request", "energy"),
-        default="latency",
-        help="What to minimise. latency: the time of a token. throughput: the slowest stage's "
-        "time. request: the time of a prompt and its answer. energy: the joules of a token. "
-        "Default: %(default)s.",
+        help="What to minimise. request: the time of a prompt and its answer. latency: the time of "
+        "a token. throughput: the slowest stage's time. energy: the joules of a token. "
+        "Default: request.",
     )
     parser.add_argument(
         "--slots",
@@ -101,16 +100,17 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-tokens",
         type=argument_types.count,
-        default=256,
+        default=Objective().prompt_tokens,
         metavar="N",
-        help="The prompt's length for the objective request. Default: %(default)s.",
+        help="The length of the prompt for the objective request, and of the prompt whose time is "
+        "shown. Default: %(default)s.",
     )
     parser.add_argument(
         "--output-tokens",
         type=argument_types.count,
-        default=128,
+        default=Objective().output_tokens,
         metavar="N",
-        help="The answer's length for the objective request. Default: %(default)s.",
+        help="The length of the answer for the objective request. Default: %(default)s.",
     )
     parser.add_argument(
         "--pin",
@@ -238,15 +238,12 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
 
 def objective_of(options: argparse.Namespace) -> Objective:
     """The planner's objective that the arguments ask for. Raises UsageError."""
-    from planning.problem import Objective
-
-    weight = options.migration_weight
+    kind = options.objective or Objective().kind
+    tokens = options.prompt_tokens, options.output_tokens
     try:
-        if options.objective == "request":
-            return Objective("request", options.prompt_tokens, options.output_tokens, weight)
-        return Objective(options.objective, migration_weight=weight)
+        return Objective(kind, *tokens, options.migration_weight)
     except ValueError as error:
-        raise UsageError(f"--objective {options.objective}: {error}") from error
+        raise UsageError(f"--objective {kind}: {error}") from error
 
 
 def context_of(options: argparse.Namespace, given: SavedPlan | None) -> int | None:
@@ -260,7 +257,7 @@ def slots_of(options: argparse.Namespace, given: SavedPlan | None) -> int:
     from planning.request import MAX_SLOTS, default_slots
 
     saved = given.slots if given is not None else None
-    slots: int = options.slots or saved or default_slots(options.objective)
+    slots: int = options.slots or saved or default_slots(objective_of(options).kind)
     if slots > MAX_SLOTS:
         raise UsageError(f"--slots {slots}: at most {MAX_SLOTS}")
     return slots

@@ -136,6 +136,7 @@ class Tables:
         budget = problem.quality_budget
         self.budget = None if budget == math.inf else budget
         self.throughput = problem.objective.kind == "throughput"
+        self.turns = problem.turns
         devices, blocks = range(len(problem.devices)), range(problem.spec.block_count)
         self.spare = SpareBudget.of(problem)
         self.options = [
@@ -144,8 +145,8 @@ class Tables:
         most = max((len(row) for rows in self.options for row in rows), default=0)
         shape = (len(devices), len(blocks), max(most, 1))
         self.shape = shape
-        self.cost, self.decode, self.memory, self.storage = (
-            np.full(shape, math.inf) for _ in range(4)
+        self.cost, self.decode, self.turn, self.memory, self.storage = (
+            np.full(shape, math.inf) for _ in range(5)
         )
         self.loss = np.zeros(shape)
         self.bits = np.zeros(shape, dtype=np.int64)
@@ -154,6 +155,9 @@ class Tables:
                 for o, option in enumerate(row):
                     self.cost[i, k, o] = problem.block_cost(i, k, option)
                     self.decode[i, k, o] = option.decode_s
+                    if self.throughput:
+                        self.decode[i, k, o] = problem.turn_s(k, option)
+                    self.turn[i, k, o] = problem.turn_s(k, option)
                     self.memory[i, k, o] = option.executed_bytes + problem.kv_bytes[k]
                     self.storage[i, k, o] = problem.stored_bytes[k][option.bits]
                     self.bits[i, k, o] = option.bits
@@ -173,13 +177,15 @@ class Tables:
             for i in devices
         ]
         self.entry = np.array([problem.call_cost(i) for i in devices])
-        self.call_s = np.array([device.call_s for device in problem.devices])
+        self.call_s = np.array([problem.call_turn_s(i) for i in devices])
         forms = problem.permitted_hops
         self.hop_bits = [form.bits for form in forms]
         priced = self.budget is not None
         self.hop_loss = np.array([(priced and form.sensitivity) or 0.0 for form in forms])
         square = (len(devices), len(devices))
-        self.hop, self.hop_s = (np.full((len(forms), *square), math.inf) for _ in range(2))
+        self.hop, self.hop_s, self.hop_turn = (
+            np.full((len(forms), *square), math.inf) for _ in range(3)
+        )
         self.back, self.back_s = (np.full(square, math.inf) for _ in range(2))
         for i in devices:
             for j in devices:
@@ -187,6 +193,7 @@ class Tables:
                     for f, form in enumerate(forms):
                         self.hop[f, i, j] = problem.hop_cost(i, j, form.bits)
                         self.hop_s[f, i, j] = problem.hop_s(i, j, form.bits)
+                        self.hop_turn[f, i, j] = problem.hop_turn_s(i, j, form.bits)
                     self.back[i, j] = problem.return_cost(i, j)
                     self.back_s[i, j] = problem.return_s(i, j)
 

@@ -151,7 +151,7 @@ def test_sensitivities_are_to_be_measured_as_the_chip_computes(
         devices = f"--devices={labs / lab}.yaml"
         assert main(["plan", model, devices, f"--sensitivities={path}", "--json"]) == 0
         said = capsys.readouterr().err
-        assert ("nothing of what the arithmetic of coral loses" in said) == noted
+        assert ("no sensitivities for the arithmetic of coral" in said) == noted
 
 
 def test_a_wrong_capacity_is_refused() -> None:
