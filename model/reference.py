@@ -43,7 +43,9 @@ class ReferenceModel:
         self.blocks = range(first_block, first_block + len(blocks))
         self._dtype = dtype
         self._weights: dict[int, Weights] = {
-            block: {name: _values(tensor).astype(dtype) for name, tensor in tensors.items()}
+            block: {
+                name: _values(tensor).astype(dtype, copy=False) for name, tensor in tensors.items()
+            }
             for block, tensors in zip(self.blocks, blocks, strict=True)
         }
         self._cache: dict[int, tuple[Array, Array]] = {}

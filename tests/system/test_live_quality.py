@@ -10,9 +10,10 @@ import pytest
 
 from backends.base import BackendUnavailable
 from backends.registry import backend_class
-from calibration.quality.blocks import built_in_text, measure_quality, split_passages
+from calibration.quality.blocks import measure_quality
 from calibration.quality.hops import measure_hops
 from model.checkpoint import Checkpoint
+from model.passages import built_in_text, split_passages
 from model.tokenizer import Tokenizer
 from tests.system.cluster import FIXTURES, Cluster, interrupt_at, last_json, wait_for
 
