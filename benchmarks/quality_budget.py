@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from backends.registry import BACKENDS, backend_class
 from calibration.quality.blocks import check_plans, measure_plan_kl, measure_quality, random_plans
-from coordinator.quality.store import MAX_CHECKS
+from coordinator.quality.losses import MAX_CHECKS
 from model.checkpoint import Checkpoint
 from model.passages import built_in_text, split_passages
 from model.quantize import Format

@@ -24,6 +24,7 @@ from typing import Any
 from backends.base import BackendUnavailable
 from backends.registry import backend_class
 from cli.client import Client
+from cli.commands.plan_arguments import bounds_of
 from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import PHASES, Screen
@@ -114,7 +115,7 @@ class Demo:
                 hop_bits=None if options.hop_bits is None else tuple(options.hop_bits),
                 scheme=options.scheme,
                 group_size=options.group_size,
-                max_weight_error=options.max_weight_error,
+                **bounds_of(options),
                 context_tokens=options.context,
                 time_limit_s=options.time_limit,
             ).to_dict()
@@ -243,7 +244,7 @@ class Demo:
             for bits in options.bits or DEFAULT_BITS
         ]
         context = self._context_tokens(checkpoint)
-        bound = options.max_weight_error
+        bound = bounds_of(options)["max_weight_error"]
         errors: Sequence[dict[int, float]] = [{}] * spec.block_count
         if bound is not None:
             store = ArtifactStore(self._directory / "coordinator")

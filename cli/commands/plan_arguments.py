@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
 from model.quantize import DEFAULT_GROUP_SIZE
-from planning.request import DEFAULT_MAX_WEIGHT_ERROR, DEFAULT_TIME_LIMIT_S
+from planning.request import DEFAULT_TIME_LIMIT_S
+from planning.sensitivity import DEFAULT_QUALITY_BUDGET
 from wire.activations import HOP_BITS
 
 if TYPE_CHECKING:
@@ -23,9 +25,9 @@ if TYPE_CHECKING:
 
 _PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.ASCII)
 
-_budget = argument(at_least_0, "a number >= 0")
-_error_bound = argument(
-    lambda text: None if text == "none" else at_least_0(text), "a number >= 0, or none"
+_weight = argument(at_least_0, "a number >= 0")
+_bound = argument(
+    lambda text: math.inf if text == "none" else at_least_0(text), "a number >= 0, or none"
 )
 _seconds = argument(between(0.01, 3600), "seconds between 0.01 and 3600")
 
@@ -107,7 +109,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--migration-weight",
-        type=_budget,
+        type=_weight,
         default=0.0,
         metavar="W",
         help="add W seconds to the objective per second of loading what devices do not hold",
@@ -117,9 +119,10 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quality-budget",
-        type=_budget,
+        type=_bound,
         metavar="KL",
-        help="bound on the plan's KL divergence from the original model, nats per token",
+        help="bound on the plan's KL divergence from the original model, nats per token, or 'none';"
+        f" default {DEFAULT_QUALITY_BUDGET:g}, measured when a model is first planned",
     )
     parser.add_argument(
         "--sensitivities",
@@ -139,10 +142,10 @@ def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
     """How weights are stored, what they may lose, and for how long a plan is sought."""
     parser.add_argument(
         "--max-weight-error",
-        type=_error_bound,
-        default=DEFAULT_MAX_WEIGHT_ERROR,
+        type=_bound,
         metavar="DELTA",
-        help="bound on max|w - w_b| / 2^bits of each block, or 'none'; default 0.001",
+        help="the DILEMMA paper's bound on max|w - w_b| / 2^bits of each block, in place of the"
+        " default bound on what the plan loses; 'none': bound neither",
     )
     parser.add_argument(
         "--scheme",
@@ -250,7 +253,7 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
     from planning.request import LoadRequest
     from planning.saved import read_plan
 
-    if options.check_quality and options.quality_budget is None:
+    if options.check_quality and options.quality_budget in (None, math.inf):
         raise UsageError("--check-quality needs --quality-budget KL to compare with")
     try:
         saved = read_plan(options.plan) if options.plan is not None else None
@@ -258,13 +261,12 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
             model=absolute_model(options.model),
             scheme=options.scheme,
             group_size=options.group_size,
-            max_weight_error=options.max_weight_error,
+            **bounds_of(options),
             context_tokens=context_of(options, saved),
             time_limit_s=options.time_limit,
             slots=slots_of(options, saved),
             objective=objective_of(options),
             exclude=tuple(options.exclude),
-            quality_budget=options.quality_budget,
             check_quality=options.check_quality,
             plan=saved,
             with_problem=with_problem,
@@ -275,6 +277,17 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
         raise UsageError(str(error)) from error
     except (ModelError, PlanError, SensitivityError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def bounds_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request that bound what a plan loses. An option's infinity says "none"."""
+    delta = options.max_weight_error
+    budget = getattr(options, "quality_budget", None)
+    return {
+        "max_weight_error": None if delta == math.inf else delta,
+        "quality_budget": None if budget == math.inf else budget,
+        "unbounded": budget == math.inf or (budget is None and delta == math.inf),
+    }
 
 
 def _widths(options: argparse.Namespace, saved: SavedPlan | None) -> dict[str, Any]:

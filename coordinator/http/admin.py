@@ -223,6 +223,8 @@ def _planned(planned: Planned) -> dict[str, Any]:
         answer["quality"] = {
             "margin": planned.quality_margin,
             "measured_kl": planned.measured_kl,
+            "budget": planned.problem.quality_budget,
+            **asdict(planned.losses),
         }
     if planned.request.with_problem:
         answer["problem"] = planned.problem.to_dict()

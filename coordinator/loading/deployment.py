@@ -19,6 +19,7 @@ from model.tokenizer import Tokenizer
 from planning.plan import Plan, Stage
 from planning.problem import PlanningProblem
 from planning.request import LoadRequest, model_name
+from planning.sensitivity import LossSource
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import BlockRef, ConnectStage, Done, LoadStage, StageLoaded, UnloadStage
 
@@ -30,7 +31,8 @@ class Planned:
     """A plan with what it was made for and from.
 
     ``quality_margin`` is part of the problem's sensitivities; None where there are none.
-    ``measured_kl`` is the plan's divergence where it was asked for.
+    ``measured_kl`` is the plan's divergence where it was measured.
+    ``losses`` says what the sensitivities were counted from.
     """
 
     request: LoadRequest
@@ -40,6 +42,7 @@ class Planned:
     plan: Plan
     quality_margin: float | None
     measured_kl: float | None
+    losses: LossSource
     devices: Mapping[str, str] = field(default_factory=dict)
     """Ids of the devices by the names that the problem and the plan have for them."""
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coordinator.quality.losses import LossStore
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
 from model.quantize import DEFAULT_GROUP_SIZE, Scheme
@@ -38,10 +39,6 @@ from wire.activations import HOP_BITS
 log = logging.getLogger(__name__)
 
 STORE_VERSION = 1
-
-
-MAX_CHECKS = 8
-"""Plans that are measured before a budget is given up."""
 
 MAX_TOKENS = 1 << 16
 MAX_PLANS = 64
@@ -163,6 +160,8 @@ class QualityStore:
 
     def __init__(self, state_dir: Path) -> None:
         self._directory = state_dir / "quality"
+        self.losses = LossStore(state_dir)
+        """What is measured while planning."""
 
     def open(
         self, checkpoint: Checkpoint, sequences: Sequences, scheme: Scheme, group_size: int
