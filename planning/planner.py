@@ -2,7 +2,7 @@
 
 ``solve`` is a function of the problem alone, apart from the clock: the same problem gives the same
 plan, unless the time limit cuts the search short. Of equally good plans it prefers fewer stages,
-then wider bits where they cost nothing, then devices in their given order.
+then widths by loss and bytes (planning.widths), then devices in their given order.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from planning.plan import (
 from planning.problem import Device, Objective, PlanningProblem
 from planning.search.search import Found, search
 from planning.time_limit import now_s
+from planning.widths import settle, undominated
 from wire.profile import LinkProfile
 
 # Solvers keep each row to about 1e-6 of its limit; a plan that used this slack is solved again
 # with limits lowered by more than it.
 _LIMIT_MARGIN = 4e-6
-# Raising bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
+# Changing bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
 _FREE = 1e-9
 # With more counts than this the search goes first, as it does where a gap is allowed: it closes
 # large problems sooner, but seldom to nothing. With more than the other the program is hopeless.
@@ -80,8 +81,9 @@ def solve(
     report(f"planning {problem.spec.block_count} blocks on {len(problem.devices)} devices")
     reason = _hopeless(problem)
     if reason is None:
-        plan = _best(problem, runner, gap, report)
+        plan = _best(undominated(problem), runner, gap, report)
         if plan is not None:
+            plan = _settled(problem, plan)
             plan = replace(plan, proof=replace(plan.proof, solve_s=now_s() - started_s))
             verify(plan, problem)
             return plan
@@ -254,7 +256,7 @@ class _Runner:
 
 
 def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
-    """The same stages, as fast: devices in their given order, bits as wide as comes for free."""
+    """The same stages, as fast: devices in their given order."""
     stages = choice.stages
     order = [device for device, _, _ in stages]
     unused = [i for i in range(len(problem.devices)) if i not in order]
@@ -266,10 +268,7 @@ def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
                 order = [swap.get(i, i) for i in order]
                 unused = [swap.get(i, i) for i in unused]
                 break
-    chosen = [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
-    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
-    free_s = _FREE * plan.value / len(chosen)
-    return [_raise_bits(problem, stage, free_s) for stage in chosen]
+    return [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
 
 
 def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
@@ -292,37 +291,16 @@ def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
     )
 
 
-def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> StageChoice:
-    """The stage with each block as wide as fits and costs no time; worst errors choose first."""
-    index, first, widths = stage
-    device = problem.devices[index]
-    chosen = dict(enumerate(widths, first))
-    used = assess(problem, [stage], Proof("", 0.0, 0.0)).stages[0]
-    memory, storage = used.memory_bytes, used.storage_bytes
-    for block in sorted(chosen, key=lambda k: (-(problem.weight_error(k, chosen[k]) or 0.0), k)):
-        stored = problem.stored_bytes[block]
-        options = {option.bits: option for option in device.options[block]}
-        now = options[chosen[block]]
-        for option in sorted(options.values(), key=lambda option: -option.bits):
-            if option.bits <= now.bits:
-                break
-            cost_s = max(
-                option.decode_s - now.decode_s,
-                problem.block_cost(index, block, option) - problem.block_cost(index, block, now),
-            )
-            new_memory = memory + option.executed_bytes - now.executed_bytes
-            new_storage = storage + stored[option.bits] - stored[now.bits]
-            if (
-                problem.allows(index, block, option.bits)
-                and problem.loss(index, block, option.bits) <= problem.loss(index, block, now.bits)
-                and cost_s <= free_s
-                and new_memory <= device.memory_bytes
-                and new_storage <= device.storage_bytes
-            ):
-                memory, storage, free_s = new_memory, new_storage, free_s - max(0.0, cost_s)
-                chosen[block] = option.bits
-                break
-    return index, first, tuple(chosen[block] for block in sorted(chosen))
+def _settled(problem: PlanningProblem, plan: Plan) -> Plan:
+    """The plan with the widths that weigh loss and bytes best where they cost no time."""
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
+    hops = [stage.hop_bits for stage in plan.stages if stage.hop_bits is not None]
+    loss = plan.total_sensitivity if problem.quality_budget is not None else None
+    free_s = _FREE * plan.value / len(stages)
+    settled = assess(problem, settle(problem, stages, loss or 0.0, free_s), plan.proof, hops)
+    proof = replace(plan.proof, bound=min(plan.proof.bound, settled.value))
+    return replace(settled, proof=proof)
 
 
 def _hopeless(problem: PlanningProblem) -> str | None:

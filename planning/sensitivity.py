@@ -110,7 +110,7 @@ def with_assumed_arithmetic(
         block: {bits: ASSUMED_ARITHMETIC * kl for bits, kl in row.items()}
         for block, row in enumerate(rows)
     }
-    return {arithmetic: own.get(arithmetic, assumed) for arithmetic in arithmetics if arithmetic}
+    return {arithmetic: assumed for arithmetic in arithmetics if arithmetic} | dict(own)
 
 
 def scaled(rows: Sequence[Mapping[int, float]], margin: float) -> tuple[Mapping[int, float], ...]:

@@ -77,19 +77,20 @@ def described_losses(
     from coordinator.quality.estimate import LossUnknown
     from coordinator.quality.losses import Form, LossStore, RawLosses, assumed, estimated
     from model.checkpoint import Checkpoint
-    from planning.sensitivity import LossSource, applying_budget
+    from planning.sensitivity import LossSource, applying_budget, with_assumed_arithmetic
 
     bounds = bounds_of(options)
     decided = bool(options.plan) or len(set(options.bits or lab.bits)) == 1
+    arithmetics = [device.arithmetic for device in lab.devices if device.layer_kl is None]
     budget = applying_budget(**bounds, decided=decided)
     if known is not None:
-        source = LossSource("given")
-        return DescribedLosses(
-            RawLosses(known.kl, known.hops, known.own, known.margin, source), budget
-        )
+        own = known.own
+        if bounds["quality_budget"] is None:  # The default one keeps no device out.
+            own = with_assumed_arithmetic(own, known.kl, arithmetics)
+        raw = RawLosses(known.kl, known.hops, own, known.margin, LossSource("given"))
+        return DescribedLosses(raw, budget)
     if budget is None:
         return DescribedLosses(None, None)
-    arithmetics = [device.arithmetic for device in lab.devices if device.layer_kl is None]
     model = Path(options.model)
     if not any(model.glob("*.safetensors")):
         why = f"{model} has no weights"
@@ -104,7 +105,8 @@ def described_losses(
             why = str(error)
     if bounds["quality_budget"] is not None:
         raise UsageError(
-            f"--quality-budget needs --sensitivities FILE: {why}: run calibrate where the weights are"
+            f"--quality-budget needs --sensitivities FILE: {why}: run `shoal calibrate"
+            " --quality` where the weights are"
         )
     return DescribedLosses(assumed(spec, why, arithmetics), budget)
 

@@ -29,6 +29,7 @@ from planning.sensitivity import (
     Own,
     scaled,
     scaled_own,
+    with_assumed_arithmetic,
     with_lossless,
 )
 from wire.activations import HOP_BITS, HopBits
@@ -180,6 +181,10 @@ class QualityMeter:
             return Losses(None, None, {}, known)
         else:
             raw = await self._estimated(checkpoint, request, members, on_step, measure=measure)
+        own = raw.own
+        if request.quality_budget is None:  # The default one keeps no device out.
+            arithmetics = [member.profile.arithmetic for member in members]
+            own = with_assumed_arithmetic(own, raw.rows, arithmetics)
         margin = request.quality_margin or raw.margin
         (hops,) = scaled([raw.hops], margin)
         return Losses(
@@ -187,7 +192,7 @@ class QualityMeter:
             scaled(with_lossless(raw.rows, checkpoint), margin),
             hops,
             known,
-            scaled_own(raw.own, margin),
+            scaled_own(own, margin),
             request.loss_budget,
             raw.source,
         )

@@ -1,0 +1,180 @@
+"""Widths that cost the objective nothing: fewer to choose from before, and fewer bytes after.
+
+Some backends run several widths with the same kernels: 3 bits as 4, and 5 and 6 as 8. Memory-bound
+and compute-bound devices have such ties too. What is left to choose between is loss and bytes.
+Bytes are loading time, and they have a price: loading as much again as the least possible must
+remove the whole quality budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from planning.exact.program import StageChoice
+from planning.problem import BlockOption, Device, PlanningProblem
+
+
+def undominated(problem: PlanningProblem) -> PlanningProblem:
+    """The problem without options that another one replaces at no cost of any kind.
+
+    A device whose storage might be short keeps all of its options.
+    """
+    devices = []
+    for i, device in enumerate(problem.devices):
+        stored = [
+            max((problem.stored_bytes[k][o.bits] for o in row), default=0)
+            for k, row in enumerate(device.options)
+        ]
+        if sum(stored) > device.storage_bytes:
+            devices.append(device)
+            continue
+        rows = tuple(_best_options(problem, i, k, row) for k, row in enumerate(device.options))
+        devices.append(replace(device, options=rows))
+    return replace(problem, devices=tuple(devices))
+
+
+def _best_options(
+    problem: PlanningProblem, i: int, block: int, row: Sequence[BlockOption]
+) -> tuple[BlockOption, ...]:
+    allowed = [option for option in row if problem.allows(i, block, option.bits)]
+
+    def figures(option: BlockOption) -> tuple[float, ...]:
+        return (
+            option.decode_s,
+            option.prefill_s_per_token,
+            problem.block_cost(i, block, option),
+            option.executed_bytes,
+            problem.loss(i, block, option.bits),
+        )
+
+    # Equal ones are decided by the fewer bits.
+    order = sorted(allowed, key=lambda option: (figures(option), option.bits))
+    kept: list[BlockOption] = []
+    for option in order:
+        own = figures(option)
+        if not any(all(x <= y for x, y in zip(figures(o), own, strict=True)) for o in kept):
+            kept.append(option)
+    return tuple(option for option in row if option in kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Another width for one block of a stage, and what it does."""
+
+    block: int
+    option: BlockOption
+    cost_s: float
+    memory_bytes: int
+    storage_bytes: int
+    loss: float
+    score: float
+    """Below 0: better."""
+
+
+def settle(
+    problem: PlanningProblem, stages: Sequence[StageChoice], loss: float, free_s: float
+) -> list[StageChoice]:
+    """The same stages with the widths that weigh loss and bytes best at no cost in time.
+
+    ``loss`` is what all of the plan takes of the budget, and ``free_s`` what each stage may cost
+    more: rounding of sums. Memory, storage and the budget are kept.
+    """
+    budget = math.inf if problem.quality_budget is None else problem.quality_budget
+    settled = []
+    for stage in stages:
+        widths, change = _settle_stage(problem, stage, budget - loss, free_s)
+        loss += change
+        settled.append((stage[0], stage[1], widths))
+    return settled
+
+
+def _settle_stage(
+    problem: PlanningProblem, stage: StageChoice, loss_left: float, free_s: float
+) -> tuple[tuple[int, ...], float]:
+    """The stage's widths, and what they add to the loss."""
+    index, first, widths = stage
+    device = problem.devices[index]
+    chosen = dict(enumerate(widths, first))
+    memory, storage = _room(problem, device, chosen)
+    added = 0.0
+    changes = [
+        change for block in chosen for change in _changes(problem, index, block, chosen[block])
+    ]
+    done: set[int] = set()
+    for change in sorted(changes, key=lambda one: (one.score, one.block, one.option.bits)):
+        if (
+            change.block not in done
+            and change.cost_s <= free_s
+            and change.memory_bytes <= memory
+            and change.storage_bytes <= storage
+            and change.loss <= loss_left - added
+        ):
+            done.add(change.block)
+            chosen[change.block] = change.option.bits
+            memory -= change.memory_bytes
+            storage -= change.storage_bytes
+            free_s -= max(0.0, change.cost_s)
+            added += change.loss
+    return tuple(chosen[block] for block in sorted(chosen)), added
+
+
+def _room(problem: PlanningProblem, device: Device, chosen: Mapping[int, int]) -> tuple[int, int]:
+    """Bytes of memory and of storage that a stage leaves free."""
+    memory = device.memory_bytes - device.stage_bytes
+    storage = device.storage_bytes
+    for block, bits in chosen.items():
+        option = device.option(block, bits)
+        memory -= problem.kv_bytes[block] + (option.executed_bytes if option else 0)
+        storage -= problem.stored_bytes[block][bits]
+    return memory, storage
+
+
+def _changes(problem: PlanningProblem, index: int, block: int, bits: int) -> Iterable[_Change]:
+    """Every other width of a block that is better by loss and bytes."""
+    device, stored = problem.devices[index], problem.stored_bytes[block]
+    now = device.option(block, bits)
+    if now is None:
+        return
+    least = sum(min(row[b] for b in problem.bits if b in row) for row in problem.stored_bytes)
+    for option in device.options[block]:
+        if option.bits == bits or not problem.allows(index, block, option.bits):
+            continue
+        removed = _removed(problem, index, block, (bits, option.bits))
+        more_bytes = stored[option.bits] - stored[bits]
+        score = more_bytes / least - removed
+        cost = problem.block_cost(index, block, option) - problem.block_cost(index, block, now)
+        if score < 0:
+            yield _Change(
+                block,
+                option,
+                max(
+                    cost,
+                    option.decode_s - now.decode_s,
+                    option.prefill_s_per_token - now.prefill_s_per_token,
+                ),
+                option.executed_bytes - now.executed_bytes,
+                more_bytes,
+                problem.loss(index, block, option.bits) - problem.loss(index, block, bits),
+                score,
+            )
+
+
+def _removed(problem: PlanningProblem, index: int, block: int, bits: tuple[int, int]) -> float:
+    """What going from one width to another removes of the loss, as a share of the budget.
+
+    Without a budget the model at 4 bits is taken for it, with each block's share by its bytes.
+    """
+    before, after = bits
+    if problem.quality_budget is not None:
+        saved = problem.loss(index, block, before) - problem.loss(index, block, after)
+        return saved / problem.quality_budget if problem.quality_budget > 0 else saved * math.inf
+    size = problem.stored_bytes[block][before] / before
+    whole = sum(min(row.items())[1] / min(row) for row in problem.stored_bytes)
+    return size / whole * (_squared_step(before) - _squared_step(after))
+
+
+def _squared_step(bits: int) -> float:
+    """The squared step of codes, as a multiple of that at 4 bits."""
+    return 0.0 if bits >= 16 else (15 / (2**bits - 1)) ** 2
