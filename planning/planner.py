@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from planning import advice
 from planning.exact.program import Aim, Choice, PlanProgram, StageChoice
 from planning.exact.solver import Outcome, SolverError, SolverName, default_solver, run
 from planning.plan import (
@@ -382,45 +383,21 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     memory: Shortage = ()
     storage: Shortage = ()
     links = _missing_links(problem, runner, problem.no_links) if reason is None else ()
+    found = _advice(problem, reason, runner, links)
     if reason is None and not links:
         memory, storage = _shortage(problem, runner)
-    advice = Advice(
-        memory,
-        storage,
-        allow_bits=_enough_bits(problem, runner),
-        max_weight_error=_enough_error(problem, runner),
-        quality_budget=_enough_budget(problem, runner),
-        free_placement=_placement_is_free(problem, runner),
-        declare_watts=_watts_to_declare(problem, runner),
-        missing_links=tuple((problem.devices[i].name, problem.devices[j].name) for i, j in links),
-    )
-    ways = []
+        found = replace(found, memory_short_bytes=memory, storage_short_bytes=storage)
     if links:
         reason = "; ".join(problem.no_link(*pair) for pair in links)
-        remedies = " and ".join(problem.no_links[pair].remedy for pair in links)
-        fixed = "`shoal agent --port PORT` fixes an agent's port"
-        ways.append(f"let {remedies} (firewall, NAT, cable; {fixed})")
+    ways = _ways(problem, found, links)
     lacking = [
-        f"{kind} is short by {_mb(sum(size for _, size in short))} in all ("
-        + ", ".join(f"{name} +{_mb(size)}" for name, size in short)
-        + ")"
+        f"{kind} is short by {_mb(sum(size for _, size in short))} in all"
         for kind, short in (("memory", memory), ("storage", storage))
         if short
     ]
     if lacking:
-        ways.append(" and ".join(lacking))
-    if advice.allow_bits is not None:
-        ways.append(f"allow {advice.allow_bits} bits")
-    if advice.max_weight_error is not None:
-        ways.append(f"raise --max-weight-error to {advice.max_weight_error:g}")
-    if advice.quality_budget is not None:
-        ways.append(f"raise the quality budget to {advice.quality_budget:g}")
-    if advice.free_placement:
-        ways.append("drop the pins and exclusions")
-    if advice.declare_watts:
-        names = ", ".join(advice.declare_watts)
-        ways.append(f"declare the watts of {names}: without them no plan for energy uses these")
-    if reason is None and not ways and runner.unsure:
+        reason = " and ".join(lacking)
+    elif reason is None and not ways and runner.unsure:
         reason = "the time limit passed before a change was found that is enough"
     elif reason is None and not ways and not problem.permitted_hops:
         reason = "no width of hops has a known sensitivity, and no device is enough alone"
@@ -429,7 +406,68 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
             "; ".join(map(str, problem.no_links.values())) or _links_to_describe(problem, runner)
         )
     parts = [part for part in (reason, ", or ".join(ways)) if part]
-    return InfeasiblePlan("no plan fits: " + ": ".join(parts), advice)
+    return InfeasiblePlan("no plan fits: " + ": ".join(parts), found)
+
+
+def _advice(
+    problem: PlanningProblem,
+    reason: str | None,
+    runner: _Runner,
+    links: tuple[tuple[int, int], ...],
+) -> Advice:
+    """What people can do. Devices and memory help only where nothing else is known to be wrong."""
+
+    def possible(changed: PlanningProblem) -> bool:
+        return _hopeless(changed) is None and runner.plan(changed, "any") is not None
+
+    room = reason is None and not links
+    freed = advice.enough_placement(problem, possible)
+    return Advice(
+        allow_bits=_enough_bits(problem, runner),
+        max_weight_error=_enough_error(problem, runner),
+        quality_budget=_enough_budget(problem, runner),
+        free_placement=freed is None and _placement_is_free(problem, runner),
+        free_device=freed,
+        declare_watts=_watts_to_declare(problem, runner),
+        missing_links=tuple((problem.devices[i].name, problem.devices[j].name) for i, j in links),
+        whole_memory=advice.enough_memory(problem, possible) if room else None,
+        context_tokens=advice.enough_context(problem, possible) if room else None,
+        more_devices=advice.enough_devices(problem, possible) if room else None,
+    )
+
+
+def _ways(problem: PlanningProblem, found: Advice, links: tuple[tuple[int, int], ...]) -> list[str]:
+    """The advice in words."""
+    ways = []
+    if links:
+        remedies = " and ".join(problem.no_links[pair].remedy for pair in links)
+        fixed = "`shoal agent --port PORT` fixes an agent's port"
+        ways.append(f"let {remedies} (firewall, NAT, cable; {fixed})")
+    if found.allow_bits is not None:
+        ways.append(f"allow {found.allow_bits} bits")
+    if found.max_weight_error is not None:
+        ways.append(f"raise --max-weight-error to {found.max_weight_error:g}")
+    if found.quality_budget is not None:
+        ways.append(f"raise the quality budget to {found.quality_budget:g}")
+    if found.context_tokens is not None:
+        ways.append(f"shorten the context to {found.context_tokens} tokens (of all slots together)")
+    if found.free_device is not None:
+        ways.append(f"drop {advice.hindrance(problem, found.free_device)} {found.free_device}")
+    if found.free_placement:
+        ways.append("drop the pins and exclusions")
+    if found.whole_memory is not None:
+        ways.append(
+            f"let shoal use more of {found.whole_memory}'s memory (its agent's --memory, other"
+            " programs there)"
+        )
+    if found.declare_watts:
+        names = ", ".join(found.declare_watts)
+        ways.append(f"declare the watts of {names}: without them no plan for energy uses these")
+    if found.more_devices is not None:
+        name, count = found.more_devices
+        number = "one" if count == 1 else str(count)
+        ways.append(f"add {number} more device{'s' * (count > 1)} like {name}")
+    return ways
 
 
 def _links_to_describe(problem: PlanningProblem, runner: _Runner) -> str:

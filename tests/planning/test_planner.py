@@ -689,8 +689,12 @@ def test_memory_that_is_short_is_counted_per_device() -> None:
     advice = caught.value.advice
     assert sum(size for _, size in advice.memory_short_bytes) == 1_200_000
     assert advice.allow_bits == 4
-    assert "memory is short by 1.2 MB in all (pi-" in str(caught.value)
-    assert str(caught.value).endswith(", or allow 4 bits")
+    # Each of 1 MB holds one block of the four.
+    assert advice.more_devices == ("pi-1", 2)
+    assert str(caught.value) == (
+        "no plan fits: memory is short by 1.2 MB in all: allow 4 bits, or add 2 more devices like"
+        " pi-1"
+    )
 
 
 def test_advice_works_when_followed() -> None:

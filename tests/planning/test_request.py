@@ -71,7 +71,7 @@ def test_what_json_leaves_out_has_the_defaults_of_the_type() -> None:
 
 
 def test_the_default_budget_bounds_what_the_request_leaves_open() -> None:
-    asked = {
+    asked: dict[str, tuple[dict[str, Any], float | None]] = {
         "nothing": ({}, DEFAULT_QUALITY_BUDGET),
         "a budget": ({"quality_budget": 0.1}, 0.1),
         "the paper's bound": ({"max_weight_error": 1e-3}, None),
