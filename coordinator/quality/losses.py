@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from coordinator.quality.estimate import (
@@ -227,7 +228,8 @@ def _text(checkpoint: Checkpoint) -> list[list[int]]:
 def _measured(work: Callable[[], Any]) -> Any:
     """What ``work`` returns. Raises LossUnknown where memory or the weights fail it."""
     try:
-        return work()
+        with np.errstate(all="ignore"):  # What is not finite is refused in one line.
+            return work()
     except MemoryError as error:
         raise LossUnknown("measuring ran out of memory") from error
     except ModelError as error:
