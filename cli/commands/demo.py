@@ -25,6 +25,7 @@ from backends.base import BackendUnavailable
 from backends.registry import backend_class
 from cli.client import Client
 from cli.commands.plan_arguments import bounds_of
+from cli.commands.plan_views import show_divergence
 from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import PHASES, Screen
@@ -129,6 +130,7 @@ class Demo:
                 if any(disturbed):
                     screen.out.print("measured beside the demo's other processes\n")
                 screen.plan(loaded["plan"], f"predicted plan for {loaded['model']}")
+                show_divergence(screen, loaded["plan"], loaded.get("quality"))
                 screen.out.print()
                 screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)
             result = generate(

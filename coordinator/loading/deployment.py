@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 from coordinator.errors import AgentFailed, AgentLost, LinkFailed
 from coordinator.loading.slots import Slots
@@ -46,6 +47,18 @@ class Planned:
     devices: Mapping[str, str] = field(default_factory=dict)
     """Ids of the devices by the names that the problem and the plan have for them."""
 
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        """What is known of the plan's loss, as JSON; None where nothing is."""
+        if self.quality_margin is None:
+            return None
+        return {
+            "margin": self.quality_margin,
+            "measured_kl": self.measured_kl,
+            "budget": self.problem.quality_budget,
+            **asdict(self.losses),
+        }
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
@@ -60,6 +73,8 @@ class Deployment:
     context_tokens: int
     members: tuple[Member, ...]
     loaded: tuple[StageLoaded, ...]
+    quality: Mapping[str, Any] | None = None
+    """As of ``Planned``."""
 
     @property
     def name(self) -> str:
@@ -131,6 +146,7 @@ async def deploy(
         context_tokens=planned.context_tokens,
         members=members,
         loaded=loaded,
+        quality=planned.quality,
     )
 
 
