@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from planning.exact.program import StageChoice
 from planning.problem import BlockOption, Device, PlanningProblem
@@ -35,9 +36,21 @@ def undominated(problem: PlanningProblem) -> PlanningProblem:
     return replace(problem, devices=tuple(devices))
 
 
+def _is_a_tradeoff(problem: PlanningProblem, row: Sequence[BlockOption]) -> bool:
+    """Whether each wider option costs more time, so that none replaces a narrower one.
+
+    With a budget the narrower ones lose more. Where they do not, an option too many stays.
+    """
+    return problem.quality_budget is not None and all(
+        one.bits < other.bits and one.decode_s < other.decode_s for one, other in pairwise(row)
+    )
+
+
 def _best_options(
     problem: PlanningProblem, i: int, block: int, row: Sequence[BlockOption]
 ) -> tuple[BlockOption, ...]:
+    if _is_a_tradeoff(problem, row):
+        return tuple(row)
     allowed = [option for option in row if problem.allows(i, block, option.bits)]
 
     def figures(option: BlockOption) -> tuple[float, ...]:
