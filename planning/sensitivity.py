@@ -30,6 +30,10 @@ DEFAULT_QUALITY_BUDGET = 0.03
 """Nats per token that a plan may lose unless told otherwise: perplexity times 1.03. The 4-bit
 format that most people run loses as much (docs/planner.md, "How much may be lost")."""
 
+PAPER_MAX_WEIGHT_ERROR = 1e-3
+"""Bound on max|w - w_b| / 2^b for the paper's own program: at this value its model lost nothing
+measurable (Source: DILEMMA, Table 1)."""
+
 ASSUMED_KL_AT_4_BITS = 0.06
 """What all blocks at 4 bits lose where nothing was measured: about what others found for plain
 4-bit rounding of Llama 3 8B (docs/planner.md)."""
@@ -95,11 +99,15 @@ def assumed_losses(spec: ModelSpec) -> tuple[Mapping[int, float], ...]:
         sum(math.prod(shape) for shape in spec.block_tensors(block).values())
         for block in range(spec.block_count)
     ]
-    steps = {bits: 0.0 if bits >= 16 else (15 / (2**bits - 1)) ** 2 for bits in BITS}
     return tuple(
-        {bits: ASSUMED_KL_AT_4_BITS * size / sum(sizes) * step for bits, step in steps.items()}
+        {bits: ASSUMED_KL_AT_4_BITS * size / sum(sizes) * squared_step(bits) for bits in BITS}
         for size in sizes
     )
+
+
+def squared_step(bits: int) -> float:
+    """The squared step of codes, as a multiple of that at 4 bits: about what losses follow."""
+    return 0.0 if bits >= 16 else (15 / (2**bits - 1)) ** 2
 
 
 def with_assumed_arithmetic(

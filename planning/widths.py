@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from planning.exact.program import StageChoice
 from planning.problem import BlockOption, Device, PlanningProblem
+from planning.sensitivity import squared_step
 
 
 def undominated(problem: PlanningProblem) -> PlanningProblem:
@@ -182,12 +183,9 @@ def _removed(problem: PlanningProblem, index: int, block: int, bits: tuple[int, 
     before, after = bits
     if problem.quality_budget is not None:
         saved = problem.loss(index, block, before) - problem.loss(index, block, after)
-        return saved / problem.quality_budget if problem.quality_budget > 0 else saved * math.inf
+        if problem.quality_budget == 0:
+            return math.copysign(math.inf, saved) if saved else 0.0
+        return saved / problem.quality_budget
     size = problem.stored_bytes[block][before] / before
     whole = sum(min(row.items())[1] / min(row) for row in problem.stored_bytes)
-    return size / whole * (_squared_step(before) - _squared_step(after))
-
-
-def _squared_step(bits: int) -> float:
-    """The squared step of codes, as a multiple of that at 4 bits."""
-    return 0.0 if bits >= 16 else (15 / (2**bits - 1)) ** 2
+    return size / whole * (squared_step(before) - squared_step(after))

@@ -13,7 +13,7 @@ from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
 from model.quantize import DEFAULT_GROUP_SIZE
 from planning.request import DEFAULT_TIME_LIMIT_S
-from planning.sensitivity import DEFAULT_QUALITY_BUDGET
+from planning.sensitivity import DEFAULT_QUALITY_BUDGET, PAPER_MAX_WEIGHT_ERROR
 from wire.activations import HOP_BITS
 
 if TYPE_CHECKING:
@@ -282,6 +282,8 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
 def bounds_of(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of a request that bound what a plan loses. An option's infinity says "none"."""
     delta = options.max_weight_error
+    if delta is None and getattr(options, "formulation", "") == "dilemma":
+        delta = PAPER_MAX_WEIGHT_ERROR
     budget = getattr(options, "quality_budget", None)
     return {
         "max_weight_error": None if delta == math.inf else delta,
