@@ -89,17 +89,19 @@ def described_losses(
             own = with_assumed_arithmetic(own, known.kl, arithmetics)
         raw = RawLosses(known.kl, known.hops, own, known.margin, LossSource("given"))
         return DescribedLosses(raw, budget)
-    if budget is None:
-        return DescribedLosses(None, None)
     model = Path(options.model)
     if not any(model.glob("*.safetensors")):
         why = f"{model} has no weights"
     else:
         form = Form(Checkpoint.open(model), options.scheme, options.group_size)
+        store = LossStore(default_state_dir())
         try:
+            if budget is None:
+                kept = store.known(form)  # Worth telling, not worth measuring.
+                raw = None if kept is None else estimated(kept, arithmetics)
+                return DescribedLosses(raw, None)
             with screen.progress() as on_step:
-                report = _reporter(on_step, "quality")
-                found = LossStore(default_state_dir()).losses(form, report, lambda: False)
+                found = store.losses(form, _reporter(on_step, "quality"), lambda: False)
             return DescribedLosses(estimated(found, arithmetics), budget, form)
         except LossUnknown as error:
             why = str(error)
@@ -108,6 +110,8 @@ def described_losses(
             f"--quality-budget needs --sensitivities FILE: {why}: run `shoal calibrate"
             " --quality` where the weights are"
         )
+    if budget is None:
+        return DescribedLosses(None, None)
     return DescribedLosses(assumed(spec, why, arithmetics), budget)
 
 

@@ -177,10 +177,13 @@ class QualityMeter:
             source = LossSource("calibrated", sum(map(len, known.sequences)))
             hops, own = known.worst_hops(count), known.own_sensitivities()
             raw = RawLosses(known.sensitivities(count), hops, own, known.margin, source)
-        elif request.loss_budget is None:
-            return Losses(None, None, {}, known)
         else:
-            raw = await self._estimated(checkpoint, request, members, on_step, measure=measure)
+            decided = request.loss_budget is None
+            raw = await self._estimated(
+                checkpoint, request, members, on_step, measure=measure and not decided
+            )
+            if decided and raw.source.kind == "assumed":
+                return Losses(None, None, {}, known)
         own = raw.own
         if request.quality_budget is None:  # The default one keeps no device out.
             arithmetics = [member.profile.arithmetic for member in members]
@@ -220,7 +223,8 @@ class QualityMeter:
         except LossUnknown as error:
             why = str(error)
         if request.quality_budget is None:
-            log.warning("%s: loss not measured (%s): assumed", model_name(request.model), why)
+            if request.loss_budget is not None:
+                log.warning("%s: loss not measured (%s): assumed", model_name(request.model), why)
             return assumed(checkpoint.spec, why, arithmetics)
         raise RequestInvalid(
             f"nothing is known of what fewer bits do to {model_name(request.model)} "
