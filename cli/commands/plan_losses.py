@@ -98,8 +98,8 @@ def described_losses(
         try:
             if budget is None:
                 kept = store.known(form)  # Worth telling, not worth measuring.
-                raw = None if kept is None else estimated(kept, arithmetics)
-                return DescribedLosses(raw, None)
+                told = None if kept is None else estimated(kept, arithmetics)
+                return DescribedLosses(told, None)
             with screen.progress() as on_step:
                 found = store.losses(form, _reporter(on_step, "quality"), lambda: False)
             return DescribedLosses(estimated(found, arithmetics), budget, form)
