@@ -79,7 +79,7 @@ class AgentConfig:
 
     @property
     def calibration_path(self) -> Path:
-        """What this device has measured."""
+        """The file of this device's measurements."""
         return (self.measurements_dir or self.state_dir) / "calibration.json"
 
     @property

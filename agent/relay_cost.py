@@ -1,4 +1,4 @@
-"""What a token costs a stage besides the stage's own call, measured with one that computes nothing.
+"""The cost of a token besides the stage's own call, measured with a stage that computes nothing.
 
 A relay runs alone, as one that is first and last. Its share has locks, the hand-over to the stage's
 thread, sampling, and a report that goes into a socket. What rows take to and from the bytes of a
@@ -79,7 +79,7 @@ def _share_s() -> tuple[float, float]:
 
 
 def _steps_s() -> list[float]:
-    """Of each step of a relay alone, without its stage."""
+    """The seconds of each step of a relay alone, without its stage."""
     stage, done = _IdleStage(), threading.Event()
     near, far = socket.socketpair()
     told_s: list[float] = []

@@ -23,7 +23,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 SHOAL = (sys.executable, "-m", "cli")
 SETTLE_S = 10.0
-"""By then the agent has joined, and the search by mDNS is over."""
+"""Long enough for the agent to join and for the search by mDNS to end."""
 
 
 def main() -> None:

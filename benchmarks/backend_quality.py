@@ -27,9 +27,9 @@ from tokenizers import Tokenizer
 from backends.base import Backend, StageOptions
 from backends.edgetpu import Int8Stage
 from backends.registry import backend_class
-from calibration.quality.students import divergences
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
+from model.divergence import divergences
 from model.quantize import Format
 from model.reference import ReferenceModel
 

@@ -18,19 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from backends.registry import BACKENDS, backend_class
-from calibration.quality.blocks import (
-    built_in_text,
-    check_plans,
-    measure_plan_kl,
-    measure_quality,
-    random_plans,
-    split_passages,
-)
-from coordinator.quality.store import MAX_CHECKS
+from calibration.quality.blocks import check_plans, measure_plan_kl, measure_quality, random_plans
 from model.checkpoint import Checkpoint
+from model.passages import built_in_text, split_passages
 from model.quantize import Format
 from model.tokenizer import Tokenizer
 from planning.build import DeviceInput, RequestInput, build_problem
+from planning.losses import MAX_CHECKS
 from planning.plan import Plan
 from planning.planner import solve
 from planning.problem import PlanningProblem

@@ -174,7 +174,7 @@ def _rows_key(key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known_rows_s(store: CalibrationStore | None, key: Mapping[str, Any]) -> tuple[float, ...]:
-    """What the store has of passes of several rows; empty where it has nothing."""
+    """Return stored passes of several rows; empty if there are none."""
     found = None if store is None else store.get(_rows_key(key))
     return found if found is not None and len(found) == len(TIMED_ROWS) else ()
 
@@ -277,7 +277,7 @@ class Bench:
     def _head(
         self, spec: ModelSpec, task: Task, rows: Sequence[int] | None = None
     ) -> Measured | None:
-        """Of one row, or of passes of several ``rows``."""
+        """The times of one row, or of passes of several ``rows``."""
         head = range(spec.head_block, spec.head_block + 1)
         whole_bytes = executed_bytes(
             spec, spec.head_block, Format.of(task.bits), task.container_bits

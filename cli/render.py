@@ -40,6 +40,7 @@ PHASES = {
     "plan": "solving the plan",
     "quantize": "quantizing blocks",
     "quality": "measuring sensitivities",
+    "check": "measuring what the plan loses",
     "load": "loading stages",
     "files": "having files made",
 }

@@ -26,3 +26,7 @@ class CheckpointError(ModelError):
 
 class TokenizerError(ModelError):
     """The tokenizer or the chat template cannot be loaded or applied."""
+
+
+class Cancelled(Exception):
+    """Nobody wants the result of the work any more."""

@@ -42,7 +42,10 @@ class ReferenceModel:
         self.blocks = range(first_block, first_block + len(blocks))
         self._dtype = dtype
         self._weights: dict[int, Weights] = {
-            block: {name: values_of(tensor).astype(dtype) for name, tensor in tensors.items()}
+            block: {
+                name: values_of(tensor).astype(dtype, copy=False)
+                for name, tensor in tensors.items()
+            }
             for block, tensors in zip(self.blocks, blocks, strict=True)
         }
         self._cache: dict[int, tuple[Array, Array]] = {}
@@ -74,23 +77,36 @@ class ReferenceModel:
         Returns logits [n, vocab] of every row if the head is held, else hidden [n, hidden].
         """
         rows = np.asarray(inputs)
+        return self._forward(rows, position, [len(rows)])
+
+    def forward_sequences(self, inputs: npt.NDArray[Any], lengths: Sequence[int]) -> Array:
+        """As ``forward`` for whole sequences, one behind the other; the cache is not valid after.
+
+        lengths: rows of each sequence, n in all.
+        """
+        return self._forward(inputs, 0, lengths)
+
+    def _forward(self, rows: Array, position: int, lengths: Sequence[int]) -> Array:
         for block in self.blocks:
             kind, weights = self.spec.block_kind(block), self._weights[block]
             if kind == "embedding":
-                rows = self._embed(weights, rows, position)
+                rows = self._embed(weights, rows, position, lengths)
             elif kind == "head":
                 rows = self._head(weights, rows)
             else:
-                rows = self._layer(block, weights, rows.astype(self._dtype), position)
+                rows = self._layer(block, weights, rows.astype(self._dtype), position, lengths)
         return rows
 
-    def _embed(self, weights: Weights, tokens: npt.NDArray[Any], position: int) -> Array:
+    def _embed(
+        self, weights: Weights, tokens: npt.NDArray[Any], position: int, lengths: Sequence[int]
+    ) -> Array:
         hidden: Array = weights["tokens.weight"][tokens]  # [n, embed]
         if self.spec.projected:
             hidden = hidden @ weights["project_in.weight"].T
         if self.spec.learned_positions:
             begin = position + self.spec.position_offset
-            hidden = hidden + weights["positions.weight"][begin : begin + len(tokens)]
+            places = np.concatenate([np.arange(begin, begin + count) for count in lengths])
+            hidden = hidden + weights["positions.weight"][places]
         return hidden
 
     def _head(self, weights: Weights, hidden: Array) -> Array:
@@ -101,22 +117,34 @@ class ReferenceModel:
         logits: Array = hidden @ weights["lm_head.weight"].T
         return logits
 
-    def _layer(self, block: int, weights: Weights, hidden: Array, position: int) -> Array:
+    def _layer(
+        self, block: int, weights: Weights, hidden: Array, position: int, lengths: Sequence[int]
+    ) -> Array:
         layer = self.spec.layer(block)
-        if layer.norm_position == "pre":
-            normed = _norm(layer, weights, "attn_norm", hidden)
-            hidden = hidden + self._attention(block, weights, normed, position)
+        before = layer.norm_position == "pre"
+        normed = _norm(layer, weights, "attn_norm", hidden) if before else hidden
+        q, k, v = (_linear(weights, name, normed) for name in "qkv")
+        ends = np.cumsum(lengths)[:-1]
+        pieces = zip(np.split(q, ends), np.split(k, ends), np.split(v, ends), strict=True)
+        mixed = [self._attention(block, weights, piece, position) for piece in pieces]
+        hidden = hidden + _linear(weights, "o", np.concatenate(mixed))
+        if before:
             return hidden + _mlp(layer, weights, _norm(layer, weights, "mlp_norm", hidden))
-        hidden = hidden + self._attention(block, weights, hidden, position)
         hidden = _norm(layer, weights, "attn_norm", hidden)
         return _norm(layer, weights, "mlp_norm", hidden + _mlp(layer, weights, hidden))
 
-    def _attention(self, block: int, weights: Weights, hidden: Array, position: int) -> Array:
+    def _attention(
+        self, block: int, weights: Weights, projected: tuple[Array, Array, Array], position: int
+    ) -> Array:
+        """The mixed values [n, heads * head_dim] of one sequence, from its q, k and v."""
         layer = self.spec.layer(block)
-        count, end = len(hidden), position + len(hidden)
-        q = _linear(weights, "q", hidden).reshape(count, layer.heads, layer.head_dim)
-        k = _linear(weights, "k", hidden).reshape(count, layer.kv_heads, layer.head_dim)
-        v = _linear(weights, "v", hidden).reshape(count, layer.kv_heads, layer.head_dim)
+        count, end = len(projected[0]), position + len(projected[0])
+        q, k, v = (
+            part.reshape(count, heads, layer.head_dim)
+            for part, heads in zip(
+                projected, (layer.heads, layer.kv_heads, layer.kv_heads), strict=True
+            )
+        )
         if layer.qk_norm:
             q = _rms_norm(q, layer.norm_eps) * weights["q_norm.weight"]
             k = _rms_norm(k, layer.norm_eps) * weights["k_norm.weight"]
@@ -132,15 +160,18 @@ class ReferenceModel:
             v = np.concatenate([old_v[:position], v])
         self._cache[block] = k, v  # [end, kv_heads, head_dim]
         group = layer.heads // layer.kv_heads
-        keys, values = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-        scores = np.einsum("qhd,khd->hqk", q, keys) / self._dtype(math.sqrt(layer.head_dim))
+        keys, values = (
+            np.repeat(part, group, axis=1).transpose(1, 0, 2) for part in (k, v)
+        )  # [heads, end, head_dim]
+        scores = q.transpose(1, 0, 2) @ keys.transpose(0, 2, 1)
+        scores /= self._dtype(math.sqrt(layer.head_dim))
         distance = np.arange(position, end)[:, None] - np.arange(end)  # [n, end]
         window = layer.sliding_window or end
         scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
         scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
         scores /= scores.sum(axis=-1, keepdims=True)
-        mixed = np.einsum("hqk,khd->qhd", scores, values).reshape(count, -1)
-        return _linear(weights, "o", mixed)
+        mixed: Array = (scores @ values).transpose(1, 0, 2).reshape(count, -1)
+        return mixed
 
 
 def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:

@@ -199,6 +199,7 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
         held=tuple(map(frozenset, device.held)),
         load_bytes_per_s=device.load_bytes_per_s,
         watts=profile.watts,
+        memory_total_bytes=profile.memory_total_bytes,
     )
 
 

@@ -34,7 +34,10 @@ class PlanError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Changes that each suffice alone to make a plan possible (memory and storage: together)."""
+    """Changes that each suffice alone to make a plan possible (memory and storage: together).
+
+    Bytes that are short say what is wrong. The other fields are what people can do.
+    """
 
     memory_short_bytes: tuple[tuple[str, int], ...] = ()
     storage_short_bytes: tuple[tuple[str, int], ...] = ()
@@ -45,6 +48,14 @@ class Advice:
     declare_watts: tuple[str, ...] = ()
     missing_links: tuple[tuple[str, str], ...] = ()
     """(source, target) of the links that would be enough, all of them together."""
+    more_devices: tuple[str, int] | None = None
+    """A device, and how many more like it."""
+    context_tokens: int | None = None
+    """Positions of all slots' contexts together."""
+    whole_memory: str | None = None
+    """A device that would be enough with all of its memory."""
+    free_device: str | None = None
+    """The device whose exclusion or pins to drop."""
 
 
 class InfeasiblePlan(PlanError):

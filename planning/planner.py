@@ -2,7 +2,7 @@
 
 ``solve`` is a function of the problem alone, apart from the clock: the same problem gives the same
 plan, unless the time limit cuts the search short. Of equally good plans it prefers fewer stages,
-then wider bits where they cost nothing, then devices in their given order.
+then widths by loss and bytes (planning.widths), then devices in their given order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from planning import advice
 from planning.exact.program import Aim, Choice, PlanProgram, StageChoice
 from planning.exact.solver import Outcome, SolverError, SolverName, default_solver, run
 from planning.plan import (
@@ -29,15 +30,16 @@ from planning.plan import (
     keeps_budget,
     verify,
 )
-from planning.problem import ONE_TOKEN, BlockOption, Device, PlanningProblem
+from planning.problem import ONE_TOKEN, Device, PlanningProblem
 from planning.search.search import Found, search
 from planning.time_limit import now_s
+from planning.widths import settle, undominated
 from wire.profile import LinkProfile
 
 # Solvers keep each row to about 1e-6 of its limit; a plan that used this slack is solved again
 # with limits lowered by more than it.
 _LIMIT_MARGIN = 4e-6
-# Raising bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
+# Changing bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
 _FREE = 1e-9
 # A plan must be better by this share to be looked for beside one that is known: half of
 # OPTIMALITY_GAP.
@@ -86,8 +88,9 @@ def solve(
     report(f"planning {problem.spec.block_count} blocks on {len(problem.devices)} devices")
     reason = _hopeless(problem)
     if reason is None:
-        plan = _best(problem, runner, gap, report)
+        plan = _best(undominated(problem), runner, gap, report)
         if plan is not None:
+            plan = _settled(problem, plan)
             plan = replace(plan, proof=replace(plan.proof, solve_s=now_s() - started_s))
             verify(plan, problem)
             return plan
@@ -285,7 +288,7 @@ def _plan_of(problem: PlanningProblem, choice: Choice | None, proof: Proof) -> P
     """The plan that was chosen; None where there is none, or it breaks a limit."""
     if choice is None:
         return None
-    plan = assess(problem, _prefer(problem, choice), proof, choice.hop_bits)
+    plan = assess(problem, _in_order(problem, choice.stages), proof, choice.hop_bits)
     return plan if _fits(plan) and keeps_budget(plan, problem) else None
 
 
@@ -342,16 +345,8 @@ class _Runner:
         return assess(problem, choice.stages, Proof("", 0.0, 0.0), choice.hop_bits)
 
 
-def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
-    """The same stages, as fast: devices in their given order, bits as wide as comes for free."""
-    chosen = _in_order(problem, choice.stages)
-    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
-    free_s = _FREE * plan.value / len(chosen)
-    return [_raise_bits(problem.variants, stage, free_s) for stage in chosen]
-
-
 def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
-    """The same stages, with twins among the devices in their given order."""
+    """The same stages, as fast: twins among the devices in their given order."""
     order = [device for device, _, _ in stages]
     unused = [i for i in range(len(problem.devices)) if i not in order]
     for position in range(len(order)):
@@ -385,51 +380,16 @@ def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
     )
 
 
-def _raise_bits(
-    variants: Sequence[PlanningProblem], stage: StageChoice, free_s: float
-) -> StageChoice:
-    """The stage with each block as wide as fits and costs no time; worst errors choose first.
-
-    In all ``variants`` of the problem that is: any may turn out to be the one that counts.
-    """
-    problem = variants[0]
-    index, first, widths = stage
-    device = problem.devices[index]
-    chosen = dict(enumerate(widths, first))
-    used = assess(problem, [stage], Proof("", 0.0, 0.0)).stages[0]
-    memory, storage = used.memory_bytes, used.storage_bytes
-    for block in sorted(chosen, key=lambda k: (-(problem.weight_error(k, chosen[k]) or 0.0), k)):
-        stored = problem.stored_bytes[block]
-        options = {option.bits: option for option in device.options[block]}
-        now = options[chosen[block]]
-        for option in sorted(options.values(), key=lambda option: -option.bits):
-            if option.bits <= now.bits:
-                break
-            cost_s = max(_cost_s(one, index, block, now, option) for one in variants)
-            new_memory = memory + option.executed_bytes - now.executed_bytes
-            new_storage = storage + stored[option.bits] - stored[now.bits]
-            if (
-                problem.allows(index, block, option.bits)
-                and problem.loss(index, block, option.bits) <= problem.loss(index, block, now.bits)
-                and cost_s <= free_s
-                and new_memory <= device.memory_bytes
-                and new_storage <= device.storage_bytes
-            ):
-                memory, storage, free_s = new_memory, new_storage, free_s - max(0.0, cost_s)
-                chosen[block] = option.bits
-                break
-    return index, first, tuple(chosen[block] for block in sorted(chosen))
-
-
-def _cost_s(
-    problem: PlanningProblem, device: int, block: int, now: BlockOption, wider: BlockOption
-) -> float:
-    """The most that the other option of a block can add to the objective, or to a token's time."""
-    added_s = problem.block_cost(device, block, wider) - problem.block_cost(device, block, now)
-    if problem.slowest_counts:
-        slower_s = problem.turn_s(block, wider) - problem.turn_s(block, now)
-        added_s += problem.slowest_counts * max(0.0, slower_s)
-    return max(added_s, wider.decode_s - now.decode_s)
+def _settled(problem: PlanningProblem, plan: Plan) -> Plan:
+    """The plan with the widths that weigh loss and bytes best where they cost no time."""
+    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
+    hops = [stage.hop_bits for stage in plan.stages if stage.hop_bits is not None]
+    loss = plan.total_sensitivity if problem.quality_budget is not None else None
+    free_s = _FREE * plan.value / len(stages)
+    settled = assess(problem, settle(problem, stages, loss or 0.0, free_s), plan.proof, hops)
+    proof = replace(plan.proof, bound=min(plan.proof.bound, settled.value))
+    return replace(settled, proof=proof)
 
 
 def _hopeless(problem: PlanningProblem) -> str | None:
@@ -511,45 +471,21 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     memory: Shortage = ()
     storage: Shortage = ()
     links = _missing_links(problem, runner, problem.no_links) if reason is None else ()
+    found = _advice(problem, reason, runner, links)
     if reason is None and not links:
         memory, storage = _shortage(problem, runner)
-    advice = Advice(
-        memory,
-        storage,
-        allow_bits=_enough_bits(problem, runner),
-        max_weight_error=_enough_error(problem, runner),
-        quality_budget=_enough_budget(problem, runner),
-        free_placement=_placement_is_free(problem, runner),
-        declare_watts=_watts_to_declare(problem, runner),
-        missing_links=tuple((problem.devices[i].name, problem.devices[j].name) for i, j in links),
-    )
-    ways = []
+        found = replace(found, memory_short_bytes=memory, storage_short_bytes=storage)
     if links:
         reason = "; ".join(problem.no_link(*pair) for pair in links)
-        remedies = " and ".join(problem.no_links[pair].remedy for pair in links)
-        fixed = "`shoal agent --port PORT` fixes an agent's port"
-        ways.append(f"let {remedies} (firewall, NAT, cable; {fixed})")
+    ways = _ways(problem, found, links)
     lacking = [
-        f"{kind} is short by {_mb(sum(size for _, size in short))} in all ("
-        + ", ".join(f"{name} +{_mb(size)}" for name, size in short)
-        + ")"
+        f"{kind} is short by {_mb(sum(size for _, size in short))} in all"
         for kind, short in (("memory", memory), ("storage", storage))
         if short
     ]
     if lacking:
-        ways.append(" and ".join(lacking))
-    if advice.allow_bits is not None:
-        ways.append(f"allow {advice.allow_bits} bits")
-    if advice.max_weight_error is not None:
-        ways.append(f"raise --max-weight-error to {advice.max_weight_error:g}")
-    if advice.quality_budget is not None:
-        ways.append(f"raise the quality budget to {advice.quality_budget:g}")
-    if advice.free_placement:
-        ways.append("drop the pins and exclusions")
-    if advice.declare_watts:
-        names = ", ".join(advice.declare_watts)
-        ways.append(f"declare the watts of {names}: without them no plan for energy uses these")
-    if reason is None and not ways and runner.unsure:
+        reason = " and ".join(lacking)
+    elif reason is None and not ways and runner.unsure:
         reason = "the time limit passed before a change was found that is enough"
     elif reason is None and not ways and not problem.permitted_hops:
         reason = "no width of hops has a known sensitivity, and no device is enough alone"
@@ -558,7 +494,68 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
             "; ".join(map(str, problem.no_links.values())) or _links_to_describe(problem, runner)
         )
     parts = [part for part in (reason, ", or ".join(ways)) if part]
-    return InfeasiblePlan("no plan fits: " + ": ".join(parts), advice)
+    return InfeasiblePlan("no plan fits: " + ": ".join(parts), found)
+
+
+def _advice(
+    problem: PlanningProblem,
+    reason: str | None,
+    runner: _Runner,
+    links: tuple[tuple[int, int], ...],
+) -> Advice:
+    """What people can do. Devices and memory help only where nothing else is known to be wrong."""
+
+    def possible(changed: PlanningProblem) -> bool:
+        return _hopeless(changed) is None and runner.plan(changed, "any") is not None
+
+    room = reason is None and not links
+    freed = advice.enough_placement(problem, possible)
+    return Advice(
+        allow_bits=_enough_bits(problem, runner),
+        max_weight_error=_enough_error(problem, runner),
+        quality_budget=_enough_budget(problem, runner),
+        free_placement=freed is None and _placement_is_free(problem, runner),
+        free_device=freed,
+        declare_watts=_watts_to_declare(problem, runner),
+        missing_links=tuple((problem.devices[i].name, problem.devices[j].name) for i, j in links),
+        whole_memory=advice.enough_memory(problem, possible) if room else None,
+        context_tokens=advice.enough_context(problem, possible) if room else None,
+        more_devices=advice.enough_devices(problem, possible) if room else None,
+    )
+
+
+def _ways(problem: PlanningProblem, found: Advice, links: tuple[tuple[int, int], ...]) -> list[str]:
+    """The advice in words."""
+    ways = []
+    if links:
+        remedies = " and ".join(problem.no_links[pair].remedy for pair in links)
+        fixed = "`shoal agent --port PORT` fixes an agent's port"
+        ways.append(f"let {remedies} (firewall, NAT, cable; {fixed})")
+    if found.allow_bits is not None:
+        ways.append(f"allow {found.allow_bits} bits")
+    if found.max_weight_error is not None:
+        ways.append(f"raise --max-weight-error to {found.max_weight_error:g}")
+    if found.quality_budget is not None:
+        ways.append(f"raise the quality budget to {found.quality_budget:g}")
+    if found.context_tokens is not None:
+        ways.append(f"shorten the context to {found.context_tokens} tokens (of all slots together)")
+    if found.free_device is not None:
+        ways.append(f"drop {advice.hindrance(problem, found.free_device)} {found.free_device}")
+    if found.free_placement:
+        ways.append("drop the pins and exclusions")
+    if found.whole_memory is not None:
+        ways.append(
+            f"let shoal use more of {found.whole_memory}'s memory (its agent's --memory, other"
+            " programs there)"
+        )
+    if found.declare_watts:
+        names = ", ".join(found.declare_watts)
+        ways.append(f"declare the watts of {names}: without them no plan for energy uses these")
+    if found.more_devices is not None:
+        name, count = found.more_devices
+        number = "one" if count == 1 else str(count)
+        ways.append(f"add {number} more device{'s' * (count > 1)} like {name}")
+    return ways
 
 
 def _links_to_describe(problem: PlanningProblem, runner: _Runner) -> str:

@@ -139,6 +139,7 @@ class Device:
     widths that the backend takes, measured or not: only messages use them. ``held`` has the widths
     of each block that are on the device's disk already (empty: nothing is). ``watts`` is what it
     draws while it computes; where that is not known, no plan for ``energy`` uses it.
+    ``memory_total_bytes`` is what is built in, of which ``memory_bytes`` may be used: for advice.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Device:
     held: tuple[frozenset[int], ...] = ()
     load_bytes_per_s: float = math.inf
     watts: float | None = None
+    memory_total_bytes: int | None = None
 
     def option(self, block: int, bits: int) -> BlockOption | None:
         """How this device runs ``block`` at ``bits``; None where it cannot."""

@@ -23,13 +23,10 @@ from planning.request_fields import (
     require_widths,
 )
 from planning.saved import SavedPlan
-from planning.sensitivity import Own
+from planning.sensitivity import Own, applying_budget
 from wire.activations import HOP_BITS
 
-DEFAULT_BITS = (4, 8, 16)
-DEFAULT_MAX_WEIGHT_ERROR = 1e-3
-"""Default bound on max|w - w_b| / 2^b: at this value the paper's model lost nothing measurable
-(Source: DILEMMA, Table 1)."""
+DEFAULT_BITS = (3, 4, 5, 6, 8)
 DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_TIME_LIMIT_S = 20.0
 
@@ -61,6 +58,7 @@ _EXPECTED = {
     "hop_bits": f"a list out of {', '.join(map(str, HOP_BITS))}, or null",
     "quality_budget": "a number >= 0, or null",
     "quality_margin": "a number >= 1, or null",
+    "unbounded": "true or false",
     "check_quality": "true or false",
     "with_problem": "true or false",
 }
@@ -80,8 +78,8 @@ class LoadRequest:
     bits: tuple[int, ...] = DEFAULT_BITS
     scheme: Scheme = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
-    max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
-    """None: no bound."""
+    max_weight_error: float | None = None
+    """Bound on max|w - w_b| / 2^b of each block, the DILEMMA paper's. None: no such bound."""
     context_tokens: int | None = None
     """None: DEFAULT_CONTEXT_TOKENS, or as many as the model takes."""
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
@@ -101,9 +99,11 @@ class LoadRequest:
     hop_bits: tuple[int, ...] | None = None
     """Widths that a hop may use. None: ``planning.sensitivity.choose_hops`` decides."""
     quality_budget: float | None = None
-    """Bound on the plan's KL divergence, in nats per token. None: no bound."""
+    """Bound on the plan's KL divergence, in nats per token. None: ``loss_budget`` decides."""
     quality_margin: float | None = None
     """Factor on ``sensitivities``. None: what the coordinator knows or assumes."""
+    unbounded: bool = False
+    """Let widths lose what they will, instead of the default budget."""
     check_quality: bool = False
     """Measure the plan's divergence, and plan again until it keeps the budget."""
     plan: SavedPlan | None = None
@@ -143,6 +143,14 @@ class LoadRequest:
             "quality_margin": _within(self.quality_margin, 1),
         }
 
+    @property
+    def loss_budget(self) -> float | None:
+        """The bound on the plan's KL divergence that applies; None: there is none."""
+        decided = self.plan is not None or len(self.bits) == 1
+        return applying_budget(
+            self.quality_budget, self.max_weight_error, unbounded=self.unbounded, decided=decided
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON that ``from_dict`` reads."""
         plain: dict[str, Any] = to_plain(self)
@@ -150,7 +158,10 @@ class LoadRequest:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> LoadRequest:
-        """Read a user's JSON. Raises RequestInvalid naming the field."""
+        """Read a user's JSON. Raises RequestInvalid naming the field.
+
+        A null ``max_weight_error`` alone asks for no bound at all.
+        """
         given = {
             key: value
             for key, value in values.items()
@@ -160,6 +171,8 @@ class LoadRequest:
             read = read_request(LoadRequest, given, _EXPECTED)
         except PlanError as error:
             raise RequestInvalid(str(error), "plan") from error
+        if "max_weight_error" in read and read["max_weight_error"] is None:
+            read.setdefault("unbounded", read.get("quality_budget") is None)
         read.setdefault("slots", default_slots(read.get("objective", Objective()).kind))
         return LoadRequest(**read)
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from model.checkpoint import Checkpoint
+from model.quantize import BITS
+from model.spec import ModelSpec
 from planning.plan import Plan
 from planning.problem import DEFAULT_HOPS, HopFormat, PlanningProblem
 from wire.activations import HOP_BITS
@@ -22,6 +25,39 @@ ASSUMED_MARGIN = 1.5
 
 _NOISE_KL = 1e-7
 """Sums below it say nothing about ratios: rounding in fp32 is as large."""
+
+DEFAULT_QUALITY_BUDGET = 0.03
+"""Nats per token that a plan may lose unless told otherwise: perplexity times 1.03. The 4-bit
+format that most people run loses as much (docs/planner.md, "How much may be lost")."""
+
+PAPER_MAX_WEIGHT_ERROR = 1e-3
+"""Bound on max|w - w_b| / 2^b for the paper's own program: at this value its model lost nothing
+measurable (Source: DILEMMA, Table 1)."""
+
+ASSUMED_KL_AT_4_BITS = 0.06
+"""What all blocks at 4 bits lose where nothing was measured: about what others found for plain
+4-bit rounding of Llama 3 8B (docs/planner.md)."""
+
+ASSUMED_ARITHMETIC = 10.0
+"""How many times as much a layer loses in an arithmetic of its own that was not measured: about as
+much as on the demo model (docs/edgetpu.md)."""
+
+LossKind = Literal["given", "calibrated", "estimated", "assumed", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossSource:
+    """Where a plan's sensitivities come from.
+
+    given: the user's file. calibrated: ``shoal calibrate --quality``. estimated: measured while
+    planning, over ``tokens``. assumed: a typical model's. unknown: there are none. ``why`` says
+    what kept them from being measured, in one clause.
+    """
+
+    kind: LossKind
+    tokens: int | None = None
+    why: str = ""
+
 
 Own = Mapping[str, Mapping[int, Mapping[int, float]]]
 """By arithmetic, layer's block and bits: what the block adds where it is computed so."""
@@ -34,6 +70,55 @@ def budget_margin(checks: Iterable[tuple[float, float]]) -> float:
     """
     ratios = [measured / predicted for predicted, measured in checks if predicted > _NOISE_KL]
     return max(1.0, *ratios) if ratios else ASSUMED_MARGIN
+
+
+def applying_budget(
+    quality_budget: float | None,
+    max_weight_error: float | None,
+    *,
+    unbounded: bool,
+    decided: bool,
+) -> float | None:
+    """The bound on a plan's KL divergence; None: there is none.
+
+    The default one chooses widths. So it does not apply where they are ``decided``: by a given
+    plan, a single width, a bound of another kind or the wish for none.
+    """
+    if quality_budget is not None or max_weight_error is not None or unbounded or decided:
+        return quality_budget
+    return DEFAULT_QUALITY_BUDGET
+
+
+def assumed_losses(spec: ModelSpec) -> tuple[Mapping[int, float], ...]:
+    """Sensitivities of a model of which only the shape is known: a typical one's, never measured.
+
+    A block has its share of ASSUMED_KL_AT_4_BITS by its weights. At other widths it loses in
+    proportion to the squared step of the codes.
+    """
+    sizes = [
+        sum(math.prod(shape) for shape in spec.block_tensors(block).values())
+        for block in range(spec.block_count)
+    ]
+    return tuple(
+        {bits: ASSUMED_KL_AT_4_BITS * size / sum(sizes) * squared_step(bits) for bits in BITS}
+        for size in sizes
+    )
+
+
+def squared_step(bits: int) -> float:
+    """The squared step of codes, as a multiple of that at 4 bits: about what losses follow."""
+    return 0.0 if bits >= 16 else (15 / (2**bits - 1)) ** 2
+
+
+def with_assumed_arithmetic(
+    own: Own, rows: Sequence[Mapping[int, float]], arithmetics: Iterable[str]
+) -> Own:
+    """``own``, and ASSUMED_ARITHMETIC times ``rows`` for arithmetics of which nothing is known."""
+    assumed = {
+        block: {bits: ASSUMED_ARITHMETIC * kl for bits, kl in row.items()}
+        for block, row in enumerate(rows)
+    }
+    return {arithmetic: assumed for arithmetic in arithmetics if arithmetic} | dict(own)
 
 
 def scaled(rows: Sequence[Mapping[int, float]], margin: float) -> tuple[Mapping[int, float], ...]:
@@ -101,6 +186,16 @@ def tightened(problem: PlanningProblem, plan: Plan, measured_kl: float) -> Plann
         raise ValueError("there is no budget to tighten")
     budget = predicted * min(problem.quality_budget / measured_kl, 0.99)
     return replace(problem, quality_budget=budget)
+
+
+def whole_loss(problem: PlanningProblem, plan: Plan, measured_kl: float) -> float:
+    """What a plan loses: its blocks' measured part, with what its hops and arithmetics add."""
+    hops = (
+        problem.hop_sensitivity(stage.hop_bits) or 0.0
+        for stage in plan.stages
+        if stage.hop_bits is not None
+    )
+    return measured_kl + own_share(problem, plan) + math.fsum(hops)
 
 
 def own_share(problem: PlanningProblem, plan: Plan) -> float:

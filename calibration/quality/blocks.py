@@ -21,7 +21,7 @@ and weight error. This project measures the divergence of predictions instead of
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,6 @@ from calibration.quality.students import (
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
 from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Scheme
-
-SEQUENCE_TOKENS = 128
-MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,40 +68,6 @@ class PlanCheck:
     bits: tuple[int, ...]
     predicted_kl: float
     measured_kl: float
-
-
-def built_in_text() -> list[str]:
-    """Passages of the calibration text that comes with the package."""
-    return passages_of(Path(__file__).with_name("text.txt").read_text(encoding="utf-8"))
-
-
-def passages_of(text: str) -> list[str]:
-    """Passages of a text, which blank lines separate; line ends inside one become spaces."""
-    passages = (" ".join(part.split()) for part in text.split("\n\n"))
-    return [passage for passage in passages if passage]
-
-
-def split_passages(
-    passages: Iterable[Sequence[int]],
-    sequence_tokens: int = SEQUENCE_TOKENS,
-    max_tokens: int = MAX_TOKENS,
-) -> list[list[int]]:
-    """Cut passages into sequences to calibrate with, of ``max_tokens`` tokens in total.
-
-    A position sees nothing from before its cut. Sequences of one token are dropped.
-    """
-    sequences: list[list[int]] = []
-    left = max_tokens
-    for passage in passages:
-        for begin in range(0, len(passage), sequence_tokens):
-            piece = list(passage[begin : begin + min(sequence_tokens, left)])
-            if len(piece) < 2:
-                continue
-            sequences.append(piece)
-            left -= len(piece)
-            if left < 2:
-                return sequences
-    return sequences
 
 
 def measure_quality(

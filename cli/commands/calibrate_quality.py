@@ -197,12 +197,7 @@ def _show_quality(
 
 
 def _sequences(options: argparse.Namespace, spec: ModelSpec) -> list[list[int]]:
-    from calibration.quality.blocks import (
-        SEQUENCE_TOKENS,
-        built_in_text,
-        passages_of,
-        split_passages,
-    )
+    from model.passages import SEQUENCE_TOKENS, built_in_text, passages_of, split_passages
     from model.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(options.model)

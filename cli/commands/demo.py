@@ -24,6 +24,8 @@ from typing import Any
 from backends.base import BackendUnavailable
 from backends.registry import backend_class
 from cli.client import Client
+from cli.commands.plan_arguments import bounds_of
+from cli.commands.plan_views import show_divergence
 from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import PHASES, Screen
@@ -115,7 +117,7 @@ class Demo:
                 hop_bits=None if options.hop_bits is None else tuple(options.hop_bits),
                 scheme=options.scheme,
                 group_size=options.group_size,
-                max_weight_error=options.max_weight_error,
+                **bounds_of(options),
                 context_tokens=options.context,
                 time_limit_s=options.time_limit,
             ).to_dict()
@@ -129,6 +131,7 @@ class Demo:
                 if any(disturbed):
                     screen.out.print("measured beside the demo's other processes\n")
                 screen.plan(loaded["plan"], f"predicted plan for {loaded['model']}")
+                show_divergence(screen, loaded["plan"], loaded.get("quality"))
                 screen.out.print()
                 screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)
             result = generate(
@@ -242,7 +245,7 @@ class Demo:
             for bits in options.bits or DEFAULT_BITS
         ]
         context = self._context_tokens(checkpoint)
-        bound = options.max_weight_error
+        bound = bounds_of(options)["max_weight_error"]
         errors: Sequence[dict[int, float]] = [{}] * spec.block_count
         if bound is not None:
             with self._screen.progress() as on_step:

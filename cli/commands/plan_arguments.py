@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,8 @@ from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
 from cli.shared_arguments import add_group_size_argument, add_scheme_argument
 from planning.problem import Objective
-from planning.request import (
-    DEFAULT_CONTEXT_TOKENS,
-    DEFAULT_MAX_WEIGHT_ERROR,
-    DEFAULT_TIME_LIMIT_S,
-    THROUGHPUT_SLOTS,
-)
+from planning.request import DEFAULT_CONTEXT_TOKENS, DEFAULT_TIME_LIMIT_S, THROUGHPUT_SLOTS
+from planning.sensitivity import DEFAULT_QUALITY_BUDGET, PAPER_MAX_WEIGHT_ERROR
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS
 
 if TYPE_CHECKING:
@@ -28,9 +25,9 @@ if TYPE_CHECKING:
 
 _PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.ASCII)
 
-_budget = argument(at_least_0, "a number >= 0")
-_error_bound = argument(
-    lambda text: None if text == "none" else at_least_0(text), "a number >= 0, or none"
+_weight = argument(at_least_0, "a number >= 0")
+_bound = argument(
+    lambda text: math.inf if text == "none" else at_least_0(text), "a number >= 0, or none"
 )
 _seconds = argument(between(0.01, 3600), "seconds between 0.01 and 3600")
 
@@ -130,7 +127,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--migration-weight",
-        type=_budget,
+        type=_weight,
         default=0.0,
         metavar="W",
         help="Count each second of loading new blocks as W seconds of the objective. "
@@ -144,10 +141,11 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quality-budget",
-        type=_budget,
+        type=_bound,
         metavar="KL",
         help="The largest KL divergence from the original model that a plan may have, in nats per "
-        "token. Default: no bound.",
+        "token, or none. It is measured when a model is first planned. "
+        f"Default: {DEFAULT_QUALITY_BUDGET:g}.",
     )
     parser.add_argument(
         "--sensitivities",
@@ -167,11 +165,10 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
     """Add the options about stored weights, context and the solver's time."""
     parser.add_argument(
         "--max-weight-error",
-        type=_error_bound,
-        default=DEFAULT_MAX_WEIGHT_ERROR,
+        type=_bound,
         metavar="DELTA",
-        help="The largest weight error max|w - w_b| / 2^bits of a block, or none for no bound. "
-        "Default: %(default)g.",
+        help="Bound the weight error max|w - w_b| / 2^bits of each block instead, as the DILEMMA "
+        "paper does. none bounds neither.",
     )
     add_scheme_argument(parser)
     add_group_size_argument(parser)
@@ -275,7 +272,7 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
     from planning.request import LoadRequest
     from planning.saved import read_plan
 
-    if options.check_quality and options.quality_budget is None:
+    if options.check_quality and options.quality_budget in (None, math.inf):
         raise UsageError("--check-quality needs --quality-budget KL to compare with")
     try:
         saved = read_plan(options.plan) if options.plan is not None else None
@@ -283,13 +280,12 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
             model=absolute_model(options.model),
             scheme=options.scheme,
             group_size=options.group_size,
-            max_weight_error=options.max_weight_error,
+            **bounds_of(options),
             context_tokens=context_of(options, saved),
             time_limit_s=options.time_limit,
             slots=slots_of(options, saved),
             objective=objective_of(options),
             exclude=tuple(options.exclude),
-            quality_budget=options.quality_budget,
             check_quality=options.check_quality,
             plan=saved,
             with_problem=with_problem,
@@ -300,6 +296,19 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
         raise UsageError(str(error)) from error
     except (ModelError, PlanError, SensitivityError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def bounds_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request that bound what a plan loses. An option's infinity says "none"."""
+    delta = options.max_weight_error
+    if delta is None and getattr(options, "formulation", "") == "dilemma":
+        delta = PAPER_MAX_WEIGHT_ERROR
+    budget = getattr(options, "quality_budget", None)
+    return {
+        "max_weight_error": None if delta == math.inf else delta,
+        "quality_budget": None if budget == math.inf else budget,
+        "unbounded": budget == math.inf or (budget is None and delta == math.inf),
+    }
 
 
 def _widths(options: argparse.Namespace, saved: SavedPlan | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,42 @@ if TYPE_CHECKING:
 
 
 def show_divergence(
-    screen: Screen, plan: Mapping[str, Any], margin: float | None, measured_kl: float | None
+    screen: Screen, plan: Mapping[str, Any], quality: Mapping[str, Any] | None
 ) -> None:
-    """Show the plan's divergence in one line, if it is known."""
+    """Show in one line what the plan's bits do to the model, and how that is known."""
     total = plan["total_sensitivity"]
-    if total is None:
+    if quality is None or total is None:
+        screen.out.print("loss not measured: no budget bounds it", soft_wrap=True)
         return
+    screen.out.print(escape(loss_text(total, quality)), soft_wrap=True)
+
+
+def loss_text(total: float, quality: Mapping[str, Any]) -> str:
+    """Say in words how much a plan loses.
+
+    total: its predicted KL divergence, in nats per token.
+    """
+    kind, margin, measured_kl = quality["kind"], quality["margin"], quality["measured_kl"]
+    budget = quality["budget"]
+    allowed = "" if budget is None else f"; allowed: {budget:g}"
+    if kind == "assumed":
+        return (
+            f"loss not measured ({quality['why']}): by the rule for a typical model it loses"
+            f" {total:.3g} nats of KL divergence per token (perplexity x {math.exp(total):.4g},"
+            f" assumed){allowed}"
+        )
+    if kind == "estimated" and measured_kl is not None:
+        return (
+            f"loses {measured_kl:.3g} nats of KL divergence per token (perplexity x"
+            f" {math.exp(measured_kl):.4g}), measured on {quality['tokens']} tokens{allowed}"
+        )
     line = f"predicted KL divergence: {total:.3g} nats per token"
-    if margin is not None:
-        line += f" (sum over blocks and hops {total / margin:.3g}, margin {margin:.2f})"
+    line += f" (sum over blocks and hops {total / margin:.3g}, margin {margin:.2f})"
     if measured_kl is not None:
         line += f"; measured: {measured_kl:.3g}"
-    screen.out.print(line, soft_wrap=True)
+    if quality["tokens"] is not None:
+        line += f"; blocks were measured on {quality['tokens']} tokens"
+    return line + allowed
 
 
 def show_explanation(screen: Screen, explanation: Explanation) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from cli.commands.plan_arguments import (
+    bounds_of,
     context_of,
     objective_of,
     pins_of,
@@ -23,6 +25,7 @@ from cli.commands.plan_arguments import (
     sensitivities_of,
     slots_of,
 )
+from cli.commands.plan_losses import DescribedLosses, described_losses, keep_described
 from cli.commands.plan_views import (
     show_difference,
     show_dilemma,
@@ -64,7 +67,6 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     from planning.plan import PlanError
     from planning.request import DEFAULT_CONTEXT_TOKENS
     from planning.saved import read_plan
-    from planning.sensitivity import scaled, scaled_own
 
     if options.check_quality:
         raise UsageError("--check-quality measures on the shoal's agents: drop --devices")
@@ -78,24 +80,14 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             bits: Format.of(bits, options.scheme, options.group_size)
             for bits in sorted({*lab.bits, *(options.bits or ())})
         }
-        errors: Sequence[Mapping[int, float]] | None
         known_kl = sensitivities_of(options, spec)
-        if options.quality_budget is not None and known_kl is None:
-            raise UsageError("--quality-budget needs --sensitivities FILE: run calibrate first")
+        losses = described_losses(options, screen, spec, lab, known_kl)
+        bound = bounds_of(options)["max_weight_error"]
         if known_kl is not None:
-            errors, bound = known_kl.weight_errors, options.max_weight_error
-            unknown = [
-                device.name
-                for device in lab.devices
-                if device.arithmetic and not (device.layer_kl or device.arithmetic in known_kl.own)
-            ]
-            if unknown:
-                screen.note(
-                    f"{options.sensitivities} has no sensitivities for the arithmetic of"
-                    f" {', '.join(unknown)}: see docs/calibration.md"
-                )
+            errors: Sequence[Mapping[int, float]] | None = known_kl.weight_errors
+            _note_unknown_arithmetics(options, screen, lab, known_kl)
         else:
-            errors, bound = _weight_errors(options, model, formats, screen)
+            errors, bound = _weight_errors(bound, model, formats, screen)
         given = read_plan(options.plan) if options.plan else None
         wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
         context_tokens = min(wanted_tokens, spec.max_context)
@@ -108,13 +100,11 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             formats=formats,
             weight_errors=errors,
             max_weight_error=bound,
-            sensitivities=None if known_kl is None else scaled(known_kl.kl, known_kl.margin),
-            own_sensitivities={} if known_kl is None else scaled_own(known_kl.own, known_kl.margin),
-            quality_budget=options.quality_budget,
             objective=objective_of(options),
             pins=pins_of(options, spec),
             excluded=options.exclude,
-            hop_formats=_hop_formats(options, lab, known_kl),
+            hop_formats=_hop_formats(options, lab, losses),
+            **losses.fields,
         )
         problem = lab_problem(lab, request)
         times = asdict(times_of(lab, spec))
@@ -123,6 +113,9 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         else:
             name = model.absolute().name
             plan = _given_or_best(options, screen, problem, given)
+            plan, measured_kl = keep_described(
+                options, screen, losses, problem, plan, partial(_solve, options, screen)
+            )
             wording = _Wording(
                 f"plan for {name}, predicted from {options.devices}",
                 f"{name} on {options.devices.name}",
@@ -133,7 +126,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
                 },
             )
             found = _Found(name, context_tokens, describe_plan(spec, plan, slots), wording)
-            found.margin = None if known_kl is None else known_kl.margin
+            found.quality = losses.quality(measured_kl)
             _show_plan(options, screen, plan, problem, found)
     except (LabError, ModelError, PlanError, SensitivityError, ValueError) as error:
         raise CommandFailed(str(error)) from error
@@ -158,9 +151,7 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     found = _Found(answer["model"], answer["context_tokens"], answer["plan"], wording)
     found.devices = answer.get("devices")
     found.noise = answer.get("noise", ())
-    if "quality" in answer:
-        found.margin = answer["quality"]["margin"]
-        found.measured_kl = answer["quality"]["measured_kl"]
+    found.quality = answer.get("quality")
     if not any(asked):
         _show_found(options, screen, found)
         return
@@ -269,35 +260,52 @@ def save_plan(path: Path, plan: Plan, found: _Found) -> None:
 # ---- steps -------------------------------------------------------------------------------------
 
 
+def _note_unknown_arithmetics(
+    options: argparse.Namespace, screen: Screen, lab: Lab, known: Sensitivities
+) -> None:
+    unknown = [
+        device.name
+        for device in lab.devices
+        if device.arithmetic and not (device.layer_kl or device.arithmetic in known.own)
+    ]
+    if unknown:
+        screen.note(
+            f"{options.sensitivities} has no sensitivities for the arithmetic of"
+            f" {', '.join(unknown)}: see docs/calibration.md"
+        )
+
+
 def _hop_formats(
-    options: argparse.Namespace, lab: Lab, known: Sensitivities | None
+    options: argparse.Namespace, lab: Lab, losses: DescribedLosses
 ) -> tuple[HopFormat, ...]:
-    """The widths of --hop-bits, else of the lab. Measured divergences replace the lab's."""
-    from planning.sensitivity import choose_hops, scaled
+    """Return the widths of --hop-bits, else of the lab. The model's own losses come first."""
+    from planning.sensitivity import choose_hops
 
     declared = {
         form.bits: form.sensitivity for form in lab.hop_formats if form.sensitivity is not None
     }
-    if known is not None:
-        declared |= scaled([known.hops], known.margin)[0]
+    if losses.raw is not None and losses.raw.source.kind == "given":
+        declared |= losses.hops
+    else:
+        declared = {**losses.hops, **declared}
     asked = options.hop_bits or [form.bits for form in lab.hop_formats] or None
-    return choose_hops(asked, declared, options.quality_budget)
+    return choose_hops(asked, declared, bounds_of(options)["quality_budget"])
 
 
 def _weight_errors(
-    options: argparse.Namespace, model: Path, formats: Mapping[int, Format], screen: Screen
+    bound: float | None, model: Path, formats: Mapping[int, Format], screen: Screen
 ) -> tuple[Sequence[Mapping[int, float]] | None, float | None]:
     """The weight errors of each block and their bound, or None without weights to measure."""
     from model.checkpoint import Checkpoint
     from model.weight_errors import weight_errors
     from wire.service import default_state_dir
 
-    if options.max_weight_error is None:
+    if bound is None:
         return None, None
     if not any(model.glob("*.safetensors")):
         screen.note(
             f"{model} has no weights: their errors are not known, and --max-weight-error"
-            f" {options.max_weight_error:g} is not applied"
+            f" {bound:g} is not applied"
         )
         return None, None
     with screen.progress() as on_step:
@@ -307,7 +315,7 @@ def _weight_errors(
             default_state_dir("coordinator"),
             lambda done, total: on_step(_step("weight errors", "", done, total)),
         )
-    return errors, options.max_weight_error
+    return errors, bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,8 +336,8 @@ class _Found:
     context_tokens: int
     plan: Mapping[str, Any]
     wording: _Wording
-    margin: float | None = None
-    measured_kl: float | None = None
+    quality: Mapping[str, Any] | None = None
+    """The known figures of the plan's loss."""
     devices: Mapping[str, str] | None = None
     """Ids of devices by name, or None for described devices."""
     noise: Sequence[Mapping[str, Any]] = ()
@@ -403,8 +411,8 @@ def _show_found(
             "context_tokens": found.context_tokens,
             "plan": found.plan,
         }
-        if found.margin is not None:
-            answer["quality"] = {"margin": found.margin, "measured_kl": found.measured_kl}
+        if found.quality is not None:
+            answer["quality"] = found.quality
         if "devices" not in found.wording.labels:
             answer["noise"] = list(found.noise)
         if explanation is not None:
@@ -416,7 +424,7 @@ def _show_found(
         return
     times = found.wording.labels.get("times")
     screen.plan(found.plan, found.wording.title, times=times, noise=found.noise)
-    show_divergence(screen, found.plan, found.margin, found.measured_kl)
+    show_divergence(screen, found.plan, found.quality)
     if found.plan["energy_j"] is not None:
         energy_j = found.plan["energy_j"]
         screen.out.print(f"predicted energy of computing: {energy_j:.3g} J per token")

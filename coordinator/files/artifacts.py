@@ -23,7 +23,7 @@ from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
 from model.durable import remove, replace_text
-from model.errors import CheckpointError
+from model.errors import Cancelled, CheckpointError
 from model.partial import PartialFile
 from model.quantize import Format
 from model.weight_errors import weight_errors
@@ -41,10 +41,6 @@ HEADER_BYTES = 4096
 """The most bytes of an artifact's file beside its tensors."""
 
 OnStep = Callable[[int, int], None]
-
-
-class Cancelled(Exception):
-    """The user went away. It is raised between two blocks."""
 
 
 class ArtifactStore:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Protocol
 
 from coordinator.errors import AgentFailed, CoordinatorError, MakingFailed
-from coordinator.files.artifacts import ArtifactStore, Cancelled
+from coordinator.files.artifacts import ArtifactStore
 from coordinator.roster.measurements import in_thread
 from coordinator.roster.members import Member, Roster
 from model.bounded import read_json
-from model.errors import ModelError
+from model.errors import Cancelled, ModelError
 from model.spec import ModelSpec
 from wire import limits
 from wire.connection import AsyncConnection

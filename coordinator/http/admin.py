@@ -217,11 +217,8 @@ def _planned(planned: Planned) -> dict[str, Any]:
         "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
         "devices": dict(planned.devices),
     }
-    if planned.quality_margin is not None:
-        answer["quality"] = {
-            "margin": planned.quality_margin,
-            "measured_kl": planned.measured_kl,
-        }
+    if planned.quality is not None:
+        answer["quality"] = planned.quality
     if planned.request.with_problem:
         answer["problem"] = planned.problem.to_dict()
     return answer
@@ -296,6 +293,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "context_tokens": deployment.context_tokens,
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": describe_plan(deployment.spec, deployment.plan, slots.total),
+        "quality": deployment.quality,
         "stages": [
             {
                 "device": member.name,

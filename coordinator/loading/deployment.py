@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 from coordinator.errors import AgentFailed, AgentLost, LinkFailed
 from coordinator.loading.slots import Slots
@@ -19,6 +20,7 @@ from model.tokenizer import Tokenizer
 from planning.plan import Plan, Stage
 from planning.problem import PlanningProblem
 from planning.request import LoadRequest, model_name
+from planning.sensitivity import LossSource
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import BlockRef, ConnectStage, Done, LoadStage, StageLoaded, UnloadStage
 
@@ -31,6 +33,7 @@ class Planned:
 
     quality_margin: the margin in the problem's sensitivities, or None if it has none.
     measured_kl: the plan's measured divergence, or None if it was not measured.
+    losses: says from what the sensitivities were counted.
     """
 
     request: LoadRequest
@@ -40,8 +43,21 @@ class Planned:
     plan: Plan
     quality_margin: float | None
     measured_kl: float | None
+    losses: LossSource
     devices: Mapping[str, str] = field(default_factory=dict)
     """Device ids by the names in the problem and the plan."""
+
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        """The known figures of the plan's loss, as JSON; None if there are none."""
+        if self.quality_margin is None:
+            return None
+        return {
+            "margin": self.quality_margin,
+            "measured_kl": self.measured_kl,
+            "budget": self.problem.quality_budget,
+            **asdict(self.losses),
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +73,8 @@ class Deployment:
     context_tokens: int
     members: tuple[Member, ...]
     loaded: tuple[StageLoaded, ...]
+    quality: Mapping[str, Any] | None = None
+    """As of ``Planned``."""
 
     @property
     def name(self) -> str:
@@ -128,6 +146,7 @@ async def deploy(
         context_tokens=planned.context_tokens,
         members=members,
         loaded=loaded,
+        quality=planned.quality,
     )
 
 

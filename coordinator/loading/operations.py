@@ -214,7 +214,9 @@ class Operations:
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]
         _check_joined((*absent, *request.pins.values()), members, names)
-        losses = self._quality_meter.losses(checkpoint, request)
+        losses = await self._quality_meter.losses(
+            checkpoint, request, members, self._report, measure=asked
+        )
         context_tokens = min(
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
         )
@@ -240,6 +242,10 @@ class Operations:
             plan, measured_kl = await self._quality_meter.keep_budget(
                 request, checkpoint, members, problem, plan, losses.known, self._report
             )
+        elif asked and losses.budget is not None and losses.source.kind == "estimated":
+            plan, measured_kl = await self._quality_meter.keep_estimate(
+                request, checkpoint, problem, plan, self._report
+            )
         return Planned(
             request,
             checkpoint,
@@ -248,6 +254,7 @@ class Operations:
             plan,
             losses.margin,
             measured_kl,
+            losses.source,
             {member.name: member.device for member in members},
         )
 
@@ -346,7 +353,7 @@ class Operations:
                 max_weight_error=request.max_weight_error,
                 sensitivities=losses.blocks,
                 own_sensitivities=losses.own,
-                quality_budget=request.quality_budget,
+                quality_budget=losses.budget,
                 objective=request.objective,
                 pins={block: names[device] for block, device in request.pins.items()},
                 excluded=excluded,

@@ -5,29 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from coordinator.errors import AgentFailed, AgentLost
 from coordinator.files.artifacts import ArtifactStore
-from coordinator.quality.store import MAX_CHECKS, KnownQuality, QualityRequest, QualityStore
+from coordinator.quality.store import KnownQuality, QualityRequest, QualityStore
 from coordinator.roster.measurements import OnStep, Step, forward, in_thread, measure_blocks
 from coordinator.roster.members import Member
 from model.checkpoint import Checkpoint
+from model.loss_estimate import LossUnknown
+from model.loss_store import Form
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
-from planning.plan import Plan, PlanError
+from planning.losses import RawLosses, assumed, estimated, keep_measured
+from planning.plan import Plan
 from planning.planner import solve
 from planning.problem import PlanningProblem
 from planning.request import LoadRequest, model_name
 from planning.sensitivity import (
     ASSUMED_MARGIN,
+    LossSource,
     Own,
-    own_share,
     scaled,
     scaled_own,
-    tightened,
+    with_assumed_arithmetic,
     with_lossless,
 )
 from wire.activations import HOP_BITS, HopBits
@@ -130,7 +133,8 @@ class Missing:
 class Losses:
     """The sensitivities as a plan counts them: multiplied by ``margin`` already.
 
-    All are None or empty if nothing is known. ``known`` has this coordinator's measurements.
+    All are None or empty if nothing is known. ``known`` has this coordinator's calibration.
+    ``budget`` is what the plan may lose. ``source`` says from what that is counted.
     """
 
     margin: float | None
@@ -138,6 +142,8 @@ class Losses:
     hops: Mapping[int, float]
     known: KnownQuality | None
     own: Own = field(default_factory=dict)
+    budget: float | None = None
+    source: LossSource = field(default_factory=lambda: LossSource("unknown"))
 
 
 class QualityMeter:
@@ -147,31 +153,110 @@ class QualityMeter:
         self._store = store
         self._quality = quality
 
-    def losses(self, checkpoint: Checkpoint, request: LoadRequest) -> Losses:
-        """Return the sensitivities for a plan. Raises RequestInvalid if a budget has none."""
+    async def losses(
+        self,
+        checkpoint: Checkpoint,
+        request: LoadRequest,
+        members: tuple[Member, ...],
+        on_step: OnStep,
+        *,
+        measure: bool = True,
+    ) -> Losses:
+        """Return the sensitivities for a plan, and the budget that applies.
+
+        What ``shoal calibrate`` measured comes first. Where a budget needs more, the model is
+        measured here if ``measure`` says so. Raises RequestInvalid where a budget that was asked
+        for has none; the default budget takes assumed ones.
+        """
         known = self._quality.latest(checkpoint, request.scheme, request.group_size)
-        if request.sensitivities is not None:
-            margin = request.quality_margin or ASSUMED_MARGIN
-            rows = with_lossless(request.sensitivities, checkpoint)
-            (hops,) = scaled([request.hop_sensitivities], margin)
-            own = scaled_own(request.own_sensitivities, margin)
-            return Losses(margin, scaled(rows, margin), hops, known, own)
-        if known is None:
-            if request.quality_budget is None:
-                return Losses(None, None, {}, None)
-            raise RequestInvalid(
-                f"no sensitivities of {model_name(request.model)} are known "
-                f"({request.scheme}, groups of {request.group_size}): run `shoal calibrate "
-                f"--quality --on auto --model {request.model}`, or name a file with "
-                "--sensitivities",
-                "quality_budget",
-            )
-        margin = request.quality_margin or known.margin
         count = checkpoint.spec.block_count
-        rows = with_lossless(known.sensitivities(count), checkpoint)
-        (hops,) = scaled([known.worst_hops(count)], margin)
-        own = scaled_own(known.own_sensitivities(), margin)
-        return Losses(margin, scaled(rows, margin), hops, known, own)
+        if request.sensitivities is not None:
+            own, hops = request.own_sensitivities, request.hop_sensitivities
+            source, rows = LossSource("given"), request.sensitivities
+            raw = RawLosses(rows, hops, own, ASSUMED_MARGIN, source)
+        elif known is not None and _covers(known, request.bits, count):
+            source = LossSource("calibrated", sum(map(len, known.sequences)))
+            hops, own = known.worst_hops(count), known.own_sensitivities()
+            raw = RawLosses(known.sensitivities(count), hops, own, known.margin, source)
+        else:
+            decided = request.loss_budget is None
+            raw = await self._estimated(
+                checkpoint, request, members, on_step, measure=measure and not decided
+            )
+            if decided and raw.source.kind == "assumed":
+                return Losses(None, None, {}, known)
+        own = raw.own
+        if request.quality_budget is None:  # The default one keeps no device out.
+            arithmetics = [member.profile.arithmetic for member in members]
+            own = with_assumed_arithmetic(own, raw.rows, arithmetics)
+        margin = request.quality_margin or raw.margin
+        (hops,) = scaled([raw.hops], margin)
+        return Losses(
+            margin,
+            scaled(with_lossless(raw.rows, checkpoint), margin),
+            hops,
+            known,
+            scaled_own(own, margin),
+            request.loss_budget,
+            raw.source,
+        )
+
+    async def _estimated(
+        self,
+        checkpoint: Checkpoint,
+        request: LoadRequest,
+        members: tuple[Member, ...],
+        on_step: OnStep,
+        *,
+        measure: bool,
+    ) -> RawLosses:
+        """Return losses measured here, or assumed for the default budget if that is not possible."""
+        form = Form(checkpoint, request.scheme, request.group_size)
+        arithmetics = [member.profile.arithmetic for member in members]
+        try:
+            if measure:
+                work = partial(self._quality.losses.losses, form)
+                return estimated(await in_thread("quality", work, on_step), arithmetics)
+            found = await asyncio.to_thread(self._quality.losses.known, form)
+            if found is not None:
+                return estimated(found, arithmetics)
+            why = "there was no time to measure"
+        except LossUnknown as error:
+            why = str(error)
+        if request.quality_budget is None:
+            if request.loss_budget is not None:
+                log.warning("%s: loss not measured (%s): assumed", model_name(request.model), why)
+            return assumed(checkpoint.spec, why, arithmetics)
+        raise RequestInvalid(
+            f"no sensitivities of {model_name(request.model)} are known "
+            f"({request.scheme}, groups of {request.group_size}; {why}): run `shoal calibrate "
+            f"--quality --on auto --model {request.model}`, or name a file with "
+            "--sensitivities",
+            "quality_budget",
+        )
+
+    async def keep_estimate(
+        self,
+        request: LoadRequest,
+        checkpoint: Checkpoint,
+        problem: PlanningProblem,
+        plan: Plan,
+        on_step: OnStep,
+    ) -> tuple[Plan, float | None]:
+        """As ``keep_budget``, measured here as the estimate was. None: it cannot be measured."""
+        form = Form(checkpoint, request.scheme, request.group_size)
+
+        async def measured(bits: tuple[int, ...]) -> float:
+            def work(report: Callable[[int, int], None], cancelled: Callable[[], bool]) -> float:
+                return self._quality.losses.plan_loss(form, bits, report, cancelled)
+
+            return await in_thread("check", work, on_step)
+
+        try:
+            return await keep_measured(problem, plan, measured, self._again(request, on_step))
+        except LossUnknown as error:
+            log.warning("the plan's loss is not measured: %s", error)
+            return plan, None
 
     async def keep_budget(
         self,
@@ -188,32 +273,25 @@ class QualityMeter:
         The blocks' part is measured. Hops and the arithmetic of single devices add a predicted
         part, which counts against the budget.
         """
-        budget = problem.quality_budget or 0.0  # LoadRequest made sure that there is one.
         member = await self.fastest(members, checkpoint, on_step)
-        for _ in range(MAX_CHECKS):
-            bits = tuple(placement.bits for placement in plan.placements)
+
+        async def measured(bits: tuple[int, ...]) -> float:
             if bits not in known.plans:
                 await self.measure(member, checkpoint, known, Missing(plans=(bits,)), on_step)
-            total = (
-                known.plans[bits]
-                + own_share(problem, plan)
-                + sum(
-                    problem.hop_sensitivity(stage.hop_bits) or 0.0
-                    for stage in plan.stages
-                    if stage.hop_bits is not None
-                )
-            )
-            if total <= budget:
-                return plan, known.plans[bits]
-            if request.plan is not None:
-                break
+            return known.plans[bits]
+
+        return await keep_measured(problem, plan, measured, self._again(request, on_step))
+
+    def _again(
+        self, request: LoadRequest, on_step: OnStep
+    ) -> Callable[[PlanningProblem], Awaitable[Plan]] | None:
+        """Return a function that plans with a tighter budget, or None if the user gave the plan."""
+
+        async def again(tighter: PlanningProblem) -> Plan:
             on_step(Step("plan", "again, with a tighter budget", 0, 0, ""))
-            tighter = tightened(problem, plan, total)
-            plan = await asyncio.to_thread(solve, tighter, time_limit_s=request.time_limit_s)
-        raise PlanError(
-            f"the plan's KL divergence is {total:.3g} with its hops, above the budget of "
-            f"{budget:g}: raise the budget, or allow more bits"
-        )
+            return await asyncio.to_thread(solve, tighter, time_limit_s=request.time_limit_s)
+
+        return again if request.plan is None else None
 
     async def calibrate(
         self,
@@ -338,3 +416,9 @@ class QualityMeter:
             raise AgentFailed(
                 member.name, "reported the end of the measurement, but did not send every result"
             )
+
+
+def _covers(known: KnownQuality, bits: Iterable[int], block_count: int) -> bool:
+    """Whether every block has a known loss at one of the widths at least."""
+    widths = set(bits)
+    return all(widths & row.keys() for row in known.sensitivities(block_count))

@@ -20,6 +20,7 @@ from typing import Any
 from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
+from model.loss_store import LossStore
 from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Scheme
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
@@ -39,9 +40,6 @@ from wire.activations import HOP_BITS
 log = logging.getLogger(__name__)
 
 STORE_VERSION = 1
-
-MAX_CHECKS = 8
-"""The most plans that are measured for one budget."""
 
 MAX_TOKENS = 1 << 16
 MAX_PLANS = 64
@@ -170,6 +168,8 @@ class QualityStore:
 
     def __init__(self, state_dir: Path) -> None:
         self._directory = state_dir / "quality"
+        self.losses = LossStore(state_dir)
+        """The losses measured while planning."""
 
     def open(
         self, checkpoint: Checkpoint, sequences: Sequences, scheme: Scheme, group_size: int

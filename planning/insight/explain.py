@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from planning import advice
 from planning.plan import InfeasiblePlan, Plan, PlanError, combined_if_known
 from planning.planner import solve
 from planning.problem import BlockOption, PlanningProblem
@@ -29,7 +30,7 @@ _SAME = 2e-6
 OTHERS = "all others"
 """The subject of changes everywhere that the plan does not go, made at once."""
 
-Kind = Literal["memory", "link", "drop", "quality"]
+Kind = Literal["memory", "link", "drop", "quality", "device"]
 MarginalProof = Literal["exact", "bound", "found"]
 Solve = Callable[[PlanningProblem, float], Plan]
 
@@ -129,6 +130,8 @@ def change_text(kind: Kind, subject: str) -> str:
         return f"{MORE_MEMORY_BYTES >> 30} GiB more on {subject}"
     if kind == "drop":
         return f"dropping {subject}"
+    if kind == "device":
+        return f"one more device like {subject}"
     if kind == "quality":
         return f"{subject} losing no more quality than the others at equal bits"
     ends = f"between {subject}" if subject == OTHERS else subject
@@ -255,6 +258,10 @@ def _trials(plan: Plan, problem: PlanningProblem) -> Iterator[_Trial]:
     for index in used:
         excluded = replace(problem, excluded=problem.excluded | {index})
         yield _Trial("drop", problem.devices[index].name, excluded)
+    for index in advice.kinds(problem):
+        if index in used:
+            subject = problem.devices[index].name
+            yield _Trial("device", subject, advice.with_more(problem, index))
     yield from _no_own_losses(problem)
     places = range(len(problem.devices))
     met = {frozenset(pair) for pair in own}

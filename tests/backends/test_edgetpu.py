@@ -29,13 +29,14 @@ from backends.edgetpu import Int8Stage, TfliteCpuBackend
 from backends.edgetpu_product import Counts, Int8Weights
 from backends.edgetpu_runtime import Engine
 from backends.onnx_cpu import OnnxCpuBackend
-from calibration.quality.blocks import measure_quality, split_passages
-from calibration.quality.students import divergences
+from calibration.quality.blocks import measure_quality
 from calibration.store import CalibrationStore
 from model.artifact import read_block
 from model.checkpoint import Checkpoint
 from model.costs import executed_bytes, kv_bytes, stage_buffer_bytes
+from model.divergence import divergences
 from model.errors import CheckpointError
+from model.passages import split_passages
 from model.quantize import Format, QuantizedMatrix
 from model.reference import ReferenceModel
 from model.spec import ModelSpec

@@ -14,17 +14,15 @@ from backends.registry import BACKENDS, backend_class
 from calibration.quality import students
 from calibration.quality.blocks import (
     BlockSensitivity,
-    built_in_text,
     check_plans,
     measure_plan_kl,
     measure_quality,
-    passages_of,
     random_plans,
-    split_passages,
 )
-from calibration.quality.students import divergences
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
+from model.divergence import divergences
+from model.passages import built_in_text, passages_of, split_passages
 from model.quantize import Format, quantize, weight_error
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS

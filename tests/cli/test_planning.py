@@ -21,6 +21,7 @@ from model.families import load_spec
 from paper.study import opt_350m
 from planning.request import LoadRequest
 from planning.saved import read_plan
+from planning.sensitivity import DEFAULT_QUALITY_BUDGET
 
 CONFIG = Path(__file__).parents[1] / "fixtures" / "opt-pre" / "config.json"
 
@@ -97,6 +98,27 @@ def test_a_plan_without_any_agent(
     assert "ms per token" in shown.out
     assert "its weights" not in shown.out
     assert "--max-weight-error 0.001 is not applied" in shown.err
+
+
+def test_without_weights_the_default_budget_is_kept_by_a_rule(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path
+) -> None:
+    parsed = options(model, "--devices", lab)
+    parsed.max_weight_error = None
+    planning.run_offline_plan(parsed, Screen(json_output=False))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"loss not measured ({model} has no weights): by the rule for a typical model" in shown
+    assert shown.count("assumed); allowed: 0.03") == 1
+    parsed.json = True
+    planning.run_offline_plan(parsed, Screen(json_output=True))
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["quality"]["kind"] == "assumed"
+    assert answer["quality"]["budget"] == DEFAULT_QUALITY_BUDGET
+    assert 0 < answer["plan"]["total_sensitivity"] <= DEFAULT_QUALITY_BUDGET
+    # The paper's own program has the paper's bound.
+    parsed.formulation = "dilemma"
+    planning.run_offline_plan(parsed, Screen(json_output=True))
+    assert "--max-weight-error 0.001 is not applied" in capsys.readouterr().err
 
 
 def test_json_is_one_object_that_says_what_its_figures_are(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from model import costs
 from paper.study import opt_350m
 from planning.build import DeviceInput, RequestInput, build_problem
 from planning.insight.unused import idle_reasons
@@ -119,7 +120,50 @@ def with_links(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
     return replace(problem, links={**problem.links, **added})
 
 
+def more_devices(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    """A lab with so many more of the named device, on the same switch."""
+    assert advice.more_devices is not None
+    name, count = advice.more_devices
+    (own,) = (device for device in problem.devices if device.name == name)
+    new = tuple(replace(own, name=f"new {number}") for number in range(count))
+    devices = (*problem.devices, *new)
+    links = dict(problem.links)
+    for pair in itertools.permutations(range(len(devices)), 2):
+        source, target = (devices[index].name for index in pair)
+        links.setdefault(pair, LinkProfile(source, target, 1e-3, 1e8))
+    return replace(problem, devices=devices, links=links)
+
+
+def shorter_context(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    """As ``problem_of`` makes it with fewer tokens."""
+    assert advice.context_tokens is not None
+    sizes = tuple(costs.kv_bytes(problem.spec, block, advice.context_tokens) for block in BLOCKS)
+    return replace(problem, kv_bytes=sizes)
+
+
+def whole_memory(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    return replace(
+        problem,
+        devices=tuple(
+            replace(device, memory_bytes=device.memory_total_bytes or 0)
+            if device.name == advice.whole_memory
+            else device
+            for device in problem.devices
+        ),
+    )
+
+
+def free_device(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    (index,) = (i for i, one in enumerate(problem.devices) if one.name == advice.free_device)
+    pins = {block: i for block, i in problem.pins.items() if i != index}
+    return replace(problem, pins=pins, excluded=problem.excluded - {index})
+
+
 FOLLOW: dict[str, Ease] = {
+    "more_devices": more_devices,
+    "context_tokens": shorter_context,
+    "whole_memory": whole_memory,
+    "free_device": free_device,
     "memory_short_bytes": more_room,
     "storage_short_bytes": more_room,
     "allow_bits": other_bits,
@@ -146,6 +190,21 @@ def cut(problem: PlanningProblem, *pairs: tuple[int, int]) -> PlanningProblem:
     )
 
 
+def long_context() -> PlanningProblem:
+    """Two devices that hold the model at 4 bits, and not with this context."""
+    problem = problem_of(memory=60, bits=(4,))
+    sizes = tuple(costs.kv_bytes(SPEC, block, 2048) for block in BLOCKS)
+    return replace(problem, kv_bytes=sizes)
+
+
+def with_total(problem: PlanningProblem) -> PlanningProblem:
+    """Devices with memory that shoal may not use."""
+    return replace(
+        problem,
+        devices=tuple(replace(device, memory_total_bytes=900 * MB) for device in problem.devices),
+    )
+
+
 CASES: dict[str, tuple[PlanningProblem, set[str]]] = {
     "memory": (problem_of(memory=20), {"memory_short_bytes"}),
     "storage": (problem_of(storage=20), {"storage_short_bytes"}),
@@ -153,41 +212,53 @@ CASES: dict[str, tuple[PlanningProblem, set[str]]] = {
         problem_of(memory=20, storage=20),
         {"memory_short_bytes", "storage_short_bytes"},
     ),
-    "narrower bits": (problem_of(memory=60, bits=(8,)), {"memory_short_bytes", "allow_bits"}),
+    "narrower bits": (
+        problem_of(memory=60, bits=(8,)),
+        {"memory_short_bytes", "allow_bits", "more_devices"},
+    ),
     "wider bits": (bounded(1e-3, bits=(4,)), {"allow_bits", "max_weight_error"}),
     "bits that devices run": (problem_of(bits=(3,)), {"allow_bits"}),
     "weight error": (bounded(1e-5), {"max_weight_error"}),
     "weight error, for want of memory": (
         bounded(1e-3, memory=60),
-        {"max_weight_error", "memory_short_bytes"},
+        {"max_weight_error", "memory_short_bytes", "more_devices"},
     ),
     "budget": (problem_of(quality_budget=0.003), {"quality_budget"}),
     "budget, for want of memory": (
         problem_of(memory=60, quality_budget=0.02),
-        {"quality_budget", "memory_short_bytes"},
+        {"quality_budget", "memory_short_bytes", "more_devices"},
     ),
     "pins": (
         problem_of(memory=60, bits=(4,), pins=dict.fromkeys(BLOCKS, 0)),
-        {"memory_short_bytes", "free_placement"},
+        {"memory_short_bytes", "free_device"},
     ),
     "a pin on an excluded device": (
         problem_of(pins={0: 0}, excluded=frozenset({0})),
-        {"free_placement"},
+        {"free_device"},
+    ),
+    "an exclusion": (
+        problem_of(memory=60, bits=(4,), excluded=frozenset({1})),
+        {"memory_short_bytes", "free_device", "more_devices"},
     ),
     "exclusions": (
-        problem_of(memory=60, bits=(4,), excluded=frozenset({1})),
-        {"memory_short_bytes", "free_placement"},
+        problem_of(memory=60, bits=(4,), excluded=frozenset({0, 1})),
+        {"free_placement"},
+    ),
+    "a context": (long_context(), {"context_tokens", "memory_short_bytes", "more_devices"}),
+    "memory that is kept from shoal": (
+        with_total(problem_of(memory=20)),
+        {"whole_memory", "memory_short_bytes"},
     ),
     "watts": (problem_of(objective=Objective("energy")), {"declare_watts"}),
     "a link": (cut(problem_of(memory=60, bits=(4,)), (0, 1)), {"missing_links"}),
     "links both ways": (cut(problem_of(memory=60, bits=(4,)), (0, 1), (1, 0)), {"missing_links"}),
     "a link, for want of bits": (
         cut(problem_of(memory=60, bits=(8,)), (0, 1)),
-        {"memory_short_bytes"},
+        {"memory_short_bytes", "more_devices"},
     ),
     "a link that pins need": (
         cut(problem_of(pins={0: 0, len(BLOCKS) - 1: 1}), (1, 0)),
-        {"missing_links", "free_placement"},
+        {"missing_links", "free_device"},
     ),
     "a link, by energy": (
         cut(
@@ -201,7 +272,7 @@ CASES: dict[str, tuple[PlanningProblem, set[str]]] = {
     ),
     "two bounds of which each is enough": (
         bounded(1e-3, memory=60, bits=(8,)),
-        {"memory_short_bytes"},
+        {"memory_short_bytes", "more_devices"},
     ),
 }
 
@@ -214,28 +285,36 @@ def given(advice: Advice) -> set[str]:
 def read(message: str) -> Advice:
     """The advice that the words of a message give, for comparison with its numbers."""
 
-    def sizes(kind: str) -> tuple[tuple[str, int], ...]:
-        found = re.search(rf"{kind} is short by [\d.]+ MB in all \(([^)]*)\)", message)
-        parts = found[1].split(", ") if found else []
-        pairs = [part.removesuffix(" MB").split(" +") for part in parts]
-        return tuple((name, round(float(size) * MB)) for name, size in pairs)
-
     def number(pattern: str) -> float | None:
         found = re.search(pattern + r" ([\d.e+-]+)", message)
         return float(found[1]) if found else None
 
     bits = number("allow")
     watts = re.search(r"declare the watts of ([^:]+):", message)
-    return Advice(
-        sizes("memory"),
-        sizes("storage"),
-        None if bits is None else int(bits),
-        number("raise --max-weight-error to"),
-        number("raise the quality budget to"),
-        "drop the pins and exclusions" in message,
-        tuple(watts[1].split(", ")) if watts else (),
-        tuple(re.findall(r"(pi-\d) cannot reach (pi-\d) \(", message)),
+    context = number("shorten the context to")
+    more = re.search(r"add (one|\d) more devices? like (\S+)$", message)
+    freed = re.search(
+        r"drop the (?:exclusion of and the pins to|exclusion of|pins to) ([\w-]+)", message
     )
+    whole = re.search(r"let shoal use more of (\S+)'s memory", message)
+    return Advice(
+        allow_bits=None if bits is None else int(bits),
+        max_weight_error=number("raise --max-weight-error to"),
+        quality_budget=number("raise the quality budget to"),
+        free_placement="drop the pins and exclusions" in message,
+        declare_watts=tuple(watts[1].split(", ")) if watts else (),
+        missing_links=tuple(re.findall(r"(pi-\d) cannot reach (pi-\d) \(", message)),
+        more_devices=(more[2], 1 if more[1] == "one" else int(more[1])) if more else None,
+        context_tokens=None if context is None else int(context),
+        whole_memory=whole[1] if whole else None,
+        free_device=freed[1] if freed else None,
+    )
+
+
+def short_mb(message: str) -> dict[str, float]:
+    """What the message says is short, by kind."""
+    found = re.findall(r"(memory|storage) is short by ([\d.]+) MB in all", message)
+    return {kind: float(size) for kind, size in found}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -245,7 +324,14 @@ def test_advice_is_read_and_followed(case: str) -> None:
         solve(problem)
     advice = caught.value.advice
     assert given(advice) == expected
-    assert read(str(caught.value)) == advice
+    message = str(caught.value)
+    assert read(message) == replace(advice, memory_short_bytes=(), storage_short_bytes=())
+    lacking = {"memory": advice.memory_short_bytes, "storage": advice.storage_short_bytes}
+    assert short_mb(message) == {
+        kind: pytest.approx(sum(size for _, size in short) / MB)
+        for kind, short in lacking.items()
+        if short
+    }
     for kind in expected:
         eased = FOLLOW[kind](problem, advice)
         verify(solve(eased), eased)
@@ -285,14 +371,14 @@ def test_missing_links_and_unknown_hops_are_named() -> None:
     solve(two_needed)
     with pytest.raises(InfeasiblePlan) as caught:
         solve(replace(two_needed, links={}))
-    # More memory on one of them needs no link, and is what is advised.
-    assert given(caught.value.advice) == {"memory_short_bytes"}
+    # More memory on one of them needs no link, and so would a device that is linked.
+    assert given(caught.value.advice) == {"memory_short_bytes", "more_devices"}
     eased = more_room(replace(two_needed, links={}), caught.value.advice)
     assert len(solve(eased).stages) == 1
 
     apart = replace(two_needed, pins={0: 0, len(BLOCKS) - 1: 1})
     solve(apart)
-    with pytest.raises(InfeasiblePlan, match="drop the pins"):
+    with pytest.raises(InfeasiblePlan, match="drop the pins to pi-1"):
         solve(problem_of(pins=apart.pins, links={}))
     halves = tuple(
         replace(
@@ -390,7 +476,8 @@ def test_pins_that_contradict_are_named(
     asked = replace(problem, pins=pins, excluded=frozenset(excluded))
     with pytest.raises(InfeasiblePlan, match=message) as caught:
         solve(asked)
-    assert caught.value.advice.free_placement
+    assert caught.value.advice.free_device == "d0"
+    solve(free_device(asked, caught.value.advice))
 
 
 def test_a_pin_on_a_device_that_lacks_the_width_is_named() -> None:

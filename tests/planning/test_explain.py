@@ -13,7 +13,7 @@ from planning.labs.lab import Lab
 from planning.labs.lab_file import parse_lab
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.planner import solve
-from planning.problem import PlanningProblem
+from planning.problem import Objective, PlanningProblem
 from tests.planning.described import described_problem
 
 LAB = """\
@@ -91,6 +91,37 @@ def test_every_statement_is_what_solving_says() -> None:
     assert str(marginals["1 GiB more on all others"]) == "1 GiB more on all others: changes nothing"
     assert str(marginals["dropping lame"]) == "dropping lame: changes nothing"
     assert not marginals["dropping lame"].solved
+
+
+def test_one_more_device_is_worth_what_solving_with_it_says() -> None:
+    _, problem = make_problem()
+    plan = solve(problem)
+    marginals = {item.what: item for item in explain(plan, problem).marginals}
+    # The same lab with a second "fast", whose links are those of the first.
+    _, larger = make_problem(
+        LAB.replace(
+            "  - <<: *fast\n    name: lame",
+            "  - {<<: *fast, name: new}\n  - <<: *fast\n    name: lame",
+        )
+        .replace("links:\n", "links:\n  - {from: new, to: slow, rtt_ms: 8, mbit_per_s: 10}\n")
+        .replace("links:\n", "links:\n  - {from: new, to: fast, rtt_ms: 8, mbit_per_s: 10}\n")
+    )
+    best = solve(larger)
+    stated = marginals["one more device like fast"]
+    assert stated.after == pytest.approx(min(best.value, plan.value))
+    assert stated.after is not None
+    assert "one more device like lame" not in marginals
+
+
+def test_a_second_device_is_worth_buying() -> None:
+    _, problem = make_problem(LAB.split("  - {<<")[0])
+    more = replace(problem.devices[0], memory_bytes=10**9)
+    alone = replace(problem, devices=(more,), objective=Objective("throughput"))
+    plan = solve(alone)
+    (stated,) = (item for item in explain(plan, alone).marginals if item.kind == "device")
+    assert stated.change is not None
+    assert -0.6 < stated.change < -0.3
+    assert str(stated).startswith("one more device like fast: -")
 
 
 def test_what_helps_somewhere_else_is_found_there() -> None:

@@ -87,7 +87,8 @@ def test_each_device_is_charged_its_own(named: str) -> None:
     own = OWN if named is NAMED else None
     roomy = solved(problem_of(1.0, named, own))
     assert layers_on(roomy, "coral") == LAYERS
-    assert roomy.total_sensitivity == pytest.approx(LAYERS * CORAL_KL + 2 * 1e-5)
+    # Embedding and head take as long at both widths: the budget is better spent on fewer bytes.
+    assert roomy.total_sensitivity == pytest.approx(LAYERS * CORAL_KL + 2 * 1e-3)
     assert own_share(problem_of(1.0, named, own), roomy) == pytest.approx(LAYERS * 19e-5)
     # A budget for two layers there.
     some = solved(problem_of(TIGHT + 2 * (CORAL_KL - 1e-5), named, own))

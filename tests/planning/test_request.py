@@ -15,6 +15,7 @@ from planning.errors import RequestInvalid
 from planning.problem import Objective, ObjectiveKind
 from planning.request import MAX_SLOTS, LoadRequest
 from planning.saved import SavedPlan
+from planning.sensitivity import DEFAULT_QUALITY_BUDGET
 from wire.activations import HOP_BITS
 
 _names = st.text(min_size=1, max_size=8)
@@ -69,6 +70,22 @@ def test_what_json_leaves_out_has_the_defaults_of_the_type() -> None:
     assert LoadRequest.from_dict({"model": "/m", **nothing}) == LoadRequest(Path("/m"))
 
 
+def test_the_default_budget_bounds_what_the_request_leaves_open() -> None:
+    asked: dict[str, tuple[dict[str, Any], float | None]] = {
+        "nothing": ({}, DEFAULT_QUALITY_BUDGET),
+        "a budget": ({"quality_budget": 0.1}, 0.1),
+        "the paper's bound": ({"max_weight_error": 1e-3}, None),
+        "both": ({"max_weight_error": 1e-3, "quality_budget": 0.1}, 0.1),
+        "one width": ({"bits": [4]}, None),
+        "no bound": ({"unbounded": True}, None),
+        "no bound, as older clients say it": ({"max_weight_error": None}, None),
+    }
+    for what, (fields, budget) in asked.items():
+        request = LoadRequest.from_dict({"model": "/m", **fields})
+        assert request.loss_budget == budget, what
+        assert LoadRequest.from_dict(request.to_dict()) == request
+
+
 WRONG: list[tuple[str, Any, str]] = [
     ("model", "here", "the absolute path"),
     ("model", 3, "the absolute path"),
@@ -94,6 +111,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("hop_bits", [], "or null"),
     ("quality_budget", -0.1, "a number >= 0, or null"),
     ("quality_margin", 0.9, "a number >= 1, or null"),
+    ("unbounded", 1, "true or false"),
     ("check_quality", True, "needs a quality_budget"),
     ("check_quality", 1, "true or false"),
     ("plan", {"source": "a", "model": "m", "stages": 3}, "stages: expected a list"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from backends.base import BackendUnavailable
 from backends.registry import backend_class
-from calibration.quality.blocks import built_in_text, measure_quality, split_passages
+from calibration.quality.blocks import measure_quality
 from calibration.quality.hops import measure_hops
 from model.checkpoint import Checkpoint
+from model.passages import built_in_text, split_passages
 from model.tokenizer import Tokenizer
 from tests.system.cluster import FIXTURES, Cluster, interrupt_at, last_json, wait_for
 
@@ -190,3 +192,42 @@ def test_what_was_measured_before_ctrl_c_and_a_lost_agent_is_kept(shoal: Cluster
     assert len(rest["blocks"]) == 6 * blocks
     (after,) = kept(shoal)
     assert [one for one in after["blocks"] if one in between["blocks"]] == between["blocks"]
+
+
+def test_a_first_plan_measures_what_it_loses_and_the_next_one_knows(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    shoal = cluster
+    shoal.start_coordinator()
+    shoal.start_agent("pi-1", f"--coordinator=127.0.0.1:{cluster.control_port}")
+    shoal.wait_for_agents("pi-1")
+    planned = last_json(shoal.run("plan", str(MODEL), "--json"))
+    quality = planned["quality"]
+    assert quality["kind"] == "estimated"
+    assert 0 < quality["measured_kl"] <= quality["budget"] == 0.03
+    assert set(planned["plan"]["blocks"][0]) == {"block", "name", "device", "bits"}
+    assert min(block["bits"] for block in planned["plan"]["blocks"]) < 8
+    losses = shoal.directory / "coordinator" / "losses"
+    (file,) = losses.iterdir()
+    before = file.stat().st_mtime_ns
+    loaded = shoal.run("load", str(MODEL))
+    assert f"measured on {quality['tokens']} tokens; allowed: 0.03" in loaded.stdout
+    assert file.stat().st_mtime_ns == before
+    assert last_json(shoal.run("ps", "--json"))["model"]["quality"] == quality
+    shoal.run("unload")
+
+    # Nobody can measure a model without text: the default assumes, and a wish is refused.
+    mute = Path(shutil.copytree(MODEL, tmp_path / "mute"))
+    for path in mute.glob("tokenizer*"):
+        path.unlink()
+    assumed = last_json(shoal.run("plan", str(mute), "--json"))["quality"]
+    assert assumed["kind"] == "assumed"
+    assert "there is no text to measure with" in assumed["why"]
+    assert "loss not measured (there is no text" in shoal.run("plan", str(mute)).stdout
+    refused = shoal.run("plan", str(mute), "--quality-budget=0.1")
+    assert refused.returncode == 1
+    assert "calibrate --quality --on auto" in refused.stderr
+    # One width and no bound leave nothing to decide.
+    for free in ("--bits=4", "--max-weight-error=none", "--quality-budget=none"):
+        answer = last_json(shoal.run("plan", str(mute), "--json", free))
+        assert answer["plan"]["total_sensitivity"] is None

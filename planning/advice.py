@@ -1,0 +1,148 @@
+"""What people can do where no plan fits: one change each, tried by planning again.
+
+A device like one that is there can be bought, a context can be shorter, a limit can be moved. Each
+function returns the least change of its kind that makes a plan possible, or None. ``possible`` says
+of a problem whether it has a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from model import costs
+from planning.problem import PlanningProblem
+from wire.profile import LinkProfile
+
+Possible = Callable[[PlanningProblem], bool]
+
+MOST_DEVICES = 4
+"""More of a kind than this nobody is told to buy."""
+
+LEAST_CONTEXT_TOKENS = 128
+
+ASSUMED_BYTES_PER_S, ASSUMED_RTT_S = 125e6, 0.0005
+"""A wired link of 1 Gbit/s: for a device that would be the second, so that no link is known."""
+
+
+def with_more(problem: PlanningProblem, index: int, count: int = 1) -> PlanningProblem:
+    """The problem with ``count`` more devices like one, linked as that one is.
+
+    Between the device and those like it, links are as slow as its slowest.
+    """
+    devices, links = list(problem.devices), dict(problem.links)
+    own = [link for pair, link in problem.links.items() if index in pair]
+    slowest = LinkProfile(
+        "",
+        "",
+        max((link.rtt_s for link in own), default=ASSUMED_RTT_S),
+        min((link.bytes_per_s for link in own), default=ASSUMED_BYTES_PER_S),
+    )
+    alike = [index]
+    for number in range(1, count + 1):
+        name = f"another {problem.devices[index].name} {number}"
+        new = len(devices)
+        devices.append(replace(problem.devices[index], name=name, held=()))
+        for other in range(len(problem.devices)):
+            for pair, like in (((new, other), (index, other)), ((other, new), (other, index))):
+                if like in problem.links:
+                    links[pair] = problem.links[like]
+        for other in alike:
+            links[new, other] = links[other, new] = slowest
+        alike.append(new)
+    named = {
+        (i, j): replace(link, source=devices[i].name, target=devices[j].name)
+        for (i, j), link in links.items()
+    }
+    return replace(problem, devices=tuple(devices), links=named)
+
+
+def kinds(problem: PlanningProblem) -> Iterator[int]:
+    """One device of each kind that may be used: the first of those that differ in name only."""
+    met = []
+    for index, device in enumerate(problem.devices):
+        kind = replace(device, name="", held=())
+        if index not in problem.excluded and kind not in met:
+            met.append(kind)
+            yield index
+
+
+def enough_devices(problem: PlanningProblem, possible: Possible) -> tuple[str, int] | None:
+    """The name of a device, and how many more like it are enough; as few as possible."""
+    for count in range(1, MOST_DEVICES + 1):
+        for index in kinds(problem):
+            if possible(with_more(problem, index, count)):
+                return problem.devices[index].name, count
+    return None
+
+
+def context_tokens(problem: PlanningProblem) -> int:
+    """Positions that the KV caches hold, of all slots together; 0 where no block has any."""
+    for block, size in enumerate(problem.kv_bytes):
+        one = costs.kv_bytes(problem.spec, block, 1)
+        if size and one:
+            return size // one
+    return 0
+
+
+def with_context(problem: PlanningProblem, tokens: int) -> PlanningProblem:
+    """The problem with KV caches of so many positions; buffers stay as large as they were."""
+    now = context_tokens(problem)
+    sizes = tuple(-(-size * tokens // now) for size in problem.kv_bytes)
+    return replace(problem, kv_bytes=sizes)
+
+
+def enough_context(problem: PlanningProblem, possible: Possible) -> int | None:
+    """The longest context that fits, out of a half, a quarter and so on."""
+    tokens = context_tokens(problem) // 2
+    while tokens >= LEAST_CONTEXT_TOKENS:
+        if possible(with_context(problem, tokens)):
+            return tokens
+        tokens //= 2
+    return None
+
+
+def with_memory(problem: PlanningProblem, index: int) -> PlanningProblem:
+    """The problem with all of a device's memory for shoal."""
+    devices = list(problem.devices)
+    total = devices[index].memory_total_bytes or 0
+    memory_bytes = max(devices[index].memory_bytes, total)
+    devices[index] = replace(devices[index], memory_bytes=memory_bytes)
+    return replace(problem, devices=tuple(devices))
+
+
+def enough_memory(problem: PlanningProblem, possible: Possible) -> str | None:
+    """A device that has memory which shoal may not use, and that would be enough with it."""
+    for index, device in enumerate(problem.devices):
+        more = (device.memory_total_bytes or 0) > device.memory_bytes
+        if more and possible(with_memory(problem, index)):
+            return device.name
+    return None
+
+
+def without(problem: PlanningProblem, name: str) -> PlanningProblem:
+    """The problem in which the device of that name is neither excluded nor pinned to."""
+    (index,) = (i for i, device in enumerate(problem.devices) if device.name == name)
+    return replace(
+        problem,
+        excluded=problem.excluded - {index},
+        pins={block: i for block, i in problem.pins.items() if i != index},
+    )
+
+
+def hindrance(problem: PlanningProblem, name: str) -> str:
+    """What ``without`` takes away from a device, in words that its name follows."""
+    (index,) = (i for i, device in enumerate(problem.devices) if device.name == name)
+    pinned = index in problem.pins.values()
+    if index not in problem.excluded:
+        return "the pins to"
+    return "the exclusion of and the pins to" if pinned else "the exclusion of"
+
+
+def enough_placement(problem: PlanningProblem, possible: Possible) -> str | None:
+    """A device whose exclusion or pins alone are in the way."""
+    for index in sorted({*problem.excluded, *problem.pins.values()}):
+        name = problem.devices[index].name
+        if possible(without(problem, name)):
+            return name
+    return None

@@ -1,0 +1,80 @@
+"""What widths lose, as a plan counts it: the source of the figures, and keeping a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from model.loss_estimate import LossEstimate
+from model.spec import ModelSpec
+from planning.plan import Plan, PlanError
+from planning.problem import PlanningProblem
+from planning.sensitivity import (
+    LossSource,
+    Own,
+    assumed_losses,
+    tightened,
+    whole_loss,
+    with_assumed_arithmetic,
+)
+
+MAX_CHECKS = 8
+"""Plans that are measured before a budget is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawLosses:
+    """Sensitivities without a margin, and the margin: what a plan's rule is made from."""
+
+    rows: Sequence[Mapping[int, float]]
+    hops: Mapping[int, float]
+    own: Own
+    margin: float
+    source: LossSource
+
+
+def estimated(known: LossEstimate, arithmetics: Iterable[str]) -> RawLosses:
+    """What was measured while planning; hops and other arithmetics are assumed beside it."""
+    return _beside(known.blocks, known.margin, LossSource("estimated", known.tokens), arithmetics)
+
+
+def assumed(spec: ModelSpec, why: str, arithmetics: Iterable[str]) -> RawLosses:
+    """A typical model's, where ``why`` kept the model's own from being measured."""
+    return _beside(assumed_losses(spec), 1.0, LossSource("assumed", None, why), arithmetics)
+
+
+def _beside(
+    rows: Sequence[Mapping[int, float]],
+    margin: float,
+    source: LossSource,
+    arithmetics: Iterable[str],
+) -> RawLosses:
+    # A hop at 8 bits costs about as much as a block at 8 bits (docs/calibration.md).
+    hops = {8: max(row[8] for row in rows), 16: 0.0}
+    return RawLosses(rows, hops, with_assumed_arithmetic({}, rows, arithmetics), margin, source)
+
+
+async def keep_measured(
+    problem: PlanningProblem,
+    plan: Plan,
+    measured: Callable[[tuple[int, ...]], Awaitable[float]],
+    again: Callable[[PlanningProblem], Awaitable[Plan]] | None,
+) -> tuple[Plan, float]:
+    """Plan ``again``, with a tighter budget, until the plan as ``measured`` keeps the problem's.
+
+    Returns the plan and the measured part of its divergence. Raises PlanError after MAX_CHECKS
+    plans, or after the first where there is no ``again``.
+    """
+    budget = problem.quality_budget or 0.0  # There is one: the caller saw to it.
+    for _ in range(MAX_CHECKS):
+        kl = await measured(tuple(placement.bits for placement in plan.placements))
+        total = whole_loss(problem, plan, kl)
+        if total <= budget:
+            return plan, kl
+        if again is None:
+            break
+        plan = await again(tightened(problem, plan, total))
+    raise PlanError(
+        f"the plan's KL divergence is {total:.3g} with its hops, above the budget of "
+        f"{budget:g}: raise the budget, or allow more bits"
+    )

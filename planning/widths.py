@@ -1,0 +1,209 @@
+"""Widths that cost the objective nothing: fewer to choose from before, and fewer bytes after.
+
+Some backends run several widths with the same kernels: 3 bits as 4, and 5 and 6 as 8. Memory-bound
+and compute-bound devices have such ties too. What is left to choose between is loss and bytes.
+Bytes are loading time, and they have a price: loading as much again as the least possible must
+remove the whole quality budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from planning.exact.program import StageChoice
+from planning.problem import BlockOption, Device, PlanningProblem
+from planning.sensitivity import squared_step
+
+
+def undominated(problem: PlanningProblem) -> PlanningProblem:
+    """The problem without options that another one replaces at no cost of any kind.
+
+    A device whose storage might be short keeps all of its options.
+    """
+    devices, variants = [], problem.variants
+    for i, device in enumerate(problem.devices):
+        stored = [
+            max((problem.stored_bytes[k][o.bits] for o in row), default=0)
+            for k, row in enumerate(device.options)
+        ]
+        if sum(stored) > device.storage_bytes:
+            devices.append(device)
+            continue
+        rows = tuple(_best_options(variants, i, k, row) for k, row in enumerate(device.options))
+        devices.append(replace(device, options=rows))
+    return replace(problem, devices=tuple(devices))
+
+
+def _is_a_tradeoff(problem: PlanningProblem, row: Sequence[BlockOption]) -> bool:
+    """Whether each wider option costs more time, so that none replaces a narrower one.
+
+    With a budget the narrower ones lose more. Where they do not, an option too many stays.
+    """
+    return problem.quality_budget is not None and all(
+        one.bits < other.bits and one.decode_s < other.decode_s for one, other in pairwise(row)
+    )
+
+
+def _best_options(
+    variants: Sequence[PlanningProblem], i: int, block: int, row: Sequence[BlockOption]
+) -> tuple[BlockOption, ...]:
+    """The options that no other one replaces in any of the problem's ``variants``."""
+    problem = variants[0]
+    if _is_a_tradeoff(problem, row):
+        return tuple(row)
+    allowed = [option for option in row if problem.allows(i, block, option.bits)]
+
+    def figures(option: BlockOption) -> tuple[float, ...]:
+        return (
+            option.decode_s,
+            option.prefill_s_per_token,
+            *(one.block_cost(i, block, option) for one in variants),
+            *(one.turn_s(block, option) for one in variants if one.slowest_counts),
+            option.executed_bytes,
+            problem.loss(i, block, option.bits),
+        )
+
+    # Equal ones are decided by the fewer bits.
+    order = sorted(allowed, key=lambda option: (figures(option), option.bits))
+    kept: list[BlockOption] = []
+    for option in order:
+        own = figures(option)
+        if not any(all(x <= y for x, y in zip(figures(o), own, strict=True)) for o in kept):
+            kept.append(option)
+    return tuple(option for option in row if option in kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Another width for one block of a stage, and what it does."""
+
+    block: int
+    option: BlockOption
+    cost_s: float
+    memory_bytes: int
+    storage_bytes: int
+    loss: float
+    score: float
+    """Below 0: better."""
+
+
+def settle(
+    problem: PlanningProblem, stages: Sequence[StageChoice], loss: float, free_s: float
+) -> list[StageChoice]:
+    """The same stages with the widths that weigh loss and bytes best at no cost in time.
+
+    ``loss`` is what all of the plan takes of the budget, and ``free_s`` what each stage may cost
+    more: rounding of sums. Memory, storage and the budget are kept.
+    """
+    budget = math.inf if problem.quality_budget is None else problem.quality_budget
+    settled, variants = [], problem.variants
+    for stage in stages:
+        widths, change = _settle_stage(variants, stage, budget - loss, free_s)
+        loss += change
+        settled.append((stage[0], stage[1], widths))
+    return settled
+
+
+def _settle_stage(
+    variants: Sequence[PlanningProblem], stage: StageChoice, loss_left: float, free_s: float
+) -> tuple[tuple[int, ...], float]:
+    """The stage's widths, and what they add to the loss."""
+    problem = variants[0]
+    index, first, widths = stage
+    device = problem.devices[index]
+    chosen = dict(enumerate(widths, first))
+    memory, storage = _room(problem, device, chosen)
+    added = 0.0
+    changes = [
+        change for block in chosen for change in _changes(variants, index, block, chosen[block])
+    ]
+    done: set[int] = set()
+    for change in sorted(changes, key=lambda one: (one.score, one.block, one.option.bits)):
+        if (
+            change.block not in done
+            and change.cost_s <= free_s
+            and change.memory_bytes <= memory
+            and change.storage_bytes <= storage
+            and change.loss <= loss_left - added
+        ):
+            done.add(change.block)
+            chosen[change.block] = change.option.bits
+            memory -= change.memory_bytes
+            storage -= change.storage_bytes
+            free_s -= max(0.0, change.cost_s)
+            added += change.loss
+    return tuple(chosen[block] for block in sorted(chosen)), added
+
+
+def _room(problem: PlanningProblem, device: Device, chosen: Mapping[int, int]) -> tuple[int, int]:
+    """Bytes of memory and of storage that a stage leaves free."""
+    memory = device.memory_bytes - device.stage_bytes
+    storage = device.storage_bytes
+    for block, bits in chosen.items():
+        option = device.option(block, bits)
+        memory -= problem.kv_bytes[block] + (option.executed_bytes if option else 0)
+        storage -= problem.stored_bytes[block][bits]
+    return memory, storage
+
+
+def _changes(
+    variants: Sequence[PlanningProblem], index: int, block: int, bits: int
+) -> Iterable[_Change]:
+    """Every other width of a block that is better by loss and bytes."""
+    problem = variants[0]
+    device, stored = problem.devices[index], problem.stored_bytes[block]
+    now = device.option(block, bits)
+    if now is None:
+        return
+    least = sum(min(row[b] for b in problem.bits if b in row) for row in problem.stored_bytes)
+    for option in device.options[block]:
+        if option.bits == bits or not problem.allows(index, block, option.bits):
+            continue
+        removed = _removed(problem, index, block, (bits, option.bits))
+        more_bytes = stored[option.bits] - stored[bits]
+        score = more_bytes / least - removed
+        if score < 0:
+            yield _Change(
+                block,
+                option,
+                max(_added_s(one, index, block, (now, option)) for one in variants),
+                option.executed_bytes - now.executed_bytes,
+                more_bytes,
+                problem.loss(index, block, option.bits) - problem.loss(index, block, bits),
+                score,
+            )
+
+
+def _added_s(
+    problem: PlanningProblem, device: int, block: int, options: tuple[BlockOption, BlockOption]
+) -> float:
+    """The most that the other option can add to the objective, or to the time of any token."""
+    now, other = options
+    added_s = problem.block_cost(device, block, other) - problem.block_cost(device, block, now)
+    if problem.slowest_counts:
+        slower_s = problem.turn_s(block, other) - problem.turn_s(block, now)
+        added_s += problem.slowest_counts * max(0.0, slower_s)
+    return max(
+        added_s,
+        other.decode_s - now.decode_s,
+        other.prefill_s_per_token - now.prefill_s_per_token,
+    )
+
+
+def _removed(problem: PlanningProblem, index: int, block: int, bits: tuple[int, int]) -> float:
+    """What going from one width to another removes of the loss, as a share of the budget.
+
+    Without a budget the model at 4 bits is taken for it, with each block's share by its bytes.
+    """
+    before, after = bits
+    if problem.quality_budget is not None:
+        saved = problem.loss(index, block, before) - problem.loss(index, block, after)
+        if problem.quality_budget == 0:
+            return math.copysign(math.inf, saved) if saved else 0.0
+        return saved / problem.quality_budget
+    size = problem.stored_bytes[block][before] / before
+    whole = sum(min(row.items())[1] / min(row) for row in problem.stored_bytes)
+    return size / whole * (squared_step(before) - squared_step(after))
