@@ -210,7 +210,7 @@ class QualityMeter:
         *,
         measure: bool,
     ) -> RawLosses:
-        """Return losses measured here, or assumed for the default budget if that is not possible."""
+        """Return losses measured here, or assumed ones for the default budget if need be."""
         form = Form(checkpoint, request.scheme, request.group_size)
         arithmetics = [member.profile.arithmetic for member in members]
         try:
