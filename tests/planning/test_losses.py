@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from backends.registry import backend_class
+from benchmarks.default_widths import Comparison, heavy_tailed
 from calibration.quality.blocks import measure_plan_kl, measure_quality
+from calibration.shapes import SHAPES
 from model import loss_store as losses_module
 from model.checkpoint import Checkpoint
 from model.errors import Cancelled
@@ -240,3 +242,28 @@ def test_sequences_together_are_as_one_at_a_time() -> None:
     together = model.forward_sequences(np.concatenate(sequences), [4, 2, 3])
     apart = np.concatenate([model.forward(sequence) for sequence in sequences])
     assert together == pytest.approx(apart, rel=1e-4, abs=1e-5)
+
+
+def test_the_default_of_a_heavy_tailed_model_lies_between_uniform_ones(tmp_path: Path) -> None:
+    small = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 512,
+    }
+    model = heavy_tailed(tmp_path / "model", dict(SHAPES["llama-1b"]) | small)
+    comparison = Comparison(model, tmp_path / "state")
+    default = comparison.by_default()
+    wide, narrow = comparison.uniform(8), comparison.uniform(4)
+    assert default.plan is not None
+    assert default.kl is not None
+    assert default.kl <= DEFAULT_QUALITY_BUDGET
+    assert narrow.decode_s <= default.plan.decode_s < wide.decode_s
+    if comparison.measured(narrow) <= 0.5 * DEFAULT_QUALITY_BUDGET:
+        assert default.plan.decode_s == pytest.approx(narrow.decode_s)
+    faster = comparison.at_equal_loss("all 4", narrow)
+    assert faster.plan is not None
+    assert faster.plan.decode_s <= narrow.decode_s * (1 + 1e-9)
