@@ -451,14 +451,12 @@ def _assess_stage(
             math.fsum(one.row_s for one in passages),
             math.fsum(one.delay_s for one in passages),
         ),
-        rows_s=_rows_s(device.call_s, shared),
+        rows_s=_rows_s(device.call_s, shared) if device.shares_passes else (),
     )
 
 
 def _rows_s(call_s: float, options: Sequence[BlockOption]) -> tuple[float, ...]:
-    """Of a stage of such blocks; empty where nothing is known of any of them."""
-    if not any(option.rows_s for option in options):
-        return ()
+    """Passes of TIMED_ROWS rows in a stage of such blocks."""
     return tuple(
         math.fsum([call_s, *(pass_s(one.decode_s, one.rows_s, rows) for one in options)])
         for rows in TIMED_ROWS

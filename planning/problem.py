@@ -154,6 +154,11 @@ class Device:
     watts: float | None = None
     memory_total_bytes: int | None = None
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether it is known of any block what several rows take in one pass."""
+        return any(option.rows_s for row in self.options for option in row)
+
     def option(self, block: int, bits: int) -> BlockOption | None:
         """How this device runs ``block`` at ``bits``; None where it cannot."""
         return next((option for option in self.options[block] if option.bits == bits), None)
@@ -230,9 +235,11 @@ class PlanningProblem:
         """
         if self.shared_by is None:
             return tuple(replace(self, chunk_tokens=rows) for rows in self.chunk_choices)
-        if self.least_stages > 1 or self.most_stages is not None:
+        given = self.least_stages > 1 or self.most_stages is not None
+        if given or not any(device.shares_passes for device in self.devices):
             return (self,)
-        most = min(max(len(self.devices), 2), self.shared_by, _MOST_COUNTED)
+        # Where at most two rows meet they share nothing, however many stages there are.
+        most = max(2, min(len(self.devices), math.ceil(self.shared_by / 2), _MOST_COUNTED))
         counted = [
             replace(self, least_stages=count, most_stages=count if count < most else None)
             for count in range(2, most + 1)
@@ -388,10 +395,10 @@ class PlanningProblem:
 
     def call_turn_s(self, device: int) -> float:
         """What a call adds to the time of a stage, where the slowest one counts."""
-        call_s = self.devices[device].call_s
-        if self.objective.kind == "throughput":
-            return self.row_s(call_s, (call_s,) * len(TIMED_ROWS))
-        return call_s
+        own = self.devices[device]
+        if self.objective.kind == "throughput" and own.shares_passes:
+            return self.row_s(own.call_s, (own.call_s,) * len(TIMED_ROWS))
+        return own.call_s
 
     def turn_s(self, block: int, option: BlockOption) -> float:
         """What a block adds to the time of its stage, where the slowest one counts."""

@@ -109,6 +109,11 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="The length of the answer for the objective request. Default: %(default)s.",
     )
+    _add_placement_arguments(parser)
+
+
+def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the user has decided already, and what a plan must keep."""
     parser.add_argument(
         "--pin",
         type=_pin,
