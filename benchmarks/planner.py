@@ -36,6 +36,8 @@ from planning.planner import solve
 from planning.problem import BlockOption, Device, Objective, PlanningProblem
 from wire.profile import LinkProfile
 
+# What a middling device holds at 8 bits at the least.
+LEAST_LAYERS = 1.1
 WIDTHS = (4, 6, 8, 16)
 BLOCK_PARAMETERS = 50_000_000
 # (relative memory, milliseconds of a layer at 4 bits)
@@ -87,7 +89,8 @@ def instance(layers: int, count: int, seed: int, objective: Objective) -> Planni
     ]
     kinds = [rng.choice(KINDS) for _ in range(count)]
     shares = [memory * rng.uniform(0.9, 1.1) for memory, _ in kinds]
-    total = 1.3 * sum(row[8] for row in stored)
+    # More devices than blocks do not each get less than a layer, as they would of a fixed total.
+    total = max(1.3 * sum(row[8] for row in stored), count * LEAST_LAYERS * stored[1][8])
     devices = []
     for i, ((_, milliseconds), share) in enumerate(zip(kinds, shares, strict=True)):
         layer_s = 1e-3 * milliseconds * rng.uniform(0.9, 1.1)
