@@ -31,6 +31,7 @@ from planning.plan import (
 from planning.problem import Device, Objective, PlanningProblem
 from planning.search.search import Found, search
 from planning.time_limit import now_s
+from planning.usable import Usable
 from wire.profile import LinkProfile
 
 # Solvers keep each row to about 1e-6 of its limit; a plan that used this slack is solved again
@@ -274,7 +275,9 @@ def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
 
 def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
     """True where exchanging two devices changes no figure of any plan."""
-    if replace(problem.devices[i], name="") != replace(problem.devices[j], name=""):
+    one, other = problem.devices[i], problem.devices[j]
+    # Most devices differ in this: many pairs are asked for.
+    if one.memory_bytes != other.memory_bytes or replace(one, name=other.name) != other:
         return False
     if {i, j} & {*problem.excluded, *problem.pins.values()}:
         return False
@@ -331,12 +334,9 @@ def _hopeless(problem: PlanningProblem) -> str | None:
         return "there are no devices"
     if (against := _contradiction(problem)) is not None:
         return against
-    runs = "; ".join(
-        f"{device.name} runs {_list(device.backend_bits or _widths(device))}"
-        for device in problem.devices
-    )
-    least: list[float] = []
-    for block in range(problem.spec.block_count):
+    usable = Usable(problem)
+    placed = usable.allowed.any((0, 2))
+    for block in np.flatnonzero(~placed).tolist():
         name = problem.spec.block_name(block)
         allowed = [bits for bits in problem.bits if problem.within_error(block, bits)]
         if not allowed:
@@ -347,23 +347,19 @@ def _hopeless(problem: PlanningProblem) -> str | None:
             )
             return f"{name} stays within weight error {bound:g} at no width asked for ({errors})"
         if not any(device.option(block, bits) for device in problem.devices for bits in allowed):
+            runs = "; ".join(
+                f"{device.name} runs {_list(device.backend_bits or _widths(device))}"
+                for device in problem.devices
+            )
             return f"no device can run {name} at {_list(allowed)} bit ({runs})"
-        placed = [
-            (i, bits)
-            for i, device in enumerate(problem.devices)
-            for bits in allowed
-            if device.option(block, bits) and problem.allows(i, block, bits)
-        ]
-        if not placed:
-            unknown = "unknown watts" if problem.objective.kind == "energy" else ""
-            causes = ["the pins", "the exclusions", unknown, "unknown sensitivities"]
-            *some, last = [cause for cause in causes if cause]
-            return f"{', '.join(some)} or {last} leave no place for {name}"
-        if problem.quality_budget is not None:
-            least.append(min(problem.loss(i, block, bits) for i, bits in placed))
-    if problem.quality_budget is not None and math.fsum(least) > problem.quality_budget:
+        unknown = "unknown watts" if problem.objective.kind == "energy" else ""
+        causes = ["the pins", "the exclusions", unknown, "unknown sensitivities"]
+        *some, last = [cause for cause in causes if cause]
+        return f"{', '.join(some)} or {last} leave no place for {name}"
+    least = math.fsum(usable.least.tolist())
+    if problem.quality_budget is not None and least > problem.quality_budget:
         return (
-            f"the sensitivities add up to {math.fsum(least):.3g} at the best widths asked for,"
+            f"the sensitivities add up to {least:.3g} at the best widths asked for,"
             f" above the budget of {problem.quality_budget:g}"
         )
     return None

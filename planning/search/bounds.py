@@ -29,6 +29,23 @@ class Joint:
     def __init__(self, costs: Floats, ends: Floats) -> None:
         self.costs = costs
         self.ends = ends
+        self._pairs: Floats | None = None
+
+    @property
+    def blocks(self) -> int:
+        """How many there are to place."""
+        return len(self.costs)
+
+    def finite(self) -> float:
+        """The largest cost that is possible at all."""
+        return float(np.abs(self.costs[np.isfinite(self.costs)]).max(initial=0.0))
+
+    def between(self, sources: Any, targets: Any) -> Floats:
+        """[..., block, length - 1] of stages on the sources before stages on the targets."""
+        if self._pairs is None:
+            self._pairs = np.ascontiguousarray(self.costs.transpose(1, 3, 0, 2))
+        found: Floats = self._pairs[sources, targets]
+        return found
 
     def at(self, k: int) -> Floats:
         """Of all stages from block ``k`` on that others follow."""
@@ -70,6 +87,24 @@ class Separate:
             # One stage has no way back.
             self.ends[:, -1] = np.inf
             np.fill_diagonal(self.ends[:, -1], last[:, -1])
+
+    @property
+    def blocks(self) -> int:
+        """How many there are to place."""
+        return int(self.segments.shape[1])
+
+    def finite(self) -> float:
+        """The largest cost that is possible at all."""
+        return sum(
+            float(np.abs(part[np.isfinite(part)]).max(initial=0.0))
+            for part in (self.segments, self.links)
+        )
+
+    def between(self, sources: Any, targets: Any) -> Floats:
+        """[..., block, length - 1] of stages on the sources before stages on the targets."""
+        sources, targets = np.broadcast_arrays(sources, targets)
+        found: Floats = self.segments[sources] + self.links[sources, targets][..., None, None]
+        return found
 
     def at(self, k: int) -> Floats:
         """Of all stages from block ``k`` on that others follow."""

@@ -25,6 +25,7 @@ from planning.problem import Objective, ObjectiveKind, PlanningProblem
 from planning.search.beam import beam
 from planning.search.bounds import Joint, Priced, Pricer, Separate
 from planning.search.greedy import fill, walk_value
+from planning.search.orders import Orders
 from planning.search.polish import Polish
 from planning.search.tables import Floats, Integers, Knapsack, Span, Tables
 from planning.time_limit import now_s
@@ -37,6 +38,15 @@ _FINISHED = 60
 
 _GREEDY = 12
 """Greedy walks whose widths are improved."""
+
+_BEYOND = (1.005, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0, 8.0, 20.0, 100.0)
+"""Times above the bound at which walks for throughput are looked for, until one has a plan."""
+
+_EXCHANGE_SHARE = 0.25
+"""Of the time left, for each search of better orders of devices."""
+
+_SLACKS = (1.0, 1.002, 1.006, 1.02, 1.05)
+"""What rounding down may have hidden of a walk's time."""
 
 _OTHER_SHARE = 0.25
 """Of the time left, for the walks of the search for the other kind of objective."""
@@ -115,7 +125,7 @@ class _Search:
     def _fill(self) -> float:
         """Keep the best plan that is made at once; its value, inf where there is none."""
         for walk in fill(self.tables)[:_GREEDY]:
-            polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops, fixed=False)
+            polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops)
             if (polished := polish.run()) is None:
                 continue
             value = walk_value(self.tables, walk.spans, *polished)
@@ -289,7 +299,7 @@ class _Cheapest(_Search):
             best, hops = chosen[at], formats[at]
             low = mus[max(at - 1, 0)]
             mus = np.linspace(low, mus[at], 13) if mu else mus
-        polished = Polish(tables, spans, best, hops, fixed=False).run()
+        polished = Polish(tables, spans, best, hops).run()
         if polished is not None:
             best, hops = polished
             value = fixed + float(self._sums(tables.cost, spans, best[None])[0])
@@ -326,38 +336,77 @@ class _Fastest(_Search):
     def run(self) -> Found:
         fastest = np.min(self.tables.decode, axis=(0, 2))
         self.bound = max(float(fastest.max()), float(fastest.sum()) / self.tables.shape[0])
-        least, limit = self.bound, 1.5 * self.bound
-        at_hand = self._fill()
-        self._measure(4 * limit)
-        # Times that no plan at hand has, until one of them has a plan.
-        until = min(_SLOWEST * least, at_hand)
-        while self.value >= at_hand and limit < until and not self._late():
-            if limit > self.top:
-                self._measure(4 * limit)
-            self._try(limit, _WIDTHS[0])
-            limit *= 1.4
-        if self.value >= at_hand:
+        self.at_hand = self._fill()
+        self._climb()
+        self._look()
+        if self.value >= self.at_hand:
             self._try_other()
         if self.choice is None:
-            return Found(None, least)
+            return Found(None, self.bound)
         self._measure(self.value)
         for width in _WIDTHS:
+            self._exchange_devices()
             self.full = False
-            self._lower(width)
             self._raise(width)
-            if not self.full or self.bound >= self.value * (1 - self.gap) or self._late():
+            self._lower(width)
+            if not self.full or self._done():
                 break
         return Found(self.choice, self.bound)
 
-    def _lower(self, width: int) -> None:
-        """Bisect for better plans, up to where none is found."""
+    def _done(self) -> bool:
+        return self._late() or self.bound >= self.value * (1 - self.gap)
+
+    def _climb(self) -> None:
+        """Raise the bound by prices alone, to where they prove no more."""
+        high = min(self.at_hand, _SLOWEST * self.bound)
+        self._measure(min(4 * self.bound, high))
+        limit = 1.4 * self.bound
+        while limit < high and not self._late():
+            if limit > self.top:
+                self._measure(min(4 * limit, high))
+            if self._prove(limit) is not None:
+                high = limit
+                break
+            limit *= 1.4
+        while high > self.bound * (1 + self.gap / 4) and not self._late():
+            limit = (high * self.bound) ** 0.5
+            if self._prove(limit) is not None:
+                high = limit
+
+    def _look(self) -> None:
+        """Finish walks that are within more and more time, from the bound on: there prices tell
+        good walks from bad ones best.
+        """
         floor = self.bound
-        while self.value * (1 - self.gap) > floor and not self._late():
-            limit = max((floor * self.value) ** 0.5, 0.9 * self.value)
-            limit = min(limit, self.value * (1 - self.gap))
-            before = self.value
-            self._try(limit, width)
-            floor = max(floor if self.value < before else limit, self.bound)
+        for factor in _BEYOND:
+            limit = factor * floor
+            if limit >= self.value * (1 - self.gap) or self._late():
+                break
+            if limit > self.top:
+                self._measure(4 * limit)
+            self._try(limit, _WIDTHS[1])
+
+    def _exchange_devices(self) -> None:
+        """Better orders of devices, each within a little less time than the best plan takes."""
+        target = 1.0
+        share = _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
+        until_s = now_s() + share
+        spare = self.tables.spare.room if self.tables.spare.room < math.inf else 1.0
+        while not self._done() and now_s() < until_s and self.choice is not None:
+            value = self.value
+            limit = value * (1 - self.gap / 2)
+            orders = Orders(self._arcs(limit), until_s)
+            most = self.budget - (1 - target) * (spare or 1.0)
+            devices = [stage[0] for stage in self.choice.stages]
+            spans, loss = orders.improve(devices, most)
+            if spans is None or loss > self.budget:
+                break
+            self.seen.pop(tuple(spans), None)
+            self._finish(spans)
+            if self.value >= value:
+                target -= 0.05
+            if target < 0.5:
+                break
 
     def _raise(self, width: int) -> None:
         """Bisect for the proof, from where there is none yet."""
@@ -370,6 +419,17 @@ class _Fastest(_Search):
                 ceiling = limit
             if self.value < before:
                 ceiling = min(ceiling, self.value * (1 - self.gap))
+
+    def _lower(self, width: int) -> None:
+        """Bisect for better plans, up to where none is found."""
+        floor = self.bound
+        while self.value * (1 - self.gap) > floor * (1 + 1e-9) and not self._late():
+            limit = (floor * self.value * (1 - self.gap)) ** 0.5
+            if limit < floor * (1 + self.gap / 4):
+                limit = self.value * (1 - self.gap)
+            before = self.value
+            self._try(limit, width)
+            floor = max(floor if self.value < before else limit, self.bound)
 
     def _measure(self, top: float) -> None:
         """Tables of least sensitivity by time, up to ``top`` seconds per stage."""
@@ -415,16 +475,18 @@ class _Fastest(_Search):
             ends[i, :reach] = np.maximum(part, within[first, size])
         return Joint(found, ends)
 
-    def _try(self, limit: float, width: int) -> None:
-        """Look for a plan with this slowest stage, or prove that there is none."""
-        tables = self.tables
-        arcs = self._arcs(limit)
+    def _enough(self) -> float:
+        """A loss that no plan within the budget has, whatever the rounding of tables."""
+        spare = self.tables.spare.room if self.tables.spare.room < math.inf else 1.0
         # Beside the budget, a share of what placements compete for.
-        spare = tables.spare.room if tables.spare.room < math.inf else 1.0
-        enough = self.budget * (1 + 1e-12) + 1e-9 * (spare or 1.0)
+        return self.budget * (1 + 1e-12) + 1e-9 * (spare or 1.0)
+
+    def _prove(self, limit: float) -> Priced | None:
+        """Raise the bound to ``limit`` and return None, or return what prices allow there."""
+        enough = self._enough()
         self.pricer.deadline_s = self._until_s()  # Without prices few walks keep the budget.
         priced, self.prices = self.pricer.price(
-            arcs,
+            self._arcs(limit),
             0.0,
             self.prices,
             target=enough,
@@ -432,8 +494,15 @@ class _Fastest(_Search):
             rounds=100,
         )
         # The bounds' own rounding is far below this.
-        if priced.bound >= enough:
-            self.bound = max(self.bound, limit)
+        if priced.bound < enough:
+            return priced
+        self.bound = max(self.bound, limit)
+        return None
+
+    def _try(self, limit: float, width: int) -> None:
+        """Look for a plan with this slowest stage, or prove that there is none."""
+        tables, enough = self.tables, self._enough()
+        if (priced := self._prove(limit)) is None:
             return
         finished, dropped = beam(
             tables, [priced], width=width, cutoff=enough, deadline_s=self._until_s()
@@ -444,9 +513,36 @@ class _Fastest(_Search):
             self.bound = max(self.bound, limit)
 
     def _widths(self, spans: Sequence[Span]) -> float:
-        tables = self.tables
+        walk = _Timed(self, spans)
+        if walk.low > self.top:
+            return walk.low
+        # Most walks are not better than the best plan: one look tells.
+        barely = min(self.top, self.value * (1 - 1e-4))
+        if barely < walk.low or walk.loss(barely) > self.budget:
+            return max(walk.low, barely)
+        low, high = walk.low, barely
+        for _ in range(20):
+            limit = (low + high) / 2
+            low, high = (low, limit) if walk.loss(limit) <= self.budget else (limit, high)
+        for slack in _SLACKS:
+            if high * slack >= self.value:
+                break
+            if (found := walk.plan(high * slack)) is not None:
+                value = walk_value(self.tables, spans, *found)
+                if value < self.value:
+                    self.value, self.choice = value, self.tables.choice(spans, *found)
+                break
+        return low
+
+
+class _Timed:
+    """A walk whose stages are to keep a limit of time, by the tables of a search."""
+
+    def __init__(self, search: _Fastest, spans: Sequence[Span]) -> None:
+        tables = search.tables
+        self.search, self.spans = search, spans
         # Of each stage, for each format of the hop that leaves it: seconds beside its blocks, loss.
-        links = [
+        self.ways = [
             list(
                 zip(tables.call_s[a[0]] + tables.hop_s[:, a[0], b[0]], tables.hop_loss, strict=True)
             )
@@ -454,48 +550,51 @@ class _Fastest(_Search):
         ]
         last, first_device = spans[-1][0], spans[0][0]
         back_s = tables.back_s[last, first_device] if len(spans) > 1 else 0.0
-        links.append([(tables.call_s[last] + back_s, 0.0)])
-        least = [self.in_time[i].least[first, end - first - 1] for i, first, end in spans]
-
-        def best(limit: float) -> list[tuple[float, int, int]]:
-            """Of each stage: the least sensitivity, its format, and the column of its room."""
-            found = []
-            for (i, first, end), least_s, ways in zip(spans, least, links, strict=True):
-                within = self.within_memory[i, first, end - first - 1]
-                options = [(math.inf, 0, 0)]
-                for f, (taken_s, loss) in enumerate(ways):
-                    room = limit - taken_s - least_s
-                    if room >= 0:
-                        column = int(self.in_time[i].index(room))
-                        lost = self.profiles[i][end - first - 1, first, column]
-                        options.append((max(lost, within) + loss, f, column))
-                found.append(min(options))
-            return found
-
-        low = max(float(min(ways)[0] + least_s) for ways, least_s in zip(links, least, strict=True))
-        if low > self.top:
-            return low
-        high = self.top
-        for _ in range(25):
-            limit = (low + high) / 2
-            total = sum(lost for lost, _, _ in best(limit))
-            low, high = (low, limit) if total <= self.budget else (limit, high)
-        chosen = np.empty(tables.shape[1], dtype=np.int64)
-        taken = best(high)
-        for (i, first, end), (_, _, column) in zip(spans, taken, strict=True):
-            options, _ = self.in_time[i].choices(
-                first, self.cost[i, None, first:end], np.array([column])
-            )
-            chosen[first:end] = options[0]
-        hops = np.array([f for _, f, _ in taken[:-1]], dtype=np.int64)
-        polished = Polish(tables, spans, chosen, hops, fixed=True).run()
-        if polished is None:
-            return low
-        chosen, _ = polished
-        value = max(
-            float(ways[f][0] + tables.decode[i, np.arange(first, end), chosen[first:end]].sum())
-            for (i, first, end), (_, f, _), ways in zip(spans, taken, links, strict=True)
+        self.ways.append([(tables.call_s[last] + back_s, 0.0)])
+        self.least = [float(search.in_time[i].least[f, end - f - 1]) for i, f, end in spans]
+        self.within = [float(search.within_memory[i, f, end - f - 1]) for i, f, end in spans]
+        self.low = max(
+            float(min(ways)[0]) + least for ways, least in zip(self.ways, self.least, strict=True)
         )
-        if value < self.value:
-            self.value, self.choice = value, tables.choice(spans, chosen, hops)
-        return low
+
+    def loss(self, limit: float) -> float:
+        """The least loss within ``limit`` seconds per stage."""
+        return sum(lost for lost, _, _ in self._best(limit))
+
+    def _best(self, limit: float) -> list[tuple[float, int, float]]:
+        """Of each stage: the least loss, the format that leaves it, and seconds for its blocks."""
+        found = []
+        rows = zip(self.spans, self.least, self.within, self.ways, strict=True)
+        for (i, first, end), least, within, ways in rows:
+            knapsack, profile = self.search.in_time[i], self.search.profiles[i]
+            options = [(math.inf, 0, 0.0)]
+            for f, (taken_s, loss) in enumerate(ways):
+                room = limit - taken_s - least
+                if room >= 0:
+                    column = min(int(room / knapsack.unit), knapsack.steps - 1)
+                    lost = float(profile[end - first - 1, first, column])
+                    options.append((max(lost, within) + loss, f, limit - taken_s))
+            found.append(min(options))
+        return found
+
+    def plan(self, limit: float) -> tuple[Integers, Integers] | None:
+        """Options and formats that keep every limit; None where none were found."""
+        search, tables = self.search, self.search.tables
+        best = self._best(limit)
+        if not math.isfinite(sum(lost for lost, _, _ in best)):
+            return None
+        chosen = np.empty(tables.shape[1], dtype=np.int64)
+        rows = zip(self.spans, self.least, self.within, best, strict=True)
+        for (i, first, end), least, within, (_, _, seconds) in rows:
+            knapsack = search.in_time[i]
+            column = int(knapsack.index(seconds - least))
+            if search.profiles[i][end - first - 1, first, column] < within:
+                # The memory is what limits this stage.
+                knapsack = tables.in_memory[i]
+                room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
+                column = int(knapsack.index(room))
+            costs = search.cost[i, None, first:end]
+            chosen[first:end] = knapsack.choices(first, costs, np.array([column]))[0][0]
+        hops = np.array([f for _, f, _ in best[:-1]], dtype=np.int64)
+        seconds_of = [seconds * (1 + 1e-12) for *_, seconds in best]
+        return Polish(tables, self.spans, chosen, hops, seconds=seconds_of).run()

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planning.exact.program import Choice, SpareBudget, usable_options
+from planning.exact.program import Choice
 from planning.problem import PlanningProblem
+from planning.usable import Usable
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -137,28 +138,17 @@ class Tables:
         self.budget = None if budget == math.inf else budget
         self.throughput = problem.objective.kind == "throughput"
         devices, blocks = range(len(problem.devices)), range(problem.spec.block_count)
-        self.spare = SpareBudget.of(problem)
-        self.options = [
-            [usable_options(problem, i, k, self.spare) for k in blocks] for i in devices
-        ]
-        most = max((len(row) for rows in self.options for row in rows), default=0)
-        shape = (len(devices), len(blocks), max(most, 1))
-        self.shape = shape
+        self.spare = usable = Usable(problem)
+        mask = usable.usable
+        self.shape = mask.shape
         self.cost, self.decode, self.memory, self.storage = (
-            np.full(shape, math.inf) for _ in range(4)
+            np.where(mask, figures, math.inf)
+            for figures in (usable.cost, usable.decode, usable.memory, usable.stored[None])
         )
-        self.loss = np.zeros(shape)
-        self.bits = np.zeros(shape, dtype=np.int64)
-        for i, rows in enumerate(self.options):
-            for k, row in enumerate(rows):
-                for o, option in enumerate(row):
-                    self.cost[i, k, o] = problem.block_cost(i, k, option)
-                    self.decode[i, k, o] = option.decode_s
-                    self.memory[i, k, o] = option.executed_bytes + problem.kv_bytes[k]
-                    self.storage[i, k, o] = problem.stored_bytes[k][option.bits]
-                    self.bits[i, k, o] = option.bits
-                    if self.budget is not None:
-                        self.loss[i, k, o] = problem.loss(i, k, option.bits)
+        self.loss = np.where(mask, usable.loss, 0.0)
+        if self.budget is None:
+            self.loss[:] = 0.0
+        self.bits = np.broadcast_to(np.array(usable.widths, dtype=np.int64), self.shape)
         self.fits = self._fits()
         lengths = np.flatnonzero(self.fits.any((0, 1)))
         self.longest = int(lengths[-1]) + 1 if len(lengths) else 0

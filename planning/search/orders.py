@@ -1,0 +1,163 @@
+"""Better orders of devices: some are taken out of a walk, and those that help most are put in.
+
+For a given order the best cuts between stages are a dynamic program over blocks. With the least
+ways to each block (from the front) and from each block (from the back), one more device is judged
+at every place at once. Blocks that no device has count as a large penalty each, so that a walk may
+be short of devices on the way to a better one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from planning.search.bounds import Joint, Separate
+from planning.search.tables import Floats, Integers, Span
+from planning.time_limit import now_s
+
+_MOST_TAKEN_OUT = 3
+_STALLED = 250
+"""Changes in a row that did not help, after which the search ends."""
+
+
+class Orders:
+    """Orders of devices within one relaxation of the budget or of the time."""
+
+    def __init__(self, arcs: Joint | Separate, until_s: float) -> None:
+        self.arcs, self.until_s = arcs, until_s
+        self.devices, self.longest = arcs.ends.shape[:2]
+        self.blocks = arcs.blocks
+        finite = arcs.finite()
+        # Above all that stages cost, so that a block left out is never worth it.
+        self.penalty = 10.0 * max(finite, 1e-12)
+        self.ramp = self.penalty * np.arange(self.blocks + 1)
+        self.random = np.random.default_rng(0)
+
+    def improve(self, devices: Sequence[int], target: float) -> tuple[list[Span] | None, float]:
+        """Spans of a better order, and what it costs; None where it does not cover all blocks.
+
+        Ends at ``target``, at the deadline, or when nothing has helped for long.
+        """
+        best = list(devices)
+        least = self._cost(best)
+        stalled = 0
+        while least > target and stalled < _STALLED and now_s() < self.until_s:
+            order, cost = self._refilled(best, least)
+            stalled += 1
+            if cost < least - 1e-9 * abs(least):
+                best, least, stalled = order, cost, 0
+        return (self._spans(best) if least < self.penalty else None), least
+
+    def _refilled(self, order: Sequence[int], least: float) -> tuple[list[int], float]:
+        """The order with up to three devices taken out, and those put in that help most."""
+        count = int(self.random.integers(0, min(_MOST_TAKEN_OUT, len(order) - 1) + 1))
+        if self.random.random() < 0.5:
+            at = int(self.random.integers(len(order)))
+            out = {(at + more) % len(order) for more in range(count)}
+        else:
+            out = set(self.random.choice(len(order), count, replace=False).tolist())
+        found = [device for at, device in enumerate(order) if at not in out]
+        cost = self._cost(found)
+        for _ in range(count + 2):
+            unused = np.setdiff1d(np.arange(self.devices), found)
+            if not len(unused):
+                break
+            ways = self._with_one_more(found, unused)
+            place, which = divmod(int(ways.argmin()), len(unused))
+            if ways[place, which] >= cost:
+                break
+            cost = float(ways[place, which])
+            found.insert(place, int(unused[which]))
+        return found, cost
+
+    def _cost(self, order: Sequence[int]) -> float:
+        return float(self._to_go(order)[0][0])
+
+    def _with_one_more(self, order: Sequence[int], unused: Integers) -> Floats:
+        """[place, device]: the cost of the order with the device put in at the place."""
+        found = np.full((len(order) + 1, len(unused)), math.inf)
+        now, ahead = self._so_far(order), self._to_go(order)
+        sources, targets = np.array(order[:-1], dtype=np.int64), np.array(order[1:], dtype=np.int64)
+        if len(sources):
+            before = self._step(np.stack(now[:-1])[:, None], self._ways(sources[:, None], unused))
+            after = self._step_back(
+                np.stack(ahead[1:])[:, None], self._ways(unused, targets[:, None])
+            )
+            found[1:-1] = (before + after).min(-1)
+        before = self._step(now[-1], self._ways(np.array(order[-1]), unused))
+        found[-1] = (before + self._last(unused, order[0])).min(-1)
+        # A new first device changes the way back: all is counted anew.
+        behind = self._last(order[-1], unused)
+        for i, j in reversed(list(pairwise(order))):
+            behind = self._step_back(behind, self._ways(np.array(i), np.array(j)))
+        found[0] = self._step_back(behind, self._ways(unused, np.array(order[0])))[:, 0]
+        return found
+
+    def _ways(self, sources: Integers, targets: Integers) -> Floats:
+        """[..., block, length - 1]: a stage with the hop to the next one."""
+        return np.minimum(self.arcs.between(sources, targets), 1e3 * self.penalty)
+
+    def _last(self, device: int | Integers, first: int | Integers) -> Floats:
+        """[..., block]: the least way from there to the end, with the device as the last one."""
+        ends = self.arcs.ends[device, :, first]
+        found = np.full((*ends.shape[:-1], self.blocks + 1), math.inf)
+        found[..., self.blocks - self.longest : self.blocks] = ends[..., ::-1]
+        return self._skipping_back(found)
+
+    def _so_far(self, order: Sequence[int]) -> list[Floats]:
+        """Per stage, [block]: the least way to the block where it begins."""
+        found: list[Floats] = [self.ramp.copy()]
+        for i, j in pairwise(order):
+            found.append(self._step(found[-1], self._ways(np.array(i), np.array(j))))
+        return found
+
+    def _to_go(self, order: Sequence[int]) -> list[Floats]:
+        """Per stage, [block]: the least way from there to the end, the stage's own included."""
+        found = [self._last(order[-1], order[0])]
+        for i, j in reversed(list(pairwise(order))):
+            found.append(self._step_back(found[-1], self._ways(np.array(i), np.array(j))))
+        return found[::-1]
+
+    def _step(self, before: Floats, ways: Floats) -> Floats:
+        blocks = self.blocks
+        shape = np.broadcast_shapes(before.shape[:-1], ways.shape[:-2])
+        found = np.full((*shape, blocks + 1), math.inf)
+        for length in range(1, self.longest + 1):
+            part = found[..., length:]
+            last = blocks + 1 - length
+            np.minimum(part, before[..., :last] + ways[..., :last, length - 1], out=part)
+        return np.minimum.accumulate(found - self.ramp, axis=-1) + self.ramp
+
+    def _step_back(self, behind: Floats, ways: Floats) -> Floats:
+        blocks = self.blocks
+        shape = np.broadcast_shapes(behind.shape[:-1], ways.shape[:-2])
+        found = np.full((*shape, blocks + 1), math.inf)
+        for length in range(1, self.longest + 1):
+            last = blocks + 1 - length
+            part = found[..., :last]
+            np.minimum(part, ways[..., :last, length - 1] + behind[..., length:], out=part)
+        return self._skipping_back(found)
+
+    def _skipping_back(self, found: Floats) -> Floats:
+        """With blocks left out before the stage, at the penalty of each."""
+        least = np.minimum.accumulate((found + self.ramp)[..., ::-1], axis=-1)[..., ::-1]
+        return np.asarray(least - self.ramp)
+
+    def _spans(self, order: Sequence[int]) -> list[Span]:
+        """The best cuts of an order that covers all blocks."""
+        ahead = self._to_go(order)
+        spans: list[Span] = []
+        first = 0
+        for at, (i, j) in enumerate(pairwise(order)):
+            ways = self._ways(np.array(i), np.array(j))[first]
+            end = first + 1 + np.arange(self.longest)
+            inside = end <= self.blocks
+            cost = np.where(inside, ways + ahead[at + 1][np.minimum(end, self.blocks)], math.inf)
+            end_at = int(end[int(cost.argmin())])
+            spans.append((i, first, end_at))
+            first = end_at
+        spans.append((order[-1], first, self.blocks))
+        return spans
