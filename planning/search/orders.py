@@ -26,13 +26,13 @@ _STALLED = 250
 class Orders:
     """Orders of devices within one relaxation of the budget or of the time."""
 
-    def __init__(self, arcs: Joint | Separate, until_s: float) -> None:
-        self.arcs, self.until_s = arcs, until_s
+    def __init__(self, arcs: Joint | Separate, entry: Floats, until_s: float) -> None:
+        """``entry`` [device] is what a stage costs beside its blocks and hops."""
+        self.arcs, self.entry, self.until_s = arcs, entry, until_s
         self.devices, self.longest = arcs.ends.shape[:2]
         self.blocks = arcs.blocks
-        finite = arcs.finite()
         # Above all that stages cost, so that a block left out is never worth it.
-        self.penalty = 10.0 * max(finite, 1e-12)
+        self.penalty = 10.0 * max(arcs.finite() + float(entry.max()), 1e-12)
         self.ramp = self.penalty * np.arange(self.blocks + 1)
         self.random = np.random.default_rng(0)
 
@@ -98,11 +98,12 @@ class Orders:
 
     def _ways(self, sources: Integers, targets: Integers) -> Floats:
         """[..., block, length - 1]: a stage with the hop to the next one."""
-        return np.minimum(self.arcs.between(sources, targets), 1e3 * self.penalty)
+        ways = self.arcs.between(sources, targets) + self.entry[sources][..., None, None]
+        return np.minimum(ways, 1e3 * self.penalty)
 
     def _last(self, device: int | Integers, first: int | Integers) -> Floats:
         """[..., block]: the least way from there to the end, with the device as the last one."""
-        ends = self.arcs.ends[device, :, first]
+        ends = self.arcs.ends[device, :, first] + self.entry[device][..., None]
         found = np.full((*ends.shape[:-1], self.blocks + 1), math.inf)
         found[..., self.blocks - self.longest : self.blocks] = ends[..., ::-1]
         return self._skipping_back(found)
@@ -129,7 +130,8 @@ class Orders:
             part = found[..., length:]
             last = blocks + 1 - length
             np.minimum(part, before[..., :last] + ways[..., :last, length - 1], out=part)
-        return np.minimum.accumulate(found - self.ramp, axis=-1) + self.ramp
+        least = np.minimum.accumulate(found - self.ramp, axis=-1)
+        return np.asarray(least + self.ramp)
 
     def _step_back(self, behind: Floats, ways: Floats) -> Floats:
         blocks = self.blocks

@@ -201,6 +201,8 @@ class _Cheapest(_Search):
             self.bound = max(self.bound, min(min(bounds), self.value))
             if width == _WIDTHS[0] and self.value >= self.at_hand and not self._done():
                 self._try_other()
+            if not self._done():
+                self._exchange_devices(mus)
             # A wider beam helps only where this one was full.
             if self._late() or (dropped == math.inf and cutoff < math.inf):
                 break
@@ -208,6 +210,19 @@ class _Cheapest(_Search):
 
     def _done(self) -> bool:
         return self._late() or self.bound >= (1 - self.gap) * self.value
+
+    def _exchange_devices(self, mus: Sequence[float]) -> None:
+        """Better orders of devices, at each price of the budget while they are of use."""
+        until_s = now_s() + _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
+        for mu in mus:
+            while self.choice is not None and not self._done() and now_s() < until_s:
+                before = self.value
+                orders = Orders(self.found[mu][0].arcs, self.tables.entry, until_s)
+                spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
+                if spans is not None:
+                    self._finish(spans)
+                if self.value >= before:
+                    break
 
     def _price(self, mu: float, rounds: int) -> float:
         """The bound with this price of the budget."""
@@ -395,7 +410,7 @@ class _Fastest(_Search):
         while not self._done() and now_s() < until_s and self.choice is not None:
             value = self.value
             limit = value * (1 - self.gap / 2)
-            orders = Orders(self._arcs(limit), until_s)
+            orders = Orders(self._arcs(limit), self.tables.entry, until_s)
             most = self.budget - (1 - target) * (spare or 1.0)
             devices = [stage[0] for stage in self.choice.stages]
             spans, loss = orders.improve(devices, most)
