@@ -36,14 +36,12 @@ from cli.errors import CommandFailed
 from model import costs
 from model.quantize import Format
 from model.spec import ModelSpec
-from planning.forecast import prefill_s
-from planning.plan import Stage
+from planning.prompt import Passage, best_chunk_tokens, prompt_s
 from testbed.bed import Testbed
 from testbed.cluster import Cluster
 from testbed.lab import AgentSettings
 from testbed.network import HUB, Host, Link, Network
 from wire import limits
-from wire.profile import LinkProfile
 
 Made = TypeVar("Made")
 
@@ -283,7 +281,6 @@ def run(
         wishes["pins"] = {str(block): name for block, name in case.split(spec, fastest).items()}
     body = {**request(options.state, case.bits), **wishes}
     plan = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
-    links = client.get("/shoal/v1/devices")["links"]
     say(f"{case.name}: measuring")
     generate(client, 2, 8)
     decode_ms, prefill_ms = [], []
@@ -297,7 +294,7 @@ def run(
         "memory": case.memory,
         "stages": [[s["device"], s["first"], s["bits"]] for s in plan["stages"]],
         "predicted_ms_per_token": plan["predicted_ms_per_token"],
-        "predicted_prefill_ms": predicted_prefill_ms(plan, links),
+        "predicted_prefill_ms": predicted_prefill_ms(plan),
         "all_measured_ms_per_token": decode_ms,
         "all_measured_prefill_ms": prefill_ms,
     }
@@ -330,14 +327,10 @@ def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) ->
     return account
 
 
-def predicted_prefill_ms(
-    plan: Mapping[str, Any], described_links: Sequence[Mapping[str, Any]]
-) -> float:
-    """Of a prompt of PROMPT_TOKENS, by a plan and links as the API describes them."""
-    stages = [from_fields(Stage, stage) for stage in plan["stages"]]
-    links = [from_fields(LinkProfile, link) for link in described_links]
-    hop_bits = {hop.get("bits", 32) for hop in plan["hops"]} or {32}
-    return 1e3 * prefill_s(stages, links, PROMPT_TOKENS, SHAPE.hidden * max(hop_bits) // 8)
+def predicted_prefill_ms(plan: Mapping[str, Any]) -> float:
+    """Of a prompt of PROMPT_TOKENS until its first token, by a plan as the API describes it."""
+    passages = [Passage(**one["passage"]) for one in (*plan["stages"], *plan["hops"])]
+    return 1e3 * prompt_s(passages, PROMPT_TOKENS, best_chunk_tokens(passages, PROMPT_TOKENS))
 
 
 def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -55,8 +55,7 @@ from calibration.machine import processor_name
 from model.artifact import write_artifact
 from model.quantize import Format
 from model.spec import ModelSpec
-from planning.forecast import best_chunk_tokens
-from planning.plan import Stage
+from planning.prompt import Passage, best_chunk_tokens, block_passage
 from testbed.bed import Testbed, TestbedError
 from testbed.network import Host, Link, Network
 from wire import limits
@@ -327,8 +326,8 @@ def measure(options: argparse.Namespace, spec: ModelSpec, home: Path) -> list[di
         return [each.row(splits[0]) for each in splits]
 
 
-def timed(calls: Sequence[Sequence[tuple[int, float]]]) -> list[Stage]:
-    """Stages as a plan has them, with what a row took and a row of a whole chunk."""
+def timed(calls: Sequence[Sequence[tuple[int, float]]]) -> list[Passage]:
+    """Stages as chunks pass them, by what a row took and a row of a whole chunk."""
     stages = []
     for stage in calls:
         row_s, chunk_s = (
@@ -336,7 +335,7 @@ def timed(calls: Sequence[Sequence[tuple[int, float]]]) -> list[Stage]:
             for count in (1, limits.PREFILL_CHUNK_TOKENS)
         )
         prompt_s = chunk_s / limits.PREFILL_CHUNK_TOKENS
-        stages.append(Stage("", 0, (), row_s, prompt_s, 0, 0, 0, 0))
+        stages.append(block_passage(row_s, prompt_s))
     return stages
 
 

@@ -261,6 +261,12 @@ class Screen:
             f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s",
             soft_wrap=True,
         )
+        if tokens := plan["prompt_tokens"]:
+            self.out.print(
+                f"predicted: {plan['predicted_prompt_s']:.3g} s for a prompt of {tokens} tokens,"
+                f" its first token after {plan['predicted_first_token_s']:.3g} s",
+                soft_wrap=True,
+            )
         if times is not None:
             self.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
         if plan["slots"] > 1:

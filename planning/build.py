@@ -11,6 +11,7 @@ from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from planning.problem import (
     DEFAULT_HOPS,
+    ONE_TOKEN,
     BlockOption,
     Device,
     HopFormat,
@@ -63,7 +64,8 @@ class RequestInput:
     own_sensitivities: Own = field(default_factory=dict)
     """The same for layers computed in arithmetics that add their own."""
     quality_budget: float | None = None
-    objective: Objective = field(default_factory=Objective)
+    objective: Objective = ONE_TOKEN
+    """What does not fit the context counts in proportion."""
     pins: Mapping[int, str] = field(default_factory=dict)
     """Block -> the name of the device that must run it."""
     excluded: Collection[str] = ()
@@ -133,7 +135,7 @@ def build_problem(
         max_weight_error=(bound,) * len(blocks),
         sensitivities=tuple(dict(row) for row in request.sensitivities or ()),
         quality_budget=request.quality_budget,
-        objective=request.objective,
+        objective=request.objective.within(request.context_tokens),
         pins={block: indices[name] for block, name in request.pins.items()},
         excluded=frozenset(indices[name] for name in request.excluded),
         hop_formats=tuple(sorted(hops, key=lambda form: form.bits)),

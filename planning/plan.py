@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planning.json_codec import from_plain, to_plain
-from planning.problem import Objective, PlanningProblem
+from planning.problem import ONE_TOKEN, Objective, PlanningProblem
+from planning.prompt import NO_TIME, Passage, best_chunk_tokens, prompt_s
 
 FORMAT = 1
 OPTIMALITY_GAP = 1e-6
@@ -69,6 +70,7 @@ class Stage:
     weights as executed, KV cache and buffers; ``storage_bytes`` what is kept on disk.
     ``hop_bits`` is the width of the hidden values that it sends on; the last stage sends a token.
     ``energy_j`` is the device's watts while it computes, times ``compute_s``; None: not known.
+    ``passage`` is what a chunk of a prompt takes here; the head's one row is its delay.
     """
 
     device: str
@@ -82,6 +84,7 @@ class Stage:
     storage_limit_bytes: int
     hop_bits: int | None = None
     energy_j: float | None = None
+    passage: Passage = NO_TIME
 
     @property
     def last(self) -> int:
@@ -91,11 +94,12 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One token's hidden state on its way between two stages."""
+    """One token's hidden state on its way between two stages; ``passage`` is for chunks."""
 
     source: str
     target: str
     seconds: float
+    passage: Passage = NO_TIME
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +118,8 @@ class Proof:
 class Plan:
     """A split of one model. Times are predicted seconds for one token of one sequence.
 
-    ``decode_s`` = compute of all stages + hops + return. ``prefill_s_per_token`` = compute + bytes
-    on the links, within a chunk long enough to hide round trips. ``bottleneck_s`` is the slowest
+    ``decode_s`` = compute of all stages + hops + return. ``prefill_s_per_token`` is what a row of a
+    prompt costs all stages and links together. ``bottleneck_s`` is the slowest
     stage's compute + the link that leaves it. ``load_s`` is what bringing the missing blocks takes,
     one after the other. ``worst_weight_error`` and ``total_sensitivity`` (KL divergence of blocks
     and hops, nats) are None where one of them was not measured. ``energy_j`` is what the stages
@@ -134,7 +138,7 @@ class Plan:
     load_s: float = field(default=0.0, kw_only=True)
     total_sensitivity: float | None = field(default=None, kw_only=True)
     energy_j: float | None = field(default=None, kw_only=True)
-    objective: Objective = field(default=Objective(), kw_only=True)
+    objective: Objective = field(default=ONE_TOKEN, kw_only=True)
 
     @property
     def value(self) -> float:
@@ -142,7 +146,7 @@ class Plan:
         if self.objective.kind == "energy":
             return math.inf if self.energy_j is None else self.energy_j
         prompt, output = self.objective.tokens
-        value = prompt * self.prefill_s_per_token + output * self.decode_s
+        value = self.first_token_s(prompt) + output * self.decode_s
         if self.objective.kind == "throughput":
             value += self.bottleneck_s
         return value + self.objective.migration_weight * self.load_s
@@ -152,7 +156,26 @@ class Plan:
         """The objective with its unit."""
         if self.objective.kind == "energy":
             return f"{self.value:.3g} J"
-        return f"{1e3 * self.value:.2f} ms"
+        return f"{self.value:.2f} s" if self.value >= 10 else f"{1e3 * self.value:.2f} ms"
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """What chunks of a prompt pass: stages and links."""
+        stages, hops = self.stages, self.hops
+        return (*(stage.passage for stage in stages), *(hop.passage for hop in hops))
+
+    def chunk_tokens(self, prompt_tokens: int) -> int:
+        """Rows of a chunk in which such a prompt is to run: with which it takes least."""
+        return best_chunk_tokens(self.passages, prompt_tokens)
+
+    def first_token_s(self, prompt_tokens: int) -> float:
+        """Seconds from the start of a prompt until its first token is sampled."""
+        return prompt_s(self.passages, prompt_tokens, self.chunk_tokens(prompt_tokens))
+
+    def prompt_s(self, prompt_tokens: int) -> float:
+        """Seconds until all layers have computed the prompt; the head is still to come."""
+        head_s = self.stages[-1].passage.delay_s if prompt_tokens else 0.0
+        return self.first_token_s(prompt_tokens) - head_s
 
     @property
     def gap(self) -> float:
@@ -240,7 +263,7 @@ def assess(
         seconds = problem.hop_s(source, target, bits)
         if seconds == math.inf:
             raise PlanError(problem.no_link(source, target))
-        hops.append(Hop(*names, seconds))
+        hops.append(Hop(*names, seconds, problem.hop_passage(source, target, bits)))
         wire_s += problem.hop_bytes(bits) / problem.links[source, target].bytes_per_s
     return_s = problem.return_s(order[-1], order[0])
     if return_s == math.inf:
@@ -367,6 +390,7 @@ def _assess_stage(
     device = problem.devices[index]
     memory, storage = device.stage_bytes, 0
     decode, prefill = [device.call_s], []
+    passages = [Passage(device.call_s, 0.0)]
     for block, bits in enumerate(widths, first):
         option = device.option(block, bits)
         if option is None:
@@ -376,6 +400,7 @@ def _assess_stage(
         storage += problem.stored_bytes[block][bits]
         decode.append(option.decode_s)
         prefill.append(option.prefill_s_per_token)
+        passages.append(problem.passage(block, option))
     compute_s = math.fsum(decode)
     return Stage(
         device=device.name,
@@ -389,6 +414,11 @@ def _assess_stage(
         storage_limit_bytes=device.storage_bytes,
         hop_bits=hop_bits,
         energy_j=None if device.watts is None else device.watts * compute_s,
+        passage=Passage(
+            math.fsum(one.fixed_s for one in passages),
+            math.fsum(one.row_s for one in passages),
+            math.fsum(one.delay_s for one in passages),
+        ),
     )
 
 

@@ -28,7 +28,7 @@ from planning.plan import (
     keeps_budget,
     verify,
 )
-from planning.problem import Device, Objective, PlanningProblem
+from planning.problem import ONE_TOKEN, BlockOption, Device, PlanningProblem
 from planning.search.search import Found, search
 from planning.time_limit import now_s
 from planning.usable import Usable
@@ -39,9 +39,14 @@ from wire.profile import LinkProfile
 _LIMIT_MARGIN = 4e-6
 # Raising bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
 _FREE = 1e-9
+# A plan must be better by this share to be looked for beside one that is known: half of
+# OPTIMALITY_GAP.
+_SAME = 5e-7
 # With more counts than this the search goes first, as it does where a gap is allowed: it closes
-# large problems sooner, but seldom to nothing. With more than the other the program is hopeless.
+# large problems sooner, but seldom to nothing. With more than the last the program is hopeless.
 _SMALL, _LARGE = 600, 6_000
+# Where the slowest stage counts beside the sum, the program takes much longer.
+_SMALL_REQUEST = 100
 DEFAULT_GAP = 0.005
 """What is aimed at where nothing else is asked for and the search has to go first: closing the
 last half percent can take as long as there is time."""
@@ -102,20 +107,57 @@ def solve(
 def _best(
     problem: PlanningProblem, runner: _Runner, asked: float | None, report: Callable[[str], None]
 ) -> Plan | None:
-    """The best plan that was found; None where none was."""
+    """The best plan that was found, over all sizes of a prompt's chunks; None where none was."""
+    gap = (DEFAULT_GAP if _size(problem) > _small(problem) else 0.0) if asked is None else asked
+    best: Plan | None = None
+    bound = math.inf
+    waiting = list(problem.chunk_choices)
+    until_s = runner.deadline_s
+    while waiting:
+        runner.deadline_s = now_s() + max(0.0, until_s - now_s()) / len(waiting)
+        if best is not None:
+            rows = best.chunk_tokens(problem.objective.tokens[0])
+            waiting.sort(key=lambda one: one != rows)
+        chosen = replace(problem, chunk_tokens=waiting.pop(0))
+        found, proved = _best_in_chunks(chosen, runner, gap, report, best)
+        runner.deadline_s = until_s
+        best = min(
+            (one for one in (found, best) if one is not None),
+            key=lambda one: one.value,
+            default=None,
+        )
+        # Chunks limit nothing: what does not fit in some fits in none.
+        if best is None:
+            return None
+        bound = min(bound, proved)
+    if best is None:
+        return None
+    return replace(best, proof=replace(best.proof, bound=min(bound, best.value)))
+
+
+def _best_in_chunks(
+    problem: PlanningProblem,
+    runner: _Runner,
+    gap: float,
+    report: Callable[[str], None],
+    rival: Plan | None,
+) -> tuple[Plan | None, float]:
+    """A plan that is better than ``rival`` with chunks of one size, and a bound of all with it."""
     size = _size(problem)
-    gap = (DEFAULT_GAP if size > _SMALL else 0.0) if asked is None else asked
     found = Found(None, 0.0)
     plan = None
-    if searching := size > _SMALL or gap > 0:
+    enough = math.inf if rival is None else rival.value * (1 - max(gap, _SAME))
+    if searching := size > _small(problem) or gap > 0:
         report("searching")
-        found = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0)
+        found = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0, rival=rival)
         plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
     bound = found.bound
-    if plan is None or (plan.gap > gap and size <= _LARGE and runner.left_s() > 0):
+    least = min((one.value for one in (plan, rival) if one is not None), default=math.inf)
+    missing = plan is None and rival is None
+    if missing or (bound < (1 - gap) * least and size <= _LARGE and runner.left_s() > 0):
         report("solving the integer program")
-        exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None)
-        if exact is None and plan is None and not searching:
+        exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None, enough)
+        if exact is None and missing and not searching:
             report("the integer program gave no plan: looking for one at hand")
             # A program whose figures are far apart may be called infeasible although it is not.
             share = 0.0 if runner.refused else 1.0
@@ -129,9 +171,12 @@ def _best(
             key=lambda one: one.value,
             default=None,
         )
-    if plan is None:
-        return None
-    return replace(plan, proof=replace(plan.proof, bound=min(bound, plan.value)))
+    return plan, bound
+
+
+def _small(problem: PlanningProblem) -> int:
+    """Up to how many counts the program is used alone."""
+    return _SMALL_REQUEST if problem.objective.tokens[0] else _SMALL
 
 
 def _size(problem: PlanningProblem) -> int:
@@ -147,17 +192,34 @@ def _size(problem: PlanningProblem) -> int:
     return distinct * len(problem.devices) * len(problem.bits)
 
 
-def _search(problem: PlanningProblem, runner: _Runner, gap: float, *, share: float) -> Found:
-    """A choice by search within a share of the time left, and a lower bound of the objective."""
+def _search(
+    problem: PlanningProblem,
+    runner: _Runner,
+    gap: float,
+    *,
+    share: float,
+    rival: Plan | None = None,
+) -> Found:
+    """A choice by search within a share of the time left, and a lower bound of the objective.
+
+    Only a plan that is better than ``rival`` is looked for.
+    """
     started_s = now_s()
     deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
     last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S) if share else deadline_s
     ties = _ties(problem)
-    return search(problem, deadline_s=deadline_s, gap=gap, ties=ties, last_resort_s=last_resort_s)
+    return search(
+        problem,
+        deadline_s=deadline_s,
+        gap=gap,
+        ties=ties,
+        last_resort_s=last_resort_s,
+        known=math.inf if rival is None else rival.value,
+    )
 
 
-def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
-    """[i, j]: i < j are twins. Twins of one device are twins of each other: one is compared."""
+def _twin_sets(problem: PlanningProblem) -> list[list[int]]:
+    """Devices by whom they are twins of. Twins of one device are twins of each other."""
     sets: list[list[int]] = []
     for j in range(len(problem.devices)):
         own = next((some for some in sets if _twins(problem, some[0], j)), None)
@@ -165,27 +227,41 @@ def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
             sets.append([j])
         else:
             own.append(j)
+    return sets
+
+
+def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
+    """[i, j]: i < j are twins."""
     ties = np.zeros((len(problem.devices),) * 2, dtype=bool)
-    for some in sets:
+    for some in _twin_sets(problem):
         for at, i in enumerate(some):
             ties[i, some[at + 1 :]] = True
     return ties
 
 
 def _solve(
-    problem: PlanningProblem, runner: _Runner, gap: float, known: Choice | None
+    problem: PlanningProblem,
+    runner: _Runner,
+    gap: float,
+    known: Choice | None,
+    cutoff: float = math.inf,
 ) -> tuple[Plan | None, float]:
     """A plan from the integer program, and a lower bound of the objective.
 
-    ``known`` is a choice that fits: the solver starts with it.
+    ``known`` is a choice that fits: the solver starts with it. Plans above ``cutoff`` are not
+    looked for.
     """
     bound = None
+    twins = [pair for some in _twin_sets(problem) for pair in pairwise(some)]
+    if known is not None:
+        known = Choice(_in_order(problem, known.stages), known.hop_bits)
     for margin in (0.0, _LIMIT_MARGIN):
-        program = PlanProgram(problem, margin=margin)
+        program = PlanProgram(problem, margin=margin, cutoff=cutoff, twins=twins)
         start = None if known is None else program.values(known)
         outcome = runner.run(program, gap, start)
         if bound is None:
-            bound = program.bound(outcome.bound)
+            refused = runner.refused and cutoff < math.inf
+            bound = cutoff if refused else min(program.bound(outcome.bound), cutoff)
         choice = program.choice(outcome.values) if outcome.values else None
         plan = _plan_of(problem, choice, Proof(outcome.solver, 0.0, 0.0))
         if plan is not None or choice is None:
@@ -256,7 +332,15 @@ class _Runner:
 
 def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
     """The same stages, as fast: devices in their given order, bits as wide as comes for free."""
-    stages = choice.stages
+    chosen = _in_order(problem, choice.stages)
+    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
+    free_s = _FREE * plan.value / len(chosen)
+    by_chunks = [replace(problem, chunk_tokens=rows) for rows in problem.chunk_choices]
+    return [_raise_bits(by_chunks, stage, free_s) for stage in chosen]
+
+
+def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
+    """The same stages, with twins among the devices in their given order."""
     order = [device for device, _, _ in stages]
     unused = [i for i in range(len(problem.devices)) if i not in order]
     for position in range(len(order)):
@@ -267,10 +351,7 @@ def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
                 order = [swap.get(i, i) for i in order]
                 unused = [swap.get(i, i) for i in unused]
                 break
-    chosen = [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
-    plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
-    free_s = _FREE * plan.value / len(chosen)
-    return [_raise_bits(problem, stage, free_s) for stage in chosen]
+    return [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
 
 
 def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
@@ -295,8 +376,14 @@ def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
     )
 
 
-def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> StageChoice:
-    """The stage with each block as wide as fits and costs no time; worst errors choose first."""
+def _raise_bits(
+    by_chunks: Sequence[PlanningProblem], stage: StageChoice, free_s: float
+) -> StageChoice:
+    """The stage with each block as wide as fits and costs no time; worst errors choose first.
+
+    ``by_chunks`` is the problem with each size of chunks that may turn out to be the best.
+    """
+    problem = by_chunks[0]
     index, first, widths = stage
     device = problem.devices[index]
     chosen = dict(enumerate(widths, first))
@@ -309,10 +396,7 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
         for option in sorted(options.values(), key=lambda option: -option.bits):
             if option.bits <= now.bits:
                 break
-            cost_s = max(
-                option.decode_s - now.decode_s,
-                problem.block_cost(index, block, option) - problem.block_cost(index, block, now),
-            )
+            cost_s = max(_cost_s(one, index, block, now, option) for one in by_chunks)
             new_memory = memory + option.executed_bytes - now.executed_bytes
             new_storage = storage + stored[option.bits] - stored[now.bits]
             if (
@@ -326,6 +410,17 @@ def _raise_bits(problem: PlanningProblem, stage: StageChoice, free_s: float) -> 
                 chosen[block] = option.bits
                 break
     return index, first, tuple(chosen[block] for block in sorted(chosen))
+
+
+def _cost_s(
+    problem: PlanningProblem, device: int, block: int, now: BlockOption, wider: BlockOption
+) -> float:
+    """The most that the other option of a block can add to the objective, or to a token's time."""
+    added_s = problem.block_cost(device, block, wider) - problem.block_cost(device, block, now)
+    if problem.slowest_counts:
+        slower_s = problem.turn_s(block, wider) - problem.turn_s(block, now)
+        added_s += problem.slowest_counts * max(0.0, slower_s)
+    return max(added_s, wider.decode_s - now.decode_s)
 
 
 def _hopeless(problem: PlanningProblem) -> str | None:
@@ -487,7 +582,7 @@ def _missing_links(
     linked = replace(
         problem,
         links={**problem.links, **assumed},
-        objective=Objective(),
+        objective=ONE_TOKEN,
         excluded=frozenset(unusable),
     )
     if _size(linked) > _SMALL:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from model import costs
 from model.spec import ModelSpec
 from planning.json_codec import from_plain, to_plain
+from planning.prompt import CHUNK_TOKENS, Passage, block_passage, chunk_choices, turns
 from wire.activations import HOP_BITS
 from wire.profile import LinkProfile
 
@@ -29,16 +30,18 @@ class Objective:
     """What a plan is to minimise, in seconds; ``energy`` in joules.
 
     ``latency``: one decoded token. ``throughput``: the slowest stage with the link that leaves it,
-    which is what each token takes when many are on their way. ``request``: ``prompt_tokens`` of
-    prefill and ``output_tokens`` decoded one by one. ``energy``: what the stages draw while they
-    compute one decoded token; what devices draw while they wait or send is left out.
+    which is what each token takes when many are on their way. ``request``: a prompt of
+    ``prompt_tokens`` until its first token is there (planning/prompt.py), and ``output_tokens``
+    decoded one by one. ``energy``: what the stages draw while they compute one decoded token; what
+    devices draw while they wait or send is left out.
     ``migration_weight`` adds that many seconds per second of loading what devices do not hold yet;
-    ``energy`` has none.
+    ``energy`` has none. The prompt is also the one whose seconds a plan shows, whatever counts.
+    The defaults are what is minimised unless a user says otherwise (docs/planner.md says why).
     """
 
-    kind: ObjectiveKind = "latency"
-    prompt_tokens: int = 0
-    output_tokens: int = 1
+    kind: ObjectiveKind = "request"
+    prompt_tokens: int = 512
+    output_tokens: int = 128
     migration_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -53,10 +56,23 @@ class Objective:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """How often the seconds of a prompt token and of a decoded one count, outside energy."""
+        """Tokens of the prompt that counts, and how often a decoded one counts, outside energy."""
         if self.kind == "request":
             return self.prompt_tokens, self.output_tokens
         return 0, int(self.kind == "latency")
+
+    def within(self, context_tokens: int) -> Objective:
+        """The same with a prompt and an answer that fit the context, each shorter in proportion."""
+        prompt, output = self.prompt_tokens, self.output_tokens
+        longest = max(prompt + output, 1)
+        if longest <= context_tokens:
+            return self
+        shorter = prompt * context_tokens // longest
+        return replace(self, prompt_tokens=shorter, output_tokens=context_tokens - shorter)
+
+
+ONE_TOKEN = Objective("latency", prompt_tokens=0, output_tokens=1)
+"""What counts where a problem is made of numbers alone, and says nothing of requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +191,8 @@ class PlanningProblem:
     bits to what a block adds to the mean KL divergence of the model's next token (nats), where the
     device's option does not say otherwise; their sum, hops included, keeps ``quality_budget``. A
     hop uses one of ``hop_formats``; with a budget, one of known sensitivity. ``pins`` maps blocks
-    to the device (an index) that must run them, ``excluded`` devices run none.
+    to the device (an index) that must run them, ``excluded`` devices run none. A prompt runs in
+    chunks of ``chunk_tokens``; None: in what is best for the plan, one of ``chunk_choices``.
     """
 
     spec: ModelSpec
@@ -188,11 +205,31 @@ class PlanningProblem:
     max_weight_error: tuple[float, ...]
     sensitivities: tuple[Mapping[int, float], ...] = ()
     quality_budget: float | None = None
-    objective: Objective = Objective()
+    objective: Objective = ONE_TOKEN
     pins: Mapping[int, int] = field(default_factory=dict)
     excluded: frozenset[int] = frozenset()
     hop_formats: tuple[HopFormat, ...] = DEFAULT_HOPS
     no_links: Mapping[tuple[int, int], NoLink] = field(default_factory=dict)
+    chunk_tokens: int | None = None
+
+    @property
+    def chunk_choices(self) -> tuple[int | None, ...]:
+        """The chunks that plans have to be compared for; None where no prompt counts."""
+        prompt, _ = self.objective.tokens
+        if not prompt or self.chunk_tokens is not None:
+            return (self.chunk_tokens,)
+        return chunk_choices(prompt)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk of the prompt that counts; 0 where none does."""
+        return min(self.chunk_tokens or CHUNK_TOKENS[0], self.objective.tokens[0])
+
+    @property
+    def turns(self) -> float:
+        """How often the slowest stage or link with a chunk is waited for, beside the first one."""
+        prompt, _ = self.objective.tokens
+        return turns(prompt, self.chunk_rows)
 
     @property
     def permitted_hops(self) -> tuple[HopFormat, ...]:
@@ -254,12 +291,25 @@ class PlanningProblem:
         link = self.links.get((last, first))
         return math.inf if link is None else link.transfer_s(TOKEN_BYTES)
 
+    def passage(self, block: int, option: BlockOption) -> Passage:
+        """What a chunk of a prompt takes in a block. The head computes the last row alone, once."""
+        if block == self.spec.head_block:
+            return Passage(0.0, 0.0, option.decode_s)
+        return block_passage(option.decode_s, option.prefill_s_per_token)
+
+    def hop_passage(self, source: int, target: int, bits: int) -> Passage:
+        """What a chunk of a prompt takes on a link that exists."""
+        link = self.links[source, target]
+        return Passage(0.0, self.hop_bytes(bits) / link.bytes_per_s, link.transfer_s(0))
+
     def block_cost(self, device: int, block: int, option: BlockOption) -> float:
-        """What a block adds to the objective; of a throughput, beside the slowest stage."""
+        """What a block adds to the objective, beside the slowest stage where that counts."""
         if self.objective.kind == "energy":
             return self._watts(device) * option.decode_s
-        prompt, output = self.objective.tokens
-        seconds = prompt * option.prefill_s_per_token + output * option.decode_s
+        seconds = self.objective.tokens[1] * option.decode_s
+        if rows := self.chunk_rows:
+            passage = self.passage(block, option)
+            seconds += passage.busy_s(rows) + passage.delay_s
         weight = self.objective.migration_weight
         return seconds + weight * self.load_s(device, block, option.bits) if weight else seconds
 
@@ -267,21 +317,51 @@ class PlanningProblem:
         """What a stage on the device adds to the objective, whatever its blocks."""
         if self.objective.kind == "energy":
             return self._watts(device) * self.devices[device].call_s
-        return self.objective.tokens[1] * self.devices[device].call_s
+        calls = self.objective.tokens[1] + bool(self.chunk_rows)
+        return calls * self.devices[device].call_s
 
     def hop_cost(self, source: int, target: int, bits: int) -> float:
         """What a hop adds to the objective; inf without a link."""
-        link = self.links.get((source, target))
-        if link is None:
+        if (source, target) not in self.links:
             return math.inf
-        prompt, output = self.objective.tokens
-        size = self.hop_bytes(bits)
-        return prompt * size / link.bytes_per_s + output * link.transfer_s(size)
+        seconds = self.objective.tokens[1] * self.hop_s(source, target, bits)
+        if rows := self.chunk_rows:
+            passage = self.hop_passage(source, target, bits)
+            seconds += passage.busy_s(rows) + passage.delay_s
+        return seconds
 
     def return_cost(self, last: int, first: int) -> float:
         """What the way back adds to the objective; 0 on one device, inf without a link."""
         seconds = self.return_s(last, first)
         return seconds if seconds == math.inf else self.objective.tokens[1] * seconds
+
+    @property
+    def slowest_counts(self) -> float:
+        """How often the slowest stage adds to the objective, by ``turn_s`` of what it has."""
+        return 1.0 if self.objective.kind == "throughput" else self.turns
+
+    @property
+    def link_apart(self) -> bool:
+        """Whether a stage goes on while what leaves it is being sent, so that links count alone."""
+        return self.objective.kind != "throughput"
+
+    def turn_s(self, block: int, option: BlockOption) -> float:
+        """What a block adds to the time of its stage, where the slowest one counts."""
+        if self.objective.kind == "throughput":
+            return option.decode_s
+        return self.passage(block, option).busy_s(self.chunk_rows)
+
+    def hop_turn_s(self, source: int, target: int, bits: int) -> float:
+        """What a hop takes, where the slowest stage counts; inf without a link."""
+        if (source, target) not in self.links:
+            return math.inf
+        if self.objective.kind == "throughput":
+            return self.hop_s(source, target, bits)
+        return self.hop_passage(source, target, bits).busy_s(self.chunk_rows)
+
+    def return_turn_s(self, last: int, first: int) -> float:
+        """What the way back takes, where the slowest stage counts: nothing beside a prompt."""
+        return self.return_s(last, first) if self.objective.kind == "throughput" else 0.0
 
     def _watts(self, device: int) -> float:
         # Where they are not known ``allows`` keeps all blocks away.
@@ -371,3 +451,5 @@ class PlanningProblem:
             for index in indices:
                 if index not in known:
                     raise ValueError(f"problem.{name}: there is no {index}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"problem.chunk_tokens: expected at least 1, not {self.chunk_tokens}")

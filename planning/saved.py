@@ -167,9 +167,13 @@ def plan_text(
         if stage.hop_bits is not None:
             values["hop_bits"] = stage.hop_bits
         stages.append(json.dumps(values))
+    prompt_tokens = plan.objective.prompt_tokens
     predicted = {
         "ms_per_token": plan.decode_s * 1e3,
         "prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
+        "prompt_tokens": prompt_tokens,
+        "prompt_s": plan.prompt_s(prompt_tokens),
+        "first_token_s": plan.first_token_s(prompt_tokens),
     }
     made_for = {"slots": slots, "context_tokens": context_tokens}
     ids = {

@@ -35,7 +35,7 @@ class Usable:
         self.problem = problem
         self.widths = tuple(sorted(set(problem.bits)))
         blocks = range(problem.spec.block_count)
-        self.decode, self.cost, self.executed, own_loss = self._figures()
+        self.decode, self.cost, self.turn, self.executed, own_loss = self._figures()
         kept = [[row.get(bits, math.inf) for bits in self.widths] for row in problem.stored_bytes]
         self.stored = np.array(kept, dtype=float).reshape(len(blocks), len(self.widths))
         self.memory = self.executed + np.array(problem.kv_bytes, dtype=float)[:, None]
@@ -60,11 +60,14 @@ class Usable:
         widths = {bits for bits, usable in zip(self.widths, mask, strict=True) if usable}
         return tuple(o for o in self.problem.devices[device].options[block] if o.bits in widths)
 
-    def _figures(self) -> tuple[Floats, Floats, Floats, Floats]:
-        """Seconds, cost, bytes as executed, and the device's own losses (nan where it has none)."""
+    def _figures(self) -> tuple[Floats, ...]:
+        """Seconds, cost, seconds of a chunk, bytes as executed, and the device's own losses.
+
+        The latter are nan where it has none.
+        """
         problem, blocks = self.problem, range(self.problem.spec.block_count)
         at = {bits: index for index, bits in enumerate(self.widths)}
-        found = np.full((4, len(problem.devices), len(blocks), len(at)), math.inf)
+        found = np.full((5, len(problem.devices), len(blocks), len(at)), math.inf)
         for i, device in enumerate(problem.devices):
             # Most blocks are alike; what loading them takes may still differ.
             known: dict[tuple[int, object], Floats] = {}
@@ -73,17 +76,18 @@ class Usable:
                 differs = k if problem.objective.migration_weight else k == problem.spec.head_block
                 key = id(row), differs
                 if key not in known:
-                    known[key] = np.full((4, len(at)), math.inf)
+                    known[key] = np.full((5, len(at)), math.inf)
                     for option in row:
                         if option.bits in at:
                             known[key][:, at[option.bits]] = (
                                 option.decode_s,
                                 problem.block_cost(i, k, option),
+                                problem.turn_s(k, option),
                                 option.executed_bytes,
                                 math.nan if option.sensitivity is None else option.sensitivity,
                             )
                 found[:, i, k] = known[key]
-        return found[0], found[1], found[2], found[3]
+        return tuple(found)
 
     def _losses(self, own: Floats) -> Floats:
         """What each option takes of the budget; inf where that is not known."""
@@ -119,7 +123,8 @@ class Usable:
     def _leave_out_beaten(self) -> None:
         """Leave out options that another one is no worse than; of equal ones the wider stays."""
         stored = np.broadcast_to(self.stored, self.cost.shape)
-        figures = np.stack([self.decode, self.cost, self.executed, stored, self.loss])
+        turn = self.turn if self.problem.slowest_counts else np.zeros_like(self.cost)
+        figures = np.stack([self.decode, self.cost, turn, self.executed, stored, self.loss])
         kept = self.usable.copy()
         for loser in range(len(self.widths)):
             for winner in range(len(self.widths)):

@@ -11,13 +11,13 @@ from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.errors import CommandFailed, UsageError
 from model.quantize import DEFAULT_GROUP_SIZE
+from planning.problem import Objective
 from planning.request import DEFAULT_MAX_WEIGHT_ERROR, DEFAULT_TIME_LIMIT_S
 from wire.activations import HOP_BITS
 
 if TYPE_CHECKING:
     from model.spec import ModelSpec
     from planning.labs.sensitivity_file import Sensitivities
-    from planning.problem import Objective
     from planning.request import LoadRequest
     from planning.saved import SavedPlan
 
@@ -70,8 +70,9 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objective",
         choices=("latency", "throughput", "request", "energy"),
-        default="latency",
-        help="what to minimise; energy: joules computing one token, on devices of known watts",
+        help="what to minimise; request (the default): a prompt and its answer; latency: one token;"
+        " throughput: tokens of many sequences; energy: joules computing one token, on devices of"
+        " known watts",
     )
     parser.add_argument(
         "--slots",
@@ -83,16 +84,17 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-tokens",
         type=argument_types.count,
-        default=256,
+        default=Objective().prompt_tokens,
         metavar="N",
-        help="of --objective request",
+        help="of the prompt of --objective request, and of the one whose time is shown;"
+        " default %(default)s",
     )
     parser.add_argument(
         "--output-tokens",
         type=argument_types.count,
-        default=128,
+        default=Objective().output_tokens,
         metavar="N",
-        help="of --objective request",
+        help="of the answer of --objective request; default %(default)s",
     )
     parser.add_argument(
         "--pin",
@@ -210,15 +212,12 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
 
 def objective_of(options: argparse.Namespace) -> Objective:
     """The planner's objective that the arguments ask for. Raises UsageError."""
-    from planning.problem import Objective
-
-    weight = options.migration_weight
+    kind = options.objective or Objective().kind
+    tokens = options.prompt_tokens, options.output_tokens
     try:
-        if options.objective == "request":
-            return Objective("request", options.prompt_tokens, options.output_tokens, weight)
-        return Objective(options.objective, migration_weight=weight)
+        return Objective(kind, *tokens, options.migration_weight)
     except ValueError as error:
-        raise UsageError(f"--objective {options.objective}: {error}") from error
+        raise UsageError(f"--objective {kind}: {error}") from error
 
 
 def context_of(options: argparse.Namespace, given: SavedPlan | None) -> int | None:
@@ -232,7 +231,7 @@ def slots_of(options: argparse.Namespace, given: SavedPlan | None) -> int:
     from planning.request import MAX_SLOTS, default_slots
 
     saved = given.slots if given is not None else None
-    slots: int = options.slots or saved or default_slots(options.objective)
+    slots: int = options.slots or saved or default_slots(objective_of(options).kind)
     if slots > MAX_SLOTS:
         raise UsageError(f"--slots {slots}: at most {MAX_SLOTS}")
     return slots

@@ -74,6 +74,8 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
         )
     screen.out.print(f"bottleneck: {escape(explanation.bottleneck)}")
     screen.out.print(f"pipelined: {escape(explanation.pipeline_bottleneck)}")
+    if explanation.prompt_bottleneck:
+        screen.out.print(f"prompt: {escape(explanation.prompt_bottleneck)}")
     screen.out.print("\nsolved again with one thing changed:")
     telling = [item for item in explanation.marginals if item.change != 0.0]
     for item in telling:
@@ -134,11 +136,18 @@ def show_difference(
             sent = ("no hop" if bits is None else f"{bits} bit" for bits in (hop.before, hop.after))
             table.add_row(f"hop behind {hop.block}", *sent)
         screen.table(table)
-    old = before.predicted.get("ms_per_token")
-    new = after.predicted.get("ms_per_token")
+    predicted = before.predicted, after.predicted
+    old, new = (one.get("ms_per_token") for one in predicted)
     if old and new:
         screen.out.print(
             f"as predicted when they were saved: {old:.2f} -> {new:.2f} ms per token"
+            f" ({new / old - 1:+.1%})"
+        )
+    prompts = [(one.get("prompt_tokens"), one.get("first_token_s")) for one in predicted]
+    (tokens, old), (others, new) = prompts
+    if old and new and tokens == others:
+        screen.out.print(
+            f"first token of a prompt of {tokens:g}, predicted: {old:.3g} -> {new:.3g} s"
             f" ({new / old - 1:+.1%})"
         )
 

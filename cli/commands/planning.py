@@ -445,7 +445,7 @@ def _run_dilemma(
         ("--simulate", options.simulate),
         ("--pin", options.pin),
         ("--exclude", options.exclude),
-        ("--objective", options.objective != "latency"),
+        ("--objective", options.objective not in (None, "latency")),
     ):
         if asked:
             raise UsageError(f"{name} does not go with --formulation dilemma: drop one of them")

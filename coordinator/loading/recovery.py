@@ -48,7 +48,8 @@ def remaining(request: LoadRequest, devices: Collection[str]) -> LoadRequest:
         given = None
     objective = request.objective
     if objective.kind != "energy":
-        weight = max(objective.migration_weight, 1 / AMORTIZED_TOKENS)
+        tokens = objective.output_tokens if objective.kind == "request" else 1
+        weight = max(objective.migration_weight, tokens / AMORTIZED_TOKENS)
         objective = replace(objective, migration_weight=weight)
     return replace(
         request,

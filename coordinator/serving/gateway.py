@@ -32,7 +32,6 @@ from coordinator.roster.members import Member, Roster
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
-from planning.forecast import best_chunk_tokens
 from wire.errors import ProtocolError
 from wire.messages import (
     FinishReason,
@@ -314,7 +313,7 @@ async def _begin(
         with contextlib.suppress(AgentLost):
             await member.send(message)
 
-    chunk_tokens = best_chunk_tokens(deployment.plan.stages, len(prompt))
+    chunk_tokens = deployment.plan.chunk_tokens(len(prompt))
     start = StartSequence(deployment.epoch, number, slot, prompt, sampling, chunk_tokens)
     first, *others = deployment.members
     told = replace(start, prompt=())

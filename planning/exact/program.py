@@ -18,14 +18,15 @@ a[i,r] what the stage really overlaps. Inside a stretch and a group it does not 
 is which: they are counted, not placed, and the program stays exact. Where all layers are alike it
 has a few counts per device, where no two are (a quality budget tells them apart) it has one per
 block. ``stages`` decides which is which. For a throughput one more variable, slowest, is at least
-every stage's compute with the link that leaves it.
+every stage's compute with the link that leaves it; for a prompt it is at least what a chunk takes
+in every stage, and on every link.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +73,7 @@ def _figures(
     return (
         option.decode_s,
         problem.block_cost(device, block, option),
+        problem.turn_s(block, option) if problem.slowest_counts else 0.0,
         option.executed_bytes,
         problem.stored_bytes[block][option.bits],
         problem.loss(device, block, option.bits),
@@ -79,9 +81,22 @@ def _figures(
 
 
 class PlanProgram:
-    """The program for one problem. ``margin`` is the share of each limit that it leaves unused."""
+    """The program for one problem, with one size of a prompt's chunks where a prompt counts.
 
-    def __init__(self, problem: PlanningProblem, *, aim: Aim = "best", margin: float = 0.0) -> None:
+    ``margin`` is the share of each limit that it leaves unused. Plans whose objective is above
+    ``cutoff`` are left out. Of ``twins``, pairs of devices whose exchange changes nothing, the
+    first comes first.
+    """
+
+    def __init__(
+        self,
+        problem: PlanningProblem,
+        *,
+        aim: Aim = "best",
+        margin: float = 0.0,
+        cutoff: float = math.inf,
+        twins: Sequence[tuple[int, int]] = (),
+    ) -> None:
         short = () if aim in ("best", "sensitivity", "any") else tuple(aim.split(" and "))
         self._problem = problem
         self._devices = range(len(problem.devices))
@@ -91,12 +106,16 @@ class PlanProgram:
         self._find_alike()
         self.program = pulp.LpProblem("plan", pulp.LpMinimize)
         self._place()
-        self._order()
+        self._order(twins)
         excess = self._limit(short, margin)
         self._unit_s = self._least_s() / _OBJECTIVE_SCALE
         sensitivity = self._budget(margin)
         if aim == "best":
-            self.program.setObjective(self._cost_s() * (1 / self._unit_s))
+            cost = self._cost_s() * (1 / self._unit_s)
+            self.program.setObjective(cost)
+            if cutoff < math.inf:
+                tie_break = _STAGE_TIE_BREAK * _OBJECTIVE_SCALE
+                self.program += cost <= cutoff / self._unit_s + tie_break
         else:
             self.program.setObjective(sensitivity if aim == "sensitivity" else excess)
 
@@ -188,18 +207,21 @@ class PlanProgram:
         return found
 
     def _slowest_of(self, choice: Choice) -> float:
-        """Seconds of the slowest stage with the link that leaves it."""
+        """Seconds of the slowest stage, as the objective counts it."""
         problem, slowest_s = self._problem, 0.0
         for at, (i, first, bits) in enumerate(choice.stages):
             seconds = [problem.devices[i].call_s]
             for k, width in enumerate(bits, first):
                 option = problem.devices[i].option(k, width)
-                seconds.append(math.inf if option is None else option.decode_s)
+                seconds.append(math.inf if option is None else problem.turn_s(k, option))
             if at + 1 < len(choice.stages):
-                seconds.append(problem.hop_s(i, choice.stages[at + 1][0], choice.hop_bits[at]))
+                way_s = problem.hop_turn_s(i, choice.stages[at + 1][0], choice.hop_bits[at])
             else:
-                seconds.append(problem.return_s(i, choice.stages[0][0]))
-            slowest_s = max(slowest_s, math.fsum(seconds))
+                way_s = problem.return_turn_s(i, choice.stages[0][0])
+            stage_s = math.fsum(seconds)
+            slowest_s = max(
+                slowest_s, *((stage_s, way_s) if problem.link_apart else (stage_s + way_s,))
+            )
         return slowest_s
 
     def _find_alike(self) -> None:
@@ -271,7 +293,7 @@ class PlanProgram:
             program += pulp.lpSum(self._a[i][r] for i in self._devices) == len(stretch)
             program += pulp.lpSum(beyond[r]) <= 1
 
-    def _order(self) -> None:
+    def _order(self, twins: Sequence[tuple[int, int]]) -> None:
         """One path of hops through the used devices, in the order of their blocks."""
         program, devices, total = self.program, self._devices, self._total
         problem = self._problem
@@ -302,6 +324,7 @@ class PlanProgram:
         self._back = {(i, j): program.add_variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
         self._left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
         left = self._left
+        entered = []
         program += pulp.lpSum(self._first) == 1
         program += pulp.lpSum(last) == 1
         for i in devices:
@@ -315,6 +338,7 @@ class PlanProgram:
             program += first <= self._start[i][0]
             program += last[i] <= self._end[i][-1]
             remaining = pulp.lpSum(left[key] for key in entering) + total * first
+            entered.append(remaining)
             beyond = pulp.lpSum(left[key] for key in leaving)
             program += remaining - beyond == pulp.lpSum(self._a[i])
             for position, flags in (
@@ -324,6 +348,8 @@ class PlanProgram:
                 spans = list(zip(self._stretches, flags, strict=True))
                 program += position >= pulp.lpSum(span[0] * flag for span, flag in spans)
                 program += position <= pulp.lpSum(span[-1] * flag for span, flag in spans)
+        for i, j in twins:
+            program += entered[i] >= entered[j]
         for i, j in pairs:
             program += left[i, j] >= self._hop[i, j]
             program += left[i, j] <= (total - 1) * self._hop[i, j]
@@ -398,24 +424,27 @@ class PlanProgram:
             terms.append((problem.call_cost(i) + tie_break_s) * self._used[i])
         terms += [problem.hop_cost(*key) * hop for key, hop in self._hop_at.items()]
         terms += [problem.return_cost(j, i) * way for (i, j), way in self._back.items()]
-        if problem.objective.kind == "throughput":
-            terms.append(self._slowest_s())
+        if problem.slowest_counts:
+            terms.append(problem.slowest_counts * self._slowest_s())
         return pulp.lpSum(terms)
 
     def _slowest_s(self) -> Any:
-        """Seconds of the slowest stage with the link that leaves it."""
+        """Seconds of the slowest stage, with the link that leaves it or beside it."""
         problem = self._problem
         slowest = self._slowest = self.program.add_variable("slowest", 0)
         for i in self._devices:
-            terms = [option.decode_s * count for _, count, option, _ in self._counts(i)]
+            terms = [problem.turn_s(k, option) * count for _, count, option, k in self._counts(i)]
             terms.append(problem.devices[i].call_s * self._used[i])
-            terms += [problem.hop_s(*key) * hop for key, hop in self._hop_at.items() if key[0] == i]
-            terms += [
-                problem.return_s(last, first) * way
+            ways = [
+                problem.hop_turn_s(*key) * hop for key, hop in self._hop_at.items() if key[0] == i
+            ]
+            ways += [
+                problem.return_turn_s(last, first) * way
                 for (first, last), way in self._back.items()
                 if last == i
             ]
-            self.program += slowest >= pulp.lpSum(terms) * (1 / self._unit_s)
+            for busy in (terms, ways) if problem.link_apart else ([*terms, *ways],):
+                self.program += slowest >= pulp.lpSum(busy) * (1 / self._unit_s)
         return self._unit_s * slowest
 
     def _counts(self, device: int) -> list[tuple[int, Any, BlockOption, int]]:
@@ -446,17 +475,17 @@ class PlanProgram:
         """A lower bound of the objective: each block where it is cheapest, stages in balance."""
         problem = self._problem
         cost_s = [math.inf] * self._total
-        decode_s = [math.inf] * self._total
+        turn_s = [math.inf] * self._total
         for i, groups in enumerate(self._groups):
             for group in groups:
                 for k in group.blocks:
                     cost = min(problem.block_cost(i, k, option) for option in group.options)
                     cost_s[k] = min(cost_s[k], cost)
-                    decode_s[k] = min([decode_s[k], *(o.decode_s for o in group.options)])
+                    turn_s[k] = min([turn_s[k], *(problem.turn_s(k, o) for o in group.options)])
         least_s = math.fsum(value for value in cost_s if value < math.inf)
-        if problem.objective.kind == "throughput":
-            known_s = math.fsum(value for value in decode_s if value < math.inf)
-            least_s += known_s / max(1, len(problem.devices))
+        if problem.slowest_counts:
+            known_s = math.fsum(value for value in turn_s if value < math.inf)
+            least_s += problem.slowest_counts * known_s / max(1, len(problem.devices))
         return least_s or 1.0
 
     @staticmethod

@@ -142,6 +142,8 @@ class Explanation:
     stages: tuple[StageView, ...]
     bottleneck: str
     pipeline_bottleneck: str
+    prompt_bottleneck: str
+    """Empty where no prompt is named."""
     marginals: tuple[Marginal, ...]
     complete: bool
 
@@ -200,7 +202,12 @@ def explain(
     ]
     views = _stage_views(plan, problem)
     return Explanation(
-        views, _bottleneck(plan), _pipeline_bottleneck(views), tuple(marginals), complete
+        views,
+        _bottleneck(plan),
+        _pipeline_bottleneck(views),
+        _prompt_bottleneck(plan),
+        tuple(marginals),
+        complete,
     )
 
 
@@ -388,4 +395,20 @@ def _pipeline_bottleneck(views: tuple[StageView, ...]) -> str:
     return (
         f"{slowest.device} with its link: at most {1 / busy_s:.1f} tokens/s predicted, however many"
         " sequences"
+    )
+
+
+def _prompt_bottleneck(plan: Plan) -> str:
+    """What the chunks of the named prompt wait for, where there are several."""
+    tokens = plan.objective.prompt_tokens
+    if not tokens:
+        return ""
+    rows = min(plan.chunk_tokens(tokens), tokens)
+    parts = [(stage.passage.busy_s(rows), stage.device) for stage in plan.stages]
+    parts += [(hop.passage.busy_s(rows), f"{hop.source} -> {hop.target}") for hop in plan.hops]
+    busy_s, slowest = max(parts, key=lambda part: part[0])
+    return (
+        f"{tokens} tokens in chunks of {rows}: {plan.prompt_s(tokens):.3g} s predicted, first token"
+        f" after {plan.first_token_s(tokens):.3g} s; the slowest with a chunk is {slowest}:"
+        f" {busy_s * 1e3:.3g} ms"
     )

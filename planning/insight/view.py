@@ -11,7 +11,9 @@ from planning.plan import Plan
 
 def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:
     """A plan as JSON: its own fields, and each block by name with its device and bits; predicted
-    tokens per second are those of ``slots`` sequences at once."""
+    tokens per second are those of ``slots`` sequences at once, and predicted seconds those of the
+    objective's prompt."""
+    prompt_tokens = plan.objective.prompt_tokens
     return {
         **plan.to_dict(),
         "blocks": [
@@ -25,6 +27,10 @@ def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:
         ],
         "predicted_ms_per_token": plan.decode_s * 1e3,
         "predicted_prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
+        "prompt_tokens": prompt_tokens,
+        "chunk_tokens": plan.chunk_tokens(prompt_tokens),
+        "predicted_prompt_s": plan.prompt_s(prompt_tokens),
+        "predicted_first_token_s": plan.first_token_s(prompt_tokens),
         "slots": slots,
         "predicted_tokens_per_s": decode_tokens_per_s(plan, slots),
         "proven_optimal": plan.proven_optimal,

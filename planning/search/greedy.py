@@ -111,11 +111,26 @@ def walk_value(tables: Tables, spans: Sequence[Span], chosen: Integers, hops: In
     if not tables.throughput:
         ways = [float(tables.hop[f, i, j]) for f, (i, j) in zip(hops, pairs, strict=True)]
         ways.append(0.0 if alone else float(tables.back[last, first]))
-        return math.fsum([*stages, *ways, *(float(tables.entry[i]) for i, _, _ in spans)])
+        entries = [float(tables.entry[i]) for i, _, _ in spans]
+        waited = tables.turns * slowest_turn_s(tables, spans, chosen, hops) if tables.turns else 0.0
+        return math.fsum([*stages, *ways, *entries, waited])
     leaving = [float(tables.hop_s[f, i, j]) for f, (i, j) in zip(hops, pairs, strict=True)]
     leaving.append(0.0 if alone else float(tables.back_s[last, first]))
     calls = [float(tables.call_s[i]) for i, _, _ in spans]
     return max(map(sum, zip(calls, stages, leaving, strict=True)))
+
+
+def slowest_turn_s(
+    tables: Tables, spans: Sequence[Span], chosen: Integers, hops: Integers
+) -> float:
+    """What a chunk of a prompt takes in the slowest stage of a walk, or on its slowest link."""
+    blocks = np.arange(len(chosen))
+    busy = [
+        float(tables.call_s[i] + tables.turn[i, blocks[a:b], chosen[a:b]].sum())
+        for i, a, b in spans
+    ]
+    pairs = zip(hops, pairwise(spans), strict=True)
+    return max(*busy, *(float(tables.hop_turn[f, a[0], b[0]]) for f, (a, b) in pairs), 0.0)
 
 
 class _Level:

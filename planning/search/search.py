@@ -72,25 +72,33 @@ def search(
     gap: float,
     ties: npt.NDArray[np.bool_] | None = None,
     last_resort_s: float | None = None,
+    known: float = math.inf,
 ) -> Found:
     """The best plan found until its gap is proved to be at most ``gap``, or the deadline.
 
     ``deadline_s`` is a point on the clock of ``now_s``. While there is no plan at all,
     ``last_resort_s`` (None: the same) takes its place. ``ties`` [i, j] is True for i < j that are
-    twins: exchanging them changes no figure of any plan.
-    Gaps below one in a thousand are not aimed at.
+    twins: exchanging them changes no figure of any plan. ``known`` is the objective of a plan at
+    hand: only better ones are looked for.
+    Gaps below one in a thousand are not aimed at. A prompt runs in chunks of one size here.
     """
     tables = Tables(problem, ties)
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
         return Found(None, 0.0)
     # A little less than what is asked for, so that rounding does not miss it.
     until_s = deadline_s, deadline_s if last_resort_s is None else last_resort_s
-    found = _kind(tables)(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6)).run()
+    searching = _kind(tables)(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6))
+    searching.value = known
+    found = searching.run()
     return Found(found.choice, float(found.bound))
 
 
-def _kind(tables: Tables) -> type[_Cheapest] | type[_Fastest]:
-    return _Fastest if tables.throughput else _Cheapest
+def _kind(tables: Tables) -> type[_Search]:
+    from planning.search.prompts import Prompted  # It is made from what is here.
+
+    if tables.throughput:
+        return _Fastest
+    return Prompted if tables.turns else _Cheapest
 
 
 class _Search:
@@ -128,11 +136,14 @@ class _Search:
             polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops)
             if (polished := polish.run()) is None:
                 continue
-            value = walk_value(self.tables, walk.spans, *polished)
-            if value < self.value:
-                self.value = value
-                self.choice = self.tables.choice(walk.spans, *polished)
+            self._keep(walk.spans, *polished)
         return self.value
+
+    def _keep(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> None:
+        """Keep a plan that fits where it is the best."""
+        value = walk_value(self.tables, spans, chosen, hops)
+        if value < self.value:
+            self.value, self.choice = value, self.tables.choice(spans, chosen, hops)
 
     def _try_other(self) -> None:
         """Finish the walks that are good for the other kind of objective: they fit here as well."""
@@ -156,7 +167,7 @@ class _Search:
 
     def _until_s(self) -> float:
         """When to end: any plan is worth more time than a better one."""
-        return self.last_resort_s if self.choice is None else self.deadline_s
+        return self.last_resort_s if self.value == math.inf else self.deadline_s
 
 
 class _Cheapest(_Search):
@@ -279,8 +290,8 @@ class _Cheapest(_Search):
         ratios = saved[telling] / lost[telling]
         return float(np.median(ratios)) if len(ratios) else 1.0
 
-    def _widths(self, spans: Sequence[Span]) -> float:
-        tables, mu = self.tables, self.price
+    def _widths(self, spans: Sequence[Span], charged: Tables | None = None) -> float:
+        tables, mu = charged or self.tables, self.price
         budget = math.inf if tables.budget is None else tables.budget
         fixed = sum(tables.entry[i] for i, _, _ in spans)
         pairs = [(a[0], b[0]) for a, b in pairwise(spans)]
@@ -316,11 +327,7 @@ class _Cheapest(_Search):
             mus = np.linspace(low, mus[at], 13) if mu else mus
         polished = Polish(tables, spans, best, hops).run()
         if polished is not None:
-            best, hops = polished
-            value = fixed + float(self._sums(tables.cost, spans, best[None])[0])
-            value += float(ways[np.arange(len(pairs)), hops].sum())
-            if value < self.value:
-                self.value, self.choice = value, tables.choice(spans, best, hops)
+            self._keep(spans, *polished)
         return bound
 
     @staticmethod

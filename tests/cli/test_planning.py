@@ -20,6 +20,7 @@ from model import costs
 from model.families import load_spec
 from paper.study import opt_350m
 from planning.request import LoadRequest
+from planning.saved import read_plan
 
 CONFIG = Path(__file__).parents[1] / "fixtures" / "opt-pre" / "config.json"
 
@@ -358,6 +359,30 @@ def test_pins_exclusions_and_objectives(
     places = {item["name"]: item["device"] for item in answer["plan"]["blocks"]}
     assert places["layer 0"] == places["layer 1"] == "[attic]"
     assert "pi-1" not in places.values()
+
+
+def test_plans_say_what_a_prompt_takes(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    lab.write_text(LAB.replace("440K", "4M"))
+    wishes = (model, "--devices", lab, "--bits", "4")
+    usual = plan_json(capsys, *wishes)["plan"]
+    # 512 + 128 tokens in the ratio of a context of 64.
+    assert usual["objective"]["kind"] == "request"
+    assert (usual["prompt_tokens"], usual["objective"]["output_tokens"]) == (51, 13)
+    assert 0 < usual["predicted_prompt_s"] < usual["predicted_first_token_s"]
+    asked = (*wishes, "--objective", "latency", "--prompt-tokens", "40", "--output-tokens", "1")
+    one = plan_json(capsys, *asked)["plan"]
+    assert one["objective"]["kind"] == "latency"
+    assert one["prompt_tokens"] == 40
+    saved = tmp_path / "plan.json"
+    plan(*asked, "--save", saved, "--explain")
+    shown = capsys.readouterr().out
+    assert "s for a prompt of 40 tokens, its first token after" in shown
+    assert "prompt: 40 tokens in chunks of " in shown
+    predicted = read_plan(saved).predicted
+    assert predicted["prompt_tokens"] == 40
+    assert predicted["first_token_s"] == pytest.approx(one["predicted_first_token_s"])
 
 
 def test_what_needs_agents_says_so(model: Path, lab: Path) -> None:

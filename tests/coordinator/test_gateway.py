@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
@@ -43,7 +41,8 @@ from coordinator.story import Story
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
-from planning.plan import Stage
+from planning.plan import Plan, Proof, Stage
+from planning.prompt import Passage
 from planning.request import LoadRequest
 from wire.connection import AsyncConnection, serve
 from wire.errors import ConnectionLost
@@ -76,11 +75,12 @@ EPOCH = 3
 CONTEXT = 32
 VOCAB = Checkpoint.open(LLAMA).spec.vocab
 SAMPLING = Sampling(8, ())
-STAGES = (
-    Stage("first", 0, (8,), 1.0, 1.0, 0, 0, 0, 0),
-    Stage("last", 1, (8,), 1.0, 1.0, 0, 0, 0, 0),
+STAGES = tuple(
+    Stage(name, block, (8,), 1.0, 1.0, 0, 0, 0, 0, passage=Passage(0.0, 1.0))
+    for block, name in enumerate(("first", "last"))
 )
 """Two, to which a row costs the same in any number."""
+PLAN = Plan(STAGES, (), 0.0, 0.0, 0.0, None, Proof("", 0.0, 0.0))
 PROFILE = DeviceProfile(
     "x86_64", "test", 1, 1, "onnx_cpu", "1", ((32, 32),), 1 << 30, 1 << 30, 1 << 30, 1e9, 1e9
 )
@@ -216,7 +216,7 @@ class Cluster:
             request=LoadRequest(LLAMA),
             spec=Checkpoint.open(LLAMA).spec,
             tokenizer=Tokenizer.load(LLAMA),
-            plan=cast(Any, SimpleNamespace(prefill_s_per_token=0.0, stages=STAGES)),
+            plan=PLAN,
             epoch=epoch,
             slots=Slots(slots),
             context_tokens=CONTEXT,

@@ -174,7 +174,8 @@ def test_what_still_counts_of_a_request() -> None:
     assert left.exclude == ("pi-3",)
     assert not left.check_quality
     assert (left.bits, left.quality_budget, left.slots) == ((4, 8), 0.1, 4)
-    assert left.objective == Objective(migration_weight=1 / AMORTIZED_TOKENS)
+    # A request of the default answers with 128 tokens.
+    assert left.objective == Objective(migration_weight=128 / AMORTIZED_TOKENS)
     assert left.time_limit_s == TIME_LIMIT_S
     frugal = LoadRequest(Path("/model"), objective=Objective("energy"), time_limit_s=1)
     assert remaining(frugal, ()).objective == Objective("energy")

@@ -247,7 +247,16 @@ Figures = tuple[float, float, float]
 
 
 def exhaustive_s(problem: PlanningProblem) -> float:
-    """Least objective over all device orders, cuts and widths; inf where nothing fits."""
+    """Least objective over all device orders, cuts, widths and sizes of a prompt's chunks; inf
+    where nothing fits.
+    """
+    if problem.objective.kind != "request" or not problem.objective.prompt_tokens:
+        return exhaustive_in_chunks_s(problem, 0)
+    return min(exhaustive_in_chunks_s(problem, rows) for rows in (64, 32, 16))
+
+
+def exhaustive_in_chunks_s(problem: PlanningProblem, chunk_rows: int) -> float:
+    """The same with a prompt in chunks of so many rows; 0: there is none."""
     blocks, devices = problem.spec.block_count, range(len(problem.devices))
     aim, budget = problem.objective, problem.quality_budget
     throughput = aim.kind == "throughput"
@@ -257,6 +266,17 @@ def exhaustive_s(problem: PlanningProblem) -> float:
         "energy": (0, 0),
         "request": (aim.prompt_tokens, aim.output_tokens),
     }[aim.kind]
+    rows_in = min(chunk_rows, n_in)
+    waits = n_in / rows_in - 1 if rows_in else 0.0
+    slowest_counts = 1.0 if throughput else waits
+
+    def in_chunk_s(k: int, option: BlockOption) -> float:
+        """Of a chunk in a block: linear between one row and 64."""
+        if k == blocks - 1:
+            return 0.0
+        whole_s = 64 * option.prefill_s_per_token
+        call_s = min(max((64 * option.decode_s - whole_s) / 63, 0.0), whole_s)
+        return call_s + rows_in * (whole_s - call_s) / 64
 
     def best_of(found: list[Figures]) -> list[Figures]:
         """Those that no other one is at least as good as, in everything."""
@@ -278,14 +298,18 @@ def exhaustive_s(problem: PlanningProblem) -> float:
         found = []
         for chosen in itertools.product(*rows):
             memory, storage, decode_s = device.stage_bytes, 0, device.call_s
-            cost_s, loss = n_out * device.call_s, 0.0
+            cost_s, loss = (n_out + bool(rows_in)) * device.call_s, 0.0
+            busy_s = device.call_s
             for k, option in enumerate(chosen, first):
                 if problem.weight_errors[k].get(option.bits, 0.0) > problem.max_weight_error[k]:
                     break
                 memory += option.executed_bytes + problem.kv_bytes[k]
                 storage += problem.stored_bytes[k][option.bits]
                 decode_s += option.decode_s
-                cost_s += n_in * option.prefill_s_per_token + n_out * option.decode_s
+                cost_s += n_out * option.decode_s
+                if rows_in:
+                    busy_s += in_chunk_s(k, option)
+                    cost_s += option.decode_s if k == blocks - 1 else in_chunk_s(k, option)
                 if device.held and option.bits not in device.held[k]:
                     load_s = problem.stored_bytes[k][option.bits] / device.load_bytes_per_s
                     cost_s += aim.migration_weight * load_s
@@ -295,7 +319,7 @@ def exhaustive_s(problem: PlanningProblem) -> float:
             else:
                 cost_s += (power or 0.0) * decode_s
                 if memory <= device.memory_bytes and storage <= device.storage_bytes:
-                    found.append((cost_s, decode_s if throughput else 0.0, loss))
+                    found.append((cost_s, decode_s if throughput else busy_s if waits else 0, loss))
         return best_of(found)
 
     forms = {
@@ -326,7 +350,9 @@ def exhaustive_s(problem: PlanningProblem) -> float:
                 for (i, j), bits in zip(itertools.pairwise(order), widths, strict=True)
             ]
             leaving = [link_s(*hop, 1, 1) for hop in hops]
-            wire_s = sum(link_s(*hop, n_out, n_in + n_out) for hop in hops)
+            calls = n_out + bool(rows_in)
+            wire_s = sum(link_s(*hop, calls, rows_in + n_out) for hop in hops)
+            sending_s = max((link_s(*hop, 0, rows_in) for hop in hops), default=0.0)
             sent = math.fsum(forms[bits] or 0.0 for bits in widths) if budget is not None else 0.0
             leaving.append(link_s(order[-1], order[0], 4, 1, 1) if count > 1 else 0.0)
             if count > 1:
@@ -334,21 +360,28 @@ def exhaustive_s(problem: PlanningProblem) -> float:
             if math.inf in leaving:
                 continue
             for cuts in itertools.combinations(range(1, blocks), count - 1):
-                found: list[Figures] = [(wire_s, 0.0, sent)]
+                found: list[Figures] = [(wire_s, sending_s if waits else 0.0, sent)]
                 for *span, link in zip(order, (0, *cuts), (*cuts, blocks), leaving, strict=True):
                     found = best_of(
                         [
                             (
                                 cost + more,
-                                max(slowest, decode_s + link) if throughput else 0.0,
+                                max(slowest, busy_s + link if throughput else busy_s),
                                 loss + extra,
                             )
                             for cost, slowest, loss in found
-                            for more, decode_s, extra in stages[span[0], span[1], span[2]]
+                            for more, busy_s, extra in stages[span[0], span[1], span[2]]
                         ]
                     )
                 best = min(
-                    [best, *(a + b for a, b, c in found if budget is None or c <= budget + 1e-12)]
+                    [
+                        best,
+                        *(
+                            cost + slowest_counts * slowest
+                            for cost, slowest, loss in found
+                            if budget is None or loss <= budget + 1e-12
+                        ),
+                    ]
                 )
     return best
 
@@ -631,17 +664,19 @@ def test_search_keeps_limits_and_its_bound_holds(make: Callable[[int], PlanningP
     found = feasible = close = 0
     for seed in range(500, 580):
         problem = make(seed)
-        best_s = exhaustive_s(problem)
-        feasible += best_s < math.inf
-        answer = search(problem, deadline_s=time.monotonic() + 10, gap=0.01)
-        assert answer.bound <= best_s * (1 + 1e-9), seed
-        if answer.choice is not None:
-            proof = Proof("search", 0.0, answer.bound)
-            plan = assess(problem, answer.choice.stages, proof, answer.choice.hop_bits)
-            verify(plan, problem)
-            assert plan.value >= best_s * (1 - 1e-9), seed
-            found += 1
-            close += plan.gap <= 0.01
+        for rows in problem.chunk_choices:
+            best_s = exhaustive_in_chunks_s(problem, rows or 0)
+            feasible += best_s < math.inf
+            chosen = replace(problem, chunk_tokens=rows)
+            answer = search(chosen, deadline_s=time.monotonic() + 10, gap=0.01)
+            assert answer.bound <= best_s * (1 + 1e-9), seed
+            if answer.choice is not None:
+                proof = Proof("search", 0.0, 0.0)
+                plan = assess(chosen, answer.choice.stages, proof, answer.choice.hop_bits)
+                verify(plan, chosen)
+                assert plan.value >= exhaustive_s(problem) * (1 - 1e-9), seed
+                found += 1
+                close += plan.value <= answer.bound / 0.99
     assert found >= 0.8 * feasible > 20
     assert close >= 0.5 * feasible
 

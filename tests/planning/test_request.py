@@ -123,3 +123,16 @@ def test_a_request_without_a_model_is_refused() -> None:
 def test_a_value_made_in_python_is_checked_like_one_from_json() -> None:
     with pytest.raises(RequestInvalid, match="slots"):
         LoadRequest(Path("/m"), slots=0)
+
+
+def test_a_request_is_the_default_and_is_cut_to_the_context() -> None:
+    """One place has the numbers: ``Objective``."""
+    usual = LoadRequest(Path("/m")).objective
+    assert usual == Objective("request", 512, 128)
+    assert LoadRequest.from_dict({"model": "/m"}).objective == usual
+    assert (
+        LoadRequest.from_dict({"model": "/m", "objective": {"kind": "request"}}).objective == usual
+    )
+    assert usual.within(640) is usual
+    assert usual.within(100) == Objective("request", 80, 20)
+    assert usual.within(1) == Objective("request", 0, 1)

@@ -1,0 +1,230 @@
+"""The search where a prompt counts: a sum over blocks and hops, and the slowest stage besides.
+
+The time of the slowest stage or link with a chunk is cut into intervals. In each of them no stage
+may take longer than its end, and the slowest counts as if it took as long as its beginning: what is
+left is a sum, which shortest walks bound. The interval of the least bound is cut again, until it
+is so narrow that a beam can finish it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+
+from planning.search.beam import beam
+from planning.search.bounds import Priced, Separate
+from planning.search.search import _FINISHED, _WIDTHS, Found, _Cheapest
+from planning.search.tables import Floats, Span, Tables
+
+_NARROW = 0.4
+"""Share of the gap that the width of an interval may take of its bound."""
+_FACTORS = (1.0, 0.6, 1.7)
+"""Of the best price of the budget, for the bounds of a beam."""
+_ROUNDS = 25
+_FAR = 1.1
+"""Limits that differ by less have the same price of the budget."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Interval:
+    """Plans whose slowest stage takes between ``low_s`` and ``high_s``, and a bound of them."""
+
+    bound: float
+    low_s: float
+    high_s: float
+    rest: float
+    """A bound of all but the slowest stage."""
+    level: int = 0
+    """Which of _WIDTHS is next."""
+
+
+class Prompted(_Cheapest):
+    """The search for a request. Widths do not shorten stages in its bounds, only in its plans."""
+
+    def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
+        super().__init__(tables, until_s, gap)
+        self.least_s = self._least_turns()
+        usable = np.isfinite(tables.turn)
+        self.varied = bool((np.where(usable, tables.turn, 0.0).max(2) > tables.turn.min(2)).any())
+        """Whether widths make a difference to the slowest stage."""
+        self.prices = np.zeros(2 * tables.shape[0])
+        self.segments: dict[float, Floats] = {}
+        """Of all stages, by the price of the budget."""
+        self.price_at: dict[int, float] = {}
+        """Prices of the budget by limit, on a scale of _FAR."""
+
+    def run(self) -> Found:
+        """Search until the gap is proved or the time is over."""
+        tables = self.tables
+        self.price = self._guess() if tables.budget is not None else 0.0
+        self.at_hand = self._fill()
+        self._climb()
+        self.price = max(self.found, key=lambda mu: self.found[mu][0].bound)
+        self.prices = self.found[self.price][1]
+        rest = self._best()
+        waiting = [self._interval(rest, *self._reach_s(rest))]
+        closed = math.inf
+        """Bound of what no beam could tell more of."""
+        while waiting and waiting[0].bound < self._target() and not self._late():
+            least = heapq.heappop(waiting)
+            if least.level == len(_WIDTHS):
+                closed = min(closed, least.bound)
+                continue
+            for one in self._narrower(least):
+                heapq.heappush(waiting, one)
+        # What is not among these was not better than the target, which only ever falls.
+        left = [closed, self._target(), *(one.bound for one in waiting[:1])]
+        self.bound = max(self.bound, min(*left, self.value))
+        return Found(self.choice, self.bound)
+
+    def _target(self) -> float:
+        return self.value * (1 - self.gap) if self.value < math.inf else math.inf
+
+    def _mus(self) -> list[float]:
+        return [self.price * factor for factor in _FACTORS] if self.price else [0.0]
+
+    def _interval(self, rest: float, low_s: float, high_s: float, level: int = 0) -> _Interval:
+        return _Interval(rest + self.tables.turns * low_s, low_s, high_s, rest, level)
+
+    def _least_turns(self) -> Floats:
+        """[device, first block, length - 1]: the least that a chunk takes in such a stage."""
+        tables = self.tables
+        _, blocks, _ = tables.shape
+        usable = np.isfinite(tables.turn).any(2)
+        least = np.where(usable, tables.turn.min(2), 0.0)
+        sums = np.concatenate([np.zeros((len(least), 1)), np.cumsum(least, axis=1)], axis=1)
+        first, length = np.indices((blocks, tables.longest))
+        end = np.minimum(first + length + 1, blocks)
+        found: Floats = sums[:, end] - sums[:, first] + tables.call_s[:, None, None]
+        return found
+
+    def _reach_s(self, rest: float) -> tuple[float, float]:
+        """Between which the slowest stage of a better plan must be."""
+        tables = self.tables
+        fastest = tables.turn.min((0, 2))
+        low_s = max(float(fastest.max()), float(fastest.sum()) / tables.shape[0])
+        links_s = np.where(np.isfinite(tables.hop_turn), tables.hop_turn, 0.0)
+        high_s = float(self.least_s[tables.fits].max())
+        high_s = max(high_s, float(links_s.max(initial=0.0)))
+        widest = np.where(np.isfinite(tables.turn), tables.turn, 0.0).max(2).sum(1).max()
+        high_s = max(high_s, float(widest + tables.call_s.max()))
+        if self.value < math.inf:
+            high_s = min(high_s, max(low_s, (self.value - rest) / tables.turns))
+        return low_s, high_s
+
+    def _narrower(self, whole: _Interval) -> list[_Interval]:
+        """The interval in two halves, or with what a beam found out of it."""
+        turns = self.tables.turns
+        wide = turns * (whole.high_s - whole.low_s)
+        if wide > _NARROW * self.gap * min(self.value, 2 * whole.bound):
+            middle_s = (whole.low_s + whole.high_s) / 2
+            if self.value == math.inf:
+                middle_s = (whole.low_s * whole.high_s) ** 0.5 or middle_s
+            lower = self._bounded(whole, whole.low_s, middle_s)
+            return [lower, self._interval(whole.rest, middle_s, whole.high_s, whole.level)]
+        return self._beamed(whole)
+
+    def _bounded(self, whole: _Interval, low_s: float, high_s: float) -> _Interval:
+        """Part of an interval with a bound of its own; plans are looked for in passing."""
+        target = self._target() - self.tables.turns * low_s
+        priced = self._limited(high_s, target)
+        rest = max(whole.rest, priced.bound)
+        found = self._interval(rest, low_s, high_s)
+        if rest < target:
+            self._walk([priced], target, _WIDTHS[0], most=8)
+        return found
+
+    def _limited(self, high_s: float, target: float) -> Priced:
+        """The best relaxation in which no stage and no link takes longer with a chunk."""
+        if self.price:
+            near = round(math.log(high_s, _FAR))
+            if near not in self.price_at:
+                self.price_at[near] = self._price_within(high_s, target)
+            self.price = self.price_at[near]
+        priced, self.prices = self._at_price(self.price, high_s, target, _ROUNDS)
+        return priced
+
+    def _at_price(
+        self, mu: float, high_s: float, target: float, rounds: int
+    ) -> tuple[Priced, Floats]:
+        return self.pricer.price(
+            self._arcs(mu, high_s),
+            mu * (self.tables.budget or 0.0),
+            self.prices,
+            target=target,
+            reach=min(target, 1.1 * self._best()),
+            rounds=rounds,
+        )
+
+    def _price_within(self, high_s: float, target: float) -> float:
+        """The best price of the budget under this limit, by hill climbing."""
+        bounds: dict[float, float] = {}
+
+        def bound(mu: float) -> float:
+            if mu not in bounds:
+                bounds[mu] = self._at_price(mu, high_s, target, _ROUNDS // 3)[0].bound
+            return bounds[mu]
+
+        best, step = max((self.price, self._guess()), key=bound), 4.0
+        # Where nothing keeps the budget the bound grows with the price for ever.
+        while step > 1.3 and bound(best) < target and len(bounds) < 25 and not self._late():
+            nearby = max((best, best * step, best / step), key=bound)
+            step = step if nearby != best else step**0.5
+            best = nearby
+        return best
+
+    def _arcs(self, mu: float, high_s: float) -> Separate:
+        tables = self.tables
+        if mu not in self.segments:
+            self.segments[mu] = tables.segments(tables.cost + mu * tables.loss)
+        limit_s = high_s * (1 + 1e-9)
+        segments = np.where(self.least_s <= limit_s, self.segments[mu], np.inf)
+        hops = np.where(tables.hop_turn <= limit_s, tables.hop, np.inf)
+        priced = hops + mu * tables.hop_loss[:, None, None]
+        return Separate(segments, priced.min(0, initial=math.inf), tables.back)
+
+    def _walk(
+        self, relaxations: Sequence[Priced], target: float, width: int, most: int = _FINISHED
+    ) -> tuple[float, bool]:
+        """Finish walks that a beam finds below ``target``. A bound of all but the slowest stage of
+        what is left, and whether a wider beam might tell more.
+        """
+        finished, dropped = beam(
+            self.tables, relaxations, width=width, cutoff=target, deadline_s=self._until_s()
+        )
+        bounds = [target, dropped]
+        for count, walk in enumerate(finished):
+            bound = walk.bound
+            if count < most and not self._late():
+                refined = self._finish(walk.spans)
+                # Without a budget all relaxations are one, and exact: nothing is mixed up.
+                bound = bound if walk.mixed and self.price else max(bound, refined)
+            bounds.append(bound)
+        return min(bounds), dropped < math.inf or len(finished) > most
+
+    def _beamed(self, whole: _Interval) -> list[_Interval]:
+        """What a wider beam leaves of an interval."""
+        target = self._target() - self.tables.turns * whole.low_s
+        chosen = [self._limited(whole.high_s, target)]
+        for mu in self._mus()[1:]:
+            arcs = self._arcs(mu, whole.high_s)
+            paid = mu * (self.tables.budget or 0.0)
+            chosen.append(self.pricer.relaxation(arcs, paid, self.prices))
+        rest, full = self._walk(chosen, target, _WIDTHS[whole.level])
+        level = whole.level + 1 if full else len(_WIDTHS)
+        return [self._interval(max(whole.rest, rest), whole.low_s, whole.high_s, level)]
+
+    def _widths(self, spans: Sequence[Span], charged: Tables | None = None) -> float:
+        """Also with the time of the slowest stage among the costs: in equal shares, and whole."""
+        bound = super()._widths(spans)
+        turn = np.where(np.isfinite(self.tables.turn), self.tables.turn, 0.0)
+        for share in (1 / len(spans), 1.0) if self.varied else ():
+            charged = copy(self.tables)
+            charged.cost = charged.cost + share * charged.turns * turn
+            super()._widths(spans, charged)
+        return bound
