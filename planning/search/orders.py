@@ -26,13 +26,24 @@ _STALLED = 250
 class Orders:
     """Orders of devices within one relaxation of the budget or of the time."""
 
-    def __init__(self, arcs: Joint | Separate, entry: Floats, until_s: float) -> None:
-        """``entry`` [device] is what a stage costs beside its blocks and hops."""
-        self.arcs, self.entry, self.until_s = arcs, entry, until_s
-        self.devices, self.longest = arcs.ends.shape[:2]
-        self.blocks = arcs.blocks
+    def __init__(
+        self,
+        relaxations: Sequence[tuple[Joint | Separate, float]],
+        entry: Floats,
+        until_s: float,
+    ) -> None:
+        """``relaxations`` are arcs, and what is taken off every walk; the largest bound counts.
+
+        ``entry`` [device] is what a stage costs beside its blocks and hops.
+        """
+        self.arcs = [arcs for arcs, _ in relaxations]
+        self.constant = np.array([constant for _, constant in relaxations])
+        self.entry, self.until_s = entry, until_s
+        self.devices, self.longest = self.arcs[0].ends.shape[:2]
+        self.blocks = self.arcs[0].blocks
         # Above all that stages cost, so that a block left out is never worth it.
-        self.penalty = 10.0 * max(arcs.finite() + float(entry.max()), 1e-12)
+        finite = max(arcs.finite() for arcs in self.arcs)
+        self.penalty = 10.0 * max(finite + float(entry.max()), 1e-12)
         self.ramp = self.penalty * np.arange(self.blocks + 1)
         self.random = np.random.default_rng(0)
 
@@ -74,49 +85,50 @@ class Orders:
         return found, cost
 
     def _cost(self, order: Sequence[int]) -> float:
-        return float(self._to_go(order)[0][0])
+        return float((self._to_go(order)[0][:, 0] - self.constant).max())
 
     def _with_one_more(self, order: Sequence[int], unused: Integers) -> Floats:
         """[place, device]: the cost of the order with the device put in at the place."""
-        found = np.full((len(order) + 1, len(unused)), math.inf)
+        found = np.full((len(self.arcs), len(order) + 1, len(unused)), math.inf)
         now, ahead = self._so_far(order), self._to_go(order)
         sources, targets = np.array(order[:-1], dtype=np.int64), np.array(order[1:], dtype=np.int64)
         if len(sources):
-            before = self._step(np.stack(now[:-1])[:, None], self._ways(sources[:, None], unused))
-            after = self._step_back(
-                np.stack(ahead[1:])[:, None], self._ways(unused, targets[:, None])
-            )
-            found[1:-1] = (before + after).min(-1)
-        before = self._step(now[-1], self._ways(np.array(order[-1]), unused))
-        found[-1] = (before + self._last(unused, order[0])).min(-1)
+            so_far, to_go = np.stack(now[:-1], 1), np.stack(ahead[1:], 1)
+            before = self._step(so_far[:, :, None], self._ways(sources[:, None], unused))
+            after = self._step_back(to_go[:, :, None], self._ways(unused, targets[:, None]))
+            found[:, 1:-1] = (before + after).min(-1)
+        before = self._step(now[-1][:, None], self._ways(np.array(order[-1]), unused))
+        found[:, -1] = (before + self._last(unused, order[0])).min(-1)
         # A new first device changes the way back: all is counted anew.
         behind = self._last(order[-1], unused)
         for i, j in reversed(list(pairwise(order))):
-            behind = self._step_back(behind, self._ways(np.array(i), np.array(j)))
-        found[0] = self._step_back(behind, self._ways(unused, np.array(order[0])))[:, 0]
-        return found
+            behind = self._step_back(behind, self._ways(np.array(i), np.array(j))[:, None])
+        found[:, 0] = self._step_back(behind, self._ways(unused, np.array(order[0])))[..., 0]
+        return np.asarray((found - self.constant[:, None, None]).max(0))
 
     def _ways(self, sources: Integers, targets: Integers) -> Floats:
-        """[..., block, length - 1]: a stage with the hop to the next one."""
-        ways = self.arcs.between(sources, targets) + self.entry[sources][..., None, None]
-        return np.minimum(ways, 1e3 * self.penalty)
+        """[relaxation, ..., block, length - 1]: a stage with the hop to the next one."""
+        ways = np.stack([arcs.between(sources, targets) for arcs in self.arcs])
+        ways += self.entry[sources][..., None, None]
+        return np.minimum(ways, 1e3 * self.penalty, out=ways)
 
     def _last(self, device: int | Integers, first: int | Integers) -> Floats:
         """[..., block]: the least way from there to the end, with the device as the last one."""
-        ends = self.arcs.ends[device, :, first] + self.entry[device][..., None]
+        ends = np.stack([arcs.ends[device, :, first] for arcs in self.arcs])
+        ends += self.entry[device][..., None]
         found = np.full((*ends.shape[:-1], self.blocks + 1), math.inf)
         found[..., self.blocks - self.longest : self.blocks] = ends[..., ::-1]
         return self._skipping_back(found)
 
     def _so_far(self, order: Sequence[int]) -> list[Floats]:
-        """Per stage, [block]: the least way to the block where it begins."""
-        found: list[Floats] = [self.ramp.copy()]
+        """Per stage, [relaxation, block]: the least way to the block where it begins."""
+        found: list[Floats] = [np.tile(self.ramp, (len(self.arcs), 1))]
         for i, j in pairwise(order):
             found.append(self._step(found[-1], self._ways(np.array(i), np.array(j))))
         return found
 
     def _to_go(self, order: Sequence[int]) -> list[Floats]:
-        """Per stage, [block]: the least way from there to the end, the stage's own included."""
+        """Per stage, [relaxation, block]: the least way to the end, with the stage itself."""
         found = [self._last(order[-1], order[0])]
         for i, j in reversed(list(pairwise(order))):
             found.append(self._step_back(found[-1], self._ways(np.array(i), np.array(j))))
@@ -149,15 +161,16 @@ class Orders:
         return np.asarray(least - self.ramp)
 
     def _spans(self, order: Sequence[int]) -> list[Span]:
-        """The best cuts of an order that covers all blocks."""
+        """The best cuts of an order that covers all blocks, by the relaxation that counts."""
         ahead = self._to_go(order)
+        counts = int((ahead[0][:, 0] - self.constant).argmax())
         spans: list[Span] = []
         first = 0
         for at, (i, j) in enumerate(pairwise(order)):
-            ways = self._ways(np.array(i), np.array(j))[first]
+            ways = self._ways(np.array(i), np.array(j))[counts, first]
             end = first + 1 + np.arange(self.longest)
-            inside = end <= self.blocks
-            cost = np.where(inside, ways + ahead[at + 1][np.minimum(end, self.blocks)], math.inf)
+            behind = ahead[at + 1][counts, np.minimum(end, self.blocks)]
+            cost = np.where(end <= self.blocks, ways + behind, math.inf)
             end_at = int(end[int(cost.argmin())])
             spans.append((i, first, end_at))
             first = end_at

@@ -45,6 +45,9 @@ _BEYOND = (1.005, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0, 8.0, 20.0, 100.0)
 _EXCHANGE_SHARE = 0.25
 """Of the time left, for each search of better orders of devices."""
 
+_EXCHANGE_PRICES = (0.7, 1.5, 4.0, 15.0)
+"""Of the best price of the budget, for orders of devices."""
+
 _SLACKS = (1.0, 1.002, 1.006, 1.02, 1.05)
 """What rounding down may have hidden of a walk's time."""
 
@@ -213,7 +216,7 @@ class _Cheapest(_Search):
             if width == _WIDTHS[0] and self.value >= self.at_hand and not self._done():
                 self._try_other()
             if not self._done():
-                self._exchange_devices(mus)
+                self._exchange_devices()
             # A wider beam helps only where this one was full.
             if self._late() or (dropped == math.inf and cutoff < math.inf):
                 break
@@ -222,18 +225,23 @@ class _Cheapest(_Search):
     def _done(self) -> bool:
         return self._late() or self.bound >= (1 - self.gap) * self.value
 
-    def _exchange_devices(self, mus: Sequence[float]) -> None:
-        """Better orders of devices, at each price of the budget while they are of use."""
+    def _exchange_devices(self) -> None:
+        """Better orders of devices. Several prices keep them from being good but too lossy."""
+        tables = self.tables
         until_s = now_s() + _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
-        for mu in mus:
-            while self.choice is not None and not self._done() and now_s() < until_s:
-                before = self.value
-                orders = Orders(self.found[mu][0].arcs, self.tables.entry, until_s)
-                spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
-                if spans is not None:
-                    self._finish(spans)
-                if self.value >= before:
-                    break
+        relaxations: list[tuple[Joint | Separate, float]] = []
+        for mu in [self.price * factor for factor in _EXCHANGE_PRICES] if self.price else [0.0]:
+            segments = tables.segments(tables.cost + mu * tables.loss)
+            arcs = Separate(segments, tables.links(mu), tables.back)
+            relaxations.append((arcs, mu * (tables.budget or 0.0)))
+        orders = Orders(relaxations, tables.entry, until_s)
+        while self.choice is not None and not self._done() and now_s() < until_s:
+            before = self.value
+            spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
+            if spans is not None:
+                self._finish(spans)
+            if self.value >= before:
+                break
 
     def _price(self, mu: float, rounds: int) -> float:
         """The bound with this price of the budget."""
@@ -417,7 +425,7 @@ class _Fastest(_Search):
         while not self._done() and now_s() < until_s and self.choice is not None:
             value = self.value
             limit = value * (1 - self.gap / 2)
-            orders = Orders(self._arcs(limit), self.tables.entry, until_s)
+            orders = Orders([(self._arcs(limit), 0.0)], self.tables.entry, until_s)
             most = self.budget - (1 - target) * (spare or 1.0)
             devices = [stage[0] for stage in self.choice.stages]
             spans, loss = orders.improve(devices, most)
