@@ -191,7 +191,7 @@ class _Cheapest(_Search):
         self._climb()
         top = max(self.found, key=lambda mu: self.found[mu][0].bound)
         self.price = top
-        mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.0, 4.0)] if top else [0.0]
+        mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.5, 6.0, 15.0)] if top else [0.0]
         rounds = 60
         for width in _WIDTHS:
             for mu in mus:
