@@ -134,6 +134,27 @@ class Separate:
         return found
 
 
+class Free(Separate):
+    """The same where hops cost nothing and lead anywhere: quick to price on hundreds of devices."""
+
+    def __init__(self, segments: Floats) -> None:
+        nothing = np.zeros((len(segments), len(segments)))
+        super().__init__(segments, nothing, nothing)
+
+    def to_go(self, fixed: Floats, sink: Floats) -> Floats:
+        """[device, block]: the least way from entering there to the end, as ``Separate`` has it."""
+        devices, blocks, longest = self.segments.shape
+        found = np.full((devices, blocks + 1 + longest), np.inf)
+        beyond = np.full(blocks + 1 + longest, np.inf)
+        for k in reversed(range(blocks)):
+            found[:, k] = (self.segments[:, k] + beyond[k + 1 : k + 1 + longest]).min(1)
+            if blocks - k <= longest:
+                found[:, k] = np.minimum(found[:, k], sink[:, blocks - k - 1])
+            found[:, k] += fixed
+            beyond[k] = found[:, k].min()
+        return found
+
+
 @dataclass(frozen=True, slots=True)
 class Priced:
     """A relaxation: walks that may come back to a device, and pay ``fixed`` each time they enter.

@@ -23,9 +23,10 @@ import numpy.typing as npt
 from planning.exact.program import Choice
 from planning.problem import Objective, ObjectiveKind, PlanningProblem
 from planning.search.beam import beam
-from planning.search.bounds import Joint, Priced, Pricer, Separate
+from planning.search.bounds import Free, Joint, Priced, Pricer, Separate
 from planning.search.greedy import fill, walk_value
 from planning.search.orders import Orders
+from planning.search.parts import part_of, renamed
 from planning.search.polish import Polish
 from planning.search.tables import Floats, Integers, Knapsack, Span, Tables
 from planning.time_limit import now_s
@@ -56,6 +57,9 @@ _OTHER_SHARE = 0.25
 _OTHER_GAP = 0.05
 
 # A stage that takes so many times the least there could be is not looked for.
+_MANY = 96
+"""Devices whose hops are all told apart in the bound for throughput."""
+
 _SLOWEST = 1e4
 _LEAST_GAP = 1e-3
 
@@ -367,6 +371,8 @@ class _Fastest(_Search):
         fastest = np.min(self.tables.decode, axis=(0, 2))
         self.bound = max(float(fastest.max()), float(fastest.sum()) / self.tables.shape[0])
         self.at_hand = self._fill()
+        if self.tables.shape[0] > _MANY:
+            return self._of_many()
         self._climb()
         self._look()
         if self.value >= self.at_hand:
@@ -382,6 +388,59 @@ class _Fastest(_Search):
             if not self.full or self._done():
                 break
         return Found(self.choice, self.bound)
+
+    def _of_many(self) -> Found:
+        """A bound by hops that cost nothing but time, and a plan of the most useful devices."""
+        self._climb()
+        chosen = self._most_useful()
+        part, ties = part_of(self.tables.problem, chosen), self.tables.ties[np.ix_(chosen, chosen)]
+        best = _Fastest(Tables(part, ties > 0), (self.deadline_s, self.last_resort_s), self.gap)
+        best.value = self.value
+        found = best.run()
+        if found.choice is not None:
+            self.value, self.choice = best.value, renamed(found.choice, chosen)
+        while not self._done() and self.bound * (1 + self.gap / 4) < self.value:
+            if self._prove(min((self.bound * self.value) ** 0.5, 1.1 * self.bound)) is not None:
+                break
+        return Found(self.choice, min(self.bound, self.value))
+
+    def _most_useful(self) -> list[int]:
+        """Devices that have the most blocks, in the time of the bound, at a fair share of loss."""
+        tables = self.tables
+        segments = self._free(1.2 * self.bound).segments
+        fair = self.budget * (1 + np.arange(tables.longest)) / tables.shape[1]
+        most = np.where(segments <= np.maximum(fair, 0.0), 1 + np.arange(tables.longest), 0).max(2)
+        needed = set(tables.problem.pins.values())
+        if self.choice is not None:
+            needed |= {device for device, *_ in self.choice.stages}
+        score = [(i not in needed, -float(most[i].mean()), i) for i in range(len(most))]
+        return sorted(i for *_, i in sorted(score)[:_MANY])
+
+    def _free(self, limit: float) -> Free:
+        """Least losses within that time, each stage with the fastest hop that leaves it."""
+        tables = self.tables
+        devices, blocks, longest = self.within_memory.shape
+        limit *= 1 + 1e-9
+        found = np.full((devices, blocks, longest), math.inf)
+        firsts, lengths = np.indices((blocks, longest))
+        out_s = tables.hop_s.min((0, 2), initial=math.inf)
+        back_s = np.minimum(out_s, tables.back_s.min(1))
+        for i, (knapsack, profile) in enumerate(zip(self.in_time, self.profiles, strict=True)):
+            if not (reach := knapsack.longest):
+                continue
+            leaving_s = np.full((blocks, reach), out_s[i])
+            size = np.arange(reach)
+            leaving_s[blocks - 1 - size, size] = back_s[i]
+            if reach == blocks:
+                leaving_s[0, -1] = 0.0
+            room = limit - tables.call_s[i] - leaving_s - knapsack.least
+            # A room of -inf, where there is no link, has no index.
+            index = knapsack.index(np.maximum(room, 0.0))
+            part = profile[lengths[:, :reach], firsts[:, :reach], index]
+            found[i, :, :reach] = np.where(
+                room < 0, math.inf, np.maximum(part, self.within_memory[i, :, :reach])
+            )
+        return Free(found)
 
     def _done(self) -> bool:
         return self._late() or self.bound >= self.value * (1 - self.gap)
@@ -515,8 +574,9 @@ class _Fastest(_Search):
         """Raise the bound to ``limit`` and return None, or return what prices allow there."""
         enough = self._enough()
         self.pricer.deadline_s = self._until_s()  # Without prices few walks keep the budget.
+        many = self.tables.shape[0] > _MANY
         priced, self.prices = self.pricer.price(
-            self._arcs(limit),
+            self._free(limit) if many else self._arcs(limit),
             0.0,
             self.prices,
             target=enough,
