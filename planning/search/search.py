@@ -70,6 +70,8 @@ class Found:
 
     choice: Choice | None
     bound: float
+    impossible: bool = False
+    """No plan fits, which is proved."""
 
 
 def search(
@@ -91,11 +93,14 @@ def search(
     """
     tables = Tables(problem, ties)
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
-        return Found(None, 0.0)
+        return Found(None, 0.0, impossible=True)
     # A little less than what is asked for, so that rounding does not miss it.
     until_s = deadline_s, deadline_s if last_resort_s is None else last_resort_s
     searching = _kind(tables)(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6))
     searching.value = known
+    searching._fill()
+    if searching.value == math.inf and searching._impossible():
+        return Found(None, 0.0, impossible=True)
     found = searching.run()
     return Found(found.choice, float(found.bound))
 
@@ -120,6 +125,7 @@ class _Search:
         self.value = math.inf
         self.bound = 0.0
         self.seen: dict[tuple[Span, ...], float] = {}
+        self.filled = False
         self.other = False
         """This search only serves another one."""
 
@@ -139,12 +145,35 @@ class _Search:
 
     def _fill(self) -> float:
         """Keep the best plan that is made at once; its value, inf where there is none."""
-        for walk in fill(self.tables)[:_GREEDY]:
+        if self.filled:
+            return self.value
+        self.filled = True
+        for walk in fill(self.tables, self.deadline_s)[:_GREEDY]:
+            if self.value < math.inf and now_s() > self.deadline_s:
+                break
             polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops)
             if (polished := polish.run()) is None:
                 continue
             self._keep(walk.spans, *polished)
         return self.value
+
+    def _impossible(self) -> bool:
+        """Whether prices of devices prove that no plan fits, wherever hops lead."""
+        tables = self.tables
+        loss = np.where(np.isfinite(tables.cost), tables.loss, math.inf)
+        spare = tables.spare.room if tables.spare.room < math.inf else 1.0
+        # Any plan loses at most the budget: what loses more by any prices is none.
+        budget = tables.budget or 0.0
+        enough = budget + 1e-6 * (spare or 1.0)
+        priced, _ = self.pricer.price(
+            Free(tables.segments(loss)),
+            0.0,
+            np.zeros(2 * tables.shape[0]),
+            target=enough,
+            reach=1.1 * budget + 0.1 * (spare or 1.0),
+            rounds=100,
+        )
+        return priced.bound >= enough + 1e-9 * priced.constant
 
     def _keep(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> None:
         """Keep a plan that fits where it is the best."""
@@ -395,7 +424,7 @@ class _Fastest(_Search):
         chosen = self._most_useful()
         part, ties = part_of(self.tables.problem, chosen), self.tables.ties[np.ix_(chosen, chosen)]
         best = _Fastest(Tables(part, ties > 0), (self.deadline_s, self.last_resort_s), self.gap)
-        best.value = self.value
+        best.value, best.filled = self.value, True
         found = best.run()
         if found.choice is not None:
             self.value, self.choice = best.value, renamed(found.choice, chosen)
