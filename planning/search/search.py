@@ -486,7 +486,9 @@ class _Fastest(_Search):
                 high = limit
                 break
             limit *= 1.4
-        while high > self.bound * (1 + self.gap / 4) and not self._late():
+        # Without a plan, the first one is worth more than the last percent of the bound.
+        close = self.gap / 4 if self.value < math.inf else _OTHER_GAP
+        while high > self.bound * (1 + close) and not self._late():
             limit = (high * self.bound) ** 0.5
             if self._prove(limit) is not None:
                 high = limit
