@@ -63,22 +63,28 @@ def beam(
     width: int,
     cutoff: float,
     deadline_s: float,
+    merge: bool = True,
 ) -> tuple[list[Walk], float]:
     """Walks that enter no device twice, least bound first; and the least bound of what was left
     out for lack of space or time. Walks that are not below ``cutoff`` are left out too, and so are
-    those that enter a device before its twin of a lower index.
+    those that enter a device before its twin of a lower index. Without ``merge`` no walk is mixed.
     """
-    return _Beam(tables, relaxations, width, cutoff).run(deadline_s)
+    return _Beam(tables, relaxations, width, cutoff, merge).run(deadline_s)
 
 
 class _Beam:
     """The labels of one beam, block by block."""
 
     def __init__(
-        self, tables: Tables, relaxations: Sequence[Priced], width: int, cutoff: float
+        self,
+        tables: Tables,
+        relaxations: Sequence[Priced],
+        width: int,
+        cutoff: float,
+        merge: bool,
     ) -> None:
         self.tables, self.relaxations = tables, relaxations
-        self.width, self.cutoff = width, cutoff
+        self.width, self.cutoff, self.merge = width, cutoff, merge
         self.fixed = np.array([r.fixed for r in relaxations])
         self.constant = np.array([r.constant for r in relaxations])
         self.enter = np.array([r.enter for r in relaxations])
@@ -100,7 +106,8 @@ class _Beam:
             if not parts:
                 self._number(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
                 continue
-            labels = self._unlike(self._shortlist(_Labels.joined(parts)))
+            labels = self._shortlist(_Labels.joined(parts))
+            labels = self._unlike(labels) if self.merge else labels
             self._number(labels.device, labels.parent)
             self._end(k, labels)
             self._extend(k, labels)
@@ -132,7 +139,7 @@ class _Beam:
     def _shortlist(self, labels: _Labels) -> _Labels:
         """The labels of the least bounds, in their order; their own device counts as used."""
         order = np.arange(len(labels.bound))
-        most = 6 * self.width
+        most = (6 if self.merge else 1) * self.width
         if len(order) > most:
             order = np.argpartition(labels.bound, most)
             self.dropped = min(self.dropped, float(labels.bound[order[most]]))

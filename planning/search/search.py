@@ -37,6 +37,9 @@ _WIDTHS = (20, 100, 400, 1_500, 5_000, 20_000)
 _FINISHED = 60
 """Walks whose widths are chosen, of each attempt."""
 
+_ALL_FINISHED = 2_000
+"""The same where a beam mixed no walks up: there the bounds of their widths count."""
+
 _GREEDY = 12
 """Greedy walks whose widths are improved."""
 
@@ -225,35 +228,45 @@ class _Cheapest(_Search):
         top = max(self.found, key=lambda mu: self.found[mu][0].bound)
         self.price = top
         mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.5, 6.0, 15.0)] if top else [0.0]
-        rounds = 60
+        rounds, merge = 60, True
         for width in _WIDTHS:
             for mu in mus:
                 self._price(mu, rounds)
             rounds = 100
             if self._done():
                 break
-            cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
-            chosen = [self.found[mu][0] for mu in mus]
-            finished, dropped = beam(
-                tables, chosen, width=width, cutoff=cutoff, deadline_s=self._until_s()
-            )
-            bounds = [min(cutoff, dropped)]
-            for count, walk in enumerate(finished):
-                bound = walk.bound
-                if count < _FINISHED and not self._late():
-                    refined = self._finish(walk.spans)
-                    # Without a budget all relaxations are one, and exact: nothing is mixed up.
-                    bound = bound if walk.mixed and top else max(bound, refined)
-                bounds.append(bound)
-            self.bound = max(self.bound, min(min(bounds), self.value))
+            full = self._follow([self.found[mu][0] for mu in mus], width, merge)
             if width == _WIDTHS[0] and self.value >= self.at_hand and not self._done():
                 self._try_other()
-            if not self._done():
-                self._exchange_devices()
-            # A wider beam helps only where this one was full.
-            if self._late() or (dropped == math.inf and cutoff < math.inf):
+            if self._done() or not (full or merge):
                 break
+            # A wider beam helps only where this one was full, or mixed walks up.
+            merge = full
+            if full or width == _WIDTHS[0]:
+                self._exchange_devices()
         return Found(self.choice, self.bound)
+
+    def _follow(self, relaxations: Sequence[Priced], width: int, merge: bool) -> bool:
+        """Finish walks that a beam finds, and raise the bound; True where the beam was full."""
+        cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
+        finished, dropped = beam(
+            self.tables,
+            relaxations,
+            width=width,
+            cutoff=cutoff,
+            deadline_s=self._until_s(),
+            merge=merge,
+        )
+        bounds = [min(cutoff, dropped)]
+        for count, walk in enumerate(finished):
+            bound = walk.bound
+            if count < (_FINISHED if merge else _ALL_FINISHED) and not self._late():
+                refined = self._finish(walk.spans)
+                # Without a budget all relaxations are one, and exact: nothing is mixed up.
+                bound = bound if walk.mixed and self.price else max(bound, refined)
+            bounds.append(bound)
+        self.bound = max(self.bound, min(min(bounds), self.value))
+        return dropped < math.inf or cutoff == math.inf
 
     def _done(self) -> bool:
         return self._late() or self.bound >= (1 - self.gap) * self.value
