@@ -19,9 +19,10 @@ import psutil
 
 from agent.config import AgentConfig
 from agent.links import Measuring
+from agent.relay_cost import measure_relay
 from backends.base import Backend, BackendError
 from backends.registry import backend_class
-from calibration.device import kept_profile, profile_in_child
+from calibration.device import START_PATIENCE_S, kept_profile, profile_in_child
 from calibration.disturbance import LoadMeter
 from calibration.layers import kept_timings, measure_model
 from calibration.store import CalibrationStore, is_doubtful
@@ -64,6 +65,7 @@ class Figures:
         """``profile`` has just been measured."""
         self._config = config
         self.store = CalibrationStore(config.state_dir / "calibration.json")
+        profile = _with_relay(profile, START_PATIENCE_S)
         self.profile = kept_profile(profile, self.store, exact=config.exact)
         self._told: dict[str, tuple[BlockTiming, ...]] = {}
         self._told_profile = self.profile
@@ -94,6 +96,7 @@ class Figures:
             call_s=new.call_s or self.profile.call_s,
             conditions=new.conditions,
         )
+        taken = _with_relay(taken, PATIENCE_S)
         self.profile = kept_profile(taken, self.store, exact=config.exact)
         return self.profile
 
@@ -270,6 +273,14 @@ class QuietMoments:
     def _wait_longer(self) -> None:
         self._next_s = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+
+
+def _with_relay(profile: DeviceProfile, patience_s: float) -> DeviceProfile:
+    """The profile with what the agent itself takes for a token, measured now."""
+    relay_s, conditions = measure_relay(patience_s)
+    return replace(
+        profile, relay_s=relay_s, conditions=(*profile.conditions, ("relay", conditions))
+    )
 
 
 def _on_battery() -> bool:

@@ -140,6 +140,7 @@ def kept_profile(
         "memory": profile.memory_read_bytes_per_s,
         "disk": profile.disk_write_bytes_per_s,
         "call": profile.call_s,
+        "relay": profile.relay_s,
     }
     changes: dict[str, float] = {}
     conditions = dict(profile.conditions)
@@ -164,6 +165,7 @@ def kept_profile(
         memory_read_bytes_per_s=changes.get("memory", profile.memory_read_bytes_per_s),
         disk_write_bytes_per_s=changes.get("disk", profile.disk_write_bytes_per_s),
         call_s=changes.get("call", profile.call_s),
+        relay_s=changes.get("relay", profile.relay_s),
     )
 
 

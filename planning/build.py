@@ -139,6 +139,7 @@ def build_problem(
         pins={block: indices[name] for block, name in request.pins.items()},
         excluded=frozenset(indices[name] for name in request.excluded),
         hop_formats=tuple(sorted(hops, key=lambda form: form.bits)),
+        sequences=request.slots if request.slots > 1 else None,
     )
 
 
@@ -193,7 +194,7 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
         storage_bytes=profile.storage_bytes,
         options=options,
         stage_bytes=stage_bytes,
-        call_s=profile.call_s,
+        call_s=profile.call_s + profile.relay_s,
         backend_bits=tuple(sorted(width for width, _ in profile.container_bits)),
         held=tuple(map(frozenset, device.held)),
         load_bytes_per_s=device.load_bytes_per_s,
@@ -250,8 +251,7 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
             if container is not None and found is not None:
                 executed = costs.executed_bytes(spec, block, fmt, container)
                 own = None if sensitivities is None else sensitivities[block].get(bits, math.inf)
-                row.append(
-                    BlockOption(bits, executed, found.decode_s, found.prefill_s_per_token, own)
-                )
+                times = found.decode_s, found.prefill_s_per_token
+                row.append(BlockOption(bits, executed, *times, own, found.rows_s))
         rows.append(shared.setdefault(tuple(row), tuple(row)))
     return tuple(rows)

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planning.json_codec import from_plain, to_plain
-from planning.problem import ONE_TOKEN, Objective, PlanningProblem
+from planning.problem import ONE_TOKEN, BlockOption, Objective, PlanningProblem
 from planning.prompt import NO_TIME, Passage, best_chunk_tokens, prompt_s
+from planning.together import TIMED_ROWS, pass_s, row_s
 
 FORMAT = 1
 OPTIMALITY_GAP = 1e-6
@@ -70,7 +71,8 @@ class Stage:
     weights as executed, KV cache and buffers; ``storage_bytes`` what is kept on disk.
     ``hop_bits`` is the width of the hidden values that it sends on; the last stage sends a token.
     ``energy_j`` is the device's watts while it computes, times ``compute_s``; None: not known.
-    ``passage`` is what a chunk of a prompt takes here; the head's one row is its delay.
+    ``passage`` is what a chunk of a prompt takes here; the head's one row is its delay. ``rows_s``
+    is what TIMED_ROWS rows of as many sequences take in one pass, where that is known.
     """
 
     device: str
@@ -85,6 +87,7 @@ class Stage:
     hop_bits: int | None = None
     energy_j: float | None = None
     passage: Passage = NO_TIME
+    rows_s: tuple[float, ...] = ()
 
     @property
     def last(self) -> int:
@@ -123,7 +126,8 @@ class Plan:
     stage's compute + the link that leaves it. ``load_s`` is what bringing the missing blocks takes,
     one after the other. ``worst_weight_error`` and ``total_sensitivity`` (KL divergence of blocks
     and hops, nats) are None where one of them was not measured. ``energy_j`` is what the stages
-    draw while they compute a token; None where that of one is not known.
+    draw while they compute a token; None where that of one is not known. ``sequences`` are those
+    that the objective throughput counts; None: more than enough.
     """
 
     stages: tuple[Stage, ...]
@@ -139,6 +143,7 @@ class Plan:
     total_sensitivity: float | None = field(default=None, kw_only=True)
     energy_j: float | None = field(default=None, kw_only=True)
     objective: Objective = field(default=ONE_TOKEN, kw_only=True)
+    sequences: int | None = field(default=None, kw_only=True)
 
     @property
     def value(self) -> float:
@@ -148,7 +153,8 @@ class Plan:
         prompt, output = self.objective.tokens
         value = self.first_token_s(prompt) + output * self.decode_s
         if self.objective.kind == "throughput":
-            value += self.bottleneck_s
+            waited = self.sequences is None
+            value += self.bottleneck_s if waited else self.shared_s(self.sequences or 1)
         return value + self.objective.migration_weight * self.load_s
 
     @property
@@ -171,6 +177,17 @@ class Plan:
     def first_token_s(self, prompt_tokens: int) -> float:
         """Seconds from the start of a prompt until its first token is sampled."""
         return prompt_s(self.passages, prompt_tokens, self.chunk_tokens(prompt_tokens))
+
+    def shared_s(self, sequences: int) -> float:
+        """Seconds between two tokens of so many sequences together (planning/together.py): as the
+        slowest stage lets their rows through, or as each of them goes round the ring.
+        """
+        ways = [hop.seconds for hop in self.hops] + [self.return_s]
+        busy_s = [
+            row_s(stage.compute_s, stage.rows_s, sequences, len(self.stages)) + way_s
+            for stage, way_s in zip(self.stages, ways, strict=True)
+        ]
+        return max(*busy_s, self.decode_s / sequences)
 
     def prompt_s(self, prompt_tokens: int) -> float:
         """Seconds until all layers have computed the prompt; the head is still to come."""
@@ -288,6 +305,7 @@ def assess(
         total_sensitivity=combined_if_known(math.fsum, losses),
         energy_j=combined_if_known(math.fsum, [stage.energy_j for stage in assessed]),
         objective=problem.objective,
+        sequences=problem.shared_by,
     )
 
 
@@ -391,6 +409,7 @@ def _assess_stage(
     memory, storage = device.stage_bytes, 0
     decode, prefill = [device.call_s], []
     passages = [Passage(device.call_s, 0.0)]
+    shared: list[BlockOption] = []
     for block, bits in enumerate(widths, first):
         option = device.option(block, bits)
         if option is None:
@@ -401,6 +420,7 @@ def _assess_stage(
         decode.append(option.decode_s)
         prefill.append(option.prefill_s_per_token)
         passages.append(problem.passage(block, option))
+        shared.append(option)
     compute_s = math.fsum(decode)
     return Stage(
         device=device.name,
@@ -419,6 +439,17 @@ def _assess_stage(
             math.fsum(one.row_s for one in passages),
             math.fsum(one.delay_s for one in passages),
         ),
+        rows_s=_rows_s(device.call_s, shared),
+    )
+
+
+def _rows_s(call_s: float, options: Sequence[BlockOption]) -> tuple[float, ...]:
+    """Of a stage of such blocks; empty where nothing is known of any of them."""
+    if not any(option.rows_s for option in options):
+        return ()
+    return tuple(
+        math.fsum([call_s, *(pass_s(one.decode_s, one.rows_s, rows) for one in options)])
+        for rows in TIMED_ROWS
     )
 
 

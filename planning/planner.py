@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -106,42 +107,52 @@ def solve(
 def _best(
     problem: PlanningProblem, runner: _Runner, asked: float | None, report: Callable[[str], None]
 ) -> Plan | None:
-    """The best plan that was found, over all sizes of a prompt's chunks; None where none was."""
+    """The best plan that was found, over all variants of the problem; None where none was."""
     gap = (DEFAULT_GAP if _size(problem) > _small(problem) else 0.0) if asked is None else asked
     best: Plan | None = None
     bound = math.inf
-    waiting = list(problem.chunk_choices)
-    until_s = runner.deadline_s
+    waiting = list(problem.variants)
+    until_s, refused = runner.deadline_s, True
     while waiting:
-        runner.deadline_s = now_s() + max(0.0, until_s - now_s()) / len(waiting)
         if best is not None:
-            rows = best.chunk_tokens(problem.objective.tokens[0])
-            waiting.sort(key=lambda one: one != rows)
-        chosen = replace(problem, chunk_tokens=waiting.pop(0))
-        found, proved = _best_in_chunks(chosen, runner, gap, report, best)
+            likely = partial(_is_of, best)
+            waiting.sort(key=likely, reverse=True)
+        variant = waiting.pop(0)
+        runner.refused = False
+        runner.deadline_s = now_s() + max(0.0, until_s - now_s()) / (1 + len(waiting))
+        found, proved = _best_of(variant, runner, gap, report, best)
         runner.deadline_s = until_s
+        refused = refused and runner.refused
         best = min(
             (one for one in (found, best) if one is not None),
             key=lambda one: one.value,
             default=None,
         )
-        # Chunks limit nothing: what does not fit in some fits in none.
-        if best is None:
-            return None
         bound = min(bound, proved)
+        # Chunks limit nothing: what does not fit in some fits in none.
+        if best is None and problem.shared_by is None:
+            return None
+    runner.refused = refused
     if best is None:
         return None
     return replace(best, proof=replace(best.proof, bound=min(bound, best.value)))
 
 
-def _best_in_chunks(
+def _is_of(plan: Plan, variant: PlanningProblem) -> bool:
+    """Whether the variant counts as the plan does."""
+    if variant.shared_by is None:
+        return plan.chunk_tokens(variant.objective.tokens[0]) == variant.chunk_tokens
+    return variant.least_stages <= len(plan.stages) <= (variant.most_stages or len(plan.stages))
+
+
+def _best_of(
     problem: PlanningProblem,
     runner: _Runner,
     gap: float,
     report: Callable[[str], None],
     rival: Plan | None,
 ) -> tuple[Plan | None, float]:
-    """A plan that is better than ``rival`` with chunks of one size, and a bound of all with it."""
+    """A plan of a variant that is better than ``rival``, and a bound of all of its plans."""
     size = _size(problem)
     found = Found(None, 0.0)
     plan = None
@@ -167,7 +178,10 @@ def _best_in_chunks(
             share = 0.0 if runner.refused else 1.0
             found = _search(problem, runner, gap, share=share)
             exact = _plan_of(problem, found.choice, Proof("search", 0.0, 0.0))
-            exact_bound = found.bound if runner.refused else max(exact_bound, found.bound)
+            # The search may find plans of other variants, which say nothing of this one.
+            own = exact is not None and (problem.shared_by is None or _is_of(exact, problem))
+            wrong = runner.refused and own
+            exact_bound = found.bound if wrong else max(exact_bound, found.bound)
         bound = max(bound, exact_bound)
         # A plan at hand stands, whatever the solver says.
         plan = min(
@@ -272,8 +286,7 @@ def _solve(
         start = None if known is None else program.values(known)
         outcome = runner.run(program, gap, start)
         if bound is None:
-            refused = runner.refused and cutoff < math.inf
-            bound = cutoff if refused else min(program.bound(outcome.bound), cutoff)
+            bound = cutoff if runner.refused else min(program.bound(outcome.bound), cutoff)
         choice = program.choice(outcome.values) if outcome.values else None
         plan = _plan_of(problem, choice, Proof(outcome.solver, 0.0, 0.0))
         if plan is not None or choice is None:
@@ -353,8 +366,7 @@ def _prefer(problem: PlanningProblem, choice: Choice) -> list[StageChoice]:
     chosen = _in_order(problem, choice.stages)
     plan = assess(problem, chosen, Proof("", 0.0, 0.0), choice.hop_bits)
     free_s = _FREE * plan.value / len(chosen)
-    by_chunks = [replace(problem, chunk_tokens=rows) for rows in problem.chunk_choices]
-    return [_raise_bits(by_chunks, stage, free_s) for stage in chosen]
+    return [_raise_bits(problem.variants, stage, free_s) for stage in chosen]
 
 
 def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
@@ -395,13 +407,13 @@ def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
 
 
 def _raise_bits(
-    by_chunks: Sequence[PlanningProblem], stage: StageChoice, free_s: float
+    variants: Sequence[PlanningProblem], stage: StageChoice, free_s: float
 ) -> StageChoice:
     """The stage with each block as wide as fits and costs no time; worst errors choose first.
 
-    ``by_chunks`` is the problem with each size of chunks that may turn out to be the best.
+    In all ``variants`` of the problem that is: any may turn out to be the one that counts.
     """
-    problem = by_chunks[0]
+    problem = variants[0]
     index, first, widths = stage
     device = problem.devices[index]
     chosen = dict(enumerate(widths, first))
@@ -414,7 +426,7 @@ def _raise_bits(
         for option in sorted(options.values(), key=lambda option: -option.bits):
             if option.bits <= now.bits:
                 break
-            cost_s = max(_cost_s(one, index, block, now, option) for one in by_chunks)
+            cost_s = max(_cost_s(one, index, block, now, option) for one in variants)
             new_memory = memory + option.executed_bytes - now.executed_bytes
             new_storage = storage + stored[option.bits] - stored[now.bits]
             if (

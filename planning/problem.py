@@ -15,8 +15,12 @@ from model import costs
 from model.spec import ModelSpec
 from planning.json_codec import from_plain, to_plain
 from planning.prompt import CHUNK_TOKENS, Passage, block_passage, chunk_choices, turns
+from planning.together import TIMED_ROWS, row_s
 from wire.activations import HOP_BITS
 from wire.profile import LinkProfile
+
+_MOST_COUNTED = 8
+"""Of plans with more stages all are compared together."""
 
 TOKEN_BYTES = 4
 """What the last stage sends the first: one token id. Half a round trip is all that it costs."""
@@ -109,7 +113,8 @@ class BlockOption:
 
     ``executed_bytes`` are the weights in the device's memory, which may be wider than ``bits``.
     ``sensitivity`` is what the block adds to the KL divergence here, where the device's arithmetic
-    adds its own: inf where that was not measured. None: what it adds anywhere.
+    adds its own: inf where that was not measured. None: what it adds anywhere. ``rows_s`` is what
+    TIMED_ROWS rows of as many sequences take in one pass; empty where that was not measured.
     """
 
     bits: int
@@ -117,6 +122,7 @@ class BlockOption:
     decode_s: float
     prefill_s_per_token: float
     sensitivity: float | None = None
+    rows_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sensitivity is not None and not self.sensitivity >= 0:
@@ -128,7 +134,8 @@ class Device:
     """One device: its limits and, for each block, every width that it can run the block at.
 
     ``stage_bytes`` is memory that any stage here needs besides weights and KV cache;
-    ``call_s`` is what each token pays once for there being a stage here. ``backend_bits`` are the
+    ``call_s`` is what each token pays once for there being a stage here, the agent's work included.
+    ``backend_bits`` are the
     widths that the backend takes, measured or not: only messages use them. ``held`` has the widths
     of each block that are on the device's disk already (empty: nothing is). ``watts`` is what it
     draws while it computes; where that is not known, no plan for ``energy`` uses it.
@@ -193,6 +200,9 @@ class PlanningProblem:
     hop uses one of ``hop_formats``; with a budget, one of known sensitivity. ``pins`` maps blocks
     to the device (an index) that must run them, ``excluded`` devices run none. A prompt runs in
     chunks of ``chunk_tokens``; None: in what is best for the plan, one of ``chunk_choices``.
+    ``sequences`` are decoded at once where the objective is throughput; None: so many that all
+    stages are always busy, each with one row at a time. Plans have at least ``least_stages`` and at
+    most ``most_stages`` (None: any number).
     """
 
     spec: ModelSpec
@@ -211,6 +221,39 @@ class PlanningProblem:
     hop_formats: tuple[HopFormat, ...] = DEFAULT_HOPS
     no_links: Mapping[tuple[int, int], NoLink] = field(default_factory=dict)
     chunk_tokens: int | None = None
+    sequences: int | None = None
+    least_stages: int = 1
+    most_stages: int | None = None
+
+    @property
+    def variants(self) -> tuple[PlanningProblem, ...]:
+        """Problems of which one has the best plan, each with one way of counting: a size of a
+        prompt's chunks, or how many rows meet in a stage.
+        """
+        if self.shared_by is None:
+            return tuple(replace(self, chunk_tokens=rows) for rows in self.chunk_choices)
+        if self.least_stages > 1 or self.most_stages is not None:
+            return (self,)
+        most = min(max(len(self.devices), 2), self.shared_by, _MOST_COUNTED)
+        counted = [
+            replace(self, least_stages=count, most_stages=count if count < most else None)
+            for count in range(2, most + 1)
+        ]
+        # Without links one device has everything.
+        return (replace(self, links={}, most_stages=1), *counted)
+
+    @property
+    def shared_by(self) -> int | None:
+        """How many sequences the objective counts; None: it counts none."""
+        return self.sequences if self.objective.kind == "throughput" else None
+
+    def row_s(self, one_s: float, rows_s: Sequence[float]) -> float:
+        """What a row keeps a stage busy for, given what one and TIMED_ROWS rows take there."""
+        if self.shared_by is None:
+            return one_s
+        alone = self.most_stages == 1
+        # Where there may be more stages, the fewest share the most.
+        return row_s(one_s, rows_s, self.shared_by, 1 if alone else max(self.least_stages, 2))
 
     @property
     def chunk_choices(self) -> tuple[int | None, ...]:
@@ -345,10 +388,17 @@ class PlanningProblem:
         """Whether a stage goes on while what leaves it is being sent, so that links count alone."""
         return self.objective.kind != "throughput"
 
+    def call_turn_s(self, device: int) -> float:
+        """What a call adds to the time of a stage, where the slowest one counts."""
+        call_s = self.devices[device].call_s
+        if self.objective.kind == "throughput":
+            return self.row_s(call_s, (call_s,) * len(TIMED_ROWS))
+        return call_s
+
     def turn_s(self, block: int, option: BlockOption) -> float:
         """What a block adds to the time of its stage, where the slowest one counts."""
         if self.objective.kind == "throughput":
-            return option.decode_s
+            return self.row_s(option.decode_s, option.rows_s)
         return self.passage(block, option).busy_s(self.chunk_rows)
 
     def hop_turn_s(self, source: int, target: int, bits: int) -> float:

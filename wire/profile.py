@@ -21,12 +21,13 @@ class DeviceProfile:
     user's limit, or what was free at start less headroom. ``container_bits`` lists (bits, bits as
     executed) pairs of the backend. ``call_s`` is what a call of a stage takes besides its blocks; 0
     where measuring it takes files that others make, and comes with the first model measured.
+    ``relay_s`` is what the agent itself takes for each call; 0 where that was not measured.
     ``watts`` is what the device draws while it computes, as declared. ``on_chip_bytes``: where an
     accelerator keeps weights, how many (one byte each at 8 bits) cross no bus at a call; None where
     weights are in ordinary memory. ``makes`` lists (backend, version of what makes them) of the
     files that this device can make for others. ``arithmetic`` names the backend whose rounding of
     layers the device's has, where that is measured apart from what the weights' bits lose.
-    ``conditions`` are those under which figures were measured, by name: memory, disk, call.
+    ``conditions`` are those under which figures were measured, by name: memory, disk, call, relay.
     ``kernel_id`` is the same for all agents on one running machine, containers included; empty:
     not known. ``wireless``: what it sends goes over the air, which others use as well.
     """
@@ -51,6 +52,7 @@ class DeviceProfile:
     conditions: tuple[tuple[str, Conditions], ...] = ()
     kernel_id: str = ""
     wireless: bool = False
+    relay_s: float = 0.0
 
     def container(self, bits: int) -> int | None:
         """Width in memory of a block stored at ``bits``; None where the backend cannot run it."""
@@ -64,7 +66,8 @@ class BlockTiming:
     ``variant`` is the index of the block's shape among the model's distinct layer shapes (0 for
     embedding and head). ``decode_s`` is one row at short context, ``prefill_s_per_token`` one
     token of a chunk (of a head, which sees a prompt's last row only: its share in a chunk's time).
-    ``conditions``: None where nobody wrote them down.
+    ``conditions``: None where nobody wrote them down. ``rows_s`` is one pass of 2, 4 and 8 rows, each
+    of another sequence; empty where that was not measured.
     """
 
     kind: TimingKind
@@ -73,6 +76,7 @@ class BlockTiming:
     decode_s: float
     prefill_s_per_token: float
     conditions: Conditions | None = None
+    rows_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

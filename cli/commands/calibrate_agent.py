@@ -107,5 +107,6 @@ def measure_for_agent(
         "memory_read_bytes_per_s": kept.memory_read_bytes_per_s,
         "disk_write_bytes_per_s": kept.disk_write_bytes_per_s,
         "call_s": kept.call_s,
+        "relay_s": kept.relay_s,
         "conditions": {name: asdict(of) for name, of in kept.conditions},
     }

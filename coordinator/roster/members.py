@@ -228,6 +228,7 @@ class Member:
             memory_read_bytes_per_s=profile.memory_read_bytes_per_s,
             disk_write_bytes_per_s=profile.disk_write_bytes_per_s,
             call_s=profile.call_s or self.profile.call_s,
+            relay_s=profile.relay_s,
             conditions=profile.conditions,
         )
 

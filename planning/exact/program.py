@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import pulp
 
+from planning.plan import Proof, assess
 from planning.problem import BlockOption, PlanningProblem
 from planning.usable import LOSS_ROUNDING, Usable
 
@@ -210,7 +211,7 @@ class PlanProgram:
         """Seconds of the slowest stage, as the objective counts it."""
         problem, slowest_s = self._problem, 0.0
         for at, (i, first, bits) in enumerate(choice.stages):
-            seconds = [problem.devices[i].call_s]
+            seconds = [problem.call_turn_s(i)]
             for k, width in enumerate(bits, first):
                 option = problem.devices[i].option(k, width)
                 seconds.append(math.inf if option is None else problem.turn_s(k, option))
@@ -222,7 +223,14 @@ class PlanProgram:
             slowest_s = max(
                 slowest_s, *((stage_s, way_s) if problem.link_apart else (stage_s + way_s,))
             )
+        if problem.shared_by is not None:
+            slowest_s = max(slowest_s, self._around_s(choice) / problem.shared_by)
         return slowest_s
+
+    def _around_s(self, choice: Choice) -> float:
+        """Seconds of one token through all stages and back."""
+        plan = assess(self._problem, choice.stages, Proof("", 0.0, 0.0), choice.hop_bits)
+        return plan.decode_s
 
     def _find_alike(self) -> None:
         """Stretches of blocks that all devices find alike, and groups for each device."""
@@ -327,6 +335,10 @@ class PlanProgram:
         entered = []
         program += pulp.lpSum(self._first) == 1
         program += pulp.lpSum(last) == 1
+        if problem.least_stages > 1:
+            program += pulp.lpSum(self._used) >= problem.least_stages
+        if problem.most_stages is not None:
+            program += pulp.lpSum(self._used) <= problem.most_stages
         for i in devices:
             used, first = self._used[i], self._first[i]
             leaving = [key for key in pairs if key[0] == i]
@@ -432,9 +444,10 @@ class PlanProgram:
         """Seconds of the slowest stage, with the link that leaves it or beside it."""
         problem = self._problem
         slowest = self._slowest = self.program.add_variable("slowest", 0)
+        around: list[Any] = []
         for i in self._devices:
             terms = [problem.turn_s(k, option) * count for _, count, option, k in self._counts(i)]
-            terms.append(problem.devices[i].call_s * self._used[i])
+            terms.append(problem.call_turn_s(i) * self._used[i])
             ways = [
                 problem.hop_turn_s(*key) * hop for key, hop in self._hop_at.items() if key[0] == i
             ]
@@ -443,8 +456,14 @@ class PlanProgram:
                 for (first, last), way in self._back.items()
                 if last == i
             ]
+            around += [*ways, problem.devices[i].call_s * self._used[i]]
+            around += [option.decode_s * count for _, count, option, _ in self._counts(i)]
             for busy in (terms, ways) if problem.link_apart else ([*terms, *ways],):
                 self.program += slowest >= pulp.lpSum(busy) * (1 / self._unit_s)
+        if problem.shared_by is not None:
+            # Each sequence has one row on its way.
+            shared = pulp.lpSum(around) * (1 / problem.shared_by)
+            self.program += slowest >= shared * (1 / self._unit_s)
         return self._unit_s * slowest
 
     def _counts(self, device: int) -> list[tuple[int, Any, BlockOption, int]]:

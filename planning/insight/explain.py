@@ -393,8 +393,8 @@ def _pipeline_bottleneck(views: tuple[StageView, ...]) -> str:
     slowest = max(views, key=lambda view: view.compute_s + view.hop_s)
     busy_s = slowest.compute_s + slowest.hop_s
     return (
-        f"{slowest.device} with its link: at most {1 / busy_s:.1f} tokens/s predicted, however many"
-        " sequences"
+        f"{slowest.device} with its link: at most {1 / busy_s:.1f} tokens/s predicted with one row"
+        " at a time"
     )
 
 

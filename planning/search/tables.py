@@ -146,7 +146,7 @@ class Tables:
             np.where(mask, figures, math.inf)
             for figures in (
                 usable.cost,
-                usable.decode,
+                usable.turn if self.throughput else usable.decode,
                 usable.turn,
                 usable.memory,
                 usable.stored[None],
@@ -170,7 +170,7 @@ class Tables:
             for i in devices
         ]
         self.entry = np.array([problem.call_cost(i) for i in devices])
-        self.call_s = np.array([device.call_s for device in problem.devices])
+        self.call_s = np.array([problem.call_turn_s(i) for i in devices])
         forms = problem.permitted_hops
         self.hop_bits = [form.bits for form in forms]
         priced = self.budget is not None

@@ -473,14 +473,17 @@ def test_figures_that_calibrate_left_are_told(
         assert isinstance(change, FiguresChanged)
         if change.timings and {timing.decode_s for timing in change.timings} == {0.125}:
             break
-    assert change.profile.call_s == change.profile.memory_read_bytes_per_s == 0.125
-    assert dict(change.profile.conditions) == dict.fromkeys(("memory", "disk", "call"), quiet)
+    figures = change.profile
+    assert figures.call_s == figures.relay_s == figures.memory_read_bytes_per_s == 0.125
+    names = ("memory", "disk", "call", "relay")
+    assert dict(figures.conditions) == dict.fromkeys(names, quiet)
 
 
 @pytest.mark.usefixtures("agent")
 def test_the_device_is_measured_again_on_request(coordinator: Coordinator) -> None:
     hello = coordinator.welcome()
-    assert [name for name, _ in hello.profile.conditions] == ["memory", "disk", "call"]
+    names = [name for name, _ in hello.profile.conditions]
+    assert names == ["memory", "disk", "call", "relay"]
     assert hello.profile.kernel_id
     coordinator.send(MeasureDevice(1))
     answer = coordinator.answer()

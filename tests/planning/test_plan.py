@@ -141,9 +141,9 @@ def test_build_refuses_impossible_timings() -> None:
 
 
 def test_what_a_profile_says_is_taken_from_it() -> None:
-    profile = replace(PROFILE, call_s=0.25, watts=5.0)
+    profile = replace(PROFILE, call_s=0.25, relay_s=0.125, watts=5.0)
     (device,) = build_problem(RequestInput(SPEC, (4,), 8), [DeviceInput("a", profile)], ()).devices
-    assert (device.call_s, device.watts, device.held) == (0.25, 5.0, ())
+    assert (device.call_s, device.watts, device.held) == (0.375, 5.0, ())
     for watts in (0.0, -1.0, math.nan, math.inf):
         bad = DeviceInput("a", replace(PROFILE, watts=watts))
         with pytest.raises(ValueError, match="a cannot draw"):

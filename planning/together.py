@@ -1,0 +1,35 @@
+"""What a row takes when several sequences are decoded at once: one formula for all of planning.
+
+A stage runs the rows that wait for it in one pass. Alone, a stage has all n rows in each pass. In a
+ring of S stages n / S rows meet at each, on average. The first of them finds the stage idle, and
+begins at once; those that come meanwhile share the next pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+TIMED_ROWS = (2, 4, 8)
+"""Rows of a pass that calibration times, beside one."""
+
+
+def pass_s(one_s: float, rows_s: Sequence[float], rows: float) -> float:
+    """Seconds of a pass, linear between what was timed: ``one_s`` for one row, ``rows_s`` for
+    TIMED_ROWS. Where ``rows_s`` is empty, rows share nothing.
+    """
+    if rows <= 1 or not rows_s:
+        return rows * one_s
+    points = list(zip((1, *TIMED_ROWS), (one_s, *rows_s), strict=True))
+    for (fewer, low_s), (more, high_s) in pairwise(points):
+        if rows <= more or more == TIMED_ROWS[-1]:
+            return low_s + (high_s - low_s) * (rows - fewer) / (more - fewer)
+    raise AssertionError("the last point ends the loop")
+
+
+def row_s(one_s: float, rows_s: Sequence[float], sequences: int, stages: int) -> float:
+    """Seconds for which a row of ``sequences`` keeps one of so many stages busy."""
+    if stages == 1:
+        return pass_s(one_s, rows_s, sequences) / sequences
+    meeting = max(sequences / stages, 1.0)
+    return (one_s + pass_s(one_s, rows_s, meeting - 1)) / meeting

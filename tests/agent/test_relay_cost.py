@@ -1,0 +1,19 @@
+"""What the agent itself takes for a token."""
+
+from __future__ import annotations
+
+import threading
+
+from agent.relay_cost import measure_relay
+
+
+def test_the_agents_share_is_small_and_leaves_nothing_behind() -> None:
+    before = threading.active_count()
+    relay_s, conditions = measure_relay(0.0)
+    # Far below what a forgotten subtraction of the stage's own time, or a wait, would give.
+    assert 1e-6 < relay_s < 0.05
+    assert conditions.measured_s > 0
+    for thread in threading.enumerate():
+        if thread.name == "stage":
+            thread.join(10)
+    assert threading.active_count() <= before
