@@ -163,7 +163,7 @@ def _best_of(
         found = _search(problem, runner, gap, share=share, rival=rival)
         if found.impossible:
             runner.refused = True
-            return None, 0.0
+            return None, math.inf
         plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
     bound = found.bound
     least = min((one.value for one in (plan, rival) if one is not None), default=math.inf)
