@@ -31,6 +31,7 @@ class Orders:
         relaxations: Sequence[tuple[Joint | Separate, float]],
         entry: Floats,
         until_s: float,
+        random: np.random.Generator,
     ) -> None:
         """``relaxations`` are arcs, and what is taken off every walk; the largest bound counts.
 
@@ -38,14 +39,13 @@ class Orders:
         """
         self.arcs = [arcs for arcs, _ in relaxations]
         self.constant = np.array([constant for _, constant in relaxations])
-        self.entry, self.until_s = entry, until_s
+        self.entry, self.until_s, self.random = entry, until_s, random
         self.devices, self.longest = self.arcs[0].ends.shape[:2]
         self.blocks = self.arcs[0].blocks
         # Above all that stages cost, so that a block left out is never worth it.
         finite = max(arcs.finite() for arcs in self.arcs)
         self.penalty = 10.0 * max(finite + float(entry.max()), 1e-12)
         self.ramp = self.penalty * np.arange(self.blocks + 1)
-        self.random = np.random.default_rng(0)
 
     def improve(self, devices: Sequence[int], target: float) -> tuple[list[Span] | None, float]:
         """Spans of a better order, and what it costs; None where it does not cover all blocks.

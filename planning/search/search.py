@@ -129,6 +129,7 @@ class _Search:
         self.bound = 0.0
         self.seen: dict[tuple[Span, ...], float] = {}
         self.filled = False
+        self.random = np.random.default_rng(0)
         self.other = False
         """This search only serves another one."""
 
@@ -280,7 +281,7 @@ class _Cheapest(_Search):
             segments = tables.segments(tables.cost + mu * tables.loss)
             arcs = Separate(segments, tables.links(mu), tables.back)
             relaxations.append((arcs, mu * (tables.budget or 0.0)))
-        orders = Orders(relaxations, tables.entry, until_s)
+        orders = Orders(relaxations, tables.entry, until_s, self.random)
         while self.choice is not None and not self._done() and now_s() < until_s:
             before = self.value
             spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
@@ -424,6 +425,9 @@ class _Fastest(_Search):
         self._measure(self.value)
         for width in _WIDTHS:
             self._exchange_devices()
+            if width == _WIDTHS[0]:
+                # More rounds now prove what no width of the beam would.
+                self._press(self.value * (1 - self.gap), self.gap / 4, 500)
             self.full = False
             self._raise(width)
             self._lower(width)
@@ -500,10 +504,13 @@ class _Fastest(_Search):
                 break
             limit *= 1.4
         # Without a plan, the first one is worth more than the last percent of the bound.
-        close = self.gap / 4 if self.value < math.inf else _OTHER_GAP
+        self._press(high, self.gap / 4 if self.value < math.inf else _OTHER_GAP, 100)
+
+    def _press(self, high: float, close: float, rounds: int) -> None:
+        """Raise the bound by prices alone, up to where they last proved no more."""
         while high > self.bound * (1 + close) and not self._late():
             limit = (high * self.bound) ** 0.5
-            if self._prove(limit) is not None:
+            if self._prove(limit, rounds) is not None:
                 high = limit
 
     def _look(self) -> None:
@@ -528,7 +535,7 @@ class _Fastest(_Search):
         while not self._done() and now_s() < until_s and self.choice is not None:
             value = self.value
             limit = value * (1 - self.gap / 2)
-            orders = Orders([(self._arcs(limit), 0.0)], self.tables.entry, until_s)
+            orders = Orders([(self._arcs(limit), 0.0)], self.tables.entry, until_s, self.random)
             most = self.budget - (1 - target) * (spare or 1.0)
             devices = [stage[0] for stage in self.choice.stages]
             spans, loss = orders.improve(devices, most)
@@ -614,7 +621,7 @@ class _Fastest(_Search):
         # Beside the budget, a share of what placements compete for.
         return self.budget * (1 + 1e-12) + 1e-9 * (spare or 1.0)
 
-    def _prove(self, limit: float) -> Priced | None:
+    def _prove(self, limit: float, rounds: int = 100) -> Priced | None:
         """Raise the bound to ``limit`` and return None, or return what prices allow there."""
         enough = self._enough()
         self.pricer.deadline_s = self._until_s()  # Without prices few walks keep the budget.
@@ -625,7 +632,7 @@ class _Fastest(_Search):
             self.prices,
             target=enough,
             reach=1.1 * self.budget or 1.0,
-            rounds=100,
+            rounds=rounds,
         )
         # The bounds' own rounding is far below this.
         if priced.bound < enough:
