@@ -49,6 +49,9 @@ _BEYOND = (1.005, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0, 8.0, 20.0, 100.0)
 _EXCHANGE_SHARE = 0.25
 """Of the time left, for each search of better orders of devices."""
 
+_FARTHEST, _NEAREST = 0.6, 0.1
+"""How far from the time of the best plan towards its bound devices are exchanged."""
+
 _EXCHANGE_PRICES = (0.7, 1.5, 4.0, 15.0)
 """Of the best price of the budget, for orders of devices."""
 
@@ -527,26 +530,23 @@ class _Fastest(_Search):
             self._try(limit, _WIDTHS[1])
 
     def _exchange_devices(self) -> None:
-        """Better orders of devices, each within a little less time than the best plan takes."""
-        target = 1.0
-        share = _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
-        until_s = now_s() + share
-        spare = self.tables.spare.room if self.tables.spare.room < math.inf else 1.0
-        while not self._done() and now_s() < until_s and self.choice is not None:
+        """Better orders of devices, within less time than the best plan takes: the further below,
+        the fewer changes are of use, and the more each of them helps.
+        """
+        until_s = now_s() + _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
+        part = _FARTHEST
+        while part > _NEAREST and not self._done() and now_s() < until_s:
+            if self.choice is None:
+                return
             value = self.value
-            limit = value * (1 - self.gap / 2)
+            limit = value * (self.bound / value) ** part
             orders = Orders([(self._arcs(limit), 0.0)], self.tables.entry, until_s, self.random)
-            most = self.budget - (1 - target) * (spare or 1.0)
-            devices = [stage[0] for stage in self.choice.stages]
-            spans, loss = orders.improve(devices, most)
-            if spans is None or loss > self.budget:
-                break
-            self.seen.pop(tuple(spans), None)
-            self._finish(spans)
+            spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
+            if spans is not None:
+                self.seen.pop(tuple(spans), None)
+                self._finish(spans)
             if self.value >= value:
-                target -= 0.05
-            if target < 0.5:
-                break
+                part /= 2
 
     def _raise(self, width: int) -> None:
         """Bisect for the proof, from where there is none yet."""
