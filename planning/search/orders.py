@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from planning.search.bounds import Joint, Separate
 from planning.search.tables import Floats, Integers, Span
 from planning.time_limit import now_s
 
 _MOST_TAKEN_OUT = 3
+_MOST_TRIED = 48
+"""Devices that are tried in all places, drawn by chance where there are more."""
+
 _STALLED = 250
 """Changes in a row that did not help, after which the search ends."""
 
@@ -46,6 +50,10 @@ class Orders:
         finite = max(arcs.finite() for arcs in self.arcs)
         self.penalty = 10.0 * max(finite + float(entry.max()), 1e-12)
         self.ramp = self.penalty * np.arange(self.blocks + 1)
+        # [block, length - 1]: where a stage of that length that ends there begins.
+        end, self.length = np.indices((self.blocks + 1, self.longest))
+        begin = end - self.length - 1
+        self.valid, self.source = begin >= 0, np.clip(begin, 0, self.blocks - 1)
 
     def improve(self, devices: Sequence[int], target: float) -> tuple[list[Span] | None, float]:
         """Spans of a better order, and what it costs; None where it does not cover all blocks.
@@ -76,6 +84,8 @@ class Orders:
             unused = np.setdiff1d(np.arange(self.devices), found)
             if not len(unused):
                 break
+            if len(unused) > _MOST_TRIED:
+                unused = self.random.choice(unused, _MOST_TRIED, replace=False)
             ways = self._with_one_more(found, unused)
             place, which = divmod(int(ways.argmin()), len(unused))
             if ways[place, which] >= cost:
@@ -135,24 +145,19 @@ class Orders:
         return found[::-1]
 
     def _step(self, before: Floats, ways: Floats) -> Floats:
-        blocks = self.blocks
-        shape = np.broadcast_shapes(before.shape[:-1], ways.shape[:-2])
-        found = np.full((*shape, blocks + 1), math.inf)
-        for length in range(1, self.longest + 1):
-            part = found[..., length:]
-            last = blocks + 1 - length
-            np.minimum(part, before[..., :last] + ways[..., :last, length - 1], out=part)
-        least = np.minimum.accumulate(found - self.ramp, axis=-1)
-        return np.asarray(least + self.ramp)
+        """[..., block]: the least way there, with one more stage after ``before``."""
+        came = before[..., self.source] + ways[..., self.source, self.length]
+        least = np.where(self.valid, came, math.inf).min(-1)
+        return np.asarray(np.minimum.accumulate(least - self.ramp, axis=-1) + self.ramp)
 
     def _step_back(self, behind: Floats, ways: Floats) -> Floats:
-        blocks = self.blocks
-        shape = np.broadcast_shapes(behind.shape[:-1], ways.shape[:-2])
-        found = np.full((*shape, blocks + 1), math.inf)
-        for length in range(1, self.longest + 1):
-            last = blocks + 1 - length
-            part = found[..., :last]
-            np.minimum(part, ways[..., :last, length - 1] + behind[..., length:], out=part)
+        """[..., block]: the least way from there to the end, with one more stage in front."""
+        beyond = np.full((*behind.shape[:-1], self.blocks + 1 + self.longest), math.inf)
+        beyond[..., : self.blocks + 1] = behind
+        windows = sliding_window_view(beyond, self.longest, axis=-1)[..., 1 : self.blocks + 1, :]
+        least = (ways + windows).min(-1)
+        found = np.full((*least.shape[:-1], self.blocks + 1), math.inf)
+        found[..., : self.blocks] = least
         return self._skipping_back(found)
 
     def _skipping_back(self, found: Floats) -> Floats:
