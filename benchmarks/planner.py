@@ -1,17 +1,19 @@
-"""The planner's time to prove a gap, on made-up fleets with a quality budget.
+"""How fast the planner proves how good its plans are, on made-up fleets.
 
     make bench-planner
     python benchmarks/planner.py --quick
-    python benchmarks/planner.py --layers 80 --devices 32 --seeds 5 --gap 0.01 --json
-    python benchmarks/planner.py --solver cbc --markdown
+    python benchmarks/planner.py --layers 80 32 --devices 32 64 128 256 --seeds 3
+    python benchmarks/planner.py --results table.jsonl     # may be stopped, and goes on there
 
 For layers x devices the report has the seconds until the gap is proved or the limit passes, the
 proved gap, and the number of seeds that reached it. Seeds without a plan and infeasible ones are
 counted too, and stay in the total.
 
-Instances have 4 widths, and sensitivities that differ from layer to layer. They have six kinds of
-device, each a little different, and three kinds of link. All memory together holds the model at 8
-bits 1.3 times. The budget is 1.5 times the sum of sensitivities at 6 bits throughout.
+Instances have 4 widths. They have six kinds of device, each a little different, and three kinds of
+link. All memory together holds the model at 8 bits 1.3 times, and a middling device 1.1 layers: a
+large fleet has more than it needs. There are two rules of quality. `kl`: sensitivities differ from
+layer to layer, and the budget is 1.5 times the sum at 6 bits throughout. `delta`: weight errors
+differ from layer to layer, and half of the layers must not have 4 bits.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import statistics
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +40,25 @@ from planning.planner import solve
 from planning.problem import BlockOption, Device, Objective, PlanningProblem
 from wire.profile import LinkProfile
 
+OBJECTIVES = ("latency", "throughput", "request", "energy")
+RULES = ("kl", "delta")
+ROW = ("objective", "rule", "layers", "devices")
+# Share of the time limit that a plan may be late by without being called so.
+LATE = 0.05
+
+
+class Case(NamedTuple):
+    """One plan to make."""
+
+    objective: str
+    rule: str
+    layers: int
+    devices: int
+    seed: int
+
+
+# What a middling device holds at 8 bits at the least.
+LEAST_LAYERS = 1.1
 WIDTHS = (4, 6, 8, 16)
 BLOCK_PARAMETERS = 50_000_000
 # Relative memory, and milliseconds of a layer at 4 bits.
@@ -78,8 +99,10 @@ def spec(layers: int) -> ModelSpec:
     )
 
 
-def instance(layers: int, count: int, seed: int, objective: Objective) -> PlanningProblem:
-    """Return a random problem, which depends only on the arguments."""
+def instance(
+    layers: int, count: int, seed: int, objective: Objective, rule: str = "kl"
+) -> PlanningProblem:
+    """Return a random problem, which depends only on the arguments. ``rule`` is one of RULES."""
     rng = random.Random(f"{layers} {count} {seed}")
     blocks = layers + 2
     ends = (0, blocks - 1)
@@ -89,7 +112,8 @@ def instance(layers: int, count: int, seed: int, objective: Objective) -> Planni
     ]
     kinds = [rng.choice(KINDS) for _ in range(count)]
     shares = [memory * rng.uniform(0.9, 1.1) for memory, _ in kinds]
-    total = 1.3 * sum(row[8] for row in stored)
+    # More devices than blocks do not each get less than a layer, as they would of a fixed total.
+    total = max(1.3 * sum(row[8] for row in stored), count * LEAST_LAYERS * stored[1][8])
     devices = []
     for i, ((_, milliseconds), share) in enumerate(zip(kinds, shares, strict=True)):
         layer_s = 1e-3 * milliseconds * rng.uniform(0.9, 1.1)
@@ -128,6 +152,8 @@ def instance(layers: int, count: int, seed: int, objective: Objective) -> Planni
         shape = 1 + 2 * math.exp(-6 * depth) + 1.5 * math.exp(-8 * (1 - depth))
         loss = 0.02 * shape * math.exp(rng.gauss(0, 0.5)) * (2 if k in ends else 1)
         losses.append({b: loss * (4.0 ** (4 - b) if b < 16 else 1e-7) for b in WIDTHS})
+    errors = [{b: math.sqrt(row[4]) * 2.0 ** (4 - b) for b in WIDTHS} for row in losses]
+    by_loss = rule == "kl"
     return PlanningProblem(
         spec=spec(layers),
         devices=tuple(devices),
@@ -135,10 +161,11 @@ def instance(layers: int, count: int, seed: int, objective: Objective) -> Planni
         bits=WIDTHS,
         stored_bytes=tuple(stored),
         kv_bytes=(0,) * blocks,
-        weight_errors=tuple({} for _ in range(blocks)),
-        max_weight_error=(math.inf,) * blocks,
-        sensitivities=tuple(losses),
-        quality_budget=1.5 * math.fsum(row[6] for row in losses),
+        weight_errors=({},) * blocks if by_loss else tuple(errors),
+        max_weight_error=(math.inf if by_loss else statistics.median(row[4] for row in errors),)
+        * blocks,
+        sensitivities=tuple(losses) if by_loss else (),
+        quality_budget=1.5 * math.fsum(row[6] for row in losses) if by_loss else None,
         objective=objective,
     )
 
@@ -155,69 +182,110 @@ def machine() -> str:
     return f"{max(1, len(names))} x {name}, Python {platform.python_version()}"
 
 
-def measure(options: argparse.Namespace, layers: int, count: int, kind: Any) -> dict[str, Any]:
-    """Return one row of the table."""
-    seconds, gaps, failed, infeasible = [], [], 0, 0
-    for seed in range(options.seeds):
-        problem = instance(layers, count, seed, Objective(kind, 256, 128))
-        started_s = time.monotonic()
-        try:
-            plan = solve(
-                problem, time_limit_s=options.limit, gap=options.gap, solver=options.solver
-            )
-        except InfeasiblePlan:
-            infeasible += 1
-            continue
-        except PlanError:
-            failed += 1
-            continue
-        seconds.append(time.monotonic() - started_s)
-        gaps.append(plan.gap)
+def attempt(options: argparse.Namespace, case: Case) -> dict[str, Any]:
+    """One plan: what the planner says, and what it took."""
+    objective = Objective(case.objective, 256, 128)  # type: ignore[arg-type] # an argument's choice
+    problem = instance(case.layers, case.devices, case.seed, objective, case.rule)
+    wall_s, cpu_s = time.monotonic(), time.process_time()
+    outcome: dict[str, Any] = {"status": "plan", "gap": None, "solver": None}
+    try:
+        plan = solve(problem, time_limit_s=options.limit, gap=options.gap, solver=options.solver)
+        outcome |= {"gap": plan.gap, "solver": plan.proof.solver, "value": plan.value}
+    except InfeasiblePlan as error:
+        outcome |= {"status": "infeasible", "says": str(error)[:200]}
+    except PlanError as error:
+        outcome |= {"status": "none", "says": str(error)[:200]}
+    took_s = time.monotonic() - wall_s
     return {
-        "objective": kind,
-        "layers": layers,
-        "devices": count,
-        "seeds": options.seeds,
-        "no_plan": failed,
-        "infeasible": infeasible,
-        "median_s": statistics.median(seconds) if seconds else None,
-        "worst_s": max(seconds, default=None),
+        **case._asdict(),
+        **outcome,
+        "seconds": took_s,
+        "cpu_s": time.process_time() - cpu_s,
+        "over": max(0.0, took_s / options.limit - 1),
+    }
+
+
+def summary(options: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """All seeds of one row of the table."""
+    gaps = [one["gap"] for one in found if one["gap"] is not None]
+    seconds = [one["seconds"] for one in found]
+    return {
+        **{key: found[0][key] for key in ("objective", "rule", "layers", "devices")},
+        "seeds": len(found),
+        "no_plan": sum(one["status"] == "none" for one in found),
+        "infeasible": sum(one["status"] == "infeasible" for one in found),
+        "solver": "/".join(sorted({one["solver"] for one in found if one["solver"]})),
+        "median_s": statistics.median(seconds),
+        "worst_s": max(seconds),
         "median_gap": statistics.median(gaps) if gaps else None,
         "worst_gap": max(gaps, default=None),
+        "worst_over": max(one["over"] for one in found),
         "within_gap": sum(gap <= options.gap * (1 + 1e-9) for gap in gaps),
     }
 
 
 def cell(row: dict[str, Any]) -> str:
     """Return a row of the results in a few words, as docs/planner.md has them."""
-    if row["infeasible"] == row["seeds"]:
-        return "-"
-    parts = []
-    if row["median_s"] is not None:
+    parts = [f"{row['median_s']:.2f} s"]
+    if row["median_gap"] is not None:
         gaps = f"{row['median_gap']:.2%} ({100 * row['worst_gap']:.2f})"
-        parts.append(f"{row['median_s']:.2f} s / {gaps.replace('%', ' %')}")
+        parts[0] += f" / {gaps.replace('%', ' %')}"
     if row["within_gap"] < row["seeds"]:
         parts.append(f"{row['within_gap']} of {row['seeds']}")
     for key, words in (("no_plan", "no plan"), ("infeasible", "infeasible")):
         if row[key]:
             parts.append(f"{words}: {row[key]}")
+    if row["worst_over"] > LATE:
+        parts.append(f"{row['worst_over']:.0%} over the limit".replace("%", " %"))
     return ", ".join(parts)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return one table per objective: layers down, devices across."""
     lines = []
-    for kind in dict.fromkeys(row["objective"] for row in rows):
-        own = {(row["layers"], row["devices"]): row for row in rows if row["objective"] == kind}
-        layers, counts = (list(dict.fromkeys(key[at] for key in own)) for at in (0, 1))
-        lines += [f"### {kind}", "", "| layers | " + " | ".join(map(str, counts)) + " |"]
+    for kind in dict.fromkeys((row["objective"], row["rule"]) for row in rows):
+        own = {
+            (row["layers"], row["devices"]): row
+            for row in rows
+            if (row["objective"], row["rule"]) == kind
+        }
+        layers, counts = (sorted({key[at] for key in own}) for at in (0, 1))
+        lines += [f"### {', '.join(kind)}", "", "| layers | " + " | ".join(map(str, counts)) + " |"]
         lines.append("|---" * (1 + len(counts)) + "|")
-        lines += [
-            f"| {layer} | " + " | ".join(cell(own[layer, count]) for count in counts) + " |"
-            for layer in layers
-        ]
+        for layer in layers:
+            cells = [cell(own[layer, c]) if (layer, c) in own else "" for c in counts]
+            lines.append(f"| {layer} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Everything to measure, in order."""
+    axes = options.objectives, options.rules, options.layers, options.devices, range(options.seeds)
+    return [Case(*values) for values in itertools.product(*axes)]
+
+
+def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cases, those that the file of results has from there; the others are added to it."""
+    kept: dict[Case, dict[str, Any]] = {}
+    if options.results is not None and options.results.exists():
+        for line in options.results.read_text().splitlines():
+            row = json.loads(line)
+            kept[Case(*(row[name] for name in Case._fields))] = row
+    found = []
+    for case in cases(options):
+        if (row := kept.get(case)) is None:
+            row = attempt(options, case)
+            if options.results is not None:
+                with options.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            if options.json:
+                print(json.dumps(row), flush=True)
+            else:
+                gap = row["status"] if row["gap"] is None else f"{row['gap']:.2%}"
+                Console(stderr=True).print(f"{tuple(case)}: {gap}, {row['seconds']:.2f} s")
+        found.append(row)
+    return found
 
 
 def main() -> None:
@@ -226,16 +294,18 @@ def main() -> None:
         epilog="example: python benchmarks/planner.py --quick",
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 32, 48, 80])
-    parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--objectives", nargs="+", default=["latency", "throughput"])
+    parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256])
+    parser.add_argument(
+        "--objectives", nargs="+", default=["latency", "throughput", "request"], choices=OBJECTIVES
+    )
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     parser.add_argument("--solver", choices=("highs", "cbc"), default=default_solver())
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=10.0, help="seconds per plan")
     parser.add_argument("--gap", type=float, default=0.01, help="stop where this is proved")
+    parser.add_argument("--results", type=Path, help="a file that rows are added to, and read from")
     parser.add_argument("--quick", action="store_true", help="12 and 32 layers, 2 to 8, 2 seeds")
-    parser.add_argument(
-        "--json", action="store_true", help="JSON lines instead of a table: heading, rows"
-    )
+    parser.add_argument("--json", action="store_true", help="JSON lines: heading, plans")
     parser.add_argument("--markdown", action="store_true", help="the tables of docs/planner.md")
     options = parser.parse_args()
     if options.quick:
@@ -249,36 +319,39 @@ def main() -> None:
     }
     if options.json:
         print(json.dumps(heading), flush=True)
-    rows = []
-    for kind in options.objectives:
-        for layers, count in itertools.product(options.layers, options.devices):
-            rows.append(measure(options, layers, count, kind))
-            if options.json:
-                print(json.dumps(rows[-1]), flush=True)
-            else:
-                Console(stderr=True).print(f"{kind} {layers} x {count} done")
+    found = measured(options)
     if options.json:
         return
+    rows = [
+        summary(options, list(group))
+        for _, group in itertools.groupby(found, key=lambda row: [row[name] for name in ROW])
+    ]
+    title = ", ".join(f"{key} {value}" for key, value in heading.items())
     if options.markdown:
-        print(", ".join(f"{key} {value}" for key, value in heading.items()))
-        print(markdown(rows))
-        return
-    table = Table(title=", ".join(f"{key} {value}" for key, value in heading.items()))
-    for column in ("objective", "layers", "devices", "s", "worst s", "gap", "worst gap", "reached"):
+        print(f"{title}\n{markdown(rows)}")
+    else:
+        Console().print(as_table(title, rows))
+
+
+def as_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    table = Table(title=title)
+    names = ("objective", "rule", "layers", "devices", "solver")
+    figures = ("s", "worst s", "gap", "worst gap", "over", "reached")
+    for column in (*names, *figures):
         table.add_column(column, justify="right")
+    forms = (
+        ("median_s", "{:.2f}"),
+        ("worst_s", "{:.2f}"),
+        ("median_gap", "{:.2%}"),
+        ("worst_gap", "{:.2%}"),
+        ("worst_over", "{:.0%}"),
+    )
     for row in rows:
-        figures = [
-            "-" if row[key] is None else form.format(row[key])
-            for key, form in (
-                ("median_s", "{:.2f}"),
-                ("worst_s", "{:.2f}"),
-                ("median_gap", "{:.2%}"),
-                ("worst_gap", "{:.2%}"),
-            )
-        ]
-        names = [row["objective"], str(row["layers"]), str(row["devices"])]
-        table.add_row(*names, *figures, f"{row['within_gap']}/{row['seeds']}")
-    Console().print(table)
+        values = ["-" if row[key] is None else form.format(row[key]) for key, form in forms]
+        reached = f"{row['within_gap']}/{row['seeds']}"
+        table.add_row(*(str(row[name]) for name in names), *values, reached)
+    return table
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Each host has 30 % of a core and a wired link (testbed/). The model has 943 mill
 at 8 bits. For each number of hosts, the planner's best plan for throughput is loaded. It runs one
 generation at a time, then several at once, in turns. A prompt is one token long, so every pass is a
 token's. The client measures tokens per second of all generations, from the first request to the end
-of the last answer. A plan predicts them from measured passes of several rows (planning/together.py).
+of the last answer. A plan predicts them from passes of several rows (planning/together.py).
 
 The model and the measurements of the hosts are kept in --state.
 """

@@ -241,6 +241,8 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
                 raise ValueError(f"{profile.machine}: a block cannot take {seconds} s")
     sensitivities = own_rows(request, device)
     rows = []
+    # Blocks that are alike share one row, which makes large problems small.
+    shared: dict[tuple[BlockOption, ...], tuple[BlockOption, ...]] = {}
     for block in range(spec.block_count):
         kind, variant = spec.block_kind(block), spec.block_variant(block)
         row = []
@@ -252,5 +254,5 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
                 own = None if sensitivities is None else sensitivities[block].get(bits, math.inf)
                 times = found.decode_s, found.prefill_s_per_token
                 row.append(BlockOption(bits, executed, *times, own, found.rows_s))
-        rows.append(tuple(row))
+        rows.append(shared.setdefault(tuple(row), tuple(row)))
     return tuple(rows)

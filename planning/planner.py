@@ -33,6 +33,7 @@ from planning.plan import (
 from planning.problem import ONE_TOKEN, Device, PlanningProblem
 from planning.search.search import Found, search
 from planning.time_limit import now_s
+from planning.usable import Usable
 from planning.widths import settle, undominated
 from wire.profile import LinkProfile
 
@@ -45,8 +46,9 @@ _FREE = 1e-9
 # OPTIMALITY_GAP.
 _SAME = 5e-7
 # With more counts than this the search goes first, as it does where a gap is allowed: it closes
-# large problems sooner, but seldom to nothing. With more than the last the program is hopeless.
-_SMALL, _LARGE = 600, 6_000
+# large problems sooner, but seldom to nothing. With more than the second the program closes no gap
+# that the search left. With more counts and hops than the last, writing it takes seconds.
+_SMALL, _CLOSED, _WRITTEN = 600, 2_000, 15_000
 # Where the slowest stage counts beside the sum, the program takes much longer.
 _SMALL_REQUEST = 100
 DEFAULT_GAP = 0.005
@@ -61,9 +63,7 @@ _ADVICE_S = 5.0
 # Which links a plan lacks is told by one that may be this far from the best.
 _LINKS_GAP = 0.05
 _ASSUMED_BYTES_PER_S = 1e9
-# The search gets this long in any case.
-_SEARCH_S = 1.0
-# And this long while there is no plan: the first takes a slow or busy machine longer.
+# The search gets this long while there is no plan: the first takes a slow or busy machine longer.
 _LAST_RESORT_S = 5.0
 
 
@@ -162,12 +162,17 @@ def _best_of(
     enough = math.inf if rival is None else rival.value * (1 - max(gap, _SAME))
     if searching := size > _small(problem) or gap > 0:
         report("searching")
-        found = _search(problem, runner, gap, share=0.5 if size <= _LARGE else 1.0, rival=rival)
+        share = 0.5 if size <= _CLOSED else 1.0
+        found = _search(problem, runner, gap, share=share, rival=rival)
+        if found.impossible:
+            runner.refused = True
+            return None, math.inf
         plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
     bound = found.bound
     least = min((one.value for one in (plan, rival) if one is not None), default=math.inf)
     missing = plan is None and rival is None
-    if missing or (bound < (1 - gap) * least and size <= _LARGE and runner.left_s() > 0):
+    open_ = bound < (1 - gap) * least and (size <= _CLOSED or not searching)
+    if (missing and _writable(problem)) or (open_ and runner.left_s() > 0):
         report("solving the integer program")
         exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None, enough)
         if exact is None and missing and not searching:
@@ -208,6 +213,12 @@ def _size(problem: PlanningProblem) -> int:
     return distinct * len(problem.devices) * len(problem.bits)
 
 
+def _writable(problem: PlanningProblem) -> bool:
+    """Whether the program is small enough to be written in little time."""
+    hops = len(problem.links) * len(problem.permitted_hops)
+    return _size(problem) + hops <= _WRITTEN
+
+
 def _search(
     problem: PlanningProblem,
     runner: _Runner,
@@ -221,8 +232,10 @@ def _search(
     Only a plan that is better than ``rival`` is looked for.
     """
     started_s = now_s()
-    deadline_s = started_s + max(_SEARCH_S, share * runner.left_s())
-    last_resort_s = max(deadline_s, started_s + _LAST_RESORT_S) if share else deadline_s
+    deadline_s = started_s + share * runner.left_s()
+    # Where the search finds nothing, the program may still prove that nothing fits.
+    resort_s = (0.5 if _writable(problem) else share) * runner.left_s()
+    last_resort_s = started_s + max(resort_s, _LAST_RESORT_S) if share else deadline_s
     ties = _ties(problem)
     return search(
         problem,
@@ -341,6 +354,12 @@ class _Runner:
 
     def plan(self, problem: PlanningProblem, aim: Aim, gap: float = 0.0) -> Plan | None:
         """A plan for advice; None where there is none, or no time."""
+        if not _writable(problem):
+            self.unsure = True
+            if aim != "any" or not self.left_s():
+                return None
+            found = _search(problem, self, gap=0.5, share=0.2)
+            return _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
         program = PlanProgram(problem, aim=aim, margin=_LIMIT_MARGIN)
         outcome = self.run(program, gap)
         if outcome.status not in ("optimal", "feasible"):
@@ -366,7 +385,9 @@ def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[S
 
 def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
     """True where exchanging two devices changes no figure of any plan."""
-    if replace(problem.devices[i], name="") != replace(problem.devices[j], name=""):
+    one, other = problem.devices[i], problem.devices[j]
+    # Most devices differ in this: many pairs are asked for.
+    if one.memory_bytes != other.memory_bytes or replace(one, name=other.name) != other:
         return False
     if {i, j} & {*problem.excluded, *problem.pins.values()}:
         return False
@@ -402,12 +423,9 @@ def _hopeless(problem: PlanningProblem) -> str | None:
         return "there are no devices"
     if (against := _contradiction(problem)) is not None:
         return against
-    runs = "; ".join(
-        f"{device.name} runs {_list(device.backend_bits or _widths(device))}"
-        for device in problem.devices
-    )
-    least: list[float] = []
-    for block in range(problem.spec.block_count):
+    usable = Usable(problem)
+    placed = usable.allowed.any((0, 2))
+    for block in np.flatnonzero(~placed).tolist():
         name = problem.spec.block_name(block)
         allowed = [bits for bits in problem.bits if problem.within_error(block, bits)]
         if not allowed:
@@ -418,23 +436,19 @@ def _hopeless(problem: PlanningProblem) -> str | None:
             )
             return f"{name} stays within weight error {bound:g} at no width asked for ({errors})"
         if not any(device.option(block, bits) for device in problem.devices for bits in allowed):
+            runs = "; ".join(
+                f"{device.name} runs {_list(device.backend_bits or _widths(device))}"
+                for device in problem.devices
+            )
             return f"no device can run {name} at {_list(allowed)} bit ({runs})"
-        placed = [
-            (i, bits)
-            for i, device in enumerate(problem.devices)
-            for bits in allowed
-            if device.option(block, bits) and problem.allows(i, block, bits)
-        ]
-        if not placed:
-            unknown = "unknown watts" if problem.objective.kind == "energy" else ""
-            causes = ["the pins", "the exclusions", unknown, "unknown sensitivities"]
-            *some, last = [cause for cause in causes if cause]
-            return f"{', '.join(some)} or {last} leave no place for {name}"
-        if problem.quality_budget is not None:
-            least.append(min(problem.loss(i, block, bits) for i, bits in placed))
-    if problem.quality_budget is not None and math.fsum(least) > problem.quality_budget:
+        unknown = "unknown watts" if problem.objective.kind == "energy" else ""
+        causes = ["the pins", "the exclusions", unknown, "unknown sensitivities"]
+        *some, last = [cause for cause in causes if cause]
+        return f"{', '.join(some)} or {last} leave no place for {name}"
+    least = math.fsum(usable.least.tolist())
+    if problem.quality_budget is not None and least > problem.quality_budget:
         return (
-            f"the sensitivities add up to {math.fsum(least):.3g} at the best widths asked for,"
+            f"the sensitivities add up to {least:.3g} at the best widths asked for,"
             f" above the budget of {problem.quality_budget:g}"
         )
     return None

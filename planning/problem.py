@@ -161,7 +161,11 @@ class Device:
 
     def option(self, block: int, bits: int) -> BlockOption | None:
         """How this device runs ``block`` at ``bits``; None where it cannot."""
-        return next((option for option in self.options[block] if option.bits == bits), None)
+        # Asked for each option of large problems: a loop is twice as fast as a generator.
+        for option in self.options[block]:
+            if option.bits == bits:
+                return option
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the user has decided already, and what a plan must keep."""
+    """Add the options about what is decided already, and what a plan must keep."""
     parser.add_argument(
         "--pin",
         type=_pin,

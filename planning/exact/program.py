@@ -34,6 +34,7 @@ import pulp
 
 from planning.plan import Proof, assess
 from planning.problem import BlockOption, PlanningProblem
+from planning.usable import LOSS_ROUNDING, Usable
 
 StageChoice = tuple[int, int, tuple[int, ...]]
 """(device index, first block, bits per block)"""
@@ -58,90 +59,12 @@ _OBJECTIVE_SCALE = 1e3
 _STAGE_TIE_BREAK = 5e-7
 
 
-# What rounding may add to a sum of losses, as a share of the budget.
-_LOSS_ROUNDING = 1e-13
-
-
-@dataclass(frozen=True, slots=True)
-class SpareBudget:
-    """The part of the quality budget that placements compete for.
-
-    ``least`` is the least that each block takes wherever it is, ``room`` what these leave of the
-    budget: inf without one. Beside losses that no plan avoids the room may be tiny, and beside it
-    most options are far too lossy: what is compared with a solver's tolerances is the room.
-    """
-
-    least: tuple[float, ...]
-    room: float
-
-    @staticmethod
-    def of(problem: PlanningProblem) -> SpareBudget:
-        """The spare budget of a problem; of blocks that nothing may run, 0 is the least."""
-        blocks = range(problem.spec.block_count)
-        if problem.quality_budget is None:
-            return SpareBudget((0.0,) * len(blocks), math.inf)
-        losses = [
-            [
-                problem.loss(i, k, option.bits)
-                for i, device in enumerate(problem.devices)
-                for option in device.options[k]
-                if problem.allows(i, k, option.bits)
-            ]
-            for k in blocks
-        ]
-        least = tuple(min(row, default=0.0) for row in losses)
-        return SpareBudget(least, max(0.0, problem.quality_budget - math.fsum(least)))
-
-    def admits(self, problem: PlanningProblem, device: int, block: int, bits: int) -> bool:
-        """False where the option alone takes more than the room: no plan has it."""
-        budget = problem.quality_budget
-        if budget is None or self.room == math.inf:
-            return True
-        excess = problem.loss(device, block, bits) - self.least[block]
-        return excess <= self.room + _LOSS_ROUNDING * budget
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """Blocks that are interchangeable on one device, and how each can be run there."""
 
     blocks: tuple[int, ...]
     options: tuple[BlockOption, ...]
-
-
-def usable_options(
-    problem: PlanningProblem,
-    device: int,
-    block: int,
-    spare: SpareBudget,
-    *,
-    fitting: bool = True,
-) -> tuple[BlockOption, ...]:
-    """Options that the problem allows on the device, less those that another one beats.
-
-    Also less those that alone break the budget, and, ``fitting``, those that are too large for
-    the device even alone.
-    """
-    own = problem.devices[device]
-    stored = problem.stored_bytes[block]
-    kept: list[BlockOption] = []
-    for option in own.options[block]:
-        if not problem.allows(device, block, option.bits):
-            continue
-        if not spare.admits(problem, device, block, option.bits):
-            continue
-        memory = own.stage_bytes + problem.kv_bytes[block] + option.executed_bytes
-        small = memory <= own.memory_bytes and stored[option.bits] <= own.storage_bytes
-        if small or not fitting:
-            kept.append(option)
-
-    def beaten(loser: BlockOption, winner: BlockOption) -> bool:
-        ours = _figures(problem, device, block, loser)
-        theirs = _figures(problem, device, block, winner)
-        no_worse = all(x <= y for x, y in zip(theirs, ours, strict=True))
-        return no_worse and (theirs != ours or winner.bits > loser.bits)
-
-    return tuple(one for one in kept if not any(beaten(one, other) for other in kept))
 
 
 def _figures(
@@ -180,8 +103,8 @@ class PlanProgram:
         self._devices = range(len(problem.devices))
         self._total = problem.spec.block_count
         self._slowest: Any = None
-        self._spare = SpareBudget.of(problem)
-        self._find_alike(fitting=not short)
+        self._permitted = Usable(problem, fitting=not short)
+        self._find_alike()
         self.program = pulp.LpProblem("plan", pulp.LpMinimize)
         self._place()
         self._order(twins)
@@ -309,13 +232,10 @@ class PlanProgram:
         plan = assess(self._problem, choice.stages, Proof("", 0.0, 0.0), choice.hop_bits)
         return plan.decode_s
 
-    def _find_alike(self, *, fitting: bool) -> None:
-        """Stretches for all devices, groups for each one; ``_usable[i][k]``: can i run block k."""
+    def _find_alike(self) -> None:
+        """Stretches of blocks that all devices find alike, and groups for each device."""
         problem, blocks = self._problem, range(self._total)
-        options = [
-            [usable_options(problem, i, k, self._spare, fitting=fitting) for k in blocks]
-            for i in self._devices
-        ]
+        options = [[self._permitted.options(i, k) for k in blocks] for i in self._devices]
 
         def looks(i: int, k: int) -> tuple[Any, ...]:
             costs = tuple((o.bits, *_figures(problem, i, k, o)) for o in options[i][k])
@@ -385,7 +305,7 @@ class PlanProgram:
         """One path of hops through the used devices, in the order of their blocks."""
         program, devices, total = self.program, self._devices, self._total
         problem = self._problem
-        room = self._spare.room + _LOSS_ROUNDING * (problem.quality_budget or 0.0)
+        room = self._permitted.room + LOSS_ROUNDING * (problem.quality_budget or 0.0)
         forms = {
             (i, j): [
                 form
@@ -486,7 +406,7 @@ class PlanProgram:
 
         Without a budget, or with an infinite one, there is no row.
         """
-        problem, spare = self._problem, self._spare
+        problem, spare = self._problem, self._permitted
         if problem.quality_budget is None:
             return pulp.lpSum([])
         terms = [
@@ -508,7 +428,7 @@ class PlanProgram:
         if spare.room == math.inf:
             unit = max(loss for loss, _ in terms) or 1.0
             return pulp.lpSum(loss / unit * count for loss, count in terms if loss)
-        unit = max(spare.room, _LOSS_ROUNDING * problem.quality_budget) or 1.0
+        unit = max(spare.room, LOSS_ROUNDING * problem.quality_budget) or 1.0
         total = pulp.lpSum(loss / unit * count for loss, count in terms if loss)
         self.program += total <= (1 - margin) * spare.room / unit
         return total

@@ -6,13 +6,15 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from planning.search.bounds import Priced
-from planning.search.tables import Span, Tables
+from planning.search.tables import Floats, Integers, Span, Tables
 from planning.time_limit import now_s
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,34 @@ class Walk:
     mixed: bool
 
 
+@dataclass(slots=True)
+class _Labels:
+    """Beginnings of walks that end where the next stage begins, one a row.
+
+    ``device`` is the one of that stage, ``used`` [row, device] those of the stages before,
+    ``length`` [row, relaxation] what the beginning costs, and ``bound`` what no completion is
+    below. ``parent`` is the number of the label that was extended; -1 for none.
+    """
+
+    device: Integers
+    parent: Integers
+    used: Mask
+    first: Integers
+    mixed: Mask
+    length: Floats
+    bound: Floats
+
+    @staticmethod
+    def joined(parts: Sequence[_Labels]) -> _Labels:
+        """All rows of several."""
+        columns = [[getattr(part, name) for part in parts] for name in _Labels.__slots__]
+        return _Labels(*(np.concatenate(column) for column in columns))
+
+    def rows(self, at: Integers) -> _Labels:
+        """Some of the rows."""
+        return _Labels(*(getattr(self, name)[at] for name in _Labels.__slots__))
+
+
 def beam(
     tables: Tables,
     relaxations: Sequence[Priced],
@@ -33,126 +63,169 @@ def beam(
     width: int,
     cutoff: float,
     deadline_s: float,
+    merge: bool = True,
 ) -> tuple[list[Walk], float]:
     """Walks that enter no device twice, least bound first; and the least bound of what was left
     out for lack of space or time. Walks that are not below ``cutoff`` are left out too, and so are
-    those that enter a device before its twin of a lower index.
+    those that enter a device before its twin of a lower index. Without ``merge`` no walk is mixed.
     """
-    ties = tables.ties
-    devices, blocks, _ = tables.shape
-    rank = range(len(relaxations))
-    fixed = np.array([r.fixed for r in relaxations])
-    constant = np.array([r.constant for r in relaxations])
-    go = [r.to_go for r in relaxations]
-    dropped = math.inf
-    finished: list[Walk] = []
-    # Of each label: its own device, the devices used, the first one, lengths, and its parent.
-    own: list[Any] = []
-    parents: list[Any] = []
-    base = [0]
-    waiting: list[list[tuple[Any, ...]]] = [[] for _ in range(blocks + 1)]
-    start = np.flatnonzero(~(ties > 0).any(0))
-    lengths = np.array([r.enter + r.fixed for r in relaxations]).T
-    enter = np.array([r.enter for r in relaxations])
-    bounds = (enter + [g[:, 0] for g in go]).T - constant
-    first_used = np.zeros((devices, devices), dtype=bool)
-    waiting[0].append(
-        (
+    return _Beam(tables, relaxations, width, cutoff, merge).run(deadline_s)
+
+
+class _Beam:
+    """The labels of one beam, block by block."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        relaxations: Sequence[Priced],
+        width: int,
+        cutoff: float,
+        merge: bool,
+    ) -> None:
+        self.tables, self.relaxations = tables, relaxations
+        self.width, self.cutoff, self.merge = width, cutoff, merge
+        self.fixed = np.array([r.fixed for r in relaxations])
+        self.constant = np.array([r.constant for r in relaxations])
+        self.enter = np.array([r.enter for r in relaxations])
+        self.dropped = math.inf
+        self.finished: list[Walk] = []
+        # Of the labels that were kept at each block; ``base`` is the number of the first.
+        self.own: list[Integers] = []
+        self.parents: list[Integers] = []
+        self.base = [0]
+        self.waiting: list[list[_Labels]] = [[] for _ in range(tables.shape[1] + 1)]
+
+    def run(self, deadline_s: float) -> tuple[list[Walk], float]:
+        """Extend all labels until all blocks are placed."""
+        self._begin()
+        for k in range(self.tables.shape[1]):
+            parts, self.waiting[k] = self.waiting[k], []
+            if now_s() > deadline_s:
+                self.width = 1
+            if not parts:
+                self._number(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+                continue
+            labels = self._shortlist(_Labels.joined(parts))
+            labels = self._unlike(labels) if self.merge else labels
+            self._number(labels.device, labels.parent)
+            self._end(k, labels)
+            self._extend(k, labels)
+        self.finished.sort(key=lambda walk: walk.bound)
+        return self.finished, self.dropped
+
+    def _begin(self) -> None:
+        """One label for each device that may be the first."""
+        devices = self.tables.shape[0]
+        start = np.flatnonzero(~(self.tables.ties > 0).any(0))
+        ahead = np.array([r.to_go[:, 0] for r in self.relaxations])
+        labels = _Labels(
             start,
-            start * 0 - 1,
-            first_used[start],
+            np.full(len(start), -1),
+            np.zeros((len(start), devices), dtype=bool),
             start,
             np.zeros(len(start), dtype=bool),
-            lengths[start],
-            bounds.max(1)[start],
+            (self.enter + self.fixed).T[start],
+            ((self.enter + ahead).T - self.constant).max(1)[start],
         )
-    )
+        self.waiting[0].append(labels)
 
-    def trace(label: int, until: int) -> list[Span]:
-        spans: list[Span] = []
-        while label >= 0:
-            k = bisect_right(base, label) - 1
-            spans.append((int(own[k][label - base[k]]), k, until))
-            label, until = int(parents[k][label - base[k]]), k
-        return spans[::-1]
+    def _number(self, device: Integers, parent: Integers) -> None:
+        """Keep what a walk is traced back by."""
+        self.own.append(device)
+        self.parents.append(parent)
+        self.base.append(self.base[-1] + len(device))
 
-    for k in range(blocks):
-        if not waiting[k]:
-            own.append(np.empty(0, dtype=np.int64))
-            parents.append(np.empty(0, dtype=np.int64))
-            base.append(base[-1])
-            continue
-        device, parent, used, first, mixed, length, bound = (
-            np.concatenate(parts) for parts in zip(*waiting[k], strict=True)
-        )
-        waiting[k] = []
-        order = np.arange(len(bound))
-        if now_s() > deadline_s:
-            width = 1
-        if len(bound) > 6 * width:
-            order = np.argpartition(bound, 6 * width)
-            dropped = min(dropped, float(bound[order[6 * width]]))
-            order = np.sort(order[: 6 * width])
-        order = order[np.argsort(bound[order], kind="stable")]
-        device, parent, used, first, mixed, length, bound = (
-            part[order] for part in (device, parent, used, first, mixed, length, bound)
-        )
-        used = used.copy()
-        used[np.arange(len(device)), device] = True
-        # Of labels that differ in nothing that lies ahead, one that is as short as the shortest.
+    def _shortlist(self, labels: _Labels) -> _Labels:
+        """The labels of the least bounds, in their order; their own device counts as used."""
+        order = np.arange(len(labels.bound))
+        most = (6 if self.merge else 1) * self.width
+        if len(order) > most:
+            order = np.argpartition(labels.bound, most)
+            self.dropped = min(self.dropped, float(labels.bound[order[most]]))
+            order = np.sort(order[:most])
+        labels = labels.rows(order[np.argsort(labels.bound[order], kind="stable")])
+        labels.used = labels.used.copy()
+        labels.used[np.arange(len(labels.device)), labels.device] = True
+        return labels
+
+    def _unlike(self, labels: _Labels) -> _Labels:
+        """Of labels that differ in nothing that lies ahead, one that is as short as the shortest;
+        and of these as many as the beam is wide.
+        """
+        used, device, first = labels.used, labels.device, labels.first
         keys = np.concatenate([np.packbits(used, axis=1), device[:, None], first[:, None]], axis=1)
         _, index, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-        shortest = np.full((len(index), length.shape[1]), math.inf)
-        np.minimum.at(shortest, group.reshape(-1), length)
-        several = np.bincount(group.reshape(-1)) > 1
-        np.logical_or.at(several, group.reshape(-1), mixed)
+        group = group.reshape(-1)
+        shortest = np.full((len(index), labels.length.shape[1]), math.inf)
+        np.minimum.at(shortest, group, labels.length)
+        several = np.bincount(group) > 1
+        np.logical_or.at(several, group, labels.mixed)
         order = np.argsort(index, kind="stable")
-        index, length, mixed = index[order], shortest[order], several[order]
-        if len(index) > width:
-            dropped = min(dropped, float(bound[index[width]]))
-            index, length, mixed = index[:width], length[:width], mixed[:width]
-        device, parent, used, first = device[index], parent[index], used[index], first[index]
-        own.append(device)
-        parents.append(parent)
-        base.append(base[-1] + len(device))
-        values = [length[:, r, None, None] + relaxations[r].arcs.at(k)[device] for r in rank]
-        ahead = [go[r][:, k + 1 : k + 1 + tables.longest].T for r in rank]
-        least = values[0] + ahead[0] - constant[0]
-        for r in rank[1:]:
-            np.maximum(least, values[r] + ahead[r] - constant[r], out=least)
-        blocked = used | ((~used).astype(float) @ ties > 0)
+        if len(order) > self.width:
+            bound = float(labels.bound[index[order[self.width]]])
+            self.dropped = min(self.dropped, bound)
+            order = order[: self.width]
+        kept = labels.rows(index[order])
+        kept.length, kept.mixed = shortest[order], several[order]
+        return kept
+
+    def _end(self, k: int, labels: _Labels) -> None:
+        """Finish walks whose last stage begins at block ``k``. The way back is known here: what
+        the relaxations charge for beginning is refunded.
+        """
+        left = self.tables.shape[1] - k
+        if left > self.tables.longest:
+            return
+        device, first = labels.device, labels.first
+        ends = [
+            r.arcs.ends[device, left - 1, first] - self.enter[at, first] - self.constant[at]
+            for at, r in enumerate(self.relaxations)
+        ]
+        whole = (labels.length + np.array(ends).T).max(1)
+        for who in np.flatnonzero(whole < self.cutoff):
+            spans = self._trace(self.base[k] + int(who), left + k)
+            self.finished.append(Walk(float(whole[who]), spans, bool(labels.mixed[who])))
+
+    def _trace(self, label: int, until: int) -> list[Span]:
+        spans: list[Span] = []
+        while label >= 0:
+            k = bisect_right(self.base, label) - 1
+            spans.append((int(self.own[k][label - self.base[k]]), k, until))
+            label, until = int(self.parents[k][label - self.base[k]]), k
+        return spans[::-1]
+
+    def _extend(self, k: int, labels: _Labels) -> None:
+        """Labels of all ways to go on from block ``k`` that may end below the cutoff."""
+        longest, device = self.tables.longest, labels.device
+        values, least = [], np.full((1, 1, 1), -math.inf)
+        for at, r in enumerate(self.relaxations):
+            values.append(labels.length[:, at, None, None] + r.arcs.at(k)[device])
+            ahead = r.to_go[:, k + 1 : k + 1 + longest].T
+            least = np.maximum(least, values[-1] + ahead - self.constant[at])
+        ties = self.tables.ties
+        blocked = labels.used | ((~labels.used).astype(float) @ ties > 0)
         least[np.broadcast_to(blocked[:, None, :], least.shape)] = math.inf
-        if blocks - k <= tables.longest:
-            # The way back is known here: what the relaxations charge for beginning is refunded.
-            ends = [
-                r.arcs.ends[device, blocks - k - 1, first] - enter[at, first] - constant[at]
-                for at, r in enumerate(relaxations)
-            ]
-            whole = (length + np.array(ends).T).max(1)
-            for who in np.flatnonzero(whole < cutoff):
-                spans = trace(base[k] + int(who), blocks)
-                finished.append(Walk(float(whole[who]), spans, bool(mixed[who])))
-        label, size, target = np.nonzero(least < cutoff)
-        if len(label) > 20 * width:
+        label, size, target = np.nonzero(least < self.cutoff)
+        most = 20 * self.width
+        if len(label) > most:
             value = least[label, size, target]
-            keep = np.argpartition(value, 20 * width)
-            dropped = min(dropped, float(value[keep[20 * width]]))
-            keep = np.sort(keep[: 20 * width])
+            keep = np.argpartition(value, most)
+            self.dropped = min(self.dropped, float(value[keep[most]]))
+            keep = np.sort(keep[:most])
             label, size, target = label[keep], size[keep], target[keep]
-        grown = np.array([value[label, size, target] for value in values]).T + fixed.T[target]
+        grown = np.array([value[label, size, target] for value in values]).T + self.fixed.T[target]
         for more in np.unique(size):
             here = size == more
             who = label[here]
-            waiting[k + int(more) + 1].append(
-                (
+            self.waiting[k + int(more) + 1].append(
+                _Labels(
                     target[here],
-                    base[k] + who,
-                    used[who],
-                    first[who],
-                    mixed[who],
+                    self.base[k] + who,
+                    labels.used[who],
+                    labels.first[who],
+                    labels.mixed[who],
                     grown[here],
                     least[who, more, target[here]],
                 )
             )
-    finished.sort(key=lambda walk: walk.bound)
-    return finished, dropped

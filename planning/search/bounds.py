@@ -29,6 +29,23 @@ class Joint:
     def __init__(self, costs: Floats, ends: Floats) -> None:
         self.costs = costs
         self.ends = ends
+        self._pairs: Floats | None = None
+
+    @property
+    def blocks(self) -> int:
+        """How many there are to place."""
+        return len(self.costs)
+
+    def finite(self) -> float:
+        """The largest cost that is possible at all."""
+        return float(np.abs(self.costs[np.isfinite(self.costs)]).max(initial=0.0))
+
+    def between(self, sources: Any, targets: Any) -> Floats:
+        """[..., block, length - 1] of stages on the sources before stages on the targets."""
+        if self._pairs is None:
+            self._pairs = np.ascontiguousarray(self.costs.transpose(1, 3, 0, 2))
+        found: Floats = self._pairs[sources, targets]
+        return found
 
     def at(self, k: int) -> Floats:
         """Of all stages from block ``k`` on that others follow."""
@@ -71,6 +88,24 @@ class Separate:
             self.ends[:, -1] = np.inf
             np.fill_diagonal(self.ends[:, -1], last[:, -1])
 
+    @property
+    def blocks(self) -> int:
+        """How many there are to place."""
+        return int(self.segments.shape[1])
+
+    def finite(self) -> float:
+        """The largest cost that is possible at all."""
+        return sum(
+            float(np.abs(part[np.isfinite(part)]).max(initial=0.0))
+            for part in (self.segments, self.links)
+        )
+
+    def between(self, sources: Any, targets: Any) -> Floats:
+        """[..., block, length - 1] of stages on the sources before stages on the targets."""
+        sources, targets = np.broadcast_arrays(sources, targets)
+        found: Floats = self.segments[sources] + self.links[sources, targets][..., None, None]
+        return found
+
     def at(self, k: int) -> Floats:
         """Of all stages from block ``k`` on that others follow."""
         found: Floats = self.segments[:, k, :, None] + self.links[:, None, :]
@@ -96,6 +131,27 @@ class Separate:
                 found[:, k] = np.minimum(found[:, k], sink[:, blocks - k - 1])
             found[:, k] += fixed
             beyond[:, k] = (self.links + found[:, k]).min(1)
+        return found
+
+
+class Free(Separate):
+    """The same where hops cost nothing and lead anywhere: quick to price on hundreds of devices."""
+
+    def __init__(self, segments: Floats) -> None:
+        nothing = np.zeros((len(segments), len(segments)))
+        super().__init__(segments, nothing, nothing)
+
+    def to_go(self, fixed: Floats, sink: Floats) -> Floats:
+        """[device, block]: the least way from entering there to the end, as ``Separate`` has it."""
+        devices, blocks, longest = self.segments.shape
+        found = np.full((devices, blocks + 1 + longest), np.inf)
+        beyond = np.full(blocks + 1 + longest, np.inf)
+        for k in reversed(range(blocks)):
+            found[:, k] = (self.segments[:, k] + beyond[k + 1 : k + 1 + longest]).min(1)
+            if blocks - k <= longest:
+                found[:, k] = np.minimum(found[:, k], sink[:, blocks - k - 1])
+            found[:, k] += fixed
+            beyond[k] = found[:, k].min()
         return found
 
 

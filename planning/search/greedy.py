@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planning.search.tables import Floats, Integers, Span, Tables
+from planning.time_limit import now_s
 
 _PRICES = (0.0, *np.geomspace(1e-3, 1e3, 13).tolist(), math.inf)
 """Of the spare budget, in shares of a device: from smallest to least lossy."""
@@ -36,11 +37,16 @@ class Filled:
     hops: Integers
 
 
-def fill(tables: Tables) -> list[Filled]:
-    """Different walks that cover all blocks: those that keep the budget first, then by value."""
+def fill(tables: Tables, until_s: float = math.inf) -> list[Filled]:
+    """Different walks that cover all blocks: those that keep the budget first, then by value.
+
+    At ``until_s``, one that keeps the budget is enough.
+    """
     filler = _Filler(tables)
     best: dict[tuple[Span, ...], Filled] = {}
     for options in filler.choices():
+        if now_s() > until_s and any(one.within for one in best.values()):
+            break
         level = _Level(tables, options)
         for score in ("longest", "fastest", "largest", "given"):
             spans = level.walk(score)

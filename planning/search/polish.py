@@ -12,7 +12,10 @@ from planning.search.tables import Floats, Integers, Span, Tables
 
 
 class Polish:
-    """Makes the widths of a walk keep every limit exactly, then as cheap as exchanges make them."""
+    """Makes the widths of a walk keep every limit exactly, then as cheap as exchanges make them.
+
+    With a limit of seconds per stage, loss takes the place of cost: it is lowered to the budget.
+    """
 
     def __init__(
         self,
@@ -21,38 +24,41 @@ class Polish:
         chosen: Integers,
         hops: Integers,
         *,
-        fixed: bool,
+        seconds: Sequence[float] | None = None,
     ) -> None:
-        """``chosen`` are the options per block, ``hops`` the format per hop; ``fixed`` keeps it."""
+        """``chosen`` are the options per block, ``hops`` the format per hop.
+
+        ``seconds`` limits the decoding of each stage's blocks; formats then stay as they are.
+        """
         self.blocks = len(chosen)
+        self.timed = seconds is not None
         self.chosen: Integers = np.concatenate([chosen, hops])
         rows = np.arange(tables.shape[1])
+        devices = [i for i, _, _ in spans]
         device = np.concatenate([np.full(end - first, i) for i, first, end in spans])
         self.stage = np.concatenate([np.full(e - f, n) for n, (_, f, e) in enumerate(spans)])
-        self.figures = np.stack(
-            [
-                figure[device, rows]
-                for figure in (tables.cost, tables.loss, tables.memory, tables.storage)
-            ]
-        )
+        sizes = [tables.memory, tables.storage, *([tables.decode] if self.timed else [])]
+        cost = np.where(np.isfinite(tables.cost), tables.loss, math.inf)
+        figures = [cost if self.timed else tables.cost, tables.loss, *sizes]
+        self.figures = np.stack([figure[device, rows] for figure in figures])
         # A hop is one more row, of no size, with its formats as options.
-        _, _, options = self.figures.shape
-        more = np.zeros((4, len(hops), max(options, len(tables.hop_bits))))
+        options = self.figures.shape[2]
+        more = np.zeros((len(figures), len(hops), max(options, len(tables.hop_bits))))
         more[0] = math.inf
-        for row, ((i, _, _), (j, _, _)) in enumerate(pairwise(spans)):
-            formats = [hops[row]] if fixed else range(len(tables.hop_bits))
-            for f in formats:
-                more[:2, row, f] = tables.hop[f, i, j], tables.hop_loss[f]
-        wide = np.zeros((4, self.blocks, more.shape[2]))
+        for row, (i, j) in enumerate(pairwise(devices)):
+            for f in [hops[row]] if self.timed else range(len(tables.hop_bits)):
+                more[1, row, f] = tables.hop_loss[f]
+                more[0, row, f] = more[1, row, f] if self.timed else tables.hop[f, i, j]
+        wide = np.zeros((len(figures), self.blocks, more.shape[2]))
         wide[0] = math.inf
         wide[:, :, :options] = self.figures
         self.figures = np.concatenate([wide, more], axis=1)
         self.stage = np.concatenate([self.stage, np.zeros(len(hops), dtype=self.stage.dtype)])
         self.budget = math.inf if tables.budget is None else tables.budget
-        devices = [i for i, _, _ in spans]
         limits = [
             [tables.memory_limit[i] for i in devices],
             [tables.problem.devices[i].storage_bytes for i in devices],
+            *([seconds] if seconds is not None else []),
         ]
         self.limits = np.array(limits, dtype=float)
 
@@ -61,8 +67,10 @@ class Polish:
         if not self._repair():
             return None
         for _ in range(100):
-            if not self._exchange():
+            if (self.timed and self._now()[2] >= 0) or not self._exchange():
                 break
+        if self._now()[2] < 0:
+            return None
         return self.chosen[: self.blocks], self.chosen[self.blocks :]
 
     def _now(self) -> tuple[Floats, Floats, float]:
@@ -70,28 +78,25 @@ class Polish:
         rows = np.arange(len(self.chosen))
         used = self.figures[:, rows, self.chosen]
         room = self.limits.copy()
-        for resource in (0, 1):
+        for resource in range(len(room)):
             np.subtract.at(room[resource], self.stage, used[2 + resource])
         return self.figures - used[:, :, None], room, self.budget - math.fsum(used[1])
 
     def _repair(self) -> bool:
+        """Keep the limits of all stages, then the budget; with seconds, the limits alone."""
+        units = np.maximum(self.limits.max(1), 1e-12)[:, None]
         for _ in range(4 * len(self.chosen)):
             change, room, left = self._now()
             over = np.minimum(room, 0.0)
-            if (over >= 0).all() and left >= 0:
+            if (over >= 0).all() and (left >= 0 or self.timed):
                 return True
-            cost, loss, memory, storage = change
+            cost, loss, sizes = change[0], change[1], change[2:]
             if (over < 0).any():
-                short = np.minimum(over[:, self.stage], 0.0)
-                saved = -(
-                    np.where((short[0] < 0)[:, None], memory, 0.0)
-                    + np.where((short[1] < 0)[:, None], storage, 0.0)
-                )
-                price = cost + loss * (self._mean_price())
+                short = ((over < 0) / units)[:, self.stage]
+                saved = -(np.where(short[..., None] > 0, sizes, 0.0) * short[..., None]).sum(0)
+                price = cost if self.timed else cost + loss * self._mean_price()
             else:
-                fits = (memory <= room[0][self.stage, None]) & (
-                    storage <= room[1][self.stage, None]
-                )
+                fits = (sizes <= room[:, self.stage, None]).all(0)
                 saved, price = np.where(fits, -loss, 0.0), cost
             with np.errstate(invalid="ignore", divide="ignore"):
                 ratio = np.where(np.isfinite(cost) & (saved > 0), price / saved, math.inf)
@@ -112,18 +117,19 @@ class Polish:
         change, room, left = self._now()
         blocks, options = change.shape[1:]
         block, option = np.divmod(np.arange(blocks * options), options)
-        flat = change.reshape(4, -1)
+        flat = change.reshape(len(change), -1)
         real = np.isfinite(flat[0]) & (option != self.chosen[block])
         moves = np.flatnonzero(real)
         # The last one changes nothing.
-        cost, loss, memory, storage = (np.append(flat[f, moves], 0.0) for f in range(4))
+        cost, loss, *resources = (np.append(figure[moves], 0.0) for figure in flat)
         block, option = np.append(block[moves], -1), np.append(option[moves], 0)
         stage = np.append(self.stage[block[:-1]], -1)
         gain = cost[:, None] + cost
         same = stage[:, None] == stage
         possible = (gain < -1e-12 * abs(float(cost.sum()))) & (block[:, None] != block)
-        possible &= loss[:, None] + loss <= left
-        for sizes, rest in ((memory, room[0]), (storage, room[1])):
+        if not self.timed:
+            possible &= loss[:, None] + loss <= left
+        for sizes, rest in zip(resources, room, strict=True):
             own = np.append(rest, 0.0)[stage]
             both = sizes[:, None] + np.where(same, sizes, 0.0)
             possible &= both <= own[:, None]

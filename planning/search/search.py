@@ -23,8 +23,10 @@ import numpy.typing as npt
 from planning.exact.program import Choice
 from planning.problem import Objective, ObjectiveKind, PlanningProblem
 from planning.search.beam import beam
-from planning.search.bounds import Joint, Priced, Pricer, Separate
+from planning.search.bounds import Free, Joint, Priced, Pricer, Separate
 from planning.search.greedy import fill, walk_value
+from planning.search.orders import Orders
+from planning.search.parts import part_of, renamed
 from planning.search.polish import Polish
 from planning.search.tables import Floats, Integers, Knapsack, Span, Tables
 from planning.time_limit import now_s
@@ -35,14 +37,35 @@ _WIDTHS = (20, 100, 400, 1_500, 5_000, 20_000)
 _FINISHED = 60
 """Walks whose widths are chosen, of each attempt."""
 
+_ALL_FINISHED = 2_000
+"""The same where a beam mixed no walks up: there the bounds of their widths count."""
+
 _GREEDY = 12
 """Greedy walks whose widths are improved."""
+
+_BEYOND = (1.005, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0, 8.0, 20.0, 100.0)
+"""Times above the bound at which walks for throughput are looked for, until one has a plan."""
+
+_EXCHANGE_SHARE = 0.25
+"""Of the time left, for each search of better orders of devices."""
+
+_FARTHEST, _NEAREST = 0.6, 0.1
+"""How far from the time of the best plan towards its bound devices are exchanged."""
+
+_EXCHANGE_PRICES = (0.7, 1.5, 4.0, 15.0)
+"""Of the best price of the budget, for orders of devices."""
+
+_SLACKS = (1.0, 1.002, 1.006, 1.02, 1.05)
+"""What rounding down may have hidden of a walk's time."""
 
 _OTHER_SHARE = 0.25
 """Of the time left, for the walks of the search for the other kind of objective."""
 _OTHER_GAP = 0.05
 
 # A stage that takes so many times the least there could be is not looked for.
+_MANY = 96
+"""Devices whose hops are all told apart in the bound for throughput."""
+
 _SLOWEST = 1e4
 _LEAST_GAP = 1e-3
 
@@ -53,6 +76,8 @@ class Found:
 
     choice: Choice | None
     bound: float
+    impossible: bool = False
+    """No plan fits, which is proved."""
 
 
 def search(
@@ -74,11 +99,14 @@ def search(
     """
     tables = Tables(problem, ties)
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
-        return Found(None, 0.0)
+        return Found(None, 0.0, impossible=True)
     # A little less than what is asked for, so that rounding does not miss it.
     until_s = deadline_s, deadline_s if last_resort_s is None else last_resort_s
     searching = _kind(tables)(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6))
     searching.value = known
+    searching._fill()
+    if searching.value == math.inf and searching._impossible():
+        return Found(None, 0.0, impossible=True)
     found = searching.run()
     return Found(found.choice, float(found.bound))
 
@@ -103,6 +131,8 @@ class _Search:
         self.value = math.inf
         self.bound = 0.0
         self.seen: dict[tuple[Span, ...], float] = {}
+        self.filled = False
+        self.random = np.random.default_rng(0)
         self.other = False
         """This search only serves another one."""
 
@@ -122,12 +152,35 @@ class _Search:
 
     def _fill(self) -> float:
         """Keep the best plan that is made at once; its value, inf where there is none."""
-        for walk in fill(self.tables)[:_GREEDY]:
-            polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops, fixed=False)
+        if self.filled:
+            return self.value
+        self.filled = True
+        for walk in fill(self.tables, self.deadline_s)[:_GREEDY]:
+            if self.value < math.inf and now_s() > self.deadline_s:
+                break
+            polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops)
             if (polished := polish.run()) is None:
                 continue
             self._keep(walk.spans, *polished)
         return self.value
+
+    def _impossible(self) -> bool:
+        """Whether prices of devices prove that no plan fits, wherever hops lead."""
+        tables = self.tables
+        loss = np.where(np.isfinite(tables.cost), tables.loss, math.inf)
+        spare = tables.spare.room if tables.spare.room < math.inf else 1.0
+        # Any plan loses at most the budget: what loses more by any prices is none.
+        budget = tables.budget or 0.0
+        enough = budget + 1e-6 * (spare or 1.0)
+        priced, _ = self.pricer.price(
+            Free(tables.segments(loss)),
+            0.0,
+            np.zeros(2 * tables.shape[0]),
+            target=enough,
+            reach=1.1 * budget + 0.1 * (spare or 1.0),
+            rounds=100,
+        )
+        return priced.bound >= enough + 1e-9 * priced.constant
 
     def _keep(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> None:
         """Keep a plan that fits where it is the best."""
@@ -178,37 +231,67 @@ class _Cheapest(_Search):
         self._climb()
         top = max(self.found, key=lambda mu: self.found[mu][0].bound)
         self.price = top
-        mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.0, 4.0)] if top else [0.0]
-        rounds = 60
+        mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.5, 6.0, 15.0)] if top else [0.0]
+        rounds, merge = 60, True
         for width in _WIDTHS:
             for mu in mus:
                 self._price(mu, rounds)
             rounds = 100
             if self._done():
                 break
-            cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
-            chosen = [self.found[mu][0] for mu in mus]
-            finished, dropped = beam(
-                tables, chosen, width=width, cutoff=cutoff, deadline_s=self._until_s()
-            )
-            bounds = [min(cutoff, dropped)]
-            for count, walk in enumerate(finished):
-                bound = walk.bound
-                if count < _FINISHED and not self._late():
-                    refined = self._finish(walk.spans)
-                    # Without a budget all relaxations are one, and exact: nothing is mixed up.
-                    bound = bound if walk.mixed and top else max(bound, refined)
-                bounds.append(bound)
-            self.bound = max(self.bound, min(min(bounds), self.value))
+            full = self._follow([self.found[mu][0] for mu in mus], width, merge)
             if width == _WIDTHS[0] and self.value >= self.at_hand and not self._done():
                 self._try_other()
-            # A wider beam helps only where this one was full.
-            if self._late() or (dropped == math.inf and cutoff < math.inf):
+            if self._done() or not (full or merge):
                 break
+            # A wider beam helps only where this one was full, or mixed walks up.
+            merge = full
+            if full or width == _WIDTHS[0]:
+                self._exchange_devices()
         return Found(self.choice, self.bound)
+
+    def _follow(self, relaxations: Sequence[Priced], width: int, merge: bool) -> bool:
+        """Finish walks that a beam finds, and raise the bound; True where the beam was full."""
+        cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
+        finished, dropped = beam(
+            self.tables,
+            relaxations,
+            width=width,
+            cutoff=cutoff,
+            deadline_s=self._until_s(),
+            merge=merge,
+        )
+        bounds = [min(cutoff, dropped)]
+        for count, walk in enumerate(finished):
+            bound = walk.bound
+            if count < (_FINISHED if merge else _ALL_FINISHED) and not self._late():
+                refined = self._finish(walk.spans)
+                # Without a budget all relaxations are one, and exact: nothing is mixed up.
+                bound = bound if walk.mixed and self.price else max(bound, refined)
+            bounds.append(bound)
+        self.bound = max(self.bound, min(min(bounds), self.value))
+        return dropped < math.inf or cutoff == math.inf
 
     def _done(self) -> bool:
         return self._late() or self.bound >= (1 - self.gap) * self.value
+
+    def _exchange_devices(self) -> None:
+        """Better orders of devices. Several prices keep them from being good but too lossy."""
+        tables = self.tables
+        until_s = now_s() + _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
+        relaxations: list[tuple[Joint | Separate, float]] = []
+        for mu in [self.price * factor for factor in _EXCHANGE_PRICES] if self.price else [0.0]:
+            segments = tables.segments(tables.cost + mu * tables.loss)
+            arcs = Separate(segments, tables.links(mu), tables.back)
+            relaxations.append((arcs, mu * (tables.budget or 0.0)))
+        orders = Orders(relaxations, tables.entry, until_s, self.random)
+        while self.choice is not None and not self._done() and now_s() < until_s:
+            before = self.value
+            spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
+            if spans is not None:
+                self._finish(spans)
+            if self.value >= before:
+                break
 
     def _price(self, mu: float, rounds: int) -> float:
         """The bound with this price of the budget."""
@@ -300,7 +383,7 @@ class _Cheapest(_Search):
             best, hops = chosen[at], formats[at]
             low = mus[max(at - 1, 0)]
             mus = np.linspace(low, mus[at], 13) if mu else mus
-        polished = Polish(tables, spans, best, hops, fixed=False).run()
+        polished = Polish(tables, spans, best, hops).run()
         if polished is not None:
             self._keep(spans, *polished)
         return bound
@@ -333,38 +416,137 @@ class _Fastest(_Search):
     def run(self) -> Found:
         fastest = np.min(self.tables.decode, axis=(0, 2))
         self.bound = max(float(fastest.max()), float(fastest.sum()) / self.tables.shape[0])
-        least, limit = self.bound, 1.5 * self.bound
-        at_hand = self._fill()
-        self._measure(4 * limit)
-        # Times that no plan at hand has, until one of them has a plan.
-        until = min(_SLOWEST * least, at_hand)
-        while self.value >= at_hand and limit < until and not self._late():
-            if limit > self.top:
-                self._measure(4 * limit)
-            self._try(limit, _WIDTHS[0])
-            limit *= 1.4
-        if self.value >= at_hand:
+        self.at_hand = self._fill()
+        if self.tables.shape[0] > _MANY:
+            return self._of_many()
+        self._climb()
+        self._look()
+        if self.value >= self.at_hand:
             self._try_other()
         if self.choice is None:
-            return Found(None, least)
+            return Found(None, self.bound)
         self._measure(self.value)
         for width in _WIDTHS:
+            self._exchange_devices()
+            if width == _WIDTHS[0]:
+                # More rounds now prove what no width of the beam would.
+                self._press(self.value * (1 - self.gap), self.gap / 4, 500)
             self.full = False
-            self._lower(width)
             self._raise(width)
-            if not self.full or self.bound >= self.value * (1 - self.gap) or self._late():
+            self._lower(width)
+            if not self.full or self._done():
                 break
         return Found(self.choice, self.bound)
 
-    def _lower(self, width: int) -> None:
-        """Bisect for better plans, up to where none is found."""
+    def _of_many(self) -> Found:
+        """A bound by hops that cost nothing but time, and a plan of the most useful devices."""
+        self._climb()
+        chosen = self._most_useful()
+        part, ties = part_of(self.tables.problem, chosen), self.tables.ties[np.ix_(chosen, chosen)]
+        best = _Fastest(Tables(part, ties > 0), (self.deadline_s, self.last_resort_s), self.gap)
+        best.value, best.filled = self.value, True
+        found = best.run()
+        if found.choice is not None:
+            self.value, self.choice = best.value, renamed(found.choice, chosen)
+        while not self._done() and self.bound * (1 + self.gap / 4) < self.value:
+            if self._prove(min((self.bound * self.value) ** 0.5, 1.1 * self.bound)) is not None:
+                break
+        return Found(self.choice, min(self.bound, self.value))
+
+    def _most_useful(self) -> list[int]:
+        """Devices that have the most blocks, in the time of the bound, at a fair share of loss."""
+        tables = self.tables
+        segments = self._free(1.2 * self.bound).segments
+        fair = self.budget * (1 + np.arange(tables.longest)) / tables.shape[1]
+        most = np.where(segments <= np.maximum(fair, 0.0), 1 + np.arange(tables.longest), 0).max(2)
+        needed = set(tables.problem.pins.values())
+        if self.choice is not None:
+            needed |= {device for device, *_ in self.choice.stages}
+        score = [(i not in needed, -float(most[i].mean()), i) for i in range(len(most))]
+        return sorted(i for *_, i in sorted(score)[:_MANY])
+
+    def _free(self, limit: float) -> Free:
+        """Least losses within that time, each stage with the fastest hop that leaves it."""
+        tables = self.tables
+        devices, blocks, longest = self.within_memory.shape
+        limit *= 1 + 1e-9
+        found = np.full((devices, blocks, longest), math.inf)
+        firsts, lengths = np.indices((blocks, longest))
+        out_s = tables.hop_s.min((0, 2), initial=math.inf)
+        back_s = np.minimum(out_s, tables.back_s.min(1))
+        for i, (knapsack, profile) in enumerate(zip(self.in_time, self.profiles, strict=True)):
+            if not (reach := knapsack.longest):
+                continue
+            leaving_s = np.full((blocks, reach), out_s[i])
+            size = np.arange(reach)
+            leaving_s[blocks - 1 - size, size] = back_s[i]
+            if reach == blocks:
+                leaving_s[0, -1] = 0.0
+            room = limit - tables.call_s[i] - leaving_s - knapsack.least
+            # A room of -inf, where there is no link, has no index.
+            index = knapsack.index(np.maximum(room, 0.0))
+            part = profile[lengths[:, :reach], firsts[:, :reach], index]
+            found[i, :, :reach] = np.where(
+                room < 0, math.inf, np.maximum(part, self.within_memory[i, :, :reach])
+            )
+        return Free(found)
+
+    def _done(self) -> bool:
+        return self._late() or self.bound >= self.value * (1 - self.gap)
+
+    def _climb(self) -> None:
+        """Raise the bound by prices alone, to where they prove no more."""
+        high = min(self.at_hand, _SLOWEST * self.bound)
+        self._measure(min(4 * self.bound, high))
+        limit = 1.4 * self.bound
+        while limit < high and not self._late():
+            if limit > self.top:
+                self._measure(min(4 * limit, high))
+            if self._prove(limit) is not None:
+                high = limit
+                break
+            limit *= 1.4
+        # Without a plan, the first one is worth more than the last percent of the bound.
+        self._press(high, self.gap / 4 if self.value < math.inf else _OTHER_GAP, 100)
+
+    def _press(self, high: float, close: float, rounds: int) -> None:
+        """Raise the bound by prices alone, up to where they last proved no more."""
+        while high > self.bound * (1 + close) and not self._late():
+            limit = (high * self.bound) ** 0.5
+            if self._prove(limit, rounds) is not None:
+                high = limit
+
+    def _look(self) -> None:
+        """Finish walks that are within more and more time, from the bound on: there prices tell
+        good walks from bad ones best.
+        """
         floor = self.bound
-        while self.value * (1 - self.gap) > floor and not self._late():
-            limit = max((floor * self.value) ** 0.5, 0.9 * self.value)
-            limit = min(limit, self.value * (1 - self.gap))
-            before = self.value
-            self._try(limit, width)
-            floor = max(floor if self.value < before else limit, self.bound)
+        for factor in _BEYOND:
+            limit = factor * floor
+            if limit >= self.value * (1 - self.gap) or self._late():
+                break
+            if limit > self.top:
+                self._measure(4 * limit)
+            self._try(limit, _WIDTHS[1])
+
+    def _exchange_devices(self) -> None:
+        """Better orders of devices, within less time than the best plan takes: the further below,
+        the fewer changes are of use, and the more each of them helps.
+        """
+        until_s = now_s() + _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
+        part = _FARTHEST
+        while part > _NEAREST and not self._done() and now_s() < until_s:
+            if self.choice is None:
+                return
+            value = self.value
+            limit = value * (self.bound / value) ** part
+            orders = Orders([(self._arcs(limit), 0.0)], self.tables.entry, until_s, self.random)
+            spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
+            if spans is not None:
+                self.seen.pop(tuple(spans), None)
+                self._finish(spans)
+            if self.value >= value:
+                part /= 2
 
     def _raise(self, width: int) -> None:
         """Bisect for the proof, from where there is none yet."""
@@ -377,6 +559,17 @@ class _Fastest(_Search):
                 ceiling = limit
             if self.value < before:
                 ceiling = min(ceiling, self.value * (1 - self.gap))
+
+    def _lower(self, width: int) -> None:
+        """Bisect for better plans, up to where none is found."""
+        floor = self.bound
+        while self.value * (1 - self.gap) > floor * (1 + 1e-9) and not self._late():
+            limit = (floor * self.value * (1 - self.gap)) ** 0.5
+            if limit < floor * (1 + self.gap / 4):
+                limit = self.value * (1 - self.gap)
+            before = self.value
+            self._try(limit, width)
+            floor = max(floor if self.value < before else limit, self.bound)
 
     def _measure(self, top: float) -> None:
         """Tables of least sensitivity by time, up to ``top`` seconds per stage."""
@@ -422,25 +615,35 @@ class _Fastest(_Search):
             ends[i, :reach] = np.maximum(part, within[first, size])
         return Joint(found, ends)
 
-    def _try(self, limit: float, width: int) -> None:
-        """Look for a plan with this slowest stage, or prove that there is none."""
-        tables = self.tables
-        arcs = self._arcs(limit)
+    def _enough(self) -> float:
+        """A loss that no plan within the budget has, whatever the rounding of tables."""
+        spare = self.tables.spare.room if self.tables.spare.room < math.inf else 1.0
         # Beside the budget, a share of what placements compete for.
-        spare = tables.spare.room if tables.spare.room < math.inf else 1.0
-        enough = self.budget * (1 + 1e-12) + 1e-9 * (spare or 1.0)
+        return self.budget * (1 + 1e-12) + 1e-9 * (spare or 1.0)
+
+    def _prove(self, limit: float, rounds: int = 100) -> Priced | None:
+        """Raise the bound to ``limit`` and return None, or return what prices allow there."""
+        enough = self._enough()
         self.pricer.deadline_s = self._until_s()  # Without prices few walks keep the budget.
+        many = self.tables.shape[0] > _MANY
         priced, self.prices = self.pricer.price(
-            arcs,
+            self._free(limit) if many else self._arcs(limit),
             0.0,
             self.prices,
             target=enough,
             reach=1.1 * self.budget or 1.0,
-            rounds=100,
+            rounds=rounds,
         )
         # The bounds' own rounding is far below this.
-        if priced.bound >= enough:
-            self.bound = max(self.bound, limit)
+        if priced.bound < enough:
+            return priced
+        self.bound = max(self.bound, limit)
+        return None
+
+    def _try(self, limit: float, width: int) -> None:
+        """Look for a plan with this slowest stage, or prove that there is none."""
+        tables, enough = self.tables, self._enough()
+        if (priced := self._prove(limit)) is None:
             return
         finished, dropped = beam(
             tables, [priced], width=width, cutoff=enough, deadline_s=self._until_s()
@@ -451,9 +654,36 @@ class _Fastest(_Search):
             self.bound = max(self.bound, limit)
 
     def _widths(self, spans: Sequence[Span]) -> float:
-        tables = self.tables
+        walk = _Timed(self, spans)
+        if walk.low > self.top:
+            return walk.low
+        # Most walks are not better than the best plan: one look tells.
+        barely = min(self.top, self.value * (1 - 1e-4))
+        if barely < walk.low or walk.loss(barely) > self.budget:
+            return max(walk.low, barely)
+        low, high = walk.low, barely
+        for _ in range(20):
+            limit = (low + high) / 2
+            low, high = (low, limit) if walk.loss(limit) <= self.budget else (limit, high)
+        for slack in _SLACKS:
+            if high * slack >= self.value:
+                break
+            if (found := walk.plan(high * slack)) is not None:
+                value = walk_value(self.tables, spans, *found)
+                if value < self.value:
+                    self.value, self.choice = value, self.tables.choice(spans, *found)
+                break
+        return low
+
+
+class _Timed:
+    """A walk whose stages are to keep a limit of time, by the tables of a search."""
+
+    def __init__(self, search: _Fastest, spans: Sequence[Span]) -> None:
+        tables = search.tables
+        self.search, self.spans = search, spans
         # Of each stage, for each format of the hop that leaves it: seconds beside its blocks, loss.
-        links = [
+        self.ways = [
             list(
                 zip(tables.call_s[a[0]] + tables.hop_s[:, a[0], b[0]], tables.hop_loss, strict=True)
             )
@@ -461,48 +691,51 @@ class _Fastest(_Search):
         ]
         last, first_device = spans[-1][0], spans[0][0]
         back_s = tables.back_s[last, first_device] if len(spans) > 1 else 0.0
-        links.append([(tables.call_s[last] + back_s, 0.0)])
-        least = [self.in_time[i].least[first, end - first - 1] for i, first, end in spans]
-
-        def best(limit: float) -> list[tuple[float, int, int]]:
-            """Of each stage: the least sensitivity, its format, and the column of its room."""
-            found = []
-            for (i, first, end), least_s, ways in zip(spans, least, links, strict=True):
-                within = self.within_memory[i, first, end - first - 1]
-                options = [(math.inf, 0, 0)]
-                for f, (taken_s, loss) in enumerate(ways):
-                    room = limit - taken_s - least_s
-                    if room >= 0:
-                        column = int(self.in_time[i].index(room))
-                        lost = self.profiles[i][end - first - 1, first, column]
-                        options.append((max(lost, within) + loss, f, column))
-                found.append(min(options))
-            return found
-
-        low = max(float(min(ways)[0] + least_s) for ways, least_s in zip(links, least, strict=True))
-        if low > self.top:
-            return low
-        high = self.top
-        for _ in range(25):
-            limit = (low + high) / 2
-            total = sum(lost for lost, _, _ in best(limit))
-            low, high = (low, limit) if total <= self.budget else (limit, high)
-        chosen = np.empty(tables.shape[1], dtype=np.int64)
-        taken = best(high)
-        for (i, first, end), (_, _, column) in zip(spans, taken, strict=True):
-            options, _ = self.in_time[i].choices(
-                first, self.cost[i, None, first:end], np.array([column])
-            )
-            chosen[first:end] = options[0]
-        hops = np.array([f for _, f, _ in taken[:-1]], dtype=np.int64)
-        polished = Polish(tables, spans, chosen, hops, fixed=True).run()
-        if polished is None:
-            return low
-        chosen, _ = polished
-        value = max(
-            float(ways[f][0] + tables.decode[i, np.arange(first, end), chosen[first:end]].sum())
-            for (i, first, end), (_, f, _), ways in zip(spans, taken, links, strict=True)
+        self.ways.append([(tables.call_s[last] + back_s, 0.0)])
+        self.least = [float(search.in_time[i].least[f, end - f - 1]) for i, f, end in spans]
+        self.within = [float(search.within_memory[i, f, end - f - 1]) for i, f, end in spans]
+        self.low = max(
+            float(min(ways)[0]) + least for ways, least in zip(self.ways, self.least, strict=True)
         )
-        if value < self.value:
-            self.value, self.choice = value, tables.choice(spans, chosen, hops)
-        return low
+
+    def loss(self, limit: float) -> float:
+        """The least loss within ``limit`` seconds per stage."""
+        return sum(lost for lost, _, _ in self._best(limit))
+
+    def _best(self, limit: float) -> list[tuple[float, int, float]]:
+        """Of each stage: the least loss, the format that leaves it, and seconds for its blocks."""
+        found = []
+        rows = zip(self.spans, self.least, self.within, self.ways, strict=True)
+        for (i, first, end), least, within, ways in rows:
+            knapsack, profile = self.search.in_time[i], self.search.profiles[i]
+            options = [(math.inf, 0, 0.0)]
+            for f, (taken_s, loss) in enumerate(ways):
+                room = limit - taken_s - least
+                if room >= 0:
+                    column = min(int(room / knapsack.unit), knapsack.steps - 1)
+                    lost = float(profile[end - first - 1, first, column])
+                    options.append((max(lost, within) + loss, f, limit - taken_s))
+            found.append(min(options))
+        return found
+
+    def plan(self, limit: float) -> tuple[Integers, Integers] | None:
+        """Options and formats that keep every limit; None where none were found."""
+        search, tables = self.search, self.search.tables
+        best = self._best(limit)
+        if not math.isfinite(sum(lost for lost, _, _ in best)):
+            return None
+        chosen = np.empty(tables.shape[1], dtype=np.int64)
+        rows = zip(self.spans, self.least, self.within, best, strict=True)
+        for (i, first, end), least, within, (_, _, seconds) in rows:
+            knapsack = search.in_time[i]
+            column = int(knapsack.index(seconds - least))
+            if search.profiles[i][end - first - 1, first, column] < within:
+                # The memory is what limits this stage.
+                knapsack = tables.in_memory[i]
+                room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
+                column = int(knapsack.index(room))
+            costs = search.cost[i, None, first:end]
+            chosen[first:end] = knapsack.choices(first, costs, np.array([column]))[0][0]
+        hops = np.array([f for _, f, _ in best[:-1]], dtype=np.int64)
+        seconds_of = [seconds * (1 + 1e-12) for *_, seconds in best]
+        return Polish(tables, self.spans, chosen, hops, seconds=seconds_of).run()

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planning.exact.program import Choice, SpareBudget, usable_options
-from planning.problem import PlanningProblem
+from planning.exact.program import Choice
+from planning.problem import TOKEN_BYTES, PlanningProblem
+from planning.usable import Usable
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -138,31 +139,23 @@ class Tables:
         self.throughput = problem.objective.kind == "throughput"
         self.turns = problem.turns
         devices, blocks = range(len(problem.devices)), range(problem.spec.block_count)
-        self.spare = SpareBudget.of(problem)
-        self.options = [
-            [usable_options(problem, i, k, self.spare) for k in blocks] for i in devices
-        ]
-        most = max((len(row) for rows in self.options for row in rows), default=0)
-        shape = (len(devices), len(blocks), max(most, 1))
-        self.shape = shape
+        self.spare = usable = Usable(problem)
+        mask = usable.usable
+        self.shape = mask.shape
         self.cost, self.decode, self.turn, self.memory, self.storage = (
-            np.full(shape, math.inf) for _ in range(5)
+            np.where(mask, figures, math.inf)
+            for figures in (
+                usable.cost,
+                usable.turn if self.throughput else usable.decode,
+                usable.turn,
+                usable.memory,
+                usable.stored[None],
+            )
         )
-        self.loss = np.zeros(shape)
-        self.bits = np.zeros(shape, dtype=np.int64)
-        for i, rows in enumerate(self.options):
-            for k, row in enumerate(rows):
-                for o, option in enumerate(row):
-                    self.cost[i, k, o] = problem.block_cost(i, k, option)
-                    self.decode[i, k, o] = option.decode_s
-                    if self.throughput:
-                        self.decode[i, k, o] = problem.turn_s(k, option)
-                    self.turn[i, k, o] = problem.turn_s(k, option)
-                    self.memory[i, k, o] = option.executed_bytes + problem.kv_bytes[k]
-                    self.storage[i, k, o] = problem.stored_bytes[k][option.bits]
-                    self.bits[i, k, o] = option.bits
-                    if self.budget is not None:
-                        self.loss[i, k, o] = problem.loss(i, k, option.bits)
+        self.loss = np.where(mask, usable.loss, 0.0)
+        if self.budget is None:
+            self.loss[:] = 0.0
+        self.bits = np.broadcast_to(np.array(usable.widths, dtype=np.int64), self.shape)
         self.fits = self._fits()
         lengths = np.flatnonzero(self.fits.any((0, 1)))
         self.longest = int(lengths[-1]) + 1 if len(lengths) else 0
@@ -178,29 +171,38 @@ class Tables:
         ]
         self.entry = np.array([problem.call_cost(i) for i in devices])
         self.call_s = np.array([problem.call_turn_s(i) for i in devices])
-        self._measure_ways()
-
-    def _measure_ways(self) -> None:
-        """What hops and ways back cost and take."""
-        problem, devices = self.problem, range(len(self.problem.devices))
         forms = problem.permitted_hops
         self.hop_bits = [form.bits for form in forms]
         priced = self.budget is not None
         self.hop_loss = np.array([(priced and form.sensitivity) or 0.0 for form in forms])
-        square = (len(devices), len(devices))
-        self.hop, self.hop_s, self.hop_turn = (
-            np.full((len(forms), *square), math.inf) for _ in range(3)
-        )
-        self.back, self.back_s = (np.full(square, math.inf) for _ in range(2))
-        for i in devices:
-            for j in devices:
-                if i != j:
-                    for f, form in enumerate(forms):
-                        self.hop[f, i, j] = problem.hop_cost(i, j, form.bits)
-                        self.hop_s[f, i, j] = problem.hop_s(i, j, form.bits)
-                        self.hop_turn[f, i, j] = problem.hop_turn_s(i, j, form.bits)
-                    self.back[i, j] = problem.return_cost(i, j)
-                    self.back_s[i, j] = problem.return_s(i, j)
+        self._measure_links()
+
+    def _measure_links(self) -> None:
+        """Hops [format, device, next device] and ways back, as ``PlanningProblem`` counts them.
+
+        Large shoals have tens of thousands of links: all are counted at once.
+        """
+        problem = self.problem
+        count = len(problem.devices)
+        half_s, per_byte_s = np.full((2, count, count), math.inf)
+        for (i, j), link in problem.links.items():
+            half_s[i, j], per_byte_s[i, j] = link.transfer_s(0), 1 / link.bytes_per_s
+        rows, output = problem.chunk_rows, problem.objective.tokens[1]
+        square = np.full((len(self.hop_bits), count, count), math.inf)
+        self.hop, self.hop_s, self.hop_turn = square, square.copy(), square.copy()
+        linked = np.isfinite(half_s) & ~np.eye(count, dtype=bool)
+        half_s, per_byte_s = half_s[linked], per_byte_s[linked]
+        for f, bits in enumerate(self.hop_bits):
+            sent_s = problem.hop_bytes(bits) * per_byte_s
+            chunk_s = rows * sent_s
+            self.hop_s[f, linked] = half_s + sent_s
+            self.hop_turn[f, linked] = half_s + sent_s if self.throughput else chunk_s
+            self.hop[f, linked] = output * (half_s + sent_s)
+            if rows:
+                self.hop[f, linked] += half_s + chunk_s
+        self.back, self.back_s = np.full((2, count, count), math.inf)
+        self.back_s[linked] = half_s + TOKEN_BYTES * per_byte_s
+        self.back[linked] = output * self.back_s[linked]
 
     def links(self, mu: float) -> Floats:
         """[device, next device]: the least cost of a hop, its loss counted at ``mu``."""

@@ -116,7 +116,7 @@ def test_each_search_finishes_the_walks_of_the_other(
 ) -> None:
     """Where its own beam finds nothing, and nothing is made at once."""
     problem = wide_problem(6, 4, 0, kind)
-    monkeypatch.setattr(plan_search, "fill", lambda _: [])
+    monkeypatch.setattr(plan_search, "fill", lambda *_: [])
     owners: list[bool] = []
 
     def beam(tables: Tables, *arguments: object, **settings: object) -> object:

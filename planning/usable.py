@@ -1,0 +1,136 @@
+"""Which widths each device may run each block at, and what they take: as arrays.
+
+Both ways of solving read this: the integer program one option at a time, the search as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from planning.problem import BlockOption, PlanningProblem
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+LOSS_ROUNDING = 1e-13
+"""What rounding may add to a sum of losses, as a share of the budget."""
+
+
+class Usable:
+    """The options of a problem as arrays [device, block, width], inf where there is none.
+
+    ``allowed`` are those that neither quality nor a pin nor an exclusion forbids. ``usable`` leaves
+    out those that break the budget alone, those that another one beats, and, with ``fitting``,
+    those that are too large for the device even alone.
+    ``least`` [block] is the least loss of each block wherever it is (0 where nothing may run it),
+    and ``room`` is what these leave of the budget: inf without one. Beside losses that no plan
+    avoids the room may be tiny, and beside it most options are far too lossy. What is compared
+    with tolerances is the room.
+    """
+
+    def __init__(self, problem: PlanningProblem, *, fitting: bool = True) -> None:
+        self.problem = problem
+        self.widths = tuple(sorted(set(problem.bits)))
+        blocks = range(problem.spec.block_count)
+        self.decode, self.cost, self.turn, self.executed, own_loss = self._figures()
+        kept = [[row.get(bits, math.inf) for bits in self.widths] for row in problem.stored_bytes]
+        self.stored = np.array(kept, dtype=float).reshape(len(blocks), len(self.widths))
+        self.memory = self.executed + np.array(problem.kv_bytes, dtype=float)[:, None]
+        self.loss = self._losses(own_loss)
+        self.allowed = np.isfinite(self.decode) & np.isfinite(self.loss) & self._permitted()
+        least = np.where(self.allowed, self.loss, math.inf).min((0, 2), initial=math.inf)
+        self.least = np.where(np.isfinite(least), least, 0.0)
+        self.room = math.inf
+        self.usable = self.allowed.copy()
+        if (budget := problem.quality_budget) is not None:
+            self.room = max(0.0, budget - math.fsum(self.least.tolist()))
+            if self.room < math.inf:
+                excess = self.loss - self.least[:, None]
+                self.usable &= excess <= self.room + LOSS_ROUNDING * budget
+        if fitting:
+            self.usable &= self._small()
+        self._leave_out_beaten()
+
+    def options(self, device: int, block: int) -> tuple[BlockOption, ...]:
+        """Those that are usable, narrow ones first."""
+        mask = self.usable[device, block]
+        widths = {bits for bits, usable in zip(self.widths, mask, strict=True) if usable}
+        return tuple(o for o in self.problem.devices[device].options[block] if o.bits in widths)
+
+    def _figures(self) -> tuple[Floats, ...]:
+        """Seconds, cost, seconds of a chunk, bytes as executed, and the device's own losses.
+
+        The latter are nan where it has none.
+        """
+        problem, blocks = self.problem, range(self.problem.spec.block_count)
+        at = {bits: index for index, bits in enumerate(self.widths)}
+        found = np.full((5, len(problem.devices), len(blocks), len(at)), math.inf)
+        for i, device in enumerate(problem.devices):
+            # Most blocks are alike; what loading them takes may still differ.
+            known: dict[tuple[int, object], Floats] = {}
+            for k in blocks:
+                row = device.options[k]
+                differs = k if problem.objective.migration_weight else k == problem.spec.head_block
+                key = id(row), differs
+                if key not in known:
+                    known[key] = np.full((5, len(at)), math.inf)
+                    for option in row:
+                        if option.bits in at:
+                            known[key][:, at[option.bits]] = (
+                                option.decode_s,
+                                problem.block_cost(i, k, option),
+                                problem.turn_s(k, option),
+                                option.executed_bytes,
+                                math.nan if option.sensitivity is None else option.sensitivity,
+                            )
+                found[:, i, k] = known[key]
+        return tuple(found)
+
+    def _losses(self, own: Floats) -> Floats:
+        """What each option takes of the budget; inf where that is not known."""
+        problem = self.problem
+        if problem.quality_budget is None:
+            return np.zeros_like(own)
+        rows = problem.sensitivities or ({},) * problem.spec.block_count
+        common = np.array([[row.get(bits, math.inf) for bits in self.widths] for row in rows])
+        return np.where(np.isnan(own), common, own)
+
+    def _permitted(self) -> Mask:
+        """False where a pin, an exclusion, an error bound or unknown watts forbid an option."""
+        problem = self.problem
+        blocks = range(problem.spec.block_count)
+        within = [[problem.within_error(k, bits) for bits in self.widths] for k in blocks]
+        found = np.tile(np.array(within, dtype=bool), (len(problem.devices), 1, 1))
+        for block, pinned in problem.pins.items():
+            found[np.arange(len(problem.devices)) != pinned, block] = False
+        found[list(problem.excluded)] = False
+        if problem.objective.kind == "energy":
+            found[[device.watts is None for device in problem.devices]] = False
+        return found
+
+    def _small(self) -> Mask:
+        """True where an option fits its device alone."""
+        devices = self.problem.devices
+        memory = [float(device.memory_bytes - device.stage_bytes) for device in devices]
+        storage = [float(device.storage_bytes) for device in devices]
+        fits = self.memory <= np.array(memory)[:, None, None]
+        stored = self.stored[None] <= np.array(storage)[:, None, None]
+        return np.asarray(fits & stored, dtype=bool)
+
+    def _leave_out_beaten(self) -> None:
+        """Leave out options that another one is no worse than; of equal ones the wider stays."""
+        stored = np.broadcast_to(self.stored, self.cost.shape)
+        turn = self.turn if self.problem.slowest_counts else np.zeros_like(self.cost)
+        figures = np.stack([self.decode, self.cost, turn, self.executed, stored, self.loss])
+        kept = self.usable.copy()
+        for loser in range(len(self.widths)):
+            for winner in range(len(self.widths)):
+                ours, theirs = figures[..., loser], figures[..., winner]
+                beaten = self.usable[..., winner] & (theirs <= ours).all(0)
+                if winner <= loser:
+                    beaten &= (theirs < ours).any(0)
+                kept[..., loser] &= ~beaten
+        self.usable = kept

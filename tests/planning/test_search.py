@@ -1,0 +1,179 @@
+"""The parts of the search, each against what it stands for, counted in another way."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from benchmarks.planner import instance
+from planning.plan import InfeasiblePlan, verify
+from planning.planner import solve
+from planning.problem import HopFormat, Objective, ObjectiveKind, PlanningProblem
+from planning.search import search as plan_search
+from planning.search.bounds import Joint, Separate
+from planning.search.orders import Orders
+from planning.search.search import search
+from planning.search.tables import Tables
+from planning.usable import Usable
+
+KINDS: tuple[ObjectiveKind, ...] = ("latency", "throughput", "request")
+
+
+def varied(seed: int, kind: ObjectiveKind = "latency") -> PlanningProblem:
+    """A small problem with missing links, pins, exclusions and several formats of hops."""
+    rng = random.Random(seed)
+    problem = instance(6, 5, seed, Objective(kind, 256, 128), rng.choice(["kl", "delta"]))
+    links = {pair: link for pair, link in problem.links.items() if rng.random() < 0.9}
+    return replace(
+        problem,
+        links=links,
+        pins={rng.randrange(8): rng.randrange(5)},
+        excluded=frozenset({4}) - {rng.randrange(5)},
+        hop_formats=(HopFormat(8, 1e-3), HopFormat(16, 1e-5)),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_usable_options_are_those_that_the_problem_allows(seed: int) -> None:
+    problem = varied(seed, random.Random(seed).choice(KINDS))
+    usable = Usable(problem)
+    for i, device in enumerate(problem.devices):
+        for k in range(problem.spec.block_count):
+            allowed = {bits for bits in problem.bits if problem.allows(i, k, bits)}
+            found = usable.allowed[i, k]
+            assert {bits for bits, own in zip(usable.widths, found, strict=True) if own} == allowed
+            for option in usable.options(i, k):
+                assert option in device.options[k]
+                assert option.bits in allowed
+                assert option.executed_bytes <= device.memory_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_links_are_counted_as_the_problem_counts_them(kind: ObjectiveKind) -> None:
+    problem = varied(3, kind)
+    tables = Tables(problem)
+    for i in range(5):
+        for j in range(5):
+            if i == j:
+                continue
+            for f, bits in enumerate(tables.hop_bits):
+                hop = i, j, bits
+                assert tables.hop[f, i, j] == pytest.approx(problem.hop_cost(*hop))
+                assert tables.hop_s[f, i, j] == pytest.approx(problem.hop_s(*hop))
+                assert tables.hop_turn[f, i, j] == pytest.approx(problem.hop_turn_s(*hop))
+            assert tables.back[i, j] == pytest.approx(problem.return_cost(i, j))
+            assert tables.back_s[i, j] == pytest.approx(problem.return_s(i, j))
+
+
+def cost_of(arcs: Joint | Separate, entry: np.ndarray, order: list[int]) -> float:
+    """The least cost of an order of devices over all cuts, one after the other."""
+    blocks, longest = arcs.blocks, arcs.ends.shape[1]
+    before = {0: 0.0}
+    for i, j in pairwise(order):
+        now: dict[int, float] = {}
+        for k, cost in before.items():
+            for length in range(1, min(longest, blocks - k) + 1):
+                total = cost + float(arcs.at(k)[i, length - 1, j]) + entry[i]
+                now[k + length] = min(now.get(k + length, math.inf), total)
+        before = now
+    last = order[-1]
+    ways = [
+        cost + float(arcs.ends[last, blocks - k - 1, order[0]]) + entry[last]
+        for k, cost in before.items()
+        if 0 < blocks - k <= longest
+    ]
+    return min(ways, default=math.inf)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_one_more_device_is_judged_as_if_the_order_were_counted_anew(seed: int) -> None:
+    tables = Tables(instance(8, 6, seed, Objective()))
+    mu = 1e-2
+    segments = tables.segments(tables.cost + mu * tables.loss)
+    arcs = Separate(segments, tables.links(mu), tables.back)
+    orders = Orders([(arcs, 0.0)], tables.entry, math.inf, np.random.default_rng(seed))
+    order = [int(i) for i in np.random.default_rng(seed).permutation(6)[:4]]
+    unused = np.setdiff1d(np.arange(6), order)
+    found = orders._with_one_more(order, unused)
+    counted = 0
+    for place in range(len(order) + 1):
+        for at, device in enumerate(unused.tolist()):
+            cost = cost_of(arcs, tables.entry, [*order[:place], device, *order[place:]])
+            if cost < math.inf:
+                counted += 1
+                assert found[place, at] == pytest.approx(cost)
+            else:
+                assert found[place, at] >= orders.penalty
+    assert counted
+
+
+def test_walks_for_throughput_are_looked_for_near_the_bound() -> None:
+    """Near the time of a poor plan all prices allow, and a beam follows the wrong walks."""
+    problem = instance(32, 16, 3, Objective("throughput"))
+    found = search(problem, deadline_s=time.monotonic() + 60, gap=0.03)
+    assert found.choice is not None
+    plan = solve(problem, time_limit_s=60, gap=0.03)
+    verify(plan, problem)
+    assert plan.gap <= 0.03
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_devices_are_planned_in_part_and_bounded_as_a_whole(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = instance(8, 8, seed, Objective("throughput"))
+    exact = solve(problem, gap=1e-3, time_limit_s=60)
+    monkeypatch.setattr(plan_search, "_MANY", 5)
+    found = search(problem, deadline_s=time.monotonic() + 60, gap=0.01)
+    assert found.choice is not None
+    assert 0 < found.bound <= exact.value * (1 + 1e-9)
+    plan = solve(problem, gap=0.5, time_limit_s=60)
+    verify(plan, problem)
+    assert plan.proof.bound <= exact.value * (1 + 1e-9)
+
+
+def tight(layers: int, count: int, seed: int, share: float) -> PlanningProblem:
+    """As ``instance``, with a share of its memory on each device."""
+    problem = instance(layers, count, seed, Objective())
+    devices = tuple(
+        replace(device, memory_bytes=int(share * device.memory_bytes)) for device in problem.devices
+    )
+    return replace(problem, devices=devices)
+
+
+def test_prices_prove_that_nothing_fits() -> None:
+    """What a single device lacks is found elsewhere: here all together have too little."""
+    problem = tight(60, 40, 0, 0.5)
+    tables = Tables(problem)
+    assert np.isfinite(tables.cost).any((0, 2)).all()
+    found = search(problem, deadline_s=time.monotonic() + 60, gap=0.01)
+    assert found.choice is None
+    assert found.impossible
+    with pytest.raises(InfeasiblePlan):
+        solve(problem, time_limit_s=2.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_program_can_plan_is_never_called_impossible(seed: int) -> None:
+    for share in (0.5, 0.6):
+        problem = tight(5, 3, seed, share)
+        found = search(problem, deadline_s=time.monotonic() + 20, gap=0.2)
+        try:
+            plan = solve(problem, time_limit_s=20)
+        except InfeasiblePlan:
+            assert found.choice is None
+        else:
+            assert not found.impossible
+            assert found.bound <= plan.value * (1 + 1e-9)
+
+
+def test_hundreds_of_devices_have_a_plan_when_the_limit_has_passed() -> None:
+    problem = instance(24, 200, 0, Objective("throughput"))
+    plan = solve(problem, time_limit_s=1e-3)
+    verify(plan, problem)
