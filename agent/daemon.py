@@ -497,6 +497,7 @@ class Agent:
             store=store.again() if again else store,
             progress=progress,
             exact=exact,
+            together=request.together,
         )
         store.note_model(request.spec, request.bits)
         self._figures.told(spec, timings)

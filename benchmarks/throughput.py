@@ -7,8 +7,8 @@ Each host has 30 % of a core and a wired link (testbed/); the model has 943 mill
 at 8 bits. For each number of hosts the planner's best plan for throughput is
 loaded, and runs one generation at a time, then several at once, in turns. A prompt is one token
 long, so that every pass is a token's. Tokens per second are those of all generations, from the
-first request to the end of the last answer, measured by the client. A plan predicts them without
-counting that a stage runs the rows of several sequences in one pass (planning/forecast.py).
+first request to the end of the last answer, measured by the client. A plan predicts them by what
+agents measured of passes of several rows (planning/together.py).
 
 What was measured of the hosts, and the model, are kept in --state.
 """

@@ -8,7 +8,7 @@ call; so the time of a stage is predicted as ``call_s`` plus the sum of its bloc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from model.quantize import Format, random_matrix
 from model.spec import QUANTIZED_TENSORS, LayerSpec, ModelSpec
 from wire.conditions import Conditions, worst
 from wire.limits import PREFILL_CHUNK_TOKENS
-from wire.profile import BlockTiming, TimingKind
+from wire.profile import TIMED_ROWS, BlockTiming, TimingKind
 
 STAGE_BYTES = 64 << 20
 """Weights in a timed stage, where the model has that many layers: more than most caches hold."""
@@ -63,9 +63,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds of a row that is decoded, and of a prompt's token; and what else went on."""
+    """Seconds of a decoded row and of a prompt's token, or of passes of TIMED_ROWS rows; and
+    what else went on.
+    """
 
-    seconds: tuple[float, float]
+    seconds: tuple[float, ...]
     conditions: Conditions
 
 
@@ -90,12 +92,14 @@ def measure_model(
     progress: Progress | None = None,
     directory: Path | None = None,
     exact: bool = False,
+    together: bool = False,
 ) -> tuple[BlockTiming, ...]:
     """Timings of embedding, distinct layers and head of ``spec`` at each of ``bits``.
 
     Widths that the backend does not take, and blocks too large to be loaded here, have none. What
     is in ``store`` is not measured again. ``progress`` is called with (done, all) steps, several
     times a second, and may raise to end it.
+    together: also passes of several rows; what the store has of them comes in any case.
     directory: where the random blocks are written meanwhile, by default beside the store. exact:
     of stages loaded so. Raises BackendError where the backend fails, CheckpointError where the disk
     is full.
@@ -121,8 +125,13 @@ def measure_model(
             seconds, conditions = measured.seconds, measured.conditions
             if store is not None:
                 seconds, conditions = store.keep(key, seconds, conditions)
+        rows_s = _known_rows_s(store, key)
+        if together and not rows_s and (several := bench.run_rows(spec, task)) is not None:
+            rows_s = several.seconds
+            if store is not None:
+                rows_s, _ = store.keep(_rows_key(key), rows_s, several.conditions)
         timings += [
-            BlockTiming(task.kind, task.variant, width, seconds[0], seconds[1], conditions)
+            BlockTiming(task.kind, task.variant, width, seconds[0], seconds[1], conditions, rows_s)
             for width in task.stands_for
         ]
     if progress is not None:
@@ -144,13 +153,26 @@ def kept_timings(
     common = machine_key(capabilities, threads, exact=exact)
     timings: list[BlockTiming] = []
     for task in timing_tasks(spec, bits, capabilities.containers(exact=exact)):
-        seconds, conditions = store.found(common | timing_dependencies(spec, task))
+        key = common | timing_dependencies(spec, task)
+        seconds, conditions = store.found(key)
         if seconds is not None and len(seconds) == 2:
+            rows_s, times = _known_rows_s(store, key), (seconds[0], seconds[1])
             timings += [
-                BlockTiming(task.kind, task.variant, width, seconds[0], seconds[1], conditions)
+                BlockTiming(task.kind, task.variant, width, *times, conditions, rows_s)
                 for width in task.stands_for
             ]
     return tuple(timings)
+
+
+def _rows_key(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the store keeps passes of several rows: apart, since they are seldom asked for."""
+    return {**key, "rows": list(TIMED_ROWS)}
+
+
+def _known_rows_s(store: CalibrationStore | None, key: Mapping[str, Any]) -> tuple[float, ...]:
+    """What the store has of passes of several rows; empty where it has nothing."""
+    found = None if store is None else store.get(_rows_key(key))
+    return found if found is not None and len(found) == len(TIMED_ROWS) else ()
 
 
 def machine_key(capabilities: Capabilities, threads: int, *, exact: bool = False) -> dict[str, Any]:
@@ -214,6 +236,23 @@ class Bench:
             return self._head(spec, task)
         return self._layer(spec, task)
 
+    def run_rows(self, spec: ModelSpec, task: Task) -> Measured | None:
+        """Passes of TIMED_ROWS rows, each of another sequence; None of an embedding, which shares
+        nothing, and of what does not fit here.
+        """
+        if task.kind == "layer":
+            several = timed_layers(spec, task, self.backend.probe().on_chip_bytes)
+            if several is None:
+                return None
+            count = len(several.layers)
+            passes_s, conditions = self._time(
+                several, range(1, 1 + count), task.bits, TIMED_ROWS, together=True
+            )
+            return Measured(
+                tuple(layer_share_s(each, self.call_s, count) for each in passes_s), conditions
+            )
+        return self._head(spec, task, TIMED_ROWS) if task.kind == "head" else None
+
     def _embedding(self, spec: ModelSpec, task: Task) -> Measured | None:
         small = replace(spec, vocab=min(spec.vocab, EMBEDDING_ROWS))
         if not fits_memory(small, range(1), task):
@@ -231,7 +270,10 @@ class Bench:
         decode_s, prefill_s = (layer_share_s(each, self.call_s, count) for each in seconds)
         return Measured((decode_s, prefill_s / chunk), conditions)
 
-    def _head(self, spec: ModelSpec, task: Task) -> Measured | None:
+    def _head(
+        self, spec: ModelSpec, task: Task, rows: Sequence[int] | None = None
+    ) -> Measured | None:
+        """Of one row, or of passes of several ``rows``."""
         head = range(spec.head_block, spec.head_block + 1)
         whole_bytes = executed_bytes(
             spec, spec.head_block, Format.of(task.bits), task.container_bits
@@ -241,27 +283,44 @@ class Bench:
             if vocab == 1:
                 return None
             vocab //= 2
-        (decode_s,), conditions = self._time(replace(spec, vocab=vocab), head, task.bits, (1,))
+        part = replace(spec, vocab=vocab)
+        times_s, conditions = self._time(
+            part, head, task.bits, rows or (1,), together=rows is not None
+        )
         if vocab < spec.vocab:
-            fixed_s = min(self.call_s, decode_s / 2)
-            decode_s = fixed_s + (decode_s - fixed_s) * spec.vocab / vocab
-        return Measured((decode_s, decode_s / PREFILL_CHUNK_TOKENS), conditions)
+            fixed_s = [min(self.call_s, each / 2) for each in times_s]
+            share = spec.vocab / vocab
+            times_s = [f + (each - f) * share for f, each in zip(fixed_s, times_s, strict=True)]
+        if rows is not None:
+            return Measured(tuple(times_s), conditions)
+        return Measured((times_s[0], times_s[0] / PREFILL_CHUNK_TOKENS), conditions)
 
     def _time(
-        self, spec: ModelSpec, blocks: range, bits: int, rows: Sequence[int]
+        self,
+        spec: ModelSpec,
+        blocks: range,
+        bits: int,
+        rows: Sequence[int],
+        *,
+        together: bool = False,
     ) -> tuple[list[float], Conditions]:
         """Seconds of a call with each number of ``rows``, through a stage of random blocks,
-        behind as many tokens as a chunk has; and what else went on meanwhile."""
+        behind as many tokens as a chunk has; and what else went on meanwhile. ``together``: each
+        row is one of another sequence.
+        """
         context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), chunk_tokens(spec)
-        options = StageOptions(1, context_tokens, self.threads, exact=self._exact)
-        inputs = random_inputs(spec, blocks, chunk)
+        slots = max(rows) if together else 1
+        options = StageOptions(slots, context_tokens, self.threads, exact=self._exact)
+        inputs = random_inputs(spec, blocks, max(chunk, *rows))
         with self.stage(spec, blocks, bits, options) as stage:
 
+            def call(count: int) -> Callable[[], object]:
+                if together:
+                    return partial(stage.decode, range(count), [chunk] * count, inputs[:count])
+                return partial(stage.forward, 0, chunk, inputs[:count])
+
             def calls() -> tuple[list[float], float]:
-                timed = [
-                    _timed(partial(stage.forward, 0, chunk, inputs[:count]), self.check)
-                    for count in rows
-                ]
+                timed = [_timed(call(count), self.check) for count in rows]
                 return [median for median, _ in timed], max(spread for _, spread in timed)
 
             return steady(calls, self.patience, sum)

@@ -18,7 +18,8 @@ from typing import Any
 from planning.json_codec import from_plain, to_plain
 from planning.problem import ONE_TOKEN, BlockOption, Objective, PlanningProblem
 from planning.prompt import NO_TIME, Passage, best_chunk_tokens, prompt_s
-from planning.together import TIMED_ROWS, pass_s, row_s
+from planning.together import pass_s, row_s
+from wire.profile import TIMED_ROWS
 
 FORMAT = 1
 OPTIMALITY_GAP = 1e-6
@@ -439,14 +440,12 @@ def _assess_stage(
             math.fsum(one.row_s for one in passages),
             math.fsum(one.delay_s for one in passages),
         ),
-        rows_s=_rows_s(device.call_s, shared),
+        rows_s=_rows_s(device.call_s, shared) if device.shares_passes else (),
     )
 
 
 def _rows_s(call_s: float, options: Sequence[BlockOption]) -> tuple[float, ...]:
-    """Of a stage of such blocks; empty where nothing is known of any of them."""
-    if not any(option.rows_s for option in options):
-        return ()
+    """Passes of TIMED_ROWS rows in a stage of such blocks."""
     return tuple(
         math.fsum([call_s, *(pass_s(one.decode_s, one.rows_s, rows) for one in options)])
         for rows in TIMED_ROWS

@@ -285,6 +285,10 @@ def _solve(
         program = PlanProgram(problem, margin=margin, cutoff=cutoff, twins=twins)
         start = None if known is None else program.values(known)
         outcome = runner.run(program, gap, start)
+        if runner.failure is not None and cutoff < math.inf and runner.left_s() > 0:
+            # The cutoff is one more row, which no solver should fail for.
+            runner.failure = None
+            return _solve(problem, runner, gap, known)
         if bound is None:
             bound = cutoff if runner.refused else min(program.bound(outcome.bound), cutoff)
         choice = program.choice(outcome.values) if outcome.values else None

@@ -15,9 +15,9 @@ from model import costs
 from model.spec import ModelSpec
 from planning.json_codec import from_plain, to_plain
 from planning.prompt import CHUNK_TOKENS, Passage, block_passage, chunk_choices, turns
-from planning.together import TIMED_ROWS, row_s
+from planning.together import row_s
 from wire.activations import HOP_BITS
-from wire.profile import LinkProfile
+from wire.profile import TIMED_ROWS, LinkProfile
 
 _MOST_COUNTED = 8
 """Of plans with more stages all are compared together."""
@@ -152,6 +152,11 @@ class Device:
     load_bytes_per_s: float = math.inf
     watts: float | None = None
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether it is known of any block what several rows take in one pass."""
+        return any(option.rows_s for row in self.options for option in row)
+
     def option(self, block: int, bits: int) -> BlockOption | None:
         """How this device runs ``block`` at ``bits``; None where it cannot."""
         # Asked for each option of large problems: a loop is twice as fast as a generator.
@@ -232,9 +237,11 @@ class PlanningProblem:
         """
         if self.shared_by is None:
             return tuple(replace(self, chunk_tokens=rows) for rows in self.chunk_choices)
-        if self.least_stages > 1 or self.most_stages is not None:
+        given = self.least_stages > 1 or self.most_stages is not None
+        if given or not any(device.shares_passes for device in self.devices):
             return (self,)
-        most = min(max(len(self.devices), 2), self.shared_by, _MOST_COUNTED)
+        # Where at most two rows meet they share nothing, however many stages there are.
+        most = max(2, min(len(self.devices), math.ceil(self.shared_by / 2), _MOST_COUNTED))
         counted = [
             replace(self, least_stages=count, most_stages=count if count < most else None)
             for count in range(2, most + 1)
@@ -390,10 +397,10 @@ class PlanningProblem:
 
     def call_turn_s(self, device: int) -> float:
         """What a call adds to the time of a stage, where the slowest one counts."""
-        call_s = self.devices[device].call_s
-        if self.objective.kind == "throughput":
-            return self.row_s(call_s, (call_s,) * len(TIMED_ROWS))
-        return call_s
+        own = self.devices[device]
+        if self.objective.kind == "throughput" and own.shares_passes:
+            return self.row_s(own.call_s, (own.call_s,) * len(TIMED_ROWS))
+        return own.call_s
 
     def turn_s(self, block: int, option: BlockOption) -> float:
         """What a block adds to the time of its stage, where the slowest one counts."""

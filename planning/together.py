@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-TIMED_ROWS = (2, 4, 8)
-"""Rows of a pass that calibration times, beside one."""
+from wire.profile import TIMED_ROWS
 
 
 def pass_s(one_s: float, rows_s: Sequence[float], rows: float) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from wire.conditions import Conditions
 from wire.messages import Message
-from wire.profile import BlockTiming, DeviceProfile
+from wire.profile import TIMED_ROWS, BlockTiming, DeviceProfile
 
 MAX_TEXT_CHARACTERS = 1000
 """Of a text for people; the longest of ours has some 500."""
@@ -81,7 +81,9 @@ def are_plausible(conditions: Conditions | None) -> bool:
 def is_plausible(timing: BlockTiming) -> bool:
     """Whether a block can take these times."""
     least_s, most_s = BLOCK_SECONDS
-    times_s = timing.decode_s, timing.prefill_s_per_token
+    if len(timing.rows_s) not in (0, len(TIMED_ROWS)):
+        return False
+    times_s = timing.decode_s, timing.prefill_s_per_token, *timing.rows_s
     return all(least_s <= time_s <= most_s for time_s in times_s) and are_plausible(
         timing.conditions
     )

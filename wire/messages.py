@@ -120,12 +120,14 @@ class Heartbeat:
 class MeasureModel:
     """Measure seconds per block of this model's shapes at each of ``bits``.
 
-    What the agent has measured before is not measured again.
+    What the agent has measured before is not measured again. ``together``: also passes of several
+    rows, each of another sequence.
     """
 
     request: int
     spec: dict[str, Any]
     bits: tuple[int, ...]
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ class MeasureModelAgain:
     request: int
     spec: dict[str, Any]
     bits: tuple[int, ...]
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,9 @@ from typing import Literal
 
 from wire.conditions import Conditions
 
+TIMED_ROWS = (2, 4, 8)
+"""Rows of a pass, each of another sequence, that are timed beside one."""
+
 TimingKind = Literal["embedding", "layer", "head"]
 
 
@@ -66,8 +69,8 @@ class BlockTiming:
     ``variant`` is the index of the block's shape among the model's distinct layer shapes (0 for
     embedding and head). ``decode_s`` is one row at short context, ``prefill_s_per_token`` one
     token of a chunk (of a head, which sees a prompt's last row only: its share in a chunk's time).
-    ``conditions``: None where nobody wrote them down. ``rows_s`` is one pass of 2, 4 and 8 rows, each
-    of another sequence; empty where that was not measured.
+    ``conditions``: None where nobody wrote them down. ``rows_s`` is one pass of TIMED_ROWS rows;
+    empty where that was not measured.
     """
 
     kind: TimingKind

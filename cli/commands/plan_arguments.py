@@ -96,6 +96,11 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the answer of --objective request; default %(default)s",
     )
+    _add_placement_arguments(parser)
+
+
+def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the user has decided already, and what a plan must keep."""
     parser.add_argument(
         "--pin",
         type=_pin,

@@ -302,7 +302,9 @@ class Operations:
         spec = checkpoint.spec
         names = {member.device: member.name for member in members}
         excluded = [member.name for member in members if member.device in request.exclude]
-        timings = await measure_blocks(members, spec, request.bits, self._report, excluded)
+        timings = await measure_blocks(
+            members, spec, request.bits, self._report, excluded, rows=request.slots > 1
+        )
         measured = [member for member in members if member.name not in excluded]
         await measure_links(self._roster, measured, self._report, asked=asked)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count

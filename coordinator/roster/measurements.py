@@ -91,19 +91,27 @@ async def measure_blocks(
     bits: Sequence[int],
     on_step: OnStep,
     excluded: Collection[str] = (),
+    *,
+    rows: bool = False,
 ) -> dict[str, tuple[BlockTiming, ...]]:
     """Seconds per block on each member; members on one machine take turns.
 
-    Of the ``excluded``, who are not asked, is what is known. Raises AgentFailed.
+    ``rows``: also of passes of several rows, each of another sequence. Of the ``excluded``, who are
+    not asked, is what is known. Raises AgentFailed.
     """
 
     async def one_machine(residents: list[Member]) -> None:
         for member in residents:
             known = member.timings.get(spec, {})
             usable = dict(member.profile.container_bits)
-            missing = tuple(width for width in bits if width in usable and width not in known)
+            missing = tuple(
+                width
+                for width in bits
+                if width in usable
+                and (width not in known or (rows and not _has_rows(known[width])))
+            )
             if missing:
-                await _measure_model(member, spec, missing, on_step)
+                await _measure_model(member, spec, missing, on_step, rows=rows)
 
     asked = machines(member for member in members if member.name not in excluded)
     await together(one_machine(residents) for residents in asked)
@@ -115,13 +123,29 @@ async def measure_blocks(
     }
 
 
+def _has_rows(timings: Iterable[BlockTiming]) -> bool:
+    """Whether passes of several rows were timed, of all layers."""
+    return all(timing.rows_s for timing in timings if timing.kind == "layer")
+
+
 async def _measure_model(
-    member: Member, spec: ModelSpec, bits: tuple[int, ...], on_step: OnStep, *, again: bool = False
+    member: Member,
+    spec: ModelSpec,
+    bits: tuple[int, ...],
+    on_step: OnStep,
+    *,
+    again: bool = False,
+    rows: bool = False,
 ) -> None:
     """Have ``member`` measure the model at ``bits``, and note it. Raises AgentFailed."""
     try:
         answer = await member.request(
-            partial(MeasureModelAgain if again else MeasureModel, spec=spec.to_dict(), bits=bits),
+            partial(
+                MeasureModelAgain if again else MeasureModel,
+                spec=spec.to_dict(),
+                bits=bits,
+                together=rows,
+            ),
             ModelMeasured,
             forward(on_step, "measure", member.name),
         )

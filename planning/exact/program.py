@@ -335,10 +335,6 @@ class PlanProgram:
         entered = []
         program += pulp.lpSum(self._first) == 1
         program += pulp.lpSum(last) == 1
-        if problem.least_stages > 1:
-            program += pulp.lpSum(self._used) >= problem.least_stages
-        if problem.most_stages is not None:
-            program += pulp.lpSum(self._used) <= problem.most_stages
         for i in devices:
             used, first = self._used[i], self._first[i]
             leaving = [key for key in pairs if key[0] == i]
@@ -362,6 +358,17 @@ class PlanProgram:
                 program += position <= pulp.lpSum(span[-1] * flag for span, flag in spans)
         for i, j in twins:
             program += entered[i] >= entered[j]
+        self._follow(pairs)
+
+    def _follow(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Blocks are still to come only where there is a hop, and no two devices follow each other
+        both ways; as many stages as the problem says.
+        """
+        program, problem, left, total = self.program, self._problem, self._left, self._total
+        if problem.least_stages > 1:
+            program += pulp.lpSum(self._used) >= problem.least_stages
+        if problem.most_stages is not None:
+            program += pulp.lpSum(self._used) <= problem.most_stages
         for i, j in pairs:
             program += left[i, j] >= self._hop[i, j]
             program += left[i, j] <= (total - 1) * self._hop[i, j]

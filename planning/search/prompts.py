@@ -26,6 +26,8 @@ _NARROW = 0.4
 _FACTORS = (1.0, 0.6, 1.7)
 """Of the best price of the budget, for the bounds of a beam."""
 _ROUNDS = 25
+_LOOKS = 5
+"""Limits under which plans are looked for before anything is proved."""
 _FAR = 1.1
 """Limits that differ by less have the same price of the budget."""
 
@@ -67,7 +69,9 @@ class Prompted(_Cheapest):
         self.price = max(self.found, key=lambda mu: self.found[mu][0].bound)
         self.prices = self.found[self.price][1]
         rest = self._best()
-        waiting = [self._interval(rest, *self._reach_s(rest))]
+        low_s, high_s = self._reach_s(rest)
+        self._look_around(low_s, high_s)
+        waiting = [self._interval(rest, low_s, self._reach_s(rest)[1])]
         closed = math.inf
         """Bound of what no beam could tell more of."""
         while waiting and waiting[0].bound < self._target() and not self._late():
@@ -81,6 +85,17 @@ class Prompted(_Cheapest):
         left = [closed, self._target(), *(one.bound for one in waiting[:1])]
         self.bound = max(self.bound, min(*left, self.value))
         return Found(self.choice, self.bound)
+
+    def _look_around(self, low_s: float, high_s: float) -> None:
+        """Look for plans under some limits, the widest first: the intervals begin at the bounds."""
+        for limit_s in np.geomspace(high_s, low_s, _LOOKS):
+            target = self._target() - self.tables.turns * low_s
+            priced = self._limited(limit_s, target)
+            if self._late() or priced.bound >= target:
+                break
+            self._walk([priced], target, _WIDTHS[0], most=20)
+        if self.value >= self.at_hand and not self._done():
+            self._try_other()
 
     def _target(self) -> float:
         return self.value * (1 - self.gap) if self.value < math.inf else math.inf

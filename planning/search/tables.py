@@ -171,6 +171,11 @@ class Tables:
         ]
         self.entry = np.array([problem.call_cost(i) for i in devices])
         self.call_s = np.array([problem.call_turn_s(i) for i in devices])
+        self._measure_ways()
+
+    def _measure_ways(self) -> None:
+        """What hops and ways back cost and take."""
+        problem, devices = self.problem, range(len(self.problem.devices))
         forms = problem.permitted_hops
         self.hop_bits = [form.bits for form in forms]
         priced = self.budget is not None

@@ -20,9 +20,10 @@ from backends.base import (
 from backends.onnx_cpu import OnnxCpuBackend, OnnxCpuStage
 from backends.registry import BACKENDS, backend_class
 from calibration import layers
-from calibration.layers import Bench, Task, measure_call, measure_model
+from calibration.layers import Bench, Task, kept_timings, measure_call, measure_model
 from calibration.store import CalibrationStore
 from model.spec import LayerSpec, ModelSpec, RopeSpec
+from wire.profile import TIMED_ROWS
 
 WIDE = LayerSpec(
     hidden=64,
@@ -116,6 +117,26 @@ def test_every_block_shape_has_a_timing_at_every_width(backend: Recorder, tmp_pa
     assert reached == [(done, total) for done in range(total + 1)]
     assert steps == sorted(steps)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_passes_of_several_rows_are_kept_beside_the_others(
+    backend: Recorder, tmp_path: Path
+) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    alone = measure_model(SPEC, (4,), backend, threads=1, store=store)
+    assert all(timing.rows_s == () for timing in alone)
+    more = measure_model(SPEC, (4,), backend, threads=1, store=store, together=True)
+    assert [replace(timing, rows_s=()) for timing in more] == list(alone)
+    known = {timing.kind: timing.rows_s for timing in more}
+    assert known["embedding"] == ()
+    for kind in ("layer", "head"):
+        assert len(known[kind]) == len(TIMED_ROWS)
+        assert all(seconds > 0 for seconds in known[kind])
+    backend.loaded.clear()
+    # Whoever asks next finds them, and so does whoever only looks.
+    assert measure_model(SPEC, (4,), backend, threads=1, store=store) == more
+    assert kept_timings(SPEC, (4,), backend, threads=1, store=store) == more
+    assert backend.loaded == []
 
 
 def test_widths_that_run_alike_are_measured_once(backend: Recorder, tmp_path: Path) -> None:

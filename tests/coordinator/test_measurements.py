@@ -104,8 +104,9 @@ class Shoal:
                 self.began(name, {name})
                 await asyncio.sleep(0.01)
                 del self.at_work[name]
+                rows_s = (2e-3, 3e-3, 4e-3) if message.together else ()
                 timings = tuple(
-                    BlockTiming("layer", 0, bits, 1e-3, 1e-4, self.conditions)
+                    BlockTiming("layer", 0, bits, 1e-3, 1e-4, self.conditions, rows_s)
                     for bits in message.bits
                 )
                 await agent.send(ModelMeasured(message.request, timings, 1e-4))
@@ -189,6 +190,20 @@ def test_four_devices_apart_are_measured_at_the_same_time() -> None:
         assert (links[-1].done, links[-1].total) == (12, 12)
         assert [step.done for step in links] == sorted(step.done for step in links)
         assert {step.label for step in links} >= {"a to b", "d to c"}
+
+    run(APART, test)
+
+
+def test_passes_of_several_rows_are_measured_when_they_are_asked_for() -> None:
+    async def test(shoal: Shoal) -> None:
+        members = [await shoal.join("a")]
+        for rows, expected in (
+            (False, ()),
+            (True, (2e-3, 3e-3, 4e-3)),
+            (False, (2e-3, 3e-3, 4e-3)),
+        ):
+            timings = await measure_blocks(members, SPEC, (4, 8), lambda step: None, rows=rows)
+            assert [timing.rows_s for timing in timings["a"]] == [expected, expected]
 
     run(APART, test)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from planning.exact.solver import SolverName
+from planning import planner
+from planning.exact.solver import Outcome, SolverError, SolverName, run
 from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, assess, verify
 from planning.planner import solve
 from planning.problem import Objective, PlanningProblem
@@ -133,3 +136,24 @@ def test_a_plan_with_wrong_times_of_chunks_is_refused() -> None:
     ):
         with pytest.raises(PlanError, match="passage"):
             verify(wrong, problem)
+
+
+def test_a_solver_that_fails_beside_a_known_plan_is_asked_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """HiGHS was seen to fail for the one row that leaves out what is not better."""
+    devices = [make_device(name, 6, 2_500, {8: 0.001}) for name in "ab"]
+    problem = replace(make_problem(4, devices), objective=Objective("request", 100, 10))
+    expected = solve(problem)
+    calls = itertools.count()
+
+    def failing(*arguments: Any, **options: Any) -> Outcome:
+        if next(calls) == 1:
+            raise SolverError("Solve error")
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(planner, "run", failing)
+    plan = solve(problem)
+    assert plan.value == pytest.approx(expected.value)
+    assert plan.proven_optimal
+    assert next(calls) == 4  # Three sizes of chunks, one of them twice.

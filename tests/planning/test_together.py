@@ -14,8 +14,9 @@ from planning.forecast import decode_tokens_per_s
 from planning.plan import InfeasiblePlan, PlanError, Proof, assess
 from planning.planner import solve
 from planning.problem import Objective, PlanningProblem
-from planning.together import TIMED_ROWS, pass_s, row_s
+from planning.together import pass_s, row_s
 from tests.planning.test_planner import described, make_device, make_problem, random_problem
+from wire.profile import TIMED_ROWS
 
 ROWS_S = (1.25, 1.75, 2.75)
 """What 2, 4 and 8 rows take where one takes 1 s."""

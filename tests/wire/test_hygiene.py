@@ -136,3 +136,6 @@ def test_an_impossible_time(time_s: float) -> None:
     assert is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4))
     assert not is_plausible(BlockTiming("layer", 0, 4, time_s, 1e-4))
     assert not is_plausible(BlockTiming("layer", 0, 4, 1e-3, time_s))
+    assert is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4, rows_s=(1e-3, 2e-3, 3e-3)))
+    assert not is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4, rows_s=(1e-3, 2e-3, time_s)))
+    assert not is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4, rows_s=(1e-3,)))
