@@ -162,7 +162,7 @@ def _best_of(
     enough = math.inf if rival is None else rival.value * (1 - max(gap, _SAME))
     if searching := size > _small(problem) or gap > 0:
         report("searching")
-        share = 0.5 if size <= _CLOSED else 1.0
+        share = 0.5 if _closable(problem) else 1.0
         found = _search(problem, runner, gap, share=share, rival=rival)
         if found.impossible:
             runner.refused = True
@@ -171,7 +171,7 @@ def _best_of(
     bound = found.bound
     least = min((one.value for one in (plan, rival) if one is not None), default=math.inf)
     missing = plan is None and rival is None
-    open_ = bound < (1 - gap) * least and (size <= _CLOSED or not searching)
+    open_ = bound < (1 - gap) * least and (_closable(problem) or not searching)
     if (missing and _writable(problem)) or (open_ and runner.left_s() > 0):
         report("solving the integer program")
         exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None, enough)
@@ -211,6 +211,12 @@ def _size(problem: PlanningProblem) -> int:
     blocks = range(1, problem.spec.block_count)
     distinct = 1 + sum(looks(k) != looks(k - 1) for k in blocks)
     return distinct * len(problem.devices) * len(problem.bits)
+
+
+def _closable(problem: PlanningProblem) -> bool:
+    """Whether the program may close a gap that the search left."""
+    hops = len(problem.links) * len(problem.permitted_hops)
+    return _size(problem) + 2 * hops <= _CLOSED
 
 
 def _writable(problem: PlanningProblem) -> bool:

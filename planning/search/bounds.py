@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planning.search.tables import Floats, Tables
+from planning.search.tables import Floats
 from planning.time_limit import now_s
 
 
@@ -203,14 +203,15 @@ class Pricer:
     Prices are one vector: of entering each device (>= 0), then of beginning with it.
     """
 
-    def __init__(self, tables: Tables, deadline_s: float) -> None:
-        self.tables = tables
+    def __init__(self, entry: Floats, deadline_s: float) -> None:
+        """``entry`` [device] is what each entry costs beside its price."""
+        self.entry = entry
         self.deadline_s = deadline_s
 
     def relaxation(self, arcs: Joint | Separate, constant: float, prices: Floats) -> Priced:
         """The relaxation at given prices."""
         entering, beginning = np.split(prices, 2)
-        fixed = self.tables.entry + entering
+        fixed = self.entry + entering
         sink = (arcs.ends - beginning).min(2)
         paid = constant + float(entering.sum())
         return Priced(arcs, fixed, beginning, sink, paid, arcs.to_go(fixed, sink))

@@ -126,7 +126,7 @@ class _Search:
         self.tables = tables
         self.deadline_s, self.last_resort_s = until_s
         self.gap = gap
-        self.pricer = Pricer(tables, self.deadline_s)
+        self.pricer = Pricer(tables.entry, self.deadline_s)
         self.choice: Choice | None = None
         self.value = math.inf
         self.bound = 0.0
@@ -172,7 +172,9 @@ class _Search:
         # Any plan loses at most the budget: what loses more by any prices is none.
         budget = tables.budget or 0.0
         enough = budget + 1e-6 * (spare or 1.0)
-        priced, _ = self.pricer.price(
+        # Losses are added up here, not seconds: a stage has none of its own.
+        pricer = Pricer(np.zeros(tables.shape[0]), self._until_s())
+        priced, _ = pricer.price(
             Free(tables.segments(loss)),
             0.0,
             np.zeros(2 * tables.shape[0]),

@@ -171,10 +171,6 @@ class Tables:
         ]
         self.entry = np.array([problem.call_cost(i) for i in devices])
         self.call_s = np.array([problem.call_turn_s(i) for i in devices])
-        forms = problem.permitted_hops
-        self.hop_bits = [form.bits for form in forms]
-        priced = self.budget is not None
-        self.hop_loss = np.array([(priced and form.sensitivity) or 0.0 for form in forms])
         self._measure_links()
 
     def _measure_links(self) -> None:
@@ -183,6 +179,10 @@ class Tables:
         Large shoals have tens of thousands of links: all are counted at once.
         """
         problem = self.problem
+        forms = problem.permitted_hops
+        self.hop_bits = [form.bits for form in forms]
+        priced = self.budget is not None
+        self.hop_loss = np.array([(priced and form.sensitivity) or 0.0 for form in forms])
         count = len(problem.devices)
         half_s, per_byte_s = np.full((2, count, count), math.inf)
         for (i, j), link in problem.links.items():

@@ -149,7 +149,7 @@ def tight(layers: int, count: int, seed: int, share: float) -> PlanningProblem:
 
 def test_prices_prove_that_nothing_fits() -> None:
     """What a single device lacks is found elsewhere: here all together have too little."""
-    problem = tight(60, 40, 0, 0.5)
+    problem = tight(60, 40, 0, 0.4)
     tables = Tables(problem)
     assert np.isfinite(tables.cost).any((0, 2)).all()
     found = search(problem, deadline_s=time.monotonic() + 60, gap=0.01)
