@@ -284,7 +284,7 @@ def _demo(demo: argparse.ArgumentParser) -> Page:
         "--measurements-dir",
         type=Path,
         metavar="DIR",
-        help="Keep the agents' measurements in DIR for the next demo. Default: each demo measures.",
+        help="Keep measurements in DIR for the next demo. Default: each demo measures.",
     )
     plan_arguments.add_quality_arguments(demo, with_plan=False)
     return Page(

@@ -312,6 +312,12 @@ class Demo:
         return process
 
     def _start_coordinator(self, cluster: str) -> dict[str, Any]:
+        state_dir = self._directory / "coordinator"
+        if kept := self._options.measurements_dir:
+            # The coordinator measures what a model loses by fewer bits, and keeps it here.
+            state_dir.mkdir(exist_ok=True)
+            (kept / "losses").mkdir(parents=True, exist_ok=True)
+            (state_dir / "losses").symlink_to((kept / "losses").absolute())
         process = self._start(
             "coordinator",
             [
@@ -321,7 +327,7 @@ class Demo:
                 "--bind=127.0.0.1",
                 "--port=0",
                 "--http=127.0.0.1:0",
-                f"--state-dir={self._directory / 'coordinator'}",
+                f"--state-dir={state_dir}",
             ],
         )
         line = process.stdout.readline() if process.stdout is not None else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -92,6 +95,10 @@ class Cluster:
         self.url = ""
 
     def start_coordinator(self, *options: str) -> None:
+        losses = self.directory / "coordinator" / "losses"
+        if not (self.measures or losses.exists()):
+            losses.parent.mkdir(parents=True, exist_ok=True)
+            losses.symlink_to(_losses)
         process = self.spawn(
             "coordinator",
             "coordinator",
@@ -188,6 +195,11 @@ class Cluster:
 
 _measured: dict[str, dict[str, Any]] = {}
 """By store, what agents of this process's clusters have measured and tried."""
+
+_losses = Path(tempfile.mkdtemp(prefix="losses-"))
+"""What coordinators of this process's clusters have measured of models."""
+
+atexit.register(shutil.rmtree, _losses, ignore_errors=True)
 
 _clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
 
