@@ -1,4 +1,4 @@
-"""What planning tells a user whose request it cannot use."""
+"""The error for a request that planning cannot use."""
 
 from __future__ import annotations
 
