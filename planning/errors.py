@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class RequestInvalid(Exception):
-    """The user's request is wrong; ``param`` is the field, where there is one."""
+    """The user's request is wrong. ``param`` is the wrong field; None if it is no single field."""
 
     code = "invalid_request"
 

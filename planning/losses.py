@@ -34,7 +34,7 @@ class RawLosses:
 
 
 def estimated(known: LossEstimate, arithmetics: Iterable[str]) -> RawLosses:
-    """Losses that were measured while planning; those of hops and other arithmetics are assumed."""
+    """Losses measured while planning. Hops and other arithmetics have assumed losses."""
     return _beside(known.blocks, known.margin, LossSource("estimated", known.tokens), arithmetics)
 
 

@@ -34,7 +34,7 @@ class PlanError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Changes of which each makes a plan possible alone; memory and storage only together.
+    """Changes that each make a plan possible alone. Memory and storage are one change together.
 
     ``memory_short_bytes`` and ``storage_short_bytes`` say what is wrong. The other fields are
     changes that people can make.
@@ -213,7 +213,7 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """Largest share of the objective that a better plan could save, 0 to 1."""
+        """The largest share of the objective that a better plan could save, 0 to 1."""
         return max(0.0, (self.value - self.proof.bound) / self.value)
 
     @property

@@ -44,12 +44,12 @@ _LIMIT_MARGIN = 4e-6
 _FREE = 1e-9
 # Half of OPTIMALITY_GAP. Beside a known plan, only plans better by this share are looked for.
 _SAME = 5e-7
-# With more counts than the first, or with a gap allowed, the search goes first. It closes large
-# problems sooner, but seldom to nothing. With more counts + twice the hops than the second, the
-# program closes no gap that the search left. With more counts + hops than the third, writing the
+# With more than _SMALL counts, or with a gap allowed, the search goes first. It closes large
+# problems sooner, but seldom to nothing. If counts + twice the hops are more than _CLOSED, the
+# program closes no gap that the search left. If counts + hops are more than _WRITTEN, writing the
 # program takes seconds.
 _SMALL, _CLOSED, _WRITTEN = 600, 2_000, 15_000
-# In place of the first, for prompts: with the slowest stage beside the sum the program is slower.
+# In place of _SMALL, for prompts: with the slowest stage beside the sum the program is slower.
 _SMALL_REQUEST = 100
 DEFAULT_GAP = 0.005
 """The default gap if the search goes first. The last half percent can take any amount of time."""
@@ -77,8 +77,8 @@ def solve(
     """The best plan, verified; at the time limit, the best plan found with its proved gap.
 
     It may end early with a plan proved to be within ``gap`` (0.01: one percent) of the best. None
-    is 0 for small problems, and DEFAULT_GAP for problems where the search goes first.
-    ``on_progress`` gets one line per step. ``solver`` None takes HiGHS if it is installed.
+    means 0 for small problems, and DEFAULT_GAP for problems where the search goes first.
+    ``on_progress`` gets one line per step. ``solver`` None means HiGHS if it is installed, or CBC.
     Raises InfeasiblePlan with advice, or PlanError if no plan was found and none is ruled out.
     """
     started_s = now_s()
@@ -329,9 +329,9 @@ class _Runner:
         self.deadline_s = deadline_s
         self.solver = solver
         self.refused = False
-        """The last program that ran has no solution."""
+        """Whether the last problem was proved to have no plan."""
         self.unsure = False
-        """Some program ended without an answer."""
+        """Whether any program ended without an answer."""
         self.failure: str | None = None
         """Why the solver failed; None if it did not."""
 
@@ -411,7 +411,7 @@ def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
 
 
 def _settled(problem: PlanningProblem, plan: Plan) -> Plan:
-    """The plan with those widths that weigh loss and bytes best and cost no time."""
+    """The plan with the best widths by loss and bytes that cost no time."""
     indices = {device.name: index for index, device in enumerate(problem.devices)}
     stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
     hops = [stage.hop_bits for stage in plan.stages if stage.hop_bits is not None]

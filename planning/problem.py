@@ -20,7 +20,7 @@ from wire.activations import HOP_BITS
 from wire.profile import TIMED_ROWS, LinkProfile
 
 _MOST_COUNTED = 8
-"""All plans with at least this many stages are compared as one variant."""
+"""All plans with this many stages or more are one variant."""
 
 TOKEN_BYTES = 4
 """Size of the token id that the last stage sends to the first."""
@@ -35,7 +35,8 @@ class Objective:
 
     ``latency``: seconds of one decoded token.
     ``throughput``: seconds between two tokens when several sequences are decoded at once. This is
-    the time of the slowest stage with the link that leaves it (planning/together.py).
+    the time of a row in the slowest stage with the link that leaves it (planning/together.py). With
+    few sequences it is a token's time through the ring, divided by their number, if that is longer.
     ``request``: seconds of a prompt of ``prompt_tokens`` until its first token
     (planning/prompt.py), and of ``output_tokens`` decoded one by one.
     ``energy``: joules that the stages draw while they compute one decoded token. Devices that wait
@@ -44,7 +45,7 @@ class Objective:
     hold yet. ``energy`` has no such weight.
 
     Every plan shows the seconds of a prompt of ``prompt_tokens``, for any objective. The default
-    values are the default of every command (docs/planner.md says why).
+    values apply unless the user asks for others (docs/planner.md says why).
     """
 
     kind: ObjectiveKind = "request"
@@ -109,7 +110,7 @@ class HopFormat:
 
 
 DEFAULT_HOPS = (HopFormat.unmeasured(16),)
-"""Hops use 8 bits only if the user asks for it."""
+"""Formats of hops by default. 8 bits need a request, or a budget and a known sensitivity."""
 
 
 @dataclass(frozen=True, slots=True)

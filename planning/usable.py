@@ -111,7 +111,7 @@ class Usable:
         return found
 
     def _small(self) -> Mask:
-        """True where an option alone keeps the device's limits."""
+        """True for options that keep the device's limits alone."""
         devices = self.problem.devices
         memory = [float(device.memory_bytes - device.stage_bytes) for device in devices]
         storage = [float(device.storage_bytes) for device in devices]

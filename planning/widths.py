@@ -93,7 +93,7 @@ class _Change:
 def settle(
     problem: PlanningProblem, stages: Sequence[StageChoice], loss: float, free_s: float
 ) -> list[StageChoice]:
-    """The same stages with those widths that weigh loss and bytes best at no cost in time.
+    """The same stages with the best widths by loss and bytes that cost no time.
 
     ``loss`` is the plan's part of the budget. ``free_s`` is the rounding of sums: each stage may
     take so much longer. Memory, storage and the budget are kept.

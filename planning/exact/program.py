@@ -87,7 +87,7 @@ def _figures(
 
 
 class PlanProgram:
-    """The program for one problem, with one size of a prompt's chunks where a prompt counts.
+    """The program for one variant of a problem, with one size of a prompt's chunks.
 
     ``margin`` is the share of each limit that stays unused. Plans with an objective above
     ``cutoff`` are left out. ``twins`` are pairs of devices whose exchange changes nothing. In plans

@@ -1,4 +1,4 @@
-"""Runs an integer program: HiGHS where it can be imported, else the CBC that PuLP brings.
+"""Runs an integer program with HiGHS if it can be imported, else with the CBC of PuLP.
 
 HiGHS gets the program in memory. CBC is a process of its own, which is killed at the time limit. It
 reads files in a temporary folder, which is removed afterwards. Neither prints anything.

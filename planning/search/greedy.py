@@ -89,7 +89,7 @@ class _Filler:
             yield np.where(self.usable, far, 1000).argmin(2)
 
     def filled(self, spans: list[Span], options: Integers) -> Filled:
-        """A walk with its figures. Its hops lose least, and of those take least time."""
+        """A walk with its figures. Each hop has the format of least loss, then of least time."""
         tables = self.tables
         device = np.concatenate([np.full(end - first, i) for i, first, end in spans])
         blocks = np.arange(len(device))

@@ -255,7 +255,7 @@ class _Cheapest(_Search):
         return Found(self.choice, self.bound)
 
     def _follow(self, relaxations: Sequence[Priced], width: int, merge: bool) -> bool:
-        """Finish walks that a beam finds, and raise the bound; True where the beam was full."""
+        """Finish walks that a beam finds, and raise the bound. True if the beam was full."""
         cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
         finished, dropped = beam(
             self.tables,
