@@ -1,1 +1,1 @@
-"""Which devices run which layers at how many bits: numbers in, plans out. No I/O, no server."""
+"""Plans which device runs which layers at how many bits. It has no sockets and no server."""

@@ -1,8 +1,8 @@
-"""What people can do where no plan fits: one change each, tried by planning again.
+"""Changes that people can make if no plan fits. Each is tried alone, by planning again.
 
-A device like one that is there can be bought, a context can be shorter, a limit can be moved. Each
+People can buy another device of a kind, shorten the context, or move a limit. Each ``enough_...``
 function returns the least change of its kind that makes a plan possible, or None. ``possible`` says
-of a problem whether it has a plan.
+whether a problem has a plan.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from wire.profile import LinkProfile
 Possible = Callable[[PlanningProblem], bool]
 
 MOST_DEVICES = 4
-"""More of a kind than this nobody is told to buy."""
+"""The most devices of a kind that advice names."""
 
 LEAST_CONTEXT_TOKENS = 128
 
 ASSUMED_BYTES_PER_S, ASSUMED_RTT_S = 125e6, 0.0005
-"""A wired link of 1 Gbit/s: for a device that would be the second, so that no link is known."""
+"""A wired link of 1 Gbit/s, assumed for a second device beside a single one without links."""
 
 
 def with_more(problem: PlanningProblem, index: int, count: int = 1) -> PlanningProblem:
-    """The problem with ``count`` more devices like one, linked as that one is.
+    """The problem with ``count`` more devices like the one at ``index``, with the same links.
 
-    Between the device and those like it, links are as slow as its slowest.
+    Links among all these devices are as slow as the slowest link of the first.
     """
     devices, links = list(problem.devices), dict(problem.links)
     own = [link for pair, link in problem.links.items() if index in pair]
@@ -58,7 +58,7 @@ def with_more(problem: PlanningProblem, index: int, count: int = 1) -> PlanningP
 
 
 def kinds(problem: PlanningProblem) -> Iterator[int]:
-    """One device of each kind that may be used: the first of those that differ in name only."""
+    """The first device of each kind that is not excluded. A kind differs in more than names."""
     met = []
     for index, device in enumerate(problem.devices):
         kind = replace(device, name="", held=())
@@ -68,7 +68,7 @@ def kinds(problem: PlanningProblem) -> Iterator[int]:
 
 
 def enough_devices(problem: PlanningProblem, possible: Possible) -> tuple[str, int] | None:
-    """The name of a device, and how many more like it are enough; as few as possible."""
+    """The name of a device, and the least number of more like it that are enough."""
     for count in range(1, MOST_DEVICES + 1):
         for index in kinds(problem):
             if possible(with_more(problem, index, count)):
@@ -77,7 +77,7 @@ def enough_devices(problem: PlanningProblem, possible: Possible) -> tuple[str, i
 
 
 def context_tokens(problem: PlanningProblem) -> int:
-    """Positions that the KV caches hold, of all slots together; 0 where no block has any."""
+    """Positions of all slots' KV caches together; 0 if no block has a cache."""
     for block, size in enumerate(problem.kv_bytes):
         one = costs.kv_bytes(problem.spec, block, 1)
         if size and one:
@@ -86,14 +86,14 @@ def context_tokens(problem: PlanningProblem) -> int:
 
 
 def with_context(problem: PlanningProblem, tokens: int) -> PlanningProblem:
-    """The problem with KV caches of so many positions; buffers stay as large as they were."""
+    """The problem with KV caches of so many positions. Buffers keep their size."""
     now = context_tokens(problem)
     sizes = tuple(-(-size * tokens // now) for size in problem.kv_bytes)
     return replace(problem, kv_bytes=sizes)
 
 
 def enough_context(problem: PlanningProblem, possible: Possible) -> int | None:
-    """The longest context that fits, out of a half, a quarter and so on."""
+    """The longest context that fits, of a half, a quarter and so on of the present one."""
     tokens = context_tokens(problem) // 2
     while tokens >= LEAST_CONTEXT_TOKENS:
         if possible(with_context(problem, tokens)):
@@ -103,7 +103,7 @@ def enough_context(problem: PlanningProblem, possible: Possible) -> int | None:
 
 
 def with_memory(problem: PlanningProblem, index: int) -> PlanningProblem:
-    """The problem with all of a device's memory for shoal."""
+    """The problem in which shoal may use all memory of a device."""
     devices = list(problem.devices)
     total = devices[index].memory_total_bytes or 0
     memory_bytes = max(devices[index].memory_bytes, total)
@@ -112,7 +112,7 @@ def with_memory(problem: PlanningProblem, index: int) -> PlanningProblem:
 
 
 def enough_memory(problem: PlanningProblem, possible: Possible) -> str | None:
-    """A device that has memory which shoal may not use, and that would be enough with it."""
+    """A device whose whole memory is enough, if shoal may not use all of it yet."""
     for index, device in enumerate(problem.devices):
         more = (device.memory_total_bytes or 0) > device.memory_bytes
         if more and possible(with_memory(problem, index)):
@@ -131,7 +131,7 @@ def without(problem: PlanningProblem, name: str) -> PlanningProblem:
 
 
 def hindrance(problem: PlanningProblem, name: str) -> str:
-    """What ``without`` takes away from a device, in words that its name follows."""
+    """The pins or the exclusion of a device, in words that its name follows."""
     (index,) = (i for i, device in enumerate(problem.devices) if device.name == name)
     pinned = index in problem.pins.values()
     if index not in problem.excluded:
@@ -140,7 +140,7 @@ def hindrance(problem: PlanningProblem, name: str) -> str:
 
 
 def enough_placement(problem: PlanningProblem, possible: Possible) -> str | None:
-    """A device whose exclusion or pins alone are in the way."""
+    """A device whose exclusion and pins alone are in the way."""
     for index in sorted({*problem.excluded, *problem.pins.values()}):
         name = problem.devices[index].name
         if possible(without(problem, name)):

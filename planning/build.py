@@ -1,4 +1,4 @@
-"""Builds a planning problem from what was measured of devices, links and a model."""
+"""Builds a planning problem from measurements of devices, links and a model."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
 @dataclass(frozen=True, slots=True)
 class DeviceInput:
-    """One device: its profile, and what was measured of it besides."""
+    """One device: its profile and its other measurements."""
 
     name: str
     profile: DeviceProfile
     timings: Sequence[BlockTiming] = ()
-    """It runs a block only at the widths that it has a timing for."""
+    """The device runs a block only at widths that have a timing."""
     held: Sequence[Collection[int]] = ()
-    """Widths of each block that are on its disk. Empty: none are."""
+    """Widths of each block on the device's disk. Empty: none."""
     load_bytes_per_s: float = math.inf
-    """How fast it receives what it does not hold."""
+    """Speed at which the device loads blocks that it does not hold."""
     layer_kl: Mapping[int, float] | None = None
-    """Bits -> KL divergence of a layer here. None: as its arithmetic has it."""
+    """Bits -> KL divergence of a layer on the device. None: that of its arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestInput:
-    """The model, how it may be stored, and what a plan must keep. Rows are one per block."""
+    """The model, how it may be stored, and the limits of a plan. Rows are one per block."""
 
     spec: ModelSpec
     bits: Sequence[int]
@@ -62,16 +62,16 @@ class RequestInput:
     sensitivities: Sequence[Mapping[int, float]] | None = None
     """Bits -> KL divergence. Needed with ``quality_budget``."""
     own_sensitivities: Own = field(default_factory=dict)
-    """The same for layers computed in arithmetics that add their own."""
+    """Like ``sensitivities``, for layers in arithmetics that add losses."""
     quality_budget: float | None = None
     objective: Objective = ONE_TOKEN
-    """What does not fit the context counts in proportion."""
+    """A prompt and answer beyond the context are shortened in proportion."""
     pins: Mapping[int, str] = field(default_factory=dict)
     """Block -> the name of the device that must run it."""
     excluded: Collection[str] = ()
     """Names of devices that run nothing."""
     hop_formats: Sequence[HopFormat] | None = None
-    """Widths that hops may use. None: what the lab says, else DEFAULT_HOPS."""
+    """Widths that hops may use. None: those of the lab, else DEFAULT_HOPS."""
 
     def __post_init__(self) -> None:
         if self.weight_errors is None and self.max_weight_error is not None:
@@ -100,8 +100,8 @@ def build_problem(
 ) -> PlanningProblem:
     """The problem of splitting the request's model over ``devices``, in that order.
 
-    ``no_links`` says of links that were tried why they are missing. Links to or from other devices
-    are ignored. Raises ValueError for input that is inconsistent.
+    ``no_links`` says why links that were tried are missing. Links to or from other devices are
+    ignored. Raises ValueError for inconsistent input.
     """
     spec, blocks = request.spec, range(request.spec.block_count)
     indices = {device.name: index for index, device in enumerate(devices)}
@@ -144,10 +144,10 @@ def build_problem(
 
 
 def own_rows(request: RequestInput, device: DeviceInput) -> tuple[Mapping[int, float], ...] | None:
-    """Per block, the sensitivities of a device whose arithmetic adds its own; else None.
+    """Per block, the sensitivities of a device whose arithmetic adds losses; else None.
 
-    Layers have what the device says, or else what was measured of the arithmetic, and nothing where
-    nothing was. Embedding and head are computed alike everywhere.
+    For layers they are ``layer_kl`` of the device, or else those of the arithmetic. They are empty
+    if nothing was measured. Embedding and head are computed alike everywhere.
     """
     common, arithmetic = request.sensitivities, device.profile.arithmetic
     if not common or (device.layer_kl is None and not arithmetic):
@@ -161,7 +161,7 @@ def own_rows(request: RequestInput, device: DeviceInput) -> tuple[Mapping[int, f
 
 
 def _check_names(request: RequestInput, names: Collection[str]) -> None:
-    """Raise ValueError for a wish about a block or a device that there is not."""
+    """Raise ValueError for a pin or an exclusion of an unknown block or device."""
     blocks = range(request.spec.block_count)
     known = f"known are {', '.join(names)}" if names else "there are no devices"
     for block, name in request.pins.items():
@@ -181,7 +181,7 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
     spec, profile = request.spec, device.profile
     if profile.watts is not None and not 0 < profile.watts < math.inf:
         raise ValueError(f"{device.name} cannot draw {profile.watts} watts")
-    # The largest of all blocks, although a stage needs only the largest of its own.
+    # The buffers of the largest block, although a stage needs only those of its own blocks.
     stage_bytes = costs.stage_buffer_bytes(
         spec, range(spec.block_count), request.chunk_tokens, request.context_tokens
     )
@@ -210,11 +210,12 @@ def _on_chip_limit(
     kv_bytes: Sequence[int],
     stage_bytes: int,
 ) -> int:
-    """What a stage takes of as many layers as the device's chip holds; else no limit.
+    """Memory of a stage with as many layers as the device's chip holds; without a chip all of it.
 
-    Timings were taken with all weights on the chip, which this keeps true. Where not even one layer
-    fits, they are those of weights that cross the bus at every call, and hold for any number.
-    Embedding and head count as well, although they are not the chip's: never too little.
+    Timings were taken with all weights on the chip, and the limit keeps them true. If not even one
+    layer fits, weights crossed the bus at every call. These timings hold for any number of layers,
+    so there is no limit. Embedding and head count too, although they are not on the chip. This
+    errs on the side of fewer layers.
     """
     unlimited = profile.memory_bytes
     if profile.on_chip_bytes is None:
@@ -232,7 +233,7 @@ def _on_chip_limit(
 
 
 def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOption, ...], ...]:
-    """For each block, every width that the device runs it at."""
+    """For each block, an option at every width that the device runs it at."""
     spec, profile = request.spec, device.profile
     measured = {(timing.kind, timing.variant, timing.bits): timing for timing in device.timings}
     for timing in measured.values():
@@ -241,7 +242,7 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
                 raise ValueError(f"{profile.machine}: a block cannot take {seconds} s")
     sensitivities = own_rows(request, device)
     rows = []
-    # Blocks that are alike share one row, which makes large problems small.
+    # Equal rows are one object, which makes large problems small.
     shared: dict[tuple[BlockOption, ...], tuple[BlockOption, ...]] = {}
     for block in range(spec.block_count):
         kind, variant = spec.block_kind(block), spec.block_variant(block)

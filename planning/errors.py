@@ -1,10 +1,10 @@
-"""What planning tells a user whose request it cannot use."""
+"""The error for a request that planning cannot use."""
 
 from __future__ import annotations
 
 
 class RequestInvalid(Exception):
-    """The user's request is wrong; ``param`` is the field, where there is one."""
+    """The user's request is wrong. ``param`` is the wrong field; None if it is no single field."""
 
     code = "invalid_request"
 

@@ -1,4 +1,4 @@
-"""What a plan predicts of several sequences at once."""
+"""The predicted speed of a plan with several sequences at once."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from planning.plan import Plan
 
 
 def decode_tokens_per_s(plan: Plan, sequences: int) -> float:
-    """Tokens per second of so many sequences at once, in all."""
+    """Predicted tokens per second of all ``sequences`` together."""
     return 1 / plan.shared_s(sequences)

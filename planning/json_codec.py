@@ -1,7 +1,7 @@
 """Dataclasses as plain values that survive JSON, and back.
 
-Tuples become lists, sets sorted lists and paths text. The keys of mappings become text (a pair of
-numbers: "0 1"). Infinity, which JSON does not have, becomes "inf".
+Tuples become lists, sets become sorted lists, and paths become text. The keys of mappings become
+text (a pair of numbers: "0 1"). JSON has no infinity, which becomes "inf".
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Misread(ValueError):
 
 
 def to_plain(value: Any) -> Any:
-    """``value`` made of dicts, lists and scalars only; ``from_plain`` is the inverse.
+    """``value`` as dicts, lists and scalars only; ``from_plain`` is the inverse.
 
-    Nested types that have a ``to_dict`` of their own are written by it.
+    A nested type with a ``to_dict`` of its own is written by it.
     """
     if is_dataclass(value):
         return {item.name: _part_to_plain(getattr(value, item.name)) for item in fields(value)}
@@ -50,9 +50,9 @@ def _part_to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: Any, value: object, where: str, *, finite: bool = False) -> Any:
-    """The dataclass ``kind`` from plain values; what has a default may be left out.
+    """The dataclass ``kind`` from plain values; fields with a default may be left out.
 
-    Nested types that have a ``from_dict`` of their own are read by it. ``finite`` refuses "inf".
+    A nested type with a ``from_dict`` of its own is read by it. ``finite`` refuses "inf".
     Raises ValueError: one line with the key, below ``where``, that is missing, unknown or wrong.
     """
     if not isinstance(value, dict):
@@ -69,7 +69,7 @@ def read_fields(
 ) -> dict[str, Any]:
     """The arguments of the dataclass ``kind``, as in ``from_plain``. Raises Misread.
 
-    Messages name a field with ``prefix`` before it.
+    Messages put ``prefix`` before the name of a field.
     """
     hints = _hints(kind)
     for item in fields(kind):
@@ -139,7 +139,7 @@ def _key_text(key: str | int | tuple[int, ...]) -> str:
 
 
 def _read_key(kind: Any, text: object, where: str) -> str | int | tuple[int, ...]:
-    """Text, a whole number, or as many of them as the tuple type ``kind`` has."""
+    """The key of a mapping: text, a whole number, or a tuple of them, as ``kind`` says."""
     if kind is str and isinstance(text, str):
         return text
     count = len(get_args(kind)) or 1

@@ -1,4 +1,4 @@
-"""What widths lose, as a plan counts it: the source of the figures, and keeping a budget."""
+"""Losses of a model's widths for a plan: where the figures come from, and keeping a budget."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from planning.sensitivity import (
 )
 
 MAX_CHECKS = 8
-"""Plans that are measured before a budget is given up."""
+"""The most plans that are measured to keep one budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawLosses:
-    """Sensitivities without a margin, and the margin: what a plan's rule is made from."""
+    """Sensitivities without a margin, and the margin that planning applies to them."""
 
     rows: Sequence[Mapping[int, float]]
     hops: Mapping[int, float]
@@ -34,12 +34,12 @@ class RawLosses:
 
 
 def estimated(known: LossEstimate, arithmetics: Iterable[str]) -> RawLosses:
-    """What was measured while planning; hops and other arithmetics are assumed beside it."""
+    """Losses measured while planning. Hops and other arithmetics have assumed losses."""
     return _beside(known.blocks, known.margin, LossSource("estimated", known.tokens), arithmetics)
 
 
 def assumed(spec: ModelSpec, why: str, arithmetics: Iterable[str]) -> RawLosses:
-    """A typical model's, where ``why`` kept the model's own from being measured."""
+    """A typical model's losses. ``why`` says why the model's own were not measured."""
     return _beside(assumed_losses(spec), 1.0, LossSource("assumed", None, why), arithmetics)
 
 
@@ -60,12 +60,12 @@ async def keep_measured(
     measured: Callable[[tuple[int, ...]], Awaitable[float]],
     again: Callable[[PlanningProblem], Awaitable[Plan]] | None,
 ) -> tuple[Plan, float]:
-    """Plan ``again``, with a tighter budget, until the plan as ``measured`` keeps the problem's.
+    """Plan ``again`` with tighter budgets until the measured plan keeps the problem's budget.
 
-    Returns the plan and the measured part of its divergence. Raises PlanError after MAX_CHECKS
-    plans, or after the first where there is no ``again``.
+    ``measured`` gives the divergence of a width per block. Returns the plan and this part of its
+    divergence. Raises PlanError after MAX_CHECKS plans, or after the first without ``again``.
     """
-    budget = problem.quality_budget or 0.0  # There is one: the caller saw to it.
+    budget = problem.quality_budget or 0.0  # The caller has checked that there is one.
     for _ in range(MAX_CHECKS):
         kl = await measured(tuple(placement.bits for placement in plan.placements))
         total = whole_loss(problem, plan, kl)

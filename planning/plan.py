@@ -1,10 +1,10 @@
-"""A plan as a value: which device runs which blocks at how many bits, and what that predicts.
+"""A plan as a value: which device runs which blocks at how many bits, and its predicted figures.
 
-    PlanError            a plan cannot be made, read, or is not what it says
-    └── InfeasiblePlan   no plan exists; carries advice on what would make one
+    PlanError            a plan cannot be made or read, or a check of it failed
+    └── InfeasiblePlan   no plan exists; has advice on how to make one possible
 
-``assess`` computes every figure of a plan from its stages, ``verify`` checks a plan that came
-from anywhere. Neither needs a solver.
+``assess`` computes every figure of a plan from its stages. ``verify`` checks a plan from any
+source. Neither needs a solver.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from wire.profile import TIMED_ROWS
 
 FORMAT = 1
 OPTIMALITY_GAP = 1e-6
-"""A plan whose proved gap is not above this is called optimal."""
+"""A plan with a proved gap up to this is called optimal."""
 
 _RELATIVE_ERROR = 1e-9
 
 
 class PlanError(Exception):
-    """No usable plan; one line for the user. The command line catches it and exits."""
+    """There is no usable plan. The message is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Changes that each suffice alone to make a plan possible (memory and storage: together).
+    """Changes that each make a plan possible alone. Memory and storage are one change together.
 
-    Bytes that are short say what is wrong. The other fields are what people can do.
+    ``memory_short_bytes`` and ``storage_short_bytes`` say what is wrong. The other fields are
+    changes that people can make.
     """
 
     memory_short_bytes: tuple[tuple[str, int], ...] = ()
@@ -47,19 +48,19 @@ class Advice:
     free_placement: bool = False
     declare_watts: tuple[str, ...] = ()
     missing_links: tuple[tuple[str, str], ...] = ()
-    """(source, target) of the links that would be enough, all of them together."""
+    """(source, target) of links. All of them together make a plan possible."""
     more_devices: tuple[str, int] | None = None
-    """A device, and how many more like it."""
+    """A device, and the number of further devices like it."""
     context_tokens: int | None = None
     """Positions of all slots' contexts together."""
     whole_memory: str | None = None
-    """A device that would be enough with all of its memory."""
+    """A device whose whole memory would be enough."""
     free_device: str | None = None
-    """The device whose exclusion or pins to drop."""
+    """The device whose exclusion or pins are in the way."""
 
 
 class InfeasiblePlan(PlanError):
-    """No plan exists. ``advice`` says as numbers what the message says in words."""
+    """No plan exists. ``advice`` has the message's advice as numbers."""
 
     def __init__(self, message: str, advice: Advice | None = None) -> None:
         super().__init__(message)
@@ -68,7 +69,7 @@ class InfeasiblePlan(PlanError):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one block is, and at how many bits."""
+    """The device and the bits of one block."""
 
     block: int
     device: str
@@ -77,14 +78,16 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Blocks [first, first + len(bits)) on one device, with what they are predicted to take.
+    """Blocks [first, first + len(bits)) on one device, with their predicted figures.
 
-    ``compute_s`` is one decoded token, the stage's call overhead included. ``memory_bytes`` counts
-    weights as executed, KV cache and buffers; ``storage_bytes`` what is kept on disk.
-    ``hop_bits`` is the width of the hidden values that it sends on; the last stage sends a token.
-    ``energy_j`` is the device's watts while it computes, times ``compute_s``; None: not known.
-    ``passage`` is what a chunk of a prompt takes here; the head's one row is its delay. ``rows_s``
-    is what TIMED_ROWS rows of as many sequences take in one pass, where that is known.
+    ``compute_s``: one decoded token, the stage's call overhead included.
+    ``memory_bytes``: weights as executed, KV cache and buffers.
+    ``storage_bytes``: the blocks on disk.
+    ``hop_bits``: width of the hidden values that the stage sends; None for the last stage, which
+    sends a token.
+    ``energy_j``: the device's watts while it computes, times ``compute_s``. None: not known.
+    ``passage``: seconds of a prompt's chunks. The head's one row is its delay.
+    ``rows_s``: seconds of one pass of TIMED_ROWS rows, each of another sequence. Empty: not known.
     """
 
     device: str
@@ -109,7 +112,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One token's hidden state on its way between two stages; ``passage`` is for chunks."""
+    """The link between two stages. ``seconds`` is for one token, ``passage`` for chunks."""
 
     source: str
     target: str
@@ -119,9 +122,9 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Who found the plan, in how long, and how good it is known to be.
+    """The solver that found the plan, its time, and a bound on how much better a plan can be.
 
-    ``bound`` is a proved lower bound of the objective (``Plan.value``) of any plan.
+    ``bound`` is a proved lower bound of the objective (``Plan.value``) of every plan.
     """
 
     solver: str
@@ -133,13 +136,14 @@ class Proof:
 class Plan:
     """A split of one model. Times are predicted seconds for one token of one sequence.
 
-    ``decode_s`` = compute of all stages + hops + return. ``prefill_s_per_token`` is what a row of a
-    prompt costs all stages and links together. ``bottleneck_s`` is the slowest
-    stage's compute + the link that leaves it. ``load_s`` is what bringing the missing blocks takes,
-    one after the other. ``worst_weight_error`` and ``total_sensitivity`` (KL divergence of blocks
-    and hops, nats) are None where one of them was not measured. ``energy_j`` is what the stages
-    draw while they compute a token; None where that of one is not known. ``sequences`` are those
-    that the objective throughput counts; None: more than enough.
+    ``decode_s``: compute of all stages + hops + return.
+    ``prefill_s_per_token``: a row of a prompt in all stages and on all links, added up.
+    ``bottleneck_s``: largest sum of a stage's compute and the link that leaves it.
+    ``load_s``: loading the missing blocks, one after the other.
+    ``worst_weight_error``: largest of all blocks. None: at least one was not measured.
+    ``total_sensitivity``: KL divergence of blocks and hops, nats. None: at least one is unknown.
+    ``energy_j``: joules of all stages for a token. None: at least one stage's are unknown.
+    ``sequences``: number decoded at once for the objective throughput. None: more than enough.
     """
 
     stages: tuple[Stage, ...]
@@ -159,7 +163,7 @@ class Plan:
 
     @property
     def value(self) -> float:
-        """The objective: what the planner minimised, in seconds; energy in joules."""
+        """The objective that the planner minimised, in seconds; for energy in joules."""
         if self.objective.kind == "energy":
             return math.inf if self.energy_j is None else self.energy_j
         prompt, output = self.objective.tokens
@@ -178,12 +182,12 @@ class Plan:
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """What chunks of a prompt pass: stages and links."""
+        """The passages of all stages, then of all hops."""
         stages, hops = self.stages, self.hops
         return (*(stage.passage for stage in stages), *(hop.passage for hop in hops))
 
     def chunk_tokens(self, prompt_tokens: int) -> int:
-        """Rows of a chunk in which such a prompt is to run: with which it takes least."""
+        """Rows of a chunk with which such a prompt takes least time."""
         return best_chunk_tokens(self.passages, prompt_tokens)
 
     def first_token_s(self, prompt_tokens: int) -> float:
@@ -191,8 +195,9 @@ class Plan:
         return prompt_s(self.passages, prompt_tokens, self.chunk_tokens(prompt_tokens))
 
     def shared_s(self, sequences: int) -> float:
-        """Seconds between two tokens of so many sequences together (planning/together.py): as the
-        slowest stage lets their rows through, or as each of them goes round the ring.
+        """Seconds between two tokens of so many sequences together (planning/together.py).
+
+        The slowest stage with its link sets the pace, or one token's way round the ring does.
         """
         ways = [hop.seconds for hop in self.hops] + [self.return_s]
         busy_s = [
@@ -202,18 +207,18 @@ class Plan:
         return max(*busy_s, self.decode_s / sequences)
 
     def prompt_s(self, prompt_tokens: int) -> float:
-        """Seconds until all layers have computed the prompt; the head is still to come."""
+        """Seconds of a prompt in all layers, without the head."""
         head_s = self.stages[-1].passage.delay_s if prompt_tokens else 0.0
         return self.first_token_s(prompt_tokens) - head_s
 
     @property
     def gap(self) -> float:
-        """Share of the objective that a better plan might save, 0 to 1."""
+        """The largest share of the objective that a better plan could save, 0 to 1."""
         return max(0.0, (self.value - self.proof.bound) / self.value)
 
     @property
     def proven_optimal(self) -> bool:
-        """True where no plan is better, to within OPTIMALITY_GAP."""
+        """True if no plan is better by more than OPTIMALITY_GAP."""
         return self.gap <= OPTIMALITY_GAP
 
     @property
@@ -226,24 +231,25 @@ class Plan:
         )
 
     def changes(self, later: Plan) -> tuple[Placement, ...]:
-        """Placements of ``later`` that this plan does not have: what a switch would load."""
+        """Placements of ``later`` that this plan does not have: a switch would load them."""
         here = set(self.placements)
         return tuple(item for item in later.placements if item not in here)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
+        """The plan as plain values, as JSON has them. ``from_dict`` is the inverse."""
         plain: dict[str, Any] = to_plain(self)
         return plain
 
     @staticmethod
     def from_dict(values: object) -> Plan:
-        """Inverse of ``to_dict``. Raises PlanError naming a key that is missing, unknown or wrong.
+        """The plan of plain values, as ``to_dict`` makes them; defaults may be left out.
 
-        What has a default may be left out. Figures are not checked: that is what ``verify`` is for.
+        Figures are not checked: ``verify`` does that. Raises PlanError naming a key that is
+        missing, unknown or wrong.
         """
         proof = values.get("proof") if isinstance(values, dict) else None
         if isinstance(values, dict) and isinstance(proof, dict) and "bound_s" in proof:
-            # So it was called when all objectives were in seconds.
+            # This was its name when all objectives were in seconds.
             renamed = {{"bound_s": "bound"}.get(key, key): item for key, item in proof.items()}
             values = {**values, "proof": renamed}
         try:
@@ -254,7 +260,7 @@ class Plan:
             raise PlanError(f"plan.version: {plan.version}, this program reads {FORMAT}")
         sending = plan.stages[:-1]
         if all(stage.hop_bits is None for stage in sending):
-            # Saved before hops had a width: they were sent as they are computed.
+            # Plans saved before hops had a width: hops were sent at 32 bits.
             stages = (*(replace(stage, hop_bits=32) for stage in sending), *plan.stages[-1:])
             plan = replace(plan, stages=stages)
         return plan
@@ -268,10 +274,10 @@ def assess(
 ) -> Plan:
     """The plan made of ``stages``, given as (device index, first block, bits per block).
 
-    ``hop_bits`` has the width of each hop; None (of one, or of all): the cheapest permitted one,
-    with a quality budget the one that takes least of it.
-    Limits are reported, not enforced (``verify`` does). Raises PlanError for what has no figures:
-    a block at bits that the device cannot run, neighbours without a link, no stage at all.
+    ``hop_bits`` has the width of each hop. None, for one hop or for all, is the cheapest permitted
+    width, or with a quality budget the width that takes least of it.
+    Limits are reported, not enforced: ``verify`` does that. Raises PlanError if there is no stage,
+    a device cannot run a block at its bits, or neighbours have no link.
     """
     if not stages:
         raise PlanError("the plan has no stages")
@@ -324,9 +330,9 @@ def assess(
 def verify(plan: Plan, problem: PlanningProblem) -> None:
     """Check a plan against the problem without trusting a solver or the plan's own figures.
 
-    Raises PlanError naming the first of these that is violated: coverage, one contiguous stage per
-    device, allowed bits of blocks and hops, weight error, memory, storage, budget, and each
-    predicted figure.
+    Raises PlanError naming the first violation. The checks are: coverage, one contiguous stage per
+    device, known watts, bits of blocks and hops, weight error, pins, exclusions, memory, storage,
+    budget, every predicted figure, and the proved bound.
     """
     indices = {device.name: index for index, device in enumerate(problem.devices)}
     seen: set[str] = set()
@@ -388,7 +394,7 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
 
 
 def keeps_budget(plan: Plan, problem: PlanningProblem) -> bool:
-    """True where there is no quality budget, or the plan is known to stay within it."""
+    """True if there is no quality budget, or the plan is known to stay within it."""
     if problem.quality_budget is None:
         return True
     total = plan.total_sensitivity
@@ -402,7 +408,7 @@ def bits_text(bits: Iterable[int]) -> str:
 
 
 def _usual_hop_bits(problem: PlanningProblem, source: int, target: int) -> int:
-    """The width of a hop that nothing else is said of."""
+    """The width of a hop if the plan does not say one."""
     choices = problem.hop_choices(source, target)
     if not choices:
         if (source, target) not in problem.links:
@@ -456,7 +462,7 @@ def _assess_stage(
 
 
 def _rows_s(call_s: float, options: Sequence[BlockOption]) -> tuple[float, ...]:
-    """Passes of TIMED_ROWS rows in a stage of such blocks."""
+    """Seconds of a pass of each of TIMED_ROWS rows in a stage of such blocks."""
     return tuple(
         math.fsum([call_s, *(pass_s(one.decode_s, one.rows_s, rows) for one in options)])
         for rows in TIMED_ROWS
@@ -466,13 +472,13 @@ def _rows_s(call_s: float, options: Sequence[BlockOption]) -> tuple[float, ...]:
 def combined_if_known(
     combine: Callable[[list[float]], float], values: Sequence[float | None]
 ) -> float | None:
-    """``combine`` of ``values``; None where one of them is not known."""
+    """``combine`` of ``values``; None if one of them is unknown."""
     known = [value for value in values if value is not None]
     return combine(known) if len(known) == len(values) else None
 
 
 def _compare(claimed: Any, actual: Any, where: str) -> None:
-    """Raise PlanError where a claimed value differs from the recomputed one."""
+    """Raise PlanError if a claimed value differs from the recomputed one."""
     if isinstance(actual, dict):
         for key, value in actual.items():
             _compare(claimed[key], value, f"{where}.{key}")

@@ -1,8 +1,8 @@
-"""Chooses the plan that is best by the problem's objective, or says why there is none.
+"""Chooses the best plan by the problem's objective, or says why there is none.
 
-``solve`` is a function of the problem alone, apart from the clock: the same problem gives the same
-plan, unless the time limit cuts the search short. Of equally good plans it prefers fewer stages,
-then widths by loss and bytes (planning.widths), then devices in their given order.
+``solve`` depends on the problem alone, apart from the clock. The same problem gives the same plan,
+unless the time limit cuts the search short. Of equally good plans it prefers fewer stages, then
+widths by loss and bytes (planning.widths), then devices in their given order.
 """
 
 from __future__ import annotations
@@ -37,33 +37,32 @@ from planning.usable import Usable
 from planning.widths import settle, undominated
 from wire.profile import LinkProfile
 
-# Solvers keep each row to about 1e-6 of its limit; a plan that used this slack is solved again
-# with limits lowered by more than it.
+# Solvers keep each row to about 1e-6 of its limit. If a plan exceeds a limit by this slack, the
+# program is solved again with limits lowered by more than the slack.
 _LIMIT_MARGIN = 4e-6
-# Changing bits "at no cost" may use this share of the latency, far less than OPTIMALITY_GAP.
+# Changing bits "at no cost" may use this share of the objective, far less than OPTIMALITY_GAP.
 _FREE = 1e-9
-# A plan must be better by this share to be looked for beside one that is known: half of
-# OPTIMALITY_GAP.
+# Half of OPTIMALITY_GAP. Beside a known plan, only plans better by this share are looked for.
 _SAME = 5e-7
-# With more counts than this the search goes first, as it does where a gap is allowed: it closes
-# large problems sooner, but seldom to nothing. With more than the second the program closes no gap
-# that the search left. With more counts and hops than the last, writing it takes seconds.
+# With more than _SMALL counts, or with a gap allowed, the search goes first. It closes large
+# problems sooner, but seldom to nothing. If counts + twice the hops are more than _CLOSED, the
+# program closes no gap that the search left. If counts + hops are more than _WRITTEN, writing the
+# program takes seconds.
 _SMALL, _CLOSED, _WRITTEN = 600, 2_000, 15_000
-# Where the slowest stage counts beside the sum, the program takes much longer.
+# In place of _SMALL, for prompts: with the slowest stage beside the sum the program is slower.
 _SMALL_REQUEST = 100
 DEFAULT_GAP = 0.005
-"""What is aimed at where nothing else is asked for and the search has to go first: closing the
-last half percent can take as long as there is time."""
+"""The default gap if the search goes first. The last half percent can take any amount of time."""
 
-# How often the least budget is looked for again, on the scale of the last answer.
+# The least budget is looked for so many times, each time on the scale of the last answer.
 _BUDGET_ROUNDS = 4
 
-# Saying what is wrong is worth this much, even when the search has used up the limit.
+# Advice gets at least this long, even if the search has used up the limit.
 _ADVICE_S = 5.0
-# Which links a plan lacks is told by one that may be this far from the best.
+# The plan that shows which links are missing may be this far from the best.
 _LINKS_GAP = 0.05
 _ASSUMED_BYTES_PER_S = 1e9
-# The search gets this long while there is no plan: the first takes a slow or busy machine longer.
+# While there is no plan the search gets this long: a slow or busy machine takes longer for one.
 _LAST_RESORT_S = 5.0
 
 
@@ -75,12 +74,12 @@ def solve(
     on_progress: Callable[[str], None] | None = None,
     solver: SolverName | None = None,
 ) -> Plan:
-    """The best plan, verified; at the time limit, the best one found with its proved gap.
+    """The best plan, verified; at the time limit, the best plan found with its proved gap.
 
-    A plan that is proved to be within ``gap`` (0.01: one percent) of the best may end it early;
-    None: 0 for small problems, DEFAULT_GAP for those where the search goes first.
-    ``on_progress`` gets one line per step. ``solver`` None takes HiGHS where it is installed.
-    Raises InfeasiblePlan with advice, PlanError where the limit passed without any plan.
+    It may end early with a plan proved to be within ``gap`` (0.01: one percent) of the best. None
+    means 0 for small problems, and DEFAULT_GAP for problems where the search goes first.
+    ``on_progress`` gets one line per step. ``solver`` None means HiGHS if it is installed, or CBC.
+    Raises InfeasiblePlan with advice, or PlanError if no plan was found and none is ruled out.
     """
     started_s = now_s()
     report = on_progress or (lambda _: None)
@@ -110,7 +109,7 @@ def solve(
 def _best(
     problem: PlanningProblem, runner: _Runner, asked: float | None, report: Callable[[str], None]
 ) -> Plan | None:
-    """The best plan that was found, over all variants of the problem; None where none was."""
+    """The best plan found over all variants of the problem; None if none was found."""
     gap = (DEFAULT_GAP if _size(problem) > _small(problem) else 0.0) if asked is None else asked
     best: Plan | None = None
     bound = math.inf
@@ -132,7 +131,7 @@ def _best(
             default=None,
         )
         bound = min(bound, proved)
-        # Chunks limit nothing: what does not fit in some fits in none.
+        # Chunks are no limit: if no plan fits with one size of them, none fits with another.
         if best is None and problem.shared_by is None:
             return None
     runner.refused = refused
@@ -142,7 +141,7 @@ def _best(
 
 
 def _is_of(plan: Plan, variant: PlanningProblem) -> bool:
-    """Whether the variant counts as the plan does."""
+    """Whether the plan belongs to the variant, by its chunks or its number of stages."""
     if variant.shared_by is None:
         return plan.chunk_tokens(variant.objective.tokens[0]) == variant.chunk_tokens
     return variant.least_stages <= len(plan.stages) <= (variant.most_stages or len(plan.stages))
@@ -155,7 +154,7 @@ def _best_of(
     report: Callable[[str], None],
     rival: Plan | None,
 ) -> tuple[Plan | None, float]:
-    """A plan of a variant that is better than ``rival``, and a bound of all of its plans."""
+    """A plan of a variant, and a bound of all its plans. Only plans better than ``rival`` count."""
     size = _size(problem)
     found = Found(None, 0.0)
     plan = None
@@ -177,16 +176,16 @@ def _best_of(
         exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None, enough)
         if exact is None and missing and not searching:
             report("the integer program gave no plan: looking for one at hand")
-            # A program whose figures are far apart may be called infeasible although it is not.
+            # Solvers may call a program infeasible wrongly, if its figures are far apart.
             share = 0.0 if runner.refused else 1.0
             found = _search(problem, runner, gap, share=share)
             exact = _plan_of(problem, found.choice, Proof("search", 0.0, 0.0))
-            # The search may find plans of other variants, which say nothing of this one.
+            # The search may find plans of other variants. They do not refute the solver.
             own = exact is not None and (problem.shared_by is None or _is_of(exact, problem))
             wrong = runner.refused and own
             exact_bound = found.bound if wrong else max(exact_bound, found.bound)
         bound = max(bound, exact_bound)
-        # A plan at hand stands, whatever the solver says.
+        # The search's plan stays, whatever the solver says.
         plan = min(
             (one for one in (exact, plan) if one is not None),
             key=lambda one: one.value,
@@ -196,12 +195,12 @@ def _best_of(
 
 
 def _small(problem: PlanningProblem) -> int:
-    """Up to how many counts the program is used alone."""
+    """The most counts with which the program is used alone."""
     return _SMALL_REQUEST if problem.objective.tokens[0] else _SMALL
 
 
 def _size(problem: PlanningProblem) -> int:
-    """About how many counts the integer program has: blocks that differ x devices x widths."""
+    """About the number of counts of the integer program: different blocks x devices x widths."""
 
     def looks(k: int) -> tuple[object, ...]:
         losses = problem.sensitivities[k] if problem.quality_budget is not None else None
@@ -214,13 +213,13 @@ def _size(problem: PlanningProblem) -> int:
 
 
 def _closable(problem: PlanningProblem) -> bool:
-    """Whether the program may close a gap that the search left."""
+    """Whether the program is small enough to close a gap that the search left."""
     hops = len(problem.links) * len(problem.permitted_hops)
     return _size(problem) + 2 * hops <= _CLOSED
 
 
 def _writable(problem: PlanningProblem) -> bool:
-    """Whether the program is small enough to be written in little time."""
+    """Whether the program can be written in little time."""
     hops = len(problem.links) * len(problem.permitted_hops)
     return _size(problem) + hops <= _WRITTEN
 
@@ -235,11 +234,11 @@ def _search(
 ) -> Found:
     """A choice by search within a share of the time left, and a lower bound of the objective.
 
-    Only a plan that is better than ``rival`` is looked for.
+    Only plans better than ``rival`` are looked for.
     """
     started_s = now_s()
     deadline_s = started_s + share * runner.left_s()
-    # Where the search finds nothing, the program may still prove that nothing fits.
+    # If the search finds no plan, the program may still prove that nothing fits.
     resort_s = (0.5 if _writable(problem) else share) * runner.left_s()
     last_resort_s = started_s + max(resort_s, _LAST_RESORT_S) if share else deadline_s
     ties = _ties(problem)
@@ -254,7 +253,7 @@ def _search(
 
 
 def _twin_sets(problem: PlanningProblem) -> list[list[int]]:
-    """Devices by whom they are twins of. Twins of one device are twins of each other."""
+    """Sets of devices that are twins of each other. A device without a twin is a set of its own."""
     sets: list[list[int]] = []
     for j in range(len(problem.devices)):
         own = next((some for some in sets if _twins(problem, some[0], j)), None)
@@ -266,7 +265,7 @@ def _twin_sets(problem: PlanningProblem) -> list[list[int]]:
 
 
 def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
-    """[i, j]: i < j are twins."""
+    """[i, j] is True for i < j that are twins."""
     ties = np.zeros((len(problem.devices),) * 2, dtype=bool)
     for some in _twin_sets(problem):
         for at, i in enumerate(some):
@@ -283,8 +282,8 @@ def _solve(
 ) -> tuple[Plan | None, float]:
     """A plan from the integer program, and a lower bound of the objective.
 
-    ``known`` is a choice that fits: the solver starts with it. Plans above ``cutoff`` are not
-    looked for.
+    ``known`` is a choice that fits: the solver starts with it. Plans with an objective above
+    ``cutoff`` are not looked for.
     """
     bound = None
     twins = [pair for some in _twin_sets(problem) for pair in pairwise(some)]
@@ -295,7 +294,7 @@ def _solve(
         start = None if known is None else program.values(known)
         outcome = runner.run(program, gap, start)
         if runner.failure is not None and cutoff < math.inf and runner.left_s() > 0:
-            # The cutoff is one more row, which no solver should fail for.
+            # HiGHS was seen to fail because of the cutoff's row: solve without it.
             runner.failure = None
             return _solve(problem, runner, gap, known)
         if bound is None:
@@ -308,7 +307,7 @@ def _solve(
 
 
 def _plan_of(problem: PlanningProblem, choice: Choice | None, proof: Proof) -> Plan | None:
-    """The plan that was chosen; None where there is none, or it breaks a limit."""
+    """The plan of a choice; None without a choice, or if the plan breaks a limit."""
     if choice is None:
         return None
     plan = assess(problem, _in_order(problem, choice.stages), proof, choice.hop_bits)
@@ -330,11 +329,11 @@ class _Runner:
         self.deadline_s = deadline_s
         self.solver = solver
         self.refused = False
-        """The last program that ran has no solution."""
+        """Whether the last problem was proved to have no plan."""
         self.unsure = False
-        """Some program ended without an answer."""
+        """Whether any program ended without an answer."""
         self.failure: str | None = None
-        """Why the solver failed; None where it did not."""
+        """Why the solver failed; None if it did not."""
 
     def left_s(self) -> float:
         return max(0.0, self.deadline_s - now_s())
@@ -342,7 +341,7 @@ class _Runner:
     def run(
         self, program: PlanProgram, gap: float = 0.0, start: Mapping[str, float] | None = None
     ) -> Outcome:
-        """What the solver says; where it fails, nothing is known."""
+        """The solver's outcome; ``unknown`` if the solver fails."""
         try:
             outcome = run(
                 program.program,
@@ -359,7 +358,7 @@ class _Runner:
         return outcome
 
     def plan(self, problem: PlanningProblem, aim: Aim, gap: float = 0.0) -> Plan | None:
-        """A plan for advice; None where there is none, or no time."""
+        """A plan for advice; None if none was found in time."""
         if not _writable(problem):
             self.unsure = True
             if aim != "any" or not self.left_s():
@@ -375,7 +374,7 @@ class _Runner:
 
 
 def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
-    """The same stages, as fast: twins among the devices in their given order."""
+    """The same stages with twins in their given order. The plan is as fast."""
     order = [device for device, _, _ in stages]
     unused = [i for i in range(len(problem.devices)) if i not in order]
     for position in range(len(order)):
@@ -390,9 +389,9 @@ def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[S
 
 
 def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
-    """True where exchanging two devices changes no figure of any plan."""
+    """True if exchanging two devices changes no figure of any plan."""
     one, other = problem.devices[i], problem.devices[j]
-    # Most devices differ in this: many pairs are asked for.
+    # Memory differs for most of the many pairs, and is quick to compare.
     if one.memory_bytes != other.memory_bytes or replace(one, name=other.name) != other:
         return False
     if {i, j} & {*problem.excluded, *problem.pins.values()}:
@@ -412,7 +411,7 @@ def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
 
 
 def _settled(problem: PlanningProblem, plan: Plan) -> Plan:
-    """The plan with the widths that weigh loss and bytes best where they cost no time."""
+    """The plan with the best widths by loss and bytes that cost no time."""
     indices = {device.name: index for index, device in enumerate(problem.devices)}
     stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
     hops = [stage.hop_bits for stage in plan.stages if stage.hop_bits is not None]
@@ -424,7 +423,7 @@ def _settled(problem: PlanningProblem, plan: Plan) -> Plan:
 
 
 def _hopeless(problem: PlanningProblem) -> str | None:
-    """What rules out every plan whatever the sizes; None where nothing does."""
+    """The reason that rules out every plan, whatever the sizes; None if there is none."""
     if not problem.devices:
         return "there are no devices"
     if (against := _contradiction(problem)) is not None:
@@ -461,7 +460,7 @@ def _hopeless(problem: PlanningProblem) -> str | None:
 
 
 def _contradiction(problem: PlanningProblem) -> str | None:
-    """Which pins cannot be kept, whatever the sizes; None where none are against each other."""
+    """The pins that cannot be kept, in words, whatever the sizes; None if all can be."""
     block_name = problem.spec.block_name
     pins = sorted(problem.pins.items())
     for block, i in pins:
@@ -489,7 +488,7 @@ def _contradiction(problem: PlanningProblem) -> str | None:
 
 
 def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> InfeasiblePlan:
-    """What would make a plan possible; each way was tried, with its numbers rounded up."""
+    """The error for a problem without a plan. Each advice was tried, its numbers rounded up."""
     if not problem.devices:
         return InfeasiblePlan(f"no plan fits: {reason}: start an agent on one")
     memory: Shortage = ()
@@ -527,7 +526,7 @@ def _advice(
     runner: _Runner,
     links: tuple[tuple[int, int], ...],
 ) -> Advice:
-    """What people can do. Devices and memory help only where nothing else is known to be wrong."""
+    """The changes that help. Devices and memory are tried only if nothing else is wrong."""
 
     def possible(changed: PlanningProblem) -> bool:
         return _hopeless(changed) is None and runner.plan(changed, "any") is not None
@@ -583,7 +582,7 @@ def _ways(problem: PlanningProblem, found: Advice, links: tuple[tuple[int, int],
 
 
 def _links_to_describe(problem: PlanningProblem, runner: _Runner) -> str:
-    """A question about links of which nothing is known, with those that would be enough."""
+    """A question about links that nobody described, naming some that would be enough."""
     every = itertools.permutations(range(len(problem.devices)), 2)
     links = [problem.no_link(*pair) for pair in _missing_links(problem, runner, every)]
     return ": ".join(["are links missing?", *(["; ".join(links)] if links else [])])
@@ -592,9 +591,10 @@ def _links_to_describe(problem: PlanningProblem, runner: _Runner) -> str:
 def _missing_links(
     problem: PlanningProblem, runner: _Runner, pairs: Iterable[tuple[int, int]]
 ) -> tuple[tuple[int, int], ...]:
-    """Those of ``pairs`` whose lack of a link alone rules out every plan; as few as were found.
+    """The pairs whose missing links alone rule out every plan; as few as were found.
 
-    Solves again as if each had a link, and one slower than all else together.
+    Solves again with a link for each of ``pairs``. Each takes longer than the rest of a plan, so
+    that the plan uses as few of them as possible.
     """
     unusable = set(problem.excluded)
     if problem.objective.kind == "energy":
@@ -639,7 +639,7 @@ Shortage = tuple[tuple[str, int], ...]
 
 
 def _shortage(problem: PlanningProblem, runner: _Runner) -> tuple[Shortage, Shortage]:
-    """Bytes of memory, else of storage, else of both, that devices lack; least in all."""
+    """Bytes of memory, else of storage, else of both, that devices lack; the least sum."""
     aims: tuple[Aim, ...] = ("memory", "storage", "memory and storage")
     for aim in aims:
         plan = runner.plan(problem, aim)
@@ -654,7 +654,7 @@ def _shortage(problem: PlanningProblem, runner: _Runner) -> tuple[Shortage, Shor
 
 
 def _enough_bits(problem: PlanningProblem, runner: _Runner) -> int | None:
-    """The widest other width that devices run and that makes a plan possible if also allowed."""
+    """The widest further width that makes a plan possible; None if no width does."""
     known = {bits for device in problem.devices for bits in _widths(device)}
     for bits in sorted(known - set(problem.bits), reverse=True):
         wider = replace(problem, bits=tuple(sorted((*problem.bits, bits))))
@@ -664,7 +664,7 @@ def _enough_bits(problem: PlanningProblem, runner: _Runner) -> int | None:
 
 
 def _enough_error(problem: PlanningProblem, runner: _Runner) -> float | None:
-    """The least error bound, as three digits, that makes a plan possible."""
+    """The least error bound that makes a plan possible, to three digits; None if none does."""
     lowest = min(problem.max_weight_error)
     bounds = sorted(
         {
@@ -690,14 +690,14 @@ def _enough_error(problem: PlanningProblem, runner: _Runner) -> float | None:
 
 
 def _enough_budget(problem: PlanningProblem, runner: _Runner) -> float | None:
-    """The least quality budget, as three digits, that makes a plan possible."""
+    """The least quality budget that makes a plan possible, to three digits; None if none does."""
     if problem.quality_budget is None:
         return None
     if _hopeless(replace(problem, quality_budget=math.inf)) is not None:
         return None
     total = math.inf
     for _ in range(_BUDGET_ROUNDS):
-        # The least loss may be far below the largest ones, which the solver measures with.
+        # The largest losses set the solver's scale. The least loss may be far below it.
         plan = runner.plan(replace(problem, quality_budget=total), "sensitivity")
         if plan is None or not plan.total_sensitivity or plan.total_sensitivity >= 0.999 * total:
             break
@@ -706,7 +706,7 @@ def _enough_budget(problem: PlanningProblem, runner: _Runner) -> float | None:
 
 
 def _placement_is_free(problem: PlanningProblem, runner: _Runner) -> bool:
-    """True where dropping pins and exclusions makes a plan possible."""
+    """True if dropping all pins and exclusions makes a plan possible."""
     if not problem.pins and not problem.excluded:
         return False
     free = replace(problem, pins={}, excluded=frozenset())
@@ -714,7 +714,7 @@ def _placement_is_free(problem: PlanningProblem, runner: _Runner) -> bool:
 
 
 def _watts_to_declare(problem: PlanningProblem, runner: _Runner) -> tuple[str, ...]:
-    """Devices without watts, where a plan for energy would be possible with them."""
+    """Devices of unknown watts, if a plan for energy is possible with them; else none."""
     if problem.objective.kind != "energy":
         return ()
     unknown = tuple(device.name for device in problem.devices if device.watts is None)
@@ -733,7 +733,7 @@ def _three_digits(value: float) -> float:
 
 
 def _round_up(size_bytes: int) -> int:
-    """To the next 0.1 MB, as it is printed."""
+    """The size rounded up to 0.1 MB, as it is printed."""
     return -(-size_bytes // 100_000) * 100_000
 
 
@@ -742,7 +742,7 @@ def _mb(size_bytes: int) -> str:
 
 
 def _widths(device: Device) -> tuple[int, ...]:
-    """The widths that the device has figures for, at any block."""
+    """The widths at which the device can run any block."""
     return tuple(sorted({option.bits for row in device.options for option in row}))
 
 

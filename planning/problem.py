@@ -1,7 +1,7 @@
-"""What a plan is made from, as plain numbers: the model's blocks, the devices, the links.
+"""A planning problem as plain numbers: the model's blocks, the devices and the links.
 
-``build_problem`` derives them once from profiles, timings and the cost formulas; the planner and
-``planning.plan.verify`` read nothing else.
+``build_problem`` computes the numbers once from profiles, timings and the cost formulas. The
+planner and ``planning.plan.verify`` read nothing else.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from wire.activations import HOP_BITS
 from wire.profile import TIMED_ROWS, LinkProfile
 
 _MOST_COUNTED = 8
-"""Of plans with more stages all are compared together."""
+"""All plans with this many stages or more are one variant."""
 
 TOKEN_BYTES = 4
-"""What the last stage sends the first: one token id. Half a round trip is all that it costs."""
+"""Size of the token id that the last stage sends to the first."""
 
 
 ObjectiveKind = Literal["latency", "throughput", "request", "energy"]
@@ -31,16 +31,21 @@ ObjectiveKind = Literal["latency", "throughput", "request", "energy"]
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a plan is to minimise, in seconds; ``energy`` in joules.
+    """The quantity that a plan minimises: seconds, or joules for ``energy``.
 
-    ``latency``: one decoded token. ``throughput``: the slowest stage with the link that leaves it,
-    which is what each token takes when many are on their way. ``request``: a prompt of
-    ``prompt_tokens`` until its first token is there (planning/prompt.py), and ``output_tokens``
-    decoded one by one. ``energy``: what the stages draw while they compute one decoded token; what
-    devices draw while they wait or send is left out.
-    ``migration_weight`` adds that many seconds per second of loading what devices do not hold yet;
-    ``energy`` has none. The prompt is also the one whose seconds a plan shows, whatever counts.
-    The defaults are what is minimised unless a user says otherwise (docs/planner.md says why).
+    ``latency``: seconds of one decoded token.
+    ``throughput``: seconds between two tokens when several sequences are decoded at once. This is
+    the time of a row in the slowest stage with the link that leaves it (planning/together.py). With
+    few sequences it is a token's time through the ring, divided by their number, if that is longer.
+    ``request``: seconds of a prompt of ``prompt_tokens`` until its first token
+    (planning/prompt.py), and of ``output_tokens`` decoded one by one.
+    ``energy``: joules that the stages draw while they compute one decoded token. Devices that wait
+    or send are not counted.
+    ``migration_weight`` adds that many seconds per second of loading blocks that a device does not
+    hold yet. ``energy`` has no such weight.
+
+    Every plan shows the seconds of a prompt of ``prompt_tokens``, for any objective. The default
+    values apply unless the user asks for others (docs/planner.md says why).
     """
 
     kind: ObjectiveKind = "request"
@@ -60,13 +65,13 @@ class Objective:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Tokens of the prompt that counts, and how often a decoded one counts, outside energy."""
+        """Tokens of the prompt in the objective, and how often one decoded token is counted."""
         if self.kind == "request":
             return self.prompt_tokens, self.output_tokens
         return 0, int(self.kind == "latency")
 
     def within(self, context_tokens: int) -> Objective:
-        """The same with a prompt and an answer that fit the context, each shorter in proportion."""
+        """The objective with prompt and answer shortened in proportion to fit the context."""
         prompt, output = self.prompt_tokens, self.output_tokens
         longest = max(prompt + output, 1)
         if longest <= context_tokens:
@@ -76,15 +81,15 @@ class Objective:
 
 
 ONE_TOKEN = Objective("latency", prompt_tokens=0, output_tokens=1)
-"""What counts where a problem is made of numbers alone, and says nothing of requests."""
+"""The objective of a problem that is made of numbers alone and says nothing of requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class HopFormat:
     """Hidden values sent at ``bits`` on a link.
 
-    ``sensitivity`` is the KL divergence (nats) that one hop at this width adds, the largest over
-    all boundaries between blocks; None where it was not measured.
+    ``sensitivity`` is the KL divergence (nats) that one hop at this width adds. It is the largest
+    over all boundaries between blocks, or None if it was not measured.
     """
 
     bits: int
@@ -97,14 +102,15 @@ class HopFormat:
 
     @staticmethod
     def unmeasured(bits: int) -> HopFormat:
-        """What is assumed where nothing was measured: 32 bits lose nothing, and 16, with a relative
-        error of 2^-11 per value, too little to count; of 8 nothing is known.
+        """A format with the assumed sensitivity: 0 at 32 and 16 bits, unknown at 8.
+
+        32 bits lose nothing. At 16 bits a relative error of 2^-11 per value counts as nothing.
         """
         return HopFormat(bits, None if bits == 8 else 0.0)
 
 
 DEFAULT_HOPS = (HopFormat.unmeasured(16),)
-"""8 bits have to be asked for."""
+"""Formats of hops by default. 8 bits need a request, or a budget and a known sensitivity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +118,10 @@ class BlockOption:
     """One block run at ``bits`` on one device.
 
     ``executed_bytes`` are the weights in the device's memory, which may be wider than ``bits``.
-    ``sensitivity`` is what the block adds to the KL divergence here, where the device's arithmetic
-    adds its own: inf where that was not measured. None: what it adds anywhere. ``rows_s`` is what
-    TIMED_ROWS rows of as many sequences take in one pass; empty where that was not measured.
+    ``sensitivity`` is the KL divergence that the block adds on this device, if the device's
+    arithmetic adds to it: inf if that was not measured. None: the same as on any device.
+    ``rows_s`` has the seconds of one pass of TIMED_ROWS rows, each of another sequence. It is empty
+    if passes of several rows were not measured.
     """
 
     bits: int
@@ -133,13 +140,15 @@ class BlockOption:
 class Device:
     """One device: its limits and, for each block, every width that it can run the block at.
 
-    ``stage_bytes`` is memory that any stage here needs besides weights and KV cache;
-    ``call_s`` is what each token pays once for there being a stage here, the agent's work included.
-    ``backend_bits`` are the
-    widths that the backend takes, measured or not: only messages use them. ``held`` has the widths
-    of each block that are on the device's disk already (empty: nothing is). ``watts`` is what it
-    draws while it computes; where that is not known, no plan for ``energy`` uses it.
-    ``memory_total_bytes`` is what is built in, of which ``memory_bytes`` may be used: for advice.
+    ``memory_bytes``: memory that shoal may use, of ``memory_total_bytes`` that are built in.
+    Only advice reads the total.
+    ``stage_bytes``: memory that any stage here needs besides weights and KV cache.
+    ``call_s``: seconds that a stage here adds to each token, whatever its blocks. The agent's own
+    work is included.
+    ``backend_bits``: widths that the backend takes, measured or not. Only messages use them.
+    ``held``: widths of each block that are on the device's disk already. Empty: none is.
+    ``watts``: power while the device computes. If it is unknown, no plan for ``energy`` uses the
+    device.
     """
 
     name: str
@@ -156,12 +165,12 @@ class Device:
 
     @property
     def shares_passes(self) -> bool:
-        """Whether it is known of any block what several rows take in one pass."""
+        """Whether a pass of several rows was timed for any block."""
         return any(option.rows_s for row in self.options for option in row)
 
     def option(self, block: int, bits: int) -> BlockOption | None:
-        """How this device runs ``block`` at ``bits``; None where it cannot."""
-        # Asked for each option of large problems: a loop is twice as fast as a generator.
+        """How this device runs ``block`` at ``bits``; None if it cannot."""
+        # Large problems call this once per option: a loop is twice as fast as a generator.
         for option in self.options[block]:
             if option.bits == bits:
                 return option
@@ -170,9 +179,9 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class NoLink:
-    """A link that was tried and does not work: why, and where ``target`` was looked for.
+    """A link that was tried and does not work, with the reason.
 
-    ``addresses`` are ``host:port``.
+    ``addresses`` are the ``host:port`` at which ``source`` tried to reach ``target``.
     """
 
     source: str
@@ -181,14 +190,14 @@ class NoLink:
     addresses: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Who cannot reach whom, why, and where it was tried."""
+        """One clause for the user: source, target, reason, and the addresses that were tried."""
         unnamed = [address for address in self.addresses if address not in self.reason]
         tried = f"; its addresses are {', '.join(unnamed)}" if unnamed else ""
         return f"{self.source} cannot reach {self.target} ({self.reason}{tried})"
 
     @property
     def remedy(self) -> str:
-        """What to allow so that the link works."""
+        """The connection to allow, in words that follow "let"."""
         ports = dict.fromkeys(address.rpartition(":")[2] for address in self.addresses)
         port = f"TCP port {' or '.join(ports)}" if ports else "its agent's TCP port"
         return f"{self.source} connect to {port} of {self.target}"
@@ -198,18 +207,20 @@ class NoLink:
 class PlanningProblem:
     """Everything that decides a plan. Tuples over blocks have ``spec.block_count`` entries.
 
-    ``links`` holds (source, target) as indices into ``devices``; a pair without a link cannot be
-    neighbours in a plan, and ``no_links`` says why where that was tried. ``weight_errors`` maps
-    bits to the normalised error of a block, and ``max_weight_error`` is its bound (inf: none). Only
-    widths in ``bits`` are planned with; those beside them serve for advice. ``sensitivities`` maps
-    bits to what a block adds to the mean KL divergence of the model's next token (nats), where the
-    device's option does not say otherwise; their sum, hops included, keeps ``quality_budget``. A
-    hop uses one of ``hop_formats``; with a budget, one of known sensitivity. ``pins`` maps blocks
-    to the device (an index) that must run them, ``excluded`` devices run none. A prompt runs in
-    chunks of ``chunk_tokens``; None: in what is best for the plan, one of ``chunk_choices``.
-    ``sequences`` are decoded at once where the objective is throughput; None: so many that all
-    stages are always busy, each with one row at a time. Plans have at least ``least_stages`` and at
-    most ``most_stages`` (None: any number).
+    ``links``: by (source, target), which are indices into ``devices``. A pair without a link cannot
+    be neighbours in a plan. ``no_links`` says why, for pairs that were tried.
+    ``bits``: widths that a plan may use. Devices may have options at other widths, for advice.
+    ``weight_errors``: bits -> normalised error of a block. ``max_weight_error`` is its bound (inf:
+    none).
+    ``sensitivities``: bits -> mean KL divergence (nats) of the model's next token from a block.
+    The sensitivity of a device's option replaces it on that device.
+    ``quality_budget``: bound on the sum of sensitivities, hops included. None: no bound.
+    ``hop_formats``: formats that a hop may use. With a budget, only those of known sensitivity.
+    ``pins``: block -> index of the device that must run it. ``excluded`` devices run no block.
+    ``chunk_tokens``: rows of a chunk of a prompt. None: the best of ``chunk_choices`` for the plan.
+    ``sequences``: how many are decoded at once, for the objective throughput. None: enough to keep
+    all stages busy, with one row each at a time.
+    ``least_stages``, ``most_stages``: limits on the number of stages. None: no upper limit.
     """
 
     spec: ModelSpec
@@ -234,39 +245,40 @@ class PlanningProblem:
 
     @property
     def variants(self) -> tuple[PlanningProblem, ...]:
-        """Problems of which one has the best plan, each with one way of counting: a size of a
-        prompt's chunks, or how many rows meet in a stage.
+        """Problems of which at least one has the best plan.
+
+        Each has one size of a prompt's chunks, or one number of stages, and so of rows that meet.
         """
         if self.shared_by is None:
             return tuple(replace(self, chunk_tokens=rows) for rows in self.chunk_choices)
         given = self.least_stages > 1 or self.most_stages is not None
         if given or not any(device.shares_passes for device in self.devices):
             return (self,)
-        # Where at most two rows meet they share nothing, however many stages there are.
+        # Where at most two rows meet, they share nothing: more stages change no time of a row.
         most = max(2, min(len(self.devices), math.ceil(self.shared_by / 2), _MOST_COUNTED))
         counted = [
             replace(self, least_stages=count, most_stages=count if count < most else None)
             for count in range(2, most + 1)
         ]
-        # Without links one device has everything.
+        # Without links, every plan has one stage.
         return (replace(self, links={}, most_stages=1), *counted)
 
     @property
     def shared_by(self) -> int | None:
-        """How many sequences the objective counts; None: it counts none."""
+        """Number of sequences that may share passes; None if no row shares a pass."""
         return self.sequences if self.objective.kind == "throughput" else None
 
     def row_s(self, one_s: float, rows_s: Sequence[float]) -> float:
-        """What a row keeps a stage busy for, given what one and TIMED_ROWS rows take there."""
+        """Seconds that a row keeps a stage busy, from its passes of one row and of TIMED_ROWS."""
         if self.shared_by is None:
             return one_s
         alone = self.most_stages == 1
-        # Where there may be more stages, the fewest share the most.
+        # If more stages are allowed, the fewest count: there most rows share a pass.
         return row_s(one_s, rows_s, self.shared_by, 1 if alone else max(self.least_stages, 2))
 
     @property
     def chunk_choices(self) -> tuple[int | None, ...]:
-        """The chunks that plans have to be compared for; None where no prompt counts."""
+        """Sizes of a chunk to compare; ``chunk_tokens`` alone if it is set or no prompt counts."""
         prompt, _ = self.objective.tokens
         if not prompt or self.chunk_tokens is not None:
             return (self.chunk_tokens,)
@@ -274,12 +286,12 @@ class PlanningProblem:
 
     @property
     def chunk_rows(self) -> int:
-        """Rows of a chunk of the prompt that counts; 0 where none does."""
+        """Rows of a chunk of the prompt that counts; 0 if no prompt counts."""
         return min(self.chunk_tokens or CHUNK_TOKENS[0], self.objective.tokens[0])
 
     @property
     def turns(self) -> float:
-        """How often the slowest stage or link with a chunk is waited for, beside the first one."""
+        """How many chunks follow the first. Each waits for the slowest stage or link."""
         prompt, _ = self.objective.tokens
         return turns(prompt, self.chunk_rows)
 
@@ -293,9 +305,9 @@ class PlanningProblem:
         )
 
     def hop_choices(self, source: int, target: int) -> tuple[HopFormat, ...]:
-        """Permitted formats for a hop that no other one beats, the cheapest first.
+        """Permitted formats for a hop that no other format beats, the cheapest first.
 
-        Empty without a link. Equal ones are decided by the wider bits.
+        Empty without a link. Of equal formats the one with more bits stays.
         """
         if (source, target) not in self.links:
             return ()
@@ -316,46 +328,46 @@ class PlanningProblem:
         )
 
     def no_link(self, source: int, target: int) -> str:
-        """What to say where a pair has no link."""
+        """One clause for the user about a pair without a link."""
         known = self.no_links.get((source, target))
         if known is not None:
             return str(known)
         return f"there is no link from {self.devices[source].name} to {self.devices[target].name}"
 
     def hop_sensitivity(self, bits: int) -> float | None:
-        """KL divergence that one hop at ``bits`` adds; None where it was not measured."""
+        """KL divergence that one hop at ``bits`` adds; None if it is not known."""
         known = {form.bits: form.sensitivity for form in self.hop_formats}
         return known.get(bits, HopFormat.unmeasured(bits).sensitivity)
 
     def hop_bytes(self, bits: int) -> int:
-        """What one token's hidden state weighs on a link."""
+        """Bytes of one token's hidden state on a link."""
         return costs.hop_bytes(self.spec, bits)
 
     def hop_s(self, source: int, target: int, bits: int) -> float:
-        """Seconds from device to device for one token's hidden state; inf without a link."""
+        """Seconds of one token's hidden state on a link; inf without one."""
         link = self.links.get((source, target))
         return math.inf if link is None else link.transfer_s(self.hop_bytes(bits))
 
     def return_s(self, last: int, first: int) -> float:
-        """Seconds for the sampled token's way back; 0 on one device, inf without a link."""
+        """Seconds of the sampled token's way back; 0 on one device, inf without a link."""
         if last == first:
             return 0.0
         link = self.links.get((last, first))
         return math.inf if link is None else link.transfer_s(TOKEN_BYTES)
 
     def passage(self, block: int, option: BlockOption) -> Passage:
-        """What a chunk of a prompt takes in a block. The head computes the last row alone, once."""
+        """The passage of a prompt's chunks through a block. The head computes only the last row."""
         if block == self.spec.head_block:
             return Passage(0.0, 0.0, option.decode_s)
         return block_passage(option.decode_s, option.prefill_s_per_token)
 
     def hop_passage(self, source: int, target: int, bits: int) -> Passage:
-        """What a chunk of a prompt takes on a link that exists."""
+        """The passage of a prompt's chunks over a link, which must exist."""
         link = self.links[source, target]
         return Passage(0.0, self.hop_bytes(bits) / link.bytes_per_s, link.transfer_s(0))
 
     def block_cost(self, device: int, block: int, option: BlockOption) -> float:
-        """What a block adds to the objective, beside the slowest stage where that counts."""
+        """The block's part of the objective's sum. ``turn_s`` is its part of the slowest stage."""
         if self.objective.kind == "energy":
             return self._watts(device) * option.decode_s
         seconds = self.objective.tokens[1] * option.decode_s
@@ -366,14 +378,14 @@ class PlanningProblem:
         return seconds + weight * self.load_s(device, block, option.bits) if weight else seconds
 
     def call_cost(self, device: int) -> float:
-        """What a stage on the device adds to the objective, whatever its blocks."""
+        """The part of the objective's sum that a stage on the device has without its blocks."""
         if self.objective.kind == "energy":
             return self._watts(device) * self.devices[device].call_s
         calls = self.objective.tokens[1] + bool(self.chunk_rows)
         return calls * self.devices[device].call_s
 
     def hop_cost(self, source: int, target: int, bits: int) -> float:
-        """What a hop adds to the objective; inf without a link."""
+        """The hop's part of the objective's sum; inf without a link."""
         if (source, target) not in self.links:
             return math.inf
         seconds = self.objective.tokens[1] * self.hop_s(source, target, bits)
@@ -383,35 +395,35 @@ class PlanningProblem:
         return seconds
 
     def return_cost(self, last: int, first: int) -> float:
-        """What the way back adds to the objective; 0 on one device, inf without a link."""
+        """The way back's part of the objective's sum; 0 on one device, inf without a link."""
         seconds = self.return_s(last, first)
         return seconds if seconds == math.inf else self.objective.tokens[1] * seconds
 
     @property
     def slowest_counts(self) -> float:
-        """How often the slowest stage adds to the objective, by ``turn_s`` of what it has."""
+        """The factor of the slowest stage (or link) in the objective; ``turn_s`` is its time."""
         return 1.0 if self.objective.kind == "throughput" else self.turns
 
     @property
     def link_apart(self) -> bool:
-        """Whether a stage goes on while what leaves it is being sent, so that links count alone."""
+        """Whether a stage computes the next chunk while it sends, so that links count apart."""
         return self.objective.kind != "throughput"
 
     def call_turn_s(self, device: int) -> float:
-        """What a call adds to the time of a stage, where the slowest one counts."""
+        """The call's part of its stage's time, for the slowest stage."""
         own = self.devices[device]
         if self.objective.kind == "throughput" and own.shares_passes:
             return self.row_s(own.call_s, (own.call_s,) * len(TIMED_ROWS))
         return own.call_s
 
     def turn_s(self, block: int, option: BlockOption) -> float:
-        """What a block adds to the time of its stage, where the slowest one counts."""
+        """The block's part of its stage's time, for the slowest stage."""
         if self.objective.kind == "throughput":
             return self.row_s(option.decode_s, option.rows_s)
         return self.passage(block, option).busy_s(self.chunk_rows)
 
     def hop_turn_s(self, source: int, target: int, bits: int) -> float:
-        """What a hop takes, where the slowest stage counts; inf without a link."""
+        """Seconds of a hop, for the slowest stage or link; inf without a link."""
         if (source, target) not in self.links:
             return math.inf
         if self.objective.kind == "throughput":
@@ -419,36 +431,36 @@ class PlanningProblem:
         return self.hop_passage(source, target, bits).busy_s(self.chunk_rows)
 
     def return_turn_s(self, last: int, first: int) -> float:
-        """What the way back takes, where the slowest stage counts: nothing beside a prompt."""
+        """Seconds of the way back, for the slowest stage; 0 unless the objective is throughput."""
         return self.return_s(last, first) if self.objective.kind == "throughput" else 0.0
 
     def _watts(self, device: int) -> float:
-        # Where they are not known ``allows`` keeps all blocks away.
+        # ``allows`` keeps all blocks away from a device of unknown watts.
         return self.devices[device].watts or 0.0
 
     def load_s(self, device: int, block: int, bits: int) -> float:
-        """Seconds to bring the block to the device; 0 where it is."""
+        """Seconds of loading the block; 0 if the device holds it."""
         own = self.devices[device]
         if own.held and bits in own.held[block]:
             return 0.0
         return self.stored_bytes[block][bits] / own.load_bytes_per_s
 
     def sensitivity(self, device: int, block: int, bits: int) -> float | None:
-        """KL divergence that the block at ``bits`` adds there; None where it was not measured."""
+        """KL divergence that the block adds on the device; None if it was not measured."""
         option = self.devices[device].option(block, bits)
         if option is not None and option.sensitivity is not None:
             return None if option.sensitivity == math.inf else option.sensitivity
         return self.sensitivities[block].get(bits) if self.sensitivities else None
 
     def loss(self, device: int, block: int, bits: int) -> float:
-        """What the block there takes of the quality budget; 0 without one, inf if not known."""
+        """The block's part of the quality budget; 0 without a budget, inf if not known."""
         if self.quality_budget is None:
             return 0.0
         known = self.sensitivity(device, block, bits)
         return math.inf if known is None else known
 
     def allows(self, device: int, block: int, bits: int) -> bool:
-        """True where neither quality nor a pin nor an exclusion forbids this placement."""
+        """True if quality, watts, pins and exclusions permit this placement."""
         return (
             bits in self.bits
             and (self.objective.kind != "energy" or self.devices[device].watts is not None)
@@ -459,22 +471,22 @@ class PlanningProblem:
         )
 
     def weight_error(self, block: int, bits: int) -> float | None:
-        """Normalised weight error of a block; None where it was not measured."""
+        """Normalised weight error of a block; None if it was not measured."""
         return self.weight_errors[block].get(bits)
 
     def within_error(self, block: int, bits: int) -> bool:
-        """True where the error bound allows ``block`` at ``bits``; unknown errors are too large."""
+        """True if the error bound allows ``block`` at ``bits``. Unknown errors are too large."""
         bound = self.max_weight_error[block]
         return bound == math.inf or self.weight_errors[block].get(bits, math.inf) <= bound
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, the same as from a JSON file; ``from_dict`` is the inverse."""
+        """The problem as plain values, as JSON has them. ``from_dict`` is the inverse."""
         plain: dict[str, Any] = to_plain(self)
         return plain
 
     @staticmethod
     def from_dict(values: object) -> PlanningProblem:
-        """Inverse of ``to_dict``; what has a default may be left out.
+        """The problem of plain values, as ``to_dict`` makes them; defaults may be left out.
 
         Raises ValueError naming a key that is missing, unknown or wrong.
         """
@@ -483,7 +495,7 @@ class PlanningProblem:
         return problem
 
     def _check_shape(self) -> None:
-        """Raise ValueError where a table or an index does not fit the model and the devices."""
+        """Raise ValueError if a table or an index does not fit the model and the devices."""
         blocks, devices = range(self.spec.block_count), range(len(self.devices))
         tables: list[tuple[str, Sequence[object]]] = [
             ("stored_bytes", self.stored_bytes),

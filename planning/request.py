@@ -1,4 +1,4 @@
-"""What a user asks to be planned or loaded: one value for command line, HTTP and disk."""
+"""A user's request to plan or load: one value for command line, HTTP and disk."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_TIME_LIMIT_S = 20.0
 
 MAX_SLOTS = 64
-"""More would fill no stage better, and each takes a context of memory."""
+"""More slots fill no stage better, and each takes the memory of a context."""
 THROUGHPUT_SLOTS = 4
-"""Default for the objective ``throughput``, which one sequence at a time cannot reach."""
+"""Default for ``throughput``. One sequence at a time cannot reach the predicted speed."""
 
 
 def default_slots(objective: ObjectiveKind) -> int:
-    """How many sequences a deployment holds unless told otherwise."""
+    """The default number of sequences that a deployment holds."""
     return THROUGHPUT_SLOTS if objective == "throughput" else 1
 
 
@@ -62,12 +62,12 @@ _EXPECTED = {
     "check_quality": "true or false",
     "with_problem": "true or false",
 }
-"""What each field may hold, in words for the user."""
+"""The allowed values of each field, in words for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """What a user asks to be planned or loaded.
+    """A user's request to plan or load a model.
 
     The command line sends it as ``to_dict``, HTTP reads it with ``from_dict``, and the coordinator
     keeps it on disk. Raises RequestInvalid, with the field's name, for a value that is not allowed.
@@ -79,9 +79,9 @@ class LoadRequest:
     scheme: Scheme = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     max_weight_error: float | None = None
-    """Bound on max|w - w_b| / 2^b of each block, the DILEMMA paper's. None: no such bound."""
+    """The DILEMMA paper's bound on max|w - w_b| / 2^b of each block. None: no bound."""
     context_tokens: int | None = None
-    """None: DEFAULT_CONTEXT_TOKENS, or as many as the model takes."""
+    """Positions of a context. None: DEFAULT_CONTEXT_TOKENS, or the model's limit if it is less."""
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
     slots: int = 1
     """Sequences at once, each with a KV cache of ``context_tokens``."""
@@ -89,33 +89,33 @@ class LoadRequest:
     pins: Mapping[int, str] = field(default_factory=dict)
     """Block -> the device that must run it: a name or an id, an id once ``identified``."""
     exclude: tuple[str, ...] = ()
-    """Devices that run nothing, named as in ``pins``."""
+    """Devices that run no block, as names or ids like in ``pins``."""
     sensitivities: tuple[Mapping[int, float], ...] | None = None
-    """Per block: bits -> KL divergence that the block adds. None: what the coordinator measured."""
+    """Per block: bits -> KL divergence of the block. None: those that the coordinator measured."""
     own_sensitivities: Own = field(default_factory=dict)
-    """The same for layers in arithmetics that add their own. Goes with ``sensitivities``."""
+    """The same for layers in arithmetics that add losses. Needs ``sensitivities``."""
     hop_sensitivities: Mapping[int, float] = field(default_factory=dict)
-    """Bits -> KL divergence that one hop adds. Goes with ``sensitivities``."""
+    """Bits -> KL divergence that one hop adds. Needs ``sensitivities``."""
     hop_bits: tuple[int, ...] | None = None
     """Widths that a hop may use. None: ``planning.sensitivity.choose_hops`` decides."""
     quality_budget: float | None = None
     """Bound on the plan's KL divergence, in nats per token. None: ``loss_budget`` decides."""
     quality_margin: float | None = None
-    """Factor on ``sensitivities``. None: what the coordinator knows or assumes."""
+    """Factor on ``sensitivities``. None: the margin that the coordinator knows or assumes."""
     unbounded: bool = False
-    """Let widths lose what they will, instead of the default budget."""
+    """Plan without any bound on the loss, instead of the default budget."""
     check_quality: bool = False
     """Measure the plan's divergence, and plan again until it keeps the budget."""
     plan: SavedPlan | None = None
-    """Take this plan instead of the best."""
+    """Use this plan instead of the best one."""
     with_problem: bool = False
-    """Answer with the planning problem too."""
+    """Also answer with the planning problem."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
         require_form(self.scheme, self.group_size)
         require_widths(self.bits, "bits")
-        # Equal requests compare equal, whatever order their widths were given in.
+        # Equal requests compare equal, in whatever order their widths were given.
         object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))
         if self.hop_bits is not None:
             object.__setattr__(self, "hop_bits", tuple(sorted(set(self.hop_bits))))
@@ -125,7 +125,7 @@ class LoadRequest:
             raise RequestInvalid("check_quality needs a quality_budget", "check_quality")
 
     def _checks(self) -> dict[str, bool]:
-        """Whether the value of each field is allowed, by the field's name."""
+        """Field name -> whether its value is allowed."""
         own = [row for rows in self.own_sensitivities.values() for row in rows.values()]
         known = self.hop_sensitivities
         return {
@@ -145,14 +145,14 @@ class LoadRequest:
 
     @property
     def loss_budget(self) -> float | None:
-        """The bound on the plan's KL divergence that applies; None: there is none."""
+        """The bound on the plan's KL divergence that applies; None: no bound."""
         decided = self.plan is not None or len(self.bits) == 1
         return applying_budget(
             self.quality_budget, self.max_weight_error, unbounded=self.unbounded, decided=decided
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON that ``from_dict`` reads."""
+        """The request as JSON that ``from_dict`` reads."""
         plain: dict[str, Any] = to_plain(self)
         return plain
 
@@ -177,9 +177,9 @@ class LoadRequest:
         return LoadRequest(**read)
 
     def identified(self, find: Callable[[str], str | None]) -> LoadRequest:
-        """The same request, with ids in place of names.
+        """The same request with ids in place of names.
 
-        ``find`` gives the id of a name or id, and None for an unknown one, which stays as it is.
+        ``find`` gives the id of a name or id, or None if it is unknown. Unknown names stay.
         """
 
         def device(text: str) -> str:
@@ -206,11 +206,11 @@ def _within(value: float | None, least: float) -> bool:
 
 
 def _divergences(rows: Iterable[Mapping[int, float]]) -> bool:
-    """True where all values can be KL divergences."""
+    """True if all values can be KL divergences."""
     return all(0 <= kl < math.inf for row in rows for kl in row.values())
 
 
 def model_name(directory: Path) -> str:
-    """What a model is called: its directory, or the one above where that is just ``model``."""
+    """The name of a model: its directory, or the one above if that is just ``model``."""
     named = directory.parent if directory.name == "model" else directory
     return named.name or "model"

@@ -1,4 +1,4 @@
-"""How the JSON of a user's request becomes a dataclass, and what each field may hold."""
+"""Reads the JSON of a user's request into a dataclass, and checks its fields."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ MODEL_EXPECTED = "the absolute path of a model directory"
 def read_request(
     kind: type, values: Mapping[str, Any], expected: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The arguments of the dataclass ``kind``, which ``values`` is the JSON of.
+    """The arguments of the dataclass ``kind``, from its JSON ``values``.
 
-    ``expected`` says in words what fields may hold. Raises RequestInvalid with the field's name.
+    ``expected`` has the allowed values of fields, in words. Raises RequestInvalid with the field's
+    name.
     """
     unknown = sorted(set(values) - {item.name for item in fields(kind)})
     if unknown:
@@ -49,7 +50,7 @@ def require_model(model: Path) -> None:
 
 
 def require_form(scheme: Scheme, group_size: int) -> None:
-    """Raise RequestInvalid unless weights can be stored so."""
+    """Raise RequestInvalid unless weights can be stored in this form."""
     try:
         Format.of(4, scheme, group_size)
     except ValueError as error:
@@ -58,6 +59,6 @@ def require_form(scheme: Scheme, group_size: int) -> None:
 
 
 def require_widths(bits: Iterable[int], field: str) -> None:
-    """Raise RequestInvalid unless there are bits, each of them a width of weights."""
+    """Raise RequestInvalid unless there is at least one width, and weights can have each."""
     widths = set(bits)
     require(bool(widths) and widths <= set(BITS), field, BITS_EXPECTED)

@@ -1,11 +1,11 @@
 """A plan as a file that a person can read, edit and compare.
 
-Only who runs which blocks at how many bits is read back, and for how many sequences of what length;
-figures are recomputed from the problem, so that an edited line cannot leave a stale prediction
-behind.
+Reading takes the stages with their devices and bits, the slots and the context. Figures are
+recomputed from the problem, so that an edited line cannot leave a stale prediction behind.
 
-Stages name devices. ``devices`` says which device (its id) a name meant when the plan was saved, so
-that it means the same one when names have changed; a name that is not there means whoever has it.
+Stages name devices. ``devices`` has the id of the device that had a name when the plan was saved.
+So the stage stays with this device if names change. A name without an id means the device that has
+the name now.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _RUN = re.compile(r"(\d{1,2})(?:x(\d{1,4}))?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class SavedPlan:
-    """What a plan file says. ``predicted`` is what was computed when it was saved.
+    """The contents of a plan file. ``predicted`` has the figures computed when it was saved.
 
-    It is empty where the stages were edited since: it would be another plan's.
+    It is empty if the stages were edited since, because the figures are those of another plan.
     """
 
     source: str
@@ -58,10 +58,10 @@ class SavedPlan:
     """Devices in pipeline order, each with the bits of its blocks."""
     predicted: Mapping[str, float]
     hop_bits: tuple[int | None, ...]
-    """What each stage but the last sends at; None where the file does not say."""
+    """Bits that each stage but the last sends at; None if the file does not say."""
     slots: int | None = None
     context_tokens: int | None = None
-    """What the plan was made for; None where the file does not say."""
+    """Slots and context that the plan was made for; None if the file does not say."""
     devices: Mapping[str, str] = field(default_factory=dict)
     """Names of stages -> device ids; devices of a described lab have none."""
 
@@ -72,12 +72,12 @@ class SavedPlan:
 
     @property
     def hops(self) -> dict[int, int | Literal["default"]]:
-        """What the rows behind a block are sent at, where a hop is."""
+        """Block -> bits of the hop behind it, for each hop."""
         ends = itertools.accumulate(len(widths) for _, widths in self.stages[:-1])
         return {end - 1: bits or "default" for end, bits in zip(ends, self.hop_bits, strict=True)}
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``from_dict`` takes: where the plan is from, and its stages."""
+        """Plain values for ``from_dict``: the source, the model, the stages and device ids."""
         stages = [
             {"device": device, "bits": list(bits), "hop_bits": hop_bits}
             for (device, bits), hop_bits in zip(self.stages, (*self.hop_bits, None), strict=True)
@@ -86,13 +86,13 @@ class SavedPlan:
         return {**sent, "devices": dict(self.devices)} if self.devices else sent
 
     def renamed(self, rename: Callable[[str], str]) -> SavedPlan:
-        """The same plan, its stages' devices passed through ``rename``."""
+        """The same plan with ``rename`` applied to the device of each stage, and without ids."""
         stages = tuple((rename(device), bits) for device, bits in self.stages)
         return replace(self, stages=stages, devices={})
 
     @staticmethod
     def from_dict(values: object) -> SavedPlan:
-        """A plan sent by someone, without its predictions. Raises PlanError."""
+        """The plan of plain values from a client, without predictions. Raises PlanError."""
         plan = _object(values, "plan", _SENT_KEYS, _SENT_KEYS[:3])
         if not isinstance(plan["source"], str):
             raise PlanError("plan.source: expected a name")
@@ -102,7 +102,7 @@ class SavedPlan:
     def to_plan(self, problem: PlanningProblem) -> Plan:
         """The plan with figures from ``problem``, verified. Raises PlanError naming the file.
 
-        Nothing is known of better plans: its proved bound is 0.
+        Its proved bound is 0, because no better plan was looked for.
         """
         indices = {device.name: index for index, device in enumerate(problem.devices)}
         blocks = problem.spec.block_count
@@ -130,7 +130,7 @@ class SavedPlan:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Blocks [first, last) that two plans treat differently, all in the same way."""
+    """Blocks [first, last) with the same device and bits before, and others after."""
 
     first: int
     last: int
@@ -141,7 +141,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class HopChange:
-    """The rows behind ``block`` are sent at other bits; None where no hop is."""
+    """The hop behind ``block`` has other bits in two plans; None if there is no hop."""
 
     block: int
     before: int | Literal["default"] | None
@@ -158,9 +158,9 @@ def plan_text(
 ) -> str:
     """The file of a plan: JSON with one stage a line, ``bits`` as runs like ``16 4x11 8``.
 
-    ``hop_bits`` is what the stage sends at; the last has none. slots, context_tokens: what it was
-    made for; None leaves that to whoever loads it. devices: ids by name, more than the plan uses
-    maybe.
+    ``hop_bits`` is the width that a stage sends at; the last stage has none.
+    ``slots``, ``context_tokens``: what the plan was made for. None: decided when it is loaded.
+    ``devices``: ids by name. Names that the plan does not use are left out.
     """
     stages = []
     for stage in plan.stages:
@@ -210,7 +210,7 @@ def read_plan(path: Path) -> SavedPlan:
 
 
 def parse_plan(text: str | bytes, source: str) -> SavedPlan:
-    """As ``read_plan`` for text at hand."""
+    """The plan in a text; ``source`` names it in messages. Raises PlanError like ``read_plan``."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -224,9 +224,9 @@ def parse_plan(text: str | bytes, source: str) -> SavedPlan:
 
 
 def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
-    """What changes from plan to plan, consecutive blocks together; empty where nothing does.
+    """The blocks with another device or other bits, consecutive ones together; empty for none.
 
-    A device that was renamed in between is the same one. Raises PlanError for plans of different
+    A device with a new name is still the same device. Raises PlanError if the plans have different
     numbers of blocks.
     """
     before, after = _told_apart(before, after)
@@ -246,7 +246,7 @@ def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
 
 
 def _told_apart(before: SavedPlan, after: SavedPlan) -> tuple[SavedPlan, SavedPlan]:
-    """Both plans, with one name for one device and different names for different ones."""
+    """Both plans, renamed so that each device has one name and no two share one."""
     now = {device: name for name, device in after.devices.items()}
 
     def rename(name: str) -> str:
@@ -260,7 +260,7 @@ def _told_apart(before: SavedPlan, after: SavedPlan) -> tuple[SavedPlan, SavedPl
 
 
 def hop_difference(before: SavedPlan, after: SavedPlan) -> tuple[HopChange, ...]:
-    """The hops that change from plan to plan of one model, in order."""
+    """The hops with other bits in two plans of one model, in order."""
     old, new = before.hops, after.hops
     return tuple(
         HopChange(block, old.get(block), new.get(block))
@@ -320,7 +320,7 @@ def _read(values: object, source: str) -> SavedPlan:
 
 
 def _mark(stages: Iterable[tuple[str, tuple[int, ...], int | None]]) -> str:
-    """Changes when stages do."""
+    """A short hash of the stages."""
     text = json.dumps([[part for part in stage if part is not None] for stage in stages])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -340,7 +340,7 @@ def _object(
 
 
 def _bits(value: object, where: str) -> tuple[int, ...]:
-    """``"16 4x11 8"``, or a list of widths."""
+    """The widths of a text like ``"16 4x11 8"``, or of a list."""
     widths: list[int] = []
     if isinstance(value, list):
         widths = value

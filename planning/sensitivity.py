@@ -1,9 +1,9 @@
-"""What fewer bits cost in quality, as numbers for a plan: sensitivities, margins and budgets.
+"""The loss in quality at fewer bits, as numbers for a plan: sensitivities, margins and budgets.
 
-A sensitivity is the KL divergence that one block adds at one width. Sensitivities are measured one
-block at a time; a plan's divergence is predicted as their sum times a margin, because errors of
-several blocks can reinforce each other. The margin is the largest measured / predicted of whole
-plans (docs/calibration.md).
+A sensitivity is the KL divergence that one block adds at one width, measured one block at a time.
+The prediction for a plan is their sum times a margin, because errors of several blocks can
+reinforce each other. The margin is the largest measured / predicted of whole plans
+(docs/calibration.md).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from planning.problem import DEFAULT_HOPS, HopFormat, PlanningProblem
 from wire.activations import HOP_BITS
 
 ASSUMED_MARGIN = 1.5
-"""Where no plan was checked. The largest ratio measured so far is 1.48 (docs/calibration.md)."""
+"""The margin if no plan was checked. The largest measured so far is 1.48 (docs/calibration.md)."""
 
 _NOISE_KL = 1e-7
-"""Sums below it say nothing about ratios: rounding in fp32 is as large."""
+"""Predicted sums up to this give no ratio: rounding in fp32 is as large."""
 
 DEFAULT_QUALITY_BUDGET = 0.03
-"""Nats per token that a plan may lose unless told otherwise: perplexity times 1.03. The 4-bit
-format that most people run loses as much (docs/planner.md, "How much may be lost")."""
+"""Nats per token that a plan may lose by default: perplexity times 1.03. The 4-bit format that
+most people run loses as much (docs/planner.md, "How much may be lost")."""
 
 PAPER_MAX_WEIGHT_ERROR = 1e-3
-"""Bound on max|w - w_b| / 2^b for the paper's own program: at this value its model lost nothing
+"""Bound on max|w - w_b| / 2^b for the paper's own program. At this value its model lost nothing
 measurable (Source: DILEMMA, Table 1)."""
 
 ASSUMED_KL_AT_4_BITS = 0.06
-"""What all blocks at 4 bits lose where nothing was measured: about what others found for plain
+"""The loss of all blocks at 4 bits if nothing was measured. Others found about this for plain
 4-bit rounding of Llama 3 8B (docs/planner.md)."""
 
 ASSUMED_ARITHMETIC = 10.0
-"""How many times as much a layer loses in an arithmetic of its own that was not measured: about as
-much as on the demo model (docs/edgetpu.md)."""
+"""Factor on a layer's loss in an arithmetic of its own that was not measured. It is about the
+factor measured on the demo model (docs/edgetpu.md)."""
 
 LossKind = Literal["given", "calibrated", "estimated", "assumed", "unknown"]
 
@@ -49,9 +49,12 @@ LossKind = Literal["given", "calibrated", "estimated", "assumed", "unknown"]
 class LossSource:
     """Where a plan's sensitivities come from.
 
-    given: the user's file. calibrated: ``shoal calibrate --quality``. estimated: measured while
-    planning, over ``tokens``. assumed: a typical model's. unknown: there are none. ``why`` says
-    what kept them from being measured, in one clause.
+    given: the user's file.
+    calibrated: ``shoal calibrate --quality``.
+    estimated: measured while planning, over ``tokens``.
+    assumed: a typical model's.
+    unknown: there are none.
+    ``why``: one clause that says why they were not measured.
     """
 
     kind: LossKind
@@ -60,13 +63,13 @@ class LossSource:
 
 
 Own = Mapping[str, Mapping[int, Mapping[int, float]]]
-"""By arithmetic, layer's block and bits: what the block adds where it is computed so."""
+"""Arithmetic -> block of a layer -> bits -> KL divergence of the layer in that arithmetic."""
 
 
 def budget_margin(checks: Iterable[tuple[float, float]]) -> float:
-    """What sums of sensitivities are multiplied with, from (predicted, measured) of plans.
+    """The factor on sums of sensitivities, from (predicted, measured) of whole plans.
 
-    The largest ratio, never below 1; ASSUMED_MARGIN without any plan.
+    It is the largest ratio, and at least 1; without any plan ASSUMED_MARGIN.
     """
     ratios = [measured / predicted for predicted, measured in checks if predicted > _NOISE_KL]
     return max(1.0, *ratios) if ratios else ASSUMED_MARGIN
@@ -81,8 +84,8 @@ def applying_budget(
 ) -> float | None:
     """The bound on a plan's KL divergence; None: there is none.
 
-    The default one chooses widths. So it does not apply where they are ``decided``: by a given
-    plan, a single width, a bound of another kind or the wish for none.
+    The default is there to choose widths. So it does not apply if they are ``decided``, by a given
+    plan or a single width, with a bound on weight errors, or if the user wants no bound.
     """
     if quality_budget is not None or max_weight_error is not None or unbounded or decided:
         return quality_budget
@@ -90,7 +93,7 @@ def applying_budget(
 
 
 def assumed_losses(spec: ModelSpec) -> tuple[Mapping[int, float], ...]:
-    """Sensitivities of a model of which only the shape is known: a typical one's, never measured.
+    """Assumed sensitivities for a model's shape, from a typical model. Nothing is measured.
 
     A block has its share of ASSUMED_KL_AT_4_BITS by its weights. At other widths it loses in
     proportion to the squared step of the codes.
@@ -106,14 +109,14 @@ def assumed_losses(spec: ModelSpec) -> tuple[Mapping[int, float], ...]:
 
 
 def squared_step(bits: int) -> float:
-    """The squared step of codes, as a multiple of that at 4 bits: about what losses follow."""
+    """The squared step of codes, relative to 4 bits. Losses are about proportional to it."""
     return 0.0 if bits >= 16 else (15 / (2**bits - 1)) ** 2
 
 
 def with_assumed_arithmetic(
     own: Own, rows: Sequence[Mapping[int, float]], arithmetics: Iterable[str]
 ) -> Own:
-    """``own``, and ASSUMED_ARITHMETIC times ``rows`` for arithmetics of which nothing is known."""
+    """``own``, with ASSUMED_ARITHMETIC times ``rows`` for the arithmetics that it does not have."""
     assumed = {
         block: {bits: ASSUMED_ARITHMETIC * kl for bits, kl in row.items()}
         for block, row in enumerate(rows)
@@ -122,16 +125,16 @@ def with_assumed_arithmetic(
 
 
 def scaled(rows: Sequence[Mapping[int, float]], margin: float) -> tuple[Mapping[int, float], ...]:
-    """Sensitivities with the margin applied: what plans add up against a budget."""
+    """Sensitivities times the margin, as plans add them up against a budget."""
     return tuple({bits: kl * margin for bits, kl in row.items()} for row in rows)
 
 
 def with_lossless(
     rows: Sequence[Mapping[int, float]], checkpoint: Checkpoint
 ) -> tuple[Mapping[int, float], ...]:
-    """Sensitivities, 0 where nothing was measured and the width keeps a block as it is.
+    """Sensitivities with 0 added for widths that were not measured and keep a block exactly.
 
-    Rows that are not one per block stay as they are, for ``build_problem`` to refuse.
+    If there is not one row per block, nothing is added: ``build_problem`` refuses such rows.
     """
     if len(rows) != checkpoint.spec.block_count:
         return tuple(rows)
@@ -143,7 +146,7 @@ def with_lossless(
 
 
 def scaled_own(own: Own, margin: float) -> Own:
-    """As ``scaled``."""
+    """The sensitivities of arithmetics times the margin, like ``scaled``."""
     return {
         arithmetic: {
             block: {bits: kl * margin for bits, kl in row.items()} for block, row in rows.items()
@@ -155,10 +158,10 @@ def scaled_own(own: Own, margin: float) -> Own:
 def choose_hops(
     asked: Iterable[int] | None, sensitivities: Mapping[int, float], quality_budget: float | None
 ) -> tuple[HopFormat, ...]:
-    """What hops may be sent as, with the known ``sensitivities`` (bits -> KL divergence).
+    """The formats that hops may use, with the known ``sensitivities`` (bits -> KL divergence).
 
-    Not asked for, it is the default alone, or every width of known sensitivity where there is a
-    budget that bounds what narrow ones do.
+    ``asked`` None means DEFAULT_HOPS, or with a budget all formats of known sensitivity: a budget
+    bounds the loss at few bits.
     """
     if asked is not None:
         widths = sorted(set(asked))
@@ -176,10 +179,10 @@ def choose_hops(
 
 
 def tightened(problem: PlanningProblem, plan: Plan, measured_kl: float) -> PlanningProblem:
-    """The problem with so little budget that ``plan``, measured above its budget, is too much.
+    """The problem with a budget that rules out ``plan``, which was measured above its budget.
 
-    ``problem`` has the user's budget. Another plan whose measured divergence is as many times its
-    prediction keeps it.
+    ``problem`` has the user's budget. If another plan keeps the tighter budget, and its measured
+    divergence is as many times its prediction as here, it keeps the user's budget.
     """
     predicted = plan.total_sensitivity
     if predicted is None or problem.quality_budget is None:
@@ -189,7 +192,7 @@ def tightened(problem: PlanningProblem, plan: Plan, measured_kl: float) -> Plann
 
 
 def whole_loss(problem: PlanningProblem, plan: Plan, measured_kl: float) -> float:
-    """What a plan loses: its blocks' measured part, with what its hops and arithmetics add."""
+    """The loss of a plan: the measured part of its blocks, with its hops and arithmetics added."""
     hops = (
         problem.hop_sensitivity(stage.hop_bits) or 0.0
         for stage in plan.stages
@@ -199,7 +202,7 @@ def whole_loss(problem: PlanningProblem, plan: Plan, measured_kl: float) -> floa
 
 
 def own_share(problem: PlanningProblem, plan: Plan) -> float:
-    """What the arithmetic of single devices is predicted to add to what the plan's bits lose."""
+    """The predicted loss by the arithmetic of devices, beyond the loss by the plan's bits."""
     indices = {device.name: index for index, device in enumerate(problem.devices)}
     return math.fsum(
         max((problem.sensitivity(indices[one.device], one.block, one.bits) or 0.0) - common, 0.0)

@@ -1,4 +1,4 @@
-"""The one clock of planning: time limits are points on it."""
+"""The clock of planning. Time limits are points on it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a row takes when several sequences are decoded at once: one formula for all of planning.
+"""The time of a row when several sequences are decoded at once: one formula for all of planning.
 
-A stage runs the rows that wait for it in one pass. Alone, a stage has all n rows in each pass. In a
-ring of S stages n / S rows meet at each, on average. The first of them finds the stage idle, and
-begins at once; those that come meanwhile share the next pass.
+A stage runs all rows that wait for it in one pass. The only stage of a plan has all n rows in each
+pass. In a ring of S stages n / S rows meet at each stage, on average. The first of them finds the
+stage idle and begins at once. The others arrive meanwhile and share the next pass.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from wire.profile import TIMED_ROWS
 
 
 def pass_s(one_s: float, rows_s: Sequence[float], rows: float) -> float:
-    """Seconds of a pass, linear between what was timed: ``one_s`` for one row, ``rows_s`` for
-    TIMED_ROWS. Where ``rows_s`` is empty, rows share nothing.
+    """Seconds of a pass of ``rows`` rows, linear between the passes that were timed.
+
+    ``one_s`` is the pass of one row, ``rows_s`` has the passes of TIMED_ROWS. If ``rows_s`` is
+    empty, rows share nothing.
     """
     if rows <= 1 or not rows_s:
         return rows * one_s
@@ -27,7 +29,7 @@ def pass_s(one_s: float, rows_s: Sequence[float], rows: float) -> float:
 
 
 def row_s(one_s: float, rows_s: Sequence[float], sequences: int, stages: int) -> float:
-    """Seconds for which a row of ``sequences`` keeps one of so many stages busy."""
+    """Seconds that one row keeps a stage busy, with so many sequences on so many stages."""
     if stages == 1:
         return pass_s(one_s, rows_s, sequences) / sequences
     meeting = max(sequences / stages, 1.0)

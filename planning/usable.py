@@ -1,6 +1,6 @@
-"""Which widths each device may run each block at, and what they take: as arrays.
+"""The widths at which each device may run each block, and their figures, as arrays.
 
-Both ways of solving read this: the integer program one option at a time, the search as a whole.
+The integer program reads one option at a time, the search reads whole arrays.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 LOSS_ROUNDING = 1e-13
-"""What rounding may add to a sum of losses, as a share of the budget."""
+"""Rounding error of a sum of losses, as a share of the budget."""
 
 
 class Usable:
-    """The options of a problem as arrays [device, block, width], inf where there is none.
+    """The options of a problem as arrays [device, block, width], inf where there is no option.
 
-    ``allowed`` are those that neither quality nor a pin nor an exclusion forbids. ``usable`` leaves
-    out those that break the budget alone, those that another one beats, and, with ``fitting``,
-    those that are too large for the device even alone.
-    ``least`` [block] is the least loss of each block wherever it is (0 where nothing may run it),
-    and ``room`` is what these leave of the budget: inf without one. Beside losses that no plan
-    avoids the room may be tiny, and beside it most options are far too lossy. What is compared
-    with tolerances is the room.
+    ``allowed``: True unless quality, unknown watts, a pin or an exclusion forbids the option.
+    ``usable``: like ``allowed``, without options that break the budget alone or that another option
+    beats. With ``fitting``, options that exceed the device's limits alone are left out too.
+    ``least`` [block]: the least loss of a block on any device (0 if no device may run it).
+    ``room``: the budget less all ``least``; inf without a budget. It may be tiny beside the
+    losses that no plan avoids, so tolerances apply to the room and not to the budget.
     """
 
     def __init__(self, problem: PlanningProblem, *, fitting: bool = True) -> None:
@@ -55,21 +54,21 @@ class Usable:
         self._leave_out_beaten()
 
     def options(self, device: int, block: int) -> tuple[BlockOption, ...]:
-        """Those that are usable, narrow ones first."""
+        """The usable options of a block on a device, in the device's order."""
         mask = self.usable[device, block]
         widths = {bits for bits, usable in zip(self.widths, mask, strict=True) if usable}
         return tuple(o for o in self.problem.devices[device].options[block] if o.bits in widths)
 
     def _figures(self) -> tuple[Floats, ...]:
-        """Seconds, cost, seconds of a chunk, bytes as executed, and the device's own losses.
+        """Decoding seconds, cost, ``turn_s``, bytes as executed, and the device's own losses.
 
-        The latter are nan where it has none.
+        A loss is nan if the device has none of its own.
         """
         problem, blocks = self.problem, range(self.problem.spec.block_count)
         at = {bits: index for index, bits in enumerate(self.widths)}
         found = np.full((5, len(problem.devices), len(blocks), len(at)), math.inf)
         for i, device in enumerate(problem.devices):
-            # Most blocks are alike; what loading them takes may still differ.
+            # Most blocks share a row of options. With a ``migration_weight`` costs still differ.
             known: dict[tuple[int, object], Floats] = {}
             for k in blocks:
                 row = device.options[k]
@@ -90,7 +89,7 @@ class Usable:
         return tuple(found)
 
     def _losses(self, own: Floats) -> Floats:
-        """What each option takes of the budget; inf where that is not known."""
+        """The loss of each option; inf if it is not known."""
         problem = self.problem
         if problem.quality_budget is None:
             return np.zeros_like(own)
@@ -112,7 +111,7 @@ class Usable:
         return found
 
     def _small(self) -> Mask:
-        """True where an option fits its device alone."""
+        """True for options that keep the device's limits alone."""
         devices = self.problem.devices
         memory = [float(device.memory_bytes - device.stage_bytes) for device in devices]
         storage = [float(device.storage_bytes) for device in devices]
@@ -121,7 +120,7 @@ class Usable:
         return np.asarray(fits & stored, dtype=bool)
 
     def _leave_out_beaten(self) -> None:
-        """Leave out options that another one is no worse than; of equal ones the wider stays."""
+        """Leave out options that are nowhere better than another; of equal ones the wider stays."""
         stored = np.broadcast_to(self.stored, self.cost.shape)
         turn = self.turn if self.problem.slowest_counts else np.zeros_like(self.cost)
         figures = np.stack([self.decode, self.cost, turn, self.executed, stored, self.loss])

@@ -1,9 +1,9 @@
-"""Widths that cost the objective nothing: fewer to choose from before, and fewer bytes after.
+"""Widths that cost the objective nothing: fewer options before solving, fewer bytes after it.
 
 Some backends run several widths with the same kernels: 3 bits as 4, and 5 and 6 as 8. Memory-bound
-and compute-bound devices have such ties too. What is left to choose between is loss and bytes.
-Bytes are loading time, and they have a price: loading as much again as the least possible must
-remove the whole quality budget.
+and compute-bound devices have such ties too. Tied widths differ in loss and bytes alone. Bytes are
+loading time, and they have a price: loading as much again as the least possible must remove the
+whole quality budget.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from planning.sensitivity import squared_step
 
 
 def undominated(problem: PlanningProblem) -> PlanningProblem:
-    """The problem without options that another one replaces at no cost of any kind.
+    """The problem without options that another option replaces at no cost of any kind.
 
-    A device whose storage might be short keeps all of its options.
+    A device that cannot store the widest options of all blocks keeps all of its options.
     """
     devices, variants = [], problem.variants
     for i, device in enumerate(problem.devices):
@@ -38,9 +38,9 @@ def undominated(problem: PlanningProblem) -> PlanningProblem:
 
 
 def _is_a_tradeoff(problem: PlanningProblem, row: Sequence[BlockOption]) -> bool:
-    """Whether each wider option costs more time, so that none replaces a narrower one.
+    """Whether each wider option takes more time, so that none replaces a narrower one.
 
-    With a budget the narrower ones lose more. Where they do not, an option too many stays.
+    With a budget narrower options lose more. If they do not, an option too many stays.
     """
     return problem.quality_budget is not None and all(
         one.bits < other.bits and one.decode_s < other.decode_s for one, other in pairwise(row)
@@ -50,7 +50,7 @@ def _is_a_tradeoff(problem: PlanningProblem, row: Sequence[BlockOption]) -> bool
 def _best_options(
     variants: Sequence[PlanningProblem], i: int, block: int, row: Sequence[BlockOption]
 ) -> tuple[BlockOption, ...]:
-    """The options that no other one replaces in any of the problem's ``variants``."""
+    """The options that no other option replaces in any of the problem's ``variants``."""
     problem = variants[0]
     if _is_a_tradeoff(problem, row):
         return tuple(row)
@@ -66,7 +66,7 @@ def _best_options(
             problem.loss(i, block, option.bits),
         )
 
-    # Equal ones are decided by the fewer bits.
+    # Of equal options the one with fewer bits stays.
     order = sorted(allowed, key=lambda option: (figures(option), option.bits))
     kept: list[BlockOption] = []
     for option in order:
@@ -78,7 +78,7 @@ def _best_options(
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """Another width for one block of a stage, and what it does."""
+    """Another width for one block of a stage, with the change of each figure."""
 
     block: int
     option: BlockOption
@@ -87,16 +87,16 @@ class _Change:
     storage_bytes: int
     loss: float
     score: float
-    """Below 0: better."""
+    """Price of the bytes less the loss removed. Below 0 is better."""
 
 
 def settle(
     problem: PlanningProblem, stages: Sequence[StageChoice], loss: float, free_s: float
 ) -> list[StageChoice]:
-    """The same stages with the widths that weigh loss and bytes best at no cost in time.
+    """The same stages with the best widths by loss and bytes that cost no time.
 
-    ``loss`` is what all of the plan takes of the budget, and ``free_s`` what each stage may cost
-    more: rounding of sums. Memory, storage and the budget are kept.
+    ``loss`` is the plan's part of the budget. ``free_s`` is the rounding of sums: each stage may
+    take so much longer. Memory, storage and the budget are kept.
     """
     budget = math.inf if problem.quality_budget is None else problem.quality_budget
     settled, variants = [], problem.variants
@@ -110,7 +110,7 @@ def settle(
 def _settle_stage(
     variants: Sequence[PlanningProblem], stage: StageChoice, loss_left: float, free_s: float
 ) -> tuple[tuple[int, ...], float]:
-    """The stage's widths, and what they add to the loss."""
+    """The stage's new widths, and the change of the loss."""
     problem = variants[0]
     index, first, widths = stage
     device = problem.devices[index]
@@ -152,7 +152,7 @@ def _room(problem: PlanningProblem, device: Device, chosen: Mapping[int, int]) -
 def _changes(
     variants: Sequence[PlanningProblem], index: int, block: int, bits: int
 ) -> Iterable[_Change]:
-    """Every other width of a block that is better by loss and bytes."""
+    """Every other width of a block with a score below 0."""
     problem = variants[0]
     device, stored = problem.devices[index], problem.stored_bytes[block]
     now = device.option(block, bits)
@@ -180,7 +180,7 @@ def _changes(
 def _added_s(
     problem: PlanningProblem, device: int, block: int, options: tuple[BlockOption, BlockOption]
 ) -> float:
-    """The most that the other option can add to the objective, or to the time of any token."""
+    """The most that the other option can add to the objective, or to the time of a token."""
     now, other = options
     added_s = problem.block_cost(device, block, other) - problem.block_cost(device, block, now)
     if problem.slowest_counts:
@@ -194,9 +194,9 @@ def _added_s(
 
 
 def _removed(problem: PlanningProblem, index: int, block: int, bits: tuple[int, int]) -> float:
-    """What going from one width to another removes of the loss, as a share of the budget.
+    """The loss that a change of width removes, as a share of the budget.
 
-    Without a budget the model at 4 bits is taken for it, with each block's share by its bytes.
+    Without a budget the loss of the model at 4 bits stands for it. A block has its share by bytes.
     """
     before, after = bits
     if problem.quality_budget is not None:

@@ -1,25 +1,28 @@
 """The integer program of a plan: contiguous runs of blocks on devices in an order it chooses.
 
-Indices: i and j devices; r a stretch, that is a longest run of consecutive blocks that no device
-can tell apart; g a group, that is the blocks (of any stretch) that device i cannot tell apart.
+Indices i and j are devices. Index r is a stretch: a longest run of consecutive blocks that are
+alike on every device. Index g is a group: all blocks, of any stretch, that are alike on device i.
+Index f is a format of hops, and o an option of a group.
 
     used[i]     binary: i has a stage;  first[i], last[i]: the first one, the last one
     start[i,r]  binary: the stage of i starts in stretch r;  end[i,r]: it ends there
     hop[i,j,f]  binary: the stage of j follows the stage of i, which sends in format f
     back[i,j]   the token returns to the first stage, i, from the last, j
-    left[i,j]   blocks that are still to come when the hop from i to j is taken
+    left[i,j]   number of blocks behind the hop from i to j
     a[i,r]      whole number: blocks of stretch r on i
     n[i,g,o]    whole number: blocks of group g that i runs with option o
 
-``left`` carries all N blocks into the first stage and loses each stage's blocks on the way, so the
-hops form one path through all used devices, and N - left is the block that a stage starts with.
-That this block, and the stage's last one, lie in the stretches that start and end name makes
-a[i,r] what the stage really overlaps. Inside a stretch and a group it does not matter which block
-is which: they are counted, not placed, and the program stays exact. Where all layers are alike it
-has a few counts per device, where no two are (a quality budget tells them apart) it has one per
-block. ``stages`` decides which is which. For a throughput one more variable, slowest, is at least
-every stage's compute with the link that leaves it; for a prompt it is at least what a chunk takes
-in every stage, and on every link.
+All N blocks are still to come before the first stage, and each stage takes its own from ``left``.
+So the hops form one path through all used devices, and a stage begins with block N - left. This
+block lies in the stretch that start names, and the stage's last block in the stretch that end
+names. So a[i,r] is the number of blocks of stretch r in the stage. Blocks of one stretch and group
+are interchangeable. They are counted, not placed, and the program stays exact. If all layers are
+alike, there are a few counts per device. If no two are alike, as with a quality budget, there is
+one count per block and width. ``choice`` places the blocks.
+
+``slowest`` is one more variable where the slowest stage counts. For throughput it is at least every
+stage's compute with the link that leaves it. For a prompt it is at least the time of a chunk in
+every stage, and on every link.
 """
 
 from __future__ import annotations
@@ -42,26 +45,28 @@ StageChoice = tuple[int, int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Everything that a plan decides: its stages in order, and the bits of each hop."""
+    """The decisions of a plan: its stages in order, and the bits of each hop."""
 
     stages: list[StageChoice]
     hop_bits: tuple[int, ...]
 
 
 Aim = Literal["best", "memory", "storage", "memory and storage", "sensitivity", "any"]
-"""The problem's objective; least excess over the named limits, which may then be broken; least
-sensitivity; any plan at all."""
+"""The quantity to minimise. ``best``: the problem's objective. ``memory``, ``storage``: the excess
+over these limits, which may then be broken. ``sensitivity``: the loss. ``any``: none, for any plan
+that fits."""
 
-# The objective is counted in units that put the sum of all compute near this: solvers compare it
-# with absolute tolerances around 1e-6.
+# Solvers compare the objective with absolute tolerances around 1e-6. Its unit is chosen so that
+# its lower bound has this value.
 _OBJECTIVE_SCALE = 1e3
-# Of two plans that are equally fast, the one with fewer stages; too small to ever cost 1e-6.
+# Of two equally fast plans the one with fewer stages wins. All stages together cost less than 1e-6
+# of the objective.
 _STAGE_TIE_BREAK = 5e-7
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Blocks that are interchangeable on one device, and how each can be run there."""
+    """Interchangeable blocks on one device, and the options of each of them."""
 
     blocks: tuple[int, ...]
     options: tuple[BlockOption, ...]
@@ -70,7 +75,7 @@ class Group:
 def _figures(
     problem: PlanningProblem, device: int, block: int, option: BlockOption
 ) -> tuple[float, ...]:
-    """All that plans are judged by, the less the better."""
+    """All figures of an option that a plan is judged by; less is better."""
     return (
         option.decode_s,
         problem.block_cost(device, block, option),
@@ -82,11 +87,11 @@ def _figures(
 
 
 class PlanProgram:
-    """The program for one problem, with one size of a prompt's chunks where a prompt counts.
+    """The program for one variant of a problem, with one size of a prompt's chunks.
 
-    ``margin`` is the share of each limit that it leaves unused. Plans whose objective is above
-    ``cutoff`` are left out. Of ``twins``, pairs of devices whose exchange changes nothing, the
-    first comes first.
+    ``margin`` is the share of each limit that stays unused. Plans with an objective above
+    ``cutoff`` are left out. ``twins`` are pairs of devices whose exchange changes nothing. In plans
+    the first device of a pair comes before the second.
     """
 
     def __init__(
@@ -121,17 +126,19 @@ class PlanProgram:
             self.program.setObjective(sensitivity if aim == "sensitivity" else excess)
 
     def bound(self, bound: float | None) -> float:
-        """A bound of the objective (None: not known) in seconds.
+        """A lower bound of the objective in its own unit, from the solver's ``bound`` (None: none).
 
-        Never below what the blocks cost, each where it is cheapest.
+        It is never below the sum of all blocks, each on its cheapest device.
         """
         tie_break = _STAGE_TIE_BREAK * _OBJECTIVE_SCALE
         proved = -math.inf if bound is None else bound - tie_break
         return max(_OBJECTIVE_SCALE, proved) * self._unit_s
 
     def choice(self, values: Mapping[str, float]) -> Choice:
-        """What a solution decides. Within a group, the blocks that lose most by few bits get the
-        widest of the options that the solution counted.
+        """The decisions of a solution.
+
+        A solution counts options within a group. The widest of them go to the blocks with the
+        largest weight errors.
         """
         errors = self._problem.weight_errors
 
@@ -164,9 +171,9 @@ class PlanProgram:
         return Choice(found, tuple(hop_bits[:-1]))
 
     def values(self, choice: Choice) -> dict[str, float] | None:
-        """A value for every variable that says what ``choice`` does; the inverse of ``choice``.
+        """A value for every variable, which together mean ``choice``: the inverse of ``choice``.
 
-        None where it uses an option or a hop that the program leaves out, since others beat it.
+        None if it uses an option or a hop that the program leaves out because others beat it.
         """
         found = dict.fromkeys((variable.name for variable in self.program.variables()), 0.0)
 
@@ -233,7 +240,7 @@ class PlanProgram:
         return plan.decode_s
 
     def _find_alike(self) -> None:
-        """Stretches of blocks that all devices find alike, and groups for each device."""
+        """Find the stretches of blocks that are alike on all devices, and each device's groups."""
         problem, blocks = self._problem, range(self._total)
         options = [[self._permitted.options(i, k) for k in blocks] for i in self._devices]
 
@@ -261,7 +268,7 @@ class PlanProgram:
         return self.program.add_variable(name, 0, 1, pulp.LpInteger)
 
     def _place(self) -> None:
-        """Every block on one device; on each device widths counted per group."""
+        """Add rows that place every block on one device, and count widths per group there."""
         program = self.program
         self._used = [self._binary(f"used_{i}") for i in self._devices]
         self._start: list[list[Any]] = []
@@ -302,7 +309,7 @@ class PlanProgram:
             program += pulp.lpSum(beyond[r]) <= 1
 
     def _order(self, twins: Sequence[tuple[int, int]]) -> None:
-        """One path of hops through the used devices, in the order of their blocks."""
+        """Add rows for one path of hops through the used devices, in the order of their blocks."""
         program, devices, total = self.program, self._devices, self._total
         problem = self._problem
         room = self._permitted.room + LOSS_ROUNDING * (problem.quality_budget or 0.0)
@@ -361,8 +368,9 @@ class PlanProgram:
         self._follow(pairs)
 
     def _follow(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Blocks are still to come only where there is a hop, and no two devices follow each other
-        both ways; as many stages as the problem says.
+        """Add rows that tie ``left`` to hops, and limit the number of stages.
+
+        No two devices follow each other both ways.
         """
         program, problem, left, total = self.program, self._problem, self._left, self._total
         if problem.least_stages > 1:
@@ -378,7 +386,7 @@ class PlanProgram:
                 program += both <= self._used[j]
 
     def _limit(self, short: tuple[str, ...], margin: float) -> Any:
-        """Memory and storage rows, in units of about the limit. Returns the excess in all."""
+        """Add rows of memory and storage, in units of about the limit. Returns the total excess."""
         excess = []
         scale = max(sum(device.memory_bytes for device in self._problem.devices), 1)
         for i in self._devices:
@@ -402,7 +410,7 @@ class PlanProgram:
         return pulp.lpSum(excess)
 
     def _budget(self, margin: float) -> Any:
-        """The losses beyond each block's least, in units of the room, and the row that limits them.
+        """Add the row of the budget. Returns the losses above each block's least, in units of room.
 
         Without a budget, or with an infinite one, there is no row.
         """
@@ -413,7 +421,7 @@ class PlanProgram:
             (problem.hop_sensitivity(bits) or 0.0, hop) for (*_, bits), hop in self._hop_at.items()
         ]
         for i in self._devices:
-            # Blocks that are alike here may differ elsewhere, and so in their least.
+            # Blocks that are alike here may differ elsewhere, and so in their least loss.
             bases = [max(spare.least[k] for k in group.blocks) for group in self._groups[i]]
             terms += [
                 (problem.loss(i, block, option.bits) - bases[g], count)
@@ -434,7 +442,7 @@ class PlanProgram:
         return total
 
     def _cost_s(self) -> Any:
-        """The problem's objective, in seconds."""
+        """The problem's objective in its own unit, with the tie break between stages."""
         problem = self._problem
         tie_break_s = self._unit_s * _OBJECTIVE_SCALE * _STAGE_TIE_BREAK / len(self._devices)
         terms = []
@@ -448,7 +456,7 @@ class PlanProgram:
         return pulp.lpSum(terms)
 
     def _slowest_s(self) -> Any:
-        """Seconds of the slowest stage, with the link that leaves it or beside it."""
+        """Seconds of the slowest stage or link. Adds the variable and its rows."""
         problem = self._problem
         slowest = self._slowest = self.program.add_variable("slowest", 0)
         around: list[Any] = []
@@ -468,13 +476,13 @@ class PlanProgram:
             for busy in (terms, ways) if problem.link_apart else ([*terms, *ways],):
                 self.program += slowest >= pulp.lpSum(busy) * (1 / self._unit_s)
         if problem.shared_by is not None:
-            # Each sequence has one row on its way.
+            # Each sequence has one row at a time on its way round.
             shared = pulp.lpSum(around) * (1 / problem.shared_by)
             self.program += slowest >= shared * (1 / self._unit_s)
         return self._unit_s * slowest
 
     def _counts(self, device: int) -> list[tuple[int, Any, BlockOption, int]]:
-        """(group, how many, option, a block of it) for everything that can be on a device."""
+        """(group, count, option, a block of the group) for each option of each group."""
         found = []
         for g, group in enumerate(self._groups[device]):
             for o, option in enumerate(group.options):
@@ -484,7 +492,7 @@ class PlanProgram:
         return found
 
     def _of_group(self, device: int, group: Group) -> Any:
-        """How many blocks of a group are on the device."""
+        """The number of blocks of a group on the device."""
         members = set(group.blocks)
         return pulp.lpSum(
             cell
@@ -498,7 +506,7 @@ class PlanProgram:
         return option.executed_bytes + self._problem.kv_bytes[block]
 
     def _least_s(self) -> float:
-        """A lower bound of the objective: each block where it is cheapest, stages in balance."""
+        """A lower bound: each block on its cheapest device, and all stages in balance."""
         problem = self._problem
         cost_s = [math.inf] * self._total
         turn_s = [math.inf] * self._total
@@ -516,7 +524,7 @@ class PlanProgram:
 
     @staticmethod
     def _value(cell: Any, values: Mapping[str, float]) -> float:
-        """Of a variable or a sum of them."""
+        """The value of a variable or of a sum of variables."""
         if isinstance(cell, pulp.LpVariable):
             return values[cell.name]
         return math.fsum(factor * values[item.name] for item, factor in cell.items())

@@ -1,7 +1,7 @@
-"""Runs an integer program: HiGHS where it can be imported, else the CBC that PuLP brings.
+"""Runs an integer program with HiGHS if it can be imported, else with the CBC of PuLP.
 
-HiGHS gets the program in memory. CBC is a program of its own: it reads files in a temporary folder
-that is removed afterwards, and is killed at the time limit. Neither prints anything.
+HiGHS gets the program in memory. CBC is a process of its own, which is killed at the time limit. It
+reads files in a temporary folder, which is removed afterwards. Neither prints anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pulp
 SolverName = Literal["highs", "cbc"]
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
-# CBC was seen to run up to half again past its own limit: it is told less, then it is killed.
+# CBC was seen to run for 1.5 times its own limit. So its limit is lower, and it is killed at ours.
 _CBC_SHARE = 0.85
 _INTEGRALITY = 1e-5
 
@@ -37,7 +37,7 @@ class SolverError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a solver said. ``bound`` is proved for a minimum; None where nothing was."""
+    """The answer of a solver. ``bound`` is a proved lower bound of the minimum; None: no bound."""
 
     status: Status
     solver: SolverName
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def default_solver() -> SolverName:
-    """HiGHS where its library can be imported: it is the faster of the two."""
+    """HiGHS if its library can be imported, because it is faster; else CBC."""
     return "highs" if _highspy() is not None else "cbc"
 
 
@@ -60,8 +60,8 @@ def run(
 ) -> Outcome:
     """Minimise ``program`` (a pulp.LpProblem) to a relative gap, or stop at the limit.
 
-    ``start`` has a value for every variable, of a solution that is known already. Raises
-    SolverError; a limit that is reached is not an error but ``feasible`` or ``unknown``.
+    ``start`` is a known solution, with a value for every variable. At the limit the status is
+    ``feasible`` or ``unknown``, which is no error. Raises SolverError if the solver fails.
     """
     name = solver or default_solver()
     if not program.variables():
@@ -78,7 +78,7 @@ def run(
 
 
 def _highspy() -> Any:
-    """The library of HiGHS; None where it is missing, or was built for another system."""
+    """The library of HiGHS; None if it is missing, or was built for another system."""
     try:
         return importlib.import_module("highspy")
     except (ImportError, OSError):
@@ -86,7 +86,7 @@ def _highspy() -> Any:
 
 
 def _silent(highspy: Any) -> Any:
-    """A HiGHS that prints nothing: its constructor would print a banner through the callbacks."""
+    """A HiGHS that prints nothing. Its constructor would print a banner through callbacks."""
 
     def enable(highs: Any) -> None:
         highs.setOptionValue("output_flag", False)
@@ -99,7 +99,7 @@ def _silent(highspy: Any) -> Any:
 
 
 def _highs_program(highspy: Any, program: Any) -> Any:
-    """The program as HiGHS holds it, row by row; columns in the order of the variables."""
+    """The program as HiGHS holds it: row by row, with columns in the order of variables."""
     variables = program.variables()
     column = {variable: index for index, variable in enumerate(variables)}
     rows = program.constraints()
@@ -143,13 +143,13 @@ def _run_highs(
         known = highspy.HighsSolution()
         known.col_value = [start[name] for name in names]
         highs.setSolution(known)
-    # The limit counts from here: a program that takes long to build is still solved.
+    # The limit begins here, so that a program that takes long to build is still solved.
     for option, value in (("threads", 1), ("time_limit", time_limit_s), ("mip_rel_gap", gap)):
         highs.setOptionValue(option, value)
     kinds = highspy.HighsModelStatus
     ended = highs.run()
     if highs.getModelStatus() == kinds.kUnboundedOrInfeasible:
-        # Only presolve leaves this open.
+        # Only presolve gives this status.
         highs.setOptionValue("presolve", "off")
         ended = highs.run()
     status = highs.getModelStatus()
@@ -183,7 +183,7 @@ def _run_cbc(
 
 
 def _cbc(model: Path, time_limit_s: float, gap: float) -> Outcome:
-    """What CBC says of an MPS file; a start lies beside it as a ``.mst`` file."""
+    """The outcome of CBC for an MPS file. A start lies beside it as a ``.mst`` file."""
     cbc = shutil.which(pulp.PULP_CBC_CMD.pulp_cbc_path) or shutil.which("cbc")
     if cbc is None:
         raise SolverError("no solver: install highspy, or cbc on the PATH")
@@ -196,7 +196,7 @@ def _cbc(model: Path, time_limit_s: float, gap: float) -> Outcome:
     writing = ["-printingOptions", "all", "-solution", str(solution)]
     code, text = _output([*command, *writing], model.with_suffix(".log"), time_limit_s)
     if code:
-        # Writing the solution crashes CBC where it finds the program infeasible very early.
+        # CBC crashes when it writes the solution, if it finds the program infeasible very early.
         code, text = _output(command, model.with_suffix(".log"), time_limit_s)
         if code == 0 and "Problem is infeasible" in text:
             return Outcome("infeasible", "cbc")
@@ -204,14 +204,14 @@ def _cbc(model: Path, time_limit_s: float, gap: float) -> Outcome:
     bound = _last_number(r"^Lower bound:\s+(\S+)", text)
     if bound is None:
         bound = _last_number(r"^Continuous objective value is (\S+)", text)
-    # Killed, it may have been writing: what is there cannot be trusted.
+    # CBC may have been killed while it wrote the file, so a file is not trusted then.
     if code is None or not solution.exists():
         return Outcome("unknown", "cbc", bound=bound)
     return _read_cbc(solution.read_text(), bound, gap)
 
 
 def _output(command: list[str], log: Path, time_limit_s: float) -> tuple[int | None, str]:
-    """Exit status (None: killed at the limit) and what was printed."""
+    """The exit status (None: killed at the limit) and the output."""
     with log.open("wb") as stream:
         process = subprocess.Popen(  # noqa: S603 - a path from PuLP, arguments of our own
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT
@@ -227,7 +227,10 @@ def _output(command: list[str], log: Path, time_limit_s: float) -> tuple[int | N
 
 
 def _read_cbc(text: str, bound: float | None, gap: float) -> Outcome:
-    """What a CBC solution file says: a status line, then ``[**] index name value cost`` lines."""
+    """The outcome in a CBC solution file.
+
+    It has a status line, then lines of ``[**] index name value cost``.
+    """
     heading, *lines = text.splitlines() or [""]
     if heading.startswith(("Infeasible", "Integer infeasible")):
         return Outcome("infeasible", "cbc")

@@ -1,6 +1,6 @@
-"""Why a plan is as it is: where a token's time goes, and what each change would be worth.
+"""Why a plan is as it is: where a token's time goes, and how much each change would help.
 
-Each worth is found by solving again with one thing changed; nothing is extrapolated.
+Each change is solved for again. Nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from planning.time_limit import now_s
 MORE_MEMORY_BYTES = 1 << 30
 FAST_LINK_BYTES_PER_S = 125e6
 FAST_LINK_RTT_S = 0.0005
-"""What wired gigabit Ethernet gives between two small computers; the faster side of a link that
-is already better is kept."""
+"""Wired gigabit Ethernet between two small computers. A link that is better in one of the two
+figures keeps it."""
 
 _SAME = 2e-6
-"""Twice what a plan that is called optimal may be from the optimum."""
+"""Twice OPTIMALITY_GAP."""
 
 OTHERS = "all others"
-"""The subject of changes everywhere that the plan does not go, made at once."""
+"""The subject of changes that are made at once at all places the plan does not use."""
 
 Kind = Literal["memory", "link", "drop", "quality", "device"]
 MarginalProof = Literal["exact", "bound", "found"]
@@ -44,11 +44,13 @@ _UNITS = {
 
 @dataclass(frozen=True, slots=True)
 class StageView:
-    """One stage's predicted part in a token, and what it takes of its device.
+    """One stage's predicted part in a token, and its use of the device.
 
-    ``hop_s`` is the way to the next stage at ``hop_bits``, or of the token (None) back from the
-    last. ``energy_j`` is declared watts times predicted seconds. Errors, the KL divergence that the
-    blocks add (``sensitivity``) and energy are None where not known.
+    ``hop_s``: the hop to the next stage at ``hop_bits``; for the last stage the token's way back,
+    with ``hop_bits`` None.
+    ``energy_j``: declared watts times predicted seconds.
+    ``sensitivity``: KL divergence that the blocks add.
+    Errors, sensitivity and energy are None if they are not known.
     """
 
     device: str
@@ -58,7 +60,7 @@ class StageView:
     compute_s: float
     hop_s: float
     share: float
-    """Of the token's time, the hop included; 0 to 1."""
+    """Share of the token's time, the hop included; 0 to 1."""
     memory_bytes: int
     memory_limit_bytes: int
     worst_weight_error: float | None
@@ -69,13 +71,15 @@ class StageView:
 
 @dataclass(frozen=True, slots=True)
 class Marginal:
-    """What one change does to the objective. ``after`` None: no plan fits any more.
+    """The effect of one change on the objective. ``after`` None: no plan fits any more.
 
-    ``subject`` is the device or pair that is changed, or several at once (``OTHERS``).
-    ``solved`` False: true without solving, since the plan does not use what is dropped.
-    ``proof`` says what the difference is: ``exact`` (both plans are optimal), ``bound`` (only the
-    plan at hand is: the change gives at least, or costs at most that), ``found`` (neither: it is
-    between the plans that were found).
+    ``subject``: the device or pair that is changed, or several at once (``OTHERS``).
+    ``solved`` False: true without solving, because the plan does not use the dropped device.
+    ``proof``: how certain the difference is.
+    ``exact``: both plans are optimal.
+    ``bound``: only the present plan is optimal. The change gains at least, or costs at most, the
+    difference.
+    ``found``: neither is known to be optimal. It is the difference of the plans that were found.
     """
 
     kind: Kind
@@ -93,7 +97,7 @@ class Marginal:
 
     @property
     def change(self) -> float | None:
-        """Relative change of the objective; 0.0 for none, None where no plan fits."""
+        """Relative change of the objective; None if no plan fits any more."""
         if self.after is None:
             return None
         change = self.after / self.before - 1
@@ -101,13 +105,13 @@ class Marginal:
 
     @property
     def nothing(self) -> str:
-        """What is true of a change that made no difference."""
+        """A sentence for a change that made no difference."""
         if self.proof == "exact":
             return "changes nothing"
         return "as good a plan was found" if self.kind == "drop" else "no better plan was found"
 
     def __str__(self) -> str:
-        """One true line."""
+        """The change and its effect in one line."""
         change = self.change
         if change is None:
             return f"{self.what}: no plan fits any more"
@@ -140,18 +144,18 @@ def change_text(kind: Kind, subject: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A plan taken apart. ``complete`` is False where the time limit ended the trials."""
+    """The analysis of a plan. ``complete`` is False if the time limit ended the trials."""
 
     stages: tuple[StageView, ...]
     bottleneck: str
     pipeline_bottleneck: str
     prompt_bottleneck: str
-    """Empty where no prompt is named."""
+    """Empty if the objective has no prompt."""
     marginals: tuple[Marginal, ...]
     complete: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, each marginal with its line."""
+        """The explanation as plain values for JSON, each marginal with its line."""
         plain = asdict(self)
         for values, marginal in zip(plain["marginals"], self.marginals, strict=True):
             values |= {"what": marginal.what, "change": marginal.change, "text": str(marginal)}
@@ -168,10 +172,10 @@ def explain(
     on_trial: Callable[[str, int, int], None] = lambda what, done, total: None,
     now_s: Callable[[], float] = now_s,
 ) -> Explanation:
-    """Take ``plan`` apart, and try changes until ``time_limit_s`` is over; the likeliest first.
+    """Analyse ``plan``, and try changes until ``time_limit_s`` is over, the likeliest first.
 
-    ``solve_again`` takes a problem and a limit in seconds (None: the planner); ``on_trial`` gets
-    what is tried, how many trials are done, and of how many.
+    ``solve_again`` takes a problem and a limit in seconds (None: the planner).
+    ``on_trial`` gets the change that is tried, the number of trials done, and their total.
     """
     again = solve_again or (lambda changed, limit_s: solve(changed, time_limit_s=limit_s))
     deadline_s = now_s() + time_limit_s
@@ -198,7 +202,7 @@ def explain(
     used = {stage.device for stage in plan.stages}
     unit = _UNITS[plan.objective.kind]
     marginals += [
-        # The plan stays possible without what it does not use, and nothing better appears.
+        # Without an unused device the plan stays possible, and no better plan appears.
         Marginal("drop", device.name, unit, plan.value, plan.value, "exact", False)
         for index, device in enumerate(problem.devices)
         if device.name not in used and index not in problem.excluded
@@ -224,7 +228,7 @@ class _Trial:
 def _tried(
     plan: Plan, trial: _Trial, again: Solve, limit_s: float
 ) -> tuple[Plan | None, Marginal | None]:
-    """The changed problem's plan and the change's worth; neither where time ended first."""
+    """The changed problem's plan and the effect of the change; None if time ended first."""
     before, unit = plan.value, _UNITS[plan.objective.kind]
     try:
         better = again(trial.problem, limit_s)
@@ -234,9 +238,9 @@ def _tried(
         return None, None
     after = better.value
     if trial.kind != "drop":
-        # The plan itself still fits; a search that was cut short may not have found it.
+        # The present plan still fits, although a search that was cut short may miss it.
         after = min(after, before)
-    # With a device less no plan beats the optimum: one that equals it is optimal too.
+    # With a device less no plan beats the old optimum, so an equal plan is optimal too.
     equal = trial.kind == "drop" and after <= before * (1 + _SAME)
     proof: MarginalProof = "found"
     if plan.proven_optimal:
@@ -247,7 +251,7 @@ def _tried(
 def _trials(plan: Plan, problem: PlanningProblem) -> Iterator[_Trial]:
     """Each change at the plan's own stages and hops, then all changes elsewhere at once.
 
-    What does nothing everywhere at once does nothing at any single place.
+    If they do nothing together, no single one of them does anything.
     """
     used = _used(plan, problem)
     for index in used:
@@ -273,7 +277,7 @@ def _trials(plan: Plan, problem: PlanningProblem) -> Iterator[_Trial]:
 
 
 def _parts(kind: Kind, plan: Plan, problem: PlanningProblem, better: Plan) -> Iterator[_Trial]:
-    """The single changes of those made everywhere that the better plan makes use of."""
+    """The single changes that the better plan uses, out of those made everywhere at once."""
     if kind == "memory":
         for index in _used(better, problem):
             if index not in _used(plan, problem):
@@ -291,7 +295,7 @@ def _used(plan: Plan, problem: PlanningProblem) -> list[int]:
 
 
 def _hop_pairs(plan: Plan, problem: PlanningProblem) -> list[tuple[int, int]]:
-    """Pairs that a token crosses between, its way back included, each once."""
+    """The pairs of devices that a token passes between, each once, its way back included."""
     used = _used(plan, problem)
     pairs: list[tuple[int, int]] = []
     for pair in zip(used, used[1:] + used[:1], strict=True):
@@ -313,7 +317,7 @@ def _more_memory(problem: PlanningProblem, which: Sequence[int], subject: str) -
 
 
 def _no_own_losses(problem: PlanningProblem) -> Iterator[_Trial]:
-    """Each device whose arithmetic adds its own losses without them, where a budget counts them."""
+    """Trials without the losses that a device's arithmetic adds; none without a budget."""
 
     def relieved(option: BlockOption, common: Mapping[int, float]) -> BlockOption:
         own, block = option.sensitivity, common.get(option.bits)
@@ -336,7 +340,7 @@ def _no_own_losses(problem: PlanningProblem) -> Iterator[_Trial]:
 def _faster_links(
     problem: PlanningProblem, pairs: Sequence[tuple[int, int]], subject: str
 ) -> Iterator[_Trial]:
-    """Gigabit links both ways where a link exists and is slower; nothing where none is."""
+    """A trial with gigabit links both ways in place of slower ones; none if no link is slower."""
     links = dict(problem.links)
     slower = False
     for i, j in pairs:
@@ -344,7 +348,7 @@ def _faster_links(
             link = links.get(way)
             if link is None:
                 continue
-            # A link that is nearly that fast already is not worth a solve.
+            # A link that is nearly as fast is not worth solving for.
             slower |= (
                 link.bytes_per_s < 0.7 * FAST_LINK_BYTES_PER_S or link.rtt_s > 1.2 * FAST_LINK_RTT_S
             )
@@ -385,7 +389,7 @@ def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
 
 
 def _bottleneck(plan: Plan) -> str:
-    """The largest part of a token's time."""
+    """A sentence on the largest part of a token's time."""
     parts = [(stage.compute_s, f"computing on {stage.device}") for stage in plan.stages]
     parts += [(hop.seconds, f"the hop {hop.source} -> {hop.target}") for hop in plan.hops]
     if plan.hops:
@@ -396,7 +400,7 @@ def _bottleneck(plan: Plan) -> str:
 
 
 def _pipeline_bottleneck(views: tuple[StageView, ...]) -> str:
-    """The stage that limits tokens per second when several sequences are under way."""
+    """A sentence on the stage that limits the tokens per second of several sequences."""
     slowest = max(views, key=lambda view: view.compute_s + view.hop_s)
     busy_s = slowest.compute_s + slowest.hop_s
     return (
@@ -406,7 +410,7 @@ def _pipeline_bottleneck(views: tuple[StageView, ...]) -> str:
 
 
 def _prompt_bottleneck(plan: Plan) -> str:
-    """What the chunks of the named prompt wait for, where there are several."""
+    """A sentence on the stage or link for which the chunks of the prompt wait."""
     tokens = plan.objective.prompt_tokens
     if not tokens:
         return ""

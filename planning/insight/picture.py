@@ -25,7 +25,7 @@ COLOURS = {
     16: "#1d4ed8",
     32: "#4c1d95",
 }
-"""By bits: warm is coarse, cold is fine."""
+"""Colours by bits. Warm is coarse, cold is fine."""
 
 _INK, _PALE, _LINE = "#1f2937", "#6b7280", "#d1d5db"
 _FONT = "font-family='Helvetica, Arial, sans-serif'"
@@ -40,7 +40,7 @@ _LEGEND = "E embedding, H head, numbers: layers"
 
 
 class Drawing:
-    """SVG elements in order; ``text()`` is the file."""
+    """An SVG file of elements in order. ``text()`` is its contents."""
 
     def __init__(self, width: float, height: float, title: str) -> None:
         self._head = (
@@ -66,7 +66,7 @@ class Drawing:
         radius: float = 0,
         hint: str = "",
     ) -> None:
-        """A rectangle; ``hint`` is shown where the viewer has a pointer."""
+        """Add a rectangle. Viewers show ``hint`` at the pointer."""
         inner = f"<title>{escape(hint)}</title>" if hint else ""
         self._parts.append(
             f"<rect x='{x:.1f}' y='{y:.1f}' width='{width:.1f}' height='{height:.1f}'"
@@ -85,7 +85,7 @@ class Drawing:
         bold: bool = False,
         turned: bool = False,
     ) -> None:
-        """Text with its baseline at (x, y); ``turned``: upwards."""
+        """Add text with its baseline at (x, y). ``turned`` text runs upwards."""
         weight = " font-weight='bold'" if bold else ""
         turn = f" transform='rotate(-90 {x:.1f} {y:.1f})'" if turned else ""
         self._parts.append(
@@ -104,7 +104,7 @@ class Drawing:
         tip: bool = False,
         opacity: float = 1.0,
     ) -> None:
-        """Straight lines through ``points``; ``tip`` ends them in an arrow."""
+        """Add straight lines through ``points``. ``tip`` ends them in an arrow."""
         where = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         extra = (" stroke-dasharray='5 4'" if dashed else "") + (
             " marker-end='url(#tip)'" if tip else ""
@@ -124,7 +124,7 @@ class Drawing:
 def plan_svg(plan: Plan, spec: ModelSpec, title: str, unused: Sequence[str] = ()) -> str:
     """A plan as an SVG file: stages in order, each block coloured by its bits, hops with their ms.
 
-    ``unused`` names devices that the plan leaves out; all times in it are predictions.
+    ``unused`` names the devices that the plan leaves out. All times are predictions.
     """
     stages = plan.stages
     columns = min(_COLUMNS, len(stages))
@@ -172,7 +172,7 @@ def _summary(plan: Plan) -> str:
 
 
 def _corner(index: int, columns: int, box_height: float, top: float) -> tuple[float, float]:
-    """Left top of a stage's box: rows run to and fro, so that each hop is to a neighbour."""
+    """The left top of a stage's box. Rows run to and fro, so that hops lead to neighbours."""
     row, column = divmod(index, columns)
     if row % 2:
         column = columns - 1 - column
@@ -234,7 +234,7 @@ def _draw_hop(
     box_height: float,
     labels: tuple[str, str],
 ) -> None:
-    """An arrow with one label above it and one below, or both beside it."""
+    """Draw an arrow with one label above it and one below, or both beside it."""
     if source[1] == target[1]:
         y = source[1] + 30
         right = target[0] > source[0]
@@ -253,7 +253,7 @@ def _draw_hop(
 def _draw_return(
     drawing: Drawing, corners: Sequence[tuple[float, float]], box_height: float, seconds: float
 ) -> None:
-    """The sampled token's way from the last stage to the first: below one row, else left of all."""
+    """Draw the token's way back to the first stage: below a single row, else left of all rows."""
     first, last = corners[0], corners[-1]
     label = f"token back {1e3 * seconds:.2f} ms"
     below = last[1] + box_height + 20
@@ -272,7 +272,7 @@ def _draw_return(
 
 
 def text_width(text: str, size: float) -> float:
-    """About how many pixels a line takes, rather more than less: viewers have other fonts."""
+    """About the width of a line in pixels. It is generous, because viewers have other fonts."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     large = sum(0.4 if letter in "MWmw%@" else 0.15 * letter.isupper() for letter in text)
     return size * (0.6 * len(text) + 0.5 * wide + large)
@@ -288,18 +288,18 @@ def clipped(text: str, room: float, size: float) -> str:
 
 
 def ink_on(colour: str) -> str:
-    """White or the ink, whichever is told apart better from the background."""
+    """White or the ink: the one that stands out better from the background."""
     red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
     light = sum(
         share * (part / 12.92 if part <= 0.04 else ((part + 0.055) / 1.055) ** 2.4)
         for share, part in ((0.2126, red), (0.7152, green), (0.0722, blue))
     )
-    # Of the contrasts with white and with black the ratio is 1 where light + 0.05 is this.
+    # White and black have the same contrast at (1.05 x 0.05)^0.5. The ink is lighter than black.
     return "#ffffff" if light + 0.05 < 1.05**0.5 * 0.05**0.5 * 1.15 else _INK
 
 
 def _wrapped(lead: str, names: Sequence[str], room: float, size: float) -> list[str]:
-    """Names in lines of at most ``room`` pixels, the first one after ``lead``."""
+    """Names in lines of at most ``room`` pixels. The first name follows ``lead``."""
     lines = [lead]
     for index, name in enumerate(names):
         end = "," if index + 1 < len(names) else ""
@@ -317,7 +317,7 @@ def _wrapped(lead: str, names: Sequence[str], room: float, size: float) -> list[
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points by rising x; ``spread`` is a low and a high value at each, or empty."""
+    """Points by rising x. ``spread`` has a low and a high value for each, or is empty."""
 
     label: str
     points: tuple[tuple[float, float], ...]
@@ -336,7 +336,10 @@ def curves_svg(
     y_label: str,
     from_zero: bool = True,
 ) -> str:
-    """Curves over a logarithmic x axis (all x above 0); y from 0, or said not to be."""
+    """Curves over a logarithmic x axis, with all x above 0.
+
+    y begins at 0, or the picture says that it does not.
+    """
     width, height = 640, 400
     left, right, top, bottom = 76, 20, 66, 58
     drawing = Drawing(width, height, title)
@@ -396,7 +399,7 @@ def curves_svg(
 
 
 def _tick(peak: float) -> float:
-    """A round distance between about five marks from 0 to ``peak``."""
+    """A round distance between marks, with about five marks from 0 to ``peak``."""
     rough = (peak or 1.0) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     return float(next(power * factor for factor in (1, 2, 2.5, 5, 10) if rough <= power * factor))

@@ -1,4 +1,4 @@
-"""Why a plan leaves a device out, as far as the numbers that it was made from tell."""
+"""Why a plan leaves devices out, as far as the numbers of its problem tell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wire.sizes import format_size
 
 
 def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
-    """One line for each reason why devices run nothing, with all devices that it holds for."""
+    """One line for each reason why devices run nothing, with the devices that have this reason."""
     layers = range(1, problem.spec.head_block)
     devices = {device.name: device for device in problem.devices}
     times_s = [
@@ -67,18 +67,18 @@ def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
         f" the plan {_span_ms(times_s)}"
     )
     if round(1e5 * fastest.decode_s) <= round(1e5 * max(times_s, default=0.0)):
-        # Not slower than what is used: then it is the stage itself that costs.
+        # The device is as fast as those in use, so the cost is that of one more stage.
         reason += f", and a stage there would add at least {1e3 * added_s:.2f} ms of links and call"
     return reason + _own_losses(problem, index, fastest.bits)
 
 
 def _stage_s(problem: PlanningProblem, index: int) -> float:
-    """The least that a token takes to the device, into it and on; inf where no links are there."""
+    """The least seconds that a stage adds to a token by links and call; inf without links."""
     others = [i for i in range(len(problem.devices)) if i not in (index, *problem.excluded)]
     forms = [form.bits for form in problem.permitted_hops]
     there, onward = (
         min(
-            # The last stage sends a token, the first one gets one.
+            # As the first or the last stage the device has the token's way back on this link.
             (
                 min([problem.return_s(*pair), *(problem.hop_s(*pair, bits) for bits in forms)])
                 for pair in pairs
@@ -91,7 +91,7 @@ def _stage_s(problem: PlanningProblem, index: int) -> float:
 
 
 def _cut_off(problem: PlanningProblem, index: int, used: list[int]) -> str:
-    """Why no device of the plan reaches it, or it reaches none; empty where one does."""
+    """Why no device of the plan reaches this one, or it reaches none; else empty."""
     if index in problem.excluded:
         return ""
     ways = [(other, index) for other in used], [(index, other) for other in used]
@@ -107,7 +107,7 @@ def _has_unknown_losses(problem: PlanningProblem, index: int) -> bool:
 
 
 def _own_losses(problem: PlanningProblem, index: int, bits: int) -> str:
-    """What the device's arithmetic makes of the layers' losses at ``bits``, where they count."""
+    """A clause on the layers' losses in the device's arithmetic; empty if it is like others."""
     if problem.quality_budget is None:
         return ""
     layers = range(1, problem.spec.head_block)

@@ -10,9 +10,11 @@ from planning.plan import Plan
 
 
 def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:
-    """A plan as JSON: its own fields, and each block by name with its device and bits; predicted
-    tokens per second are those of ``slots`` sequences at once, and predicted seconds those of the
-    objective's prompt."""
+    """A plan as JSON: its own fields, and each block by name with its device and bits.
+
+    Predicted tokens per second are for ``slots`` sequences at once. Predicted seconds of a prompt
+    are for the objective's prompt.
+    """
     prompt_tokens = plan.objective.prompt_tokens
     return {
         **plan.to_dict(),

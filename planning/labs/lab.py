@@ -1,8 +1,8 @@
 """A described testbed: devices and links written down, instead of measured.
 
-``planning.labs.lab_file`` reads one, ``lab_problem`` makes the planner's problem of it. All times
-of a plan made from it are only as true as the description. They are those of one model, which the
-description names: for another one they are scaled by its weights, and ``times_of`` says so.
+``planning.labs.lab_file`` reads a lab. ``lab_problem`` makes a planning problem of it. The times
+of its plans are only as true as the description. They are the times of one model, which the
+description names. For another model they are scaled by its weights, and ``times_of`` says so.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
 
 class LabError(Exception):
-    """The description cannot be used; one line with file, line and what to do about it."""
+    """The description cannot be used. The message is one line: file, line and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabModel:
-    """The model that a lab's times are for: its name, and the shape that its times depend on.
+    """The model of a lab's times: its name, and the shape that its times depend on.
 
-    ``q_rows`` and ``kv_rows`` are heads times their width.
+    ``q_rows`` and ``kv_rows`` are the numbers of heads times their width.
     """
 
     name: str
@@ -42,16 +42,16 @@ class LabModel:
         return _layer_weights(self.hidden, self.ffn, self.q_rows, self.kv_rows, self.gated)
 
     def layer_factor(self, layer: LayerSpec) -> float:
-        """How many times this model's layers the weights of ``layer`` are; 1.0 for its shape."""
+        """The weights of ``layer``, relative to a layer of this model; 1.0 for the same shape."""
         rows = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         return _layer_weights(layer.hidden, layer.ffn, *rows, layer.gated) / self.layer_weights
 
     def head_factor(self, spec: ModelSpec) -> float:
-        """The same of the head's weights."""
+        """The weights of the head of ``spec``, relative to the head of this model."""
         return spec.vocab * spec.hidden / (self.vocab * self.hidden)
 
     def is_shape_of(self, spec: ModelSpec) -> bool:
-        """True where the times are those of ``spec``: every layer and the head have this shape."""
+        """True if every layer and the head of ``spec`` have this shape, so the times are theirs."""
         shapes = {
             (
                 layer.hidden,
@@ -72,9 +72,9 @@ def _layer_weights(hidden: int, ffn: int, q_rows: int, kv_rows: int, gated: bool
 
 @dataclass(frozen=True, slots=True)
 class TimesOf:
-    """Whose times a plan was made from. ``model`` is None where the lab does not name one.
+    """The source of a plan's times. ``model`` is None if the lab names no model.
 
-    ``assumed`` is True where they are not the described times of the planned model.
+    ``assumed`` is True unless they are the described times of the planned model.
     """
 
     model: str | None
@@ -86,9 +86,9 @@ class TimesOf:
 class LabDevice:
     """One described device. Times are seconds, by width; ``container`` is the width executed.
 
-    ``watts`` is what the device draws while it computes; None where that is not known.
-    ``on_chip_bytes`` and ``arithmetic`` are as in DeviceProfile. ``layer_kl`` is what a layer adds
-    to the KL divergence here, by width, where the file says so itself.
+    ``watts``: power while the device computes. None: not known.
+    ``on_chip_bytes``, ``arithmetic``: as in DeviceProfile.
+    ``layer_kl``: KL divergence that a layer adds on the device, by width, if the file has it.
     """
 
     name: str
@@ -113,15 +113,15 @@ class LabDevice:
 
 @dataclass(frozen=True, slots=True)
 class Lab:
-    """A testbed: its devices in the file's order, and one link per ordered pair that has one."""
+    """A testbed: its devices in the file's order, and the links by ordered pair."""
 
     source: str
     devices: tuple[LabDevice, ...]
     links: tuple[LinkProfile, ...]
     hop_formats: tuple[HopFormat, ...] = ()
-    """What the file says of hops; empty where it says nothing."""
+    """Formats of hops in the file; empty if it has none."""
     model: LabModel | None = None
-    """Whose layer times the devices have; None where the file does not say."""
+    """The model of the devices' times; None if the file does not say."""
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -130,7 +130,7 @@ class Lab:
 
 
 def times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
-    """Whose times ``lab_problem`` takes for ``spec``, in words for the user."""
+    """The source of the times that ``lab_problem`` takes for ``spec``, also in words."""
     if lab.model is None:
         return TimesOf(
             None,
@@ -154,9 +154,9 @@ def times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
 def lab_problem(lab: Lab, request: RequestInput) -> PlanningProblem:
     """The problem of splitting the request's model over the lab.
 
-    The lab's times are scaled by the weights of blocks where they are for another model. They are
-    taken as they are where the lab does not say whose they are (``times_of``). Raises ValueError as
-    ``build_problem``, LabError where no device runs any of the request's bits.
+    The lab's times are scaled by the weights of blocks if they are for another model. They are
+    taken as they are if the lab names no model (``times_of``). Raises ValueError like
+    ``build_problem``, and LabError if no device runs any of the request's bits.
     """
     if not set(lab.bits) & set(request.bits):
         asked, described = (", ".join(map(str, sorted(w))) for w in (request.bits, lab.bits))
@@ -177,7 +177,7 @@ def lab_problem(lab: Lab, request: RequestInput) -> PlanningProblem:
 
 
 def _profile(device: LabDevice) -> DeviceProfile:
-    # What only a measurement can tell, and no plan is made from, is 0.
+    # Figures that only a measurement gives are 0. No plan uses them.
     return DeviceProfile(
         machine=device.name,
         processor="described",
@@ -216,5 +216,5 @@ def _timings(device: LabDevice, spec: ModelSpec, model: LabModel | None) -> Iter
                 factor * device.layer_decode_s[bits],
                 factor * device.layer_prefill_s_per_token[bits],
             )
-        # A prompt's last row alone goes through the head: its share in a full chunk.
+        # The head computes a prompt's last row alone, so a row has its share in a full chunk.
         yield BlockTiming("head", 0, bits, head_s, head_s / limits.PREFILL_CHUNK_TOKENS)

@@ -18,7 +18,7 @@ from wire.profile import LinkProfile
 from wire.sizes import parse_size
 
 MAX_LAB_BYTES = 1 << 20
-"""More than any testbed takes: hundreds of devices with all their links."""
+"""Enough for any testbed: hundreds of devices with all their links."""
 
 
 def read_lab(path: Path) -> Lab:
@@ -33,7 +33,7 @@ def read_lab(path: Path) -> Lab:
 
 
 def parse_lab(text: str | bytes, source: str) -> Lab:
-    """As ``read_lab`` for text at hand; ``source`` is what messages call it."""
+    """The testbed that a text describes; ``source`` names it in messages. Raises LabError."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -51,7 +51,7 @@ def parse_lab(text: str | bytes, source: str) -> Lab:
 _Node = yaml.Node
 _Fields = dict[str, _Node]
 
-# The last is testbed.lab's.
+# Only testbed.lab reads ``emulation``.
 _TOP = ("model", "devices", "links", "default_link", "hops", "templates", "emulation")
 _MODEL = ("name", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "gated")
 _MODEL_REQUIRED = ("name", "hidden", "ffn", "heads", "vocab")
@@ -66,7 +66,7 @@ _DEFAULT_LINK = ("rtt_ms", "mbit_per_s")
 
 
 class _Reader:
-    """Reads nodes, which know their lines, into values; each method refuses what it cannot use."""
+    """Reads nodes, which know their lines, into values. Raises LabError for unusable nodes."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -174,7 +174,7 @@ class _Reader:
         return found
 
     def _hops(self, node: _Node) -> tuple[HopFormat, ...]:
-        """``[16, 8]``, or KL divergences by width: ``{16: 0, 8: 0.004}``."""
+        """Formats of hops: ``[16, 8]``, or KL divergences by width: ``{16: 0, 8: 0.004}``."""
         known: dict[int, float | None] = {}
         if isinstance(node, yaml.MappingNode):
             pairs: list[tuple[_Node, _Node | None]] = [*self._pairs(node, "hops")]
@@ -236,7 +236,7 @@ class _Reader:
         names: tuple[str, ...],
         found: dict[tuple[str, str], LinkProfile],
     ) -> None:
-        """Give pairs without a link the default one; without a default they are an error."""
+        """Give each pair without a link the default link. Without a default it is an error."""
         missing = [pair for pair in itertools.permutations(names, 2) if pair not in found]
         if node is None:
             if missing:
@@ -276,7 +276,7 @@ class _Reader:
         return fields
 
     def _pairs(self, node: _Node, what: str) -> list[tuple[_Node, _Node]]:
-        """Key and value nodes; ``<<: *template`` gives what the mapping does not say itself."""
+        """Key and value nodes. ``<<: *template`` gives the keys that the mapping lacks."""
         if not isinstance(node, yaml.MappingNode):
             raise self._error(node, f"{what}: expected `key: value` pairs")
         own: dict[str, tuple[_Node, _Node]] = {}
@@ -313,7 +313,7 @@ class _Reader:
         return name
 
     def _number(self, node: _Node, what: str, least: float | None = None) -> float:
-        """A finite number, at least ``least``; None: above 0."""
+        """A finite number, at least ``least``, or above 0 if that is None."""
         text = self._text(node)
         try:
             value = float(text)
@@ -358,7 +358,7 @@ class _Reader:
         return tuple(sorted(widths))
 
     def _by_width(self, node: _Node, what: str, bits: Sequence[int] | None) -> dict[int, float]:
-        """Milliseconds by width, as seconds; one number means the same at each of ``bits``."""
+        """Seconds by width, from milliseconds. A single number holds for each of ``bits``."""
         if bits is not None and isinstance(node, yaml.ScalarNode):
             return dict.fromkeys(bits, self._number(node, what) / 1e3)
         seconds = {

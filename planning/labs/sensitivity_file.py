@@ -1,4 +1,4 @@
-"""The file that ``shoal calibrate --json`` prints of a model: what fewer bits do to its blocks."""
+"""The file that ``shoal calibrate --json`` prints: the losses of a model's blocks by width."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from planning.sensitivity import Own, budget_margin
 from wire.activations import HOP_BITS
 
 MAX_SENSITIVITY_BYTES = 16 << 20
-"""A line of a few hundred bytes for each block and width: room for 10 000 blocks at 8."""
+"""Enough for 10 000 blocks at 8 widths, with a line of a few hundred bytes each."""
 
 
 class SensitivityError(Exception):
-    """The file cannot be used; one line with its name and what was expected."""
+    """The file cannot be used. The message is one line: its name and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivities:
-    """What a calibration found out about a model's blocks, by bits; ``form`` is how it stored them.
+    """The results of a calibration of one model, by bits.
 
-    ``kl`` is what a block adds to the KL divergence (nats), ``weight_errors`` max|w - w_b| / 2^b,
-    ``hops`` what one hop adds, by its bits, ``margin`` what a plan's sum of both is multiplied with
-    (``coordinator.quality.store``). ``own`` is ``kl`` of layers in arithmetics that add their own.
+    ``kl``: KL divergence (nats) that each block adds.
+    ``weight_errors``: max|w - w_b| / 2^b of each block.
+    ``form``: how the calibration stored the blocks.
+    ``margin``: factor on a plan's sum of ``kl`` and ``hops`` (``planning.sensitivity``).
+    ``hops``: KL divergence that one hop adds.
+    ``own``: like ``kl``, for layers in arithmetics that add losses.
     """
 
     kl: tuple[Mapping[int, float], ...]
@@ -39,7 +42,7 @@ class Sensitivities:
 
 
 def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
-    """What ``shoal calibrate`` printed for a model with --json. Raises SensitivityError."""
+    """The sensitivities in a file of ``shoal calibrate --json``. Raises SensitivityError."""
     try:
         values = read_json(path, MAX_SENSITIVITY_BYTES)
     except OSError as error:
@@ -88,7 +91,7 @@ def read_sensitivities(path: Path, spec: ModelSpec) -> Sensitivities:
 
 
 def _worst_hops(values: object, path: Path) -> dict[int, float]:
-    """KL divergence of one hop by its bits; a file without knows none. Raises SensitivityError."""
+    """KL divergence of one hop by bits; empty without any. Raises SensitivityError."""
     found: dict[int, float] = {}
     known = {str(bits): bits for bits in HOP_BITS}
     if values is not None and not isinstance(values, dict):
@@ -106,7 +109,7 @@ _CHECKED = ("predicted_kl", "measured_kl")
 
 
 def _margin(plans: object, path: Path) -> float:
-    """What whole plans were measured at, over the sum of their blocks. Raises SensitivityError."""
+    """The margin, from the measured and predicted losses of plans. Raises SensitivityError."""
     checks: list[tuple[float, float]] = []
     for index, plan in enumerate(plans if isinstance(plans, list) else ()):
         values = [plan.get(key) if isinstance(plan, dict) else None for key in _CHECKED]

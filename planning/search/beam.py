@@ -19,8 +19,10 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """A walk that enters no device twice. ``mixed``: others were dropped in its favour, which by
-    the relaxations at hand are not shorter; ``bound`` holds for them too.
+    """A walk that enters no device twice.
+
+    ``mixed``: similar walks were dropped for it. By the relaxations at hand they are not shorter,
+    and ``bound`` holds for them too.
     """
 
     bound: float
@@ -30,11 +32,15 @@ class Walk:
 
 @dataclass(slots=True)
 class _Labels:
-    """Beginnings of walks that end where the next stage begins, one a row.
+    """Beginnings of walks, one a row. Each ends where its next stage begins.
 
-    ``device`` is the one of that stage, ``used`` [row, device] those of the stages before,
-    ``length`` [row, relaxation] what the beginning costs, and ``bound`` what no completion is
-    below. ``parent`` is the number of the label that was extended; -1 for none.
+    ``device``: device of the next stage.
+    ``parent``: number of the label that was extended; -1 for none.
+    ``used`` [row, device]: whether a stage before it is on the device.
+    ``first``: device of the first stage.
+    ``mixed``: whether labels were merged into this one.
+    ``length`` [row, relaxation]: cost of the beginning.
+    ``bound``: lower bound of all completions.
     """
 
     device: Integers
@@ -47,12 +53,12 @@ class _Labels:
 
     @staticmethod
     def joined(parts: Sequence[_Labels]) -> _Labels:
-        """All rows of several."""
+        """All rows of several ``parts``."""
         columns = [[getattr(part, name) for part in parts] for name in _Labels.__slots__]
         return _Labels(*(np.concatenate(column) for column in columns))
 
     def rows(self, at: Integers) -> _Labels:
-        """Some of the rows."""
+        """The rows with the numbers ``at``."""
         return _Labels(*(getattr(self, name)[at] for name in _Labels.__slots__))
 
 
@@ -65,9 +71,11 @@ def beam(
     deadline_s: float,
     merge: bool = True,
 ) -> tuple[list[Walk], float]:
-    """Walks that enter no device twice, least bound first; and the least bound of what was left
-    out for lack of space or time. Walks that are not below ``cutoff`` are left out too, and so are
-    those that enter a device before its twin of a lower index. Without ``merge`` no walk is mixed.
+    """Walks that enter no device twice, the least bound first, and a bound of the dropped walks.
+
+    This is the least bound of all walks that were dropped for lack of space or time. Walks that are
+    not below ``cutoff`` are left out, and walks that enter a device before its twin of a lower
+    index. Without ``merge`` no walk is mixed.
     """
     return _Beam(tables, relaxations, width, cutoff, merge).run(deadline_s)
 
@@ -90,7 +98,7 @@ class _Beam:
         self.enter = np.array([r.enter for r in relaxations])
         self.dropped = math.inf
         self.finished: list[Walk] = []
-        # Of the labels that were kept at each block; ``base`` is the number of the first.
+        # Devices and parents of the labels kept at each block. ``base`` numbers the first of them.
         self.own: list[Integers] = []
         self.parents: list[Integers] = []
         self.base = [0]
@@ -115,7 +123,7 @@ class _Beam:
         return self.finished, self.dropped
 
     def _begin(self) -> None:
-        """One label for each device that may be the first."""
+        """Add a label for each device that may be the first."""
         devices = self.tables.shape[0]
         start = np.flatnonzero(~(self.tables.ties > 0).any(0))
         ahead = np.array([r.to_go[:, 0] for r in self.relaxations])
@@ -131,13 +139,13 @@ class _Beam:
         self.waiting[0].append(labels)
 
     def _number(self, device: Integers, parent: Integers) -> None:
-        """Keep what a walk is traced back by."""
+        """Keep the columns by which a walk is traced back."""
         self.own.append(device)
         self.parents.append(parent)
         self.base.append(self.base[-1] + len(device))
 
     def _shortlist(self, labels: _Labels) -> _Labels:
-        """The labels of the least bounds, in their order; their own device counts as used."""
+        """The labels of the least bounds, in this order, with their own device as used."""
         order = np.arange(len(labels.bound))
         most = (6 if self.merge else 1) * self.width
         if len(order) > most:
@@ -150,8 +158,9 @@ class _Beam:
         return labels
 
     def _unlike(self, labels: _Labels) -> _Labels:
-        """Of labels that differ in nothing that lies ahead, one that is as short as the shortest;
-        and of these as many as the beam is wide.
+        """One label of each set with the same used devices, device and first device.
+
+        It gets the shortest length of its set, per relaxation. At most ``width`` labels stay.
         """
         used, device, first = labels.used, labels.device, labels.first
         keys = np.concatenate([np.packbits(used, axis=1), device[:, None], first[:, None]], axis=1)
@@ -171,8 +180,9 @@ class _Beam:
         return kept
 
     def _end(self, k: int, labels: _Labels) -> None:
-        """Finish walks whose last stage begins at block ``k``. The way back is known here: what
-        the relaxations charge for beginning is refunded.
+        """Finish walks whose last stage begins at block ``k``.
+
+        The way back is known here, so the price of beginning is refunded.
         """
         left = self.tables.shape[1] - k
         if left > self.tables.longest:
@@ -196,7 +206,7 @@ class _Beam:
         return spans[::-1]
 
     def _extend(self, k: int, labels: _Labels) -> None:
-        """Labels of all ways to go on from block ``k`` that may end below the cutoff."""
+        """Add labels for all ways on from block ``k`` that may end below the cutoff."""
         longest, device = self.tables.longest, labels.device
         values, least = [], np.full((1, 1, 1), -math.inf)
         for at, r in enumerate(self.relaxations):

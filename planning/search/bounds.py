@@ -1,11 +1,13 @@
 """Lower bounds of all plans, by shortest walks.
 
-A plan is a walk over (device, block) that enters each device at most once. Without that, and with
-the quality budget priced instead of kept, a shortest walk is found by dynamic programming. Each
-entry is charged a price per device, and so is beginning with a device, which the way back to it
-gets refunded: a walk may return elsewhere than it began, but gains nothing from it. ``Pricer``
-chooses these prices by averaged subgradient steps, so that the shortest walk, less all prices once,
-is as long as can be: no plan is below it.
+A plan is a walk over (device, block) that enters each device at most once. A relaxation lets a walk
+enter devices again, and prices the quality budget instead of keeping it. A dynamic program finds
+its shortest walk.
+
+Each entry costs a price per device. Beginning with a device costs a price too, and the way back to
+it is refunded this price. So a walk may return elsewhere than it began, but gains little from it.
+The length of the shortest walk, less the price of each device once, is a lower bound of all plans.
+``Pricer`` chooses the prices by averaged subgradient steps, to make the bound as large as it can.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from planning.time_limit import now_s
 
 
 class Joint:
-    """What a stage and the hop that leaves it cost: [block, device, length - 1, next].
+    """Costs of a stage with the hop that leaves it: [block, device, length - 1, next device].
 
-    ``ends`` is what the last stage costs with the way back: [device, length - 1, first device].
+    ``ends`` [device, length - 1, first device] are the costs of the last stage with the way back.
     """
 
     def __init__(self, costs: Floats, ends: Floats) -> None:
@@ -33,34 +35,34 @@ class Joint:
 
     @property
     def blocks(self) -> int:
-        """How many there are to place."""
+        """The number of blocks to place."""
         return len(self.costs)
 
     def finite(self) -> float:
-        """The largest cost that is possible at all."""
+        """An upper bound of the finite costs of one stage with its hop."""
         return float(np.abs(self.costs[np.isfinite(self.costs)]).max(initial=0.0))
 
     def between(self, sources: Any, targets: Any) -> Floats:
-        """[..., block, length - 1] of stages on the sources before stages on the targets."""
+        """[..., block, length - 1]: stages on the sources, with hops to the targets."""
         if self._pairs is None:
             self._pairs = np.ascontiguousarray(self.costs.transpose(1, 3, 0, 2))
         found: Floats = self._pairs[sources, targets]
         return found
 
     def at(self, k: int) -> Floats:
-        """Of all stages from block ``k`` on that others follow."""
+        """[device, length - 1, next device]: stages from block ``k`` on, but not the last one."""
         found: Floats = self.costs[k]
         return found
 
     def of(self, k: int, device: int) -> Floats:
-        """Of one device."""
+        """[length - 1, next device]: the rows of ``at`` for one device."""
         found: Floats = self.costs[k, device]
         return found
 
     def to_go(self, fixed: Floats, sink: Floats) -> Floats:
-        """[device, block]: the least way from entering there to the end.
+        """[device, block]: the least cost from entering there to the end.
 
-        ``sink`` [device, length - 1] is what last stages cost, ``fixed`` each entry.
+        ``sink`` [device, length - 1] is the cost of last stages, ``fixed`` [device] of each entry.
         """
         blocks, devices, longest, _ = self.costs.shape
         found = np.full((devices, blocks + 1 + longest), np.inf)
@@ -74,7 +76,7 @@ class Joint:
 
 
 class Separate:
-    """The same where it is the sum of segments [device, block, length - 1] and ``links``."""
+    """Costs like ``Joint``, as sums of ``segments`` [device, block, length - 1] and ``links``."""
 
     def __init__(self, segments: Floats, links: Floats, back: Floats) -> None:
         self.segments = segments
@@ -84,42 +86,42 @@ class Separate:
         last = segments[:, blocks - 1 - lengths, lengths]
         self.ends = last[:, :, None] + back[:, None, :]
         if longest == blocks:
-            # One stage has no way back.
+            # A plan of one stage has no way back.
             self.ends[:, -1] = np.inf
             np.fill_diagonal(self.ends[:, -1], last[:, -1])
 
     @property
     def blocks(self) -> int:
-        """How many there are to place."""
+        """The number of blocks to place."""
         return int(self.segments.shape[1])
 
     def finite(self) -> float:
-        """The largest cost that is possible at all."""
+        """An upper bound of the finite costs of one stage with its hop."""
         return sum(
             float(np.abs(part[np.isfinite(part)]).max(initial=0.0))
             for part in (self.segments, self.links)
         )
 
     def between(self, sources: Any, targets: Any) -> Floats:
-        """[..., block, length - 1] of stages on the sources before stages on the targets."""
+        """[..., block, length - 1]: stages on the sources, with hops to the targets."""
         sources, targets = np.broadcast_arrays(sources, targets)
         found: Floats = self.segments[sources] + self.links[sources, targets][..., None, None]
         return found
 
     def at(self, k: int) -> Floats:
-        """Of all stages from block ``k`` on that others follow."""
+        """[device, length - 1, next device]: stages from block ``k`` on, but not the last one."""
         found: Floats = self.segments[:, k, :, None] + self.links[:, None, :]
         return found
 
     def of(self, k: int, device: int) -> Floats:
-        """Of one device."""
+        """[length - 1, next device]: the rows of ``at`` for one device."""
         found: Floats = self.segments[device, k, :, None] + self.links[device]
         return found
 
     def to_go(self, fixed: Floats, sink: Floats) -> Floats:
-        """[device, block]: the least way from entering there to the end.
+        """[device, block]: the least cost from entering there to the end.
 
-        ``sink`` [device, length - 1] is what last stages cost, ``fixed`` each entry.
+        ``sink`` [device, length - 1] is the cost of last stages, ``fixed`` [device] of each entry.
         """
         devices, blocks, longest = self.segments.shape
         found = np.full((devices, blocks + 1 + longest), np.inf)
@@ -135,14 +137,14 @@ class Separate:
 
 
 class Free(Separate):
-    """The same where hops cost nothing and lead anywhere: quick to price on hundreds of devices."""
+    """Costs without hops, which lead anywhere: quick to price on hundreds of devices."""
 
     def __init__(self, segments: Floats) -> None:
         nothing = np.zeros((len(segments), len(segments)))
         super().__init__(segments, nothing, nothing)
 
     def to_go(self, fixed: Floats, sink: Floats) -> Floats:
-        """[device, block]: the least way from entering there to the end, as ``Separate`` has it."""
+        """[device, block]: the least cost from entering there to the end, like ``Separate``."""
         devices, blocks, longest = self.segments.shape
         found = np.full((devices, blocks + 1 + longest), np.inf)
         beyond = np.full(blocks + 1 + longest, np.inf)
@@ -157,10 +159,12 @@ class Free(Separate):
 
 @dataclass(frozen=True, slots=True)
 class Priced:
-    """A relaxation: walks that may come back to a device, and pay ``fixed`` each time they enter.
+    """A relaxation: walks may come back to a device, and pay ``fixed`` each time they enter it.
 
-    ``enter`` is what it costs to begin with a device, ``sink`` [device, length - 1] the last stage
-    with the way back and its refund; ``constant`` is taken off every walk.
+    ``enter`` [device]: price of beginning with it.
+    ``sink`` [device, length - 1]: the last stage with the way back and its refund.
+    ``constant``: taken off every walk.
+    ``to_go`` [device, block]: the least cost from entering there to the end.
     """
 
     arcs: Joint | Separate
@@ -172,12 +176,14 @@ class Priced:
 
     @property
     def bound(self) -> float:
-        """What no walk is below, whether it comes back or not."""
+        """The length of the shortest walk, less the constant: a lower bound of all walks."""
         return float((self.enter + self.to_go[:, 0]).min()) - self.constant
 
     def uses(self) -> Floats:
-        """Of the shortest walk: how often it enters each device, less one; then for each device,
-        whether it begins there less whether it returns there.
+        """The subgradient of the bound by the prices, from the shortest walk.
+
+        First how often the walk enters each device, less one. Then for each device 1 if the walk
+        begins there, less 1 if it returns there.
         """
         devices, longest = self.sink.shape
         blocks = self.to_go.shape[1] - 1 - longest
@@ -198,13 +204,13 @@ class Priced:
 
 
 class Pricer:
-    """Finds the prices of devices for one setting of everything else, by subgradient steps.
+    """Finds the prices of devices for given costs, by subgradient steps.
 
-    Prices are one vector: of entering each device (>= 0), then of beginning with it.
+    Prices are one vector: first of entering each device (>= 0), then of beginning with each.
     """
 
     def __init__(self, entry: Floats, deadline_s: float) -> None:
-        """``entry`` [device] is what each entry costs beside its price."""
+        """``entry`` [device] is the cost of each entry without its price."""
         self.entry = entry
         self.deadline_s = deadline_s
 
@@ -226,9 +232,9 @@ class Pricer:
         reach: float,
         rounds: int,
     ) -> tuple[Priced, Floats]:
-        """The best relaxation in so many rounds, and its prices; early where above ``target``.
+        """The best relaxation in so many ``rounds``, and its prices.
 
-        ``reach`` is a guess of what the bound can be.
+        It ends early if the bound reaches ``target``. ``reach`` is a guess of the largest bound.
         """
         priced = self.relaxation(arcs, constant, prices)
         best = priced, prices
@@ -247,7 +253,7 @@ class Pricer:
             if best[0].bound >= target or bound == np.inf or now_s() > self.deadline_s:
                 break
             uses = priced.uses()
-            # Averaged over walks the slope nears that of a mixture that uses each device once.
+            # An average over walks comes near the slope of a mixture that uses each device once.
             slope = uses if turn == 0 else 0.7 * slope + 0.3 * uses
             climb = np.where(bounded & (prices <= 0) & (slope < 0), 0.0, slope)
             norm = float(climb @ climb)

@@ -1,9 +1,9 @@
-"""Plans that are made at once: devices are filled one after the other.
+"""First plans, made by filling devices one after the other.
 
-They are seldom the best, but they take milliseconds on hundreds of devices, and whatever is
-searched for afterwards has something to beat. Widths come from a balance of size and loss, at
-several prices, and as one width throughout; devices from several orders. Every combination is
-tried: what one of them misses another one mostly finds.
+They are seldom the best. But they take milliseconds on hundreds of devices, and the search has a
+plan to beat. Widths come from a balance of size and loss at several prices, and from one width
+throughout. Devices come in several orders. Every combination is tried, because no single one finds
+a plan for all problems.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from planning.search.tables import Floats, Integers, Span, Tables
 from planning.time_limit import now_s
 
 _PRICES = (0.0, *np.geomspace(1e-3, 1e3, 13).tolist(), math.inf)
-"""Of the spare budget, in shares of a device: from smallest to least lossy."""
+"""Prices of the whole room of the budget, in shares of a device. 0: smallest; inf: least lossy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A walk with the option of each block and the format of each hop; ``value`` by the objective.
+    """A walk with the option of each block and the format of each hop.
 
-    ``within`` is True where it keeps the budget. Memory and storage it keeps in any case.
+    ``value`` is its objective. ``within`` is True if it keeps the budget. It always keeps memory
+    and storage.
     """
 
     value: float
@@ -38,9 +39,9 @@ class Filled:
 
 
 def fill(tables: Tables, until_s: float = math.inf) -> list[Filled]:
-    """Different walks that cover all blocks: those that keep the budget first, then by value.
+    """Different walks that cover all blocks: walks within the budget first, then by value.
 
-    At ``until_s``, one that keeps the budget is enough.
+    After ``until_s`` it stops if a walk keeps the budget.
     """
     filler = _Filler(tables)
     best: dict[tuple[Span, ...], Filled] = {}
@@ -60,7 +61,7 @@ def fill(tables: Tables, until_s: float = math.inf) -> list[Filled]:
 
 
 class _Filler:
-    """What all fillings of one problem share."""
+    """The tables that all fillings of one problem share."""
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
@@ -83,12 +84,12 @@ class _Filler:
             sizes = self.shares if price < math.inf else np.where(self.usable, 0.0, math.inf)
             yield (sizes + (price if price < math.inf else 1.0) * losses).argmin(2)
         for width in sorted(set(tables.bits[self.usable].tolist())):
-            # The width itself, else the next wider one, else the widest.
+            # The width itself, else the next wider one, else the next narrower one.
             far = np.where(tables.bits >= width, tables.bits - width, 100 + width - tables.bits)
             yield np.where(self.usable, far, 1000).argmin(2)
 
     def filled(self, spans: list[Span], options: Integers) -> Filled:
-        """A walk with its figures; hops are as little lossy as may be, then as cheap."""
+        """A walk with its figures. Each hop has the format of least loss, then of least time."""
         tables = self.tables
         device = np.concatenate([np.full(end - first, i) for i, first, end in spans])
         blocks = np.arange(len(device))
@@ -129,7 +130,7 @@ def walk_value(tables: Tables, spans: Sequence[Span], chosen: Integers, hops: In
 def slowest_turn_s(
     tables: Tables, spans: Sequence[Span], chosen: Integers, hops: Integers
 ) -> float:
-    """What a chunk of a prompt takes in the slowest stage of a walk, or on its slowest link."""
+    """Seconds of a chunk of a prompt in the slowest stage of a walk, or on its slowest link."""
     blocks = np.arange(len(chosen))
     busy = [
         float(tables.call_s[i] + tables.turn[i, blocks[a:b], chosen[a:b]].sum())
@@ -154,11 +155,11 @@ class _Level:
             _sums(np.where(usable, figure, 0.0))
             for figure in (memory, tables.storage[where], seconds)
         )
-        # Where a run from each block on meets the next block that the device cannot have.
+        # The next block that the device cannot run, from each block on.
         self.stop = np.full((devices, blocks + 1), blocks)
         for k in reversed(range(blocks)):
             self.stop[:, k] = np.where(usable[:, k], self.stop[:, k + 1], k)
-        # Blocks that a device can have at all.
+        # Blocks that fit the device alone.
         self.takes = usable & (memory <= np.array(tables.memory_limit, dtype=float)[:, None])
         limits = [tables.memory_limit, [d.storage_bytes for d in tables.problem.devices]]
         self.limits = np.array(limits, dtype=float)
@@ -169,7 +170,7 @@ class _Level:
             self.pinned.setdefault(device, []).append(block)
 
     def walk(self, score: str) -> list[Span] | None:
-        """Spans that cover all blocks, each next device the best by ``score``; None: stuck."""
+        """Spans that cover all blocks, each next device the best by ``score``; None if stuck."""
         free = np.ones(self.count, dtype=bool)
         spans: list[Span] = []
         k = 0
@@ -190,19 +191,19 @@ class _Level:
         return spans
 
     def _needed(self, free: npt.NDArray[np.bool_], ends: Integers) -> npt.NDArray[np.bool_]:
-        """Devices that alone are left for a block beyond the end of their run."""
+        """Whether a device is the only free one for a block beyond the end of its run."""
         alone = self.takes & free[:, None] & (self.takes[free].sum(0) == 1)
         last = np.where(alone, np.arange(self.blocks), -1).max(1)
         return np.asarray(last >= ends)
 
     def _ends(self, k: int) -> Integers:
-        """Where the longest run from block ``k`` on ends, for each device."""
+        """The end of the longest run from block ``k`` on, for each device."""
         ends: Integers = self.stop[:, k].copy()
         for sums, limit in ((self.memory, self.limits[0]), (self.storage, self.limits[1])):
             fitting = sums[:, k:] <= (sums[:, k] + limit)[:, None]
             ends = np.minimum(ends, k + fitting.sum(1) - 1)
         for device, blocks in self.pinned.items():
-            # It has all of its pinned blocks, or it is of no use.
+            # A run must have all blocks pinned to its device.
             if k > min(blocks) or ends[device] <= max(blocks):
                 ends[device] = k
         return ends
@@ -220,10 +221,10 @@ class _Level:
             seconds = seconds + tables.hop_s[:, spans[-1][0]].min(0)
         if score == "fastest":
             return np.asarray(seconds / length)
-        # Of equally long runs the faster one.
+        # Of equally long runs the faster one comes first.
         return np.asarray(-length - 1.0 / (1.0 + seconds))
 
 
 def _sums(figures: npt.NDArray[np.float64]) -> Floats:
-    """[device, block]: the sum of all blocks before."""
+    """[device, block]: the sum over all blocks before it."""
     return np.concatenate([np.zeros((len(figures), 1)), np.cumsum(figures, axis=1)], axis=1)

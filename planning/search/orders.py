@@ -1,9 +1,9 @@
-"""Better orders of devices: some are taken out of a walk, and those that help most are put in.
+"""Better orders of devices: takes some devices out of a walk, and puts in those that help most.
 
-For a given order the best cuts between stages are a dynamic program over blocks. With the least
-ways to each block (from the front) and from each block (from the back), one more device is judged
-at every place at once. Blocks that no device has count as a large penalty each, so that a walk may
-be short of devices on the way to a better one.
+For a given order a dynamic program over blocks finds the best cuts between stages. It has the least
+cost up to each block (from the front) and from each block on (from the back). With both tables one
+more device is judged at every place at once. Each block without a device costs a large penalty, so
+a walk may lack devices on the way to a better one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from planning.time_limit import now_s
 
 _MOST_TAKEN_OUT = 3
 _MOST_TRIED = 48
-"""Devices that are tried in all places, drawn by chance where there are more."""
+"""The most devices tried in all places. If there are more, they are drawn at random."""
 
 _STALLED = 250
-"""Changes in a row that did not help, after which the search ends."""
+"""The search ends after so many changes in a row that did not help."""
 
 
 class Orders:
@@ -37,28 +37,29 @@ class Orders:
         until_s: float,
         random: np.random.Generator,
     ) -> None:
-        """``relaxations`` are arcs, and what is taken off every walk; the largest bound counts.
+        """``relaxations`` are pairs of arcs and a constant, which is taken off every walk.
 
-        ``entry`` [device] is what a stage costs beside its blocks and hops.
+        The largest cost over all relaxations counts. ``entry`` [device] is the cost of a stage
+        without its blocks and hops.
         """
         self.arcs = [arcs for arcs, _ in relaxations]
         self.constant = np.array([constant for _, constant in relaxations])
         self.entry, self.until_s, self.random = entry, until_s, random
         self.devices, self.longest = self.arcs[0].ends.shape[:2]
         self.blocks = self.arcs[0].blocks
-        # Above all that stages cost, so that a block left out is never worth it.
+        # Above the cost of any stage, so that leaving a block out never pays.
         finite = max(arcs.finite() for arcs in self.arcs)
         self.penalty = 10.0 * max(finite + float(entry.max()), 1e-12)
         self.ramp = self.penalty * np.arange(self.blocks + 1)
-        # [block, length - 1]: where a stage of that length that ends there begins.
+        # [block, length - 1]: first block of a stage of that length that ends at the block.
         end, self.length = np.indices((self.blocks + 1, self.longest))
         begin = end - self.length - 1
         self.valid, self.source = begin >= 0, np.clip(begin, 0, self.blocks - 1)
 
     def improve(self, devices: Sequence[int], target: float) -> tuple[list[Span] | None, float]:
-        """Spans of a better order, and what it costs; None where it does not cover all blocks.
+        """Spans of the best order found, and its cost; None if it does not cover all blocks.
 
-        Ends at ``target``, at the deadline, or when nothing has helped for long.
+        Ends at ``target``, at the deadline, or after _STALLED changes without success.
         """
         best = list(devices)
         least = self._cost(best)
@@ -71,7 +72,7 @@ class Orders:
         return (self._spans(best) if least < self.penalty else None), least
 
     def _refilled(self, order: Sequence[int], least: float) -> tuple[list[int], float]:
-        """The order with up to three devices taken out, and those put in that help most."""
+        """The order with up to three devices taken out, and others put in, the best first."""
         count = int(self.random.integers(0, min(_MOST_TAKEN_OUT, len(order) - 1) + 1))
         if self.random.random() < 0.5:
             at = int(self.random.integers(len(order)))
@@ -109,7 +110,7 @@ class Orders:
             found[:, 1:-1] = (before + after).min(-1)
         before = self._step(now[-1][:, None], self._ways(np.array(order[-1]), unused))
         found[:, -1] = (before + self._last(unused, order[0])).min(-1)
-        # A new first device changes the way back: all is counted anew.
+        # A new first device changes the way back, so all stages are computed anew.
         behind = self._last(order[-1], unused)
         for i, j in reversed(list(pairwise(order))):
             behind = self._step_back(behind, self._ways(np.array(i), np.array(j))[:, None])
@@ -117,13 +118,13 @@ class Orders:
         return np.asarray((found - self.constant[:, None, None]).max(0))
 
     def _ways(self, sources: Integers, targets: Integers) -> Floats:
-        """[relaxation, ..., block, length - 1]: a stage with the hop to the next one."""
+        """[relaxation, ..., block, length - 1]: the cost of a stage with the hop to the next."""
         ways = np.stack([arcs.between(sources, targets) for arcs in self.arcs])
         ways += self.entry[sources][..., None, None]
         return np.minimum(ways, 1e3 * self.penalty, out=ways)
 
     def _last(self, device: int | Integers, first: int | Integers) -> Floats:
-        """[..., block]: the least way from there to the end, with the device as the last one."""
+        """[..., block]: the least cost from there to the end, all on the last device."""
         ends = np.stack([arcs.ends[device, :, first] for arcs in self.arcs])
         ends += self.entry[device][..., None]
         found = np.full((*ends.shape[:-1], self.blocks + 1), math.inf)
@@ -131,27 +132,27 @@ class Orders:
         return self._skipping_back(found)
 
     def _so_far(self, order: Sequence[int]) -> list[Floats]:
-        """Per stage, [relaxation, block]: the least way to the block where it begins."""
+        """Per stage, [relaxation, block]: the least cost up to the block where it begins."""
         found: list[Floats] = [np.tile(self.ramp, (len(self.arcs), 1))]
         for i, j in pairwise(order):
             found.append(self._step(found[-1], self._ways(np.array(i), np.array(j))))
         return found
 
     def _to_go(self, order: Sequence[int]) -> list[Floats]:
-        """Per stage, [relaxation, block]: the least way to the end, with the stage itself."""
+        """Per stage, [relaxation, block]: the least cost to the end, the stage included."""
         found = [self._last(order[-1], order[0])]
         for i, j in reversed(list(pairwise(order))):
             found.append(self._step_back(found[-1], self._ways(np.array(i), np.array(j))))
         return found[::-1]
 
     def _step(self, before: Floats, ways: Floats) -> Floats:
-        """[..., block]: the least way there, with one more stage after ``before``."""
+        """[..., block]: the least cost up to there, with one more stage after ``before``."""
         came = before[..., self.source] + ways[..., self.source, self.length]
         least = np.where(self.valid, came, math.inf).min(-1)
         return np.asarray(np.minimum.accumulate(least - self.ramp, axis=-1) + self.ramp)
 
     def _step_back(self, behind: Floats, ways: Floats) -> Floats:
-        """[..., block]: the least way from there to the end, with one more stage in front."""
+        """[..., block]: the least cost from there to the end, with one more stage in front."""
         beyond = np.full((*behind.shape[:-1], self.blocks + 1 + self.longest), math.inf)
         beyond[..., : self.blocks + 1] = behind
         windows = sliding_window_view(beyond, self.longest, axis=-1)[..., 1 : self.blocks + 1, :]
@@ -161,12 +162,12 @@ class Orders:
         return self._skipping_back(found)
 
     def _skipping_back(self, found: Floats) -> Floats:
-        """With blocks left out before the stage, at the penalty of each."""
+        """The costs if blocks before the stage may be left out, at a penalty each."""
         least = np.minimum.accumulate((found + self.ramp)[..., ::-1], axis=-1)[..., ::-1]
         return np.asarray(least - self.ramp)
 
     def _spans(self, order: Sequence[int]) -> list[Span]:
-        """The best cuts of an order that covers all blocks, by the relaxation that counts."""
+        """The best cuts of an order that covers all blocks, by the relaxation of largest cost."""
         ahead = self._to_go(order)
         counts = int((ahead[0][:, 0] - self.constant).argmax())
         spans: list[Span] = []

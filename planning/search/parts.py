@@ -1,4 +1,4 @@
-"""A problem with some of its devices, and its choices as choices of the whole."""
+"""A problem with some of its devices, and its choices as choices of the whole problem."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from planning.problem import PlanningProblem
 
 
 def part_of(problem: PlanningProblem, chosen: Sequence[int]) -> PlanningProblem:
-    """The problem with the chosen devices alone, which all pinned ones are among."""
+    """The problem with the chosen devices alone, which must include all pinned devices."""
     index = {device: at for at, device in enumerate(chosen)}
     return replace(
         problem,

@@ -1,4 +1,4 @@
-"""The widths of a walk and of its hops, made to keep every limit exactly."""
+"""The widths of a walk and of its hops, changed until every limit is kept exactly."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from planning.search.tables import Floats, Integers, Span, Tables
 
 
 class Polish:
-    """Makes the widths of a walk keep every limit exactly, then as cheap as exchanges make them.
+    """Changes the widths of a walk until they keep every limit, then exchanges them for cheaper.
 
-    With a limit of seconds per stage, loss takes the place of cost: it is lowered to the budget.
+    With a limit of seconds per stage, loss takes the place of cost. It is lowered until the budget
+    is kept.
     """
 
     def __init__(
@@ -26,9 +27,9 @@ class Polish:
         *,
         seconds: Sequence[float] | None = None,
     ) -> None:
-        """``chosen`` are the options per block, ``hops`` the format per hop.
+        """``chosen`` is the option of each block, ``hops`` the format of each hop.
 
-        ``seconds`` limits the decoding of each stage's blocks; formats then stay as they are.
+        ``seconds`` limits the time of each stage's blocks. Formats then stay as they are.
         """
         self.blocks = len(chosen)
         self.timed = seconds is not None
@@ -41,7 +42,7 @@ class Polish:
         cost = np.where(np.isfinite(tables.cost), tables.loss, math.inf)
         figures = [cost if self.timed else tables.cost, tables.loss, *sizes]
         self.figures = np.stack([figure[device, rows] for figure in figures])
-        # A hop is one more row, of no size, with its formats as options.
+        # A hop is one more row of size 0, with its formats as options.
         options = self.figures.shape[2]
         more = np.zeros((len(figures), len(hops), max(options, len(tables.hop_bits))))
         more[0] = math.inf
@@ -63,7 +64,7 @@ class Polish:
         self.limits = np.array(limits, dtype=float)
 
     def run(self) -> tuple[Integers, Integers] | None:
-        """Options per block and formats per hop; None where no single changes lead to what fits."""
+        """Options per block and formats per hop; None if no changes were found that fit."""
         if not self._repair():
             return None
         for _ in range(100):
@@ -74,7 +75,7 @@ class Polish:
         return self.chosen[: self.blocks], self.chosen[self.blocks :]
 
     def _now(self) -> tuple[Floats, Floats, float]:
-        """What each change of one block changes [figure, block, option], and what is left."""
+        """Figures of each change [figure, block, option], the room left, and the budget left."""
         rows = np.arange(len(self.chosen))
         used = self.figures[:, rows, self.chosen]
         room = self.limits.copy()
@@ -83,7 +84,10 @@ class Polish:
         return self.figures - used[:, :, None], room, self.budget - math.fsum(used[1])
 
     def _repair(self) -> bool:
-        """Keep the limits of all stages, then the budget; with seconds, the limits alone."""
+        """Change widths until the limits are kept, then the budget too; False if that fails.
+
+        With seconds it keeps the limits alone.
+        """
         units = np.maximum(self.limits.max(1), 1e-12)[:, None]
         for _ in range(4 * len(self.chosen)):
             change, room, left = self._now()
@@ -113,14 +117,14 @@ class Polish:
         return float(finite.max(1).sum()) / spread if spread > 0 else 0.0
 
     def _exchange(self) -> bool:
-        """The best change of one block or of two; False where none is cheaper."""
+        """Make the best change of one block or of two; False if none is cheaper."""
         change, room, left = self._now()
         blocks, options = change.shape[1:]
         block, option = np.divmod(np.arange(blocks * options), options)
         flat = change.reshape(len(change), -1)
         real = np.isfinite(flat[0]) & (option != self.chosen[block])
         moves = np.flatnonzero(real)
-        # The last one changes nothing.
+        # The last move changes nothing, so that a pair may be one change.
         cost, loss, *resources = (np.append(figure[moves], 0.0) for figure in flat)
         block, option = np.append(block[moves], -1), np.append(option[moves], 0)
         stage = np.append(self.stage[block[:-1]], -1)

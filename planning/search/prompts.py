@@ -1,9 +1,9 @@
-"""The search where a prompt counts: a sum over blocks and hops, and the slowest stage besides.
+"""The search for a request: the objective is a sum over blocks and hops, plus the slowest stage.
 
-The time of the slowest stage or link with a chunk is cut into intervals. In each of them no stage
-may take longer than its end, and the slowest counts as if it took as long as its beginning: what is
-left is a sum, which shortest walks bound. The interval of the least bound is cut again, until it
-is so narrow that a beam can finish it.
+The time of the slowest stage or link with a chunk is cut into intervals. In an interval no stage
+may take longer than its end, and the slowest one counts as its beginning. The rest of the objective
+is a sum, which shortest walks bound. The interval of the least bound is halved until it is narrow.
+Then a beam finishes it.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from planning.search.search import _FINISHED, _WIDTHS, Found, _Cheapest
 from planning.search.tables import Floats, Span, Tables
 
 _NARROW = 0.4
-"""Share of the gap that the width of an interval may take of its bound."""
+"""Largest width of an interval for a beam, as a share of the gap times the objective."""
 _FACTORS = (1.0, 0.6, 1.7)
-"""Of the best price of the budget, for the bounds of a beam."""
+"""Multiples of the best price of the budget, for the bounds of a beam."""
 _ROUNDS = 25
 _LOOKS = 5
-"""Limits under which plans are looked for before anything is proved."""
+"""Number of limits under which plans are looked for first."""
 _FAR = 1.1
-"""Limits that differ by less have the same price of the budget."""
+"""Limits of a smaller ratio have the same price of the budget."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Interval:
-    """Plans whose slowest stage takes between ``low_s`` and ``high_s``, and a bound of them."""
+    """Plans whose slowest stage takes ``low_s`` to ``high_s``, and a bound of all of them."""
 
     bound: float
     low_s: float
     high_s: float
     rest: float
-    """A bound of all but the slowest stage."""
+    """Lower bound of the objective without the slowest stage."""
     level: int = 0
-    """Which of _WIDTHS is next."""
+    """Index in _WIDTHS of the next beam."""
 
 
 class Prompted(_Cheapest):
-    """The search for a request. Widths do not shorten stages in its bounds, only in its plans."""
+    """The search for a request. Its bounds take the fastest width for the slowest stage."""
 
     def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
         super().__init__(tables, until_s, gap)
@@ -56,9 +56,9 @@ class Prompted(_Cheapest):
         """Whether widths make a difference to the slowest stage."""
         self.prices = np.zeros(2 * tables.shape[0])
         self.segments: dict[float, Floats] = {}
-        """Of all stages, by the price of the budget."""
+        """Price of the budget -> least costs of all stages."""
         self.price_at: dict[int, float] = {}
-        """Prices of the budget by limit, on a scale of _FAR."""
+        """Logarithm of a limit to the base _FAR, rounded -> best price of the budget."""
 
     def run(self) -> Found:
         """Search until the gap is proved or the time is over."""
@@ -73,7 +73,7 @@ class Prompted(_Cheapest):
         self._look_around(low_s, high_s)
         waiting = [self._interval(rest, low_s, self._reach_s(rest)[1])]
         closed = math.inf
-        """Bound of what no beam could tell more of."""
+        """Least bound of the intervals that no wider beam can improve."""
         while waiting and waiting[0].bound < self._target() and not self._late():
             least = heapq.heappop(waiting)
             if least.level == len(_WIDTHS):
@@ -81,13 +81,13 @@ class Prompted(_Cheapest):
                 continue
             for one in self._narrower(least):
                 heapq.heappush(waiting, one)
-        # What is not among these was not better than the target, which only ever falls.
+        # All other intervals were dropped at or above the target, which never rises.
         left = [closed, self._target(), *(one.bound for one in waiting[:1])]
         self.bound = max(self.bound, min(*left, self.value))
         return Found(self.choice, self.bound)
 
     def _look_around(self, low_s: float, high_s: float) -> None:
-        """Look for plans under some limits, the widest first: the intervals begin at the bounds."""
+        """Look for plans under some limits, the widest first, before intervals are cut."""
         for limit_s in np.geomspace(high_s, low_s, _LOOKS):
             target = self._target() - self.tables.turns * low_s
             priced = self._limited(limit_s, target)
@@ -107,7 +107,7 @@ class Prompted(_Cheapest):
         return _Interval(rest + self.tables.turns * low_s, low_s, high_s, rest, level)
 
     def _least_turns(self) -> Floats:
-        """[device, first block, length - 1]: the least that a chunk takes in such a stage."""
+        """[device, first block, length - 1]: least seconds of a chunk in such a stage."""
         tables = self.tables
         _, blocks, _ = tables.shape
         usable = np.isfinite(tables.turn).any(2)
@@ -119,7 +119,7 @@ class Prompted(_Cheapest):
         return found
 
     def _reach_s(self, rest: float) -> tuple[float, float]:
-        """Between which the slowest stage of a better plan must be."""
+        """The least and the largest time of the slowest stage in a better plan."""
         tables = self.tables
         fastest = tables.turn.min((0, 2))
         low_s = max(float(fastest.max()), float(fastest.sum()) / tables.shape[0])
@@ -133,7 +133,7 @@ class Prompted(_Cheapest):
         return low_s, high_s
 
     def _narrower(self, whole: _Interval) -> list[_Interval]:
-        """The interval in two halves, or with what a beam found out of it."""
+        """The two halves of a wide interval, or a narrow one with the bound of a beam."""
         turns = self.tables.turns
         wide = turns * (whole.high_s - whole.low_s)
         if wide > _NARROW * self.gap * min(self.value, 2 * whole.bound):
@@ -145,7 +145,7 @@ class Prompted(_Cheapest):
         return self._beamed(whole)
 
     def _bounded(self, whole: _Interval, low_s: float, high_s: float) -> _Interval:
-        """Part of an interval with a bound of its own; plans are looked for in passing."""
+        """Part of an interval with a bound of its own. A small beam looks for plans there."""
         target = self._target() - self.tables.turns * low_s
         priced = self._limited(high_s, target)
         rest = max(whole.rest, priced.bound)
@@ -155,7 +155,7 @@ class Prompted(_Cheapest):
         return found
 
     def _limited(self, high_s: float, target: float) -> Priced:
-        """The best relaxation in which no stage and no link takes longer with a chunk."""
+        """The best relaxation without stages and links that take a chunk longer than ``high_s``."""
         if self.price:
             near = round(math.log(high_s, _FAR))
             if near not in self.price_at:
@@ -186,7 +186,7 @@ class Prompted(_Cheapest):
             return bounds[mu]
 
         best, step = max((self.price, self._guess()), key=bound), 4.0
-        # Where nothing keeps the budget the bound grows with the price for ever.
+        # If no walk keeps the budget, the bound grows with the price for ever.
         while step > 1.3 and bound(best) < target and len(bounds) < 25 and not self._late():
             nearby = max((best, best * step, best / step), key=bound)
             step = step if nearby != best else step**0.5
@@ -206,8 +206,10 @@ class Prompted(_Cheapest):
     def _walk(
         self, relaxations: Sequence[Priced], target: float, width: int, most: int = _FINISHED
     ) -> tuple[float, bool]:
-        """Finish walks that a beam finds below ``target``. A bound of all but the slowest stage of
-        what is left, and whether a wider beam might tell more.
+        """Finish the walks that a beam finds below ``target``.
+
+        Returns a bound of all walks without the slowest stage, and whether a wider beam may raise
+        it.
         """
         finished, dropped = beam(
             self.tables, relaxations, width=width, cutoff=target, deadline_s=self._until_s()
@@ -217,13 +219,13 @@ class Prompted(_Cheapest):
             bound = walk.bound
             if count < most and not self._late():
                 refined = self._finish(walk.spans)
-                # Without a budget all relaxations are one, and exact: nothing is mixed up.
+                # Without a budget there is one exact relaxation: merging loses nothing.
                 bound = bound if walk.mixed and self.price else max(bound, refined)
             bounds.append(bound)
         return min(bounds), dropped < math.inf or len(finished) > most
 
     def _beamed(self, whole: _Interval) -> list[_Interval]:
-        """What a wider beam leaves of an interval."""
+        """The interval with the bound of the next wider beam."""
         target = self._target() - self.tables.turns * whole.low_s
         chosen = [self._limited(whole.high_s, target)]
         for mu in self._mus()[1:]:
@@ -235,7 +237,11 @@ class Prompted(_Cheapest):
         return [self._interval(max(whole.rest, rest), whole.low_s, whole.high_s, level)]
 
     def _widths(self, spans: Sequence[Span], charged: Tables | None = None) -> float:
-        """Also with the time of the slowest stage among the costs: in equal shares, and whole."""
+        """Choose widths by costs, then also with the slowest stage's time if widths change it.
+
+        This time counts once as an equal share in each stage, and once whole. Returns the bound by
+        costs alone.
+        """
         bound = super()._widths(spans)
         turn = np.where(np.isfinite(self.tables.turn), self.tables.turn, 0.0)
         for share in (1 / len(spans), 1.0) if self.varied else ():

@@ -1,13 +1,13 @@
 """A search for a good plan and for a proof of how good it is, without an integer program.
 
-Three things couple the stages of a plan: the quality budget, the devices that are used up, and the
-way back. Priced by multipliers they leave a shortest walk (``plan_bounds``), which bounds every
-plan and every way to complete a beginning. A beam of beginnings (``plan_beam``) then drops what
-cannot be completed below the best plan known; what it drops for lack of space lowers the bound.
-Several prices of the budget are used at once, since each is best for other beginnings.
+Three things couple the stages of a plan: the quality budget, the devices in use, and the way back.
+If each has a price, a shortest walk bounds every plan, and every completion of a beginning
+(``bounds.py``). A beam of beginnings (``beam.py``) drops those that cannot be completed below the
+best plan known. A beginning that is dropped for lack of space lowers the bound. Several prices of
+the budget are used at once, because each is best for other beginnings.
 
-For a throughput a walk is as long as its sensitivity, with all stages kept below a given time; the
-least time at which the budget can be kept is found by bisection.
+For throughput the length of a walk is its loss, and each stage must keep a limit of time. Bisection
+finds the least limit at which a walk keeps the budget.
 """
 
 from __future__ import annotations
@@ -32,52 +32,52 @@ from planning.search.tables import Floats, Integers, Knapsack, Span, Tables
 from planning.time_limit import now_s
 
 _WIDTHS = (20, 100, 400, 1_500, 5_000, 20_000)
-"""Walks that are kept per block, one attempt after the other."""
+"""Walks kept per block, in one attempt after the other."""
 
 _FINISHED = 60
-"""Walks whose widths are chosen, of each attempt."""
+"""Walks of one attempt whose widths are chosen."""
 
 _ALL_FINISHED = 2_000
-"""The same where a beam mixed no walks up: there the bounds of their widths count."""
+"""Like _FINISHED, for a beam that mixed no walks: there the bounds of their widths count."""
 
 _GREEDY = 12
-"""Greedy walks whose widths are improved."""
+"""First plans (``greedy.py``) whose widths are improved."""
 
 _BEYOND = (1.005, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0, 8.0, 20.0, 100.0)
-"""Times above the bound at which walks for throughput are looked for, until one has a plan."""
+"""Limits of time, as multiples of the bound, under which walks for throughput are looked for."""
 
 _EXCHANGE_SHARE = 0.25
-"""Of the time left, for each search of better orders of devices."""
+"""Share of the time left for each search of better orders of devices."""
 
 _FARTHEST, _NEAREST = 0.6, 0.1
-"""How far from the time of the best plan towards its bound devices are exchanged."""
+"""Parts of the way from the best plan's time to its bound at which devices are exchanged."""
 
 _EXCHANGE_PRICES = (0.7, 1.5, 4.0, 15.0)
-"""Of the best price of the budget, for orders of devices."""
+"""Multiples of the best price of the budget, for orders of devices."""
 
 _SLACKS = (1.0, 1.002, 1.006, 1.02, 1.05)
-"""What rounding down may have hidden of a walk's time."""
+"""Factors on a walk's time, which rounding down may have made too small."""
 
 _OTHER_SHARE = 0.25
-"""Of the time left, for the walks of the search for the other kind of objective."""
+"""Share of the time left for the search for the other kind of objective."""
 _OTHER_GAP = 0.05
 
-# A stage that takes so many times the least there could be is not looked for.
 _MANY = 96
-"""Devices whose hops are all told apart in the bound for throughput."""
+"""With more devices than this the bound for throughput lets hops lead anywhere."""
 
+# Stages that take more than so many times the bound are not looked for.
 _SLOWEST = 1e4
 _LEAST_GAP = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best choice that was found, if any, and a lower bound of the objective of any plan."""
+    """The best choice found, if any, and a lower bound of the objective of all plans."""
 
     choice: Choice | None
     bound: float
     impossible: bool = False
-    """No plan fits, which is proved."""
+    """It is proved that no plan fits."""
 
 
 def search(
@@ -92,15 +92,17 @@ def search(
     """The best plan found until its gap is proved to be at most ``gap``, or the deadline.
 
     ``deadline_s`` is a point on the clock of ``now_s``. While there is no plan at all,
-    ``last_resort_s`` (None: the same) takes its place. ``ties`` [i, j] is True for i < j that are
-    twins: exchanging them changes no figure of any plan. ``known`` is the objective of a plan at
-    hand: only better ones are looked for.
-    Gaps below one in a thousand are not aimed at. A prompt runs in chunks of one size here.
+    ``last_resort_s`` (None: the same) takes its place.
+    ``gap``: values below one in a thousand count as one in a thousand.
+    ``ties`` [i, j] is True for i < j that are twins: exchanging them changes no figure of a plan.
+    ``known`` is the objective of a known plan. Only better plans are looked for.
+
+    A prompt runs in chunks of one size here: ``problem`` is one variant.
     """
     tables = Tables(problem, ties)
     if not np.isfinite(tables.cost).any((0, 2)).all() or not tables.longest:
         return Found(None, 0.0, impossible=True)
-    # A little less than what is asked for, so that rounding does not miss it.
+    # Slightly below the gap asked for, so that rounding does not miss it.
     until_s = deadline_s, deadline_s if last_resort_s is None else last_resort_s
     searching = _kind(tables)(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6))
     searching.value = known
@@ -112,7 +114,7 @@ def search(
 
 
 def _kind(tables: Tables) -> type[_Search]:
-    from planning.search.prompts import Prompted  # It is made from what is here.
+    from planning.search.prompts import Prompted  # That module imports this one.
 
     if tables.throughput:
         return _Fastest
@@ -120,7 +122,7 @@ def _kind(tables: Tables) -> type[_Search]:
 
 
 class _Search:
-    """The best plan so far, what is proved of it, and how long to go on."""
+    """The best plan so far, the proved bound, and the time limits."""
 
     def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
         self.tables = tables
@@ -141,7 +143,7 @@ class _Search:
         raise NotImplementedError
 
     def _finish(self, spans: Sequence[Span]) -> float:
-        """Choose the widths of a walk; keep it where it is the best plan. A bound for the walk."""
+        """Choose the widths of a walk, and keep it if it is the best plan. Returns its bound."""
         key = tuple(spans)
         if key not in self.seen:
             self.seen[key] = self._widths(spans)
@@ -151,7 +153,7 @@ class _Search:
         raise NotImplementedError
 
     def _fill(self) -> float:
-        """Keep the best plan that is made at once; its value, inf where there is none."""
+        """Keep the best first plan (``greedy.py``). Returns its value, inf if there is none."""
         if self.filled:
             return self.value
         self.filled = True
@@ -169,10 +171,10 @@ class _Search:
         tables = self.tables
         loss = np.where(np.isfinite(tables.cost), tables.loss, math.inf)
         spare = tables.spare.room if tables.spare.room < math.inf else 1.0
-        # Any plan loses at most the budget: what loses more by any prices is none.
+        # A plan loses at most the budget. If the bound of all walks is more, there is no plan.
         budget = tables.budget or 0.0
         enough = budget + 1e-6 * (spare or 1.0)
-        # Losses are added up here, not seconds: a stage has none of its own.
+        # The costs are losses, and entering a device loses nothing.
         pricer = Pricer(np.zeros(tables.shape[0]), self._until_s())
         priced, _ = pricer.price(
             Free(tables.segments(loss)),
@@ -185,13 +187,13 @@ class _Search:
         return priced.bound >= enough + 1e-9 * priced.constant
 
     def _keep(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> None:
-        """Keep a plan that fits where it is the best."""
+        """Keep a plan that fits if it is the best so far."""
         value = walk_value(self.tables, spans, chosen, hops)
         if value < self.value:
             self.value, self.choice = value, self.tables.choice(spans, chosen, hops)
 
     def _try_other(self) -> None:
-        """Finish the walks that are good for the other kind of objective: they fit here as well."""
+        """Finish the walks of the search for the other kind of objective. They fit here too."""
         left_s = self._until_s() - now_s()
         if self.other or left_s <= 0:
             return
@@ -211,7 +213,7 @@ class _Search:
         return now_s() > self._until_s()
 
     def _until_s(self) -> float:
-        """When to end: any plan is worth more time than a better one."""
+        """The end of the search. It is later while there is no plan at all."""
         return self.last_resort_s if self.value == math.inf else self.deadline_s
 
 
@@ -222,9 +224,9 @@ class _Cheapest(_Search):
         super().__init__(tables, until_s, gap)
         self.found: dict[float, tuple[Priced, Floats]] = {}
         self.at_hand = math.inf
-        """Of the plan that was made at once."""
+        """Value of the first plan."""
         self.price = 0.0
-        """Of the budget, near which widths are looked for."""
+        """Price of the budget near which widths are chosen."""
 
     def run(self) -> Found:
         tables = self.tables
@@ -253,7 +255,7 @@ class _Cheapest(_Search):
         return Found(self.choice, self.bound)
 
     def _follow(self, relaxations: Sequence[Priced], width: int, merge: bool) -> bool:
-        """Finish walks that a beam finds, and raise the bound; True where the beam was full."""
+        """Finish walks that a beam finds, and raise the bound. True if the beam was full."""
         cutoff = self.value * (1 - self.gap) if self.value < math.inf else math.inf
         finished, dropped = beam(
             self.tables,
@@ -268,7 +270,7 @@ class _Cheapest(_Search):
             bound = walk.bound
             if count < (_FINISHED if merge else _ALL_FINISHED) and not self._late():
                 refined = self._finish(walk.spans)
-                # Without a budget all relaxations are one, and exact: nothing is mixed up.
+                # Without a budget there is one exact relaxation: merging loses nothing.
                 bound = bound if walk.mixed and self.price else max(bound, refined)
             bounds.append(bound)
         self.bound = max(self.bound, min(min(bounds), self.value))
@@ -278,7 +280,7 @@ class _Cheapest(_Search):
         return self._late() or self.bound >= (1 - self.gap) * self.value
 
     def _exchange_devices(self) -> None:
-        """Better orders of devices. Several prices keep them from being good but too lossy."""
+        """Look for better orders of devices. Several prices rule out orders that lose too much."""
         tables = self.tables
         until_s = now_s() + _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
         relaxations: list[tuple[Joint | Separate, float]] = []
@@ -296,7 +298,7 @@ class _Cheapest(_Search):
                 break
 
     def _price(self, mu: float, rounds: int) -> float:
-        """The bound with this price of the budget."""
+        """Improve the bound with this price of the budget. Returns it."""
         tables = self.tables
         arcs: Joint | Separate
         if mu in self.found:
@@ -307,7 +309,7 @@ class _Cheapest(_Search):
             arcs = Separate(segments, tables.links(mu), tables.back)
             nearest = min(self.found, key=lambda at: abs(math.log(at / mu)), default=None)
             prices = np.zeros(2 * tables.shape[0]) if nearest is None else self.found[nearest][1]
-        # A plan that was made at once is too far off to step towards.
+        # The first plan is too far off as a guess of the largest bound.
         reach = self.value if self.value < self.at_hand else 1.1 * self._best()
         self.found[mu] = self.pricer.price(
             arcs,
@@ -325,7 +327,7 @@ class _Cheapest(_Search):
         return max((one.bound for one, _ in self.found.values()), default=1.0)
 
     def _climb(self) -> None:
-        """Prices of the budget around the best one."""
+        """Find the price of the budget with the largest bound, by hill climbing."""
         tables = self.tables
         if tables.budget is None:
             self._price(0.0, 100)
@@ -341,7 +343,7 @@ class _Cheapest(_Search):
                 step = step**0.5
 
     def _guess(self) -> float:
-        """A price of the budget: seconds per unit of sensitivity, of a middling change of bits."""
+        """A first price of the budget: the median of seconds saved per loss, over all blocks."""
         tables = self.tables
         finite = np.isfinite(tables.cost)
         saved = np.where(finite, tables.cost, -math.inf).max(2) - tables.cost.min(2)
@@ -392,7 +394,7 @@ class _Cheapest(_Search):
 
     @staticmethod
     def _sums(figures: Floats, spans: Sequence[Span], chosen: Integers) -> Floats:
-        """Of a figure per option over all blocks, for each row of ``chosen``."""
+        """Sums of a figure over all blocks, one for each row of ``chosen``."""
         found = np.zeros(len(chosen))
         for i, first, end in spans:
             rows = np.arange(first, end)
@@ -403,7 +405,7 @@ class _Cheapest(_Search):
 class _Fastest(_Search):
     """The search for throughput: bisection over the time of the slowest stage.
 
-    Loading (``Objective.migration_weight``) is left out of the bound, which stays valid.
+    The bound leaves out loading (``Objective.migration_weight``). It stays valid.
     """
 
     def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
@@ -431,7 +433,7 @@ class _Fastest(_Search):
         for width in _WIDTHS:
             self._exchange_devices()
             if width == _WIDTHS[0]:
-                # More rounds now prove what no width of the beam would.
+                # More rounds of prices raise the bound here further than wider beams.
                 self._press(self.value * (1 - self.gap), self.gap / 4, 500)
             self.full = False
             self._raise(width)
@@ -441,7 +443,7 @@ class _Fastest(_Search):
         return Found(self.choice, self.bound)
 
     def _of_many(self) -> Found:
-        """A bound by hops that cost nothing but time, and a plan of the most useful devices."""
+        """A bound with hops that lead anywhere, and a plan of the most useful devices."""
         self._climb()
         chosen = self._most_useful()
         part, ties = part_of(self.tables.problem, chosen), self.tables.ties[np.ix_(chosen, chosen)]
@@ -456,7 +458,7 @@ class _Fastest(_Search):
         return Found(self.choice, min(self.bound, self.value))
 
     def _most_useful(self) -> list[int]:
-        """Devices that have the most blocks, in the time of the bound, at a fair share of loss."""
+        """Devices that take the most blocks near the bound's time, at their share of the budget."""
         tables = self.tables
         segments = self._free(1.2 * self.bound).segments
         fair = self.budget * (1 + np.arange(tables.longest)) / tables.shape[1]
@@ -468,7 +470,7 @@ class _Fastest(_Search):
         return sorted(i for *_, i in sorted(score)[:_MANY])
 
     def _free(self, limit: float) -> Free:
-        """Least losses within that time, each stage with the fastest hop that leaves it."""
+        """The least losses within a limit of time, each stage with the device's fastest hop."""
         tables = self.tables
         devices, blocks, longest = self.within_memory.shape
         limit *= 1 + 1e-9
@@ -497,7 +499,7 @@ class _Fastest(_Search):
         return self._late() or self.bound >= self.value * (1 - self.gap)
 
     def _climb(self) -> None:
-        """Raise the bound by prices alone, to where they prove no more."""
+        """Raise the bound by prices alone, until they prove no more."""
         high = min(self.at_hand, _SLOWEST * self.bound)
         self._measure(min(4 * self.bound, high))
         limit = 1.4 * self.bound
@@ -508,19 +510,20 @@ class _Fastest(_Search):
                 high = limit
                 break
             limit *= 1.4
-        # Without a plan, the first one is worth more than the last percent of the bound.
+        # While there is no plan, time is better spent on one than on the last percent.
         self._press(high, self.gap / 4 if self.value < math.inf else _OTHER_GAP, 100)
 
     def _press(self, high: float, close: float, rounds: int) -> None:
-        """Raise the bound by prices alone, up to where they last proved no more."""
+        """Raise the bound by prices alone, by bisection below ``high``."""
         while high > self.bound * (1 + close) and not self._late():
             limit = (high * self.bound) ** 0.5
             if self._prove(limit, rounds) is not None:
                 high = limit
 
     def _look(self) -> None:
-        """Finish walks that are within more and more time, from the bound on: there prices tell
-        good walks from bad ones best.
+        """Finish walks within more and more time, from the bound upwards.
+
+        Near the bound prices tell good walks from bad ones best.
         """
         floor = self.bound
         for factor in _BEYOND:
@@ -532,8 +535,9 @@ class _Fastest(_Search):
             self._try(limit, _WIDTHS[1])
 
     def _exchange_devices(self) -> None:
-        """Better orders of devices, within less time than the best plan takes: the further below,
-        the fewer changes are of use, and the more each of them helps.
+        """Look for better orders of devices, within less time than the best plan takes.
+
+        With a lower limit fewer changes help, but each helps more.
         """
         until_s = now_s() + _EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
         part = _FARTHEST
@@ -551,7 +555,7 @@ class _Fastest(_Search):
                 part /= 2
 
     def _raise(self, width: int) -> None:
-        """Bisect for the proof, from where there is none yet."""
+        """Bisect for a higher bound, from the present one upwards."""
         ceiling = self.value * (1 - self.gap)
         while ceiling > self.bound * (1 + self.gap / 4 + 1e-6) and not self._late():
             limit = (ceiling * self.bound) ** 0.5
@@ -563,7 +567,7 @@ class _Fastest(_Search):
                 ceiling = min(ceiling, self.value * (1 - self.gap))
 
     def _lower(self, width: int) -> None:
-        """Bisect for better plans, up to where none is found."""
+        """Bisect for better plans, between the bound and the best plan."""
         floor = self.bound
         while self.value * (1 - self.gap) > floor * (1 + 1e-9) and not self._late():
             limit = (floor * self.value * (1 - self.gap)) ** 0.5
@@ -574,7 +578,7 @@ class _Fastest(_Search):
             floor = max(floor if self.value < before else limit, self.bound)
 
     def _measure(self, top: float) -> None:
-        """Tables of least sensitivity by time, up to ``top`` seconds per stage."""
+        """Make the tables of least loss by time, up to ``top`` seconds per stage."""
         tables = self.tables
         self.top = top
         self.in_time = []
@@ -585,7 +589,7 @@ class _Fastest(_Search):
             self.profiles.append(self.in_time[-1].profiles(self.cost[i]))
 
     def _arcs(self, limit: float) -> Joint:
-        """Least sensitivities within that time."""
+        """The least losses within a limit of time."""
         tables = self.tables
         devices, blocks, _ = tables.shape
         limit *= 1 + 1e-9
@@ -609,7 +613,7 @@ class _Fastest(_Search):
             first = blocks - 1 - size
             room = limit - tables.call_s[i] - tables.back_s[i] - knapsack.least[first, size, None]
             if reach == blocks:
-                # One stage has no way back.
+                # A plan of one stage has no way back.
                 room[-1] = -math.inf
                 room[-1, i] = limit - tables.call_s[i] - knapsack.least[0, -1]
             part = profile[size[:, None], first[:, None], knapsack.index(np.maximum(room, 0.0))]
@@ -618,15 +622,15 @@ class _Fastest(_Search):
         return Joint(found, ends)
 
     def _enough(self) -> float:
-        """A loss that no plan within the budget has, whatever the rounding of tables."""
+        """A loss above that of every plan within the budget, whatever the rounding of tables."""
         spare = self.tables.spare.room if self.tables.spare.room < math.inf else 1.0
-        # Beside the budget, a share of what placements compete for.
+        # The second term is a share of the room that placements compete for.
         return self.budget * (1 + 1e-12) + 1e-9 * (spare or 1.0)
 
     def _prove(self, limit: float, rounds: int = 100) -> Priced | None:
-        """Raise the bound to ``limit`` and return None, or return what prices allow there."""
+        """Raise the bound to ``limit`` and return None; or return the relaxation there."""
         enough = self._enough()
-        self.pricer.deadline_s = self._until_s()  # Without prices few walks keep the budget.
+        self.pricer.deadline_s = self._until_s()  # Prices are needed even for a first plan.
         many = self.tables.shape[0] > _MANY
         priced, self.prices = self.pricer.price(
             self._free(limit) if many else self._arcs(limit),
@@ -636,14 +640,14 @@ class _Fastest(_Search):
             reach=1.1 * self.budget or 1.0,
             rounds=rounds,
         )
-        # The bounds' own rounding is far below this.
+        # The rounding of bounds is far below the margin in ``enough``.
         if priced.bound < enough:
             return priced
         self.bound = max(self.bound, limit)
         return None
 
     def _try(self, limit: float, width: int) -> None:
-        """Look for a plan with this slowest stage, or prove that there is none."""
+        """Look for a plan within a limit of time per stage, or prove that there is none."""
         tables, enough = self.tables, self._enough()
         if (priced := self._prove(limit)) is None:
             return
@@ -659,7 +663,7 @@ class _Fastest(_Search):
         walk = _Timed(self, spans)
         if walk.low > self.top:
             return walk.low
-        # Most walks are not better than the best plan: one look tells.
+        # Most walks are not better than the best plan, which one test shows.
         barely = min(self.top, self.value * (1 - 1e-4))
         if barely < walk.low or walk.loss(barely) > self.budget:
             return max(walk.low, barely)
@@ -679,12 +683,12 @@ class _Fastest(_Search):
 
 
 class _Timed:
-    """A walk whose stages are to keep a limit of time, by the tables of a search."""
+    """A walk whose stages must keep a limit of time, by the tables of a search."""
 
     def __init__(self, search: _Fastest, spans: Sequence[Span]) -> None:
         tables = search.tables
         self.search, self.spans = search, spans
-        # Of each stage, for each format of the hop that leaves it: seconds beside its blocks, loss.
+        # Per stage and format of the hop that leaves it: (seconds without its blocks, loss).
         self.ways = [
             list(
                 zip(tables.call_s[a[0]] + tables.hop_s[:, a[0], b[0]], tables.hop_loss, strict=True)
@@ -705,7 +709,7 @@ class _Timed:
         return sum(lost for lost, _, _ in self._best(limit))
 
     def _best(self, limit: float) -> list[tuple[float, int, float]]:
-        """Of each stage: the least loss, the format that leaves it, and seconds for its blocks."""
+        """Per stage: the least loss, the format of its hop, and the seconds for its blocks."""
         found = []
         rows = zip(self.spans, self.least, self.within, self.ways, strict=True)
         for (i, first, end), least, within, ways in rows:
@@ -721,7 +725,7 @@ class _Timed:
         return found
 
     def plan(self, limit: float) -> tuple[Integers, Integers] | None:
-        """Options and formats that keep every limit; None where none were found."""
+        """Options and formats that keep every limit; None if none were found."""
         search, tables = self.search, self.search.tables
         best = self._best(limit)
         if not math.isfinite(sum(lost for lost, _, _ in best)):
@@ -732,7 +736,7 @@ class _Timed:
             knapsack = search.in_time[i]
             column = int(knapsack.index(seconds - least))
             if search.profiles[i][end - first - 1, first, column] < within:
-                # The memory is what limits this stage.
+                # Memory limits this stage, not time.
                 knapsack = tables.in_memory[i]
                 room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
                 column = int(knapsack.index(room))

@@ -1,8 +1,8 @@
 """A planning problem as arrays, and the segments of a plan as knapsacks.
 
-A segment is a run of blocks on one device; what it costs at the least, within a limit on its
-memory or its time, is the solution of a knapsack with one choice per block. Sizes are rounded down
-to units there, so that the costs are never above the true ones; ``plan_polish`` counts exactly.
+A segment is a run of blocks on one device. Its least cost within a limit of memory or time is the
+solution of a knapsack with one choice per block. Sizes are rounded down to units there, so costs
+are never above the true ones. ``polish.py`` counts exactly.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ Integers = npt.NDArray[np.int64]
 Span = tuple[int, int, int]
 """(device, first block, end)"""
 
-# In seconds or bytes: less than this is rounding.
+# Seconds or bytes. A room below this is rounding.
 _LEAST_ROOM = 1e-12
 _LEAST_UNITS, _MOST_UNITS = 320, 1_600
-"""Steps that a limit is divided in: rounding loses up to one per block of a stage, so that long
-stages need more."""
+"""Steps of a limit. Rounding loses up to one step per block of a stage, so long stages need
+more."""
 
 _TABLE_CELLS = 20_000_000
-"""Of the tables of all devices together, 8 bytes each, beyond which steps are saved on."""
+"""The most cells of all devices' tables together, 8 bytes each. Above it there are fewer steps."""
 
 
 class Knapsack:
-    """On one device, all runs of up to ``longest`` blocks: the least cost within a limit.
+    """The least cost within a limit, for all runs of up to ``longest`` blocks on one device.
 
-    ``sizes`` [block, option], inf where there is no such option. Sizes above each block's least
-    are counted in whole units, rounded down: costs are never above the true ones.
+    ``sizes`` [block, option] are inf where there is no such option. Sizes above each block's least
+    are counted in whole units, rounded down, so costs are never above the true ones.
     """
 
     def __init__(self, sizes: Floats, limit: float, longest: int, units: int) -> None:
-        """``units`` is the most steps that the room above the least sizes is divided in."""
+        """``units`` is the most steps for the room above the least sizes."""
         blocks, _ = sizes.shape
         self.longest = longest
         least = np.where(np.isfinite(sizes).any(1), sizes.min(1), 0.0)
@@ -67,11 +67,11 @@ class Knapsack:
                     self._runs.append((option, int(begin), int(until), shift))
 
     def index(self, room: Any) -> Any:
-        """Column of ``profiles`` for what is left above the least sizes."""
+        """The column of ``profiles`` for the ``room`` above the least sizes."""
         return np.clip(np.floor(room / self.unit), 0, self.steps - 1).astype(np.int64)
 
     def profiles(self, cost: Floats) -> Floats:
-        """Least cost [length - 1, first block, units of room]."""
+        """The least costs [length - 1, first block, units of room]."""
         blocks = len(cost)
         found = np.full((self.longest, blocks, self.steps), math.inf)
         before = np.zeros((blocks, self.steps))
@@ -89,8 +89,9 @@ class Knapsack:
         return found
 
     def choices(self, first: int, costs: Floats, columns: Integers) -> Any:
-        """The options [price, block] of the run from ``first`` that ``costs`` [price, block,
-        option] make best, within the room of each price's column; and their costs [price].
+        """The best options [price, block] of the run from ``first``, and their costs [price].
+
+        ``costs`` is [price, block, option]. ``columns`` [price] is the room at each price.
         """
         prices, length, options = costs.shape
         table = np.zeros((prices, self.steps))
@@ -114,13 +115,13 @@ class Knapsack:
 
 
 def _unit(sizes: Floats, room: float, steps: int) -> float:
-    """The unit, not below room / steps, by which rounding sizes down loses the least of them."""
+    """The unit, at least room / steps, with which rounding sizes down loses the least."""
     if not len(sizes) or room < _LEAST_ROOM:
         return max(room, 1.0)
     sizes = np.unique(sizes)
     finest = max(room / steps, float(sizes[0]) / 40)
     units = np.geomspace(finest, max(finest, float(sizes[0])), 400)
-    # One that divides the sizes is made a little less, so that none falls just below a multiple.
+    # A unit that divides the least size is lowered a little: no multiple is rounded below itself.
     units = np.concatenate([float(sizes[0]) / np.arange(1, 41) * (1 - 1e-6), units])
     units = units[units >= finest * (1 - 1e-6)]
     lost = 1 - np.floor(sizes / units[:, None]) * units[:, None] / sizes
@@ -128,7 +129,7 @@ def _unit(sizes: Floats, room: float, steps: int) -> float:
 
 
 class Tables:
-    """The problem as arrays: [device, block, option], [hop format, device, next device]."""
+    """The problem as arrays [device, block, option] and [hop format, device, next device]."""
 
     def __init__(self, problem: PlanningProblem, ties: npt.NDArray[np.bool_] | None = None) -> None:
         self.problem = problem
@@ -174,9 +175,9 @@ class Tables:
         self._measure_links()
 
     def _measure_links(self) -> None:
-        """Hops [format, device, next device] and ways back, as ``PlanningProblem`` counts them.
+        """Set hops [format, device, next device] and ways back, as ``PlanningProblem`` counts them.
 
-        Large shoals have tens of thousands of links: all are counted at once.
+        Large shoals have tens of thousands of links, so all are computed at once.
         """
         problem = self.problem
         forms = problem.permitted_hops
@@ -205,12 +206,12 @@ class Tables:
         self.back[linked] = output * self.back_s[linked]
 
     def links(self, mu: float) -> Floats:
-        """[device, next device]: the least cost of a hop, its loss counted at ``mu``."""
+        """[device, next device]: the least cost of a hop, its loss priced at ``mu``."""
         found: Floats = (self.hop + mu * self.hop_loss[:, None, None]).min(0, initial=math.inf)
         return found
 
     def _fits(self) -> npt.NDArray[np.bool_]:
-        """[device, first block, length - 1]: whether the least sizes of such a stage do."""
+        """[device, first block, length - 1]: whether such a stage fits at its least sizes."""
         devices, blocks, _ = self.shape
         usable = np.isfinite(self.memory).any(2)
         good = np.zeros((devices, blocks, blocks), dtype=bool)
@@ -231,7 +232,7 @@ class Tables:
         return int(lengths[-1]) + 1 if len(lengths) else 0
 
     def segments(self, cost: Floats) -> Floats:
-        """Least cost [device, first block, length - 1] within the memory; inf where none fits."""
+        """The least costs [device, first block, length - 1] within the memory; inf if none fits."""
         devices, blocks, _ = self.shape
         found = np.full((devices, blocks, self.longest), math.inf)
         for i, knapsack in enumerate(self.in_memory):
@@ -244,7 +245,7 @@ class Tables:
         return np.where(self.fits, found, math.inf)
 
     def choice(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> Choice:
-        """Spans with the option of each block, and the format of each hop."""
+        """The choice of ``spans`` with the option of each block and the format of each hop."""
         stages = [
             (i, first, tuple(int(self.bits[i, k, chosen[k]]) for k in range(first, end)))
             for i, first, end in spans
