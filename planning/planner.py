@@ -359,9 +359,12 @@ class _Runner:
 
     def plan(self, problem: PlanningProblem, aim: Aim, gap: float = 0.0) -> Plan | None:
         """A plan for advice; None if none was found in time."""
+        if not self.left_s():
+            self.unsure = True
+            return None
         if not _writable(problem):
             self.unsure = True
-            if aim != "any" or not self.left_s():
+            if aim != "any":
                 return None
             found = _search(problem, self, gap=0.5, share=0.2)
             return _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
@@ -494,10 +497,13 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     memory: Shortage = ()
     storage: Shortage = ()
     links = _missing_links(problem, runner, problem.no_links) if reason is None else ()
-    found = _advice(problem, reason, runner, links)
-    if reason is None and not links:
+    if reason is None and not links:  # Before the advice, which may take all the time.
         memory, storage = _shortage(problem, runner)
-        found = replace(found, memory_short_bytes=memory, storage_short_bytes=storage)
+    found = replace(
+        _advice(problem, reason, runner, links),
+        memory_short_bytes=memory,
+        storage_short_bytes=storage,
+    )
     if links:
         reason = "; ".join(problem.no_link(*pair) for pair in links)
     ways = _ways(problem, found, links)
