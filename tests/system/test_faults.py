@@ -119,7 +119,7 @@ def test_a_prompt_longer_than_the_context() -> None:
 def test_memory_limits_too_small_for_any_plan() -> None:
     line = refused("demo", f"--model={LLAMA}", "--memory=100K,100K")
     assert "memory is short" in line
-    assert "(device-" in line
+    assert "let shoal use more of device-" in line
 
 
 @pytest.mark.parametrize(
