@@ -199,6 +199,8 @@ def test_a_first_plan_measures_what_it_loses_and_the_next_one_knows(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     shoal = cluster
+    losses = shoal.directory / "coordinator" / "losses"
+    losses.mkdir(parents=True)  # Of its own: nothing is known yet.
     shoal.start_coordinator()
     shoal.start_agent("pi-1", f"--coordinator=127.0.0.1:{cluster.control_port}")
     shoal.wait_for_agents("pi-1")
@@ -208,7 +210,6 @@ def test_a_first_plan_measures_what_it_loses_and_the_next_one_knows(
     assert 0 < quality["measured_kl"] <= quality["budget"] == 0.03
     assert set(planned["plan"]["blocks"][0]) == {"block", "name", "device", "bits"}
     assert min(block["bits"] for block in planned["plan"]["blocks"]) < 8
-    losses = shoal.directory / "coordinator" / "losses"
     (file,) = losses.iterdir()
     before = file.stat().st_mtime_ns
     loaded = shoal.run("load", str(MODEL))
