@@ -167,13 +167,19 @@ def _measured(work: Callable[[], Any]) -> Any:
 
 
 def _free_bytes() -> int:
-    """Memory that this process can take: the machine's, or what its control group leaves."""
+    """Memory that this process can take: the machine's, or what its control group leaves.
+
+    Page cache that can be dropped counts as free: weights that were read lie there.
+    """
     free = int(psutil.virtual_memory().available)
     try:
         group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::/")[2].strip()
         own = _GROUP_LIMIT / group
         limit = int((own / "memory.max").read_text())
-        return min(free, max(0, limit - int((own / "memory.current").read_text())))
+        used = int((own / "memory.current").read_text())
+        stat = dict(line.split() for line in (own / "memory.stat").read_text().splitlines())
+        used -= int(stat.get("inactive_file", 0))
+        return min(free, max(0, limit - used))
     except (OSError, ValueError):  # There is no group, or it has no limit.
         return free
 

@@ -267,3 +267,17 @@ def test_the_default_of_a_heavy_tailed_model_lies_between_uniform_ones(tmp_path:
     faster = comparison.at_equal_loss("all 4", narrow)
     assert faster.plan is not None
     assert faster.plan.decode_s <= narrow.decode_s * (1 + 1e-9)
+
+
+def test_page_cache_of_a_control_group_counts_as_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A service that has just read the weights has them in its cache."""
+    own = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::/")[2].strip()
+    group = tmp_path / own
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text("1000000\n")
+    (group / "memory.current").write_text("900000\n")
+    (group / "memory.stat").write_text("anon 100000\ninactive_file 700000\n")
+    monkeypatch.setattr(losses_module, "_GROUP_LIMIT", tmp_path)
+    assert losses_module._free_bytes() == 800_000
