@@ -9,10 +9,12 @@ from pathlib import Path
 from tests.system.cluster import ROOT
 
 FAILING = """
+from tests.system.cluster import wait_for
+
 def test_that_fails(cluster):
     cluster.start_coordinator()
     cluster.start_agent("pi-1")
-    cluster.wait_for_agents("pi-1")
+    wait_for(lambda: "joined cluster 'shoal'" in cluster.log("pi-1"), 60, "the agent's line")
     cluster.kill("pi-1")
     assert not cluster.processes["pi-1"].wait()
 """
