@@ -22,6 +22,15 @@ Array = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
 
 
+TeamSum = Callable[[Array], Array]
+"""Adds up the partial rows float32 [n, hidden] of all members of a team, and returns the sum.
+
+A stage of a share calls it twice per layer, in order: with the rows of ``o`` and with those of
+``down``, both without bias. All members get equal sums. The rows that were passed in may not be
+used afterwards. It raises whatever ends the pass, and the stage lets it through.
+"""
+
+
 class BackendError(Exception):
     """A stage cannot be loaded or run. The message says why and what to do."""
 
@@ -52,6 +61,7 @@ class Capabilities:
     arithmetic: names the backend that rounds layers in the same way on any CPU. It is set if this
         rounding loses much more than the weights' own, even in exact stages. It is then measured
         apart.
+    shares: whether it loads shares (``StageOptions.team_sum``).
     """
 
     backend: str
@@ -60,6 +70,7 @@ class Capabilities:
     on_chip_bytes: int | None = None
     exact_container_bits: Mapping[int, int] | None = None
     arithmetic: str = ""
+    shares: bool = False
 
     def containers(self, *, exact: bool) -> Mapping[int, int]:
         """Return ``container_bits`` of exact or other stages."""
@@ -83,6 +94,8 @@ class StageOptions:
         hold weights in a faster, larger form. None: only the charged memory.
     hashed: artifacts that the caller has compared with their hashes. The backend compares the
         others before it keeps anything made of them.
+    team_sum: set for a share of layers (model/share.py). ``spec`` is then the share's, and the
+        artifacts are its slices. None: whole layers.
     """
 
     slots: int
@@ -94,6 +107,7 @@ class StageOptions:
     fast_prompts: bool = False
     memory_bytes: int | None = None
     hashed: frozenset[Path] = frozenset()
+    team_sum: TeamSum | None = None
 
 
 Artifacts = Sequence[tuple[int, Path]]

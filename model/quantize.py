@@ -194,7 +194,7 @@ class QuantizedMatrix:
         self._integer()
         if bits not in INTEGER_BITS or bits < self.format.bits:
             raise ValueError(f"{self.format.bits}-bit codes do not fit a {bits}-bit container")
-        zeros = _pack_rows(self.zeros(), bits)
+        zeros = pack_rows(self.zeros(), bits)
         if bits == self.format.bits:
             return self.data, zeros
         rows, groups, _ = self.data.shape
@@ -255,7 +255,7 @@ def random_matrix(
     scale = np.full(scales, 1 / (middle * columns**0.5), dtype)
     if fmt.symmetric:
         return QuantizedMatrix(shape, fmt, data, scale)
-    zeros = _pack_rows(np.full((1, groups), middle, np.uint8), fmt.bits)
+    zeros = pack_rows(np.full((1, groups), middle, np.uint8), fmt.bits)
     return QuantizedMatrix(shape, fmt, data, scale, np.repeat(zeros, rows, axis=0))
 
 
@@ -307,7 +307,7 @@ def _bit_positions(bits: int) -> Iterator[tuple[int, int, int, bool]]:
         yield index, byte, shift, shift + bits > 8
 
 
-def _pack_rows(codes: Bytes, bits: int) -> Bytes:
+def pack_rows(codes: Bytes, bits: int) -> Bytes:
     """Pack codes [N, n] of any n to bytes [N, ceil(n * bits / 8)]."""
     count = codes.shape[1]
     padded = np.pad(codes, ((0, 0), (0, -count % 8)))
@@ -358,7 +358,7 @@ def _round_to_nearest(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix
         codes += zeros[part, :, None]
         np.clip(codes, 0, top, out=codes)
         data[part] = pack(codes.astype(np.uint8), fmt.bits)
-    packed_zeros = None if fmt.symmetric else _pack_rows(zeros, fmt.bits)
+    packed_zeros = None if fmt.symmetric else pack_rows(zeros, fmt.bits)
     return QuantizedMatrix((rows, columns), fmt, data, scales, packed_zeros)
 
 

@@ -7,7 +7,7 @@ Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class ReferenceModel:
 
     blocks: canonical tensors per block, floats or QuantizedMatrix (dequantized here).
     dtype: float32 or float64, in which it computes.
+    team_sum: for a share of layers (model/share.py), whose spec and tensors are given: returns the
+        sum of all members' partial rows [n, hidden] at each cut.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class ReferenceModel:
         *,
         first_block: int = 0,
         dtype: type[np.floating[Any]] = np.float32,
+        team_sum: Callable[[Array], Array] = lambda partial: partial,
     ) -> None:
         self.spec = spec
+        self._team_sum = team_sum
         self.blocks = range(first_block, first_block + len(blocks))
         self._dtype = dtype
         self._weights: dict[int, Weights] = {
@@ -127,11 +131,18 @@ class ReferenceModel:
         ends = np.cumsum(lengths)[:-1]
         pieces = zip(np.split(q, ends), np.split(k, ends), np.split(v, ends), strict=True)
         mixed = [self._attention(block, weights, piece, position) for piece in pieces]
-        hidden = hidden + _linear(weights, "o", np.concatenate(mixed))
+        hidden = hidden + self._summed(weights, "o", np.concatenate(mixed))
         if before:
-            return hidden + _mlp(layer, weights, _norm(layer, weights, "mlp_norm", hidden))
+            inner = _mlp(layer, weights, _norm(layer, weights, "mlp_norm", hidden))
+            return hidden + self._summed(weights, "down", inner)
         hidden = _norm(layer, weights, "attn_norm", hidden)
-        return _norm(layer, weights, "mlp_norm", hidden + _mlp(layer, weights, hidden))
+        added = hidden + self._summed(weights, "down", _mlp(layer, weights, hidden))
+        return _norm(layer, weights, "mlp_norm", added)
+
+    def _summed(self, weights: Weights, name: str, rows: Array) -> Array:
+        """Rows times a matrix that the team divides by columns, with its bias."""
+        total = self._team_sum(rows @ weights[f"{name}.weight"].T)
+        return total + weights[f"{name}.bias"] if f"{name}.bias" in weights else total
 
     def _attention(
         self, block: int, weights: Weights, projected: tuple[Array, Array, Array], position: int
@@ -175,10 +186,11 @@ class ReferenceModel:
 
 
 def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:
+    """The inner rows [n, ffn], which ``down`` takes."""
     if layer.gated:
         gate = _activate(layer, _linear(weights, "gate", hidden))
-        return _linear(weights, "down", gate * _linear(weights, "up", hidden))
-    return _linear(weights, "down", _activate(layer, _linear(weights, "up", hidden)))
+        return gate * _linear(weights, "up", hidden)
+    return _activate(layer, _linear(weights, "up", hidden))
 
 
 def _linear(weights: Weights, name: str, rows: Array) -> Array:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from model.share import Share
 from planning.json_codec import from_plain, to_plain
 from planning.problem import ONE_TOKEN, BlockOption, Objective, PlanningProblem
 from planning.prompt import NO_TIME, Passage, best_chunk_tokens, prompt_s
@@ -77,8 +78,29 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """One device of a team, and the share of each layer that it runs (model/share.py).
+
+    ``compute_s``: its part of one decoded token, without sums. The figures are predicted.
+    """
+
+    device: str
+    share: Share
+    compute_s: float
+    memory_bytes: int
+    memory_limit_bytes: int
+    storage_bytes: int
+    storage_limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """Blocks [first, first + len(bits)) on one device, with their predicted figures.
+    """Blocks [first, first + len(bits)) on one device or team, with their predicted figures.
+
+    ``members``: the team, lead first; ``device`` is the lead. Empty: ``device`` is alone. Memory
+    and storage of a team are sums over its members, and each member's limit holds by itself.
+    ``sum_bits``: width of the partial rows that members exchange; None without a team.
+    ``sums_s``: the part of ``compute_s`` that one token's sums take.
 
     ``compute_s``: one decoded token, the stage's call overhead included.
     ``memory_bytes``: weights as executed, KV cache and buffers.
@@ -103,6 +125,14 @@ class Stage:
     energy_j: float | None = None
     passage: Passage = NO_TIME
     rows_s: tuple[float, ...] = ()
+    members: tuple[Member, ...] = ()
+    sum_bits: int | None = None
+    sums_s: float = 0.0
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All devices that run this stage, the lead first."""
+        return tuple(member.device for member in self.members) or (self.device,)
 
     @property
     def last(self) -> int:

@@ -242,6 +242,17 @@ class LoadStage:
     """A random key that the previous device shows in its PeerHello. Only it gets the key."""
     hop_bits: HopBits = DEFAULT_HOP_BITS
     """The width of the rows that this stage sends on."""
+    team: tuple[str, ...] = ()
+    """Device ids of the team that shares this stage; the first leads. Empty: it is alone."""
+    share: tuple[int, ...] = ()
+    """This member's share, as model.share.Share.to_tuple gives it. ``spec`` is the whole model's.
+
+    ``blocks`` are its slices. The embedding, if there is one, is whole and with the lead alone.
+    """
+    team_key: bytes = b""
+    """A random key that members show each other in their PeerHello."""
+    sum_bits: HopBits = DEFAULT_HOP_BITS
+    """The width of the partial rows that members exchange."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +277,61 @@ class ConnectStage:
     device: str
     endpoints: tuple[Endpoint, ...]
     hop_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectTeam:
+    """Connect to another member of the team. Each member connects to all members after it."""
+
+    request: int
+    epoch: int
+    device: str
+    endpoints: tuple[Endpoint, ...]
+    team_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TeamPass:
+    """Lead to member: run this pass. The payload is hidden rows [rows, hidden] at ``bits`` a value.
+
+    ``slots`` and ``positions`` have one entry for rows of one sequence, or one per row.
+    ``candidates``: a member with the head answers with so many highest logits of each last row.
+    0: none. -1: all.
+    """
+
+    epoch: int
+    number: int
+    slots: tuple[int, ...]
+    positions: tuple[int, ...]
+    rows: int
+    bits: HopBits
+    candidates: int
+
+
+@dataclass(slots=True)
+class TeamPart:
+    """Member to member: partial rows of cut ``cut`` of a pass. The payload is [rows, hidden]."""
+
+    epoch: int
+    number: int
+    cut: int
+    first_row: int
+    rows: int
+    bits: HopBits
+
+
+@dataclass(frozen=True, slots=True)
+class TeamLogits:
+    """Member to lead: its highest logits of a pass.
+
+    The payload is float32 [rows, candidates], then token ids int32 of that shape unless all of the
+    member's vocabulary is sent. Ids count from the start of the model's vocabulary.
+    """
+
+    epoch: int
+    number: int
+    rows: int
+    candidates: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,6 +649,10 @@ Message: TypeAlias = (
     | LoadStage
     | StageLoaded
     | ConnectStage
+    | ConnectTeam
+    | TeamPass
+    | TeamPart
+    | TeamLogits
     | UnloadStage
     | FindBlocks
     | BlocksFound
@@ -642,12 +712,16 @@ CODES: dict[int, type[Message]] = {
     32: SequenceFailed,
     33: PeerLost,
     34: HopMeasured,
+    35: ConnectTeam,
     40: PeerHello,
     41: PeerWelcome,
     42: Activation,
     43: TokenSampled,
     44: ProbePing,
     45: ProbePong,
+    46: TeamPass,
+    47: TeamPart,
+    48: TeamLogits,
     50: BlocksHello,
     51: FetchBlock,
     52: BlockChunk,
@@ -662,5 +736,7 @@ CODES: dict[int, type[Message]] = {
 }
 """The message codes on the wire. Never reuse a number."""
 
-WITH_PAYLOAD: frozenset[type[Message]] = frozenset({Activation, ProbePing, BlockChunk})
+WITH_PAYLOAD: frozenset[type[Message]] = frozenset(
+    {Activation, ProbePing, BlockChunk, TeamPass, TeamPart, TeamLogits}
+)
 """The messages that may carry raw bytes behind the header."""

@@ -1,0 +1,182 @@
+"""A member's share of a model: some heads, columns and vocabulary of whole layers.
+
+Devices that share layers are a team. Each member runs a share of every layer: whole KV heads with
+their query heads, and columns of the MLP. A layer is cut twice, after ``o`` and after ``down``.
+There the members add up their partial rows. The head is divided by vocabulary. The embedding is
+not divided.
+
+A share of a model is again a model, with fewer heads, a narrower MLP and a smaller vocabulary. So
+sizes, costs, files and kernels of a share need no rules of their own.
+
+Source: Shoeybi et al., "Megatron-LM" (columns of the first matrix, rows of the second).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from model.artifact import Tensor
+from model.errors import UnsupportedModelError
+from model.quantize import QuantizedMatrix, pack_rows
+from model.spec import ModelSpec
+
+Span = tuple[int, int]
+"""A half-open range."""
+
+_BY_HEADS = frozenset(("q", "k", "v"))
+_BY_COLUMNS = frozenset(("gate", "up"))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One member's KV heads, columns of the MLP and tokens of the vocabulary."""
+
+    kv_heads: Span
+    columns: Span
+    vocab: Span
+
+    @staticmethod
+    def whole(spec: ModelSpec) -> Share:
+        """Return the share of a device that is alone. The spec has one shape of heads and MLP."""
+        layer = spec.layers[0]
+        return Share((0, layer.kv_heads), (0, layer.ffn), (0, spec.vocab))
+
+    def to_tuple(self) -> tuple[int, ...]:
+        """Return six plain numbers, for messages. ``from_tuple`` is the inverse."""
+        return (*self.kv_heads, *self.columns, *self.vocab)
+
+    @staticmethod
+    def from_tuple(values: tuple[int, ...]) -> Share:
+        """Inverse of ``to_tuple``. Raises UnsupportedModelError; ``share_spec`` checks the rest."""
+        if len(values) != 6:
+            raise UnsupportedModelError(f"a share has six numbers, not {len(values)}")
+        return Share((values[0], values[1]), (values[2], values[3]), (values[4], values[5]))
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The smallest pieces of a share: its ranges begin and end at multiples, or at the end."""
+
+    kv_heads: int
+    columns: int
+    vocab: int = 1
+
+
+def can_share(spec: ModelSpec) -> bool:
+    """Whether all layers have the same heads and MLP, so that one share describes them all."""
+    first = spec.layers[0]
+    sizes = {(layer.kv_heads, layer.heads, layer.ffn) for layer in spec.layers}
+    return sizes == {(first.kv_heads, first.heads, first.ffn)}
+
+
+def share_steps(spec: ModelSpec, group_size: int) -> Steps:
+    """Return steps with which the columns of ``o`` and ``down`` are whole quantization groups.
+
+    group_size: of the formats that the blocks may have; 0 for floats alone.
+    """
+    if not group_size:
+        return Steps(1, 1)
+    layer = spec.layers[0]
+    per_kv_head = layer.heads // layer.kv_heads * layer.head_dim
+    return Steps(group_size // math.gcd(group_size, per_kv_head), group_size)
+
+
+def share_spec(spec: ModelSpec, share: Share) -> ModelSpec:
+    """Return the model of a share: ``hidden`` stays, heads, MLP and vocabulary are the member's.
+
+    It describes layers and head. The embedding is not divided. Raises UnsupportedModelError if the
+    share is empty or exceeds the model, or layers differ in heads or MLP.
+    """
+    if not can_share(spec):
+        raise UnsupportedModelError("the layers differ in heads or MLP, so no team can share them")
+    layer = spec.layers[0]
+    for name, (begin, end), total in (
+        ("KV heads", share.kv_heads, layer.kv_heads),
+        ("MLP columns", share.columns, layer.ffn),
+        ("vocabulary", share.vocab, spec.vocab),
+    ):
+        if not 0 <= begin < end <= total:
+            raise UnsupportedModelError(f"a share of {name} [{begin}, {end}) of {total} is invalid")
+    kv_heads = share.kv_heads[1] - share.kv_heads[0]
+    layers = tuple(
+        replace(
+            one,
+            heads=kv_heads * (layer.heads // layer.kv_heads),
+            kv_heads=kv_heads,
+            ffn=share.columns[1] - share.columns[0],
+        )
+        for one in spec.layers
+    )
+    return replace(spec, layers=layers, vocab=share.vocab[1] - share.vocab[0])
+
+
+def share_tensors(
+    spec: ModelSpec, block: int, tensors: Mapping[str, Tensor], share: Share
+) -> dict[str, Tensor]:
+    """Return the share of a layer's or the head's tensors, as slices of the same numbers.
+
+    Norms, and the biases that are added after a cut, stay whole. Raises ValueError for the
+    embedding, or if a range cuts a quantization group.
+    """
+    kind = spec.block_kind(block)
+    if kind == "embedding":
+        raise ValueError("the embedding is not divided")
+    if kind == "head":
+        return {
+            name: _rows(tensor, share.vocab) if name == "lm_head.weight" else tensor
+            for name, tensor in tensors.items()
+        }
+    layer = spec.layer(block)
+    per_kv_head = layer.heads // layer.kv_heads
+    begin, end = (heads * layer.head_dim for heads in share.kv_heads)
+    queries = begin * per_kv_head, end * per_kv_head
+    sliced: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        matrix = name.partition(".")[0]
+        if matrix in _BY_HEADS:
+            sliced[name] = _rows(tensor, queries if matrix == "q" else (begin, end))
+        elif matrix in _BY_COLUMNS:
+            sliced[name] = _rows(tensor, share.columns)
+        elif name == "o.weight":
+            sliced[name] = _columns(tensor, queries)
+        elif name == "down.weight":
+            sliced[name] = _columns(tensor, share.columns)
+        else:
+            sliced[name] = tensor
+    return sliced
+
+
+def _rows(tensor: Tensor, span: Span) -> Tensor:
+    begin, end = span
+    if not isinstance(tensor, QuantizedMatrix):
+        return tensor[begin:end]
+    shape = (end - begin, tensor.shape[1])
+    scales = tensor.scale_data
+    if scales is not None and tensor.format.scheme != "truncate":
+        scales = scales[begin:end]
+    zeros = None if tensor.zero_data is None else tensor.zero_data[begin:end]
+    return QuantizedMatrix(shape, tensor.format, tensor.data[begin:end], scales, zeros)
+
+
+def _columns(tensor: Tensor, span: Span) -> Tensor:
+    begin, end = span
+    if not isinstance(tensor, QuantizedMatrix):
+        return np.ascontiguousarray(tensor[:, begin:end])
+    fmt = tensor.format
+    shape = (tensor.shape[0], end - begin)
+    if fmt.scheme == "float":
+        return QuantizedMatrix(shape, fmt, np.ascontiguousarray(tensor.data[:, begin:end]))
+    if begin % fmt.group_size or (end % fmt.group_size and end != tensor.shape[1]):
+        raise ValueError(f"columns [{begin}, {end}) cut a group of {fmt.group_size}")
+    groups = slice(begin // fmt.group_size, fmt.groups(end))
+    scales, zeros = tensor.scale_data, None
+    if scales is not None and fmt.scheme != "truncate":
+        scales = np.ascontiguousarray(scales[:, groups])
+    if tensor.zero_data is not None:
+        zeros = pack_rows(tensor.zeros()[:, groups], fmt.bits)
+    data = np.ascontiguousarray(tensor.data[:, groups])
+    return QuantizedMatrix(shape, fmt, data, scales, zeros)
