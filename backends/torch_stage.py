@@ -1,19 +1,12 @@
-"""A stage on a torch device. Prompts run eagerly, and tokens run as captured graphs.
-
-A token's pass reads slots and positions from device memory, and looks at a fixed length of the
-cache. So one CUDA graph serves every position below that length. Lengths double from
-SHORTEST_LENGTH on. On a CPU, or if capturing fails, the same pass runs eagerly.
-"""
+"""A stage on a torch device. Prompts run eagerly, and tokens run as captured graphs."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,27 +30,18 @@ from backends.torch_layers import (
 )
 from backends.torch_matmul import KernelChooser, Linear, unpacked_linear
 from backends.torch_packed import PackedWeight, held_bytes, plain_weight
+from backends.torch_tokens import TokenRunner
 from model.artifact import Tensor, read_block
 from model.costs import kv_bytes, stage_buffer_bytes
 from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
-log = logging.getLogger(__name__)
-
 PROMPT_ROWS = 64
 """The rows of a prompt that run at once, as in plans."""
 
-SHORTEST_LENGTH = 256
-"""The positions that the shortest graph looks at."""
-
-GRAPH_TOLERANCE = 1e-2
-"""The largest error of a graph. It runs the captured kernels, so more is a fault."""
-
 _JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """Matrices that see the same rows, and are multiplied as one."""
-
-Compute = Callable[[torch.Tensor, TokenPass], torch.Tensor]
 
 
 class TorchStage(Stage):
@@ -83,7 +67,7 @@ class TorchStage(Stage):
         self._layers = loader.layers
         self._head = loader.head
         self._width = spec.hidden if loader.tokens is None else spec.embed_dim
-        self._decoder = _TokenRunner(
+        self._decoder = TokenRunner(
             self._token_pass,
             device,
             self._width,
@@ -208,121 +192,6 @@ class TorchStage(Stage):
             self._decoder.run([0], [0], np.zeros((1, self._width), np.float32))
             torch.cuda.synchronize(self._device)
         return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
-
-
-class _Buffers:
-    """Memory with fixed addresses for the passes of ``count`` sequences, on device and host."""
-
-    def __init__(self, count: int, width: int, result_width: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self._device = device
-        # Pinned memory needs no intermediate copy.
-        self._host_rows = torch.zeros((count, width), pin_memory=pinned)
-        self._host_places = torch.zeros((2, count), dtype=torch.int64, pin_memory=pinned)
-        self._host_result = torch.zeros((count, result_width), pin_memory=pinned)
-        self.rows = torch.zeros((count, width), device=device)
-        self._places = torch.zeros((2, count), dtype=torch.int64, device=device)
-        self.slots, self.positions = self._places
-        self.result = torch.zeros((count, result_width), device=device)
-
-    def fill(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> None:
-        self._host_rows.numpy()[...] = rows
-        self._host_places.numpy()[...] = (slots, positions)
-        self.rows.copy_(self._host_rows, non_blocking=True)
-        self._places.copy_(self._host_places, non_blocking=True)
-
-    def fetch(self) -> Array:
-        """Wait for the result, and return it as an array of its own."""
-        self._host_result.copy_(self.result, non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        fetched: Array = self._host_result.numpy().copy()
-        return fetched
-
-
-class _TokenRunner:
-    """Runs passes of one row per sequence. On CUDA they are graphs, captured when first needed."""
-
-    def __init__(
-        self, compute: Compute, device: torch.device, width: int, result_width: int, context: int
-    ) -> None:
-        self._compute: Compute | None = compute
-        self._device = device
-        self._widths = width, result_width
-        self._context = context
-        self._buffers: dict[int, _Buffers] = {}
-        self._graphs: dict[tuple[int, int, int | None], Any] = {}
-        self._captures = device.type == "cuda"
-        self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
-
-    def run(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> _Buffers:
-        """Run one row [width] of each sequence. The result is in the buffers until the next run."""
-        count, only_slot = len(slots), slots[0] if len(slots) == 1 else None
-        if count not in self._buffers:
-            self._buffers[count] = _Buffers(count, *self._widths, self._device)
-        buffers = self._buffers[count]
-        buffers.fill(slots, positions, rows)
-        length = self._length(max(positions) + 1)
-
-        def compute() -> None:
-            if self._compute is None:
-                raise BackendError("the stage is closed")
-            rows = TokenPass(buffers.slots, buffers.positions, length, only_slot)
-            buffers.result.copy_(self._compute(buffers.rows, rows))
-
-        key = count, length, only_slot
-        if self._captures and key not in self._graphs:
-            self._capture(key, compute, buffers)
-        elif self._captures:
-            self._graphs[key].replay()
-        else:
-            compute()
-        return buffers
-
-    def close(self) -> None:
-        self._graphs.clear()
-        self._buffers.clear()
-        self._compute = self._pool = None
-
-    def _length(self, positions: int) -> int:
-        """Return the shortest captured length that holds this many positions."""
-        length = SHORTEST_LENGTH
-        while length < positions:
-            length *= 2
-        return min(length, self._context)
-
-    def _capture(
-        self, key: tuple[int, int, int | None], compute: Callable[[], None], buffers: _Buffers
-    ) -> None:
-        """Run and capture the pass. Keep the graph if its results agree, else stop using graphs."""
-        # Libraries allocate and kernels are compiled in the first run, which a graph must not
-        # contain.
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            compute()
-            compute()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        torch.cuda.synchronize(self._device)
-        expected = buffers.result.clone()
-        try:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of the agent may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                compute()
-            buffers.result.zero_()
-            graph.replay()
-            torch.cuda.synchronize(self._device)
-            difference = (buffers.result - expected).abs().max() / expected.abs().max().clamp_min(1)
-            if not float(difference) <= GRAPH_TOLERANCE:
-                raise ArithmeticError(f"its results are off by {float(difference):.2g}")
-            self._graphs[key] = graph
-        except (RuntimeError, ArithmeticError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            log.warning("tokens run without CUDA graphs, slower: %s", lines[0][:200])
-            self._captures = False
-            self._graphs.clear()
-            compute()
 
 
 class _Loader:
