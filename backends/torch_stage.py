@@ -1,4 +1,8 @@
-"""A stage on a torch device. Prompts run eagerly, and tokens run as captured graphs."""
+"""A stage on a torch device. Prompts run eagerly, and tokens run as captured graphs.
+
+The stage of a share cuts its layers where the team adds up partial rows. All rows of a prompt's
+chunk run at once there, because all members must add up the same rows.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from backends.base import (
     Tokens,
 )
 from backends.checks import check_inputs, check_rows
+from backends.torch_cuts import Cut, without_team
 from backends.torch_layers import (
     Cache,
     EmbeddingTail,
@@ -59,7 +64,10 @@ class TorchStage(Stage):
         self._options = options
         self._device = device
         self._open = True
-        loader = _Loader(spec, artifacts, options, device)
+        self._cut = None
+        if options.team_sum is not None:
+            self._cut = Cut(options.team_sum, device, spec.hidden)
+        loader = _Loader(spec, artifacts, options, device, self._cut)
         for block, path in artifacts:
             loader.add(block, path)
         self._tokens = loader.tokens
@@ -70,9 +78,9 @@ class TorchStage(Stage):
         self._decoder = TokenRunner(
             self._token_pass,
             device,
-            self._width,
-            spec.hidden if loader.head is None else spec.vocab,
+            (self._width, spec.hidden if loader.head is None else spec.vocab),
             options.context_tokens,
+            self._cut,
         )
         estimate = stage_buffer_bytes(
             spec,
@@ -91,13 +99,14 @@ class TorchStage(Stage):
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
     ) -> Array:
         rows = self._check([slot], [position], inputs, len(inputs) if inputs.ndim else 0)
-        with translated("cannot run the stage"), torch.inference_mode():
+        chunk = PROMPT_ROWS if self._cut is None else rows
+        with self._running([slot], [position]):
             if rows == 1 and (logits or self._head is None):
                 result = self._decoder.run([slot], [position], self._rows(inputs)).fetch()
                 return self._finite(result, [slot])
             results = [
-                self._prompt(slot, position + first, inputs[first : first + PROMPT_ROWS])
-                for first in range(0, rows, PROMPT_ROWS)
+                self._prompt(slot, position + first, inputs[first : first + chunk])
+                for first in range(0, rows, chunk)
             ]
             if self._head is None:
                 hidden = np.concatenate([_to_host(result) for result in results])
@@ -113,7 +122,7 @@ class TorchStage(Stage):
         if not 0 < count == len(set(slots)) == len(positions) == len(inputs):
             raise BackendError("the rows of a pass must have different slots")
         self._check(slots, positions, inputs, 1)
-        with translated("cannot run the stage"), torch.inference_mode():
+        with self._running(slots, positions):
             result = self._decoder.run(slots, positions, self._rows(inputs)).fetch()
             return self._finite(result, slots)
 
@@ -134,6 +143,23 @@ class TorchStage(Stage):
         check_inputs(inputs, self._spec, tokens=self._tokens is not None)
         return rows
 
+    @contextmanager
+    def _running(self, slots: Sequence[int], positions: Sequence[int]) -> Iterator[None]:
+        """Run a pass. Raises BackendError, and what the team's sum raises.
+
+        A pass that ends at a sum has stored rows that ``_finite`` did not check. They are cleared.
+        """
+        with torch.inference_mode():
+            try:
+                with translated("cannot run the stage", self._cut):
+                    yield
+            finally:
+                if self._cut is not None and self._cut.failed:
+                    self._cut.failed = False
+                    for slot, position in zip(slots, positions, strict=True):
+                        for layer in self._layers:
+                            layer.empty(slot, position)
+
     def _finite(self, result: Array, slots: Sequence[int]) -> Array:
         """Return the result. Raises BackendError if values left the range of fp16.
 
@@ -144,7 +170,7 @@ class TorchStage(Stage):
         if math.isfinite(float(result.sum())):
             return result
         for layer in self._layers if len(slots) == 1 else ():
-            layer.empty(slots)
+            layer.empty(slots[0])
         raise BackendError(
             "the stage's results are not finite: this model's values leave the range of 16 bits; "
             "load it at 32 bits, or on a device that computes in fp32"
@@ -183,7 +209,11 @@ class TorchStage(Stage):
         torch.cuda.reset_peak_memory_stats(self._device)
         before_bytes = torch.cuda.memory_allocated(self._device)
         count = min(PROMPT_ROWS, self._options.context_tokens)
-        with translated("cannot run the stage"), torch.inference_mode():
+        with (
+            translated("cannot run the stage"),
+            torch.inference_mode(),
+            without_team(self._cut),
+        ):
             hidden = torch.zeros((count, self._width), device=self._device)
             last = self._body(hidden, PromptPass(0, 0, count, self._device))[-1:]
             if self._head is not None:
@@ -203,10 +233,12 @@ class _Loader:
         artifacts: Sequence[tuple[int, Path]],
         options: StageOptions,
         device: torch.device,
+        cut: Cut | None,
     ) -> None:
         self._spec = spec
         self._options = options
         self._device = device
+        self._cut = cut
         self._chooser = KernelChooser(
             device, exact=options.exact, roomy=_has_room(spec, artifacts, options, device)
         )
@@ -264,12 +296,13 @@ class _Loader:
                 self._rotary[key] = cos, sin
                 self.memory_bytes += held_bytes(cos) + held_bytes(sin)
             rotary = self._rotary[key]
-        self.layers.append(Layer(layer, linears, self._vectors(tensors), cache, rotary, dtype))
+        vectors = self._vectors(tensors)
+        self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, self._cut))
 
     def _linear(
         self, tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype
     ) -> Linear:
-        """Stack the matrices ``names`` with their biases."""
+        """Stack the matrices ``names`` with their biases, unless those follow a cut."""
         matrices = []
         for name in names:
             matrix = tensors[f"{name}.weight"]
@@ -277,7 +310,7 @@ class _Loader:
                 raise BackendError(f"{name} must be a stored matrix")
             matrices.append(matrix)
         bias = None
-        if f"{names[0]}.bias" in tensors:
+        if f"{names[0]}.bias" in tensors and not self._is_cut(names[0]):
             parts = [np.array(tensors[f"{name}.bias"], np.float32) for name in names]
             bias = torch.from_numpy(np.concatenate(parts)).to(self._device, dtype)
         if matrices[0].format.scheme == "float":
@@ -288,15 +321,20 @@ class _Loader:
         return linear
 
     def _vectors(self, tensors: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
-        """Return all tensors but matrices and their biases, fp32 on the device."""
+        """Return all tensors but matrices and the biases that they add, fp32 on the device."""
         vectors = {}
         for name, tensor in tensors.items():
-            linear_bias = f"{name.removesuffix('bias')}weight" in QUANTIZED_TENSORS
-            if isinstance(tensor, QuantizedMatrix) or linear_bias:
+            matrix = name.removesuffix(".bias")
+            added = f"{matrix}.weight" in QUANTIZED_TENSORS and not self._is_cut(matrix)
+            if isinstance(tensor, QuantizedMatrix) or added:
                 continue
             vectors[name] = torch.from_numpy(np.array(tensor, np.float32)).to(self._device)
             self.memory_bytes += held_bytes(vectors[name])
         return vectors
+
+    def _is_cut(self, matrix: str) -> bool:
+        """Whether the team adds up the products with the matrix."""
+        return self._cut is not None and matrix in ("o", "down")
 
 
 def _to_host(values: torch.Tensor) -> Array:
@@ -336,8 +374,8 @@ def _has_room(
 
 
 @contextmanager
-def translated(context: str) -> Iterator[None]:
-    """Turn torch's exceptions into BackendError with one line of advice."""
+def translated(context: str, cut: Cut | None = None) -> Iterator[None]:
+    """Turn torch's exceptions into BackendError with one line of advice, but not those of a sum."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -346,5 +384,7 @@ def translated(context: str) -> Iterator[None]:
             "device less with --memory"
         ) from error
     except (RuntimeError, MemoryError) as error:
+        if cut is not None and cut.failed:
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BackendError(f"{context}: {lines[0][:300]}") from error

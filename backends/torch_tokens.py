@@ -2,7 +2,8 @@
 
 A token's pass reads slots and positions from device memory, and looks at a fixed length of the
 cache. So one graph serves every position below that length. Lengths double from SHORTEST_LENGTH
-on. On a CPU, or if capturing fails, the same pass runs eagerly.
+on. A share's pass is one graph for each piece between its cuts. On a CPU, or if capturing fails,
+the same pass runs eagerly.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from backends.base import Array, BackendError
+from backends.torch_cuts import Cut, without_team
 from backends.torch_layers import TokenPass
 
 log = logging.getLogger(__name__)
@@ -61,12 +63,19 @@ class TokenRunner:
     """Runs passes of one row per sequence. On CUDA they are graphs, captured when first needed."""
 
     def __init__(
-        self, compute: Compute, device: torch.device, width: int, result_width: int, context: int
+        self,
+        compute: Compute,
+        device: torch.device,
+        widths: tuple[int, int],
+        context: int,
+        cut: Cut | None,
     ) -> None:
+        """``widths`` are those of a pass's rows and of its result. ``cut`` is that of a share."""
         self._compute: Compute | None = compute
         self._device = device
-        self._widths = width, result_width
+        self._widths = widths
         self._context = context
+        self._cut = cut
         self._buffers: dict[int, Buffers] = {}
         self._graphs: dict[tuple[int, int, int | None], Any] = {}
         self._captures = device.type == "cuda"
@@ -89,8 +98,9 @@ class TokenRunner:
 
         key = count, length, only_slot
         if self._captures and key not in self._graphs:
-            self._capture(key, compute, buffers)
-        elif self._captures:
+            with without_team(self._cut):
+                self._capture(key, compute, buffers)
+        if key in self._graphs:
             self._graphs[key].replay()
         else:
             compute()
@@ -111,7 +121,10 @@ class TokenRunner:
     def _capture(
         self, key: tuple[int, int, int | None], compute: Callable[[], None], buffers: Buffers
     ) -> None:
-        """Run and capture the pass. Keep the graph if its results agree, else stop using graphs."""
+        """Run and capture the pass. Keep the graph if its results agree, else stop using graphs.
+
+        These runs may leave anything in the rows of the pass, which therefore runs again.
+        """
         # Libraries allocate and kernels are compiled in the first run, which a graph must not
         # contain.
         side = torch.cuda.Stream(self._device)
@@ -123,10 +136,7 @@ class TokenRunner:
         torch.cuda.synchronize(self._device)
         expected = buffers.result.clone()
         try:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of the agent may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                compute()
+            graph = self._record(compute, len(buffers.rows))
             buffers.result.zero_()
             graph.replay()
             torch.cuda.synchronize(self._device)
@@ -139,4 +149,13 @@ class TokenRunner:
             log.warning("tokens run without CUDA graphs, slower: %s", lines[0][:200])
             self._captures = False
             self._graphs.clear()
+
+    def _record(self, compute: Callable[[], None], rows: int) -> Any:
+        """Return the graph of a pass, or the graphs of its pieces. Raises RuntimeError."""
+        if self._cut is not None:
+            return self._cut.capture(compute, rows, self._pool)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the agent may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             compute()
+        return graph
