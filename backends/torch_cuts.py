@@ -92,6 +92,7 @@ class PieceGraphs:
         self._partial, self._total = buffers
         self._pool = pool
         self._graphs: list[Any] = []
+        self._capturing: Any = None
 
     def capture(self, compute: Callable[[], None]) -> None:
         """Capture a pass that calls the cut, on the current stream. Raises RuntimeError."""
@@ -100,7 +101,8 @@ class PieceGraphs:
             try:
                 compute()
             finally:
-                self._graphs[-1].capture_end()
+                if self._capturing is not None:
+                    self._end()
 
     def replay(self) -> None:
         """Run the pass. Raises what the team's sum raises."""
@@ -112,14 +114,20 @@ class PieceGraphs:
     def _split(self, partial: torch.Tensor) -> torch.Tensor:
         """End a piece with its partial rows, and begin the next one with their sum."""
         self._partial.copy_(partial)
-        self._graphs[-1].capture_end()
+        self._end()
         self._begin()
         return self._total
 
     def _begin(self) -> None:
-        self._graphs.append(torch.cuda.CUDAGraph())
+        graph = torch.cuda.CUDAGraph()
         # Other threads of the agent may use the device meanwhile.
-        self._graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._capturing = graph
+
+    def _end(self) -> None:
+        graph, self._capturing = self._capturing, None
+        graph.capture_end()
+        self._graphs.append(graph)
 
 
 def without_team(cut: Cut | None) -> AbstractContextManager[None]:
