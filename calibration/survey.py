@@ -15,11 +15,12 @@ from backends.registry import backend_class, probe_all
 from calibration.device import measure_disk, memory_copy_rate, memory_read_rate
 from calibration.disturbance import LoadMeter, Patience, spread_of, steady
 from calibration.layers import Bench, random_inputs
-from calibration.machine import hardware_id, memory_bytes, processor_name, usable_cores
+from calibration.machine import hardware_id, processor_name, usable_cores
 from calibration.sensors import PowerMeter, Sensors, Throttling
 from calibration.store import CalibrationStore
 from calibration.sustain import Sustained, measure_sustained
 from model.costs import block_flops
+from model.memory import memory_bytes
 from model.spec import LayerSpec, ModelSpec
 from wire.conditions import Conditions
 

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.base import Backend, StageOptions
-from calibration.machine import memory_bytes
 from model.artifact import Tensor, read_block, write_artifact
 from model.checkpoint import Checkpoint
 from model.divergence import divergences
+from model.memory import memory_bytes
 from model.quantize import Format, QuantizedMatrix
 from model.reference import ReferenceModel
 from model.spec import ModelSpec

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from model.loss_estimate import (
     LossUnknown,
     affordable_tokens,
     estimate_losses,
+    needed_bytes,
     plan_loss,
 )
 from model.loss_store import Form, LossStore
+from model.memory import memory_bytes
 from model.passages import built_in_text, split_passages
 from model.quantize import BITS, Format
 from model.tokenizer import Tokenizer
@@ -176,7 +179,7 @@ def test_no_text_no_memory_and_wild_weights_are_told(
     shutil.rmtree(model)
     copied(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(losses_module, "_free_bytes", lambda: 1000)
+        patch.setattr(losses_module, "memory_bytes", lambda: (1000, 1000))
         assert "measuring needs" in why()
     for file in model.glob("tokenizer*"):
         file.unlink()
@@ -273,11 +276,17 @@ def test_page_cache_of_a_control_group_counts_as_free(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A service that has just read the weights has them in its cache."""
-    own = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::/")[2].strip()
-    group = tmp_path / own
-    group.mkdir(parents=True, exist_ok=True)
-    (group / "memory.max").write_text("1000000\n")
-    (group / "memory.current").write_text("900000\n")
-    (group / "memory.stat").write_text("anon 100000\ninactive_file 700000\n")
-    monkeypatch.setattr(losses_module, "_GROUP_LIMIT", tmp_path)
-    assert losses_module._free_bytes() == 800_000
+    checkpoint = Checkpoint.open(FIXTURES / "llama")
+    needed = needed_bytes(checkpoint.spec)
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (group / "memory.max").write_text(f"{2 * needed}\n")
+    (group / "memory.current").write_text(f"{2 * needed}\n")
+    (group / "memory.stat").write_text(f"anon {needed}\ninactive_file {needed}\n")
+    monkeypatch.setattr(losses_module, "memory_bytes", partial(memory_bytes, tmp_path))
+    assert losses_module._text(checkpoint)
+    (group / "memory.stat").write_text(f"anon {needed + 1}\ninactive_file {needed - 1}\n")
+    with pytest.raises(LossUnknown, match="measuring needs"):
+        losses_module._text(checkpoint)
