@@ -62,16 +62,21 @@ class BlockSource(Protocol):
 class Options:
     """The settings of teacher and students.
 
-    backend: runs layers; None: the reference.
-    plain: runs layers at widths that ``backend`` lacks; None: the reference.
+    backend: runs decoder layers; None: the reference, which always runs embedding and head.
+    plain: runs layers at widths that ``backend`` lacks, often the original's; None: the reference.
+    progress: called with (done, all) passes.
     kept_bytes: bounds the fp32 blocks that are kept between passes; None: a share of free memory.
     """
 
-    backend: Backend | None
-    threads: int
-    progress: Progress | None
+    backend: Backend | None = None
+    threads: int = 1
+    progress: Progress | None = None
     kept_bytes: int | None = None
     plain: Backend | None = None
+
+
+BY_REFERENCE = Options()
+"""The reference runs everything."""
 
 
 def check_text(spec: ModelSpec, sequences: Sequences) -> None:

@@ -17,6 +17,7 @@ import pytest
 from backends.registry import backend_class
 from benchmarks.default_widths import Comparison, heavy_tailed
 from calibration.quality.blocks import measure_plan_kl, measure_quality
+from calibration.quality.students import Options
 from calibration.shapes import SHAPES
 from model import loss_store as losses_module
 from model.checkpoint import Checkpoint
@@ -79,7 +80,7 @@ def test_other_widths_follow_from_the_weight_errors() -> None:
     found = estimate(checkpoint, 128)
     full = dict.fromkeys((3, 8), 0.0)
     backend = backend_class("onnx_cpu")()
-    for one in measure_quality(checkpoint, (3, 8), tokens_of(checkpoint, 128), backend=backend):
+    for one in measure_quality(checkpoint, (3, 8), tokens_of(checkpoint, 128), Options(backend)):
         full[one.bits] += one.kl
     for bits, total in full.items():
         # Errors of single blocks have directions, which a ratio of sizes does not know.
