@@ -30,25 +30,25 @@ class Cut:
         # Host memory for partial rows and for their sum. It grows with the rows of a pass.
         self._host = torch.zeros((2, 0, hidden))
         self._stream: Any = None
-        self._add: Add = self._over_team
+        self._instead: Add | None = None
         self.failed = False
         """Whether ``team_sum`` raised when it was last called."""
 
     def __call__(self, partial: torch.Tensor) -> torch.Tensor:
-        return self._add(partial).to(self._device, non_blocking=True)
+        return self._sum(partial).to(self._device, non_blocking=True)
 
     def add_to(self, total: torch.Tensor, partial: torch.Tensor) -> None:
         """Write the sum to ``total``, on the device."""
-        total.copy_(self._add(partial), non_blocking=True)
+        total.copy_(self._sum(partial), non_blocking=True)
 
     @contextmanager
     def replaced(self, add: Add) -> Iterator[None]:
         """Call ``add`` instead of the team."""
-        before, self._add = self._add, add
+        before, self._instead = self._instead, add
         try:
             yield
         finally:
-            self._add = before
+            self._instead = before
 
     def capture(self, compute: Callable[[], None], rows: int, pool: Any) -> PieceGraphs:
         """Capture a pass of ``rows`` rows. Raises RuntimeError if CUDA cannot."""
@@ -60,6 +60,9 @@ class Cut:
         with torch.cuda.stream(self._stream):
             graphs.capture(compute)
         return graphs
+
+    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
+        return self._over_team(partial) if self._instead is None else self._instead(partial)
 
     def _over_team(self, partial: torch.Tensor) -> torch.Tensor:
         """Return the team's sum, in host memory that the next call overwrites."""
