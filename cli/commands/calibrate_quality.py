@@ -26,7 +26,7 @@ QUALITY_BITS = (2, 3, 4, 6, 8)
 
 
 class _Found(NamedTuple):
-    """What one run measures. ``own`` has the layers of a backend that rounds by itself."""
+    """The results of one run. ``own`` has the layers of a backend that rounds by itself."""
 
     qualities: Sequence[BlockSensitivity]
     own: Sequence[BlockSensitivity]
