@@ -26,10 +26,8 @@ TeamSum = Callable[[Array], Array]
 """Adds up the partial rows float32 [n, hidden] of all members of a team, and returns the sum.
 
 A stage of a share calls it twice per layer, in order: with the rows of ``o`` and with those of
-``down``, both without bias. Each call has all rows of the pass in the order of its inputs, so that
-members of different backends add up the same rows. All members get equal sums. The call may
-overwrite the rows that were passed in, and is done with them when it returns. It raises whatever
-ends the pass, and the stage lets it through.
+``down``, both without bias. All members get equal sums. The rows that were passed in may not be
+used afterwards. It raises whatever ends the pass, and the stage lets it through.
 """
 
 
