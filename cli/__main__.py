@@ -18,8 +18,10 @@ def run() -> int:
     os.environ.setdefault(*NUMPY_THREADS_SLEEP)
     try:
         from cli.main import main
+        from cli.service.signals import ignore_until_the_end
 
         code = main()
+        ignore_until_the_end()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         code = 128 + signal.SIGINT
