@@ -198,7 +198,7 @@ def known_or_measured(
     key: Mapping[str, Any],
     measure: Callable[[], tuple[float, Conditions | None]],
 ) -> tuple[float, Conditions | None]:
-    """Return a figure and its conditions from ``store``, else measure and store it.
+    """Return a figure and its conditions from ``store``, else measure and keep the better one.
 
     A stored figure counts if it was measured since this machine started, because the hardware has
     hardly changed since then. An agent measures a disturbed figure again in a quiet moment. Agents
@@ -218,7 +218,7 @@ def known_or_measured(
             return values[0], found
         value, conditions = measure()
         if conditions is not None:
-            store.keep(key, (value,), conditions)
+            (value,), conditions = store.keep(key, (value,), conditions)
         return value, conditions
 
 
