@@ -137,6 +137,7 @@ class Agent:
         profile = profile_in_child(
             backend=config.backend,
             cache_dir=config.cache_dir,
+            known=config.calibration_path,
             memory_limit_bytes=config.memory_bytes,
             storage_limit_bytes=config.storage_bytes,
             threads=config.threads,

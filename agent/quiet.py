@@ -22,12 +22,19 @@ from agent.links import Measuring
 from agent.relay_cost import measure_relay
 from backends.base import Backend, BackendError
 from backends.registry import backend_class
-from calibration.device import START_PATIENCE_S, kept_profile, profile_in_child
+from calibration.device import (
+    START_PATIENCE_S,
+    figure_keys,
+    kept_profile,
+    known_or_measured,
+    profile_in_child,
+)
 from calibration.disturbance import LoadMeter
 from calibration.layers import kept_timings, measure_model
 from calibration.store import CalibrationStore, is_doubtful
 from model.errors import ModelError
 from model.spec import ModelSpec
+from wire.conditions import Conditions
 from wire.errors import WireError
 from wire.messages import FiguresChanged, Message
 from wire.profile import BlockTiming, DeviceProfile
@@ -62,10 +69,17 @@ class Figures:
     """
 
     def __init__(self, config: AgentConfig, profile: DeviceProfile) -> None:
-        """``profile`` has just been measured."""
+        """``profile`` has just been measured, or in part read from the same store."""
         self._config = config
         self.store = CalibrationStore(config.calibration_path)
-        profile = _with_relay(profile, START_PATIENCE_S)
+        keys = figure_keys(
+            backend=profile.backend,
+            version=profile.backend_version,
+            threads=profile.threads,
+            exact=config.exact,
+        )
+        measure = partial(measure_relay, START_PATIENCE_S)
+        profile = _with_relay(profile, known_or_measured(self.store, keys["relay"], measure))
         self.profile = kept_profile(profile, self.store, exact=config.exact)
         self._told: dict[str, tuple[BlockTiming, ...]] = {}
         self._told_profile = self.profile
@@ -96,7 +110,7 @@ class Figures:
             call_s=new.call_s or self.profile.call_s,
             conditions=new.conditions,
         )
-        taken = _with_relay(taken, PATIENCE_S)
+        taken = _with_relay(taken, measure_relay(PATIENCE_S))
         self.profile = kept_profile(taken, self.store, exact=config.exact)
         return self.profile
 
@@ -275,12 +289,11 @@ class QuietMoments:
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
 
-def _with_relay(profile: DeviceProfile, patience_s: float) -> DeviceProfile:
-    """The profile with what the agent itself takes for a token, measured now."""
-    relay_s, conditions = measure_relay(patience_s)
-    return replace(
-        profile, relay_s=relay_s, conditions=(*profile.conditions, ("relay", conditions))
-    )
+def _with_relay(profile: DeviceProfile, relay: tuple[float, Conditions | None]) -> DeviceProfile:
+    """The profile with what the agent itself takes for a token."""
+    relay_s, conditions = relay
+    added = () if conditions is None else (("relay", conditions),)
+    return replace(profile, relay_s=relay_s, conditions=(*profile.conditions, *added))
 
 
 def _on_battery() -> bool:

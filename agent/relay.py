@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -314,12 +315,14 @@ class Relay:
         token = sequence.sampler.sample(output[0], end)
         index = sequence.sampled_tokens
         sequence.sampled_tokens += 1
+        before_s, sequence.sampled_s = sequence.sampled_s, time.monotonic()
+        after_us = max(round(1e6 * (sequence.sampled_s - before_s)), 1) if index else 0
         finish: FinishReason = ""
         if token in sequence.sampling.stop_tokens:
             finish = "stop"
         elif index + 1 >= sequence.sampling.max_tokens or end >= self._context_tokens:
             finish = "length"
-        sampled = TokenSampled(self.epoch, sequence.number, index, token, finish)
+        sampled = TokenSampled(self.epoch, sequence.number, index, token, finish, after_us)
         if not finish and not self._is_first:
             self._next().send(sampled)
         self._report(sampled)

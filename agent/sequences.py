@@ -41,6 +41,8 @@ class Sequence:
     waiting: deque[Rows] = field(default_factory=deque)
     """Rows that have not run yet, in order."""
     sampled_tokens: int = 0
+    sampled_s: float = 0.0
+    """When the last token was sampled, by a monotonic clock."""
 
 
 Turn = tuple[Sequence, Rows]

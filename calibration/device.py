@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from backends.base import Backend, BackendError, BackendUnavailable, FilesMissing
 from backends.registry import backend_class, makers, require_known
@@ -36,6 +37,8 @@ from calibration.store import CalibrationStore
 from model.memory import memory_bytes
 from wire.conditions import Conditions
 from wire.profile import DeviceProfile
+
+Key = dict[str, Any]
 
 MIN_HEADROOM_BYTES = 64 << 20
 HEADROOM_SHARE = 0.1
@@ -73,6 +76,7 @@ def profile_device(
     watts: float | None = None,
     exact: bool = False,
     patience_s: float = START_PATIENCE_S,
+    known: Path | None = None,
 ) -> DeviceProfile:
     """Measure this device for stages run by ``backend``. It takes about a second.
 
@@ -83,6 +87,8 @@ def profile_device(
     exact: whether stages are exact.
     patience_s: the most time for repeats of disturbed measurements. They never take longer than the
         first tries did.
+    known: the file of a CalibrationStore, whose figures are used as by ``known_or_measured``. The
+        disk is always measured.
 
     Raises BackendUnavailable if the backend does not run here, BackendError if it cannot be exact
     or the cache directory cannot be written.
@@ -106,10 +112,22 @@ def profile_device(
         of_disk = meter.conditions()
     except OSError as error:
         raise BackendError(f"cache directory {cache_dir} is not usable: {error}") from error
+    store = None if known is None else CalibrationStore(known)
+    keys = figure_keys(
+        backend=capabilities.backend, version=capabilities.version, threads=threads, exact=exact
+    )
     patience = Patience(limit_s=patience_s)
-    memory_read, of_memory = steady(partial(_memory_rate, kind, threads), patience, _slowness)
-    call_s, of_call = _call_s(Bench(kind(), threads, cache_dir, exact=exact), patience)
-    conditions = [("memory", of_memory), ("disk", of_disk)]
+    memory_read, of_memory = known_or_measured(
+        store,
+        keys["memory"],
+        lambda: steady(partial(_memory_rate, kind, threads), patience, _slowness),
+    )
+    call_s, of_call = known_or_measured(
+        store,
+        keys["call"],
+        lambda: _call_s(Bench(kind(), threads, cache_dir, exact=exact), patience),
+    )
+    conditions = (("memory", of_memory), ("disk", of_disk), ("call", of_call))
     return DeviceProfile(
         machine=platform.machine(),
         processor=processor_name(),
@@ -128,7 +146,7 @@ def profile_device(
         on_chip_bytes=capabilities.on_chip_bytes,
         makes=tuple(sorted(makers().items())),
         arithmetic=capabilities.arithmetic,
-        conditions=(*conditions, *(() if of_call is None else (("call", of_call),))),
+        conditions=tuple((name, of) for name, of in conditions if of is not None),
         kernel_id=kernel_id(),
     )
 
@@ -147,15 +165,16 @@ def kept_profile(
         "call": profile.call_s,
         "relay": profile.relay_s,
     }
+    keys = figure_keys(
+        backend=profile.backend,
+        version=profile.backend_version,
+        threads=profile.threads,
+        exact=exact,
+    )
     changes: dict[str, float] = {}
     conditions = dict(profile.conditions)
     for figure, value in figures.items():
-        key: dict[str, Any] = {"hardware": hardware_id(), "kind": "device", "figure": figure}
-        if figure == "memory":  # An accelerator's own memory belongs to its backend.
-            key |= {"backend": profile.backend, "threads": profile.threads}
-        elif figure == "call":
-            key |= {"backend": profile.backend, "version": profile.backend_version}
-            key |= {"threads": profile.threads, "exact": exact}
+        key = keys[figure]
         if not measured:
             values, found = store.found(key)
         elif figure in conditions:
@@ -174,10 +193,52 @@ def kept_profile(
     )
 
 
+def known_or_measured(
+    store: CalibrationStore | None,
+    key: Mapping[str, Any],
+    measure: Callable[[], tuple[float, Conditions | None]],
+) -> tuple[float, Conditions | None]:
+    """Return a figure and its conditions from ``store``, else measure and keep the better one.
+
+    A stored figure counts if it was measured since this machine started, because the hardware has
+    hardly changed since then. An agent measures a disturbed figure again in a quiet moment. Agents
+    that share the store take turns, so that one of them measures for all. Without a store
+    everything is measured.
+    """
+    if store is None:
+        return measure()
+    with store.turn():
+        values, found = store.found(key)
+        if (
+            values is not None
+            and len(values) == 1
+            and found is not None
+            and psutil.boot_time() <= found.measured_s <= time.time()
+        ):
+            return values[0], found
+        value, conditions = measure()
+        if conditions is not None:
+            (value,), conditions = store.keep(key, (value,), conditions)
+        return value, conditions
+
+
+def figure_keys(*, backend: str, version: str, threads: int, exact: bool) -> dict[str, Key]:
+    """Return the keys in a CalibrationStore of the device's own figures, by their names."""
+    keys: dict[str, Key] = {
+        "memory": {"backend": backend, "threads": threads},  # An accelerator has its own memory.
+        "disk": {},
+        "call": {"backend": backend, "version": version, "threads": threads, "exact": exact},
+        "relay": {},
+    }
+    own = {"hardware": hardware_id(), "kind": "device"}
+    return {figure: {**own, "figure": figure, **key} for figure, key in keys.items()}
+
+
 def profile_in_child(
     *,
     backend: str,
     cache_dir: Path,
+    known: Path | None = None,
     check: Callable[[], None] | None = None,
     **settings: float | None,
 ) -> DeviceProfile:
@@ -188,7 +249,13 @@ def profile_in_child(
     is a BackendUnavailable.
     """
     require_known(backend)
-    everything = {"path": sys.path, "backend": backend, "cache_dir": str(cache_dir), **settings}
+    everything = {
+        "path": sys.path,
+        "backend": backend,
+        "cache_dir": str(cache_dir),
+        "known": "" if known is None else str(known),
+        **settings,
+    }
     with subprocess.Popen(  # noqa: S603 - this interpreter, with our own settings
         [sys.executable, "-I", "-c", _CHILD],
         stdin=subprocess.PIPE,
@@ -234,7 +301,8 @@ def answer_parent(settings: dict[str, Any]) -> None:
     """Run the child's side of ``profile_in_child``, and write the answer to stdout as JSON."""
     answer: dict[str, Any]
     try:
-        profile = profile_device(**{**settings, "cache_dir": Path(settings["cache_dir"])})
+        paths = {name: Path(settings[name]) for name in ("cache_dir", "known") if settings[name]}
+        profile = profile_device(**{**settings, "known": None, **paths})
         answer = dataclasses.asdict(profile)
     except BackendUnavailable as error:
         answer = {"unavailable": error.reason}

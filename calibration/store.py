@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,23 @@ class CalibrationStore:
             return 0.0
 
     @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the turn to measure, for which other processes with the same file wait."""
+        with ExitStack() as held:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self._locked(".turn"))
+            except OSError as error:
+                log.info("measuring without a turn in %s: %s", self.path, error)
+            yield
+
+    @contextmanager
     def _changed(self) -> Iterator[_Content]:
         """Yield the contents of the file for changes, and write them back at the end."""
         content: _Content | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked():
+            with self._locked(".lock"):
                 content = self._read()
                 yield content
                 self._write(content)
@@ -170,10 +181,10 @@ class CalibrationStore:
         replace_text(self.path, text, prepare=self._hand_over)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, suffix: str) -> Iterator[None]:
         # The lock has a file of its own, because the data file is replaced with its lock. Links are
         # not followed, because the administrator writes into somebody else's directory.
-        path = self.path.with_name(self.path.name + ".lock")
+        path = self.path.with_name(self.path.name + suffix)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             self._hand_over(handle)

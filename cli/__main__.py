@@ -8,13 +8,20 @@ import signal
 import sys
 import threading
 
+NUMPY_THREADS_SLEEP = ("OPENBLAS_THREAD_TIMEOUT", "4")
+"""numpy's threads sleep after 2**4 ticks without work. Otherwise each of them spins for 2**26 ticks
+when a process starts, and after each product."""
+
 
 def run() -> int:
     """Run the command and return its exit code. Ctrl-C is quiet from the first import on."""
+    os.environ.setdefault(*NUMPY_THREADS_SLEEP)
     try:
         from cli.main import main
+        from cli.service.signals import ignore_until_the_end
 
         code = main()
+        ignore_until_the_end()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         code = 128 + signal.SIGINT

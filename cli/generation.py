@@ -24,7 +24,8 @@ def generate(
 
     ``sampling`` are fields of the API's request: max_tokens, temperature, top_k, top_p, seed.
     Returns {"model", "prompt_tokens", "tokens", "text", "finish_reason", "prefill_tokens_per_s",
-    "decode_tokens_per_s"}. Speeds are measured at the gateway. Raises CommandFailed.
+    "decode_tokens_per_s"}. The gateway times the prompt, and the last stage the tokens.
+    Raises CommandFailed.
     """
     body: dict[str, Any] = {
         "model": model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,13 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+"""Before numpy is imported, here and in child processes. Several tests share the cores, and numpy's
+threads would spin while they wait for each other."""
+
+hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.load_profile("busy machine")
 
 FAST = ("docs", "model", "wire", "planning", "coordinator", "calibration", "agent", "cli")
 """Folders whose tests ``--fast`` runs, but for those in SLOW."""

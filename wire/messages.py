@@ -573,6 +573,8 @@ class TokenSampled:
     """Last stage to first stage and to coordinator: token number ``index`` of the answer.
 
     A stop token has finish "stop", and is not part of the answer.
+
+    after_us: microseconds since the last stage sampled the previous token. 0 for the first one.
     """
 
     epoch: int
@@ -580,6 +582,7 @@ class TokenSampled:
     index: int
     token: int
     finish: FinishReason
+    after_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,15 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise Terminated within the block."""
+    """Let SIGTERM and SIGHUP raise Terminated within the block.
+
+    Only the first one counts. Later ones are ignored, also behind the block: they would stop the
+    cleaning up, or change the exit code.
+    """
 
     def interrupt(number: int, frame: object) -> None:
+        for handled in previous:
+            signal.signal(handled, already_ending)
         raise Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -36,7 +42,19 @@ def terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not already_ending:
+                signal.signal(number, handler)
+
+
+def already_ending(number: int, frame: object) -> None:
+    """Ignore a signal. SIG_IGN would do so in started processes as well."""
+
+
+def ignore_until_the_end() -> None:
+    """Let the interpreter's own end, which takes handlers away, not be interrupted either."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is already_ending:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -67,13 +67,18 @@ class Piece:
 
 @dataclass(slots=True)
 class Timing:
-    """The times at which tokens arrived at the gateway, in seconds of a monotonic clock."""
+    """When an answer began at the gateway (by a monotonic clock), and what its tokens took.
+
+    The last stage times the tokens. Where the gateway is held up, they arrive there all at once.
+    """
 
     prompt_tokens: int = 0
     started_s: float = 0.0
     first_s: float | None = None
-    last_s: float | None = None
-    tokens: int = 0
+    decoded: int = 0
+    """Tokens that followed another one."""
+    decoding_us: int = 0
+    """The time of these tokens."""
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -85,9 +90,7 @@ class Timing:
     @property
     def decode_tokens_per_s(self) -> float | None:
         """Tokens per second after the first one. None with fewer than two."""
-        if self.first_s is None or self.last_s is None or self.tokens < 2:
-            return None
-        return (self.tokens - 1) / (self.last_s - self.first_s)
+        return 1e6 * self.decoded / self.decoding_us if self.decoded else None
 
 
 @dataclass(slots=True)
@@ -289,10 +292,10 @@ class _StopFilter:
 
 
 def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timing: Timing) -> Piece:
-    now_s = time.monotonic()
-    timing.first_s = timing.first_s or now_s
-    timing.last_s = now_s
-    timing.tokens += 1
+    timing.first_s = timing.first_s or time.monotonic()
+    if event.after_us > 0:  # After a pause, the first token of the new stages has none.
+        timing.decoded += 1
+        timing.decoding_us += event.after_us
     if event.finish == "stop":
         shown, _ = text.feed(decoder.finish())
         return Piece(shown + text.rest(), (), "stop")

@@ -154,6 +154,7 @@ class Node:
         message = self.reports.get(timeout=ANSWER_S)
         assert isinstance(message, TokenSampled), message
         assert (message.epoch, message.sequence) == (EPOCH, sequence)
+        assert (message.after_us > 0) == (message.index > 0)
         return message
 
     def answer(self, sequence: int, begun: int = 0) -> list[int]:

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from backends.base import BackendError, BackendUnavailable
 from backends.registry import BACKENDS, backend_class
 from calibration import device
 from calibration.device import (
+    figure_keys,
     kept_profile,
+    known_or_measured,
     measure_disk_write,
     measure_memory_read,
     profile_device,
@@ -103,6 +108,58 @@ def test_a_child_measures_the_same_device(tmp_path: Path) -> None:
     measured = ("memory_read_bytes_per_s", "disk_write_bytes_per_s", "call_s", "conditions")
     assert [name for name, _ in there.conditions] == ["memory", "disk", "call"]
     assert replace(there, **{field: getattr(here, field) for field in measured}) == here
+
+
+def test_figures_since_the_machines_start_are_not_measured_again(tmp_path: Path) -> None:
+    name = available_backend()
+    store = CalibrationStore(tmp_path / "calibration.json")
+    version = backend_class(name).probe().version
+    keys = figure_keys(backend=name, version=version, threads=1, exact=False)
+
+    def profile(measured_s: float) -> DeviceProfile:
+        busy = Conditions(2, 1e9, 0.0, 0.0, 0.0, 0.0, measured_s)
+        for figure in ("memory", "call"):
+            store.put(keys[figure], (0.125,), busy)
+        return profile_in_child(backend=name, cache_dir=tmp_path, known=store.path, threads=1)
+
+    now_s, booted_s = time.time(), psutil.boot_time()
+    known = profile(now_s)
+    assert known.memory_read_bytes_per_s == known.call_s == 0.125
+    assert dict(known.conditions)["call"].measured_s == now_s
+    assert dict(known.conditions)["disk"].measured_s >= now_s
+    measured = profile(booted_s - 1.0)
+    assert measured.memory_read_bytes_per_s > 1e8
+    assert measured.call_s != 0.125
+    assert dict(measured.conditions)["call"].measured_s >= now_s
+    # The next agent need not measure.
+    assert store.get(keys["call"]) == (measured.call_s,)
+
+
+def test_one_of_those_that_share_a_store_measures(tmp_path: Path) -> None:
+    measured: list[float] = []
+
+    def measure() -> tuple[float, Conditions]:
+        measured.append(time.time())
+        time.sleep(0.05)  # So that all have asked before one knows.
+        return measured[-1], Conditions(1, 0.0, 0.0, 0.0, 0.0, 0.0, measured[-1])
+
+    def ask(_: int) -> float:
+        store = CalibrationStore(tmp_path / "shared" / "calibration.json")
+        return known_or_measured(store, {"figure": "call"}, measure)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(ask, range(4))) == set(measured)
+    assert len(measured) == 1
+
+
+def test_a_store_that_cannot_be_written_stops_no_measurement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = CalibrationStore(tmp_path / "file" / "calibration.json")
+    quiet = Conditions(1, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    assert known_or_measured(store, {}, lambda: (2.0, quiet)) == (2.0, quiet)
+    assert "calibration cannot be kept" in caplog.text
 
 
 def test_an_exact_agent_says_what_its_weights_take_then(tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def board(tmp_path: Path) -> Callable[..., Machine]:
     return make
 
 
+@pytest.fixture
+def no_torch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides torch from commands that are asked about something else: it loads for seconds."""
+    directory = tmp_path_factory.mktemp("no-torch")
+    missing = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+    (directory / "torch.py").write_text(missing)
+    monkeypatch.syspath_prepend(str(directory))
+    monkeypatch.setenv("PYTHONPATH", str(directory), prepend=os.pathsep)
+
+
 def only(found: list[Check]) -> Check:
     (check,) = found
     return check
@@ -148,6 +158,7 @@ def test_swap_on_a_card_is_told_from_compressed_memory(board: Callable[..., Mach
     assert "/var/swap" in check.text
 
 
+@pytest.mark.usefixtures("no_torch")
 @pytest.mark.parametrize(
     ("source", "reason", "fix"),
     [
@@ -207,6 +218,7 @@ def test_every_backend_is_listed(board: Callable[..., Machine]) -> None:
     assert [check.text.partition(":")[0] for check in found] == list(BACKENDS)
 
 
+@pytest.mark.usefixtures("no_torch")
 def test_an_available_backend_has_a_version_and_an_unknown_one_is_refused(
     board: Callable[..., Machine],
 ) -> None:
@@ -217,6 +229,7 @@ def test_an_available_backend_has_a_version_and_an_unknown_one_is_refused(
 
 
 @needs_root
+@pytest.mark.usefixtures("no_torch")
 def test_a_full_disk_is_called_full(tmp_path: Path) -> None:
     """A file system of 2 MiB, in a mount namespace that ends with the command."""
     script = (
@@ -297,6 +310,7 @@ def report(command: list[str]) -> tuple[int, dict[str, Any]]:
 
 @needs_root
 @pytest.mark.netns
+@pytest.mark.usefixtures("no_torch")
 def test_a_machine_without_multicast_is_told_to_name_the_coordinator(bed: Testbed) -> None:
     off = ["ip", "link", "set", "eth0", "multicast", "off"]
     subprocess.run(bed.command("pi", off), check=True)
@@ -310,6 +324,7 @@ def test_a_machine_without_multicast_is_told_to_name_the_coordinator(bed: Testbe
 
 @needs_root
 @pytest.mark.netns
+@pytest.mark.usefixtures("no_torch")
 def test_a_machine_without_a_network_is_told_so(bed: Testbed) -> None:
     subprocess.run(bed.command("pi", ["ip", "address", "flush", "dev", "eth0"]), check=True)
     code, found = report(bed.command("pi", [*COMMAND, "doctor", "--json"]))

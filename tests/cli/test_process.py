@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -50,3 +51,21 @@ def test_a_process_that_still_computes_ends_with_the_commands_code() -> None:
         [sys.executable, "-c", BUSY], capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     assert (completed.returncode, completed.stdout, completed.stderr) == (7, "stopped\n", "")
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, "4"), ({"OPENBLAS_THREAD_TIMEOUT": "9"}, "9")])
+def test_numpys_threads_do_not_spin_unless_they_are_told_to(
+    own: dict[str, str], expected: str
+) -> None:
+    code = (
+        "import os, sys, cli.main\n"
+        "from cli.__main__ import run\n"
+        "assert 'numpy' not in sys.modules\n"
+        "cli.main.main = lambda: print(os.environ['OPENBLAS_THREAD_TIMEOUT'])\n"
+        "run()"
+    )
+    environment = {**os.environ, **own}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, cwd=ROOT, timeout=60
+    )
+    assert shown.stdout.decode().strip() == expected

@@ -28,10 +28,12 @@ def test_a_held_interrupt_comes_at_the_end_of_the_block() -> None:
 
 @pytest.fixture
 def hangup() -> Iterator[None]:
-    """SIGHUP as without nohup."""
+    """SIGHUP as without nohup; afterwards all handlers as before."""
+    terminated = signal.getsignal(signal.SIGTERM)
     previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, previous)
+    signal.signal(signal.SIGTERM, terminated)
 
 
 @pytest.mark.usefixtures("hangup")
@@ -45,6 +47,24 @@ def test_a_held_signal_keeps_its_number() -> None:
         ):
             os.kill(os.getpid(), number)
         assert ended.value.number == number
+
+
+@pytest.mark.usefixtures("hangup")
+def test_only_the_first_signal_counts() -> None:
+    cleaned = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append("all of it")
+
+    with pytest.raises(Terminated) as ended, terminated_like_interrupted():
+        work()
+    assert ended.value.number == signal.SIGHUP
+    assert cleaned
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_what_is_ignored_stays_ignored() -> None:

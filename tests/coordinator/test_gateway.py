@@ -150,10 +150,30 @@ def test_room_for_an_answer() -> None:
 def test_speeds_are_known_once_they_can_be() -> None:
     timing = Timing(prompt_tokens=10, started_s=1.0)
     assert (timing.prefill_tokens_per_s, timing.decode_tokens_per_s) == (None, None)
-    timing.first_s, timing.last_s, timing.tokens = 3.0, 3.0, 1
+    timing.first_s = 3.0
     assert (timing.prefill_tokens_per_s, timing.decode_tokens_per_s) == (5.0, None)
-    timing.last_s, timing.tokens = 4.0, 5
+    timing.decoded, timing.decoding_us = 4, 1_000_000
     assert timing.decode_tokens_per_s == 4.0
+
+
+def test_tokens_that_arrive_all_at_once_were_not_made_at_once(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        timing = Timing()
+        task = asyncio.ensure_future(collect(cluster, sampling=Sampling(4, ()), timing=timing))
+        begun = await cluster.begun()
+        finishes: tuple[FinishReason, ...] = ("", "", "", "length")
+        # Nothing takes -5 µs: that device's clock or word counts for nothing.
+        for index, (after_us, finish) in enumerate(
+            zip((0, 20_000, -5, 30_000), finishes, strict=True)
+        ):
+            await cluster.agents[1].send(
+                TokenSampled(EPOCH, begun.sequence, index, 65, finish, after_us)
+            )
+        await task
+        assert timing.decode_tokens_per_s == 2 / 0.05
+
+    run(test)
 
 
 # ---- sequences ---------------------------------------------------------------------------------
@@ -300,9 +320,11 @@ async def collect(
     prompt: tuple[int, ...] = (1, 2),
     sampling: Sampling = SAMPLING,
     stop: tuple[str, ...] = (),
+    timing: Timing | None = None,
 ) -> list[Piece]:
     deployment = await cluster.models.deployment()
-    return [piece async for piece in cluster.gateway.generate(deployment, prompt, sampling, stop)]
+    pieces = cluster.gateway.generate(deployment, prompt, sampling, stop, timing)
+    return [piece async for piece in pieces]
 
 
 def text_of(pieces: list[Piece]) -> str:

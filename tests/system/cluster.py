@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -70,8 +72,6 @@ def demo_processes() -> list[psutil.Process]:
     ]
 
 
-STORES = ("calibration.json", "trials.json")
-
 MERGED = ("entries", "conditions")
 """Parts of a calibration store that hold what was measured, by what it depends on."""
 
@@ -82,8 +82,8 @@ LOG_CHARACTERS = 6000
 class Cluster:
     """A coordinator and agents of this test, on the loopback interface.
 
-    An agent starts with what agents of earlier clusters of this run have measured and tried, as one
-    that is started again does. ``measures`` True: it has nothing.
+    Its agents share what they measure and try. They begin with what agents of earlier clusters of
+    this run have left, as one that is started again does. ``measures`` True: each has nothing.
     """
 
     def __init__(self, directory: Path, *, measures: bool = False) -> None:
@@ -98,7 +98,7 @@ class Cluster:
         losses = self.directory / "coordinator" / "losses"
         if not (self.measures or losses.exists()):
             losses.parent.mkdir(parents=True, exist_ok=True)
-            losses.symlink_to(_losses)
+            losses.symlink_to(_kept / "losses")
         process = self.spawn(
             "coordinator",
             "coordinator",
@@ -114,11 +114,6 @@ class Cluster:
         self.control_port, self.url = ready["control_port"], ready["http"]
 
     def start_agent(self, name: str, *options: str) -> subprocess.Popen[str]:
-        home = self.directory / name
-        if not self.measures and not home.exists():
-            home.mkdir(parents=True)
-            for store, content in _measured.items():
-                (home / store).write_text(json.dumps(content))
         return self.spawn(
             name,
             "agent",
@@ -126,8 +121,21 @@ class Cluster:
             "--bind=127.0.0.1",
             "--threads=1",
             f"--state-dir={self.directory / name}",
+            *self.measurements(),
             *(options or (f"--coordinator=127.0.0.1:{self.control_port}",)),
         )
+
+    def measurements(self) -> tuple[str, ...]:
+        """The option that lets an agent find what was measured before."""
+        if self.measures:
+            return ()
+        directory = self.directory / "measurements"
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            with _kept_stores() as stores:
+                for path in stores:
+                    shutil.copy(path, directory)
+        return (f"--measurements-dir={directory}",)
 
     def command(self, name: str) -> list[str]:
         """How the command line of the process ``name`` begins."""
@@ -162,14 +170,19 @@ class Cluster:
         return last_json(self.run("load", str(model), "--json", *options))
 
     def _keep_measurements(self) -> None:
-        for store in () if self.measures else STORES:
-            for path in self.directory.glob(f"*/{store}"):
-                known = _measured.setdefault(store, {})
+        directory = self.directory / "measurements"
+        if self.measures or not directory.exists():
+            return
+        with _kept_stores() as stores:
+            kept = {path.name: json.loads(path.read_bytes()) for path in stores}
+            for path in directory.glob("*.json"):
+                known = kept.get(path.name, {})
                 for key, value in json.loads(path.read_bytes()).items():
                     if key in MERGED:
                         known[key] = {**known.get(key, {}), **value}
                     elif key != "models":  # They would be measured again in quiet moments.
                         known[key] = value
+                (_kept / path.name).write_text(json.dumps(known))
 
     def kill(self, name: str) -> None:
         self.processes[name].send_signal(signal.SIGKILL)
@@ -193,13 +206,33 @@ class Cluster:
             assert "Traceback" not in self.log(name), self.log(name)
 
 
-_measured: dict[str, dict[str, Any]] = {}
-"""By store, what agents of this process's clusters have measured and tried."""
+_kept = Path(tempfile.gettempdir()) / (
+    f"shoal-kept-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+)
+"""What agents and coordinators of this run have measured and tried, in all its workers."""
 
-_losses = Path(tempfile.mkdtemp(prefix="losses-"))
-"""What coordinators of this process's clusters have measured of models."""
+(_kept / "losses").mkdir(parents=True, exist_ok=True)
+_in_use = (_kept / "in use").open("w")
+fcntl.flock(_in_use, fcntl.LOCK_SH)
 
-atexit.register(shutil.rmtree, _losses, ignore_errors=True)
+
+@atexit.register
+def _remove_kept() -> None:
+    """Remove the directory at the end of the last worker that uses it."""
+    try:
+        fcntl.flock(_in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    shutil.rmtree(_kept, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _kept_stores() -> Iterator[list[Path]]:
+    """The files of measurements of this run, while no other worker uses them."""
+    with (_kept / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield list(_kept.glob("*.json"))
+
 
 _clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
 

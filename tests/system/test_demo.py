@@ -133,8 +133,9 @@ def on_a_terminal(*arguments: str) -> list[str]:
     return shown.decode().splitlines()
 
 
-def test_a_terminal_is_told_what_the_demo_does_from_its_first_moment() -> None:
-    steps = [line for line in on_a_terminal("demo", "--memory=4M,5M,20M") if "demo: " in line]
+def test_a_terminal_is_told_what_the_demo_does_from_its_first_moment(kept: str) -> None:
+    lines = on_a_terminal("demo", "--memory=4M,5M,20M", kept)
+    steps = [line for line in lines if "demo: " in line]
     assert steps[0] == "demo: reading the model"
     assert steps[1] == "demo: starting a coordinator"
     assert steps[2] == (
@@ -145,8 +146,8 @@ def test_a_terminal_is_told_what_the_demo_does_from_its_first_moment() -> None:
     assert steps[-1].startswith("demo: loaded in ")
 
 
-def test_nothing_is_left_running() -> None:
-    completed = shoal("demo", "--json", f"--model={TINY_OPT}", "--max-tokens=2")
+def test_nothing_is_left_running(kept: str) -> None:
+    completed = shoal("demo", "--json", f"--model={TINY_OPT}", "--max-tokens=2", kept)
     answer = last_json(completed)
     assert {"model", "devices", "plan", "prompt_tokens", "tokens", "text"} <= set(answer)
     assert {"prefill_tokens_per_s", "decode_tokens_per_s"} <= set(answer)

@@ -443,5 +443,18 @@ def test_a_service_that_is_stopped_has_not_failed(cluster: Cluster) -> None:
         assert process.wait(10) == 0
 
 
+def test_a_service_that_is_stopped_twice_has_not_failed(cluster: Cluster) -> None:
+    cluster.start_coordinator()
+    cluster.start_agent("pi-1")
+    cluster.wait_for_agents("pi-1")
+    for name in ("pi-1", "coordinator"):
+        process = cluster.processes[name]
+        deadline_s = time.monotonic() + 10
+        while process.poll() is None and time.monotonic() < deadline_s:
+            process.terminate()
+            time.sleep(0.002)
+        assert process.wait(1) == 0, cluster.log(name)
+
+
 def test_the_embedded_model_is_there() -> None:
     assert (TINY_OPT / "config.json").exists()
