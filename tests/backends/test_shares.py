@@ -43,8 +43,9 @@ from tests.team import run_together, shares_of
 
 OPTIONS = StageOptions(slots=4, context_tokens=40, threads=1, exact=True)
 GROUP = 32
-TEAMS = [(2, 1), (1, 2, 2)]
-BITS = [32, 8, 4, 3]
+TEAMS = [((2, 1), bits) for bits in (32, 8, 4)] + [((1, 2, 2), bits) for bits in (32, 4, 3)]
+"""The members' relative sizes, and the width of the weights."""
+
 ROWS = 36
 
 Result = TypeVar("Result")
@@ -103,7 +104,9 @@ def with_heads(layer: LayerSpec, members: int, fmt: Format) -> LayerSpec:
     queries = layer.heads // layer.kv_heads
     step = GROUP // gcd(GROUP, queries * layer.head_dim) if fmt.group_size else 1
     kv_heads = step * (2 * members - 1)
-    return replace(layer, heads=kv_heads * queries, kv_heads=kv_heads, ffn=7 * GROUP + 16)
+    return replace(
+        layer, heads=kv_heads * queries, kv_heads=kv_heads, ffn=(2 * members - 1) * GROUP - 16
+    )
 
 
 def format_of(bits: int) -> Format:
@@ -127,7 +130,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 def checkpoint_cases() -> Iterator[tuple[str, tuple[int, ...], int]]:
     """Yield checkpoints with enough KV heads of whole groups for a team, at each width."""
-    for name, weights, bits in itertools.product(CHECKPOINTS, TEAMS, BITS):
+    for name, (weights, bits) in itertools.product(CHECKPOINTS, TEAMS):
         spec = Checkpoint.open(FIXTURES / name).spec
         steps = share_steps(spec, format_of(bits).group_size)
         if spec.layers[0].kv_heads >= len(weights) * steps.kv_heads:
@@ -144,8 +147,7 @@ def test_checkpoint(
     check_against_reference(backend, team_of(tmp_path, spec, tensors, weights, fmt))
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("weights", TEAMS, ids=str)
+@pytest.mark.parametrize(("weights", "bits"), TEAMS, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_feature(
     backend: Backend, name: str, weights: tuple[int, ...], bits: int, tmp_path: Path
