@@ -18,12 +18,14 @@ from rich.markup import escape
 
 from cli.commands.plan_arguments import (
     bounds_of,
+    check_teams,
     context_of,
     objective_of,
     pins_of,
     request_of,
     sensitivities_of,
     slots_of,
+    teams_of,
 )
 from cli.commands.plan_losses import DescribedLosses, described_losses, keep_described
 from cli.commands.plan_views import (
@@ -92,6 +94,8 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
         context_tokens = min(wanted_tokens, spec.max_context)
         slots = slots_of(options, given)
+        pins = pins_of(options, spec)
+        check_teams(options, pins)
         request = RequestInput(
             spec,
             options.bits or lab.bits,
@@ -101,8 +105,9 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             weight_errors=errors,
             max_weight_error=bound,
             objective=objective_of(options),
-            pins=pins_of(options, spec),
+            pins=pins,
             excluded=options.exclude,
+            **teams_of(options),
             hop_formats=_hop_formats(options, lab, losses),
             **losses.fields,
         )
@@ -453,6 +458,7 @@ def _run_dilemma(
         ("--simulate", options.simulate),
         ("--pin", options.pin),
         ("--exclude", options.exclude),
+        ("--team", options.team),
         ("--objective", options.objective not in (None, "latency")),
     ):
         if asked:
