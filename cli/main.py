@@ -195,7 +195,7 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
     from cli.commands import plan_arguments
     from planning.request import LoadRequest
 
-    plan_arguments.check_teams(options, {})
+    plan_arguments.check_teams(options)
     models = _models(client.get("/shoal/v1/ps"))
     path = Path(options.model).absolute()
     for known in models:

@@ -130,7 +130,7 @@ class LoadRequest:
             require(holds, name, _EXPECTED[name])
         if self.check_quality and self.quality_budget is None:
             raise RequestInvalid("check_quality needs a quality_budget", "check_quality")
-        require_teams(self.teams, self.pins.values(), self.exclude, no_teams=self.no_teams)
+        require_teams(self.teams, self.exclude, no_teams=self.no_teams)
 
     def _checks(self) -> dict[str, bool]:
         """Field name -> whether its value is allowed."""

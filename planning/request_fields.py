@@ -65,15 +65,11 @@ def require_widths(bits: Iterable[int], field: str) -> None:
 
 
 def require_teams(
-    teams: Sequence[Sequence[str]],
-    pinned: Collection[str],
-    excluded: Collection[str],
-    *,
-    no_teams: bool,
+    teams: Sequence[Sequence[str]], excluded: Collection[str], *, no_teams: bool
 ) -> None:
     """Raise RequestInvalid if teams contradict themselves, each other or the other wishes.
 
-    pinned, excluded: devices that blocks are pinned to, and devices that run no block.
+    A pin to a member means its team, so pins are no contradiction.
     """
     if teams and no_teams:
         raise RequestInvalid("teams are asked for, and no_teams excludes all: drop one", "teams")
@@ -96,11 +92,5 @@ def require_teams(
             if name in excluded:
                 raise RequestInvalid(
                     f"teams: {name} is to share layers with a team, and is excluded: drop one",
-                    "teams",
-                )
-            if name in pinned:
-                raise RequestInvalid(
-                    f"teams: {name} is to share layers with a team, and a pin gives it whole"
-                    " blocks: drop one",
                     "teams",
                 )

@@ -79,7 +79,7 @@ class Demo:
     def run(self) -> None:
         """Start all processes, ask, show the answer, and clean up. Raises CommandFailed."""
         options = self._options
-        check_teams(options, {})
+        check_teams(options)
         model = self._model()
         prompt = options.prompt
         if prompt is None:

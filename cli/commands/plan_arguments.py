@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,8 +120,8 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="layers=0-5:NAME",
-        help="Put these layers on this device. embedding:NAME and head:NAME work too. May be "
-        "repeated.",
+        help="Put these layers on this device, or on its --team. embedding:NAME and head:NAME work "
+        "too. May be repeated.",
     )
     parser.add_argument(
         "--exclude",
@@ -332,14 +331,14 @@ def teams_of(options: argparse.Namespace) -> dict[str, Any]:
     return wishes
 
 
-def check_teams(options: argparse.Namespace, pins: Mapping[int, str]) -> None:
+def check_teams(options: argparse.Namespace) -> None:
     """Raise UsageError if the teams that are asked for contradict another wish."""
     from planning.errors import RequestInvalid
     from planning.request_fields import require_teams
 
     excluded = getattr(options, "exclude", ())
     try:
-        require_teams(options.team, pins.values(), excluded, no_teams=options.no_teams)
+        require_teams(options.team, excluded, no_teams=options.no_teams)
     except RequestInvalid as error:
         raise UsageError(str(error)) from error
 

@@ -94,8 +94,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
         context_tokens = min(wanted_tokens, spec.max_context)
         slots = slots_of(options, given)
-        pins = pins_of(options, spec)
-        check_teams(options, pins)
+        check_teams(options)
         request = RequestInput(
             spec,
             options.bits or lab.bits,
@@ -105,7 +104,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             weight_errors=errors,
             max_weight_error=bound,
             objective=objective_of(options),
-            pins=pins,
+            pins=pins_of(options, spec),
             excluded=options.exclude,
             **teams_of(options),
             hop_formats=_hop_formats(options, lab, losses),

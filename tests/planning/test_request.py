@@ -140,12 +140,9 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
     [
         ({"no_teams": True}, "no_teams excludes all"),
         ({"exclude": ["b"]}, "b is to share layers with a team, and is excluded"),
-        ({"pins": {"1": "a"}}, "a is to share layers with a team, and a pin gives it whole blocks"),
     ],
 )
-def test_teams_that_contradict_another_wish_are_refused(
-    wish: dict[str, Any], message: str
-) -> None:
+def test_teams_that_contradict_another_wish_are_refused(wish: dict[str, Any], message: str) -> None:
     teams = {"model": "/m", "teams": [["a", "b"], ["c", "d", "e"]]}
     assert LoadRequest.from_dict(teams).teams == (("a", "b"), ("c", "d", "e"))
     with pytest.raises(RequestInvalid, match=message) as refused:
