@@ -104,9 +104,7 @@ def read_team(stage: Mapping[str, Any], where: str) -> SavedTeam | None:
     given, sum_bits = stage.get("team"), stage.get("sum_bits")
     if given is None:
         if sum_bits is not None:
-            raise PlanError(
-                f"{where}.sum_bits: a device alone sums nothing: drop it, or add a team"
-            )
+            raise PlanError(f"{where}.sum_bits: a device alone sums nothing: drop it or add a team")
         return None
     if not isinstance(given, list) or not 2 <= len(given) <= MOST_MEMBERS:
         raise PlanError(f"{where}.team: expected a list of 2 to {MOST_MEMBERS} members")
