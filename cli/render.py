@@ -244,14 +244,21 @@ class Screen:
         for index, stage in enumerate(plan["stages"]):
             blocks = [item for item in plan["blocks"] if item["device"] == stage["device"]]
             names = blocks[0]["name"], blocks[-1]["name"]
+            members = stage.get("members", ())
+            device = escape(stage["device"]) + (NOISY if stage["device"] in noisy else "")
             table.add_row(
-                escape(stage["device"]) + (NOISY if stage["device"] in noisy else ""),
+                f"team of {len(members)}" if members else device,
                 names[0] if len(blocks) == 1 else f"{names[0]} .. {names[1]}",
                 bits_text([item["bits"] for item in blocks]),
                 format_size(stage["memory_bytes"]),
                 format_size(stage["memory_limit_bytes"]),
                 f"{stage['compute_s'] * 1e3:.2f}",
             )
+            for member in members:
+                _add_member(table, member, plan["shares"], noisy)
+            if members:
+                sums_ms = f"{stage['sums_s'] * 1e3:.2f}"
+                table.add_row("  sums", "", str(stage["sum_bits"]), "", "", sums_ms)
             if index < len(plan["hops"]):
                 hop = plan["hops"][index]
                 bits = str(stage.get("hop_bits") or "")
@@ -330,6 +337,21 @@ class Screen:
         slots = model["slots"]
         line = f", {slots['waiting']} in line" if slots["waiting"] else ""
         self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")
+
+
+def _add_member(
+    table: Table, member: Mapping[str, Any], shares: Mapping[str, float], noisy: set[str]
+) -> None:
+    """Add a row for a member of a team, below the row of its stage."""
+    name = member["device"]
+    table.add_row(
+        f"  {escape(name)}" + (NOISY if name in noisy else ""),
+        f"{shares[name]:.0%} of each layer",
+        "",
+        format_size(member["memory_bytes"]),
+        format_size(member["memory_limit_bytes"]),
+        f"{member['compute_s'] * 1e3:.2f}",
+    )
 
 
 def _state_line(model: Mapping[str, Any]) -> str:

@@ -242,7 +242,7 @@ def write_plot(path: Path, plan: Plan, spec: ModelSpec, title: str, devices: Seq
     """Draw a plan over the named devices. Raises OSError."""
     from planning.insight.picture import plan_svg
 
-    used = {stage.device for stage in plan.stages}
+    used = {name for stage in plan.stages for name in stage.devices}
     unused = [name for name in devices if name not in used]
     path.write_text(plan_svg(plan, spec, title, unused), encoding="utf-8")
 
