@@ -1,11 +1,11 @@
-"""What teams of 1 to 8 equal devices would give, simulated from the parts in a lab file.
+"""Teams of 2 to 8 equal devices, simulated from the parts in a lab file.
 
     python -m benchmarks.team_simulation
     python -m benchmarks.team_simulation --rtt-ms 0.1 0.3 --sum-ms 0.15 0.4 --json
 
-Nothing is run. The parts are those of the lab's first device and of its default link: the time of a
-whole layer and head, of shares of them, of one sum's software, and the link's round trip and speed.
-The arithmetic is printed below the table. It is written here anew, apart from the planner's.
+Nothing is run. The parts are those of the lab's first device and first link. The device has times
+of a whole layer and head, of shares of them, and of one sum's software. The link has a round trip
+and a speed. The arithmetic is printed below the table. It is written apart from the planner's.
 """
 
 from __future__ import annotations

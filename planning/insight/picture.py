@@ -189,7 +189,7 @@ def _inside_height(stage: Stage) -> float:
 
 
 def _team_height(stage: Stage) -> float:
-    """What a team needs beyond the line about the memory of a device alone."""
+    """The height that a team takes beyond that of a device alone."""
     return (len(stage.members) - 1) * _MEMBER + _SUMS if stage.members else 0.0
 
 
