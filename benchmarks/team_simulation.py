@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,8 +52,8 @@ class Simulated:
     """One token on a team of so many members. Times are seconds."""
 
     members: int
-    fraction: float
-    """The part of a layer's weights that the slowest member has."""
+    share: float
+    """Time of the slowest shares of a layer, relative to the whole layer."""
     layers_s: float
     head_s: float
     one_sum_s: float
@@ -93,20 +94,17 @@ def share_time(fraction: float, times: Mapping[float, float]) -> float:
     return times[low] + slope * (fraction - low)
 
 
-def largest_fraction(model: LabModel, kv_heads: int, members: int) -> float:
-    """The part of a layer's weights of the member with most, if columns make up for heads.
+def halves(model: LabModel, kv_heads: int, members: int) -> list[tuple[float, float]]:
+    """For each half of a layer, its part of the weights and the fraction of the busiest member.
 
-    KV heads are whole, columns are whole groups. Members with fewer heads get more columns.
+    The members wait for each other after each half. KV heads are whole, and columns whole groups.
     """
-    per_head = 2 * model.hidden * (model.q_rows + model.kv_rows) / kv_heads
-    per_group = GROUP * model.hidden * (3 if model.gated else 2)
+    by_heads = 2 * model.hidden * (model.q_rows + model.kv_rows) / model.layer_weights
     groups = model.ffn // GROUP
-    heads = [kv_heads // members + (index < kv_heads % members) for index in range(members)]
-    weights = [count * per_head for count in heads]
-    for _ in range(groups):
-        least = weights.index(min(weights))
-        weights[least] += per_group
-    return max(weights) / sum(weights)
+    return [
+        (by_heads, -(-kv_heads // members) / kv_heads),
+        (1 - by_heads, -(-groups // members) / groups),
+    ]
 
 
 def simulate(parts: Parts, members: int) -> Simulated:
@@ -114,14 +112,17 @@ def simulate(parts: Parts, members: int) -> Simulated:
     if members == 1:
         layers_s = parts.layers * parts.layer_s
         return Simulated(1, 1.0, layers_s, parts.head_s, 0.0, 0.0, 0.0)
-    fraction = largest_fraction(parts.model, parts.kv_heads, members)
+    share = math.fsum(
+        part * share_time(fraction, parts.share_times)
+        for part, fraction in halves(parts.model, parts.kv_heads, members)
+    )
     row_bytes = payload_bytes(1, parts.model.hidden, SUM_BITS)
     wire_s = parts.rtt_s / 2 + (members - 1) * row_bytes / parts.bytes_per_s
     one_sum_s = wire_s + parts.sum_s
     return Simulated(
         members,
-        fraction,
-        parts.layers * parts.layer_s * share_time(fraction, parts.share_times),
+        share,
+        parts.layers * parts.layer_s * share,
         parts.head_s * share_time(1 / members, parts.share_times),
         one_sum_s,
         SUMS_PER_LAYER * parts.layers * one_sum_s,
@@ -132,10 +133,9 @@ def simulate(parts: Parts, members: int) -> Simulated:
 def arithmetic(parts: Parts, found: Simulated) -> str:
     """The sum of one row of the table, with its figures."""
     row_bytes = payload_bytes(1, parts.model.hidden, SUM_BITS)
-    share = share_time(found.fraction, parts.share_times)
     return (
         f"{found.members} members: {parts.layers} layers x {1e3 * parts.layer_s:.3g} ms x"
-        f" {share:.3f} + head {1e3 * found.head_s:.1f} ms"
+        f" {found.share:.3f} + head {1e3 * found.head_s:.1f} ms"
         f" + {SUMS_PER_LAYER * parts.layers} sums x ({1e3 * parts.rtt_s / 2:.3g} ms one way"
         f" + {found.members - 1} x {row_bytes} B / {parts.bytes_per_s / 1e6:.4g} MB/s"
         f" + {1e3 * parts.sum_s:.3g} ms of software)"
@@ -151,12 +151,12 @@ def show(console: Console, parts: Parts, rows: list[Simulated]) -> None:
         f" {parts.sum_s * 1e3:g} ms of software a sum",
         title_justify="left",
     )
-    for name in ("members", "largest share", "compute ms", "sums ms", "token ms", "tok/s", "gain"):
+    for name in ("members", "of a layer", "compute ms", "sums ms", "token ms", "tok/s", "gain"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             str(row.members),
-            f"{row.fraction:.1%}",
+            f"{row.share:.3f}",
             f"{1e3 * (row.layers_s + row.head_s):.1f}",
             f"{1e3 * row.sums_s:.1f}",
             f"{1e3 * row.token_s:.1f}",

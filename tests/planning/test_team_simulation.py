@@ -10,7 +10,7 @@ from benchmarks.team_simulation import (
     LAB,
     Parts,
     arithmetic,
-    largest_fraction,
+    halves,
     parts_of,
     share_time,
     simulate,
@@ -39,11 +39,12 @@ def test_the_slowest_software_and_link_that_are_expected_still_gain() -> None:
     assert simulate(wifi, 4).token_s > simulate(wifi, 1).token_s
 
 
-@pytest.mark.parametrize("members", range(2, 9))
-def test_columns_make_up_for_heads_that_do_not_divide(members: int) -> None:
-    model = lab_parts().model
-    fraction = largest_fraction(model, 8, members)
-    assert 1 / members <= fraction < 1.02 / members
+def test_members_wait_for_each_other_after_each_half_of_a_layer() -> None:
+    """Three members have 3, 3 and 2 of 8 KV heads, and 75, 75 and 74 of 224 groups of columns."""
+    (by_heads, heads), (by_columns, columns) = halves(lab_parts().model, 8, 3)
+    assert by_heads == pytest.approx((4096 + 1024) * 2 / ((4096 + 1024) * 2 + 3 * 14336))
+    assert by_heads + by_columns == pytest.approx(1.0)
+    assert (heads, columns) == (3 / 8, 75 / 224)
 
 
 def test_times_of_shares_are_linear_between_those_that_are_known() -> None:
