@@ -144,7 +144,12 @@ def _best_text(plan: Plan, problem: PlanningProblem, pairs: list[tuple[int, int]
         f"between {names} sums would cost {1e3 * sums_s:.3g} ms a token, and sharing would save"
         f" {1e3 * max(saved_s, 0.0):.3g} ms of computing (predicted)"
     )
-    return text if gain_s <= 0 else f"{text}, but no better plan was found with it"
+    if gain_s <= 0:
+        return text
+    used = {stage.device for stage in plan.stages}
+    if all(problem.devices[i].name in used for i in best):
+        return f"{text}, but each has a stage of its own in the best plan found"
+    return f"{text}, but no better plan was found with it"
 
 
 def _saved(
