@@ -120,7 +120,7 @@ def _no_team(plan: Plan, problem: PlanningProblem, places: list[int]) -> str:
 
 
 def _best_text(plan: Plan, problem: PlanningProblem, pairs: list[tuple[int, int]]) -> str:
-    """What the sums of the best pair of devices would cost, and what sharing would save.
+    """The cost of the best pair's sums beside what sharing would save, in one line.
 
     The pair would share the layers of a stage of the plan. One of them runs it now, or faster.
     """
