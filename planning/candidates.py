@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from model.share import Share, share_steps
+from model.share import Share, most_members, share_steps
 from planning.problem import BlockOption, PlanningProblem
 from planning.teams import (
     fractions,
@@ -95,11 +95,7 @@ class _Candidates:
         self.steps = share_steps(spec, problem.group_size)
         self.layer = spec.layers[0]
         self.by_heads = heads_part(self.layer)
-        self.pieces = min(
-            -(-self.layer.kv_heads // self.steps.kv_heads),
-            -(-self.layer.ffn // self.steps.columns),
-            MOST_MEMBERS,
-        )
+        self.most_members = min(most_members(spec, problem.group_size), MOST_MEMBERS)
         named = {index for team in problem.teams for index in team}
         able = set(sharing(problem)) - named
         twins = [tuple(some) for some in twin_sets(problem) if able >= set(some)]
@@ -146,7 +142,7 @@ class _Candidates:
         seen = set()
         for cluster in self._clusters(linked):
             for first in range(len(cluster)):
-                for end in range(first + 2, min(len(cluster), first + self.pieces) + 1):
+                for end in range(first + 2, min(len(cluster), first + self.most_members) + 1):
                     run = cluster[first:end]
                     counts = {kind: run.count(kind) for kind in run}
                     key = tuple(sorted(counts.items()))
@@ -155,7 +151,7 @@ class _Candidates:
                         yield counts
 
     def _together(self, counts: Mapping[int, int], linked: set[tuple[int, int]]) -> bool:
-        if not 2 <= sum(counts.values()) <= self.pieces:
+        if not 2 <= sum(counts.values()) <= self.most_members:
             return False
         return all((a, b) in linked for a in counts for b in counts if a != b or counts[a] > 1)
 

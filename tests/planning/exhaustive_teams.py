@@ -186,10 +186,12 @@ def team(problem: PlanningProblem, one: Candidate) -> Unit:
     software_s = max(device.sum_s for device in devices)
     sent_s = SENT[one.sum_bits] / speed
     sum_s = rtt_s / 2 + software_s + (count - 1) * sent_s
-    chunk_s = rtt_s + 2 * software_s + 2 * (count - 1) / count * 64 * sent_s
+    whole = (count - 1) * 64 * SENT[one.sum_bits]
+    assert whole - 2 * whole // count <= 24 * 1024, "so few bytes are sent directly"
+    chunk_s = rtt_s / 2 + software_s + whole / speed
     to = [problem.links[members[0], i] for i in members[1:]]
     back_s = max(problem.links[i, members[0]].rtt_s / 2 for i in members[1:]) + software_s
-    order_s = (count - 1) * SENT[one.sum_bits] / min(link.bytes_per_s for link in to)
+    order_s = (count - 1) * SENT[max(16, one.sum_bits)] / min(link.bytes_per_s for link in to)
     extra = {form.bits: form.sensitivity or 0.0 for form in problem.hop_formats}
     lost = 2 * extra[8] if one.sum_bits == 8 else 0.0
     ways = []
