@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -270,3 +270,15 @@ def test_a_device_that_is_left_out_of_a_team_is_compared_with_it() -> None:
     problem = problem_of(whole)
     (line,) = idle_reasons(solve(problem), problem)
     assert "; it cannot share layers with pi-1: the backend of pi-4 loads no shares" in line
+
+
+def test_a_plan_of_the_coordinator_is_explained_here_as_there() -> None:
+    """The command line gets plan and problem as JSON, and explains, draws and saves them."""
+    problem, plan = four_pis()
+    sent = json.loads(json.dumps({"plan": describe_plan(problem.spec, plan, 1)}))["plan"]
+    got = Plan.from_dict({item.name: sent[item.name] for item in fields(Plan)})
+    here = PlanningProblem.from_dict(json.loads(json.dumps(problem.to_dict())))
+    verify(got, here)
+    assert got == plan
+    assert team_views(got, here) == team_views(plan, problem)
+    assert plan_text(got, "llama") == plan_text(plan, "llama")
