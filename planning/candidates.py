@@ -258,13 +258,14 @@ class _Candidates:
         if not (width := self._width(members)):
             return []
         lines = self._lines(members, width)
-        by_speed = self._shares(lines, _balanced(lines, [1.0] * len(lines)))
+        whole = [1.0] * len(lines)
+        by_speed = self._shares(lines, _balanced(lines, whole), whole)
         found = [by_speed]
         if not fast_only and not self._holds(members, by_speed, max(self.problem.bits)):
             if not self._holds(members, by_speed, width):
                 room = self._room(members, width)
-                found.append(self._shares(lines, _balanced(lines, room)))
-            found.append(self._shares(lines, [1 / len(lines)] * len(lines)))
+                found.append(self._shares(lines, _balanced(lines, room), room))
+            found.append(self._shares(lines, [1 / len(lines)] * len(lines), whole))
         candidates = [
             self._candidate(members, shares, width, form.bits)
             for shares in dict.fromkeys(found)
@@ -318,11 +319,11 @@ class _Candidates:
         return all(self._part(s) <= room for s, room in zip(shares, rooms, strict=True))
 
     def _shares(
-        self, lines: Sequence[tuple[float, float]], parts: Sequence[float]
+        self, lines: Sequence[tuple[float, float]], parts: Sequence[float], room: Sequence[float]
     ) -> tuple[Share, ...]:
         """The shares with about these parts of the whole, in whole steps."""
         spans = [
-            _spans(total, step, parts, lines)
+            _spans(total, step, parts, lines, room)
             for total, step in (
                 (self.layer.kv_heads, self.steps.kv_heads),
                 (self.layer.ffn, self.steps.columns),
@@ -367,11 +368,15 @@ def _balanced(lines: Sequence[tuple[float, float]], room: Sequence[float]) -> li
 
 
 def _spans(
-    total: int, step: int, parts: Sequence[float], lines: Sequence[tuple[float, float]]
+    total: int,
+    step: int,
+    parts: Sequence[float],
+    lines: Sequence[tuple[float, float]],
+    room: Sequence[float],
 ) -> list[tuple[int, int]]:
     """Half-open ranges of about these parts of the total, in steps, each with one at least.
 
-    Steps left over go where they cost the least time.
+    Steps left over go where there is room for them, and where they cost the least time.
     """
     pieces = -(-total // step)
     counts = [max(1, math.floor(part * pieces + 1e-9)) for part in parts]
@@ -387,7 +392,10 @@ def _spans(
         )
         counts[most] -= 1
     while sum(counts) < pieces:
-        least = min(range(len(counts)), key=lambda m: (seconds(m, counts[m] + 1), m))
+        least = min(
+            range(len(counts)),
+            key=lambda m: (counts[m] + 1 > room[m] * pieces, seconds(m, counts[m] + 1), m),
+        )
         counts[least] += 1
     ends = [min(sum(counts[: m + 1]) * step, total) for m in range(len(counts))]
     return list(zip([0, *ends], ends, strict=False))
