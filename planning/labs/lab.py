@@ -7,14 +7,17 @@ description names. For another model they are scaled by its weights, and ``times
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from model.spec import LayerSpec, ModelSpec
 from planning.build import DeviceInput, RequestInput, build_problem
 from planning.problem import HopFormat, PlanningProblem
 from wire import limits
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+
+ASSUMED_SUM_S = 1.5e-4
+"""A device's own work for one sum over a team, if the file does not say."""
 
 
 class LabError(Exception):
@@ -89,6 +92,10 @@ class LabDevice:
     ``watts``: power while the device computes. None: not known.
     ``on_chip_bytes``, ``arithmetic``: as in DeviceProfile.
     ``layer_kl``: KL divergence that a layer adds on the device, by width, if the file has it.
+    ``shares``: whether the device can run shares of layers, in a team with others.
+    ``share_times``: time of a share, relative to the whole layer, by the share. Empty: not
+    described, so it is assumed.
+    ``sum_s``: the device's own work for one sum over a team, without the network.
     """
 
     name: str
@@ -104,6 +111,9 @@ class LabDevice:
     on_chip_bytes: int | None = None
     arithmetic: str = ""
     layer_kl: Mapping[int, float] | None = None
+    shares: bool = True
+    share_times: Mapping[float, float] = field(default_factory=dict)
+    sum_s: float = ASSUMED_SUM_S
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -129,8 +139,19 @@ class Lab:
         return tuple(sorted({width for device in self.devices for width in device.bits}))
 
 
-def times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
-    """The source of the times that ``lab_problem`` takes for ``spec``, also in words."""
+def times_of(lab: Lab, spec: ModelSpec, members: Collection[str] = ()) -> TimesOf:
+    """The source of the times that ``lab_problem`` takes for ``spec``, also in words.
+
+    ``members``: devices of which a plan has shares of layers. Their times may be assumed as well.
+    """
+    found = _times_of(lab, spec)
+    if any(device.name in members and not device.share_times for device in lab.devices):
+        text = f"{found.text}; times of shares are assumed: a tenth is fixed (docs/labs.md)"
+        return replace(found, assumed=True, text=text)
+    return found
+
+
+def _times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
     if lab.model is None:
         return TimesOf(
             None,
@@ -195,6 +216,8 @@ def _profile(device: LabDevice) -> DeviceProfile:
         watts=device.watts,
         on_chip_bytes=device.on_chip_bytes,
         arithmetic=device.arithmetic,
+        shares=device.shares,
+        sum_s=device.sum_s,
     )
 
 
@@ -209,12 +232,20 @@ def _timings(device: LabDevice, spec: ModelSpec, model: LabModel | None) -> Iter
         yield BlockTiming("embedding", 0, bits, embed_s, embed_s)
         # In the order of ``ModelSpec.layer_variants``.
         for variant, factor in enumerate(layers.values()):
-            yield BlockTiming(
-                "layer",
-                variant,
-                bits,
-                factor * device.layer_decode_s[bits],
-                factor * device.layer_prefill_s_per_token[bits],
-            )
+            times = device.layer_decode_s[bits], device.layer_prefill_s_per_token[bits]
+            times = factor * times[0], factor * times[1]
+            yield BlockTiming("layer", variant, bits, *times, shares_s=_shares_s(device, *times))
         # The head computes a prompt's last row alone, so a row has its share in a full chunk.
-        yield BlockTiming("head", 0, bits, head_s, head_s / limits.PREFILL_CHUNK_TOKENS)
+        times = head_s, head_s / limits.PREFILL_CHUNK_TOKENS
+        yield BlockTiming("head", 0, bits, *times, shares_s=_shares_s(device, *times))
+
+
+def _shares_s(
+    device: LabDevice, decode_s: float, prefill_s_per_token: float
+) -> tuple[tuple[float, float, float], ...]:
+    """The described shares of a block with these times; empty if none are described."""
+    times = {1.0: 1.0, **device.share_times} if device.share_times else {}
+    return tuple(
+        (share, time * decode_s, time * prefill_s_per_token)
+        for share, time in sorted(times.items())
+    )
