@@ -117,6 +117,7 @@ def instance(
     shares = [memory * rng.uniform(0.9, 1.1) for memory, _ in kinds]
     # More devices than blocks do not each get less than a layer, as they would of a fixed total.
     total = max(1.3 * sum(row[8] for row in stored), count * LEAST_LAYERS * stored[1][8])
+    together = rule == "teams"
     devices = []
     for i, ((_, milliseconds), share) in enumerate(zip(kinds, shares, strict=True)):
         layer_s = 1e-3 * milliseconds * rng.uniform(0.9, 1.1)
@@ -137,12 +138,11 @@ def instance(
                 options=(row(0), *[row(1)] * layers, row(blocks - 1)),
                 call_s=rng.uniform(1e-4, 4e-4),
                 watts=4 + 8 / milliseconds,
-                shares=rule == "teams",
-                sum_s=SUM_S if rule == "teams" else 0.0,
+                shares=together,
+                sum_s=SUM_S if together else 0.0,
             )
         )
-    shares = rule == "teams"
-    wires = [rng.choice(TEAM_WIRES if shares else WIRES) for _ in devices]
+    wires = [rng.choice(TEAM_WIRES if together else WIRES) for _ in devices]
     links = {
         (i, j): LinkProfile(
             f"d{i}",
@@ -173,7 +173,7 @@ def instance(
         sensitivities=tuple(losses) if by_loss else (),
         quality_budget=1.5 * math.fsum(row[6] for row in losses) if by_loss else None,
         objective=objective,
-        group_size=64 if shares else 0,
+        group_size=64 if together else 0,
     )
 
 
