@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -456,3 +457,37 @@ def test_devices_share_only_where_it_pays(
         slowest = 1e-3 * max(speeds[i] for i in team)
         assert one.layer_s < slowest
         assert 2 * rtt_s / 2 < slowest
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_several_sequences_at_once(seed: int) -> None:
+    """With passes of several rows, no choice of teams, cuts and widths is better than the plan."""
+    rng = random.Random(seed)
+    speeds = {name: rng.uniform(5.0, 20.0) for name in ("a", "b")}
+    problem = shoal(speeds, layers=2, others={"objective": Objective("throughput"), "slots": 4})
+    devices = tuple(
+        replace(
+            device,
+            options=tuple(
+                tuple(replace(o, rows_s=tuple(o.decode_s * g for g in growth)) for o in row)
+                for row in device.options
+            ),
+        )
+        for device in problem.devices
+        for growth in [sorted(rng.uniform(1.0, 4.0) for _ in range(3))]
+    )
+    problem = replace(problem, devices=devices, sequences=4)
+    everything = with_teams(problem)
+    alone = [(i, (i,)) for i in problem.real]
+    units = alone + [(i, (0, 1)) for i in range(2, len(everything.devices))]
+    best = math.inf
+    for order in itertools.chain(*(itertools.permutations(units, n) for n in (1, 2))):
+        used = [i for _, some in order for i in some]
+        cuts = [(0, 4)] if len(order) == 1 else [(0, at, 4) for at in (1, 2, 3)]
+        for cut in cuts if len(set(used)) == len(used) else ():
+            stages = [
+                (unit, first, (4,) * (end - first))
+                for (unit, _), (first, end) in zip(order, itertools.pairwise(cut), strict=True)
+            ]
+            best = min(best, assess(everything, stages, NO_PROOF).value)
+    assert solve(problem).value == pytest.approx(best, rel=1e-6)
