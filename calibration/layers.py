@@ -130,7 +130,7 @@ def measure_model(
         directory.mkdir(parents=True, exist_ok=True)
     common = machine_key(capabilities, threads, exact=exact)
     bench = Bench(backend, threads, directory, exact=exact)
-    wanted = _share_jobs(spec, tasks) if shares and capabilities.shares else []
+    wanted = share_jobs(spec, tasks) if shares and capabilities.shares else []
     total = len(tasks) + len(wanted)
     timings: dict[Task, BlockTiming] = {}
     for done, task in enumerate(tasks):
@@ -161,7 +161,7 @@ def measure_model(
             bench.check = partial(progress, done, total)
             bench.check()
         if job.task in timings and time.perf_counter() - started_s < SHARES_BUDGET_S:
-            of_shares |= _measure_share(bench, job, common, store)
+            of_shares |= measure_share(bench, job, common, store)
     if progress is not None:
         progress(total, total)
     return _with_shares(spec, timings, common, store, of_shares)
@@ -205,8 +205,8 @@ class ShareJob:
     part: ModelSpec
 
 
-def _share_jobs(spec: ModelSpec, tasks: Sequence[Task]) -> list[ShareJob]:
-    """Return the shares of these tasks, the important ones first."""
+def share_jobs(spec: ModelSpec, tasks: Sequence[Task]) -> list[ShareJob]:
+    """Return the shares of these tasks to time, the important ones first."""
     by_task = [
         [ShareJob(task, *item) for item in share_models(spec, task.kind, task.bits).items()]
         for task in tasks
@@ -214,15 +214,16 @@ def _share_jobs(spec: ModelSpec, tasks: Sequence[Task]) -> list[ShareJob]:
     return [job for turn in zip_longest(*by_task) for job in turn if job is not None]
 
 
-def _share_key(job: ShareJob, common: Mapping[str, Any]) -> dict[str, Any]:
+def share_key(job: ShareJob, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the key of a share's times in a store; ``common`` is ``machine_key``."""
     return {**common, **timing_dependencies(job.part, job.task), "share": True}
 
 
-def _measure_share(
+def measure_share(
     bench: Bench, job: ShareJob, common: Mapping[str, Any], store: CalibrationStore | None
 ) -> dict[ShareJob, Figures]:
     """Time a share that ``store`` does not have; the result is empty if it fits nowhere."""
-    key = _share_key(job, common)
+    key = share_key(job, common)
     if store is not None and store.get(key) is not None:
         return {}
     measured = bench.run_share(job.part, job.task)
@@ -245,9 +246,9 @@ def _with_shares(
     for task, timing in timings.items():
         shares_s: list[tuple[float, float, float]] = []
         conditions = [timing.conditions]
-        for job in _share_jobs(spec, [task]):
+        for job in share_jobs(spec, [task]):
             seconds, of = measured.get(job) or (
-                (None, None) if store is None else store.found(_share_key(job, common))
+                (None, None) if store is None else store.found(share_key(job, common))
             )
             if seconds is not None and len(seconds) == 2:
                 shares_s.append((job.fraction, seconds[0], seconds[1]))
