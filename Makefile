@@ -83,6 +83,9 @@ bench-planner: $(VENV)/run.stamp ## measure the planner's solve times and proved
 bench-fidelity: $(VENV)/run.stamp ## compare predicted and measured times of many plans on emulated hosts (root)
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
+bench-together: $(VENV)/run.stamp ## measure devices that share layers over emulated hosts, also against others (root)
+	$(BIN)/python -m benchmarks.together $(ARGS)
+
 bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 1 to 4 emulated hosts (root)
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 

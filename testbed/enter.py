@@ -3,8 +3,9 @@
     enter.py [--group DIR]... [--net FILE] [--host NAME] [--cores 0,1] [--ready FD] -- COMMAND...
 
 The process joins the control groups and the network, takes the host's name and its cores, and
-executes the command under the same process number. FD closes when the command starts. Run this file by its path
-(``python -I -S``), so that it starts in about 20 ms. It imports only the standard library.
+executes the command under the same process number. FD closes when the command starts. Run this
+file by its path (``python -I -S``), so that it starts in about 20 ms. It imports only the standard
+library.
 """
 
 from __future__ import annotations
