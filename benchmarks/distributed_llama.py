@@ -71,9 +71,7 @@ def _write_model(path: Path, spec: ModelSpec, context_tokens: int) -> None:
         12: 10000,  # rope's theta
         13: _Q40,
     }
-    values = struct.pack(
-        f"<{2 * len(fields)}i", *(item for pair in fields.items() for item in pair)
-    )
+    header = _header(_MODEL_MAGIC, fields)
     random = np.random.default_rng(0)
     heads, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     with path.open("wb") as file:
@@ -116,11 +114,7 @@ def _write_tokenizer(path: Path, vocab: int) -> None:
     """Write a tokenizer of single letters. Its other tokens never occur in a text."""
     tokens = [*_LETTERS, *(f"<{number}>" for number in range(vocab - len(_LETTERS)))]
     fields = {0: 1, 1: vocab, 2: max(map(len, tokens)), 3: vocab - 1, 9: 1, 10: 0}
-    values = struct.pack(
-        f"<{2 * len(fields)}i", *(item for pair in fields.items() for item in pair)
-    )
-    content = struct.pack("<2i", _TOKENIZER_MAGIC, 8 + len(values)) + values
-    content += struct.pack("<i", vocab - 1)
+    content = _header(_TOKENIZER_MAGIC, fields) + struct.pack("<i", vocab - 1)
     for number, token in enumerate(tokens):
         content += struct.pack("<fI", -float(number), len(token)) + token.encode()
     path.write_bytes(content)

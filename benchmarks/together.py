@@ -401,7 +401,9 @@ def _show(result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         "others_cores": "{:.2f}",
     }
     for name in columns:
-        table.add_column(name.replace("_", " "), justify="left" if name == "what" else "right")
+        left = name == "what"
+        heading = name.replace("predicted", "pred.").replace("_", " ")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
     table.add_column("stages", no_wrap=True)
     for row in result["rows"]:
         cells = [form.format(row[name]) if name in row else "-" for name, form in columns.items()]
