@@ -79,8 +79,8 @@ class BlockTiming:
         share in the time of a chunk.
     conditions: None if they were not recorded.
     rows_s: one pass of TIMED_ROWS rows; empty if it was not measured.
-    shares_s: (fraction, decode_s, prefill_s_per_token) of shares of the block, by fraction; empty if
-        none was measured. Times include the cuts of a layer, but no sums.
+    shares_s: (fraction, decode_s, prefill_s_per_token) of shares of the block, by fraction. They
+        include the cuts of a layer, but no sums. Empty if none was measured.
     """
 
     kind: TimingKind
