@@ -156,9 +156,8 @@ def main() -> None:
     for shape in options.shapes:
         spec = make_model(options.state / shape, SHAPES[shape], CONTEXT_TOKENS, vocab=VOCAB)
         for name, bits in itertools.product(options.cases, options.bits):
-            one = Experiment(spec, shape, bits, name, case_of(name))
             try:
-                rows = measure(options, one)
+                rows = measure(options, Experiment(spec, shape, bits, name, case_of(name)))
             except TestbedError as error:
                 sys.exit(str(error))
             result.append({"shape": shape, "bits": bits, "case": name} | rows)
