@@ -433,7 +433,7 @@ def _show(result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     for row in result["rows"]:
         cells = [form.format(row[name]) if name in row else "-" for name, form in columns.items()]
         table.add_row(*cells, "\n".join(row.get("stages", ())))
-    console = Console(width=max(Console().width, 160))
+    console = Console(width=max(Console().width, 220))
     console.print(table)
     console.print(
         f"the planner's own choice: {'; '.join(result['chosen'])}, predicted"
