@@ -21,9 +21,10 @@ from typing import Any
 from backends.base import Backend, BackendError, StageOptions
 from backends.registry import backend_class
 from calibration.layers import Task, chunk_tokens, fits_memory, random_artifacts, random_inputs
-from calibration.machine import hardware_id, memory_bytes
+from calibration.machine import hardware_id
 from calibration.store import CalibrationStore
 from model.errors import ModelError
+from model.memory import memory_bytes
 from model.quantize import Format
 from model.spec import ModelSpec
 from wire.profile import DeviceProfile
