@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from coordinator.errors import StorageFull
-from coordinator.files.artifacts import ArtifactStore
+from coordinator.files.artifacts import ArtifactStore, Wanted
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
-def wanted(checkpoint: Checkpoint, bits: int) -> list[tuple[int, Format]]:
-    return [(block, Format.of(bits)) for block in range(checkpoint.spec.block_count)]
+def wanted(checkpoint: Checkpoint, bits: int) -> list[Wanted]:
+    return [Wanted(block, Format.of(bits)) for block in range(checkpoint.spec.block_count)]
 
 
 def make(store: ArtifactStore, checkpoint: Checkpoint, bits: int) -> list[Path]:
