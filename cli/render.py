@@ -317,19 +317,38 @@ class Screen:
         table.add_column("device")
         for column in ("blocks", "memory", "fetched", "load s"):
             table.add_column(column, justify="right")
+        shared = []
         for stage, planned in zip(model["stages"], model["plan"]["stages"], strict=True):
-            first, count = planned["first"], len(planned["bits"])
-            table.add_row(
-                escape(stage["device"]),
-                f"[{first}, {first + count})".replace("[", r"\["),
-                format_size(stage["memory_bytes"]),
-                format_size(stage["fetched_bytes"]),
-                f"{stage['load_s']:.2f}",
-            )
+            first, last = planned["first"], planned["first"] + len(planned["bits"])
+            members = stage.get("members", ())  # Older coordinators know no teams.
+            name = "+".join(member["device"] for member in members) or stage["device"]
+            table.add_row(escape(name), rf"\[{first}, {last})", *_load_figures(stage))
+            for member, part in zip(members, planned.get("members", ()), strict=True):
+                share = _columns(part) / sum(map(_columns, planned["members"]))
+                name_of_one = f"  {escape(member['device'])}"
+                table.add_row(name_of_one, f"{share:.0%}", *_load_figures(member))
+            if members:
+                bits = planned["sum_bits"]
+                blocks = f"{max(first, 1)}..{last - 1}"
+                shared.append(f"{name} share blocks {blocks}, with sums of {bits} bits")
         self.table(table)
+        for line in shared:
+            self.out.print(escape(line), soft_wrap=True)
         slots = model["slots"]
         line = f", {slots['waiting']} in line" if slots["waiting"] else ""
         self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")
+
+
+def _load_figures(loaded: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Memory, fetched bytes and seconds of a loaded stage or of a member's part of it."""
+    sizes = format_size(loaded["memory_bytes"]), format_size(loaded["fetched_bytes"])
+    return (*sizes, f"{loaded['load_s']:.2f}")
+
+
+def _columns(member: Mapping[str, Any]) -> int:
+    """The columns of the MLP that a planned member has."""
+    begin, end = member["share"]["columns"]
+    return int(end) - int(begin)
 
 
 def _state_line(model: Mapping[str, Any]) -> str:
