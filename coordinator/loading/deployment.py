@@ -270,9 +270,12 @@ def _shares(
         sum_bits=_bits(stage.sum_bits),
     )
     lead, *others = [partial(shared, share=member.share.to_tuple()) for member in stage.members]
-    # Nobody is told this key, so that no device can pass for a previous one.
-    unknown = secrets.token_bytes(KEY_BYTES)
-    return [lead, *(partial(other, previous="", hop_key=unknown) for other in others)]
+    # Nobody is told these keys, so that no device can pass for a previous one.
+    alone = [
+        partial(other, previous="", hop_key=key)
+        for other, key in zip(others, _keys(others), strict=True)
+    ]
+    return [lead, *alone]
 
 
 async def _connect_teams(teams: Sequence[Team], epoch: int, keys: Sequence[bytes]) -> None:
