@@ -36,6 +36,8 @@ class DeviceProfile:
     kernel_id: the same for all agents on one running machine, containers included. Empty if
         unknown.
     wireless: whether it sends over the air, which others use too.
+    shares: whether the backend loads shares of layers (model/share.py).
+    sum_s: the agent's own work for one sum of one row over a team; 0 if that was not measured.
     """
 
     machine: str
@@ -59,6 +61,8 @@ class DeviceProfile:
     kernel_id: str = ""
     wireless: bool = False
     relay_s: float = 0.0
+    shares: bool = False
+    sum_s: float = 0.0
 
     def container(self, bits: int) -> int | None:
         """Return the width in memory of a block stored at ``bits``, or None if it cannot run."""
@@ -75,6 +79,8 @@ class BlockTiming:
         share in the time of a chunk.
     conditions: None if they were not recorded.
     rows_s: one pass of TIMED_ROWS rows; empty if it was not measured.
+    shares_s: (fraction, decode_s, prefill_s_per_token) of shares of the block, by fraction; empty if
+        none was measured.
     """
 
     kind: TimingKind
@@ -84,6 +90,7 @@ class BlockTiming:
     prefill_s_per_token: float
     conditions: Conditions | None = None
     rows_s: tuple[float, ...] = ()
+    shares_s: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

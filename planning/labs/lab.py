@@ -8,7 +8,7 @@ description names. For another model they are scaled by its weights, and ``times
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from model.spec import LayerSpec, ModelSpec
 from planning.build import DeviceInput, RequestInput, build_problem
@@ -89,6 +89,10 @@ class LabDevice:
     ``watts``: power while the device computes. None: not known.
     ``on_chip_bytes``, ``arithmetic``: as in DeviceProfile.
     ``layer_kl``: KL divergence that a layer adds on the device, by width, if the file has it.
+    ``shares``: whether the device can run shares of layers, in a team with others.
+    ``share_times``: time of a share, relative to the whole layer, by the share. Empty: not
+    described, so it is assumed.
+    ``sum_s``: the device's own work for one sum over a team, without the network.
     """
 
     name: str
@@ -104,6 +108,9 @@ class LabDevice:
     on_chip_bytes: int | None = None
     arithmetic: str = ""
     layer_kl: Mapping[int, float] | None = None
+    shares: bool = True
+    share_times: Mapping[float, float] = field(default_factory=dict)
+    sum_s: float = 0.0
 
     @property
     def bits(self) -> tuple[int, ...]:

@@ -202,17 +202,13 @@ def test_a_loaded_team_shows_its_members_and_shares(capsys: pytest.CaptureFixtur
     def loaded(name: str, load_s: float) -> dict[str, Any]:
         return {"device": name, "memory_bytes": 3 << 20, "fetched_bytes": 2 << 20, "load_s": load_s}
 
-    def planned(name: str, *columns: int) -> dict[str, Any]:
-        share = {"kv_heads": [0, 1], "columns": list(columns), "vocab": [0, 9]}
-        return {"device": name, "share": share}
-
     members = [loaded("pi-1", 1.5), loaded("pi-2", 0.5)]
     team = {**loaded("pi-1", 1.5), "memory_bytes": 6 << 20, "members": members}
-    shares = [planned("pi-1", 0, 30), planned("pi-2", 30, 40)]
     stages = [
-        {"first": 0, "bits": [4] * 18, "members": shares, "sum_bits": 16},
-        {"first": 18, "bits": [4], "members": [], "sum_bits": None},
+        {"first": 0, "bits": [4] * 18, "sum_bits": 16},
+        {"first": 18, "bits": [4], "sum_bits": None},
     ]
+    shares = {"pi-1": 0.75, "pi-2": 0.25}
     Screen(json_output=False).models(
         [
             {
@@ -221,15 +217,15 @@ def test_a_loaded_team_shows_its_members_and_shares(capsys: pytest.CaptureFixtur
                 "reason": None,
                 "waiting_for": [],
                 "stages": [team, {**loaded("pi-3", 0.25), "members": []}],
-                "plan": {"stages": stages},
+                "plan": {"stages": stages, "shares": shares},
                 "slots": {"total": 1, "used": 0, "waiting": 0},
             }
         ]
     )
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["pi-1+pi-2", "[0,", "18)", "6.0", "MiB", "2.0", "MiB", "1.50"] in rows
-    assert ["pi-1", "75%", "3.0", "MiB", "2.0", "MiB", "1.50"] in rows
-    assert ["pi-2", "25%", "3.0", "MiB", "2.0", "MiB", "0.50"] in rows
+    assert ["pi-1", "75%", "of", "each", "3.0", "MiB", "2.0", "MiB", "1.50"] in rows
+    assert ["pi-2", "25%", "of", "each", "3.0", "MiB", "2.0", "MiB", "0.50"] in rows
     assert ["pi-3", "[18,", "19)", "3.0", "MiB", "2.0", "MiB", "0.25"] in rows
     line = ["pi-1+pi-2", "share", "blocks", "1..17,", "with", "sums", "of", "16", "bits"]
     assert line in rows
