@@ -26,6 +26,8 @@ class DeviceProfile:
     call_s: overhead of a stage's call besides its blocks. It is 0 if measuring it takes files that
         others make; then the first measurement of a model brings it.
     relay_s: seconds of the agent itself for each call; 0 if that was not measured.
+    sum_s: seconds of the agent itself for a sum of one row with one other member of a team, without
+        any wait for the link; 0 if that was not measured.
     watts: declared power while the device computes.
     on_chip_bytes: bytes of weights in an accelerator's own memory, which cross no bus at a call
         (one byte a weight at 8 bits). None if weights are in ordinary memory.
@@ -59,6 +61,7 @@ class DeviceProfile:
     kernel_id: str = ""
     wireless: bool = False
     relay_s: float = 0.0
+    sum_s: float = 0.0
 
     def container(self, bits: int) -> int | None:
         """Return the width in memory of a block stored at ``bits``, or None if it cannot run."""
