@@ -113,6 +113,7 @@ _PROFILE_RANGES: dict[str, tuple[float, float]] = {
     "disk_write_bytes_per_s": (1, 1e15),
     "call_s": CALL_SECONDS,
     "relay_s": CALL_SECONDS,
+    "sum_s": CALL_SECONDS,
     "watts": (0, 1e6),
     "on_chip_bytes": (0, MAX_BYTES),
 }
