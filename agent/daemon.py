@@ -535,6 +535,7 @@ class Agent:
             progress=progress,
             exact=exact,
             together=request.together,
+            shares=request.shares,
         )
         store.note_model(request.spec, request.bits)
         self._figures.told(spec, timings)

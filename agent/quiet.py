@@ -185,6 +185,7 @@ class Figures:
                 store=self.store.again(is_doubtful),
                 progress=progress,
                 exact=self._config.exact,
+                shares=any(timing.shares_s for timing in self._kept(spec, bits)),
             )
         except _Enough:
             log.info("the remaining times are measured in another quiet moment")

@@ -330,10 +330,10 @@ def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) ->
     return account
 
 
-def predicted_prefill_ms(plan: Mapping[str, Any]) -> float:
-    """Predict a prompt of PROMPT_TOKENS until its first token, by a plan of the API."""
+def predicted_prefill_ms(plan: Mapping[str, Any], tokens: int = PROMPT_TOKENS) -> float:
+    """Predict a prompt of this many ``tokens`` until its first token, by a plan of the API."""
     passages = [Passage(**one["passage"]) for one in (*plan["stages"], *plan["hops"])]
-    return 1e3 * prompt_s(passages, PROMPT_TOKENS, best_chunk_tokens(passages, PROMPT_TOKENS))
+    return 1e3 * prompt_s(passages, tokens, best_chunk_tokens(passages, tokens))
 
 
 def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -85,6 +85,17 @@ def share_steps(spec: ModelSpec, group_size: int) -> Steps:
     return Steps(group_size // math.gcd(group_size, per_kv_head), group_size)
 
 
+def most_members(spec: ModelSpec, group_size: int) -> int:
+    """Return how many devices a team of this model can have, as each has a step of everything.
+
+    It is 1 if no team can share the model. ``group_size`` is that of ``share_steps``.
+    """
+    if not can_share(spec):
+        return 1
+    steps, layer = share_steps(spec, group_size), spec.layers[0]
+    return min(-(-layer.kv_heads // steps.kv_heads), -(-layer.ffn // steps.columns), spec.vocab)
+
+
 def share_spec(spec: ModelSpec, share: Share) -> ModelSpec:
     """Return the model of a share: ``hidden`` stays, heads, MLP and vocabulary are the member's.
 

@@ -121,12 +121,14 @@ class MeasureModel:
 
     The agent reports earlier measurements without repeating them.
     together: passes of several rows are timed too, each row of another sequence.
+    shares: shares of blocks are timed too, as far as a limited time allows.
     """
 
     request: int
     spec: dict[str, Any]
     bits: tuple[int, ...]
     together: bool = False
+    shares: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ class MeasureModelAgain:
     spec: dict[str, Any]
     bits: tuple[int, ...]
     together: bool = False
+    shares: bool = False
 
 
 @dataclass(frozen=True, slots=True)

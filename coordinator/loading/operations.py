@@ -319,7 +319,13 @@ class Operations:
         names = {member.device: member.name for member in members}
         excluded = [member.name for member in members if member.device in request.exclude]
         timings = await measure_blocks(
-            members, spec, request.bits, self._report, excluded, rows=request.slots > 1
+            members,
+            spec,
+            request.bits,
+            self._report,
+            excluded,
+            rows=request.slots > 1,
+            shares=True,
         )
         measured = [member for member in members if member.name not in excluded]
         await measure_links(self._roster, measured, self._report, asked=asked)
