@@ -219,7 +219,8 @@ class Operations:
         members = self._roster.require_members()
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]
-        _check_joined((*absent, *request.pins.values()), members, names)
+        sharing = itertools.chain.from_iterable(request.teams)
+        _check_joined((*absent, *request.pins.values(), *sharing), members, names)
         losses = await self._quality_meter.losses(
             checkpoint, request, members, self._report, measure=asked
         )
@@ -369,6 +370,8 @@ class Operations:
                 objective=request.objective,
                 pins={block: names[device] for block, device in request.pins.items()},
                 excluded=excluded,
+                teams=[[names[device] for device in team] for team in request.teams],
+                no_teams=request.no_teams,
                 hop_formats=choose_hops(request.hop_bits, losses.hops, request.quality_budget),
             )
             no_links = [link for link, _ in self._roster.failed_links()]
