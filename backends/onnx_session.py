@@ -78,9 +78,20 @@ def session_options(threads: int, *, joined: bool = True) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Hidden states that decay towards zero would otherwise halve the speed.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    # An arena is a session's own, and keeps the buffers of its largest call.
-    options.enable_cpu_mem_arena = joined
+    if not joined:
+        _shared_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_arena() -> None:
+    """Let sessions have their buffers in one arena, if their settings say so."""
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, None)
 
 
 def session_of(graph: Graph, options: Any) -> Any:
