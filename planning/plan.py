@@ -326,12 +326,13 @@ def assess(
     hops = []
     wire_s = 0.0
     for (source, target), bits in zip(pairs, sent, strict=True):
-        names = problem.devices[source].name, problem.devices[target].name
+        leads = problem.lead(source), problem.lead(target)
+        names = problem.devices[leads[0]].name, problem.devices[leads[1]].name
         seconds = problem.hop_s(source, target, bits)
         if seconds == math.inf:
             raise PlanError(problem.no_link(source, target))
         hops.append(Hop(*names, seconds, problem.hop_passage(source, target, bits)))
-        wire_s += problem.hop_bytes(bits) / problem.links[source, target].bytes_per_s
+        wire_s += problem.hop_bytes(bits) / problem.links[leads].bytes_per_s
     return_s = problem.return_s(order[-1], order[0])
     if return_s == math.inf:
         raise PlanError(problem.no_link(order[-1], order[0]))
@@ -489,7 +490,7 @@ def _usual_hop_bits(problem: PlanningProblem, source: int, target: int) -> int:
     """The width of a hop if the plan does not say one."""
     choices = problem.hop_choices(source, target)
     if not choices:
-        if (source, target) not in problem.links:
+        if problem.link(source, target) is None:
             raise PlanError(problem.no_link(source, target))
         names = problem.devices[source].name, problem.devices[target].name
         raise PlanError(

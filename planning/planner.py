@@ -447,6 +447,9 @@ def _hopeless(problem: PlanningProblem) -> str | None:
         if (against := refused(problem, team)) is not None:
             names = ", ".join(problem.devices[i].name for i in team)
             return f"{names} cannot share layers: {against}"
+    if problem.teams:
+        # Devices of these teams run nothing alone.
+        problem = with_teams(problem)
     usable = Usable(problem)
     placed = usable.allowed.any((0, 2))
     for block in np.flatnonzero(~placed).tolist():

@@ -27,7 +27,7 @@ class Usable:
     beats. With ``fitting``, options that exceed the device's limits alone are left out too.
     ``resources``: bytes of every option [device, block, width], with the limits [device]. First
     memory and storage of each device, or of the first member of a team, then of further members.
-    ``memory``, ``memory_limit``: of each device, or of the member with the least room for layers.
+    ``memory``: bytes of memory of each device, or of all members of a team.
     ``least`` [block]: the least loss of a block on any device (0 if no device may run it).
     ``room``: the budget less all ``least``; inf without a budget. It may be tiny beside the
     losses that no plan avoids, so tolerances apply to the room and not to the budget.
@@ -42,8 +42,6 @@ class Usable:
         self.stored = np.array(kept, dtype=float).reshape(len(blocks), len(self.widths))
         self.memory = self.executed + np.array(problem.kv_bytes, dtype=float)[:, None]
         self.resources = self._resources()
-        self.memory_limit = self.resources[0][1].copy()
-        self._take_tightest()
         self.loss = self._losses(own_loss)
         self.allowed = np.isfinite(self.decode) & np.isfinite(self.loss) & self._permitted()
         least = np.where(self.allowed, self.loss, math.inf).min((0, 2), initial=math.inf)
@@ -126,22 +124,6 @@ class Usable:
                         sizes[:, at[option.bits]] = option.memory_bytes, option.storage_bytes
             found[:, block] = known[id(row)]
         return found
-
-    def _take_tightest(self) -> None:
-        """Let ``memory`` be that of the member of each team with the least room for layers."""
-        for i, device in enumerate(self.problem.devices):
-            if device.team is None:
-                continue
-            members = range(len(device.holders))
-            least = []
-            for at in members:
-                sizes, limits = self.resources[2 * at]
-                layers = sizes[i, 1:].min(1, initial=math.inf)
-                taken = float(layers[np.isfinite(layers)].sum())
-                least.append(float(limits[i]) / max(taken, 1.0))
-            tightest = min(members, key=least.__getitem__)
-            sizes, limits = self.resources[2 * tightest]
-            self.memory[i], self.memory_limit[i] = sizes[i], limits[i]
 
     def _losses(self, own: Floats) -> Floats:
         """The loss of each option; inf if it is not known."""

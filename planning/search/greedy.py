@@ -158,7 +158,9 @@ class _Level:
         for k in reversed(range(blocks)):
             self.stop[:, k] = np.where(usable[:, k], self.stop[:, k + 1], k)
         # Blocks that fit the device alone.
-        self.takes = usable & (memory <= np.array(tables.memory_limit, dtype=float)[:, None])
+        self.takes = np.logical_and.reduce(
+            [usable, *(sizes[where] <= limit[:, None] for sizes, limit in tables.resources)]
+        )
         self.conflicts = tables.conflicts
         self.linked = np.isfinite(tables.hop_s).any(0)
         self.returns = np.isfinite(tables.back_s)

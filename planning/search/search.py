@@ -375,11 +375,8 @@ class _Cheapest(_Search):
             chosen = np.empty((len(mus), tables.shape[1]), dtype=np.int64)
             total = np.full(len(mus), fixed) - (mus * budget if mu else 0.0)
             for i, first, end in spans:
-                knapsack = tables.in_memory[i]
-                room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
-                columns = np.full(len(mus), int(knapsack.index(room)))
                 costs = tables.cost[i, first:end] + mus[:, None, None] * tables.loss[i, first:end]
-                chosen[:, first:end], sums = knapsack.choices(first, costs, columns)
+                chosen[:, first:end], sums = tables.choices(i, first, costs)
                 total += sums
             priced = ways + mus[:, None, None] * tables.hop_loss
             formats = priced.argmin(2) if pairs else np.empty((len(mus), 0), dtype=np.int64)
@@ -600,9 +597,9 @@ class _Fastest(_Search):
         self.top = top
         self.in_time = []
         self.profiles = []
-        for i, knapsack in enumerate(tables.in_memory):
+        for i, reach in enumerate(tables.reach):
             limit = top - tables.call_s[i]
-            self.in_time.append(Knapsack(tables.decode[i], limit, knapsack.longest, tables.units))
+            self.in_time.append(Knapsack(tables.decode[i], limit, reach, tables.units))
             self.profiles.append(self.in_time[-1].profiles(self.cost[i]))
 
     def _arcs(self, limit: float) -> Joint:
@@ -752,12 +749,11 @@ class _Timed:
         for (i, first, end), least, within, (_, _, seconds) in rows:
             knapsack = search.in_time[i]
             column = int(knapsack.index(seconds - least))
+            costs = search.cost[i, None, first:end]
             if search.profiles[i][end - first - 1, first, column] < within:
                 # Memory limits this stage, not time.
-                knapsack = tables.in_memory[i]
-                room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
-                column = int(knapsack.index(room))
-            costs = search.cost[i, None, first:end]
+                chosen[first:end] = tables.choices(i, first, costs)[0][0]
+                continue
             chosen[first:end] = knapsack.choices(first, costs, np.array([column]))[0][0]
         hops = np.array([f for _, f, _ in best[:-1]], dtype=np.int64)
         seconds_of = [seconds * (1 + 1e-12) for *_, seconds in best]

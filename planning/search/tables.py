@@ -115,6 +115,17 @@ class Knapsack:
         return chosen, total
 
 
+class InMemory(Knapsack):
+    """A knapsack whose limit is the memory of a device or of a member of a team.
+
+    ``columns`` [first block, length - 1] are those of ``profiles`` at the limit.
+    """
+
+    def __init__(self, sizes: Floats, limit: float, longest: int) -> None:
+        super().__init__(sizes, limit, longest, _LEAST_UNITS)
+        self.columns: Integers = self.index(limit - self.least)
+
+
 def _unit(sizes: Floats, room: float, steps: int) -> float:
     """The unit, at least room / steps, with which rounding sizes down loses the least."""
     if not len(sizes) or room < _LEAST_ROOM:
@@ -171,15 +182,21 @@ class Tables:
         lengths = np.flatnonzero(self.fits.any((0, 1)))
         self.longest = int(lengths[-1]) + 1 if len(lengths) else 0
         self.fits = self.fits[:, :, : self.longest]
-        self.memory_limit = usable.memory_limit.tolist()
+        self.binding = [self._binding(i) for i in devices]
+        """Per device, the indices of ``resources`` that are memory and may limit a stage."""
+        self.memory_limit = [float(self.resources[r[0]][1][i]) for i, r in enumerate(self.binding)]
         self.reach = [self._reach(i) for i in devices]
         cells = max(1, sum(self.reach) * len(blocks))
         self.units = min(max(40 * self.longest, _LEAST_UNITS), _MOST_UNITS)
         self.units = max(min(self.units, _TABLE_CELLS // cells), _LEAST_UNITS)
         self.in_memory = [
-            Knapsack(self.memory[i], self.memory_limit[i], self.reach[i], _LEAST_UNITS)
+            [
+                InMemory(self.resources[at][0][i], self.resources[at][1][i], self.reach[i])
+                for at in self.binding[i]
+            ]
             for i in devices
         ]
+        """Per device, a knapsack for its memory, or for each member of a team that may be short."""
         self.entry = np.array([problem.call_cost(i) for i in devices])
         self.call_s = np.array([problem.call_turn_s(i) for i in devices])
         self._measure_links()
@@ -274,14 +291,55 @@ class Tables:
         """The least costs [device, first block, length - 1] within the memory; inf if none fits."""
         devices, blocks, _ = self.shape
         found = np.full((devices, blocks, self.longest), math.inf)
-        for i, knapsack in enumerate(self.in_memory):
-            reach = knapsack.longest
-            if reach:
-                columns = knapsack.index(self.memory_limit[i] - knapsack.least)
+        for i, knapsacks in enumerate(self.in_memory):
+            reach = self.reach[i]
+            if not reach:
+                continue
+            lengths, firsts = np.indices((reach, blocks))
+            least = np.full((blocks, reach), -math.inf)
+            for knapsack in knapsacks:
                 profile = knapsack.profiles(cost[i])
-                lengths, firsts = np.indices((reach, blocks))
-                found[i, :, :reach] = profile[lengths, firsts, columns.T].T
+                # Limits are taken one at a time, and the largest cost counts.
+                np.maximum(least, profile[lengths, firsts, knapsack.columns.T].T, out=least)
+            found[i, :, :reach] = least
         return np.where(self.fits, found, math.inf)
+
+    def choices(self, device: int, first: int, costs: Floats) -> tuple[Integers, Floats]:
+        """The best options [price, block] of a stage within its memory, and their costs [price].
+
+        ``costs`` is [price, block, option]. Limits are taken one at a time, and the largest cost
+        counts.
+        """
+        prices, length, _ = costs.shape
+        best: tuple[Integers, Floats] | None = None
+        for knapsack in self.in_memory[device]:
+            column = np.full(prices, int(knapsack.columns[first, length - 1]))
+            chosen, total = knapsack.choices(first, costs, column)
+            if best is not None:
+                more = total > best[1]
+                chosen = np.where(more[:, None], chosen, best[0])
+                total = np.maximum(total, best[1])
+            best = chosen, total
+        if best is None:
+            raise ValueError("a device has memory")
+        return best
+
+    def _binding(self, device: int) -> list[int]:
+        """The memories of a team that no other one limits more, the tightest one first."""
+        rows = [2 * at for at in range(len(self.problem.devices[device].holders))]
+        if len(rows) == 1:
+            return rows
+        parts = []
+        for at in rows:
+            sizes, limit = self.resources[at]
+            usable = np.isfinite(sizes[device])
+            parts.append(np.where(usable, sizes[device], 0.0) / max(float(limit[device]), 1.0))
+        order = sorted(range(len(rows)), key=lambda m: -float(parts[m][1:].sum()))
+        kept: list[int] = []
+        for m in order:
+            if not any((parts[m] <= parts[other]).all() for other in kept):
+                kept.append(m)
+        return [rows[m] for m in kept]
 
     def choice(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> Choice:
         """The choice of ``spans`` with the option of each block and the format of each hop."""
