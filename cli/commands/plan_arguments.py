@@ -365,8 +365,10 @@ def _widths(options: argparse.Namespace, saved: SavedPlan | None) -> dict[str, A
     if saved is not None and bits is None:
         bits = {width for _, width in saved.placements}.union(DEFAULT_BITS)
     if saved is not None and hop_bits is None and options.quality_budget is None:
-        sent = {width for width in saved.hop_bits if width is not None}
-        hop_bits = sent.union(form.bits for form in DEFAULT_HOPS)
+        sums = {team.sum_bits for team in saved.teams if team is not None}
+        sent = {width for width in saved.hop_bits if width is not None} | sums
+        # Members sum at 32 bits only where nothing narrower may be sent.
+        hop_bits = {32} if 32 in sums else sent.union(form.bits for form in DEFAULT_HOPS)
     return {
         "bits": DEFAULT_BITS if bits is None else tuple(bits),
         "hop_bits": None if hop_bits is None else tuple(hop_bits),

@@ -202,6 +202,8 @@ def _profile(device: LabDevice) -> DeviceProfile:
         watts=device.watts,
         on_chip_bytes=device.on_chip_bytes,
         arithmetic=device.arithmetic,
+        shares=device.shares,
+        sum_s=device.sum_s,
     )
 
 
@@ -216,12 +218,20 @@ def _timings(device: LabDevice, spec: ModelSpec, model: LabModel | None) -> Iter
         yield BlockTiming("embedding", 0, bits, embed_s, embed_s)
         # In the order of ``ModelSpec.layer_variants``.
         for variant, factor in enumerate(layers.values()):
-            yield BlockTiming(
-                "layer",
-                variant,
-                bits,
-                factor * device.layer_decode_s[bits],
-                factor * device.layer_prefill_s_per_token[bits],
-            )
+            times = device.layer_decode_s[bits], device.layer_prefill_s_per_token[bits]
+            times = factor * times[0], factor * times[1]
+            yield BlockTiming("layer", variant, bits, *times, shares_s=_shares_s(device, *times))
         # The head computes a prompt's last row alone, so a row has its share in a full chunk.
-        yield BlockTiming("head", 0, bits, head_s, head_s / limits.PREFILL_CHUNK_TOKENS)
+        times = head_s, head_s / limits.PREFILL_CHUNK_TOKENS
+        yield BlockTiming("head", 0, bits, *times, shares_s=_shares_s(device, *times))
+
+
+def _shares_s(
+    device: LabDevice, decode_s: float, prefill_s_per_token: float
+) -> tuple[tuple[float, float, float], ...]:
+    """The described shares of a block with these times; empty if none are described."""
+    times = {1.0: 1.0, **device.share_times} if device.share_times else {}
+    return tuple(
+        (share, time * decode_s, time * prefill_s_per_token)
+        for share, time in sorted(times.items())
+    )
