@@ -334,9 +334,11 @@ class Screen:
                 share = f"{model['plan']['shares'][member['device']]:.0%} of each"
                 table.add_row(f"  {escape(member['device'])}", share, *_load_figures(member))
             if members:
-                bits = planned["sum_bits"]
-                blocks = f"{max(first, 1)}..{last - 1}"
-                shared.append(f"{name} share blocks {blocks}, with sums of {bits} bits")
+                line = f"{name} share blocks {max(first, 1)}..{last - 1}"
+                line += f", with sums at {planned['sum_bits']} bits"
+                if measured := planned.get("measured_sum"):
+                    line += f" of {measured['row_s'] * 1e3:.2f} ms, measured"
+                shared.append(line)
         self.table(table)
         for line in shared:
             self.out.print(escape(line), soft_wrap=True)

@@ -288,11 +288,17 @@ def _model(state: Present) -> dict[str, Any]:
 
 
 def _deployment(deployment: Deployment) -> dict[str, Any]:
+    """The JSON of a deployment. Its plan also has the sums that teams measured."""
     slots = deployment.slots
+    plan = describe_plan(deployment.spec, deployment.plan, slots.total)
+    for stage, sums in zip(plan["stages"], deployment.sums, strict=True):
+        if sums is not None:
+            figures = {"row_s": sums.row_s, "chunk_rows": sums.chunk_rows, "chunk_s": sums.chunk_s}
+            stage["measured_sum"] = figures
     return {
         "context_tokens": deployment.context_tokens,
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
-        "plan": describe_plan(deployment.spec, deployment.plan, slots.total),
+        "plan": plan,
         "quality": deployment.quality,
         "stages": [
             _stage(team, loaded)

@@ -35,8 +35,10 @@ from wire.messages import (
     ConnectTeam,
     Done,
     LoadStage,
+    MeasureTeam,
     Message,
     StageLoaded,
+    TeamMeasured,
     UnloadStage,
 )
 
@@ -96,6 +98,8 @@ class Deployment:
     """The devices of each stage, in the order of the ring."""
     loaded: tuple[tuple[StageLoaded, ...], ...]
     """The answers of each team's devices."""
+    sums: tuple[TeamMeasured | None, ...]
+    """The measured sums of each team. None for a device alone, or if they were not measured."""
     quality: Mapping[str, Any] | None = None
     """As of ``Planned``."""
 
@@ -189,6 +193,7 @@ async def deploy(
         loaded = iter(await together(itertools.starmap(load, orders)))
         await _connect_teams(teams, epoch, team_keys)
         await _connect_ring(leads, epoch, hop_keys)
+        sums = await _measure_sums(teams, epoch)
         for member in devices:  # A member may be lost after its answer, before the last one's.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
@@ -208,6 +213,7 @@ async def deploy(
         context_tokens=planned.context_tokens,
         teams=teams,
         loaded=tuple(tuple(itertools.islice(loaded, len(team))) for team in teams),
+        sums=sums,
         quality=planned.quality,
     )
 
@@ -236,9 +242,9 @@ def _orders(
     epoch: int,
     keys: tuple[Sequence[bytes], Sequence[bytes]],
 ) -> list[tuple[Member, str, partial[LoadStage]]]:
-    """What each device loads, with its label for progress. ``keys``: of hops and of teams.
+    """Each device's order to load, with its label for progress.
 
-    Only leads have neighbours in the ring.
+    Only leads have a place in the ring. ``keys`` are those of hops and of teams.
     """
     orders = []
     for index, (stage, team) in enumerate(zip(planned.plan.stages, teams, strict=True)):
@@ -290,6 +296,25 @@ async def _connect_ring(leads: tuple[Member, ...], epoch: int, keys: tuple[bytes
     if len(leads) > 1:
         for lead, after, key in zip(leads, leads[1:] + leads[:1], keys[1:] + keys[:1], strict=True):
             await _connect(lead, after, partial(ConnectStage, epoch=epoch, hop_key=key))
+
+
+async def _measure_sums(teams: Sequence[Team], epoch: int) -> tuple[TeamMeasured | None, ...]:
+    """Have the lead of each connected team measure its sums. Without a result the load goes on.
+
+    Raises AgentLost.
+    """
+    sums: list[TeamMeasured | None] = []
+    for team in teams:
+        measured = None
+        if len(team) > 1:
+            try:
+                measured = await team[0].request(partial(MeasureTeam, epoch=epoch), TeamMeasured)
+            except AgentLost:
+                raise
+            except AgentFailed as error:
+                log.warning("sums of %s were not measured: %s", team_name(team), error.reason)
+        sums.append(measured)
+    return tuple(sums)
 
 
 async def _connect(

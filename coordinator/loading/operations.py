@@ -326,7 +326,7 @@ class Operations:
             self._report,
             excluded,
             rows=request.slots > 1,
-            shares=True,
+            shares=not request.no_teams,
         )
         measured = [member for member in members if member.name not in excluded]
         await measure_links(self._roster, measured, self._report, asked=asked)

@@ -222,6 +222,7 @@ class Cluster:
             context_tokens=CONTEXT,
             teams=tuple((member,) for member in self.roster.members),
             loaded=(),
+            sums=(),
         )
 
     def member(self, name: str) -> Member:

@@ -51,6 +51,7 @@ from wire.messages import (
     Endpoint,
     Heartbeat,
     LoadStage,
+    MeasureTeam,
     Message,
     PeerLost,
     ReleaseSequence,
@@ -59,6 +60,7 @@ from wire.messages import (
     SequenceFailed,
     StageLoaded,
     StartSequence,
+    TeamMeasured,
     TokenSampled,
     UnloadStage,
 )
@@ -141,7 +143,7 @@ class Shoal:
         """What the coordinator told whom, besides heartbeats."""
         self.news = asyncio.Event()
         self.refused: set[tuple[str, str]] = set()
-        """Pairs of devices that cannot connect."""
+        """Pairs of devices that cannot connect. A lead with itself: it cannot measure sums."""
         self.frozen: set[str] = set()
         """Devices that say nothing more."""
         self.steps: list[Step] = []
@@ -178,6 +180,11 @@ class Shoal:
                     await agent.send(RequestFailed(message.request, "refused"))
                 else:
                     await agent.send(Done(message.request))
+            elif isinstance(message, MeasureTeam):
+                if (name, name) in self.refused:
+                    await agent.send(RequestFailed(message.request, "busy"))
+                else:
+                    await agent.send(TeamMeasured(message.request, 0.25e-3, 32, 4e-3))
             elif isinstance(message, UnloadStage):
                 await agent.send(Done(message.request))
 
@@ -253,7 +260,9 @@ def test_members_load_then_connect_to_each_other_and_leads_to_a_ring(run: Run) -
     async def test(shoal: Shoal) -> None:
         deployment = await shoal.load(plan_of(RING))
         kinds = [type(message).__name__ for _, message in shoal.told]
-        assert kinds == ["LoadStage"] * 4 + ["ConnectTeam"] * 3 + ["ConnectStage"] * 2
+        assert kinds == ["LoadStage"] * 4 + ["ConnectTeam"] * 3 + [
+            *("ConnectStage", "ConnectStage", "MeasureTeam")
+        ]
         loads = shoal.loads()
         connects = shoal.of(ConnectTeam)
         assert [(name, message.device) for name, message in connects] == [
@@ -322,6 +331,19 @@ def test_a_team_alone_has_the_head_in_parts(run: Run) -> None:
         assert deployment.after(shoal.member("b")) is None
 
     run(test)
+
+
+def test_a_team_whose_sums_cannot_be_measured_is_loaded_all_the_same(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(shoal: Shoal) -> None:
+        shoal.refused.add(("b", "b"))
+        deployment = await shoal.load(plan_of(RING))
+        assert deployment.sums == (None, None)
+        assert shoal.models.serving is deployment
+
+    run(test)
+    assert "sums of b+a+c were not measured: busy" in caplog.text
 
 
 def test_no_team_has_the_embedding_alone() -> None:
@@ -597,6 +619,9 @@ def test_the_status_names_every_member(run: Run) -> None:
         }
         assert alone["members"] == []
         shares = [member["share"] for member in answer["plan"]["stages"][0]["members"]]
+        measured = {"row_s": 0.25e-3, "chunk_rows": 32, "chunk_s": 4e-3}
+        assert answer["plan"]["stages"][0]["measured_sum"] == measured
+        assert "measured_sum" not in answer["plan"]["stages"][1]
         assert [share["kv_heads"] for share in shares] == [[0, 1], [1, 2], [2, 4]]
 
     run(test)

@@ -148,6 +148,7 @@ def test_teams_answer_as_one_device_does(
     assert teams(four) == [list(names) for names, _, _ in stages]
     assert answers(four, 30) == expected
     for stage, planned in zip(loaded["stages"], loaded["plan"]["stages"], strict=True):
+        assert ("measured_sum" in planned) == bool(stage["members"])
         room = HEADER_BYTES * len(planned["bits"])
         for member, part in zip(stage["members"], planned["members"], strict=True):
             assert member["fetched_bytes"] <= part["storage_bytes"] + room
