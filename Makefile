@@ -80,6 +80,9 @@ bench-rest: $(VENV)/run.stamp ## measure what an idle agent and coordinator take
 bench-planner: $(VENV)/run.stamp ## measure the planner's solve times and proved gaps
 	$(BIN)/python benchmarks/planner.py $(ARGS)
 
+bench-team-simulation: $(VENV)/run.stamp ## compute what teams of 2 to 8 Pis would give, from the parts in a lab
+	$(BIN)/python -m benchmarks.team_simulation $(ARGS)
+
 bench-fidelity: $(VENV)/run.stamp ## compare predicted and measured times of many plans on emulated hosts (root)
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 

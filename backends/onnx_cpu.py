@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from backends.base import (
     Capabilities,
     Stage,
     StageOptions,
+    TeamSum,
     Tokens,
 )
 from backends.checks import check_blocks, check_inputs, check_rows
@@ -47,6 +48,7 @@ from backends.onnx_graph import (
     cached_head_width,
     embedding_graph,
     head_graph,
+    padded_tables,
 )
 from backends.onnx_matrix import EXACT_BITS, Matrix, bytes_of, executable
 from backends.onnx_prepared import Prepared
@@ -59,6 +61,7 @@ from backends.onnx_session import (
     translated,
     window_offset,
 )
+from backends.onnx_share import PROMPT_ROWS, ShareGraph, ShareLayer, ShareLayers, neighbours
 from model.artifact import SHA256, Tensor, file_sha256, read_block
 from model.costs import on_chip_layer_bytes, stage_buffer_bytes
 from model.errors import CheckpointError
@@ -72,9 +75,6 @@ MAX_EXPANSION = 2
 
 CHUNK_ROWS = 64
 """The rows of a call for which compute buffers are estimated."""
-
-PROMPT_ROWS = 16
-"""The fewest rows of one sequence for which the prompt copy is faster."""
 
 COPY_MARGIN = 1.02
 """The most bytes of the prompt copy, with scales and sums, per weight."""
@@ -96,6 +96,7 @@ class OnnxCpuBackend(Backend):
             importlib.metadata.version("onnxruntime"),
             container_bits(),
             exact_container_bits=EXACT_BITS,
+            shares=True,
         )
 
     def load(
@@ -117,18 +118,14 @@ class OnnxCpuStage(Stage):
     def __init__(
         self,
         embedding: _Embedding | None,
-        layers: list[_Segment],
-        prompt_layers: list[_Segment],
-        head: _Segment | None,
+        chain: _Chain | ShareLayers,
         spec: ModelSpec,
         options: StageOptions,
         memory_bytes: int,
         kept_files: Mapping[Path, str],
     ) -> None:
         self._embedding = embedding
-        self._layers = layers
-        self._prompt_layers = prompt_layers
-        self._head = head
+        self._chain = chain
         self._spec = spec
         self._options = options
         self._memory_bytes = memory_bytes
@@ -148,17 +145,9 @@ class OnnxCpuStage(Stage):
     ) -> Array:
         rows = len(inputs) if inputs.ndim else 0
         self._check([slot], [position], inputs, rows)
-        positions = np.arange(position, position + rows)
-        with translated("cannot run the stage"):
-            hidden = self._enter(inputs, positions)[None]
-            for segment in self._prompt_layers if rows >= PROMPT_ROWS else self._layers:
-                hidden = segment.run(hidden, slot, positions[-1:])
-            if self._head is not None:
-                if not logits:
-                    return np.empty((0, self._spec.vocab), np.float32)
-                hidden = self._head.run(hidden[:, -1:])
-            result: Array = hidden[0]
-            return result
+        hidden = self._enter(inputs, np.arange(position, position + rows))
+        last = np.array([position + rows - 1])
+        return self._chain.forward(hidden, slot, last, logits=logits)
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
@@ -166,12 +155,68 @@ class OnnxCpuStage(Stage):
         if not len(slots) == len(set(slots)) == len(positions) == len(inputs):
             raise BackendError("a pass takes one row for each slot, and its slots must be distinct")
         self._check(slots, positions, inputs, 1)
-        order = np.argsort(slots)
-        at = np.asarray(positions)[order]
+        at = np.asarray(positions)
+        return self._chain.decode(self._enter(inputs, at), slots, at)
+
+    def close(self) -> None:
+        self._open = False
+        self._embedding, self._chain = None, _Chain([], [], None, self._spec.vocab)
+        return_free_memory()
+
+    def _enter(self, inputs: Array | Tokens, positions: Tokens) -> Array:
+        """Return hidden rows [n, hidden] of ``inputs`` at ``positions``."""
+        flush_denormals()
+        if self._embedding is not None:
+            with translated("cannot run the stage"):
+                return self._embedding.rows(np.asarray(inputs, np.int64), positions)
+        return np.ascontiguousarray(inputs, np.float32)
+
+    def _check(
+        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens, rows: int
+    ) -> None:
+        if not self._open:
+            raise BackendError("the stage is closed")
+        check_inputs(inputs, self._spec, tokens=self._embedding is not None)
+        for slot, position in zip(slots, positions, strict=True):
+            check_rows(slot, position, rows, self._options.slots, self._options.context_tokens)
+
+
+class _Chain:
+    """Whole layers in few sessions, with a copy for prompts, and the head."""
+
+    def __init__(
+        self,
+        layers: list[_Segment],
+        prompt_layers: list[_Segment],
+        head: _Segment | None,
+        vocab: int,
+    ) -> None:
+        self._layers = layers
+        self._prompt_layers = prompt_layers
+        self._head = head
+        self._vocab = vocab
+
+    def forward(self, hidden: Array, slot: int, last: Tokens, *, logits: bool) -> Array:
+        """Run rows [n, hidden] of a sequence, the last of which is at ``last`` [1]."""
+        prompt = len(hidden) >= PROMPT_ROWS
+        hidden = hidden[None]
         with translated("cannot run the stage"):
-            hidden = self._enter(inputs[order], at)[:, None]
-            # Sequences in neighbouring slots share a call, because they are neighbours in memory.
-            runs = _neighbours([slots[index] for index in order])
+            for segment in self._prompt_layers if prompt else self._layers:
+                hidden = segment.run(hidden, slot, last)
+            if self._head is not None:
+                if not logits:
+                    return np.empty((0, self._vocab), np.float32)
+                hidden = self._head.run(hidden[:, -1:])
+        result: Array = hidden[0]
+        return result
+
+    def decode(self, hidden: Array, slots: Sequence[int], positions: Tokens) -> Array:
+        """Run rows [n, hidden], one for each slot."""
+        order = np.argsort(slots)
+        hidden, at = hidden[order][:, None], positions[order]
+        # Sequences in neighbouring slots share a call, because they are neighbours in memory.
+        runs = neighbours([slots[index] for index in order])
+        with translated("cannot run the stage"):
             for segment in self._layers:
                 parts = [segment.run(hidden[run], first, at[run]) for first, run in runs]
                 hidden = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -183,28 +228,6 @@ class OnnxCpuStage(Stage):
         result = np.empty_like(rows)
         result[order] = rows
         return result
-
-    def close(self) -> None:
-        self._open = False
-        self._embedding, self._head = None, None
-        self._layers, self._prompt_layers = [], []
-        return_free_memory()
-
-    def _enter(self, inputs: Array | Tokens, positions: Tokens) -> Array:
-        """Return hidden rows [n, hidden] of ``inputs`` at ``positions``."""
-        flush_denormals()
-        if self._embedding is not None:
-            return self._embedding.rows(np.asarray(inputs, np.int64), positions)
-        return np.ascontiguousarray(inputs, np.float32)
-
-    def _check(
-        self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens, rows: int
-    ) -> None:
-        if not self._open:
-            raise BackendError("the stage is closed")
-        check_inputs(inputs, self._spec, tokens=self._embedding is not None)
-        for slot, position in zip(slots, positions, strict=True):
-            check_rows(slot, position, rows, self._options.slots, self._options.context_tokens)
 
 
 class _Segment:
@@ -309,39 +332,56 @@ class _Loader:
 
     def load(self, artifacts: Sequence[tuple[int, Path]]) -> OnnxCpuStage:
         spec = self._spec
-        embedding, layers, head = None, [], None
-        caches: list[_Cache] = []
-        for kind, group in itertools.groupby(artifacts, lambda item: spec.block_kind(item[0])):
-            part = list(group)
-            if kind == "embedding":
-                embedding = self._embedding(part[0])
-            elif kind == "layer":
-                caches = [self._cache(layer) for layer in self._layers(part)]
-                layers = self._segments(part, caches)
-            else:
-                ((session, _),) = self._sessions(part)
-                head = _Segment(session, (), spec.vocab)
+        grouped = itertools.groupby(artifacts, lambda item: spec.block_kind(item[0]))
+        parts = {kind: list(group) for kind, group in grouped}
         blocks = [block for block, _ in artifacts]
         self._memory_bytes += stage_buffer_bytes(
             spec, blocks, CHUNK_ROWS, self._options.context_tokens
         )
-        prompt_layers = layers
-        stored = [item for item in artifacts if spec.block_kind(item[0]) == "layer"]
-        if stored and self._room_for_bytes(stored):
-            prompt_layers = self._segments(stored, caches, as_bytes=True)
+        embedding = self._embedding(parts["embedding"][0]) if "embedding" in parts else None
+        chain = self._chain(parts.get("layer", []), parts.get("head", []))
         if self._prepared is not None:
             self._prepared.drop_others()
         kept_files = {} if self._prepared is None else self._prepared.opened
-        return OnnxCpuStage(
-            embedding,
-            layers,
-            prompt_layers,
-            head,
-            spec,
-            self._options,
-            self._memory_bytes,
-            kept_files,
-        )
+        return OnnxCpuStage(embedding, chain, spec, self._options, self._memory_bytes, kept_files)
+
+    def _chain(
+        self, layers: list[tuple[int, Path]], heads: list[tuple[int, Path]]
+    ) -> _Chain | ShareLayers:
+        if layers and self._options.team_sum is not None:
+            return self._share(layers, heads, self._options.team_sum)
+        caches = [self._cache(layer) for layer in self._layers(layers)]
+        segments, head = self._segments(layers, caches), None
+        if heads:
+            ((session, _),) = self._sessions(heads)
+            head = _Segment(session, (), self._spec.vocab)
+        prompt_layers = segments
+        if layers and self._room_for_bytes(layers):
+            prompt_layers = self._segments(layers, caches, as_bytes=True)
+        return _Chain(segments, prompt_layers, head, self._spec.vocab)
+
+    def _share(
+        self,
+        layers: list[tuple[int, Path]],
+        heads: list[tuple[int, Path]],
+        team_sum: TeamSum,
+    ) -> ShareLayers:
+        tables: dict[Any, tuple[Array, Array]] = {}
+        shared = []
+        for layer in self._layers(layers):
+            cache, rotary = self._cache(layer), self._rotary_table(layer)
+            key = (layer.rope, layer.head_dim)
+            if rotary is not None and key not in tables:
+                tables[key] = padded_tables(layer, rotary)
+                self._memory_bytes += sum(table.nbytes for table in tables[key])
+            shared.append(ShareLayer(cache.key, cache.value, tables.get(key)))
+        *halves, end = self._cut_sessions([*layers, *heads])
+        prompt_halves = halves
+        if self._room_for_bytes(layers):
+            *prompt_halves, _ = self._cut_sessions(layers, as_bytes=True)
+        spec = self._spec
+        width = spec.vocab if heads else None
+        return ShareLayers(halves, prompt_halves, end, shared, (spec.hidden, width), team_sum)
 
     def _room_for_bytes(self, artifacts: Sequence[tuple[int, Path]]) -> bool:
         """Whether to hold layers again as bytes for prompts.
@@ -406,27 +446,57 @@ class _Loader:
 
         It is one session if prepared weights can be kept. ``as_bytes`` takes matrices as bytes.
         """
-        threads, parts = self._options.threads, list(_segments(artifacts))
+        if not artifacts:  # A stage of the embedding alone has no sessions.
+            return
+        parts = list(_segments(artifacts))
         build = partial(self._graph, as_bytes=as_bytes)
-        key, found = self._key(artifacts, as_bytes=as_bytes), None
-        if self._prepared is not None and key is not None:
-            found = self._prepared.open(key, threads)
-            if found is None:
-                needed_bytes = MAX_EXPANSION * sum(path.stat().st_size for _, path in artifacts)
-                if as_bytes:
-                    needed_bytes = self._copy_bytes(artifacts)
-                self._require_whole(artifacts)
-                if self._prepared.keep(key, map(build, parts), needed_bytes):
-                    found = self._prepared.open(key, threads)
-        if found is not None:
-            session, executed_bytes = found
-            self._memory_bytes += executed_bytes
-            yield session, len(artifacts)
+        kept = self._kept(artifacts, lambda: map(build, parts), as_bytes=as_bytes)
+        if kept is not None:
+            yield kept[0], len(artifacts)
             return
         for part in parts:
             graph = build(part)
             self._memory_bytes += graph.executed_bytes
-            yield new_session(graph, threads), len(part)
+            yield new_session(graph, self._options.threads), len(part)
+
+    def _cut_sessions(
+        self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool = False
+    ) -> list[Any]:
+        """Return two sessions for each layer, and the last, which is also the head if given."""
+        build = partial(self._cut_graphs, artifacts, as_bytes=as_bytes)
+        sessions = self._kept(artifacts, build, as_bytes=as_bytes, cut=True)
+        if sessions is None:
+            sessions = []
+            for graph in build():
+                self._memory_bytes += graph.executed_bytes
+                sessions.append(new_session(graph, self._options.threads, joined=False))
+        return sessions
+
+    def _kept(
+        self,
+        artifacts: Sequence[tuple[int, Path]],
+        build: Callable[[], Iterable[Graph]],
+        *,
+        as_bytes: bool,
+        cut: bool = False,
+    ) -> list[Any] | None:
+        """Return sessions of prepared weights, which are made if there are none. None: not kept."""
+        threads, key = self._options.threads, self._key(artifacts, as_bytes=as_bytes, cut=cut)
+        if self._prepared is None or key is None:
+            return None
+        found = self._prepared.open(key, threads)
+        if found is None:
+            needed_bytes = MAX_EXPANSION * sum(path.stat().st_size for _, path in artifacts)
+            if as_bytes:
+                needed_bytes = self._copy_bytes(artifacts)
+            self._require_whole(artifacts)
+            if self._prepared.keep(key, build(), needed_bytes, join=not cut):
+                found = self._prepared.open(key, threads)
+        if found is None:
+            return None
+        sessions, executed_bytes = found
+        self._memory_bytes += executed_bytes
+        return sessions
 
     def _require_whole(self, artifacts: Sequence[tuple[int, Path]]) -> None:
         """Raise CheckpointError for an artifact whose contents differ from its name.
@@ -437,7 +507,9 @@ class _Loader:
             if path not in self._options.hashed and file_sha256(path) != path.name:
                 raise CheckpointError(f"{path}: the file is damaged; fetch it again")
 
-    def _key(self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool) -> str | None:
+    def _key(
+        self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool, cut: bool
+    ) -> str | None:
         """Return the name for prepared weights, or None if files are not named by their content."""
         if not all(SHA256.fullmatch(path.name) and path.exists() for _, path in artifacts):
             return None
@@ -448,6 +520,7 @@ class _Loader:
                 "context": self._options.context_tokens,
                 "exact": self._options.exact,
                 "bytes": as_bytes,
+                "cut": cut,
             }
         )
 
@@ -455,14 +528,33 @@ class _Loader:
         blocks = (block for block, _ in artifacts if self._spec.block_kind(block) == "layer")
         return [self._spec.layer(block) for block in blocks]
 
+    def _cut_graphs(
+        self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool
+    ) -> Iterator[Graph]:
+        """Yield the graphs of a share, each when it is complete."""
+        spec = self._spec
+        run = ShareGraph(spec.hidden, self._options.context_tokens, window_offset())
+        for block, path in artifacts:
+            _, tensors = read_block(path, spec, block)
+            weights = self._weights(tensors, as_bytes=as_bytes)
+            if spec.block_kind(block) == "head":
+                yield run.finish_with_head(spec.vocab, weights, self._final_epsilon())
+                return
+            layer = spec.layer(block)
+            run.layer(layer, weights, self._rotary_table(layer))
+            yield from run.take()
+        yield run.finish()
+
+    def _final_epsilon(self) -> float | None:
+        return self._spec.layers[-1].norm_eps if self._spec.final_norm else None
+
     def _graph(self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool) -> Graph:
         spec, run = self._spec, None
         for block, path in artifacts:
             _, tensors = read_block(path, spec, block)
             weights = self._weights(tensors, as_bytes=as_bytes)
             if spec.block_kind(block) == "head":
-                epsilon = spec.layers[-1].norm_eps if spec.final_norm else None
-                return head_graph(spec.hidden, spec.vocab, weights, epsilon)
+                return head_graph(spec.hidden, spec.vocab, weights, self._final_epsilon())
             if run is None:
                 run = LayerGraph(spec.hidden, self._options.context_tokens, window_offset())
             layer = spec.layer(block)
@@ -507,12 +599,3 @@ def _segments(artifacts: Sequence[tuple[int, Path]]) -> Iterator[list[tuple[int,
             run, run_bytes = [], 0
     if run:
         yield run
-
-
-def _neighbours(slots: Sequence[int]) -> list[tuple[int, slice]]:
-    """Return runs of consecutive numbers in rising ``slots``, as (first, slice)."""
-    runs = []
-    for _, group in itertools.groupby(enumerate(slots), key=lambda pair: pair[1] - pair[0]):
-        pairs = list(group)
-        runs.append((pairs[0][1], slice(pairs[0][0], pairs[-1][0] + 1)))
-    return runs

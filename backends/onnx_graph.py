@@ -64,6 +64,13 @@ def cached_head_width(layer: LayerSpec) -> int:
     return -(-layer.head_dim // multiple) * multiple
 
 
+def padded_tables(layer: LayerSpec, rotary: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Return the cos and sin tables as wide as half of a cached head."""
+    padding = ((0, 0), (0, (cached_head_width(layer) - layer.head_dim) // 2))
+    cos, sin = (np.ascontiguousarray(np.pad(table, padding), np.float32) for table in rotary)
+    return cos, sin
+
+
 class Graph:
     """A graph under construction. It numbers names to make them unique."""
 
@@ -246,8 +253,6 @@ class LayerGraph:
         self._rotary: dict[Any, tuple[str, str]] = {}
         self._value = self.graph.input("hidden", TensorProto.FLOAT, ("b", "n", hidden))
         self._delta: str | None = None
-        self.graph.input("seqlens_k", TensorProto.INT32, ("b",))
-        self.graph.input("total", TensorProto.INT32, ())
 
     def layer(
         self, layer: LayerSpec, weights: BlockWeights, rotary: tuple[Array, Array] | None
@@ -255,14 +260,18 @@ class LayerGraph:
         """Append a layer. ``rotary`` has its cos and sin tables [context, head_dim / 2]."""
         if layer.norm_position == "pre":
             value, normed = self._settle(layer, "attn_norm", weights)
-            attended = self._attention(layer, weights, normed, rotary)
-            self._value, normed = self._add_norm(layer, "mlp_norm", weights, value, attended)
-            self._delta = self._mlp(layer, weights, normed)
+            mixed = self._attention(layer, weights, normed, rotary)
+            value, attended = self._projected(weights, "o", mixed, value)
+            value, normed = self._add_norm(layer, "mlp_norm", weights, value, attended)
+            inner = self._mlp(layer, weights, normed)
+            self._value, self._delta = self._projected(weights, "down", inner, value)
             return
         value = self._sum()
-        attended = self._attention(layer, weights, value, rotary)
+        mixed = self._attention(layer, weights, value, rotary)
+        value, attended = self._projected(weights, "o", mixed, value)
         _, value = self._add_norm(layer, "attn_norm", weights, value, attended)
-        delta = self._mlp(layer, weights, value)
+        inner = self._mlp(layer, weights, value)
+        value, delta = self._projected(weights, "down", inner, value)
         _, self._value = self._add_norm(layer, "mlp_norm", weights, value, delta)
 
     def finish(self) -> Graph:
@@ -289,6 +298,12 @@ class LayerGraph:
     ) -> tuple[str, str]:
         scale, bias = weights.vectors[f"{name}.weight"], weights.vectors.get(f"{name}.bias")
         return self.graph.add_norm(value, delta, scale, bias, layer.norm_eps)
+
+    def _projected(
+        self, weights: BlockWeights, name: str, inner: str, value: str
+    ) -> tuple[str, str]:
+        """Return ``value``, and ``inner`` times a matrix, which the caller adds to it."""
+        return value, self._linear(weights, inner, name)
 
     def _linear(self, weights: BlockWeights, value: str, name: str) -> str:
         bias = weights.vectors.get(f"{name}.bias")
@@ -339,6 +354,9 @@ class LayerGraph:
                 k, v = (self._pad_heads(layer, each, layer.kv_heads) for each in (k, v))
             queries = [q, k, v]
         index = len(self.caches)
+        if not index:
+            graph.input("seqlens_k", TensorProto.INT32, ("b",))
+            graph.input("total", TensorProto.INT32, ())
         cache = CacheShape(layer.kv_heads, self._context, width)
         self.caches.append(cache)
         past = [
@@ -368,7 +386,7 @@ class LayerGraph:
             graph.output(name, name, TensorProto.FLOAT, ("b", *cache.of(1)[1:]))
         if padded:
             attended = self._unpad_heads(layer, attended)
-        return self._linear(weights, attended, "o")
+        return attended
 
     def _head_norm(self, layer: LayerSpec, scale: Array, value: str, heads: int) -> str:
         graph, width = self.graph, layer.head_dim
@@ -397,21 +415,16 @@ class LayerGraph:
     ) -> tuple[str, str]:
         key = (layer.rope, width, layer.head_dim)
         if key not in self._rotary:
-            padding = ((0, 0), (0, width // 2 - layer.head_dim // 2))
-            cos, sin = (
-                self.graph.weight(np.ascontiguousarray(np.pad(table, padding), np.float32))
-                for table in rotary
-            )
-            self._rotary[key] = cos, sin
+            cos, sin = padded_tables(layer, rotary)
+            self._rotary[key] = self.graph.weight(cos), self.graph.weight(sin)
         return self._rotary[key]
 
     def _mlp(self, layer: LayerSpec, weights: BlockWeights, value: str) -> str:
         if not layer.gated:
             raised = self._linear(weights, value, "up")
-            return self._linear(weights, self._activation(layer, raised), "down")
+            return self._activation(layer, raised)
         gate, up = self._projections(weights, value, ("gate", "up"), (layer.ffn, layer.ffn))
-        (product,) = self.graph.node("Mul", [self._activation(layer, gate), up])
-        return self._linear(weights, product, "down")
+        return self.graph.node("Mul", [self._activation(layer, gate), up])[0]
 
     def _activation(self, layer: LayerSpec, value: str) -> str:
         match layer.activation:
@@ -441,14 +454,19 @@ def head_graph(hidden: int, vocab: int, weights: BlockWeights, norm_epsilon: flo
     """
     graph = Graph()
     value = graph.input("hidden", TensorProto.FLOAT, (1, "n", hidden))
+    logits = add_head(graph, value, weights, norm_epsilon)
+    graph.output(logits, "output", TensorProto.FLOAT, (1, "n", vocab))
+    return graph
+
+
+def add_head(graph: Graph, value: str, weights: BlockWeights, norm_epsilon: float | None) -> str:
+    """Append final norm, projection and LM head, as in ``head_graph``. Return the logits."""
     if norm_epsilon is not None:
         scale, bias = weights.vectors["norm.weight"], weights.vectors.get("norm.bias")
         value = graph.norm(value, scale, bias, norm_epsilon)
     if "project_out.weight" in weights.matrices:
         value = graph.linear(value, weights.matrices["project_out.weight"])
-    logits = graph.linear(value, weights.matrices["lm_head.weight"])
-    graph.output(logits, "output", TensorProto.FLOAT, (1, "n", vocab))
-    return graph
+    return graph.linear(value, weights.matrices["lm_head.weight"])
 
 
 def _transposed(matrix: Array) -> Array:

@@ -3,7 +3,8 @@
 ONNX Runtime rearranges weights when it makes a session, and holds them twice meanwhile. Here that
 is done piece by piece. Each piece is saved with its rearranged weights. Then the pieces are joined
 into one graph, whose session maps all their files. So the memory beyond the weights is that of one
-piece, the page cache holds the weights, and loading again only reads.
+piece, the page cache holds the weights, and loading again only reads. The pieces of a share stay
+apart, because a team adds up rows between them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from backends import onnx_aligned, onnx_graph, onnx_matrix, onnx_session
+from backends import onnx_aligned, onnx_graph, onnx_matrix, onnx_session, onnx_share
 from backends.onnx_aligned import align_weights
 from backends.onnx_graph import Graph
 from backends.onnx_session import (
@@ -79,8 +80,8 @@ class Prepared:
         text = json.dumps([content, made_by], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def open(self, key: str, threads: int) -> tuple[Any, int] | None:
-        """Return (session, bytes of weights as executed), or None if missing or damaged."""
+    def open(self, key: str, threads: int) -> tuple[list[Any], int] | None:
+        """Return (sessions, bytes of weights as executed), or None if missing or damaged."""
         home = self._directory / key
         if not home.exists():
             return None
@@ -89,11 +90,13 @@ class Prepared:
             for name, (size, _) in facts["files"].items():
                 if (home / name).stat().st_size != size:
                     raise ValueError(f"{name} is not whole")
-            # The graph is small, and a damaged one could end the process.
-            if file_sha256(home / _GRAPH_FILE) != facts["files"][_GRAPH_FILE][1]:
-                raise ValueError(f"{_GRAPH_FILE} is damaged")
-            options = session_options(threads)
-            session = ort.InferenceSession(home / _GRAPH_FILE, options, PROVIDERS)
+            sessions = []
+            for name in facts["graphs"]:
+                # Graphs are small, and a damaged one could end the process.
+                if file_sha256(home / name) != facts["files"][name][1]:
+                    raise ValueError(f"{name} is damaged")
+                options = session_options(threads, joined=len(facts["graphs"]) == 1)
+                sessions.append(ort.InferenceSession(home / name, options, PROVIDERS))
             executed_bytes = int(facts["executed_bytes"])
         except (
             OSError,
@@ -110,10 +113,12 @@ class Prepared:
         self._used[key] = sum(size for size, _ in facts["files"].values())
         if key not in self._made:
             self.opened |= {home / name: sha256 for name, (_, sha256) in facts["files"].items()}
-        return session, executed_bytes
+        return sessions, executed_bytes
 
-    def keep(self, key: str, pieces: Iterable[Graph], needed_bytes: int) -> bool:
-        """Save consecutive graphs as one. False if they do not fit or the disk fails.
+    def keep(
+        self, key: str, pieces: Iterable[Graph], needed_bytes: int, *, join: bool = True
+    ) -> bool:
+        """Save consecutive graphs, as one or each. False if they do not fit or the disk fails.
 
         Their weights take ``needed_bytes``.
         """
@@ -130,7 +135,7 @@ class Prepared:
             with tempfile.TemporaryDirectory(dir=self._directory, prefix=".new-") as name:
                 home = Path(name) / key
                 home.mkdir()
-                _write(home, pieces)
+                _write(home, pieces, _one_file if join else _numbered_files)
                 remove(self._directory / key)
                 home.rename(self._directory / key)
                 self._made.add(key)
@@ -146,20 +151,35 @@ class Prepared:
                     remove(path)
 
 
-def _write(home: Path, pieces: Iterable[Graph]) -> None:
+def _write(
+    home: Path,
+    pieces: Iterable[Graph],
+    files_of: Callable[[Sequence[onnx.ModelProto]], dict[str, onnx.ModelProto]],
+) -> None:
     # One core hashes a piece while another makes the next one.
     with ThreadPoolExecutor(1, "hash") as hashing:
         digests: dict[str, Future[str]] = {}
         models, executed_bytes = _write_pieces(home, pieces, hashing, digests)
-        (home / _GRAPH_FILE).write_bytes(joined(models).SerializeToString())
-        digests[_GRAPH_FILE] = hashing.submit(file_sha256, home / _GRAPH_FILE)
+        graphs = files_of(models)
+        for name, model in graphs.items():
+            (home / name).write_bytes(model.SerializeToString())
+            digests[name] = hashing.submit(file_sha256, home / name)
         files = {}
         for path in home.iterdir():
             # After a power cut the file must not have the right size and holes.
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             files[path.name] = [path.stat().st_size, digests[path.name].result()]
-    _write_facts(home / _FACTS_FILE, {"executed_bytes": executed_bytes, "files": files})
+    facts = {"executed_bytes": executed_bytes, "graphs": list(graphs), "files": files}
+    _write_facts(home / _FACTS_FILE, facts)
+
+
+def _one_file(models: Sequence[onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
+    return {_GRAPH_FILE: joined(models)}
+
+
+def _numbered_files(models: Sequence[onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
+    return {f"graph-{number}.onnx": model for number, model in enumerate(models)}
 
 
 def _write_pieces(
@@ -295,7 +315,7 @@ class _Names:
 
 @functools.lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    modules = (onnx_aligned, onnx_graph, onnx_matrix, onnx_session)
+    modules = (onnx_aligned, onnx_graph, onnx_matrix, onnx_session, onnx_share)
     sources = [*(Path(str(module.__file__)) for module in modules), Path(__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 

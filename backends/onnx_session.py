@@ -54,13 +54,16 @@ _DENORMAL = np.array([1e-40], np.float32)
 _ONE = np.array([1.0], np.float32)
 
 
-def new_session(graph: Graph, threads: int) -> Any:
+def new_session(graph: Graph, threads: int, *, joined: bool = True) -> Any:
     """Make an InferenceSession that takes over the graph's weights."""
-    return session_of(graph, session_options(threads))
+    return session_of(graph, session_options(threads, joined=joined))
 
 
-def session_options(threads: int) -> Any:
-    """The settings that every session shares."""
+def session_options(threads: int, *, joined: bool = True) -> Any:
+    """The settings that every session shares.
+
+    joined: few sessions run a whole stage. Otherwise many do in turn, and share their buffers.
+    """
     # numpy probes the smallest denormals once, which must happen before they read as zero.
     for dtype in (np.float16, np.float32, np.float64):
         np.finfo(dtype)
@@ -75,7 +78,20 @@ def session_options(threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Hidden states that decay towards zero would otherwise halve the speed.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if not joined:
+        _shared_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_arena() -> None:
+    """Let sessions have their buffers in one arena, if their settings say so."""
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, None)
 
 
 def session_of(graph: Graph, options: Any) -> Any:

@@ -195,6 +195,7 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
     from cli.commands import plan_arguments
     from planning.request import LoadRequest
 
+    plan_arguments.check_teams(options)
     models = _models(client.get("/shoal/v1/ps"))
     path = Path(options.model).absolute()
     for known in models:
@@ -213,7 +214,8 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
             f"{error} (nor is it a loaded model's name: {name} is loaded)"
         ) from error
     hop_bits = None if options.hop_bits is None else tuple(options.hop_bits)
-    request = LoadRequest(path, hop_bits=hop_bits).to_dict()
+    wishes = plan_arguments.teams_of(options)
+    request = LoadRequest(path, hop_bits=hop_bits, **wishes).to_dict()
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/load", request, on_step)
     return str(answer["model"])
@@ -271,6 +273,7 @@ def _demo(demo: argparse.ArgumentParser) -> Page:
     )
     _add_bits(demo)
     plan_arguments.add_hop_argument(demo, with_budget=False)
+    plan_arguments.add_team_arguments(demo)
     demo.add_argument("--prompt", metavar="TEXT", help="The text to continue. Default: a question.")
     demo.add_argument("--max-tokens", default=64, **_MAX_TOKENS)
     demo.add_argument("--temperature", default=0.0, **_TEMPERATURE)
@@ -462,6 +465,7 @@ def _run(run: argparse.ArgumentParser) -> Page:
     run.add_argument("model", metavar="MODEL", help="The name of a loaded model, or its directory.")
     run.add_argument("prompt", metavar="PROMPT", help="The text to continue, or to answer.")
     plan_arguments.add_hop_argument(run, with_budget=False)
+    plan_arguments.add_team_arguments(run)
     run.add_argument(
         "--chat",
         action="store_true",

@@ -23,7 +23,8 @@ from model.spec import LayerSpec, ModelSpec
 from paper import dilemma
 from paper.study_log import StudyLog
 from planning.insight.picture import Curve, curves_svg
-from planning.plan import Plan, PlanError, assess
+from planning.insight.team import reassessed
+from planning.plan import Plan, PlanError
 from planning.planner import solve
 from planning.problem import PlanningProblem
 
@@ -99,9 +100,6 @@ def simulate(
     """
     again = solve_again or (lambda drawn, limit_s: solve(drawn, time_limit_s=limit_s))
     random_source = random.Random(seed)  # noqa: S311 - a simulation
-    indices = {device.name: index for index, device in enumerate(problem.devices)}
-    stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
-    hop_bits = [stage.hop_bits for stage in plan.stages[:-1]]
     kept: list[float] = []
     best: list[float] = []
     placements = set()
@@ -109,7 +107,7 @@ def simulate(
     for run in range(runs):
         on_run(run, runs)
         drawn = _drawn(problem, random_source)
-        same = assess(drawn, stages, plan.proof, hop_bits).value
+        same = reassessed(plan, drawn).value
         kept.append(same)
         try:
             found = again(drawn, solve_limit_s)
@@ -117,7 +115,7 @@ def simulate(
             continue
         unproven += not found.proven_optimal
         best.append(min(found.value, same))
-        placements.add(found.placements)
+        placements.add((found.placements, tuple(stage.devices for stage in found.stages)))
     on_run(runs, runs)
     return Simulation(
         Spread.of(kept),

@@ -70,6 +70,10 @@ class RequestInput:
     """Block -> the name of the device that must run it."""
     excluded: Collection[str] = ()
     """Names of devices that run nothing."""
+    teams: Sequence[Sequence[str]] = ()
+    """Names of devices that must share layers, team by team."""
+    no_teams: bool = False
+    """Whether no devices may share layers."""
     hop_formats: Sequence[HopFormat] | None = None
     """Widths that hops may use. None: those of the lab, else DEFAULT_HOPS."""
 
@@ -140,6 +144,9 @@ def build_problem(
         excluded=frozenset(indices[name] for name in request.excluded),
         hop_formats=tuple(sorted(hops, key=lambda form: form.bits)),
         sequences=request.slots if request.slots > 1 else None,
+        teams=tuple(tuple(indices[name] for name in team) for team in request.teams),
+        no_teams=request.no_teams,
+        group_size=max(request.formats[width].group_size for width in request.bits),
     )
 
 
@@ -175,6 +182,16 @@ def _check_names(request: RequestInput, names: Collection[str]) -> None:
     for name in request.excluded:
         if name not in names:
             raise ValueError(f"cannot exclude {name}: no device has that name ({known})")
+    members = [name for team in request.teams for name in team]
+    for name in members:
+        if name not in names:
+            raise ValueError(f"{name} cannot share layers: no device has that name ({known})")
+        if members.count(name) > 1:
+            raise ValueError(f"{name} cannot share layers twice: name it in one team, once")
+    if any(len(team) < 2 for team in request.teams):
+        raise ValueError("a team needs at least two devices")
+    if request.no_teams and members:
+        raise ValueError("teams are named and forbidden: drop one of the two wishes")
 
 
 def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int]) -> Device:
@@ -200,6 +217,8 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
         load_bytes_per_s=device.load_bytes_per_s,
         watts=profile.watts,
         memory_total_bytes=profile.memory_total_bytes,
+        shares=profile.shares,
+        sum_s=profile.sum_s,
     )
 
 
@@ -254,6 +273,6 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
                 executed = costs.executed_bytes(spec, block, fmt, container)
                 own = None if sensitivities is None else sensitivities[block].get(bits, math.inf)
                 times = found.decode_s, found.prefill_s_per_token
-                row.append(BlockOption(bits, executed, *times, own, found.rows_s))
+                row.append(BlockOption(bits, executed, *times, own, found.rows_s, found.shares_s))
         rows.append(shared.setdefault(tuple(row), tuple(row)))
     return tuple(rows)

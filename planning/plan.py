@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.share import Share
+from planning import teams
 from planning.json_codec import from_plain, to_plain
-from planning.problem import ONE_TOKEN, BlockOption, Objective, PlanningProblem
+from planning.problem import ONE_TOKEN, BlockOption, Device, Objective, PlanningProblem
 from planning.prompt import NO_TIME, Passage, best_chunk_tokens, prompt_s
 from planning.together import pass_s, row_s
 from wire.profile import TIMED_ROWS
@@ -81,7 +82,8 @@ class Placement:
 class Member:
     """One device of a team, and the share of each layer that it runs (model/share.py).
 
-    ``compute_s``: its part of one decoded token, without sums. The figures are predicted.
+    ``compute_s``: its part of one decoded token, its call included and without sums. The figures
+    are predicted.
     """
 
     device: str
@@ -324,12 +326,13 @@ def assess(
     hops = []
     wire_s = 0.0
     for (source, target), bits in zip(pairs, sent, strict=True):
-        names = problem.devices[source].name, problem.devices[target].name
+        leads = problem.lead(source), problem.lead(target)
+        names = problem.devices[leads[0]].name, problem.devices[leads[1]].name
         seconds = problem.hop_s(source, target, bits)
         if seconds == math.inf:
             raise PlanError(problem.no_link(source, target))
         hops.append(Hop(*names, seconds, problem.hop_passage(source, target, bits)))
-        wire_s += problem.hop_bytes(bits) / problem.links[source, target].bytes_per_s
+        wire_s += problem.hop_bytes(bits) / problem.links[leads].bytes_per_s
     return_s = problem.return_s(order[-1], order[0])
     if return_s == math.inf:
         raise PlanError(problem.no_link(order[-1], order[0]))
@@ -357,25 +360,54 @@ def assess(
     )
 
 
+def of_plan(problem: PlanningProblem, plan: Plan) -> tuple[PlanningProblem, list[int]]:
+    """The problem with the plan's teams as devices, and the device of each stage.
+
+    The teams are made anew of the problem's devices and the plan's shares. Raises PlanError for an
+    unknown device, or for devices that cannot share layers so.
+    """
+    indices = {problem.devices[i].name: i for i in problem.real}
+    found = []
+    for stage in plan.stages:
+        for name in stage.devices:
+            if name not in indices:
+                raise PlanError(f"unknown device {name}")
+        if not stage.members:
+            found.append(indices[stage.device])
+            continue
+        if stage.members[0].device != stage.device:
+            raise PlanError(f"{stage.device} does not lead its team {', '.join(stage.devices)}")
+        shares = [member.share for member in stage.members]
+        members = [indices[name] for name in stage.devices]
+        try:
+            problem, index = teams.with_team(problem, members, shares, stage.sum_bits or 0)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+        found.append(index)
+    return problem, found
+
+
 def verify(plan: Plan, problem: PlanningProblem) -> None:
     """Check a plan against the problem without trusting a solver or the plan's own figures.
 
     Raises PlanError naming the first violation. The checks are: coverage, one contiguous stage per
-    device, known watts, bits of blocks and hops, weight error, pins, exclusions, memory, storage,
-    budget, every predicted figure, and the proved bound.
+    device, teams and their shares, known watts, bits of blocks and hops, weight error, pins,
+    exclusions, memory and storage of each device, budget, every predicted figure, and the proved
+    bound.
     """
-    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    problem, indices = of_plan(problem, plan)
     seen: set[str] = set()
     expected = 0
-    for stage in plan.stages:
-        if stage.device not in indices:
-            raise PlanError(f"unknown device {stage.device}")
-        known = problem.devices[indices[stage.device]].watts is not None
+    for stage, index in zip(plan.stages, indices, strict=True):
+        known = problem.devices[index].watts is not None
         if problem.objective.kind == "energy" and not known:
             raise PlanError(f"{stage.device} has no watts: nothing is known of its energy")
-        if stage.device in seen:
-            raise PlanError(f"{stage.device} has more than one stage")
-        seen.add(stage.device)
+        for name in stage.devices:
+            if name in seen:
+                raise PlanError(f"{name} has more than one stage")
+            seen.add(name)
+        if stage.members and stage.last == 1:
+            raise PlanError(f"{', '.join(stage.devices)} share no layer: the embedding is whole")
         if not stage.bits:
             raise PlanError(f"the stage on {stage.device} is empty")
         if stage.first != expected:
@@ -384,6 +416,10 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
     blocks = problem.spec.block_count
     if expected != blocks:
         raise PlanError(f"the plan covers {expected} of {blocks} blocks")
+    _check_asked_teams(plan, problem)
+    of_block = [
+        index for index, stage in zip(indices, plan.stages, strict=True) for _ in stage.bits
+    ]
     for place in plan.placements:
         name = problem.spec.block_name(place.block)
         if place.bits not in problem.bits:
@@ -392,10 +428,11 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
             error = problem.weight_error(place.block, place.bits)
             bound = problem.max_weight_error[place.block]
             raise PlanError(f"{name} at {place.bits} bit has weight error {error}, above {bound}")
-        pinned = problem.pins.get(place.block, indices[place.device])
-        if indices[place.device] != pinned:
-            raise PlanError(f"{name} is on {place.device}, not {problem.devices[pinned].name}")
-        if indices[place.device] in problem.excluded:
+        index = of_block[place.block]
+        if not problem.may_run(index, place.block):
+            pinned = problem.devices[problem.pins[place.block]].name
+            raise PlanError(f"{name} is on {problem.devices[index].name}, not {pinned}")
+        if index in problem.excluded:
             raise PlanError(f"{name} is on {place.device}, which is excluded")
     permitted = [form.bits for form in problem.permitted_hops]
     hop_bits = []
@@ -404,15 +441,18 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
             widths = ", ".join(map(str, permitted)) or "none"
             raise PlanError(f"{stage.device} sends at {stage.hop_bits} bit: permitted are {widths}")
         hop_bits.append(stage.hop_bits)
-    stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
+    stages = [
+        (index, stage.first, stage.bits) for index, stage in zip(indices, plan.stages, strict=True)
+    ]
     actual = assess(problem, stages, plan.proof, hop_bits)
     for stage in actual.stages:
-        for kind, used, limit in (
-            ("memory", stage.memory_bytes, stage.memory_limit_bytes),
-            ("storage", stage.storage_bytes, stage.storage_limit_bytes),
-        ):
-            if used > limit:
-                raise PlanError(f"{stage.device} needs {used} bytes of {kind} and has {limit}")
+        for holder in stage.members or (stage,):
+            for kind, used, limit in (
+                ("memory", holder.memory_bytes, holder.memory_limit_bytes),
+                ("storage", holder.storage_bytes, holder.storage_limit_bytes),
+            ):
+                if used > limit:
+                    raise PlanError(f"{holder.device} needs {used} bytes of {kind} and has {limit}")
     if not keeps_budget(actual, problem):
         raise PlanError(
             f"the sensitivities add up to {actual.total_sensitivity},"
@@ -421,6 +461,15 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
     _compare(plan.to_dict(), actual.to_dict(), "plan")
     if not plan.proof.bound <= plan.value * (1 + OPTIMALITY_GAP):
         raise PlanError(f"the proved bound {plan.proof.bound} is above {plan.value}")
+
+
+def _check_asked_teams(plan: Plan, problem: PlanningProblem) -> None:
+    """Raise PlanError if a team that the user asked for is no stage of the plan."""
+    found = [set(stage.devices) for stage in plan.stages]
+    for team in problem.teams:
+        names = [problem.devices[index].name for index in team]
+        if set(names) not in found:
+            raise PlanError(f"{', '.join(names)} do not share layers, as was asked for")
 
 
 def keeps_budget(plan: Plan, problem: PlanningProblem) -> bool:
@@ -441,7 +490,7 @@ def _usual_hop_bits(problem: PlanningProblem, source: int, target: int) -> int:
     """The width of a hop if the plan does not say one."""
     choices = problem.hop_choices(source, target)
     if not choices:
-        if (source, target) not in problem.links:
+        if problem.link(source, target) is None:
             raise PlanError(problem.no_link(source, target))
         names = problem.devices[source].name, problem.devices[target].name
         raise PlanError(
@@ -456,7 +505,7 @@ def _assess_stage(
     device = problem.devices[index]
     memory, storage = device.stage_bytes, 0
     decode, prefill = [device.call_s], []
-    passages = [Passage(device.call_s, 0.0)]
+    passages = [Passage(device.call_s, device.call_row_s)]
     shared: list[BlockOption] = []
     for block, bits in enumerate(widths, first):
         option = device.option(block, bits)
@@ -470,8 +519,16 @@ def _assess_stage(
         passages.append(problem.passage(block, option))
         shared.append(option)
     compute_s = math.fsum(decode)
+    members: tuple[Member, ...] = ()
+    layers = 0
+    if device.team is not None:
+        members = _members(device, first, widths)
+        memory = sum(member.memory_bytes for member in members)
+        storage = sum(member.storage_bytes for member in members)
+        kinds = map(problem.spec.block_kind, range(first, first + len(widths)))
+        layers = [*kinds].count("layer")
     return Stage(
-        device=device.name,
+        device=device.holders[0].name,
         first=first,
         bits=tuple(widths),
         compute_s=compute_s,
@@ -488,7 +545,29 @@ def _assess_stage(
             math.fsum(one.delay_s for one in passages),
         ),
         rows_s=_rows_s(device.call_s, shared) if device.shares_passes else (),
+        members=members,
+        sum_bits=None if device.team is None else device.team.sum_bits,
+        sums_s=0.0 if device.team is None else 2 * layers * device.team.sum_s,
     )
+
+
+def _members(device: Device, first: int, widths: Sequence[int]) -> tuple[Member, ...]:
+    """The members of a team with their figures for a stage."""
+    found = []
+    for part in device.team.parts if device.team is not None else ():
+        own = [part.option(block, bits) for block, bits in enumerate(widths, first)]
+        found.append(
+            Member(
+                device=part.name,
+                share=part.share,
+                compute_s=math.fsum([part.call_s, *(one.decode_s for one in own)]),
+                memory_bytes=part.stage_bytes + sum(one.memory_bytes for one in own),
+                memory_limit_bytes=part.memory_bytes,
+                storage_bytes=sum(one.storage_bytes for one in own),
+                storage_limit_bytes=part.storage_bytes,
+            )
+        )
+    return tuple(found)
 
 
 def _rows_s(call_s: float, options: Sequence[BlockOption]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planning import advice
+from planning.candidates import with_teams
 from planning.exact.program import Aim, Choice, PlanProgram, StageChoice
 from planning.exact.solver import Outcome, SolverError, SolverName, default_solver, run
 from planning.plan import (
@@ -28,11 +29,14 @@ from planning.plan import (
     Proof,
     assess,
     keeps_budget,
+    of_plan,
     verify,
 )
 from planning.problem import ONE_TOKEN, Device, PlanningProblem
 from planning.search.search import Found, search
+from planning.teams import incidence, refused
 from planning.time_limit import now_s
+from planning.twins import are_twins, twin_sets
 from planning.usable import Usable
 from planning.widths import settle, undominated
 from wire.profile import LinkProfile
@@ -82,11 +86,13 @@ def solve(
     Raises InfeasiblePlan with advice, or PlanError if no plan was found and none is ruled out.
     """
     started_s = now_s()
+    asked = problem
     report = on_progress or (lambda _: None)
     runner = _Runner(started_s + time_limit_s, solver)
     report(f"planning {problem.spec.block_count} blocks on {len(problem.devices)} devices")
     reason = _hopeless(problem)
     if reason is None:
+        problem = with_teams(problem)
         plan = _best(undominated(problem), runner, gap, report)
         if plan is not None:
             plan = _settled(problem, plan)
@@ -102,6 +108,7 @@ def solve(
                 " or fewer devices" + (f"; links that do not work: {lost}" if lost else "")
             )
     report("no plan fits: looking for what would make one")
+    problem = asked
     runner.deadline_s = max(runner.deadline_s, now_s() + _ADVICE_S)
     raise _explain(problem, reason, runner)
 
@@ -252,22 +259,10 @@ def _search(
     )
 
 
-def _twin_sets(problem: PlanningProblem) -> list[list[int]]:
-    """Sets of devices that are twins of each other. A device without a twin is a set of its own."""
-    sets: list[list[int]] = []
-    for j in range(len(problem.devices)):
-        own = next((some for some in sets if _twins(problem, some[0], j)), None)
-        if own is None:
-            sets.append([j])
-        else:
-            own.append(j)
-    return sets
-
-
 def _ties(problem: PlanningProblem) -> npt.NDArray[np.bool_]:
-    """[i, j] is True for i < j that are twins."""
-    ties = np.zeros((len(problem.devices),) * 2, dtype=bool)
-    for some in _twin_sets(problem):
+    """[i, j] is True for real devices i < j that are twins."""
+    ties = np.zeros((incidence(problem).shape[1],) * 2, dtype=bool)
+    for some in twin_sets(problem):
         for at, i in enumerate(some):
             ties[i, some[at + 1 :]] = True
     return ties
@@ -286,7 +281,7 @@ def _solve(
     ``cutoff`` are not looked for.
     """
     bound = None
-    twins = [pair for some in _twin_sets(problem) for pair in pairwise(some)]
+    twins = [pair for some in twin_sets(problem) for pair in pairwise(some)]
     if known is not None:
         known = Choice(_in_order(problem, known.stages), known.hop_bits)
     for margin in (0.0, _LIMIT_MARGIN):
@@ -316,9 +311,9 @@ def _plan_of(problem: PlanningProblem, choice: Choice | None, proof: Proof) -> P
 
 def _fits(plan: Plan) -> bool:
     return all(
-        stage.memory_bytes <= stage.memory_limit_bytes
-        and stage.storage_bytes <= stage.storage_limit_bytes
+        one.memory_bytes <= one.memory_limit_bytes and one.storage_bytes <= one.storage_limit_bytes
         for stage in plan.stages
+        for one in stage.members or (stage,)
     )
 
 
@@ -362,6 +357,7 @@ class _Runner:
         if not self.left_s():
             self.unsure = True
             return None
+        problem = with_teams(problem)
         if not _writable(problem):
             self.unsure = True
             if aim != "any":
@@ -378,12 +374,14 @@ class _Runner:
 
 def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
     """The same stages with twins in their given order. The plan is as fast."""
+    if len(problem.real) < len(problem.devices):
+        return _teams_in_order(problem, stages)
     order = [device for device, _, _ in stages]
     unused = [i for i in range(len(problem.devices)) if i not in order]
     for position in range(len(order)):
         for other in sorted([*order[position + 1 :], *unused]):
             mine = order[position]
-            if other < mine and _twins(problem, mine, other):
+            if other < mine and are_twins(problem, mine, other):
                 swap = {mine: other, other: mine}
                 order = [swap.get(i, i) for i in order]
                 unused = [swap.get(i, i) for i in unused]
@@ -391,32 +389,46 @@ def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[S
     return [(i, first, bits) for i, (_, first, bits) in zip(order, stages, strict=True)]
 
 
-def _twins(problem: PlanningProblem, i: int, j: int) -> bool:
-    """True if exchanging two devices changes no figure of any plan."""
-    one, other = problem.devices[i], problem.devices[j]
-    # Memory differs for most of the many pairs, and is quick to compare.
-    if one.memory_bytes != other.memory_bytes or replace(one, name=other.name) != other:
-        return False
-    if {i, j} & {*problem.excluded, *problem.pins.values()}:
-        return False
-    swap = {i: j, j: i}
+def _teams_in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
+    """Like ``_in_order``, with teams: the twins of a kind are given to stages in their order."""
+    members = incidence(problem)
+    kinds = {i: kind for kind in twin_sets(problem) for i in kind}
+    waiting = {kind[0]: [*kind] for kind in kinds.values()}
+    ordered = []
+    for device, first, bits in stages:
+        own = sorted(np.flatnonzero(members[device]).tolist())
+        given = {waiting[kinds[i][0]].pop(0) for i in own}
+        ordered.append((_like(problem, members, device, given), first, bits))
+    if any(device is None for device, *_ in ordered):
+        return list(stages)
+    return [(device or 0, first, bits) for device, first, bits in ordered]
 
-    def speed(a: int, b: int) -> tuple[float, float] | None:
-        link = problem.links.get((a, b))
-        return None if link is None else (link.rtt_s, link.bytes_per_s)
 
-    return all(
-        speed(a, b) == speed(swap.get(a, a), swap.get(b, b))
-        for a in (i, j)
-        for b in range(len(problem.devices))
-        for a, b in ((a, b), (b, a))
-    )
+def _like(
+    problem: PlanningProblem, members: npt.NDArray[np.bool_], device: int, given: set[int]
+) -> int | None:
+    """The device or team of just these real devices with the figures of ``device``."""
+    team = problem.devices[device].team
+    for other in np.flatnonzero(members.sum(1) == len(given)).tolist():
+        same = problem.devices[other].team
+        if set(np.flatnonzero(members[other]).tolist()) != given or (team is None) != (
+            same is None
+        ):
+            continue
+        if team is None or same is None:
+            return int(other)
+        shares, others = (tuple(part.share for part in one.parts) for one in (team, same))
+        if shares == others and team.sum_bits == same.sum_bits:
+            return int(other)
+    return None
 
 
 def _settled(problem: PlanningProblem, plan: Plan) -> Plan:
     """The plan with the best widths by loss and bytes that cost no time."""
-    indices = {device.name: index for index, device in enumerate(problem.devices)}
-    stages = [(indices[stage.device], stage.first, stage.bits) for stage in plan.stages]
+    problem, indices = of_plan(problem, plan)
+    stages = [
+        (index, stage.first, stage.bits) for index, stage in zip(indices, plan.stages, strict=True)
+    ]
     hops = [stage.hop_bits for stage in plan.stages if stage.hop_bits is not None]
     loss = plan.total_sensitivity if problem.quality_budget is not None else None
     free_s = _FREE * plan.value / len(stages)
@@ -431,6 +443,13 @@ def _hopeless(problem: PlanningProblem) -> str | None:
         return "there are no devices"
     if (against := _contradiction(problem)) is not None:
         return against
+    for team in problem.teams:
+        if (against := refused(problem, team)) is not None:
+            names = ", ".join(problem.devices[i].name for i in team)
+            return f"{names} cannot share layers: {against}"
+    if problem.teams:
+        # Devices of these teams run nothing alone.
+        problem = with_teams(problem)
     usable = Usable(problem)
     placed = usable.allowed.any((0, 2))
     for block in np.flatnonzero(~placed).tolist():
@@ -477,6 +496,9 @@ def _contradiction(problem: PlanningProblem) -> str | None:
             widths = _list([option.bits for option in device.options[block]])
             return f"{pin}, which runs it at {widths} bit, not at {_list(problem.bits)}"
     ended: dict[int, int] = {}
+    # A pin to a device of a team that was asked for means the team.
+    stands = {i: team[0] for team in problem.teams for i in team}
+    pins = [(block, stands.get(i, i)) for block, i in pins]
     for (block, i), (later, j) in pairwise(pins):
         if i != j:
             ended[i] = block
@@ -650,8 +672,9 @@ def _shortage(problem: PlanningProblem, runner: _Runner) -> tuple[Shortage, Shor
     for aim in aims:
         plan = runner.plan(problem, aim)
         if plan is not None:
-            memory = [(s.device, s.memory_bytes - s.memory_limit_bytes) for s in plan.stages]
-            storage = [(s.device, s.storage_bytes - s.storage_limit_bytes) for s in plan.stages]
+            held = [one for stage in plan.stages for one in stage.members or (stage,)]
+            memory = [(s.device, s.memory_bytes - s.memory_limit_bytes) for s in held]
+            storage = [(s.device, s.storage_bytes - s.storage_limit_bytes) for s in held]
             return (
                 tuple((name, _round_up(size)) for name, size in memory if size > 0),
                 tuple((name, _round_up(size)) for name, size in storage if size > 0),

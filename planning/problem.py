@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from model import costs
+from model.share import Share
 from model.spec import ModelSpec
 from planning.json_codec import from_plain, to_plain
 from planning.prompt import CHUNK_TOKENS, Passage, block_passage, chunk_choices, turns
@@ -122,6 +123,8 @@ class BlockOption:
     arithmetic adds to it: inf if that was not measured. None: the same as on any device.
     ``rows_s`` has the seconds of one pass of TIMED_ROWS rows, each of another sequence. It is empty
     if passes of several rows were not measured.
+    ``shares_s``: measured shares of the block, as (fraction, decode_s, prefill_s_per_token), by
+    fraction. Empty: not measured (planning/teams.py assumes them).
     """
 
     bits: int
@@ -130,10 +133,58 @@ class BlockOption:
     prefill_s_per_token: float
     sensitivity: float | None = None
     rows_s: tuple[float, ...] = ()
+    shares_s: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.sensitivity is not None and not self.sensitivity >= 0:
             raise ValueError(f"a sensitivity cannot be {self.sensitivity}")
+
+
+@dataclass(frozen=True, slots=True)
+class PartOption:
+    """A member's part of one block at ``bits``, KV cache included. Its seconds have no sums."""
+
+    bits: int
+    memory_bytes: int
+    storage_bytes: int
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One member of a team: its share, its limits and its part of every block.
+
+    Fields that ``Device`` has too mean the same here.
+    """
+
+    name: str
+    share: Share
+    memory_bytes: int
+    storage_bytes: int
+    stage_bytes: int
+    call_s: float
+    load_bytes_per_s: float
+    options: tuple[tuple[PartOption, ...], ...]
+
+    def option(self, block: int, bits: int) -> PartOption:
+        """The member's part of ``block`` at ``bits``, a width that the team has."""
+        return next(option for option in self.options[block] if option.bits == bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """What makes a device of a problem a team: real devices that share each layer.
+
+    ``parts``: the members, lead first. ``lead``: its index in the problem's devices. The lead alone
+    has links to other stages, and the embedding.
+    ``sum_bits``: width of the partial rows that members exchange.
+    ``sum_s``: seconds of one sum of one row. Each layer has two.
+    """
+
+    lead: int
+    parts: tuple[Part, ...]
+    sum_bits: int
+    sum_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +200,9 @@ class Device:
     ``held``: widths of each block that are on the device's disk already. Empty: none is.
     ``watts``: power while the device computes. If it is unknown, no plan for ``energy`` uses the
     device.
+    ``shares``: whether it can run a share of layers. ``sum_s``: its own work for one sum.
+    ``team``: the members, if this is no real device but a team (planning/teams.py). Bytes are then
+    sums over the members, and ``call_row_s`` is the time that each row of a chunk adds to a call.
     """
 
     name: str
@@ -162,6 +216,15 @@ class Device:
     load_bytes_per_s: float = math.inf
     watts: float | None = None
     memory_total_bytes: int | None = None
+    shares: bool = False
+    sum_s: float = 0.0
+    team: Team | None = None
+    call_row_s: float = 0.0
+
+    @property
+    def holders(self) -> tuple[Device | Part, ...]:
+        """The real devices that run a stage here, each with limits of its own; the lead first."""
+        return (self,) if self.team is None else self.team.parts
 
     @property
     def shares_passes(self) -> bool:
@@ -221,6 +284,9 @@ class PlanningProblem:
     ``sequences``: how many are decoded at once, for the objective throughput. None: enough to keep
     all stages busy, with one row each at a time.
     ``least_stages``, ``most_stages``: limits on the number of stages. None: no upper limit.
+    ``teams``: sets of devices (indices) that must share layers. Each of them is one stage, and a
+    pin to one of its devices means this stage. ``no_teams``: no devices may share layers.
+    ``group_size``: largest quantization group of the formats, which shares must not cut; 0: none.
     """
 
     spec: ModelSpec
@@ -242,6 +308,31 @@ class PlanningProblem:
     sequences: int | None = None
     least_stages: int = 1
     most_stages: int | None = None
+    teams: tuple[tuple[int, ...], ...] = ()
+    no_teams: bool = False
+    group_size: int = 0
+
+    @property
+    def real(self) -> range:
+        """The indices of real devices. They come before teams."""
+        count = len(self.devices)
+        return range(next((i for i in range(count) if self.devices[i].team is not None), count))
+
+    @property
+    def only_shared(self) -> frozenset[int]:
+        """Devices of teams that were asked for, which run nothing alone, once teams are made."""
+        if not self.teams or len(self.real) == len(self.devices):
+            return frozenset()
+        return frozenset(index for team in self.teams for index in team)
+
+    def lead(self, device: int) -> int:
+        """The real device that has the links of ``device``: the lead of a team, or itself."""
+        team = self.devices[device].team
+        return device if team is None else team.lead
+
+    def link(self, source: int, target: int) -> LinkProfile | None:
+        """The link between two devices or teams; None without one."""
+        return self.links.get((self.lead(source), self.lead(target)))
 
     @property
     def variants(self) -> tuple[PlanningProblem, ...]:
@@ -255,7 +346,7 @@ class PlanningProblem:
         if given or not any(device.shares_passes for device in self.devices):
             return (self,)
         # Where at most two rows meet, they share nothing: more stages change no time of a row.
-        most = max(2, min(len(self.devices), math.ceil(self.shared_by / 2), _MOST_COUNTED))
+        most = max(2, min(len(self.real), math.ceil(self.shared_by / 2), _MOST_COUNTED))
         counted = [
             replace(self, least_stages=count, most_stages=count if count < most else None)
             for count in range(2, most + 1)
@@ -309,7 +400,7 @@ class PlanningProblem:
 
         Empty without a link. Of equal formats the one with more bits stays.
         """
-        if (source, target) not in self.links:
+        if self.link(source, target) is None:
             return ()
 
         def figures(form: HopFormat) -> tuple[float, ...]:
@@ -329,6 +420,7 @@ class PlanningProblem:
 
     def no_link(self, source: int, target: int) -> str:
         """One clause for the user about a pair without a link."""
+        source, target = self.lead(source), self.lead(target)
         known = self.no_links.get((source, target))
         if known is not None:
             return str(known)
@@ -345,14 +437,14 @@ class PlanningProblem:
 
     def hop_s(self, source: int, target: int, bits: int) -> float:
         """Seconds of one token's hidden state on a link; inf without one."""
-        link = self.links.get((source, target))
+        link = self.link(source, target)
         return math.inf if link is None else link.transfer_s(self.hop_bytes(bits))
 
     def return_s(self, last: int, first: int) -> float:
         """Seconds of the sampled token's way back; 0 on one device, inf without a link."""
         if last == first:
             return 0.0
-        link = self.links.get((last, first))
+        link = self.link(last, first)
         return math.inf if link is None else link.transfer_s(TOKEN_BYTES)
 
     def passage(self, block: int, option: BlockOption) -> Passage:
@@ -363,7 +455,7 @@ class PlanningProblem:
 
     def hop_passage(self, source: int, target: int, bits: int) -> Passage:
         """The passage of a prompt's chunks over a link, which must exist."""
-        link = self.links[source, target]
+        link = self.links[self.lead(source), self.lead(target)]
         return Passage(0.0, self.hop_bytes(bits) / link.bytes_per_s, link.transfer_s(0))
 
     def block_cost(self, device: int, block: int, option: BlockOption) -> float:
@@ -382,11 +474,12 @@ class PlanningProblem:
         if self.objective.kind == "energy":
             return self._watts(device) * self.devices[device].call_s
         calls = self.objective.tokens[1] + bool(self.chunk_rows)
-        return calls * self.devices[device].call_s
+        own = self.devices[device]
+        return calls * own.call_s + self.chunk_rows * own.call_row_s
 
     def hop_cost(self, source: int, target: int, bits: int) -> float:
         """The hop's part of the objective's sum; inf without a link."""
-        if (source, target) not in self.links:
+        if self.link(source, target) is None:
             return math.inf
         seconds = self.objective.tokens[1] * self.hop_s(source, target, bits)
         if rows := self.chunk_rows:
@@ -414,7 +507,7 @@ class PlanningProblem:
         own = self.devices[device]
         if self.objective.kind == "throughput" and own.shares_passes:
             return self.row_s(own.call_s, (own.call_s,) * len(TIMED_ROWS))
-        return own.call_s
+        return own.call_s + (0.0 if self.shared_by else self.chunk_rows * own.call_row_s)
 
     def turn_s(self, block: int, option: BlockOption) -> float:
         """The block's part of its stage's time, for the slowest stage."""
@@ -424,7 +517,7 @@ class PlanningProblem:
 
     def hop_turn_s(self, source: int, target: int, bits: int) -> float:
         """Seconds of a hop, for the slowest stage or link; inf without a link."""
-        if (source, target) not in self.links:
+        if self.link(source, target) is None:
             return math.inf
         if self.objective.kind == "throughput":
             return self.hop_s(source, target, bits)
@@ -443,6 +536,11 @@ class PlanningProblem:
         own = self.devices[device]
         if own.held and bits in own.held[block]:
             return 0.0
+        if own.team is not None:
+            return max(
+                part.option(block, bits).storage_bytes / part.load_bytes_per_s
+                for part in own.team.parts
+            )
         return self.stored_bytes[block][bits] / own.load_bytes_per_s
 
     def sensitivity(self, device: int, block: int, bits: int) -> float | None:
@@ -465,10 +563,31 @@ class PlanningProblem:
             bits in self.bits
             and (self.objective.kind != "energy" or self.devices[device].watts is not None)
             and device not in self.excluded
-            and self.pins.get(block, device) == device
+            and self.may_run(device, block)
             and self.within_error(block, bits)
             and self.loss(device, block, bits) < math.inf
         )
+
+    def may_run(self, device: int, block: int) -> bool:
+        """True if pins and teams that were asked for permit the device or team to run ``block``."""
+        if device in self.only_shared:
+            return False
+        pinned = self.pins.get(block, device)
+        team = self.devices[device].team
+        if pinned == device or team is None or not any(pinned in asked for asked in self.teams):
+            return pinned == device
+        if block == 0:
+            return team.lead == pinned
+        return self.devices[pinned].name in (part.name for part in team.parts)
+
+    def taken(self, device: int, block: int, option: BlockOption) -> tuple[tuple[int, int], ...]:
+        """Bytes of memory and storage that the block takes of each of the device's holders."""
+        team = self.devices[device].team
+        if team is None:
+            memory = option.executed_bytes + self.kv_bytes[block]
+            return ((memory, self.stored_bytes[block][option.bits]),)
+        parts = (part.option(block, option.bits) for part in team.parts)
+        return tuple((part.memory_bytes, part.storage_bytes) for part in parts)
 
     def weight_error(self, block: int, bits: int) -> float | None:
         """Normalised weight error of a block; None if it was not measured."""
@@ -518,6 +637,7 @@ class PlanningProblem:
             ("pins", [*self.pins.values()], devices),
             ("pins", [*self.pins], blocks),
             ("excluded", [*self.excluded], devices),
+            ("teams", [index for team in self.teams for index in team], devices),
         ):
             for index in indices:
                 if index not in known:

@@ -20,6 +20,7 @@ from planning.request_fields import (
     require,
     require_form,
     require_model,
+    require_teams,
     require_widths,
 )
 from planning.saved import SavedPlan
@@ -52,6 +53,8 @@ _EXPECTED = {
     " migration_weight",
     "pins": "an object of block number to device name",
     "exclude": "a list of device names",
+    "teams": "a list of teams, each a list of the names of at least two devices",
+    "no_teams": "true or false",
     "sensitivities": "for each block an object of bits to KL divergence",
     "own_sensitivities": "an object of arithmetic to block to bits to KL divergence",
     "hop_sensitivities": "an object of bits to KL divergence",
@@ -90,6 +93,10 @@ class LoadRequest:
     """Block -> the device that must run it: a name or an id, an id once ``identified``."""
     exclude: tuple[str, ...] = ()
     """Devices that run no block, as names or ids like in ``pins``."""
+    teams: tuple[tuple[str, ...], ...] = ()
+    """Devices that must share layers, as names or ids like in ``pins``. Each is in one team."""
+    no_teams: bool = False
+    """Plan without teams: every layer is on one device."""
     sensitivities: tuple[Mapping[int, float], ...] | None = None
     """Per block: bits -> KL divergence of the block. None: those that the coordinator measured."""
     own_sensitivities: Own = field(default_factory=dict)
@@ -123,6 +130,7 @@ class LoadRequest:
             require(holds, name, _EXPECTED[name])
         if self.check_quality and self.quality_budget is None:
             raise RequestInvalid("check_quality needs a quality_budget", "check_quality")
+        require_teams(self.teams, self.exclude, no_teams=self.no_teams)
 
     def _checks(self) -> dict[str, bool]:
         """Field name -> whether its value is allowed."""
@@ -194,6 +202,7 @@ class LoadRequest:
             self,
             pins={block: device(text) for block, text in self.pins.items()},
             exclude=tuple(map(device, self.exclude)),
+            teams=tuple(tuple(map(device, team)) for team in self.teams),
             plan=plan,
         )
 

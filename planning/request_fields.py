@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -62,3 +62,35 @@ def require_widths(bits: Iterable[int], field: str) -> None:
     """Raise RequestInvalid unless there is at least one width, and weights can have each."""
     widths = set(bits)
     require(bool(widths) and widths <= set(BITS), field, BITS_EXPECTED)
+
+
+def require_teams(
+    teams: Sequence[Sequence[str]], excluded: Collection[str], *, no_teams: bool
+) -> None:
+    """Raise RequestInvalid if teams contradict themselves, each other or the other wishes.
+
+    A pin to a member means its team, so pins are no contradiction.
+    """
+    if teams and no_teams:
+        raise RequestInvalid("teams are asked for, and no_teams excludes all: drop one", "teams")
+    met: set[str] = set()
+    for team in teams:
+        names = ", ".join(team)
+        if len(team) < 2:
+            raise RequestInvalid(
+                f"teams: a team of {names or 'no device'}: a team has at least two devices",
+                "teams",
+            )
+        for name in team:
+            if not name:
+                raise RequestInvalid(f"teams: a device of {names} has no name", "teams")
+            if name in met:
+                raise RequestInvalid(
+                    f"teams: {name} is named twice: a device is in one team at most", "teams"
+                )
+            met.add(name)
+            if name in excluded:
+                raise RequestInvalid(
+                    f"teams: {name} is to share layers with a team, and is excluded: drop one",
+                    "teams",
+                )

@@ -3,6 +3,9 @@
 Reading takes the stages with their devices and bits, the slots and the context. Figures are
 recomputed from the problem, so that an edited line cannot leave a stale prediction behind.
 
+A stage of a team says how many KV heads, MLP columns and tokens of the vocabulary each member has,
+in their order and the lead first (``planning.saved_team``).
+
 Stages name devices. ``devices`` has the id of the device that had a name when the plan was saved.
 So the stage stays with this device if names change. A name without an id means the device that has
 the name now.
@@ -23,6 +26,7 @@ from model.bounded import read_bytes
 from model.quantize import BITS
 from planning.plan import Plan, PlanError, Proof, assess, bits_text, verify
 from planning.problem import PlanningProblem
+from planning.saved_team import SavedTeam, read_team
 from wire.activations import HOP_BITS
 
 FORMAT = 1
@@ -39,7 +43,7 @@ _KEYS = (
     "predicted",
     "predicted_for",
 )
-_STAGE_KEYS = ("device", "bits", "hop_bits")
+_STAGE_KEYS = ("device", "bits", "hop_bits", "team", "sum_bits")
 _SENT_KEYS = ("source", "model", "stages", "devices")
 _MAX_ID_CHARACTERS = 64
 _RUN = re.compile(r"(\d{1,2})(?:x(\d{1,4}))?", re.ASCII)
@@ -55,7 +59,7 @@ class SavedPlan:
     source: str
     model: str
     stages: tuple[tuple[str, tuple[int, ...]], ...]
-    """Devices in pipeline order, each with the bits of its blocks."""
+    """Devices in pipeline order, each with the bits of its blocks. A team has its lead here."""
     predicted: Mapping[str, float]
     hop_bits: tuple[int | None, ...]
     """Bits that each stage but the last sends at; None if the file does not say."""
@@ -63,11 +67,26 @@ class SavedPlan:
     context_tokens: int | None = None
     """Slots and context that the plan was made for; None if the file does not say."""
     devices: Mapping[str, str] = field(default_factory=dict)
-    """Names of stages -> device ids; devices of a described lab have none."""
+    """Names of devices -> device ids; devices of a described lab have none."""
+    teams: tuple[SavedTeam | None, ...] = ()
+    """The team of each stage, None for a device alone. Empty: there are no teams."""
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Every device of the plan, in order of stages and members."""
+        return tuple(
+            name
+            for (device, _), team in zip(self.stages, self._teams, strict=True)
+            for name in ((device,) if team is None else team.devices)
+        )
+
+    @property
+    def _teams(self) -> tuple[SavedTeam | None, ...]:
+        return self.teams or (None,) * len(self.stages)
 
     @property
     def placements(self) -> tuple[tuple[str, int], ...]:
-        """Device and bits of every block in order."""
+        """Device and bits of every block in order, a team by its lead."""
         return tuple((device, bits) for device, widths in self.stages for bits in widths)
 
     @property
@@ -80,15 +99,19 @@ class SavedPlan:
         """Plain values for ``from_dict``: the source, the model, the stages and device ids."""
         stages = [
             {"device": device, "bits": list(bits), "hop_bits": hop_bits}
-            for (device, bits), hop_bits in zip(self.stages, (*self.hop_bits, None), strict=True)
+            | ({} if team is None else team.to_dict())
+            for (device, bits), hop_bits, team in zip(
+                self.stages, (*self.hop_bits, None), self._teams, strict=True
+            )
         ]
         sent: dict[str, Any] = {"source": self.source, "model": self.model, "stages": stages}
         return {**sent, "devices": dict(self.devices)} if self.devices else sent
 
     def renamed(self, rename: Callable[[str], str]) -> SavedPlan:
-        """The same plan with ``rename`` applied to the device of each stage, and without ids."""
+        """The same plan with ``rename`` applied to every device, and without ids."""
         stages = tuple((rename(device), bits) for device, bits in self.stages)
-        return replace(self, stages=stages, devices={})
+        teams = tuple(None if team is None else team.renamed(rename) for team in self.teams)
+        return replace(self, stages=stages, teams=teams, devices={})
 
     @staticmethod
     def from_dict(values: object) -> SavedPlan:
@@ -112,16 +135,21 @@ class SavedPlan:
                     f"its stages have {len(self.placements)} blocks and the model {blocks}"
                     " (embedding, layers, head): change the counts in `bits`"
                 )
-            stages: list[tuple[int, int, tuple[int, ...]]] = []
-            first = 0
-            for device, widths in self.stages:
+            for device in self.used:
                 if device not in indices:
                     raise PlanError(f"unknown device {device}: there are {', '.join(indices)}")
-                if any(index == indices[device] for index, _, _ in stages):
+                if self.used.count(device) > 1:
                     raise PlanError(f"{device} has more than one stage: join them")
-                stages.append((indices[device], first, widths))
+            stages: list[tuple[int, int, tuple[int, ...]]] = []
+            first = 0
+            with_teams = problem
+            for (device, widths), team in zip(self.stages, self._teams, strict=True):
+                index = indices[device]
+                if team is not None:
+                    with_teams, index = team.placed(with_teams)
+                stages.append((index, first, widths))
                 first += len(widths)
-            plan = assess(problem, stages, Proof("file", 0.0, 0.0), self.hop_bits)
+            plan = assess(with_teams, stages, Proof("file", 0.0, 0.0), self.hop_bits)
             verify(plan, problem)
         except PlanError as error:
             raise PlanError(f"{self.source}: {error}") from error
@@ -135,7 +163,7 @@ class Change:
     first: int
     last: int
     before: tuple[str, int]
-    """Device and bits."""
+    """Device and bits. A team has its members with their shares in place of a device."""
     after: tuple[str, int]
 
 
@@ -167,6 +195,9 @@ def plan_text(
         values: dict[str, Any] = {"device": stage.device, "bits": bits_text(stage.bits)}
         if stage.hop_bits is not None:
             values["hop_bits"] = stage.hop_bits
+        team = SavedTeam.of(stage)
+        if team is not None:
+            values |= team.to_dict()
         stages.append(json.dumps(values))
     prompt_tokens = plan.objective.prompt_tokens
     predicted = {
@@ -178,10 +209,12 @@ def plan_text(
     }
     made_for = {"slots": slots, "context_tokens": context_tokens}
     ids = {
-        stage.device: devices[stage.device]
+        name: devices[name]
         for stage in plan.stages
-        if devices is not None and stage.device in devices
+        for name in stage.devices
+        if devices is not None and name in devices
     }
+    mark = _mark((s.device, s.bits, s.hop_bits, SavedTeam.of(s)) for s in plan.stages)
     lines = [
         "{",
         f'  "shoal_plan": {FORMAT},',
@@ -192,7 +225,7 @@ def plan_text(
         *([f'  "devices": {json.dumps(ids)},'] if ids else []),
         *(f'  "{key}": {value},' for key, value in made_for.items() if value is not None),
         f'  "predicted": {json.dumps(predicted)},',
-        f'  "predicted_for": "{_mark((s.device, s.bits, s.hop_bits) for s in plan.stages)}"',
+        f'  "predicted_for": "{mark}"',
         "}",
     ]
     return "\n".join(lines) + "\n"
@@ -224,13 +257,16 @@ def parse_plan(text: str | bytes, source: str) -> SavedPlan:
 
 
 def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
-    """The blocks with another device or other bits, consecutive ones together; empty for none.
+    """The blocks with another device, team, share or bits, consecutive ones together.
 
     A device with a new name is still the same device. Raises PlanError if the plans have different
     numbers of blocks.
     """
     before, after = _told_apart(before, after)
-    old, new = before.placements, after.placements
+    teams = {team for plan in (before, after) for team in plan.teams if team is not None}
+    # Percents tell most teams apart. For the others the counts are shown.
+    exact = len({team.text for team in teams}) < len(teams)
+    old, new = _places(before, exact=exact), _places(after, exact=exact)
     if len(old) != len(new):
         raise PlanError(
             f"{before.source} places {len(old)} blocks and {after.source} {len(new)}:"
@@ -243,6 +279,16 @@ def difference(before: SavedPlan, after: SavedPlan) -> tuple[Change, ...]:
         if a != b:
             changes.append(Change(blocks[0], blocks[-1] + 1, a, b))
     return tuple(changes)
+
+
+def _places(plan: SavedPlan, *, exact: bool) -> list[tuple[str, int]]:
+    """The device or team and the bits of every block in order."""
+    found = []
+    for (device, widths), team in zip(plan.stages, plan._teams, strict=True):
+        if team is not None:
+            device = team.exact_text if exact else team.text
+        found += [(device, bits) for bits in widths]
+    return found
 
 
 def _told_apart(before: SavedPlan, after: SavedPlan) -> tuple[SavedPlan, SavedPlan]:
@@ -290,7 +336,9 @@ def _read(values: object, source: str) -> SavedPlan:
             if hop_bits not in HOP_BITS:
                 known = ", ".join(map(str, HOP_BITS))
                 raise PlanError(f"{where}.hop_bits: {hop_bits!r:.20}: known are {known}")
-        stages.append((stage["device"], _bits(stage["bits"], f"{where}.bits"), hop_bits))
+        bits = _bits(stage["bits"], f"{where}.bits")
+        team = read_team(stage, where)
+        stages.append((stage["device"], bits, hop_bits, team))
     devices = plan.get("devices", {})
     if not isinstance(devices, dict) or not all(
         isinstance(item, str) and 0 < len(item) <= _MAX_ID_CHARACTERS for item in devices.values()
@@ -310,18 +358,23 @@ def _read(values: object, source: str) -> SavedPlan:
     return SavedPlan(
         source,
         plan["model"],
-        tuple((device, bits) for device, bits, _ in stages),
+        tuple((device, bits) for device, bits, _, _ in stages),
         predicted,
-        tuple(hop_bits for _, _, hop_bits in stages[:-1]),
+        tuple(hop_bits for _, _, hop_bits, _ in stages[:-1]),
         plan.get("slots"),
         plan.get("context_tokens"),
         devices,
+        teams if any(teams := tuple(team for _, _, _, team in stages)) else (),
     )
 
 
-def _mark(stages: Iterable[tuple[str, tuple[int, ...], int | None]]) -> str:
+def _mark(stages: Iterable[tuple[str, tuple[int, ...], int | None, SavedTeam | None]]) -> str:
     """A short hash of the stages."""
-    text = json.dumps([[part for part in stage if part is not None] for stage in stages])
+    parts = (
+        (device, bits, hop_bits, None if team is None else team.to_dict())
+        for device, bits, hop_bits, team in stages
+    )
+    text = json.dumps([[part for part in stage if part is not None] for stage in parts])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

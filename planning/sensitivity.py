@@ -16,7 +16,7 @@ from typing import Literal
 from model.checkpoint import Checkpoint
 from model.quantize import BITS
 from model.spec import ModelSpec
-from planning.plan import Plan
+from planning.plan import Plan, of_plan
 from planning.problem import DEFAULT_HOPS, HopFormat, PlanningProblem
 from wire.activations import HOP_BITS
 
@@ -202,10 +202,13 @@ def whole_loss(problem: PlanningProblem, plan: Plan, measured_kl: float) -> floa
 
 
 def own_share(problem: PlanningProblem, plan: Plan) -> float:
-    """The predicted loss by the arithmetic of devices, beyond the loss by the plan's bits."""
-    indices = {device.name: index for index, device in enumerate(problem.devices)}
+    """The predicted loss by devices' arithmetic and teams' sums, beyond that by the plan's bits."""
+    problem, indices = of_plan(problem, plan)
+    of_block = [
+        index for index, stage in zip(indices, plan.stages, strict=True) for _ in stage.bits
+    ]
     return math.fsum(
-        max((problem.sensitivity(indices[one.device], one.block, one.bits) or 0.0) - common, 0.0)
+        max((problem.sensitivity(of_block[one.block], one.block, one.bits) or 0.0) - common, 0.0)
         for one in plan.placements
         if (common := problem.sensitivities[one.block].get(one.bits)) is not None
     )

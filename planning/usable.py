@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from planning.problem import BlockOption, PlanningProblem
+from planning.problem import BlockOption, Part, PlanningProblem
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -25,6 +25,9 @@ class Usable:
     ``allowed``: True unless quality, unknown watts, a pin or an exclusion forbids the option.
     ``usable``: like ``allowed``, without options that break the budget alone or that another option
     beats. With ``fitting``, options that exceed the device's limits alone are left out too.
+    ``resources``: bytes of every option [device, block, width], with the limits [device]. First
+    memory and storage of each device, or of the first member of a team, then of further members.
+    ``memory``: bytes of memory of each device, or of all members of a team.
     ``least`` [block]: the least loss of a block on any device (0 if no device may run it).
     ``room``: the budget less all ``least``; inf without a budget. It may be tiny beside the
     losses that no plan avoids, so tolerances apply to the room and not to the budget.
@@ -38,6 +41,7 @@ class Usable:
         kept = [[row.get(bits, math.inf) for bits in self.widths] for row in problem.stored_bytes]
         self.stored = np.array(kept, dtype=float).reshape(len(blocks), len(self.widths))
         self.memory = self.executed + np.array(problem.kv_bytes, dtype=float)[:, None]
+        self.resources = self._resources()
         self.loss = self._losses(own_loss)
         self.allowed = np.isfinite(self.decode) & np.isfinite(self.loss) & self._permitted()
         least = np.where(self.allowed, self.loss, math.inf).min((0, 2), initial=math.inf)
@@ -88,6 +92,39 @@ class Usable:
                 found[:, i, k] = known[key]
         return tuple(found)
 
+    def _resources(self) -> list[tuple[Floats, Floats]]:
+        """Bytes of every option with limits. Members beyond a device's own take nothing."""
+        devices, shape = self.problem.devices, self.memory.shape
+        found = []
+        for at in range(max((len(device.holders) for device in devices), default=1)):
+            memory, storage = np.zeros(shape), np.zeros(shape)
+            limits = np.ones((2, len(devices)))
+            for i, device in enumerate(devices):
+                if at >= len(device.holders):
+                    continue
+                own = device.holders[at]
+                limits[:, i] = own.memory_bytes - own.stage_bytes, own.storage_bytes
+                if device.team is None:
+                    memory[i], storage[i] = self.memory[i], self.stored
+                else:
+                    memory[i], storage[i] = self._part_bytes(device.team.parts[at])
+            found += [(memory, limits[0]), (storage, limits[1])]
+        return found
+
+    def _part_bytes(self, part: Part) -> Floats:
+        """[memory or storage, block, width]: bytes of a member, inf where there is no option."""
+        found = np.full((2, *self.memory.shape[1:]), math.inf)
+        at = {bits: index for index, bits in enumerate(self.widths)}
+        known: dict[int, Floats] = {}
+        for block, row in enumerate(part.options):
+            if id(row) not in known:
+                sizes = known[id(row)] = np.full((2, len(at)), math.inf)
+                for option in row:
+                    if option.bits in at:
+                        sizes[:, at[option.bits]] = option.memory_bytes, option.storage_bytes
+            found[:, block] = known[id(row)]
+        return found
+
     def _losses(self, own: Floats) -> Floats:
         """The loss of each option; inf if it is not known."""
         problem = self.problem
@@ -100,30 +137,26 @@ class Usable:
     def _permitted(self) -> Mask:
         """False where a pin, an exclusion, an error bound or unknown watts forbid an option."""
         problem = self.problem
-        blocks = range(problem.spec.block_count)
+        blocks, devices = range(problem.spec.block_count), range(len(problem.devices))
         within = [[problem.within_error(k, bits) for bits in self.widths] for k in blocks]
         found = np.tile(np.array(within, dtype=bool), (len(problem.devices), 1, 1))
-        for block, pinned in problem.pins.items():
-            found[np.arange(len(problem.devices)) != pinned, block] = False
-        found[list(problem.excluded)] = False
+        for block in problem.pins:
+            found[[not problem.may_run(i, block) for i in devices], block] = False
+        found[[*problem.excluded, *problem.only_shared]] = False
         if problem.objective.kind == "energy":
             found[[device.watts is None for device in problem.devices]] = False
         return found
 
     def _small(self) -> Mask:
         """True for options that keep the device's limits alone."""
-        devices = self.problem.devices
-        memory = [float(device.memory_bytes - device.stage_bytes) for device in devices]
-        storage = [float(device.storage_bytes) for device in devices]
-        fits = self.memory <= np.array(memory)[:, None, None]
-        stored = self.stored[None] <= np.array(storage)[:, None, None]
-        return np.asarray(fits & stored, dtype=bool)
+        fits = [sizes <= limits[:, None, None] for sizes, limits in self.resources]
+        return np.asarray(np.logical_and.reduce(fits), dtype=bool)
 
     def _leave_out_beaten(self) -> None:
         """Leave out options that are nowhere better than another; of equal ones the wider stays."""
-        stored = np.broadcast_to(self.stored, self.cost.shape)
         turn = self.turn if self.problem.slowest_counts else np.zeros_like(self.cost)
-        figures = np.stack([self.decode, self.cost, turn, self.executed, stored, self.loss])
+        sizes = [sizes for sizes, _ in self.resources]
+        figures = np.stack([self.decode, self.cost, turn, self.executed, *sizes, self.loss])
         kept = self.usable.copy()
         for loser in range(len(self.widths)):
             for winner in range(len(self.widths)):

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from planning.exact.program import StageChoice
-from planning.problem import BlockOption, Device, PlanningProblem
+from planning.problem import BlockOption, PlanningProblem
 from planning.sensitivity import squared_step
 
 
@@ -63,6 +63,7 @@ def _best_options(
             *(one.block_cost(i, block, option) for one in variants),
             *(one.turn_s(block, option) for one in variants if one.slowest_counts),
             option.executed_bytes,
+            *(memory for memory, _ in problem.taken(i, block, option)),
             problem.loss(i, block, option.bits),
         )
 
@@ -83,8 +84,8 @@ class _Change:
     block: int
     option: BlockOption
     cost_s: float
-    memory_bytes: int
-    storage_bytes: int
+    sizes: tuple[int, ...]
+    """Bytes of memory and of storage, for each device of the stage."""
     loss: float
     score: float
     """Price of the bytes less the loss removed. Below 0 is better."""
@@ -113,9 +114,8 @@ def _settle_stage(
     """The stage's new widths, and the change of the loss."""
     problem = variants[0]
     index, first, widths = stage
-    device = problem.devices[index]
     chosen = dict(enumerate(widths, first))
-    memory, storage = _room(problem, device, chosen)
+    room = _room(problem, index, chosen)
     added = 0.0
     changes = [
         change for block in chosen for change in _changes(variants, index, block, chosen[block])
@@ -125,28 +125,31 @@ def _settle_stage(
         if (
             change.block not in done
             and change.cost_s <= free_s
-            and change.memory_bytes <= memory
-            and change.storage_bytes <= storage
+            and all(size <= left for size, left in zip(change.sizes, room, strict=True))
             and change.loss <= loss_left - added
         ):
             done.add(change.block)
             chosen[change.block] = change.option.bits
-            memory -= change.memory_bytes
-            storage -= change.storage_bytes
+            room = [left - size for left, size in zip(room, change.sizes, strict=True)]
             free_s -= max(0.0, change.cost_s)
             added += change.loss
     return tuple(chosen[block] for block in sorted(chosen)), added
 
 
-def _room(problem: PlanningProblem, device: Device, chosen: Mapping[int, int]) -> tuple[int, int]:
-    """Bytes of memory and of storage that a stage leaves free."""
-    memory = device.memory_bytes - device.stage_bytes
-    storage = device.storage_bytes
+def _room(problem: PlanningProblem, index: int, chosen: Mapping[int, int]) -> list[int]:
+    """Bytes of memory and of storage that a stage leaves free on each of its devices."""
+    device = problem.devices[index]
+    room = [
+        size
+        for holder in device.holders
+        for size in (holder.memory_bytes - holder.stage_bytes, holder.storage_bytes)
+    ]
     for block, bits in chosen.items():
         option = device.option(block, bits)
-        memory -= problem.kv_bytes[block] + (option.executed_bytes if option else 0)
-        storage -= problem.stored_bytes[block][bits]
-    return memory, storage
+        if option is not None:
+            taken = chain.from_iterable(problem.taken(index, block, option))
+            room = [left - size for left, size in zip(room, taken, strict=True)]
+    return room
 
 
 def _changes(
@@ -170,8 +173,15 @@ def _changes(
                 block,
                 option,
                 max(_added_s(one, index, block, (now, option)) for one in variants),
-                option.executed_bytes - now.executed_bytes,
-                more_bytes,
+                tuple(
+                    more - less
+                    for pair in zip(
+                        problem.taken(index, block, option),
+                        problem.taken(index, block, now),
+                        strict=True,
+                    )
+                    for more, less in zip(*pair, strict=True)
+                ),
                 problem.loss(index, block, option.bits) - problem.loss(index, block, bits),
                 score,
             )

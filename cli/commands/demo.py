@@ -24,7 +24,7 @@ from typing import Any
 from backends.base import BackendUnavailable
 from backends.registry import backend_class
 from cli.client import Client
-from cli.commands.plan_arguments import bounds_of
+from cli.commands.plan_arguments import bounds_of, check_teams, teams_of
 from cli.commands.plan_views import show_divergence
 from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
@@ -79,6 +79,7 @@ class Demo:
     def run(self) -> None:
         """Start all processes, ask, show the answer, and clean up. Raises CommandFailed."""
         options = self._options
+        check_teams(options)
         model = self._model()
         prompt = options.prompt
         if prompt is None:
@@ -120,6 +121,7 @@ class Demo:
                 **bounds_of(options),
                 context_tokens=options.context,
                 time_limit_s=options.time_limit,
+                **teams_of(options),
             ).to_dict()
             with screen.progress() as draw, self._phases(draw) as on_step:
                 loaded = client.operate("/shoal/v1/load", request, on_step)

@@ -120,8 +120,8 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="layers=0-5:NAME",
-        help="Put these layers on this device. embedding:NAME and head:NAME work too. May be "
-        "repeated.",
+        help="Put these layers on this device, or on its --team. embedding:NAME and head:NAME work "
+        "too. May be repeated.",
     )
     parser.add_argument(
         "--exclude",
@@ -130,6 +130,7 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="Plan without this device. May be repeated.",
     )
+    add_team_arguments(parser)
     parser.add_argument(
         "--migration-weight",
         type=_weight,
@@ -204,6 +205,22 @@ def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> N
         metavar="32|16|8[,...]",
         help="The bits per hidden value that a hop between devices may have. 32 is exact. "
         f"Default: {DEFAULT_HOP_BITS}.{unless}",
+    )
+
+
+def add_team_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the wishes about teams: devices that share layers."""
+    parser.add_argument(
+        "--team",
+        type=_team,
+        action="append",
+        default=[],
+        metavar="A,B[,...]",
+        help="Let these devices share layers. May be repeated, with other devices. Default: the "
+        "planner chooses teams where sharing is faster.",
+    )
+    parser.add_argument(
+        "--no-teams", action="store_true", help="Plan with each layer on one device."
     )
 
 
@@ -291,6 +308,7 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
             slots=slots_of(options, saved),
             objective=objective_of(options),
             exclude=tuple(options.exclude),
+            **teams_of(options),
             check_quality=options.check_quality,
             plan=saved,
             with_problem=with_problem,
@@ -301,6 +319,28 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
         raise UsageError(str(error)) from error
     except (ModelError, PlanError, SensitivityError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def teams_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request about teams; empty without such a wish."""
+    wishes: dict[str, Any] = {}
+    if options.team:
+        wishes["teams"] = tuple(options.team)
+    if options.no_teams:
+        wishes["no_teams"] = True
+    return wishes
+
+
+def check_teams(options: argparse.Namespace) -> None:
+    """Raise UsageError if the teams that are asked for contradict another wish."""
+    from planning.errors import RequestInvalid
+    from planning.request_fields import require_teams
+
+    excluded = getattr(options, "exclude", ())
+    try:
+        require_teams(options.team, excluded, no_teams=options.no_teams)
+    except RequestInvalid as error:
+        raise UsageError(str(error)) from error
 
 
 def bounds_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -325,8 +365,10 @@ def _widths(options: argparse.Namespace, saved: SavedPlan | None) -> dict[str, A
     if saved is not None and bits is None:
         bits = {width for _, width in saved.placements}.union(DEFAULT_BITS)
     if saved is not None and hop_bits is None and options.quality_budget is None:
-        sent = {width for width in saved.hop_bits if width is not None}
-        hop_bits = sent.union(form.bits for form in DEFAULT_HOPS)
+        sums = {team.sum_bits for team in saved.teams if team is not None}
+        sent = {width for width in saved.hop_bits if width is not None} | sums
+        # Members sum at 32 bits only where nothing narrower may be sent.
+        hop_bits = {32} if 32 in sums else sent.union(form.bits for form in DEFAULT_HOPS)
     return {
         "bits": DEFAULT_BITS if bits is None else tuple(bits),
         "hop_bits": None if hop_bits is None else tuple(hop_bits),
@@ -423,6 +465,11 @@ def _pin(text: str) -> tuple[int | str, int, str]:
     if match[2] is None:
         return match[1], 0, match[4]
     return int(match[2]), int(match[3] or match[2]), match[4]
+
+
+def _team(text: str) -> tuple[str, ...]:
+    """Parse names with commas between them. ``require_teams`` checks them."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _repairs(text: str) -> tuple[str, ...]:

@@ -68,6 +68,8 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
     table.add_column("device", no_wrap=True)
     table.add_column("bits", overflow="fold", min_width=6)
     columns = ["compute ms", "hop ms", "share", "memory"]
+    if any(stage.members for stage in explanation.stages):
+        columns.insert(1, "sums ms")
     optional = [
         ("worst error", "1e", [stage.worst_weight_error for stage in explanation.stages]),
         ("KL", "3g", [stage.sensitivity for stage in explanation.stages]),
@@ -79,10 +81,14 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for index, stage in enumerate(explanation.stages):
         used = stage.memory_bytes / stage.memory_limit_bytes
+        more = len(stage.members) - 1
+        compute = [f"{(stage.compute_s - stage.sums_s) * 1e3:.2f}"]
+        if "sums ms" in columns:
+            compute.append(f"{stage.sums_s * 1e3:.2f}")
         table.add_row(
-            escape(stage.device),
+            escape(stage.device) + (f" + {more} more" if more > 0 else ""),
             bits_text(stage.bits),
-            f"{stage.compute_s * 1e3:.2f}",
+            *compute,
             f"{stage.hop_s * 1e3:.2f}",
             f"{stage.share:.0%}",
             f"{format_size(stage.memory_bytes)} ({used:.0%})",
@@ -101,6 +107,8 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
     screen.out.print(f"pipelined: {escape(explanation.pipeline_bottleneck)}")
     if explanation.prompt_bottleneck:
         screen.out.print(f"prompt: {escape(explanation.prompt_bottleneck)}")
+    for line in explanation.teams:
+        screen.out.print(escape(line), soft_wrap=True)
     screen.out.print("\nsolved again with one thing changed:")
     telling = [item for item in explanation.marginals if item.change != 0.0]
     for item in telling:

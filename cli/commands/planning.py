@@ -18,12 +18,14 @@ from rich.markup import escape
 
 from cli.commands.plan_arguments import (
     bounds_of,
+    check_teams,
     context_of,
     objective_of,
     pins_of,
     request_of,
     sensitivities_of,
     slots_of,
+    teams_of,
 )
 from cli.commands.plan_losses import DescribedLosses, described_losses, keep_described
 from cli.commands.plan_views import (
@@ -92,6 +94,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
         context_tokens = min(wanted_tokens, spec.max_context)
         slots = slots_of(options, given)
+        check_teams(options)
         request = RequestInput(
             spec,
             options.bits or lab.bits,
@@ -103,6 +106,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             objective=objective_of(options),
             pins=pins_of(options, spec),
             excluded=options.exclude,
+            **teams_of(options),
             hop_formats=_hop_formats(options, lab, losses),
             **losses.fields,
         )
@@ -238,7 +242,7 @@ def write_plot(path: Path, plan: Plan, spec: ModelSpec, title: str, devices: Seq
     """Draw a plan over the named devices. Raises OSError."""
     from planning.insight.picture import plan_svg
 
-    used = {stage.device for stage in plan.stages}
+    used = {name for stage in plan.stages for name in stage.devices}
     unused = [name for name in devices if name not in used]
     path.write_text(plan_svg(plan, spec, title, unused), encoding="utf-8")
 
@@ -453,6 +457,7 @@ def _run_dilemma(
         ("--simulate", options.simulate),
         ("--pin", options.pin),
         ("--exclude", options.exclude),
+        ("--team", options.team),
         ("--objective", options.objective not in (None, "latency")),
     ):
         if asked:

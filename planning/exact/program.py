@@ -1,10 +1,12 @@
 """The integer program of a plan: contiguous runs of blocks on devices in an order it chooses.
 
-Indices i and j are devices. Index r is a stretch: a longest run of consecutive blocks that are
+Indices i and j are devices, or teams of devices. Hops lead from lead to lead: the devices that have
+links. Index r is a stretch: a longest run of consecutive blocks that are
 alike on every device. Index g is a group: all blocks, of any stretch, that are alike on device i.
 Index f is a format of hops, and o an option of a group.
 
-    used[i]     binary: i has a stage;  first[i], last[i]: the first one, the last one
+    used[i]     binary: i has a stage; of all i with the same real device at most one has
+    first[i], last[i]  binary: lead i has the first stage, the last stage
     start[i,r]  binary: the stage of i starts in stretch r;  end[i,r]: it ends there
     hop[i,j,f]  binary: the stage of j follows the stage of i, which sends in format f
     back[i,j]   the token returns to the first stage, i, from the last, j
@@ -29,14 +31,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pulp
 
 from planning.plan import Proof, assess
-from planning.problem import BlockOption, PlanningProblem
+from planning.problem import BlockOption, HopFormat, PlanningProblem
+from planning.teams import incidence
 from planning.usable import LOSS_ROUNDING, Usable
 
 StageChoice = tuple[int, int, tuple[int, ...]]
@@ -81,7 +85,7 @@ def _figures(
         problem.block_cost(device, block, option),
         problem.turn_s(block, option) if problem.slowest_counts else 0.0,
         option.executed_bytes,
-        problem.stored_bytes[block][option.bits],
+        *(size for sizes in problem.taken(device, block, option) for size in sizes),
         problem.loss(device, block, option.bits),
     )
 
@@ -106,6 +110,10 @@ class PlanProgram:
         short = () if aim in ("best", "sensitivity", "any") else tuple(aim.split(" and "))
         self._problem = problem
         self._devices = range(len(problem.devices))
+        self._members = incidence(problem)
+        self._led: dict[int, list[int]] = {}
+        for i in self._devices:
+            self._led.setdefault(problem.lead(i), []).append(i)
         self._total = problem.spec.block_count
         self._slowest: Any = None
         self._permitted = Usable(problem, fitting=not short)
@@ -148,8 +156,9 @@ class PlanProgram:
         follows = {i: (j, bits) for (i, j, bits), hop in self._hop_at.items() if count(hop)}
         hop_bits = []
         found: list[StageChoice] = []
-        device = next((i for i in self._devices if count(self._first[i])), None)
-        while device is not None and len(found) < len(self._devices):
+        lead = next((i for i in self._led if count(self._first[i])), None)
+        while lead is not None and len(found) < len(self._devices):
+            device = next(i for i in self._led[lead] if count(self._used[i]))
             begin = found[-1][1] + len(found[-1][2]) if found else 0
             size = sum(round(self._value(cell, values)) for cell in self._a[device])
             bits: dict[int, int] = {}
@@ -166,7 +175,7 @@ class PlanProgram:
                 mine.sort(key=lambda k: (-max(errors[k].values(), default=0.0), k))
                 bits.update(zip(mine, sorted(widths, reverse=True), strict=True))
             found.append((device, begin, tuple(bits[k] for k in sorted(bits))))
-            device, bits_sent = follows.get(device, (None, 0))
+            lead, bits_sent = follows.get(lead, (None, 0))
             hop_bits.append(bits_sent)
         return Choice(found, tuple(hop_bits[:-1]))
 
@@ -180,7 +189,7 @@ class PlanProgram:
         def add(variable: Any, amount: float = 1.0) -> None:
             found[variable.name] += amount
 
-        order = [device for device, *_ in choice.stages]
+        order = [self._problem.lead(device) for device, *_ in choice.stages]
         ways = list(zip(order, order[1:], choice.hop_bits, strict=False))
         add(self._first[order[0]])
         add(self._last[order[-1]])
@@ -250,7 +259,9 @@ class PlanProgram:
 
         self._stretches: list[range] = []
         for k in blocks:
-            if k and all(looks(i, k) == looks(i, k - 1) for i in self._devices):
+            # No team has the embedding alone, so that it ends a stretch.
+            apart = k == 1 and len(self._led) < len(self._devices)
+            if k and not apart and all(looks(i, k) == looks(i, k - 1) for i in self._devices):
                 self._stretches[-1] = range(self._stretches[-1].start, k + 1)
             else:
                 self._stretches.append(range(k, k + 1))
@@ -293,6 +304,8 @@ class PlanProgram:
                 row.append(cell)
             program += pulp.lpSum(start) == self._used[i]
             program += pulp.lpSum(end) == self._used[i]
+            if self._problem.devices[i].team is not None:
+                program += end[0] == 0
             self._start.append(start)
             self._end.append(end)
             self._a.append(row)
@@ -310,23 +323,13 @@ class PlanProgram:
 
     def _order(self, twins: Sequence[tuple[int, int]]) -> None:
         """Add rows for one path of hops through the used devices, in the order of their blocks."""
-        program, devices, total = self.program, self._devices, self._total
-        problem = self._problem
-        room = self._permitted.room + LOSS_ROUNDING * (problem.quality_budget or 0.0)
-        forms = {
-            (i, j): [
-                form
-                for form in problem.hop_choices(i, j)
-                if problem.quality_budget is None or (form.sensitivity or 0.0) <= room
-            ]
-            for i in devices
-            for j in devices
-            if i != j
-        }
+        program, total, problem = self.program, self._total, self._problem
+        leads = [*self._led]
+        forms = self._forms()
         pairs = [pair for pair, some in forms.items() if some]
-        ways_back = [(i, j) for i in devices for j in devices if problem.return_s(j, i) < math.inf]
-        self._first = [self._binary(f"first_{i}") for i in devices]
-        last = self._last = [self._binary(f"last_{i}") for i in devices]
+        ways_back = [(i, j) for i in leads for j in leads if problem.return_s(j, i) < math.inf]
+        self._first = {i: self._binary(f"first_{i}") for i in leads}
+        last = self._last = {i: self._binary(f"last_{i}") for i in leads}
         self._hop_at = {
             (i, j, form.bits): self._binary(f"hop_{i}_{j}_{form.bits}")
             for i, j in pairs
@@ -338,34 +341,77 @@ class PlanProgram:
         }
         self._back = {(i, j): program.add_variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
         self._left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
+        self._leading = {i: self._sum(self._used[v] for v in led) for i, led in self._led.items()}
         left = self._left
-        entered = []
-        program += pulp.lpSum(self._first) == 1
-        program += pulp.lpSum(last) == 1
-        for i in devices:
-            used, first = self._used[i], self._first[i]
+        entered = {}
+        program += pulp.lpSum(self._first.values()) == 1
+        program += pulp.lpSum(last.values()) == 1
+        for i in leads:
+            used, first = self._leading[i], self._first[i]
             leaving = [key for key in pairs if key[0] == i]
             entering = [key for key in pairs if key[1] == i]
             program += pulp.lpSum(self._hop[key] for key in leaving) + last[i] == used
             program += pulp.lpSum(self._hop[key] for key in entering) + first == used
             program += pulp.lpSum(self._back[key] for key in ways_back if key[0] == i) == first
             program += pulp.lpSum(self._back[key] for key in ways_back if key[1] == i) == last[i]
-            program += first <= self._start[i][0]
-            program += last[i] <= self._end[i][-1]
+            start, end = (
+                [self._sum(flags[v][r] for v in self._led[i]) for r in range(len(self._stretches))]
+                for flags in (self._start, self._end)
+            )
+            program += first <= start[0]
+            program += last[i] <= end[-1]
             remaining = pulp.lpSum(left[key] for key in entering) + total * first
-            entered.append(remaining)
+            entered[i] = remaining
             beyond = pulp.lpSum(left[key] for key in leaving)
-            program += remaining - beyond == pulp.lpSum(self._a[i])
+            own = [cell for v in self._led[i] for cell in self._a[v]]
+            program += remaining - beyond == pulp.lpSum(own)
             for position, flags in (
-                (total * used - remaining, self._start[i]),
-                ((total - 1) * used - beyond, self._end[i]),
+                (total * used - remaining, start),
+                ((total - 1) * used - beyond, end),
             ):
                 spans = list(zip(self._stretches, flags, strict=True))
                 program += position >= pulp.lpSum(span[0] * flag for span, flag in spans)
                 program += position <= pulp.lpSum(span[-1] * flag for span, flag in spans)
+        self._once()
+        shared = self._members.sum(0) > 1
         for i, j in twins:
-            program += entered[i] >= entered[j]
+            if shared[i] or shared[j]:
+                program += self._using(i) >= self._using(j)
+            else:
+                program += entered[i] >= entered[j]
         self._follow(pairs)
+
+    def _forms(self) -> dict[tuple[int, int], list[HopFormat]]:
+        """The formats of each hop between leads whose loss has room in the budget."""
+        problem = self._problem
+        room = self._permitted.room + LOSS_ROUNDING * (problem.quality_budget or 0.0)
+        return {
+            (i, j): [
+                form
+                for form in problem.hop_choices(i, j)
+                if problem.quality_budget is None or (form.sensitivity or 0.0) <= room
+            ]
+            for i in self._led
+            for j in self._led
+            if i != j
+        }
+
+    @staticmethod
+    def _sum(variables: Iterable[Any]) -> Any:
+        """The sum of variables; the variable itself if it is one."""
+        some = list(variables)
+        return some[0] if len(some) == 1 else pulp.lpSum(some)
+
+    def _using(self, real: int) -> Any:
+        """1 if a stage uses the real device, alone or in a team."""
+        return self._sum(self._used[v] for v in np.flatnonzero(self._members[:, real]).tolist())
+
+    def _once(self) -> None:
+        """Add rows by which each real device is used once at most, and teams asked for are used."""
+        for real in np.flatnonzero(self._members.sum(0) > 1).tolist():
+            self.program += self._using(real) <= 1
+        for team in self._problem.teams:
+            self.program += self._using(team[0]) == 1
 
     def _follow(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Add rows that tie ``left`` to hops, and limit the number of stages.
@@ -382,27 +428,32 @@ class PlanProgram:
             program += left[i, j] <= (total - 1) * self._hop[i, j]
             if i < j and (j, i) in self._hop:
                 both = self._hop[i, j] + self._hop[j, i]
-                program += both <= self._used[i]
-                program += both <= self._used[j]
+                program += both <= self._leading[i]
+                program += both <= self._leading[j]
 
     def _limit(self, short: tuple[str, ...], margin: float) -> Any:
         """Add rows of memory and storage, in units of about the limit. Returns the total excess."""
         excess = []
         scale = max(sum(device.memory_bytes for device in self._problem.devices), 1)
         for i in self._devices:
-            own = self._problem.devices[i]
-            for resource, limit, fixed in (
-                ("memory", own.memory_bytes, own.stage_bytes),
-                ("storage", own.storage_bytes, 0),
-            ):
-                counts = self._counts(i)
-                sizes = [self._bytes(resource, block, option) for *_, option, block in counts]
+            counts = self._counts(i)
+            taken_by = [self._problem.taken(i, block, option) for *_, option, block in counts]
+            for m, resource, limit, fixed in [
+                (m, *resource)
+                for m, own in enumerate(self._problem.devices[i].holders)
+                for resource in (
+                    ("memory", own.memory_bytes, own.stage_bytes),
+                    ("storage", own.storage_bytes, 0),
+                )
+            ]:
+                at = int(resource == "storage")
+                sizes = [taken[m][at] for taken in taken_by]
                 unit = max(limit, fixed, *sizes, 1)
                 taken = fixed / unit * self._used[i] + pulp.lpSum(
                     size / unit * count for size, (_, count, *_) in zip(sizes, counts, strict=True)
                 )
                 if resource in short:
-                    over = self.program.add_variable(f"short_{resource}_{i}", 0)
+                    over = self.program.add_variable(f"short_{resource}_{i}_{m}", 0)
                     self.program += taken <= limit / unit * self._used[i] + over
                     excess.append(unit / scale * over)
                 else:
@@ -444,11 +495,12 @@ class PlanProgram:
     def _cost_s(self) -> Any:
         """The problem's objective in its own unit, with the tie break between stages."""
         problem = self._problem
-        tie_break_s = self._unit_s * _OBJECTIVE_SCALE * _STAGE_TIE_BREAK / len(self._devices)
+        tie_break_s = self._unit_s * _OBJECTIVE_SCALE * _STAGE_TIE_BREAK / self._members.shape[1]
         terms = []
         for i in self._devices:
             terms += [problem.block_cost(i, k, o) * count for _, count, o, k in self._counts(i)]
-            terms.append((problem.call_cost(i) + tie_break_s) * self._used[i])
+            more_s = tie_break_s * len(problem.devices[i].holders)
+            terms.append((problem.call_cost(i) + more_s) * self._used[i])
         terms += [problem.hop_cost(*key) * hop for key, hop in self._hop_at.items()]
         terms += [problem.return_cost(j, i) * way for (i, j), way in self._back.items()]
         if problem.slowest_counts:
@@ -460,9 +512,10 @@ class PlanProgram:
         problem = self._problem
         slowest = self._slowest = self.program.add_variable("slowest", 0)
         around: list[Any] = []
-        for i in self._devices:
-            terms = [problem.turn_s(k, option) * count for _, count, option, k in self._counts(i)]
-            terms.append(problem.call_turn_s(i) * self._used[i])
+        for i, led in self._led.items():
+            counts = [cell for v in led for cell in self._counts(v)]
+            terms = [problem.turn_s(k, option) * count for _, count, option, k in counts]
+            terms += [problem.call_turn_s(v) * self._used[v] for v in led]
             ways = [
                 problem.hop_turn_s(*key) * hop for key, hop in self._hop_at.items() if key[0] == i
             ]
@@ -471,8 +524,8 @@ class PlanProgram:
                 for (first, last), way in self._back.items()
                 if last == i
             ]
-            around += [*ways, problem.devices[i].call_s * self._used[i]]
-            around += [option.decode_s * count for _, count, option, _ in self._counts(i)]
+            around += [*ways, *(problem.devices[v].call_s * self._used[v] for v in led)]
+            around += [option.decode_s * count for _, count, option, _ in counts]
             for busy in (terms, ways) if problem.link_apart else ([*terms, *ways],):
                 self.program += slowest >= pulp.lpSum(busy) * (1 / self._unit_s)
         if problem.shared_by is not None:
@@ -500,11 +553,6 @@ class PlanProgram:
             if stretch.start in members
         )
 
-    def _bytes(self, resource: str, block: int, option: BlockOption) -> int:
-        if resource == "storage":
-            return self._problem.stored_bytes[block][option.bits]
-        return option.executed_bytes + self._problem.kv_bytes[block]
-
     def _least_s(self) -> float:
         """A lower bound: each block on its cheapest device, and all stages in balance."""
         problem = self._problem
@@ -519,7 +567,7 @@ class PlanProgram:
         least_s = math.fsum(value for value in cost_s if value < math.inf)
         if problem.slowest_counts:
             known_s = math.fsum(value for value in turn_s if value < math.inf)
-            least_s += problem.slowest_counts * known_s / max(1, len(problem.devices))
+            least_s += problem.slowest_counts * known_s / max(1, self._members.shape[1])
         return least_s or 1.0
 
     @staticmethod

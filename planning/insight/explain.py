@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from planning import advice
-from planning.plan import InfeasiblePlan, Plan, PlanError, combined_if_known
+from planning.insight.team import and_text, no_team_text, team_views
+from planning.plan import InfeasiblePlan, Plan, PlanError, combined_if_known, of_plan
 from planning.planner import solve
 from planning.problem import BlockOption, PlanningProblem
 from planning.time_limit import now_s
@@ -30,9 +31,12 @@ _SAME = 2e-6
 OTHERS = "all others"
 """The subject of changes that are made at once at all places the plan does not use."""
 
-Kind = Literal["memory", "link", "drop", "quality", "device"]
+Kind = Literal["memory", "link", "drop", "quality", "device", "teams"]
 MarginalProof = Literal["exact", "bound", "found"]
 Solve = Callable[[PlanningProblem, float], Plan]
+
+_RESTRICTIONS = ("drop", "teams")
+"""Changes with which no plan is better than before."""
 
 _UNITS = {
     "latency": "ms/token",
@@ -46,6 +50,8 @@ _UNITS = {
 class StageView:
     """One stage's predicted part in a token, and its use of the device.
 
+    ``members``: the devices of a team, the lead first; empty if ``device`` is alone.
+    ``sums_s``: the part of ``compute_s`` that the team's sums take.
     ``hop_s``: the hop to the next stage at ``hop_bits``; for the last stage the token's way back,
     with ``hop_bits`` None.
     ``energy_j``: declared watts times predicted seconds.
@@ -67,6 +73,13 @@ class StageView:
     sensitivity: float | None
     energy_j: float | None
     hop_bits: int | None
+    members: tuple[str, ...] = ()
+    sums_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The device, or all members of the team."""
+        return " + ".join(self.members) or self.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +121,9 @@ class Marginal:
         """A sentence for a change that made no difference."""
         if self.proof == "exact":
             return "changes nothing"
-        return "as good a plan was found" if self.kind == "drop" else "no better plan was found"
+        if self.kind in _RESTRICTIONS:
+            return "as good a plan was found"
+        return "no better plan was found"
 
     def __str__(self) -> str:
         """The change and its effect in one line."""
@@ -134,6 +149,8 @@ def change_text(kind: Kind, subject: str) -> str:
         return f"{MORE_MEMORY_BYTES >> 30} GiB more on {subject}"
     if kind == "drop":
         return f"dropping {subject}"
+    if kind == "teams":
+        return f"{subject} sharing no layers"
     if kind == "device":
         return f"one more device like {subject}"
     if kind == "quality":
@@ -153,6 +170,8 @@ class Explanation:
     """Empty if the objective has no prompt."""
     marginals: tuple[Marginal, ...]
     complete: bool
+    teams: tuple[str, ...] = ()
+    """A line for each team: what sharing gains. Without a team, one line says why."""
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation as plain values for JSON, each marginal with its line."""
@@ -199,7 +218,7 @@ def explain(
         else:
             marginals.append(marginal)
     on_trial("", done, done)
-    used = {stage.device for stage in plan.stages}
+    used = {name for stage in plan.stages for name in stage.devices}
     unit = _UNITS[plan.objective.kind]
     marginals += [
         # Without an unused device the plan stays possible, and no better plan appears.
@@ -208,6 +227,7 @@ def explain(
         if device.name not in used and index not in problem.excluded
     ]
     views = _stage_views(plan, problem)
+    why_none = no_team_text(plan, problem)
     return Explanation(
         views,
         _bottleneck(plan),
@@ -215,6 +235,7 @@ def explain(
         _prompt_bottleneck(plan),
         tuple(marginals),
         complete,
+        (why_none,) if why_none else tuple(map(str, team_views(plan, problem))),
     )
 
 
@@ -237,11 +258,11 @@ def _tried(
     except PlanError:
         return None, None
     after = better.value
-    if trial.kind != "drop":
+    if trial.kind not in _RESTRICTIONS:
         # The present plan still fits, although a search that was cut short may miss it.
         after = min(after, before)
-    # With a device less no plan beats the old optimum, so an equal plan is optimal too.
-    equal = trial.kind == "drop" and after <= before * (1 + _SAME)
+    # A restriction makes no plan better than the old optimum, so an equal plan is optimal too.
+    equal = trial.kind in _RESTRICTIONS and after <= before * (1 + _SAME)
     proof: MarginalProof = "found"
     if plan.proven_optimal:
         proof = "exact" if better.proven_optimal or equal else "bound"
@@ -254,14 +275,23 @@ def _trials(plan: Plan, problem: PlanningProblem) -> Iterator[_Trial]:
     If they do nothing together, no single one of them does anything.
     """
     used = _used(plan, problem)
+    sharing = [stage.devices for stage in plan.stages if stage.members]
+    if sharing:
+        apart = replace(problem, teams=(), no_teams=True)
+        yield _Trial("teams", and_text(tuple(itertools.chain(*sharing))), apart)
     for index in used:
         yield _more_memory(problem, [index], problem.devices[index].name)
     own = _hop_pairs(plan, problem)
     for pair in own:
         yield from _faster_links(problem, [pair], _pair_name(problem, pair))
+    # The slowest link of a team counts, so all of them change together.
+    for members in _teams(plan, problem):
+        pairs = list(itertools.combinations(members, 2))
+        names = (problem.devices[index].name for index in members)
+        yield from _faster_links(problem, pairs, " <-> ".join(names))
+        own += pairs
     for index in used:
-        excluded = replace(problem, excluded=problem.excluded | {index})
-        yield _Trial("drop", problem.devices[index].name, excluded)
+        yield _Trial("drop", problem.devices[index].name, _without(problem, index))
     for index in advice.kinds(problem):
         if index in used:
             subject = problem.devices[index].name
@@ -283,25 +313,44 @@ def _parts(kind: Kind, plan: Plan, problem: PlanningProblem, better: Plan) -> It
             if index not in _used(plan, problem):
                 yield _more_memory(problem, [index], problem.devices[index].name)
     else:
-        met = {frozenset(pair) for pair in _hop_pairs(plan, problem)}
-        for pair in _hop_pairs(better, problem):
+        met = {frozenset(pair) for pair in _link_pairs(plan, problem)}
+        for pair in _link_pairs(better, problem):
             if frozenset(pair) not in met:
                 yield from _faster_links(problem, [pair], _pair_name(problem, pair))
 
 
 def _used(plan: Plan, problem: PlanningProblem) -> list[int]:
-    indices = {device.name: index for index, device in enumerate(problem.devices)}
-    return [indices[stage.device] for stage in plan.stages]
+    """All devices of the plan, members of teams too."""
+    return [_index(problem, name) for stage in plan.stages for name in stage.devices]
+
+
+def _index(problem: PlanningProblem, name: str) -> int:
+    return next(index for index, device in enumerate(problem.devices) if device.name == name)
+
+
+def _teams(plan: Plan, problem: PlanningProblem) -> list[tuple[int, ...]]:
+    """The members of each team, without the stages of single devices."""
+    return [
+        tuple(_index(problem, name) for name in stage.devices)
+        for stage in plan.stages
+        if stage.members
+    ]
 
 
 def _hop_pairs(plan: Plan, problem: PlanningProblem) -> list[tuple[int, int]]:
     """The pairs of devices that a token passes between, each once, its way back included."""
-    used = _used(plan, problem)
+    used = [_index(problem, stage.device) for stage in plan.stages]
     pairs: list[tuple[int, int]] = []
     for pair in zip(used, used[1:] + used[:1], strict=True):
         if pair[0] != pair[1] and pair not in pairs and pair[::-1] not in pairs:
             pairs.append(pair)
     return pairs
+
+
+def _link_pairs(plan: Plan, problem: PlanningProblem) -> list[tuple[int, int]]:
+    """The pairs of devices whose links the plan uses, for hops or for sums."""
+    sums = (itertools.combinations(members, 2) for members in _teams(plan, problem))
+    return [*_hop_pairs(plan, problem), *itertools.chain(*sums)]
 
 
 def _pair_name(problem: PlanningProblem, pair: tuple[int, int]) -> str:
@@ -314,6 +363,12 @@ def _more_memory(problem: PlanningProblem, which: Sequence[int], subject: str) -
         more = devices[index].memory_bytes + MORE_MEMORY_BYTES
         devices[index] = replace(devices[index], memory_bytes=more)
     return _Trial("memory", subject, replace(problem, devices=tuple(devices)))
+
+
+def _without(problem: PlanningProblem, index: int) -> PlanningProblem:
+    """The problem without a device, and without the wishes for teams with it."""
+    teams = tuple(team for team in problem.teams if index not in team)
+    return replace(problem, excluded=problem.excluded | {index}, teams=teams)
 
 
 def _no_own_losses(problem: PlanningProblem) -> Iterator[_Trial]:
@@ -364,7 +419,8 @@ def _faster_links(
 def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
     ways = [hop.seconds for hop in plan.hops] + [plan.return_s]
     views = []
-    for index, stage, way_s in zip(_used(plan, problem), plan.stages, ways, strict=True):
+    problem, indices = of_plan(problem, plan)
+    for index, stage, way_s in zip(indices, plan.stages, ways, strict=True):
         placed = list(enumerate(stage.bits, stage.first))
         errors = [problem.weight_error(*place) for place in placed]
         losses = [problem.sensitivity(index, *place) for place in placed]
@@ -383,6 +439,8 @@ def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
                 sensitivity=combined_if_known(math.fsum, losses),
                 energy_j=stage.energy_j,
                 hop_bits=stage.hop_bits,
+                members=stage.devices if stage.members else (),
+                sums_s=stage.sums_s,
             )
         )
     return tuple(views)
@@ -390,7 +448,12 @@ def _stage_views(plan: Plan, problem: PlanningProblem) -> tuple[StageView, ...]:
 
 def _bottleneck(plan: Plan) -> str:
     """A sentence on the largest part of a token's time."""
-    parts = [(stage.compute_s, f"computing on {stage.device}") for stage in plan.stages]
+    parts = []
+    for stage in plan.stages:
+        names = and_text(stage.devices)
+        parts.append((stage.compute_s - stage.sums_s, f"computing on {names}"))
+        if stage.members:
+            parts.append((stage.sums_s, f"the sums of {names}"))
     parts += [(hop.seconds, f"the hop {hop.source} -> {hop.target}") for hop in plan.hops]
     if plan.hops:
         ends = plan.stages[-1].device, plan.stages[0].device
@@ -404,7 +467,7 @@ def _pipeline_bottleneck(views: tuple[StageView, ...]) -> str:
     slowest = max(views, key=lambda view: view.compute_s + view.hop_s)
     busy_s = slowest.compute_s + slowest.hop_s
     return (
-        f"{slowest.device} with its link: at most {1 / busy_s:.1f} tokens/s predicted with one row"
+        f"{slowest.name} with its link: at most {1 / busy_s:.1f} tokens/s predicted with one row"
         " at a time"
     )
 
@@ -415,11 +478,11 @@ def _prompt_bottleneck(plan: Plan) -> str:
     if not tokens:
         return ""
     rows = min(plan.chunk_tokens(tokens), tokens)
-    parts = [(stage.passage.busy_s(rows), stage.device) for stage in plan.stages]
+    parts = [(stage.passage.busy_s(rows), and_text(stage.devices)) for stage in plan.stages]
     parts += [(hop.passage.busy_s(rows), f"{hop.source} -> {hop.target}") for hop in plan.hops]
     busy_s, slowest = max(parts, key=lambda part: part[0])
     return (
         f"{tokens} tokens in chunks of {rows}: {plan.prompt_s(tokens):.3g} s predicted, first token"
         f" after {plan.first_token_s(tokens):.3g} s; the slowest with a chunk is {slowest}:"
-        f" {busy_s * 1e3:.3g} ms"
+        f" {f'{busy_s:.3g} s' if busy_s >= 1 else f'{busy_s * 1e3:.3g} ms'}"
     )

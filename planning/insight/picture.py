@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 from model.spec import ModelSpec
+from planning.insight.team import layer_fraction
 from planning.plan import Plan, Stage
 from wire.sizes import format_size
 
@@ -35,6 +36,8 @@ _PER_ROW = 8
 _BOX_WIDTH = _PER_ROW * (_BLOCK + _SPACE) - _SPACE + 24
 _GAP = 92
 _COLUMNS = 4
+_MEMBER, _SUMS = 25, 16
+"""Heights of the lines about one member of a team, and about its sums."""
 _MARGIN = 28
 _LEGEND = "E embedding, H head, numbers: layers"
 
@@ -124,13 +127,14 @@ class Drawing:
 def plan_svg(plan: Plan, spec: ModelSpec, title: str, unused: Sequence[str] = ()) -> str:
     """A plan as an SVG file: stages in order, each block coloured by its bits, hops with their ms.
 
+    A stage of a team shows its members with their shares.
+
     ``unused`` names the devices that the plan leaves out. All times are predictions.
     """
     stages = plan.stages
     columns = min(_COLUMNS, len(stages))
     rows = -(-len(stages) // columns)
-    block_rows = max(-(-len(stage.bits) // _PER_ROW) for stage in stages)
-    box_height = 58 + block_rows * (_BLOCK + _SPACE) + 26
+    box_height = 58 + max(map(_inside_height, stages)) + 26
     widths = sorted({bits for stage in stages for bits in stage.bits})
     width = max(2 * _MARGIN + columns * _BOX_WIDTH + (columns - 1) * _GAP, 560)
     room = width - 2 * _MARGIN
@@ -179,6 +183,16 @@ def _corner(index: int, columns: int, box_height: float, top: float) -> tuple[fl
     return _MARGIN + column * (_BOX_WIDTH + _GAP), top + row * (box_height + 52)
 
 
+def _inside_height(stage: Stage) -> float:
+    """The height of a stage's blocks and of the lines about its team."""
+    return _team_height(stage) + -(-len(stage.bits) // _PER_ROW) * (_BLOCK + _SPACE)
+
+
+def _team_height(stage: Stage) -> float:
+    """The height that a team takes beyond that of a device alone."""
+    return (len(stage.members) - 1) * _MEMBER + _SUMS if stage.members else 0.0
+
+
 def _draw_stage(
     drawing: Drawing,
     stage: Stage,
@@ -190,20 +204,22 @@ def _draw_stage(
     drawing.box(x, y, _BOX_WIDTH, box_height, fill="#f9fafb", stroke=_LINE, radius=8)
     time = f"{1e3 * stage.compute_s:.2f} ms"
     room = _BOX_WIDTH - 32 - text_width(time, 12)
-    drawing.words(x + 12, y + 21, clipped(stage.device, room, 14), size=14, bold=True)
+    title = f"team of {len(stage.members)}" if stage.members else stage.device
+    drawing.words(x + 12, y + 21, clipped(title, room, 14), size=14, bold=True)
     drawing.words(x + _BOX_WIDTH - 12, y + 21, time, anchor="end", bold=True)
-    share = stage.memory_bytes / stage.memory_limit_bytes
-    bar = _BOX_WIDTH - 24
-    drawing.box(x + 12, y + 30, bar, 5, fill="#e5e7eb", radius=2)
-    drawing.box(x + 12, y + 30, bar * min(share, 1.0), 5, fill="#64748b", radius=2)
-    used, limit = format_size(stage.memory_bytes), format_size(stage.memory_limit_bytes)
-    drawing.words(x + 12, y + 49, f"memory {used} of {limit}", size=11, fill=_PALE)
+    if stage.members:
+        _draw_members(drawing, stage, x, y, spec)
+    else:
+        used, limit = stage.memory_bytes, stage.memory_limit_bytes
+        words = f"memory {format_size(used)} of {format_size(limit)}"
+        _draw_memory(drawing, (x, y), words, used, limit)
+    inside = y + 60 + _team_height(stage)
     for offset, bits in enumerate(stage.bits):
         block = stage.first + offset
         kind = spec.block_kind(block)
         row, column = divmod(offset, _PER_ROW)
         left = x + 12 + column * (_BLOCK + _SPACE)
-        above = y + 60 + row * (_BLOCK + _SPACE)
+        above = inside + row * (_BLOCK + _SPACE)
         name = spec.block_name(block)
         drawing.box(
             left, above, _BLOCK, _BLOCK, fill=COLOURS[bits], radius=3, hint=f"{name}: {bits} bit"
@@ -219,6 +235,28 @@ def _draw_stage(
             fill=ink_on(COLOURS[bits]),
         )
     drawing.words(x + 12, y + box_height - 10, _range(stage, spec), size=11, fill=_PALE)
+
+
+def _draw_memory(
+    drawing: Drawing, corner: tuple[float, float], words: str, used: int, limit: int
+) -> None:
+    """Draw a bar for the part of the memory in use, and a line of words below it."""
+    x, y = corner
+    bar = _BOX_WIDTH - 24
+    drawing.box(x + 12, y + 30, bar, 5, fill="#e5e7eb", radius=2)
+    drawing.box(x + 12, y + 30, bar * min(used / limit, 1.0), 5, fill="#64748b", radius=2)
+    drawing.words(x + 12, y + 49, words, size=11, fill=_PALE)
+
+
+def _draw_members(drawing: Drawing, stage: Stage, x: float, y: float, spec: ModelSpec) -> None:
+    """Draw each member with its share and memory, then the part of the sums."""
+    for index, member in enumerate(stage.members):
+        sizes = member.memory_bytes, member.memory_limit_bytes
+        share = f" {layer_fraction(spec, member.share):.0%}: {format_size(sizes[0])}"
+        name = clipped(member.device, _BOX_WIDTH - 24 - text_width(share, 11), 11)
+        _draw_memory(drawing, (x, y + index * _MEMBER), name + share, *sizes)
+    words = f"sums {1e3 * stage.sums_s:.2f} ms at {stage.sum_bits} bit"
+    drawing.words(x + 12, y + 49 + _team_height(stage), words, size=11, fill=_PALE)
 
 
 def _range(stage: Stage, spec: ModelSpec) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from planning.plan import Plan
+from planning.plan import Plan, of_plan
 from planning.problem import PlanningProblem
 from wire.sizes import format_size
 
@@ -12,14 +12,14 @@ from wire.sizes import format_size
 def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
     """One line for each reason why devices run nothing, with the devices that have this reason."""
     layers = range(1, problem.spec.head_block)
-    devices = {device.name: device for device in problem.devices}
+    placed, places = of_plan(problem, plan)
     times_s = [
         option.decode_s
-        for stage in plan.stages
+        for index, stage in zip(places, plan.stages, strict=True)
         for block, bits in enumerate(stage.bits, stage.first)
-        if block in layers and (option := devices[stage.device].option(block, bits)) is not None
+        if block in layers and (option := placed.devices[index].option(block, bits)) is not None
     ]
-    used = {stage.device for stage in plan.stages}
+    used = {name for stage in plan.stages for name in stage.devices}
     indices = [index for index, device in enumerate(problem.devices) if device.name in used]
     reasons: dict[str, list[str]] = {}
     for index, device in enumerate(problem.devices):

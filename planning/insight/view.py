@@ -6,11 +6,15 @@ from typing import Any
 
 from model.spec import ModelSpec
 from planning.forecast import decode_tokens_per_s
+from planning.insight.team import fractions
 from planning.plan import Plan
 
 
 def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:
     """A plan as JSON: its own fields, and each block by name with its device and bits.
+
+    A block of a team has its lead as device. ``shares`` has the part of a layer's weights that each
+    member of a team has.
 
     Predicted tokens per second are for ``slots`` sequences at once. Predicted seconds of a prompt
     are for the objective's prompt.
@@ -27,6 +31,7 @@ def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:
             }
             for placement in plan.placements
         ],
+        "shares": fractions(spec, plan),
         "predicted_ms_per_token": plan.decode_s * 1e3,
         "predicted_prefill_ms_per_token": plan.prefill_s_per_token * 1e3,
         "prompt_tokens": prompt_tokens,

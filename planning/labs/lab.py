@@ -8,7 +8,7 @@ description names. For another model they are scaled by its weights, and ``times
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from model.spec import LayerSpec, ModelSpec
 from planning.build import DeviceInput, RequestInput, build_problem
@@ -89,6 +89,10 @@ class LabDevice:
     ``watts``: power while the device computes. None: not known.
     ``on_chip_bytes``, ``arithmetic``: as in DeviceProfile.
     ``layer_kl``: KL divergence that a layer adds on the device, by width, if the file has it.
+    ``shares``: whether the device can run shares of layers, in a team with others.
+    ``share_times``: time of a share, relative to the whole layer, by the share. Empty: not
+    described, so it is assumed.
+    ``sum_s``: the device's own work for one sum over a team, without the network.
     """
 
     name: str
@@ -104,6 +108,9 @@ class LabDevice:
     on_chip_bytes: int | None = None
     arithmetic: str = ""
     layer_kl: Mapping[int, float] | None = None
+    shares: bool = True
+    share_times: Mapping[float, float] = field(default_factory=dict)
+    sum_s: float = 0.0
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -195,6 +202,8 @@ def _profile(device: LabDevice) -> DeviceProfile:
         watts=device.watts,
         on_chip_bytes=device.on_chip_bytes,
         arithmetic=device.arithmetic,
+        shares=device.shares,
+        sum_s=device.sum_s,
     )
 
 
@@ -209,12 +218,20 @@ def _timings(device: LabDevice, spec: ModelSpec, model: LabModel | None) -> Iter
         yield BlockTiming("embedding", 0, bits, embed_s, embed_s)
         # In the order of ``ModelSpec.layer_variants``.
         for variant, factor in enumerate(layers.values()):
-            yield BlockTiming(
-                "layer",
-                variant,
-                bits,
-                factor * device.layer_decode_s[bits],
-                factor * device.layer_prefill_s_per_token[bits],
-            )
+            times = device.layer_decode_s[bits], device.layer_prefill_s_per_token[bits]
+            times = factor * times[0], factor * times[1]
+            yield BlockTiming("layer", variant, bits, *times, shares_s=_shares_s(device, *times))
         # The head computes a prompt's last row alone, so a row has its share in a full chunk.
-        yield BlockTiming("head", 0, bits, head_s, head_s / limits.PREFILL_CHUNK_TOKENS)
+        times = head_s, head_s / limits.PREFILL_CHUNK_TOKENS
+        yield BlockTiming("head", 0, bits, *times, shares_s=_shares_s(device, *times))
+
+
+def _shares_s(
+    device: LabDevice, decode_s: float, prefill_s_per_token: float
+) -> tuple[tuple[float, float, float], ...]:
+    """The described shares of a block with these times; empty if none are described."""
+    times = {1.0: 1.0, **device.share_times} if device.share_times else {}
+    return tuple(
+        (share, time * decode_s, time * prefill_s_per_token)
+        for share, time in sorted(times.items())
+    )

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -57,7 +58,7 @@ _MODEL = ("name", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "ga
 _MODEL_REQUIRED = ("name", "hidden", "ffn", "heads", "vocab")
 _DEVICE = (
     "name", "memory", "storage", "bits", "container", "layer_ms", "embed_ms", "head_ms",
-    "call_ms", "watts", "on_chip", "arithmetic", "layer_kl",
+    "call_ms", "watts", "on_chip", "arithmetic", "layer_kl", "shares", "sum_ms",
 )  # fmt: skip
 _REQUIRED = ("name", "memory", "storage", "layer_ms", "embed_ms", "head_ms")
 _LAYER_MS = ("decode", "prefill_per_token")
@@ -162,7 +163,32 @@ class _Reader:
                 self._name(fields["arithmetic"], "arithmetic") if "arithmetic" in fields else ""
             ),
             layer_kl=self._layer_kl(fields["layer_kl"], bits) if "layer_kl" in fields else None,
+            **self._sharing(fields),
         )
+
+    def _sharing(self, fields: _Fields) -> dict[str, Any]:
+        """The fields about teams. An accelerator of its own arithmetic runs no shares."""
+        node, own = fields.get("shares"), "on_chip" in fields or "arithmetic" in fields
+        found: dict[str, Any] = {"shares": not own}
+        if isinstance(node, yaml.MappingNode):
+            found = {"shares": True, "share_times": self._share_times(node)}
+        elif node is not None:
+            found = {"shares": self._flag(node, "shares")}
+        if "sum_ms" in fields:
+            found["sum_s"] = self._number(fields["sum_ms"], "sum_ms", least=0.0) / 1e3
+        return found
+
+    def _share_times(self, node: _Node) -> dict[float, float]:
+        """Times of shares, relative to the whole layer: ``{0.5: 0.56, 0.25: 0.33}``."""
+        found: dict[float, float] = {}
+        for key, value in self._pairs(node, "shares"):
+            share = self._number(key, "shares")
+            if share > 1:
+                raise self._error(key, f"shares: {share:g} is more than a whole layer")
+            found[share] = self._number(value, f"shares at {share:g}")
+        if not found:
+            raise self._error(node, "shares: expected true, false, or times like {0.5: 0.56}")
+        return dict(sorted(found.items()))
 
     def _layer_kl(self, node: _Node, bits: tuple[int, ...]) -> dict[int, float]:
         found = {

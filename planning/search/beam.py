@@ -36,7 +36,7 @@ class _Labels:
 
     ``device``: device of the next stage.
     ``parent``: number of the label that was extended; -1 for none.
-    ``used`` [row, device]: whether a stage before it is on the device.
+    ``used`` [row, real device]: whether a stage before it is on the real device.
     ``first``: device of the first stage.
     ``mixed``: whether labels were merged into this one.
     ``length`` [row, relaxation]: cost of the beginning.
@@ -124,7 +124,7 @@ class _Beam:
 
     def _begin(self) -> None:
         """Add a label for each device that may be the first."""
-        devices = self.tables.shape[0]
+        devices = self.tables.members.shape[1]
         start = np.flatnonzero(~(self.tables.ties > 0).any(0))
         ahead = np.array([r.to_go[:, 0] for r in self.relaxations])
         labels = _Labels(
@@ -154,7 +154,7 @@ class _Beam:
             order = np.sort(order[:most])
         labels = labels.rows(order[np.argsort(labels.bound[order], kind="stable")])
         labels.used = labels.used.copy()
-        labels.used[np.arange(len(labels.device)), labels.device] = True
+        labels.used |= self.tables.members[labels.device]
         return labels
 
     def _unlike(self, labels: _Labels) -> _Labels:
@@ -193,7 +193,8 @@ class _Beam:
             for at, r in enumerate(self.relaxations)
         ]
         whole = (labels.length + np.array(ends).T).max(1)
-        for who in np.flatnonzero(whole < self.cutoff):
+        complete = labels.used[:, self.tables.needed].all(1)
+        for who in np.flatnonzero((whole < self.cutoff) & complete):
             spans = self._trace(self.base[k] + int(who), left + k)
             self.finished.append(Walk(float(whole[who]), spans, bool(labels.mixed[who])))
 
@@ -213,8 +214,10 @@ class _Beam:
             values.append(labels.length[:, at, None, None] + r.arcs.at(k)[device])
             ahead = r.to_go[:, k + 1 : k + 1 + longest].T
             least = np.maximum(least, values[-1] + ahead - self.constant[at])
-        ties = self.tables.ties
-        blocked = labels.used | ((~labels.used).astype(float) @ ties > 0)
+        ties, taken = self.tables.ties, labels.used
+        if self.tables.teams:
+            taken = taken.astype(float) @ self.tables.members.T.astype(float) > 0
+        blocked = taken | ((~labels.used).astype(float) @ ties > 0)
         least[np.broadcast_to(blocked[:, None, :], least.shape)] = math.inf
         label, size, target = np.nonzero(least < self.cutoff)
         most = 20 * self.width

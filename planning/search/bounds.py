@@ -21,6 +21,8 @@ import numpy.typing as npt
 from planning.search.tables import Floats
 from planning.time_limit import now_s
 
+Mask = npt.NDArray[np.bool_]
+
 
 class Joint:
     """Costs of a stage with the hop that leaves it: [block, device, length - 1, next device].
@@ -179,25 +181,27 @@ class Priced:
         """The length of the shortest walk, less the constant: a lower bound of all walks."""
         return float((self.enter + self.to_go[:, 0]).min()) - self.constant
 
-    def uses(self) -> Floats:
+    def uses(self, members: Mask) -> Floats:
         """The subgradient of the bound by the prices, from the shortest walk.
 
-        First how often the walk enters each device, less one. Then for each device 1 if the walk
-        begins there, less 1 if it returns there.
+        First how often the walk uses each real device, less one. ``members`` says which real
+        devices each device is. Then for each device 1 if the walk begins there, less 1 if it
+        returns there.
         """
         devices, longest = self.sink.shape
         blocks = self.to_go.shape[1] - 1 - longest
-        found = np.concatenate([np.full(devices, -1.0), np.zeros(devices)])
+        rows = members.shape[1]
+        found = np.concatenate([np.full(rows, -1.0), np.zeros(devices)])
         device, k = int((self.enter + self.to_go[:, 0]).argmin()), 0
-        found[devices + device] += 1
+        found[rows + device] += 1
         while True:
-            found[device] += 1
+            found[:rows] += members[device]
             ways = self.arcs.of(k, device) + self.to_go[:, k + 1 : k + 1 + longest].T
             least = int(ways.argmin())
             length = blocks - k
             if length <= longest and self.sink[device, length - 1] <= ways.flat[least]:
                 back = self.arcs.ends[device, length - 1] - self.enter
-                found[devices + int(back.argmin())] -= 1
+                found[rows + int(back.argmin())] -= 1
                 return found
             more, device = divmod(least, devices)
             k += more + 1
@@ -206,20 +210,39 @@ class Priced:
 class Pricer:
     """Finds the prices of devices for given costs, by subgradient steps.
 
-    Prices are one vector: first of entering each device (>= 0), then of beginning with each.
+    Prices are one vector: first of using each real device (>= 0), then of beginning with each
+    device. Entering a team costs the prices of all its members. The price of a real device that
+    every plan uses may be below 0.
     """
 
-    def __init__(self, entry: Floats, deadline_s: float) -> None:
-        """``entry`` [device] is the cost of each entry without its price."""
+    def __init__(self, entry: Floats, deadline_s: float, members: Mask, needed: Any = ()) -> None:
+        """``entry`` [device] is the cost of each entry without its price.
+
+        ``members`` [device, real device] says which real devices each device is. ``needed`` are
+        those that every plan uses.
+        """
         self.entry = entry
         self.deadline_s = deadline_s
+        self.members = members
+        self.rows = members.shape[1]
+        self.needed = needed
+        self._weights = None if self._single() else members.astype(float)
+
+    def _single(self) -> bool:
+        """Whether each device is one real device, and they are in the same order."""
+        devices = len(self.members)
+        return self.rows == devices and bool((self.members == np.eye(devices, dtype=bool)).all())
+
+    def nothing(self) -> Floats:
+        """Prices of 0."""
+        return np.zeros(self.rows + len(self.entry))
 
     def relaxation(self, arcs: Joint | Separate, constant: float, prices: Floats) -> Priced:
         """The relaxation at given prices."""
-        entering, beginning = np.split(prices, 2)
-        fixed = self.entry + entering
+        using, beginning = prices[: self.rows], prices[self.rows :]
+        fixed = self.entry + (using if self._weights is None else self._weights @ using)
         sink = (arcs.ends - beginning).min(2)
-        paid = constant + float(entering.sum())
+        paid = constant + float(using.sum())
         return Priced(arcs, fixed, beginning, sink, paid, arcs.to_go(fixed, sink))
 
     def price(
@@ -240,7 +263,8 @@ class Pricer:
         best = priced, prices
         share, stalled = 0.3, 0
         slope: Any = np.zeros(len(prices))
-        bounded: npt.NDArray[np.bool_] = np.arange(len(prices)) < len(prices) // 2
+        bounded: Mask = np.arange(len(prices)) < self.rows
+        bounded[np.asarray(self.needed, dtype=np.int64)] = False
         for turn in range(rounds):
             bound = priced.bound
             stalled += 1
@@ -252,7 +276,7 @@ class Pricer:
                 share, stalled = 0.6 * share, 0
             if best[0].bound >= target or bound == np.inf or now_s() > self.deadline_s:
                 break
-            uses = priced.uses()
+            uses = priced.uses(self.members)
             # An average over walks comes near the slope of a mixture that uses each device once.
             slope = uses if turn == 0 else 0.7 * slope + 0.3 * uses
             climb = np.where(bounded & (prices <= 0) & (slope < 0), 0.0, slope)

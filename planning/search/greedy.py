@@ -66,12 +66,10 @@ class _Filler:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         self.usable = np.isfinite(tables.memory)
-        memory = np.maximum(np.array(tables.memory_limit, dtype=float), 1.0)
-        storage = np.array([max(d.storage_bytes, 1) for d in tables.problem.devices], dtype=float)
-        shares = np.maximum(
-            tables.memory / memory[:, None, None], tables.storage / storage[:, None, None]
-        )
-        self.shares = np.where(self.usable, shares, math.inf)
+        shares = [
+            sizes / np.maximum(limit, 1.0)[:, None, None] for sizes, limit in tables.resources
+        ]
+        self.shares = np.where(self.usable, np.maximum.reduce(shares), math.inf)
 
     def choices(self) -> Iterator[Integers]:
         """The option [device, block] at each price of the budget, then at each width."""
@@ -151,18 +149,19 @@ class _Level:
         memory = tables.memory[where]
         usable = np.isfinite(memory)
         seconds = (tables.decode if tables.throughput else tables.cost)[where]
-        self.memory, self.storage, self.seconds = (
-            _sums(np.where(usable, figure, 0.0))
-            for figure in (memory, tables.storage[where], seconds)
-        )
+        self.seconds = _sums(np.where(usable, seconds, 0.0))
+        self.sizes = [
+            (_sums(np.where(usable, sizes[where], 0.0)), limit) for sizes, limit in tables.resources
+        ]
         # The next block that the device cannot run, from each block on.
         self.stop = np.full((devices, blocks + 1), blocks)
         for k in reversed(range(blocks)):
             self.stop[:, k] = np.where(usable[:, k], self.stop[:, k + 1], k)
         # Blocks that fit the device alone.
-        self.takes = usable & (memory <= np.array(tables.memory_limit, dtype=float)[:, None])
-        limits = [tables.memory_limit, [d.storage_bytes for d in tables.problem.devices]]
-        self.limits = np.array(limits, dtype=float)
+        self.takes = np.logical_and.reduce(
+            [usable, *(sizes[where] <= limit[:, None] for sizes, limit in tables.resources)]
+        )
+        self.conflicts = tables.conflicts
         self.linked = np.isfinite(tables.hop_s).any(0)
         self.returns = np.isfinite(tables.back_s)
         self.pinned: dict[int, list[int]] = {}
@@ -186,7 +185,7 @@ class _Level:
             rank = np.where(allowed, self._rank(score, k, ends, spans), math.inf)
             i = int(rank.argmin())
             spans.append((i, k, int(ends[i])))
-            free[i] = False
+            free &= ~self.conflicts[i]
             k = int(ends[i])
         return spans
 
@@ -199,9 +198,13 @@ class _Level:
     def _ends(self, k: int) -> Integers:
         """The end of the longest run from block ``k`` on, for each device."""
         ends: Integers = self.stop[:, k].copy()
-        for sums, limit in ((self.memory, self.limits[0]), (self.storage, self.limits[1])):
+        for sums, limit in self.sizes:
             fitting = sums[:, k:] <= (sums[:, k] + limit)[:, None]
             ends = np.minimum(ends, k + fitting.sum(1) - 1)
+        if k == 0:
+            # No team has the embedding alone.
+            count = len(self.tables.problem.real)
+            ends[count:] = np.where(ends[count:] == 1, 0, ends[count:])
         for device, blocks in self.pinned.items():
             # A run must have all blocks pinned to its device.
             if k > min(blocks) or ends[device] <= max(blocks):
@@ -214,7 +217,7 @@ class _Level:
         if score == "given":
             return np.arange(self.count, dtype=float)
         if score == "largest":
-            return np.asarray(-self.limits[0])
+            return -np.array(tables.memory_limit, dtype=float)
         rows = np.arange(self.count)
         seconds = self.seconds[rows, ends] - self.seconds[rows, k] + tables.call_s
         if spans:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from planning.search.bounds import Joint, Separate
@@ -36,15 +37,18 @@ class Orders:
         entry: Floats,
         until_s: float,
         random: np.random.Generator,
+        conflicts: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """``relaxations`` are pairs of arcs and a constant, which is taken off every walk.
 
         The largest cost over all relaxations counts. ``entry`` [device] is the cost of a stage
-        without its blocks and hops.
+        without its blocks and hops. ``conflicts`` [device, device]: no plan has both. None: no two.
         """
         self.arcs = [arcs for arcs, _ in relaxations]
         self.constant = np.array([constant for _, constant in relaxations])
         self.entry, self.until_s, self.random = entry, until_s, random
+        alone = np.eye(len(entry), dtype=bool)
+        self.conflicts = alone if conflicts is None else conflicts
         self.devices, self.longest = self.arcs[0].ends.shape[:2]
         self.blocks = self.arcs[0].blocks
         # Above the cost of any stage, so that leaving a block out never pays.
@@ -82,7 +86,7 @@ class Orders:
         found = [device for at, device in enumerate(order) if at not in out]
         cost = self._cost(found)
         for _ in range(count + 2):
-            unused = np.setdiff1d(np.arange(self.devices), found)
+            unused = np.flatnonzero(~self.conflicts[found].any(0))
             if not len(unused):
                 break
             if len(unused) > _MOST_TRIED:

@@ -10,11 +10,20 @@ from planning.problem import PlanningProblem
 
 
 def part_of(problem: PlanningProblem, chosen: Sequence[int]) -> PlanningProblem:
-    """The problem with the chosen devices alone, which must include all pinned devices."""
+    """The problem with the chosen devices alone, in their order.
+
+    They must include all pinned devices, and the leads of all teams.
+    """
     index = {device: at for at, device in enumerate(chosen)}
+    devices = [problem.devices[i] for i in chosen]
     return replace(
         problem,
-        devices=tuple(problem.devices[i] for i in chosen),
+        devices=tuple(
+            device
+            if device.team is None
+            else replace(device, team=replace(device.team, lead=index[device.team.lead]))
+            for device in devices
+        ),
         links={
             (index[i], index[j]): link
             for (i, j), link in problem.links.items()
@@ -23,6 +32,7 @@ def part_of(problem: PlanningProblem, chosen: Sequence[int]) -> PlanningProblem:
         no_links={},
         pins={block: index[i] for block, i in problem.pins.items()},
         excluded=frozenset(index[i] for i in problem.excluded if i in index),
+        teams=tuple(tuple(index[i] for i in team) for team in problem.teams),
     )
 
 

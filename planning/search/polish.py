@@ -38,7 +38,8 @@ class Polish:
         devices = [i for i, _, _ in spans]
         device = np.concatenate([np.full(end - first, i) for i, first, end in spans])
         self.stage = np.concatenate([np.full(e - f, n) for n, (_, f, e) in enumerate(spans)])
-        sizes = [tables.memory, tables.storage, *([tables.decode] if self.timed else [])]
+        sizes = [sizes for sizes, _ in tables.resources]
+        sizes += [tables.decode] if self.timed else []
         cost = np.where(np.isfinite(tables.cost), tables.loss, math.inf)
         figures = [cost if self.timed else tables.cost, tables.loss, *sizes]
         self.figures = np.stack([figure[device, rows] for figure in figures])
@@ -56,12 +57,8 @@ class Polish:
         self.figures = np.concatenate([wide, more], axis=1)
         self.stage = np.concatenate([self.stage, np.zeros(len(hops), dtype=self.stage.dtype)])
         self.budget = math.inf if tables.budget is None else tables.budget
-        limits = [
-            [tables.memory_limit[i] for i in devices],
-            [tables.problem.devices[i].storage_bytes for i in devices],
-            *([seconds] if seconds is not None else []),
-        ]
-        self.limits = np.array(limits, dtype=float)
+        limits = [limit[devices] for _, limit in tables.resources]
+        self.limits = np.array([*limits, *([seconds] if seconds is not None else [])], dtype=float)
 
     def run(self) -> tuple[Integers, Integers] | None:
         """Options per block and formats per hop; None if no changes were found that fit."""

@@ -54,7 +54,7 @@ class Prompted(_Cheapest):
         usable = np.isfinite(tables.turn)
         self.varied = bool((np.where(usable, tables.turn, 0.0).max(2) > tables.turn.min(2)).any())
         """Whether widths make a difference to the slowest stage."""
-        self.prices = np.zeros(2 * tables.shape[0])
+        self.prices = self.pricer.nothing()
         self.segments: dict[float, Floats] = {}
         """Price of the budget -> least costs of all stages."""
         self.price_at: dict[int, float] = {}
@@ -121,8 +121,7 @@ class Prompted(_Cheapest):
     def _reach_s(self, rest: float) -> tuple[float, float]:
         """The least and the largest time of the slowest stage in a better plan."""
         tables = self.tables
-        fastest = tables.turn.min((0, 2))
-        low_s = max(float(fastest.max()), float(fastest.sum()) / tables.shape[0])
+        low_s = tables.least_turn_s(tables.turn)
         links_s = np.where(np.isfinite(tables.hop_turn), tables.hop_turn, 0.0)
         high_s = float(self.least_s[tables.fits].max())
         high_s = max(high_s, float(links_s.max(initial=0.0)))

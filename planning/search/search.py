@@ -128,7 +128,7 @@ class _Search:
         self.tables = tables
         self.deadline_s, self.last_resort_s = until_s
         self.gap = gap
-        self.pricer = Pricer(tables.entry, self.deadline_s)
+        self.pricer = Pricer(tables.entry, self.deadline_s, tables.members, tables.needed)
         self.choice: Choice | None = None
         self.value = math.inf
         self.bound = 0.0
@@ -146,8 +146,13 @@ class _Search:
         """Choose the widths of a walk, and keep it if it is the best plan. Returns its bound."""
         key = tuple(spans)
         if key not in self.seen:
-            self.seen[key] = self._widths(spans)
+            self.seen[key] = self._widths(spans) if self._complete(spans) else math.inf
         return self.seen[key]
+
+    def _complete(self, spans: Sequence[Span]) -> bool:
+        """Whether the walk has all teams that the user asked for."""
+        used = self.tables.members[np.array([i for i, _, _ in spans])]
+        return bool(used[:, self.tables.needed].any(0).all())
 
     def _widths(self, spans: Sequence[Span]) -> float:
         raise NotImplementedError
@@ -160,6 +165,8 @@ class _Search:
         for walk in fill(self.tables, self.deadline_s)[:_GREEDY]:
             if self.value < math.inf and now_s() > self.deadline_s:
                 break
+            if not self._complete(walk.spans):
+                continue
             polish = Polish(self.tables, walk.spans, walk.chosen, walk.hops)
             if (polished := polish.run()) is None:
                 continue
@@ -175,11 +182,12 @@ class _Search:
         budget = tables.budget or 0.0
         enough = budget + 1e-6 * (spare or 1.0)
         # The costs are losses, and entering a device loses nothing.
-        pricer = Pricer(np.zeros(tables.shape[0]), self._until_s())
+        nothing = np.zeros(tables.shape[0])
+        pricer = Pricer(nothing, self._until_s(), tables.members, tables.needed)
         priced, _ = pricer.price(
             Free(tables.segments(loss)),
             0.0,
-            np.zeros(2 * tables.shape[0]),
+            pricer.nothing(),
             target=enough,
             reach=1.1 * budget + 0.1 * (spare or 1.0),
             rounds=100,
@@ -199,7 +207,7 @@ class _Search:
             return
         aim: ObjectiveKind = "latency" if self.tables.throughput else "throughput"
         problem = replace(self.tables.problem, objective=Objective(aim))
-        tables = Tables(problem, self.tables.ties > 0)
+        tables = Tables(problem, self.tables.tied)
         until_s = now_s() + _OTHER_SHARE * left_s
         other = _kind(tables)(tables, (until_s, until_s), _OTHER_GAP)
         other.other = True
@@ -288,7 +296,7 @@ class _Cheapest(_Search):
             segments = tables.segments(tables.cost + mu * tables.loss)
             arcs = Separate(segments, tables.links(mu), tables.back)
             relaxations.append((arcs, mu * (tables.budget or 0.0)))
-        orders = Orders(relaxations, tables.entry, until_s, self.random)
+        orders = Orders(relaxations, tables.entry, until_s, self.random, tables.conflicts)
         while self.choice is not None and not self._done() and now_s() < until_s:
             before = self.value
             spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
@@ -308,7 +316,7 @@ class _Cheapest(_Search):
             segments = tables.segments(tables.cost + mu * tables.loss)
             arcs = Separate(segments, tables.links(mu), tables.back)
             nearest = min(self.found, key=lambda at: abs(math.log(at / mu)), default=None)
-            prices = np.zeros(2 * tables.shape[0]) if nearest is None else self.found[nearest][1]
+            prices = self.pricer.nothing() if nearest is None else self.found[nearest][1]
         # The first plan is too far off as a guess of the largest bound.
         reach = self.value if self.value < self.at_hand else 1.1 * self._best()
         self.found[mu] = self.pricer.price(
@@ -367,11 +375,8 @@ class _Cheapest(_Search):
             chosen = np.empty((len(mus), tables.shape[1]), dtype=np.int64)
             total = np.full(len(mus), fixed) - (mus * budget if mu else 0.0)
             for i, first, end in spans:
-                knapsack = tables.in_memory[i]
-                room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
-                columns = np.full(len(mus), int(knapsack.index(room)))
                 costs = tables.cost[i, first:end] + mus[:, None, None] * tables.loss[i, first:end]
-                chosen[:, first:end], sums = knapsack.choices(first, costs, columns)
+                chosen[:, first:end], sums = tables.choices(i, first, costs)
                 total += sums
             priced = ways + mus[:, None, None] * tables.hop_loss
             formats = priced.argmin(2) if pairs else np.empty((len(mus), 0), dtype=np.int64)
@@ -411,15 +416,14 @@ class _Fastest(_Search):
     def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
         super().__init__(tables, until_s, gap)
         self.budget = tables.budget or 0.0
-        self.prices = np.zeros(2 * tables.shape[0])
+        self.prices = self.pricer.nothing()
         self.full = False
         cost = np.where(np.isfinite(tables.decode), tables.loss, math.inf)
         self.within_memory = tables.segments(cost)
         self.cost = cost
 
     def run(self) -> Found:
-        fastest = np.min(self.tables.decode, axis=(0, 2))
-        self.bound = max(float(fastest.max()), float(fastest.sum()) / self.tables.shape[0])
+        self.bound = self.tables.least_turn_s(self.tables.decode)
         self.at_hand = self._fill()
         if self.tables.shape[0] > _MANY:
             return self._of_many()
@@ -446,8 +450,10 @@ class _Fastest(_Search):
         """A bound with hops that lead anywhere, and a plan of the most useful devices."""
         self._climb()
         chosen = self._most_useful()
-        part, ties = part_of(self.tables.problem, chosen), self.tables.ties[np.ix_(chosen, chosen)]
-        best = _Fastest(Tables(part, ties > 0), (self.deadline_s, self.last_resort_s), self.gap)
+        part, ties = part_of(self.tables.problem, chosen), self.tables.tied
+        # A part may have teams without their twins.
+        ties = None if ties is None or self.tables.teams else ties[np.ix_(chosen, chosen)]
+        best = _Fastest(Tables(part, ties), (self.deadline_s, self.last_resort_s), self.gap)
         best.value, best.filled = self.value, True
         found = best.run()
         if found.choice is not None:
@@ -463,11 +469,13 @@ class _Fastest(_Search):
         segments = self._free(1.2 * self.bound).segments
         fair = self.budget * (1 + np.arange(tables.longest)) / tables.shape[1]
         most = np.where(segments <= np.maximum(fair, 0.0), 1 + np.arange(tables.longest), 0).max(2)
-        needed = set(tables.problem.pins.values())
+        problem = tables.problem
+        needed = {*problem.pins.values(), *(index for team in problem.teams for index in team)}
         if self.choice is not None:
             needed |= {device for device, *_ in self.choice.stages}
         score = [(i not in needed, -float(most[i].mean()), i) for i in range(len(most))]
-        return sorted(i for *_, i in sorted(score)[:_MANY])
+        chosen = {i for *_, i in sorted(score)[:_MANY]}
+        return sorted(chosen | {problem.lead(i) for i in chosen})
 
     def _free(self, limit: float) -> Free:
         """The least losses within a limit of time, each stage with the device's fastest hop."""
@@ -546,7 +554,13 @@ class _Fastest(_Search):
                 return
             value = self.value
             limit = value * (self.bound / value) ** part
-            orders = Orders([(self._arcs(limit), 0.0)], self.tables.entry, until_s, self.random)
+            orders = Orders(
+                [(self._arcs(limit), 0.0)],
+                self.tables.entry,
+                until_s,
+                self.random,
+                self.tables.conflicts,
+            )
             spans, _ = orders.improve([stage[0] for stage in self.choice.stages], -math.inf)
             if spans is not None:
                 self.seen.pop(tuple(spans), None)
@@ -583,9 +597,9 @@ class _Fastest(_Search):
         self.top = top
         self.in_time = []
         self.profiles = []
-        for i, knapsack in enumerate(tables.in_memory):
+        for i, reach in enumerate(tables.reach):
             limit = top - tables.call_s[i]
-            self.in_time.append(Knapsack(tables.decode[i], limit, knapsack.longest, tables.units))
+            self.in_time.append(Knapsack(tables.decode[i], limit, reach, tables.units))
             self.profiles.append(self.in_time[-1].profiles(self.cost[i]))
 
     def _arcs(self, limit: float) -> Joint:
@@ -735,12 +749,11 @@ class _Timed:
         for (i, first, end), least, within, (_, _, seconds) in rows:
             knapsack = search.in_time[i]
             column = int(knapsack.index(seconds - least))
+            costs = search.cost[i, None, first:end]
             if search.profiles[i][end - first - 1, first, column] < within:
                 # Memory limits this stage, not time.
-                knapsack = tables.in_memory[i]
-                room = tables.memory_limit[i] - knapsack.least[first, end - first - 1]
-                column = int(knapsack.index(room))
-            costs = search.cost[i, None, first:end]
+                chosen[first:end] = tables.choices(i, first, costs)[0][0]
+                continue
             chosen[first:end] = knapsack.choices(first, costs, np.array([column]))[0][0]
         hops = np.array([f for _, f, _ in best[:-1]], dtype=np.int64)
         seconds_of = [seconds * (1 + 1e-12) for *_, seconds in best]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from planning.exact.program import Choice
 from planning.problem import TOKEN_BYTES, PlanningProblem
+from planning.teams import incidence
 from planning.usable import Usable
 
 Floats = npt.NDArray[np.float64]
@@ -114,6 +115,17 @@ class Knapsack:
         return chosen, total
 
 
+class InMemory(Knapsack):
+    """A knapsack whose limit is the memory of a device or of a member of a team.
+
+    ``columns`` [first block, length - 1] are those of ``profiles`` at the limit.
+    """
+
+    def __init__(self, sizes: Floats, limit: float, longest: int) -> None:
+        super().__init__(sizes, limit, longest, _LEAST_UNITS)
+        self.columns: Integers = self.index(limit - self.least)
+
+
 def _unit(sizes: Floats, room: float, steps: int) -> float:
     """The unit, at least room / steps, with which rounding sizes down loses the least."""
     if not len(sizes) or room < _LEAST_ROOM:
@@ -133,8 +145,14 @@ class Tables:
 
     def __init__(self, problem: PlanningProblem, ties: npt.NDArray[np.bool_] | None = None) -> None:
         self.problem = problem
-        count = len(problem.devices)
-        self.ties = np.zeros((count, count)) if ties is None else ties.astype(float)
+        self.members = incidence(problem)
+        """[device, real device]: which real devices a device is, or has as members."""
+        self.teams = len(problem.real) < len(problem.devices)
+        self.conflicts = self.members.astype(float) @ self.members.T.astype(float) > 0
+        """[device, device]: whether both have a real device in common. No plan has both."""
+        self.needed = self._needed()
+        self.tied = ties
+        self.ties = self._ties(ties)
         budget = problem.quality_budget
         self.budget = None if budget == math.inf else budget
         self.throughput = problem.objective.kind == "throughput"
@@ -157,19 +175,28 @@ class Tables:
         if self.budget is None:
             self.loss[:] = 0.0
         self.bits = np.broadcast_to(np.array(usable.widths, dtype=np.int64), self.shape)
+        self.resources = [
+            (np.where(mask, sizes, math.inf), limits) for sizes, limits in usable.resources
+        ]
         self.fits = self._fits()
         lengths = np.flatnonzero(self.fits.any((0, 1)))
         self.longest = int(lengths[-1]) + 1 if len(lengths) else 0
         self.fits = self.fits[:, :, : self.longest]
-        self.memory_limit = [device.memory_bytes - device.stage_bytes for device in problem.devices]
+        self.binding = [self._binding(i) for i in devices]
+        """Per device, the indices of ``resources`` that are memory and may limit a stage."""
+        self.memory_limit = [float(self.resources[r[0]][1][i]) for i, r in enumerate(self.binding)]
         self.reach = [self._reach(i) for i in devices]
         cells = max(1, sum(self.reach) * len(blocks))
         self.units = min(max(40 * self.longest, _LEAST_UNITS), _MOST_UNITS)
         self.units = max(min(self.units, _TABLE_CELLS // cells), _LEAST_UNITS)
         self.in_memory = [
-            Knapsack(self.memory[i], self.memory_limit[i], self.reach[i], _LEAST_UNITS)
+            [
+                InMemory(self.resources[at][0][i], self.resources[at][1][i], self.reach[i])
+                for at in self.binding[i]
+            ]
             for i in devices
         ]
+        """Per device, a knapsack for its memory, or for each member of a team that may be short."""
         self.entry = np.array([problem.call_cost(i) for i in devices])
         self.call_s = np.array([problem.call_turn_s(i) for i in devices])
         self._measure_links()
@@ -188,6 +215,11 @@ class Tables:
         half_s, per_byte_s = np.full((2, count, count), math.inf)
         for (i, j), link in problem.links.items():
             half_s[i, j], per_byte_s[i, j] = link.transfer_s(0), 1 / link.bytes_per_s
+        if self.teams:
+            leads = [problem.lead(i) for i in range(count)]
+            half_s, per_byte_s = half_s[np.ix_(leads, leads)], per_byte_s[np.ix_(leads, leads)]
+            # Devices with a member in common are in no plan together.
+            half_s[self.conflicts] = math.inf
         rows, output = problem.chunk_rows, problem.objective.tokens[1]
         square = np.full((len(self.hop_bits), count, count), math.inf)
         self.hop, self.hop_s, self.hop_turn = square, square.copy(), square.copy()
@@ -205,6 +237,16 @@ class Tables:
         self.back_s[linked] = half_s + TOKEN_BYTES * per_byte_s
         self.back[linked] = output * self.back_s[linked]
 
+    def least_turn_s(self, turn: Floats) -> float:
+        """A lower bound of the slowest stage's seconds: no stage has less work than its share.
+
+        ``turn`` [device, block, option]. A team counts as often as it has members.
+        """
+        fastest = turn.min((0, 2))
+        work = (turn.min(2) * self.members.sum(1)[:, None]).min(0)
+        stages = int(self.members.shape[1])
+        return max(float(fastest.max()), float(work.sum()) / stages)
+
     def links(self, mu: float) -> Floats:
         """[device, next device]: the least cost of a hop, its loss priced at ``mu``."""
         found: Floats = (self.hop + mu * self.hop_loss[:, None, None]).min(0, initial=math.inf)
@@ -215,17 +257,31 @@ class Tables:
         devices, blocks, _ = self.shape
         usable = np.isfinite(self.memory).any(2)
         good = np.zeros((devices, blocks, blocks), dtype=bool)
-        for sizes, limits in (
-            (self.memory, [d.memory_bytes - d.stage_bytes for d in self.problem.devices]),
-            (self.storage, [d.storage_bytes for d in self.problem.devices]),
-        ):
+        for at, (sizes, limit) in enumerate(self.resources):
             least = np.where(usable, sizes.min(2), math.inf)
-            limit = np.array(limits, dtype=float)
             for first in range(blocks):
                 inside = np.cumsum(least[:, first:], axis=1) <= limit[:, None]
                 part = good[:, first, : blocks - first]
-                part[:] = inside if sizes is self.memory else part & inside
+                part[:] = part & inside if at else inside
+        # No team has the embedding alone.
+        good[len(self.problem.real) :, 0, 0] = False
         return good
+
+    def _needed(self) -> Integers:
+        """The real devices, as columns of ``members``, that every plan must use in their teams."""
+        named = [index for team in self.problem.teams for index in team]
+        names = [self.problem.devices[index].name for index in named]
+        columns = {self.problem.devices[i].name: i for i in self.problem.real}
+        return np.array([columns[name] for name in names], dtype=np.int64)
+
+    def _ties(self, ties: npt.NDArray[np.bool_] | None) -> Floats:
+        """[real device, device]: whether a walk must use the one before it enters the other."""
+        if ties is None:
+            return np.zeros(self.members.T.shape)
+        if not self.teams:
+            return ties.astype(float)
+        before = ties.astype(float) @ self.members.T.astype(float) > 0
+        return np.asarray(before & ~self.members.T, dtype=float)
 
     def _reach(self, device: int) -> int:
         lengths = np.flatnonzero(self.fits[device].any(0))
@@ -235,14 +291,55 @@ class Tables:
         """The least costs [device, first block, length - 1] within the memory; inf if none fits."""
         devices, blocks, _ = self.shape
         found = np.full((devices, blocks, self.longest), math.inf)
-        for i, knapsack in enumerate(self.in_memory):
-            reach = knapsack.longest
-            if reach:
-                columns = knapsack.index(self.memory_limit[i] - knapsack.least)
+        for i, knapsacks in enumerate(self.in_memory):
+            reach = self.reach[i]
+            if not reach:
+                continue
+            lengths, firsts = np.indices((reach, blocks))
+            least = np.full((blocks, reach), -math.inf)
+            for knapsack in knapsacks:
                 profile = knapsack.profiles(cost[i])
-                lengths, firsts = np.indices((reach, blocks))
-                found[i, :, :reach] = profile[lengths, firsts, columns.T].T
+                # Limits are taken one at a time, and the largest cost counts.
+                np.maximum(least, profile[lengths, firsts, knapsack.columns.T].T, out=least)
+            found[i, :, :reach] = least
         return np.where(self.fits, found, math.inf)
+
+    def choices(self, device: int, first: int, costs: Floats) -> tuple[Integers, Floats]:
+        """The best options [price, block] of a stage within its memory, and their costs [price].
+
+        ``costs`` is [price, block, option]. Limits are taken one at a time, and the largest cost
+        counts.
+        """
+        prices, length, _ = costs.shape
+        best: tuple[Integers, Floats] | None = None
+        for knapsack in self.in_memory[device]:
+            column = np.full(prices, int(knapsack.columns[first, length - 1]))
+            chosen, total = knapsack.choices(first, costs, column)
+            if best is not None:
+                more = total > best[1]
+                chosen = np.where(more[:, None], chosen, best[0])
+                total = np.maximum(total, best[1])
+            best = chosen, total
+        if best is None:
+            raise ValueError("a device has memory")
+        return best
+
+    def _binding(self, device: int) -> list[int]:
+        """The memories of a team that no other one limits more, the tightest one first."""
+        rows = [2 * at for at in range(len(self.problem.devices[device].holders))]
+        if len(rows) == 1:
+            return rows
+        parts = []
+        for at in rows:
+            sizes, limit = self.resources[at]
+            usable = np.isfinite(sizes[device])
+            parts.append(np.where(usable, sizes[device], 0.0) / max(float(limit[device]), 1.0))
+        order = sorted(range(len(rows)), key=lambda m: -float(parts[m][1:].sum()))
+        kept: list[int] = []
+        for m in order:
+            if not any((parts[m] <= parts[other]).all() for other in kept):
+                kept.append(m)
+        return [rows[m] for m in kept]
 
     def choice(self, spans: Sequence[Span], chosen: Integers, hops: Integers) -> Choice:
         """The choice of ``spans`` with the option of each block and the format of each hop."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from planning import planner
+from planning import planner, twins
 from planning.plan import Proof, assess, verify
 from planning.planner import solve
 from planning.problem import BlockOption, Device, HopFormat, Objective, PlanningProblem
@@ -72,13 +72,13 @@ def test_equal_devices_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> Non
     """To find them takes about as many comparisons as there are devices, not their square."""
     problem = make_problem(4, [Device(f"d{i}", 10**6, 10**9, ()) for i in range(200)])
     compared = []
-    real = planner._twins
+    real = twins.are_twins
 
     def counted(*pair: object) -> bool:
         compared.append(pair)
         return real(*pair)  # type: ignore[arg-type] # as called
 
-    monkeypatch.setattr(planner, "_twins", counted)
+    monkeypatch.setattr(twins, "are_twins", counted)
     ties = planner._ties(problem)
     assert ties.sum() == 200 * 199 / 2
     assert len(compared) < 200

@@ -44,6 +44,25 @@ default_link: {rtt_ms: 1, mbit_per_s: 800}
 """
 
 
+def test_devices_share_layers_unless_the_file_says_otherwise() -> None:
+    lab = parse_lab(LAB, "lab.yaml")
+    assert [device.shares for device in lab.devices] == [True, True, True]
+    assert lab.devices[0].share_times == {}
+    described = LAB.replace("watts: 6", "watts: 6, shares: false").replace(
+        "call_ms: 0.2",
+        "call_ms: 0.2\n    shares: {0.5: 0.56, 0.25: 0.33, 1: 1.1}\n    sum_ms: 0.15",
+    )
+    first, second, third = parse_lab(described, "lab.yaml").devices
+    assert (first.shares, second.shares, third.shares) == (False, True, True)
+    assert list(second.share_times.items()) == [(0.25, 0.33), (0.5, 0.56), (1.0, 1.1)]
+    assert second.sum_s == pytest.approx(1.5e-4)
+    # An accelerator of its own arithmetic runs no shares, unless the file says so.
+    own = LAB.replace("watts: 6", "watts: 6, arithmetic: tflite_cpu")
+    assert not parse_lab(own, "lab.yaml").devices[0].shares
+    willing = own.replace("watts: 6", "watts: 6, shares: true")
+    assert parse_lab(willing, "lab.yaml").devices[0].shares
+
+
 def test_a_description_means_what_it_says() -> None:
     lab = parse_lab(LAB, "lab.yaml")
     first, second, third = lab.devices
@@ -111,6 +130,11 @@ def test_prefill_defaults_to_decode() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("watts: 6", "shares: maybe", "12: shares: expected true or false, found 'maybe'"),
+        ("watts: 6", "shares: {}", "12: shares: expected true, false, or times like"),
+        ("watts: 6", "shares: {2: 1}", "12: shares: 2 is more than a whole layer"),
+        ("watts: 6", "shares: {0.5: -1}", "12: shares at 0.5: expected a number above 0"),
+        ("watts: 6", "sum_ms: -1", "12: sum_ms: expected a number from 0 up"),
         ("watts: 6", "wats: 6", "12: unknown key 'wats' in a device: known are name, memory"),
         ("rtt_ms: 0.4", "rtt_ms: -1", "20: rtt_ms: expected a number from 0 up, found -1"),
         ("mbit_per_s: 80}", "mbit_per_s: 0}", "20: mbit_per_s: expected a number above 0, found 0"),
@@ -271,9 +295,10 @@ def test_the_shipped_labs_plan(path: Path) -> None:
     verify(solve(problem, time_limit_s=20), problem)
 
 
-def test_seven_labs_are_shipped() -> None:
+def test_eight_labs_are_shipped() -> None:
     assert [path.stem for path in LABS] == [
         "coral-and-pi",
+        "four-pis-8b",
         "four-pis",
         "home-4-pis",
         "jetson-pis-coral",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
 from model.quantize import BITS
+from model.share import Share
 from paper.study import opt_350m
 from planning.insight.picture import COLOURS, Curve, curves_svg, ink_on, plan_svg
 from planning.labs.lab_file import parse_lab
-from planning.plan import Plan, Proof, assess
+from planning.plan import Member, Plan, Proof, assess
 from tests.planning.described import described_problem
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -51,6 +53,45 @@ def test_a_plan_is_drawn_whole_and_inside_the_page(stages: int) -> None:
         if box.attrib.get("rx") == "8":
             corners.add((left, top))
     assert len(corners) == stages
+
+
+def with_team(plan: Plan, *names: str) -> Plan:
+    """The plan with its first stage on a team: the first member has half of each layer."""
+    rest = len(names) - 1
+    ends = [8 + 8 * k // rest for k in range(rest + 1)]
+    cuts = [(0, 8), *itertools.pairwise(ends)]
+    members = tuple(
+        Member(
+            name,
+            Share((a, b), (a * 256, b * 256), (a * 3142, b * 3142)),
+            0.01, 900 << 20, 1000 << 20, 10, 20,
+        )
+        for name, (a, b) in zip(names, cuts, strict=True)
+    )  # fmt: skip
+    first = replace(plan.stages[0], device=names[0], members=members, sum_bits=16, sums_s=0.0123)
+    return replace(plan, stages=(first, *plan.stages[1:]))
+
+
+@pytest.mark.parametrize("stages", [1, 3, 5])
+def test_a_team_is_drawn_with_its_members_and_shares(stages: int) -> None:
+    plan = with_team(make_plan(stages), "pi-1", "pi-2", "W" * 64)
+    root = ElementTree.fromstring(plan_svg(plan, opt_350m(30), "a plan"))  # noqa: S314 - our own
+    texts = [item.text or "" for item in root.iter(f"{SVG}text")]
+    assert "team of 3" in texts
+    assert "pi-1 50%: 900.0 MiB" in texts
+    assert "pi-2 25%: 900.0 MiB" in texts
+    assert any(text.startswith("WWW") and "25%: 900.0 MiB" in text for text in texts)
+    assert "sums 12.30 ms at 16 bit" in texts
+    # Nothing lies on another line, and the last block is above the line of the stage's range.
+    height = float(root.attrib["height"])
+    boxes = [box for box in root.iter(f"{SVG}rect") if box.attrib.get("rx") == "8"]
+    blocks = [box for box in root.iter(f"{SVG}rect") if box.attrib.get("rx") == "3"]
+    blocks = blocks[: len(plan.stages[0].bits)]
+    first, bottom = boxes[0], max(float(box.attrib["y"]) + 20 for box in blocks)
+    assert bottom < float(first.attrib["y"]) + float(first.attrib["height"]) < height
+    sums = next(item for item in root.iter(f"{SVG}text") if (item.text or "").startswith("sums"))
+    above = min(float(block.attrib["y"]) for block in blocks)
+    assert float(sums.attrib["y"]) < above
 
 
 LONG = [f"raspberry-pi-in-the-attic-{i}" for i in range(31)]

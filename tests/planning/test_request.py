@@ -52,6 +52,7 @@ _requests = st.builds(
     quality_budget=st.floats(0, 10, allow_subnormal=False),
     quality_margin=st.none() | st.floats(1, 10, allow_subnormal=False),
     check_quality=st.booleans(),
+    no_teams=st.booleans(),
     plan=st.none() | _plans,
     with_problem=st.booleans(),
 )
@@ -104,6 +105,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("pins", {"head": "pi"}, "block number to device name"),
     ("pins", {"1": 3}, r"pins\.1: expected str"),
     ("exclude", "pi", "a list of device names"),
+    ("teams", ["a", "b"], "a list of teams"),
+    ("teams", [["a"]], "a team of a: a team has at least two devices"),
+    ("teams", [[]], "a team of no device: a team has at least two"),
+    ("teams", [["a", "b"], ["c", "b"]], "b is named twice"),
+    ("teams", [["a", ""]], "has no name"),
+    ("no_teams", 1, "true or false"),
     ("sensitivities", {"4": 1}, "for each block"),
     ("sensitivities", [{"4": -1}], "for each block"),
     ("own_sensitivities", {"tflite": {"1": {"8": -1}}}, "arithmetic to block to bits"),
@@ -126,6 +133,30 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
     with pytest.raises(RequestInvalid, match=message) as refused:
         LoadRequest.from_dict({"model": "/m", field: value})
     assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"no_teams": True}, "no_teams excludes all"),
+        ({"exclude": ["b"]}, "b is to share layers with a team, and is excluded"),
+    ],
+)
+def test_teams_that_contradict_another_wish_are_refused(wish: dict[str, Any], message: str) -> None:
+    teams = {"model": "/m", "teams": [["a", "b"], ["c", "d", "e"]]}
+    assert LoadRequest.from_dict(teams).teams == (("a", "b"), ("c", "d", "e"))
+    with pytest.raises(RequestInvalid, match=message) as refused:
+        LoadRequest.from_dict({**teams, **wish})
+    assert refused.value.param == "teams"
+
+
+def test_teams_are_checked_again_once_names_are_ids() -> None:
+    """A device may be called by its name in one place and by its id in another."""
+    ids = {"pi-1": "1" * 16, "pi-2": "2" * 16}
+    request = LoadRequest(Path("/m"), teams=(("pi-1", "pi-2"),))
+    assert request.identified(ids.get).teams == (("1" * 16, "2" * 16),)
+    with pytest.raises(RequestInvalid, match="named twice"):
+        LoadRequest(Path("/m"), teams=(("pi-1", "1" * 16),)).identified(ids.get)
 
 
 def test_every_field_has_a_wrong_value_above() -> None:

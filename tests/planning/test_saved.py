@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from model.share import Share
 from paper.study import opt_350m
 from planning.labs.lab_file import parse_lab
-from planning.plan import PlanError, Proof, assess, bits_text
+from planning.plan import Member, Plan, PlanError, Proof, assess, bits_text
 from planning.problem import HopFormat
 from planning.saved import (
     Change,
@@ -22,6 +23,7 @@ from planning.saved import (
     plan_text,
     read_plan,
 )
+from planning.saved_team import SavedTeam
 from tests.planning.described import described_problem
 
 LAB = """\
@@ -221,3 +223,82 @@ def test_plans_are_compared_by_device_and_not_by_name() -> None:
     another = parse_plan(plan_text(PLAN, "opt", devices={**IDS, "a": "d" * 16}), "b.json")
     assert difference(before, another)[0].before == ("a (aaaaaaaaaaaaaaaa)", 8)
     assert difference(before, another)[0].after == ("a", 8)
+
+
+# ---- teams -------------------------------------------------------------------------------------
+
+SHARES = Share((0, 12), (0, 3072), (0, 37000)), Share((12, 16), (3072, 4096), (37000, 50272))
+
+
+def team_plan(*names: str) -> Plan:
+    """PLAN with its first stage on a team of 3/4 and 1/4 of each layer."""
+    members = tuple(
+        Member(name, share, 1e-3, 10, 20, 10, 20) for name, share in zip(names, SHARES, strict=True)
+    )
+    first = replace(PLAN.stages[0], device=names[0], members=members, sum_bits=16, sums_s=1e-4)
+    return replace(PLAN, stages=(first, replace(PLAN.stages[1], device="c")))
+
+
+def test_a_team_is_saved_with_what_each_member_has() -> None:
+    text = plan_text(team_plan("a", "b"), "opt", devices={"a": "1" * 16, "b": "2" * 16})
+    assert '{"device": "b", "kv_heads": 4, "columns": 1024, "vocab": 13272}' in text
+    saved = parse_plan(text, "p")
+    assert saved.predicted
+    assert saved.used == ("a", "b", "c")
+    assert saved.devices == {"a": "1" * 16, "b": "2" * 16}
+    (team, alone) = saved.teams
+    assert alone is None
+    assert team == SavedTeam((("a", SHARES[0]), ("b", SHARES[1])), 16)
+    sent = SavedPlan.from_dict(json.loads(json.dumps(saved.to_dict())))
+    assert (sent.teams, sent.stages) == (saved.teams, saved.stages)
+    named = saved.renamed(lambda name: saved.devices.get(name, name))
+    assert named.used == ("1" * 16, "2" * 16, "c")
+    # Plans without teams are written as before, so older programs read them.
+    assert "team" not in plan_text(PLAN, "opt")
+    assert parse_plan(plan_text(PLAN, "opt"), "p").teams == ()
+
+
+def test_an_edited_share_says_nothing_of_the_old_price() -> None:
+    text = plan_text(team_plan("a", "b"), "opt")
+    edited = text.replace('"kv_heads": 12', '"kv_heads": 11').replace(
+        '"kv_heads": 4', '"kv_heads": 5'
+    )
+    saved = parse_plan(edited, "p")
+    assert saved.predicted == {}
+    assert saved.teams[0] is not None
+    assert [share.kv_heads for _, share in saved.teams[0].members] == [(0, 11), (11, 16)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"sum_bits": 16', '"sum_bits": 12', "p: stages[0].sum_bits: 12: known are"),
+        ('"kv_heads": 4', '"kv_heads": 0', "p: stages[0].team[1].kv_heads: expected a whole"),
+        ('"kv_heads": 4', '"kv_heads": true', "p: stages[0].team[1].kv_heads: expected a whole"),
+        ('"kv_heads": 4, ', "", "p: stages[0].team[1]: expected an object of device, kv_heads"),
+        ('{"device": "b"', '{"device": 3', "p: stages[0].team[1].device: expected a name"),
+        ('{"device": "a", "bits"', '{"device": "b", "bits"', "p: stages[0].team: the first"),
+        ('"device": "c"', '"device": "c", "sum_bits": 16', "p: stages[1].sum_bits: a device alone"),
+        ('"team": [', '"team": [3, ', "p: stages[0].team[0]: expected an object"),
+    ],
+)
+def test_mistakes_in_a_team_get_one_clear_line(old: str, new: str, message: str) -> None:
+    text = plan_text(team_plan("a", "b"), "opt")
+    assert old in text
+    with pytest.raises(PlanError) as caught:
+        parse_plan(text.replace(old, new, 1), "p")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_difference_names_members_and_shares() -> None:
+    alone = parse_plan(plan_text(PLAN, "opt"), "a.json")
+    team = parse_plan(plan_text(team_plan("a", "b"), "opt"), "b.json")
+    first = difference(alone, team)[0]
+    assert (first.before, first.after) == (("a", 8), ("a 75% + b 25%", 8))
+    assert difference(team, team) == ()
+    # Shares that are equal in percent are told apart by their counts.
+    text = plan_text(team_plan("a", "b"), "opt").replace("37000", "37001").replace("13272", "13271")
+    change = difference(team, parse_plan(text, "c.json"))[0]
+    assert change.before == ("a 12/3072/37000 + b 4/1024/13272, sums at 16 bit", 8)
+    assert change.after == ("a 12/3072/37001 + b 4/1024/13271, sums at 16 bit", 8)

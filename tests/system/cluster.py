@@ -161,7 +161,8 @@ class Cluster:
     def load(self, model: Path, *options: str) -> Any:
         return last_json(self.run("load", str(model), "--json", *options))
 
-    def _keep_measurements(self) -> None:
+    def keep_measurements(self) -> None:
+        """Let agents that start from now on have what these have measured."""
         for store in () if self.measures else STORES:
             for path in self.directory.glob(f"*/{store}"):
                 known = _measured.setdefault(store, {})
@@ -176,7 +177,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Stop everything as a service manager does; all must end by themselves."""
-        self._keep_measurements()
+        self.keep_measurements()
         for name in sorted(self.processes, key=lambda name: name == "coordinator"):
             self.processes[name].terminate()
         for name, process in self.processes.items():
