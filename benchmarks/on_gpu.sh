@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check and measure torch_cuda on a machine with an NVIDIA GPU, in 9 minutes at most.
+# Check and measure torch_cuda on a machine with an NVIDIA GPU, in 8 minutes at most.
 #
 #   benchmarks/on_gpu.sh [DIR]     logs and figures go to DIR, by default ./gpu-report
 #
@@ -102,9 +102,9 @@ export PYTHON BACKEND WORK OUT
 step install 90 bash -c install
 step machine 30 bash -c machine
 step answer 80 bash -c answer
-SHOW=60 step bench 150 bash -c bench
+SHOW=60 step bench 110 bash -c bench
 # Shares of layers included: their tests have the backend's name too.
-step conformance 190 "$PYTHON" -m pytest tests/backends -k "torch" -p no:cacheprovider -p no:benchmark -q -n 6 \
+step conformance 170 "$PYTHON" -m pytest tests/backends -k "torch" -p no:cacheprovider -p no:benchmark -q -n 6 \
     --timeout 120 -rs --maxfail 30
 echo
 cat "$OUT/summary.txt"
