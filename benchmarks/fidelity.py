@@ -354,11 +354,14 @@ def run(
 
 
 def sum_figures(stage: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of one sum of one row over a team: predicted, and measured if it was."""
+    """Return the seconds of one sum of one row over a team: predicted, and measured if it was.
+
+    A team that has only the head adds nothing up. Its predicted sum is 0.
+    """
     layers = len(stage["bits"]) - (stage["first"] == 0)
     layers -= int(stage["hop_bits"] is None)
     measured = stage.get("measured_sum") or {}
-    return {"predicted_s": stage["sums_s"] / (2 * layers)} | (
+    return {"predicted_s": stage["sums_s"] / max(2 * layers, 1)} | (
         {"measured_s": measured["row_s"]} if "row_s" in measured else {}
     )
 
