@@ -27,6 +27,12 @@ Span = tuple[int, int, int]
 
 # Seconds or bytes. A room below this is rounding.
 _LEAST_ROOM = 1e-12
+_WHOLE = 1e-6
+"""Part of a unit by which division may miss a whole number of units."""
+
+_EQUAL_LOSS = 2e-3
+"""Units are as good if rounding with them loses no more than this part of the sizes."""
+
 _LEAST_UNITS, _MOST_UNITS = 320, 1_600
 """Steps of a limit. Rounding loses up to one step per block of a stage, so long stages need
 more."""
@@ -56,7 +62,7 @@ class Knapsack:
         room = np.minimum(limit - self.least, most[end] - most[first])
         widest = float(room.max(initial=0.0))
         self.unit = _unit(extra[np.isfinite(extra) & (extra > 0)], widest, units)
-        self.steps = int(widest / self.unit) + 1
+        self.steps = int(widest / self.unit + _WHOLE) + 1
         self._runs: list[tuple[int, int, int, int]] = []
         finite = np.where(np.isfinite(extra), extra, math.inf)
         self._shifts = np.minimum(np.floor(finite / self.unit), self.steps).astype(np.int64)
@@ -69,7 +75,8 @@ class Knapsack:
 
     def index(self, room: Any) -> Any:
         """The column of ``profiles`` for the ``room`` above the least sizes."""
-        return np.clip(np.floor(room / self.unit), 0, self.steps - 1).astype(np.int64)
+        units = np.floor(room / self.unit + _WHOLE)
+        return np.clip(units, 0, self.steps - 1).astype(np.int64)
 
     def profiles(self, cost: Floats) -> Floats:
         """The least costs [length - 1, first block, units of room]."""
@@ -130,14 +137,17 @@ def _unit(sizes: Floats, room: float, steps: int) -> float:
     """The unit, at least room / steps, with which rounding sizes down loses the least."""
     if not len(sizes) or room < _LEAST_ROOM:
         return max(room, 1.0)
-    sizes = np.unique(sizes)
+    sizes, counts = np.unique(sizes, return_counts=True)
     finest = max(room / steps, float(sizes[0]) / 40)
     units = np.geomspace(finest, max(finest, float(sizes[0])), 400)
     # A unit that divides the least size is lowered a little: no multiple is rounded below itself.
     units = np.concatenate([float(sizes[0]) / np.arange(1, 41) * (1 - 1e-6), units])
     units = units[units >= finest * (1 - 1e-6)]
     lost = 1 - np.floor(sizes / units[:, None]) * units[:, None] / sizes
-    return float(units[lost.max(1).argmin()])
+    # A few blocks, such as the head, may lose more than all the layers.
+    mean = lost @ counts / counts.sum()
+    # The tables grow with the number of steps, so of equally good units the largest is best.
+    return float(units[mean <= mean.min() + _EQUAL_LOSS].max())
 
 
 class Tables:
