@@ -523,6 +523,8 @@ class Agent:
         threads, exact = self._config.threads, self._config.exact
         spec, store = ModelSpec.from_dict(request.spec), self._figures.store
         self._trials.require_widths(spec, request.bits, partial(progress, 0, 0), backend.probe)
+        if request.shares and backend.probe().shares:
+            self._trials.require_shares(spec, request.bits, partial(progress, 0, 0))
         again = isinstance(request, MeasureModelAgain)
         if not self._figures.profile.call_s and (again or not self._call_s):
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)

@@ -54,6 +54,7 @@ class TorchCudaBackend(Backend):
             ", ".join(parts),
             GPU_CONTAINER_BITS,
             exact_container_bits=CPU_CONTAINER_BITS,
+            shares=True,
         )
 
     @classmethod
@@ -101,7 +102,7 @@ class TorchCpuBackend(Backend):
     @classmethod
     def probe(cls) -> Capabilities:
         torch = _torch("torch_cpu")
-        return Capabilities("torch_cpu", str(torch.__version__), CPU_CONTAINER_BITS)
+        return Capabilities("torch_cpu", str(torch.__version__), CPU_CONTAINER_BITS, shares=True)
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -160,6 +160,8 @@ class Layer:
     linears: ``qkv`` and ``o``, ``up`` (``gate_up`` if gated) and ``down``.
     vectors: fp32.
     rotary: the layer's table of cosines and sines, each [context, head_dim / 2].
+    cut: in a share of a layer, returns the team's sum of partial rows fp32 [n, hidden]. Then ``o``
+        and ``down`` have no biases, and ``vectors`` has them.
     """
 
     def __init__(
@@ -170,6 +172,7 @@ class Layer:
         cache: Cache,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         dtype: torch.dtype,
+        cut: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self._spec = spec
         self._linears = linears
@@ -177,6 +180,7 @@ class Layer:
         self._cache = cache
         self._rotary = rotary
         self._dtype = dtype
+        self._cut = cut
 
     def __call__(self, hidden: torch.Tensor, rows: Pass) -> torch.Tensor:
         if self._spec.norm_position == "pre":
@@ -185,11 +189,10 @@ class Layer:
         hidden = self._norm("attn_norm", hidden + self._attention(hidden, rows))
         return self._norm("mlp_norm", hidden + self._mlp(hidden))
 
-    def empty(self, slots: Sequence[int]) -> None:
-        """Clear the slots' caches."""
-        for slot in slots:
-            self._cache.keys[slot].zero_()
-            self._cache.values[slot].zero_()
+    def empty(self, slot: int, first: int = 0) -> None:
+        """Clear the slot's cache from position ``first`` on."""
+        self._cache.keys[slot, :, first:].zero_()
+        self._cache.values[slot, :, first:].zero_()
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         return norm(hidden, self._vectors, name, self._spec.norm_eps)
@@ -218,7 +221,7 @@ class Layer:
             scale=1 / math.sqrt(width),
         )
         attended = attended.reshape(sequences, spec.heads, count, width)
-        return self._linears["o"](rows.unfold(attended)).float()
+        return self._summed("o", rows.unfold(attended))
 
     def _head_norm(self, name: str, heads: torch.Tensor) -> torch.Tensor:
         return norm(heads.float(), self._vectors, name, self._spec.norm_eps)
@@ -227,8 +230,17 @@ class Layer:
         narrow = hidden.to(self._dtype)
         if self._spec.gated:
             gate, up = self._linears["gate_up"](narrow).chunk(2, dim=1)
-            return self._linears["down"](self._activate(gate) * up).float()
-        return self._linears["down"](self._activate(self._linears["up"](narrow))).float()
+            return self._summed("down", self._activate(gate) * up)
+        return self._summed("down", self._activate(self._linears["up"](narrow)))
+
+    def _summed(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply rows by the matrix that ends a part of the layer: fp32 [n, hidden]."""
+        product = self._linears[name](rows).float()
+        if self._cut is None:
+            return product
+        total = self._cut(product)
+        bias = self._vectors.get(f"{name}.bias")
+        return total if bias is None else total + bias
 
     def _activate(self, rows: torch.Tensor) -> torch.Tensor:
         match self._spec.activation:

@@ -1,19 +1,16 @@
 """A stage on a torch device. Prompts run eagerly, and tokens run as captured graphs.
 
-A token's pass reads slots and positions from device memory, and looks at a fixed length of the
-cache. So one CUDA graph serves every position below that length. Lengths double from
-SHORTEST_LENGTH on. On a CPU, or if capturing fails, the same pass runs eagerly.
+The stage of a share cuts its layers where the team adds up partial rows. All rows of a prompt's
+chunk run at once there, because all members must add up the same rows.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +23,7 @@ from backends.base import (
     Tokens,
 )
 from backends.checks import check_inputs, check_rows
+from backends.torch_cuts import Cut, without_team
 from backends.torch_layers import (
     Cache,
     EmbeddingTail,
@@ -37,27 +35,18 @@ from backends.torch_layers import (
 )
 from backends.torch_matmul import KernelChooser, Linear, unpacked_linear
 from backends.torch_packed import PackedWeight, held_bytes, plain_weight
+from backends.torch_tokens import TokenRunner
 from model.artifact import Tensor, read_block
 from model.costs import kv_bytes, stage_buffer_bytes
 from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
-log = logging.getLogger(__name__)
-
 PROMPT_ROWS = 64
 """The rows of a prompt that run at once, as in plans."""
 
-SHORTEST_LENGTH = 256
-"""The positions that the shortest graph looks at."""
-
-GRAPH_TOLERANCE = 1e-2
-"""The largest error of a graph. It runs the captured kernels, so more is a fault."""
-
 _JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """Matrices that see the same rows, and are multiplied as one."""
-
-Compute = Callable[[torch.Tensor, TokenPass], torch.Tensor]
 
 
 class TorchStage(Stage):
@@ -75,7 +64,10 @@ class TorchStage(Stage):
         self._options = options
         self._device = device
         self._open = True
-        loader = _Loader(spec, artifacts, options, device)
+        self._cut = None
+        if options.team_sum is not None:
+            self._cut = Cut(options.team_sum, device, spec.hidden)
+        loader = _Loader(spec, artifacts, options, device, self._cut)
         for block, path in artifacts:
             loader.add(block, path)
         self._tokens = loader.tokens
@@ -83,12 +75,12 @@ class TorchStage(Stage):
         self._layers = loader.layers
         self._head = loader.head
         self._width = spec.hidden if loader.tokens is None else spec.embed_dim
-        self._decoder = _TokenRunner(
+        self._decoder = TokenRunner(
             self._token_pass,
             device,
-            self._width,
-            spec.hidden if loader.head is None else spec.vocab,
+            (self._width, spec.hidden if loader.head is None else spec.vocab),
             options.context_tokens,
+            self._cut,
         )
         estimate = stage_buffer_bytes(
             spec,
@@ -107,13 +99,14 @@ class TorchStage(Stage):
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
     ) -> Array:
         rows = self._check([slot], [position], inputs, len(inputs) if inputs.ndim else 0)
-        with translated("cannot run the stage"), torch.inference_mode():
+        chunk = PROMPT_ROWS if self._cut is None else rows
+        with self._running([slot], [position]):
             if rows == 1 and (logits or self._head is None):
                 result = self._decoder.run([slot], [position], self._rows(inputs)).fetch()
                 return self._finite(result, [slot])
             results = [
-                self._prompt(slot, position + first, inputs[first : first + PROMPT_ROWS])
-                for first in range(0, rows, PROMPT_ROWS)
+                self._prompt(slot, position + first, inputs[first : first + chunk])
+                for first in range(0, rows, chunk)
             ]
             if self._head is None:
                 hidden = np.concatenate([_to_host(result) for result in results])
@@ -129,7 +122,7 @@ class TorchStage(Stage):
         if not 0 < count == len(set(slots)) == len(positions) == len(inputs):
             raise BackendError("the rows of a pass must have different slots")
         self._check(slots, positions, inputs, 1)
-        with translated("cannot run the stage"), torch.inference_mode():
+        with self._running(slots, positions):
             result = self._decoder.run(slots, positions, self._rows(inputs)).fetch()
             return self._finite(result, slots)
 
@@ -150,6 +143,23 @@ class TorchStage(Stage):
         check_inputs(inputs, self._spec, tokens=self._tokens is not None)
         return rows
 
+    @contextmanager
+    def _running(self, slots: Sequence[int], positions: Sequence[int]) -> Iterator[None]:
+        """Run a pass. Raises BackendError, and what the team's sum raises.
+
+        A pass that ends at a sum has stored rows that ``_finite`` did not check. They are cleared.
+        """
+        with torch.inference_mode():
+            try:
+                with translated("cannot run the stage", self._cut):
+                    yield
+            finally:
+                if self._cut is not None and self._cut.failed:
+                    self._cut.failed = False
+                    for slot, position in zip(slots, positions, strict=True):
+                        for layer in self._layers:
+                            layer.empty(slot, position)
+
     def _finite(self, result: Array, slots: Sequence[int]) -> Array:
         """Return the result. Raises BackendError if values left the range of fp16.
 
@@ -160,7 +170,7 @@ class TorchStage(Stage):
         if math.isfinite(float(result.sum())):
             return result
         for layer in self._layers if len(slots) == 1 else ():
-            layer.empty(slots)
+            layer.empty(slots[0])
         raise BackendError(
             "the stage's results are not finite: this model's values leave the range of 16 bits; "
             "load it at 32 bits, or on a device that computes in fp32"
@@ -199,7 +209,11 @@ class TorchStage(Stage):
         torch.cuda.reset_peak_memory_stats(self._device)
         before_bytes = torch.cuda.memory_allocated(self._device)
         count = min(PROMPT_ROWS, self._options.context_tokens)
-        with translated("cannot run the stage"), torch.inference_mode():
+        with (
+            translated("cannot run the stage"),
+            torch.inference_mode(),
+            without_team(self._cut),
+        ):
             hidden = torch.zeros((count, self._width), device=self._device)
             last = self._body(hidden, PromptPass(0, 0, count, self._device))[-1:]
             if self._head is not None:
@@ -208,121 +222,6 @@ class TorchStage(Stage):
             self._decoder.run([0], [0], np.zeros((1, self._width), np.float32))
             torch.cuda.synchronize(self._device)
         return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
-
-
-class _Buffers:
-    """Memory with fixed addresses for the passes of ``count`` sequences, on device and host."""
-
-    def __init__(self, count: int, width: int, result_width: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self._device = device
-        # Pinned memory needs no intermediate copy.
-        self._host_rows = torch.zeros((count, width), pin_memory=pinned)
-        self._host_places = torch.zeros((2, count), dtype=torch.int64, pin_memory=pinned)
-        self._host_result = torch.zeros((count, result_width), pin_memory=pinned)
-        self.rows = torch.zeros((count, width), device=device)
-        self._places = torch.zeros((2, count), dtype=torch.int64, device=device)
-        self.slots, self.positions = self._places
-        self.result = torch.zeros((count, result_width), device=device)
-
-    def fill(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> None:
-        self._host_rows.numpy()[...] = rows
-        self._host_places.numpy()[...] = (slots, positions)
-        self.rows.copy_(self._host_rows, non_blocking=True)
-        self._places.copy_(self._host_places, non_blocking=True)
-
-    def fetch(self) -> Array:
-        """Wait for the result, and return it as an array of its own."""
-        self._host_result.copy_(self.result, non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        fetched: Array = self._host_result.numpy().copy()
-        return fetched
-
-
-class _TokenRunner:
-    """Runs passes of one row per sequence. On CUDA they are graphs, captured when first needed."""
-
-    def __init__(
-        self, compute: Compute, device: torch.device, width: int, result_width: int, context: int
-    ) -> None:
-        self._compute: Compute | None = compute
-        self._device = device
-        self._widths = width, result_width
-        self._context = context
-        self._buffers: dict[int, _Buffers] = {}
-        self._graphs: dict[tuple[int, int, int | None], Any] = {}
-        self._captures = device.type == "cuda"
-        self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
-
-    def run(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> _Buffers:
-        """Run one row [width] of each sequence. The result is in the buffers until the next run."""
-        count, only_slot = len(slots), slots[0] if len(slots) == 1 else None
-        if count not in self._buffers:
-            self._buffers[count] = _Buffers(count, *self._widths, self._device)
-        buffers = self._buffers[count]
-        buffers.fill(slots, positions, rows)
-        length = self._length(max(positions) + 1)
-
-        def compute() -> None:
-            if self._compute is None:
-                raise BackendError("the stage is closed")
-            rows = TokenPass(buffers.slots, buffers.positions, length, only_slot)
-            buffers.result.copy_(self._compute(buffers.rows, rows))
-
-        key = count, length, only_slot
-        if self._captures and key not in self._graphs:
-            self._capture(key, compute, buffers)
-        elif self._captures:
-            self._graphs[key].replay()
-        else:
-            compute()
-        return buffers
-
-    def close(self) -> None:
-        self._graphs.clear()
-        self._buffers.clear()
-        self._compute = self._pool = None
-
-    def _length(self, positions: int) -> int:
-        """Return the shortest captured length that holds this many positions."""
-        length = SHORTEST_LENGTH
-        while length < positions:
-            length *= 2
-        return min(length, self._context)
-
-    def _capture(
-        self, key: tuple[int, int, int | None], compute: Callable[[], None], buffers: _Buffers
-    ) -> None:
-        """Run and capture the pass. Keep the graph if its results agree, else stop using graphs."""
-        # Libraries allocate and kernels are compiled in the first run, which a graph must not
-        # contain.
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            compute()
-            compute()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        torch.cuda.synchronize(self._device)
-        expected = buffers.result.clone()
-        try:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of the agent may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                compute()
-            buffers.result.zero_()
-            graph.replay()
-            torch.cuda.synchronize(self._device)
-            difference = (buffers.result - expected).abs().max() / expected.abs().max().clamp_min(1)
-            if not float(difference) <= GRAPH_TOLERANCE:
-                raise ArithmeticError(f"its results are off by {float(difference):.2g}")
-            self._graphs[key] = graph
-        except (RuntimeError, ArithmeticError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            log.warning("tokens run without CUDA graphs, slower: %s", lines[0][:200])
-            self._captures = False
-            self._graphs.clear()
-            compute()
 
 
 class _Loader:
@@ -334,10 +233,12 @@ class _Loader:
         artifacts: Sequence[tuple[int, Path]],
         options: StageOptions,
         device: torch.device,
+        cut: Cut | None,
     ) -> None:
         self._spec = spec
         self._options = options
         self._device = device
+        self._cut = cut
         self._chooser = KernelChooser(
             device, exact=options.exact, roomy=_has_room(spec, artifacts, options, device)
         )
@@ -395,12 +296,13 @@ class _Loader:
                 self._rotary[key] = cos, sin
                 self.memory_bytes += held_bytes(cos) + held_bytes(sin)
             rotary = self._rotary[key]
-        self.layers.append(Layer(layer, linears, self._vectors(tensors), cache, rotary, dtype))
+        vectors = self._vectors(tensors)
+        self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, self._cut))
 
     def _linear(
         self, tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype
     ) -> Linear:
-        """Stack the matrices ``names`` with their biases."""
+        """Stack the matrices ``names`` with their biases, unless those follow a cut."""
         matrices = []
         for name in names:
             matrix = tensors[f"{name}.weight"]
@@ -408,7 +310,7 @@ class _Loader:
                 raise BackendError(f"{name} must be a stored matrix")
             matrices.append(matrix)
         bias = None
-        if f"{names[0]}.bias" in tensors:
+        if f"{names[0]}.bias" in tensors and not self._is_cut(names[0]):
             parts = [np.array(tensors[f"{name}.bias"], np.float32) for name in names]
             bias = torch.from_numpy(np.concatenate(parts)).to(self._device, dtype)
         if matrices[0].format.scheme == "float":
@@ -419,15 +321,20 @@ class _Loader:
         return linear
 
     def _vectors(self, tensors: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
-        """Return all tensors but matrices and their biases, fp32 on the device."""
+        """Return all tensors but matrices and the biases that they add, fp32 on the device."""
         vectors = {}
         for name, tensor in tensors.items():
-            linear_bias = f"{name.removesuffix('bias')}weight" in QUANTIZED_TENSORS
-            if isinstance(tensor, QuantizedMatrix) or linear_bias:
+            matrix = name.removesuffix(".bias")
+            added = f"{matrix}.weight" in QUANTIZED_TENSORS and not self._is_cut(matrix)
+            if isinstance(tensor, QuantizedMatrix) or added:
                 continue
             vectors[name] = torch.from_numpy(np.array(tensor, np.float32)).to(self._device)
             self.memory_bytes += held_bytes(vectors[name])
         return vectors
+
+    def _is_cut(self, matrix: str) -> bool:
+        """Whether the team adds up the products with the matrix."""
+        return self._cut is not None and matrix in ("o", "down")
 
 
 def _to_host(values: torch.Tensor) -> Array:
@@ -467,8 +374,8 @@ def _has_room(
 
 
 @contextmanager
-def translated(context: str) -> Iterator[None]:
-    """Turn torch's exceptions into BackendError with one line of advice."""
+def translated(context: str, cut: Cut | None = None) -> Iterator[None]:
+    """Turn torch's exceptions into BackendError with one line of advice, but not those of a sum."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -477,5 +384,7 @@ def translated(context: str) -> Iterator[None]:
             "device less with --memory"
         ) from error
     except (RuntimeError, MemoryError) as error:
+        if cut is not None and cut.failed:
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BackendError(f"{context}: {lines[0][:300]}") from error

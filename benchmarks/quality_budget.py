@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from backends.registry import BACKENDS, backend_class
 from calibration.quality.blocks import check_plans, measure_plan_kl, measure_quality, random_plans
+from calibration.quality.students import Options
 from model.checkpoint import Checkpoint
 from model.passages import built_in_text, split_passages
 from model.quantize import Format
@@ -94,23 +95,18 @@ def main() -> None:
     backend = backend_class(next(iter(BACKENDS)))()
     with TemporaryDirectory() as name:
         directory = Path(name)
-        found = measure_quality(
-            checkpoint, BITS, sequences, backend=backend, threads=2, directory=directory
-        )
+        how = Options(backend, threads=2)
+        found = measure_quality(checkpoint, BITS, sequences, how, directory=directory)
         rows: list[dict[int, float]] = [{} for _ in range(checkpoint.spec.block_count)]
         for one in found:
             rows[one.block][one.bits] = one.kl
         plans = random_plans(checkpoint.spec.block_count, BITS, options.checked_plans)
-        checks = check_plans(
-            checkpoint, found, plans, sequences, backend=backend, threads=2, directory=directory
-        )
+        checks = check_plans(checkpoint, found, plans, sequences, how, directory=directory)
         margin = budget_margin((check.predicted_kl, check.measured_kl) for check in checks)
 
         def measured(plan: Plan) -> float:
             formats = [Format.of(placement.bits) for placement in plan.placements]
-            return measure_plan_kl(
-                checkpoint, formats, sequences, backend=backend, threads=2, directory=directory
-            )
+            return measure_plan_kl(checkpoint, formats, sequences, how, directory)
 
         print(f"{sum(map(len, sequences))} tokens, margin {margin:.2f} of {len(checks)} plans\n")
         print("| budget | margin | bits | sum | predicted | measured | of the budget | try |")

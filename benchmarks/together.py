@@ -33,6 +33,7 @@ Models, files and the hosts' measurements are kept in --state.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -86,7 +87,7 @@ ALONE = "alone"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Hosts, and the plans for them. ``peers`` counts the hosts of the other programs."""
+    """Hosts, the plans for them, and the numbers of hosts that other programs run on."""
 
     hosts: Mapping[str, Host]
     plans: tuple[str, ...]
@@ -94,7 +95,8 @@ class Case:
     llama_cpp: tuple[int, ...] = (1, 2)
 
 
-def _cores(case: str) -> Case:
+def case_of(case: str) -> Case:
+    """Return the case of this name, one of CASES."""
     # Cores are counted among those that this process may use.
     first, second = (*sorted(os.sched_getaffinity(0)), 0, 1)[:2]
     if case == "two":
@@ -130,11 +132,18 @@ class Runner:
             pairs = zip(alone.rounds[name], self.rounds[name], strict=True)
             return statistics.median(before / after for before, after in pairs)
 
+        medians = {name: statistics.median(values) for name, values in self.rounds.items()}
+        errors = {
+            error: self.about[f"predicted_{name}"] / medians[name] - 1
+            for error, name in (("error", "ms_per_token"), ("prompt_error", "prompt_s"))
+            if f"predicted_{name}" in self.about
+        }
         return {
             "what": self.name,
             **self.about,
-            **{name: statistics.median(values) for name, values in self.rounds.items()},
-            "tokens_per_s": 1e3 / statistics.median(self.rounds["ms_per_token"]),
+            **medians,
+            **errors,
+            "tokens_per_s": 1e3 / medians["ms_per_token"],
             "gain": gain("ms_per_token"),
             "prompt_gain": gain("prompt_s"),
             "rounds": dict(self.rounds),
@@ -146,11 +155,12 @@ def main() -> None:
     result = []
     for shape in options.shapes:
         spec = make_model(options.state / shape, SHAPES[shape], CONTEXT_TOKENS, vocab=VOCAB)
-        for name in options.cases:
+        for name, bits in itertools.product(options.cases, options.bits):
             try:
-                result.append({"shape": shape, "case": name} | measure(options, spec, shape, name))
+                rows = measure(options, Experiment(spec, shape, bits, name, case_of(name)))
             except TestbedError as error:
                 sys.exit(str(error))
+            result.append({"shape": shape, "bits": bits, "case": name} | rows)
     about = {
         "machine": processor_name(),
         "date": date.today().isoformat(),
@@ -172,6 +182,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help=f"default {STATE}")
     parser.add_argument("--cases", type=_some_of(CASES), default=CASES, metavar=",".join(CASES))
     parser.add_argument("--shapes", type=_some_of(SHAPES), default=tuple(SHAPES), metavar="8b,1b")
+    parser.add_argument(
+        "--bits",
+        type=lambda text: tuple(map(int, text.split(","))),
+        default=(BITS,),
+        metavar="4,8",
+        help=f"default {BITS}; other programs run at {BITS} only",
+    )
     parser.add_argument("--plans", type=lambda text: text.split(","), help="only these and alone")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="decoded in a turn")
@@ -204,28 +221,53 @@ def _some_of(known: Sequence[str] | Mapping[str, Any]) -> Callable[[str], tuple[
 # ---- one case ----------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace, spec: ModelSpec, shape: str, name: str) -> dict[str, Any]:
-    """Measure one shape on the hosts of one case."""
-    case = _cores(name)
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A model at a width, on the hosts of a case."""
+
+    spec: ModelSpec
+    shape: str
+    bits: int
+    name: str
+    case: Case
+
+    @property
+    def hosts(self) -> list[str]:
+        return list(self.case.hosts)
+
+    def request(self, options: argparse.Namespace) -> dict[str, Any]:
+        """Return the request for a plan without other wishes."""
+        return {
+            "model": str((options.state / self.shape).absolute()),
+            "bits": [self.bits],
+            "max_weight_error": None,
+            "context_tokens": CONTEXT_TOKENS,
+        }
+
+
+def measure(options: argparse.Namespace, one: Experiment) -> dict[str, Any]:
+    """Measure one experiment, on hosts that are made for it."""
+    case = one.case
     links = {(HUB, host): Link() for host in case.hosts}
     links |= {(host, HUB): Link() for host in case.hosts}
     network = Network({HUB: Host()} | dict(case.hosts), links, LAN)
-    state = options.state / name
+    state = options.state / one.name
     if options.again:
         forget_calibration(state)
     with ExitStack() as stack:
         bed = stack.enter_context(Testbed(network, "together"))
-        client = stack.enter_context(_shoal(bed, state, options, shape, list(case.hosts)))
-        body = _request(options, shape)
-        chosen = client.operate("/shoal/v1/plan", body, lambda step: None)["plan"]
+        client = stack.enter_context(_shoal(bed, state, one.hosts, one.request(options)))
+        chosen = client.operate("/shoal/v1/plan", one.request(options), lambda step: None)["plan"]
         runners = [
-            _plan_runner(bed, client, options, spec, case, plan, body)
+            _plan_runner(bed, client, options, one, plan)
             for plan in case.plans
             if not options.plans or plan in (ALONE, *options.plans)
         ]
-        runners += _others(bed, options, spec, shape, case, stack)
+        if one.bits == BITS:
+            runners += _others(bed, options, one, stack)
         for number in range(options.rounds):
-            say(f"{shape}, {name}: round {number + 1} of {options.rounds}")
+            what = f"{one.shape} at {one.bits} bits, {one.name}"
+            say(f"{what}: round {number + 1} of {options.rounds}")
             # The second one finds a warmer machine, so they take turns.
             for runner in runners if number % 2 else reversed(runners):
                 runner.turn()
@@ -238,7 +280,7 @@ def measure(options: argparse.Namespace, spec: ModelSpec, shape: str, name: str)
 
 @contextmanager
 def _shoal(
-    bed: Testbed, state: Path, options: argparse.Namespace, shape: str, hosts: Sequence[str]
+    bed: Testbed, state: Path, hosts: Sequence[str], body: Mapping[str, Any]
 ) -> Iterator[Client]:
     """Start a coordinator and agents; yield the API when all hosts have measured themselves."""
     shoal = Cluster(bed, state / "hosts")
@@ -250,17 +292,8 @@ def _shoal(
             say(f"{host}: calibrating")
             # These hosts share cores, so they join and measure one at a time.
             with suppress(CommandFailed):
-                client.operate("/shoal/v1/plan", _request(options, shape), lambda step: None)
+                client.operate("/shoal/v1/plan", dict(body), lambda step: None)
         yield client
-
-
-def _request(options: argparse.Namespace, shape: str) -> dict[str, Any]:
-    return {
-        "model": str((options.state / shape).absolute()),
-        "bits": [BITS],
-        "max_weight_error": None,
-        "context_tokens": CONTEXT_TOKENS,
-    }
 
 
 def _wishes(plan: str, spec: ModelSpec, hosts: Sequence[str]) -> dict[str, Any]:
@@ -276,20 +309,14 @@ def _wishes(plan: str, spec: ModelSpec, hosts: Sequence[str]) -> dict[str, Any]:
 
 
 def _plan_runner(
-    bed: Testbed,
-    client: Client,
-    options: argparse.Namespace,
-    spec: ModelSpec,
-    case: Case,
-    plan: str,
-    body: Mapping[str, Any],
+    bed: Testbed, client: Client, options: argparse.Namespace, one: Experiment, plan: str
 ) -> Runner:
     """Return what loads a plan and asks it, each time anew."""
-    hosts = list(case.hosts)
-    wishes = _wishes(plan, spec, hosts)
+    hosts = one.hosts
+    body = one.request(options) | _wishes(plan, one.spec, hosts)
 
     def run() -> dict[str, float]:
-        loaded = client.operate("/shoal/v1/load", {**body, **wishes}, lambda step: None)["plan"]
+        loaded = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
         runner.about |= {
             "stages": _members(loaded),
             "predicted_ms_per_token": loaded["predicted_ms_per_token"],
@@ -345,19 +372,14 @@ def _busy_s(bed: Testbed, hosts: Sequence[str]) -> tuple[float, float]:
 
 
 def _others(
-    bed: Testbed,
-    options: argparse.Namespace,
-    spec: ModelSpec,
-    shape: str,
-    case: Case,
-    stack: ExitStack,
+    bed: Testbed, options: argparse.Namespace, one: Experiment, stack: ExitStack
 ) -> list[Runner]:
     runners = []
-    hosts = list(case.hosts)
+    spec, hosts, home = one.spec, one.hosts, options.state / one.shape
     if options.distributed_llama:
         program = distributed_llama.find_program(options.distributed_llama).absolute()
-        files = distributed_llama.write_files(options.state / shape, spec, CONTEXT_TOKENS)
-        for count in case.distributed_llama:
+        files = distributed_llama.write_files(home, spec, CONTEXT_TOKENS)
+        for count in one.case.distributed_llama:
 
             def run(used: Sequence[str] = tuple(hosts[:count])) -> dict[str, float]:
                 _, token_s = distributed_llama.measure(
@@ -368,10 +390,10 @@ def _others(
 
             runners.append(Runner(f"distributed-llama, {count}", run))
     if options.llama_cpp:
-        model = options.state / shape / "model.gguf"
+        model = home / "model.gguf"
         if not model.exists():
             gguf.write_llama(model, spec, "q4_0", CONTEXT_TOKENS)
-        for count in case.llama_cpp:
+        for count in one.case.llama_cpp:
             worker = start_llama(
                 options, bed, hosts[:count], HUB, split(spec, count), model.absolute(), stack
             )
@@ -386,16 +408,19 @@ def _others(
 
 
 def _show(result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    title = f"{result['shape']}, {result['case']}; {about['machine']}, {about['date']}"
+    title = f"{result['shape']} at {result['bits']} bits, {result['case']}"
+    title += f"; {about['machine']}, {about['date']}"
     table = Table(title=f"{title}, load {about['load']:.1f}", title_justify="left")
     columns = {
         "what": "{}",
         "tokens_per_s": "{:.2f}",
         "ms_per_token": "{:.1f}",
         "predicted_ms_per_token": "{:.1f}",
+        "error": "{:+.1%}",
         "gain": "{:.2f}",
         "prompt_s": "{:.2f}",
         "predicted_prompt_s": "{:.2f}",
+        "prompt_error": "{:+.1%}",
         "prompt_gain": "{:.2f}",
         "hosts_cores": "{:.2f}",
         "others_cores": "{:.2f}",
@@ -408,7 +433,7 @@ def _show(result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     for row in result["rows"]:
         cells = [form.format(row[name]) if name in row else "-" for name, form in columns.items()]
         table.add_row(*cells, "\n".join(row.get("stages", ())))
-    console = Console(width=max(Console().width, 160))
+    console = Console(width=max(Console().width, 220))
     console.print(table)
     console.print(
         f"the planner's own choice: {'; '.join(result['chosen'])}, predicted"

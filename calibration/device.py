@@ -28,12 +28,12 @@ from calibration.layers import Bench
 from calibration.machine import (
     hardware_id,
     kernel_id,
-    memory_bytes,
     processor_name,
     usable_cores,
     usable_threads,
 )
 from calibration.store import CalibrationStore
+from model.memory import memory_bytes
 from wire.conditions import Conditions
 from wire.profile import DeviceProfile
 

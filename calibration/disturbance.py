@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from calibration.machine import cgroups, read_lines
+from model.memory import cgroups, read_lines
 from wire.conditions import Conditions
 
 Figure = TypeVar("Figure")

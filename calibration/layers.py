@@ -24,11 +24,12 @@ import numpy.typing as npt
 
 from backends.base import Array, Backend, Capabilities, Stage, StageOptions
 from calibration.disturbance import Patience, spread_of, steady
-from calibration.machine import hardware_id, memory_bytes, usable_share
+from calibration.machine import hardware_id, usable_share
 from calibration.shares import share_models
 from calibration.store import CalibrationStore
 from model.artifact import Tensor, store_block
 from model.costs import executed_bytes, on_chip_layer_bytes
+from model.memory import memory_bytes
 from model.quantize import Format, random_matrix
 from model.spec import QUANTIZED_TENSORS, LayerSpec, ModelSpec
 from wire.conditions import Conditions, worst

@@ -23,8 +23,8 @@ import psutil
 from backends.base import Backend, BackendError, Stage, StageOptions
 from calibration.device import measure_memory_read
 from calibration.layers import chunk_tokens, random_artifacts
-from calibration.machine import memory_bytes
 from model.costs import kv_bytes
+from model.memory import memory_bytes
 from model.quantize import Format
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 

@@ -15,11 +15,12 @@ from backends.registry import backend_class, probe_all
 from calibration.device import measure_disk, memory_copy_rate, memory_read_rate
 from calibration.disturbance import LoadMeter, Patience, spread_of, steady
 from calibration.layers import Bench, random_inputs
-from calibration.machine import hardware_id, memory_bytes, processor_name, usable_cores
+from calibration.machine import hardware_id, processor_name, usable_cores
 from calibration.sensors import PowerMeter, Sensors, Throttling
 from calibration.store import CalibrationStore
 from calibration.sustain import Sustained, measure_sustained
 from model.costs import block_flops
+from model.memory import memory_bytes
 from model.spec import LayerSpec, ModelSpec
 from wire.conditions import Conditions
 
@@ -106,20 +107,11 @@ def survey_device(
     """
     sensors = sensors or Sensors()
     found = _probe(backends)
-    available = [name for name, survey in found.items() if survey.reason is None]
-    if not available:
-        first = next(iter(found.values()))
-        raise BackendUnavailable(first.name, first.reason or "")
+    available = _available(found)
     steps = _Steps(progress, 3 + sum(len(_widths(found[name])) for name in available))
     available_bytes, total_bytes = memory_bytes()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(directory).free
-        meter_of_disk = LoadMeter(kernel=False)
-        write_bytes_per_s, read_bytes_per_s = measure_disk(directory)
-        conditions = {"disk": meter_of_disk.conditions()}
-    except OSError as error:
-        raise BackendError(f"directory {directory} is not usable: {error}") from error
+    free_bytes, (write_bytes_per_s, read_bytes_per_s), disk_conditions = _disk(directory)
+    conditions = {"disk": disk_conditions}
     steps.done()
     patience = Patience(_REPEATS_SHARE, _REPEATS_LIMIT_S)
     read_rates = _rates("memory_read", memory_read_rate, threads, patience, conditions)
@@ -153,6 +145,27 @@ def survey_device(
         sustained=sustained,
         conditions=conditions,
     )
+
+
+def _available(found: Mapping[str, BackendSurvey]) -> list[str]:
+    """Return the names of the backends that run here. Raises BackendUnavailable if none does."""
+    available = [name for name, survey in found.items() if survey.reason is None]
+    if not available:
+        first = next(iter(found.values()))
+        raise BackendUnavailable(first.name, first.reason or "")
+    return available
+
+
+def _disk(directory: Path) -> tuple[int, tuple[float, float | None], Conditions]:
+    """Return free bytes, (write, read) bytes per second and conditions. Raises BackendError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(directory).free
+        meter = LoadMeter(kernel=False)
+        rates = measure_disk(directory)
+        return free_bytes, rates, meter.conditions()
+    except OSError as error:
+        raise BackendError(f"directory {directory} is not usable: {error}") from error
 
 
 def _rates(

@@ -61,62 +61,84 @@ def measure_sustained(
     ``progress`` is called about once a second with the seconds that have passed.
     """
     call()  # One-time work is not part of a burst.
-    start_c = hottest_c = _hottest_c(sensors)
-    meter = sensors.power_meter()
-    before, events = sensors.throttling(), sensors.throttle_events()
-    load = LoadMeter(sensors.root)
-    during_burst: Conditions | None = None
-    burst_clock_hz: float | None = None
-    in_last_part = False
-    started_s = now_s = clock_s()
-    looked_s = started_s
+    watch = _Watch(sensors, duration_s)
+    started_s = now_s = looked_s = clock_s()
     ends_s: list[float] = []
     while now_s - started_s < duration_s or not ends_s:
         call()
         now_s = clock_s()
         ends_s.append(now_s - started_s)
-        if during_burst is None and now_s - started_s >= duration_s * _BURST_SHARE:
-            during_burst, burst_clock_hz = load.conditions(), sensors.clock_hz()
-        if not in_last_part and now_s - started_s >= duration_s * (1 - _SUSTAINED_SHARE):
-            in_last_part = True
-            load.restart()
+        watch.after_call(ends_s[-1])
         if now_s - looked_s >= _SENSOR_INTERVAL_S:
             looked_s = now_s
-            if meter is not None:
-                meter.sample()
-            temperature_c = _hottest_c(sensors)
-            if temperature_c is not None and hottest_c is not None:
-                hottest_c = max(hottest_c, temperature_c)
+            watch.look()
             if progress is not None:
                 progress(min(now_s - started_s, duration_s))
-    if meter is not None:
-        meter.sample()
-    elapsed_s = ends_s[-1]
-    during_sustained, throttling = load.conditions(), sensors.throttling()
-    burst_flops = operations * _rate(ends_s, 0.0, elapsed_s * _BURST_SHARE)
-    sustained_flops = operations * _rate(ends_s, elapsed_s * (1 - _SUSTAINED_SHARE), elapsed_s)
-    result = Sustained(
-        duration_s=elapsed_s,
-        burst_flops=burst_flops,
-        sustained_flops=sustained_flops,
-        start_c=start_c,
-        hottest_c=hottest_c,
-        throttling=throttling,
-        watts=None if meter is None else meter.watts(),
-        watts_source=None if meter is None else meter.source,
-        during_burst=during_burst or during_sustained,
-        during_sustained=during_sustained,
-        burst_clock_hz=burst_clock_hz,
-        sustained_clock_hz=sensors.clock_hz(),
-        cause="",
-    )
-    if sustained_flops >= KEPT_SHARE * burst_flops:
-        return result
-    flags = set() if throttling is None else set(throttling.now)
-    if throttling is not None and before is not None:
-        flags |= set(throttling.since_boot) - set(before.since_boot)
-    more_events = (sensors.throttle_events() or 0) - (events or 0)
-    return replace(result, cause=_cause(result, sorted(flags), more_events))
+    return watch.result(operations, ends_s)
+
+
+class _Watch:
+    """Watches sensors and other programs while a call repeats for ``duration_s``."""
+
+    def __init__(self, sensors: Sensors, duration_s: float) -> None:
+        self._sensors = sensors
+        self._burst_end_s = duration_s * _BURST_SHARE
+        self._last_part_s = duration_s * (1 - _SUSTAINED_SHARE)
+        self._start_c = self._hottest_c = _hottest_c(sensors)
+        self._meter = sensors.power_meter()
+        self._before, self._events = sensors.throttling(), sensors.throttle_events()
+        self._load = LoadMeter(sensors.root)
+        self._during_burst: Conditions | None = None
+        self._burst_clock_hz: float | None = None
+        self._in_last_part = False
+
+    def after_call(self, elapsed_s: float) -> None:
+        """Read conditions once at the end of the burst, and from the last part's beginning on."""
+        if self._during_burst is None and elapsed_s >= self._burst_end_s:
+            self._during_burst = self._load.conditions()
+            self._burst_clock_hz = self._sensors.clock_hz()
+        if not self._in_last_part and elapsed_s >= self._last_part_s:
+            self._in_last_part = True
+            self._load.restart()
+
+    def look(self) -> None:
+        """Read power and temperature."""
+        if self._meter is not None:
+            self._meter.sample()
+        temperature_c = _hottest_c(self._sensors)
+        if temperature_c is not None and self._hottest_c is not None:
+            self._hottest_c = max(self._hottest_c, temperature_c)
+
+    def result(self, operations: int, ends_s: list[float]) -> Sustained:
+        """Return the rates of calls that ended at these times, and why they fell if they did."""
+        meter, sensors, elapsed_s = self._meter, self._sensors, ends_s[-1]
+        if meter is not None:
+            meter.sample()
+        during_sustained, throttling = self._load.conditions(), sensors.throttling()
+        burst = _rate(ends_s, 0.0, elapsed_s * _BURST_SHARE)
+        sustained = _rate(ends_s, elapsed_s * (1 - _SUSTAINED_SHARE), elapsed_s)
+        result = Sustained(
+            duration_s=elapsed_s,
+            burst_flops=operations * burst,
+            sustained_flops=operations * sustained,
+            start_c=self._start_c,
+            hottest_c=self._hottest_c,
+            throttling=throttling,
+            watts=None if meter is None else meter.watts(),
+            watts_source=None if meter is None else meter.source,
+            during_burst=self._during_burst or during_sustained,
+            during_sustained=during_sustained,
+            burst_clock_hz=self._burst_clock_hz,
+            sustained_clock_hz=sensors.clock_hz(),
+            cause="",
+        )
+        if result.sustained_flops >= KEPT_SHARE * result.burst_flops:
+            return result
+        flags = set() if throttling is None else set(throttling.now)
+        if throttling is not None and self._before is not None:
+            flags |= set(throttling.since_boot) - set(self._before.since_boot)
+        more_events = (sensors.throttle_events() or 0) - (self._events or 0)
+        return replace(result, cause=_cause(result, sorted(flags), more_events))
 
 
 def _cause(result: Sustained, flags: Sequence[str], events: int) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
@@ -31,6 +30,7 @@ from model.loss_estimate import (
     needed_bytes,
     plan_loss,
 )
+from model.memory import memory_bytes
 from model.passages import built_in_text, split_passages
 from model.quantize import Format, Scheme
 from model.spec import ModelSpec
@@ -42,8 +42,6 @@ VERSION = 1
 """The version of the file and of the method. Another one measures anew."""
 
 GIB = 1 << 30
-
-_GROUP_LIMIT = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ class LossStore:
 def _text(checkpoint: Checkpoint) -> list[list[int]]:
     """Token ids to measure with. Raises LossUnknown: no memory, or no text that the model reads."""
     spec = checkpoint.spec
-    needed, free = needed_bytes(spec), _free_bytes()
+    needed, (free, _) = needed_bytes(spec), memory_bytes()
     if needed > free:
         raise LossUnknown(
             f"measuring needs {needed / GIB:.2f} GiB of memory, and {free / GIB:.2f} GiB are free"
@@ -164,24 +162,6 @@ def _measured(work: Callable[[], Any]) -> Any:
         raise LossUnknown("measuring ran out of memory") from error
     except ModelError as error:
         raise LossUnknown(f"the weights cannot be measured: {error}") from error
-
-
-def _free_bytes() -> int:
-    """Memory that this process can take: the machine's, or what its control group leaves.
-
-    Page cache that can be dropped counts as free: weights that were read lie there.
-    """
-    free = int(psutil.virtual_memory().available)
-    try:
-        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::/")[2].strip()
-        own = _GROUP_LIMIT / group
-        limit = int((own / "memory.max").read_text())
-        used = int((own / "memory.current").read_text())
-        stat = dict(line.split() for line in (own / "memory.stat").read_text().splitlines())
-        used -= int(stat.get("inactive_file", 0))
-        return min(free, max(0, limit - used))
-    except (OSError, ValueError):  # There is no group, or it has no limit.
-        return free
 
 
 def _read(content: Any, spec: ModelSpec) -> LossEstimate:

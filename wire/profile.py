@@ -13,9 +13,6 @@ from wire.conditions import Conditions
 TIMED_ROWS = (2, 4, 8)
 """Rows of a pass, each of another sequence, that are timed beside one."""
 
-ASSUMED_FIXED = 0.1
-"""The part of a block's time that every share is taken to have, until shares are measured."""
-
 TimingKind = Literal["embedding", "layer", "head"]
 
 
@@ -41,7 +38,7 @@ class DeviceProfile:
     kernel_id: the same for all agents on one running machine, containers included. Empty if
         unknown.
     wireless: whether it sends over the air, which others use too.
-    shares: whether its backend runs shares of layers (model/share.py).
+    shares: whether the backend loads shares of layers (model/share.py).
     """
 
     machine: str
@@ -83,9 +80,8 @@ class BlockTiming:
         share in the time of a chunk.
     conditions: None if they were not recorded.
     rows_s: one pass of TIMED_ROWS rows; empty if it was not measured.
-    shares_s: (fraction, decode_s, prefill_s_per_token) of a device's share of the block, by rising
-        fraction of the block's weights. A layer's share is cut where partial rows are summed, and
-        its times include the cuts but no sums. Empty if it was not measured.
+    shares_s: (fraction, decode_s, prefill_s_per_token) of shares of the block, by fraction. They
+        include the cuts of a layer, but no sums. Empty if none was measured.
     """
 
     kind: TimingKind
@@ -96,37 +92,6 @@ class BlockTiming:
     conditions: Conditions | None = None
     rows_s: tuple[float, ...] = ()
     shares_s: tuple[tuple[float, float, float], ...] = ()
-
-    def share_s(self, fraction: float) -> tuple[float, float]:
-        """Predict (decode_s, prefill_s_per_token) of a share of this ``fraction`` of the block.
-
-        It is linear between measured shares, and beyond them by the two nearest. Otherwise a share
-        is assumed to take ASSUMED_FIXED of the block's time and its fraction of the remainder.
-        """
-        whole = (1.0, self.decode_s, self.prefill_s_per_token)
-        points = list(self.shares_s)
-        if self.kind == "head" and points and points[-1][0] < 1:
-            points.append(whole)  # A head is not cut.
-        if len(points) < 2:
-            base = points[0] if points else whole
-            ratio = _assumed(fraction) / _assumed(base[0])
-            return base[1] * ratio, base[2] * ratio
-        above = next((at for at, point in enumerate(points) if point[0] >= fraction), len(points))
-        low, high = points[(upper := min(max(above, 1), len(points) - 1)) - 1], points[upper]
-        along = (fraction - low[0]) / (high[0] - low[0])
-        # A slope of two disturbed figures can lead below zero, so a share never beats its fraction
-        # of the nearest measured one.
-        least = min(fraction / points[0][0], 1.0)
-        decode_s, prefill_s = (
-            max(first + along * (last - first), min(first, last) * least)
-            for first, last in zip(low[1:], high[1:], strict=True)
-        )
-        return decode_s, prefill_s
-
-
-def _assumed(fraction: float) -> float:
-    """The time of a share over that of the whole block, if nothing was measured."""
-    return ASSUMED_FIXED + (1 - ASSUMED_FIXED) * fraction
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import Backend
 from calibration.quality.students import (
+    BY_REFERENCE,
     BlockSource,
     Options,
-    Progress,
     Sequences,
     check_text,
     students_of,
@@ -74,24 +73,18 @@ def measure_quality(
     checkpoint: Checkpoint,
     bits: Sequence[int],
     sequences: Sequences,
+    options: Options = BY_REFERENCE,
     *,
     scheme: Scheme = DEFAULT_SCHEME,
     group_size: int = DEFAULT_GROUP_SIZE,
-    backend: Backend | None = None,
-    threads: int = 1,
     store: CalibrationStore | None = None,
-    progress: Progress | None = None,
     directory: Path | None = None,
-    plain: Backend | None = None,
 ) -> tuple[BlockSensitivity, ...]:
     """Measure the sensitivity of every block at each of ``bits``; sorted by block, then by width.
 
     sequences: token ids, each sequence at most the model's context.
-    backend: runs decoder layers; None for the reference, which always runs embedding and head.
-    plain: runs layers at widths that ``backend`` lacks, often the original's; None: the reference.
     store: its results are not measured again. Each new one is stored at once, so that an
         interrupted run continues where it stopped.
-    progress: called with (done, all) passes.
     directory: holds hidden states and blocks meanwhile.
 
     Raises ValueError for unusable sequences, CheckpointError for unreadable or absurd weights and a
@@ -101,9 +94,9 @@ def measure_quality(
     formats = {width: Format.of(width, scheme, group_size) for width in sorted(set(bits))}
     blocks = range(checkpoint.spec.block_count)
     key = text_key(checkpoint, sequences)
-    if backend is not None:
+    if options.backend is not None:
         # Rounded activations make a block more sensitive than its weights alone do.
-        key["backend"] = backend.probe().backend
+        key["backend"] = options.backend.probe().backend
     found: dict[tuple[int, int], tuple[float, ...]] = {}
     for block in blocks:
         for width, fmt in formats.items():
@@ -115,13 +108,7 @@ def measure_quality(
         for block in blocks
         if (widths := [fmt for bits, fmt in formats.items() if (block, bits) not in found])
     }
-    for quality in measure_blocks(
-        checkpoint,
-        missing,
-        sequences,
-        Options(backend, threads, progress, plain=plain),
-        directory,
-    ):
+    for quality in measure_blocks(checkpoint, missing, sequences, options, directory):
         values = quality.kl, quality.weight_error
         found[quality.block, quality.bits] = values
         if store is not None:
@@ -184,19 +171,11 @@ def measure_plan_kl(
     checkpoint: Checkpoint,
     formats: Sequence[Format | None],
     sequences: Sequences,
-    *,
-    backend: Backend | None = None,
-    threads: int = 1,
+    options: Options = BY_REFERENCE,
     directory: Path | None = None,
 ) -> float:
     """Measure one plan as ``measure_plans`` does."""
-    (kl,) = measure_plans(
-        checkpoint,
-        [formats],
-        sequences,
-        Options(backend, threads, None),
-        directory,
-    )
+    (kl,) = measure_plans(checkpoint, [formats], sequences, options, directory)
     return kl
 
 
@@ -205,12 +184,10 @@ def check_plans(
     qualities: Sequence[BlockSensitivity],
     plans: Sequence[Sequence[int]],
     sequences: Sequences,
+    options: Options = BY_REFERENCE,
     *,
     scheme: Scheme = DEFAULT_SCHEME,
     group_size: int = DEFAULT_GROUP_SIZE,
-    backend: Backend | None = None,
-    threads: int = 1,
-    progress: Progress | None = None,
     directory: Path | None = None,
 ) -> list[PlanCheck]:
     """Return predicted and measured divergence of plans, each given as the bits of every block.
@@ -220,13 +197,7 @@ def check_plans(
     kl = {(quality.block, quality.bits): quality.kl for quality in qualities}
     predicted = [sum(kl[place] for place in enumerate(plan)) for plan in plans]
     formats = [[Format.of(width, scheme, group_size) for width in plan] for plan in plans]
-    measured = measure_plans(
-        checkpoint,
-        formats,
-        sequences,
-        Options(backend, threads, progress),
-        directory,
-    )
+    measured = measure_plans(checkpoint, formats, sequences, options, directory)
     return [
         PlanCheck(tuple(plan), before, after)
         for plan, before, after in zip(plans, predicted, measured, strict=True)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from backends.base import Backend
 from calibration.quality.students import (
+    BY_REFERENCE,
     BlockSource,
     Options,
-    Progress,
     Rows,
     Run,
     Sequences,
@@ -45,11 +44,9 @@ def measure_hops(
     checkpoint: Checkpoint,
     sequences: Sequences,
     bits: Sequence[HopBits] = MEASURED_BITS,
+    options: Options = BY_REFERENCE,
     *,
-    backend: Backend | None = None,
-    threads: int = 1,
     store: CalibrationStore | None = None,
-    progress: Progress | None = None,
     directory: Path | None = None,
 ) -> tuple[HopSensitivity, ...]:
     """Measure every boundary at each of ``bits``; sorted by boundary, the widest first.
@@ -69,13 +66,7 @@ def measure_hops(
                 found[boundary, width] = known[0]
             else:
                 missing.setdefault(boundary, []).append(width)
-    for hop in measure_boundaries(
-        checkpoint,
-        missing,
-        sequences,
-        Options(backend, threads, progress),
-        directory,
-    ):
+    for hop in measure_boundaries(checkpoint, missing, sequences, options, directory):
         found[hop.boundary, hop.bits] = hop.kl
         if store is not None:
             store.put(key | {"block": hop.boundary, "bits": hop.bits}, (hop.kl,))

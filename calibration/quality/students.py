@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.base import Backend, StageOptions
-from calibration.machine import memory_bytes
 from model.artifact import Tensor, read_block, write_artifact
 from model.checkpoint import Checkpoint
 from model.divergence import divergences
+from model.memory import memory_bytes
 from model.quantize import Format, QuantizedMatrix
 from model.reference import ReferenceModel
 from model.spec import ModelSpec
@@ -62,16 +62,21 @@ class BlockSource(Protocol):
 class Options:
     """The settings of teacher and students.
 
-    backend: runs layers; None: the reference.
-    plain: runs layers at widths that ``backend`` lacks; None: the reference.
+    backend: runs decoder layers; None: the reference, which always runs embedding and head.
+    plain: runs layers at widths that ``backend`` lacks, often the original's; None: the reference.
+    progress: called with (done, all) passes.
     kept_bytes: bounds the fp32 blocks that are kept between passes; None: a share of free memory.
     """
 
-    backend: Backend | None
-    threads: int
-    progress: Progress | None
+    backend: Backend | None = None
+    threads: int = 1
+    progress: Progress | None = None
     kept_bytes: int | None = None
     plain: Backend | None = None
+
+
+BY_REFERENCE = Options()
+"""The reference runs everything."""
 
 
 def check_text(spec: ModelSpec, sequences: Sequences) -> None:

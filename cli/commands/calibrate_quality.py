@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.markup import escape
@@ -16,88 +16,101 @@ from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 
 if TYPE_CHECKING:
+    from backends.base import Backend
     from calibration.quality.blocks import BlockSensitivity, PlanCheck
+    from calibration.quality.hops import HopSensitivity
+    from model.checkpoint import Checkpoint
     from model.spec import ModelSpec
 
 QUALITY_BITS = (2, 3, 4, 6, 8)
 
 
+class _Found(NamedTuple):
+    """The results of one run. ``own`` has the layers of a backend that rounds by itself."""
+
+    qualities: Sequence[BlockSensitivity]
+    own: Sequence[BlockSensitivity]
+    hops: Sequence[HopSensitivity]
+    checks: Sequence[PlanCheck]
+
+
 def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -> None:
     """Measure in this process. Raises CommandFailed, ModelError, BackendError."""
     from backends.registry import BACKENDS, backend_class
-    from calibration.quality.blocks import check_plans, measure_quality, random_plans
-    from calibration.quality.hops import measure_hops, worst_hops
-    from calibration.store import CalibrationStore
+    from calibration.quality.hops import worst_hops
     from model.checkpoint import Checkpoint
 
     if options.model is None:
         raise UsageError("--quality compares weights: it needs --model DIR")
-    bits = options.bits or QUALITY_BITS
     checkpoint = Checkpoint.open(options.model)
     spec = checkpoint.spec
     sequences = _sequences(options, spec)
-    form = {"scheme": options.scheme, "group_size": options.group_size}
     first = next(iter(BACKENDS))
     backend = backend_class(options.backend or first)()
-    capabilities = backend.probe()
+    arithmetic = backend.probe().arithmetic
     # A backend that rounds is measured in addition to the loss of the weights' bits alone.
-    rounding = bool(capabilities.arithmetic)
-    how = form | {
-        "backend": backend_class(first)() if rounding else backend,
-        "threads": options.threads,
-        "directory": state_dir,
-    }
-    store = CalibrationStore(state_dir / "quality.json")
-    checks: list[PlanCheck] = []
+    plain = backend_class(first)() if arithmetic else backend
     try:
-        with screen.counting("measuring sensitivities") as on_step:
-            qualities = measure_quality(
-                checkpoint,
-                bits,
-                sequences,
-                store=store,
-                progress=on_step,
-                **how,
-            )
-            own = measure_quality(
-                checkpoint,
-                [width for width in bits if rounding and width in capabilities.container_bits],
-                sequences,
-                store=store,
-                progress=on_step,
-                **(how | {"backend": backend, "plain": how["backend"]}),
-            )
-        with screen.counting("measuring hops") as on_step:
-            hops = measure_hops(
-                checkpoint,
-                sequences,
-                backend=how["backend"],
-                threads=options.threads,
-                store=store,
-                progress=on_step,
-                directory=state_dir,
-            )
-        if options.check_plans:
-            plans = random_plans(spec.block_count, bits, options.check_plans)
-            with screen.counting("measuring plans") as on_step:
-                checks = check_plans(
-                    checkpoint, qualities, plans, sequences, progress=on_step, **how
-                )
+        found = _measured(options, screen, state_dir, checkpoint, sequences, (plain, backend))
     except ValueError as error:
         raise CommandFailed(str(error)) from error
     answer = {
         "model": str(options.model.absolute()),
         "fingerprint": checkpoint.fingerprint,
         "tokens": sum(map(len, sequences)),
-        **form,
-        "blocks": _described(spec, qualities) + _described(spec, own, capabilities.arithmetic),
+        "scheme": options.scheme,
+        "group_size": options.group_size,
+        "blocks": _described(spec, found.qualities) + _described(spec, found.own, arithmetic),
         "hops": [
-            {"after": spec.block_name(hop.boundary), "bits": hop.bits, "kl": hop.kl} for hop in hops
+            {"after": spec.block_name(hop.boundary), "bits": hop.bits, "kl": hop.kl}
+            for hop in found.hops
         ],
-        "worst_hops": worst_hops(hops),
-        "plans": [asdict(check) for check in checks],
+        "worst_hops": worst_hops(found.hops),
+        "plans": [asdict(check) for check in found.checks],
     }
-    _show_quality(options, screen, answer, qualities, checks)
+    _show_quality(options, screen, answer, found.qualities, found.checks)
+
+
+def _measured(
+    options: argparse.Namespace,
+    screen: Screen,
+    state_dir: Path,
+    checkpoint: Checkpoint,
+    sequences: Sequence[Sequence[int]],
+    backends: tuple[Backend, Backend],
+) -> _Found:
+    """Measure with ``backends``: the one for all, and the one for the layers of ``own``.
+
+    Raises ValueError for unusable sequences.
+    """
+    from calibration.quality.blocks import check_plans, measure_quality, random_plans
+    from calibration.quality.hops import measure_hops
+    from calibration.quality.students import Options
+    from calibration.store import CalibrationStore
+
+    bits = options.bits or QUALITY_BITS
+    plain, rounding = backends
+    form = {"scheme": options.scheme, "group_size": options.group_size, "directory": state_dir}
+    store = CalibrationStore(state_dir / "quality.json")
+    own: Sequence[BlockSensitivity] = ()
+    checks: Sequence[PlanCheck] = ()
+    with screen.counting("measuring sensitivities") as on_step:
+        how = Options(plain, options.threads, on_step)
+        qualities = measure_quality(checkpoint, bits, sequences, how, store=store, **form)
+        if rounding is not plain:
+            how = Options(rounding, options.threads, on_step, plain=plain)
+            taken = rounding.probe().container_bits
+            widths = [width for width in bits if width in taken]
+            own = measure_quality(checkpoint, widths, sequences, how, store=store, **form)
+    with screen.counting("measuring hops") as on_step:
+        how = Options(plain, options.threads, on_step)
+        hops = measure_hops(checkpoint, sequences, options=how, store=store, directory=state_dir)
+    if options.check_plans:
+        plans = random_plans(checkpoint.spec.block_count, bits, options.check_plans)
+        with screen.counting("measuring plans") as on_step:
+            how = Options(plain, options.threads, on_step)
+            checks = check_plans(checkpoint, qualities, plans, sequences, how, **form)
+    return _Found(qualities, own, hops, checks)
 
 
 def _described(

@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backends.registry import BACKENDS
-from calibration.machine import memory_bytes, processor_name, usable_cores
+from calibration.machine import processor_name, usable_cores
 from calibration.sensors import Sensors
 from cli.doctor.hardware import Coral, board_model, corals, is_jetson, read_text
+from model.memory import memory_bytes
 from wire.messages import Endpoint
 from wire.sizes import format_size
 

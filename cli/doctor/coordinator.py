@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 
-from calibration.machine import memory_bytes
 from cli.doctor.checks import LEAST_MEMORY_BYTES, NEEDED, Check, Machine, installed
 from cli.doctor.network import check_multicast
+from model.memory import memory_bytes
 from wire import limits
 from wire.sizes import format_size
 from wire.transport import reason

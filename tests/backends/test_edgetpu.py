@@ -30,6 +30,7 @@ from backends.edgetpu_product import Counts, Int8Weights
 from backends.edgetpu_runtime import Engine
 from backends.onnx_cpu import OnnxCpuBackend
 from calibration.quality.blocks import measure_quality
+from calibration.quality.students import Options
 from calibration.store import CalibrationStore
 from model.artifact import read_block
 from model.checkpoint import Checkpoint
@@ -367,7 +368,7 @@ def test_a_blocks_sensitivity_is_that_of_the_backend(backend: Backend, tmp_path:
     weights_only, whole = (
         {
             item.block: item.kl
-            for item in measure_quality(checkpoint, [8], sequences, backend=it, store=store)
+            for item in measure_quality(checkpoint, [8], sequences, Options(it), store=store)
         }
         for it in (None, backend)
     )

@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from backends import torch_matmul, torch_stage
+from backends import torch_matmul, torch_stage, torch_tokens
 from backends.base import Backend, BackendError, BackendUnavailable, StageOptions
 from backends.registry import backend_class
 from backends.torch_cuda import (
@@ -206,7 +206,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_used(
 def test_token_passes_of_every_length(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_stage, "SHORTEST_LENGTH", 4)
+    monkeypatch.setattr(torch_tokens, "SHORTEST_LENGTH", 4)
     monkeypatch.setattr(torch_stage, "PROMPT_ROWS", 5)
     spec, artifacts = stored_model(tmp_path, name, 8)
     expected, sequence = reference(spec, artifacts, 40), tokens(spec, 40)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from calibration.quality.hops import MEASURED_BITS, measure_hops, through_hop, worst_hops
+from calibration.quality.students import Options
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
 from model.reference import ReferenceModel
@@ -84,17 +85,15 @@ def test_what_is_stored_is_not_measured_again(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         measure_hops(
-            checkpoint,
-            texts(checkpoint),
-            store=store,
-            progress=until_the_last,
+            checkpoint, texts(checkpoint), options=Options(progress=until_the_last), store=store
         )
     half = len(steps)
-    first = measure_hops(checkpoint, texts(checkpoint), store=store, progress=progress)
+    counted = Options(progress=progress)
+    first = measure_hops(checkpoint, texts(checkpoint), options=counted, store=store)
     assert len(steps) - half < half
     assert steps[-1][0] == steps[-1][1]
     count = len(steps)
-    assert measure_hops(checkpoint, texts(checkpoint), store=store, progress=progress) == first
+    assert measure_hops(checkpoint, texts(checkpoint), options=counted, store=store) == first
     assert len(steps) == count
     wide = tuple(hop for hop in first if hop.bits == 16)
     assert measure_hops(checkpoint, texts(checkpoint), (16,), store=store) == wide

@@ -19,6 +19,7 @@ from calibration.quality.blocks import (
     measure_quality,
     random_plans,
 )
+from calibration.quality.students import Options
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
 from model.divergence import divergences
@@ -84,8 +85,8 @@ def test_sensitivities_are_those_of_whole_models(fixture: str, tmp_path: Path) -
         checkpoint,
         BITS,
         sequences,
+        Options(progress=lambda done, total: steps.append((done, total))),
         directory=tmp_path / "work",
-        progress=lambda done, total: steps.append((done, total)),
     )
     places = [(block, bits) for block in range(checkpoint.spec.block_count) for bits in BITS]
     assert [(item.block, item.bits) for item in found] == places
@@ -109,7 +110,7 @@ def test_a_backend_gives_the_same(backend: Backend, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(FIXTURES / "llama")
     sequences = texts(checkpoint)
     slow = measure_quality(checkpoint, (2, 4), sequences)
-    fast = measure_quality(checkpoint, (2, 4), sequences, backend=backend, directory=tmp_path)
+    fast = measure_quality(checkpoint, (2, 4), sequences, Options(backend), directory=tmp_path)
     for one, other in zip(slow, fast, strict=True):
         assert other.kl == pytest.approx(one.kl, rel=1e-2, abs=1e-8)
         assert other.weight_error == one.weight_error
@@ -125,7 +126,7 @@ def test_a_width_that_the_backend_lacks_runs_as_the_reference(
     probe = staticmethod(lambda: Capabilities(known.backend, known.version, fewer))
     monkeypatch.setattr(type(backend), "probe", probe)
     slow = measure_quality(checkpoint, (4,), sequences)
-    fast = measure_quality(checkpoint, (4,), sequences, backend=backend, directory=tmp_path)
+    fast = measure_quality(checkpoint, (4,), sequences, Options(backend), directory=tmp_path)
     assert [item.kl for item in fast] == pytest.approx([item.kl for item in slow], rel=1e-2)
 
 
@@ -168,26 +169,23 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         measure_quality(
-            checkpoint, BITS, sequences, store=store, progress=interrupt, directory=tmp_path
+            checkpoint,
+            BITS,
+            sequences,
+            Options(progress=interrupt),
+            store=store,
+            directory=tmp_path,
         )
     totals: set[int] = set()
-    again = measure_quality(
-        checkpoint,
-        BITS,
-        sequences,
-        store=store,
-        progress=lambda done, total: totals.add(total),
-        directory=tmp_path,
-    )
+    counted = Options(progress=lambda done, total: totals.add(total))
+    again = measure_quality(checkpoint, BITS, sequences, counted, store=store, directory=tmp_path)
     assert [item.kl for item in again] == pytest.approx([item.kl for item in whole])
     head = checkpoint.spec.head_block
     (total,) = totals
     assert head < total < head + (head + 1) * (head + 2) // 2
     # And then there is nothing left to do.
     totals.clear()
-    third = measure_quality(
-        checkpoint, BITS, sequences, store=store, progress=lambda done, total: totals.add(total)
-    )
+    third = measure_quality(checkpoint, BITS, sequences, counted, store=store)
     assert (third, totals) == (again, set())
     assert {path.name for path in tmp_path.iterdir()} == {"quality.json", "quality.json.lock"}
 
@@ -209,7 +207,7 @@ def test_the_divergence_of_a_mixed_plan(backend: Backend, tmp_path: Path) -> Non
     formats = [None if block % 3 == 0 else Format.of((2, 4)[block % 2]) for block in range(count)]
     expected = brute_force(checkpoint, formats, sequences)
     for chosen in (None, backend):
-        found = measure_plan_kl(checkpoint, formats, sequences, backend=chosen, directory=tmp_path)
+        found = measure_plan_kl(checkpoint, formats, sequences, Options(chosen), tmp_path)
         assert found == pytest.approx(expected, rel=1e-2)
     assert measure_plan_kl(checkpoint, [None] * count, sequences) == 0.0
     with pytest.raises(ValueError, match="formats"):

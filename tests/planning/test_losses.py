@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from backends.registry import backend_class
 from benchmarks.default_widths import Comparison, heavy_tailed
 from calibration.quality.blocks import measure_plan_kl, measure_quality
+from calibration.quality.students import Options
 from calibration.shapes import SHAPES
 from model import loss_store as losses_module
 from model.checkpoint import Checkpoint
@@ -28,9 +30,11 @@ from model.loss_estimate import (
     LossUnknown,
     affordable_tokens,
     estimate_losses,
+    needed_bytes,
     plan_loss,
 )
 from model.loss_store import Form, LossStore
+from model.memory import memory_bytes
 from model.passages import built_in_text, split_passages
 from model.quantize import BITS, Format
 from model.tokenizer import Tokenizer
@@ -76,7 +80,7 @@ def test_other_widths_follow_from_the_weight_errors() -> None:
     found = estimate(checkpoint, 128)
     full = dict.fromkeys((3, 8), 0.0)
     backend = backend_class("onnx_cpu")()
-    for one in measure_quality(checkpoint, (3, 8), tokens_of(checkpoint, 128), backend=backend):
+    for one in measure_quality(checkpoint, (3, 8), tokens_of(checkpoint, 128), Options(backend)):
         full[one.bits] += one.kl
     for bits, total in full.items():
         # Errors of single blocks have directions, which a ratio of sizes does not know.
@@ -176,7 +180,7 @@ def test_no_text_no_memory_and_wild_weights_are_told(
     shutil.rmtree(model)
     copied(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(losses_module, "_free_bytes", lambda: 1000)
+        patch.setattr(losses_module, "memory_bytes", lambda: (1000, 1000))
         assert "measuring needs" in why()
     for file in model.glob("tokenizer*"):
         file.unlink()
@@ -273,11 +277,17 @@ def test_page_cache_of_a_control_group_counts_as_free(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A service that has just read the weights has them in its cache."""
-    own = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::/")[2].strip()
-    group = tmp_path / own
-    group.mkdir(parents=True, exist_ok=True)
-    (group / "memory.max").write_text("1000000\n")
-    (group / "memory.current").write_text("900000\n")
-    (group / "memory.stat").write_text("anon 100000\ninactive_file 700000\n")
-    monkeypatch.setattr(losses_module, "_GROUP_LIMIT", tmp_path)
-    assert losses_module._free_bytes() == 800_000
+    checkpoint = Checkpoint.open(FIXTURES / "llama")
+    needed = needed_bytes(checkpoint.spec)
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (group / "memory.max").write_text(f"{2 * needed}\n")
+    (group / "memory.current").write_text(f"{2 * needed}\n")
+    (group / "memory.stat").write_text(f"anon {needed}\ninactive_file {needed}\n")
+    monkeypatch.setattr(losses_module, "memory_bytes", partial(memory_bytes, tmp_path))
+    assert losses_module._text(checkpoint)
+    (group / "memory.stat").write_text(f"anon {needed + 1}\ninactive_file {needed - 1}\n")
+    with pytest.raises(LossUnknown, match="measuring needs"):
+        losses_module._text(checkpoint)

@@ -13,6 +13,7 @@ from backends.base import BackendUnavailable
 from backends.registry import backend_class
 from calibration.quality.blocks import measure_quality
 from calibration.quality.hops import measure_hops
+from calibration.quality.students import Options
 from model.checkpoint import Checkpoint
 from model.passages import built_in_text, split_passages
 from model.tokenizer import Tokenizer
@@ -125,7 +126,7 @@ def test_a_device_is_charged_what_its_arithmetic_loses(cluster: Cluster) -> None
     tokenizer = Tokenizer.load(MODEL)
     sequences = split_passages(map(tokenizer.encode, built_in_text()), 128, 60)
     tflite_cpu = backend_class("tflite_cpu")()
-    for one in measure_quality(checkpoint, (8,), sequences, backend=tflite_cpu):
+    for one in measure_quality(checkpoint, (8,), sequences, Options(tflite_cpu)):
         if checkpoint.spec.block_kind(one.block) == "layer":
             assert ours.pop(one.block) == pytest.approx(one.kl, rel=1e-2)
             assert one.kl > 2 * common[one.block]
