@@ -148,7 +148,7 @@ def show(console: Console, parts: Parts, rows: list[Simulated]) -> None:
     alone_s = rows[0].token_s
     table = Table(
         title=f"SIMULATED, not run: {parts.model.name}, round trip {1e3 * parts.rtt_s:g} ms,"
-        f" {parts.sum_s * 1e3:g} ms of software a sum",
+        f" sums {parts.sum_s * 1e3:g} ms",
         title_justify="left",
     )
     for name in ("members", "of a layer", "compute ms", "sums ms", "token ms", "tok/s", "gain"):
@@ -178,9 +178,20 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--rtt-ms", type=float, nargs="+", help="Instead of the lab's.")
     parser.add_argument("--sum-ms", type=float, nargs="+", help="Instead of the lab's.")
+    parser.add_argument(
+        "--share",
+        type=_share,
+        action="append",
+        default=[],
+        metavar="0.5=0.56",
+        help="Time of such a share, relative to the whole layer. May be repeated, instead of the "
+        "lab's.",
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     lab = parts_of(options.lab, bits=options.bits, layers=options.layers, kv_heads=options.kv_heads)
+    if options.share:
+        lab = replace(lab, share_times={**dict(options.share), 1.0: 1.0})
     console, answer = Console(), []
     for rtt_ms in options.rtt_ms or [1e3 * lab.rtt_s]:
         for sum_ms in options.sum_ms or [1e3 * lab.sum_s]:
@@ -191,6 +202,11 @@ def main() -> None:
                 show(console, parts, rows)
     if options.json:
         print(json.dumps({"simulated": True, "lab": str(options.lab), "settings": answer}))
+
+
+def _share(text: str) -> tuple[float, float]:
+    share, _, time = text.partition("=")
+    return float(share), float(time)
 
 
 def _plain(parts: Parts, rows: list[Simulated]) -> dict[str, Any]:

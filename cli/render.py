@@ -33,6 +33,8 @@ NOISY = " *"
 
 NOISE_LINES = 8
 
+_SUMS_PER_LAYER = 2
+
 PHASES = {
     "measure": "measuring blocks",
     "links": "measuring links",
@@ -232,8 +234,6 @@ class Screen:
         times: the source of described or assumed times, or None for measured ones.
         noise: as for ``self.noise``.
         """
-        from planning.plan import bits_text
-
         table = titled_table(title)
         table.add_column("device", no_wrap=True)
         table.add_column("blocks", no_wrap=True)
@@ -241,28 +241,8 @@ class Screen:
         for column in ("memory", "limit", "ms"):
             table.add_column(column, justify="right", no_wrap=True)
         noisy = {entry["device"] for entry in noise}
-        for index, stage in enumerate(plan["stages"]):
-            blocks = [item for item in plan["blocks"] if item["device"] == stage["device"]]
-            names = blocks[0]["name"], blocks[-1]["name"]
-            members = stage.get("members", ())
-            device = escape(stage["device"]) + (NOISY if stage["device"] in noisy else "")
-            table.add_row(
-                f"team of {len(members)}" if members else device,
-                names[0] if len(blocks) == 1 else f"{names[0]} .. {names[1]}",
-                bits_text([item["bits"] for item in blocks]),
-                format_size(stage["memory_bytes"]),
-                format_size(stage["memory_limit_bytes"]),
-                f"{stage['compute_s'] * 1e3:.2f}",
-            )
-            for member in members:
-                _add_member(table, member, plan["shares"], noisy)
-            if members:
-                sums_ms = f"{stage['sums_s'] * 1e3:.2f}"
-                table.add_row("  sums", "", str(stage["sum_bits"]), "", "", sums_ms)
-            if index < len(plan["hops"]):
-                hop = plan["hops"][index]
-                bits = str(stage.get("hop_bits") or "")
-                table.add_row("  hop", "", bits, "", "", f"{hop['seconds'] * 1e3:.2f}")
+        for index in range(len(plan["stages"])):
+            _add_stage(table, plan, index, noisy)
         if plan["hops"]:
             table.add_row("  token return", "", "", "", "", f"{plan['return_s'] * 1e3:.2f}")
         self.table(table)
@@ -351,6 +331,37 @@ def _load_figures(loaded: Mapping[str, Any]) -> tuple[str, str, str]:
     """Memory, fetched bytes and seconds of a loaded stage or of a member's part of it."""
     sizes = format_size(loaded["memory_bytes"]), format_size(loaded["fetched_bytes"])
     return (*sizes, f"{loaded['load_s']:.2f}")
+
+
+def _add_stage(table: Table, plan: Mapping[str, Any], index: int, noisy: set[str]) -> None:
+    """Add the rows of one stage: its device or team, its sums, and the hop behind it."""
+    from planning.plan import bits_text
+
+    stage = plan["stages"][index]
+    blocks = [item for item in plan["blocks"] if item["device"] == stage["device"]]
+    names = [item["name"] for item in blocks]
+    members = stage.get("members", ())
+    device = escape(stage["device"]) + (NOISY if stage["device"] in noisy else "")
+    table.add_row(
+        f"team of {len(members)}" if members else device,
+        names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
+        bits_text([item["bits"] for item in blocks]),
+        format_size(stage["memory_bytes"]),
+        format_size(stage["memory_limit_bytes"]),
+        f"{stage['compute_s'] * 1e3:.2f}",
+    )
+    for member in members:
+        _add_member(table, member, plan["shares"], noisy)
+    if members:
+        sums_ms = f"{stage['sums_s'] * 1e3:.2f}"
+        table.add_row("  sums", "", str(stage["sum_bits"]), "", "", sums_ms)
+    if measured := stage.get("measured_sum"):
+        layers = sum(name.startswith("layer") for name in names)
+        seconds = _SUMS_PER_LAYER * layers * measured["row_s"]
+        table.add_row("  sums, measured", "", "", "", "", f"{seconds * 1e3:.2f}")
+    if index < len(plan["hops"]):
+        hop_ms = f"{plan['hops'][index]['seconds'] * 1e3:.2f}"
+        table.add_row("  hop", "", str(stage.get("hop_bits") or ""), "", "", hop_ms)
 
 
 def _add_member(

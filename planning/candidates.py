@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from model.share import Share, share_steps
+from model.share import Share, most_members, share_steps
 from planning.problem import BlockOption, PlanningProblem
 from planning.teams import (
     fractions,
@@ -95,11 +95,7 @@ class _Candidates:
         self.steps = share_steps(spec, problem.group_size)
         self.layer = spec.layers[0]
         self.by_heads = heads_part(self.layer)
-        self.pieces = min(
-            -(-self.layer.kv_heads // self.steps.kv_heads),
-            -(-self.layer.ffn // self.steps.columns),
-            MOST_MEMBERS,
-        )
+        self.most_members = min(most_members(spec, problem.group_size), MOST_MEMBERS)
         named = {index for team in problem.teams for index in team}
         able = set(sharing(problem)) - named
         twins = [tuple(some) for some in twin_sets(problem) if able >= set(some)]
@@ -146,7 +142,7 @@ class _Candidates:
         seen = set()
         for cluster in self._clusters(linked):
             for first in range(len(cluster)):
-                for end in range(first + 2, min(len(cluster), first + self.pieces) + 1):
+                for end in range(first + 2, min(len(cluster), first + self.most_members) + 1):
                     run = cluster[first:end]
                     counts = {kind: run.count(kind) for kind in run}
                     key = tuple(sorted(counts.items()))
@@ -155,7 +151,7 @@ class _Candidates:
                         yield counts
 
     def _together(self, counts: Mapping[int, int], linked: set[tuple[int, int]]) -> bool:
-        if not 2 <= sum(counts.values()) <= self.pieces:
+        if not 2 <= sum(counts.values()) <= self.most_members:
             return False
         return all((a, b) in linked for a in counts for b in counts if a != b or counts[a] > 1)
 
@@ -262,13 +258,14 @@ class _Candidates:
         if not (width := self._width(members)):
             return []
         lines = self._lines(members, width)
-        by_speed = self._shares(lines, _balanced(lines, [1.0] * len(lines)))
+        whole = [1.0] * len(lines)
+        by_speed = self._shares(lines, _balanced(lines, whole), whole)
         found = [by_speed]
         if not fast_only and not self._holds(members, by_speed, max(self.problem.bits)):
             if not self._holds(members, by_speed, width):
                 room = self._room(members, width)
-                found.append(self._shares(lines, _balanced(lines, room)))
-            found.append(self._shares(lines, [1 / len(lines)] * len(lines)))
+                found.append(self._shares(lines, _balanced(lines, room), room))
+            found.append(self._shares(lines, [1 / len(lines)] * len(lines), whole))
         candidates = [
             self._candidate(members, shares, width, form.bits)
             for shares in dict.fromkeys(found)
@@ -322,11 +319,11 @@ class _Candidates:
         return all(self._part(s) <= room for s, room in zip(shares, rooms, strict=True))
 
     def _shares(
-        self, lines: Sequence[tuple[float, float]], parts: Sequence[float]
+        self, lines: Sequence[tuple[float, float]], parts: Sequence[float], room: Sequence[float]
     ) -> tuple[Share, ...]:
         """The shares with about these parts of the whole, in whole steps."""
         spans = [
-            _spans(total, step, parts, lines)
+            _spans(total, step, parts, lines, room)
             for total, step in (
                 (self.layer.kv_heads, self.steps.kv_heads),
                 (self.layer.ffn, self.steps.columns),
@@ -371,11 +368,15 @@ def _balanced(lines: Sequence[tuple[float, float]], room: Sequence[float]) -> li
 
 
 def _spans(
-    total: int, step: int, parts: Sequence[float], lines: Sequence[tuple[float, float]]
+    total: int,
+    step: int,
+    parts: Sequence[float],
+    lines: Sequence[tuple[float, float]],
+    room: Sequence[float],
 ) -> list[tuple[int, int]]:
     """Half-open ranges of about these parts of the total, in steps, each with one at least.
 
-    Steps left over go where they cost the least time.
+    Steps left over go where there is room for them, and where they cost the least time.
     """
     pieces = -(-total // step)
     counts = [max(1, math.floor(part * pieces + 1e-9)) for part in parts]
@@ -391,7 +392,10 @@ def _spans(
         )
         counts[most] -= 1
     while sum(counts) < pieces:
-        least = min(range(len(counts)), key=lambda m: (seconds(m, counts[m] + 1), m))
+        least = min(
+            range(len(counts)),
+            key=lambda m: (counts[m] + 1 > room[m] * pieces, seconds(m, counts[m] + 1), m),
+        )
         counts[least] += 1
     ends = [min(sum(counts[: m + 1]) * step, total) for m in range(len(counts))]
     return list(zip([0, *ends], ends, strict=False))

@@ -390,10 +390,10 @@ def of_plan(problem: PlanningProblem, plan: Plan) -> tuple[PlanningProblem, list
 def verify(plan: Plan, problem: PlanningProblem) -> None:
     """Check a plan against the problem without trusting a solver or the plan's own figures.
 
-    Raises PlanError naming the first violation. The checks are: coverage, one contiguous stage per
-    device, teams and their shares, known watts, bits of blocks and hops, weight error, pins,
-    exclusions, memory and storage of each device, budget, every predicted figure, and the proved
-    bound.
+    Raises PlanError naming the first violation. It checks coverage, one contiguous stage for each
+    device, and teams with their shares. Then it checks known watts, bits of blocks and hops,
+    weight error, pins and exclusions. Last come memory and storage of each device, budget, every
+    predicted figure, and the proved bound.
     """
     problem, indices = of_plan(problem, plan)
     seen: set[str] = set()

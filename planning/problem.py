@@ -173,7 +173,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """What makes a device of a problem a team: real devices that share each layer.
+    """The members of a device that is a team: real devices that share each layer.
 
     ``parts``: the members, lead first. ``lead``: its index in the problem's devices. The lead alone
     has links to other stages, and the embedding.

@@ -14,6 +14,7 @@ from typing import Any
 from model.share import Share
 from planning.plan import PlanError, Stage
 from planning.problem import PlanningProblem
+from planning.teams import with_team
 from wire.activations import HOP_BITS
 
 MOST_MEMBERS = 64
@@ -67,13 +68,11 @@ class SavedTeam:
                     f"the team {self} has {end} {words} and the model {total}:"
                     f" change the counts in `{key}`"
                 )
-        from planning import teams
-
         indices = {device.name: index for index, device in enumerate(problem.devices)}
         members = [indices[device] for device in self.devices]
         shares = [share for _, share in self.members]
         try:
-            return teams.with_team(problem, members, shares, self.sum_bits)
+            return with_team(problem, members, shares, self.sum_bits)
         except ValueError as error:
             raise PlanError(str(error)) from error
 

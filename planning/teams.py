@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import UnsupportedModelError
-from model.share import Share, can_share, share_spec, share_steps
+from model.share import Share, can_share, most_members, share_spec, share_steps
 from model.spec import QUANTIZED_TENSORS, LayerSpec
 from planning.problem import (
     BlockOption,
@@ -31,7 +31,9 @@ from planning.problem import (
     Team,
 )
 from wire import limits
+from wire.activations import HOP_BITS
 from wire.profile import TIMED_ROWS
+from wire.sums import traffic
 
 ASSUMED_FIXED = 0.1
 """Part of a block's time that a share does not shorten, where shares were not measured."""
@@ -129,19 +131,14 @@ def sum_widths(problem: PlanningProblem) -> tuple[HopFormat, ...]:
 
 
 def sum_s(problem: PlanningProblem, members: Sequence[int], rows: int, sum_bits: int) -> float:
-    """Seconds of one sum of so many rows over a team. The slowest of its links counts.
-
-    Few rows go from each member to all others. Rows of a chunk are added up in parts, which are
-    then sent to all.
-    """
+    """Seconds of one sum of so many rows over a team (wire/sums.py). The slowest link counts."""
     links = [problem.links[pair] for pair in permutations(members, 2)]
     latency_s = max(link.transfer_s(0) for link in links)
     software_s = max(problem.devices[i].sum_s for i in members)
-    row_s = problem.hop_bytes(sum_bits) / min(link.bytes_per_s for link in links)
-    others = len(members) - 1
-    if rows <= TIMED_ROWS[-1]:
-        return latency_s + software_s + others * rows * row_s
-    return 2 * (latency_s + software_s) + 2 * others / len(members) * rows * row_s
+    (bits,) = (width for width in HOP_BITS if width == sum_bits)
+    messages, sent_bytes = traffic(len(members), rows, problem.spec.hidden, bits)
+    sent_s = sent_bytes / min(link.bytes_per_s for link in links)
+    return messages * (latency_s + software_s) + sent_s
 
 
 def sharing(problem: PlanningProblem) -> tuple[int, ...]:
@@ -227,16 +224,14 @@ def refused(problem: PlanningProblem, members: Sequence[int]) -> str | None:
     for pair in permutations(members, 2):
         if pair not in problem.links:
             return problem.no_link(*pair)
-    steps = share_steps(problem.spec, problem.group_size)
-    layer = problem.spec.layers[0]
-    pieces = -(-layer.kv_heads // steps.kv_heads)
-    if min(pieces, -(-layer.ffn // steps.columns)) < len(members):
-        return f"the layers can be divided into {pieces} parts at most"
+    most = most_members(problem.spec, problem.group_size)
+    if most < len(members):
+        return f"the layers can be divided into {most} parts at most"
     return None
 
 
 def _wrong_shares(problem: PlanningProblem, shares: Sequence[Share]) -> str | None:
-    """What is wrong with the shares of a team; None if they make up the whole model."""
+    """The fault of a team's shares, in words; None if they make up the whole model."""
     layer = problem.spec.layers[0]
     steps = share_steps(problem.spec, problem.group_size)
     for what, total, step, spans in (
@@ -305,8 +300,8 @@ class _Maker:
         back = [problem.links[i, lead] for i in others]
         self.software_s = max(device.sum_s for device in self.devices)
         self.gather_s = max(link.transfer_s(0) for link in back) + self.software_s
-        sent = problem.hop_bytes(sum_bits) / min(link.bytes_per_s for link in away)
-        self.pass_row_s = len(others) * sent
+        sent_s = problem.hop_bytes(max(16, sum_bits)) / min(link.bytes_per_s for link in away)
+        self.pass_row_s = len(others) * sent_s
         self.pass_s = max(link.transfer_s(0) for link in away) + self.software_s
 
     def device(self) -> Device:
@@ -351,7 +346,7 @@ class _Maker:
         )
 
     def _looks(self, block: int) -> tuple[object, ...]:
-        """What the row of a block depends on."""
+        """Everything on which the row of a block depends."""
         problem, spec = self.problem, self.problem.spec
         lost = self.loss and tuple((problem.sensitivities or ({},) * (block + 1))[block].items())
         return (

@@ -111,22 +111,22 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             **losses.fields,
         )
         problem = lab_problem(lab, request)
-        times = asdict(times_of(lab, spec))
         if options.formulation == "dilemma":
-            _run_dilemma(options, screen, problem, times)
+            _run_dilemma(options, screen, problem, asdict(times_of(lab, spec)))
         else:
             name = model.absolute().name
             plan = _given_or_best(options, screen, problem, given)
             plan, measured_kl = keep_described(
                 options, screen, losses, problem, plan, partial(_solve, options, screen)
             )
+            members = [one.device for stage in plan.stages for one in stage.members]
             wording = _Wording(
                 f"plan for {name}, predicted from {options.devices}",
                 f"{name} on {options.devices.name}",
                 {
                     "devices": str(options.devices),
                     "figures": "predicted from described devices",
-                    "times": times,
+                    "times": asdict(times_of(lab, spec, members)),
                 },
             )
             found = _Found(name, context_tokens, describe_plan(spec, plan, slots), wording)

@@ -122,23 +122,23 @@ def _no_team(plan: Plan, problem: PlanningProblem, places: list[int]) -> str:
 def _best_text(plan: Plan, problem: PlanningProblem, pairs: list[tuple[int, int]]) -> str:
     """The cost of the best pair's sums beside what sharing would save, in one line.
 
-    The pair would share the layers of a stage of the plan. One of them runs it now, or faster.
+    The pair would share the layers of a stage of the plan, which one of them runs now.
     """
-    found: list[tuple[float, float, float, tuple[int, ...]]] = []
+    found: list[tuple[float, float, tuple[int, ...]]] = []
     for pair in pairs:
         division = candidates.division(problem, pair)
         if division is None:
             continue
         more, index = teams.with_team(problem, division.members, division.shares, division.sum_bits)
-        team = more.devices[index]
         for stage in plan.stages:
-            saved_s, sums_s = _saved(problem, stage, pair, team)
-            found.append((saved_s - sums_s, saved_s, sums_s, pair))
-    gain_s, saved_s, sums_s, best = max(
-        found, key=lambda one: one[0], default=(-math.inf, 0.0, 0.0, ())
-    )
-    if gain_s == -math.inf:
+            saved_s, sums_s = _saved(problem, stage, pair, more.devices[index])
+            if sums_s:
+                found.append((saved_s, sums_s, pair))
+    if not found:
         return "no device of this plan has another that could share its layers"
+    # The largest gain comes first. If none gains, it is the pair that loses least for its sums.
+    saved_s, sums_s, best = max(found, key=lambda one: (max(one[0] - one[1], 0), one[0] / one[1]))
+    gain_s = saved_s - sums_s
     names = and_text(tuple(problem.devices[i].name for i in best))
     text = (
         f"between {names} sums would cost {1e3 * sums_s:.3g} ms a token, and sharing would save"
@@ -157,19 +157,19 @@ def _saved(
 ) -> tuple[float, float]:
     """Seconds of computing that a team saves on the layers of a stage, and those of its sums.
 
-    The stage's device must be of the pair, else nothing is saved: (-inf, 0).
+    Both are 0 if the stage's device is not of the pair, or the team cannot run the layers.
     """
     if stage.device not in [problem.devices[i].name for i in pair] or team.team is None:
-        return -math.inf, 0.0
+        return 0.0, 0.0
     own = next(device for device in problem.devices if device.name == stage.device)
     layers = range(1, problem.spec.head_block)
     saved_s = sums_s = 0.0
     for block, bits in enumerate(stage.bits, stage.first):
-        alone, shared = own.option(block, bits), team.option(block, bits)
         if block not in layers:
             continue
+        alone, shared = own.option(block, bits), team.option(block, bits)
         if alone is None or shared is None:
-            return -math.inf, 0.0
+            return 0.0, 0.0
         layer_sums_s = 2 * team.team.sum_s
         sums_s += layer_sums_s
         saved_s += alone.decode_s - (shared.decode_s - layer_sums_s)

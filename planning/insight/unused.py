@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 
+from planning.candidates import division
+from planning.insight.team import and_text
 from planning.plan import Plan, of_plan
 from planning.problem import PlanningProblem
+from planning.teams import refused
 from wire.sizes import format_size
+
+_MOST_DEVICES = 32
+"""With more devices, no team is divided anew to say why a device is not in it."""
 
 
 def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
@@ -25,6 +31,7 @@ def idle_reasons(plan: Plan, problem: PlanningProblem) -> list[str]:
     for index, device in enumerate(problem.devices):
         if device.name not in used:
             reason = _cut_off(problem, index, indices) or _reason(problem, index, times_s)
+            reason += _in_teams(plan, problem, index)
             reasons.setdefault(reason, []).append(device.name)
     return [
         f"{names[0]} is left out: {reason}"
@@ -70,6 +77,25 @@ def _reason(problem: PlanningProblem, index: int, times_s: list[float]) -> str:
         # The device is as fast as those in use, so the cost is that of one more stage.
         reason += f", and a stage there would add at least {1e3 * added_s:.2f} ms of links and call"
     return reason + _own_losses(problem, index, fastest.bits)
+
+
+def _in_teams(plan: Plan, problem: PlanningProblem, index: int) -> str:
+    """A clause on the plan's first team with this device; empty without a team, or if excluded."""
+    team = next((stage for stage in plan.stages if stage.members), None)
+    device = problem.devices[index]
+    if team is None or index in problem.excluded or len(problem.devices) > _MOST_DEVICES:
+        return ""
+    members = [i for i, own in enumerate(problem.devices) if own.name in team.devices]
+    refusal = refused(problem, [*members, index])
+    if refusal is not None:
+        return f"; it cannot share layers with {team.device}: {refusal}"
+    now, then = division(problem, members), division(problem, [*members, index])
+    if now is None or then is None:
+        return f"; it runs layers at no width that {and_text(team.devices)} have in common"
+    return (
+        f"; in a team of {and_text((*team.devices, device.name))} a layer would take"
+        f" {1e3 * then.layer_s:.2f} ms, and without it {1e3 * now.layer_s:.2f} ms"
+    )
 
 
 def _stage_s(problem: PlanningProblem, index: int) -> float:

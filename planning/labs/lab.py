@@ -7,7 +7,7 @@ description names. For another model they are scaled by its weights, and ``times
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from model.spec import LayerSpec, ModelSpec
@@ -15,6 +15,9 @@ from planning.build import DeviceInput, RequestInput, build_problem
 from planning.problem import HopFormat, PlanningProblem
 from wire import limits
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
+
+ASSUMED_SUM_S = 1.5e-4
+"""A device's own work for one sum over a team, if the file does not say."""
 
 
 class LabError(Exception):
@@ -110,7 +113,7 @@ class LabDevice:
     layer_kl: Mapping[int, float] | None = None
     shares: bool = True
     share_times: Mapping[float, float] = field(default_factory=dict)
-    sum_s: float = 0.0
+    sum_s: float = ASSUMED_SUM_S
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -136,8 +139,19 @@ class Lab:
         return tuple(sorted({width for device in self.devices for width in device.bits}))
 
 
-def times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
-    """The source of the times that ``lab_problem`` takes for ``spec``, also in words."""
+def times_of(lab: Lab, spec: ModelSpec, members: Collection[str] = ()) -> TimesOf:
+    """The source of the times that ``lab_problem`` takes for ``spec``, also in words.
+
+    ``members``: devices of which a plan has shares of layers. Their times may be assumed as well.
+    """
+    found = _times_of(lab, spec)
+    if any(device.name in members and not device.share_times for device in lab.devices):
+        text = f"{found.text}; times of shares are assumed: a tenth is fixed (docs/labs.md)"
+        return replace(found, assumed=True, text=text)
+    return found
+
+
+def _times_of(lab: Lab, spec: ModelSpec) -> TimesOf:
     if lab.model is None:
         return TimesOf(
             None,

@@ -732,7 +732,7 @@ class _Timed:
             for f, (taken_s, loss) in enumerate(ways):
                 room = limit - taken_s - least
                 if room >= 0:
-                    column = min(int(room / knapsack.unit), knapsack.steps - 1)
+                    column = int(knapsack.index(room))
                     lost = float(profile[end - first - 1, first, column])
                     options.append((max(lost, within) + loss, f, limit - taken_s))
             found.append(min(options))

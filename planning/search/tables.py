@@ -27,6 +27,9 @@ Span = tuple[int, int, int]
 
 # Seconds or bytes. A room below this is rounding.
 _LEAST_ROOM = 1e-12
+_WHOLE = 1e-6
+"""Part of a unit by which division may miss a whole number of units."""
+
 _LEAST_UNITS, _MOST_UNITS = 320, 1_600
 """Steps of a limit. Rounding loses up to one step per block of a stage, so long stages need
 more."""
@@ -56,7 +59,7 @@ class Knapsack:
         room = np.minimum(limit - self.least, most[end] - most[first])
         widest = float(room.max(initial=0.0))
         self.unit = _unit(extra[np.isfinite(extra) & (extra > 0)], widest, units)
-        self.steps = int(widest / self.unit) + 1
+        self.steps = int(widest / self.unit + _WHOLE) + 1
         self._runs: list[tuple[int, int, int, int]] = []
         finite = np.where(np.isfinite(extra), extra, math.inf)
         self._shifts = np.minimum(np.floor(finite / self.unit), self.steps).astype(np.int64)
@@ -69,7 +72,8 @@ class Knapsack:
 
     def index(self, room: Any) -> Any:
         """The column of ``profiles`` for the ``room`` above the least sizes."""
-        return np.clip(np.floor(room / self.unit), 0, self.steps - 1).astype(np.int64)
+        units = np.floor(room / self.unit + _WHOLE)
+        return np.clip(units, 0, self.steps - 1).astype(np.int64)
 
     def profiles(self, cost: Floats) -> Floats:
         """The least costs [length - 1, first block, units of room]."""

@@ -47,6 +47,7 @@ class Recording(Screen):
 
 LAB = Path(__file__).parents[2] / "examples" / "labs" / "home-4-pis.yaml"
 MODEL = Path(__file__).parents[1] / "fixtures" / "llama"
+TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt" / "model"
 
 
 def letters(text: str) -> Counter[str]:
@@ -162,18 +163,31 @@ def test_devices_and_their_links_are_whole(name: str) -> None:
         assert [len(fitting(table, 80, keys)) for table, keys in screen.tables] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("model", "wishes"),
+    [
+        (MODEL, ["--pin=layers=0-1:pi-1", "--pin=head:pi-2"]),
+        (TINY_OPT, ["--team=pi-1,pi-2,pi-3", "--group-size=32", "--bits=4", "--exclude=attic"]),
+    ],
+    ids=["pins", "team"],
+)
 def test_a_plan_with_all_that_is_known_of_it_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, wishes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     options = parsed(
-        *("plan", str(MODEL), f"--devices={LAB}", "--explain", "--simulate=3"),
-        *("--pin=layers=0-1:pi-1", "--pin=head:pi-2", "--time-limit=5"),
+        *("plan", str(model), f"--devices={LAB}", "--explain", "--simulate=3"),
+        *wishes,
+        "--time-limit=5",
     )
     screen = Recording()
     options.run(options, screen)
     titles = " ".join(str(table.title) for table, _ in screen.tables)
-    for title in ("plan for llama", "where a token's predicted time goes", "draws of link speeds"):
+    for title in (
+        f"plan for {model.name}",
+        "where a token's predicted time goes",
+        "draws of link speeds",
+    ):
         assert title in titles
     screen.check()
 

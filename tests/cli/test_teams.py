@@ -168,3 +168,14 @@ def test_plans_with_and_without_teams_are_compared(
     run("diff", team, pair, "--json")
     (change,) = json.loads(capsys.readouterr().out)["changes"]
     assert change["after"] == {"device": "pi-1 50% + pi-2 50%", "bits": 4}
+
+
+def test_sums_that_were_measured_are_shown_beside_the_prediction(
+    capsys: pytest.CaptureFixture[str], model: Path
+) -> None:
+    """A load measures sums over the real connections of a team."""
+    found = plan_json(capsys, model)["plan"]
+    found["stages"][0]["measured_sum"] = {"row_s": 5e-4, "chunk_rows": 64, "chunk_s": 3e-3}
+    Screen(json_output=False).plan(found, "predicted plan")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["sums,", "measured", "32.00"] in rows

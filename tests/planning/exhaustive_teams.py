@@ -34,7 +34,10 @@ def random_teams(seed: int) -> PlanningProblem:
     layer = replace(problem.spec.layers[0], heads=KV_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     spec = make_spec(len(problem.spec.layers))
     devices = []
+    alike = rng.random() < 0.4
     for device in problem.devices:
+        if alike:
+            device = replace(problem.devices[0], name=device.name, sum_s=0.0)
         shares = rng.random() < 0.9
         measured = rng.random() < 0.5
         options = tuple(
@@ -63,16 +66,21 @@ def random_teams(seed: int) -> PlanningProblem:
         links=links,
         group_size=rng.choice([0, 0, 4, 8]),
         bits=problem.bits[:2],
+        excluded=problem.excluded if rng.random() < 0.3 else frozenset(),
+        pins=problem.pins if rng.random() < 0.5 else {},
     )
+    if rng.random() < 0.8:
+        problem = replace(problem, max_weight_error=(math.inf,) * spec.block_count)
     if problem.quality_budget is not None and rng.random() < 0.7:
         known = rng.uniform(0.0, 0.05) * problem.quality_budget
         hops = (HopFormat(8, known), HopFormat(16, 0.0))
         problem = replace(problem, hop_formats=hops)
     if problem.quality_budget is not None:
-        kind: ObjectiveKind = get_args(ObjectiveKind)[seed % 4]
+        kind: ObjectiveKind = rng.choice(get_args(ObjectiveKind))
         weight = 0.0 if kind == "energy" else problem.objective.migration_weight
         aim = Objective(kind, rng.randint(1, 50), rng.randint(1, 9), weight)
-        problem = replace(problem, objective=aim)
+        looser = rng.choice([1.0, 2.0, math.inf]) * problem.quality_budget
+        problem = replace(problem, objective=aim, quality_budget=looser)
     if rng.random() < 0.1:
         problem = replace(problem, teams=((0, 1),), excluded=frozenset())
     return problem
@@ -186,10 +194,12 @@ def team(problem: PlanningProblem, one: Candidate) -> Unit:
     software_s = max(device.sum_s for device in devices)
     sent_s = SENT[one.sum_bits] / speed
     sum_s = rtt_s / 2 + software_s + (count - 1) * sent_s
-    chunk_s = rtt_s + 2 * software_s + 2 * (count - 1) / count * 64 * sent_s
+    whole = (count - 1) * 64 * SENT[one.sum_bits]
+    assert whole - 2 * whole // count <= 24 * 1024, "so few bytes are sent directly"
+    chunk_s = rtt_s / 2 + software_s + whole / speed
     to = [problem.links[members[0], i] for i in members[1:]]
     back_s = max(problem.links[i, members[0]].rtt_s / 2 for i in members[1:]) + software_s
-    order_s = (count - 1) * SENT[one.sum_bits] / min(link.bytes_per_s for link in to)
+    order_s = (count - 1) * SENT[max(16, one.sum_bits)] / min(link.bytes_per_s for link in to)
     extra = {form.bits: form.sensitivity or 0.0 for form in problem.hop_formats}
     lost = 2 * extra[8] if one.sum_bits == 8 else 0.0
     ways = []
@@ -200,17 +210,17 @@ def team(problem: PlanningProblem, one: Candidate) -> Unit:
             options = [device.option(k, bits) for device in devices]
             held = [parts_of(problem, k, share) for share in one.shares]
             if k == 0:
-                whole = options[0]
-                assert whole is not None
-                size = whole.executed_bytes + problem.kv_bytes[0], problem.stored_bytes[0][bits]
+                first = options[0]
+                assert first is not None
+                size = first.executed_bytes + problem.kv_bytes[0], problem.stored_bytes[0][bits]
                 sizes = (size, *[(0, 0)] * (count - 1))
                 row.append(
                     Way(
                         bits,
-                        whole.decode_s,
-                        whole.prefill_s_per_token,
+                        first.decode_s,
+                        first.prefill_s_per_token,
                         sizes,
-                        loss_of(problem, members[0], 0, whole),
+                        loss_of(problem, members[0], 0, first),
                         size[1] / devices[0].load_bytes_per_s,
                     )
                 )
@@ -341,6 +351,7 @@ def _with_chunks(problem: PlanningProblem, rows_in: int) -> float:
                 for way in unit.ways[k]
                 if way.bits in problem.bits
                 and allowed(unit, k)
+                and way.loss < math.inf
                 and problem.weight_errors[k].get(way.bits, 0.0) <= problem.max_weight_error[k]
             ]
             for k in range(first, last)

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from paper.study import opt_350m
-from planning.labs.lab import LabError, times_of
+from planning.labs.lab import ASSUMED_SUM_S, LabError, times_of
 from planning.labs.lab_file import parse_lab, read_lab
 from planning.plan import verify
 from planning.planner import solve
 from planning.problem import DEFAULT_HOPS
 from tests.planning.described import described_problem
+from tests.planning.shapes import llama_8b
 
 LABS = sorted((Path(__file__).parents[2] / "examples" / "labs").glob("*.yaml"))
 
@@ -48,6 +49,7 @@ def test_devices_share_layers_unless_the_file_says_otherwise() -> None:
     lab = parse_lab(LAB, "lab.yaml")
     assert [device.shares for device in lab.devices] == [True, True, True]
     assert lab.devices[0].share_times == {}
+    assert lab.devices[0].sum_s == ASSUMED_SUM_S
     described = LAB.replace("watts: 6", "watts: 6, shares: false").replace(
         "call_ms: 0.2",
         "call_ms: 0.2\n    shares: {0.5: 0.56, 0.25: 0.33, 1: 1.1}\n    sum_ms: 0.15",
@@ -228,6 +230,17 @@ def test_times_of_the_named_model_are_taken_as_they_are() -> None:
     layer = described_problem(lab, spec, context_tokens=64).devices[0].option(1, 4)
     assert layer is not None
     assert layer.decode_s == 0.002
+
+
+def test_times_of_shares_that_the_file_lacks_are_assumed() -> None:
+    lab = read_lab(LABS[1])
+    described, others = times_of(lab, llama_8b(), ["pi-1", "pi-2"]), read_lab(LABS[2])
+    assert lab.source.endswith("four-pis-8b.yaml")
+    assert not described.assumed
+    assert not times_of(others, llama_8b()).text.endswith("(docs/labs.md)")
+    with_team = times_of(others, llama_8b(), ["pi-1", "pi-2"])
+    assert with_team.assumed
+    assert with_team.text.endswith("; times of shares are assumed: a tenth is fixed (docs/labs.md)")
 
 
 def test_times_of_another_model_are_scaled_by_weights_and_say_so() -> None:

@@ -30,7 +30,7 @@ def tiny_opt() -> ModelSpec:
 
 
 def coral(on_chip: str, layer_ms: float = 1.0) -> Lab:
-    """A chip, and two boards that are slower but hold everything."""
+    """A chip, and two boards that are slower but hold everything, each for itself."""
     return parse_lab(
         f"""
 devices:
@@ -50,6 +50,7 @@ devices:
     layer_ms: {{decode: {{8: 9}}}}
     embed_ms: 0.1
     head_ms: 0.1
+    shares: false
   - {{<<: *board, name: back}}
 default_link: {{rtt_ms: 0, mbit_per_s: 100000}}
 """,

@@ -19,7 +19,7 @@ from planning.search import search as plan_search
 from planning.search.bounds import Joint, Separate
 from planning.search.orders import Orders
 from planning.search.search import search
-from planning.search.tables import Tables
+from planning.search.tables import Knapsack, Tables
 from planning.usable import Usable
 
 KINDS: tuple[ObjectiveKind, ...] = ("latency", "throughput", "request")
@@ -89,6 +89,15 @@ def cost_of(arcs: Joint | Separate, entry: np.ndarray, order: list[int]) -> floa
         if 0 < blocks - k <= longest
     ]
     return min(ways, default=math.inf)
+
+
+def test_a_room_of_whole_units_is_used_whole() -> None:
+    """Three blocks have 120 units of 2.075 to spare, which division by the unit falls short of."""
+    sizes = np.tile([275.0, 358.0], (3, 1))
+    knapsack = Knapsack(sizes, 1496.0, 3, 320)
+    costs = np.tile([3.0, 1.0], (3, 1))
+    column = int(knapsack.index(1496.0 - 3 * 275.0))
+    assert knapsack.profiles(costs)[2, 0, column] == 3.0
 
 
 @pytest.mark.parametrize("seed", range(10))

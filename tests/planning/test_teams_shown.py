@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from planning.insight.unused import idle_reasons
 from planning.insight.view import describe_plan
 from planning.labs.lab import Lab, LabDevice
 from planning.labs.lab_file import parse_lab, read_lab
-from planning.plan import Plan, PlanError, verify
+from planning.plan import Plan, PlanError, of_plan, verify
 from planning.planner import solve
 from planning.problem import Objective, PlanningProblem
 from planning.saved import SavedPlan, parse_plan, plan_text
@@ -248,3 +249,36 @@ def test_devices_that_only_run_whole_layers_have_no_times_of_shares() -> None:
     measured = problem_of(read_lab(LAB)).devices[0].options[1][0].shares_s
     assert [share for share, _, _ in measured] == [0.25, 0.5, 1.0]
     assert measured[0][1] == pytest.approx(0.28 * 12.3e-3)
+
+
+def test_a_device_that_is_left_out_of_a_team_is_compared_with_it() -> None:
+    slow = "  - {<<: *pi-5, name: pi-4, layer_ms: {decode: {4: 150, 8: 300}}}"
+    lab = pis(("  - {<<: *pi-5, name: pi-4}", slow))
+    problem = problem_of(lab)
+    plan = solve(problem)
+    assert sorted(plan.stages[0].devices) == ["pi-1", "pi-2", "pi-3"]
+    (line,) = idle_reasons(plan, problem)
+    assert line.startswith("pi-4 is left out: its fastest layer takes 150.00 ms at 4 bits")
+    found = re.search(r"a layer would take ([0-9.]+) ms, and without it ([0-9.]+) ms", line)
+    assert found is not None
+    assert float(found[1]) > float(found[2])
+    layer = of_plan(problem, plan)[0].devices[-1].options[1][0]
+    assert float(found[2]) == pytest.approx(1e3 * layer.decode_s, rel=0.01)
+    whole = pis(
+        ("  - {<<: *pi-5, name: pi-4}", slow.replace("name: pi-4,", "name: pi-4, shares: false,"))
+    )
+    problem = problem_of(whole)
+    (line,) = idle_reasons(solve(problem), problem)
+    assert "; it cannot share layers with pi-1: the backend of pi-4 loads no shares" in line
+
+
+def test_a_plan_of_the_coordinator_is_explained_here_as_there() -> None:
+    """The command line gets plan and problem as JSON, and explains, draws and saves them."""
+    problem, plan = four_pis()
+    sent = json.loads(json.dumps({"plan": describe_plan(problem.spec, plan, 1)}))["plan"]
+    got = Plan.from_dict({item.name: sent[item.name] for item in fields(Plan)})
+    here = PlanningProblem.from_dict(json.loads(json.dumps(problem.to_dict())))
+    verify(got, here)
+    assert got == plan
+    assert team_views(got, here) == team_views(plan, problem)
+    assert plan_text(got, "llama") == plan_text(plan, "llama")
