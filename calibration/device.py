@@ -146,6 +146,7 @@ def kept_profile(
         "disk": profile.disk_write_bytes_per_s,
         "call": profile.call_s,
         "relay": profile.relay_s,
+        "sum": profile.sum_s,
     }
     changes: dict[str, float] = {}
     conditions = dict(profile.conditions)
@@ -171,6 +172,7 @@ def kept_profile(
         disk_write_bytes_per_s=changes.get("disk", profile.disk_write_bytes_per_s),
         call_s=changes.get("call", profile.call_s),
         relay_s=changes.get("relay", profile.relay_s),
+        sum_s=changes.get("sum", profile.sum_s),
     )
 
 
