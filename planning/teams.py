@@ -224,6 +224,9 @@ def refused(problem: PlanningProblem, members: Sequence[int]) -> str | None:
     for pair in permutations(members, 2):
         if pair not in problem.links:
             return problem.no_link(*pair)
+    widths = [{option.bits for option in devices[i].options[1]} for i in members]
+    if not set.intersection(*widths) & set(problem.bits):
+        return "they run layers at no width in common"
     most = most_members(problem.spec, problem.group_size)
     if most < len(members):
         return f"the layers can be divided into {most} parts at most"

@@ -25,16 +25,25 @@ def undominated(problem: PlanningProblem) -> PlanningProblem:
     """
     devices, variants = [], problem.variants
     for i, device in enumerate(problem.devices):
-        stored = [
-            max((problem.stored_bytes[k][o.bits] for o in row), default=0)
-            for k, row in enumerate(device.options)
-        ]
-        if sum(stored) > device.storage_bytes:
+        if _short_of_storage(problem, i):
             devices.append(device)
             continue
         rows = tuple(_best_options(variants, i, k, row) for k, row in enumerate(device.options))
         devices.append(replace(device, options=rows))
     return replace(problem, devices=tuple(devices))
+
+
+def _short_of_storage(problem: PlanningProblem, index: int) -> bool:
+    """Whether any device of a stage there cannot store the widest options of all blocks."""
+    device = problem.devices[index]
+    for m, holder in enumerate(device.holders):
+        stored = [
+            max((problem.taken(index, block, o)[m][1] for o in row), default=0)
+            for block, row in enumerate(device.options)
+        ]
+        if sum(stored) > holder.storage_bytes:
+            return True
+    return False
 
 
 def _is_a_tradeoff(problem: PlanningProblem, row: Sequence[BlockOption]) -> bool:

@@ -30,6 +30,9 @@ _LEAST_ROOM = 1e-12
 _WHOLE = 1e-6
 """Part of a unit by which division may miss a whole number of units."""
 
+_EQUAL_LOSS = 2e-3
+"""Units are as good if rounding with them loses no more than this part of the sizes."""
+
 _LEAST_UNITS, _MOST_UNITS = 320, 1_600
 """Steps of a limit. Rounding loses up to one step per block of a stage, so long stages need
 more."""
@@ -134,14 +137,17 @@ def _unit(sizes: Floats, room: float, steps: int) -> float:
     """The unit, at least room / steps, with which rounding sizes down loses the least."""
     if not len(sizes) or room < _LEAST_ROOM:
         return max(room, 1.0)
-    sizes = np.unique(sizes)
+    sizes, counts = np.unique(sizes, return_counts=True)
     finest = max(room / steps, float(sizes[0]) / 40)
     units = np.geomspace(finest, max(finest, float(sizes[0])), 400)
     # A unit that divides the least size is lowered a little: no multiple is rounded below itself.
     units = np.concatenate([float(sizes[0]) / np.arange(1, 41) * (1 - 1e-6), units])
     units = units[units >= finest * (1 - 1e-6)]
     lost = 1 - np.floor(sizes / units[:, None]) * units[:, None] / sizes
-    return float(units[lost.max(1).argmin()])
+    # A few blocks, such as the head, may lose more than all the layers.
+    mean = lost @ counts / counts.sum()
+    # The tables grow with the number of steps, so of equally good units the largest is best.
+    return float(units[mean <= mean.min() + _EQUAL_LOSS].max())
 
 
 class Tables:
