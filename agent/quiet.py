@@ -20,6 +20,7 @@ import psutil
 from agent.config import AgentConfig
 from agent.links import Measuring
 from agent.relay_cost import measure_relay
+from agent.sum_cost import measure_sum
 from backends.base import Backend, BackendError
 from backends.registry import backend_class
 from calibration.device import START_PATIENCE_S, kept_profile, profile_in_child
@@ -65,7 +66,7 @@ class Figures:
         """``profile`` has just been measured."""
         self._config = config
         self.store = CalibrationStore(config.calibration_path)
-        profile = _with_relay(profile, START_PATIENCE_S)
+        profile = _with_own_costs(profile, START_PATIENCE_S)
         self.profile = kept_profile(profile, self.store, exact=config.exact)
         self._told: dict[str, tuple[BlockTiming, ...]] = {}
         self._told_profile = self.profile
@@ -96,7 +97,7 @@ class Figures:
             call_s=new.call_s or self.profile.call_s,
             conditions=new.conditions,
         )
-        taken = _with_relay(taken, PATIENCE_S)
+        taken = _with_own_costs(taken, PATIENCE_S)
         self.profile = kept_profile(taken, self.store, exact=config.exact)
         return self.profile
 
@@ -276,12 +277,12 @@ class QuietMoments:
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
 
-def _with_relay(profile: DeviceProfile, patience_s: float) -> DeviceProfile:
-    """The profile with what the agent itself takes for a token, measured now."""
-    relay_s, conditions = measure_relay(patience_s)
-    return replace(
-        profile, relay_s=relay_s, conditions=(*profile.conditions, ("relay", conditions))
-    )
+def _with_own_costs(profile: DeviceProfile, patience_s: float) -> DeviceProfile:
+    """Return the profile with the agent's own time for a token and for a sum, measured now."""
+    relay_s, relay = measure_relay(patience_s)
+    sum_s, team = measure_sum(patience_s)
+    conditions = (*profile.conditions, ("relay", relay), ("sum", team))
+    return replace(profile, relay_s=relay_s, sum_s=sum_s, conditions=conditions)
 
 
 def _on_battery() -> bool:

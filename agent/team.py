@@ -168,7 +168,7 @@ class Team:
             except TeamStopped:
                 return
             except TeamLost as error:
-                log.warning("the team has ended: %s", error.reason)
+                log.info("the team has ended: %s", error.reason)
                 with contextlib.suppress(WireError):
                     self._report(PeerLost(self.epoch, error.device, error.reason))
                 return

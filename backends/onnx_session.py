@@ -8,6 +8,7 @@ import functools
 import mmap
 import platform
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from backends.base import BackendError
 from backends.onnx_graph import MICROSOFT, Graph
 from backends.onnx_matrix import KERNEL_BITS, ByteMatrix, containers, executable
 from model.quantize import Format, quantize
+
+_ARENA_LOCK = threading.Lock()
 
 _FATAL = 4
 """The log severity. Failures come as exceptions, which the catching code reports once."""
@@ -62,7 +65,8 @@ def new_session(graph: Graph, threads: int, *, joined: bool = True) -> Any:
 def session_options(threads: int, *, joined: bool = True) -> Any:
     """The settings that every session shares.
 
-    joined: few sessions run a whole stage. Otherwise many do in turn, and share their buffers.
+    joined: few sessions run a whole stage. Otherwise many do in turn, and share one arena, because
+        an arena of its own would keep the buffers of each session's largest call.
     """
     # numpy probes the smallest denormals once, which must happen before they read as zero.
     for dtype in (np.float16, np.float32, np.float64):
@@ -79,15 +83,16 @@ def session_options(threads: int, *, joined: bool = True) -> Any:
     # Hidden states that decay towards zero would otherwise halve the speed.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if not joined:
-        _shared_arena()
+        with _ARENA_LOCK:
+            _make_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options
 
 
 @functools.lru_cache(maxsize=1)
-def _shared_arena() -> None:
-    """Let sessions have their buffers in one arena, if their settings say so."""
+def _make_arena() -> None:
+    """Make the process's arena, for sessions whose settings ask for it."""
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )

@@ -4,9 +4,8 @@ Each layer has two sessions. One ends with the partial rows of ``o``, the other 
 ``down``. The next session takes the team's sum, and adds it to the hidden state. The last session
 only does that, and is also the head if the stage holds it.
 
-A call of a session costs more than running the same operators within another one
-(docs/performance.md). So the memory of a decoding pass is bound once, and all sessions of a pass
-hand rows on in the same few buffers.
+A call of a session costs more than its operators within a longer session. So the memory of a
+decoding pass is bound once, and all sessions of a pass hand rows on in the same few buffers.
 """
 
 from __future__ import annotations
@@ -87,7 +86,10 @@ class ShareGraph(LayerGraph):
 
 @dataclass(frozen=True, slots=True)
 class ShareLayer:
-    """What the two sessions of a layer share with others: keys, values and rotary tables."""
+    """The memory that is bound to a layer's first session: KV cache and rotary tables.
+
+    Keys and values are float32 [slots, heads, context, width].
+    """
 
     key: Array
     value: Array
@@ -156,8 +158,8 @@ class ShareLayers:
             binding.bind_ortvalue_output("output", ort.OrtValue.ortvalue_from_numpy(result))
             with translated("cannot run the stage"):
                 self._end.run_with_iobinding(binding)
-        rows_out: Array = result[0]
-        return rows_out
+        output: Array = result[0]
+        return output
 
 
 class _Pass:

@@ -34,7 +34,7 @@ class DeviceProfile:
     makes: pairs of a backend and the version of its compiler, if this device can make its files.
     arithmetic: the backend whose rounding of layers this device shares. It is set if that rounding
         is measured apart from the loss by the weights' bits.
-    conditions: the conditions of the figures, by name: memory, disk, call, relay.
+    conditions: the conditions of the figures, by name: memory, disk, call, relay, sum.
     kernel_id: the same for all agents on one running machine, containers included. Empty if
         unknown.
     wireless: whether it sends over the air, which others use too.

@@ -118,5 +118,6 @@ def measure_for_agent(
         "disk_write_bytes_per_s": kept.disk_write_bytes_per_s,
         "call_s": kept.call_s,
         "relay_s": kept.relay_s,
+        "sum_s": kept.sum_s,
         "conditions": {name: asdict(of) for name, of in kept.conditions},
     }

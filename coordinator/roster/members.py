@@ -232,6 +232,7 @@ class Member:
             disk_write_bytes_per_s=profile.disk_write_bytes_per_s,
             call_s=profile.call_s or self.profile.call_s,
             relay_s=profile.relay_s,
+            sum_s=profile.sum_s,
             conditions=profile.conditions,
         )
 

@@ -48,36 +48,29 @@ class ReferenceStage(Stage):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        blocks: range,
+        spec: ModelSpec,
+        first_block: int,
+        blocks: Sequence[Mapping[str, Tensor]],
         slots: int,
-        share: Share | None = None,
-        spec: ModelSpec | None = None,
         team_sum: TeamSum | None = None,
     ) -> None:
+        """``spec`` and ``blocks`` are those of a share if there is a sum."""
         self.broken: dict[int, int] = {}
         """Maps a slot to the sum of its passes that fails: 0 is the first."""
         self.passes = 0
         self.before_sum: Callable[[], None] = lambda: None
-        self._whole = checkpoint.spec
-        self._last = blocks[-1]
+        self._has_head = first_block + len(blocks) == spec.block_count
         self._sum: TeamSum = team_sum or (lambda partial: partial)
         self._slot = self._sums = 0
-        tensors: list[Mapping[str, Tensor]] = [checkpoint.block(block) for block in blocks]
-        if share is not None:
-            tensors = [
-                share_tensors(checkpoint.spec, block, whole, share)
-                for block, whole in zip(blocks, tensors, strict=True)
-            ]
         self._models = [
-            ReferenceModel(
-                spec or checkpoint.spec,
-                tensors,
-                first_block=blocks[0],
-                team_sum=self._summed,
-            )
+            ReferenceModel(spec, blocks, first_block=first_block, team_sum=self._summed)
             for _ in range(slots)
         ]
+
+    @staticmethod
+    def whole(checkpoint: Checkpoint, blocks: range, slots: int = 1) -> ReferenceStage:
+        tensors = [checkpoint.block(block) for block in blocks]
+        return ReferenceStage(checkpoint.spec, blocks[0], tensors, slots)
 
     def _summed(self, partial: Array) -> Array:
         self.before_sum()
@@ -92,7 +85,7 @@ class ReferenceStage(Stage):
         self.passes += 1
         self._slot, self._sums = slot, 0
         rows: Array = self._models[slot].forward(inputs, position)
-        if self._last < self._whole.head_block:
+        if not self._has_head:
             return rows
         return rows[-1:] if logits else rows[:0]
 
@@ -140,9 +133,13 @@ class Member:
         self.stages: list[ReferenceStage] = []
 
         def load(own: ModelSpec, artifacts: Artifacts, team_sum: TeamSum | None = None, /) -> Stage:
-            numbers = range(artifacts[0][0], artifacts[-1][0] + 1)
-            divided = None if team_sum is None else share
-            self.stages.append(ReferenceStage(checkpoint, numbers, slots, divided, own, team_sum))
+            blocks = [
+                share_tensors(spec, block, checkpoint.block(block), share)
+                if team_sum
+                else checkpoint.block(block)
+                for block, _ in artifacts
+            ]
+            self.stages.append(ReferenceStage(own, artifacts[0][0], blocks, slots, team_sum))
             return self.stages[-1]
 
         self.stage = self.team.load(load, [(block, Path()) for block in blocks])

@@ -148,9 +148,11 @@ def running_agent(
     )
     thread = threading.Thread(target=agent.run)
     thread.start()
-    yield agent
-    agent.stop()
-    thread.join(ANSWER_S)
+    try:
+        yield agent
+    finally:
+        agent.stop()
+        thread.join(ANSWER_S)
     assert not thread.is_alive()
 
 
@@ -475,7 +477,8 @@ def test_figures_that_calibrate_left_are_told(
             break
     figures = change.profile
     assert figures.call_s == figures.relay_s == figures.memory_read_bytes_per_s == 0.125
-    names = ("memory", "disk", "call", "relay")
+    assert figures.sum_s == 0.125
+    names = ("memory", "disk", "call", "relay", "sum")
     assert dict(figures.conditions) == dict.fromkeys(names, quiet)
 
 
@@ -483,7 +486,7 @@ def test_figures_that_calibrate_left_are_told(
 def test_the_device_is_measured_again_on_request(coordinator: Coordinator) -> None:
     hello = coordinator.welcome()
     names = [name for name, _ in hello.profile.conditions]
-    assert names == ["memory", "disk", "call", "relay"]
+    assert names == ["memory", "disk", "call", "relay", "sum"]
     assert hello.profile.kernel_id
     coordinator.send(MeasureDevice(1))
     answer = coordinator.answer()

@@ -68,7 +68,7 @@ def alone(checkpoint: Checkpoint, slots: int = 1) -> Iterator[tuple[Relay, queue
     spec = checkpoint.spec
     blocks = range(spec.block_count)
     relay = Relay(
-        ReferenceStage(checkpoint, blocks, slots),
+        ReferenceStage.whole(checkpoint, blocks, slots),
         spec,
         blocks,
         epoch=EPOCH,
@@ -137,7 +137,7 @@ def test_rounded_sums_keep_members_alike_and_logits_near(sum_bits: int) -> None:
         members[0].stage.candidates = 1
         best = members[0].stage.forward(0, 0, np.asarray(PROMPT, np.int64))
         assert np.isfinite(best).sum() <= len(members)
-        whole = ReferenceStage(OPT, range(OPT.spec.block_count), 1)
+        whole = ReferenceStage.whole(OPT, range(OPT.spec.block_count))
         expected = whole.forward(0, 0, np.asarray(PROMPT, np.int64))
         error = np.abs(members[0].stage.forward(0, 0, np.asarray(PROMPT, np.int64)) - expected)
         assert 0 < np.min(error) < (0.02 if sum_bits == 16 else 0.5)
@@ -148,7 +148,7 @@ def test_a_team_in_the_middle_sends_hidden_rows_on() -> None:
     """Layers without embedding and head: the lead returns rows, and nobody sends logits."""
     spec = LLAMA.spec
     rows = np.random.default_rng(1).standard_normal((5, spec.hidden)).astype(np.float32)
-    whole = ReferenceStage(LLAMA, range(1, 3), 2)
+    whole = ReferenceStage.whole(LLAMA, range(1, 3), 2)
     with team_of(LLAMA, (1, 1), slots=2, first_block=1, end_block=3) as members:
         for begin, end in ((0, 3), (3, 5)):
             expected = whole.forward(1, begin, rows[begin:end])

@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ import httpx
 import pytest
 
 from coordinator.files.artifacts import HEADER_BYTES
-from model.families import load_spec
 from tests.system.cluster import FIXTURES, Cluster, wait_for
-from tests.team import shares_of
+from tests.team import StagePlan, write_plan
 
 NAMES = ("pi-1", "pi-2", "pi-3", "pi-4")
 CONTEXT = 1000
@@ -26,9 +25,6 @@ TOKENS = 600
 LOST_AFTER = 20
 EXACT = ("--bits=32", "--hop-bits=32", "--slots=2")
 PROMPTS = ("The lamp", "a long one " * 20)
-
-Stage = tuple[tuple[str, ...], int, tuple[int, ...]]
-"""Devices, blocks, and how much of each layer every device has."""
 
 
 def talkative(directory: Path, name: str) -> Path:
@@ -63,28 +59,6 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
-
-
-def written(directory: Path, model: Path, stages: Sequence[Stage]) -> Path:
-    """A plan's file. All blocks and sums have 32 bits."""
-    spec = load_spec(model)
-    parts = []
-    for names, blocks, weights in stages:
-        stage: dict[str, Any] = {"device": names[0], "bits": [32] * blocks}
-        if len(names) > 1:
-            counts = [
-                {"kv_heads": share.kv_heads, "columns": share.columns, "vocab": share.vocab}
-                for share in shares_of(spec, weights)
-            ]
-            stage["sum_bits"] = 32
-            stage["team"] = [
-                {"device": name} | {key: end - begin for key, (begin, end) in count.items()}
-                for name, count in zip(names, counts, strict=True)
-            ]
-        parts.append(stage)
-    path = directory / "plan.json"
-    path.write_text(json.dumps({"shoal_plan": 1, "model": "model", "stages": parts}))
-    return path
 
 
 def start(cluster: Cluster, *names: str) -> None:
@@ -138,13 +112,13 @@ def teams(cluster: Cluster) -> list[list[str]]:
     ids=["two", "behind one", "between two", "three", "two teams"],
 )
 def test_teams_answer_as_one_device_does(
-    four: Cluster, tmp_path: Path, name: str, stages: list[Stage]
+    four: Cluster, tmp_path: Path, name: str, stages: list[StagePlan]
 ) -> None:
     model = talkative(tmp_path, name)
     alone = four.load(model, "--no-teams", *EXACT)
     assert all(stage["members"] == [] for stage in alone["stages"])
     expected = answers(four, 30)
-    loaded = four.load(model, *EXACT, f"--plan={written(tmp_path, model, stages)}")
+    loaded = four.load(model, *EXACT, f"--plan={write_plan(tmp_path, model, stages)}")
     assert teams(four) == [list(names) for names, _, _ in stages]
     assert answers(four, 30) == expected
     for stage, planned in zip(loaded["stages"], loaded["plan"]["stages"], strict=True):
@@ -173,7 +147,7 @@ def test_a_team_that_is_asked_for_is_loaded(four: Cluster, model: Path) -> None:
 def test_an_answer_goes_on_when_a_member_is_lost(
     four: Cluster, tmp_path: Path, model: Path, victim: str, how: signal.Signals
 ) -> None:
-    plan = written(tmp_path, model, [(("pi-1", "pi-2"), 4, (1, 1)), (("pi-3",), 1, ())])
+    plan = write_plan(tmp_path, model, [(("pi-1", "pi-2"), 4, (1, 1)), (("pi-3",), 1, ())])
     four.load(model, *EXACT, f"--context={CONTEXT}", f"--plan={plan}")
     undisturbed = [tokens_of(four, prompt, TOKENS, threading.Event()) for prompt in PROMPTS]
     assert all(len(tokens) == TOKENS for tokens in undisturbed)
@@ -206,7 +180,7 @@ def test_an_answer_goes_on_when_a_member_is_lost(
 def test_a_coordinator_that_is_started_again_loads_the_same_team(
     four: Cluster, tmp_path: Path, model: Path
 ) -> None:
-    plan = written(tmp_path, model, [(("pi-2", "pi-1"), 5, (1, 1))])
+    plan = write_plan(tmp_path, model, [(("pi-2", "pi-1"), 5, (1, 1))])
     before = four.load(model, *EXACT, f"--plan={plan}")
     expected = tokens_of(four, PROMPTS[0], 30, threading.Event())
     coordinator = four.processes["coordinator"]
