@@ -86,6 +86,9 @@ bench-team-simulation: $(VENV)/run.stamp ## compute what teams of 2 to 8 Pis wou
 bench-fidelity: $(VENV)/run.stamp ## compare predicted and measured times of many plans on emulated hosts (root)
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
+bench-together: $(VENV)/run.stamp ## measure devices that share layers over emulated hosts, also against others (root)
+	$(BIN)/python -m benchmarks.together $(ARGS)
+
 bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 1 to 4 emulated hosts (root)
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 

@@ -31,7 +31,8 @@ from agent.peers import Entrance, PeerServer, connect_peer, measure_link_steadil
 from agent.quality import StreamedModel, measure_quality
 from agent.quiet import Cancelled, Figures, QuietMoments
 from agent.relay import Relay
-from backends.base import Backend, BackendError, Stage, StageOptions
+from agent.team import LeadStage, Team
+from backends.base import Artifacts, Backend, BackendError, Stage, StageOptions, TeamSum
 from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_call, measure_model
@@ -54,6 +55,7 @@ from wire.messages import (
     BlocksFound,
     CancelRequest,
     ConnectStage,
+    ConnectTeam,
     CoordinatorWelcome,
     DeviceMeasured,
     Done,
@@ -69,6 +71,7 @@ from wire.messages import (
     MeasureModel,
     MeasureModelAgain,
     MeasureQuality,
+    MeasureTeam,
     Message,
     ModelMeasured,
     Progress,
@@ -78,6 +81,7 @@ from wire.messages import (
     StageDamaged,
     StageLoaded,
     StartSequence,
+    TeamMeasured,
     UnloadStage,
 )
 from wire.service import ServiceManager
@@ -97,6 +101,8 @@ Request = (
     | FindBlocks
     | LoadStage
     | ConnectStage
+    | ConnectTeam
+    | MeasureTeam
     | UnloadStage
     | MakeFiles
 )
@@ -122,8 +128,11 @@ class Agent:
         self._control: Connection | None = None
         self._told = ""
         self._relay: Relay | None = None
+        """Runs the stage, unless another member of its team leads."""
+        self._team: Team | None = None
+        """The team of the stage. None if this device is alone or has no stage."""
         self._watch: Watch | None = None
-        """Hashes the remaining files of the stage in the relay, until it is done."""
+        """Hashes the remaining files of the stage, until it is done."""
         self._had_damage = False
         """Whether a damaged file has stopped a stage. Then the next load hashes all files."""
         self._cancelled: set[int] = set()
@@ -315,7 +324,7 @@ class Agent:
         quiet = QuietMoments(
             self._figures,
             self._measuring,
-            lambda: self._relay is None and not self._carrying_out and requests.empty(),
+            lambda: not (self._has_stage or self._carrying_out) and requests.empty(),
             connection.send,
         )
         threads = [
@@ -422,6 +431,10 @@ class Agent:
                 return self._load(request, connection, coordinator)
             case ConnectStage():
                 return self._connect_stage(request)
+            case ConnectTeam():
+                return self._connect_team(request)
+            case MeasureTeam():
+                return self._measure_team(request)
             case UnloadStage():
                 self._unload()
                 return Done(request.request)
@@ -431,7 +444,7 @@ class Agent:
                 return assert_never(request)
 
     def _measure_device(self, request: MeasureDevice, connection: Connection) -> Message:
-        if self._relay is not None:
+        if self._has_stage:
             raise BackendError("a stage is loaded, and measuring would delay it: unload it first")
         progress = self._progress(connection, request.request, "measure", "steps")
         with self._measuring:
@@ -461,6 +474,23 @@ class Agent:
         )
         return Done(request.request)
 
+    def _connect_team(self, request: ConnectTeam) -> Message:
+        team = self._team_of(request.epoch)
+        connection = self._connect(request)
+        try:
+            team.add(request.device, connection)
+        except WireError:
+            connection.close()
+            raise
+        return Done(request.request)
+
+    def _measure_team(self, request: MeasureTeam) -> Message:
+        stage = self._team_of(request.epoch).stage
+        if not isinstance(stage, LeadStage):
+            raise BackendError("this device does not lead its team, so it cannot measure the sum")
+        with self._measuring:
+            return TeamMeasured(request.request, *stage.measure())
+
     def _exchange(
         self, request: int, connection: Connection, coordinator: Endpoint
     ) -> FileExchange:
@@ -473,13 +503,14 @@ class Agent:
         self._backend.supplier = partial(exchange.supply, self._config.backend)
         return self._backend
 
-    def _connect(self, request: MeasureLink | ConnectStage) -> Connection:
+    def _connect(self, request: MeasureLink | ConnectStage | ConnectTeam) -> Connection:
         return connect_peer(
             self._device,
             request.device,
             request.endpoints,
             token=self._config.token,
             hop_key=request.hop_key if isinstance(request, ConnectStage) else b"",
+            team_key=request.team_key if isinstance(request, ConnectTeam) else b"",
         )
 
     def _measure_model(
@@ -493,6 +524,8 @@ class Agent:
         threads, exact = self._config.threads, self._config.exact
         spec, store = ModelSpec.from_dict(request.spec), self._figures.store
         self._trials.require_widths(spec, request.bits, partial(progress, 0, 0), backend.probe)
+        if request.shares and backend.probe().shares:
+            self._trials.require_shares(spec, request.bits, partial(progress, 0, 0))
         again = isinstance(request, MeasureModelAgain)
         if not self._figures.profile.call_s and (again or not self._call_s):
             self._call_s = measure_call(backend, threads, self._config.cache_dir, exact=exact)
@@ -505,6 +538,7 @@ class Agent:
             progress=progress,
             exact=exact,
             together=request.together,
+            shares=request.shares,
         )
         store.note_model(request.spec, request.bits)
         self._figures.told(spec, timings)
@@ -566,29 +600,33 @@ class Agent:
             contents.trust(came)
             started_s = time.perf_counter()
 
+        team = Team(request, self._device, spec, connection.send) if request.team else None
         backend = self._supplied(request.request, connection, coordinator)
         stage = load_whole(
             contents,
             fetch,
-            lambda: self._load_stage(backend, request, spec, contents.hashed, waiting),
+            lambda: self._load_stage(backend, request, spec, contents.hashed, waiting, team),
             self._cache.remove,
         )
         self._had_damage = False
-        self._relay = Relay(
-            stage,
-            spec,
-            range(indices[0], indices[-1] + 1),
-            epoch=request.epoch,
-            slots=request.slots,
-            context_tokens=request.context_tokens,
-            hop_bits=request.hop_bits,
-            report=connection.send,
-        )
-        self._peers.entrance = Entrance(request.previous, request.hop_key, self._relay.deliver)
+        self._team = self._peers.team = team
+        if team is None or team.leads:
+            self._relay = Relay(
+                stage,
+                spec,
+                range(indices[0], indices[-1] + 1),
+                epoch=request.epoch,
+                slots=request.slots,
+                context_tokens=request.context_tokens,
+                hop_bits=request.hop_bits,
+                report=connection.send,
+            )
+            self._peers.entrance = Entrance(request.previous, request.hop_key, self._relay.deliver)
         names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
         self._say(f"loaded {' .. '.join(names)}")
         self._service.status(f"{self._joined}, {' .. '.join(names)} of {len(spec.layers)} layers")
-        self._watch = Watch(contents, partial(self._stop_damaged, self._relay, connection))
+        stop = partial(self._stop_damaged, request.epoch, self._relay, team, connection)
+        self._watch = Watch(contents, stop)
         return StageLoaded(
             request.request,
             stage.memory_bytes,
@@ -604,31 +642,47 @@ class Agent:
         spec: ModelSpec,
         hashed: frozenset[Path],
         waiting: Callable[[], None],
+        team: Team | None,
     ) -> Stage:
         """Load blocks that are in the cache. The files in ``hashed`` are known to be whole."""
-        artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
-        kinds = [(block, read_format(path)) for block, path in artifacts]
-        self._trials.require(spec, kinds, waiting)
         prepared_dir, prepared_bytes = self._prepared(request.blocks)
-        return backend.load(
-            spec,
-            artifacts,
-            StageOptions(
-                request.slots,
-                request.context_tokens,
-                self._config.threads,
-                memory_bytes=self._figures.profile.memory_bytes,
-                exact=self._config.exact,
-                prepared_dir=prepared_dir,
-                prepared_bytes=prepared_bytes,
-                fast_prompts=self._config.fast_prompts,
-                hashed=hashed,
-            ),
+        options = StageOptions(
+            request.slots,
+            request.context_tokens,
+            self._config.threads,
+            memory_bytes=self._figures.profile.memory_bytes,
+            exact=self._config.exact,
+            prepared_dir=prepared_dir,
+            prepared_bytes=prepared_bytes,
+            fast_prompts=self._config.fast_prompts,
+            hashed=hashed,
         )
 
-    def _stop_damaged(self, relay: Relay, connection: Connection, path: Path) -> None:
+        def load(own: ModelSpec, blocks: Artifacts, team_sum: TeamSum | None = None) -> Stage:
+            kinds = [(block, read_format(path)) for block, path in blocks]
+            self._trials.require(own, kinds, waiting)
+            return backend.load(own, blocks, replace(options, team_sum=team_sum))
+
+        artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
+        if team is None:
+            return load(spec, artifacts)
+        if not backend.probe().shares:
+            raise BackendError(f"{self._config.backend} cannot run shares of layers")
+        return team.load(load, artifacts)
+
+    def _stop_damaged(
+        self,
+        epoch: int,
+        relay: Relay | None,
+        team: Team | None,
+        connection: Connection,
+        path: Path,
+    ) -> None:
         """Stop a stage that runs from a damaged file, and have the coordinator load it again."""
-        relay.close()
+        if team is not None:
+            team.stop()
+        if relay is not None:
+            relay.close()
         self._had_damage = True
         reason = f"a file of its stage was damaged in its cache ({path.name})"
         log.warning("%s is damaged: the stage stops, and the file is removed", path)
@@ -637,7 +691,7 @@ class Agent:
         except CacheError as error:
             reason = str(error)
         with contextlib.suppress(WireError):  # The coordinator sees the agent's loss.
-            connection.send(StageDamaged(relay.epoch, reason))
+            connection.send(StageDamaged(epoch, reason))
 
     def _prepared(self, blocks: Sequence[BlockRef]) -> tuple[Path | None, int]:
         """Return a folder for prepared weights (None without room) and its size in bytes.
@@ -666,18 +720,35 @@ class Agent:
 
     # ---- the stage ------------------------------------------------------------------------------
 
+    @property
+    def _has_stage(self) -> bool:
+        return self._relay is not None or self._team is not None
+
     def _relay_of(self, epoch: int) -> Relay | None:
         relay = self._relay
         return relay if relay is not None and relay.epoch == epoch else None
 
+    def _team_of(self, epoch: int) -> Team:
+        team = self._team
+        if team is None or team.epoch != epoch:
+            raise BackendError("the stage of this team is not loaded")
+        return team
+
     def _unload(self) -> None:
-        self._peers.entrance = None
+        self._peers.entrance = self._peers.team = None
+        had_stage = self._has_stage
+        team, self._team = self._team, None
+        if team is not None:
+            team.stop()  # A pass that waits for another member ends at once.
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.close()
         relay, self._relay = self._relay, None
         if relay is not None:
             relay.close()
+        if team is not None:
+            team.close()
+        if had_stage:
             self._service.status(f"{self._joined}, no stage")
 
 

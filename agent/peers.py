@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from agent.links import LinkFigures, summary_s
+from agent.team import Team
 from calibration.disturbance import Patience, spread_of, steady
 from wire import limits
 from wire.addresses import own_last
@@ -52,6 +53,7 @@ THREAD_PAUSE_S = 0.1
 """The pause of the accepting thread if no thread can be started for a connection."""
 
 NOT_PREVIOUS = "the sender is not the previous device of the ring there: load the model again"
+NOT_MEMBER = "the sender is not an earlier member of the team there: load the model again"
 LARGE_FRAMES = 4
 """The number of large frames. The best one counts, and the middle two show the spread."""
 
@@ -68,12 +70,13 @@ def connect_peer(
     *,
     token: Token | None = None,
     hop_key: bytes = b"",
+    team_key: bytes = b"",
 ) -> Connection:
     """Connect to the agent ``expected`` at the first of its addresses that is really it.
 
-    ``hop_key`` admits rows to its stage. Without it, only the link can be measured. Addresses of
-    this machine come last, because the other machine may have the same ones. Raises ConnectFailed,
-    which names every address that was tried.
+    ``hop_key`` admits rows to its stage, and ``team_key`` admits to its team. Without a key, only
+    the link can be measured. Addresses of this machine come last, because the other machine may
+    have the same ones. Raises ConnectFailed, which names every address that was tried.
     """
     failures: list[str] = []
     for endpoint in own_last(endpoints):
@@ -81,7 +84,7 @@ def connect_peer(
             connection = Connection.connect(endpoint, token=token)
             try:
                 connection.set_receive_timeout(HELLO_TIMEOUT_S)
-                connection.send(PeerHello(device, expected, hop_key))
+                connection.send(PeerHello(device, expected, hop_key, team_key))
                 answer = clean(connection.receive()[0])
                 if isinstance(answer, JoinRefused):
                     raise AuthFailed(f"{connection.peer} refused: {answer.reason}")
@@ -125,6 +128,8 @@ class PeerServer:
     def __init__(self, device: str, listener: Listener) -> None:
         self.entrance: Entrance | None = None
         """Admits peers to the loaded stage. None without a stage. Any thread may set it."""
+        self.team: Team | None = None
+        """Admits members of the loaded stage's team. None without one. Any thread may set it."""
         self._device = device
         self._listener = listener
         self._connections: set[Connection] = set()
@@ -170,10 +175,15 @@ class PeerServer:
             time.sleep(THREAD_PAUSE_S)
 
     def _serve(self, connection: Connection) -> None:
+        is_given_away = False
         try:
             hello = connection.receive_hello({PeerHello: limits.MAX_HELLO_BYTES})
             if isinstance(hello, PeerHello) and hello.expected == self._device:
-                self._welcome(hello, connection)
+                if hello.team_key:
+                    self._join_team(hello, connection)
+                    is_given_away = True
+                else:
+                    self._welcome(hello, connection)
         except AuthFailed as error:
             cause = error.refusal or "refused"
             self._rare_log.warning(cause, "connection refused: %s", error)
@@ -184,7 +194,8 @@ class PeerServer:
         except WireError:
             pass  # The peer, or the coordinator, reports a loss that matters.
         finally:
-            connection.close()
+            if not is_given_away:
+                connection.close()
             self._probing.leave(connection)
             with self._lock:
                 self._connections.discard(connection)
@@ -206,6 +217,16 @@ class PeerServer:
         connection.send(PeerWelcome(self._device))
         while True:
             self._answer(connection, entrance.deliver)
+
+    def _join_team(self, hello: PeerHello, connection: Connection) -> None:
+        """Give the connection to the team, which closes it. Raises WireError."""
+        team = self.team
+        if team is None or not team.admits(hello):
+            connection.send(JoinRefused(NOT_MEMBER))
+            raise ProtocolError("it is not an earlier member of this stage's team")
+        # The peer's next step may need this member at work, so the welcome comes last.
+        team.add(hello.device, connection)
+        connection.send(PeerWelcome(self._device))
 
     def _answer(self, connection: Connection, deliver: Deliver | None = None) -> None:
         """Handle one message that ``admit`` has let in. Raises WireError."""

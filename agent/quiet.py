@@ -20,6 +20,7 @@ import psutil
 from agent.config import AgentConfig
 from agent.links import Measuring
 from agent.relay_cost import measure_relay
+from agent.sum_cost import measure_sum
 from backends.base import Backend, BackendError
 from backends.registry import backend_class
 from calibration.device import (
@@ -40,6 +41,9 @@ from wire.messages import FiguresChanged, Message
 from wire.profile import BlockTiming, DeviceProfile
 
 log = logging.getLogger(__name__)
+
+_Figure = tuple[float, Conditions | None]
+"""A measured figure in seconds, with the conditions that it was measured in."""
 
 LOOK_S = 5.0
 """The interval at which the thread checks for a quiet moment."""
@@ -78,8 +82,11 @@ class Figures:
             threads=profile.threads,
             exact=config.exact,
         )
-        measure = partial(measure_relay, START_PATIENCE_S)
-        profile = _with_relay(profile, known_or_measured(self.store, keys["relay"], measure))
+        relay, team_sum = (
+            known_or_measured(self.store, keys[figure], partial(measure, START_PATIENCE_S))
+            for figure, measure in (("relay", measure_relay), ("sum", measure_sum))
+        )
+        profile = _with_own_costs(profile, relay, team_sum)
         self.profile = kept_profile(profile, self.store, exact=config.exact)
         self._told: dict[str, tuple[BlockTiming, ...]] = {}
         self._told_profile = self.profile
@@ -110,7 +117,7 @@ class Figures:
             call_s=new.call_s or self.profile.call_s,
             conditions=new.conditions,
         )
-        taken = _with_relay(taken, measure_relay(PATIENCE_S))
+        taken = _with_own_costs(taken, measure_relay(PATIENCE_S), measure_sum(PATIENCE_S))
         self.profile = kept_profile(taken, self.store, exact=config.exact)
         return self.profile
 
@@ -199,6 +206,7 @@ class Figures:
                 store=self.store.again(is_doubtful),
                 progress=progress,
                 exact=self._config.exact,
+                shares=any(timing.shares_s for timing in self._kept(spec, bits)),
             )
         except _Enough:
             log.info("the remaining times are measured in another quiet moment")
@@ -289,11 +297,15 @@ class QuietMoments:
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
 
-def _with_relay(profile: DeviceProfile, relay: tuple[float, Conditions | None]) -> DeviceProfile:
-    """The profile with what the agent itself takes for a token."""
-    relay_s, conditions = relay
-    added = () if conditions is None else (("relay", conditions),)
-    return replace(profile, relay_s=relay_s, conditions=(*profile.conditions, *added))
+def _with_own_costs(profile: DeviceProfile, relay: _Figure, team_sum: _Figure) -> DeviceProfile:
+    """The profile with what the agent itself takes for a token and for a team's sum."""
+    added = tuple(
+        (figure, conditions)
+        for figure, (_, conditions) in (("relay", relay), ("sum", team_sum))
+        if conditions is not None
+    )
+    conditions = (*profile.conditions, *added)
+    return replace(profile, relay_s=relay[0], sum_s=team_sum[0], conditions=conditions)
 
 
 def _on_battery() -> bool:

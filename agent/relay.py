@@ -23,9 +23,10 @@ import numpy as np
 
 from agent.hop import Hop
 from agent.links import Link, Measuring
+from agent.mesh import TeamLost
 from agent.sampler import Sampler
 from agent.sequences import Rows, Sequence, SequenceTable, Turn
-from backends.base import Array, BackendError, Stage, Tokens
+from backends.base import ALL_LOGITS, Array, BackendError, Stage, Tokens
 from model.spec import ModelSpec
 from wire import limits
 from wire.activations import HopBits, decode_rows, encode_rows, payload_bytes
@@ -264,6 +265,8 @@ class Relay:
         alone = len(turns) == 1
         sequence, rows = turns[0]
         try:
+            if outputs is None and self._is_last:
+                self._stage.candidates = _candidates(turns)
             if outputs is None and alone:
                 content, logits = self._unpacked(rows), rows.last and self._is_last
                 outputs = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
@@ -344,10 +347,12 @@ class Relay:
         if isinstance(error, ProtocolError):
             reason = f"the previous device sent an invalid activation: {error}"
         elif isinstance(error, WireError):
-            # The hop or the coordinator is lost. The coordinator may have been told of the hop
+            # The hop, the team or the coordinator is lost. The coordinator may have been told
             # before it knew this deployment, so it is told again.
             log.info("sequence %d ends here: %s", sequence.number, error)
-            if self._hop_lost is not None:
+            if isinstance(error, TeamLost):
+                self._try_report(PeerLost(self.epoch, error.device, error.reason))
+            elif self._hop_lost is not None:
                 self._try_report(self._hop_lost)
             return
         elif isinstance(error, BackendError):
@@ -365,3 +370,9 @@ class Relay:
             self._report(message)
         except WireError:
             log.info("not reported, the coordinator is gone: %s", message)
+
+
+def _candidates(turns: list[Turn]) -> int:
+    """Return how many of the highest logits are needed where most are, or ALL_LOGITS."""
+    counts = [sequence.sampler.candidates for sequence, _ in turns if sequence.sampler is not None]
+    return ALL_LOGITS if ALL_LOGITS in counts else max(counts, default=1)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from backends.base import BackendError
+from backends.base import ALL_LOGITS, BackendError
 from wire.messages import Sampling
 
 Logits = npt.NDArray[np.float32]
@@ -45,6 +45,8 @@ The second computation uses float64.
 SMALLEST_TEMPERATURE = 1e-37
 """A normal float32, because the thread of a stage may read denormals as zero."""
 
+
+NOT_FINITE = "the model's logits are not finite: load it at more bits"
 
 ZEROS = np.zeros(GROUPS, np.float32)
 """Zeros to compare rows with. Comparing with one number takes NumPy four times as long."""
@@ -87,6 +89,13 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
 
+    @property
+    def candidates(self) -> int:
+        """How many of the highest logits ``sample`` needs, or ALL_LOGITS."""
+        if not self._sampling.temperature > 0 or self._sampling.top_k == 1:
+            return 1
+        return self._sampling.top_k if self._sampling.top_k > 0 else ALL_LOGITS
+
     def sample(self, logits: Logits, position: int) -> int:
         """Return the token at ``position`` by ``logits`` [vocab].
 
@@ -97,7 +106,7 @@ class Sampler:
         sampling = self._sampling
         best = int(logits.argmax())  # The first NaN, if there is one.
         if not math.isfinite(logits[best]):
-            raise BackendError("the model's logits are not finite: load it at more bits")
+            raise BackendError(NOT_FINITE)
         if not sampling.temperature > 0 or sampling.top_k == 1:
             return best
         if 0 < sampling.top_k < len(logits):

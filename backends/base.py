@@ -27,8 +27,14 @@ TeamSum = Callable[[Array], Array]
 
 A stage of a share calls it twice per layer, in order: with the rows of ``o`` and with those of
 ``down``, both without bias. All members get equal sums. The rows that were passed in may not be
-used afterwards. It raises whatever ends the pass, and the stage lets it through.
+used afterwards, and the sum is a new array. It is called in ``forward`` and ``decode`` only,
+because members are connected after loading. It raises whatever ends the pass, and the stage lets it
+through.
 """
+
+
+ALL_LOGITS = -1
+"""In ``Stage.candidates``: the caller needs the logits of the whole vocabulary."""
 
 
 class BackendError(Exception):
@@ -122,6 +128,12 @@ Raises FilesMissing if no machine can, and the errors of the network.
 
 class Stage(ABC):
     """Loaded blocks [first, last) with their KV cache. One caller at a time."""
+
+    candidates: int = ALL_LOGITS
+    """How many of a row's highest logits the caller needs. It sets this before a call.
+
+    A stage may return -inf for the others, if it saves time.
+    """
 
     @abstractmethod
     def forward(

@@ -446,6 +446,8 @@ class _Loader:
 
         It is one session if prepared weights can be kept. ``as_bytes`` takes matrices as bytes.
         """
+        if not artifacts:  # A stage of the embedding alone has no sessions.
+            return
         parts = list(_segments(artifacts))
         build = partial(self._graph, as_bytes=as_bytes)
         kept = self._kept(artifacts, lambda: map(build, parts), as_bytes=as_bytes)

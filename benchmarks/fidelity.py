@@ -2,10 +2,13 @@
 
     make bench-fidelity
     python -m benchmarks.fidelity --only chosen,uniform --again --json
+    python -m benchmarks.fidelity --teams
 
 Four hosts have CPU quotas and links of their own (testbed/). Their agents measure themselves inside
 their quota, and the links between them. The model has random weights. Each plan is loaded, run a
-few times, and compared with its prediction.
+few times, and compared with its prediction. In some of the plans, teams of devices share layers. Of
+those the sum over the team is compared, too: predicted from links and profiles, and measured over
+the team's own connections once it is loaded.
 
 There are several passes, and each makes its plans from new measurements. A shared machine's speed
 drifts, so only predictions and measurements of the same time can be compared. Results are kept in
@@ -76,20 +79,39 @@ BASELINES = ("uniform", "RAM-proportional", "greedy", "single fastest")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One plan. ``split`` None lets the planner choose; ``memory`` names the agents' limits."""
+    """One plan. ``split`` None lets the planner choose; ``memory`` names the agents' limits.
+
+    teams: the devices that share layers, "ash+birch" each. Without ``others``, devices outside the
+        teams run nothing.
+    """
 
     name: str
     memory: str
     bits: tuple[int, ...]
     wishes: Mapping[str, Any] = field(default_factory=dict)
     split: Callable[[ModelSpec, Sequence[str]], Mapping[int, str]] | None = None
+    teams: tuple[str, ...] = ()
+    others: bool = False
+
+    def of_planner(self) -> dict[str, Any]:
+        """Return the wishes of a request for this plan, but for pins."""
+        if not self.teams:
+            return dict(self.wishes)
+        teams = [team.split("+") for team in self.teams]
+        used = {name for team in teams for name in team}
+        outside = [name for name in NAMES if name not in used]
+        return {**self.wishes, "teams": teams} | ({} if self.others else {"exclude": outside})
 
 
 def main() -> None:
     options = _arguments()
     spec = make_model(options.state / "model", SHAPE, CONTEXT_TOKENS)
     results = Results(options.state / "results.json", again=options.again)
-    cases = [case for case in CASES if not options.only or case.name in options.only]
+    cases = [
+        case
+        for case in CASES
+        if (not options.only or case.name in options.only) and (case.teams or not options.teams)
+    ]
     for number in range(options.passes):
         todo = [case for case in cases if len(results.of(case)) <= number]
         if len(todo) == len(cases):
@@ -110,6 +132,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help=f"default {STATE}")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="plans")
+    parser.add_argument("--teams", action="store_true", help="only plans with teams")
     parser.add_argument("--again", action="store_true", help="measure anew what is in --state")
     parser.add_argument("--passes", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument(
@@ -250,6 +273,12 @@ def backwards(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
     return _in_shares(spec, {"cedar": 2.0, SLOW_HOST: 1.0, "ash": 3.0})
 
 
+def last_alone(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
+    """Put the last layers and the head on one host; the others are the planner's."""
+    layers = range(1 + len(spec.layers) * 2 // 3, spec.head_block + 1)
+    return dict.fromkeys(layers, "cedar")
+
+
 CASES = (
     Case("chosen", "tight", (8,)),
     Case("uniform", "tight", (8,), split=uniform),
@@ -261,6 +290,22 @@ CASES = (
     Case("single fastest", "roomy", (8,), split=single),
     Case("without ash", "roomy", (8,), {"exclude": ["ash"]}),
     Case("over radio", "roomy", (8,), split=backwards),
+    Case("team of two", "roomy", (8,), teams=("ash+birch",)),
+    Case("team at 4 bits", "roomy", (4,), teams=("ash+birch",)),
+    Case("uneven team", "roomy", (8,), teams=("ash+cedar",)),
+    Case("team of three", "roomy", (8,), teams=("ash+birch+cedar",)),
+    Case("team of four", "roomy", (8,), teams=("ash+birch+cedar+dogwood",)),
+    Case("team over radio", "roomy", (8,), teams=("birch+dogwood",)),
+    Case("two teams", "roomy", (8,), teams=("ash+birch", "cedar+dogwood")),
+    Case(
+        "team and cedar",
+        "roomy",
+        (8,),
+        {"exclude": [SLOW_HOST]},
+        last_alone,
+        teams=("ash+birch",),
+        others=True,
+    ),
 )
 
 
@@ -273,8 +318,9 @@ def run(
     first: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Load a case's plan and measure it. Later passes use the plan of the ``first`` one."""
-    wishes = dict(case.wishes)
+    wishes = case.of_planner()
     if first is not None:
+        wishes["teams"] = first.get("teams", [])
         wishes["pins"] = {
             str(at): name
             for name, begin, bits in first["stages"]
@@ -296,11 +342,28 @@ def run(
         "plan": case.name,
         "memory": case.memory,
         "stages": [[s["device"], s["first"], s["bits"]] for s in plan["stages"]],
+        "teams": [
+            [one["device"] for one in s["members"]] for s in plan["stages"] if s.get("members")
+        ],
+        "sums": [sum_figures(s) for s in plan["stages"] if s.get("members")],
         "predicted_ms_per_token": plan["predicted_ms_per_token"],
         "predicted_prefill_ms": predicted_prefill_ms(plan),
         "all_measured_ms_per_token": decode_ms,
         "all_measured_prefill_ms": prefill_ms,
     }
+
+
+def sum_figures(stage: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of one sum of one row over a team: predicted, and measured if it was.
+
+    A team that has only the head adds nothing up. Its predicted sum is 0.
+    """
+    layers = len(stage["bits"]) - (stage["first"] == 0)
+    layers -= int(stage["hop_bits"] is None)
+    measured = stage.get("measured_sum") or {}
+    return {"predicted_s": stage["sums_s"] / max(2 * layers, 1)} | (
+        {"measured_s": measured["row_s"]} if "row_s" in measured else {}
+    )
 
 
 def request(state: Path, bits: Sequence[int]) -> dict[str, Any]:
@@ -330,10 +393,10 @@ def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) ->
     return account
 
 
-def predicted_prefill_ms(plan: Mapping[str, Any]) -> float:
-    """Predict a prompt of PROMPT_TOKENS until its first token, by a plan of the API."""
+def predicted_prefill_ms(plan: Mapping[str, Any], tokens: int = PROMPT_TOKENS) -> float:
+    """Predict a prompt of this many ``tokens`` until its first token, by a plan of the API."""
     passages = [Passage(**one["passage"]) for one in (*plan["stages"], *plan["hops"])]
-    return 1e3 * prompt_s(passages, PROMPT_TOKENS, best_chunk_tokens(passages, PROMPT_TOKENS))
+    return 1e3 * prompt_s(passages, tokens, best_chunk_tokens(passages, tokens))
 
 
 def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -347,6 +410,15 @@ def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         row[f"all_measured_{what}"] = [item[f"all_measured_{what}"] for item in passes]
         row[f"all_errors_{what}"] = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
         row[f"error_{what}"] = statistics.median(row[f"all_errors_{what}"])
+    sums = [item.get("sums", []) for item in passes]
+    row["sums"] = [
+        {
+            name: statistics.median(one[name] for one in team)
+            for name in team[0]
+            if all(name in one for one in team)
+        }
+        for team in zip(*sums, strict=False)
+    ]
     return row
 
 
@@ -358,13 +430,15 @@ def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
         for row in rows
         if chosen is not None and row["plan"] in BASELINES
     }
+    with_teams = [row for row in rows if row.get("teams")]
     summary = {
-        f"{label}_error": {
-            "median": statistics.median(abs(row[f"error_{what}"]) for row in rows),
-            "worst": max(abs(row[f"error_{what}"]) for row in rows),
+        f"{label}_error{of}": {
+            "median": statistics.median(abs(row[f"error_{what}"]) for row in counted),
+            "worst": max(abs(row[f"error_{what}"]) for row in counted),
         }
+        for of, counted in (("", rows), ("_with_teams", with_teams))
         for label, what in (("decode", "ms_per_token"), ("prefill", "prefill_ms"))
-        if rows
+        if counted
     }
     if as_json:
         machine = {"machine": processor_name(), "date": date.today().isoformat()}
@@ -379,7 +453,7 @@ def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
         table.add_row(
             row["plan"],
             "\n".join(
-                f"{device} {len(bits)} @ {'/'.join(map(str, sorted(set(bits))))}"
+                f"{_who(row, device)} {len(bits)} @ {'/'.join(map(str, sorted(set(bits))))}"
                 for device, _, bits in row["stages"]
             ),
             f"{row['measured_ms_per_token']:.1f}",
@@ -394,8 +468,22 @@ def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     for which, error in summary.items():
         name = which.replace("_", " ")
         console.print(f"{name}: median {error['median']:.1%}, worst {error['worst']:.1%}")
+    for row in with_teams:
+        for team, figures in zip(row["teams"], row["sums"], strict=False):
+            who = "+".join(team)
+            console.print(f"{row['plan']}: a sum of one row over {who}: {sums_text(figures)}")
     for name, ratio in ratios.items():
         console.print(f"{name}: {ratio:.2f} times the chosen plan's ms per token")
+
+
+def sums_text(figures: Mapping[str, float]) -> str:
+    """Return the result of ``sum_figures`` in milliseconds."""
+    return ", ".join(f"{name[:-2]} {1e3 * seconds:.3f} ms" for name, seconds in figures.items())
+
+
+def _who(row: Mapping[str, Any], lead: str) -> str:
+    """Return the device or the team of a stage with this lead."""
+    return next(("+".join(team) for team in row.get("teams", ()) if team[0] == lead), lead)
 
 
 def _with_range(errors: Sequence[float]) -> str:

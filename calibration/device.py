@@ -148,6 +148,7 @@ def profile_device(
         arithmetic=capabilities.arithmetic,
         conditions=tuple((name, of) for name, of in conditions if of is not None),
         kernel_id=kernel_id(),
+        shares=capabilities.shares,
     )
 
 
@@ -164,6 +165,7 @@ def kept_profile(
         "disk": profile.disk_write_bytes_per_s,
         "call": profile.call_s,
         "relay": profile.relay_s,
+        "sum": profile.sum_s,
     }
     keys = figure_keys(
         backend=profile.backend,
@@ -190,6 +192,7 @@ def kept_profile(
         disk_write_bytes_per_s=changes.get("disk", profile.disk_write_bytes_per_s),
         call_s=changes.get("call", profile.call_s),
         relay_s=changes.get("relay", profile.relay_s),
+        sum_s=changes.get("sum", profile.sum_s),
     )
 
 
@@ -229,6 +232,7 @@ def figure_keys(*, backend: str, version: str, threads: int, exact: bool) -> dic
         "disk": {},
         "call": {"backend": backend, "version": version, "threads": threads, "exact": exact},
         "relay": {},
+        "sum": {},
     }
     own = {"hardware": hardware_id(), "kind": "device"}
     return {figure: {**own, "figure": figure, **key} for figure, key in keys.items()}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from math import ceil, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from backends.base import Backend, Capabilities, Stage, StageOptions
+from backends.base import Array, Backend, Capabilities, Stage, StageOptions
 from calibration.disturbance import Patience, spread_of, steady
 from calibration.machine import hardware_id, usable_share
+from calibration.shares import share_models
 from calibration.store import CalibrationStore
 from model.artifact import Tensor, store_block
 from model.costs import executed_bytes, on_chip_layer_bytes
@@ -57,10 +59,20 @@ _MAX_TIME_S = 2.0
 _LIMITED_TIME_S = 1.0
 """A quota stops calls, and single rounds then differ by a third."""
 
+SHARES_BUDGET_S = 20.0
+"""The time for the shares of a model. No new one is begun after it, and the next run goes on."""
+
+_SHARE_EFFORT = (3, 0.1, 1.0)
+_LIMITED_SHARE_EFFORT = (3, 0.4, 1.0)
+"""The least repeats, the least seconds and the most seconds of a share; and with part of a core."""
+
 _ROUND_S = 0.04
 """Several periods of the kernel's CPU quotas, of which short ones are 5 to 10 ms."""
 
 Progress = Callable[[int, int], None]
+
+Figures = tuple[tuple[float, ...], Conditions | None]
+"""Seconds, and the conditions of their measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,7 @@ def measure_model(
     directory: Path | None = None,
     exact: bool = False,
     together: bool = False,
+    shares: bool = False,
 ) -> tuple[BlockTiming, ...]:
     """Time embedding, distinct layers and head of ``spec`` at each of ``bits``.
 
@@ -106,6 +119,8 @@ def measure_model(
     directory: holds the random blocks meanwhile; by default a directory beside the store.
     exact: times exact stages.
     together: times passes of several rows too. Those in ``store`` are returned in any case.
+    shares: times shares of layers and head too, within SHARES_BUDGET_S, if the backend runs them.
+        Those in ``store`` are returned in any case.
 
     Raises BackendError if the backend fails, CheckpointError if the disk is full.
     """
@@ -116,10 +131,12 @@ def measure_model(
         directory.mkdir(parents=True, exist_ok=True)
     common = machine_key(capabilities, threads, exact=exact)
     bench = Bench(backend, threads, directory, exact=exact)
-    timings: list[BlockTiming] = []
+    wanted = share_jobs(spec, tasks) if shares and capabilities.shares else []
+    total = len(tasks) + len(wanted)
+    timings: dict[Task, BlockTiming] = {}
     for done, task in enumerate(tasks):
         if progress is not None:
-            bench.check = partial(progress, done, len(tasks))
+            bench.check = partial(progress, done, total)
             bench.check()
         key = common | timing_dependencies(spec, task)
         seconds, conditions = (None, None) if store is None else store.found(key)
@@ -135,13 +152,20 @@ def measure_model(
             rows_s = several.seconds
             if store is not None:
                 rows_s, _ = store.keep(_rows_key(key), rows_s, several.conditions)
-        timings += [
-            BlockTiming(task.kind, task.variant, width, seconds[0], seconds[1], conditions, rows_s)
-            for width in task.stands_for
-        ]
+        timings[task] = BlockTiming(
+            task.kind, task.variant, task.bits, seconds[0], seconds[1], conditions, rows_s
+        )
+    of_shares: dict[ShareJob, Figures] = {}
+    started_s = time.perf_counter()
+    for done, job in enumerate(wanted, len(tasks)):
+        if progress is not None:
+            bench.check = partial(progress, done, total)
+            bench.check()
+        if job.task in timings and time.perf_counter() - started_s < SHARES_BUDGET_S:
+            of_shares |= measure_share(bench, job, common, store)
     if progress is not None:
-        progress(len(tasks), len(tasks))
-    return tuple(timings)
+        progress(total, total)
+    return _with_shares(spec, timings, common, store, of_shares)
 
 
 def kept_timings(
@@ -156,17 +180,84 @@ def kept_timings(
     """Return the timings in ``store`` without measuring; otherwise as ``measure_model``."""
     capabilities = backend.probe()
     common = machine_key(capabilities, threads, exact=exact)
-    timings: list[BlockTiming] = []
+    timings: dict[Task, BlockTiming] = {}
     for task in timing_tasks(spec, bits, capabilities.containers(exact=exact)):
         key = common | timing_dependencies(spec, task)
         seconds, conditions = store.found(key)
         if seconds is not None and len(seconds) == 2:
-            rows_s, times = _known_rows_s(store, key), (seconds[0], seconds[1])
-            timings += [
-                BlockTiming(task.kind, task.variant, width, *times, conditions, rows_s)
-                for width in task.stands_for
-            ]
-    return tuple(timings)
+            timings[task] = BlockTiming(
+                task.kind,
+                task.variant,
+                task.bits,
+                seconds[0],
+                seconds[1],
+                conditions,
+                _known_rows_s(store, key),
+            )
+    return _with_shares(spec, timings, common, store, {})
+
+
+@dataclass(frozen=True, slots=True)
+class ShareJob:
+    """One share to time: this ``fraction`` of a task's block, which is a block of ``part``."""
+
+    task: Task
+    fraction: float
+    part: ModelSpec
+
+
+def share_jobs(spec: ModelSpec, tasks: Sequence[Task]) -> list[ShareJob]:
+    """Return the shares of these tasks to time, the important ones first."""
+    by_task = [
+        [ShareJob(task, *item) for item in share_models(spec, task.kind, task.bits).items()]
+        for task in tasks
+    ]
+    return [job for turn in zip_longest(*by_task) for job in turn if job is not None]
+
+
+def share_key(job: ShareJob, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the key of a share's times in a store; ``common`` is ``machine_key``."""
+    return {**common, **timing_dependencies(job.part, job.task), "share": True}
+
+
+def measure_share(
+    bench: Bench, job: ShareJob, common: Mapping[str, Any], store: CalibrationStore | None
+) -> dict[ShareJob, Figures]:
+    """Time a share that ``store`` does not have; the result is empty if it fits nowhere."""
+    key = share_key(job, common)
+    if store is not None and store.get(key) is not None:
+        return {}
+    measured = bench.run_share(job.part, job.task)
+    if measured is None:
+        return {}
+    if store is None:
+        return {job: (measured.seconds, measured.conditions)}
+    return {job: store.keep(key, measured.seconds, measured.conditions)}
+
+
+def _with_shares(
+    spec: ModelSpec,
+    timings: Mapping[Task, BlockTiming],
+    common: Mapping[str, Any],
+    store: CalibrationStore | None,
+    measured: Mapping[ShareJob, Figures],
+) -> tuple[BlockTiming, ...]:
+    """Return each task's timing at all its widths, with the shares in ``measured`` or ``store``."""
+    result: list[BlockTiming] = []
+    for task, timing in timings.items():
+        shares_s: list[tuple[float, float, float]] = []
+        conditions = [timing.conditions]
+        for job in share_jobs(spec, [task]):
+            seconds, of = measured.get(job) or (
+                (None, None) if store is None else store.found(share_key(job, common))
+            )
+            if seconds is not None and len(seconds) == 2:
+                shares_s.append((job.fraction, seconds[0], seconds[1]))
+                conditions.append(of)
+        known = worst(conditions) if None not in conditions else None
+        timing = replace(timing, shares_s=tuple(sorted(shares_s)), conditions=known)
+        result += [replace(timing, bits=width) for width in task.stands_for]
+    return tuple(result)
 
 
 def _rows_key(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,6 +349,10 @@ class Bench:
             )
         return self._head(spec, task, TIMED_ROWS) if task.kind == "head" else None
 
+    def run_share(self, part: ModelSpec, task: Task) -> Measured | None:
+        """Return the times of a block of a share, with its cuts but no sums; else as ``run``."""
+        return self._head(part, task) if task.kind == "head" else self._layer(part, task, cut=True)
+
     def _embedding(self, spec: ModelSpec, task: Task) -> Measured | None:
         small = replace(spec, vocab=min(spec.vocab, EMBEDDING_ROWS))
         if not fits_memory(small, range(1), task):
@@ -266,12 +361,13 @@ class Bench:
         (decode_s, prefill_s), conditions = self._time(small, range(1), task.bits, (1, chunk))
         return Measured((decode_s, prefill_s / chunk), conditions)
 
-    def _layer(self, spec: ModelSpec, task: Task) -> Measured | None:
+    def _layer(self, spec: ModelSpec, task: Task, *, cut: bool = False) -> Measured | None:
         several = timed_layers(spec, task, self.backend.probe().on_chip_bytes)
         if several is None:
             return None
         count, chunk = len(several.layers), chunk_tokens(spec)
-        seconds, conditions = self._time(several, range(1, 1 + count), task.bits, (1, chunk))
+        blocks = range(1, 1 + count)
+        seconds, conditions = self._time(several, blocks, task.bits, (1, chunk), cut=cut)
         decode_s, prefill_s = (layer_share_s(each, self.call_s, count) for each in seconds)
         return Measured((decode_s, prefill_s / chunk), conditions)
 
@@ -308,16 +404,21 @@ class Bench:
         rows: Sequence[int],
         *,
         together: bool = False,
+        cut: bool = False,
     ) -> tuple[list[float], Conditions]:
         """Time a call with each number of ``rows`` through a stage of random blocks.
 
         The rows come behind one chunk of tokens. Returns seconds by number of rows, and the
         conditions.
         together: each row is one of another sequence.
+        cut: the stage is a share's, in a team that only it is in. It is timed more briefly.
         """
         context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), chunk_tokens(spec)
         slots = max(rows) if together else 1
-        options = StageOptions(slots, context_tokens, self.threads, exact=self._exact)
+        options = StageOptions(
+            slots, context_tokens, self.threads, exact=self._exact, team_sum=_alone if cut else None
+        )
+        timed_call = _timed_briefly if cut else _timed
         inputs = random_inputs(spec, blocks, max(chunk, *rows))
         with self.stage(spec, blocks, bits, options) as stage:
 
@@ -327,7 +428,7 @@ class Bench:
                 return partial(stage.forward, 0, chunk, inputs[:count])
 
             def calls() -> tuple[list[float], float]:
-                timed = [_timed(call(count), self.check) for count in rows]
+                timed = [timed_call(call(count), self.check) for count in rows]
                 return [median for median, _ in timed], max(spread for _, spread in timed)
 
             return steady(calls, self.patience, sum)
@@ -486,6 +587,11 @@ def _tiny_model(layers: int) -> ModelSpec:
     )
 
 
+def _alone(partial_rows: Array) -> Array:
+    """The sum over a team of one."""
+    return partial_rows
+
+
 def _nothing() -> None:
     """A check that never raises."""
 
@@ -498,6 +604,12 @@ def _timed(call: Callable[[], object], check: Callable[[], None]) -> tuple[float
     limited = usable_share() < 1
     min_time_s = _LIMITED_TIME_S if limited else _MIN_TIME_S
     return timed_calls(call, _MIN_REPEATS, min_time_s, _MAX_TIME_S, check)
+
+
+def _timed_briefly(call: Callable[[], object], check: Callable[[], None]) -> tuple[float, float]:
+    """Do the same as ``_timed`` in less time, because shares are several figures a block."""
+    effort = _LIMITED_SHARE_EFFORT if usable_share() < 1 else _SHARE_EFFORT
+    return timed_calls(call, *effort, check)
 
 
 def timed_calls(

@@ -18,12 +18,17 @@ import psutil
 from backends.base import Backend, StageOptions
 from calibration.disturbance import Patience, steady
 from calibration.layers import (
+    SHARES_BUDGET_S,
     Bench,
+    ShareJob,
     Task,
     chunk_tokens,
     layer_share_s,
     machine_key,
+    measure_share,
     random_inputs,
+    share_jobs,
+    share_key,
     timed_calls,
     timed_layers,
     timing_dependencies,
@@ -107,14 +112,38 @@ class LayerMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareTiming:
+    """A member's share of one layer, with its cuts but no sums.
+
+    fraction: of the layer's weights.
+    decode_s, prefill_s_per_token: as in BlockTiming.
+    flops, moved_bytes: of one decoded row, as in LayerTiming.
+    """
+
+    variant: int
+    bits: tuple[int, ...]
+    container_bits: int
+    fraction: float
+    decode_s: float
+    prefill_s_per_token: float
+    flops: int
+    moved_bytes: int
+    conditions: Conditions | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerTable:
-    """All measurements of one model's shape. ``left_out`` counts the missing points."""
+    """All measurements of one model's shape. ``left_out`` counts the missing points.
+
+    shares: empty if no team can share the model, or the backend runs no shares.
+    """
 
     layers: tuple[LayerTiming, ...]
     memory: tuple[LayerMemory, ...]
     embedding_and_head: tuple[BlockTiming, ...]
     left_out: int
     reused: int
+    shares: tuple[ShareTiming, ...] = ()
 
 
 def measure_table(
@@ -132,7 +161,8 @@ def measure_table(
 ) -> LayerTable:
     """Measure the missing timings of the layers of ``spec``, embedding and head.
 
-    Once ``budget_s`` has passed no new point is begun, and the important points come first. With
+    Once ``budget_s`` has passed no new point is begun, and the important points come first. Shares
+    have a time of their own, SHARES_BUDGET_S, because agents need them too. With
     ``full`` there is no limit, and each point is repeated more. With ``again`` everything is
     measured again. A new figure replaces the stored one unless that was disturbed less. Blocks too
     large to load here are left out. ``progress`` is called with (done, all) points.
@@ -145,7 +175,8 @@ def measure_table(
     tasks = timing_tasks(spec, bits, backend.probe().container_bits)
     run = _Run(spec, bench, store.again() if again else store, full, clock_s)
     points = {task: run.points() if task.kind == "layer" else [] for task in tasks}
-    total = sum(len(points[task]) or 1 for task in tasks)
+    jobs = share_jobs(spec, tasks) if backend.probe().shares else []
+    total = sum(len(points[task]) or 1 for task in tasks) + len(jobs)
     deadline_s = clock_s() + budget_s
 
     def on_point(count: int) -> None:
@@ -165,12 +196,18 @@ def measure_table(
             run.whole(task)
         done += len(points[task]) or 1
         on_point(done)
+    shares_until_s = clock_s() + SHARES_BUDGET_S
+    for job in jobs:
+        run.share(job, in_time=full or clock_s() < shares_until_s)
+        done += 1
+        on_point(done)
     return LayerTable(
         tuple(sorted(run.layers, key=_order)),
         tuple(run.memory),
         tuple(run.others),
         run.left_out,
         run.reused,
+        tuple(sorted(run.shares, key=lambda one: (one.variant, one.container_bits, one.fraction))),
     )
 
 
@@ -195,6 +232,7 @@ class _Run:
         self.layers: list[LayerTiming] = []
         self.memory: list[LayerMemory] = []
         self.others: list[BlockTiming] = []
+        self.shares: list[ShareTiming] = []
         self.left_out = 0
         self.reused = 0
 
@@ -224,6 +262,35 @@ class _Run:
             BlockTiming(task.kind, 0, bits, seconds[0], seconds[1], conditions)
             for bits in task.stands_for
         ]
+
+    def share(self, job: ShareJob, *, in_time: bool) -> None:
+        """Time a share, as agents do, or take it from the store."""
+        task, part, key = job.task, job.part, share_key(job, self._machine)
+        seconds, conditions = self._store.found(key)
+        if seconds is not None:
+            self.reused += 1
+        elif in_time:
+            figures = measure_share(self._bench, job, self._machine, self._store).get(job)
+            seconds, conditions = figures or (None, None)
+        if seconds is None or len(seconds) != 2:
+            self.left_out += 1
+        elif task.kind == "layer":
+            position = chunk_tokens(part)
+            one = 1 + part.layers.index(part.layer_variants[task.variant])
+            self.shares.append(
+                ShareTiming(
+                    variant=task.variant,
+                    bits=task.stands_for,
+                    container_bits=task.container_bits,
+                    fraction=job.fraction,
+                    decode_s=seconds[0],
+                    prefill_s_per_token=seconds[1],
+                    flops=block_flops(part, one, position + 1),
+                    moved_bytes=executed_bytes(part, one, Format.of(task.bits), task.container_bits)
+                    + kv_bytes(part, one, position + 1),
+                    conditions=conditions,
+                )
+            )
 
     def layer(
         self,

@@ -22,6 +22,7 @@ from backends.base import Backend, BackendError, StageOptions
 from backends.registry import backend_class
 from calibration.layers import Task, chunk_tokens, fits_memory, random_artifacts, random_inputs
 from calibration.machine import hardware_id
+from calibration.shares import share_models
 from calibration.store import CalibrationStore
 from model.errors import ModelError
 from model.memory import memory_bytes
@@ -98,6 +99,18 @@ class Trials:
         formats = [Format.of(width) for width in sorted(bits) if width in self.containers]
         kinds = kinds_of_blocks(spec)
         self.require(spec, [(block, fmt) for fmt in formats for block in kinds], tick, meanwhile)
+
+    def require_shares(
+        self, spec: ModelSpec, bits: Iterable[int], tick: Callable[[], None]
+    ) -> None:
+        """Call ``require`` for the layers of all shares that calibration times."""
+        layers = kinds_of_blocks(spec)[1:-1]
+        parts: dict[ModelSpec, list[tuple[int, Format]]] = {}
+        for width in sorted(set(bits) & set(self.containers)):
+            for part in share_models(spec, "layer", width).values():
+                parts.setdefault(part, []).extend((block, Format.of(width)) for block in layers)
+        for part, blocks in parts.items():
+            self.require(part, blocks, tick)
 
     def require(
         self,

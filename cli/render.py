@@ -304,34 +304,33 @@ class Screen:
         table.add_column("device")
         for column in ("blocks", "memory", "fetched", "load s"):
             table.add_column(column, justify="right")
+        shared = []
         for stage, planned in zip(model["stages"], model["plan"]["stages"], strict=True):
-            first, count = planned["first"], len(planned["bits"])
-            table.add_row(
-                escape(stage["device"]),
-                f"[{first}, {first + count})".replace("[", r"\["),
-                format_size(stage["memory_bytes"]),
-                format_size(stage["fetched_bytes"]),
-                f"{stage['load_s']:.2f}",
-            )
+            first, last = planned["first"], planned["first"] + len(planned["bits"])
+            members = stage.get("members", ())  # Older coordinators know no teams.
+            name = "+".join(member["device"] for member in members) or stage["device"]
+            table.add_row(escape(name), rf"\[{first}, {last})", *_load_figures(stage))
+            for member in members:
+                share = f"{model['plan']['shares'][member['device']]:.0%} of each"
+                table.add_row(f"  {escape(member['device'])}", share, *_load_figures(member))
+            if members:
+                line = f"{name} share blocks {max(first, 1)}..{last - 1}"
+                line += f", with sums at {planned['sum_bits']} bits"
+                if measured := planned.get("measured_sum"):
+                    line += f" of {measured['row_s'] * 1e3:.2f} ms, measured"
+                shared.append(line)
         self.table(table)
+        for line in shared:
+            self.out.print(escape(line), soft_wrap=True)
         slots = model["slots"]
         line = f", {slots['waiting']} in line" if slots["waiting"] else ""
         self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")
 
 
-def _add_member(
-    table: Table, member: Mapping[str, Any], shares: Mapping[str, float], noisy: set[str]
-) -> None:
-    """Add a row for a member of a team, below the row of its stage."""
-    name = member["device"]
-    table.add_row(
-        f"  {escape(name)}" + (NOISY if name in noisy else ""),
-        f"{shares[name]:.0%} of each layer",
-        "",
-        format_size(member["memory_bytes"]),
-        format_size(member["memory_limit_bytes"]),
-        f"{member['compute_s'] * 1e3:.2f}",
-    )
+def _load_figures(loaded: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Memory, fetched bytes and seconds of a loaded stage or of a member's part of it."""
+    sizes = format_size(loaded["memory_bytes"]), format_size(loaded["fetched_bytes"])
+    return (*sizes, f"{loaded['load_s']:.2f}")
 
 
 def _add_stage(table: Table, plan: Mapping[str, Any], index: int, noisy: set[str]) -> None:
@@ -363,6 +362,21 @@ def _add_stage(table: Table, plan: Mapping[str, Any], index: int, noisy: set[str
     if index < len(plan["hops"]):
         hop_ms = f"{plan['hops'][index]['seconds'] * 1e3:.2f}"
         table.add_row("  hop", "", str(stage.get("hop_bits") or ""), "", "", hop_ms)
+
+
+def _add_member(
+    table: Table, member: Mapping[str, Any], shares: Mapping[str, float], noisy: set[str]
+) -> None:
+    """Add a row for a member of a team, below the row of its stage."""
+    name = member["device"]
+    table.add_row(
+        f"  {escape(name)}" + (NOISY if name in noisy else ""),
+        f"{shares[name]:.0%} of each layer",
+        "",
+        format_size(member["memory_bytes"]),
+        format_size(member["memory_limit_bytes"]),
+        f"{member['compute_s'] * 1e3:.2f}",
+    )
 
 
 def _state_line(model: Mapping[str, Any]) -> str:

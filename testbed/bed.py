@@ -123,6 +123,9 @@ class Testbed:
         """Return the command line that runs ``command`` on ``host`` in the same process."""
         self._require(host)
         place = ["--net", str(self.namespace(host)), "--host", host]
+        cores = self.network.hosts[host].cores
+        if cores is not None:
+            place += ["--cores", ",".join(map(str, cores))]
         return [*self._entry(host), *place, "--", *command]
 
     def popen(

@@ -1,10 +1,11 @@
 """Becomes a command on a host of a testbed.
 
-    enter.py [--group DIR]... [--net FILE] [--host NAME] [--ready FD] -- COMMAND...
+    enter.py [--group DIR]... [--net FILE] [--host NAME] [--cores 0,1] [--ready FD] -- COMMAND...
 
-The process joins the control groups and the network, takes the host's name, and executes the
-command under the same process number. FD closes when the command starts. Run this file by its path
-(``python -I -S``), so that it starts in about 20 ms. It imports only the standard library.
+The process joins the control groups and the network, takes the host's name and its cores, and
+executes the command under the same process number. FD closes when the command starts. Run this
+file by its path (``python -I -S``), so that it starts in about 20 ms. It imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str]) -> None:
         elif name == "--host":
             unshare(CLONE_NEWUTS)
             socket.sethostname(value)
+        elif name == "--cores":
+            os.sched_setaffinity(0, map(int, value.split(",")))
         elif name == "--ready":
             os.set_inheritable(int(value), False)
         else:

@@ -25,6 +25,7 @@ class Host:
     """One host. None means without limit.
 
     cpu_percent: of one core of the machine underneath.
+    cores: the cores of that machine on which its processes may run.
     jitter_s: each frame to or from the host is up to this much earlier or later, uniformly.
     loss: the share of frames to or from the host that get lost.
     """
@@ -33,8 +34,11 @@ class Host:
     memory_bytes: int | None = None
     jitter_s: float = 0.0
     loss: float = 0.0
+    cores: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.cores is not None and not self.cores:
+            raise NetworkError("a host without cores: not possible")
         if self.jitter_s < 0 or not 0 <= self.loss < 1:
             raise NetworkError(f"jitter {self.jitter_s} s, loss {self.loss}: not possible")
 
@@ -98,10 +102,15 @@ class Network:
         """Inverse of ``to_dict``."""
         default = values["default"]
         return Network(
-            {name: Host(**host) for name, host in values["hosts"].items()},
+            {name: _host(host) for name, host in values["hosts"].items()},
             {(source, target): _link(speed) for source, target, *speed in values["links"]},
             None if default is None else _link(default),
         )
+
+
+def _host(values: Mapping[str, Any]) -> Host:
+    cores = values.get("cores")
+    return Host(**{**values, "cores": None if cores is None else tuple(cores)})
 
 
 def _speed(link: Link) -> list[float | None]:

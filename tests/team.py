@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from backends.base import TeamSum
+from model.families import load_spec
 from model.share import Share, can_share, share_steps
 from model.spec import ModelSpec
 
 Result = TypeVar("Result")
 Array = npt.NDArray[Any]
+
+StagePlan = tuple[tuple[str, ...], int, tuple[int, ...]]
+"""Devices of a stage, its blocks, and how much of each layer every device has."""
 
 TIMEOUT_S = 120.0
 
@@ -72,3 +78,25 @@ def _divide(total: int, step: int, weights: Sequence[int]) -> list[tuple[int, in
     ]
     cuts = [0, *(min(end * step, total) for end in ends)]
     return list(pairwise(cuts))
+
+
+def write_plan(directory: Path, model: Path, stages: Sequence[StagePlan]) -> Path:
+    """Write a plan's file, and return its path. All blocks and sums have 32 bits."""
+    spec = load_spec(model)
+    parts = []
+    for names, blocks, weights in stages:
+        stage: dict[str, Any] = {"device": names[0], "bits": [32] * blocks}
+        if len(names) > 1:
+            spans = [
+                {"kv_heads": share.kv_heads, "columns": share.columns, "vocab": share.vocab}
+                for share in shares_of(spec, weights)
+            ]
+            stage["sum_bits"] = 32
+            stage["team"] = [
+                {"device": name} | {key: end - begin for key, (begin, end) in own.items()}
+                for name, own in zip(names, spans, strict=True)
+            ]
+        parts.append(stage)
+    path = directory / "plan.json"
+    path.write_text(json.dumps({"shoal_plan": 1, "model": "model", "stages": parts}))
+    return path

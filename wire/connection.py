@@ -29,7 +29,7 @@ from wire.admission import Admit
 from wire.auth import Handshake, Token
 from wire.codec import encode, encode_as
 from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, VersionMismatch, WireError
-from wire.framing import BUFFER_BYTES, Framer
+from wire.framing import BUFFER_BYTES, Frame, Framer
 from wire.lobby import Lobby
 from wire.messages import AgentHello, AuthChallenge, Endpoint, JoinRefused, Message
 from wire.patience import within
@@ -150,6 +150,44 @@ class Connection:
         if self._framer.is_proving:
             self._prove()
         return self._until(self._framer.next_frame)
+
+    # A thread that serves several connections polls them, and uses the next three methods.
+
+    def fileno(self) -> int:
+        """Return the descriptor that ``poll`` takes."""
+        return self._transport.fileno()
+
+    def send_now(self, frame: Buffer, payload: Buffer = b"") -> int:
+        """Send as much of an encoded frame as fits without waiting; return the number of bytes.
+
+        The rest must be sent before anything else.
+        """
+        try:
+            with self._send_lock:
+                return self._transport.send_now(frame, payload)
+        except OSError as error:
+            self.close()
+            raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
+
+    def receive_now(self) -> Frame | None:
+        """Do the same as ``receive``, but return None if the message has not arrived whole.
+
+        The handshake must be over.
+        """
+        framer = self._framer
+        try:
+            while (frame := framer.next_frame()) is None:
+                count = self._transport.receive_now(framer.space()[0])
+                if count is None:
+                    return None
+                framer.received(count)
+        except OSError as error:
+            self._part()
+            raise framer.lost(f": {reason(error)}") from error
+        except BaseException:  # Half a message cannot be continued.
+            self._part()
+            raise
+        return frame
 
     def receive_hello(self, largest_bytes: Mapping[type[Message], int]) -> Message:
         """Return an accepted peer's first message: one of these kinds, with its largest header.

@@ -23,6 +23,9 @@ MAX_PROFILE_CHARACTERS = 256
 MAX_PROFILE_ENTRIES = 64
 """The largest number of entries of each kind in a profile, which is kept as long as its device."""
 
+MAX_SHARES = 8
+"""The largest number of measured shares of a block."""
+
 MAX_BYTES = 1 << 60
 MAX_TIME_S = 1e12
 """The latest plausible time in seconds since 1970, far in the future."""
@@ -83,7 +86,14 @@ def is_plausible(timing: BlockTiming) -> bool:
     least_s, most_s = BLOCK_SECONDS
     if len(timing.rows_s) not in (0, len(TIMED_ROWS)):
         return False
-    times_s = timing.decode_s, timing.prefill_s_per_token, *timing.rows_s
+    fractions = [share[0] for share in timing.shares_s]
+    if len(fractions) > MAX_SHARES or fractions != sorted(set(fractions)):
+        return False
+    if not all(0 < fraction <= 1 for fraction in fractions):
+        return False
+    times_s = [timing.decode_s, timing.prefill_s_per_token, *timing.rows_s]
+    for _, *share_s in timing.shares_s:
+        times_s += share_s
     return all(least_s <= time_s <= most_s for time_s in times_s) and are_plausible(
         timing.conditions
     )
@@ -113,6 +123,7 @@ _PROFILE_RANGES: dict[str, tuple[float, float]] = {
     "disk_write_bytes_per_s": (1, 1e15),
     "call_s": CALL_SECONDS,
     "relay_s": CALL_SECONDS,
+    "sum_s": CALL_SECONDS,
     "watts": (0, 1e6),
     "on_chip_bytes": (0, MAX_BYTES),
 }

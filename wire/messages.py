@@ -4,7 +4,7 @@ There are three kinds of connection, told apart by their first message:
 
     AgentHello      agent -> coordinator   control: profile, commands, results, heartbeats
     BlocksHello     agent -> coordinator   files: FetchBlock / BlockChunk, MakeFiles / FilesMade
-    PeerHello       agent -> agent         data plane: activations, tokens, link probes
+    PeerHello       agent -> agent         data plane: activations, tokens, link probes, team sums
 
 Requests carry ``request``, and answers repeat it. Data-plane messages carry the epoch of their
 deployment, a random number that no other deployment has. A stage drops messages of another epoch.
@@ -121,12 +121,14 @@ class MeasureModel:
 
     The agent reports earlier measurements without repeating them.
     together: passes of several rows are timed too, each row of another sequence.
+    shares: shares of blocks are timed too, as far as a limited time allows.
     """
 
     request: int
     spec: dict[str, Any]
     bits: tuple[int, ...]
     together: bool = False
+    shares: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ class MeasureModelAgain:
     spec: dict[str, Any]
     bits: tuple[int, ...]
     together: bool = False
+    shares: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,13 +328,58 @@ class TeamLogits:
     """Member to lead: its highest logits of a pass.
 
     The payload is float32 [rows, candidates], then token ids int32 of that shape unless all of the
-    member's vocabulary is sent. Ids count from the start of the model's vocabulary.
+    member's vocabulary is sent. Ids count from the start of the model's vocabulary, and
+    ``first_token`` is the id of the first token of the member's vocabulary.
     """
 
     epoch: int
     number: int
     rows: int
     candidates: int
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class TeamFailed:
+    """Member to member: the sender has left pass ``number``, and sends nothing more of it.
+
+    ``device`` failed to run the pass. With ``lost``, the sender or another member has lost the
+    connection to it, and the team has ended. Each member that leaves a pass tells all others.
+    """
+
+    epoch: int
+    number: int
+    device: str
+    reason: str
+    lost: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TeamTrial:
+    """Lead to member, as a pass: sum rows of ones this often, without running the stage."""
+
+    epoch: int
+    number: int
+    rows: int
+    sums: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureTeam:
+    """Coordinator to lead: measure the sum over the connections of the team of ``epoch``."""
+
+    request: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class TeamMeasured:
+    """Median seconds of one sum of one row, and of ``chunk_rows`` rows."""
+
+    request: int
+    row_s: float
+    chunk_rows: int
+    chunk_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,7 +560,10 @@ class SequenceFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """Stage to coordinator: the next device is lost. Repeated at each sequence."""
+    """Stage to coordinator: the next device, or a member of the team, is lost.
+
+    Repeated at each sequence.
+    """
 
     epoch: int
     device: str
@@ -537,13 +588,14 @@ class StageDamaged:
 class PeerHello:
     """Agent to agent, first message. ``expected`` must be the acceptor's own device id.
 
-    The previous device of the ring shows ``hop_key`` from LoadStage. Without it only link probes
-    may follow.
+    The previous device of the ring shows ``hop_key`` from LoadStage, and a member of the same team
+    ``team_key``. Without a key only link probes may follow.
     """
 
     device: str
     expected: str
     hop_key: bytes = b""
+    team_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -656,6 +708,10 @@ Message: TypeAlias = (
     | TeamPass
     | TeamPart
     | TeamLogits
+    | TeamFailed
+    | TeamTrial
+    | MeasureTeam
+    | TeamMeasured
     | UnloadStage
     | FindBlocks
     | BlocksFound
@@ -736,6 +792,10 @@ CODES: dict[int, type[Message]] = {
     86: DeviceMeasured,
     87: FiguresChanged,
     88: MeasureModelAgain,
+    90: TeamFailed,
+    91: MeasureTeam,
+    92: TeamMeasured,
+    93: TeamTrial,
 }
 """The message codes on the wire. Never reuse a number."""
 

@@ -26,18 +26,19 @@ class DeviceProfile:
     call_s: overhead of a stage's call besides its blocks. It is 0 if measuring it takes files that
         others make; then the first measurement of a model brings it.
     relay_s: seconds of the agent itself for each call; 0 if that was not measured.
+    sum_s: seconds of the agent itself for a sum of one row with one other member of a team, without
+        any wait for the link; 0 if that was not measured.
     watts: declared power while the device computes.
     on_chip_bytes: bytes of weights in an accelerator's own memory, which cross no bus at a call
         (one byte a weight at 8 bits). None if weights are in ordinary memory.
     makes: pairs of a backend and the version of its compiler, if this device can make its files.
     arithmetic: the backend whose rounding of layers this device shares. It is set if that rounding
         is measured apart from the loss by the weights' bits.
-    conditions: the conditions of the figures, by name: memory, disk, call, relay.
+    conditions: the conditions of the figures, by name: memory, disk, call, relay, sum.
     kernel_id: the same for all agents on one running machine, containers included. Empty if
         unknown.
     wireless: whether it sends over the air, which others use too.
     shares: whether the backend loads shares of layers (model/share.py).
-    sum_s: the agent's own work for one sum of one row over a team; 0 if that was not measured.
     """
 
     machine: str

@@ -49,6 +49,20 @@ class Transport(ABC):
         Raises TimeoutError or BlockingIOError after the receive timeout.
         """
 
+    # Streams that a thread can poll have the next three methods.
+
+    def fileno(self) -> int:
+        """Return the descriptor that ``poll`` takes."""
+        raise OSError(errno.EOPNOTSUPP, "this transport cannot be polled")
+
+    def send_now(self, head: Buffer, payload: Buffer = b"") -> int:
+        """Send as much of both as fits without waiting, and return the number of bytes."""
+        raise OSError(errno.EOPNOTSUPP, "this transport cannot be polled")
+
+    def receive_now(self, view: memoryview) -> int | None:
+        """Receive what is there. None if nothing is. 0 is the end of the stream."""
+        raise OSError(errno.EOPNOTSUPP, "this transport cannot be polled")
+
     @abstractmethod
     def set_receive_timeout(self, seconds: float | None) -> None:
         """Limit the silence that ``receive_into`` accepts. None is no limit."""
@@ -81,6 +95,22 @@ class TcpTransport(Transport):
 
     def receive_into(self, view: memoryview, whole: bool) -> int:
         return self._socket.recv_into(view, 0, socket.MSG_WAITALL if whole else 0)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send_now(self, head: Buffer, payload: Buffer = b"") -> int:
+        parts = (head, payload) if len(payload) else (head,)
+        try:
+            return self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def receive_now(self, view: memoryview) -> int | None:
+        try:
+            return self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
 
     def set_receive_timeout(self, seconds: float | None) -> None:
         _set_timeout(self._socket, socket.SO_RCVTIMEO, seconds or 0.0)

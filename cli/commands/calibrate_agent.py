@@ -79,7 +79,7 @@ def measure_for_agent(
     """
     from backends.registry import backend_class
     from calibration.device import kept_profile, profile_device
-    from calibration.layers import measure_model
+    from calibration.layers import kept_timings, measure_model
     from model.spec import ModelSpec
 
     profile = profile_device(
@@ -91,16 +91,21 @@ def measure_for_agent(
     )
     kept = kept_profile(profile, store, exact=target.exact)
     models = store.models()
-    for number, (spec, bits) in enumerate(models, 1):
+    for number, (values, bits) in enumerate(models, 1):
+        spec, backend = ModelSpec.from_dict(values), backend_class(target.backend)()
+        kept_before = kept_timings(
+            spec, bits, backend, threads=threads, store=store, exact=target.exact
+        )
         with screen.counting(f"measuring model {number} of {len(models)} anew") as on_step:
             measure_model(
-                ModelSpec.from_dict(spec),
+                spec,
                 bits,
-                backend_class(target.backend)(),
+                backend,
                 threads=threads,
                 store=store.again(),
                 progress=on_step,
                 exact=target.exact,
+                shares=any(timing.shares_s for timing in kept_before),
             )
     screen.note(
         f"measured anew for the agent in {target.state_dir}: the device and {len(models)} models; "
@@ -113,5 +118,6 @@ def measure_for_agent(
         "disk_write_bytes_per_s": kept.disk_write_bytes_per_s,
         "call_s": kept.call_s,
         "relay_s": kept.relay_s,
+        "sum_s": kept.sum_s,
         "conditions": {name: asdict(of) for name, of in kept.conditions},
     }

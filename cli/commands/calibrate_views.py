@@ -116,12 +116,13 @@ def show_table(screen: Screen, result: LayerTable, backend: str) -> None:
     for variant in variants:
         name = "one layer" if len(variants) == 1 else f"one layer of shape {variant}"
         _show_layer(screen, result, variant, f"{name}, ms a call by {backend}")
+        _show_shares(screen, result, variant, f"shares of {name}, ms")
     _show_others(screen, result)
     _say_noise(
         screen,
         [
             item.conditions
-            for timings in (result.layers, result.embedding_and_head)
+            for timings in (result.layers, result.shares, result.embedding_and_head)
             for item in timings
         ],
     )
@@ -168,6 +169,35 @@ def _show_layer(screen: Screen, result: LayerTable, variant: int, title: str) ->
         screen.out.print(f"long: up to {ends['long']} tokens are seen, which memory includes")
 
 
+def _show_shares(screen: Screen, result: LayerTable, variant: int, title: str) -> None:
+    """Print the times of a team member's shares of a layer: a line per share."""
+    timings = [timing for timing in result.shares if timing.variant == variant]
+    if not timings:
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("share", no_wrap=True)
+    widths = sorted({(timing.container_bits, timing.bits) for timing in timings})
+    for container, bits in widths:
+        stored = ",".join(map(str, bits))
+        table.add_column(f"{stored} bits (runs as {container}), 1 row", justify="right")
+        table.add_column("a prompt's row", justify="right")
+    cells = {(timing.fraction, timing.container_bits): timing for timing in timings}
+    for fraction in sorted({fraction for fraction, _ in cells}):
+        row = []
+        for container, _ in widths:
+            timing = cells.get((fraction, container))
+            row += (
+                ["-", "-"]
+                if timing is None
+                else [
+                    f"{timing.decode_s * 1e3:.2f}{_marked(timing.conditions)}",
+                    f"{timing.prefill_s_per_token * 1e3:.3f}",
+                ]
+            )
+        table.add_row("whole, with cuts" if fraction == 1 else f"{fraction:.0%}", *row)
+    screen.table(table, keys=1)
+
+
 def _show_others(screen: Screen, result: LayerTable) -> None:
     others = Table(title="embedding and head, ms", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("block", "bits"):
@@ -199,6 +229,18 @@ def roofline(survey: DeviceSurvey, table: LayerTable | None, name: str) -> str:
             timing.rows > 1,
         )
         for timing in (table.layers if table is not None else ())
+    ]
+    points += [
+        RooflinePoint(
+            f"decode, {timing.fraction:.0%} of a layer with cuts, {timing.container_bits} bits:"
+            f" {timing.decode_s * 1e3:.2f} ms",
+            timing.container_bits,
+            timing.flops,
+            timing.moved_bytes,
+            timing.decode_s,
+            long_context=False,
+        )
+        for timing in (table.shares if table is not None else ())
     ]
     (backend,) = (backend for backend in survey.backends if backend.name == name)
     title = f"{survey.machine}, {survey.threads} threads, {name} {backend.version}"

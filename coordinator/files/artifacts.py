@@ -1,8 +1,11 @@
 """Makes quantized blocks once per checkpoint, block and format, and keeps them on disk.
 
 In the state directory, ``artifacts/<sha256>`` are the files that agents fetch. The index
-``checkpoints/<fingerprint>.json`` has the hash of each block and format.
+``checkpoints/<fingerprint>.json`` has the hash of each block and format, and of each share of it.
 Losing an artifact or the index costs time, never correctness.
+
+A share is cut out of the whole block's artifact. So all members of a team have the same quantized
+numbers as a device that runs the block alone.
 """
 
 from __future__ import annotations
@@ -13,19 +16,22 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coordinator.errors import MakingFailed, StorageFull
-from model.artifact import SHA256, file_sha256, write_artifact
+from model.artifact import SHA256, Tensor, file_sha256, read_block, store_block, write_artifact
 from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
 from model.durable import remove, replace_text
-from model.errors import Cancelled, CheckpointError
+from model.errors import Cancelled, CheckpointError, UnsupportedModelError
 from model.partial import PartialFile
 from model.quantize import Format
+from model.share import Share, share_spec, share_tensors
+from model.spec import ModelSpec
 from model.weight_errors import weight_errors
 from wire.messages import BlockRef
 from wire.sizes import format_size
@@ -43,6 +49,33 @@ HEADER_BYTES = 4096
 OnStep = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An artifact: a block in a format, whole or the share of a team's member."""
+
+    block: int
+    fmt: Format
+    share: Share | None = None
+
+    def key(self, spec: ModelSpec) -> str:
+        """The artifact's key in the index. It names the parts of the share that the block has."""
+        whole = f"{self.block}/{self.fmt.key}"
+        if self.share is None:
+            return whole
+        if self.block == spec.head_block:
+            return f"{whole}/v{_text(self.share.vocab)}"
+        return f"{whole}/h{_text(self.share.kv_heads)},c{_text(self.share.columns)}"
+
+    def stored_bytes(self, spec: ModelSpec) -> int:
+        """Bytes of the tensors on disk. Raises UnsupportedModelError for an impossible share."""
+        own = spec if self.share is None else share_spec(spec, self.share)
+        return stored_bytes(own, self.block, self.fmt)
+
+
+def _text(span: tuple[int, int]) -> str:
+    return f"{span[0]}-{span[1]}"
+
+
 class ArtifactStore:
     """Artifacts on disk and their index, for one thread at a time.
 
@@ -57,11 +90,13 @@ class ArtifactStore:
         self._limit_bytes = limit_bytes
         self._in_use: set[str] = set()
         """Hashes of the artifacts quantized last. Agents may be fetching them."""
-        self._sources: dict[str, tuple[Checkpoint, int, Format]] = {}
+        self._sources: dict[str, tuple[Checkpoint, Wanted]] = {}
         """Hash -> the source of each artifact of the last checkpoint."""
         self._whole: set[str] = set()
         """Hashes of files that were checked since the start."""
-        self._making = threading.Lock()
+        self._cut: tuple[str, Mapping[str, Tensor]] | None = None
+        """The hash and the tensors of the whole block that shares were cut from last."""
+        self._making = threading.RLock()
 
     def prepare(self) -> None:
         """Make the directories. Raises OSError."""
@@ -78,7 +113,7 @@ class ArtifactStore:
     def quantize(
         self,
         checkpoint: Checkpoint,
-        wanted: Sequence[tuple[int, Format]],
+        wanted: Sequence[Wanted],
         on_step: OnStep,
         cancelled: Callable[[], bool],
     ) -> tuple[BlockRef, ...]:
@@ -96,20 +131,30 @@ class ArtifactStore:
             for sha256, source in self._sources.items()
             if source[0].fingerprint == same
         }
-        for done, (block, fmt) in enumerate(wanted):
-            if cancelled():
-                raise Cancelled
-            key = f"{block}/{fmt.key}"
-            entry = index["artifacts"].get(key)
-            if entry is None or not self._has(*entry):
-                entry = self._make(checkpoint, block, fmt)
-                index["artifacts"][key] = entry
-                self._save(checkpoint, index)
-            self._sources[entry[0]] = (checkpoint, block, fmt)
-            refs.append(BlockRef(entry[0], entry[1], block))
-            self._in_use.add(entry[0])
-            on_step(done + 1, len(wanted))
+        try:
+            for done, item in enumerate(wanted):
+                if cancelled():
+                    raise Cancelled
+                sha256, size_bytes = self._obtain(checkpoint, item, index)
+                self._sources[sha256] = (checkpoint, item)
+                refs.append(BlockRef(sha256, size_bytes, item.block))
+                self._in_use.add(sha256)
+                on_step(done + 1, len(wanted))
+        finally:
+            self._cut = None
         return tuple(refs)
+
+    def _obtain(
+        self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]
+    ) -> tuple[str, int]:
+        """The hash and size of an artifact, which is made if it is missing. Raises as ``_make``."""
+        key = wanted.key(checkpoint.spec)
+        entry = index["artifacts"].get(key)
+        if entry is None or not self._has(*entry):
+            entry = self._make(checkpoint, wanted, index)
+            index["artifacts"][key] = list(entry)
+            self._save(checkpoint, index)
+        return entry[0], entry[1]
 
     def _has(self, sha256: str, size_bytes: int) -> bool:
         """Whether an artifact of this size is here. Asking counts as using it."""
@@ -127,12 +172,50 @@ class ArtifactStore:
         """Whether ``repair`` knows the source of this file."""
         return sha256 in self._sources
 
-    def _make(self, checkpoint: Checkpoint, block: int, fmt: Format) -> list[Any]:
-        """Write an artifact, and return [hash, size]. Raises ModelError, OSError, StorageFull."""
+    def _make(
+        self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]
+    ) -> tuple[str, int]:
+        """Write an artifact, and return its hash and size.
+
+        Raises ModelError, OSError, StorageFull.
+        """
+        spec, block, fmt = checkpoint.spec, wanted.block, wanted.fmt
         with self._making:
-            self._make_room(stored_bytes(checkpoint.spec, block, fmt) + HEADER_BYTES, set())
-            artifact = write_artifact(self._artifacts, block, checkpoint.block(block), fmt)
-            return [artifact.sha256, artifact.size_bytes]
+            needed_bytes = wanted.stored_bytes(spec) + HEADER_BYTES
+            if wanted.share is None:
+                self._make_room(needed_bytes, set())
+                artifact = write_artifact(self._artifacts, block, checkpoint.block(block), fmt)
+            else:
+                tensors = self._whole_block(checkpoint, wanted, index)
+                try:
+                    cut = share_tensors(spec, block, tensors, wanted.share)
+                except ValueError as error:
+                    raise UnsupportedModelError(
+                        f"{spec.block_name(block)} cannot be shared like this: {error}"
+                    ) from error
+                self._make_room(needed_bytes, set())
+                artifact = store_block(self._artifacts, block, cut, fmt)
+            return artifact.sha256, artifact.size_bytes
+
+    def _whole_block(
+        self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]
+    ) -> Mapping[str, Tensor]:
+        """The tensors of the whole block, from a file that was just compared with its hash.
+
+        A share of a damaged file would have a valid hash of its own. Raises as ``_make``.
+        """
+        whole = replace(wanted, share=None)
+        entry = index["artifacts"].get(whole.key(checkpoint.spec))
+        if entry is not None and self._cut is not None and self._cut[0] == entry[0]:
+            return self._cut[1]
+        for _ in range(2):
+            sha256, _ = self._obtain(checkpoint, whole, index)
+            self._whole.discard(sha256)
+            if self.is_whole(sha256):
+                path = self._artifacts / sha256
+                self._cut = sha256, read_block(path, checkpoint.spec, wanted.block)[1]
+                return self._cut[1]
+        raise CheckpointError(f"{self._artifacts / sha256}: is damaged again: check the disk")
 
     def is_whole(self, sha256: str) -> bool:
         """Whether the file of this hash is here and undamaged. A damaged one is removed.
@@ -164,14 +247,17 @@ class ArtifactStore:
         source = self._sources.get(sha256)
         if source is None:
             raise MakingFailed("the coordinator's own file is damaged and was removed: load again")
-        made, _ = self._make(*source)
+        checkpoint, wanted = source
+        with self._making:
+            self._cut = None
+            made, _ = self._make(checkpoint, wanted, self._load(checkpoint))
+            self._cut = None
         if made != sha256:
             raise MakingFailed(
                 "the coordinator's own file was damaged, and the checkpoint has changed since it "
                 "was made: load again"
             )
-        checkpoint, block, _ = source
-        name = checkpoint.spec.block_name(block)
+        name = checkpoint.spec.block_name(wanted.block)
         log.warning("%s was damaged here and is made again from the checkpoint", name)
 
     def adopt(self, path: Path, keep: set[str]) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from coordinator.http.common import json_lines, model_state, read_json, while_connected
-from coordinator.loading.deployment import Deployment, Planned
+from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.state import (
@@ -41,7 +41,7 @@ from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.insight.view import describe_plan
 from planning.request import LoadRequest, model_name
-from wire.messages import PROTOCOL_VERSION
+from wire.messages import PROTOCOL_VERSION, StageLoaded
 from wire.versions import shoal_version
 
 POLL_S = 30.0
@@ -288,19 +288,40 @@ def _model(state: Present) -> dict[str, Any]:
 
 
 def _deployment(deployment: Deployment) -> dict[str, Any]:
+    """The JSON of a deployment. Its plan also has the sums that teams measured."""
     slots = deployment.slots
+    plan = describe_plan(deployment.spec, deployment.plan, slots.total)
+    for stage, sums in zip(plan["stages"], deployment.sums, strict=True):
+        if sums is not None:
+            figures = {"row_s": sums.row_s, "chunk_rows": sums.chunk_rows, "chunk_s": sums.chunk_s}
+            stage["measured_sum"] = figures
     return {
         "context_tokens": deployment.context_tokens,
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
-        "plan": describe_plan(deployment.spec, deployment.plan, slots.total),
+        "plan": plan,
         "quality": deployment.quality,
         "stages": [
-            {
-                "device": member.name,
-                "memory_bytes": loaded.memory_bytes,
-                "fetched_bytes": loaded.fetched_bytes,
-                "load_s": loaded.load_s,
-            }
-            for member, loaded in zip(deployment.members, deployment.loaded, strict=True)
+            _stage(team, loaded)
+            for team, loaded in zip(deployment.teams, deployment.loaded, strict=True)
         ],
+    }
+
+
+def _stage(team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:
+    """A loaded stage: sums over its devices, the longest load, and each member of a team."""
+    parts = [
+        {
+            "device": member.name,
+            "memory_bytes": one.memory_bytes,
+            "fetched_bytes": one.fetched_bytes,
+            "load_s": one.load_s,
+        }
+        for member, one in zip(team, loaded, strict=True)
+    ]
+    return {
+        "device": team[0].name,
+        "memory_bytes": sum(one.memory_bytes for one in loaded),
+        "fetched_bytes": sum(one.fetched_bytes for one in loaded),
+        "load_s": max(one.load_s for one in loaded),
+        "members": parts if len(team) > 1 else [],
     }

@@ -1,30 +1,53 @@
-"""Loads and connects the stages of a plan on the members, and unloads them."""
+"""Loads and connects the stages of a plan on the members, and unloads them.
+
+A stage runs on a team: one device, or several that share its layers. First all devices load. Then
+the devices of each team connect to each other. Last, the leads of the teams connect to a ring.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from coordinator.errors import AgentFailed, AgentLost, LinkFailed
+from coordinator.files.artifacts import Wanted
 from coordinator.loading.slots import Slots
 from coordinator.roster.measurements import Step, forward, together
 from coordinator.roster.members import Member
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
-from planning.plan import Plan, Stage
+from planning.plan import Plan, PlanError, Stage
 from planning.problem import PlanningProblem
 from planning.request import LoadRequest, model_name
 from planning.sensitivity import LossSource
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
-from wire.messages import BlockRef, ConnectStage, Done, LoadStage, StageLoaded, UnloadStage
+from wire.messages import (
+    BlockRef,
+    ConnectStage,
+    ConnectTeam,
+    Done,
+    LoadStage,
+    MeasureTeam,
+    Message,
+    StageLoaded,
+    TeamMeasured,
+    UnloadStage,
+)
 
-HOP_KEY_BYTES = 16
+log = logging.getLogger(__name__)
+
+KEY_BYTES = 16
+
+Team = tuple[Member, ...]
+"""The devices of a stage, the lead first. A device that is alone is a team of one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,8 +94,12 @@ class Deployment:
     epoch: int
     slots: Slots
     context_tokens: int
-    members: tuple[Member, ...]
-    loaded: tuple[StageLoaded, ...]
+    teams: tuple[Team, ...]
+    """The devices of each stage, in the order of the ring."""
+    loaded: tuple[tuple[StageLoaded, ...], ...]
+    """The answers of each team's devices."""
+    sums: tuple[TeamMeasured | None, ...]
+    """The measured sums of each team. None for a device alone, or if they were not measured."""
     quality: Mapping[str, Any] | None = None
     """As of ``Planned``."""
 
@@ -80,17 +107,65 @@ class Deployment:
     def name(self) -> str:
         return model_name(self.request.model)
 
+    @property
+    def leads(self) -> tuple[Member, ...]:
+        """The devices that form the ring, one per stage."""
+        return tuple(team[0] for team in self.teams)
+
+    @property
+    def devices(self) -> tuple[Member, ...]:
+        """All devices that run a part of the model."""
+        return tuple(itertools.chain.from_iterable(self.teams))
+
+    @property
+    def where(self) -> str:
+        """The devices in words, such as "pi-1+pi-2, pi-3"."""
+        return ", ".join(map(team_name, self.teams))
+
+    def team_of(self, member: Member) -> Team:
+        """The team of a device, or an empty one if it runs no part of the model."""
+        return next((team for team in self.teams if member in team), ())
+
     def after(self, member: Member) -> Member | None:
-        """The next device of the ring, or None if the member has no stage or the only one."""
-        if member not in self.members or len(self.members) == 1:
+        """The next lead of the ring, or None if the member is no lead or the only one."""
+        leads = self.leads
+        if member not in leads or len(leads) == 1:
             return None
-        return self.members[(self.members.index(member) + 1) % len(self.members)]
+        return leads[(leads.index(member) + 1) % len(leads)]
+
+
+def team_name(team: Iterable[Member]) -> str:
+    """The names of a team's devices as one, such as "pi-1+pi-2"."""
+    return "+".join(member.name for member in team)
+
+
+def wanted_artifacts(planned: Planned) -> list[tuple[str, Wanted]]:
+    """The artifacts of a plan, each with the device's name. Shares of a block follow each other.
+
+    The embedding is not shared: it is the lead's. Raises PlanError if a member would have nothing.
+    """
+    wanted: list[tuple[str, Wanted]] = []
+    for stage in planned.plan.stages:
+        if stage.members and stage.last == 1:
+            raise PlanError(
+                f"{'+'.join(stage.devices)} cannot share the embedding alone: add a layer to their "
+                "stage"
+            )
+        for block, bits in enumerate(stage.bits, stage.first):
+            fmt = planned.request.format(bits)
+            if block and stage.members:
+                wanted += [
+                    (member.device, Wanted(block, fmt, member.share)) for member in stage.members
+                ]
+            else:
+                wanted.append((stage.device, Wanted(block, fmt)))
+    return wanted
 
 
 async def deploy(
     planned: Planned,
     tokenizer: Tokenizer,
-    refs: Sequence[BlockRef],
+    blocks: Mapping[str, Sequence[BlockRef]],
     roster: Sequence[Member],
     epoch: int,
     on_step: Callable[[Step], None],
@@ -98,76 +173,155 @@ async def deploy(
 ) -> Deployment:
     """Load and connect the stages of a plan. If that fails, none of them stays loaded.
 
+    blocks: the artifacts of each device, by its name in the plan.
     on_loaded: is called for each loaded stage, even if another one fails.
     Raises AgentFailed, LinkFailed.
     """
-    by_device = {member.device: member for member in roster}
-    stages = planned.plan.stages
-    for stage in stages:
-        if planned.devices[stage.device] not in by_device:
-            raise AgentLost(stage.device, "it left while the plan was made")
-    members = tuple(by_device[planned.devices[stage.device]] for stage in stages)
-    spec = planned.checkpoint.spec
+    teams = _teams(planned, roster)
+    leads = tuple(team[0] for team in teams)
+    devices = tuple(itertools.chain.from_iterable(teams))
     # A stage admits its previous device by this key, which no third device knows.
-    keys = tuple(secrets.token_bytes(HOP_KEY_BYTES) for _ in members)
+    hop_keys, team_keys = _keys(leads), _keys(teams)
+    orders = _orders(planned, teams, blocks, epoch, (hop_keys, team_keys))
 
-    async def load(member: Member, stage: Stage, previous: Member, key: bytes) -> StageLoaded:
-        build = partial(
-            LoadStage,
-            epoch=epoch,
-            spec=spec.to_dict(),
-            blocks=tuple(refs[stage.first : stage.last]),
-            slots=planned.request.slots,
-            context_tokens=planned.context_tokens,
-            previous=previous.device,
-            hop_key=key,
-            hop_bits=_hop_bits(stage),
-        )
-        answer = await member.request(build, StageLoaded, forward(on_step, "load", member.name))
+    async def load(member: Member, label: str, order: Callable[[int], Message]) -> StageLoaded:
+        answer = await member.request(order, StageLoaded, forward(on_step, "load", label))
         on_loaded(member, answer)
         return answer
 
     try:
-        loaded = await together(map(load, members, stages, members[-1:] + members[:-1], keys))
-        await _connect_ring(members, epoch, keys)
-        for member in members:  # A member may be lost after its answer, before the last one's.
+        loaded = iter(await together(itertools.starmap(load, orders)))
+        await _connect_teams(teams, epoch, team_keys)
+        await _connect_ring(leads, epoch, hop_keys)
+        sums = await _measure_sums(teams, epoch)
+        for member in devices:  # A member may be lost after its answer, before the last one's.
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
     except BaseException:  # Also when cancelled, no stage stays loaded.
-        await asyncio.shield(unload(members))
+        await asyncio.shield(unload(devices))
         raise
+    for stage, team in zip(planned.plan.stages, teams, strict=True):
+        if stage.members:
+            log.info("%s share blocks %d..%d", team_name(team), max(stage.first, 1), stage.last - 1)
     return Deployment(
         request=planned.request,
-        spec=spec,
+        spec=planned.checkpoint.spec,
         tokenizer=tokenizer,
         plan=planned.plan,
         epoch=epoch,
         slots=Slots(planned.request.slots),
         context_tokens=planned.context_tokens,
-        members=members,
-        loaded=loaded,
+        teams=teams,
+        loaded=tuple(tuple(itertools.islice(loaded, len(team))) for team in teams),
+        sums=sums,
         quality=planned.quality,
     )
 
 
-async def _connect_ring(members: tuple[Member, ...], epoch: int, keys: tuple[bytes, ...]) -> None:
-    """Connect each stage to the next one, and the last to the first. Raises as ``_connect``."""
-    if len(members) > 1:
-        for member, after, key in zip(
-            members, members[1:] + members[:1], keys[1:] + keys[:1], strict=True
-        ):
-            await _connect(member, after, epoch, key)
-
-
-async def _connect(member: Member, after: Member, epoch: int, key: bytes) -> None:
-    """Have a stage connect to the next one of the ring. Raises AgentLost, LinkFailed."""
-    build = partial(
-        ConnectStage,
-        epoch=epoch,
-        device=after.device,
-        endpoints=after.endpoints_for(member),
-        hop_key=key,
+def _teams(planned: Planned, roster: Sequence[Member]) -> tuple[Team, ...]:
+    """The members that run each stage. Raises AgentLost if one is not there any more."""
+    by_device = {member.device: member for member in roster}
+    for stage in planned.plan.stages:
+        for name in stage.devices:
+            if planned.devices[name] not in by_device:
+                raise AgentLost(name, "it left while the plan was made")
+    return tuple(
+        tuple(by_device[planned.devices[name]] for name in stage.devices)
+        for stage in planned.plan.stages
     )
+
+
+def _keys(of: Sequence[object]) -> tuple[bytes, ...]:
+    return tuple(secrets.token_bytes(KEY_BYTES) for _ in of)
+
+
+def _orders(
+    planned: Planned,
+    teams: Sequence[Team],
+    blocks: Mapping[str, Sequence[BlockRef]],
+    epoch: int,
+    keys: tuple[Sequence[bytes], Sequence[bytes]],
+) -> list[tuple[Member, str, partial[LoadStage]]]:
+    """Each device's order to load, with its label for progress.
+
+    Only leads have a place in the ring. ``keys`` are those of hops and of teams.
+    """
+    orders = []
+    for index, (stage, team) in enumerate(zip(planned.plan.stages, teams, strict=True)):
+        order = partial(
+            LoadStage,
+            epoch=epoch,
+            spec=planned.checkpoint.spec.to_dict(),
+            slots=planned.request.slots,
+            context_tokens=planned.context_tokens,
+            previous=teams[index - 1][0].device,
+            hop_key=keys[0][index],
+            hop_bits=_bits(stage.hop_bits),
+        )
+        shares = _shares(stage, team, order, keys[1][index]) if stage.members else [order]
+        for name, member, share in zip(stage.devices, team, shares, strict=True):
+            label = member.name if len(team) == 1 else f"{member.name} of {team_name(team)}"
+            orders.append((member, label, partial(share, blocks=tuple(blocks[name]))))
+    return orders
+
+
+def _shares(
+    stage: Stage, team: Team, order: partial[LoadStage], team_key: bytes
+) -> list[partial[LoadStage]]:
+    """The order of a stage for each member of its team."""
+    shared = partial(
+        order,
+        team=tuple(member.device for member in team),
+        team_key=team_key,
+        sum_bits=_bits(stage.sum_bits),
+    )
+    lead, *others = [partial(shared, share=member.share.to_tuple()) for member in stage.members]
+    # Nobody is told these keys, so that no device can pass for a previous one.
+    alone = [
+        partial(other, previous="", hop_key=key)
+        for other, key in zip(others, _keys(others), strict=True)
+    ]
+    return [lead, *alone]
+
+
+async def _connect_teams(teams: Sequence[Team], epoch: int, keys: Sequence[bytes]) -> None:
+    """Connect each member of a team to all members after it. Raises as ``_connect``."""
+    for team, key in zip(teams, keys, strict=True):
+        for member, after in itertools.combinations(team, 2):
+            await _connect(member, after, partial(ConnectTeam, epoch=epoch, team_key=key))
+
+
+async def _connect_ring(leads: tuple[Member, ...], epoch: int, keys: tuple[bytes, ...]) -> None:
+    """Connect each lead to the next one, and the last to the first. Raises as ``_connect``."""
+    if len(leads) > 1:
+        for lead, after, key in zip(leads, leads[1:] + leads[:1], keys[1:] + keys[:1], strict=True):
+            await _connect(lead, after, partial(ConnectStage, epoch=epoch, hop_key=key))
+
+
+async def _measure_sums(teams: Sequence[Team], epoch: int) -> tuple[TeamMeasured | None, ...]:
+    """Have the lead of each connected team measure its sums. Without a result the load goes on.
+
+    Raises AgentLost.
+    """
+    sums: list[TeamMeasured | None] = []
+    for team in teams:
+        measured = None
+        if len(team) > 1:
+            try:
+                measured = await team[0].request(partial(MeasureTeam, epoch=epoch), TeamMeasured)
+            except AgentLost:
+                raise
+            except AgentFailed as error:
+                log.warning("sums of %s were not measured: %s", team_name(team), error.reason)
+        sums.append(measured)
+    return tuple(sums)
+
+
+async def _connect(
+    member: Member, after: Member, order: partial[ConnectStage] | partial[ConnectTeam]
+) -> None:
+    """Have a device connect to another one. Raises AgentLost, LinkFailed."""
+    build = partial(order, device=after.device, endpoints=after.endpoints_for(member))
     try:
         await member.request(build, Done)
     except AgentLost:
@@ -189,6 +343,6 @@ async def unload(members: Sequence[Member]) -> None:
     await asyncio.gather(*map(one, members))
 
 
-def _hop_bits(stage: Stage) -> HopBits:
-    """The bits of the hidden values that a stage sends. The last stage sends only tokens."""
-    return next((bits for bits in HOP_BITS if bits == stage.hop_bits), DEFAULT_HOP_BITS)
+def _bits(bits: int | None) -> HopBits:
+    """The width of sent rows. The last stage sends tokens, and a device alone no partial rows."""
+    return next((known for known in HOP_BITS if known == bits), DEFAULT_HOP_BITS)

@@ -11,9 +11,10 @@ import contextlib
 import logging
 from functools import partial
 
-from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, LinkFailed, NotLoaded
+from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, NotLoaded
 from coordinator.loading import state as states
 from coordinator.loading.deployment import Deployment, unload
+from coordinator.loading.doubts import Doubts
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import LoadedFile, awaited, recover
@@ -72,8 +73,7 @@ class Keeper:
         self._wait_s = wait_s
         self._placing: dict[str, asyncio.Task[None]] = {}
         """The task that places a model, by the model's name."""
-        self._doubts: dict[Member, asyncio.Task[None]] = {}
-        """The task that finds out why a member lost its hop."""
+        self._doubts = Doubts(roster, models)
         roster.subscribe(self._on_event, self._on_lost)
         models.carry_out(Place, self._place)
         models.carry_out(StopPlacing, self._stop_placing)
@@ -111,41 +111,20 @@ class Keeper:
 
     def _on_lost(self, member: Member, error: AgentLost) -> None:
         for name, state in self._models.present():
-            if isinstance(state, Serving) and member in state.deployment.members:
+            if isinstance(state, Serving) and member in state.deployment.devices:
                 self._models.apply(name, Lost(error))
 
     def _on_event(self, member: Member, message: Message) -> None:
         if isinstance(message, StageDamaged):
             self._on_damage(member, message)
         elif isinstance(message, PeerLost):
-            deployment = self._models.of_epoch(message.epoch)
-            after = None if deployment is None else deployment.after(member)
-            if deployment is not None and after is not None and after.device == message.device:
-                self._doubt(deployment, member, after, message.reason)
-
-    def _doubt(self, deployment: Deployment, source: Member, target: Member, reason: str) -> None:
-        """Find out whether the target of a hop or only the link was lost."""
-        if source not in self._doubts:
-            work = self._find_out(deployment, source, target, reason)
-            task = self._doubts[source] = asyncio.create_task(work)
-            task.add_done_callback(lambda _: self._doubts.pop(source))
-
-    async def _find_out(
-        self, deployment: Deployment, source: Member, target: Member, reason: str
-    ) -> None:
-        # The roster itself reports a lost target.
-        if not await target.lives() or source.lost is not None:
-            return
-        self._roster.fail_link(source, target, reason, used=True)
-        if self._models.ended_by(deployment) is None:
-            error = LinkFailed(source.name, target.name, reason)
-            self._models.apply(deployment.name, Lost(error))
+            self._doubts.report(member, message)
 
     def _on_damage(self, member: Member, message: StageDamaged) -> None:
         """Place the model anew that ran from a damaged file. Its answers are suspect."""
         error = AgentDamaged(member.name, message.reason)
         deployment = self._models.of_epoch(message.epoch)
-        if deployment is not None and member in deployment.members:
+        if deployment is not None and member in deployment.devices:
             is_news = self._models.ended_by(deployment) is None
             self._models.apply(deployment.name, StageFoundDamaged(error))
             if is_news:
@@ -159,7 +138,7 @@ class Keeper:
     # ---- actions --------------------------------------------------------------------------------
 
     def _keep(self, action: states.Keep) -> None:
-        ids = {member.name: member.device for member in action.deployment.members}
+        ids = {member.name: member.device for member in action.deployment.devices}
         self._kept.keep(action.deployment.request, list(ids), ids)
 
     def _stop_placing(self, action: StopPlacing) -> None:
@@ -202,8 +181,7 @@ class Keeper:
         except Exception:  # Nobody must wait for ever. asyncio reports the error.
             give_up(NotLoaded(NO_MODEL))
             raise
-        names = ", ".join(member.name for member in placed.members)
-        log.warning("%s is loaded again, on %s", name, names)
+        log.warning("%s is loaded again, on %s", name, placed.where)
 
     def _explain(self, name: str, error: Exception) -> CoordinatorError:
         failed = self._models.apply(name, AttemptFailed(str(error)))
@@ -218,7 +196,7 @@ class Keeper:
             state = self._models[name]
             broken = states.deployment_of(state)
             if broken is not None:
-                await unload(broken.members)
+                await unload(broken.devices)
                 placed = await self._operations.place(broken.request, broken.tokenizer)
             elif isinstance(state, states.Nothing):
                 raise state.error

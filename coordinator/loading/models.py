@@ -183,7 +183,7 @@ def _is_news(before: State, event: Event, after: State) -> bool:
 def _text(event: Event) -> str:
     """The story's details of an event."""
     if isinstance(event, states.Placed):
-        return "on " + ", ".join(member.name for member in event.deployment.members)
+        return f"on {event.deployment.where}"
     if isinstance(event, states.ResumeBegan):
         return "on " + ", ".join(event.devices)
     if isinstance(event, states.StepBegan):

@@ -20,7 +20,13 @@ from pathlib import Path
 
 from coordinator.errors import Busy, LinkFailed, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
-from coordinator.loading.deployment import Deployment, Planned, deploy, unload
+from coordinator.loading.deployment import (
+    Deployment,
+    Planned,
+    deploy,
+    unload,
+    wanted_artifacts,
+)
 from coordinator.loading.models import UNLOADED, Models
 from coordinator.loading.recovery import remaining
 from coordinator.loading.state import (
@@ -124,7 +130,7 @@ class Operations:
             _check_joined((device,), members, self._roster.names)
             (member,) = (member for member in members if member.device == device)
             deployment = deployment_of(self._models.current)
-            serving = () if self._models.serving is None else self._models.serving.members
+            serving = () if self._models.serving is None else self._models.serving.devices
             free: list[Member] = []
             for residents in machines(members):
                 if not any(resident in serving for resident in residents):
@@ -167,7 +173,7 @@ class Operations:
         members: list[Member] = []
         for name, state in self._models.present():
             deployment = deployment_of(state)
-            members += () if deployment is None else deployment.members
+            members += () if deployment is None else deployment.devices
             self._models.apply(name, Unloaded(NotLoaded(UNLOADED)))
         return tuple(dict.fromkeys(members))
 
@@ -187,7 +193,7 @@ class Operations:
             self._phase(request, "plan")
             planned = await self._plan(request, asked=asked)
             self._phase(request, "quantize")
-            refs = await self._quantize(planned)
+            blocks = await self._quantize(planned)
             if asked:
                 # The new stages may need the memory of the old ones.
                 await asyncio.shield(unload(self._end_models()))
@@ -195,7 +201,7 @@ class Operations:
             self._phase(request, "load")
             members = self._roster.members
             try:
-                return await self._deploy(planned, tokenizer, refs, members)
+                return await self._deploy(planned, tokenizer, blocks, members)
             except LinkFailed as error:
                 by_name = {member.name: member for member in members}
                 ends = by_name[error.source], by_name[error.target]
@@ -213,7 +219,8 @@ class Operations:
         members = self._roster.require_members()
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]
-        _check_joined((*absent, *request.pins.values()), members, names)
+        sharing = itertools.chain.from_iterable(request.teams)
+        _check_joined((*absent, *request.pins.values(), *sharing), members, names)
         losses = await self._quality_meter.losses(
             checkpoint, request, members, self._report, measure=asked
         )
@@ -313,7 +320,13 @@ class Operations:
         names = {member.device: member.name for member in members}
         excluded = [member.name for member in members if member.device in request.exclude]
         timings = await measure_blocks(
-            members, spec, request.bits, self._report, excluded, rows=request.slots > 1
+            members,
+            spec,
+            request.bits,
+            self._report,
+            excluded,
+            rows=request.slots > 1,
+            shares=not request.no_teams,
         )
         measured = [member for member in members if member.name not in excluded]
         await measure_links(self._roster, measured, self._report, asked=asked)
@@ -357,6 +370,8 @@ class Operations:
                 objective=request.objective,
                 pins={block: names[device] for block, device in request.pins.items()},
                 excluded=excluded,
+                teams=[[names[device] for device in team] for team in request.teams],
+                no_teams=request.no_teams,
                 hop_formats=choose_hops(request.hop_bits, losses.hops, request.quality_budget),
             )
             no_links = [link for link, _ in self._roster.failed_links()]
@@ -366,24 +381,26 @@ class Operations:
 
     # ---- deploying ------------------------------------------------------------------------------
 
-    async def _quantize(self, planned: Planned) -> tuple[BlockRef, ...]:
-        wanted = [
-            (placement.block, planned.request.format(placement.bits))
-            for placement in planned.plan.placements
-        ]
-        return await in_thread(
+    async def _quantize(self, planned: Planned) -> dict[str, list[BlockRef]]:
+        """Make the plan's artifacts, and return those of each device by its name in the plan."""
+        names, wanted = zip(*wanted_artifacts(planned), strict=True)
+        refs = await in_thread(
             "quantize",
             lambda on_step, cancelled: self._store.quantize(
                 planned.checkpoint, wanted, on_step, cancelled
             ),
             self._report,
         )
+        blocks: dict[str, list[BlockRef]] = {name: [] for name in names}
+        for name, ref in zip(names, refs, strict=True):
+            blocks[name].append(ref)
+        return blocks
 
     async def _deploy(
         self,
         planned: Planned,
         tokenizer: Tokenizer,
-        refs: Sequence[BlockRef],
+        blocks: Mapping[str, Sequence[BlockRef]],
         members: Sequence[Member],
     ) -> Deployment:
         self._damaged_epochs.clear()
@@ -391,11 +408,11 @@ class Operations:
             epoch = secrets.randbits(62)  # Hard to guess, and not repeated after a restart.
             on_loaded = partial(self._on_loaded, model_name(planned.request.model))
             deployment = await deploy(
-                planned, tokenizer, refs, members, epoch, self._report, on_loaded
+                planned, tokenizer, blocks, members, epoch, self._report, on_loaded
             )
             if epoch not in self._damaged_epochs:
                 return deployment
-            await asyncio.shield(unload(deployment.members))
+            await asyncio.shield(unload(deployment.devices))
 
     def _on_loaded(self, name: str, member: Member, loaded: StageLoaded) -> None:
         if loaded.damaged_files:

@@ -47,7 +47,7 @@ def remaining(request: LoadRequest, devices: Collection[str]) -> LoadRequest:
     counts, and the solver's time is short.
     """
     given = request.plan
-    if given is not None and not {device for device, _ in given.stages} <= set(devices):
+    if given is not None and not set(given.used) <= set(devices):
         given = None
     objective = request.objective
     if objective.kind != "energy":
@@ -60,6 +60,7 @@ def remaining(request: LoadRequest, devices: Collection[str]) -> LoadRequest:
         time_limit_s=min(request.time_limit_s, TIME_LIMIT_S),
         pins={block: device for block, device in request.pins.items() if device in devices},
         exclude=tuple(device for device in request.exclude if device in devices),
+        teams=tuple(team for team in request.teams if set(team) <= set(devices)),
         plan=given,
         check_quality=False,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from coordinator.errors import AgentFailed, AgentLost
-from coordinator.files.artifacts import ArtifactStore
+from coordinator.files.artifacts import ArtifactStore, Wanted
 from coordinator.quality.store import KnownQuality, QualityRequest, QualityStore
 from coordinator.roster.measurements import OnStep, Step, forward, in_thread, measure_blocks
 from coordinator.roster.members import Member
@@ -371,7 +371,7 @@ class QualityMeter:
     ) -> None:
         """Let ``member`` measure. Results are kept as soon as they come. Raises AgentFailed."""
         spec = checkpoint.spec
-        originals = [(k, checkpoint.lossless_format(k)) for k in range(spec.block_count)]
+        originals = [Wanted(k, checkpoint.lossless_format(k)) for k in range(spec.block_count)]
         refs = await in_thread(
             "quantize",
             lambda on_block, cancelled: self._store.quantize(

@@ -16,6 +16,8 @@ from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost
 from coordinator.roster.members import Member, OnProgress, Roster
+from model.quantize import Format
+from model.share import most_members
 from model.spec import ModelSpec
 from wire.hygiene import CALL_SECONDS, is_plausible
 from wire.messages import (
@@ -93,28 +95,39 @@ async def measure_blocks(
     excluded: Collection[str] = (),
     *,
     rows: bool = False,
+    shares: bool = False,
 ) -> dict[str, tuple[BlockTiming, ...]]:
     """Have each member measure its seconds per block. Members on one machine take turns.
 
     rows: whether passes of several rows are timed too, each row of another sequence.
+    shares: whether shares of blocks are timed too, if two members or more can be in a team.
     excluded: names of members that are not asked. The result has what is known of them.
     Raises AgentFailed.
     """
+
+    asking = [member for member in members if member.name not in excluded]
+    sharing = [member for member in asking if shares and member.profile.shares]
+    shared = {width for width in bits if most_members(spec, Format.of(width).group_size) > 1}
 
     async def one_machine(residents: list[Member]) -> None:
         for member in residents:
             known = member.timings.get(spec, {})
             usable = dict(member.profile.container_bits)
+            in_team = len(sharing) > 1 and member in sharing
             missing = tuple(
                 width
                 for width in bits
                 if width in usable
-                and (width not in known or (rows and not _has_rows(known[width])))
+                and (
+                    width not in known
+                    or (rows and not _has_rows(known[width]))
+                    or (in_team and width in shared and not _has_shares(known[width]))
+                )
             )
             if missing:
-                await _measure_model(member, spec, missing, on_step, rows=rows)
+                await _measure_model(member, spec, missing, on_step, rows=rows, shares=in_team)
 
-    asked = machines(member for member in members if member.name not in excluded)
+    asked = machines(asking)
     await together(one_machine(residents) for residents in asked)
     return {
         member.name: tuple(
@@ -129,6 +142,11 @@ def _has_rows(timings: Iterable[BlockTiming]) -> bool:
     return all(timing.rows_s for timing in timings if timing.kind == "layer")
 
 
+def _has_shares(timings: Iterable[BlockTiming]) -> bool:
+    """Whether at least one share was timed, of all layers."""
+    return all(timing.shares_s for timing in timings if timing.kind == "layer")
+
+
 async def _measure_model(
     member: Member,
     spec: ModelSpec,
@@ -137,6 +155,7 @@ async def _measure_model(
     *,
     again: bool = False,
     rows: bool = False,
+    shares: bool = False,
 ) -> None:
     """Have ``member`` measure the model at ``bits``, and store the times. Raises AgentFailed."""
     try:
@@ -146,6 +165,7 @@ async def _measure_model(
                 spec=spec.to_dict(),
                 bits=bits,
                 together=rows,
+                shares=shares,
             ),
             ModelMeasured,
             forward(on_step, "measure", member.name),
@@ -180,7 +200,8 @@ async def measure_again(
     )
     member.take_figures(answer.profile)
     for spec, known in list(member.timings.items()):
-        await _measure_model(member, spec, tuple(known), on_step, again=True)
+        shares = any(timing.shares_s for timings in known.values() for timing in timings)
+        await _measure_model(member, spec, tuple(known), on_step, again=True, shares=shares)
     pairs = [
         pair
         for other in others

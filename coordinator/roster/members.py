@@ -49,6 +49,7 @@ from wire.messages import (
     SequenceFailed,
     StageDamaged,
     StageLoaded,
+    TeamMeasured,
     TokenSampled,
 )
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
@@ -79,6 +80,7 @@ _ANSWERS = (
     BlocksFound,
     FilesMade,
     StageLoaded,
+    TeamMeasured,
     Done,
     Progress,
     RequestFailed,
@@ -230,6 +232,7 @@ class Member:
             disk_write_bytes_per_s=profile.disk_write_bytes_per_s,
             call_s=profile.call_s or self.profile.call_s,
             relay_s=profile.relay_s,
+            sum_s=profile.sum_s,
             conditions=profile.conditions,
         )
 
@@ -597,6 +600,8 @@ def _is_possible(message: Message) -> bool:
             return False
     elif isinstance(message, StageLoaded):
         sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+    elif isinstance(message, TeamMeasured):
+        sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
     elif isinstance(message, (QualityMeasured, HopMeasured)):
         figures = (abs(message.kl),)  # Rounding can make a divergence of 0 negative.
     return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(

@@ -223,10 +223,10 @@ class Gateway:
         if flight is None or flight.deployment.epoch != message.epoch or flight.ended:
             return
         if isinstance(message, SequenceFailed):
-            if member in flight.deployment.members:
+            if member in flight.deployment.devices:
                 flight.ended = True
                 flight.events.put_nowait(AgentFailed(member.name, message.reason))
-        elif member is flight.deployment.members[-1]:
+        elif member is flight.deployment.leads[-1]:
             lie = flight.take(message)
             if lie is not None:
                 flight.ended = True
@@ -313,7 +313,8 @@ async def _begin(
 ) -> None:
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
-    The first stage gets the prompt. It is told last, so that its rows find the others prepared.
+    Of a team only the lead is told, because it directs the other members. The first stage gets the
+    prompt. It is told last, so that its rows find the others prepared.
     """
 
     async def tell(member: Member, message: StartSequence) -> None:
@@ -322,7 +323,7 @@ async def _begin(
 
     chunk_tokens = deployment.plan.chunk_tokens(len(prompt))
     start = StartSequence(deployment.epoch, number, slot, prompt, sampling, chunk_tokens)
-    first, *others = deployment.members
+    first, *others = deployment.leads
     told = replace(start, prompt=())
     await asyncio.gather(*(tell(member, told) for member in others), tell(first, start))
 
@@ -340,6 +341,6 @@ async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | Coo
 
 
 async def _release(deployment: Deployment, number: int) -> None:
-    for member in deployment.members:
+    for member in deployment.leads:
         with contextlib.suppress(AgentFailed):
             await member.send(ReleaseSequence(deployment.epoch, number))

@@ -154,9 +154,11 @@ def running_agent(
     )
     thread = threading.Thread(target=agent.run)
     thread.start()
-    yield agent
-    agent.stop()
-    thread.join(ANSWER_S)
+    try:
+        yield agent
+    finally:
+        agent.stop()
+        thread.join(ANSWER_S)
     assert not thread.is_alive()
 
 
@@ -206,7 +208,7 @@ def test_only_the_first_start_measures_the_device(
     with running_agent(tmp_path / "first", endpoint, said, measures=True):
         first = coordinator.welcome().profile
     names = [name for name, _ in first.conditions]
-    assert names == ["memory", "disk", "call", "relay"]
+    assert names == ["memory", "disk", "call", "relay", "sum"]
     assert first.relay_s not in (0.0, FIGURES["relay"])
     assert len(json.loads((tmp_path / "first" / store).read_text())["entries"]) == len(names)
     leave_figures(tmp_path / "first" / store)
@@ -502,7 +504,8 @@ def test_figures_that_calibrate_left_are_told(
             break
     figures = change.profile
     assert figures.call_s == figures.relay_s == figures.memory_read_bytes_per_s == 0.125
-    names = ("memory", "disk", "call", "relay")
+    assert figures.sum_s == 0.125
+    names = ("memory", "disk", "call", "relay", "sum")
     assert dict(figures.conditions) == dict.fromkeys(names, quiet)
 
 
@@ -516,6 +519,8 @@ def test_the_device_is_measured_again_on_request(
 
 def ask_for_measurements(coordinator: Coordinator) -> None:
     hello = coordinator.welcome()
+    names = [name for name, _ in hello.profile.conditions]
+    assert names == ["memory", "disk", "call", "relay", "sum"]
     assert hello.profile.kernel_id
     coordinator.send(MeasureDevice(1))
     answer = coordinator.answer()

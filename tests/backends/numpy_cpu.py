@@ -34,7 +34,8 @@ class NumpyBackend(Backend):
 
     @classmethod
     def probe(cls) -> Capabilities:
-        return Capabilities("numpy_cpu", np.__version__, dict.fromkeys(BITS, FLOAT_BITS))
+        widths = dict.fromkeys(BITS, FLOAT_BITS)
+        return Capabilities("numpy_cpu", np.__version__, widths, shares=True)
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
         return NumpyStage(spec, artifacts, options)
@@ -48,7 +49,12 @@ class NumpyStage(Stage):
         check_blocks(spec, blocks, options)
         self._spec, self._options = spec, options
         self._first, self._last = blocks[0], blocks[-1]
-        self._slots = [ReferenceModel.from_artifacts(spec, artifacts) for _ in range(options.slots)]
+        team_sum = options.team_sum or (lambda partial: partial)
+        held = [read_block(path, spec, block)[1] for block, path in artifacts]
+        self._slots = [
+            ReferenceModel(spec, held, first_block=blocks[0], team_sum=team_sum)
+            for _ in range(options.slots)
+        ]
         self._written = [0] * options.slots
         weights = sum(
             executed_bytes(spec, block, read_block(path, spec, block)[0], FLOAT_BITS)

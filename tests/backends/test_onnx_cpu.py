@@ -275,6 +275,21 @@ def test_prepared_bytes_are_those_that_were_made(tmp_path: Path) -> None:
     some_results(spec, artifacts, replace(options, prepared_dir=few, prepared_bytes=0))
 
 
+def test_embedding_and_head_run_without_layers_from_prepared_files(tmp_path: Path) -> None:
+    spec, artifacts = stored_model(tmp_path / "blocks", LAYER, layers=1, bits=8)
+    expected = some_results(spec, artifacts, OPTIONS, rows=1)
+    options = replace(OPTIONS, prepared_dir=tmp_path / "prepared")
+    tokens = np.random.default_rng(1).integers(0, spec.vocab, 2)
+    stages = [OnnxCpuBackend().load(spec, [artifact], options) for artifact in artifacts]
+    for at, token in enumerate(tokens):
+        rows = token.reshape(1)
+        for stage in stages:
+            rows = stage.forward(0, at, rows)
+        np.testing.assert_allclose(rows[0], expected[at], atol=1e-5)
+    for stage in stages:
+        stage.close()
+
+
 @pytest.mark.parametrize(
     ("head_dim", "rotary", "width"),
     [(64, True, 64), (80, True, 80), (8, True, 16), (8, False, 8), (10, False, 16)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,12 @@ from backends.onnx_cpu import OnnxCpuBackend, OnnxCpuStage
 from backends.registry import BACKENDS, backend_class
 from calibration import layers
 from calibration.layers import Bench, Task, kept_timings, measure_call, measure_model
-from calibration.store import CalibrationStore
+from calibration.shares import share_models
+from calibration.store import CalibrationStore, is_doubtful
+from model.quantize import Format
 from model.spec import LayerSpec, ModelSpec, RopeSpec
+from tests.backends.numpy_cpu import NumpyBackend
+from wire.hygiene import is_plausible
 from wire.profile import TIMED_ROWS
 
 WIDE = LayerSpec(
@@ -137,6 +142,118 @@ def test_passes_of_several_rows_are_kept_beside_the_others(
     assert measure_model(SPEC, (4,), backend, threads=1, store=store) == more
     assert kept_timings(SPEC, (4,), backend, threads=1, store=store) == more
     assert backend.loaded == []
+
+
+SHARED = replace(SPEC, layers=(replace(WIDE, head_dim=32, ffn=256, kv_heads=4),) * 2)
+"""All of its layers are alike, and have whole groups of weights to divide."""
+
+
+@pytest.fixture
+def numpy(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    monkeypatch.setattr(layers, "_MIN_TIME_S", 0.005)
+    monkeypatch.setattr(layers, "_SHARE_EFFORT", (1, 0.005, 1.0))
+    recorder = Recorder(NumpyBackend())
+    monkeypatch.setattr(Recorder, "probe", NumpyBackend.probe)
+    return recorder
+
+
+def test_shares_are_timed_with_their_cuts(numpy: Recorder, tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    steps: list[tuple[int, int]] = []
+    without = measure_model(SHARED, (32,), numpy, threads=1, store=store)
+    assert all(timing.shares_s == () for timing in without)
+    numpy.loaded.clear()
+    timings = measure_model(
+        SHARED,
+        (32,),
+        numpy,
+        threads=1,
+        store=store,
+        shares=True,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    fractions = {timing.kind: [share[0] for share in timing.shares_s] for timing in timings}
+    assert fractions["layer"] == [0.25, 0.5, 1.0]
+    assert fractions["embedding"] == []
+    assert fractions["head"] == pytest.approx([0.25], abs=0.01)
+    assert all(is_plausible(timing) for timing in timings)
+    # Only shares were loaded. The head's is a smaller head, and layers are cut.
+    sizes = {
+        (spec.layers[0].kv_heads, spec.layers[0].ffn, options.team_sum is None)
+        for spec, blocks, options in numpy.loaded
+        if 1 in blocks and spec.layers[0].gated  # The tiny layers show what a call costs.
+    }
+    assert sizes == {(4, 256, False), (2, 128, False), (1, 64, False)}
+    assert steps[-1][0] == steps[-1][1] == 7
+    numpy.loaded.clear()
+    # Whoever asks next finds them, and so does whoever only looks.
+    assert measure_model(SHARED, (32,), numpy, threads=1, store=store) == timings
+    assert kept_timings(SHARED, (32,), numpy, threads=1, store=store) == timings
+    assert numpy.loaded == []
+
+
+def test_shares_wait_for_the_next_run_when_time_is_up(
+    numpy: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    monkeypatch.setattr(layers, "SHARES_BUDGET_S", 0.0)
+    timings = measure_model(SHARED, (32,), numpy, threads=1, store=store, shares=True)
+    assert {timing.kind for timing in timings} == {"embedding", "layer", "head"}
+    assert all(timing.shares_s == () for timing in timings)
+
+
+def test_a_disturbed_share_makes_its_block_doubtful(numpy: Recorder, tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    measure_model(SHARED, (32,), numpy, threads=1, store=store, shares=True)
+    content = json.loads(store.path.read_text())
+    quiet, noisy = [2, 0.0, 0.0, 0.0, 0.1, 0.01, 1.0], [2, 1.5, 0.0, 0.0, 3.0, 0.01, 1.0]
+    content["conditions"] = {
+        key: noisy if "share" in key and '"kind":"layer"' in key else quiet
+        for key in content["entries"]
+    }
+    store.path.write_text(json.dumps(content))
+    timings = kept_timings(SHARED, (32,), numpy, threads=1, store=store)
+    assert {timing.kind for timing in timings if is_doubtful(timing.conditions)} == {"layer"}
+    numpy.loaded.clear()
+    again = store.again(is_doubtful)
+    measure_model(SHARED, (32,), numpy, threads=1, store=again, shares=True)
+    whole = [
+        spec
+        for spec, blocks, options in numpy.loaded
+        if 1 in blocks and spec.layers[0].gated and options.team_sum is None
+    ]
+    assert numpy.loaded
+    assert whole == []
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(SPEC, id="layers that differ"),
+        pytest.param(
+            replace(SHARED, layers=(replace(SHARED.layers[0], kv_heads=1),)), id="one KV head"
+        ),
+    ],
+)
+def test_what_no_team_can_share_has_no_shares(
+    spec: ModelSpec, numpy: Recorder, tmp_path: Path
+) -> None:
+    timings = measure_model(spec, (32,), numpy, threads=1, directory=tmp_path, shares=True)
+    assert timings
+    assert all(timing.shares_s == () for timing in timings)
+
+
+def test_shares_have_whole_heads_and_whole_groups() -> None:
+    layer = replace(WIDE, heads=6, kv_heads=3, head_dim=64, ffn=1000)
+    spec = replace(SPEC, layers=(layer,), vocab=1000)
+    found = share_models(spec, "layer", 4)
+    assert sorted(found) == pytest.approx([1 / 3, 2 / 3, 1.0])
+    group = Format.of(4).group_size
+    for fraction, part in found.items():
+        assert part.layers[0].kv_heads == round(3 * fraction)
+        assert part.layers[0].heads == 2 * part.layers[0].kv_heads
+        assert part.layers[0].ffn % group == 0 or part.layers[0].ffn == 1000
+        assert part.layers[0].ffn == pytest.approx(1000 * fraction, abs=group)
 
 
 def test_widths_that_run_alike_are_measured_once(backend: Recorder, tmp_path: Path) -> None:

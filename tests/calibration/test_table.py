@@ -11,10 +11,13 @@ import pytest
 from backends.base import Backend, BackendUnavailable
 from backends.registry import BACKENDS, backend_class
 from calibration import layers, table
-from calibration.layers import measure_model
+from calibration.layers import kept_timings, measure_model
 from calibration.store import CalibrationStore
 from calibration.table import LayerTable, measure_table
+from cli.commands.calibrate_views import show_table
+from cli.render import Screen
 from model.spec import LayerSpec, ModelSpec
+from tests.backends.numpy_cpu import NumpyBackend
 
 LAYER = LayerSpec(
     hidden=64,
@@ -178,3 +181,37 @@ def test_blocks_that_do_not_fit_are_left_out(
     # Of a head a part is enough.
     assert [item.kind for item in result.embedding_and_head] == ["head"]
     assert result.left_out == 2 * len(ALL) + 1
+
+
+def test_shares_are_in_the_table_and_agents_find_them(
+    backend: Backend,
+    store: CalibrationStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(layers, "_SHARE_EFFORT", (1, 0.001, 1.0))
+    spec = replace(SPEC, layers=(replace(LAYER, kv_heads=4, head_dim=32, ffn=256),) * 2)
+    numpy = NumpyBackend()
+    result = measure_table(spec, (32,), numpy, threads=1, store=store)
+    assert [share.fraction for share in result.shares] == [0.25, 0.5, 1.0]
+    smaller, _, whole = result.shares
+    assert 0 < smaller.flops < whole.flops
+    assert 0 < smaller.moved_bytes < whole.moved_bytes
+    show_table(Screen(json_output=False), result, "numpy_cpu")
+    shown = capsys.readouterr().out
+    for text in ("shares of one layer", "25%", "50%", "whole, with cuts"):
+        assert text in shown
+    (timing,) = (
+        timing
+        for timing in kept_timings(spec, (32,), numpy, threads=1, store=store)
+        if timing.kind == "layer"
+    )
+    assert timing.shares_s == tuple(
+        (share.fraction, share.decode_s, share.prefill_s_per_token) for share in result.shares
+    )
+    # Nothing is measured again, and a backend without shares shows none.
+    again = measure_table(spec, (32,), numpy, threads=1, store=store)
+    assert again.shares == result.shares
+    if not backend.probe().shares:
+        without = measure_table(spec, (32,), backend, threads=1, store=store, budget_s=0.0)
+        assert without.shares == ()

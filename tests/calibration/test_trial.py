@@ -67,6 +67,19 @@ def test_what_passed_is_not_tried_again(tmp_path: Path, children: list[Any]) -> 
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+def test_shares_are_tried_like_models_of_their_own(tmp_path: Path, children: list[Any]) -> None:
+    one, layer = trials(tmp_path), replace(SPEC.layers[0], kv_heads=4, head_dim=64, ffn=512)
+    spec = replace(SPEC, layers=(layer, layer))
+    one.require_widths(spec, [4, 8], nothing)
+    assert len(children) == 1
+    one.require_shares(spec, [4, 8, 2], nothing)
+    # A half and a quarter; the whole has passed.
+    assert len(children) == 3
+    one.require_shares(spec, [4, 8], nothing)
+    one.require_shares(SPEC, [4, 8], nothing)  # It is too narrow for a team.
+    assert len(children) == 3
+
+
 def test_a_death_is_named_and_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: list[Any]
 ) -> None:

@@ -7,6 +7,7 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -209,6 +210,40 @@ def test_what_is_loaded_is_whole() -> None:
         ]
     )
     screen.check()
+
+
+def test_a_loaded_team_shows_its_members_and_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    def loaded(name: str, load_s: float) -> dict[str, Any]:
+        return {"device": name, "memory_bytes": 3 << 20, "fetched_bytes": 2 << 20, "load_s": load_s}
+
+    members = [loaded("pi-1", 1.5), loaded("pi-2", 0.5)]
+    team = {**loaded("pi-1", 1.5), "memory_bytes": 6 << 20, "members": members}
+    stages = [
+        {"first": 0, "bits": [4] * 18, "sum_bits": 16, "measured_sum": {"row_s": 0.00034}},
+        {"first": 18, "bits": [4], "sum_bits": None},
+    ]
+    shares = {"pi-1": 0.75, "pi-2": 0.25}
+    Screen(json_output=False).models(
+        [
+            {
+                "model": "llama",
+                "state": "ready",
+                "reason": None,
+                "waiting_for": [],
+                "stages": [team, {**loaded("pi-3", 0.25), "members": []}],
+                "plan": {"stages": stages, "shares": shares},
+                "slots": {"total": 1, "used": 0, "waiting": 0},
+            }
+        ]
+    )
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["pi-1+pi-2", "[0,", "18)", "6.0", "MiB", "2.0", "MiB", "1.50"] in rows
+    assert ["pi-1", "75%", "of", "each", "3.0", "MiB", "2.0", "MiB", "1.50"] in rows
+    assert ["pi-2", "25%", "of", "each", "3.0", "MiB", "2.0", "MiB", "0.50"] in rows
+    assert ["pi-3", "[18,", "19)", "3.0", "MiB", "2.0", "MiB", "0.25"] in rows
+    words = "pi-1+pi-2 share blocks 1..17, with sums at 16 bits of 0.34 ms, measured"
+    assert words in out.splitlines()
 
 
 def parsed(*arguments: str) -> argparse.Namespace:

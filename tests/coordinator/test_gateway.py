@@ -240,8 +240,9 @@ class Cluster:
             epoch=epoch,
             slots=Slots(slots),
             context_tokens=CONTEXT,
-            members=self.roster.members,
+            teams=tuple((member,) for member in self.roster.members),
             loaded=(),
+            sums=(),
         )
 
     def member(self, name: str) -> Member:
@@ -712,7 +713,7 @@ def test_tokens_after_the_end_reach_nobody(run: Run) -> None:
 def test_a_stranger_to_the_ring_cannot_fail_a_sequence(run: Run) -> None:
     async def test(cluster: Cluster) -> None:
         deployment = cluster.deploy()
-        stranger = replace(deployment.members[0], name="stranger")
+        stranger = replace(deployment.leads[0], name="stranger")
         task = asyncio.ensure_future(collect(cluster, sampling=Sampling(1, ())))
         begun = await cluster.begun()
         failure = SequenceFailed(EPOCH, begun.sequence, "no")

@@ -43,6 +43,9 @@ from wire.messages import (
 from wire.profile import BlockTiming, DeviceProfile
 
 SPEC = Checkpoint.open(Path(__file__).parents[1] / "fixtures" / "llama").spec
+WIDE = replace(SPEC, layers=(replace(SPEC.layers[0], kv_heads=4, head_dim=64, ffn=256),))
+"""A model that a team can share, and SPEC is too narrow for."""
+
 PROFILE = DeviceProfile(
     machine="x86_64",
     processor="test",
@@ -105,8 +108,9 @@ class Shoal:
                 await asyncio.sleep(0.01)
                 del self.at_work[name]
                 rows_s = (2e-3, 3e-3, 4e-3) if message.together else ()
+                shares_s = ((0.5, 6e-4, 6e-5),) if message.shares else ()
                 timings = tuple(
-                    BlockTiming("layer", 0, bits, 1e-3, 1e-4, self.conditions, rows_s)
+                    BlockTiming("layer", 0, bits, 1e-3, 1e-4, self.conditions, rows_s, shares_s)
                     for bits in message.bits
                 )
                 await agent.send(ModelMeasured(message.request, timings, 1e-4))
@@ -204,6 +208,31 @@ def test_passes_of_several_rows_are_measured_when_they_are_asked_for() -> None:
         ):
             timings = await measure_blocks(members, SPEC, (4, 8), lambda step: None, rows=rows)
             assert [timing.rows_s for timing in timings["a"]] == [expected, expected]
+
+    run(APART, test)
+
+
+def test_shares_are_measured_once_two_devices_can_be_a_team() -> None:
+    async def test(shoal: Shoal) -> None:
+        async def known() -> dict[str, bool]:
+            timings = await measure_blocks(
+                shoal.roster.members, WIDE, (4,), lambda step: None, shares=True
+            )
+            return {name: bool(found[0].shares_s) for name, found in timings.items()}
+
+        await shoal.join("a", shares=True)
+        await shoal.join("b")
+        assert await known() == {"a": False, "b": False}
+        await shoal.join("c", shares=True)
+        assert await known() == {"a": True, "b": False, "c": True}
+        # Once they are known they stay, also when they are measured again.
+        again, *others = shoal.roster.members
+        await measure_again(shoal.roster, again, others, lambda step: None)
+        assert await known() == {"a": True, "b": False, "c": True}
+        asked = await measure_blocks(
+            shoal.roster.members, WIDE, (8,), lambda step: None, ("c",), shares=True
+        )
+        assert [timing.shares_s for timing in asked["a"]] == [()]
 
     run(APART, test)
 

@@ -49,7 +49,7 @@ LOSS = AgentLost("pi-2", "silent")
 
 def deployment(epoch: int, request: LoadRequest = REQUEST) -> Deployment:
     name = request.model.name
-    return cast(Deployment, SimpleNamespace(epoch=epoch, request=request, members=(), name=name))
+    return cast(Deployment, SimpleNamespace(epoch=epoch, request=request, where="", name=name))
 
 
 def serve(models: Models, placed: Deployment) -> None:

@@ -19,10 +19,12 @@ from coordinator.loading.recovery import (
     recover,
     remaining,
 )
+from model.share import Share
 from planning.plan import PlanError
 from planning.problem import Objective
 from planning.request import LoadRequest
 from planning.saved import SavedPlan
+from planning.saved_team import SavedTeam
 
 LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 LOST = AgentLost("pi-2", "silent")
@@ -180,6 +182,21 @@ def test_what_still_counts_of_a_request() -> None:
     frugal = LoadRequest(Path("/model"), objective=Objective("energy"), time_limit_s=1)
     assert remaining(frugal, ()).objective == Objective("energy")
     assert remaining(frugal, ()).time_limit_s == 1
+
+
+def test_teams_count_while_all_their_members_are_here(tmp_path: Path) -> None:
+    asked = LoadRequest(Path("/model"), teams=(("pi-1", "pi-2"), ("pi-3", "pi-4")))
+    assert remaining(asked, {"pi-1", "pi-2", "pi-3"}).teams == (("pi-1", "pi-2"),)
+    assert remaining(replace(asked, teams=(), no_teams=True), ()).no_teams
+    shares = (Share((0, 1), (0, 32), (0, 9)), Share((1, 2), (32, 48), (9, 10)))
+    team = SavedTeam(tuple(zip(("pi-1", "pi-2"), shares, strict=True)), 16)
+    given = SavedPlan("p", "model", (("pi-1", (8,)),), {}, (), teams=(team,))
+    asked = replace(asked, plan=given, teams=())
+    assert remaining(asked, {"pi-1"}).plan is None
+    assert remaining(asked, {"pi-1", "pi-2"}).plan is given
+    # A restarted coordinator loads the same shares.
+    LoadedFile(tmp_path).keep(asked, ["pi-1", "pi-2"])
+    assert LoadedFile(tmp_path).read() == (asked, ("pi-1", "pi-2"))
 
 
 def test_what_is_kept_means_the_devices_that_it_was_asked_for(tmp_path: Path) -> None:

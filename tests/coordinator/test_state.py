@@ -58,7 +58,7 @@ from planning.request import LoadRequest
 NOW_S = 9.0
 REQUEST = LoadRequest(Path("/models/llama"))
 OLD, NEW = (
-    cast(Deployment, SimpleNamespace(epoch=epoch, request=REQUEST, members=())) for epoch in (1, 2)
+    cast(Deployment, SimpleNamespace(epoch=epoch, request=REQUEST, where="")) for epoch in (1, 2)
 )
 LOSS = AgentLost("pi-2", "silent")
 DAMAGE = AgentDamaged("pi-1", "a file was damaged")

@@ -169,7 +169,8 @@ class Cluster:
     def load(self, model: Path, *options: str) -> Any:
         return last_json(self.run("load", str(model), "--json", *options))
 
-    def _keep_measurements(self) -> None:
+    def keep_measurements(self) -> None:
+        """Let agents that start from now on have what these have measured."""
         directory = self.directory / "measurements"
         if self.measures or not directory.exists():
             return
@@ -189,7 +190,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Stop everything as a service manager does; all must end by themselves."""
-        self._keep_measurements()
+        self.keep_measurements()
         for name in sorted(self.processes, key=lambda name: name == "coordinator"):
             self.processes[name].terminate()
         for name, process in self.processes.items():

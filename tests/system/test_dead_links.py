@@ -18,6 +18,7 @@ from model.quantize import Format
 from testbed.bed import Testbed
 from tests.system.cluster import FIXTURES, START_TIMEOUT_S, last_json
 from tests.system.namespaces import NetworkCluster, bed_of, unavailable
+from tests.team import write_plan
 from wire import limits
 
 pytestmark = pytest.mark.netns
@@ -172,3 +173,29 @@ def test_an_answer_goes_on_around_a_pair_that_is_cut_off(
     assert cluster.names() == list(AGENTS)
     # By hand as well.
     assert set(load(cluster, model)) != set(ring)
+
+
+def test_an_answer_goes_on_when_two_members_of_a_team_are_cut_off(
+    cluster: NetworkCluster, tmp_path: Path, model: Path
+) -> None:
+    start(cluster, model, *AGENTS)
+    plan = write_plan(tmp_path, model, [(("ash", "elm"), 4, (1, 1)), (("oak",), 1, ())])
+    (team, _) = cluster.load(model, *OPTIONS, f"--plan={plan}")["stages"]
+    assert [member["device"] for member in team["members"]] == ["ash", "elm"]
+    undisturbed = answer(cluster, threading.Event())
+    assert len(undisturbed) == TOKENS
+    begun = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        going_on = pool.submit(answer, cluster, begun)
+        assert begun.wait(CHANGED_WITHIN_S)
+        cluster.bed.fault("ash", "lose=elm")
+        assert going_on.result(120) == undisturbed
+    assert cluster.names() == list(AGENTS)
+    assert {frozenset(pair) for pair in missing(cluster)} == {frozenset(("ash", "elm"))}
+    log = cluster.log("coordinator")
+    assert "link lost: " in log
+    assert "check its power" not in log
+    # Who asks for this team now is told why there is none.
+    refused = cluster.run("load", str(model), *OPTIONS, f"--plan={plan}")
+    assert refused.returncode == 1
+    assert "cannot share layers: ash cannot reach elm" in refused.stderr

@@ -131,6 +131,15 @@ def test_a_host_is_its_own_machine_to_a_process(bed: Testbed) -> None:
     assert python(bed, "b", "x = bytearray(20 << 20)").returncode == 0
 
 
+def test_a_host_stays_on_its_cores() -> None:
+    (*_, last) = sorted(os.sched_getaffinity(0))
+    with Testbed(Network({"a": Host(cores=(last,)), "b": Host()}), NAME) as bed:
+        program = "import os; print(*sorted(os.sched_getaffinity(0)))"
+        assert python(bed, "a", program).stdout.split() == [str(last)]
+        everywhere = list(map(str, sorted(os.sched_getaffinity(0))))
+        assert python(bed, "b", program).stdout.split() == everywhere
+
+
 def test_a_command_that_is_not_there_says_so(bed: Testbed) -> None:
     line = bed.command("a", ["no-such-command"])
     completed = subprocess.run(line, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -179,6 +180,7 @@ def test_a_large_segment_counts_the_headers_of_its_packets() -> None:
         lambda: Network({"-x": Host()}),
         lambda: Network({"a": Host()}, {("a", "z"): Link()}),
         lambda: Host(loss=1.0),
+        lambda: Host(cores=()),
         lambda: Link(-1.0),
         lambda: Link(0.0, 0.0),
         lambda: PortFault(delay_s=math.nan),
@@ -191,5 +193,6 @@ def test_what_cannot_be_is_refused(wrong: object) -> None:
 
 
 def test_a_network_survives_json() -> None:
-    network = Network({"a": Host(20.0, 1 << 30), "b": Host()}, {("a", "b"): Link(1e-3)}, None)
-    assert Network.from_dict(network.to_dict()) == network
+    hosts = {"a": Host(20.0, 1 << 30), "b": Host(cores=(0, 1))}
+    network = Network(hosts, {("a", "b"): Link(1e-3)}, None)
+    assert Network.from_dict(json.loads(json.dumps(network.to_dict()))) == network

@@ -25,6 +25,10 @@ from wire.messages import (
     Message,
     Sampling,
     StartSequence,
+    TeamFailed,
+    TeamLogits,
+    TeamPart,
+    TeamPass,
     TokenSampled,
 )
 
@@ -111,6 +115,10 @@ GOLDEN: dict[str, tuple[Message, int]] = {
     "heartbeat": (Heartbeat(1024), 0),
     "token": (TokenSampled(1, 7, 0, 42, ""), 0),
     "activation": (Activation(1, 7, 0, 5, 1, 16, True), 260),
+    "pass": (TeamPass(1, 3, (0,), (5,), 1, 16, 1), 260),
+    "part": (TeamPart(1, 3, 0, 0, 1, 16), 260),
+    "logits": (TeamLogits(1, 3, 1, 1, 128), 8),
+    "left": (TeamFailed(1, 3, "m", "w", False), 0),
     "start": (StartSequence(1, 7, 0, (), Sampling(64, (2,), 0.0, 0, 1.0, 9)), 0),
 }
 

@@ -25,7 +25,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 def measure(depth: int) -> bytes:
     """The header of a MeasureModel whose spec is ``depth`` maps, one in the other."""
-    return b"\x94\x01" + b"\x81\xa1a" * (depth - 1) + b"\x80" + b"\x91\x04" + b"\xc2"
+    return b"\x95\x01" + b"\x81\xa1a" * (depth - 1) + b"\x80" + b"\x91\x04" + b"\xc2\xc2"
 
 
 @pytest.mark.parametrize("depth", [MAX_NESTING + 1, 100, 900])
@@ -37,7 +37,7 @@ def test_deep_nesting_is_refused(depth: int) -> None:
 def test_nesting_up_to_the_limit_is_read() -> None:
     assert isinstance(decode_header(MeasureModel, measure(MAX_NESTING)), MeasureModel)
     spec = Checkpoint.open(FIXTURES / "llama").spec
-    message = decode_header(MeasureModel, msgpack.packb([1, spec.to_dict(), [4], False]))
+    message = decode_header(MeasureModel, msgpack.packb([1, spec.to_dict(), [4], False, False]))
     assert isinstance(message, MeasureModel)
     assert ModelSpec.from_dict(message.spec) == spec
 

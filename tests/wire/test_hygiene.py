@@ -139,3 +139,21 @@ def test_an_impossible_time(time_s: float) -> None:
     assert is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4, rows_s=(1e-3, 2e-3, 3e-3)))
     assert not is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4, rows_s=(1e-3, 2e-3, time_s)))
     assert not is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4, rows_s=(1e-3,)))
+    assert not is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4, shares_s=((0.5, time_s, 1e-4),)))
+
+
+@pytest.mark.parametrize(
+    ("fractions", "fits"),
+    [
+        ((0.25, 0.5, 1.0), True),
+        ((0.5, 0.25), False),
+        ((0.5, 0.5), False),
+        ((0.0, 0.5), False),
+        ((0.5, 1.01), False),
+        ((float("nan"),), False),
+        (tuple(part / 100 for part in range(1, 100)), False),
+    ],
+)
+def test_shares_of_a_block(fractions: tuple[float, ...], fits: bool) -> None:
+    shares_s = tuple((fraction, 1e-3, 1e-4) for fraction in fractions)
+    assert is_plausible(BlockTiming("layer", 0, 4, 1e-3, 1e-4, shares_s=shares_s)) == fits
