@@ -321,12 +321,13 @@ class Mesh:
         self._watch(peer)
 
     def _send(self, peer: _Peer, frame: bytes, payload: memoryview) -> None:
+        sent = 0 if peer.unsent else peer.connection.send_now(frame, payload)
+        if sent < len(frame):
+            peer.unsent.append(memoryview(frame)[sent:])
+        sent = max(sent - len(frame), 0)
+        if sent < len(payload):
+            peer.unsent.append(memoryview(bytes(payload[sent:])))
         if peer.unsent:
-            peer.unsent.append(memoryview(frame + bytes(payload)))
-            return
-        sent = peer.connection.send_now(frame, payload)
-        if sent < len(frame) + len(payload):
-            peer.unsent.append(memoryview(frame + bytes(payload))[sent:])
             self._watch(peer)
 
     def _send_rest(self, peer: _Peer) -> None:
