@@ -333,6 +333,21 @@ def _load_figures(loaded: Mapping[str, Any]) -> tuple[str, str, str]:
     return (*sizes, f"{loaded['load_s']:.2f}")
 
 
+def _add_member(
+    table: Table, member: Mapping[str, Any], shares: Mapping[str, float], noisy: set[str]
+) -> None:
+    """Add a row for a member of a team, below the row of its stage."""
+    name = member["device"]
+    table.add_row(
+        f"  {escape(name)}" + (NOISY if name in noisy else ""),
+        f"{shares[name]:.0%} of each layer",
+        "",
+        format_size(member["memory_bytes"]),
+        format_size(member["memory_limit_bytes"]),
+        f"{member['compute_s'] * 1e3:.2f}",
+    )
+
+
 def _add_stage(table: Table, plan: Mapping[str, Any], index: int, noisy: set[str]) -> None:
     """Add the rows of one stage: its device or team, its sums, and the hop behind it."""
     from planning.plan import bits_text
@@ -362,21 +377,6 @@ def _add_stage(table: Table, plan: Mapping[str, Any], index: int, noisy: set[str
     if index < len(plan["hops"]):
         hop_ms = f"{plan['hops'][index]['seconds'] * 1e3:.2f}"
         table.add_row("  hop", "", str(stage.get("hop_bits") or ""), "", "", hop_ms)
-
-
-def _add_member(
-    table: Table, member: Mapping[str, Any], shares: Mapping[str, float], noisy: set[str]
-) -> None:
-    """Add a row for a member of a team, below the row of its stage."""
-    name = member["device"]
-    table.add_row(
-        f"  {escape(name)}" + (NOISY if name in noisy else ""),
-        f"{shares[name]:.0%} of each layer",
-        "",
-        format_size(member["memory_bytes"]),
-        format_size(member["memory_limit_bytes"]),
-        f"{member['compute_s'] * 1e3:.2f}",
-    )
 
 
 def _state_line(model: Mapping[str, Any]) -> str:
