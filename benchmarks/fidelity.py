@@ -354,11 +354,14 @@ def run(
 
 
 def sum_figures(stage: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of one sum of one row over a team: predicted, and measured if it was."""
+    """Return the seconds of one sum of one row over a team: predicted, and measured if it was.
+
+    A team that has only the head adds nothing up. Its predicted sum is 0.
+    """
     layers = len(stage["bits"]) - (stage["first"] == 0)
     layers -= int(stage["hop_bits"] is None)
     measured = stage.get("measured_sum") or {}
-    return {"predicted_s": stage["sums_s"] / (2 * layers)} | (
+    return {"predicted_s": stage["sums_s"] / max(2 * layers, 1)} | (
         {"measured_s": measured["row_s"]} if "row_s" in measured else {}
     )
 
@@ -467,10 +470,15 @@ def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
         console.print(f"{name}: median {error['median']:.1%}, worst {error['worst']:.1%}")
     for row in with_teams:
         for team, figures in zip(row["teams"], row["sums"], strict=False):
-            shown = ", ".join(f"{name[:-2]} {1e3 * s:.3f} ms" for name, s in figures.items())
-            console.print(f"{row['plan']}: a sum of one row over {'+'.join(team)}: {shown}")
+            who = "+".join(team)
+            console.print(f"{row['plan']}: a sum of one row over {who}: {sums_text(figures)}")
     for name, ratio in ratios.items():
         console.print(f"{name}: {ratio:.2f} times the chosen plan's ms per token")
+
+
+def sums_text(figures: Mapping[str, float]) -> str:
+    """Return the result of ``sum_figures`` in milliseconds."""
+    return ", ".join(f"{name[:-2]} {1e3 * seconds:.3f} ms" for name, seconds in figures.items())
 
 
 def _who(row: Mapping[str, Any], lead: str) -> str:

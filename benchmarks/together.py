@@ -52,7 +52,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import distributed_llama, gguf, llama_cpp_process
-from benchmarks.fidelity import forget_calibration, generate, predicted_prefill_ms, say
+from benchmarks.fidelity import (
+    forget_calibration,
+    generate,
+    predicted_prefill_ms,
+    say,
+    sum_figures,
+    sums_text,
+)
 from benchmarks.pipeline import split, start_llama
 from benchmarks.random_model import Shape, make_model
 from calibration.machine import processor_name
@@ -319,6 +326,7 @@ def _plan_runner(
         loaded = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
         runner.about |= {
             "stages": _members(loaded),
+            "sums": [sum_figures(stage) for stage in loaded["stages"] if stage.get("members")],
             "predicted_ms_per_token": loaded["predicted_ms_per_token"],
             "predicted_prompt_s": predicted_prefill_ms(loaded, PROMPT_TOKENS) / 1e3,
         }
@@ -432,7 +440,8 @@ def _show(result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     table.add_column("stages", no_wrap=True)
     for row in result["rows"]:
         cells = [form.format(row[name]) if name in row else "-" for name, form in columns.items()]
-        table.add_row(*cells, "\n".join(row.get("stages", ())))
+        sums = [f"a sum of one row: {sums_text(sums)}" for sums in row.get("sums", ())]
+        table.add_row(*cells, "\n".join([*row.get("stages", ()), *sums]))
     console = Console(width=max(Console().width, 220))
     console.print(table)
     console.print(
