@@ -50,6 +50,12 @@ MAX_WAITING = 4
 """The messages of one member that are read before they are needed. A member is never further ahead
 than its next pass."""
 
+MAX_DROPPED = 4
+"""The messages of one member, for each pass, that may be dropped because their pass is over.
+
+A pass that fails leaves three at most: partial rows, a sum, and TeamFailed.
+"""
+
 MAX_HEADER_BYTES = 8 << 10
 """The largest header of a message in a team: a pass of 64 rows has 1 KiB, a reason 4 KiB."""
 
@@ -82,6 +88,8 @@ class _Peer:
     unsent: deque[memoryview] = field(default_factory=deque)
     waiting: deque[Frame] = field(default_factory=deque)
     """Messages that were read while the thread waited for something else."""
+    dropped: int = 0
+    """The messages of passes that were over."""
     watched: int = select.POLLIN
     """The events that the thread polls for."""
 
@@ -236,7 +244,7 @@ class Mesh:
         """
         peer = self._peers[index]
         current = self.number + 1 if at_rest else self.number
-        while True:
+        while peer.dropped <= MAX_DROPPED * (self.number + 1):
             message, payload = self._next(peer, None if at_rest else self._silence_s)
             if not isinstance(message, TeamMessage) or message.epoch != self.epoch:
                 raise self.lose(peer.device, f"{peer.connection.peer} sent a message out of place")
@@ -244,6 +252,8 @@ class Mesh:
                 self._heed(peer, message, current)
             elif message.number >= current:
                 return message, payload
+            peer.dropped += 1
+        raise self.lose(peer.device, f"{peer.connection.peer} repeats passes that are over")
 
     def _heed(self, peer: _Peer, message: TeamFailed, current: int) -> None:
         """Leave the pass that another member has left, or the team if it has ended."""
@@ -321,12 +331,13 @@ class Mesh:
         self._watch(peer)
 
     def _send(self, peer: _Peer, frame: bytes, payload: memoryview) -> None:
+        sent = 0 if peer.unsent else peer.connection.send_now(frame, payload)
+        if sent < len(frame):
+            peer.unsent.append(memoryview(frame)[sent:])
+        sent = max(sent - len(frame), 0)
+        if sent < len(payload):
+            peer.unsent.append(memoryview(bytes(payload[sent:])))
         if peer.unsent:
-            peer.unsent.append(memoryview(frame + bytes(payload)))
-            return
-        sent = peer.connection.send_now(frame, payload)
-        if sent < len(frame) + len(payload):
-            peer.unsent.append(memoryview(frame + bytes(payload))[sent:])
             self._watch(peer)
 
     def _send_rest(self, peer: _Peer) -> None:

@@ -27,9 +27,9 @@ TeamSum = Callable[[Array], Array]
 
 A stage of a share calls it twice per layer, in order: with the rows of ``o`` and with those of
 ``down``, both without bias. All members get equal sums. The rows that were passed in may not be
-used afterwards, and the sum is a new array. It is called in ``forward`` and ``decode`` only,
-because members are connected after loading. It raises whatever ends the pass, and the stage lets it
-through.
+used afterwards, and the sum is valid until the next call. It is called in ``forward`` and
+``decode`` only, because members are connected after loading. It raises whatever ends the pass, and
+the stage lets it through.
 """
 
 

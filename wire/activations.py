@@ -35,6 +35,12 @@ _VALUE: dict[HopBits, np.dtype[np.generic]] = {
 }
 _SCALE = np.dtype("<f4")
 
+BLOCK_VALUES = 1 << 15
+"""The values that are encoded at once. What is between them and the payload stays in the caches.
+
+Larger pieces of memory would be mapped, zeroed and given back at each chunk of a prompt.
+"""
+
 _HALF_MAX = np.float32(65504)
 """The largest finite float16."""
 
@@ -55,19 +61,35 @@ def payload_bytes(rows: int, hidden: int, bits: HopBits) -> int:
     return rows * (hidden * bits // 8 + (0 if bits == 32 else _SCALE.itemsize))
 
 
-def encode_rows(rows: Rows, bits: HopBits) -> memoryview:
-    """Encode hidden rows float32 [n, hidden]. The payload is a view of them if nothing changes."""
+def encode_rows(rows: Rows, bits: HopBits, memory: memoryview | None = None) -> memoryview:
+    """Encode hidden rows float32 [n, hidden]. The payload is a view of them if nothing changes.
+
+    memory: bytes for the payload, at least as many. By default it has memory of its own.
+    """
     if bits == 32:
         return np.ascontiguousarray(rows, _VALUE[32]).data.cast("B")
     count, hidden = rows.shape
-    payload = np.empty(payload_bytes(count, hidden, bits), np.uint8).data
+    size = payload_bytes(count, hidden, bits)
+    payload = np.empty(size, np.uint8).data if memory is None else memory[:size]
     values, scales = _parts(payload, count, hidden, bits)
+    step = max(BLOCK_VALUES // hidden, 1)
+    if count <= step:
+        _encode(rows, values, scales, bits)
+        return payload
+    for begin in range(0, count, step):
+        part = slice(begin, begin + step)
+        _encode(rows[part], values[part], scales[part], bits)
+    return payload
+
+
+def _encode(rows: Rows, values: npt.NDArray[np.generic], scales: Rows, bits: HopBits) -> None:
+    """Write the values and scales of some rows."""
     magnitudes = np.abs(rows)
     # A NaN makes this comparison false.
     if bits == 16 and magnitudes.max() <= _HALF_MAX:
         values[:] = rows
         scales[:] = 1
-        return payload
+        return
     with np.errstate(all="ignore"):  # A signalling NaN would warn.
         largest = magnitudes.max(axis=1)
         finite = None if np.isfinite(largest).all() else np.isfinite(rows)
@@ -78,25 +100,31 @@ def encode_rows(rows: Rows, bits: HopBits) -> memoryview:
             wide = largest > _HALF_MAX
             scales[wide] = np.ldexp(np.float32(1), np.frexp(largest[wide])[1] - 15)
             values[:] = rows / scales[:, None]
-            return payload
+            return
         np.clip(largest / _BYTE_MAX, _LEAST_SCALE, _LARGEST_SCALE[8], out=scales)
         codes = np.divide(rows, scales[:, None], out=magnitudes)
         np.rint(codes, out=codes)
         if finite is not None:
             codes[~finite] = _NOT_FINITE
         np.copyto(values, codes, casting="unsafe")
-        return payload
 
 
-def decode_rows(payload: memoryview, count: int, hidden: int, bits: HopBits) -> Rows:
+def decode_rows(
+    payload: memoryview, count: int, hidden: int, bits: HopBits, out: Rows | None = None
+) -> Rows:
     """Decode a payload into hidden rows float32 [count, hidden]. At 32 bits they are a view of it.
 
-    Raises ProtocolError if the length is wrong, or if no encoder makes such scales.
+    out: memory for the rows, which are then written there at all widths. Raises ProtocolError if
+    the length is wrong, or if no encoder makes such scales.
     """
     if count < 1 or len(payload) != payload_bytes(count, hidden, bits):
         raise ProtocolError(f"{count} hidden rows at {bits} bits do not have {len(payload)} bytes")
     values, scales = _parts(payload, count, hidden, bits)
-    rows: Rows = values.astype(np.float32, copy=False)
+    if out is None:
+        rows: Rows = values.astype(np.float32, copy=False)
+    else:
+        np.copyto(out, values)
+        rows = out
     if bits == 32:
         return rows
     least = largest = scales[0]

@@ -230,3 +230,18 @@ def test_a_flood_is_not_read_beyond_what_a_pass_needs() -> None:
             meshes[0].receive(2)
         assert caught.value.device == "member-2"
         assert len(meshes[0]._peers[1].waiting) <= 4
+
+
+def test_messages_without_end_of_passes_that_are_over_end_the_team() -> None:
+    with meshes_of(2) as meshes:
+        meshes[0].number = 5
+        for number in range(5):
+            meshes[1].send(0, encode(part(number=number), len(ROWS)), ROWS)
+        current = part(number=5)
+        meshes[1].send(0, encode(current, len(ROWS)), ROWS)
+        assert meshes[0].receive(1)[0] == current
+        for _ in range(40):
+            meshes[1].send(0, encode(part(number=1), len(ROWS)), ROWS)
+        with pytest.raises(TeamLost, match="passes that are over") as caught:
+            meshes[0].receive(1)
+        assert caught.value.device == "member-1"

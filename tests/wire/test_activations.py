@@ -9,7 +9,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from wire.activations import HOP_BITS, HopBits, Rows, decode_rows, encode_rows, payload_bytes
+from wire.activations import (
+    BLOCK_VALUES,
+    HOP_BITS,
+    HopBits,
+    Rows,
+    decode_rows,
+    encode_rows,
+    payload_bytes,
+)
 from wire.errors import ProtocolError
 
 SHAPES = arrays.array_shapes(min_dims=2, max_dims=2, max_side=9)
@@ -111,3 +119,21 @@ def test_hostile_values_are_refused_or_decoded(bits: HopBits, payload: bytes) ->
         return
     assert rows.shape == (2, hidden)
     assert rows.dtype == np.float32
+
+
+@pytest.mark.parametrize("bits", HOP_BITS)
+def test_many_rows_are_coded_as_each_alone(bits: HopBits) -> None:
+    rows = np.random.default_rng(bits).standard_normal((40, 3000), np.float32)
+    assert rows.size > 3 * BLOCK_VALUES
+    rows[7] *= 1e30
+    rows[20, 5] = np.nan
+    rows[39, 0] = -np.inf
+    memory, out = memoryview(bytearray(4 * rows.size)), np.empty_like(rows)
+    payload = encode_rows(rows, bits, memory)
+    assert payload == encode_rows(rows, bits)
+    decoded = decode_rows(payload, 40, 3000, bits)
+    for row, one in zip(rows, decoded, strict=True):
+        alone = decode_rows(encode_rows(row[None], bits), 1, 3000, bits)
+        np.testing.assert_array_equal(one[None], alone)
+    assert decode_rows(payload, 40, 3000, bits, out) is out
+    np.testing.assert_array_equal(out, decoded)
