@@ -177,7 +177,7 @@ def main() -> None:
             continue
         table = Table(title=f"{shape}, {options.bits} bits, {options.threads} thread(s)")
         for column in rows[0]:
-            table.add_column(column, justify="right")
+            table.add_column(column.replace("_", " "), justify="right")
         for row in rows:
             table.add_row(
                 *(
