@@ -13,7 +13,8 @@ Instances have 4 widths. They have six kinds of device, each a little different,
 link. All memory together holds the model at 8 bits 1.3 times, and a middling device 1.1 layers: a
 large fleet has more than it needs. There are two rules of quality. `kl`: sensitivities differ from
 layer to layer, and the budget is 1.5 times the sum at 6 bits throughout. `delta`: weight errors
-differ from layer to layer, and half of the layers must not have 4 bits.
+differ from layer to layer, and half of the layers must not have 4 bits. `teams` is `kl` with
+devices that can share layers. Two thirds of them have links of a gigabit, quick enough for it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from planning.problem import BlockOption, Device, Objective, PlanningProblem
 from wire.profile import LinkProfile
 
 OBJECTIVES = ("latency", "throughput", "request", "energy")
-RULES = ("kl", "delta")
+RULES = ("kl", "delta", "teams")
 ROW = ("objective", "rule", "layers", "devices")
 # Share of the time limit that a plan may be late by without being called so.
 LATE = 0.05
@@ -65,6 +66,8 @@ BLOCK_PARAMETERS = 50_000_000
 KINDS = ((2.0, 9.0), (4.0, 5.5), (4.0, 2.6), (8.0, 1.9), (8.0, 1.2), (3.0, 3.5))
 # The round trip in seconds, and bytes per second.
 WIRES = ((0.4e-3, 110e6), (0.6e-3, 11.5e6), (3e-3, 5e6))
+TEAM_WIRES = ((0.15e-3, 117e6), (0.3e-3, 110e6), (3e-3, 5e6))
+SUM_S = 5e-5
 
 
 def spec(layers: int) -> ModelSpec:
@@ -114,6 +117,7 @@ def instance(
     shares = [memory * rng.uniform(0.9, 1.1) for memory, _ in kinds]
     # More devices than blocks do not each get less than a layer, as they would of a fixed total.
     total = max(1.3 * sum(row[8] for row in stored), count * LEAST_LAYERS * stored[1][8])
+    together = rule == "teams"
     devices = []
     for i, ((_, milliseconds), share) in enumerate(zip(kinds, shares, strict=True)):
         layer_s = 1e-3 * milliseconds * rng.uniform(0.9, 1.1)
@@ -134,9 +138,11 @@ def instance(
                 options=(row(0), *[row(1)] * layers, row(blocks - 1)),
                 call_s=rng.uniform(1e-4, 4e-4),
                 watts=4 + 8 / milliseconds,
+                shares=together,
+                sum_s=SUM_S if together else 0.0,
             )
         )
-    wires = [rng.choice(WIRES) for _ in devices]
+    wires = [rng.choice(TEAM_WIRES if together else WIRES) for _ in devices]
     links = {
         (i, j): LinkProfile(
             f"d{i}",
@@ -153,7 +159,7 @@ def instance(
         loss = 0.02 * shape * math.exp(rng.gauss(0, 0.5)) * (2 if k in ends else 1)
         losses.append({b: loss * (4.0 ** (4 - b) if b < 16 else 1e-7) for b in WIDTHS})
     errors = [{b: math.sqrt(row[4]) * 2.0 ** (4 - b) for b in WIDTHS} for row in losses]
-    by_loss = rule == "kl"
+    by_loss = rule != "delta"
     return PlanningProblem(
         spec=spec(layers),
         devices=tuple(devices),
@@ -167,6 +173,7 @@ def instance(
         sensitivities=tuple(losses) if by_loss else (),
         quality_budget=1.5 * math.fsum(row[6] for row in losses) if by_loss else None,
         objective=objective,
+        group_size=64 if together else 0,
     )
 
 

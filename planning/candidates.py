@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product, zip_longest
 
 from model.share import Share, most_members, share_steps
 from planning.problem import BlockOption, PlanningProblem
@@ -31,7 +31,7 @@ from planning.teams import (
 )
 from planning.twins import twin_sets
 
-MOST_TEAMS = 256
+MOST_TEAMS = 160
 """Teams of a problem, each with one division of the layers."""
 
 MOST_MEMBERS = 16
@@ -101,6 +101,8 @@ class _Candidates:
         twins = [tuple(some) for some in twin_sets(problem) if able >= set(some)]
         self.kinds: list[Kind] = [some for some in twins if self._narrow(some[0])]
         self._known: dict[tuple[int, ...], list[Candidate]] = {}
+        self._fastest_s: dict[tuple[tuple[int, ...], int], float] = {}
+        self._sizes: dict[tuple[int, int], tuple[int, int, int, int]] = {}
 
     def teams(self) -> list[Candidate]:
         """All candidates: teams that the user named, then the others by their gain."""
@@ -108,16 +110,19 @@ class _Candidates:
         for members in self.problem.teams:
             if refused(self.problem, members) is None:
                 found += self._divisions(self._lead_first(members))
-        ranked: list[tuple[float, list[Candidate]]] = []
+        sizes: dict[int, list[tuple[float, list[Candidate]]]] = {}
         for counts in self._counts():
-            first = self._paying(counts)
-            if first:
-                gain = max(one.gain for one in first)
-                ranked.append((gain, [one for run in self._runs(counts) for one in self._of(run)]))
-        # A whole set of runs goes in or stays out, so that twins can still be exchanged.
-        for _, some in sorted(ranked, key=lambda one: -one[0]):
-            if len(found) + len(some) <= MOST_TEAMS:
-                found += some
+            if not (first := self._paying(counts)):
+                continue
+            gain = max(one.gain for one in first)
+            some = [one for run in self._runs(counts) for one in self._of(run)]
+            sizes.setdefault(sum(counts.values()), []).append((gain, some))
+        ranked = [sorted(some, key=lambda one: -one[0]) for _, some in sorted(sizes.items())]
+        # The best of each number of members come first, then the second best, and so on. A whole
+        # set of runs goes in or stays out, so that twins can still be exchanged.
+        for some in filter(None, chain.from_iterable(zip_longest(*ranked))):
+            if len(found) + len(some[1]) <= MOST_TEAMS:
+                found += some[1]
         return found
 
     def _narrow(self, device: int) -> int | None:
@@ -158,11 +163,13 @@ class _Candidates:
     def _quick(self, one: Kind, other: Kind) -> bool:
         """Whether two sums between devices of these kinds take less than a layer."""
         pair = one[:2] if one == other else (one[0], other[0])
-        if len(pair) < 2 or refused(self.problem, pair) is not None:
+        if len(pair) < 2 or pair not in self.problem.links or pair[::-1] not in self.problem.links:
+            return False
+        if not (width := self._width(pair)):
             return False
         narrowest = sum_widths(self.problem)[-1].bits
         sums_s = 2 * sum_s(self.problem, pair, 1, narrowest)
-        return sums_s < max(self._alone_s(i, self._width(pair)) for i in pair)
+        return sums_s < max(self._alone_s(i, width) for i in pair)
 
     def _clusters(self, linked: set[tuple[int, int]]) -> list[list[int]]:
         """Devices, as their kinds, that all have quick links to each other, by speed."""
@@ -212,12 +219,19 @@ class _Candidates:
         width = self._width(one.members)
         for i, share in zip(one.members, one.shares, strict=True):
             part = self._part(share)
-            others = self._lead_first([j for j in one.members if j != i])
-            rest = self._divisions(others, fast_only=True)
-            rest_s = min((o.layer_s for o in rest if o.sum_bits == one.sum_bits), default=math.inf)
+            rest_s = self._fast_s(tuple(j for j in one.members if j != i), one.sum_bits)
             if one.layer_s >= (1 - part) * rest_s + part * self._alone_s(i, width):
                 return False
         return True
+
+    def _fast_s(self, members: tuple[int, ...], sum_bits: int) -> float:
+        """Seconds of a layer in the fastest team of these members; inf if there is none."""
+        key = (tuple(sorted(members)), sum_bits)
+        if key not in self._fastest_s:
+            some = self._divisions(self._lead_first(members), fast_only=True)
+            seconds = (one.layer_s for one in some if one.sum_bits == sum_bits)
+            self._fastest_s[key] = min(seconds, default=math.inf)
+        return self._fastest_s[key]
 
     def _part(self, share: Share) -> float:
         part = fractions(self.problem, share)
@@ -293,25 +307,32 @@ class _Candidates:
 
     def _room(self, members: Sequence[int], width: int) -> list[float]:
         """Per member, the part of all layers and the head that it has room for."""
-        problem, devices = self.problem, self.problem.devices
         found = []
         for i in members:
-            memory, storage = devices[i].memory_bytes - devices[i].stage_bytes, 0
-            storage = devices[i].storage_bytes
-            need = disk = 0
-            for block in range(problem.spec.block_count):
-                row = [o for o in devices[i].options[block] if o.bits in problem.bits]
-                if not row:
-                    continue
-                option = next((o for o in row if o.bits == width), row[0])
-                size = option.executed_bytes + problem.kv_bytes[block]
-                stored = problem.stored_bytes[block][option.bits]
-                if block:
-                    need, disk = need + size, disk + stored
-                elif i == members[0]:
-                    memory, storage = memory - size, storage - stored
+            device = self.problem.devices[i]
+            embedding, embedding_disk, need, disk = self._sizes_at(i, width)
+            memory, storage = device.memory_bytes - device.stage_bytes, device.storage_bytes
+            if i == members[0]:
+                memory, storage = memory - embedding, storage - embedding_disk
             found.append(max(0.0, min(memory / max(need, 1), storage / max(disk, 1))))
         return found
+
+    def _sizes_at(self, device: int, width: int) -> tuple[int, int, int, int]:
+        """Bytes of memory and storage of the embedding, then of all other blocks, at a width.
+
+        A block that the device does not run at the width counts at the first one that it has.
+        """
+        if (device, width) not in self._sizes:
+            sizes = [0, 0, 0, 0]
+            for block, options in enumerate(self.problem.devices[device].options):
+                row = [o for o in options if o.bits in self.problem.bits]
+                if row:
+                    option = next((o for o in row if o.bits == width), row[0])
+                    ((memory, storage),) = self.problem.taken(device, block, option)
+                    sizes[2 * bool(block)] += memory
+                    sizes[2 * bool(block) + 1] += storage
+            self._sizes[device, width] = (sizes[0], sizes[1], sizes[2], sizes[3])
+        return self._sizes[device, width]
 
     def _holds(self, members: Sequence[int], shares: Sequence[Share], width: int) -> bool:
         """Whether each member can hold its share of the whole model at a width."""
