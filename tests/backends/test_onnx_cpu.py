@@ -385,8 +385,8 @@ def test_blocks_run_alone_from_prepared_weights(tmp_path: Path) -> None:
     spec, artifacts = stored_model(
         tmp_path / "blocks", replace(LAYER, hidden=256), layers=1, bits=4
     )
-    tokens, rows = np.arange(3), np.ones((3, 256), np.float32)
-    for block, inputs in enumerate((tokens, rows, rows)):
+    for block in range(spec.block_count):
+        inputs = np.ones((3, 256), np.float32) if block else np.arange(3)
         options = replace(OPTIONS, prepared_dir=tmp_path / f"{block}")
         results = []
         for chosen in (OPTIONS, options, options):
