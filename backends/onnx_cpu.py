@@ -351,7 +351,8 @@ class _Loader:
         if layers and self._options.team_sum is not None:
             return self._share(layers, heads, self._options.team_sum)
         caches = [self._cache(layer) for layer in self._layers(layers)]
-        segments, head = self._segments(layers, caches), None
+        segments = self._segments(layers, caches) if layers else []
+        head = None
         if heads:
             ((session, _),) = self._sessions(heads)
             head = _Segment(session, (), self._spec.vocab)

@@ -396,6 +396,24 @@ def test_prepared_weights_take_memory_only_as_they_are_read(tmp_path: Path) -> N
         assert resident_bytes(home) > 0
 
 
+def test_blocks_run_alone_from_prepared_weights(tmp_path: Path) -> None:
+    spec, artifacts = stored_model(
+        tmp_path / "blocks", replace(LAYER, hidden=256), layers=1, bits=4
+    )
+    for block in range(spec.block_count):
+        inputs = np.ones((3, 256), np.float32) if block else np.arange(3)
+        options = replace(OPTIONS, prepared_dir=tmp_path / f"{block}")
+        results = []
+        for chosen in (OPTIONS, options, options):
+            with closing(
+                OnnxCpuBackend().load(spec, artifacts[block : block + 1], chosen)
+            ) as stage:
+                results.append(stage.forward(0, 0, inputs))
+        np.testing.assert_array_equal(results[1], results[0])
+        np.testing.assert_array_equal(results[2], results[0])
+        assert bool(list(tmp_path.glob(f"{block}/*"))) == (block > 0)
+
+
 def test_a_disk_without_room_prepares_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
