@@ -31,7 +31,7 @@ from planning.teams import (
 )
 from planning.twins import twin_sets
 
-MOST_TEAMS = 160
+MOST_TEAMS = 96
 """Teams of a problem, each with one division of the layers."""
 
 MOST_MEMBERS = 16

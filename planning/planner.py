@@ -55,6 +55,8 @@ _SAME = 5e-7
 _SMALL, _CLOSED, _WRITTEN = 600, 2_000, 15_000
 # In place of _SMALL, for prompts: with the slowest stage beside the sum the program is slower.
 _SMALL_REQUEST = 100
+_ALONE_SHARE = 0.3
+"""Part of the time for a plan without teams, before a large problem with a prompt is searched."""
 DEFAULT_GAP = 0.005
 """The default gap if the search goes first. The last half percent can take any amount of time."""
 
@@ -93,7 +95,8 @@ def solve(
     reason = _hopeless(problem)
     if reason is None:
         problem = with_teams(problem)
-        plan = _best(undominated(problem), runner, gap, report)
+        first = _without_teams(asked, problem, runner, gap)
+        plan = _best(undominated(problem), runner, gap, report, first)
         if plan is not None:
             plan = _settled(problem, plan)
             plan = replace(plan, proof=replace(plan.proof, solve_s=now_s() - started_s))
@@ -113,12 +116,33 @@ def solve(
     raise _explain(problem, reason, runner)
 
 
-def _best(
-    problem: PlanningProblem, runner: _Runner, asked: float | None, report: Callable[[str], None]
+def _without_teams(
+    real: PlanningProblem, problem: PlanningProblem, runner: _Runner, asked: float | None
 ) -> Plan | None:
-    """The best plan found over all variants of the problem; None if none was found."""
+    """A plan of devices alone for a large problem with teams and a prompt; else None.
+
+    Teams make such a search slower. With this plan at hand its result is never worse.
+    """
+    large = problem is not real and bool(problem.objective.tokens[0]) and not _closable(problem)
+    if not large or real.teams:
+        return None
+    soon = _Runner(now_s() + _ALONE_SHARE * runner.left_s(), runner.solver)
+    return _best(undominated(real), soon, asked, lambda _: None)
+
+
+def _best(
+    problem: PlanningProblem,
+    runner: _Runner,
+    asked: float | None,
+    report: Callable[[str], None],
+    known: Plan | None = None,
+) -> Plan | None:
+    """The best plan found over all variants of the problem; None if none was found.
+
+    Only plans better than ``known`` are looked for, which is returned if there are none.
+    """
     gap = (DEFAULT_GAP if _size(problem) > _small(problem) else 0.0) if asked is None else asked
-    best: Plan | None = None
+    best = known
     bound = math.inf
     waiting = list(problem.variants)
     until_s, refused = runner.deadline_s, True
