@@ -26,10 +26,11 @@ TeamSum = Callable[[Array], Array]
 """Adds up the partial rows float32 [n, hidden] of all members of a team, and returns the sum.
 
 A stage of a share calls it twice per layer, in order: with the rows of ``o`` and with those of
-``down``, both without bias. All members get equal sums. The rows that were passed in may not be
-used afterwards, and the sum is valid until the next call. It is called in ``forward`` and
-``decode`` only, because members are connected after loading. It raises whatever ends the pass, and
-the stage lets it through.
+``down``, both without bias. Each call has all rows of the pass, in the order of its inputs, also if
+no logits are wanted. All members get equal sums. The rows that were passed in may not be used
+afterwards, and the sum is valid until the next call. It is called in ``forward`` and ``decode``
+only, because members are connected after loading. It raises whatever ends the pass, and the stage
+lets it through.
 """
 
 
