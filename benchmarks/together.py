@@ -26,6 +26,7 @@ hosts. The report says how much of the machine they took while tokens were decod
 cores). Real hosts have their own, and a real switch takes nothing. The quota of the case "four"
 stops a host for up to 3 ms of 5, and then its whole team waits. But a host whose turn is shorter
 than its share of a period is not slowed down at all. Sums are frequent and short, so both happen.
+A host that has just loaded a stage hashes its files for some seconds. Turns begin after that.
 
 Models, files and the hosts' measurements are kept in --state.
 """
@@ -87,6 +88,11 @@ SHORT_TOKENS = 32
 
 PROMPT_TOKENS = 512
 CONTEXT_TOKENS = PROMPT_TOKENS + 128
+
+REST_S = 60.0
+LOOK_S = 0.3
+IDLE_CORES = 0.1
+"""The hosts have this long to come to rest. They are at rest if they use less, for a look."""
 
 NAMES = ("ash", "birch", "cedar", "dogwood")
 ALONE = "alone"
@@ -331,6 +337,7 @@ def _plan_runner(
             "predicted_prompt_s": predicted_prefill_ms(loaded, PROMPT_TOKENS) / 1e3,
         }
         generate(client, 4, SHORT_TOKENS)
+        _await_rest(bed, hosts)
         before, begun_s = _busy_s(bed, hosts), time.perf_counter()
         decoded = generate(client, options.tokens, SHORT_TOKENS)
         elapsed_s, after = time.perf_counter() - begun_s, _busy_s(bed, hosts)
@@ -362,6 +369,21 @@ def _members(plan: Mapping[str, Any]) -> list[str]:
             )
         found.append(f"{who}: {len(stage['bits'])} blocks")
     return found
+
+
+def _await_rest(bed: Testbed, hosts: Sequence[str]) -> None:
+    """Wait until the hosts do nothing.
+
+    After a load they hash their files for some seconds, in a thread of low priority. Beside a stage
+    it gets a tenth of a core. Here a host has one core for both.
+    """
+    deadline_s = time.monotonic() + REST_S
+    while time.monotonic() < deadline_s:
+        before_s, _ = _busy_s(bed, hosts)
+        time.sleep(LOOK_S)
+        if _busy_s(bed, hosts)[0] - before_s < IDLE_CORES * LOOK_S:
+            return
+    say(f"the hosts are still busy after {REST_S:g} s")
 
 
 def _busy_s(bed: Testbed, hosts: Sequence[str]) -> tuple[float, float]:
