@@ -113,7 +113,7 @@ class Team:
         embedding = load(self.spec, whole) if whole else None
         try:
             stage = load(self.own_spec, shared, self.sum)
-        except BaseException:
+        except BaseException:  # Also when cancelled, the embedding does not stay.
             if embedding is not None:
                 embedding.close()
             raise
@@ -360,7 +360,7 @@ def leaving_early(mesh: Mesh, *, flush: bool = False) -> Iterator[None]:
         yield
     except WireError:  # The team has ended or was stopped.
         raise
-    except Exception as error:
+    except Exception as error:  # The others must hear of any error, which then goes on.
         mesh.leave(str(error) if isinstance(error, BackendError) else INTERNAL_ERROR)
         if flush:
             mesh.flush()

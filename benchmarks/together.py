@@ -380,7 +380,7 @@ def _await_rest(bed: Testbed, hosts: Sequence[str]) -> None:
     deadline_s = time.monotonic() + REST_S
     while time.monotonic() < deadline_s:
         before_s, _ = _busy_s(bed, hosts)
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # The time over which the processor's use is measured.
         if _busy_s(bed, hosts)[0] - before_s < IDLE_CORES * LOOK_S:
             return
     say(f"the hosts are still busy after {REST_S:g} s")

@@ -262,7 +262,7 @@ def test_at_rest_nothing_runs() -> None:
         ring.answers(1)
         time.sleep(0.05)  # The last pass has been told when it ends.
         before_s = time.process_time()
-        time.sleep(0.5)
+        time.sleep(0.5)  # The time over which the processor's use is measured.
         # One thread that looks for messages without sleeping would take all of it.
         assert time.process_time() - before_s < 0.1
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -205,6 +206,24 @@ class Cluster:
                     process.stdout.close()
         for name in self.processes:
             assert "Traceback" not in self.log(name), self.log(name)
+
+
+def streamed_tokens(
+    cluster: Cluster, request: dict[str, Any], begun: threading.Event, begun_after: int
+) -> list[int]:
+    """The tokens of a streamed answer. ``begun`` is set once it has so many pieces."""
+    body = {**request, "stream": True, "return_token_ids": True}
+    url, pieces, tokens = f"{cluster.url}/v1/completions", 0, list[int]()
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                tokens = event.get("shoal", {}).get("tokens", tokens)
+                pieces += 1
+            if pieces == begun_after:
+                begun.set()
+    return tokens
 
 
 _kept = Path(tempfile.gettempdir()) / (

@@ -10,12 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from model import costs
 from model.checkpoint import Checkpoint
-from tests.system.cluster import FIXTURES, Cluster, wait_for
+from tests.system.cluster import FIXTURES, Cluster, streamed_tokens, wait_for
 from wire import limits
 
 NAMES = ("pi-1", "pi-2", "pi-3")
@@ -64,18 +63,7 @@ def load(cluster: Cluster, model: Path, *options: str) -> list[str]:
 
 def answer(cluster: Cluster, request: dict[str, Any], begun: threading.Event) -> list[int]:
     """The tokens of a streamed answer; ``begun`` once some are there."""
-    body = {**request, "max_tokens": TOKENS, "stream": True, "return_token_ids": True}
-    url, pieces, tokens = f"{cluster.url}/v1/completions", 0, list[int]()
-    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                assert "error" not in event, event
-                tokens = event.get("shoal", {}).get("tokens", tokens)
-                pieces += 1
-            if pieces == LOST_AFTER:
-                begun.set()
-    return tokens
+    return streamed_tokens(cluster, {**request, "max_tokens": TOKENS}, begun, LOST_AFTER)
 
 
 def ask(cluster: Cluster, pool: ThreadPoolExecutor) -> list[Future[list[int]]]:

@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from coordinator.files.artifacts import HEADER_BYTES
-from tests.system.cluster import FIXTURES, Cluster, wait_for
+from tests.system.cluster import FIXTURES, Cluster, streamed_tokens, wait_for
 from tests.team import StagePlan, write_plan
 
 NAMES = ("pi-1", "pi-2", "pi-3", "pi-4")
@@ -70,19 +69,8 @@ def start(cluster: Cluster, *names: str) -> None:
 
 def tokens_of(cluster: Cluster, prompt: str, count: int, begun: threading.Event) -> list[int]:
     """The tokens of a streamed greedy answer. ``begun`` is set once some of them are there."""
-    body = {"prompt": prompt, "temperature": 0, "max_tokens": count}
-    body |= {"stream": True, "return_token_ids": True}
-    url, pieces, tokens = f"{cluster.url}/v1/completions", 0, list[int]()
-    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                assert "error" not in event, event
-                tokens = event.get("shoal", {}).get("tokens", tokens)
-                pieces += 1
-            if pieces == LOST_AFTER:
-                begun.set()
-    return tokens
+    request = {"prompt": prompt, "temperature": 0, "max_tokens": count}
+    return streamed_tokens(cluster, request, begun, LOST_AFTER)
 
 
 def answers(cluster: Cluster, count: int) -> list[list[int]]:
