@@ -5,14 +5,16 @@ from __future__ import annotations
 from model.spec import LayerSpec, ModelSpec
 
 
-def llama_8b(layers: int = 32) -> ModelSpec:
-    """The shape of Llama-3-8B, which the lab of four Pis of 8 GB describes."""
+def llama_8b(
+    layers: int = 32, *, hidden: int = 4096, kv_heads: int = 8, ffn: int = 14_336
+) -> ModelSpec:
+    """The shape of Llama-3-8B, which the lab of four Pis of 8 GB describes, or a smaller one."""
     layer = LayerSpec(
-        hidden=4096,
+        hidden=hidden,
         heads=32,
-        kv_heads=8,
-        head_dim=128,
-        ffn=14336,
+        kv_heads=kv_heads,
+        head_dim=hidden // 32,
+        ffn=ffn,
         norm="rmsnorm",
         norm_eps=1e-5,
         norm_position="pre",
@@ -24,8 +26,8 @@ def llama_8b(layers: int = 32) -> ModelSpec:
     )
     return ModelSpec(
         vocab=128256,
-        hidden=4096,
-        embed_dim=4096,
+        hidden=hidden,
+        embed_dim=hidden,
         max_context=8192,
         layers=(layer,) * layers,
         learned_positions=0,

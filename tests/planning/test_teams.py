@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.share import Share
-from model.spec import LayerSpec, ModelSpec
 from planning.build import DeviceInput, RequestInput, build_problem
 from planning.candidates import MOST_TEAMS, candidate_sets, division, with_teams
 from planning.exact.solver import SolverName
@@ -27,6 +26,7 @@ from planning.search.search import search
 from planning.sensitivity import own_share
 from planning.teams import incidence, with_team, without_teams
 from tests.planning.exhaustive_teams import exhaustive, random_teams
+from tests.planning.shapes import llama_8b
 from tests.planning.test_planner import SOLVERS
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile, TimingKind
 
@@ -90,38 +90,6 @@ def searched(problem: PlanningProblem) -> tuple[float, float]:
     return found.bound, assess(problem, choice.stages, NO_PROOF, choice.hop_bits).value
 
 
-def llama(layers: int, *, hidden: int = 4096, kv_heads: int = 8, ffn: int = 14_336) -> ModelSpec:
-    """The shape of Llama-3-8B, with fewer layers where that is enough."""
-    layer = LayerSpec(
-        hidden=hidden,
-        heads=32,
-        kv_heads=kv_heads,
-        head_dim=hidden // 32,
-        ffn=ffn,
-        norm="rmsnorm",
-        norm_eps=1e-5,
-        norm_position="pre",
-        activation="silu",
-        gated=True,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-    )
-    return ModelSpec(
-        vocab=128_256,
-        hidden=hidden,
-        embed_dim=hidden,
-        max_context=8192,
-        layers=(layer,) * layers,
-        learned_positions=0,
-        position_offset=0,
-        final_norm=True,
-        tied_head=False,
-        bos_token=1,
-        eos_tokens=(2,),
-    )
-
-
 def shoal(
     speeds: dict[str, float],
     link: tuple[float, float] = ETHERNET,
@@ -132,7 +100,7 @@ def shoal(
     others: dict[str, object] | None = None,
 ) -> PlanningProblem:
     """Devices that take so many milliseconds per layer at 4 bits, with equal links. Assumed."""
-    spec = llama(layers)
+    spec = llama_8b(layers)
     devices = []
     for name, milliseconds in speeds.items():
         profile = DeviceProfile(
