@@ -109,7 +109,7 @@ class JoinRefused:
 class Heartbeat:
     """Either side, each HEARTBEAT_S.
 
-    epoch, token_s: an agent's stage, and the median seconds of its last passes of one row, without
+    epoch, token_s: an agent's stage, and the mean seconds of its last passes of one row, without
         sums over a team. 0: there is no stage, or there were too few passes.
     """
 

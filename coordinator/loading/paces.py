@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 SLOW = 2.0
 """From this many times the planned time on, a device is called slow."""
 
+SLOW_BY_S = 2e-3
+"""A device that is less behind its plan is not called slow. Nobody would notice."""
+
 AS_PLANNED = 1.5
 """Below this, it is not called slow any more. The gap avoids a change of mind each second."""
 
@@ -60,13 +63,13 @@ class Paces:
         measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
         if not measured_s or not expected_s:
             return
-        key, ratio = (deployment.epoch, member), measured_s / expected_s
-        if key not in self._slow and ratio >= SLOW:
+        key = (deployment.epoch, member)
+        if key not in self._slow and _is_slow(measured_s, expected_s):
             self._slow = {(epoch, one) for epoch, one in self._slow if epoch == key[0]} | {key}
             text = _text(measured_s, expected_s)
             self._story.tell("slow", member.name, text)
             log.warning("%s %s; %s", member.name, text, ADVICE)
-        elif key in self._slow and ratio < AS_PLANNED:
+        elif key in self._slow and measured_s < AS_PLANNED * expected_s + SLOW_BY_S:
             self._slow.remove(key)
             self._story.tell("as planned", member.name, f"{measured_s * 1e3:.3g} ms a token again")
             log.info("%s takes %.3g ms a token again", member.name, measured_s * 1e3)
@@ -77,9 +80,13 @@ def slow_devices(deployment: Deployment) -> list[str]:
     found = []
     for member in deployment.devices:
         measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
-        if measured_s and expected_s and measured_s >= SLOW * expected_s:
+        if measured_s and expected_s and _is_slow(measured_s, expected_s):
             found.append(f"{member.name} {_text(measured_s, expected_s)}; {ADVICE}")
     return found
+
+
+def _is_slow(measured_s: float, expected_s: float) -> bool:
+    return measured_s >= max(SLOW * expected_s, expected_s + SLOW_BY_S)
 
 
 def _text(measured_s: float, expected_s: float) -> str:
