@@ -163,12 +163,13 @@ class Checkpoint:
 
     def _codes(self, source: Source) -> QuantizedMatrix:
         """Return the codes of a matrix that ``_kept_formats`` names."""
-        parts = []
-        for piece in source:
+        parts, whole = [], dict[str, QuantizedMatrix]()
+        for piece in source:  # Many pieces may be parts of one stored tensor.
             stored = self.tensors[piece.name]
-            codes = stored.codes()
+            codes = whole.get(piece.name) or stored.codes()
             if codes is None or codes.format != stored.format:
                 raise AssertionError(f"{stored.dtype} promised codes in {stored.format}")
+            whole[piece.name] = codes
             parts.append(piece.apply_codes(codes, stored.shape))
         return stack(parts)
 
@@ -200,7 +201,7 @@ class Checkpoint:
         for name, tensor in self.tensors.items():
             layer = _LAYER.search(name)
             inside = layer is not None and int(layer[1]) < len(self.spec.layers)
-            derived = name.endswith(_RECOMPUTED) or _is_zero_bias(name, tensor)
+            derived = name.endswith(_RECOMPUTED) or self._is_idle(name, tensor)
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
@@ -215,6 +216,12 @@ class Checkpoint:
                 self.fingerprint,
                 f"{self.directory}: {_some(unused)} not used: config.json describes no such part",
             )
+
+    def _is_idle(self, name: str, tensor: StoredTensor) -> bool:
+        """Whether this is a bias of zeros, which old tools stored beside all packed matrices."""
+        module, _, kind = name.rpartition(".")
+        packed = not isinstance(self.tensors.get(f"{module}.weight"), PlainTensor | None)
+        return kind == "bias" and packed and tensor.readable and not tensor.float32().any()
 
     def _check_tied_head(self, used: set[str]) -> None:
         """Refuse a separate head if config.json says that there is none.
@@ -362,12 +369,6 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
         )
         for first in range(0, one.shape[0], rows)
     )
-
-
-def _is_zero_bias(name: str, tensor: StoredTensor) -> bool:
-    """Whether a bias changes nothing. Old GPTQ files have such biases of all matrices."""
-    plain = name.endswith(".bias") and len(tensor.shape) == 1 and tensor.readable
-    return plain and not tensor.float32().any()
 
 
 def _shard_names(index: Path) -> list[str]:
