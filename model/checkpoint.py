@@ -99,15 +99,27 @@ class Checkpoint:
         sources = self._sources(block)
         return {
             canonical: self._codes(sources[canonical])
-            for canonical, found in self._kept_formats(block).items()
+            for canonical, found in self.kept_formats(block).items()
             if fmt is None or found == fmt
         }
+
+    def kept_formats(self, block: int) -> dict[str, Format]:
+        """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        found: dict[str, Format] = {}
+        for canonical, source in self._sources(block).items():
+            formats = {
+                self.tensors[piece.name].format if piece.keeps_codes else None for piece in source
+            }
+            fmt = formats.pop()
+            if canonical in QUANTIZED_TENSORS and fmt is not None and not formats:
+                found[canonical] = fmt
+        return found
 
     def native_format(self, block: int) -> Format | None:
         """Return the format of most of the weights that ``kept`` keeps. None: it keeps nothing."""
         shapes = self.spec.block_tensors(block)
         weights: dict[Format, int] = {}
-        for canonical, fmt in self._kept_formats(block).items():
+        for canonical, fmt in self.kept_formats(block).items():
             weights[fmt] = weights.get(fmt, 0) + math.prod(shapes[canonical])
         return max(weights, key=lambda fmt: (weights[fmt], fmt.key), default=None)
 
@@ -136,7 +148,7 @@ class Checkpoint:
 
         It is the file's own if all matrices have it, else 16 or 32 bits.
         """
-        kept = self._kept_formats(block)
+        kept = self.kept_formats(block)
         quantized = QUANTIZED_TENSORS & self.spec.block_tensors(block).keys()
         formats = set(kept.values())
         if kept.keys() == quantized and len(formats) == 1:
@@ -162,7 +174,7 @@ class Checkpoint:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _codes(self, source: Source) -> QuantizedMatrix:
-        """Return the codes of a matrix that ``_kept_formats`` names."""
+        """Return the codes of a matrix that ``kept_formats`` names."""
         parts, whole = [], dict[str, QuantizedMatrix]()
         for piece in source:  # Many pieces may be parts of one stored tensor.
             stored = self.tensors[piece.name]
@@ -172,18 +184,6 @@ class Checkpoint:
             whole[piece.name] = codes
             parts.append(piece.apply_codes(codes, stored.shape))
         return stack(parts)
-
-    def _kept_formats(self, block: int) -> dict[str, Format]:
-        """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
-        found: dict[str, Format] = {}
-        for canonical, source in self._sources(block).items():
-            formats = {
-                self.tensors[piece.name].format if piece.keeps_codes else None for piece in source
-            }
-            fmt = formats.pop()
-            if canonical in QUANTIZED_TENSORS and fmt is not None and not formats:
-                found[canonical] = fmt
-        return found
 
     def _sources(self, block: int) -> dict[str, Source]:
         return tensor_sources(self.config, self.spec, block, self.tensors)
