@@ -105,7 +105,7 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import plan_arguments
-    from cli.commands.plan_views import show_divergence
+    from cli.commands.plan_views import show_divergence, show_weights
 
     request = plan_arguments.request_of(options).to_dict()
     with _client(options) as client, screen.progress() as on_step:
@@ -115,6 +115,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
     else:
         title = f"{answer['model']} is loaded; predicted"
         screen.plan(answer["plan"], title, noise=answer.get("noise", ()))
+        show_weights(screen, answer)
         show_divergence(screen, answer["plan"], answer.get("quality"))
 
 
