@@ -48,6 +48,8 @@ class VocabSettings:
     """Whether a text begins with a space that is not in it. Not for byte_bpe."""
     prefix_once: bool = False
     """Whether only the first text has that space, and not each one after a special token."""
+    prefix_before_space: bool = True
+    """Whether a text that begins with a space of its own has that space, too."""
     extra_spaces_removed: bool = False
     escape_spaces: bool = True
     charsmap: bytes | None = None
@@ -112,7 +114,10 @@ def tokenizer_from_vocab(
 
 
 def add_ends(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None) -> None:
-    """Let ``encode`` put these tokens, unless None, before and behind a text."""
+    """Let ``encode`` put these tokens, unless None, before and behind a text.
+
+    Both must be in the vocabulary.
+    """
     ends = [token for token in (bos, eos) if token is not None]
     if not ends:
         return
@@ -200,6 +205,11 @@ def _sentencepiece(
         for token, kind in zip(tokens, kinds, strict=True)
         if kind == TokenKind.USER_DEFINED and token and settings.user_defined_inside
     ]
+    merged = kinds
+    if not settings.user_defined_inside:
+        # The library finds these as they are in the text. Runs of spaces are not, and need merges.
+        named = TokenKind.USER_DEFINED
+        merged = [TokenKind.NORMAL if kind == named else kind for kind in kinds]
     if settings.model == "unigram":
         assert scores is not None  # noqa: S101 - checked before
         vocab = list(zip(tokens, map(float, scores), strict=True))
@@ -210,7 +220,7 @@ def _sentencepiece(
         backend = tokenizers.Tokenizer(
             models.BPE(
                 _by_token(tokens),
-                list(merges_by_score(tokens, kinds, scores) if merges is None else merges),
+                merges_by_score(tokens, merged, scores) if merges is None else list(merges),
                 unk_token=_at(tokens, settings.unknown),
                 fuse_unk=True,
                 byte_fallback=byte_fallback,
@@ -242,8 +252,8 @@ def _normalizer(settings: VocabSettings) -> normalizers.Normalizer:
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if settings.escape_spaces:
         steps.append(normalizers.Replace(" ", SPACE))
-    if settings.space_prefix and not settings.prefix_once:
-        # Metaspace adds no space to a text that begins with one. Sentencepiece does.
+    if settings.space_prefix and settings.prefix_before_space:
+        # Metaspace adds no space to a text that begins with one.
         steps.append(normalizers.Replace(Regex(rf"\A{SPACE}"), SPACE * 2))
     return normalizers.Sequence(steps)
 
@@ -272,9 +282,9 @@ def merges_by_score(
         if kind == TokenKind.NORMAL
     }
     ranked = [
-        (*rank, token[:cut], token[cut:])
+        (*rank, normal[left], normal[right], left, right)
         for token, rank in normal.items()
         for cut in range(1, len(token))
-        if token[:cut] in normal and token[cut:] in normal
+        if (left := token[:cut]) in normal and (right := token[cut:]) in normal
     ]
-    return [(left, right) for _, _, left, right in sorted(ranked)]
+    return [(left, right) for *_, left, right in sorted(ranked)]
