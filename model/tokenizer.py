@@ -14,6 +14,7 @@ import tokenizers
 
 from model.bounded import read_json
 from model.errors import TokenizerError
+from model.generation import SamplingDefaults, read_sampling_defaults
 from model.given import kind_of_file
 from model.template_process import template_process
 from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
@@ -31,7 +32,10 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """A model directory's tokenizer. Use ``load`` to get one. Threads may share it."""
+    """A model directory's tokenizer. Use ``load`` to get one. Threads may share it.
+
+    defaults: what the directory recommends for requests that do not say how to draw tokens.
+    """
 
     def __init__(
         self,
@@ -39,7 +43,9 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         template: ChatTemplate | None,
         directory: Path,
+        defaults: SamplingDefaults | None = None,
     ) -> None:
+        self.defaults = SamplingDefaults() if defaults is None else defaults
         self._backend = backend
         # A file may truncate or pad prompts. transformers ignores both settings.
         backend.no_truncation()
@@ -51,7 +57,9 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
-        """Read the tokenizer (model.tokenizer_files says from which files) and the chat template.
+        """Read the tokenizer, its chat template, and what generation_config.json recommends.
+
+        model.tokenizer_files says from which files the tokenizer comes.
 
         Raises TokenizerError that names the file and what to do.
         """
@@ -61,7 +69,8 @@ class Tokenizer:
         backend = load_backend(directory, settings, special)
         source, text = _find_template(directory, settings)
         template = None if text is None else ChatTemplate(text, source)
-        return Tokenizer(backend, special, template, directory)
+        defaults = read_sampling_defaults(directory)
+        return Tokenizer(backend, special, template, directory, defaults)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Return the tokens of a text. ``add_special`` adds those that the model expects (bos).

@@ -300,6 +300,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": plan,
         "quality": deployment.quality,
+        "sampling_defaults": deployment.sampling_defaults.stated(),
         "stages": [
             _stage(team, loaded)
             for team, loaded in zip(deployment.teams, deployment.loaded, strict=True)

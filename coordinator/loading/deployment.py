@@ -22,6 +22,7 @@ from coordinator.loading.slots import Slots
 from coordinator.roster.measurements import Step, forward, together
 from coordinator.roster.members import Member
 from model.checkpoint import Checkpoint
+from model.generation import SamplingDefaults
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from planning.plan import Plan, PlanError, Stage
@@ -106,6 +107,11 @@ class Deployment:
     @property
     def name(self) -> str:
         return model_name(self.request.model)
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What holds for a request that does not say it, unless the load was told otherwise."""
+        return self.tokenizer.defaults if self.request.generation_defaults else SamplingDefaults()
 
     @property
     def leads(self) -> tuple[Member, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format
+from model.reference import ReferenceModel
 from wire import limits
 from wire.activations import HopBits, Rows
 from wire.connection import Listener
@@ -405,6 +407,42 @@ def test_a_chunk_that_cannot_be_unpacked_fails_its_sequence_and_no_other(
     assert failed.sequence == 1
     first.start(start(2))
     assert last.answer(2) == CONTINUATION
+
+
+# ---- repetition penalty ------------------------------------------------------------------------
+
+
+def test_the_last_stage_penalizes_the_tokens_of_prompt_and_answer(ring: tuple[Node, Node]) -> None:
+    """The first one has the prompt; the last one knows only what the coordinator tells it."""
+    first, last = ring
+    model = ReferenceModel.from_checkpoint(Checkpoint.open(LLAMA))
+    expected: list[int] = []
+    logits = model.forward(PROMPT)[-1]
+    while len(expected) < 20:
+        seen = sorted({*PROMPT, *expected})
+        values = logits[seen]
+        logits[seen] = np.where(values < 0, values * 1.3, values / 1.3)
+        expected.append(int(logits.argmax()))
+        logits = model.forward(expected[-1:], len(PROMPT) + len(expected) - 1)[-1]
+    assert expected != CONTINUATION[:20]
+    sampling = Sampling(20, (), repetition_penalty=1.3)
+    told = replace(sampling, penalized=tuple(sorted(set(PROMPT))))
+    last.relay.start(StartSequence(EPOCH, 1, 0, (), told))
+    first.relay.start(StartSequence(EPOCH, 1, 0, PROMPT, sampling))
+    assert last.answer(1) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"penalized": (-1,)}, {"penalized": (260,)}, {"repetition_penalty": 0.0}]
+)
+def test_a_penalty_that_no_coordinator_sends_is_refused(
+    ring: tuple[Node, Node], wrong: dict[str, Any]
+) -> None:
+    _, last = ring
+    last.relay.start(StartSequence(EPOCH, 1, 0, (), replace(GREEDY, **wrong)))
+    failed = last.reports.get(timeout=ANSWER_S)
+    assert isinstance(failed, SequenceFailed)
+    assert "penalized tokens that do not fit" in failed.reason
 
 
 # ---- several sequences -------------------------------------------------------------------------
