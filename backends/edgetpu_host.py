@@ -102,7 +102,7 @@ class HostLayer:
             part.reshape(count, -1, layer.head_dim)
             for part in np.split(self._linear("qkv", rows), bounds, axis=1)
         )
-        if layer.qk_norm:
+        if layer.qk_norm == "head":
             q = _rms_norm(q, layer.norm_eps) * self._vectors["q_norm.weight"]
             k = _rms_norm(k, layer.norm_eps) * self._vectors["k_norm.weight"]
         mixed = np.empty((count, layer.heads * layer.head_dim), np.float32)

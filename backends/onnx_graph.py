@@ -338,7 +338,7 @@ class LayerGraph:
         padded = width != layer.head_dim
         q_width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         packed = None
-        if not layer.qk_norm and not padded:
+        if layer.qk_norm == "none" and not padded:
             packed = self._joined(weights, value, ("q", "k", "v"))
         if packed is not None:
             queries = [packed, "", ""]
@@ -346,7 +346,7 @@ class LayerGraph:
             q, k, v = self._projections(
                 weights, value, ("q", "k", "v"), (q_width, kv_width, kv_width)
             )
-            if layer.qk_norm:
+            if layer.qk_norm == "head":
                 q = self._head_norm(layer, weights.vectors["q_norm.weight"], q, layer.heads)
                 k = self._head_norm(layer, weights.vectors["k_norm.weight"], k, layer.kv_heads)
             if padded:

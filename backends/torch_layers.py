@@ -201,7 +201,7 @@ class Layer:
         spec, width = self._spec, self._spec.head_dim
         heads = self._linears["qkv"](hidden.to(self._dtype)).unflatten(1, (-1, width))
         query, key, value = heads.split((spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
-        if spec.qk_norm:
+        if spec.qk_norm == "head":
             query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
         if self._rotary is not None:
             cos, sin = rows.rotation(self._rotary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,18 @@ import numpy.typing as npt
 
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
-from model.families import Config, describe, read_config, tensor_sources
+from model.families import Config, Source, describe, read_config, tensor_sources
+from model.families.sources import shape_of
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
 from model.given import kind_of_file, without_weights
 from model.quantize import Format
-from model.safetensors import SafetensorsFile, TensorEntry, read_safetensors
-from model.spec import ModelSpec
+from model.safetensors import SafetensorsFile, read_safetensors
+from model.spec import QUANTIZED_TENSORS, ModelSpec
+from model.weights import PlainTensor, StoredTensor
 
 log = logging.getLogger(__name__)
 
-_FLOATS = ("F32", "F16", "BF16")
 _HEAD = "lm_head.weight"
 _ADAPTER = "adapter_config.json"
 _RECOMPUTED = "rotary_emb.inv_freq"
@@ -49,8 +51,8 @@ class Checkpoint:
     spec: ModelSpec
     fingerprint: str
     config: Config
-    files: Mapping[str, SafetensorsFile]
-    """Maps a checkpoint tensor's name to the file that holds it."""
+    tensors: Mapping[str, StoredTensor]
+    """The stored tensors by the names that transformers gives them."""
 
     @staticmethod
     def open(directory: Path) -> Checkpoint:
@@ -63,16 +65,16 @@ class Checkpoint:
         spec = describe(config, directory)
         shards = _open_shards(directory)
         _refuse_adapter(directory)
-        files: dict[str, SafetensorsFile] = {}
+        tensors: dict[str, StoredTensor] = {}
         for shard in shards.values():
             for name in shard.entries:
-                if name in files:
+                if name in tensors:
                     raise CheckpointError(
-                        f"{shard.path}: tensor {name!r} is also in {files[name].path.name}"
+                        f"{shard.path}: tensor {name!r} is also in {tensors[name].path.name}"
                     )
-                files[name] = shard
-        checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, files)
-        notes = _unread_files(directory, shards), _wrong_places(directory, files)
+                tensors[name] = PlainTensor(shard, name)
+        checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
+        notes = _unread_files(directory, shards), _wrong_places(directory, tensors)
         for note in filter(None, notes):
             _tell(checkpoint.fingerprint, note)
         checkpoint._check_tensors()
@@ -84,36 +86,44 @@ class Checkpoint:
         F32 weights are read-only views of the file. Others are converted, which takes the memory of
         one block. Raises CheckpointError if a file has vanished.
         """
-        return {
-            canonical: self.files[source].float32(source)
-            for canonical, source in self._sources(block).items()
-        }
+        return {canonical: self._read(source) for canonical, source in self._sources(block).items()}
 
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps a block's weights unchanged: 16 or 32 bits."""
-        wide = "F32" in self.source_dtypes(block).values()
+        wide = any(
+            self.tensors[piece.name].dtype not in ("F16", "BF16")
+            or piece.scale != 1
+            or (piece.add and canonical in QUANTIZED_TENSORS)
+            for canonical, source in self._sources(block).items()
+            for piece in source
+        )
         return Format.of(32 if wide else 16)
 
     def source_dtypes(self, block: int) -> dict[str, str]:
-        """Return the stored type of each canonical tensor of a block: F32, F16 or BF16."""
+        """Return what is stored for each canonical tensor of a block: F32, F16, BF16, Q4_K."""
         return {
-            canonical: self.files[source].entries[source].dtype
+            canonical: self.tensors[source[0].name].dtype
             for canonical, source in self._sources(block).items()
         }
 
-    def _sources(self, block: int) -> dict[str, str]:
-        return tensor_sources(self.config, self.spec, block, self.files)
+    def _read(self, source: Source) -> npt.NDArray[np.float32]:
+        pieces = [piece.apply(self.tensors[piece.name].float32()) for piece in source]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _sources(self, block: int) -> dict[str, Source]:
+        return tensor_sources(self.config, self.spec, block, self.tensors)
 
     def _check_tensors(self) -> None:
         used: set[str] = set()
         for block in range(self.spec.block_count):
             shapes = self.spec.block_tensors(block)
-            for canonical, source in self._sources(block).items():
-                self._check_tensor(source, shapes[canonical])
-                used.add(source)
+            sources = self._sources(block)
+            for canonical, shape in shapes.items():
+                self._check_source(canonical, sources.get(canonical), shape)
+                used.update(piece.name for piece in sources[canonical])
         # A bias or norm that the config does not name would be left out unnoticed.
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
-        for name in self.files:
+        for name in self.tensors:
             layer = _LAYER.search(name)
             inside = layer is not None and int(layer[1]) < len(self.spec.layers)
             derived = name.endswith(_RECOMPUTED)
@@ -124,7 +134,7 @@ class Checkpoint:
                 )
         self._check_tied_head(used)
         unused = [
-            name for name in self.files if name not in used and not name.endswith(_RECOMPUTED)
+            name for name in self.tensors if name not in used and not name.endswith(_RECOMPUTED)
         ]
         if unused:
             _tell(
@@ -137,10 +147,11 @@ class Checkpoint:
 
         Versions of transformers differ in which of the two they take.
         """
-        if not self.spec.tied_head or _HEAD not in self.files:
+        if not self.spec.tied_head or _HEAD not in self.tensors:
             return
-        tokens = self._sources(self.spec.head_block)["lm_head.weight"]
-        if not _same_values(self.files[_HEAD], _HEAD, self.files[tokens], tokens):
+        (piece,) = self._sources(self.spec.head_block)["lm_head.weight"]
+        tokens = piece.name
+        if not _same_values(self.tensors[_HEAD], self.tensors[tokens]):
             raise CheckpointError(
                 f"{self.directory}: tie_word_embeddings in config.json says that {_HEAD!r} is "
                 f"{tokens!r}, but the weights have both and they differ; set tie_word_embeddings "
@@ -148,25 +159,46 @@ class Checkpoint:
             )
         used.add(_HEAD)
 
-    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
-        file = self.files.get(name)
-        if file is None:
+    def _check_source(
+        self, canonical: str, source: Source | None, expected: tuple[int, ...]
+    ) -> None:
+        """Check that the pieces of a tensor exist, can be read and have the shape of the spec."""
+        if source is None:
+            raise CheckpointError(f"{self.directory}: no tensor is known for {canonical}")
+        shapes = []
+        for piece in source:
+            tensor = self._stored(piece.name)
+            try:
+                shapes.append(piece.shape_of(tensor.shape))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{tensor.path}: tensor {piece.name!r} with shape {list(tensor.shape)} {error}"
+                ) from error
+        tensor, name = self._stored(source[0].name), source[0].name
+        try:
+            found = shape_of(shapes)
+        except ValueError as error:
+            raise CheckpointError(f"{tensor.path}: tensor {name!r} {error}") from error
+        if found != expected:
             raise CheckpointError(
-                f"{self.directory}: tensor {name!r} is in none of its files "
-                f"({_some(sorted({file.path.name for file in self.files.values()}))}); "
+                f"{tensor.path}: tensor {name!r} has shape {list(found)}, "
+                f"but config.json makes it {list(expected)}"
+            )
+
+    def _stored(self, name: str) -> StoredTensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            known = sorted({tensor.path.name for tensor in self.tensors.values()})
+            raise CheckpointError(
+                f"{self.directory}: tensor {name!r} is in none of its files ({_some(known)}); "
                 "is the download complete, and does config.json belong to it?"
             )
-        entry: TensorEntry = file.entries[name]
-        if entry.dtype not in _FLOATS:
+        if not tensor.readable:
             raise CheckpointError(
-                f"{file.path}: tensor {name!r} is stored as {entry.dtype}; "
+                f"{tensor.path}: tensor {name!r} is stored as {tensor.dtype}; "
                 "only F32, F16 and BF16 checkpoints can be read"
             )
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{file.path}: tensor {name!r} has shape {list(entry.shape)}, "
-                f"but config.json makes it {list(shape)}"
-            )
+        return tensor
 
 
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:
@@ -210,7 +242,7 @@ def _unread_files(directory: Path, shards: Mapping[str, SafetensorsFile]) -> str
     return f"{directory}: {_some(sorted(unread))} ignored, the weights are {read}" * bool(unread)
 
 
-def _wrong_places(directory: Path, files: Mapping[str, SafetensorsFile]) -> str:
+def _wrong_places(directory: Path, tensors: Mapping[str, StoredTensor]) -> str:
     """Return a line that names tensors in other files than the index in use says."""
     index = directory / _INDEX
     if (directory / _SINGLE).exists() or not index.exists():
@@ -218,7 +250,7 @@ def _wrong_places(directory: Path, files: Mapping[str, SafetensorsFile]) -> str:
     wrong = [
         name
         for name, shard in _weight_map(index).items()
-        if name in files and files[name].path.name != shard
+        if name in tensors and tensors[name].path.name != shard
     ]
     where = "not in the files that the index names, but read where they are"
     return f"{index}: {_some(sorted(wrong))} {where}" * bool(wrong)
@@ -245,16 +277,16 @@ def _tell(fingerprint: str, note: str) -> None:
     log.warning("%s", note)
 
 
-def _same_values(one: SafetensorsFile, name: str, other: SafetensorsFile, other_name: str) -> bool:
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors hold equal numbers. Reads them in pieces, up to the first difference."""
-    if one.entries[name].shape != other.entries[other_name].shape:
+    if one.shape != other.shape:
         return False
-    if one.entries[name].dtype != other.entries[other_name].dtype:
-        return bool(np.array_equal(one.float32(name), other.float32(other_name)))
-    ours, theirs = one.map(name).reshape(-1), other.map(other_name).reshape(-1)
+    rows = max(1, _PIECE // max(1, math.prod(one.shape[1:])))
     return all(
-        np.array_equal(ours[begin : begin + _PIECE], theirs[begin : begin + _PIECE])
-        for begin in range(0, ours.size, _PIECE)
+        np.array_equal(
+            one.float32(slice(first, first + rows)), other.float32(slice(first, first + rows))
+        )
+        for first in range(0, one.shape[0], rows)
     )
 
 

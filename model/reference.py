@@ -156,7 +156,7 @@ class ReferenceModel:
                 projected, (layer.heads, layer.kv_heads, layer.kv_heads), strict=True
             )
         )
-        if layer.qk_norm:
+        if layer.qk_norm == "head":
             q = _rms_norm(q, layer.norm_eps) * weights["q_norm.weight"]
             k = _rms_norm(k, layer.norm_eps) * weights["k_norm.weight"]
         if layer.rope is not None:

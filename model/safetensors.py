@@ -99,8 +99,10 @@ class SafetensorsFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: cannot be read again: {error}") from error
 
-    def float32(self, name: str) -> npt.NDArray[np.float32]:
+    def float32(self, name: str, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Return a tensor's values as float32 (a view of the file if it stores F32).
+
+        rows: of the first axis.
 
         Raises CheckpointError for a tensor that is not F64, F32, F16 or BF16.
         """
@@ -111,6 +113,7 @@ class SafetensorsFile:
                 "only unquantized F32, F16 and BF16 weights can be read"
             )
         stored = self.map(name)
+        stored = stored[rows] if stored.ndim else stored
         if entry.dtype == "BF16":
             return bfloat16_to_float32(stored)
         return stored.astype(np.float32, copy=False)

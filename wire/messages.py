@@ -107,9 +107,15 @@ class JoinRefused:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Either side, each HEARTBEAT_S."""
+    """Either side, each HEARTBEAT_S.
+
+    epoch, token_s: an agent's stage, and the mean seconds of its last passes of one row, without
+        sums over a team. 0: there is no stage, or there were too few passes.
+    """
 
     memory_available_bytes: int = 0
+    epoch: int = 0
+    token_s: float = 0.0
 
 
 # ---- control: requests and their answers -------------------------------------------------------

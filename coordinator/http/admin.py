@@ -22,6 +22,7 @@ from coordinator.http.common import json_lines, model_state, read_json, while_co
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
+from coordinator.loading.paces import slow_devices, token_s
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -301,21 +302,26 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "plan": plan,
         "quality": deployment.quality,
         "sampling_defaults": deployment.sampling_defaults.stated(),
+        "slow": slow_devices(deployment),
         "stages": [
-            _stage(team, loaded)
+            _stage(deployment, team, loaded)
             for team, loaded in zip(deployment.teams, deployment.loaded, strict=True)
         ],
     }
 
 
-def _stage(team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:
-    """A loaded stage: sums over its devices, the longest load, and each member of a team."""
+def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:
+    """A loaded stage: sums over its devices, the longest load, and each member of a team.
+
+    token_s: of the slowest device. None until enough tokens have passed.
+    """
     parts = [
         {
             "device": member.name,
             "memory_bytes": one.memory_bytes,
             "fetched_bytes": one.fetched_bytes,
             "load_s": one.load_s,
+            "token_s": token_s(deployment, member),
         }
         for member, one in zip(team, loaded, strict=True)
     ]
@@ -324,5 +330,6 @@ def _stage(team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:
         "memory_bytes": sum(one.memory_bytes for one in loaded),
         "fetched_bytes": sum(one.fetched_bytes for one in loaded),
         "load_s": max(one.load_s for one in loaded),
+        "token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None,
         "members": parts if len(team) > 1 else [],
     }

@@ -78,7 +78,9 @@ LAYERS = {
     "rmsnorm-post": replace(LLAMA_LAYER, norm_position="post"),
     "narrow-heads": replace(LLAMA_LAYER, head_dim=6, qkv_bias=True),
     "narrow-heads-unrotated": replace(OPT_LAYER, head_dim=10),
-    "narrow-normed-heads-window": replace(LLAMA_LAYER, head_dim=8, qk_norm=True, sliding_window=5),
+    "narrow-normed-heads-window": replace(
+        LLAMA_LAYER, head_dim=8, qk_norm="head", sliding_window=5
+    ),
     "wide-heads-window": replace(LLAMA_LAYER, head_dim=32, sliding_window=2),
 }
 

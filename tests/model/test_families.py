@@ -48,7 +48,8 @@ def test_llama_defaults(tmp_path: Path) -> None:
     assert (layer.heads, layer.kv_heads, layer.head_dim) == (8, 2, 8)
     assert (layer.norm, layer.norm_eps, layer.activation) == ("rmsnorm", 1e-6, "silu")
     assert layer.rope == RopeSpec(10000.0)
-    assert not any((layer.qkv_bias, layer.out_bias, layer.mlp_bias, layer.qk_norm))
+    assert not any((layer.qkv_bias, layer.out_bias, layer.mlp_bias))
+    assert layer.qk_norm == "none"
     assert not spec.tied_head
     assert spec.max_context == 256
 

@@ -1,0 +1,84 @@
+"""Where a canonical tensor is read in a checkpoint, and what is done to it on reading.
+
+Whatever is linear and constant is folded into the weights here, so that no backend knows of it:
+fused or transposed matrices, interleaved rotary pairs, multipliers, norms that add one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stored tensor, or a part of it. The steps run in the order of the fields.
+
+    index: of the first axis: one expert of a stacked tensor [experts, ...].
+    transposed: the matrix is stored [in, out].
+    rows: half-open range of the first axis, (begin, end, step).
+    pairs: rows are heads this wide, whose rotary pairs lie side by side (2 i, 2 i + 1). They become
+        (i, i + width / 2). 0: nothing is moved.
+    scale, add: value * scale + add.
+    """
+
+    name: str
+    index: int | None = None
+    transposed: bool = False
+    rows: tuple[int, int, int] | None = None
+    pairs: int = 0
+    scale: float = 1.0
+    add: float = 0.0
+
+    def shape_of(self, stored: Shape) -> Shape:
+        """Return the shape after all steps. Raises ValueError if a step does not fit."""
+        shape = stored
+        if self.index is not None:
+            if len(shape) < 2 or not 0 <= self.index < shape[0]:
+                raise ValueError(f"has no part {self.index}")
+            shape = shape[1:]
+        if self.transposed:
+            if len(shape) != 2:
+                raise ValueError("is no matrix")
+            shape = shape[::-1]
+        if self.rows is not None:
+            begin, end, step = self.rows
+            if not shape or end > shape[0]:
+                raise ValueError(f"has no rows up to {end}")
+            shape = (len(range(begin, end, step)), *shape[1:])
+        if self.pairs and (not shape or shape[0] % self.pairs or self.pairs % 2):
+            raise ValueError(f"is not divided into heads of {self.pairs} rows")
+        return shape
+
+    def apply(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return the values after all steps, a view of ``stored`` where possible."""
+        values = stored if self.index is None else stored[self.index]
+        if self.transposed:
+            values = values.T
+        if self.rows is not None:
+            values = values[slice(*self.rows)]
+        if self.pairs:
+            heads = values.reshape(-1, self.pairs // 2, 2, *values.shape[1:])
+            values = heads.swapaxes(1, 2).reshape(values.shape)
+        if self.scale != 1:
+            values = values * np.float32(self.scale)
+        if self.add:
+            values = values + np.float32(self.add)
+        return values
+
+
+Source = tuple[Piece, ...]
+"""Pieces one below the other: the rows of the second follow those of the first."""
+
+
+def shape_of(pieces: list[Shape]) -> Shape:
+    """Return the shape of pieces one below the other. Raises ValueError if widths differ."""
+    first, *others = pieces
+    if any(shape[1:] != first[1:] for shape in others):
+        raise ValueError("has parts of different widths")
+    return (sum(shape[0] for shape in pieces), *first[1:]) if others else first
