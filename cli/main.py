@@ -527,7 +527,7 @@ def _run(run: argparse.ArgumentParser) -> Page:
         '  shoal run llama-3.2-1b "Once upon a time"\n'
         '  shoal run ./tiny-opt --chat "Where is the lamp?" --temperature 0.7\n',
         "A directory that is not loaded is loaded first, with the defaults of `shoal load`. "
-        "What the model recommends is in its generation_config.json; `shoal ps` shows it.",
+        "What the model recommends is in its generation_config.json. `shoal ps` shows it.",
     )
 
 
