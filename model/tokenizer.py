@@ -244,6 +244,9 @@ def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, 
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
                 raise TokenizerError(f"{path}: larger than any template; is it the right file?")
+            kind = kind_of_file(path)
+            if kind is not None:
+                raise TokenizerError(f"{path}: it is {kind}")
             return path, path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{path}: cannot be read: {error}") from error
