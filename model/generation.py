@@ -1,4 +1,4 @@
-"""What a model's generation_config.json recommends for drawing tokens."""
+"""Reads what a model's generation_config.json recommends for drawing tokens."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Deployment:
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:
-        """What holds for a request that does not say it, unless the load was told otherwise."""
+        """The values that a request takes where it says none, unless the load ignores them."""
         return self.tokenizer.defaults if self.request.generation_defaults else SamplingDefaults()
 
     @property
