@@ -33,6 +33,9 @@ from model.vocabulary import (
 
 _Backend = tokenizers.Tokenizer
 
+_PANIC = "PanicException"
+"""The library's error for its own faults. No module has it, and it is no Exception."""
+
 MAX_FILE_BYTES = 256 << 20
 MAX_ADDED_TOKENS = 1_000_000
 MAX_PATTERN_CHARS = 10_000
@@ -77,12 +80,14 @@ def load_backend(
         path = directory / name
         if not path.exists() or (name == "vocab.json" and not _merges(directory).exists()):
             continue
-        # The library reports every defect of a file as a bare Exception.
+        # The library reports every defect of a file as a bare Exception, or as a panic.
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise TokenizerError("larger than any tokenizer; is it the right file?")
             return read(path, settings, special)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+                raise
             wrong = kind_of_file(path)
             if wrong is None and isinstance(error, TokenizerError):
                 raise TokenizerError(f"{path}: {error}") from error
@@ -279,15 +284,14 @@ def _sentencepiece(path: Path, settings: Mapping[str, Any], special: Mapping[str
     piece = read_sentencepiece(data)
     name = _class(path.parent, settings)
     used = _used(piece)
-    if name in ("LlamaTokenizer", "CodeLlamaTokenizer"):
-        used = replace(
-            used,
-            prefix_once=settings.get("legacy") is not True,
-            prefix_before_space=False,
-            user_defined_inside=False,
-        )
-    elif name == "GemmaTokenizer":
+    is_llama = name in ("LlamaTokenizer", "CodeLlamaTokenizer")
+    if is_llama or name == "GemmaTokenizer":
         used = replace(used, user_defined_inside=False)
+    if is_llama and settings.get("add_prefix_space") is False:
+        used = replace(used, space_prefix=False)
+    legacy = settings.get("legacy", not is_llama)
+    if is_llama or legacy is False:
+        used = replace(used, prefix_once=legacy is not True, prefix_before_space=False)
     backend = tokenizer_from_vocab(
         piece.tokens, kinds=piece.kinds, scores=piece.scores, settings=used
     )

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = Path(__file__).parent / "model" / "vocabularies"
-CORPUS = [ROOT / "model" / "passages.txt", ROOT / "docs" / "usage.md", ROOT / "docs" / "design.md"]
+CORPUS = ROOT / "model" / "passages.txt"
 TEXTS = json.loads((VOCABULARIES / "texts.json").read_text())
 
 
@@ -67,7 +67,7 @@ def one_text_a_line(golden: dict[str, Any]) -> str:
 
 
 def corpus() -> str:
-    return "".join(path.read_text(encoding="utf-8") for path in CORPUS) + "\n".join(TEXTS * 3)
+    return CORPUS.read_text(encoding="utf-8") + "\n".join(TEXTS * 3)
 
 
 def train(directory: Path, **options: Any) -> None:
@@ -106,6 +106,13 @@ def llama(directory: Path) -> list[dict[str, Any]]:
         plain | {"added_tokens_decoder": LLAMA_TOKENS | chat, "add_bos_token": True},
         {"tokenizer_class": "PreTrainedTokenizerFast", **ENDS, "add_bos_token": True},
         {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False},
+        plain | {"add_prefix_space": False, "add_bos_token": True},
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **ENDS,
+            "legacy": False,
+            "add_bos_token": True,
+        },
     ]
 
 
@@ -131,7 +138,7 @@ def unigram(directory: Path) -> list[dict[str, Any]]:
         rules.write(_rules())
         rules.flush()
         train(
-            directory, model_type="unigram", vocab_size=300, normalization_rule_tsv=rules.name,
+            directory, model_type="unigram", vocab_size=320, normalization_rule_tsv=rules.name,
             user_defined_symbols=["<|im_start|>"], control_symbols=["<|im_end|>"],
         )  # fmt: skip
     return [{**ENDS, "add_bos_token": True}, {**ENDS, "add_eos_token": True}]
