@@ -62,6 +62,13 @@ _CLASSES = {
     "gemma3_text": "GemmaTokenizer",
 }
 """The class that transformers takes for a type of model whose tokenizer_config.json names none."""
+_OLD_TEKKEN_SPECIAL = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]"),
+    *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"),
+    *("<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
+    *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
+"""The first tokens of a tekken.json that does not list them."""
 _END_OF_TEXT = "<|endoftext|>"
 """The special token of GPT2Tokenizer and Qwen2Tokenizer, unless the settings name others."""
 
@@ -326,11 +333,14 @@ def _tekken(path: Path, settings: Mapping[str, Any], special: Mapping[str, str])
         config = values["config"]
         pattern, total = str(config["pattern"]), int(config["default_vocab_size"])
         first = int(config["default_num_special_tokens"])
-        names = {int(item["rank"]): str(item["token_str"]) for item in values["special_tokens"]}
+        given = values.get("special_tokens")
+        names = dict(enumerate(_OLD_TEKKEN_SPECIAL))
+        if given is not None:
+            names = {int(item["rank"]): str(item["token_str"]) for item in given}
         items = values["vocab"][: max(total - first, 0)]
         pieces = [base64.b64decode(str(item["token_bytes"]), validate=True) for item in items]
-    except (KeyError, TypeError, binascii.Error) as error:
-        raise ValueError("not a tekken vocabulary, or an old one") from error
+    except (KeyError, TypeError, AttributeError, binascii.Error) as error:
+        raise ValueError("not a tekken vocabulary") from error
     if not 0 < first <= MAX_ADDED_TOKENS or len(pattern) > MAX_PATTERN_CHARS:
         raise ValueError("not a tekken vocabulary")
     controls = [names.get(index, f"<SPECIAL_{index}>") for index in range(first)]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
@@ -161,6 +162,22 @@ def bpe_rules(directory: Path) -> list[dict[str, Any]]:
     return [{**ENDS, "add_bos_token": True}]
 
 
+def bpe_scores(directory: Path) -> list[dict[str, Any]]:
+    """As Mistral 7B's first model: runs of spaces have low ids, but are merged last."""
+    train(
+        directory, model_type="bpe", vocab_size=460, byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((directory / "tokenizer.model").read_bytes())
+    texts = {piece.piece for piece in model.pieces}
+    counts = [count for count in (2, 3, 4, 8) if "\u2581" * count not in texts]
+    for piece, count in zip(model.pieces[259:], counts, strict=False):
+        piece.piece, piece.score = "\u2581" * count, -1e9
+    (directory / "tokenizer.model").write_bytes(model.SerializeToString())
+    return [{**ENDS, "add_bos_token": True}]
+
+
 def _rules() -> str:
     """Return a few of the many rules of NFKC, so that the file stays small."""
     pairs = {"\ufb01": "fi", "\ufb02": "fl", "\u2167": "VIII", "\u00bd": "1\u20442"}
@@ -261,6 +278,7 @@ MAKERS = {
     "unigram": unigram,
     "unigram-bytes": unigram_bytes,
     "bpe-rules": bpe_rules,
+    "bpe-scores": bpe_scores,
     "gpt2": gpt2,
     "qwen2": qwen2,
     "tekken": tekken,

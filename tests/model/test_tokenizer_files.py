@@ -125,7 +125,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723
         ("gpt2", {"merges.txt": "a b\na\n"}, r"line 2 of merges\.txt is not two parts"),
         ("gpt2", {"merges.txt": None}, r"merges\.txt: missing, which belongs to vocab\.json"),
         ("gpt2", {"vocab.json": None}, r"vocab\.json: missing, which belongs to merges\.txt"),
-        ("tekken", {"tekken.json": "{}"}, "not a tekken vocabulary, or an old one"),
+        ("tekken", {"tekken.json": "{}"}, "not a valid tokenizer: not a tekken vocabulary; fetch"),
         (
             "tekken",
             {"tekken.json": None, "qwen.tiktoken": ""},
