@@ -325,6 +325,14 @@ class Screen:
         slots = model["slots"]
         line = f", {slots['waiting']} in line" if slots["waiting"] else ""
         self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")
+        self.sampling_defaults(model)
+
+    def sampling_defaults(self, model: Mapping[str, Any]) -> None:
+        """Print what requests take that do not say how to draw tokens, if the model says it."""
+        values = model.get("sampling_defaults") or {}  # Older coordinators do not send them.
+        if values:
+            words = (f"{name.replace('_', ' ')} {value:g}" for name, value in values.items())
+            self.out.print(f"requests take, unless they say: {', '.join(words)}", soft_wrap=True)
 
 
 def _load_figures(loaded: Mapping[str, Any]) -> tuple[str, str, str, str]:

@@ -529,6 +529,10 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that were there before, or multiplies them if below 0."""
+    penalized: tuple[int, ...] = ()
+    """The different tokens of the prompt. Only the last stage is told, if they are penalized."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -303,6 +303,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "plan": plan,
         "quality": deployment.quality,
         "weights": list(deployment.weights),
+        "sampling_defaults": deployment.sampling_defaults.stated(),
         "slow": slow_devices(deployment),
         "stages": [
             _stage(deployment, team, loaded)

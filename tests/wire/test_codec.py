@@ -184,7 +184,7 @@ def test_only_tensor_messages_carry_payloads() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_infinite_and_nan_numbers_are_refused(value: float) -> None:
-    header = msgpack.packb([64, [2], value, 0, 1.0, 9])
+    header = msgpack.packb([64, [2], value, 0, 1.0, 9, 1.0, []])
     with pytest.raises(ProtocolError, match="finite"):
         decode_header(StartSequence, msgpack.packb([1, 7, 0, [5], msgpack.unpackb(header), 64]))
 
