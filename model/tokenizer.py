@@ -17,7 +17,8 @@ from model.errors import TokenizerError
 from model.given import kind_of_file
 from model.template_process import template_process
 from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
-from model.template_sandbox import TemplateFailed, one_line
+from model.template_sandbox import TemplateFailed
+from model.tokenizer_files import load_backend
 
 MAX_TEMPLATE_CHARS = 1 << 20
 """Ten times the longest known chat template."""
@@ -50,14 +51,14 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
-        """Read tokenizer.json (or GPT-2's vocab.json and merges.txt) and the chat template.
+        """Read the tokenizer (model.tokenizer_files says from which files) and the chat template.
 
         Raises TokenizerError that names the file and what to do.
         """
         settings = _read_object(directory / "tokenizer_config.json")
         special = _special_tokens(_read_object(directory / "special_tokens_map.json"))
         special |= _special_tokens(settings)
-        backend = _load_backend(directory, settings, special)
+        backend = load_backend(directory, settings, special)
         source, text = _find_template(directory, settings)
         template = None if text is None else ChatTemplate(text, source)
         return Tokenizer(backend, special, template, directory)
@@ -225,51 +226,6 @@ def _keeps_all(step: Mapping[str, Any]) -> bool:
     if kind in ("Split", "Punctuation"):
         return bool(step["behavior"] != "Removed")
     return kind in ("ByteLevel", "Digits", "Metaspace", "Prepend")
-
-
-def _load_backend(
-    directory: Path, settings: Mapping[str, Any], special: Mapping[str, str]
-) -> tokenizers.Tokenizer:
-    path = directory / "tokenizer.json"
-    vocab, merges = directory / "vocab.json", directory / "merges.txt"
-    gpt2 = str(settings.get("tokenizer_class", "")).startswith("GPT2")
-    if not path.exists() and gpt2 and vocab.exists() and merges.exists():
-        path = vocab
-    if not path.exists():
-        raise TokenizerError(
-            f"{path}: missing; load the tokenizer with transformers and save_pretrained it there"
-        )
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: larger than any tokenizer; is it the right file?")
-    # The library reports every defect of a file as a bare Exception.
-    try:
-        if path == vocab:
-            return _gpt2(vocab, merges, settings, special)
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        kind = kind_of_file(path)
-        wrong = kind or f"{one_line(error)}; fetch it again"
-        raise TokenizerError(f"{path}: not a valid tokenizer: {wrong}") from error
-
-
-def _gpt2(
-    vocab: Path, merges: Path, settings: Mapping[str, Any], special: Mapping[str, str]
-) -> tokenizers.Tokenizer:
-    """Make byte-level BPE from the two files of OPT checkpoints."""
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE.from_file(str(vocab), str(merges), unk_token=special.get("unk_token"))
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=settings.get("add_prefix_space") is True
-    )
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(sorted(set(special.values())))
-    bos = special.get("bos_token")
-    if settings.get("add_bos_token") is True and bos is not None:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
-    return backend
 
 
 def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, str | None]:
