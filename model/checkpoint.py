@@ -22,6 +22,7 @@ from model.families.sources import shape_of
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
 from model.given import kind_of_file, without_weights
+from model.hub import lacks_weights
 from model.quantize import Format
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
@@ -80,6 +81,18 @@ class Checkpoint:
         checkpoint._check_tensors()
         return checkpoint
 
+    @staticmethod
+    def open_to_plan(directory: Path) -> Checkpoint:
+        """Open a model, or describe it by its config.json alone if its weights are not here yet.
+
+        Without weights ``tensors`` is empty. Raises as ``open``.
+        """
+        if not lacks_weights(directory):
+            return Checkpoint.open(directory)
+        config = read_config(directory)
+        fingerprint = _fingerprint(config, {})
+        return Checkpoint(directory, describe(config, directory), fingerprint, config, {})
+
     def block(self, block: int) -> dict[str, npt.NDArray[np.float32]]:
         """Return the canonical tensors of one block (``ModelSpec.block_tensors``) as float32.
 
@@ -89,7 +102,12 @@ class Checkpoint:
         return {canonical: self._read(source) for canonical, source in self._sources(block).items()}
 
     def lossless_format(self, block: int) -> Format:
-        """Return the narrowest format that keeps a block's weights unchanged: 16 or 32 bits."""
+        """Return the narrowest format that keeps a block's weights unchanged: 16 or 32 bits.
+
+        Weights that are not here yet are taken for 16 bits, as most are published.
+        """
+        if not self.tensors:
+            return Format.of(16)
         wide = any(
             self.tensors[piece.name].dtype not in ("F16", "BF16")
             or piece.scale != 1

@@ -6,8 +6,10 @@ imports that library: ``model.hub_download`` does both.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +23,25 @@ MAIN = "main"
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+
+DESCRIPTIONS = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+)
+"""The files beside weights that a model may need. Most have a few KB."""
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _NAME = re.compile(
@@ -31,6 +52,9 @@ _NAME = re.compile(
 _ADDRESS = re.compile(r"(?:https?:/{1,2}(?:www\.)?(?:huggingface|hf)\.co|hf:)/{1,2}(?P<path>.+)")
 _OLLAMA = re.compile(r"(?P<name>[a-z][a-z0-9.-]{0,60})(?::(?P<size>[a-z0-9._-]{1,60}))?", re.ASCII)
 _PIECE_OF_GGUF = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-\d{5}\.gguf", re.IGNORECASE)
+_QUANTIZATION = re.compile(
+    r"(?:^|[-._])((?:UD-)?(?:[IT]?Q\d\w*|BF16|F16|F32|MXFP4\w*))$", re.IGNORECASE
+)
 _FOLDER = "models--"
 _MAX_REF_BYTES = 100
 
@@ -209,11 +233,17 @@ def snapshot(folder: Path, revision: str | None = None) -> Path | None:
 
 
 def _has_model(folder: Path) -> bool:
-    return (folder / CONFIG).exists() or any(path.exists() for path in folder.rglob("*.gguf"))
+    described = any((folder / name).exists() for name in (CONFIG, ADAPTER))
+    return described or any(path.exists() for path in folder.rglob("*.gguf"))
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a model's folder has its config.json, and all weights that its index lists."""
+    """Whether a model's folder has its config.json, and all weights that its index lists.
+
+    An adapter's folder has no config.json.
+    """
+    if (folder / ADAPTER).exists():
+        return True
     if not (folder / CONFIG).exists():
         return False
     if (folder / SINGLE).exists():
@@ -226,6 +256,15 @@ def is_whole(folder: Path) -> bool:
         return bool(shards) and all((folder / PurePosixPath(name).name).exists() for name in shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def lacks_weights(path: Path) -> bool:
+    """Whether a model's folder has its config.json, and at most other descriptions beside it."""
+    try:
+        names = {item.name for item in path.iterdir()}
+    except OSError:
+        return False
+    return CONFIG in names and names <= set(DESCRIPTIONS)
 
 
 def cached_model(name: HubName) -> Path | None:
@@ -266,6 +305,43 @@ def resolved(path: Path) -> Path:
         return model_in(found, HubName(repo)) or found
     except HubError as error:
         raise HubError(f"{path}: {error}") from error
+
+
+def on_this_machine(model: Path) -> Path:
+    """Return the path of what a request calls ``model``: an absolute path, or a hub's name.
+
+    Raises HubError if a hub's name is not in the cache here.
+    """
+    name = None if model.is_absolute() else parse_name(str(model))
+    if name is None:
+        return resolved(model)
+    found = cached_model(name)
+    if found is None:
+        raise HubError(
+            f"{name} is not in {cache_directory()} on {socket.gethostname()}: run"
+            f" `shoal pull {name}` there"
+        )
+    return found
+
+
+def is_loaded_from(path: Path, text: str) -> bool:
+    """Whether a model that was loaded from ``path`` is the one that a hub's name in ``text`` means.
+
+    A name with a revision is compared by its path instead.
+    """
+    name = parse_name(text)
+    if name is None or name.revision is not None or cached_repo(path) != name.repo:
+        return False
+    if name.file is None:
+        return True
+    return path.suffix == ".gguf" and _means(name.file, path.name, [path.name])
+
+
+def this_machine() -> str:
+    """Return a text that two processes have in common only if they run on one machine."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    known = boot.read_text(encoding="ascii").strip() if boot.exists() else ""
+    return hashlib.sha256(f"{socket.gethostname()} {known}".encode()).hexdigest()[:16]
 
 
 # ---- GGUF files --------------------------------------------------------------------------------
@@ -315,7 +391,9 @@ def _means(asked: str, model: str, files: list[str]) -> bool:
 def _short(model: str) -> str:
     """Return the quantization in a GGUF file's name, else the name."""
     stem = PurePosixPath(model).name.removesuffix(".gguf")
-    found = re.search(r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|T?Q\d_\w+|BF16|F16|F32|MXFP4\w*))$", stem, re.I)
+    found = re.search(
+        r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|T?Q\d_\w+|BF16|F16|F32|MXFP4\w*))$", stem, re.I
+    )
     return found[1] if found else model
 
 
