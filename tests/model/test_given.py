@@ -14,7 +14,7 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, ModelError, TokenizerError
 from model.families import load_spec
-from model.given import hub_name
+from model.hub import hub_name
 from model.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -81,7 +81,7 @@ def test_a_hubs_name_is_told_from_a_path(given: str, open_model: Callable[[Path]
     assert name is not None
     message = refusal(Path(given), open_model)
     assert "the name of a model on a hub" in message
-    assert f"hf download {name} --local-dir {name.partition('/')[2]}" in message
+    assert f"shoal pull {name}" in message
 
 
 def test_a_hubs_name_that_was_fetched_is_found_in_the_cache(own_cache: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_wrong_path_says_how_far_it_is_right(
     assert f"({tmp_path} has no models)" in message
     assert f"on {os.uname().nodename}" in message
     assert "has no weights" in refusal(llama / "config.json" / "weights")
-    assert "hf download ORG/NAME" in refusal(Path("gpt2"))
+    assert "shoal pull ORG/NAME" in refusal(Path("gpt2"))
     monkeypatch.chdir(tmp_path)
     assert f"({llama} has no lama)" in refusal(Path("llama/lama"))
     assert "only outside quotes" in refusal(Path("~/models/llama"))
@@ -130,7 +130,7 @@ def test_the_hubs_cache_itself_and_broken_ones(own_cache: Path) -> None:
     assert "model.safetensors is a link to a file that is missing" in refusal(snapshot)
     (folder / "blobs" / f"{COMMIT}-config.json").unlink()
     assert "config.json is a link to a file that is missing" in refusal(snapshot)
-    assert "without a whole snapshot: fetch the model again" in refusal(folder)
+    assert "without a snapshot: run `shoal pull facebook/opt-125m`" in refusal(folder)
 
 
 def test_gguf_files_and_folders(tmp_path: Path, llama: Path) -> None:
