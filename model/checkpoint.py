@@ -23,18 +23,8 @@ from model.families.sources import shape_of
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
 from model.given import kind_of_file, without_weights
-        """Return the narrowest format that keeps a block's weights unchanged.
-
-        It is the file's own if all matrices have it, else 16 or 32 bits. Weights that are not here
-        yet are taken for 16 bits, as most are published.
-        """
-        if not self.tensors:
-            return Format.of(16)
-        kept = self._kept_formats(block)
-        quantized = QUANTIZED_TENSORS & self.spec.block_tensors(block).keys()
-        formats = set(kept.values())
-        if kept.keys() == quantized and len(formats) == 1:
-            return formats.pop()
+from model.hub import lacks_weights
+from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 from model.weights import PlainTensor, StoredTensor
@@ -153,24 +143,18 @@ class Checkpoint:
         }
 
     def lossless_format(self, block: int) -> Format:
-<<<<<<< HEAD
         """Return the narrowest format that keeps a block's weights unchanged.
 
-        It is the file's own if all matrices have it, else 16 or 32 bits.
+        It is the file's own if all matrices have it, else 16 or 32 bits. Weights that are not here
+        yet are taken for 16 bits, as most are published.
         """
+        if not self.tensors:
+            return Format.of(16)
         kept = self._kept_formats(block)
         quantized = QUANTIZED_TENSORS & self.spec.block_tensors(block).keys()
         formats = set(kept.values())
         if kept.keys() == quantized and len(formats) == 1:
             return formats.pop()
-=======
-        """Return the narrowest format that keeps a block's weights unchanged: 16 or 32 bits.
-
-        Weights that are not here yet are taken for 16 bits, as most are published.
-        """
-        if not self.tensors:
-            return Format.of(16)
->>>>>>> hub
         wide = any(
             self.tensors[piece.name].dtype not in ("F16", "BF16")
             or piece.scale != 1

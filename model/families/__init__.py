@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.families.config import Config, read_config, read_config_file
-from model.families.decoder import LLAMA_NAMES, llama, mistral, qwen2, qwen3
+from model.families.decoder import LLAMA_NAMES, llama, mistral, qwen2, qwen3, smollm3
 from model.families.opt import OPT_NAMES, opt
 from model.families.sources import Piece, Source
 from model.spec import ModelSpec
@@ -138,4 +138,5 @@ _FAMILIES: Mapping[str, _Family] = {
     "opt": _Family(opt, ("model.decoder.", "decoder.", ""), OPT_NAMES),
     "qwen2": _Family(qwen2, ("model.", ""), LLAMA_NAMES),
     "qwen3": _Family(qwen3, ("model.", ""), LLAMA_NAMES),
+    "smollm3": _Family(smollm3, ("model.", ""), LLAMA_NAMES),
 }
