@@ -20,9 +20,10 @@ from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Source, describe, read_config, tensor_sources
 from model.families.sources import shape_of
+from model.gguf_map import read_model
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
-from model.given import kind_of_file, without_weights
+from model.given import gguf_of, kind_of_file, without_weights
 from model.hub import lacks_weights
 from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.safetensors import SafetensorsFile, read_safetensors
@@ -60,9 +61,14 @@ class Checkpoint:
     def open(directory: Path) -> Checkpoint:
         """Read config.json and all headers, and check every tensor of every block against them.
 
+        directory: a model's folder, or a GGUF file.
+
         Raises CheckpointError for missing, damaged, unsafe or inconsistent files,
         UnsupportedModelError for an architecture or option that is not implemented.
         """
+        gguf = gguf_of(directory)
+        if gguf is not None:
+            return _open_gguf(directory, gguf)
         config = read_config(directory)
         spec = describe(config, directory)
         shards = _open_shards(directory)
@@ -287,6 +293,15 @@ class Checkpoint:
                 "only F32, F16 and BF16 checkpoints can be read"
             )
         return tensor
+
+
+def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
+    model = read_model(gguf)
+    config = Config(gguf, model.values)
+    spec = describe(config, given)
+    checkpoint = Checkpoint(given, spec, model.fingerprint, config, model.tensors)
+    checkpoint._check_tensors()
+    return checkpoint
 
 
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:

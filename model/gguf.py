@@ -26,9 +26,16 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError
-from model.gguf_types import READ_TYPES, TYPES, BlockType, dequantize, kept_codes
+from model.gguf_types import (
+    READ_TYPES,
+    TYPES,
+    BlockType,
+    dequantize,
+    kept_codes,
+    kept_format,
+)
 from model.given import foreign_kind, shown
-from model.quantize import QuantizedMatrix
+from model.quantize import Format, QuantizedMatrix
 from model.safetensors import MAX_TENSOR_BYTES
 from model.weights import Rows, StoredTensor
 
@@ -120,9 +127,11 @@ class GgufFile:
 class GgufTensor(StoredTensor):
     """A tensor as transformers has it. The steps run in the order of the fields.
 
-    part: half-open range of the stored rows, if it is not all of them.
+    part: half-open range of the stored rows, if it is not all of them. All axes but the innermost
+        count as rows.
     pairs: rows are heads this wide, stored with rotary pairs side by side; 0: as they are.
     transposed: the matrix is given [columns, rows].
+    shape: that of the result.
     add: a constant that is added.
     """
 
@@ -147,46 +156,58 @@ class GgufTensor(StoredTensor):
         return self._entry.kind.decode is not None
 
     def float32(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
-        entry, shape = self._entry, self.shape
-        if entry.kind.decode is None:
+        shape = self.shape
+        if not self.readable:
             raise CheckpointError(
                 f"{self.path}: tensor {self.name!r} is stored as {self.dtype}, which is not read; "
                 f"known: {', '.join(READ_TYPES)}"
             )
-        if len(shape) < 2:
-            return self._values(self._stored())[0][rows]
         if self.transposed:
-            return self._values(self._stored()).T[rows]
-        inner = math.prod(shape[1:-1])
-        first, last, step = rows.indices(shape[0])
-        if inner == 1:
-            return self._values(self._stored()[slice(first, last, step)])
-        whole = self._stored().reshape(shape[0], inner, -1)[rows]
-        values = self._values(whole.reshape(-1, whole.shape[-1]))
-        return values.reshape(-1, *shape[1:])
+            turned: npt.NDArray[np.float32] = self._values(self._rows()).T[rows]
+            return turned
+        if len(self._entry.shape) == 1 or len(shape) == 1:
+            values = self._values(self._rows()).reshape(-1)
+            if self.pairs:
+                values = _pairs_apart(values, self.pairs)
+            return values.reshape(shape)[rows]
+        data = self._rows()
+        data = data.reshape(shape[0], -1, data.shape[1])[rows]
+        return self._values(data.reshape(-1, data.shape[2])).reshape(-1, *shape[1:])
+
+    @property
+    def format(self) -> Format | None:
+        if len(self.shape) < 2 or self.transposed or self.add:
+            return None
+        return kept_format(self._entry.kind)
 
     def codes(self) -> QuantizedMatrix | None:
-        if len(self.shape) != 2 or self.transposed or self.add:
+        if self.format is None:
             return None
-        return kept_codes(self._entry.kind, self._stored(), self.shape[1])
+        return kept_codes(self._entry.kind, self._rows(), self.shape[-1])
 
     @property
     def _entry(self) -> GgufEntry:
         return self.file.entries[self.name]
 
-    def _stored(self) -> npt.NDArray[np.uint8]:
+    def _rows(self) -> npt.NDArray[np.uint8]:
         """Return the bytes of this tensor's rows in their order, a view if none are moved."""
         data = self.file.map_rows(self.name)
         if self.part is not None:
             data = data[slice(*self.part)]
-        if self.pairs:
-            heads = data.reshape(-1, self.pairs // 2, 2, data.shape[1])
-            data = heads.swapaxes(1, 2).reshape(data.shape)
-        return data
+        return _pairs_apart(data, self.pairs) if self.pairs and len(data) > 1 else data
 
     def _values(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         values = dequantize(self._entry.kind, data, self._entry.shape[-1])
-        return values + np.float32(self.add) if self.add else values
+        if self.add:
+            values = values + np.float32(self.add)
+        return values
+
+
+def _pairs_apart(values: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
+    """Move rows (2 i, 2 i + 1) of each head of ``width`` rows to (i, i + width / 2)."""
+    heads = values.reshape(-1, width // 2, 2, *values.shape[1:])
+    apart: npt.NDArray[Any] = heads.swapaxes(1, 2).reshape(values.shape)
+    return apart
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -33,8 +33,8 @@ _UNREAD = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|.*\.
 _ENDS = frozenset(
     (
         "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
-        "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|return|>", "<|call|>", "[|endofturn|]",
-        "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|endofprompt|>",
+        "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|return|>", "<|call|>",
+        "[|endofturn|]", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<end_of_utterance>",
     )
 )  # fmt: skip
 """Control tokens that end an answer, whether the metadata names them or not. As in llama.cpp."""
@@ -106,7 +106,8 @@ class _Model:
         entry = self.entry(name)
         if len(entry.shape) != 1 or entry.shape[0] > MAX_SIZE:
             raise CheckpointError(f"{self.path}: tensor {name!r} has the shape {entry.shape}")
-        return [_short(value) for value in GgufTensor(self.places[name], name, entry.shape).float32()]
+        values = GgufTensor(self.places[name], name, entry.shape).float32()
+        return [_short(value) for value in values]
 
     def text(self, key: str, default: str) -> str:
         value = self.metadata.get(key, default)

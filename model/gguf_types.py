@@ -1,9 +1,9 @@
 """The types of tensors in GGUF files: numbers in blocks, and how they become float32.
 
-A block is a row of bytes that holds some consecutive values of a tensor's row. Each ``decode`` takes
-uint8 [n, size_bytes] and returns float32 [n, values], equal to the bit to llama.cpp's own
-(``gguf.quants`` of the gguf package). Quantized types are d * q or d * q + m with fp16 d and m; the
-K types have blocks of 256 whose groups have scales of their own.
+A block is some bytes that hold consecutive values of a tensor's row. ``decode`` takes uint8 [n,
+size_bytes] and returns float32 [n, values], equal to the bit to the gguf package's ``gguf.quants``.
+Quantized types are d * q or d * q + m with fp16 d and m. The K types have blocks of 256, whose
+groups have scales of their own.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def _nibbles(data: Bytes) -> Bytes:
 
 def _fifth_bits(data: Bytes) -> Bytes:
     """Return the bits of 4 bytes [n, 4] as 0 or 16, uint8 [n, 32]."""
-    return np.unpackbits(data, axis=1, bitorder="little") << np.uint8(4)
+    bits: Bytes = np.unpackbits(data, axis=1, bitorder="little") << np.uint8(4)
+    return bits
 
 
 def _codes4(blocks: Bytes, begin: int) -> Bytes:
@@ -86,8 +87,10 @@ def _codes5(blocks: Bytes, begin: int) -> Bytes:
     return _codes4(blocks, begin + 4) | _fifth_bits(blocks[:, begin : begin + 4])
 
 
-def _centred(codes: Bytes, middle: int) -> Floats:
-    return codes.astype(np.float32) - np.float32(middle)
+def _centred(codes: npt.NDArray[Any], middle: int) -> Floats:
+    values: Floats = codes.astype(np.float32)
+    values -= np.float32(middle)
+    return values
 
 
 def _q4_0(blocks: Bytes) -> Floats:
@@ -111,9 +114,11 @@ def _q8_0(blocks: Bytes) -> Floats:
 
 
 def _bits_of_two(data: Bytes, width: int) -> Bytes:
-    """Return 2-bit codes uint8 [n, m / width, 4, width]: of each run, the lowest bits come first."""
+    """Return 2-bit codes uint8 [n, m / width, 4, width], the lowest bits of a run first."""
     runs = data.reshape(len(data), -1, 1, width)
-    return runs >> np.array((0, 2, 4, 6), np.uint8).reshape(4, 1) & np.uint8(3)
+    codes: Bytes = runs >> np.array((0, 2, 4, 6), np.uint8).reshape(4, 1)
+    codes &= np.uint8(3)
+    return codes
 
 
 def _q2_k(blocks: Bytes) -> Floats:
@@ -250,83 +255,47 @@ READ_TYPES = tuple(kind.name for kind in TYPES.values() if kind.decode is not No
 
 # ---- codes that are kept -----------------------------------------------------------------------
 
+_KEPT_BITS: Mapping[str, int] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
+"""The types whose codes one of our formats holds exactly, and its bits.
 
-def kept_codes(kind: BlockType, rows: Bytes, columns: int) -> QuantizedMatrix | None:
-    """Return the codes of rows of blocks in a format of ours that holds them exactly, or None.
+Q4_1 and Q5_1 have minima that are no whole number of steps, and K types scales of two levels.
+"""
 
-    A negative d becomes a positive scale, because (q - m) (-d) = ((top - q) - (top - m)) d. Rows of
-    Q4_1 and Q5_1 are kept only if each minimum is a whole number of steps.
+
+def kept_format(kind: BlockType) -> Format | None:
+    """Return the format of ``kept_codes``, or None if none of ours holds a type's codes."""
+    bits = _KEPT_BITS.get(kind.name)
+    return None if bits is None else Format(bits, "rtn", _GROUP, symmetric=False)
+
+
+def kept_codes(kind: BlockType, rows: Bytes, columns: int) -> QuantizedMatrix:
+    """Return the codes of rows of blocks in ``kept_format``, which is not None.
+
+    Blocks are d * (q - middle). A negative d becomes a positive scale: it is -d * ((top - q) -
+    (top - middle)). Scales that are not finite are kept as they are: the artifact refuses them.
     """
-    keep = _KEPT.get(kind.name)
-    if keep is None or columns % _GROUP:
-        return None
-    bits, split = keep
-    fmt = Format(bits, "rtn", _GROUP, symmetric=False)
-    groups = columns // _GROUP
-    data = np.empty((len(rows), groups, _GROUP * bits // 8), np.uint8)
-    scales, zeros = np.empty((len(rows), groups), np.float16), np.empty((len(rows), groups), np.uint8)
+    fmt = kept_format(kind)
+    assert fmt is not None  # noqa: S101 - callers ask first
+    groups, top, middle = columns // _GROUP, (1 << fmt.bits) - 1, 1 << (fmt.bits - 1)
+    data = np.empty((len(rows), groups, _GROUP * fmt.bits // 8), np.uint8)
+    scales = np.empty((len(rows), groups), np.float16)
+    zeros = np.empty((len(rows), groups), np.uint8)
     step = max(1, _CHUNK_VALUES // columns)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        found = split(rows[part].reshape(-1, kind.size_bytes), (1 << bits) - 1)
-        if found is None:
-            return None
-        codes, steps, middles = found
-        data[part] = pack(codes, bits).reshape(-1, *data.shape[1:])
-        scales[part], zeros[part] = steps.reshape(-1, groups), middles.reshape(-1, groups)
-    return QuantizedMatrix((len(rows), columns), fmt, data, scales, pack_rows(zeros, bits))
+        blocks = rows[part].reshape(-1, kind.size_bytes)
+        factors = np.ascontiguousarray(blocks[:, :2]).view("<f2")
+        negative = np.signbit(factors)
+        codes = _codes_of(kind, blocks)
+        codes = np.where(negative, np.uint8(top) - codes, codes)
+        data[part] = pack(codes, fmt.bits).reshape(-1, *data.shape[1:])
+        scales[part] = np.abs(factors).reshape(-1, groups)
+        zeros[part] = np.where(negative, top - middle, middle).reshape(-1, groups)
+    return QuantizedMatrix((len(rows), columns), fmt, data, scales, pack_rows(zeros, fmt.bits))
 
 
-_Split = tuple[Bytes, npt.NDArray[np.float16], Bytes]
-"""Codes uint8 [n, 32], scales float16 [n] and zeros uint8 [n] of blocks."""
-
-
-def _fp16(blocks: Bytes, begin: int) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(blocks[:, begin : begin + 2]).view("<f2")[:, 0]
-
-
-def _around_middle(codes: Bytes, steps: npt.NDArray[Any], top: int) -> _Split | None:
-    """Split blocks d * (q - middle), with 0 <= q <= top. The middle is (top + 1) / 2."""
-    if not np.isfinite(steps).all():
-        return None
-    middle, negative = (top + 1) // 2, np.signbit(steps)
-    codes = np.where(negative[:, None], top - codes, codes).astype(np.uint8)
-    zeros = np.where(negative, top - middle, middle).astype(np.uint8)
-    return codes, np.abs(steps), zeros
-
-
-def _above_minimum(
-    codes: Bytes, steps: npt.NDArray[Any], lows: npt.NDArray[Any], top: int
-) -> _Split | None:
-    """Split blocks d * q + m, if -m is z * d with a whole z in 0 .. top."""
-    wide, low = steps.astype(np.float64), lows.astype(np.float64)
-    if not (np.isfinite(wide).all() and np.isfinite(low).all()) or (wide < 0).any():
-        return None
-    zeros = np.rint(-low / np.where(wide == 0, 1, wide))
-    if not ((zeros >= 0) & (zeros <= top) & (zeros * wide == -low)).all():
-        return None
-    return codes, steps, zeros.astype(np.uint8)
-
-
-def _split_q8_0(blocks: Bytes, top: int) -> _Split | None:
-    return _around_middle(blocks[:, 2:] ^ np.uint8(128), _fp16(blocks, 0), top)
-
-
-_KEPT: Mapping[str, tuple[int, Callable[[Bytes, int], _Split | None]]] = {
-    "Q4_0": (4, lambda blocks, top: _around_middle(_codes4(blocks, 2), _fp16(blocks, 0), top)),
-    "Q5_0": (5, lambda blocks, top: _around_middle(_codes5(blocks, 2), _fp16(blocks, 0), top)),
-    "Q8_0": (8, _split_q8_0),
-    "Q4_1": (
-        4,
-        lambda blocks, top: _above_minimum(
-            _codes4(blocks, 4), _fp16(blocks, 0), _fp16(blocks, 2), top
-        ),
-    ),
-    "Q5_1": (
-        5,
-        lambda blocks, top: _above_minimum(
-            _codes5(blocks, 4), _fp16(blocks, 0), _fp16(blocks, 2), top
-        ),
-    ),
-}
-"""The bits of types whose codes are kept, and how their blocks are split."""
+def _codes_of(kind: BlockType, blocks: Bytes) -> Bytes:
+    if kind.name == "Q8_0":
+        codes: Bytes = blocks[:, 2:] ^ np.uint8(128)
+        return codes
+    return _codes4(blocks, 2) if kind.name == "Q4_0" else _codes5(blocks, 2)

@@ -12,6 +12,7 @@ import pwd
 import re
 import socket
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from model import hub
@@ -37,10 +38,15 @@ _MAX_SHOWN = 3
 _MAX_FOLDERS = 200
 _MAX_ADAPTER_BYTES = 1 << 20
 
+_GGUF = b"GGUF"
+_NO_MODELS = ("mmproj", "imatrix")
+"""The start of the names of GGUF files that are no models, but go with one."""
+_PART_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _KINDS: tuple[tuple[bytes, str], ...] = (
     (_POINTER, "a git-lfs pointer instead of the file itself: run `git lfs pull` in the clone"),
-    (b"GGUF", "a GGUF file, llama.cpp's format, which is not read: get the model's safetensors"),
+    (b"GGUF", "a GGUF file, llama.cpp's format: give it alone, with a name that ends in .gguf"),
     (b"ggml", "a GGML file, an old format of llama.cpp: get the model's safetensors"),
     (b"PK\x03\x04", "a zip archive or a PyTorch pickle, which is never read: get safetensors"),
     (b"\x80\x02", "a pickle, which can run any code and is never read: get safetensors"),
@@ -68,7 +74,7 @@ _ONE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?::[\w.-]{1,40})?")
 
 
 def require_model(given: Path) -> None:
-    """Check that ``given`` is a folder with a config.json, without a look at its weights.
+    """Check that ``given`` is a folder with a config.json, or a GGUF model, by its first bytes.
 
     Raises CheckpointError. Its one line says what was given instead, and what to do.
     """
@@ -78,6 +84,8 @@ def require_model(given: Path) -> None:
         raise CheckpointError(_absent(given)) from None
     except (OSError, ValueError) as error:
         raise _unreadable(given, error) from error
+    if gguf_of(given) is not None:
+        return
     if not stat.S_ISDIR(kind):
         raise CheckpointError(_file(given))
     names = _names(given)
@@ -90,6 +98,41 @@ def require_model(given: Path) -> None:
         raise CheckpointError(f"{shown(given / CONFIG)}: it is {pointer}")
     if not found:
         raise CheckpointError(f"{shown(given)}: {_folder(given, names)}")
+
+
+def gguf_of(given: Path) -> Path | None:
+    """Return the GGUF file that a path stands for, or None if it is no GGUF model.
+
+    It is a file that begins like one, or the only such model of a folder without safetensors. Of a
+    split model it is the first part. Raises CheckpointError for a folder with several models.
+    """
+    try:
+        if given.is_file():
+            return given if _head(given).startswith(_GGUF) else None
+        names = _names(given)
+        if names & {SINGLE, INDEX}:
+            return None
+        models = _gguf_models(names)
+        if len(models) > 1 and CONFIG in names and _some(given, "*.safetensors"):
+            return None
+    except OSError as error:
+        raise _unreadable(given, error) from error
+    if len(models) > 1:
+        shown_names = _listed([shown(Path(name)) for name in models.values()])
+        raise CheckpointError(
+            f"{shown(given)}: a folder with {len(models)} GGUF models: "
+            f"give the path of one: {shown_names}"
+        )
+    return next((given / name for name in models.values()), None)
+
+
+def _gguf_models(names: Iterable[str]) -> dict[str, str]:
+    """Return the GGUF models among a folder's names: the whole file's name to the first part's."""
+    models: dict[str, str] = {}
+    for name in sorted(names):
+        if name.lower().endswith(".gguf") and not name.lower().startswith(_NO_MODELS):
+            models.setdefault(_PART_OF_GGUF.sub("", name), name)
+    return models
 
 
 def without_weights(directory: Path) -> CheckpointError:
@@ -192,7 +235,7 @@ def _file(given: Path) -> str:
         return str(_unreadable(given, error))
     kind = foreign_kind(head)
     if kind is None and given.suffix == ".gguf":
-        kind = "a damaged GGUF file, llama.cpp's format: get the model's safetensors"
+        kind = "no GGUF file, nor its beginning: fetch it again"
     if kind is not None:
         return f"{what}: it is {kind}"
     folder = given.absolute().parent
@@ -316,7 +359,7 @@ def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
         return None
     files = _some(directory, "*.gguf")
     if files:
-        return f"GGUF files ({files}), llama.cpp's format, which is not read: get safetensors"
+        return f"parts of models as GGUF ({files}), but no model: give the path of a model"
     if "adapter_config.json" in names:
         return _adapter(directory)
     unfinished = _some(directory, *_UNFINISHED) or _some(
