@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
 from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts
@@ -389,12 +390,12 @@ def _llama3_scaling(model: _Model, columns: int, theta: float, trained: int) -> 
     found, the factors stand as they are: longrope with equal factors for short and long texts.
     """
     factors = np.array(model.numbers("rope_freqs.weight"))
-    if len(factors) * 2 != columns or not np.isfinite(factors).all() or (factors <= 0).any():
+    if len(factors) * 2 != columns or not np.isfinite(factors).all() or (factors < 1).any():
         raise CheckpointError(f"{model.path}: tensor 'rope_freqs.weight' does not fit the heads")
-    frequencies = 1 / np.float64(theta) ** (np.arange(0, columns, 2) / columns)
+    frequencies = theta ** -(np.arange(0, columns, 2) / columns)
     largest = float(factors.max())
-    for original in (8192, 4096, 16384, 32768, 2048, 65536, 131072, trained):
-        for low, high in ((1.0, 4.0), (1.0, 32.0)):
+    for low, high in _LLAMA3_BANDS:
+        for original in (*_middle_context(factors, frequencies, low, high), *_CONTEXTS):
             turns = original * frequencies / (2 * math.pi)
             smooth = np.clip((turns - low) / (high - low), 0, 1)
             if np.allclose(1 / ((1 - smooth) / largest + smooth), factors, rtol=1e-5, atol=0):
@@ -412,6 +413,26 @@ def _llama3_scaling(model: _Model, columns: int, theta: float, trained: int) -> 
         "attention_factor": 1.0,
         "original_max_position_embeddings": trained,
     }
+
+
+_LLAMA3_BANDS = ((1.0, 4.0), (1.0, 32.0))
+"""The low_freq_factor and high_freq_factor of known models."""
+_CONTEXTS = (8192, 4096, 16384, 32768)
+
+
+def _middle_context(
+    factors: npt.NDArray[np.float64], frequencies: npt.NDArray[np.float64], low: float, high: float
+) -> list[int]:
+    """Return the trained context that gives the factor in the middle of the band, if any is."""
+    largest = factors.max()
+    if largest == 1:
+        return []
+    smooth = (1 / factors - 1 / largest) / (1 - 1 / largest)
+    middle = int(np.abs(smooth - 0.5).argmin())
+    if not 0.01 < smooth[middle] < 0.99:
+        return []
+    context = (low + (high - low) * smooth[middle]) * 2 * math.pi / frequencies[middle]
+    return [round(context)] if 0.5 < context < MAX_SIZE - 1 else []
 
 
 def _layer_types(sliding: list[bool]) -> list[str]:
