@@ -395,7 +395,7 @@ def _llama3_scaling(model: _Model, columns: int, theta: float, trained: int) -> 
     frequencies = theta ** -(np.arange(0, columns, 2) / columns)
     largest = float(factors.max())
     for low, high in _LLAMA3_BANDS:
-        for original in (*_middle_context(factors, frequencies, low, high), *_CONTEXTS):
+        for original in (*_CONTEXTS, *_trained_context(factors, frequencies, low, high)):
             turns = original * frequencies / (2 * math.pi)
             smooth = np.clip((turns - low) / (high - low), 0, 1)
             if np.allclose(1 / ((1 - smooth) / largest + smooth), factors, rtol=1e-5, atol=0):
@@ -420,18 +420,23 @@ _LLAMA3_BANDS = ((1.0, 4.0), (1.0, 32.0))
 _CONTEXTS = (8192, 4096, 16384, 32768)
 
 
-def _middle_context(
+def _trained_context(
     factors: npt.NDArray[np.float64], frequencies: npt.NDArray[np.float64], low: float, high: float
 ) -> list[int]:
-    """Return the trained context that gives the factor in the middle of the band, if any is."""
-    largest = factors.max()
+    """Return the trained context that gives these factors, if any does.
+
+    It follows from the factor in the middle of the band. If no factor is in the band, the context
+    has bounds, and each one between them gives the same factors.
+    """
+    largest, waves = factors.max(), 2 * math.pi / frequencies
     if largest == 1:
         return []
     smooth = (1 / factors - 1 / largest) / (1 - 1 / largest)
     middle = int(np.abs(smooth - 0.5).argmin())
-    if not 0.01 < smooth[middle] < 0.99:
-        return []
-    context = (low + (high - low) * smooth[middle]) * 2 * math.pi / frequencies[middle]
+    if 0.01 < smooth[middle] < 0.99:
+        context = (low + (high - low) * smooth[middle]) * waves[middle]
+    else:
+        context = math.ceil(high * waves[smooth > 0.5].max(initial=0))
     return [round(context)] if 0.5 < context < MAX_SIZE - 1 else []
 
 
