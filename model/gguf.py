@@ -43,7 +43,7 @@ Value = Any
 """A metadata value: bool, int, float, str, an array of numbers, or ``Strings``."""
 
 _MAGIC = b"GGUF"
-_MAX_HEADER_BYTES = 512 << 20
+_MAX_HEADER_BYTES = 128 << 20
 """The header of a model with 262144 tokens has about 15 MB."""
 _MAX_ENTRIES = 1 << 16
 _MAX_TENSORS = 1 << 18
@@ -66,18 +66,34 @@ _PART = re.compile(r"(?P<name>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re
 
 @dataclass(frozen=True, slots=True)
 class Strings:
-    """An array of strings, decoded on request. ``data`` holds it as it is in the file."""
+    """An array of strings, read from the file on request. A vocabulary takes megabytes.
 
+    begin, end: the half-open range of its bytes in the file.
+    """
+
+    path: Path
     count: int
-    data: bytes
+    begin: int
+    end: int
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the strings. Bytes that are not UTF-8 become replacement characters."""
+        """Yield the strings. Bytes that are not UTF-8 become replacement characters.
+
+        Raises CheckpointError if the file has changed.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin)
+                data = file.read(self.end - self.begin)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
         position = 0
         for _ in range(self.count):
-            (length,) = struct.unpack_from("<Q", self.data, position)
+            length = int.from_bytes(data[position : position + 8], "little")
             position += 8 + length
-            yield self.data[position - length : position].decode("utf-8", "replace")
+            if position > len(data):
+                raise CheckpointError(f"{self.path}: changed while it was read")
+            yield data[position - length : position].decode("utf-8", "replace")
 
     def __len__(self) -> int:
         return self.count
@@ -265,7 +281,7 @@ def _count(file: GgufFile, key: str, default: int = 0) -> int:
     return value if type(value) is int else default
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def _read(path: Path, size_bytes: int, _time: int) -> GgufFile:
     """Read a header once for each version of a file. It is asked for many times for each load."""
     try:
@@ -343,7 +359,7 @@ class _Cursor:
         begin = self.position
         for _ in range(length):
             self.take(self.number("<Q"))
-        return Strings(length, self._data[begin : self.position])
+        return Strings(self.path, length, begin, self.position)
 
     def _numbers(self, kind: int, length: int) -> npt.NDArray[Any]:
         if kind not in _NUMBERS:
