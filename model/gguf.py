@@ -173,11 +173,6 @@ class GgufTensor(StoredTensor):
 
     def float32(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
         shape = self.shape
-        if not self.readable:
-            raise CheckpointError(
-                f"{self.path}: tensor {self.name!r} is stored as {self.dtype}, which is not read; "
-                f"known: {', '.join(READ_TYPES)}"
-            )
         if self.transposed:
             turned: npt.NDArray[np.float32] = self._values(self._rows()).T[rows]
             return turned
@@ -268,12 +263,6 @@ def read_parts(path: Path) -> tuple[GgufFile, ...]:
         if _count(file, "split.count", 1) != count or _count(file, "split.no") != number:
             raise CheckpointError(f"{file.path}: not part {number + 1} of {count}; fetch it again")
     return files
-
-
-def part_of(name: str) -> tuple[str, int] | None:
-    """Return the whole file's name and the number from 1 of a part, or None if it is none."""
-    found = _PART.fullmatch(name)
-    return None if found is None else (f"{found['name']}.gguf", int(found["part"]))
 
 
 def _count(file: GgufFile, key: str, default: int = 0) -> int:

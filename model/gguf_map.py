@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
 from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts
+from model.gguf_types import READ_TYPES
 from model.spec import MAX_LAYERS, MAX_SIZE
 from model.weights import StoredTensor
 
@@ -69,6 +70,12 @@ def read_model(path: Path) -> GgufModel:
         if not _UNREAD.fullmatch(key)
         for name, tensor in architecture.tensors(model, values, key).items()
     }
+    for name, tensor in tensors.items():
+        if not tensor.readable:
+            raise UnsupportedModelError(
+                f"{tensor.path}: tensor {name!r} is stored as {tensor.dtype}, which is not read; "
+                f"get another quantization, known: {', '.join(READ_TYPES)}"
+            )
     return GgufModel(values, tensors, _fingerprint(files))
 
 

@@ -56,7 +56,9 @@ def make_golden() -> None:
         kind = GGMLQuantizationType[name]
         values, size_bytes = GGML_QUANT_SIZES[kind]
         count = 3 if values == 1 or values == 32 else 2
-        blocks = random.integers(0, 256, (3, count * (8 if values == 1 else 1), size_bytes), np.uint8)
+        blocks = random.integers(
+            0, 256, (3, count * (8 if values == 1 else 1), size_bytes), np.uint8
+        )
         for begin in HALVES.get(name, (0,) if values == 1 and name == "F16" else ()):
             halves = random.normal(0, 2.0, (*blocks.shape[:2], 1)).astype(np.float16)
             blocks[:, :, begin : begin + 2] = halves.view(np.uint8)

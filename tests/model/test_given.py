@@ -134,12 +134,16 @@ def test_the_hubs_cache_itself_and_broken_ones(own_cache: Path) -> None:
 
 
 def test_gguf_files_and_folders(tmp_path: Path, llama: Path) -> None:
-    folder = put(tmp_path / "gguf", model_q4__gguf=GGUF, README__md=b"# A model")
-    assert "GGUF files (model_q4.gguf), llama.cpp's format" in refusal(folder)
-    assert "a file, not a model's folder: it is a GGUF file" in refusal(folder / "model_q4.gguf")
+    folder = put(tmp_path / "gguf", model_q4__gguf=GGUF[:20], README__md=b"# A model")
+    for given in (folder, folder / "model_q4.gguf"):
+        assert "model_q4.gguf: too short for a GGUF file" in refusal(given)
+    put(folder, mmproj__gguf=GGUF, other__gguf=GGUF)
+    assert refusal(folder).endswith(
+        "a folder with 2 GGUF models: give the path of one: model_q4.gguf, other.gguf"
+    )
     (llama / "model.safetensors").unlink()
     put(llama, a__gguf=GGUF, b__gguf=GGUF, c__gguf=GGUF, d__gguf=GGUF)
-    assert "GGUF files (a.gguf, b.gguf, c.gguf and 1 more)" in refusal(llama)
+    assert "give the path of one: a.gguf, b.gguf, c.gguf and 1 more" in refusal(llama)
     put(llama, model__safetensors=GGUF)
     assert "not a safetensors file, but a GGUF file" in refusal(llama)
 
