@@ -25,6 +25,7 @@ from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
 from model.given import gguf_of, kind_of_file, without_weights
 from model.hub import lacks_weights
+from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
@@ -73,16 +74,17 @@ class Checkpoint:
         spec = describe(config, directory)
         shards = _open_shards(directory)
         _refuse_adapter(directory)
-        tensors: dict[str, StoredTensor] = {}
+        stored: dict[str, PlainTensor] = {}
         for shard in shards.values():
             for name in shard.entries:
-                if name in tensors:
+                if name in stored:
                     raise CheckpointError(
-                        f"{shard.path}: tensor {name!r} is also in {tensors[name].path.name}"
+                        f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
                     )
-                tensors[name] = PlainTensor(shard, name)
+                stored[name] = PlainTensor(shard, name)
+        tensors = unpacked(config, stored)
         checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
-        notes = _unread_files(directory, shards), _wrong_places(directory, tensors)
+        notes = _unread_files(directory, shards), _wrong_places(directory, stored)
         for note in filter(None, notes):
             _tell(checkpoint.fingerprint, note)
         checkpoint._check_tensors()
@@ -217,10 +219,10 @@ class Checkpoint:
                 used.update(piece.name for piece in sources[canonical])
         # A bias or norm that the config does not name would be left out unnoticed.
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
-        for name in self.tensors:
+        for name, tensor in self.tensors.items():
             layer = _LAYER.search(name)
             inside = layer is not None and int(layer[1]) < len(self.spec.layers)
-            derived = name.endswith(_RECOMPUTED)
+            derived = name.endswith(_RECOMPUTED) or _is_zero_bias(name, tensor)
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
@@ -289,8 +291,8 @@ class Checkpoint:
             )
         if not tensor.readable:
             raise CheckpointError(
-                f"{tensor.path}: tensor {name!r} is stored as {tensor.dtype}; "
-                "only F32, F16 and BF16 checkpoints can be read"
+                f"{tensor.path}: tensor {name!r} is stored as {tensor.dtype}, and config.json does "
+                "not say how it is quantized (quantization_config); fetch config.json again"
             )
         return tensor
 
@@ -391,6 +393,12 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
         )
         for first in range(0, one.shape[0], rows)
     )
+
+
+def _is_zero_bias(name: str, tensor: StoredTensor) -> bool:
+    """Whether a bias changes nothing. Old GPTQ files have such biases of all matrices."""
+    plain = name.endswith(".bias") and len(tensor.shape) == 1 and tensor.readable
+    return plain and not tensor.float32().any()
 
 
 def _shard_names(index: Path) -> list[str]:

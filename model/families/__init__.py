@@ -17,6 +17,7 @@ from pathlib import Path
 from model.families.config import Config, read_config, read_config_file
 from model.families.decoder import LLAMA_NAMES, llama, mistral, qwen2, qwen3, smollm3
 from model.families.opt import OPT_NAMES, opt
+from model.families.quantization import read_quantization
 from model.families.sources import Piece, Source
 from model.spec import ModelSpec
 
@@ -115,11 +116,7 @@ def _family(config: Config) -> _Family:
 
 def _refuse_foreign_options(config: Config) -> None:
     """Refuse options of any architecture that would change the numbers."""
-    for key in ("quantization_config", "compression_config"):
-        if config.has(key):
-            raise config.unsupported(
-                key, "...", "give the unquantized checkpoint, quantization happens here"
-            )
+    read_quantization(config)
     for key in ("is_encoder_decoder", "add_cross_attention"):
         if config.flag(key, False):
             raise config.unsupported(key, True, "only decoders are")
