@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.quantize import Format, QuantizedMatrix, pack, pack_rows
+from model.quantize import Format, QuantizedMatrix, pack
 from model.safetensors import bfloat16_to_float32
 
 Bytes = npt.NDArray[np.uint8]
@@ -32,6 +32,7 @@ _NON_LINEAR = np.array(
 """The values of the codes of IQ4_NL and IQ4_XS."""
 _E2M1 = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.float32)
 """Twice the values of the codes of MXFP4."""
+_E2M1_CODES = (_E2M1 + 16).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +196,15 @@ def _iq4_xs(blocks: Bytes) -> Floats:
     return codes
 
 
-def _mxfp4(blocks: Bytes) -> Floats:
-    """Half of 2^(e - 127), which may be subnormal, times twice the code's value."""
+def _half_of_power(blocks: Bytes) -> Floats:
+    """Return 2^(e - 128) of each block's exponent, float32 [n, 1]. It may be subnormal."""
     exponents = blocks[:, :1].astype(np.uint32)
     patterns = np.where(exponents < 2, 0x00200000 << exponents, exponents - 1 << 23)
-    return patterns.astype(np.uint32).view(np.float32) * _E2M1[_codes4(blocks, 1)]
+    return patterns.astype(np.uint32).view(np.float32)
+
+
+def _mxfp4(blocks: Bytes) -> Floats:
+    return _half_of_power(blocks) * _E2M1[_codes4(blocks, 1)]
 
 
 def _f32(rows: Bytes) -> Floats:
@@ -255,47 +260,44 @@ READ_TYPES = tuple(kind.name for kind in TYPES.values() if kind.decode is not No
 
 # ---- codes that are kept -----------------------------------------------------------------------
 
-_KEPT_BITS: Mapping[str, int] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
+_KEPT_BITS: Mapping[str, int] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8, "MXFP4": 5}
 """The types whose codes one of our formats holds exactly, and its bits.
 
-Q4_1 and Q5_1 have minima that are no whole number of steps, and K types scales of two levels.
+Twice a value of MXFP4 is a whole number of at most 12. Q4_1 and Q5_1 have minima that are no whole
+number of steps, K types have scales of two levels.
 """
 
 
 def kept_format(kind: BlockType) -> Format | None:
     """Return the format of ``kept_codes``, or None if none of ours holds a type's codes."""
     bits = _KEPT_BITS.get(kind.name)
-    return None if bits is None else Format(bits, "rtn", _GROUP, symmetric=False)
+    return None if bits is None else Format(bits, "rtn", _GROUP, symmetric=True)
 
 
 def kept_codes(kind: BlockType, rows: Bytes, columns: int) -> QuantizedMatrix:
     """Return the codes of rows of blocks in ``kept_format``, which is not None.
 
-    Blocks are d * (q - middle). A negative d becomes a positive scale: it is -d * ((top - q) -
-    (top - middle)). Scales that are not finite are kept as they are: the artifact refuses them.
+    Blocks are d * (q - middle), and d may be negative.
     """
     fmt = kept_format(kind)
     assert fmt is not None  # noqa: S101 - callers ask first
-    groups, top, middle = columns // _GROUP, (1 << fmt.bits) - 1, 1 << (fmt.bits - 1)
+    groups = columns // _GROUP
     data = np.empty((len(rows), groups, _GROUP * fmt.bits // 8), np.uint8)
-    scales = np.empty((len(rows), groups), np.float16)
-    zeros = np.empty((len(rows), groups), np.uint8)
+    scales = np.empty((len(rows), groups), np.float32 if kind.name == "MXFP4" else np.float16)
     step = max(1, _CHUNK_VALUES // columns)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         blocks = rows[part].reshape(-1, kind.size_bytes)
-        factors = np.ascontiguousarray(blocks[:, :2]).view("<f2")
-        negative = np.signbit(factors)
-        codes = _codes_of(kind, blocks)
-        codes = np.where(negative, np.uint8(top) - codes, codes)
+        codes, steps = _SPLITS[kind.name](blocks)
         data[part] = pack(codes, fmt.bits).reshape(-1, *data.shape[1:])
-        scales[part] = np.abs(factors).reshape(-1, groups)
-        zeros[part] = np.where(negative, top - middle, middle).reshape(-1, groups)
-    return QuantizedMatrix((len(rows), columns), fmt, data, scales, pack_rows(zeros, fmt.bits))
+        scales[part] = steps.reshape(-1, groups)
+    return QuantizedMatrix((len(rows), columns), fmt, data, scales)
 
 
-def _codes_of(kind: BlockType, blocks: Bytes) -> Bytes:
-    if kind.name == "Q8_0":
-        codes: Bytes = blocks[:, 2:] ^ np.uint8(128)
-        return codes
-    return _codes4(blocks, 2) if kind.name == "Q4_0" else _codes5(blocks, 2)
+_SPLITS: Mapping[str, Callable[[Bytes], tuple[Bytes, Floats]]] = {
+    "Q4_0": lambda blocks: (_codes4(blocks, 2), _half(blocks, 0)),
+    "Q5_0": lambda blocks: (_codes5(blocks, 2), _half(blocks, 0)),
+    "Q8_0": lambda blocks: (blocks[:, 2:] ^ np.uint8(128), _half(blocks, 0)),
+    "MXFP4": lambda blocks: (_E2M1_CODES[_codes4(blocks, 1)], _half_of_power(blocks)),
+}
+"""How blocks become codes uint8 [n, 32] and steps float32 [n, 1]."""

@@ -126,10 +126,10 @@ def test_a_file_without_a_telling_name(tmp_path: Path) -> None:
 # ---- types -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q5_0", 5), ("Q8_0", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q5_0", 5), ("Q8_0", 8), ("MXFP4", 5)])
 def test_codes_are_kept_with_rows_in_order(tmp_path: Path, kind: str, bits: int) -> None:
     checkpoint = Checkpoint.open(tiny(kind).write(tmp_path / "x.gguf"))
-    fmt = Format.of(bits, "rtn", 32)
+    fmt = Format(bits, "rtn", 32, symmetric=True)
     assert checkpoint.native_format(1) == fmt
     assert set(checkpoint.source_dtypes(1).values()) == {kind, "F32"}
     values, kept = checkpoint.block(1), checkpoint.kept(1)
