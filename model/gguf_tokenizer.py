@@ -77,6 +77,8 @@ def _tokenizer(metadata: _Metadata) -> tuple[tokenizers.Tokenizer, dict[str, Any
         )
     found = metadata.get("ggml.tokens", Strings)
     tokens = list(found or ())
+    if not tokens:
+        raise TokenizerError("the file has a vocabulary without tokens; get another conversion")
     backend = tokenizer_from_vocab(
         tokens,
         kinds=metadata.numbers("token_type", len(tokens)),
