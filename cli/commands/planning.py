@@ -306,8 +306,10 @@ def _hop_formats(
 def _checkpoint(model: Path) -> Checkpoint | None:
     """Return the model's checkpoint, or None if its folder has no weights. Raises ModelError."""
     from model.checkpoint import Checkpoint
+    from model.given import gguf_of
 
-    return Checkpoint.open(model) if any(model.glob("*.safetensors")) else None
+    has_weights = gguf_of(model) is not None or any(model.glob("*.safetensors"))
+    return Checkpoint.open(model) if has_weights else None
 
 
 def _weight_errors(
