@@ -237,6 +237,28 @@ _OUTPUT_NORM_NAMES = _LLAMA_NAMES | {
 _SANDWICH_NAMES = _OUTPUT_NORM_NAMES | {"ffn_norm": "pre_feedforward_layernorm"}
 _PHI3_NAMES = _LLAMA_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _STARCODER2_NAMES = _LLAMA_NAMES | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
+_QWEN_MOE_NAMES = _LLAMA_NAMES | {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_MIXTRAL_NAMES = _LLAMA_NAMES | {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
+}
+_GRANITEMOE_NAMES = _LLAMA_NAMES | {
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_gate_exps": "block_sparse_moe.experts.{expert}.gate_proj",
+    "ffn_up_exps": "block_sparse_moe.experts.{expert}.up_proj",
+    "ffn_down_exps": "block_sparse_moe.experts.{expert}.down_proj",
+}
 _GPT2_NAMES = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -279,7 +301,12 @@ class _Architecture:
                 "get the model's safetensors"
             )
         prefix = "" if layer is None else f"{self.layers}{layer[1]}."
+        name = f"{prefix}{self.names[module]}.{kind}"
         file, shape = model.places[key], model.entry(key).shape
+        if _EXPERT in name:
+            return _experts(file, key, name)
+        if module == "ffn_gate_inp_shexp":
+            shape = (1, *shape)[-2:]  # A matrix of one row, which the file has as a vector.
         is_norm = module.endswith("norm") and kind == "weight"
         turned = module in self.transposed and kind == "weight" and len(shape) == 2
         tensor = GgufTensor(
@@ -295,7 +322,27 @@ class _Architecture:
                 f"{model.path}: tensor {key!r} has {shape[0]} rows, no multiple of the "
                 f"{tensor.pairs} rows of a head"
             )
-        return {f"{prefix}{self.names[module]}.{kind}": tensor}
+        return {name: tensor}
+
+
+_EXPERT = "{expert}"
+
+
+def _experts(file: GgufFile, key: str, name: str) -> dict[str, StoredTensor]:
+    """Return the tensors of a layer's experts, which the file has in one of one more axis."""
+    shape = file.entries[key].shape
+    if len(shape) not in (2, 3) or shape[0] > _MAX_EXPERTS:
+        raise CheckpointError(f"{file.path}: tensor {key!r} has the shape {list(shape)}")
+    rows = math.prod(shape[1:-1])
+    return {
+        name.replace(_EXPERT, str(expert)): GgufTensor(
+            file, key, shape[1:], part=(expert * rows, (expert + 1) * rows)
+        )
+        for expert in range(shape[0])
+    }
+
+
+_MAX_EXPERTS = 1 << 12
 
 
 # ---- configs -----------------------------------------------------------------------------------
@@ -316,7 +363,7 @@ def _decoder(model: _Model, model_type: str) -> Values:
         )
     if not head_dim or head_dim % 2:
         raise CheckpointError(f"{model.path}: heads of {head_dim} columns cannot be rotated")
-    ends = model.end_tokens()
+    ends, expert_width = model.end_tokens(), model.size("expert_feed_forward_length", 0)
     return {
         "model_type": model_type,
         "hidden_size": hidden,
@@ -324,7 +371,7 @@ def _decoder(model: _Model, model_type: str) -> Values:
         "num_attention_heads": heads,
         "num_key_value_heads": model.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "intermediate_size": model.size("feed_forward_length"),
+        "intermediate_size": model.size("feed_forward_length", expert_width or None),
         "max_position_embeddings": model.size("context_length"),
         "vocab_size": model.entry("token_embd.weight").shape[0],
         "tie_word_embeddings": "output.weight" not in model.places,
@@ -452,9 +499,51 @@ def _layer_types(sliding: list[bool]) -> list[str]:
 
 
 def _llama(model: _Model) -> Values:
+    """Return the config of Llama, Mistral or Mixtral, which one architecture stands for."""
     values = _decoder(model, "llama") | _rms(model)
     window = model.size("attention.sliding_window", 0)
-    return values | ({"model_type": "mistral", "sliding_window": window} if window else {})
+    if window:
+        values |= {"model_type": "mistral", "sliding_window": window}
+    return values | ({"model_type": "mixtral"} | _routed(model) if _has_experts(model) else {})
+
+
+def _has_experts(model: _Model) -> bool:
+    return model.size("expert_count", 0) > 0
+
+
+def _routed(model: _Model) -> Values:
+    return {
+        "num_local_experts": model.size("expert_count"),
+        "num_experts_per_tok": model.size("expert_used_count"),
+    }
+
+
+def _qwen_moe(model_type: str, *, normalized: bool) -> Callable[[_Model], Values]:
+    """Return the reader of a config whose files do not say whether weights are normalized."""
+
+    def config(model: _Model) -> Values:
+        shared = model.size("expert_shared_feed_forward_length", 0)
+        width = model.size("expert_feed_forward_length")
+        return (
+            _decoder(model, model_type)
+            | _rms(model)
+            | _routed(model)
+            | {
+                "moe_intermediate_size": width,
+                "norm_topk_prob": model.flag("expert_weights_norm", normalized),
+            }
+            | ({"shared_expert_intermediate_size": shared} if shared else {})
+        )
+
+    return config
+
+
+def _granitemoe(model: _Model) -> Values:
+    values = _granite(model) | _routed(model)
+    shared = model.size("expert_shared_feed_forward_length", 0)
+    if shared:
+        return values | {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
+    return values | {"model_type": "granitemoe"}
 
 
 def _plain(model_type: str) -> Callable[[_Model], Values]:
@@ -590,7 +679,10 @@ def _smollm3(model: _Model) -> Values:
 
 
 _ARCHITECTURES: Mapping[str, _Architecture] = {
-    "llama": _Architecture(_llama, _LLAMA_NAMES, paired=True),
+    "llama": _Architecture(_llama, _MIXTRAL_NAMES, paired=True),
+    "qwen2moe": _Architecture(_qwen_moe("qwen2_moe", normalized=False), _QWEN_MOE_NAMES),
+    "qwen3moe": _Architecture(_qwen_moe("qwen3_moe", normalized=True), _QWEN_MOE_NAMES),
+    "granitemoe": _Architecture(_granitemoe, _GRANITEMOE_NAMES, paired=True),
     "qwen2": _Architecture(_plain("qwen2"), _LLAMA_NAMES),
     "qwen3": _Architecture(_plain("qwen3"), _LLAMA_NAMES),
     "gemma": _Architecture(_gemma, _LLAMA_NAMES, norm_added=1.0),
