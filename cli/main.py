@@ -106,12 +106,16 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import plan_arguments
+    from cli.commands.model_names import locate
     from cli.commands.plan_views import show_divergence, show_weights
 
-    request = plan_arguments.request_of(options)
-    request = replace(request, generation_defaults=options.generation_defaults)
-    with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/load", request.to_dict(), on_step)
+    plan_arguments.request_of(options)  # Wrong arguments are told before a model is fetched.
+    with _client(options) as client:
+        locate(options, client, screen)
+        request = plan_arguments.request_of(options)
+        request = replace(request, generation_defaults=options.generation_defaults)
+        with screen.progress() as on_step:
+            answer = client.operate("/shoal/v1/load", request.to_dict(), on_step)
     if options.json:
         screen.json(answer)
     else:
@@ -199,6 +203,8 @@ def _ensure_loaded(
     It is loaded with the defaults of `shoal load` if it is not loaded.
     """
     from cli.commands import plan_arguments
+    from cli.commands.model_names import locate
+    from model.hub import is_loaded_from
     from planning.request import LoadRequest
 
     plan_arguments.check_teams(options)
@@ -206,12 +212,15 @@ def _ensure_loaded(
     path = Path(options.model).absolute()
     for known in models:
         is_broken = known["state"] == "broken"
-        if options.model in (known["model"], known["directory"]):
+        directory = Path(known["directory"])
+        named = options.model in (known["model"], known["directory"])
+        if named or is_loaded_from(directory, options.model):
             if is_broken:
                 raise CommandFailed(known["reason"])
-        elif is_broken or str(path) != known["directory"]:
+        elif is_broken or path != directory:
             continue
         return _name_and_defaults(known)
+    locate(options, client, screen)
     try:
         path = plan_arguments.absolute_model(options.model)
     except CommandFailed as error:
@@ -266,8 +275,8 @@ def _demo(demo: argparse.ArgumentParser) -> Page:
     demo.add_argument(
         "--model",
         type=Path,
-        metavar="DIR",
-        help="A Hugging Face model directory. Default: a tiny OPT that comes with shoal.",
+        metavar="MODEL",
+        help="A model's folder, or its name on the hub. Default: a tiny OPT that comes with shoal.",
     )
     demo.add_argument(
         "--agents",
@@ -349,6 +358,9 @@ def _devices(devices: argparse.ArgumentParser) -> Page:
     )
 
 
+MODEL_HELP = "A model's folder or GGUF file, or its name on the hub as ORG/NAME."
+
+
 def _add_bits(parser: argparse.ArgumentParser) -> None:
     from cli import argument_types
     from planning.request import DEFAULT_BITS
@@ -366,7 +378,7 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     """The arguments that ``plan`` and ``load`` share."""
     from cli.commands import plan_arguments
 
-    sub.add_argument("model", metavar="MODEL", help="A Hugging Face model directory.")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_bits(sub)
     plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
@@ -381,6 +393,7 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
     add_url_argument(plan)
     return Page(
         run_plan,
+        "  shoal plan Qwen/Qwen3-0.6B --explain  # before its download: config.json is enough\n"
         "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
@@ -402,13 +415,36 @@ def _load(load: argparse.ArgumentParser) -> Page:
     add_url_argument(load)
     return Page(
         run_load,
+        "  shoal load Qwen/Qwen3-0.6B  # fetched first, if it is not here\n"
         "  shoal load ~/models/llama-3.2-1b\n"
         "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
         "  shoal load ./opt-350m --plan plan.json  # exactly this plan\n"
         "  shoal load ./opt-350m --objective throughput --slots 8  # for many users\n"
         "  shoal load ./opt-350m --bits 32 --hop-bits 32  # as one machine computes it\n",
-        "A model that is loaded already is replaced.",
+        "A model that is loaded already is replaced. The coordinator reads the files, so a hub's "
+        "model must be on its machine: `shoal pull` there fetches it.",
     )
+
+
+def _pull(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import models
+
+    models.add_pull_arguments(parser)
+    return Page(models.run_pull, models.PULL_EXAMPLES, models.PULL_ABOUT)
+
+
+def _cached_models(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import models
+
+    models.add_models_arguments(parser)
+    return Page(models.run_models, models.MODELS_EXAMPLES, models.MODELS_ABOUT)
+
+
+def _rm(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import models
+
+    models.add_rm_arguments(parser)
+    return Page(models.run_rm, models.RM_EXAMPLES)
 
 
 def _diff(parser: argparse.ArgumentParser) -> Page:
@@ -483,7 +519,9 @@ def _run(run: argparse.ArgumentParser) -> Page:
     penalty = argument_types.argument(
         argument_types.between(0.1, 10), "a number between 0.1 and 10"
     )
-    run.add_argument("model", metavar="MODEL", help="The name of a loaded model, or its directory.")
+    run.add_argument(
+        "model", metavar="MODEL", help="A loaded model's name, or a model as for `shoal load`."
+    )
     run.add_argument("prompt", metavar="PROMPT", help="The text to continue, or to answer.")
     plan_arguments.add_hop_argument(run, with_budget=False)
     plan_arguments.add_team_arguments(run)
@@ -527,7 +565,7 @@ def _run(run: argparse.ArgumentParser) -> Page:
         run_prompt,
         '  shoal run llama-3.2-1b "Once upon a time"\n'
         '  shoal run ./tiny-opt --chat "Where is the lamp?" --temperature 0.7\n',
-        "A directory that is not loaded is loaded first, with the defaults of `shoal load`. "
+        "A model that is not loaded is loaded first, with the defaults of `shoal load`. "
         "What the model recommends is in its generation_config.json. `shoal ps` shows it.",
     )
 
@@ -569,6 +607,9 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "agent": ("Run the agent, which lets this device compute part of a model.", _agent),
     "doctor": ("Check what this machine can do for shoal, and what it lacks.", _doctor),
     "devices": ("Show the devices that have joined, and their measured links.", _devices),
+    "pull": ("Fetch a model from the hub, or go on fetching it.", _pull),
+    "models": ("List the models on this machine, and which would fit.", _cached_models),
+    "rm": ("Remove a model that was fetched.", _rm),
     "plan": ("Decide which device would run which blocks at how many bits.", _plan),
     "load": ("Plan a model, quantize it and place it on the devices.", _load),
     "diff": ("Compare two saved plans.", _diff),
@@ -605,8 +646,8 @@ def _parser(named: str | None = None) -> Parser:
             "  shoal demo                        # everything on this machine\n"
             "  shoal coordinator                 # on one machine\n"
             "  shoal agent --memory 2G           # on each device\n"
-            "  shoal load ~/models/llama-3.2-1b  # plan, quantize and place the model\n"
-            '  shoal run llama-3.2-1b "Hello"    # generate text\n'
+            "  shoal load Qwen/Qwen3-0.6B        # fetch, plan, quantize and place the model\n"
+            '  shoal run Qwen3-0.6B "Hello"      # generate text\n'
             "\n"
             "exit codes:\n"
             "  0        success\n"

@@ -45,6 +45,7 @@ PHASES = {
     "check": "measuring what the plan loses",
     "load": "loading stages",
     "files": "having files made",
+    "fetch": "fetching",
 }
 
 
@@ -115,6 +116,7 @@ class Screen:
             amount = f"{step['done']}/{step['total']}" if total else ""
             if total and step["unit"] == "bytes":
                 amount = f"{format_size(step['done'])}/{format_size(step['total'])}"
+            amount += step.get("note", "")
             if key not in tasks:
                 tasks[key] = bars.add_task(label, total=total, amount=amount)
             bars.update(

@@ -20,9 +20,11 @@ from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Source, describe, read_config, tensor_sources
 from model.families.sources import shape_of
+from model.gguf_map import read_model
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
-from model.given import kind_of_file, without_weights
+from model.given import gguf_of, kind_of_file, without_weights
+from model.hub import lacks_weights
 from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.safetensors import SafetensorsFile, read_safetensors
@@ -60,9 +62,14 @@ class Checkpoint:
     def open(directory: Path) -> Checkpoint:
         """Read config.json and all headers, and check every tensor of every block against them.
 
+        directory: a model's folder, or a GGUF file.
+
         Raises CheckpointError for missing, damaged, unsafe or inconsistent files,
         UnsupportedModelError for an architecture or option that is not implemented.
         """
+        gguf = gguf_of(directory)
+        if gguf is not None:
+            return _open_gguf(directory, gguf)
         config = read_config(directory)
         spec = describe(config, directory)
         shards = _open_shards(directory)
@@ -82,6 +89,18 @@ class Checkpoint:
             _tell(checkpoint.fingerprint, note)
         checkpoint._check_tensors()
         return checkpoint
+
+    @staticmethod
+    def open_to_plan(directory: Path) -> Checkpoint:
+        """Open a model, or describe it by its config.json alone if its weights are not here yet.
+
+        Without weights ``tensors`` is empty. Raises as ``open``.
+        """
+        if not lacks_weights(directory):
+            return Checkpoint.open(directory)
+        config = read_config(directory)
+        fingerprint = _fingerprint(config, {})
+        return Checkpoint(directory, describe(config, directory), fingerprint, config, {})
 
     def block(self, block: int) -> dict[str, npt.NDArray[np.float32]]:
         """Return the canonical tensors of one block (``ModelSpec.block_tensors``) as float32.
@@ -146,8 +165,11 @@ class Checkpoint:
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps a block's weights unchanged.
 
-        It is the file's own if all matrices have it, else 16 or 32 bits.
+        It is the file's own if all matrices have it, else 16 or 32 bits. Weights that are not here
+        yet are taken for 16 bits, as most are published.
         """
+        if not self.tensors:
+            return Format.of(16)
         kept = self.kept_formats(block)
         quantized = QUANTIZED_TENSORS & self.spec.block_tensors(block).keys()
         formats = set(kept.values())
@@ -291,6 +313,15 @@ class Checkpoint:
                 "not say how it is quantized (quantization_config); fetch config.json again"
             )
         return tensor
+
+
+def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
+    model = read_model(gguf)
+    config = Config(gguf, model.values)
+    spec = describe(config, given)
+    checkpoint = Checkpoint(given, spec, model.fingerprint, config, model.tensors)
+    checkpoint._check_tensors()
+    return checkpoint
 
 
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:

@@ -15,11 +15,12 @@ import tokenizers
 from model.bounded import read_json
 from model.errors import TokenizerError
 from model.generation import SamplingDefaults, read_sampling_defaults
-from model.given import kind_of_file
+from model.gguf_tokenizer import gguf_tokenizer
+from model.given import gguf_of, kind_of_file
 from model.template_process import template_process
 from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
 from model.template_sandbox import TemplateFailed
-from model.tokenizer_files import load_backend
+from model.tokenizer_files import has_tokenizer, load_backend
 
 MAX_TEMPLATE_CHARS = 1 << 20
 """Ten times the longest known chat template."""
@@ -61,8 +62,13 @@ class Tokenizer:
 
         model.tokenizer_files says from which files the tokenizer comes.
 
+        directory: a model's folder, or a GGUF file, which has its own tokenizer.
+
         Raises TokenizerError that names the file and what to do.
         """
+        gguf = gguf_of(directory)
+        if gguf is not None and (gguf == directory or not has_tokenizer(directory)):
+            return _of_gguf(gguf)
         settings = _read_object(directory / "tokenizer_config.json")
         special = _special_tokens(_read_object(directory / "special_tokens_map.json"))
         special |= _special_tokens(settings)
@@ -190,6 +196,13 @@ class ChatTemplate:
             return template_process().render(self._text, values)
         except TemplateFailed as error:
             raise TokenizerError(f"{self._source}: chat template failed: {error}") from error
+
+
+def _of_gguf(path: Path) -> Tokenizer:
+    backend, settings = gguf_tokenizer(path)
+    text = settings.get("chat_template")
+    template = None if text is None else ChatTemplate(text, path)
+    return Tokenizer(backend, _special_tokens(settings), template, path)
 
 
 def _longest_token_bytes(backend: tokenizers.Tokenizer) -> int | None:

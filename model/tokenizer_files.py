@@ -73,6 +73,11 @@ _END_OF_TEXT = "<|endoftext|>"
 """The special token of GPT2Tokenizer and Qwen2Tokenizer, unless the settings name others."""
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a folder has one of the files that ``load_backend`` reads."""
+    return any((directory / name).exists() for name in _READERS)
+
+
 def load_backend(
     directory: Path, settings: Mapping[str, Any], special: Mapping[str, str]
 ) -> _Backend:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from model.hub import served_name
 from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Scheme
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
@@ -222,7 +223,6 @@ def _divergences(rows: Iterable[Mapping[int, float]]) -> bool:
     return all(0 <= kl < math.inf for row in rows for kl in row.values())
 
 
-def model_name(directory: Path) -> str:
-    """The name of a model: its directory, or the one above if that is just ``model``."""
-    named = directory.parent if directory.name == "model" else directory
-    return named.name or "model"
+def model_name(path: Path) -> str:
+    """The name under which the model at a path is served (``model.hub.served_name``)."""
+    return served_name(path)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -38,6 +39,7 @@ from coordinator.roster.members import Member, Roster
 from coordinator.roster.noise import device_noise, plan_noise
 from coordinator.story import Story
 from model.checkpoint import Checkpoint
+from model.hub import cache_directory, cached_model, on_this_machine, parse_name, this_machine
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.insight.view import describe_plan
@@ -51,6 +53,7 @@ POLL_S = 30.0
 MOST_DIGITS = 15
 
 Emit = Callable[[dict[str, Any]], None]
+Wanted = TypeVar("Wanted", LoadRequest, QualityRequest)
 
 
 class AdminRoutes:
@@ -71,6 +74,7 @@ class AdminRoutes:
             Route("/shoal/v1/measure", self.measure, methods=["POST"]),
             Route("/shoal/v1/ps", self.ps, methods=["GET"]),
             Route("/shoal/v1/events", self.events, methods=["GET"]),
+            Route("/shoal/v1/found", self.found, methods=["GET"]),
             Route("/shoal/v1/plan", self.plan, methods=["POST"]),
             Route("/shoal/v1/load", self.load, methods=["POST"]),
             Route("/shoal/v1/unload", self.unload, methods=["POST"]),
@@ -138,9 +142,25 @@ class AdminRoutes:
                     continue
                 return
 
+    async def found(self, request: Request) -> Response:
+        """The path of a hub's model in this machine's cache, or null: ``?model=ORG/NAME``."""
+        name = parse_name(request.query_params.get("model", ""))
+        if name is None:
+            raise RequestInvalid("model: give a model's name on the hub, as ORG/NAME", "model")
+        path = await asyncio.to_thread(cached_model, name)
+        return JSONResponse(
+            {
+                "model": str(name),
+                "path": None if path is None else str(path),
+                "cache": str(cache_directory()),
+                "host": socket.gethostname(),
+                "machine": this_machine(),
+            }
+        )
+
     async def plan(self, request: Request) -> Response:
-        wanted = LoadRequest.from_dict(await read_json(request))
-        await _require_checkpoint(wanted.model)
+        wanted = await _located(LoadRequest.from_dict(await read_json(request)))
+        await asyncio.to_thread(Checkpoint.open_to_plan, wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
             planned = await self._operations.plan(wanted, _emitter(emit))
@@ -152,7 +172,7 @@ class AdminRoutes:
         return json_lines(work)
 
     async def load(self, request: Request) -> Response:
-        wanted = LoadRequest.from_dict(await read_json(request))
+        wanted = await _located(LoadRequest.from_dict(await read_json(request)))
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
@@ -171,7 +191,7 @@ class AdminRoutes:
         )
 
     async def quality(self, request: Request) -> Response:
-        wanted = QualityRequest.from_dict(await read_json(request))
+        wanted = await _located(QualityRequest.from_dict(await read_json(request)))
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
@@ -182,6 +202,11 @@ class AdminRoutes:
     async def unload(self, request: Request) -> Response:
         await read_json(request)
         return JSONResponse({"unloaded": await self._operations.unload()})
+
+
+async def _located(wanted: Wanted) -> Wanted:
+    """The same request with the path of its model in place of a hub's name. Raises ModelError."""
+    return replace(wanted, model=await asyncio.to_thread(on_this_machine, wanted.model))
 
 
 async def _require_checkpoint(directory: Path) -> None:
