@@ -382,7 +382,7 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
     add_url_argument(plan)
     return Page(
         run_plan,
-        "  shoal plan Qwen/Qwen3-0.6B --explain  # before its download: config.json is enough\n"
+        "  shoal plan Qwen/Qwen3-0.6B  # before its download, from config.json alone\n"
         "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"

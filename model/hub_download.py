@@ -303,7 +303,7 @@ def _pieces(repository: Repository, file: HubFile, have: int) -> Iterator[tuple[
     ) as response:
         hf_raise_for_status(response)
         place = have if response.status_code == 206 else 0
-        for piece in response.iter_bytes(_PIECE_BYTES):
+        for piece in response.iter_bytes():  # As they come: a broken connection loses nothing.
             yield place, piece
             place += len(piece)
 
@@ -466,8 +466,8 @@ def _user() -> str:
 
 
 def _size(count: int) -> str:
-    """Return bytes as text in GiB, or in MiB below one of them, such as 1.5G."""
-    return f"{count / 2**30:.1f}G" if count >= 1 << 30 else f"{count / 2**20:.1f}M"
+    """Return bytes as text in GiB, or in MiB if they are fewer than one."""
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"
 
 
 def _is_hex(text: str, length: int) -> bool:
