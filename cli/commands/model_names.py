@@ -40,8 +40,11 @@ def model_here(given: str | Path, screen: Screen) -> Path:
         raise CommandFailed(str(error)) from error
 
 
-def config_here(given: str | Path, screen: Screen) -> Path:
-    """The path of a model, or of a folder with only its config.json if it is not downloaded yet."""
+def config_here(given: str | Path, screen: Screen, *, tell: bool = True) -> Path:
+    """The path of a model, or of a folder with only its config.json if it is not downloaded yet.
+
+    tell: say so in the latter case.
+    """
     from model.hub_download import fetch_config
 
     try:
@@ -53,10 +56,11 @@ def config_here(given: str | Path, screen: Screen) -> Path:
         folder, size_bytes = fetch_config(name)
     except ModelError as error:
         raise CommandFailed(str(error)) from error
-    screen.note(
-        f"{name} is not downloaded: planned from its config.json alone. `shoal pull {name}` fetches"
-        f" {format_size(size_bytes)}"
-    )
+    if tell:
+        screen.note(
+            f"{name} is not downloaded: its config.json alone is read. `shoal pull {name}` fetches"
+            f" {format_size(size_bytes)}"
+        )
     return folder
 
 
@@ -85,7 +89,7 @@ def locate(
         )
     needs_shape = bool(getattr(options, "pin", ())) or getattr(options, "sensitivities", None)
     if not here and needs_shape:
-        options.shape_from = config_here(options.model, screen)
+        options.shape_from = config_here(options.model, screen, tell=False)
     options.model = str(path)
 
 

@@ -271,7 +271,7 @@ def test_a_plan_needs_only_the_config(hub: Hub) -> None:
     planned = shoal("plan", "org/tiny", f"--devices={LAB}")
     assert planned.returncode == 0, planned.stderr
     assert "plan for tiny, predicted from" in planned.stdout
-    assert "org/tiny is not downloaded: planned from its config.json alone" in planned.stderr
+    assert "org/tiny is not downloaded: its config.json alone is read" in planned.stderr
     assert {Path(path).name for path in hub.fetched()} <= {"config.json", "generation_config.json"}
 
 
