@@ -57,10 +57,7 @@ def config_here(given: str | Path, screen: Screen, *, tell: bool = True) -> Path
     except ModelError as error:
         raise CommandFailed(str(error)) from error
     if tell:
-        screen.note(
-            f"{name} is not downloaded: its config.json alone is read. `shoal pull {name}` fetches"
-            f" {format_size(size_bytes)}"
-        )
+        _tell(name, size_bytes, screen)
     return folder
 
 
@@ -82,6 +79,10 @@ def locate(
         path = Path(there["path"])
     elif here:
         path = model_here(options.model, screen) if weights else config_here(options.model, screen)
+    elif not weights:
+        described = client.post("/shoal/v1/describe", {"model": str(name)})
+        path = Path(described["path"])
+        _tell(name, described["size_bytes"], screen)
     else:
         raise CommandFailed(
             f"{name} is not in {there['cache']} on {there['host']}, where the coordinator runs:"
@@ -105,6 +106,13 @@ def fetched(name: HubName, screen: Screen) -> Pulled:
 def quiet() -> None:
     """Keep the library from logging what the one line of an error says anyway."""
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def _tell(name: HubName, size_bytes: int, screen: Screen) -> None:
+    screen.note(
+        f"{name} is not downloaded: its config.json alone is read. `shoal pull {name}` fetches"
+        f" {format_size(size_bytes)}"
+    )
 
 
 def _reporter(on_step: Callable[[Mapping[str, Any]], None]) -> Callable[[int, int], None]:

@@ -230,9 +230,9 @@ def test_a_gguf_file_is_chosen_by_its_quantization() -> None:
         ("x-Q6_K-00001-of-00002.gguf", pieces),
     ):
         assert choose_gguf(files, HubName("o/x", file=asked)) == chosen
-    for asked in (None, "Q4", "F16", "Q5_0"):
+    for unclear in (None, "Q4", "F16", "Q5_0"):
         with pytest.raises(HubError, match="Q6_K, BF16, IQ4_XS, Q4_K_M, UD-Q4_K_XL; give one"):
-            choose_gguf(files, HubName("o/x", file=asked))
+            choose_gguf(files, HubName("o/x", file=unclear))
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_a_disk_without_room_is_told_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights(hub)
-    usage = shutil._ntuple_diskusage(1 << 20, 1 << 20, 100)  # type: ignore[attr-defined] # its type is private
+    usage = shutil._ntuple_diskusage(1 << 20, 1 << 20, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = refusal()
     assert message.startswith("org/tiny needs 0.4 MiB more on the disk of ")
