@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import pwd
 import shutil
 import socket
 import time
@@ -36,6 +35,7 @@ from model.hub import (
     cache_directory,
     choose_gguf,
     model_in,
+    user_name,
 )
 
 if TYPE_CHECKING:
@@ -376,7 +376,7 @@ def _writing(name: HubName) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise HubError(
-                f"{name}: the user {_user()} may not write to {error.filename or cache}: set"
+                f"{name}: the user {user_name()} may not write to {error.filename or cache}: set"
                 " HF_HOME to a folder where it may"
             ) from error
         raise HubError(f"{name}: {error.filename or cache}: {error.strerror or error}") from error
@@ -456,13 +456,6 @@ def _endpoint() -> str | None:
 
 def _host() -> str:
     return urlsplit(_endpoint() or "https://huggingface.co").netloc
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
 
 
 def _size(count: int) -> str:

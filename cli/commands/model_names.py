@@ -16,7 +16,16 @@ from urllib.parse import quote
 from cli.errors import CommandFailed
 from cli.render import Screen
 from model.errors import ModelError
-from model.hub import HubName, cached_model, named_model, resolved, this_machine
+from model.hub import (
+    HubName,
+    cache_directory,
+    cached_model,
+    is_open_to_others,
+    named_model,
+    resolved,
+    this_machine,
+    user_name,
+)
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -77,12 +86,18 @@ def locate(
     here = there["machine"] == this_machine()
     if there["path"] is not None:
         path = Path(there["path"])
-    elif here:
+    elif here and _is_readable(there):
         path = model_here(options.model, screen) if weights else config_here(options.model, screen)
     elif not weights:
         described = client.post("/shoal/v1/describe", {"model": str(name)})
         path = Path(described["path"])
         _tell(name, described["size_bytes"], screen)
+    elif here:
+        raise CommandFailed(
+            f"the coordinator runs as the user {there['user']}, who may not read"
+            f" {cache_directory()}: run `sudo HF_HUB_CACHE={there['cache']} shoal pull {name}`,"
+            " then the same command again"
+        )
     else:
         raise CommandFailed(
             f"{name} is not in {there['cache']} on {there['host']}, where the coordinator runs:"
@@ -106,6 +121,11 @@ def fetched(name: HubName, screen: Screen) -> Pulled:
 def quiet() -> None:
     """Keep the library from logging what the one line of an error says anyway."""
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def _is_readable(there: Mapping[str, Any]) -> bool:
+    """Whether the coordinator, which runs on this machine, may read this user's cache."""
+    return there["user"] == user_name() or is_open_to_others(cache_directory())
 
 
 def _tell(name: HubName, size_bytes: int, screen: Screen) -> None:

@@ -45,6 +45,7 @@ from model.hub import (
     on_this_machine,
     parse_name,
     this_machine,
+    user_name,
 )
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
@@ -159,6 +160,7 @@ class AdminRoutes:
                 "path": None if path is None else str(path),
                 "cache": str(cache_directory()),
                 "host": socket.gethostname(),
+                "user": user_name(),
                 "machine": this_machine(),
             }
         )

@@ -9,14 +9,17 @@ import resource
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from cli.render import BAR_AFTER_S
 from model.checkpoint import Checkpoint
+from model.hub import this_machine
 from tests.hub_server import COMMIT, PIECE, Hub, Repo, serve, sha256
 from tests.system.cluster import COMMAND, FIXTURES, ROOT, last_json, shoal, wait_for
 
@@ -292,3 +295,40 @@ def test_a_model_is_fetched_to_be_measured(hub: Hub, tmp_path: Path) -> None:
     )  # fmt: skip
     assert found["model"].startswith(str(tmp_path / "hub" / "models--org--tiny"))
     assert json.dumps(found["blocks"])
+
+
+class _ServiceHere(BaseHTTPRequestHandler):
+    """What a coordinator says that runs on this machine as another user."""
+
+    def do_GET(self) -> None:
+        there = {"path": None, "cache": "/var/lib/hub", "host": "here", "user": "shoal"}
+        body = json.dumps({**there, "machine": this_machine()}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_service_that_may_not_read_this_users_cache_is_told_first(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.repos["org/tiny"] = Repo(fixture())
+    (tmp_path / "hub").mkdir(mode=0o700)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _ServiceHere) as server:
+        server.daemon_threads = False
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            url = f"--url=http://127.0.0.1:{server.server_address[1]}"
+            assert line(shoal("load", "org/tiny", url)) == (
+                "error: the coordinator runs as the user shoal, who may not read"
+                f" {tmp_path / 'hub'}: run `sudo HF_HUB_CACHE=/var/lib/hub shoal pull org/tiny`,"
+                " then the same command again"
+            )
+        finally:
+            server.shutdown()
+            thread.join()
+    assert hub.requests == []

@@ -18,6 +18,7 @@ from model.hub import (
     cached_repo,
     choose_gguf,
     is_loaded_from,
+    is_open_to_others,
     is_whole,
     lacks_weights,
     named_model,
@@ -212,6 +213,13 @@ def test_a_coordinator_finds_names_in_its_cache(cache: Path, tmp_path: Path) -> 
         f"org/none@v1:Q4_0 is not in {cache} on {socket.gethostname()}: run"
         " `shoal pull org/none@v1:Q4_0` there"
     )
+
+
+def test_a_cache_below_a_private_folder_is_not_open_to_others(tmp_path: Path) -> None:
+    assert is_open_to_others(Path("/usr/not/there"))
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    assert not is_open_to_others(private / "huggingface" / "hub")
 
 
 # ---- files and served names --------------------------------------------------------------------
