@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -68,6 +70,26 @@ def config_here(given: str | Path, screen: Screen, *, tell: bool = True) -> Path
     if tell:
         _tell(name, size_bytes, screen)
     return folder
+
+
+@contextmanager
+def model_to_plan(options: argparse.Namespace, screen: Screen) -> Iterator[None]:
+    """Put the path of a folder with a config.json into ``options.model``, for the block's time.
+
+    It is that of the model, or one made for --shape. Raises CommandFailed.
+    """
+    from calibration.shapes import write_shape
+
+    if options.shape is None:
+        options.model = str(config_here(options.model, screen))
+        yield
+        return
+    with TemporaryDirectory(prefix="shoal-shape-") as directory:
+        try:
+            options.model = str(write_shape(options.shape, Path(directory)))
+        except ModelError as error:
+            raise CommandFailed(str(error)) from error
+        yield
 
 
 def locate(

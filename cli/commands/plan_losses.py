@@ -78,6 +78,7 @@ def described_losses(
     from model.loss_estimate import LossUnknown
     from model.loss_store import Form, LossStore
     from planning.losses import RawLosses, assumed, estimated
+    from planning.request import model_name
     from planning.sensitivity import LossSource, applying_budget, with_assumed_arithmetic
     from wire.service import default_state_dir
 
@@ -93,7 +94,7 @@ def described_losses(
         return DescribedLosses(raw, budget)
     model = Path(options.model)
     if not any(model.glob("*.safetensors")):
-        why = f"{model} has no weights"
+        why = f"{model_name(model.absolute())} has no weights here"
     else:
         form = Form(Checkpoint.open(model), options.scheme, options.group_size)
         store = LossStore(default_state_dir("coordinator"))

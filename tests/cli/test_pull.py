@@ -278,6 +278,20 @@ def test_a_plan_needs_only_the_config(hub: Hub) -> None:
     assert {Path(path).name for path in hub.fetched()} <= {"config.json", "generation_config.json"}
 
 
+def test_a_shape_is_planned_without_any_file(tmp_path: Path) -> None:
+    planned = shoal("plan", "--shape=llama-1b", f"--devices={LAB}", "--json")
+    assert last_json(planned)["model"] == "llama-1b"
+    config = tmp_path / "mine" / "config.json"
+    config.parent.mkdir()
+    config.write_bytes(fixture()["config.json"])
+    planned = shoal("plan", f"--shape={config}", f"--devices={LAB}", "--json")
+    assert last_json(planned)["model"] == "mine"
+    assert "known are llama-1b" in line(shoal("plan", "--shape=llama", f"--devices={LAB}"))
+    assert "add --devices" in line(shoal("plan", "--shape=llama-1b"), 2)
+    for arguments in ([], ["x", "--shape=llama-1b"]):
+        assert "give one MODEL" in line(shoal("plan", *arguments, f"--devices={LAB}"), 2)
+
+
 def test_what_is_in_the_cache_needs_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repos["org/tiny"] = Repo(fixture())
     path = Path(last_json(shoal("pull", "org/tiny", "--json"))["path"])
