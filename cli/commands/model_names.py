@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from model.hub_download import Pulled
 
 _RATE_AFTER_S = 1.0
+_REPORTED_EACH_S = 0.1
 
 
 def model_here(given: str | Path, screen: Screen) -> Path:
@@ -131,6 +132,15 @@ def locate(
     options.model = str(path)
 
 
+def path_there(given: str, here: Path, client: Client) -> Path:
+    """The coordinator's path of a model that is ``here`` on this machine. Raises CommandFailed."""
+    name = named_model(given)
+    if name is None:
+        return here.absolute()
+    there = client.get(f"/shoal/v1/found?model={quote(str(name), safe='')}")["path"]
+    return here.absolute() if there is None else Path(there)
+
+
 def fetched(name: HubName, screen: Screen) -> Pulled:
     """Fetch a model into this user's cache, with progress. Raises ModelError."""
     from model.hub_download import pull
@@ -150,21 +160,27 @@ def _is_readable(there: Mapping[str, Any]) -> bool:
     return there["user"] == user_name() or is_open_to_others(cache_directory())
 
 
-def _tell(name: HubName, size_bytes: int, screen: Screen) -> None:
+def _tell(name: HubName, size_bytes: int | None, screen: Screen) -> None:
+    size = "it" if size_bytes is None else format_size(size_bytes)
     screen.note(
         f"{name} is not downloaded: its config.json alone is read. `shoal pull {name}` fetches"
-        f" {format_size(size_bytes)}"
+        f" {size}"
     )
 
 
 def _reporter(on_step: Callable[[Mapping[str, Any]], None]) -> Callable[[int, int], None]:
     """Make a function that takes the fetched and all bytes, and reports them with their rate."""
     start: list[tuple[float, int]] = []
+    last_s = 0.0
 
     def report(done: int, total: int) -> None:
+        nonlocal last_s
         now_s = time.monotonic()
         if not start:
             start.append((now_s, done))
+        if now_s - last_s < _REPORTED_EACH_S and done < total:
+            return
+        last_s = now_s
         passed_s, came = now_s - start[0][0], done - start[0][1]
         note = ""
         if passed_s > _RATE_AFTER_S and came > 0:

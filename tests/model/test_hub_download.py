@@ -158,6 +158,9 @@ def test_only_the_config_is_fetched_to_plan(hub: Hub) -> None:
     checkpoint = Checkpoint.open_to_plan(folder)
     assert not checkpoint.tensors
     assert checkpoint.spec == Checkpoint.open(pull(NAME).path).spec
+    hub.status = 503
+    assert fetch_config(NAME) == (folder, None)
+    hub.status = None
     assert Checkpoint.open_to_plan(pull(NAME).path).tensors
 
 
@@ -212,6 +215,20 @@ def test_a_broken_connection_is_taken_up_where_it_broke(hub: Hub) -> None:
     assert ranges[0] is None
     assert len(ranges) == 3
     assert all(text is not None for text in ranges[1:])
+
+
+def test_a_connection_that_breaks_again_and_again(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = weights(hub)
+    monkeypatch.setattr("model.hub_download._PAUSE_S", 0)
+    hub.breaks = [PIECE, *[0] * 20]
+    message = refusal()
+    assert "broke off model.safetensors again and again, at 0.1 MiB of 0.4 MiB" in message
+    assert "goes on where it was" in message
+    assert blob.with_name(f"{blob.name}.incomplete").stat().st_size == PIECE
+    hub.breaks = []
+    assert pull(NAME).fetched_bytes == len(LARGE) - PIECE
 
 
 def test_what_an_earlier_process_left_is_taken_up(hub: Hub) -> None:
