@@ -34,6 +34,14 @@ def default_url() -> str:
     return os.environ.get("SHOAL_COORDINATOR", DEFAULT_URL)
 
 
+class Refused(CommandFailed):
+    """The coordinator refuses a request. ``code`` is OpenAI's word for the reason, or None."""
+
+    def __init__(self, message: str, code: str | None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Client:
     """The API of a coordinator. All calls raise CoordinatorUnreachable and CommandFailed."""
 
@@ -130,7 +138,7 @@ class Client:
 def _object(response: httpx.Response) -> dict[str, Any]:
     values = response.json()
     if response.status_code != 200:
-        raise CommandFailed(values["error"]["message"])
+        raise Refused(values["error"]["message"], values["error"].get("code"))
     if not isinstance(values, dict):
         raise TypeError("expected an object")
     return values

@@ -494,6 +494,13 @@ def _bench(parser: argparse.ArgumentParser) -> Page:
     return Page(bench.run_bench, bench.EXAMPLES, bench.ABOUT)
 
 
+def _eval(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import evaluate
+
+    evaluate.add_eval_arguments(parser)
+    return Page(evaluate.run_eval, evaluate.EXAMPLES, evaluate.ABOUT)
+
+
 def _edgetpu(parser: argparse.ArgumentParser) -> Page:
     from cli.commands import edgetpu
 
@@ -624,6 +631,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "calibrate": ("Measure what this device can do.", _calibrate),
     "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),
     "bench": ("Measure this device's tokens per second for a model's shape.", _bench),
+    "eval": ("Score a model's answers and losses on your data.", _eval),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),

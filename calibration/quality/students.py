@@ -222,16 +222,20 @@ class Students:
 
     def plan_kl(self, formats: Sequence[Format | None], final: Rows) -> float:
         """Return the divergence of a student that has every block in its format."""
-        rows = self.tokens
-        head = self.spec.head_block
-        for block, fmt in enumerate(formats[:head]):
-            with self._block(block, fmt) as run:
-                rows = run(rows)
-            self.step()
-        with self._block(head, formats[head]) as run:
+        rows = self.head_input(formats)
+        with self.block(self.spec.head_block, formats[-1]) as run:
             (kl,) = self._head_kls(final, [(run, rows)])
         self.step()
         return kl
+
+    def head_input(self, formats: Sequence[Format | None]) -> Rows:
+        """Return the hidden rows before the head, with every block in its format."""
+        rows = self.tokens
+        for block, fmt in enumerate(formats[: self.spec.head_block]):
+            with self.block(block, fmt) as run:
+                rows = run(rows)
+            self.step()
+        return rows
 
     def _head_kls(self, final: Rows, students: Sequence[tuple[Run | None, Rows]]) -> list[float]:
         """Return the mean KL of each student: (its head, or None for the teacher's, its input)."""
@@ -247,7 +251,8 @@ class Students:
         return [total / len(final) for total in sums]
 
     @contextmanager
-    def _block(self, block: int, fmt: Format | None) -> Iterator[Run]:
+    def block(self, block: int, fmt: Format | None) -> Iterator[Run]:
+        """Load a block in a format, or None as it is, for the time of the context."""
         if fmt is None:
             with self._original(block) as run:
                 yield run

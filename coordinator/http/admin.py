@@ -348,6 +348,8 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             stage["measured_sum"] = figures
     return {
         "context_tokens": deployment.context_tokens,
+        "scheme": deployment.request.scheme,
+        "group_size": deployment.request.group_size,
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": plan,
         "quality": deployment.quality,

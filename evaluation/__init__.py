@@ -1,0 +1,1 @@
+"""Scores what a model answers, and how likely it finds the expected answers."""
