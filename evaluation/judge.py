@@ -65,7 +65,7 @@ class Judge:
         text = "\n".join(f"=== {name}\n{part}" for name, part in parts.items() if part) + "\n==="
         body = {
             "model": self.model,
-            "messages": [{"role": "system", "content": _ASK}, {"role": "user", "content": text}],
+            "messages": [{"role": "user", "content": f"{_ASK}\n\n{text}"}],
             "temperature": 0,
             "max_tokens": _MAX_REPLY_TOKENS,
         }
@@ -82,23 +82,29 @@ class Judge:
 
     def _first_model(self) -> str:
         try:
-            return str(self._ask("GET", "/models")["data"][0]["id"])
+            return str(self._ask("GET", "/models", attempts=1)["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise EvaluationError(f"{self._url} lists no model: add --judge-model NAME") from error
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        attempts: int = ATTEMPTS,
+    ) -> Any:
         """Return the endpoint's JSON. A busy or silent endpoint is asked again, after a pause."""
         failure = ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             if attempt:
                 time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
             try:
                 status, content = self._send(method, path, body)
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise EvaluationError(f"--judge {self._url}: expected http://HOST/v1") from error
             except httpx.HTTPError as error:
                 failure = str(error) or type(error).__name__
                 continue
-            except httpx.InvalidURL as error:
-                raise EvaluationError(f"--judge {self._url}: not a URL") from error
             if status == 200:
                 try:
                     return json.loads(content)

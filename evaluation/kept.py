@@ -18,6 +18,7 @@ from evaluation.errors import EvaluationError
 FORMAT = 1
 MAX_LINE_BYTES = 4 << 20
 
+_HEAD = b'{"shoal_eval"'
 _KEYS = ("run", "kind", "item")
 
 
@@ -80,7 +81,7 @@ class Kept:
         end = 0
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
             if not line.endswith(b"\n"):
-                if number == 1 and not line.startswith(b'{"shoal_eval"'):
+                if number == 1 and _HEAD[: len(line)] != line[: len(_HEAD)]:
                     raise EvaluationError(f"{path}: not a file of `shoal eval`: name another --out")
                 break  # The program ended while it wrote this line.
             values = _object(line)

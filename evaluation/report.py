@@ -17,6 +17,8 @@ from evaluation.data import Question
 from evaluation.judge import CRITERIA
 from evaluation.kept import Kept
 
+_MAX_EXPONENT = 700.0
+
 LABELS = {
     "loss": "loss, nats per token",
     "perplexity": "perplexity",
@@ -80,9 +82,12 @@ def csv_text(runs: Iterable[tuple[str, Mapping[str, Estimate]]]) -> str:
     return text.getvalue()
 
 
-def plain(found: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
-    """Return figures as plain values for JSON. A figure without bounds has nulls."""
-    return {name: asdict(one) for name, one in found.items()}
+def plain(found: Mapping[str, Estimate]) -> dict[str, dict[str, float | None]]:
+    """Return figures as plain values for JSON, which has null for what is not finite."""
+    return {
+        name: {key: value if math.isfinite(value) else None for key, value in asdict(one).items()}
+        for name, one in found.items()
+    }
 
 
 def _loss_figures(scored: Scored) -> dict[str, Estimate]:
@@ -100,8 +105,9 @@ def _loss_figures(scored: Scored) -> dict[str, Estimate]:
         found["kl"] = _estimate(_columns(losses, "kl"), mean, scored)
     for prefix, column in columns.items():
         rows = _columns(losses, column)
-        found[f"{prefix}loss"] = _estimate(rows, mean, scored)
-        found[f"{prefix}perplexity"] = _estimate(rows, _perplexity, scored)
+        loss = found[f"{prefix}loss"] = _estimate(rows, mean, scored)
+        bounds = map(_perplexity, (loss.value, loss.low, loss.high))
+        found[f"{prefix}perplexity"] = Estimate(*bounds, loss.items)
     return found
 
 
@@ -109,9 +115,8 @@ def _columns(losses: Sequence[Mapping[str, float]], name: str) -> Sums:
     return np.asarray([(values[name], values["tokens"]) for values in losses], np.float64)
 
 
-def _perplexity(sums: Sums) -> float:
-    loss = mean(sums)
-    return math.exp(loss) if loss < 700 else math.inf
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < _MAX_EXPONENT else math.inf
 
 
 def _answer_figures(scored: Scored) -> dict[str, Estimate]:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("model", "wire", "backends", "calibration", "agent", "planning", "paper"),
-    *("coordinator", "testbed", "cli"),
+    *("coordinator", "testbed", "evaluation", "cli"),
 )
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -26,6 +26,7 @@ PACKAGES = (
     "paper",
     "coordinator",
     "testbed",
+    "evaluation",
     "cli",
     "benchmarks",
     "examples",

@@ -148,16 +148,20 @@ def _show_table(
     for name, words in LABELS.items():
         cells = [figures.get(name) for _, figures in named]
         if any(cells):
-            table.add_row(words, *("" if one is None else _cell(one) for one in cells))
+            digits = 6 if "perplexity" in name else 4  # Near 1, fewer would all look alike.
+            table.add_row(words, *("" if one is None else _cell(one, digits) for one in cells))
     screen.table(table)
 
 
-def _cell(one: Estimate) -> str:
-    return f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})"
+def _cell(one: Estimate, digits: int) -> str:
+    value, low, high = (f"{part:.{digits}g}" for part in (one.value, one.low, one.high))
+    return f"{value} ({low} to {high})"
 
 
 def _lines(done: Evaluated, named: Sequence[tuple[str, Mapping[str, Estimate]]]) -> Iterator[str]:
     """Yield how each figure was computed, and what was left out."""
+    if any("bleu" in figures and figures["bleu"].value == 0 for _, figures in named):
+        yield "BLEU is 0 if no four words of any answer agree, as with answers of fewer words"
     if any("loss" in figures for _, figures in named):
         yield f"losses and KL: computed {LOSSES_BY}"
     for run in done.runs:

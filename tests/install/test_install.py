@@ -267,6 +267,7 @@ def test_a_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
         "paper",
         "coordinator",
         "testbed",
+        "evaluation",
         "cli",
     )
     for name in (*packages, "systemd"):
