@@ -106,8 +106,8 @@ def _loss_figures(scored: Scored) -> dict[str, Estimate]:
     for prefix, column in columns.items():
         rows = _columns(losses, column)
         loss = found[f"{prefix}loss"] = _estimate(rows, mean, scored)
-        bounds = map(_perplexity, (loss.value, loss.low, loss.high))
-        found[f"{prefix}perplexity"] = Estimate(*bounds, loss.items)
+        value, low, high = map(_perplexity, (loss.value, loss.low, loss.high))
+        found[f"{prefix}perplexity"] = Estimate(value, low, high, loss.items)
     return found
 
 
