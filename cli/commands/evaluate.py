@@ -410,7 +410,9 @@ def _evaluate(
                         with screen.counting(f"judging {run.label}") as on_step:
                             add_scores(kept, tasks, run.key, judge, on_step)
         except KeyboardInterrupt:
-            if options.out is not None:
+            if options.out is None:
+                screen.note("nothing is kept: --out FILE.jsonl keeps what is done")
+            else:
                 screen.note(f"{len(kept)} results are kept in {options.out}: ask again to go on")
             raise
         checkpoint = None if model.files is None else model.files.checkpoint

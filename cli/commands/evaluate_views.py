@@ -130,7 +130,7 @@ def _details(done: Evaluated, run: Run) -> dict[str, Any]:
         "bits_per_weight": checkpoint and bits_per_weight(checkpoint, run.bits),
         "quantization_ratio": checkpoint and ratio(checkpoint, run.bits),
         "answers_by": run.answers_by,
-        "questions_per_s": done.speeds.get(run.label),
+        "questions_per_s": done.speeds.get(run.label) or None,
         "refused": sum(one is not None and one.get("answer") is None for one in answers),
         "unjudged": sum(one is not None and len(one) == 1 for one in judged),
     }

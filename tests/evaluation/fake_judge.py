@@ -17,6 +17,7 @@ class FakeJudge(ThreadingHTTPServer):
     """Answers that equal an accepted one get 10 for correctness, others 2. Lengths decide the rest.
 
     replies: (status, body) pairs that are sent first, before any score. A body is sent as it is.
+    is_asked: set by a request. go: requests wait until it is set, as it is at first.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,12 @@ class FakeJudge(ThreadingHTTPServer):
         self.replies: list[tuple[int, bytes]] = []
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.is_asked = threading.Event()
+        self.go = threading.Event()
+        self.go.set()
+
+    def handle_error(self, *_: object) -> None:
+        """Let clients leave before they are answered."""
 
     @property
     def url(self) -> str:
@@ -64,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.asked.append(body)
         self.server.keys.append(self.headers["authorization"])
+        self.server.is_asked.set()
+        self.server.go.wait(60)
         if self.server.replies:
             self._send(*self.server.replies.pop(0))
             return
