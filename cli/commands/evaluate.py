@@ -43,13 +43,12 @@ ABOUT = (
     "Intervals of 95 % come from drawing the items again 1000 times."
 )
 EXAMPLES = (
-    "  shoal eval tiny-opt --data examples/tiny-opt/dev.json "
-    "--template '{context} {question}'\n"
-    "  shoal eval ./opt-350m --data dev-v2.0.json --questions 1000 --out opt.jsonl\n"
+    "  shoal eval tiny-opt --data dev.json --template '{context} {question}'\n"
+    "  shoal eval opt-350m --data dev-v2.0.json --questions 1000 --out opt.jsonl\n"
     "  shoal eval ./opt-350m --data dev-v1.1.json --bits 4,8,16 --plot bits.svg\n"
     "  shoal eval ./opt-350m --data prompts.jsonl --plan plan.json --csv plan.csv\n"
     "  shoal eval ./opt-350m --data wiki.txt --bits 4 --metrics loss,kl\n"
-    "  SHOAL_JUDGE_KEY=secret shoal eval tiny-opt --data q.json --judge https://host/v1\n"
+    "  shoal eval tiny-opt --data dev.json --judge http://127.0.0.1:8000/v1\n"
 )
 
 
@@ -75,7 +74,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What is loaded at a coordinator."""
+    """A model that a coordinator serves, and how many questions to ask it at once."""
 
     client: Client
     name: str
@@ -444,7 +443,7 @@ def _wishes(options: argparse.Namespace, data: Data) -> Wishes:
 
 
 def _settings(data: Data, model: Model, wishes: Wishes) -> dict[str, Any]:
-    """What results depend on, apart from the bits: another value needs another --out."""
+    """Return the values that results depend on, apart from the bits, for the head of --out."""
     settings: dict[str, Any] = {"model": model.name, "data": data.sha256, "format": data.kind}
     settings["weights"] = "" if model.files is None else model.files.checkpoint.fingerprint
     if data.kind == "text":
