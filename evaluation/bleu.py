@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,11 @@ def corpus_bleu(sums: Sums) -> float:
         )
         .score
     )
+
+
+def has_order(references: Iterable[Sequence[str]]) -> bool:
+    """Whether any reference has the four words that BLEU compares. Without one it is always 0."""
+    return any(len(text.split()) >= _ORDERS for accepted in references for text in accepted)
 
 
 def is_installed() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from evaluation import squad
-from evaluation.bleu import bleu_rows, corpus_bleu
+from evaluation.bleu import bleu_rows, corpus_bleu, has_order
 from evaluation.bootstrap import Estimate, Statistic, Sums, estimate, mean
 from evaluation.data import Question
 from evaluation.judge import CRITERIA
@@ -138,8 +138,8 @@ def _answer_figures(scored: Scored) -> dict[str, Estimate]:
         for column, name in enumerate(("exact_match", "f1") if some else ()):
             rows = np.asarray([(100.0 * pair[column], 1.0) for pair in pairs])
             found[f"{prefix}{name}"] = _estimate(rows, mean, scored)
-    if scored.with_bleu:
-        accepted = [scored.questions[item].answers for item in answers]
+    accepted = [scored.questions[item].answers for item in answers]
+    if scored.with_bleu and has_order(accepted):
         texts = [answer or "" for answer in answers.values()]
         found["bleu"] = _estimate(bleu_rows(texts, accepted), corpus_bleu, scored)
     return found

@@ -13,7 +13,16 @@ READMES = sorted(
 
 def test_the_packages_have_readmes() -> None:
     assert {path.parent.name for path in READMES} >= {
-        *("model", "backends", "agent", "calibration", "testbed", "coordinator", "cli")
+        *(
+            "model",
+            "backends",
+            "agent",
+            "calibration",
+            "testbed",
+            "coordinator",
+            "cli",
+            "evaluation",
+        )
     }
 
 

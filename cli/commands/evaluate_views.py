@@ -160,8 +160,10 @@ def _cell(one: Estimate, digits: int) -> str:
 
 def _lines(done: Evaluated, named: Sequence[tuple[str, Mapping[str, Estimate]]]) -> Iterator[str]:
     """Yield how each figure was computed, and what was left out."""
-    if any("bleu" in figures and figures["bleu"].value == 0 for _, figures in named):
-        yield "BLEU is 0 if no four words of any answer agree, as with answers of fewer words"
+    from evaluation.bleu import is_installed
+
+    if done.speeds and is_installed() and not any("bleu" in figures for _, figures in named):
+        yield "no BLEU: it compares four words at a time, which no accepted answer has"
     if any("loss" in figures for _, figures in named):
         yield f"losses and KL: computed {LOSSES_BY}"
     for run in done.runs:

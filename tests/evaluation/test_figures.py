@@ -147,7 +147,10 @@ def test_csv_and_picture_have_every_figure() -> None:
     for item in (0, 1):
         kept.put("r", "answer", item, {"answer": "cat"})
         kept.put("r", "loss", item, {"tokens": 1, "nats": 1e6, "kl": None, "original_nats": None})
-    found = figures(scored(kept, QUESTIONS, with_bleu=True))
+    assert "bleu" not in figures(scored(kept, QUESTIONS, with_bleu=True))
+    four = {**QUESTIONS, 0: Question("0", "c", "q", ("cat", "the cat sat there"))}
+    found = figures(scored(kept, four, with_bleu=True))
+    assert "bleu" in found
     rows = list(csv.DictReader(io.StringIO(csv_text([("4, bits", found), ("<x>", found)]))))
     assert {row["run"] for row in rows} == {"4, bits", "<x>"}
     assert [row["figure"] for row in rows[: len(found)]] == list(found)
