@@ -124,6 +124,8 @@ class Checkpoint:
 
     def kept_formats(self, block: int) -> dict[str, Format]:
         """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        if not self.tensors:
+            return {}
         found: dict[str, Format] = {}
         for canonical, source in self._sources(block).items():
             formats = {
@@ -186,6 +188,8 @@ class Checkpoint:
 
     def source_dtypes(self, block: int) -> dict[str, str]:
         """Return what is stored for each canonical tensor of a block: F32, F16, BF16, Q4_K."""
+        if not self.tensors:
+            return {}
         return {
             canonical: self.tensors[source[0].name].dtype
             for canonical, source in self._sources(block).items()

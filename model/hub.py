@@ -32,6 +32,7 @@ DESCRIPTIONS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tekken.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
@@ -394,6 +395,16 @@ class SeveralFiles(HubError):
     def __init__(self, message: str, models: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__(message)
         self.models = models
+
+
+def pieces_of(path: Path) -> list[Path]:
+    """Return the files of a GGUF model, which ``path`` is the first of."""
+    piece = _PIECE_OF_GGUF.fullmatch(path.name)
+    if piece is None:
+        return [path]
+    start = f"{piece['stem']}-"
+    siblings = (item for item in path.parent.iterdir() if item.name.startswith(start))
+    return sorted(item for item in siblings if _PIECE_OF_GGUF.fullmatch(item.name))
 
 
 def _means(asked: str, model: str, files: list[str]) -> bool:

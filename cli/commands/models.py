@@ -23,6 +23,7 @@ from model.hub import (
     model_in,
     ollama_advice,
     parse_name,
+    pieces_of,
 )
 from wire.sizes import format_size
 
@@ -216,12 +217,13 @@ def _rows(repo: CachedRepoInfo, memory: _Memory) -> list[dict[str, Any]]:
     for revision in sorted(repo.revisions, key=lambda item: item.last_modified, reverse=True):
         snapshot = Path(revision.snapshot_path)
         for name, path in _models(repo.repo_id, snapshot):
+            files = () if path == snapshot else pieces_of(path)
             row = {
                 "name": str(name),
                 "revision": ", ".join(sorted(revision.refs)) or revision.commit_hash[:12],
                 "commit": revision.commit_hash,
                 "path": str(path),
-                "size_bytes": revision.size_on_disk if path == snapshot else path.stat().st_size,
+                "size_bytes": sum(file.stat().st_size for file in files) or revision.size_on_disk,
             }
             rows.append(row | _described(path, memory))
     return rows

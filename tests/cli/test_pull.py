@@ -266,6 +266,19 @@ def test_a_terminal_is_asked_which_gguf_file(hub: Hub) -> None:
     assert [Path(row["path"]).name for row in rows] == ["tiny-Q8_0.gguf"]
 
 
+def test_a_gguf_file_is_listed_and_planned_by_its_quantization(hub: Hub) -> None:
+    content = (ROOT / "tests" / "gguf" / "qwen3.gguf").read_bytes()
+    hub.repos["org/tiny"] = Repo({"tiny-F16.gguf": content, "tiny-Q4_0.gguf": LARGE})
+    planned = shoal("plan", "org/tiny:F16", f"--devices={LAB}", "--bits=8", "--json")
+    assert "has no config.json to plan from: run `shoal pull org/tiny:F16`" in line(planned)
+    last_json(shoal("pull", "org/tiny", "--file=F16", "--json"))
+    (row,) = last_json(shoal("models", "--json", NOWHERE))["models"]
+    assert (row["size_bytes"], row["supported"], row["fits"]) == (len(content), True, True)
+    for model in ("org/tiny:f16", "org/tiny", row["path"], str(Path(row["path"]).parents[2])):
+        planned = shoal("plan", model, f"--devices={LAB}", "--bits=8", "--json")
+        assert last_json(planned)["model"] == "tiny-F16"
+
+
 # ---- names where a model is taken --------------------------------------------------------------
 
 

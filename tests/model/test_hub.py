@@ -25,6 +25,7 @@ from model.hub import (
     ollama_advice,
     on_this_machine,
     parse_name,
+    pieces_of,
     resolved,
     served_name,
     snapshot,
@@ -241,6 +242,13 @@ def test_a_gguf_file_is_chosen_by_its_quantization() -> None:
     for unclear in (None, "Q4", "F16", "Q5_0"):
         with pytest.raises(HubError, match="Q6_K, BF16, IQ4_XS, Q4_K_M, UD-Q4_K_XL; give one"):
             choose_gguf(files, HubName("o/x", file=unclear))
+
+
+def test_the_pieces_of_a_gguf_model(tmp_path: Path) -> None:
+    names = [f"a-0000{n}-of-00002.gguf" for n in (1, 2)]
+    folder = put(tmp_path / "x", *names, "a.gguf", "b-00001-of-00002.gguf")
+    assert pieces_of(folder / names[0]) == [folder / name for name in names]
+    assert pieces_of(folder / "a.gguf") == [folder / "a.gguf"]
 
 
 @pytest.mark.parametrize(
