@@ -380,9 +380,9 @@ def choose_gguf(files: Iterable[str], name: HubName) -> tuple[str, ...]:
         chosen = {key: value for key, value in models.items() if _means(name.file, key, value)}
     if len(chosen) == 1:
         return tuple(next(iter(chosen.values())))
-    shown = ", ".join(map(_short, models)) or "none"
+    shown = ", ".join(map(quantization_of, models)) or "none"
     asked = f"has no GGUF file {name.file}" if name.file and not chosen else "has several models"
-    example = _short(next(iter(chosen or models), "Q4_K_M"))
+    example = quantization_of(next(iter(chosen or models), "Q4_K_M"))
     raise SeveralFiles(
         f"{name.repo} {asked}: {shown}; give one, as in `{name.repo}:{example}`",
         {key: tuple(value) for key, value in models.items()},
@@ -415,8 +415,8 @@ def _means(asked: str, model: str, files: list[str]) -> bool:
     return re.search(rf"(?:^|[-._]){re.escape(asked.lower())}$", stem) is not None
 
 
-def _short(model: str) -> str:
-    """Return the quantization in a GGUF file's name, else the name."""
+def quantization_of(model: str) -> str:
+    """Return the quantization in a GGUF file's name, such as Q4_K_M, else the name."""
     stem = PurePosixPath(model).name.removesuffix(".gguf")
     found = re.search(
         r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|T?Q\d_\w+|BF16|F16|F32|MXFP4\w*))$", stem, re.I

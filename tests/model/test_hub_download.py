@@ -148,6 +148,14 @@ def test_repositories_without_usable_weights(hub: Hub) -> None:
     assert "leave out `:Q4_0`" in refusal(HubName("org/tiny", file="Q4_0"))
 
 
+def test_weights_that_nothing_here_can_run_are_not_fetched(hub: Hub) -> None:
+    config = b'{"model_type": "mamba"}'
+    hub.repos["org/tiny"] = Repo(sized(config__json=config, model__safetensors=LARGE))
+    message = refusal()
+    assert message.startswith('org/tiny is not fetched: config.json: model_type = "mamba"')
+    assert hub.fetched() == [f"/org/tiny/resolve/{COMMIT}/config.json"]
+
+
 def test_only_the_config_is_fetched_to_plan(hub: Hub) -> None:
     hub.repos["org/tiny"] = Repo(fixture())
     folder, size_bytes = fetch_config(NAME)
