@@ -138,7 +138,10 @@ def _asked(name: HubName, error: SeveralFiles, screen: Screen) -> HubName:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """The memory that models are compared with. ``devices`` None: this machine's."""
+    """The memory that models are compared with. ``devices`` 0 or None: this machine's.
+
+    None: no coordinator answers.
+    """
 
     available_bytes: int
     devices: int | None
@@ -146,8 +149,9 @@ class _Memory:
     @property
     def text(self) -> str:
         size = format_size(self.available_bytes)
-        if self.devices is None:
-            return f"no coordinator answers: compared with {size} that are free on this machine"
+        if not self.devices:
+            why = "no coordinator answers" if self.devices is None else "no device has joined"
+            return f"{why}: compared with {size} that are free on this machine"
         return f"compared with {size} of {self.devices} devices that have joined"
 
 
@@ -209,7 +213,8 @@ def _memory(options: argparse.Namespace) -> _Memory:
             devices = client.get("/shoal/v1/devices")["devices"]
     except CommandFailed:
         return _Memory(memory_bytes()[0], None)
-    return _Memory(sum(device["memory_bytes"] for device in devices), len(devices))
+    joined_bytes = sum(device["memory_bytes"] for device in devices)
+    return _Memory(joined_bytes if devices else memory_bytes()[0], len(devices))
 
 
 def _rows(repo: CachedRepoInfo, memory: _Memory) -> list[dict[str, Any]]:
