@@ -34,6 +34,7 @@ DESCRIPTIONS = (
     "tokenizer_config.json",
     "tekken.json",
     "tokenizer.model",
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
