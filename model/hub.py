@@ -32,7 +32,6 @@ DESCRIPTIONS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "tekken.json",
     "tokenizer.model",
     "tekken.json",
     "vocab.json",

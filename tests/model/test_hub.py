@@ -11,6 +11,7 @@ import pytest
 
 from model.errors import HubError
 from model.hub import (
+    DESCRIPTIONS,
     OLLAMA_NAMES,
     HubName,
     cache_directory,
@@ -178,6 +179,10 @@ def test_a_link_to_a_lost_blob_is_not_there(cache: Path) -> None:
     (path / "tiny-Q4_0.gguf").symlink_to(path / "lost")
     assert cached_model(HubName("org/tiny")) is None
     assert cached_model(HubName("org/tiny", file="Q4_0")) is None
+
+
+def test_no_file_is_described_twice() -> None:
+    assert len(set(DESCRIPTIONS)) == len(DESCRIPTIONS)
 
 
 def test_weights_are_lacking_beside_descriptions_only(tmp_path: Path) -> None:
