@@ -146,7 +146,7 @@ def parse_name(text: str) -> HubName | None:
     elif address is not None:
         text = address["path"]
     match = _NAME.fullmatch(text)
-    if match is None or ".." in text:
+    if match is None or ".." in text or "--" in match["repo"]:
         return None
     return HubName(match["repo"], match["revision"], match["file"])
 

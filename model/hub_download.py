@@ -137,25 +137,32 @@ def fetch_config(name: HubName) -> tuple[Path, int | None]:
 def look_up(name: HubName) -> Repository:
     """Return what the hub says about a repository: its commit and files. Raises HubError."""
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
 
-    with _explained(name):
-        info = HfApi(endpoint=_endpoint()).model_info(
-            name.repo,
-            revision=name.revision,
-            files_metadata=True,
-            timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        )
-    files = [
-        HubFile(
-            item.rfilename,
-            (item.lfs.size if item.lfs else item.size) or 0,
-            item.lfs.sha256 if item.lfs else item.blob_id or "",
-        )
-        for item in info.siblings or ()
-    ]
-    commit = info.sha or ""
-    if not _is_hex(commit, 40) or not all(_is_sound(file) for file in files):
-        raise HubError(f"{_host()} answers for {name.repo} unlike a hub: is HF_ENDPOINT right?")
+    try:
+        with _explained(name):
+            info = HfApi(endpoint=_endpoint()).model_info(
+                name.repo,
+                revision=name.revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            )
+        files = [
+            HubFile(
+                item.rfilename,
+                (item.lfs.size if item.lfs else item.size) or 0,
+                item.lfs.sha256 if item.lfs else item.blob_id or "",
+            )
+            for item in info.siblings or ()
+        ]
+        commit = info.sha or ""
+        is_sound = _is_hex(commit, 40) and all(_is_sound(file) for file in files)
+    except HFValidationError as error:
+        raise HubError(f"{name.repo} is no name that a hub can have: check it") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another service.
+        raise HubError(f"{_host()} does not answer like a hub: is HF_ENDPOINT right?") from error
+    if not is_sound:
+        raise HubError(f"{_host()} does not answer like a hub: is HF_ENDPOINT right?")
     return Repository(name, commit, tuple(files))
 
 

@@ -85,8 +85,8 @@ def test_names(text: str, name: HubName) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "gpt2", "./org/tiny", "/org/tiny", "../org/tiny", "a/b/c", "org/ti ny", "org/tiny@",
-     "org/tiny@../x", "org/tiny@a/../b", "org/tiny:", "org/tiny:../x", "-x/y", "~/models/llama",
-     "org/tiny\n", "https://example.org/org/tiny", "llama3.2:1b"],
+     "org/tiny@../x", "org/tiny@a/../b", "org/tiny:", "org/tiny:../x", "-x/y", "a--b/c",
+     "~/models/llama", "org/tiny\n", "https://example.org/org/tiny", "llama3.2:1b"],
 )  # fmt: skip
 def test_what_is_no_name(text: str) -> None:
     assert parse_name(text) is None

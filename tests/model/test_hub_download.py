@@ -329,11 +329,20 @@ def test_a_gated_model_says_what_to_do(hub: Hub, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(403, "forbids"), (418, "answers 418 for org/tiny: try again later")]
+    ("status", "said"),
+    [
+        (200, "does not answer like a hub"),
+        (403, "forbids"),
+        (418, "answers 418 for org/tiny: try again later"),
+    ],
 )
 def test_other_refusals(hub: Hub, status: int, said: str) -> None:
     hub.status = status
     assert said in refusal()
+
+
+def test_a_name_that_no_hub_has(hub: Hub) -> None:
+    assert "org/tiny.git is no name that a hub can have" in refusal(HubName("org/tiny.git"))
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +368,7 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", ["../evil", "/etc/evil", "a/../../b"])
 def test_a_hostile_list_of_files_is_refused(hub: Hub, path: str) -> None:
     hub.repos["org/tiny"] = Repo(fixture() | {path: b"x"})
-    assert "unlike a hub" in refusal()
+    assert "does not answer like a hub" in refusal()
     assert not NAME.folder.exists()
 
 
