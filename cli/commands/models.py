@@ -152,7 +152,8 @@ class _Memory:
         if not self.devices:
             why = "no coordinator answers" if self.devices is None else "no device has joined"
             return f"{why}: compared with {size} that are free on this machine"
-        return f"compared with {size} of {self.devices} devices that have joined"
+        joined = "1 device that has" if self.devices == 1 else f"{self.devices} devices that have"
+        return f"compared with {size} of {joined} joined"
 
 
 def add_models_arguments(parser: argparse.ArgumentParser) -> None:

@@ -140,6 +140,14 @@ def test_an_only_gguf_file_needs_no_name(hub: Hub) -> None:
     assert cached_model(NAME) == path
 
 
+def test_an_adapter_is_fetched_without_a_config(hub: Hub) -> None:
+    files = sized(adapter_config__json=b"{}", adapter_model__safetensors=LARGE)
+    hub.repos["org/tiny"] = Repo(files | {"training_args.bin": b"x"})
+    path = pull(NAME).path
+    assert {item.name for item in path.iterdir()} == set(files)
+    assert cached_model(NAME) == path
+
+
 def test_repositories_without_usable_weights(hub: Hub) -> None:
     hub.repos["org/tiny"] = Repo(sized(config__json=b"{}", pytorch_model__bin=b"x"))
     assert "only pickles (pytorch_model.bin)" in refusal()

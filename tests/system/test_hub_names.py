@@ -67,7 +67,7 @@ def test_a_hubs_model_is_planned_loaded_and_asked_by_its_name(
     assert loads(cluster) == 1  # It was loaded already.
     (row,) = last_json(cluster.run("models", "--json"))["models"]
     assert (row["name"], row["fits"]) == ("org/tiny", True)
-    assert "compared with" in cluster.run("models").stdout
+    assert "of 1 device that has joined" in cluster.run("models").stdout
     assert "run `shoal unload` first" in refused(cluster.run("rm", "org/tiny", "--yes"))
 
     assert cluster.run("unload").returncode == 0
