@@ -38,6 +38,7 @@ from model.families.layernorm import (
 )
 from model.families.olmo import OLMO_NAMES, exaone4, olmo2, olmo3
 from model.families.opt import OPT_NAMES, opt
+from model.families.quantization import read_quantization
 from model.families.scaled import (
     GRANITE_HYBRID_NAMES,
     granite,
@@ -100,9 +101,10 @@ def load_spec(directory: Path) -> ModelSpec:
 
 def describe(config: Config, directory: Path) -> ModelSpec:
     """Do the same as ``load_spec`` for a config that is already read."""
+    own = language_part(config)
+    family = _family(own)
     _refuse_foreign_options(config)
-    config = language_part(config)
-    spec = _family(config).describe(config)
+    spec = family.describe(own)
     generation = directory / "generation_config.json"
     eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()
@@ -176,11 +178,7 @@ def _family(config: Config) -> _Family:
 
 def _refuse_foreign_options(config: Config) -> None:
     """Refuse options of any architecture that would change the numbers."""
-    for key in ("quantization_config", "compression_config"):
-        if config.has(key):
-            raise config.unsupported(
-                key, "...", "give the unquantized checkpoint, quantization happens here"
-            )
+    read_quantization(config)
     for key in ("is_encoder_decoder", "add_cross_attention"):
         if config.flag(key, False):
             raise config.unsupported(key, True, "only decoders are")
