@@ -175,6 +175,48 @@ SMALL: dict[str, Any] = LLAMA | {
     "initializer_range": 0.3,
 }
 
+GEMMA: dict[str, Any] = SMALL | {
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 2,
+    "sliding_window": 10,
+}
+GEMMA3: dict[str, Any] = GEMMA | {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+SIGLIP = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def as_gemma3_of_2025(config: dict[str, Any]) -> None:
+    """Rewrite as published: rotary parameters in old fields, layer kinds by a pattern."""
+    ropes = config.pop("rope_parameters")
+    config["rope_theta"] = ropes["full_attention"].pop("rope_theta")
+    config["rope_scaling"] = ropes["full_attention"]
+    config["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    del config["layer_types"]
+    config["sliding_window_pattern"] = 2
+
+
+def as_gemma3_that_sees(config: dict[str, Any]) -> None:
+    """Rewrite as published: most of text_config is left to defaults, the type to the whole."""
+    text = config["text_config"]
+    for key in ("attention_bias", "bos_token_id", "dtype", "model_type", "rms_norm_eps"):
+        text.pop(key, None)
+    config["torch_dtype"] = config.pop("dtype")
+
+
 GPT2 = {
     "n_embd": 32,
     "n_layer": 3,
@@ -212,8 +254,48 @@ LONG_PHI = SMALL | {
 
 FAMILIES: dict[str, Family] = {
     "ernie4_5": Family("ernie4_5", SMALL | {"use_bias": True, "head_dim": 16}),
+    "exaone4": Family(
+        "exaone4",
+        SMALL
+        | {
+            "head_dim": 16,
+            "sliding_window": 10,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "exaone4-full": Family(
+        "exaone4",
+        SMALL | {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
     "gemma": Family(
         "gemma", SMALL | {"head_dim": 16, "initializer_range": 0.5}, embedding_scale=0.3
+    ),
+    "gemma2": Family(
+        "gemma2",
+        GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 8.0},
+        torch.bfloat16,
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        GEMMA3 | {"tie_word_embeddings": True},
+        torch.bfloat16,
+        embedding_scale=0.15,
+        rewrite=as_gemma3_of_2025,
+    ),
+    "gemma3-sees": Family(
+        "gemma3",
+        SMALL
+        | {
+            "text_config": GEMMA3 | {"tie_word_embeddings": True},
+            "tie_word_embeddings": True,
+            "vision_config": SIGLIP,
+            "mm_tokens_per_image": 1,
+            "image_token_index": 1000,
+        },
+        torch.bfloat16,
+        embedding_scale=0.15,
+        rewrite=as_gemma3_that_sees,
     ),
     "glm": Family("glm", SMALL | {"head_dim": 16}),
     "gpt2": Family("gpt2", GPT2),
@@ -272,9 +354,22 @@ FAMILIES: dict[str, Family] = {
             | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 72},
         },
     ),
+    "olmo2": Family("olmo2", SMALL | {"attention_bias": True}),
+    "olmo3": Family(
+        "olmo3",
+        SMALL
+        | {
+            "num_hidden_layers": 4,
+            "sliding_window": 10,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
     "phi3": Family("phi3", SMALL | {"sliding_window": 20}),
-    "phi3-short": Family("phi3", LONG_PHI | {"original_max_position_embeddings": 80}),
     "phi3-long": Family("phi3", LONG_PHI | {"original_max_position_embeddings": 16}),
+    "phi3-short": Family("phi3", LONG_PHI | {"original_max_position_embeddings": 80}),
     "qwen2-yarn": Family("qwen2", SMALL | {"rope_parameters": YARN}),
     "qwen3-yarn": Family(
         "qwen3",
@@ -365,6 +460,7 @@ def random_model(family: Family, seed: int) -> torch.nn.Module:
     config = CONFIG_MAPPING[family.model_type](**family.options)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval().float()
+    scales = [buffer for key, buffer in model.named_buffers() if key.endswith("embed_scale")]
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(family.embedding_scale)
         for key, parameter in model.named_parameters():
@@ -373,6 +469,8 @@ def random_model(family: Family, seed: int) -> torch.nn.Module:
             elif parameter.dim() == 1:  # A norm is 1 or, where 1 is added to it, 0.
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.2))
             parameter.copy_(parameter.to(family.stored).float())
+        for scale in scales:  # Rounded like weights where the model runs as stored.
+            scale.copy_(scale.to(family.stored).float())
     return model
 
 

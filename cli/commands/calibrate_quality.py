@@ -187,10 +187,11 @@ def _show_quality(
 ) -> None:
     """Print ``answer`` as JSON or as tables, and draw it if asked."""
     from calibration.charts import heatmap_svg
+    from planning.request import model_name
 
     names = list(dict.fromkeys(item["name"] for item in answer["blocks"]))
     bits = sorted({quality.bits for quality in qualities})
-    name = options.model.absolute().name
+    name = model_name(options.model.absolute())
     title = f"{name}: KL(original || one block at b bits), nats per token"
     if options.json:
         screen.json(answer)

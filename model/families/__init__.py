@@ -27,6 +27,7 @@ from model.families.decoder import (
     smollm3,
 )
 from model.families.fused import GLM_NAMES, PHI3_NAMES, glm, glm_sources, phi3, phi3_sources
+from model.families.gemma import GEMMA2_NAMES, gemma, gemma2, gemma3, gemma_sources
 from model.families.layernorm import (
     GPT2_NAMES,
     STARCODER2_NAMES,
@@ -35,11 +36,11 @@ from model.families.layernorm import (
     stablelm,
     starcoder2,
 )
+from model.families.olmo import OLMO_NAMES, exaone4, olmo2, olmo3
 from model.families.opt import OPT_NAMES, opt
+from model.families.quantization import read_quantization
 from model.families.scaled import (
     GRANITE_HYBRID_NAMES,
-    gemma,
-    gemma_sources,
     granite,
     granite_hybrid,
     granite_hybrid_sources,
@@ -100,9 +101,9 @@ def load_spec(directory: Path) -> ModelSpec:
 
 def describe(config: Config, directory: Path) -> ModelSpec:
     """Do the same as ``load_spec`` for a config that is already read."""
-    family = _family(config)
     _refuse_foreign_options(config)
-    spec = family.describe(config)
+    config = language_part(config)
+    spec = _family(config).describe(config)
     generation = directory / "generation_config.json"
     eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()
@@ -118,6 +119,7 @@ def tensor_sources(
     ``available`` decides between the prefixes that checkpoints of a family use. A tied head reads
     the token table.
     """
+    config = language_part(config)
     family = _family(config)
     tokens = family.names["tokens"]
     prefix = next(
@@ -129,6 +131,8 @@ def tensor_sources(
         module, _, kind = canonical.rpartition(".")
         if module == "lm_head":
             name = f"{prefix}{tokens}.weight" if spec.tied_head else "lm_head.weight"
+            if name not in available and f"language_model.{name}" in available:
+                name = f"language_model.{name}"
             sources[canonical] = (Piece(name),)
         elif module in family.names:
             name = family.names[module].format(layer=block - 1)
@@ -148,23 +152,33 @@ def _turned(spec: ModelSpec, block: int, sources: Sources) -> Sources:
     return sources | changed(sources, ("q", "k", "q_norm", "k_norm"), turned=turned)
 
 
+def language_part(config: Config) -> Config:
+    """Return the config of the language model in a model that also sees, or the config itself.
+
+    It is in text_config there. Some fields are about the whole model, and stand beside it.
+    """
+    own = config.nested("text_config")
+    if own is None or config.values.get("model_type") not in _TEXT_TYPES:
+        return config
+    whole = {key: config.values[key] for key in _OF_THE_WHOLE if config.has(key)}
+    model_type = {"model_type": _TEXT_TYPES[config.model_type]}
+    return Config(config.path, model_type | dict(own.values) | whole)
+
+
 def _family(config: Config) -> _Family:
     model_type = config.model_type
     family = _FAMILIES.get(model_type)
-    if family is None:
-        feature, known = missing_feature(config), ", ".join(sorted(_FAMILIES))
-        advice = f"it needs {feature}; known: {known}" if feature else f"known: {known}"
-        raise config.unsupported("model_type", model_type, advice)
-    return family
+    if family is not None:
+        return family
+    feature = missing_feature(config)
+    if feature is not None:
+        raise config.lacking(feature)
+    raise config.unsupported("model_type", model_type, f"known: {', '.join(sorted(_FAMILIES))}")
 
 
 def _refuse_foreign_options(config: Config) -> None:
     """Refuse options of any architecture that would change the numbers."""
-    for key in ("quantization_config", "compression_config"):
-        if config.has(key):
-            raise config.unsupported(
-                key, "...", "give the unquantized checkpoint, quantization happens here"
-            )
+    read_quantization(config)
     for key in ("is_encoder_decoder", "add_cross_attention"):
         if config.flag(key, False):
             raise config.unsupported(key, True, "only decoders are")
@@ -172,17 +186,30 @@ def _refuse_foreign_options(config: Config) -> None:
         raise config.unsupported("is_causal", False, "only causal models are")
     if config.values.get("pruned_heads"):
         raise config.unsupported("pruned_heads", "...", "give a checkpoint without pruned heads")
+    causal = ["ForCausalLM", "LMHeadModel", "Model"]
+    if config.values.get("model_type") in _TEXT_TYPES:
+        causal.append("ForConditionalGeneration")
     for name in config.strings("architectures"):
-        if not name.endswith(("ForCausalLM", "LMHeadModel", "Model")):
+        if not name.endswith(tuple(causal)):
             raise config.unsupported("architectures", name, "only causal language models are")
 
 
 _DECODER = ("model.", "")
 """The prefixes of most checkpoints: with a head, and without."""
 
+NESTED_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+"""The prefixes of a language model that may be a part of another model."""
+
+_TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+"""Models whose language model is described in text_config, with its type where that has none."""
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
+
 _FAMILIES: Mapping[str, _Family] = {
     "ernie4_5": _Family(ernie, _DECODER, LLAMA_NAMES, interleaved),
+    "exaone4": _Family(exaone4, _DECODER, OLMO_NAMES),
     "gemma": _Family(gemma, _DECODER, LLAMA_NAMES, gemma_sources),
+    "gemma2": _Family(gemma2, _DECODER, GEMMA2_NAMES, gemma_sources),
+    "gemma3_text": _Family(gemma3, NESTED_PREFIXES, GEMMA2_NAMES, gemma_sources),
     "glm": _Family(glm, _DECODER, GLM_NAMES, glm_sources),
     "gpt2": _Family(gpt2, ("transformer.", ""), GPT2_NAMES, gpt2_sources),
     "granite": _Family(granite, _DECODER, LLAMA_NAMES, granite_sources),
@@ -192,8 +219,10 @@ _FAMILIES: Mapping[str, _Family] = {
     "llama": _Family(llama, _DECODER, LLAMA_NAMES),
     "minicpm": _Family(minicpm, _DECODER, LLAMA_NAMES, minicpm_sources),
     "ministral": _Family(mistral, _DECODER, LLAMA_NAMES),
-    "ministral3": _Family(ministral3, _DECODER, LLAMA_NAMES),
-    "mistral": _Family(mistral, _DECODER, LLAMA_NAMES),
+    "ministral3": _Family(ministral3, NESTED_PREFIXES, LLAMA_NAMES),
+    "mistral": _Family(mistral, NESTED_PREFIXES, LLAMA_NAMES),
+    "olmo2": _Family(olmo2, _DECODER, OLMO_NAMES),
+    "olmo3": _Family(olmo3, _DECODER, OLMO_NAMES),
     "opt": _Family(opt, ("model.decoder.", "decoder.", ""), OPT_NAMES),
     "phi3": _Family(phi3, _DECODER, PHI3_NAMES, phi3_sources),
     "qwen2": _Family(qwen2, _DECODER, LLAMA_NAMES),

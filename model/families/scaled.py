@@ -1,7 +1,6 @@
 """Decoders with constants between their parts, which are folded into the weights on reading.
 
-Granite and MiniCPM multiply embeddings, what a layer adds, attention's scores, and logits. Gemma
-multiplies embeddings, and adds one to the weights of its norms.
+Granite and MiniCPM multiply embeddings, what a layer adds, attention's scores, and logits.
 """
 
 from __future__ import annotations
@@ -11,41 +10,17 @@ from collections.abc import Mapping
 
 from model.families.config import Config
 from model.families.decoder import LAYER, LLAMA_NAMES, rotary_decoder, with_layers
-from model.families.sources import Source, changed, scaled, stacked
+from model.families.sources import Source, scaled, stacked
 from model.spec import ModelSpec
 
 _ADDED = ("o", "down")
 """The modules whose results are added to the hidden state."""
-_NORMS = ("attn_norm", "mlp_norm", "norm")
 
 GRANITE_HYBRID_NAMES = LLAMA_NAMES | {
     "gate": LAYER + "shared_mlp.input_linear",
     "up": LAYER + "shared_mlp.input_linear",
     "down": LAYER + "shared_mlp.output_linear",
 }
-
-
-def gemma(config: Config) -> ModelSpec:
-    """Describe the first Gemma. Its `gelu` has always meant the tanh form."""
-    bias = config.flag("attention_bias", False)
-    spec = rotary_decoder(config, qkv_bias=bias, out_bias=bias, head_dim=256, tied=True)
-    activation = config.text("hidden_activation", config.text("hidden_act", "gelu"))
-    if activation not in ("gelu", "gelu_pytorch_tanh"):
-        raise config.unsupported("hidden_activation", activation, "known: gelu_pytorch_tanh")
-    if config.flag("use_bidirectional_attention", False):
-        raise config.unsupported("use_bidirectional_attention", True, "only causal models are")
-    return with_layers(spec, activation="gelu_tanh")
-
-
-def gemma_sources(
-    _config: Config, spec: ModelSpec, block: int, sources: Mapping[str, Source]
-) -> dict[str, Source]:
-    """The head reads the token table as it is stored."""
-    return (
-        dict(sources)
-        | scaled(sources, ("tokens",), math.sqrt(spec.hidden))
-        | changed(sources, _NORMS, add=1.0)
-    )
 
 
 def granite(config: Config) -> ModelSpec:

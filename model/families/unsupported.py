@@ -1,4 +1,4 @@
-"""What known architectures need that is not implemented, so that an error can say which feature."""
+"""Features that known architectures need and that are not implemented, for messages."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _LINEAR = "linear attention"
 _PARALLEL = "attention and MLP side by side on one input (parallel residual)"
 _ALIBI = "ALiBi positions"
 _SQUARED = "the squared ReLU activation"
+_GEMMA_3N = "embeddings per layer, alternating updates (AltUp) and shared keys and values"
 _IMAGES = "a vision part, and rotary positions in several axes"
 _OWN_CODE = "tensor names of its authors' own code"
 
@@ -62,8 +63,11 @@ MISSING: Mapping[str, str] = {
     **dict.fromkeys(("baichuan", "chatglm", "internlm2", "qwen", "exaone"), _OWN_CODE),
     "apertus": "the xIELU activation",
     "bitnet": "ternary weights with norms inside attention and MLP",
-    "gemma3n": "embeddings of each layer (per-layer inputs, AltUp)",
-    "gemma4": "embeddings of each layer and layers that share keys and values",
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text"),
+        "embeddings per layer, shared keys and values and heads of two widths",
+    ),
     "gpt_bigcode": "one key and value head beside learned positions",
     "gpt_neo": "attention without scale, with local layers",
     "llama4": "chunked attention",

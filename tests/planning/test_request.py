@@ -122,6 +122,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("check_quality", True, "needs a quality_budget"),
     ("check_quality", 1, "true or false"),
     ("plan", {"source": "a", "model": "m", "stages": 3}, "stages: expected a list"),
+    ("generation_defaults", 0, "true or false"),
     ("with_problem", "yes", "true or false"),
 ]
 
