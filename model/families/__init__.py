@@ -26,7 +26,16 @@ from model.families.decoder import (
     qwen3,
     smollm3,
 )
-from model.families.fused import GLM_NAMES, PHI3_NAMES, glm, glm_sources, phi3, phi3_sources
+from model.families.fused import (
+    GLM4_NAMES,
+    GLM_NAMES,
+    PHI3_NAMES,
+    glm,
+    glm4,
+    glm_sources,
+    phi3,
+    phi3_sources,
+)
 from model.families.gemma import GEMMA2_NAMES, gemma, gemma2, gemma3, gemma_sources
 from model.families.layernorm import (
     GPT2_NAMES,
@@ -211,6 +220,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "gemma2": _Family(gemma2, _DECODER, GEMMA2_NAMES, gemma_sources),
     "gemma3_text": _Family(gemma3, NESTED_PREFIXES, GEMMA2_NAMES, gemma_sources),
     "glm": _Family(glm, _DECODER, GLM_NAMES, glm_sources),
+    "glm4": _Family(glm4, _DECODER, GLM4_NAMES, glm_sources),
     "gpt2": _Family(gpt2, ("transformer.", ""), GPT2_NAMES, gpt2_sources),
     "granite": _Family(granite, _DECODER, LLAMA_NAMES, granite_sources),
     "granitemoehybrid": _Family(
