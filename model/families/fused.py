@@ -21,7 +21,7 @@ GLM4_NAMES = GLM_NAMES | {
 def phi3(config: Config) -> ModelSpec:
     """Describe Phi-3, Phi-3.5 and Phi-4, the mini ones and those of 14B."""
     window = config.size("sliding_window") if config.has("sliding_window") else None
-    return rotary_decoder(config, windows=[window] * config.layer_count())
+    return rotary_decoder(config, windows=[window] * config.layer_count(), partial=1.0)
 
 
 def phi3_sources(

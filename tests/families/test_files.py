@@ -58,7 +58,5 @@ def test_fused_matrices_of_another_size_are_refused(tmp_path: Path) -> None:
         Checkpoint.open(model)
     config["num_key_value_heads"] = 1
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        CheckpointError, match=r"qkv_proj.* has 64 rows, but config.json makes it 48"
-    ):
+    with pytest.raises(CheckpointError, match=r"qkv_proj.* 64 rows, but .* makes it 48"):
         Checkpoint.open(model)
