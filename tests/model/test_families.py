@@ -164,6 +164,7 @@ def test_unknown_architectures_are_refused_by_their_missing_feature(tmp_path: Pa
     for options, feature in (
         ({"layer_types": ["linear_attention"] * 4}, "gated-delta attention"),
         ({"kv_lora_rank": 64}, "latent attention"),
+        ({"num_local_experts": 8}, "its kind of experts"),
         ({"vision_config": {"depth": 2}}, "a vision part"),
     ):
         with pytest.raises(UnsupportedModelError, match=f"new-one needs .* implemented: {feature}"):
