@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import re
@@ -19,7 +20,7 @@ from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Source, describe, read_config, tensor_sources
-from model.families.sources import shape_of
+from model.families.sources import Piece, shape_of
 from model.gguf_map import read_model
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
@@ -33,7 +34,8 @@ from model.weights import PlainTensor, StoredTensor
 
 log = logging.getLogger(__name__)
 
-_HEAD = "lm_head.weight"
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+"""The names of a separate head, also as a part of a model that sees."""
 _ADAPTER = "adapter_config.json"
 _RECOMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """The ends of the names of tensors in old checkpoints that config.json makes redundant.
@@ -221,6 +223,7 @@ class Checkpoint:
             for canonical, shape in shapes.items():
                 self._check_source(canonical, sources.get(canonical), shape)
                 used.update(piece.name for piece in sources[canonical])
+            self._check_parts(sources)
         # A bias or norm that the config does not name would be left out unnoticed.
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
         # Other parts of the model, like one that sees, have layers of their own.
@@ -264,17 +267,18 @@ class Checkpoint:
 
         Versions of transformers differ in which of the two they take.
         """
-        if not self.spec.tied_head or _HEAD not in self.tensors:
+        head = next((name for name in _HEADS if name in self.tensors), None)
+        if not self.spec.tied_head or head is None:
             return
         (piece,) = self._sources(self.spec.head_block)["lm_head.weight"]
         tokens = piece.name
-        if not _same_values(self.tensors[_HEAD], self.tensors[tokens]):
+        if not _same_values(self.tensors[head], self.tensors[tokens]):
             raise CheckpointError(
-                f"{self.directory}: tie_word_embeddings in config.json says that {_HEAD!r} is "
+                f"{self.directory}: tie_word_embeddings in config.json says that {head!r} is "
                 f"{tokens!r}, but the weights have both and they differ; set tie_word_embeddings "
-                f"to false if the head was trained, or remove {_HEAD!r}"
+                f"to false if the head was trained, or remove {head!r}"
             )
-        used.add(_HEAD)
+        used.add(head)
 
     def _check_source(
         self, canonical: str, source: Source | None, expected: tuple[int, ...]
@@ -301,6 +305,22 @@ class Checkpoint:
                 f"{tensor.path}: tensor {name!r} has shape {list(found)}, "
                 f"but config.json makes it {list(expected)}"
             )
+
+    def _check_parts(self, sources: Mapping[str, Source]) -> None:
+        """Check that a tensor of which rows are read has no others, as sizes would be wrong."""
+        parts: dict[Piece, set[tuple[int, int, int] | None]] = {}
+        for piece in itertools.chain.from_iterable(sources.values()):
+            whole = Piece(piece.name, index=piece.index, transposed=piece.transposed)
+            parts.setdefault(whole, set()).add(piece.rows)
+        for whole, spans in parts.items():
+            read = sum(len(range(*span)) for span in spans if span is not None)
+            stored = self.tensors[whole.name]
+            rows = whole.shape_of(stored.shape)[0]
+            if None not in spans and read != rows:
+                raise CheckpointError(
+                    f"{stored.path}: tensor {whole.name!r} has {rows} rows, but config.json makes "
+                    f"it {read}"
+                )
 
     def _stored(self, name: str) -> StoredTensor:
         tensor = self.tensors.get(name)

@@ -1,8 +1,10 @@
 """The forward pass in plain numpy: slow and short. Every backend is compared with it.
 
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
-(pre-norm, gated); the Qwen3 report (norms of q and k per head); the Gemma 2 report (norms around
-each part, capped scores and logits); "2 OLMo 2 Furious" (norms of outputs, and of all of q and k).
+(pre-norm, gated); the Qwen3 report (norms of q and k per head).
+
+Gemma 2 has norms around each part, and caps of scores and logits (its report). OLMo 2 has norms of
+what is added, and of all of q and k ("2 OLMo 2 Furious").
 """
 
 from __future__ import annotations

@@ -26,7 +26,16 @@ from model.families.decoder import (
     qwen3,
     smollm3,
 )
-from model.families.fused import GLM_NAMES, PHI3_NAMES, glm, glm_sources, phi3, phi3_sources
+from model.families.fused import (
+    GLM4_NAMES,
+    GLM_NAMES,
+    PHI3_NAMES,
+    glm,
+    glm4,
+    glm_sources,
+    phi3,
+    phi3_sources,
+)
 from model.families.gemma import GEMMA2_NAMES, gemma, gemma2, gemma3, gemma_sources
 from model.families.layernorm import (
     GPT2_NAMES,
@@ -169,11 +178,13 @@ def language_part(config: Config) -> Config:
 def _family(config: Config) -> _Family:
     model_type = config.model_type
     family = _FAMILIES.get(model_type)
-    if family is None:
-        feature, known = missing_feature(config), ", ".join(sorted({*_FAMILIES, *_TEXT_TYPES}))
-        advice = f"it needs {feature}; known: {known}" if feature else f"known: {known}"
-        raise config.unsupported("model_type", model_type, advice)
-    return family
+    if family is not None:
+        return family
+    feature = missing_feature(config)
+    if feature is not None:
+        raise config.lacking(feature)
+    known = ", ".join(sorted({*_FAMILIES, *_TEXT_TYPES}))
+    raise config.unsupported("model_type", model_type, f"known: {known}")
 
 
 def _refuse_foreign_options(config: Config) -> None:
@@ -211,6 +222,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "gemma2": _Family(gemma2, _DECODER, GEMMA2_NAMES, gemma_sources),
     "gemma3_text": _Family(gemma3, NESTED_PREFIXES, GEMMA2_NAMES, gemma_sources),
     "glm": _Family(glm, _DECODER, GLM_NAMES, glm_sources),
+    "glm4": _Family(glm4, _DECODER, GLM4_NAMES, glm_sources),
     "gpt2": _Family(gpt2, ("transformer.", ""), GPT2_NAMES, gpt2_sources),
     "granite": _Family(granite, _DECODER, LLAMA_NAMES, granite_sources),
     "granitemoehybrid": _Family(
