@@ -53,21 +53,24 @@ class Artifact:
 
 
 def write_artifact(
-    directory: Path, block: int, tensors: Mapping[str, npt.NDArray[Any]], fmt: Format
+    directory: Path, block: int, tensors: Mapping[str, Tensor], fmt: Format
 ) -> Artifact:
     """Quantize a block's tensors and store them as ``directory / <sha256>``, atomically.
 
-    tensors: canonical names to float values, as ``Checkpoint.block`` gives them.
+    tensors: canonical names to float values, as ``Checkpoint.block`` gives them. Matrices that are
+        in ``fmt`` already are stored as they are (``Checkpoint.block_in``).
 
     Raises CheckpointError for values that cannot be stored, and if the disk is full. No partial
     file remains.
     """
     stored: dict[str, Tensor] = {}
-    for name in sorted(tensors):
-        if name in QUANTIZED_TENSORS:
-            stored[name] = quantize(tensors[name], fmt, name)
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, QuantizedMatrix) and tensor.format == fmt:
+            stored[name] = tensor
+        elif name in QUANTIZED_TENSORS:
+            stored[name] = quantize(values_of(tensor), fmt, name)
         else:
-            stored[name] = np.asarray(tensors[name], np.float32)
+            stored[name] = np.asarray(tensor, np.float32)
     return store_block(directory, block, stored, fmt)
 
 

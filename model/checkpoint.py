@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Source, describe, read_config, tensor_sources
@@ -22,7 +23,7 @@ from model.families.sources import shape_of
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
 from model.given import kind_of_file, without_weights
-from model.quantize import Format
+from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 from model.weights import PlainTensor, StoredTensor
@@ -88,8 +89,56 @@ class Checkpoint:
         """
         return {canonical: self._read(source) for canonical, source in self._sources(block).items()}
 
+    def kept(self, block: int, fmt: Format | None = None) -> dict[str, QuantizedMatrix]:
+        """Return the matrices of a block whose stored codes one of our formats holds exactly.
+
+        fmt: the only format to look for.
+        """
+        sources = self._sources(block)
+        return {
+            canonical: self._codes(sources[canonical])
+            for canonical, found in self._kept_formats(block).items()
+            if fmt is None or found == fmt
+        }
+
+    def native_format(self, block: int) -> Format | None:
+        """Return the format of most of the weights that ``kept`` keeps. None: it keeps nothing."""
+        shapes = self.spec.block_tensors(block)
+        weights: dict[Format, int] = {}
+        for canonical, fmt in self._kept_formats(block).items():
+            weights[fmt] = weights.get(fmt, 0) + math.prod(shapes[canonical])
+        return max(weights, key=lambda fmt: (weights[fmt], fmt.key), default=None)
+
+    def native_formats(self) -> dict[int, Format]:
+        """Return the blocks that have a ``native_format``, with it."""
+        formats = ((block, self.native_format(block)) for block in range(self.spec.block_count))
+        return {block: fmt for block, fmt in formats if fmt is not None}
+
+    def format_of(self, block: int, fmt: Format) -> Format:
+        """Return the format that a block has at the bits of ``fmt``: the file's own if it has one.
+
+        All that quantizes a block asks here, so that a plan and its files agree.
+        """
+        return own_format(self.native_format(block), fmt)
+
+    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor]:
+        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are."""
+        kept = self.kept(block, fmt)
+        return {
+            canonical: kept[canonical] if canonical in kept else self._read(source)
+            for canonical, source in self._sources(block).items()
+        }
+
     def lossless_format(self, block: int) -> Format:
-        """Return the narrowest format that keeps a block's weights unchanged: 16 or 32 bits."""
+        """Return the narrowest format that keeps a block's weights unchanged.
+
+        It is the file's own if all matrices have it, else 16 or 32 bits.
+        """
+        kept = self._kept_formats(block)
+        quantized = QUANTIZED_TENSORS & self.spec.block_tensors(block).keys()
+        formats = set(kept.values())
+        if kept.keys() == quantized and len(formats) == 1:
+            return formats.pop()
         wide = any(
             self.tensors[piece.name].dtype not in ("F16", "BF16")
             or piece.scale != 1
@@ -109,6 +158,29 @@ class Checkpoint:
     def _read(self, source: Source) -> npt.NDArray[np.float32]:
         pieces = [piece.apply(self.tensors[piece.name].float32()) for piece in source]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _codes(self, source: Source) -> QuantizedMatrix:
+        """Return the codes of a matrix that ``_kept_formats`` names."""
+        parts = []
+        for piece in source:
+            stored = self.tensors[piece.name]
+            codes = stored.codes()
+            if codes is None or codes.format != stored.format:
+                raise AssertionError(f"{stored.dtype} promised codes in {stored.format}")
+            parts.append(piece.apply_codes(codes, stored.shape))
+        return stack(parts)
+
+    def _kept_formats(self, block: int) -> dict[str, Format]:
+        """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        found: dict[str, Format] = {}
+        for canonical, source in self._sources(block).items():
+            formats = {
+                self.tensors[piece.name].format if piece.keeps_codes else None for piece in source
+            }
+            fmt = formats.pop()
+            if canonical in QUANTIZED_TENSORS and fmt is not None and not formats:
+                found[canonical] = fmt
+        return found
 
     def _sources(self, block: int) -> dict[str, Source]:
         return tensor_sources(self.config, self.spec, block, self.tensors)

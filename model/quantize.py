@@ -15,7 +15,7 @@ The schemes are:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -95,6 +95,14 @@ class Format:
     def groups(self, columns: int) -> int:
         """Return the groups in a row of ``columns`` weights (integer formats only)."""
         return -(-columns // self.group_size)
+
+
+def own_format(native: Format | None, fmt: Format) -> Format:
+    """Return the format of a block at the bits of ``fmt``: ``native`` if it has those bits.
+
+    ``native`` is the format of the codes that the block's file already has, or None.
+    """
+    return native if native is not None and native.bits == fmt.bits else fmt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +193,18 @@ class QuantizedMatrix:
             return np.full(shape, self.scale_data[0, 0], np.float32)
         return np.array(self.scale_data if rows is None else self.scale_data[rows], np.float32)
 
+    def take(self, rows: npt.NDArray[np.integer[Any]]) -> QuantizedMatrix:
+        """Return the matrix of these rows, in this order, with the codes unchanged."""
+        return QuantizedMatrix(
+            (len(rows), self.shape[1]),
+            self.format,
+            self.data[rows],
+            self.scale_data
+            if self.scale_data is None or self.format.scheme == "truncate"
+            else self.scale_data[rows],
+            None if self.zero_data is None else self.zero_data[rows],
+        )
+
     def in_container(self, bits: int) -> tuple[Bytes, Bytes]:
         """Pack the same codes and zeros at a larger width, for kernels without the format's width.
 
@@ -206,6 +226,27 @@ class QuantizedMatrix:
     def _integer(self) -> None:
         if self.format.scheme == "float":
             raise ValueError("a float matrix has no codes, zeros or scales")
+
+
+def stack(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """Return matrices of one group-wise format and width one below the other, codes unchanged.
+
+    Raises ValueError if formats or widths differ.
+    """
+    first = matrices[0]
+    same = {(matrix.format, matrix.shape[1]) for matrix in matrices}
+    if len(same) != 1 or first.format.scheme != "rtn":
+        raise ValueError("only matrices of one group-wise format and width can be stacked")
+    if len(matrices) == 1:
+        return first
+    zeros = [matrix.zero_data for matrix in matrices if matrix.zero_data is not None]
+    return QuantizedMatrix(
+        (sum(matrix.shape[0] for matrix in matrices), first.shape[1]),
+        first.format,
+        np.concatenate([matrix.data for matrix in matrices]),
+        np.concatenate([matrix.scale_data for matrix in matrices if matrix.scale_data is not None]),
+        np.concatenate(zeros) if zeros else None,
+    )
 
 
 def quantize(weights: npt.NDArray[Any], fmt: Format, name: str = "weights") -> QuantizedMatrix:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.quantize import QuantizedMatrix
+from model.quantize import Format, QuantizedMatrix
 from model.safetensors import SafetensorsFile
 
 Rows = slice
@@ -48,10 +48,19 @@ class StoredTensor(ABC):
     def float32(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
         """Return values, a read-only view of the file where possible. Raises CheckpointError."""
 
-    def codes(self) -> QuantizedMatrix | None:
-        """Return the stored codes of a matrix in one of our formats, or None.
+    @property
+    def format(self) -> Format | None:
+        """The format of ``codes``, or None if no format of this project holds the codes exactly.
 
-        Its ``dequantize`` equals ``float32`` exactly.
+        It is asked for often, so it reads no codes.
+        """
+        return None
+
+    def codes(self) -> QuantizedMatrix | None:
+        """Return the stored codes of a matrix in ``format``, or None as that does.
+
+        Its ``dequantize`` equals ``float32`` exactly. A tensor [..., N, K] of more axes gives a
+        matrix with all of its rows.
         """
         return None
 

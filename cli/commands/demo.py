@@ -271,12 +271,16 @@ class Demo:
         least, most = [], []
         for block in range(spec.block_count):
             sizes = [
-                costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
+                costs.executed_bytes(
+                    spec, block, checkpoint.format_of(block, fmt), containers[fmt.bits]
+                )
                 for fmt in formats
                 if bound is None or errors[block][fmt.bits] <= bound
             ] or [
                 # If no width is allowed, the coordinator says so, with advice.
-                costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
+                costs.executed_bytes(
+                    spec, block, checkpoint.format_of(block, fmt), containers[fmt.bits]
+                )
                 for fmt in formats
             ]
             kv = costs.kv_bytes(spec, block, context)

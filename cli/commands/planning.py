@@ -41,6 +41,7 @@ from cli.render import Screen
 
 if TYPE_CHECKING:
     from cli.client import Client
+    from model.checkpoint import Checkpoint
     from model.quantize import Format
     from model.spec import ModelSpec
     from paper.study import Simulation
@@ -83,13 +84,14 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             for bits in sorted({*lab.bits, *(options.bits or ())})
         }
         known_kl = sensitivities_of(options, spec)
-        losses = described_losses(options, screen, spec, lab, known_kl)
+        checkpoint = _checkpoint(model)
+        losses = described_losses(options, screen, spec, lab, known_kl, checkpoint)
         bound = bounds_of(options)["max_weight_error"]
         if known_kl is not None:
             errors: Sequence[Mapping[int, float]] | None = known_kl.weight_errors
             _note_unknown_arithmetics(options, screen, lab, known_kl)
         else:
-            errors, bound = _weight_errors(bound, model, formats, screen)
+            errors, bound = _weight_errors(options, checkpoint, formats, screen)
         given = read_plan(options.plan) if options.plan else None
         wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
         context_tokens = min(wanted_tokens, spec.max_context)
@@ -101,6 +103,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             context_tokens,
             slots,
             formats=formats,
+            native=checkpoint.native_formats() if checkpoint else {},
             weight_errors=errors,
             max_weight_error=bound,
             objective=objective_of(options),
@@ -296,25 +299,35 @@ def _hop_formats(
     return choose_hops(asked, declared, bounds_of(options)["quality_budget"])
 
 
+def _checkpoint(model: Path) -> Checkpoint | None:
+    """Return the model's checkpoint, or None if its folder has no weights. Raises ModelError."""
+    from model.checkpoint import Checkpoint
+
+    return Checkpoint.open(model) if any(model.glob("*.safetensors")) else None
+
+
 def _weight_errors(
-    bound: float | None, model: Path, formats: Mapping[int, Format], screen: Screen
+    options: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+    formats: Mapping[int, Format],
+    screen: Screen,
 ) -> tuple[Sequence[Mapping[int, float]] | None, float | None]:
     """The weight errors of each block and their bound, or None without weights to measure."""
-    from model.checkpoint import Checkpoint
     from model.weight_errors import weight_errors
     from wire.service import default_state_dir
 
+    bound = bounds_of(options)["max_weight_error"]
     if bound is None:
         return None, None
-    if not any(model.glob("*.safetensors")):
+    if checkpoint is None:
         screen.note(
-            f"{model} has no weights: their errors are not known, and --max-weight-error"
+            f"{options.model} has no weights: their errors are not known, and --max-weight-error"
             f" {bound:g} is not applied"
         )
         return None, None
     with screen.progress() as on_step:
         errors = weight_errors(
-            Checkpoint.open(model),
+            checkpoint,
             formats.values(),
             default_state_dir("coordinator"),
             lambda done, total: on_step(_step("weight errors", "", done, total)),

@@ -152,7 +152,7 @@ def wanted_artifacts(planned: Planned) -> list[tuple[str, Wanted]]:
                 "stage"
             )
         for block, bits in enumerate(stage.bits, stage.first):
-            fmt = planned.request.format(bits)
+            fmt = planned.checkpoint.format_of(block, planned.request.format(bits))
             if block and stage.members:
                 wanted += [
                     (member.device, Wanted(block, fmt, member.share)) for member in stage.members

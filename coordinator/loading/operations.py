@@ -362,6 +362,7 @@ class Operations:
                 context_tokens,
                 request.slots,
                 formats={bits: request.format(bits) for bits in request.bits},
+                native=checkpoint.native_formats(),
                 weight_errors=errors,
                 max_weight_error=request.max_weight_error,
                 sensitivities=losses.blocks,

@@ -344,7 +344,7 @@ class QualityMeter:
         The layers keep the checkpoint's precision. Raises AgentFailed if no member can run them.
         """
         spec = checkpoint.spec
-        bits = max(checkpoint.lossless_format(block).bits for block in range(spec.block_count))
+        bits = max(checkpoint.lossless_format(block).bits for block in range(1, spec.head_block))
         timings = await measure_blocks(members, spec, (bits,), on_step)
         seconds = {
             member: max(times)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.quantize import QuantizedMatrix
+
 Shape = tuple[int, ...]
 
 
@@ -70,6 +72,17 @@ class Piece:
         if self.add:
             values = values + np.float32(self.add)
         return values
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the steps move whole rows alone, so that a row's codes stay as they are."""
+        return not self.transposed and self.scale == 1 and not self.add
+
+    def apply_codes(self, stored: QuantizedMatrix, shape: Shape) -> QuantizedMatrix:
+        """Do the steps on the codes of a tensor of this shape, if ``keeps_codes``."""
+        rows = np.arange(stored.shape[0])
+        moved = np.asarray(self.apply(rows.reshape(shape[:-1])), np.intp).reshape(-1)
+        return stored if np.array_equal(moved, rows) else stored.take(moved)
 
 
 Source = tuple[Piece, ...]
