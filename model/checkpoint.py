@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
-from model.families import Config, Source, describe, read_config, tensor_sources
+from model.families import Config, Piece, Source, describe, read_config, tensor_sources
 from model.families.sources import shape_of
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
@@ -156,8 +156,22 @@ class Checkpoint:
         }
 
     def _read(self, source: Source) -> npt.NDArray[np.float32]:
-        pieces = [piece.apply(self.tensors[piece.name].float32()) for piece in source]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if len(source) == 1:
+            return self._values(source[0])
+        # The pieces may be as large as the block, so each is copied before the next is read.
+        shapes = [piece.shape_of(self.tensors[piece.name].shape) for piece in source]
+        values = np.empty(shape_of(shapes), np.float32)
+        begin = 0
+        for piece, shape in zip(source, shapes, strict=True):
+            values[begin : begin + shape[0]] = self._values(piece)
+            begin += shape[0]
+        return values
+
+    def _values(self, piece: Piece) -> npt.NDArray[np.float32]:
+        stored = self.tensors[piece.name]
+        if piece.index is None:
+            return piece.apply(stored.float32())
+        return replace(piece, index=0).apply(stored.float32(slice(piece.index, piece.index + 1)))
 
     def _codes(self, source: Source) -> QuantizedMatrix:
         """Return the codes of a matrix that ``_kept_formats`` names."""

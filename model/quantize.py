@@ -205,6 +205,15 @@ class QuantizedMatrix:
             None if self.zero_data is None else self.zero_data[rows],
         )
 
+    def rows(self, rows: slice) -> QuantizedMatrix:
+        """Return the matrix of consecutive rows, as a view of the same codes."""
+        scales = self.scale_data
+        if scales is not None and self.format.scheme != "truncate":
+            scales = scales[rows]
+        zeros = None if self.zero_data is None else self.zero_data[rows]
+        data = self.data[rows]
+        return QuantizedMatrix((len(data), self.shape[1]), self.format, data, scales, zeros)
+
     def in_container(self, bits: int) -> tuple[Bytes, Bytes]:
         """Pack the same codes and zeros at a larger width, for kernels without the format's width.
 

@@ -1,7 +1,8 @@
 """The forward pass in plain numpy: slow and short. Every backend is compared with it.
 
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
-(pre-norm, gated); the Qwen3 report (norms of q and k per head).
+(pre-norm, gated); the Qwen3 report (norms of q and k per head); Shazeer et al., "The
+Sparsely-Gated Mixture-of-Experts Layer" (experts); the gpt-oss model card (sinks, clipped SwiGLU).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from model.artifact import Tensor, read_block, values_of
 from model.checkpoint import Checkpoint
+from model.experts import by_expert, clipped_swiglu, expert_rows, route
 from model.rotary import rotary_table, rotate
 from model.spec import LayerSpec, ModelSpec
 
@@ -133,8 +135,10 @@ class ReferenceModel:
         mixed = [self._attention(block, weights, piece, position) for piece in pieces]
         hidden = hidden + self._summed(weights, "o", np.concatenate(mixed))
         if before:
-            inner = _mlp(layer, weights, _norm(layer, weights, "mlp_norm", hidden))
-            return hidden + self._summed(weights, "down", inner)
+            normed = _norm(layer, weights, "mlp_norm", hidden)
+            if layer.experts is not None:
+                return hidden + self._team_sum(_mixed_experts(layer, weights, normed))
+            return hidden + self._summed(weights, "down", _mlp(layer, weights, normed))
         hidden = _norm(layer, weights, "attn_norm", hidden)
         added = hidden + self._summed(weights, "down", _mlp(layer, weights, hidden))
         return _norm(layer, weights, "mlp_norm", added)
@@ -179,8 +183,13 @@ class ReferenceModel:
         distance = np.arange(position, end)[:, None] - np.arange(end)  # [n, end]
         window = layer.sliding_window or end
         scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        scores /= scores.sum(axis=-1, keepdims=True)
+        largest = scores.max(axis=-1, keepdims=True)
+        if layer.sinks:
+            sinks = weights["sinks"][:, None, None]
+            largest = np.maximum(largest, sinks)
+        scores = np.exp(scores - largest)
+        total = scores.sum(axis=-1, keepdims=True)
+        scores /= total + np.exp(sinks - largest) if layer.sinks else total
         mixed: Array = (scores @ values).transpose(1, 0, 2).reshape(count, -1)
         return mixed
 
@@ -191,6 +200,28 @@ def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:
         gate = _activate(layer, _linear(weights, "gate", hidden))
         return gate * _linear(weights, "up", hidden)
     return _activate(layer, _linear(weights, "up", hidden))
+
+
+def _mixed_experts(layer: LayerSpec, weights: Weights, rows: Array) -> Array:
+    """The weighted outputs [n, hidden] of each row's experts, and of the shared one."""
+    experts = layer.experts
+    assert experts is not None  # noqa: S101 - the caller looked
+    mixed = np.zeros_like(rows)
+    if experts.shared_ffn:
+        gate = _activate(layer, _linear(weights, "shared_gate", rows))
+        mixed = _linear(weights, "shared_down", gate * _linear(weights, "shared_up", rows))
+        if experts.shared_gate:
+            mixed *= 0.5 + 0.5 * np.tanh(0.5 * _linear(weights, "shared_mix", rows))
+    chosen, shares = route(experts, _linear(weights, "router", rows))
+    for expert, places, factors in by_expert(experts, chosen, shares):
+        own = {name: expert_rows(layer, expert, name, weights[name]) for name in weights}
+        inner = _linear(own, "gate", rows[places]), _linear(own, "up", rows[places])
+        gate = _activate(layer, inner[0]) if experts.limit is None else inner[0]
+        up = inner[1]
+        if experts.limit is not None:
+            gate, up = clipped_swiglu(gate, up, experts.limit)
+        mixed[places] += factors[:, None] * _linear(own, "down", gate * up)
+    return mixed
 
 
 def _linear(weights: Weights, name: str, rows: Array) -> Array:

@@ -162,15 +162,8 @@ def share_tensors(
 
 
 def _rows(tensor: Tensor, span: Span) -> Tensor:
-    begin, end = span
-    if not isinstance(tensor, QuantizedMatrix):
-        return tensor[begin:end]
-    shape = (end - begin, tensor.shape[1])
-    scales = tensor.scale_data
-    if scales is not None and tensor.format.scheme != "truncate":
-        scales = scales[begin:end]
-    zeros = None if tensor.zero_data is None else tensor.zero_data[begin:end]
-    return QuantizedMatrix(shape, tensor.format, tensor.data[begin:end], scales, zeros)
+    rows = slice(*span)
+    return tensor.rows(rows) if isinstance(tensor, QuantizedMatrix) else tensor[rows]
 
 
 def _columns(tensor: Tensor, span: Span) -> Tensor:

@@ -16,6 +16,18 @@ from pathlib import Path
 
 from model.families.config import Config, read_config, read_config_file
 from model.families.decoder import LLAMA_NAMES, llama, mistral, qwen2, qwen3, smollm3
+from model.families.experts import (
+    GRANITEMOE,
+    MIXTRAL,
+    QWEN_MOE,
+    ExpertNames,
+    granitemoe,
+    granitemoe_sources,
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+)
+from model.families.gpt_oss import GPT_OSS, gpt_oss, gpt_oss_sources
 from model.families.opt import OPT_NAMES, opt
 from model.families.sources import Piece, Source
 from model.spec import ModelSpec
@@ -52,6 +64,8 @@ class _Family:
     names: Mapping[str, str]
     """Maps a canonical module to the checkpoint's; ``{layer}`` stands for the layer's index."""
     adapt: Callable[[Config, ModelSpec, int, Sources], Sources] = _unchanged
+    experts: ExpertNames | None = None
+    """The names of the tensors of layers with experts."""
 
 
 def load_spec(directory: Path) -> ModelSpec:
@@ -102,6 +116,9 @@ def tensor_sources(
         elif module in family.names:
             name = family.names[module].format(layer=block - 1)
             sources[canonical] = (Piece(f"{prefix}{name}.{kind}"),)
+    if family.experts is not None and spec.block_kind(block) == "layer":
+        layer = spec.layer(block)
+        sources |= family.experts.sources(f"{prefix}layers.{block - 1}.", layer, available)
     return family.adapt(config, spec, block, sources)
 
 
@@ -133,6 +150,11 @@ def _refuse_foreign_options(config: Config) -> None:
 
 
 _FAMILIES: Mapping[str, _Family] = {
+    "gpt_oss": _Family(gpt_oss, ("model.", ""), LLAMA_NAMES, gpt_oss_sources, GPT_OSS),
+    "granitemoe": _Family(granitemoe, ("model.", ""), LLAMA_NAMES, granitemoe_sources, GRANITEMOE),
+    "mixtral": _Family(mixtral, ("model.", ""), LLAMA_NAMES, experts=MIXTRAL),
+    "qwen2_moe": _Family(qwen2_moe, ("model.", ""), LLAMA_NAMES, experts=QWEN_MOE),
+    "qwen3_moe": _Family(qwen3_moe, ("model.", ""), LLAMA_NAMES, experts=QWEN_MOE),
     "llama": _Family(llama, ("model.", ""), LLAMA_NAMES),
     "mistral": _Family(mistral, ("model.", ""), LLAMA_NAMES),
     "opt": _Family(opt, ("model.decoder.", "decoder.", ""), OPT_NAMES),
