@@ -29,7 +29,14 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from backends import onnx_aligned, onnx_graph, onnx_matrix, onnx_session, onnx_share
+from backends import (
+    onnx_aligned,
+    onnx_experts,
+    onnx_graph,
+    onnx_matrix,
+    onnx_session,
+    onnx_share,
+)
 from backends.onnx_aligned import align_weights
 from backends.onnx_graph import Graph
 from backends.onnx_session import (
@@ -315,7 +322,7 @@ class _Names:
 
 @functools.lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    modules = (onnx_aligned, onnx_graph, onnx_matrix, onnx_session, onnx_share)
+    modules = (onnx_aligned, onnx_experts, onnx_graph, onnx_matrix, onnx_session, onnx_share)
     sources = [*(Path(str(module.__file__)) for module in modules), Path(__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 

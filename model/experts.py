@@ -7,6 +7,7 @@ runs those of the chosen ones that it holds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -18,10 +19,12 @@ from model.spec import ExpertSpec, LayerSpec
 
 Array = npt.NDArray[Any]
 Places = npt.NDArray[np.intp]
-AnyTensor = TypeVar("AnyTensor", Array, QuantizedMatrix)
+AnyTensor = TypeVar("AnyTensor", Array, QuantizedMatrix, QuantizedMatrix | npt.NDArray[np.float32])
 
 CLIPPED_ALPHA = 1.702
 """The factor in the sigmoid of a clipped SwiGLU."""
+
+_DRAWS = 4096
 
 STACKED = frozenset(
     f"{matrix}.{kind}" for matrix in ("gate", "up", "down") for kind in ("weight", "bias")
@@ -68,6 +71,20 @@ def clipped_swiglu(gate: Array, up: Array, limit: float) -> tuple[Array, Array]:
     # tanh does not overflow for large negative inputs.
     sigmoid = 0.5 + 0.5 * np.tanh(0.5 * CLIPPED_ALPHA * gate)
     return gate * sigmoid, np.clip(up, -limit, limit) + 1
+
+
+@functools.lru_cache(maxsize=1024)
+def busiest(held: tuple[int, ...], active: int, rows: int) -> float:
+    """Return how much more the busiest of several devices has to do than its part of the experts.
+
+    held: experts of each device, all of the layer's together. Each of ``rows`` rows takes
+    ``active`` of them, chosen uniformly. It is the mean of many draws, which are always the same.
+    """
+    random = np.random.default_rng(0)
+    draws = max(16, _DRAWS // rows)
+    taken = random.multivariate_hypergeometric(held, active, size=(draws, rows)).sum(axis=1)
+    expected = rows * active * np.array(held) / sum(held)
+    return float((taken / expected).max(axis=1).mean())
 
 
 def rows_of(layer: LayerSpec, expert: int, name: str) -> slice:

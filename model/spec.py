@@ -127,6 +127,13 @@ class LayerSpec:
     experts: ExpertSpec | None = None
     """Experts instead of the MLP, which would be ``ffn`` wide."""
 
+    @property
+    def used_ffn(self) -> int:
+        """The width of all MLPs that a token uses."""
+        if self.experts is None:
+            return self.ffn
+        return self.experts.active * self.ffn + self.experts.shared_ffn
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the layer's canonical tensor names and shapes. Matrices are [out, in]."""
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim

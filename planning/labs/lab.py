@@ -47,7 +47,8 @@ class LabModel:
     def layer_factor(self, layer: LayerSpec) -> float:
         """The weights of ``layer``, relative to a layer of this model; 1.0 for the same shape."""
         rows = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        return _layer_weights(layer.hidden, layer.ffn, *rows, layer.gated) / self.layer_weights
+        used = _layer_weights(layer.hidden, layer.used_ffn, *rows, layer.gated)
+        return used / self.layer_weights
 
     def head_factor(self, spec: ModelSpec) -> float:
         """The weights of the head of ``spec``, relative to the head of this model."""
@@ -58,7 +59,7 @@ class LabModel:
         shapes = {
             (
                 layer.hidden,
-                layer.ffn,
+                layer.used_ffn,
                 layer.heads * layer.head_dim,
                 layer.kv_heads * layer.head_dim,
                 layer.gated,
