@@ -504,7 +504,7 @@ class _Loader:
     def _new_expert_sessions(self, artifacts: Sequence[tuple[int, Path]]) -> Iterator[Any]:
         for graph in self._expert_graphs(artifacts):
             self._memory_bytes += graph.executed_bytes
-            yield new_session(graph, 1, joined=False)
+            yield new_session(graph, 1, small=True)
 
     def _expert_graphs(self, artifacts: Sequence[tuple[int, Path]]) -> Iterator[Graph]:
         for block, path in artifacts:
@@ -558,17 +558,18 @@ class _Loader:
     ) -> list[Any] | None:
         """Return sessions of prepared weights, which are made if there are none. None: not kept."""
         threads, key = self._options.threads, self._key(artifacts, part=part, cut=cut)
-        if part == "experts":
+        small = part == "experts"
+        if small:
             threads = 1
         if self._prepared is None or key is None:
             return None
-        found = self._prepared.open(key, threads)
+        found = self._prepared.open(key, threads, small=small)
         if found is None:
             needed_bytes = self._needed_bytes(artifacts, part)
             self._require_whole(artifacts)
             join = not cut and part != "experts" and not self._routed(artifacts)
             if self._prepared.keep(key, build(), needed_bytes, join=join):
-                found = self._prepared.open(key, threads)
+                found = self._prepared.open(key, threads, small=small)
         if found is None:
             return None
         sessions, executed_bytes = found

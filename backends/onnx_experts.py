@@ -29,7 +29,7 @@ from backends.onnx_graph import BlockWeights, Graph, activation, clipped
 from backends.onnx_matrix import ByteMatrix, Matrix, PackedMatrix, executable, stack_rows
 from backends.onnx_session import ERRORS, flush_denormals
 from model.artifact import Tensor
-from model.experts import STACKED, by_expert, expert_rows, route
+from model.experts import STACKED, by_expert, expert_rows, route, route_one
 from model.quantize import QuantizedMatrix
 from model.share import column_slice, row_slice
 from model.spec import ExpertSpec, LayerSpec
@@ -134,6 +134,10 @@ class ExpertThreads:
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Run all tasks, the last one first. Raises what a task raised."""
+        if not self._calls or len(tasks) == 1:
+            for task in reversed(tasks):
+                task()
+            return
         work = _Work(tasks)
         for calls in self._calls[: len(tasks) - 1]:
             calls.put(work)
@@ -207,6 +211,9 @@ class Experts:
 
     def add(self, output: Array, normed: Array, scores: Array) -> None:
         """Add the experts of rows ``normed`` [n, hidden] to ``output``, by scores [n, count]."""
+        if len(normed) == 1:
+            self._add_one(output, normed, scores[0])
+            return
         runs = list(by_expert(self.spec, *route(self.spec, scores)))
         runs.sort(key=lambda run: len(run[1]))  # Those with most rows start first.
         results: dict[int, Array] = {}
@@ -219,13 +226,25 @@ class Experts:
         if not tasks:
             return
         self.threads.run(tasks)
-        if len(normed) == 1:
-            factors = [runs[key // MOST_PIECES][2] for key in results]
-            output += np.concatenate(factors) @ np.concatenate([*results.values()])
-            return
         for key, rows in sorted(results.items()):
             _, places, weights = runs[key // MOST_PIECES]
             output[places] += weights[:, None] * rows
+
+    def _add_one(self, output: Array, normed: Array, scores: Array) -> None:
+        results: dict[int, Array] = {}
+        tasks: list[Callable[[], None]] = []
+        factors: list[float] = []
+        first, held = self.spec.first, len(self.sessions)
+        for expert, weight in zip(*route_one(self.spec, scores), strict=True):
+            if not first <= expert < first + held:
+                continue
+            for session in self.sessions[expert - first]:
+                tasks.append(partial(_run, session, normed, results, len(tasks)))
+                factors.append(weight)
+        if tasks:
+            self.threads.run(tasks)
+            outputs = np.concatenate([results[key] for key in range(len(tasks))])
+            output += np.array(factors, np.float32) @ outputs
 
 
 def _run(session: Any, rows: Array, results: dict[int, Array], key: int) -> None:
