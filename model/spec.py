@@ -134,6 +134,11 @@ class LayerSpec:
             return self.ffn
         return self.experts.active * self.ffn + self.experts.shared_ffn
 
+    @property
+    def score_factor(self) -> float:
+        """The factor of attention's scores."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the layer's canonical tensor names and shapes. Matrices are [out, in]."""
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim

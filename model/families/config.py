@@ -107,6 +107,16 @@ class Config:
             f"{self.path}: {key} = {json.dumps(value)[:80]} is not implemented; {advice}"
         )
 
+    def lacking(self, feature: str) -> UnsupportedModelError:
+        """Return the error for a model that needs a feature which is not implemented."""
+        return UnsupportedModelError(
+            f"{self.path}: {self.model_type} needs what is not implemented: {feature}"
+        )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
+        """Return the config with values for absent keys. A key that is null is present."""
+        return Config(self.path, {**defaults, **self.values})
+
     def nested(self, key: str) -> Config | None:
         """Return an object inside the config, or None if it is absent or empty."""
         value = self.values.get(key)
