@@ -525,10 +525,11 @@ def activation(graph: Graph, layer: LayerSpec, value: str) -> str:
 
 def clipped(graph: Graph, gate: str, up: str, limit: float) -> tuple[str, str]:
     """Append the factors of a clipped SwiGLU (model.experts.clipped_swiglu)."""
-    low, high, one = (graph.weight(np.array(number, np.float32)) for number in (-limit, limit, 1.0))
+    low, high, one = (graph.weight(np.array([bound], np.float32)) for bound in (-limit, limit, 1))
     (gate,) = graph.node("Min", [gate, high])
     (gate,) = graph.node("QuickGelu", [gate], domain=MICROSOFT, alpha=CLIPPED_ALPHA)
-    (up,) = graph.node("Clip", [up, low, high])
+    (up,) = graph.node("Min", [up, high])
+    (up,) = graph.node("Max", [up, low])
     (up,) = graph.node("Add", [up, one])
     return gate, up
 
