@@ -225,9 +225,7 @@ def _parse_tensors(
                 raise ValueError(f"{stored} has dtype {file.entries[stored].dtype}")
             parts.append(views[stored])
         matrix = QuantizedMatrix(shape, fmt, _present(parts[0], name), parts[1], parts[2])
-        scales = _finite(f"{name}.scales", _present(matrix.scale_data))
-        if (scales < 0).any():
-            raise ValueError(f"{name}.scales has negative values")
+        _finite(f"{name}.scales", _present(matrix.scale_data))
         tensors[name] = matrix
     for name in sorted(remaining):
         dtype, shape_found = file.entries[name].dtype, file.entries[name].shape

@@ -20,9 +20,12 @@ from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Piece, Source, describe, read_config, tensor_sources
 from model.families.sources import shape_of
+from model.gguf_map import read_model
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
-from model.given import kind_of_file, without_weights
+from model.given import gguf_of, kind_of_file, without_weights
+from model.hub import lacks_weights
+from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
@@ -59,27 +62,45 @@ class Checkpoint:
     def open(directory: Path) -> Checkpoint:
         """Read config.json and all headers, and check every tensor of every block against them.
 
+        directory: a model's folder, or a GGUF file.
+
         Raises CheckpointError for missing, damaged, unsafe or inconsistent files,
         UnsupportedModelError for an architecture or option that is not implemented.
         """
+        gguf = gguf_of(directory)
+        if gguf is not None:
+            return _open_gguf(directory, gguf)
         config = read_config(directory)
         spec = describe(config, directory)
         shards = _open_shards(directory)
         _refuse_adapter(directory)
-        tensors: dict[str, StoredTensor] = {}
+        stored: dict[str, PlainTensor] = {}
         for shard in shards.values():
             for name in shard.entries:
-                if name in tensors:
+                if name in stored:
                     raise CheckpointError(
-                        f"{shard.path}: tensor {name!r} is also in {tensors[name].path.name}"
+                        f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
                     )
-                tensors[name] = PlainTensor(shard, name)
+                stored[name] = PlainTensor(shard, name)
+        tensors = unpacked(config, stored)
         checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
-        notes = _unread_files(directory, shards), _wrong_places(directory, tensors)
+        notes = _unread_files(directory, shards), _wrong_places(directory, stored)
         for note in filter(None, notes):
             _tell(checkpoint.fingerprint, note)
         checkpoint._check_tensors()
         return checkpoint
+
+    @staticmethod
+    def open_to_plan(directory: Path) -> Checkpoint:
+        """Open a model, or describe it by its config.json alone if its weights are not here yet.
+
+        Without weights ``tensors`` is empty. Raises as ``open``.
+        """
+        if not lacks_weights(directory):
+            return Checkpoint.open(directory)
+        config = read_config(directory)
+        fingerprint = _fingerprint(config, {})
+        return Checkpoint(directory, describe(config, directory), fingerprint, config, {})
 
     def block(self, block: int) -> dict[str, npt.NDArray[np.float32]]:
         """Return the canonical tensors of one block (``ModelSpec.block_tensors``) as float32.
@@ -97,15 +118,27 @@ class Checkpoint:
         sources = self._sources(block)
         return {
             canonical: self._codes(sources[canonical])
-            for canonical, found in self._kept_formats(block).items()
+            for canonical, found in self.kept_formats(block).items()
             if fmt is None or found == fmt
         }
+
+    def kept_formats(self, block: int) -> dict[str, Format]:
+        """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        found: dict[str, Format] = {}
+        for canonical, source in self._sources(block).items():
+            formats = {
+                self.tensors[piece.name].format if piece.keeps_codes else None for piece in source
+            }
+            fmt = formats.pop()
+            if canonical in QUANTIZED_TENSORS and fmt is not None and not formats:
+                found[canonical] = fmt
+        return found
 
     def native_format(self, block: int) -> Format | None:
         """Return the format of most of the weights that ``kept`` keeps. None: it keeps nothing."""
         shapes = self.spec.block_tensors(block)
         weights: dict[Format, int] = {}
-        for canonical, fmt in self._kept_formats(block).items():
+        for canonical, fmt in self.kept_formats(block).items():
             weights[fmt] = weights.get(fmt, 0) + math.prod(shapes[canonical])
         return max(weights, key=lambda fmt: (weights[fmt], fmt.key), default=None)
 
@@ -132,9 +165,12 @@ class Checkpoint:
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps a block's weights unchanged.
 
-        It is the file's own if all matrices have it, else 16 or 32 bits.
+        It is the file's own if all matrices have it, else 16 or 32 bits. Weights that are not here
+        yet are taken for 16 bits, as most are published.
         """
-        kept = self._kept_formats(block)
+        if not self.tensors:
+            return Format.of(16)
+        kept = self.kept_formats(block)
         quantized = QUANTIZED_TENSORS & self.spec.block_tensors(block).keys()
         formats = set(kept.values())
         if kept.keys() == quantized and len(formats) == 1:
@@ -174,27 +210,16 @@ class Checkpoint:
         return replace(piece, index=0).apply(stored.float32(slice(piece.index, piece.index + 1)))
 
     def _codes(self, source: Source) -> QuantizedMatrix:
-        """Return the codes of a matrix that ``_kept_formats`` names."""
-        parts = []
-        for piece in source:
+        """Return the codes of a matrix that ``kept_formats`` names."""
+        parts, whole = [], dict[str, QuantizedMatrix]()
+        for piece in source:  # Many pieces may be parts of one stored tensor.
             stored = self.tensors[piece.name]
-            codes = stored.codes()
+            codes = whole.get(piece.name) or stored.codes()
             if codes is None or codes.format != stored.format:
                 raise AssertionError(f"{stored.dtype} promised codes in {stored.format}")
+            whole[piece.name] = codes
             parts.append(piece.apply_codes(codes, stored.shape))
         return stack(parts)
-
-    def _kept_formats(self, block: int) -> dict[str, Format]:
-        """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
-        found: dict[str, Format] = {}
-        for canonical, source in self._sources(block).items():
-            formats = {
-                self.tensors[piece.name].format if piece.keeps_codes else None for piece in source
-            }
-            fmt = formats.pop()
-            if canonical in QUANTIZED_TENSORS and fmt is not None and not formats:
-                found[canonical] = fmt
-        return found
 
     def _sources(self, block: int) -> dict[str, Source]:
         return tensor_sources(self.config, self.spec, block, self.tensors)
@@ -211,14 +236,14 @@ class Checkpoint:
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
         # Other parts of the model, like one that sees, have layers of their own.
         stems = {name[: layer.start(1)] for name in used if (layer := _LAYER.search(name))}
-        for name in self.tensors:
+        for name, tensor in self.tensors.items():
             layer = _LAYER.search(name)
             inside = (
                 layer is not None
                 and name[: layer.start(1)] in stems
                 and int(layer[1]) < len(self.spec.layers)
             )
-            derived = name.endswith(_RECOMPUTED)
+            derived = name.endswith(_RECOMPUTED) or self._is_idle(name, tensor)
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
@@ -238,6 +263,12 @@ class Checkpoint:
                 self.fingerprint,
                 f"{self.directory}: {_some(unused)} not used: config.json describes no such part",
             )
+
+    def _is_idle(self, name: str, tensor: StoredTensor) -> bool:
+        """Whether this is a bias of zeros, which old tools stored beside all packed matrices."""
+        module, _, kind = name.rpartition(".")
+        packed = not isinstance(self.tensors.get(f"{module}.weight"), PlainTensor | None)
+        return kind == "bias" and packed and tensor.readable and not tensor.float32().any()
 
     def _check_tied_head(self, used: set[str]) -> None:
         """Refuse a separate head if config.json says that there is none.
@@ -292,10 +323,19 @@ class Checkpoint:
             )
         if not tensor.readable:
             raise CheckpointError(
-                f"{tensor.path}: tensor {name!r} is stored as {tensor.dtype}; "
-                "only F32, F16 and BF16 checkpoints can be read"
+                f"{tensor.path}: tensor {name!r} is stored as {tensor.dtype}, and config.json does "
+                "not say how it is quantized (quantization_config); fetch config.json again"
             )
         return tensor
+
+
+def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
+    model = read_model(gguf)
+    config = Config(gguf, model.values)
+    spec = describe(config, given)
+    checkpoint = Checkpoint(given, spec, model.fingerprint, config, model.tensors)
+    checkpoint._check_tensors()
+    return checkpoint
 
 
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:

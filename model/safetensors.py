@@ -43,6 +43,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -68,7 +71,7 @@ class SafetensorsFile:
     entries: Mapping[str, TensorEntry]
 
     def map(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor as a read-only view of the file; bf16 appears as its uint16 bit patterns.
+        """Return a tensor as a read-only view of the file. bf16 and fp8 appear as bit patterns.
 
         Raises CheckpointError if the file has no such tensor or has vanished.
         """

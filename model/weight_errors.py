@@ -39,12 +39,13 @@ def weight_errors(
         if missing:
             tensors, kept = checkpoint.block(block), checkpoint.kept(block)
             for fmt in missing:
-                known[f"{block}/{fmt.key}"] = max(
+                errors_of_block = [
                     weight_error(tensor, fmt, normalized=True)
                     for name, tensor in tensors.items()
                     if name in QUANTIZED_TENSORS
                     if not (name in kept and kept[name].format == fmt)
-                )
+                ]
+                known[f"{block}/{fmt.key}"] = max(errors_of_block, default=0.0)
             replace_text(path, json.dumps(known))
         errors.append({fmt.bits: known[f"{block}/{fmt.key}"] for fmt in own})
         on_step(block + 1, count)

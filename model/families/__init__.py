@@ -31,6 +31,7 @@ from model.families.gemma import GEMMA2_NAMES, gemma2, gemma3, gemma_sources
 from model.families.gpt_oss import GPT_OSS, gpt_oss, gpt_oss_sources
 from model.families.olmo import OLMO_NAMES, exaone4, olmo2, olmo3
 from model.families.opt import OPT_NAMES, opt
+from model.families.quantization import read_quantization
 from model.families.sources import Piece, Source
 from model.spec import ModelSpec
 
@@ -152,11 +153,7 @@ def _family(config: Config) -> _Family:
 
 def _refuse_foreign_options(config: Config) -> None:
     """Refuse options of any architecture that would change the numbers."""
-    for key in ("quantization_config", "compression_config"):
-        if config.has(key):
-            raise config.unsupported(
-                key, "...", "give the unquantized checkpoint, quantization happens here"
-            )
+    read_quantization(config)
     for key in ("is_encoder_decoder", "add_cross_attention"):
         if config.flag(key, False):
             raise config.unsupported(key, True, "only decoders are")
