@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms around attention and MLP, windows in most layers, caps, scaled embeddings.
+"""Gemma: scaled embeddings, and from Gemma 2 on norms around attention and MLP, windows and caps.
 
 Source: the Gemma 2 and Gemma 3 reports. Defaults are those of their config classes in transformers,
 because published configs leave most fields out.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from model.families.config import Config
-from model.families.decoder import LAYER, LLAMA_NAMES, rotary_decoder
+from model.families.decoder import LAYER, LLAMA_NAMES, rotary_decoder, with_layers
 from model.families.mixed import (
     FULL,
     SLIDING,
@@ -44,6 +44,18 @@ _SIZES = {
     "eos_token_id": 1,
 }
 _NORMS = ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm", "q_norm", "k_norm", "norm")
+
+
+def gemma(config: Config) -> ModelSpec:
+    """Describe the first Gemma. Its `gelu` has always meant the tanh form."""
+    if config.flag("use_bidirectional_attention", False):
+        raise config.lacking("attention to later tokens (use_bidirectional_attention)")
+    bias = config.flag("attention_bias", False)
+    spec = rotary_decoder(config, qkv_bias=bias, out_bias=bias, head_dim=256, tied=True)
+    activation = config.text("hidden_activation", config.text("hidden_act", "gelu"))
+    if activation not in ("gelu", "gelu_pytorch_tanh"):
+        raise config.unsupported("hidden_activation", activation, "known: gelu_pytorch_tanh")
+    return with_layers(spec, activation="gelu_tanh")
 
 
 def gemma2(config: Config) -> ModelSpec:
