@@ -32,7 +32,6 @@ from model.families.experts import (
     QWEN_MOE,
     ExpertNames,
     granitemoe,
-    granitemoe_sources,
     mixtral,
     qwen2_moe,
     qwen3_moe,
@@ -234,7 +233,7 @@ _FAMILIES: Mapping[str, _Family] = {
         granite_hybrid, _DECODER, GRANITE_HYBRID_NAMES, granite_hybrid_sources
     ),
     "gpt_oss": _Family(gpt_oss, _DECODER, LLAMA_NAMES, gpt_oss_sources, GPT_OSS),
-    "granitemoe": _Family(granitemoe, _DECODER, LLAMA_NAMES, granitemoe_sources, GRANITEMOE),
+    "granitemoe": _Family(granitemoe, _DECODER, LLAMA_NAMES, granite_sources, GRANITEMOE),
     "mixtral": _Family(mixtral, _DECODER, LLAMA_NAMES, experts=MIXTRAL),
     "qwen2_moe": _Family(qwen2_moe, _DECODER, LLAMA_NAMES, experts=QWEN_MOE),
     "qwen3_moe": _Family(qwen3_moe, _DECODER, LLAMA_NAMES, experts=QWEN_MOE),

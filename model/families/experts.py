@@ -5,7 +5,6 @@ Checkpoints hold experts one by one, or all experts of a layer in one tensor. Bo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -126,26 +125,6 @@ def granitemoe(config: Config) -> ModelSpec:
         expert_count(config, 8), config.size("num_experts_per_tok", 2), "topk_softmax"
     )
     return checked(config, with_experts(spec, experts))
-
-
-def granitemoe_sources(config: Config, spec: ModelSpec, block: int, sources: Sources) -> Sources:
-    """Fold the multipliers into the weights."""
-    kind = spec.block_kind(block)
-    if kind == "layer":
-        residual = config.number("residual_multiplier", 1.0)
-        scores = config.number("attention_multiplier", 1.0) * math.sqrt(spec.layer(block).head_dim)
-        factors = {"q": scores, "o": residual, "down": residual}
-    elif kind == "embedding":
-        factors = {"tokens": config.number("embedding_multiplier", 1.0)}
-    else:
-        factors = {"lm_head": 1 / config.number("logits_scaling", 1.0)}
-    return {
-        name: tuple(
-            replace(piece, scale=piece.scale * factors.get(name.partition(".")[0], 1.0))
-            for piece in source
-        )
-        for name, source in sources.items()
-    }
 
 
 def expert_count(config: Config, default: int) -> int:
