@@ -8,6 +8,7 @@ blocks' times.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -424,8 +425,9 @@ class Bench:
 
             def call(count: int) -> Callable[[], object]:
                 if together:
-                    return partial(stage.decode, range(count), [chunk] * count, inputs[:count])
-                return partial(stage.forward, 0, chunk, inputs[:count])
+                    slots, positions = range(count), [chunk] * count
+                    return in_turn(partial(stage.decode, slots, positions), inputs, count)
+                return in_turn(partial(stage.forward, 0, chunk), inputs, count)
 
             def calls() -> tuple[list[float], float]:
                 timed = [timed_call(call(count), self.check) for count in rows]
@@ -492,6 +494,19 @@ def random_inputs(spec: ModelSpec, blocks: range, rows: int) -> npt.NDArray[Any]
     if blocks[0] == 0:
         return random.integers(0, spec.vocab, rows)
     return random.standard_normal((rows, spec.hidden), np.float32)
+
+
+def in_turn(
+    call: Callable[[npt.NDArray[Any]], object], inputs: npt.NDArray[Any], count: int
+) -> Callable[[], object]:
+    """Return a call with other rows each time, which choose other experts, as in a text."""
+    begins = itertools.cycle(range(0, len(inputs) - count + 1, count))
+
+    def with_next_rows() -> object:
+        begin = next(begins)
+        return call(inputs[begin : begin + count])
+
+    return with_next_rows
 
 
 def layer_share_s(seconds: float, call_s: float, layers: int) -> float:

@@ -32,26 +32,33 @@ def stored_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
 def executed_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int) -> int:
     """Return the bytes of the block's weights as kernels keep them at ``container_bits``.
 
-    All experts count, because any may be chosen next. A token reads fewer (``used_weights``).
+    All experts count, because any may be chosen next. ``read_bytes`` counts those that are chosen.
 
     In an integer container each group has a zero, and four bytes each for its scale, a copy of the
     scale and the sum of its codes (measured with onnxruntime 1.31). 16 and 32 hold plain numbers.
     The token table is charged as stored, because only looked-up rows are unpacked.
     """
-    total = 0
+    return sum(
+        _executed_tensor(name, shape, fmt, container_bits)
+        for name, shape in spec.block_tensors(block).items()
+    )
+
+
+def read_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int, rows: int = 1) -> int:
+    """Return the bytes of weights that a pass of ``rows`` rows reads at least.
+
+    It is ``executed_bytes`` without the experts that no row takes. Rows are assumed to choose
+    uniformly and apart from each other: real rows meet more often.
+    """
+    part = 1.0
+    if spec.block_kind(block) == "layer" and (experts := spec.layer(block).experts) is not None:
+        part = 1 - (1 - experts.active / experts.count) ** rows
+    total = 0.0
     for name, shape in spec.block_tensors(block).items():
-        if name not in QUANTIZED_TENSORS:
-            total += 4 * prod(shape)
-        elif name == "tokens.weight":
-            total += _stored_matrix(shape, fmt)
-        elif fmt.scheme != "float" and container_bits in INTEGER_BITS:
-            rows, columns = shape
-            groups = fmt.groups(columns)
-            total += rows * groups * (fmt.group_size * container_bits // 8 + 12)
-            total += rows * -(-groups * container_bits // 8)
-        else:
-            total += prod(shape) * container_bits // 8
-    return total
+        total += _executed_tensor(name, shape, fmt, container_bits) * (
+            part if name in STACKED else 1.0
+        )
+    return round(total)
 
 
 def on_chip_layer_bytes(layer: LayerSpec) -> int:
@@ -123,6 +130,20 @@ def hop_bytes(spec: ModelSpec, bits: int = 16) -> int:
     32 bits are raw fp32. 16 and 8 bits are fp16 or int8 values with one fp32 scale.
     """
     return spec.hidden * bits // 8 + (0 if bits == 32 else 4)
+
+
+def _executed_tensor(name: str, shape: tuple[int, ...], fmt: Format, container_bits: int) -> int:
+    if name not in QUANTIZED_TENSORS:
+        return 4 * prod(shape)
+    if name == "tokens.weight":
+        rows, columns = shape
+        return _stored_matrix((rows, columns), fmt)
+    if fmt.scheme == "float" or container_bits not in INTEGER_BITS:
+        return prod(shape) * container_bits // 8
+    rows, columns = shape
+    groups = fmt.groups(columns)
+    codes = rows * groups * (fmt.group_size * container_bits // 8 + 12)
+    return codes + rows * -(-groups * container_bits // 8)
 
 
 def _stored_matrix(shape: tuple[int, ...], fmt: Format) -> int:
