@@ -27,6 +27,7 @@ from model.given import gguf_of, kind_of_file, without_weights
 from model.hub import lacks_weights
 from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
+from model.row_pieces import RowPieces
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 from model.weights import PlainTensor, StoredTensor
@@ -157,13 +158,23 @@ class Checkpoint:
         """
         return own_format(self.native_format(block), fmt)
 
-    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor]:
-        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are."""
+    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor | RowPieces]:
+        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are.
+
+        Matrices of several pieces, as those of experts, are read piece by piece.
+        """
         kept = self.kept(block, fmt)
         return {
-            canonical: kept[canonical] if canonical in kept else self._read(source)
+            canonical: kept[canonical] if canonical in kept else self._readable(canonical, source)
             for canonical, source in self._sources(block).items()
         }
+
+    def _readable(self, canonical: str, source: Source) -> npt.NDArray[np.float32] | RowPieces:
+        if len(source) == 1 or canonical not in QUANTIZED_TENSORS:
+            return self._read(source)
+        shapes = [piece.shape_of(self.tensors[piece.name].shape) for piece in source]
+        rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+        return RowPieces(rows, columns, lambda number: self._values(source[number]))
 
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps a block's weights unchanged.
