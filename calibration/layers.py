@@ -126,7 +126,9 @@ def measure_model(
     Raises BackendError if the backend fails, CheckpointError if the disk is full.
     """
     capabilities = backend.probe()
-    tasks = timing_tasks(spec, bits, capabilities.containers(exact=exact))
+    tasks = timing_tasks(
+        spec, bits, capabilities.containers(exact=exact), experts=capabilities.experts
+    )
     if directory is None and store is not None:
         directory = store.path.parent
         directory.mkdir(parents=True, exist_ok=True)
@@ -182,7 +184,9 @@ def kept_timings(
     capabilities = backend.probe()
     common = machine_key(capabilities, threads, exact=exact)
     timings: dict[Task, BlockTiming] = {}
-    for task in timing_tasks(spec, bits, capabilities.containers(exact=exact)):
+    for task in timing_tasks(
+        spec, bits, capabilities.containers(exact=exact), experts=capabilities.experts
+    ):
         key = common | timing_dependencies(spec, task)
         seconds, conditions = store.found(key)
         if seconds is not None and len(seconds) == 2:
@@ -515,7 +519,10 @@ def layer_share_s(seconds: float, call_s: float, layers: int) -> float:
     return max(seconds - call_s, seconds / 2) / layers
 
 
-def timing_tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[Task]:
+def timing_tasks(
+    spec: ModelSpec, bits: Sequence[int], containers: Any, *, experts: bool = True
+) -> list[Task]:
+    """Return what to time, without layers with experts if the backend runs none."""
     usable = sorted({width for width in bits if width in containers})
     alike: dict[int, list[int]] = {}
     for width in usable:
@@ -524,7 +531,11 @@ def timing_tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[
     tasks = [Task("embedding", 0, width, containers[width], (width,)) for width in usable]
     for container, widths in alike.items():
         shared = (widths[0], container, tuple(widths))
-        tasks += [Task("layer", index, *shared) for index in range(len(spec.layer_variants))]
+        tasks += [
+            Task("layer", index, *shared)
+            for index, layer in enumerate(spec.layer_variants)
+            if experts or layer.experts is None
+        ]
         tasks.append(Task("head", 0, *shared))
     return tasks
 

@@ -173,7 +173,8 @@ def measure_table(
     store.path.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(backend, threads, store.path.parent)
     bench.patience = Patience(limit_s=budget_s)
-    tasks = timing_tasks(spec, bits, backend.probe().container_bits)
+    capabilities = backend.probe()
+    tasks = timing_tasks(spec, bits, capabilities.container_bits, experts=capabilities.experts)
     run = _Run(spec, bench, store.again() if again else store, full, clock_s)
     points = {task: run.points() if task.kind == "layer" else [] for task in tasks}
     jobs = share_jobs(spec, tasks) if backend.probe().shares else []

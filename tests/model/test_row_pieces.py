@@ -29,7 +29,8 @@ class Reader:
 
     def __call__(self, number: int) -> npt.NDArray[np.float32]:
         self.reads += 1
-        return self.parts[number].copy()
+        piece: npt.NDArray[np.float32] = self.parts[number].copy()
+        return piece
 
 
 @pytest.mark.parametrize("rows", [(0, 744), (0, 3), (2, 5), (3, 4), (4, 704), (703, 744), (9, 9)])
