@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,6 +96,22 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     ),
     "qwen3-0.6b": _decoder("qwen3", 1024, 3072, 28, (16, 8, 128), 151936, 40960, **_QWEN),
     "qwen3-1.7b": _decoder("qwen3", 2048, 6144, 28, (16, 8, 128), 151936, 40960, **_QWEN),
+    "qwen3-30b-a3b": _decoder(
+        "qwen3_moe",
+        2048,
+        6144,
+        48,
+        (32, 4, 128),
+        151936,
+        40960,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        **_QWEN,
+        **_UNTIED,
+    ),
     "qwen3-4b": _decoder("qwen3", 2560, 9728, 36, (32, 8, 128), 151936, 40960, **_QWEN),
     "qwen3-8b": _decoder("qwen3", 4096, 12288, 36, (32, 8, 128), 151936, 40960, **_QWEN, **_UNTIED),
     "smollm2-1.7b": _decoder("llama", 2048, 8192, 24, (32, 32, 64), 49152, 8192),
@@ -121,3 +138,17 @@ def shape_spec(shape: str) -> ModelSpec:
         known = ", ".join(sorted(SHAPES))
         raise CheckpointError(f"shape {shape!r}: known are {known}, or the path of a config.json")
     return describe(read_config_file(path), _NO_DIRECTORY)
+
+
+def write_shape(shape: str, directory: Path) -> Path:
+    """Make a model's folder in ``directory`` that has only a config.json, and return its path.
+
+    Raises as ``shape_spec``.
+    """
+    shape_spec(shape)
+    path = Path(shape).absolute()
+    folder = directory / (shape if shape in SHAPES else path.parent.name or "model")
+    folder.mkdir()
+    text = json.dumps(SHAPES[shape]) if shape in SHAPES else path.read_text(encoding="utf-8")
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return folder

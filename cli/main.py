@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable
+from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable, UsageError
 from cli.parser import Parser, add_url_argument
 from cli.render import Screen
 from cli.service.journal import JournalFormatter, under_journal
@@ -96,10 +96,16 @@ def run_devices(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import planning
+    from cli.commands.model_names import model_to_plan
 
+    if (options.model is None) == (options.shape is None):
+        raise UsageError("give one MODEL, or --shape NAME with --devices LAB.yaml")
     if options.devices is not None:
-        planning.run_offline_plan(options, screen)
+        with model_to_plan(options, screen):
+            planning.run_offline_plan(options, screen)
         return
+    if options.shape is not None:
+        raise UsageError("--shape has no files for a coordinator to read: add --devices LAB.yaml")
     with _client(options) as client:
         planning.run_live_plan(options, screen, client)
 
@@ -374,11 +380,11 @@ def _add_bits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(sub: argparse.ArgumentParser) -> None:
-    """The arguments that ``plan`` and ``load`` share."""
+def _add_model(sub: argparse.ArgumentParser, **model: Any) -> None:
+    """The arguments that ``plan`` and ``load`` share. ``model`` adds to those of MODEL."""
     from cli.commands import plan_arguments
 
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP, **model)
     _add_bits(sub)
     plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
@@ -388,16 +394,17 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
 def _plan(plan: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments
 
-    _add_model(plan)
+    _add_model(plan, nargs="?")
     plan_arguments.add_planning_arguments(plan)
     add_url_argument(plan)
     return Page(
         run_plan,
-        "  shoal plan Qwen/Qwen3-0.6B --explain  # before its download: config.json is enough\n"
+        "  shoal plan Qwen/Qwen3-0.6B  # before its download, from config.json alone\n"
         "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
-        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n",
+        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n"
+        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n",
         "The coordinator measures what it does not know yet, and solves an integer program. "
         "Nothing is loaded. With --devices no coordinator is needed.",
     )

@@ -7,8 +7,6 @@ would not help them. So the messages say what is at the path, and what to do.
 
 from __future__ import annotations
 
-import os
-import pwd
 import re
 import socket
 import stat
@@ -445,15 +443,8 @@ def _listed(names: list[str]) -> str:
 def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
     if isinstance(error, PermissionError):
         return CheckpointError(
-            f"{shown(path)}: the user {_user()} may not read it on {socket.gethostname()};"
+            f"{shown(path)}: the user {hub.user_name()} may not read it on {socket.gethostname()};"
             " give it the right to, or put the model where it may"
         )
     reason = error.strerror if isinstance(error, OSError) else None
     return CheckpointError(f"{shown(path)}: cannot be read: {reason or error}; give another path")
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())

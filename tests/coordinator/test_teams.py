@@ -114,9 +114,7 @@ class PlansGiven(Operations):
 
     plans: list[Plan]
 
-    async def _plan(
-        self, request: LoadRequest, *, asked: bool, weights: bool = True
-    ) -> Planned:
+    async def _plan(self, request: LoadRequest, *, asked: bool, weights: bool = True) -> Planned:
         if not self.plans:
             raise PlanError("no plan is left")
         joined = [member.name for member in self._roster.members]

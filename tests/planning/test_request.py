@@ -165,7 +165,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
 
 
 def test_a_request_without_a_model_is_refused() -> None:
-    with pytest.raises(RequestInvalid, match="the absolute path of a model directory") as refused:
+    with pytest.raises(RequestInvalid, match="the absolute path of a model") as refused:
         LoadRequest.from_dict({})
     assert refused.value.param == "model"
 
