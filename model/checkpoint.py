@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import numpy.typing as npt
 from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
-from model.families import Config, Source, describe, read_config, tensor_sources
-from model.families.sources import Piece, shape_of
+from model.families import Config, Piece, Source, describe, read_config, tensor_sources
+from model.families.sources import shape_of
 from model.gguf_map import read_model
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
@@ -28,6 +28,7 @@ from model.given import gguf_of, kind_of_file, without_weights
 from model.hub import lacks_weights
 from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
+from model.row_pieces import RowPieces
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 from model.weights import PlainTensor, StoredTensor
@@ -159,13 +160,23 @@ class Checkpoint:
         """
         return own_format(self.native_format(block), fmt)
 
-    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor]:
-        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are."""
+    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor | RowPieces]:
+        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are.
+
+        Matrices of several pieces, as those of experts, are read piece by piece.
+        """
         kept = self.kept(block, fmt)
         return {
-            canonical: kept[canonical] if canonical in kept else self._read(source)
+            canonical: kept[canonical] if canonical in kept else self._readable(canonical, source)
             for canonical, source in self._sources(block).items()
         }
+
+    def _readable(self, canonical: str, source: Source) -> npt.NDArray[np.float32] | RowPieces:
+        if len(source) == 1 or canonical not in QUANTIZED_TENSORS:
+            return self._read(source)
+        shapes = [piece.shape_of(self.tensors[piece.name].shape) for piece in source]
+        rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+        return RowPieces(rows, columns, lambda number: self._values(source[number]))
 
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps a block's weights unchanged.
@@ -197,8 +208,25 @@ class Checkpoint:
         }
 
     def _read(self, source: Source) -> npt.NDArray[np.float32]:
-        pieces = [piece.apply(self.tensors[piece.name].float32()) for piece in source]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if len(source) == 1:
+            return self._values(source[0])
+        # The pieces may be as large as the block, so each is copied before the next is read.
+        shapes = [piece.shape_of(self.tensors[piece.name].shape) for piece in source]
+        values = np.empty(shape_of(shapes), np.float32)
+        begin = 0
+        for piece, shape in zip(source, shapes, strict=True):
+            values[begin : begin + shape[0]] = self._values(piece)
+            begin += shape[0]
+        return values
+
+    def _values(self, piece: Piece) -> npt.NDArray[np.float32]:
+        """Return the values of a piece. Of what is stored, only its expert or its rows are read."""
+        stored = self.tensors[piece.name]
+        if piece.index is None:
+            if piece.rows is None or piece.transposed:
+                return piece.apply(stored.float32())
+            return replace(piece, rows=None).apply(stored.float32(slice(*piece.rows)))
+        return replace(piece, index=0).apply(stored.float32(slice(piece.index, piece.index + 1)))
 
     def _codes(self, source: Source) -> QuantizedMatrix:
         """Return the codes of a matrix that ``kept_formats`` names."""

@@ -409,6 +409,64 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family("starcoder2", SMALL | {"sliding_window": 20}),
 }
 
+EXPERTS: dict[str, Any] = SMALL | {
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "num_experts": 5,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+"""Experts as wide as a quantization group."""
+
+FAMILIES |= {
+    "granitemoe": Family(
+        "granitemoe",
+        EXPERTS
+        | {
+            "intermediate_size": 32,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "mixtral": Family("mixtral", EXPERTS | {"intermediate_size": 32}),
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "shared_expert_intermediate_size": 64,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+        },
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe", EXPERTS | {"head_dim": 16, "num_experts_per_tok": 3, "norm_topk_prob": True}
+    ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        EXPERTS
+        | {
+            "intermediate_size": 32,
+            "head_dim": 8,
+            "sliding_window": 12,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 24,
+            },
+        },
+    ),
+}
+
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)  # Two would wait for each other at such sizes.

@@ -26,6 +26,16 @@ from model.families.decoder import (
     qwen3,
     smollm3,
 )
+from model.families.experts import (
+    GRANITEMOE,
+    MIXTRAL,
+    QWEN_MOE,
+    ExpertNames,
+    granitemoe,
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+)
 from model.families.fused import (
     GLM4_NAMES,
     GLM_NAMES,
@@ -37,6 +47,7 @@ from model.families.fused import (
     phi3_sources,
 )
 from model.families.gemma import GEMMA2_NAMES, gemma, gemma2, gemma3, gemma_sources
+from model.families.gpt_oss import GPT_OSS, gpt_oss, gpt_oss_sources
 from model.families.layernorm import (
     GPT2_NAMES,
     STARCODER2_NAMES,
@@ -93,6 +104,8 @@ class _Family:
     names: Mapping[str, str]
     """Maps a canonical module to the checkpoint's; ``{layer}`` stands for the layer's index."""
     adapt: Callable[[Config, ModelSpec, int, Sources], Sources] = _unchanged
+    experts: ExpertNames | None = None
+    """The names of the tensors of layers with experts."""
 
 
 def load_spec(directory: Path) -> ModelSpec:
@@ -147,6 +160,9 @@ def tensor_sources(
         elif module in family.names:
             name = family.names[module].format(layer=block - 1)
             sources[canonical] = (Piece(f"{prefix}{name}.{kind}"),)
+    if family.experts is not None and spec.block_kind(block) == "layer":
+        layer = spec.layer(block)
+        sources |= family.experts.sources(f"{prefix}layers.{block - 1}.", layer, available)
     return _turned(spec, block, family.adapt(config, spec, block, sources))
 
 
@@ -228,6 +244,11 @@ _FAMILIES: Mapping[str, _Family] = {
     "granitemoehybrid": _Family(
         granite_hybrid, _DECODER, GRANITE_HYBRID_NAMES, granite_hybrid_sources
     ),
+    "gpt_oss": _Family(gpt_oss, _DECODER, LLAMA_NAMES, gpt_oss_sources, GPT_OSS),
+    "granitemoe": _Family(granitemoe, _DECODER, LLAMA_NAMES, granite_sources, GRANITEMOE),
+    "mixtral": _Family(mixtral, _DECODER, LLAMA_NAMES, experts=MIXTRAL),
+    "qwen2_moe": _Family(qwen2_moe, _DECODER, LLAMA_NAMES, experts=QWEN_MOE),
+    "qwen3_moe": _Family(qwen3_moe, _DECODER, LLAMA_NAMES, experts=QWEN_MOE),
     "llama": _Family(llama, _DECODER, LLAMA_NAMES),
     "minicpm": _Family(minicpm, _DECODER, LLAMA_NAMES, minicpm_sources),
     "ministral": _Family(mistral, _DECODER, LLAMA_NAMES),

@@ -14,9 +14,11 @@ from model import families
 from model.errors import CheckpointError, ModelError, UnsupportedModelError
 from model.families import load_spec
 from model.families.unsupported import MISSING
+from model.rotary import rotary_table
 from model.spec import ModelSpec, RopeSpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+FAMILIES = Path(__file__).parents[1] / "families"
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -387,8 +389,8 @@ def test_unreadable_configs(tmp_path: Path, text: bytes) -> None:
 
 
 def test_specs_survive_messages() -> None:
-    for directory in sorted(FIXTURES.iterdir()):
-        spec = load_spec(directory)
+    for config in sorted((*FIXTURES.glob("*/config.json"), *FAMILIES.glob("*/config.json"))):
+        spec = load_spec(config.parent)
         assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
@@ -403,10 +405,11 @@ def test_old_and_new_config_of_one_model_agree(tmp_path: Path) -> None:
     assert spec_of(directory, config) == old
 
 
+@pytest.mark.parametrize("model", [FIXTURES / "llama", FAMILIES / "phi3-long"], ids=str)
 @pytest.mark.parametrize("value", [None, -1, 0, "x", [], {}, 1.5, True, 10**40, float("nan")])
-def test_descriptions_from_a_peer_never_crash(value: object) -> None:
+def test_descriptions_from_a_peer_never_crash(value: object, model: Path) -> None:
     """Each field of a spec, its layers and their rope replaced by nonsense: refused or harmless."""
-    plain = json.dumps(load_spec(FIXTURES / "llama").to_dict())
+    plain = json.dumps(load_spec(model).to_dict())
     paths: list[tuple[object, ...]] = [(key,) for key in json.loads(plain)]
     paths += [("layers", 1, key) for key in json.loads(plain)["layers"][0]]
     paths += [("layers", 1, "rope", key) for key in json.loads(plain)["layers"][0]["rope"]]
@@ -423,6 +426,10 @@ def test_descriptions_from_a_peer_never_crash(value: object) -> None:
             refused += 1
         else:
             assert all(np.prod(shape) > 0 for shape in spec.block_tensors(1).values())
+            layer = spec.layers[1]
+            if layer.rope is not None:
+                with np.errstate(all="ignore"):
+                    rotary_table(layer.rope, layer.head_dim, 4)
     assert refused > 20
     with pytest.raises(ModelError):
         ModelSpec.from_dict({"layers": value})
