@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -139,7 +138,7 @@ class AdminRoutes:
 
     async def plan(self, request: Request) -> Response:
         wanted = LoadRequest.from_dict(await read_json(request))
-        await _require_checkpoint(wanted.model)
+        await _require_checkpoint(wanted)
 
         async def work(emit: Emit) -> dict[str, Any]:
             planned = await self._operations.plan(wanted, _emitter(emit))
@@ -152,7 +151,7 @@ class AdminRoutes:
 
     async def load(self, request: Request) -> Response:
         wanted = LoadRequest.from_dict(await read_json(request))
-        await _require_checkpoint(wanted.model)
+        await _require_checkpoint(wanted)
 
         async def work(emit: Emit) -> dict[str, Any]:
             deployment = await self._operations.load(wanted, _emitter(emit))
@@ -171,7 +170,7 @@ class AdminRoutes:
 
     async def quality(self, request: Request) -> Response:
         wanted = QualityRequest.from_dict(await read_json(request))
-        await _require_checkpoint(wanted.model)
+        await _require_checkpoint(wanted)
 
         async def work(emit: Emit) -> dict[str, Any]:
             return _quality(await self._operations.calibrate(wanted, _emitter(emit)))
@@ -183,9 +182,9 @@ class AdminRoutes:
         return JSONResponse({"unloaded": await self._operations.unload()})
 
 
-async def _require_checkpoint(directory: Path) -> None:
+async def _require_checkpoint(wanted: LoadRequest | QualityRequest) -> None:
     """Raise ModelError for a directory without a model, before the stream has a status."""
-    await asyncio.to_thread(Checkpoint.open, directory)
+    await asyncio.to_thread(Checkpoint.open, wanted.model, wanted.adapter)
 
 
 def _emitter(emit: Emit) -> Callable[[Step], None]:
@@ -215,6 +214,7 @@ def _planned(planned: Planned) -> dict[str, Any]:
         "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
         "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
+        "adapter": planned.request.adapter,
         "weights": planned.weights,
         "devices": dict(planned.devices),
     }
@@ -301,6 +301,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": plan,
         "quality": deployment.quality,
+        "adapter": deployment.request.adapter,
         "weights": list(deployment.weights),
         "stages": [
             _stage(team, loaded)

@@ -215,7 +215,7 @@ class Operations:
 
         asked: a user waits for the best plan, so more of the failed links are tried again.
         """
-        checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
+        checkpoint = await asyncio.to_thread(Checkpoint.open, request.model, request.adapter)
         members = self._roster.require_members()
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]
