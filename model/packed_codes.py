@@ -102,7 +102,7 @@ class CodedMatrix(StoredTensor):
             (self.rows, self.columns),
             fmt,
             np.ascontiguousarray(packed).reshape(self.rows, groups, group_bytes),
-            self._repeated(_narrow(self.scales()), groups),
+            self._repeated(narrow(self.scales()), groups),
             None if zeros is None else pack_rows(self._repeated(zeros, groups), fmt.bits),
         )
 
@@ -281,7 +281,7 @@ def _numbers(stored: PlainTensor) -> npt.NDArray[Any]:
     return stored.map() if stored.dtype == "F16" else stored.float32()
 
 
-def _narrow(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def narrow(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return scales as float16 if that changes none, because all kernels are faster with it."""
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16)
