@@ -27,7 +27,7 @@ from model.weights import PlainTensor, Rows, StoredTensor
 
 WEIGHTS = "adapter_model.safetensors"
 NO_ADAPTER = "none"
-"""What a user names to run a base model without the adapter in its folder."""
+"""The name that a user gives to run a base model without the adapter in its folder."""
 
 MERGED = " with LoRA"
 """The end of the type of merged tensors."""

@@ -21,9 +21,11 @@ from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Source, describe, read_config, tensor_sources
 from model.families.sources import shape_of
-from model.given import ADAPTER, kind_of_file, without_weights
+from model.gguf_map import read_model
+from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
+from model.hub import lacks_weights
 from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.safetensors import SafetensorsFile, read_safetensors
@@ -60,32 +62,21 @@ class Checkpoint:
     def open(directory: Path, adapter: str | None = None) -> Checkpoint:
         """Read config.json and all headers, and check every tensor of every block against them.
 
+        directory: a model's folder, or a GGUF file.
         adapter: the folder of a LoRA adapter to merge, NO_ADAPTER to leave out one that lies beside
             the weights, or None. With None, such an adapter is refused.
 
         Raises CheckpointError for missing, damaged, unsafe or inconsistent files,
         UnsupportedModelError for an architecture or option that is not implemented.
         """
-        config = read_config(directory)
-        spec = describe(config, directory)
-        shards = _open_shards(directory)
-        if adapter is None:
-            _refuse_adapter(directory)
-        stored: dict[str, PlainTensor] = {}
-        for shard in shards.values():
-            for name in shard.entries:
-                if name in stored:
-                    raise CheckpointError(
-                        f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
-                    )
-                stored[name] = PlainTensor(shard, name)
-        tensors = unpacked(config, stored)
-        checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
-        notes = _unread_files(directory, shards), _wrong_places(directory, stored)
-        for note in filter(None, notes):
-            _tell(checkpoint.fingerprint, note)
-        checkpoint._check_tensors()
-        if adapter in (None, NO_ADAPTER):
+        gguf = gguf_of(directory)
+        if gguf is not None:
+            checkpoint = _open_gguf(directory, gguf)
+        else:
+            checkpoint = _open_folder(directory)
+            if adapter is None:
+                _refuse_adapter(directory)
+        if adapter is None or adapter == NO_ADAPTER:
             return checkpoint
         return checkpoint.with_adapter(Adapter.open(Path(adapter)))
 
@@ -102,6 +93,18 @@ class Checkpoint:
         merged = replace(self, spec=spec, fingerprint=digest.hexdigest(), tensors=tensors)
         merged._check_tensors()
         return merged
+
+    @staticmethod
+    def open_to_plan(directory: Path, adapter: str | None = None) -> Checkpoint:
+        """Open a model, or describe it by its config.json alone if its weights are not here yet.
+
+        Without weights ``tensors`` is empty. Raises as ``open``.
+        """
+        if not lacks_weights(directory):
+            return Checkpoint.open(directory, adapter)
+        config = read_config(directory)
+        fingerprint = _fingerprint(config, {})
+        return Checkpoint(directory, describe(config, directory), fingerprint, config, {})
 
     def block(self, block: int) -> dict[str, npt.NDArray[np.float32]]:
         """Return the canonical tensors of one block (``ModelSpec.block_tensors``) as float32.
@@ -168,8 +171,11 @@ class Checkpoint:
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps a block's weights unchanged.
 
-        It is the file's own if all matrices have it, else 16 or 32 bits.
+        It is the file's own if all matrices have it, else 16 or 32 bits. Weights that are not here
+        yet are taken for 16 bits, as most are published.
         """
+        if not self.tensors:
+            return Format.of(16)
         kept = self.kept_formats(block)
         quantized = QUANTIZED_TENSORS & self.spec.block_tensors(block).keys()
         formats = set(kept.values())
@@ -220,9 +226,15 @@ class Checkpoint:
                 used.update(piece.name for piece in sources[canonical])
         # A bias or norm that the config does not name would be left out unnoticed.
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
+        # Other parts of the model, like one that sees, have layers of their own.
+        stems = {name[: layer.start(1)] for name in used if (layer := _LAYER.search(name))}
         for name, tensor in self.tensors.items():
             layer = _LAYER.search(name)
-            inside = layer is not None and int(layer[1]) < len(self.spec.layers)
+            inside = (
+                layer is not None
+                and name[: layer.start(1)] in stems
+                and int(layer[1]) < len(self.spec.layers)
+            )
             derived = name.endswith(_RECOMPUTED) or self._is_idle(name, tensor)
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
@@ -233,7 +245,12 @@ class Checkpoint:
         unused = [
             name for name in self.tensors if name not in used and not name.endswith(_RECOMPUTED)
         ]
-        if unused:
+        if unused and self.config.has("text_config"):
+            parts = sorted({name.removeprefix("model.").partition(".")[0] for name in unused})
+            which = f"{len(unused)} tensors of {_some(parts)}"
+            note = f"{self.directory}: {which} not used: the language model runs alone"
+            _tell(self.fingerprint, note)
+        elif unused:
             _tell(
                 self.fingerprint,
                 f"{self.directory}: {_some(unused)} not used: config.json describes no such part",
@@ -302,6 +319,37 @@ class Checkpoint:
                 "not say how it is quantized (quantization_config); fetch config.json again"
             )
         return tensor
+
+
+def _open_folder(directory: Path) -> Checkpoint:
+    """Open a model's folder as Hugging Face stores it."""
+    config = read_config(directory)
+    spec = describe(config, directory)
+    shards = _open_shards(directory)
+    stored: dict[str, PlainTensor] = {}
+    for shard in shards.values():
+        for name in shard.entries:
+            if name in stored:
+                raise CheckpointError(
+                    f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
+                )
+            stored[name] = PlainTensor(shard, name)
+    tensors = unpacked(config, stored)
+    checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
+    notes = _unread_files(directory, shards), _wrong_places(directory, stored)
+    for note in filter(None, notes):
+        _tell(checkpoint.fingerprint, note)
+    checkpoint._check_tensors()
+    return checkpoint
+
+
+def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
+    model = read_model(gguf)
+    config = Config(gguf, model.values)
+    spec = describe(config, given)
+    checkpoint = Checkpoint(given, spec, model.fingerprint, config, model.tensors)
+    checkpoint._check_tensors()
+    return checkpoint
 
 
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:

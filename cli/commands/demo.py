@@ -24,6 +24,7 @@ from typing import Any
 from backends.base import BackendUnavailable
 from backends.registry import backend_class
 from cli.client import Client
+from cli.commands.model_names import model_here
 from cli.commands.plan_arguments import bounds_of, check_teams, teams_of
 from cli.commands.plan_views import show_divergence, show_weights
 from cli.errors import CommandFailed, UsageError
@@ -217,7 +218,7 @@ class Demo:
         model: Path | None = self._options.model
         if model is None and not EMBEDDED_MODEL.is_dir():
             raise CommandFailed("this installation has no embedded model: give one with --model")
-        return EMBEDDED_MODEL if model is None else model
+        return EMBEDDED_MODEL if model is None else model_here(model, self._screen)
 
     def _context_tokens(self, checkpoint: Checkpoint) -> int:
         return min(self._options.context or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context)

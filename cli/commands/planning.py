@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from cli.commands.model_names import locate
 from cli.commands.plan_arguments import (
     bounds_of,
     check_teams,
@@ -71,7 +72,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     from planning.labs.lab_file import read_lab
     from planning.labs.sensitivity_file import SensitivityError
     from planning.plan import PlanError
-    from planning.request import DEFAULT_CONTEXT_TOKENS
+    from planning.request import DEFAULT_CONTEXT_TOKENS, model_name
     from planning.saved import read_plan
 
     if options.check_quality:
@@ -120,7 +121,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         if options.formulation == "dilemma":
             _run_dilemma(options, screen, problem, asdict(times_of(lab, spec)))
         else:
-            name = model.absolute().name
+            name = model_name(model.absolute())
             plan = _given_or_best(options, screen, problem, given)
             plan, measured_kl = keep_described(
                 options, screen, losses, problem, plan, partial(_solve, options, screen)
@@ -153,6 +154,8 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     if options.formulation == "dilemma":
         raise UsageError("--formulation dilemma needs --devices LAB.yaml")
     asked = (options.explain, options.plot, options.save, options.plan, options.simulate)
+    request_of(options)  # Wrong arguments are told before a model is fetched.
+    locate(options, client, screen, weights=False)
     request = request_of(options, with_problem=any(asked)).to_dict()
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/plan", request, on_step)
@@ -308,8 +311,10 @@ def _hop_formats(
 def _checkpoint(model: Path, adapter: str | None) -> Checkpoint | None:
     """Return the model's checkpoint, or None if its folder has no weights. Raises ModelError."""
     from model.checkpoint import Checkpoint
+    from model.given import gguf_of
 
-    return Checkpoint.open(model, adapter) if any(model.glob("*.safetensors")) else None
+    has_weights = gguf_of(model) is not None or any(model.glob("*.safetensors"))
+    return Checkpoint.open(model, adapter) if has_weights else None
 
 
 def _weight_errors(

@@ -214,6 +214,8 @@ class QualityMeter:
         form = Form(checkpoint, request.scheme, request.group_size)
         arithmetics = [member.profile.arithmetic for member in members]
         try:
+            if not checkpoint.tensors:
+                raise LossUnknown("its weights are not downloaded yet")
             if measure:
                 work = partial(self._quality.losses.losses, form)
                 return estimated(await in_thread("quality", work, on_step), arithmetics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 from model.errors import CheckpointError
@@ -69,6 +70,43 @@ def qwen3(config: Config) -> ModelSpec:
     )
 
 
+def smollm3(config: Config) -> ModelSpec:
+    bias = config.flag("attention_bias", False)
+    spec = rotary_decoder(
+        config,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=config.flag("mlp_bias", False),
+        windows=_smollm3_windows(config),
+        theta=2e6,
+        tied=True,
+    )
+    layers = tuple(
+        layer if rotated else replace(layer, rope=None)
+        for layer, rotated in zip(spec.layers, _rotated_layers(config), strict=True)
+    )
+    return replace(spec, layers=layers)
+
+
+def _rotated_layers(config: Config) -> list[bool]:
+    """Return which layers have rotary positions, by no_rope_layers (where 1 says that it has)."""
+    count = config.layer_count()
+    marks = config.values.get("no_rope_layers")
+    if marks is None:
+        interval = config.size("no_rope_layer_interval", 4)
+        return [(layer + 1) % interval != 0 for layer in range(count)]
+    if not isinstance(marks, list) or len(marks) < count or set(marks) - {0, 1}:
+        raise CheckpointError(f"{config.path}: no_rope_layers must be a 0 or 1 for each layer")
+    return [bool(mark) for mark in marks[:count]]
+
+
+def _smollm3_windows(config: Config) -> list[int | None]:
+    if config.strings("layer_types") or not config.flag("use_sliding_window", False):
+        return _qwen_windows(config)
+    window = config.size("sliding_window") if config.has("sliding_window") else None
+    return [None if rotated else window for rotated in _rotated_layers(config)]
+
+
 def _qwen_windows(config: Config) -> list[int | None]:
     """Return each layer's window by layer_types, or else for layers from max_window_layers on."""
     count = config.layer_count()
@@ -108,8 +146,13 @@ def rotary_decoder(
     qk_norm: QkNorm = "none",
     windows: list[int | None] | None = None,
     head_dim: int | None = None,
+    theta: float = 10000.0,
+    tied: bool = False,
 ) -> ModelSpec:
-    """Describe pre-norm RMSNorm, rotary and gated MLP, which Llama and its relatives share."""
+    """Describe pre-norm RMSNorm, rotary and gated MLP, which Llama and its relatives share.
+
+    head_dim, theta, tied: what an absent head_dim, rope_theta and tie_word_embeddings mean.
+    """
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -118,7 +161,7 @@ def rotary_decoder(
             f"num_key_value_heads {kv_heads}"
         )
     head_dim = config.size("head_dim", head_dim or max(hidden // heads, 1))
-    rope, context = rope_spec(config, head_dim)
+    rope, context = rope_spec(config, head_dim, theta)
     layers = tuple(
         LayerSpec(
             hidden=hidden,
@@ -149,14 +192,17 @@ def rotary_decoder(
         learned_positions=0,
         position_offset=0,
         final_norm=True,
-        tied_head=config.flag("tie_word_embeddings", False),
+        tied_head=config.flag("tie_word_embeddings", tied),
         bos_token=config.bos_token(),
         eos_tokens=config.tokens("eos_token_id"),
     )
 
 
-def rope_spec(config: Config, head_dim: int) -> tuple[RopeSpec, int]:
-    """Return rotary parameters and usable context, from the old fields or ``rope_parameters``."""
+def rope_spec(config: Config, head_dim: int, theta: float = 10000.0) -> tuple[RopeSpec, int]:
+    """Return rotary parameters and usable context, from the old fields or ``rope_parameters``.
+
+    ``theta`` is the architecture's own rope_theta.
+    """
     context = config.size("max_position_embeddings")
     scaling = (
         config.nested("rope_scaling") or config.nested("rope_parameters") or Config(config.path, {})
@@ -175,7 +221,7 @@ def rope_spec(config: Config, head_dim: int) -> tuple[RopeSpec, int]:
         raise config.unsupported("rope_type", kind, f"known: {', '.join(_SCALINGS)}")
     if head_dim % 2 or (kind == "dynamic" and head_dim < 4):
         raise CheckpointError(f"{config.path}: head_dim {head_dim} cannot be rotated")
-    theta = scaling.number("rope_theta", config.number("rope_theta", 10000.0))
+    theta = scaling.number("rope_theta", config.number("rope_theta", theta))
     if kind == "default":
         return RopeSpec(theta), context
     factor = scaling.number("factor")
