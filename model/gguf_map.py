@@ -494,6 +494,22 @@ def _trained_context(
     return [round(context)] if 0.5 < context < MAX_SIZE - 1 else []
 
 
+def _ropes_by_kind(model: _Model, values: Values, theta: float, sliding_theta: float) -> Values:
+    """Return the rotary parameters by kind of layer, in place of those of all layers.
+
+    theta, sliding_theta: where the file has none. Scaling is for layers without a window.
+    """
+    del values["rope_theta"]
+    full = values.pop("rope_scaling", None) or {"rope_type": "default"}
+    return {
+        "full_attention": full | {"rope_theta": model.number("rope.freq_base", theta)},
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": model.number("rope.freq_base_swa", sliding_theta),
+        },
+    }
+
+
 def _layer_types(sliding: list[bool]) -> list[str]:
     return ["sliding_attention" if item else "full_attention" for item in sliding]
 
@@ -574,8 +590,7 @@ def _gemma3(model: _Model) -> Values:
     return values | {
         "model_type": "gemma3_text",
         "query_pre_attn_scalar": _query_scalar(values, 62),
-        "rope_theta": model.number("rope.freq_base", 1e6),
-        "rope_local_base_freq": model.number("rope.freq_base_swa", 10000.0),
+        "rope_parameters": _ropes_by_kind(model, values, 1e6, 10000.0),
         "final_logit_softcapping": cap or None,
         "sliding_window": window or None,
         "layer_types": _layer_types(model.windows(6 if window else 1)),
@@ -663,8 +678,13 @@ def _olmo2(model: _Model) -> Values:
     window = model.size("attention.sliding_window", 0)
     if not window:
         return values
-    kinds = _layer_types(model.windows(4))
-    return values | {"model_type": "olmo3", "sliding_window": window, "layer_types": kinds}
+    theta = values["rope_theta"]
+    return values | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": _layer_types(model.windows(4)),
+        "rope_parameters": _ropes_by_kind(model, values, theta, theta),
+    }
 
 
 def _exaone4(model: _Model) -> Values:
