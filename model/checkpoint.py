@@ -226,7 +226,7 @@ class Checkpoint:
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
-                    "config.json describes; its options and the weights disagree"
+                    f"{self.config.path.name} describes; its options and the weights disagree"
                 )
         self._check_tied_head(used)
         unused = [
@@ -235,7 +235,8 @@ class Checkpoint:
         if unused:
             _tell(
                 self.fingerprint,
-                f"{self.directory}: {_some(unused)} not used: config.json describes no such part",
+                f"{self.directory}: {_some(unused)} not used: "
+                f"{self.config.path.name} describes no such part",
             )
 
     def _check_tied_head(self, used: set[str]) -> None:
@@ -278,7 +279,7 @@ class Checkpoint:
         if found != expected:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name!r} has shape {list(found)}, "
-                f"but config.json makes it {list(expected)}"
+                f"but {self.config.path.name} makes it {list(expected)}"
             )
 
     def _stored(self, name: str) -> StoredTensor:

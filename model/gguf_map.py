@@ -26,7 +26,7 @@ from model.spec import MAX_LAYERS, MAX_SIZE
 from model.weights import StoredTensor
 
 Values = dict[str, Any]
-"""What config.json would hold."""
+"""The values that config.json would hold."""
 
 _LAYER = re.compile(r"blk\.(\d{1,6})\.(.+)")
 _UNREAD = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|.*\.attn_rot_embd")
