@@ -106,7 +106,7 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import plan_arguments
     from cli.commands.model_names import locate
-    from cli.commands.plan_views import show_divergence
+    from cli.commands.plan_views import show_divergence, show_weights
 
     plan_arguments.request_of(options)  # Wrong arguments are told before a model is fetched.
     with _client(options) as client:
@@ -119,6 +119,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
     else:
         title = f"{answer['model']} is loaded; predicted"
         screen.plan(answer["plan"], title, noise=answer.get("noise", ()))
+        show_weights(screen, answer)
         show_divergence(screen, answer["plan"], answer.get("quality"))
 
 

@@ -322,7 +322,7 @@ class Screen:
                     line += f" of {measured['row_s'] * 1e3:.2f} ms, measured"
                 shared.append(line)
         self.table(table)
-        for line in shared:
+        for line in (*shared, *model.get("weights", ())):
             self.out.print(escape(line), soft_wrap=True)
         slots = model["slots"]
         line = f", {slots['waiting']} in line" if slots["waiting"] else ""

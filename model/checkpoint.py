@@ -118,15 +118,27 @@ class Checkpoint:
         sources = self._sources(block)
         return {
             canonical: self._codes(sources[canonical])
-            for canonical, found in self._kept_formats(block).items()
+            for canonical, found in self.kept_formats(block).items()
             if fmt is None or found == fmt
         }
+
+    def kept_formats(self, block: int) -> dict[str, Format]:
+        """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        found: dict[str, Format] = {}
+        for canonical, source in self._sources(block).items():
+            formats = {
+                self.tensors[piece.name].format if piece.keeps_codes else None for piece in source
+            }
+            fmt = formats.pop()
+            if canonical in QUANTIZED_TENSORS and fmt is not None and not formats:
+                found[canonical] = fmt
+        return found
 
     def native_format(self, block: int) -> Format | None:
         """Return the format of most of the weights that ``kept`` keeps. None: it keeps nothing."""
         shapes = self.spec.block_tensors(block)
         weights: dict[Format, int] = {}
-        for canonical, fmt in self._kept_formats(block).items():
+        for canonical, fmt in self.kept_formats(block).items():
             weights[fmt] = weights.get(fmt, 0) + math.prod(shapes[canonical])
         return max(weights, key=lambda fmt: (weights[fmt], fmt.key), default=None)
 
@@ -158,7 +170,7 @@ class Checkpoint:
         """
         if not self.tensors:
             return Format.of(16)
-        kept = self._kept_formats(block)
+        kept = self.kept_formats(block)
         quantized = QUANTIZED_TENSORS & self.spec.block_tensors(block).keys()
         formats = set(kept.values())
         if kept.keys() == quantized and len(formats) == 1:
@@ -184,27 +196,16 @@ class Checkpoint:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _codes(self, source: Source) -> QuantizedMatrix:
-        """Return the codes of a matrix that ``_kept_formats`` names."""
-        parts = []
-        for piece in source:
+        """Return the codes of a matrix that ``kept_formats`` names."""
+        parts, whole = [], dict[str, QuantizedMatrix]()
+        for piece in source:  # Many pieces may be parts of one stored tensor.
             stored = self.tensors[piece.name]
-            codes = stored.codes()
+            codes = whole.get(piece.name) or stored.codes()
             if codes is None or codes.format != stored.format:
                 raise AssertionError(f"{stored.dtype} promised codes in {stored.format}")
+            whole[piece.name] = codes
             parts.append(piece.apply_codes(codes, stored.shape))
         return stack(parts)
-
-    def _kept_formats(self, block: int) -> dict[str, Format]:
-        """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
-        found: dict[str, Format] = {}
-        for canonical, source in self._sources(block).items():
-            formats = {
-                self.tensors[piece.name].format if piece.keeps_codes else None for piece in source
-            }
-            fmt = formats.pop()
-            if canonical in QUANTIZED_TENSORS and fmt is not None and not formats:
-                found[canonical] = fmt
-        return found
 
     def _sources(self, block: int) -> dict[str, Source]:
         return tensor_sources(self.config, self.spec, block, self.tensors)
@@ -222,7 +223,7 @@ class Checkpoint:
         for name, tensor in self.tensors.items():
             layer = _LAYER.search(name)
             inside = layer is not None and int(layer[1]) < len(self.spec.layers)
-            derived = name.endswith(_RECOMPUTED) or _is_zero_bias(name, tensor)
+            derived = name.endswith(_RECOMPUTED) or self._is_idle(name, tensor)
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
@@ -238,6 +239,12 @@ class Checkpoint:
                 f"{self.directory}: {_some(unused)} not used: "
                 f"{self.config.path.name} describes no such part",
             )
+
+    def _is_idle(self, name: str, tensor: StoredTensor) -> bool:
+        """Whether this is a bias of zeros, which old tools stored beside all packed matrices."""
+        module, _, kind = name.rpartition(".")
+        packed = not isinstance(self.tensors.get(f"{module}.weight"), PlainTensor | None)
+        return kind == "bias" and packed and tensor.readable and not tensor.float32().any()
 
     def _check_tied_head(self, used: set[str]) -> None:
         """Refuse a separate head if config.json says that there is none.
@@ -394,12 +401,6 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
         )
         for first in range(0, one.shape[0], rows)
     )
-
-
-def _is_zero_bias(name: str, tensor: StoredTensor) -> bool:
-    """Whether a bias changes nothing. Old GPTQ files have such biases of all matrices."""
-    plain = name.endswith(".bias") and len(tensor.shape) == 1 and tensor.readable
-    return plain and not tensor.float32().any()
 
 
 def _shard_names(index: Path) -> list[str]:

@@ -15,7 +15,14 @@ from typing import Any
 from model.errors import CheckpointError
 from model.families.config import Config
 from model.families.quantization import Quantization, positive, read_quantization
-from model.packed_codes import AwqMatrix, ByteMatrix, CodedMatrix, GptqMatrix, PackedMatrix
+from model.packed_codes import (
+    AwqMatrix,
+    ByteMatrix,
+    CodedMatrix,
+    GptqMatrix,
+    PackedMatrix,
+    whole_group,
+)
 from model.packed_floats import FLOAT8, Float8Matrix, MlxMatrix, MxfpMatrix, Nf4Matrix
 from model.weights import PlainTensor, StoredTensor
 
@@ -315,7 +322,7 @@ def _bitsandbytes(_quantization: Quantization, parts: _Parts) -> dict[str, Store
             rows=stored.shape[0],
             columns=stored.shape[1],
             bits=8,
-            group=stored.shape[1],
+            group=whole_group(stored.shape[1]),
             stored_scales=scales,
             factor=1 / 127,
         )
@@ -388,9 +395,9 @@ def _block(settings: Config, key: str) -> tuple[int, int]:
 def _group(settings: Config, words: PlainTensor, columns: int, groups: int) -> int:
     """Return the columns of a group. Raises CheckpointError if config and tensors disagree."""
     key = "q_group_size" if settings.has("q_group_size") else "group_size"
-    group = positive(settings, key, columns)
+    group = positive(settings, key, whole_group(columns))
     if settings.has("dynamic") and groups and columns % groups == 0:
-        group = columns // groups
+        group = columns // groups if groups > 1 else whole_group(columns)
     if -(-columns // group) != groups:
         raise CheckpointError(
             f"{words.path}: {words.name!r} has {groups} groups in {columns} columns, but config."
@@ -416,7 +423,7 @@ def _even(scales: PlainTensor, columns: int, groups: int) -> int:
         raise CheckpointError(
             f"{scales.path}: {scales.name!r} has {groups} groups for {columns} columns"
         )
-    return columns // groups
+    return columns // groups if groups > 1 else whole_group(columns)
 
 
 def rank(tensor: PlainTensor, axes: int) -> None:

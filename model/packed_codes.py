@@ -35,6 +35,7 @@ class CodedMatrix(StoredTensor):
     """A matrix [N, K] of b-bit codes. Each group of ``group`` columns of a row has one scale.
 
     source: the tensor to name in messages.
+    group: may be wider than a row, as ``whole_group`` is.
     """
 
     source: PlainTensor
@@ -82,8 +83,7 @@ class CodedMatrix(StoredTensor):
 
     @cached_property
     def format(self) -> Format | None:
-        whole = self.group >= self.columns
-        sizes = [size for size in GROUP_SIZES if whole or self.group % size == 0]
+        sizes = [size for size in GROUP_SIZES if self.group % size == 0]
         if not sizes or self.order() is not None:
             return None
         return Format(self.bits, "rtn", max(sizes), self.symmetric())
@@ -125,7 +125,7 @@ class CodedMatrix(StoredTensor):
     def scales(self) -> npt.NDArray[Any]:
         """Return the scales [N, G]. Raises CheckpointError if one is no sane number."""
         scales = self.raw_scales()
-        if not np.abs(scales).max(initial=0.0) <= _MAX_SCALE:  # NaN fails this, too.
+        if not float(np.abs(scales).max(initial=0)) <= _MAX_SCALE:  # NaN fails this, too.
             raise CheckpointError(
                 f"{self.path}: the scales of {self.source.name!r} hold NaN, infinite or absurdly "
                 "large values; the checkpoint is damaged"
@@ -244,7 +244,13 @@ class ByteMatrix(CodedMatrix):
                 f"{self.path}: {self.source.name!r} has codes beyond {self.bits} bits; the "
                 "checkpoint is damaged"
             )
-        return codes.view(np.uint8) + np.uint8(middle)
+        unsigned: Bytes = codes.view(np.uint8) + np.uint8(middle)
+        return unsigned
+
+
+def whole_group(columns: int) -> int:
+    """Return the group of matrices with one scale per row, which our largest group divides."""
+    return -(-columns // max(GROUP_SIZES)) * max(GROUP_SIZES)
 
 
 def _bytes(words: npt.NDArray[Any]) -> Bytes:
@@ -266,8 +272,8 @@ def _unpacked(packed: Bytes, bits: int, count: int) -> Bytes:
 def _nibbles(words: npt.NDArray[Any]) -> Bytes:
     """Return the codes of AWQ's words [n, m] as [n, 8 m], in the order of columns."""
     codes = unpack(_bytes(words), 4).reshape(*words.shape, 8)
-    ordered: Bytes = codes[..., _AWQ_ORDER].reshape(len(words), -1)
-    return ordered
+    ordered: Bytes = np.ascontiguousarray(codes[..., _AWQ_ORDER])
+    return ordered.reshape(len(words), -1)
 
 
 def _numbers(stored: PlainTensor) -> npt.NDArray[Any]:

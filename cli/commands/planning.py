@@ -36,6 +36,7 @@ from cli.commands.plan_views import (
     show_explanation,
     show_simulation,
     show_study,
+    show_weights,
 )
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
@@ -62,6 +63,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     """Run ``shoal plan MODEL --devices LAB.yaml``, without a coordinator. Raises CommandFailed."""
     from model.errors import ModelError
     from model.families import load_spec
+    from model.kept import weight_notes
     from model.quantize import Format
     from planning.build import RequestInput
     from planning.insight.view import describe_plan
@@ -136,6 +138,9 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             )
             found = _Found(name, context_tokens, describe_plan(spec, plan, slots), wording)
             found.quality = losses.quality(measured_kl)
+            if checkpoint is not None:
+                bits = [width for stage in plan.stages for width in stage.bits]
+                found.weights = weight_notes(checkpoint, bits)
             _show_plan(options, screen, plan, problem, found)
     except (LabError, ModelError, PlanError, SensitivityError, ValueError) as error:
         raise CommandFailed(str(error)) from error
@@ -162,7 +167,7 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     found = _Found(answer["model"], answer["context_tokens"], answer["plan"], wording)
     found.devices = answer.get("devices")
     found.noise = answer.get("noise", ())
-    found.quality = answer.get("quality")
+    found.quality, found.weights = answer.get("quality"), answer.get("weights", ())
     if not any(asked):
         _show_found(options, screen, found)
         return
@@ -361,6 +366,8 @@ class _Found:
     wording: _Wording
     quality: Mapping[str, Any] | None = None
     """The known figures of the plan's loss."""
+    weights: Sequence[str] = ()
+    """Lines about codes that are kept from the model's files, or quantized again."""
     devices: Mapping[str, str] | None = None
     """Ids of devices by name, or None for described devices."""
     noise: Sequence[Mapping[str, Any]] = ()
@@ -436,6 +443,8 @@ def _show_found(
         }
         if found.quality is not None:
             answer["quality"] = found.quality
+        if found.weights:
+            answer["weights"] = list(found.weights)
         if "devices" not in found.wording.labels:
             answer["noise"] = list(found.noise)
         if explanation is not None:
@@ -447,6 +456,7 @@ def _show_found(
         return
     times = found.wording.labels.get("times")
     screen.plan(found.plan, found.wording.title, times=times, noise=found.noise)
+    show_weights(screen, {"weights": found.weights})
     show_divergence(screen, found.plan, found.quality)
     if found.plan["energy_j"] is not None:
         energy_j = found.plan["energy_j"]

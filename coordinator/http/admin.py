@@ -240,6 +240,7 @@ def _planned(planned: Planned) -> dict[str, Any]:
         "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
         "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
+        "weights": planned.weights,
         "devices": dict(planned.devices),
     }
     if planned.quality is not None:
@@ -325,6 +326,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": plan,
         "quality": deployment.quality,
+        "weights": list(deployment.weights),
         "stages": [
             _stage(team, loaded)
             for team, loaded in zip(deployment.teams, deployment.loaded, strict=True)

@@ -22,6 +22,7 @@ from coordinator.loading.slots import Slots
 from coordinator.roster.measurements import Step, forward, together
 from coordinator.roster.members import Member
 from model.checkpoint import Checkpoint
+from model.kept import weight_notes
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from planning.plan import Plan, PlanError, Stage
@@ -71,6 +72,12 @@ class Planned:
     """Device ids by the names in the problem and the plan."""
 
     @property
+    def weights(self) -> list[str]:
+        """Lines about codes that are kept from the model's files, or quantized again."""
+        bits = [width for stage in self.plan.stages for width in stage.bits]
+        return weight_notes(self.checkpoint, bits)
+
+    @property
     def quality(self) -> dict[str, Any] | None:
         """The known figures of the plan's loss, as JSON; None if there are none."""
         if self.quality_margin is None:
@@ -101,6 +108,8 @@ class Deployment:
     sums: tuple[TeamMeasured | None, ...]
     """The measured sums of each team. None for a device alone, or if they were not measured."""
     quality: Mapping[str, Any] | None = None
+    """As of ``Planned``."""
+    weights: Sequence[str] = ()
     """As of ``Planned``."""
 
     @property
@@ -215,6 +224,7 @@ async def deploy(
         loaded=tuple(tuple(itertools.islice(loaded, len(team))) for team in teams),
         sums=sums,
         quality=planned.quality,
+        weights=planned.weights,
     )
 
 
