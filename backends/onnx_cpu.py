@@ -539,15 +539,12 @@ class _Loader:
             _, tensors = read_block(path, spec, block)
             weights = self._weights(tensors, as_bytes=as_bytes)
             if spec.block_kind(block) == "head":
-                yield run.finish_with_head(spec.vocab, weights, self._final_epsilon())
+                yield run.finish_with_head(spec, weights)
                 return
             layer = spec.layer(block)
             run.layer(layer, weights, self._rotary_table(layer))
             yield from run.take()
         yield run.finish()
-
-    def _final_epsilon(self) -> float | None:
-        return self._spec.layers[-1].norm_eps if self._spec.final_norm else None
 
     def _graph(self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool) -> Graph:
         spec, run = self._spec, None
@@ -555,7 +552,7 @@ class _Loader:
             _, tensors = read_block(path, spec, block)
             weights = self._weights(tensors, as_bytes=as_bytes)
             if spec.block_kind(block) == "head":
-                return head_graph(spec.hidden, spec.vocab, weights, self._final_epsilon())
+                return head_graph(spec, weights)
             if run is None:
                 run = LayerGraph(spec.hidden, self._options.context_tokens, window_offset())
             layer = spec.layer(block)

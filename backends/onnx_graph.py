@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from backends.onnx_matrix import ByteMatrix, Matrix, PackedMatrix, stack_rows
-from model.spec import LayerSpec
+from model.spec import LayerSpec, ModelSpec
 
 MICROSOFT = "com.microsoft"
 OPSET = 21
@@ -228,6 +228,12 @@ class Graph:
         self.node(operator, inputs, [normed, "", "", total], MICROSOFT, epsilon=epsilon)
         return total, normed
 
+    def capped(self, value: str, cap: float) -> str:
+        """Compute cap * tanh(value / cap)."""
+        limit = self.weight(np.array([cap], np.float32))
+        (bent,) = self.node("Tanh", self.node("Div", [value, limit]))
+        return self.node("Mul", [bent, limit])[0]
+
 
 class LayerGraph:
     """A run of decoder layers in one graph: ``begin``, ``layer`` for each, ``finish``.
@@ -258,21 +264,26 @@ class LayerGraph:
         self, layer: LayerSpec, weights: BlockWeights, rotary: tuple[Array, Array] | None
     ) -> None:
         """Append a layer. ``rotary`` has its cos and sin tables [context, head_dim / 2]."""
-        if layer.norm_position == "pre":
-            value, normed = self._settle(layer, "attn_norm", weights)
-            mixed = self._attention(layer, weights, normed, rotary)
-            value, attended = self._projected(weights, "o", mixed, value)
-            value, normed = self._add_norm(layer, "mlp_norm", weights, value, attended)
-            inner = self._mlp(layer, weights, normed)
-            self._value, self._delta = self._projected(weights, "down", inner, value)
-            return
-        value = self._sum()
-        mixed = self._attention(layer, weights, value, rotary)
+        inward = layer.norm_position in ("pre", "both")
+        if inward:
+            value, rows = self._settle(layer, "attn_norm", weights)
+        else:
+            value = rows = self._sum()
+        mixed = self._attention(layer, weights, rows, rotary)
         value, attended = self._projected(weights, "o", mixed, value)
-        _, value = self._add_norm(layer, "attn_norm", weights, value, attended)
-        inner = self._mlp(layer, weights, value)
+        attended = self._outward(layer, "attn", weights, attended)
+        if inward:
+            value, rows = self._add_norm(layer, "mlp_norm", weights, value, attended)
+        elif layer.norm_position == "post":
+            value = rows = self._add_norm(layer, "attn_norm", weights, value, attended)[1]
+        else:
+            value = rows = self.graph.node("Add", [value, attended])[0]
+        inner = self._mlp(layer, weights, rows)
         value, delta = self._projected(weights, "down", inner, value)
-        _, self._value = self._add_norm(layer, "mlp_norm", weights, value, delta)
+        if layer.norm_position == "post":
+            _, self._value = self._add_norm(layer, "mlp_norm", weights, value, delta)
+        else:
+            self._value, self._delta = value, self._outward(layer, "mlp", weights, delta)
 
     def finish(self) -> Graph:
         """Return the graph with its output in place."""
@@ -290,8 +301,20 @@ class LayerGraph:
         if self._delta is not None:
             delta, self._delta = self._delta, None
             return self._add_norm(layer, name, weights, self._value, delta)
+        return self._value, self._norm(layer, name, weights, self._value)
+
+    def _outward(self, layer: LayerSpec, part: str, weights: BlockWeights, value: str) -> str:
+        """Apply the norm of a part's product, if the layer has one."""
+        match layer.norm_position:
+            case "both":
+                return self._norm(layer, f"{part}_out_norm", weights, value)
+            case "output":
+                return self._norm(layer, f"{part}_norm", weights, value)
+        return value
+
+    def _norm(self, layer: LayerSpec, name: str, weights: BlockWeights, value: str) -> str:
         scale, bias = weights.vectors[f"{name}.weight"], weights.vectors.get(f"{name}.bias")
-        return self._value, self.graph.norm(self._value, scale, bias, layer.norm_eps)
+        return self.graph.norm(value, scale, bias, layer.norm_eps)
 
     def _add_norm(
         self, layer: LayerSpec, name: str, weights: BlockWeights, value: str, delta: str
@@ -346,7 +369,12 @@ class LayerGraph:
             q, k, v = self._projections(
                 weights, value, ("q", "k", "v"), (q_width, kv_width, kv_width)
             )
-            if layer.qk_norm == "head":
+            if layer.qk_norm == "width":
+                q, k = (
+                    graph.norm(each, weights.vectors[f"{name}_norm.weight"], None, layer.norm_eps)
+                    for name, each in (("q", q), ("k", k))
+                )
+            elif layer.qk_norm == "head":
                 q = self._head_norm(layer, weights.vectors["q_norm.weight"], q, layer.heads)
                 k = self._head_norm(layer, weights.vectors["k_norm.weight"], k, layer.kv_heads)
             if padded:
@@ -368,6 +396,8 @@ class LayerGraph:
         if rotary is not None:
             tables = list(self._rotary_tables(layer, rotary, width))
             attributes["do_rotary"] = 1
+        if layer.score_cap is not None:
+            attributes["softcap"] = layer.score_cap
         if layer.sliding_window is not None:
             attributes["local_window_size"] = layer.sliding_window - self._window_offset
         attended = f"attended_{index}"
@@ -378,7 +408,7 @@ class LayerGraph:
             MICROSOFT,
             num_heads=layer.heads,
             kv_num_heads=layer.kv_heads,
-            scale=layer.head_dim**-0.5,
+            scale=layer.score_factor,
             **attributes,
         )
         for kind in ("key", "value"):
@@ -447,26 +477,24 @@ def embedding_graph(embed_dim: int, project_in: Matrix) -> Graph:
     return graph
 
 
-def head_graph(hidden: int, vocab: int, weights: BlockWeights, norm_epsilon: float | None) -> Graph:
-    """Run ``hidden`` [1, n, hidden] through final norm, projection and LM head to ``output``.
-
-    ``norm_epsilon`` is None if there is no final norm.
-    """
+def head_graph(spec: ModelSpec, weights: BlockWeights) -> Graph:
+    """Run ``hidden`` [1, n, hidden] through final norm, projection and LM head to ``output``."""
     graph = Graph()
-    value = graph.input("hidden", TensorProto.FLOAT, (1, "n", hidden))
-    logits = add_head(graph, value, weights, norm_epsilon)
-    graph.output(logits, "output", TensorProto.FLOAT, (1, "n", vocab))
+    value = graph.input("hidden", TensorProto.FLOAT, (1, "n", spec.hidden))
+    logits = add_head(graph, value, spec, weights)
+    graph.output(logits, "output", TensorProto.FLOAT, (1, "n", spec.vocab))
     return graph
 
 
-def add_head(graph: Graph, value: str, weights: BlockWeights, norm_epsilon: float | None) -> str:
+def add_head(graph: Graph, value: str, spec: ModelSpec, weights: BlockWeights) -> str:
     """Append final norm, projection and LM head, as in ``head_graph``. Return the logits."""
-    if norm_epsilon is not None:
+    if spec.final_norm:
         scale, bias = weights.vectors["norm.weight"], weights.vectors.get("norm.bias")
-        value = graph.norm(value, scale, bias, norm_epsilon)
+        value = graph.norm(value, scale, bias, spec.layers[-1].norm_eps)
     if "project_out.weight" in weights.matrices:
         value = graph.linear(value, weights.matrices["project_out.weight"])
-    return graph.linear(value, weights.matrices["lm_head.weight"])
+    logits = graph.linear(value, weights.matrices["lm_head.weight"])
+    return logits if spec.logit_cap is None else graph.capped(logits, spec.logit_cap)
 
 
 def _transposed(matrix: Array) -> Array:

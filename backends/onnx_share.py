@@ -23,7 +23,7 @@ from onnx import TensorProto
 from backends.base import Array, TeamSum, Tokens
 from backends.onnx_graph import BlockWeights, Graph, LayerGraph, add_head
 from backends.onnx_session import translated
-from model.spec import LayerSpec
+from model.spec import LayerSpec, ModelSpec
 
 PROMPT_ROWS = 16
 """The fewest rows of one sequence for which the prompt copy is faster."""
@@ -53,10 +53,10 @@ class ShareGraph(LayerGraph):
         graphs, self._cut_graphs = self._cut_graphs, []
         return graphs
 
-    def finish_with_head(self, vocab: int, weights: BlockWeights, epsilon: float | None) -> Graph:
+    def finish_with_head(self, spec: ModelSpec, weights: BlockWeights) -> Graph:
         """Return the last graph, whose ``output`` is logits."""
-        logits = add_head(self.graph, self._sum(), weights, epsilon)
-        self.graph.output(logits, "output", TensorProto.FLOAT, ("b", "n", vocab))
+        logits = add_head(self.graph, self._sum(), spec, weights)
+        self.graph.output(logits, "output", TensorProto.FLOAT, ("b", "n", spec.vocab))
         return self.graph
 
     def _projected(

@@ -10,7 +10,6 @@ tokens, so that one captured graph serves every position.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from backends.torch_attention import attend
 from backends.torch_matmul import Linear
 from model.spec import LayerSpec, ModelSpec
 
@@ -183,16 +183,31 @@ class Layer:
         self._cut = cut
 
     def __call__(self, hidden: torch.Tensor, rows: Pass) -> torch.Tensor:
-        if self._spec.norm_position == "pre":
-            hidden = hidden + self._attention(self._norm("attn_norm", hidden), rows)
-            return hidden + self._mlp(self._norm("mlp_norm", hidden))
-        hidden = self._norm("attn_norm", hidden + self._attention(hidden, rows))
-        return self._norm("mlp_norm", hidden + self._mlp(hidden))
+        hidden = self._left("attn", hidden, self._attention(self._entered("attn", hidden), rows))
+        return self._left("mlp", hidden, self._mlp(self._entered("mlp", hidden)))
 
     def empty(self, slot: int, first: int = 0) -> None:
         """Clear the slot's cache from position ``first`` on."""
         self._cache.keys[slot, :, first:].zero_()
         self._cache.values[slot, :, first:].zero_()
+
+    def _entered(self, part: str, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the rows that attention or MLP takes."""
+        if self._spec.norm_position in ("pre", "both"):
+            return self._norm(f"{part}_norm", hidden)
+        return hidden
+
+    def _left(self, part: str, hidden: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        """Return the hidden state after a part, of the rows before and its product."""
+        match self._spec.norm_position:
+            case "pre":
+                return hidden + product
+            case "post":
+                return self._norm(f"{part}_norm", hidden + product)
+            case "both":
+                return hidden + self._norm(f"{part}_out_norm", product)
+            case "output":
+                return hidden + self._norm(f"{part}_norm", product)
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         return norm(hidden, self._vectors, name, self._spec.norm_eps)
@@ -201,8 +216,8 @@ class Layer:
         spec, width = self._spec, self._spec.head_dim
         heads = self._linears["qkv"](hidden.to(self._dtype)).unflatten(1, (-1, width))
         query, key, value = heads.split((spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
-        if spec.qk_norm == "head":
-            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
+        if spec.qk_norm != "none":
+            query, key = self._part_norm("q_norm", query), self._part_norm("k_norm", key)
         if self._rotary is not None:
             cos, sin = rows.rotation(self._rotary)
             query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
@@ -213,18 +228,21 @@ class Layer:
         group = spec.heads // spec.kv_heads
         folded = rows.fold(query.to(self._dtype))  # [sequences, heads, rows, width]
         sequences, _, count, _ = folded.shape
-        attended = functional.scaled_dot_product_attention(
+        attended = attend(
             folded.reshape(sequences, spec.kv_heads, group * count, width),
             keys,
             values,
-            attn_mask=rows.mask(spec.sliding_window, group),
-            scale=1 / math.sqrt(width),
+            rows.mask(spec.sliding_window, group),
+            spec.score_factor,
+            spec.score_cap,
         )
         attended = attended.reshape(sequences, spec.heads, count, width)
         return self._summed("o", rows.unfold(attended))
 
-    def _head_norm(self, name: str, heads: torch.Tensor) -> torch.Tensor:
-        return norm(heads.float(), self._vectors, name, self._spec.norm_eps)
+    def _part_norm(self, name: str, heads: torch.Tensor) -> torch.Tensor:
+        """Apply the norm of q or k, over each head or over all: [n, heads, width] in fp32."""
+        rows = heads.float() if self._spec.qk_norm == "head" else heads.flatten(1).float()
+        return norm(rows, self._vectors, name, self._spec.norm_eps).reshape(heads.shape)
 
     def _mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         narrow = hidden.to(self._dtype)
@@ -263,6 +281,7 @@ class Head:
         self._linears = linears
         self._vectors = vectors
         self._epsilon = spec.layers[-1].norm_eps
+        self._cap = spec.logit_cap
         self._dtype = dtype
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -271,7 +290,8 @@ class Head:
         narrow = hidden.to(self._dtype)
         if "project_out" in self._linears:
             narrow = self._linears["project_out"](narrow)
-        return self._linears["lm_head"](narrow).float()
+        logits = self._linears["lm_head"](narrow).float()
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
 
 def norm(rows: torch.Tensor, vectors: Vectors, name: str, epsilon: float) -> torch.Tensor:

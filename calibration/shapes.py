@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,3 +87,17 @@ def shape_spec(shape: str) -> ModelSpec:
         known = ", ".join(sorted(SHAPES))
         raise CheckpointError(f"shape {shape!r}: known are {known}, or the path of a config.json")
     return describe(read_config_file(path), _NO_DIRECTORY)
+
+
+def write_shape(shape: str, directory: Path) -> Path:
+    """Make a model's folder in ``directory`` that has only a config.json, and return its path.
+
+    Raises as ``shape_spec``.
+    """
+    shape_spec(shape)
+    path = Path(shape).absolute()
+    folder = directory / (shape if shape in SHAPES else path.parent.name or "model")
+    folder.mkdir()
+    text = json.dumps(SHAPES[shape]) if shape in SHAPES else path.read_text(encoding="utf-8")
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return folder

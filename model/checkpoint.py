@@ -220,9 +220,15 @@ class Checkpoint:
                 used.update(piece.name for piece in sources[canonical])
         # A bias or norm that the config does not name would be left out unnoticed.
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
+        # Other parts of the model, like one that sees, have layers of their own.
+        stems = {name[: layer.start(1)] for name in used if (layer := _LAYER.search(name))}
         for name, tensor in self.tensors.items():
             layer = _LAYER.search(name)
-            inside = layer is not None and int(layer[1]) < len(self.spec.layers)
+            inside = (
+                layer is not None
+                and name[: layer.start(1)] in stems
+                and int(layer[1]) < len(self.spec.layers)
+            )
             derived = name.endswith(_RECOMPUTED) or self._is_idle(name, tensor)
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
@@ -233,7 +239,12 @@ class Checkpoint:
         unused = [
             name for name in self.tensors if name not in used and not name.endswith(_RECOMPUTED)
         ]
-        if unused:
+        if unused and self.config.has("text_config"):
+            parts = sorted({name.removeprefix("model.").partition(".")[0] for name in unused})
+            which = f"{len(unused)} tensors of {_some(parts)}"
+            note = f"{self.directory}: {which} not used: the language model runs alone"
+            _tell(self.fingerprint, note)
+        elif unused:
             _tell(
                 self.fingerprint,
                 f"{self.directory}: {_some(unused)} not used: "

@@ -7,8 +7,6 @@ would not help them. So the messages say what is at the path, and what to do.
 
 from __future__ import annotations
 
-import os
-import pwd
 import re
 import socket
 import stat
@@ -18,6 +16,13 @@ from pathlib import Path
 from model import hub
 from model.bounded import read_json
 from model.errors import CheckpointError
+from model.foreign import (
+    folder_advice,
+    is_modelfile,
+    is_only_state,
+    kind_of_archive,
+    modelfile_advice,
+)
 
 CONFIG = hub.CONFIG
 SINGLE = hub.SINGLE
@@ -139,6 +144,9 @@ def without_weights(directory: Path) -> CheckpointError:
     """Return the error for a model's folder without model.safetensors and index."""
     names = _names(directory)
     known = _other_weights(directory, names)
+    files = _some(directory, *_FOREIGN) or _some(directory / "onnx", "*.onnx")
+    if known is None and files:
+        known = f"only weights of another framework ({files}), which are not read: get safetensors"
     if known is None:
         known = f"no {SINGLE} and no {INDEX}; is the download complete?"
     return CheckpointError(f"{shown(directory)}: {known}")
@@ -149,6 +157,9 @@ def foreign_kind(head: bytes) -> str | None:
     length_bytes = int.from_bytes(head[:8], "little")
     if length_bytes <= MAX_HEADER_BYTES and head[8:9] in (b"", b"{"):
         return None  # A header's length may look like any magic.
+    archive = kind_of_archive(head)
+    if archive is not None:
+        return archive
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     for magic, kind in _KINDS:
         if head.startswith(magic) or (magic[:1].isascii() and start.startswith(magic.lower())):
@@ -227,6 +238,8 @@ def _fetch(name: hub.HubName) -> str:
 
 def _file(given: Path) -> str:
     what = f"{shown(given)}: a file, not a model's folder"
+    if given.is_file() and is_modelfile(given):
+        return f"{shown(given)}: {modelfile_advice(given)}"
     if not given.is_file():
         return f"{shown(given)}: neither a folder nor a file; give the path of a model's folder"
     try:
@@ -274,6 +287,9 @@ def _folder(given: Path, names: frozenset[str]) -> str:
         return other
     if names & {SINGLE, INDEX}:
         return f"weights without {CONFIG}; is the download complete?"
+    advice = folder_advice(given, names)
+    if advice is not None:
+        return advice
     models = _models_below(given, names)
     if models:
         return (
@@ -370,10 +386,18 @@ def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
     files = _some(directory, "*-of-*.safetensors")
     if files:
         return f"shards ({files}) without {INDEX}; complete the download"
+    files = _some(directory, "consolidated*.safetensors")
+    if files:
+        return (
+            f"weights under their maker's own names ({files}):"
+            f" get those for transformers, {SINGLE} or shards with {INDEX}"
+        )
     files = _some(directory, "*.safetensors")
     if files:
         return f"no {SINGLE}, but {files}: is it the whole model? Then rename it to {SINGLE}"
     files = _some(directory, *_PICKLES)
+    if files and is_only_state([name for p in _PICKLES for name in _matching(directory, p)]):
+        return f"a training run's state ({files}) without weights: give a saved model's folder"
     if files:
         return (
             f"pickle checkpoints ({files}), which can run any code and are never read; "
@@ -403,8 +427,12 @@ def _head(path: Path) -> bytes:
 
 def _some(directory: Path, *patterns: str) -> str:
     """Return the first names that match, for a message, or "" if there are none."""
-    found = sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
+    found = sorted({name for pattern in patterns for name in _matching(directory, pattern)})
     return _listed([shown(Path(name)) for name in found])
+
+
+def _matching(directory: Path, pattern: str) -> list[str]:
+    return [path.name for path in directory.glob(pattern)]
 
 
 def _listed(names: list[str]) -> str:
@@ -415,15 +443,8 @@ def _listed(names: list[str]) -> str:
 def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
     if isinstance(error, PermissionError):
         return CheckpointError(
-            f"{shown(path)}: the user {_user()} may not read it on {socket.gethostname()};"
+            f"{shown(path)}: the user {hub.user_name()} may not read it on {socket.gethostname()};"
             " give it the right to, or put the model where it may"
         )
     reason = error.strerror if isinstance(error, OSError) else None
     return CheckpointError(f"{shown(path)}: cannot be read: {reason or error}; give another path")
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())

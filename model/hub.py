@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import re
 import socket
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -335,6 +337,20 @@ def is_loaded_from(path: Path, text: str) -> bool:
     if name.file is None:
         return True
     return path.suffix == ".gguf" and _means(name.file, path.name, [path.name])
+
+
+def user_name() -> str:
+    """Return the name of the user that this process runs as, or its number without one."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether other users may enter a folder, as far as it exists."""
+    existing = (folder for folder in (path, *path.parents) if folder.exists())
+    return all(folder.stat().st_mode & stat.S_IXOTH for folder in existing)
 
 
 def this_machine() -> str:

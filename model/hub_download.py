@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import pwd
 import shutil
 import socket
 import time
@@ -36,6 +35,8 @@ from model.hub import (
     cache_directory,
     choose_gguf,
     model_in,
+    snapshot,
+    user_name,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 _PIECE_BYTES = 1 << 18
 _RETRIES = 5
 """Broken connections in a row, without a byte in between, before the download ends."""
-_TIMEOUT_S = 10.0
+_PAUSE_S = 0.5
+"""The wait before the first new try. Each further one is as much longer."""
 
 OnBytes = Callable[[int, int], None]
 """Gets the bytes of the wanted files that are here, and the bytes of all. May raise Cancelled."""
@@ -107,13 +109,20 @@ def pull(name: HubName, on_bytes: OnBytes = lambda done, total: None) -> Pulled:
     return Pulled(path, repository, files, fetched)
 
 
-def fetch_config(name: HubName) -> tuple[Path, int]:
+def fetch_config(name: HubName) -> tuple[Path, int | None]:
     """Fetch only config.json and generation_config.json, to plan a model before its download.
 
-    Returns their folder, and the size in bytes of everything that ``pull`` would fetch. The
-    revision is not pointed at it. Raises HubError.
+    Returns their folder, and the size in bytes of everything that ``pull`` would fetch. If the hub
+    cannot be asked, those of an earlier call do, and the size is None. The revision is not pointed
+    at them. Raises HubError.
     """
-    repository = look_up(name)
+    try:
+        repository = look_up(name)
+    except HubError:
+        known = snapshot(name.folder, name.revision)
+        if known is None or not (known / CONFIG).exists():
+            raise
+        return known, None
     by_path = {file.path: file for file in repository.files}
     if CONFIG not in by_path:
         raise HubError(
@@ -126,11 +135,14 @@ def fetch_config(name: HubName) -> tuple[Path, int]:
 
 def look_up(name: HubName) -> Repository:
     """Return what the hub says about a repository: its commit and files. Raises HubError."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     with _explained(name):
         info = HfApi(endpoint=_endpoint()).model_info(
-            name.repo, revision=name.revision, files_metadata=True, timeout=_TIMEOUT_S
+            name.repo,
+            revision=name.revision,
+            files_metadata=True,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
     files = [
         HubFile(
@@ -277,18 +289,24 @@ def _receive(
             failures += have < file.size_bytes
             if failures > _RETRIES:
                 return fetched, ""
-        except (httpx.TransportError, httpx.StreamError):
+        except (httpx.TransportError, httpx.StreamError) as error:
             failures += 1
+            if failures > _RETRIES and have:
+                raise HubError(
+                    f"{repository.name}: {_host()} broke off {file.path} again and again, at"
+                    f" {_size(have)} of {_size(file.size_bytes)}: run the same command again, it"
+                    " goes on where it was"
+                ) from error
             if failures > _RETRIES:
                 raise
-            time.sleep(failures / 2)
+            time.sleep(failures * _PAUSE_S)
     os.fsync(out.fileno())
     return fetched, digest.hexdigest() if have == file.size_bytes else ""
 
 
 def _pieces(repository: Repository, file: HubFile, have: int) -> Iterator[tuple[int, bytes]]:
     """Yield a file's bytes behind the first ``have``, each piece with its place in the file."""
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     url = hf_hub_url(
@@ -299,11 +317,16 @@ def _pieces(repository: Repository, file: HubFile, have: int) -> Iterator[tuple[
     if have:
         headers["Range"] = f"bytes={have}-"
     with http_stream_backoff(
-        "GET", url, headers=headers, timeout=_TIMEOUT_S, retry_on_exceptions=(), max_retries=2
+        "GET",
+        url,
+        headers=headers,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        retry_on_exceptions=(),
+        max_retries=2,
     ) as response:
         hf_raise_for_status(response)
         place = have if response.status_code == 206 else 0
-        for piece in response.iter_bytes(_PIECE_BYTES):
+        for piece in response.iter_bytes():  # As they come: a broken connection loses nothing.
             yield place, piece
             place += len(piece)
 
@@ -376,7 +399,7 @@ def _writing(name: HubName) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise HubError(
-                f"{name}: the user {_user()} may not write to {error.filename or cache}: set"
+                f"{name}: the user {user_name()} may not write to {error.filename or cache}: set"
                 " HF_HOME to a folder where it may"
             ) from error
         raise HubError(f"{name}: {error.filename or cache}: {error.strerror or error}") from error
@@ -458,16 +481,9 @@ def _host() -> str:
     return urlsplit(_endpoint() or "https://huggingface.co").netloc
 
 
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
-
-
 def _size(count: int) -> str:
-    """Return bytes as text in GiB, or in MiB below one of them, such as 1.5G."""
-    return f"{count / 2**30:.1f}G" if count >= 1 << 30 else f"{count / 2**20:.1f}M"
+    """Return bytes as text in GiB, or in MiB if they are fewer than one."""
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"
 
 
 def _is_hex(text: str, length: int) -> bool:

@@ -1,7 +1,8 @@
 """The forward pass in plain numpy: slow and short. Every backend is compared with it.
 
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
-(pre-norm, gated); the Qwen3 report (norms of q and k per head).
+(pre-norm, gated); the Qwen3 report (norms of q and k per head); the Gemma 2 report (norms around
+each part, capped scores and logits); "2 OLMo 2 Furious" (norms of outputs, and of all of q and k).
 """
 
 from __future__ import annotations
@@ -118,26 +119,31 @@ class ReferenceModel:
             hidden = _norm(self.spec.layers[-1], weights, "norm", hidden)
         if self.spec.projected:
             hidden = hidden @ weights["project_out.weight"].T
-        logits: Array = hidden @ weights["lm_head.weight"].T
-        return logits
+        return _capped(hidden @ weights["lm_head.weight"].T, self.spec.logit_cap)
 
     def _layer(
         self, block: int, weights: Weights, hidden: Array, position: int, lengths: Sequence[int]
     ) -> Array:
+        """Run attention and MLP, with norms where ``LayerSpec.norm_position`` has them."""
         layer = self.spec.layer(block)
-        before = layer.norm_position == "pre"
-        normed = _norm(layer, weights, "attn_norm", hidden) if before else hidden
-        q, k, v = (_linear(weights, name, normed) for name in "qkv")
+        mixed = self._mixed(block, _entered(layer, weights, "attn", hidden), position, lengths)
+        hidden = _left(layer, weights, "attn", hidden, self._summed(weights, "o", mixed))
+        inner = _mlp(layer, weights, _entered(layer, weights, "mlp", hidden))
+        return _left(layer, weights, "mlp", hidden, self._summed(weights, "down", inner))
+
+    def _mixed(self, block: int, rows: Array, position: int, lengths: Sequence[int]) -> Array:
+        """The mixed values [n, heads * head_dim] of all sequences."""
+        layer, weights = self.spec.layer(block), self._weights[block]
+        q, k, v = (_linear(weights, name, rows) for name in "qkv")
+        if layer.qk_norm == "width":
+            q, k = (
+                _rms_norm(part, layer.norm_eps) * weights[f"{name}_norm.weight"]
+                for name, part in (("q", q), ("k", k))
+            )
         ends = np.cumsum(lengths)[:-1]
         pieces = zip(np.split(q, ends), np.split(k, ends), np.split(v, ends), strict=True)
         mixed = [self._attention(block, weights, piece, position) for piece in pieces]
-        hidden = hidden + self._summed(weights, "o", np.concatenate(mixed))
-        if before:
-            inner = _mlp(layer, weights, _norm(layer, weights, "mlp_norm", hidden))
-            return hidden + self._summed(weights, "down", inner)
-        hidden = _norm(layer, weights, "attn_norm", hidden)
-        added = hidden + self._summed(weights, "down", _mlp(layer, weights, hidden))
-        return _norm(layer, weights, "mlp_norm", added)
+        return np.concatenate(mixed)
 
     def _summed(self, weights: Weights, name: str, rows: Array) -> Array:
         """Rows times a matrix that the team divides by columns, with its bias."""
@@ -175,7 +181,8 @@ class ReferenceModel:
             np.repeat(part, group, axis=1).transpose(1, 0, 2) for part in (k, v)
         )  # [heads, end, head_dim]
         scores = q.transpose(1, 0, 2) @ keys.transpose(0, 2, 1)
-        scores /= self._dtype(math.sqrt(layer.head_dim))
+        scores *= self._dtype(layer.score_factor)
+        scores = _capped(scores, layer.score_cap)
         distance = np.arange(position, end)[:, None] - np.arange(end)  # [n, end]
         window = layer.sliding_window or end
         scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
@@ -183,6 +190,30 @@ class ReferenceModel:
         scores /= scores.sum(axis=-1, keepdims=True)
         mixed: Array = (scores @ values).transpose(1, 0, 2).reshape(count, -1)
         return mixed
+
+
+def _entered(layer: LayerSpec, weights: Weights, name: str, rows: Array) -> Array:
+    """The rows that attention or MLP takes."""
+    if layer.norm_position in ("pre", "both"):
+        return _norm(layer, weights, f"{name}_norm", rows)
+    return rows
+
+
+def _left(layer: LayerSpec, weights: Weights, name: str, rows: Array, product: Array) -> Array:
+    """The hidden state after attention or MLP, of the rows before and its product."""
+    match layer.norm_position:
+        case "pre":
+            return rows + product
+        case "post":
+            return _norm(layer, weights, f"{name}_norm", rows + product)
+        case "both":
+            return rows + _norm(layer, weights, f"{name}_out_norm", product)
+        case "output":
+            return rows + _norm(layer, weights, f"{name}_norm", product)
+
+
+def _capped(values: Array, cap: float | None) -> Array:
+    return values if cap is None else cap * np.tanh(values / cap)
 
 
 def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:

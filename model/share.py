@@ -66,11 +66,24 @@ class Steps:
     vocab: int = 1
 
 
-def can_share(spec: ModelSpec) -> bool:
-    """Whether all layers have the same heads and MLP, so that one share describes them all."""
+def unshared(spec: ModelSpec) -> str | None:
+    """Why no team can share the model's layers; None if one can.
+
+    One share describes all layers. A norm of q and k over all heads needs the sum of all members'
+    squares before attention, which would be a third cut.
+    """
     first = spec.layers[0]
     sizes = {(layer.kv_heads, layer.heads, layer.ffn) for layer in spec.layers}
-    return sizes == {(first.kv_heads, first.heads, first.ffn)}
+    if sizes != {(first.kv_heads, first.heads, first.ffn)}:
+        return "the model's layers differ in heads or MLP"
+    if any(layer.qk_norm == "width" for layer in spec.layers):
+        return "the model norms q and k over all heads at once"
+    return None
+
+
+def can_share(spec: ModelSpec) -> bool:
+    """Whether a team can share the model's layers."""
+    return unshared(spec) is None
 
 
 def share_steps(spec: ModelSpec, group_size: int) -> Steps:
@@ -100,10 +113,11 @@ def share_spec(spec: ModelSpec, share: Share) -> ModelSpec:
     """Return the model of a share: ``hidden`` stays, heads, MLP and vocabulary are the member's.
 
     It describes layers and head. The embedding is not divided. Raises UnsupportedModelError if the
-    share is empty or exceeds the model, or layers differ in heads or MLP.
+    share is empty or exceeds the model, or no team can share it.
     """
-    if not can_share(spec):
-        raise UnsupportedModelError("the layers differ in heads or MLP, so no team can share them")
+    reason = unshared(spec)
+    if reason is not None:
+        raise UnsupportedModelError(f"{reason}, so no team can share its layers")
     layer = spec.layers[0]
     for name, (begin, end), total in (
         ("KV heads", share.kv_heads, layer.kv_heads),

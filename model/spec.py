@@ -119,6 +119,11 @@ class LayerSpec:
     experts: ExpertSpec | None = None
     """Experts instead of the MLP, which would be ``ffn`` wide."""
 
+    @property
+    def score_factor(self) -> float:
+        """The factor of attention's scores."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the layer's canonical tensor names and shapes. Matrices are [out, in]."""
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim

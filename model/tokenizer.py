@@ -14,6 +14,7 @@ import tokenizers
 
 from model.bounded import read_json
 from model.errors import TokenizerError
+from model.generation import SamplingDefaults, read_sampling_defaults
 from model.gguf_tokenizer import gguf_tokenizer
 from model.given import gguf_of, kind_of_file
 from model.template_process import template_process
@@ -32,7 +33,10 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """A model directory's tokenizer. Use ``load`` to get one. Threads may share it."""
+    """A model directory's tokenizer. Use ``load`` to get one. Threads may share it.
+
+    defaults: what the directory recommends for requests that do not say how to draw tokens.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,9 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         template: ChatTemplate | None,
         directory: Path,
+        defaults: SamplingDefaults | None = None,
     ) -> None:
+        self.defaults = SamplingDefaults() if defaults is None else defaults
         self._backend = backend
         # A file may truncate or pad prompts. transformers ignores both settings.
         backend.no_truncation()
@@ -52,7 +58,9 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
-        """Read the tokenizer (model.tokenizer_files says from which files) and the chat template.
+        """Read the tokenizer, its chat template, and what generation_config.json recommends.
+
+        model.tokenizer_files says from which files the tokenizer comes.
 
         directory: a model's folder, or a GGUF file, which has its own tokenizer.
 
@@ -67,7 +75,8 @@ class Tokenizer:
         backend = load_backend(directory, settings, special)
         source, text = _find_template(directory, settings)
         template = None if text is None else ChatTemplate(text, source)
-        return Tokenizer(backend, special, template, directory)
+        defaults = read_sampling_defaults(directory)
+        return Tokenizer(backend, special, template, directory, defaults)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Return the tokens of a text. ``add_special`` adds those that the model expects (bos).
@@ -248,6 +257,9 @@ def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, 
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
                 raise TokenizerError(f"{path}: larger than any template; is it the right file?")
+            kind = kind_of_file(path)
+            if kind is not None:
+                raise TokenizerError(f"{path}: it is {kind}")
             return path, path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{path}: cannot be read: {error}") from error

@@ -33,6 +33,9 @@ from model.vocabulary import (
 
 _Backend = tokenizers.Tokenizer
 
+_PANIC = "PanicException"
+"""The library's error for its own faults. No module has it, and it is no Exception."""
+
 MAX_FILE_BYTES = 256 << 20
 MAX_ADDED_TOKENS = 1_000_000
 MAX_PATTERN_CHARS = 10_000
@@ -59,6 +62,13 @@ _CLASSES = {
     "gemma3_text": "GemmaTokenizer",
 }
 """The class that transformers takes for a type of model whose tokenizer_config.json names none."""
+_OLD_TEKKEN_SPECIAL = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]"),
+    *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"),
+    *("<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
+    *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
+"""The first tokens of a tekken.json that does not list them."""
 _END_OF_TEXT = "<|endoftext|>"
 """The special token of GPT2Tokenizer and Qwen2Tokenizer, unless the settings name others."""
 
@@ -82,12 +92,14 @@ def load_backend(
         path = directory / name
         if not path.exists() or (name == "vocab.json" and not _merges(directory).exists()):
             continue
-        # The library reports every defect of a file as a bare Exception.
+        # The library reports every defect of a file as a bare Exception, or as a panic.
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise TokenizerError("larger than any tokenizer; is it the right file?")
             return read(path, settings, special)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+                raise
             wrong = kind_of_file(path)
             if wrong is None and isinstance(error, TokenizerError):
                 raise TokenizerError(f"{path}: {error}") from error
@@ -284,15 +296,14 @@ def _sentencepiece(path: Path, settings: Mapping[str, Any], special: Mapping[str
     piece = read_sentencepiece(data)
     name = _class(path.parent, settings)
     used = _used(piece)
-    if name in ("LlamaTokenizer", "CodeLlamaTokenizer"):
-        used = replace(
-            used,
-            prefix_once=settings.get("legacy") is not True,
-            prefix_before_space=False,
-            user_defined_inside=False,
-        )
-    elif name == "GemmaTokenizer":
+    is_llama = name in ("LlamaTokenizer", "CodeLlamaTokenizer")
+    if is_llama or name == "GemmaTokenizer":
         used = replace(used, user_defined_inside=False)
+    if is_llama and settings.get("add_prefix_space") is False:
+        used = replace(used, space_prefix=False)
+    legacy = settings.get("legacy", not is_llama)
+    if is_llama or legacy is False:
+        used = replace(used, prefix_once=legacy is not True, prefix_before_space=False)
     backend = tokenizer_from_vocab(
         piece.tokens, kinds=piece.kinds, scores=piece.scores, settings=used
     )
@@ -327,11 +338,14 @@ def _tekken(path: Path, settings: Mapping[str, Any], special: Mapping[str, str])
         config = values["config"]
         pattern, total = str(config["pattern"]), int(config["default_vocab_size"])
         first = int(config["default_num_special_tokens"])
-        names = {int(item["rank"]): str(item["token_str"]) for item in values["special_tokens"]}
+        given = values.get("special_tokens")
+        names = dict(enumerate(_OLD_TEKKEN_SPECIAL))
+        if given is not None:
+            names = {int(item["rank"]): str(item["token_str"]) for item in given}
         items = values["vocab"][: max(total - first, 0)]
         pieces = [base64.b64decode(str(item["token_bytes"]), validate=True) for item in items]
-    except (KeyError, TypeError, binascii.Error) as error:
-        raise ValueError("not a tekken vocabulary, or an old one") from error
+    except (KeyError, TypeError, AttributeError, binascii.Error) as error:
+        raise ValueError("not a tekken vocabulary") from error
     if not 0 < first <= MAX_ADDED_TOKENS or len(pattern) > MAX_PATTERN_CHARS:
         raise ValueError("not a tekken vocabulary")
     controls = [names.get(index, f"<SPECIAL_{index}>") for index in range(first)]

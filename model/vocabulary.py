@@ -87,7 +87,8 @@ def tokenizer_from_vocab(
     """
     kinds = [TokenKind.NORMAL] * len(tokens) if kinds is None else kinds
     _check(tokens, kinds, scores, settings)
-    # The library reports every defect of a vocabulary as a bare Exception.
+    _check_merges(tokens, merges or ())
+    # The library reports every other defect of a vocabulary as a bare Exception.
     try:
         if settings.model == "byte_bpe":
             backend = _byte_level(tokens, merges or (), settings)
@@ -151,6 +152,16 @@ def _check(
         index = getattr(settings, name)
         if index is not None and not 0 <= index < len(tokens):
             raise TokenizerError(f"the {name} token {index} is not among {len(tokens)} tokens")
+
+
+def _check_merges(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
+    known = set(tokens)
+    for left, right in merges:
+        if not {left, right, left + right} <= known:
+            raise TokenizerError(
+                f"it merges {left!r} and {right!r}, which are not all in the vocabulary;"
+                " do its files belong together?"
+            )
 
 
 # ---- byte-level BPE ----------------------------------------------------------------------------

@@ -64,6 +64,7 @@ _EXPECTED = {
     "quality_margin": "a number >= 1, or null",
     "unbounded": "true or false",
     "check_quality": "true or false",
+    "generation_defaults": "true or false",
     "with_problem": "true or false",
 }
 """The allowed values of each field, in words for the user."""
@@ -116,6 +117,8 @@ class LoadRequest:
     """Measure the plan's divergence, and plan again until it keeps the budget."""
     plan: SavedPlan | None = None
     """Use this plan instead of the best one."""
+    generation_defaults: bool = True
+    """Let the model's generation_config.json decide what requests leave open."""
     with_problem: bool = False
     """Also answer with the planning problem."""
 

@@ -14,7 +14,7 @@ from planning.errors import RequestInvalid
 from planning.json_codec import Misread, read_fields
 
 BITS_EXPECTED = f"a list out of {', '.join(map(str, BITS))}"
-MODEL_EXPECTED = "the absolute path of a model, or its name on the hub,"
+MODEL_EXPECTED = "the absolute path of a model, or a hub's name for it"
 
 
 def read_request(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import UnsupportedModelError
-from model.share import Share, can_share, most_members, share_spec, share_steps
+from model.share import Share, can_share, most_members, share_spec, share_steps, unshared
 from model.spec import QUANTIZED_TENSORS, LayerSpec
 from planning.problem import (
     BlockOption,
@@ -214,8 +214,9 @@ def refused(problem: PlanningProblem, members: Sequence[int]) -> str | None:
         return "teams are forbidden"
     if len(members) < 2 or len(set(members)) < len(members):
         return "a team needs at least two devices, each once"
-    if not _alike(problem):
-        return "the model's layers differ in heads or MLP"
+    reason = unshared(problem.spec) if problem.spec.layers else "the model has no layers"
+    if reason is not None:
+        return reason
     for i in members:
         if i not in problem.real or not devices[i].shares:
             return f"the backend of {devices[i].name} loads no shares"

@@ -154,7 +154,100 @@ SMALL: dict[str, Any] = LLAMA | {
     "initializer_range": 0.3,
 }
 
+GEMMA: dict[str, Any] = SMALL | {
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 2,
+    "sliding_window": 10,
+}
+GEMMA3: dict[str, Any] = GEMMA | {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+SIGLIP = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def as_gemma3_of_2025(config: dict[str, Any]) -> None:
+    """Rewrite as published: rotary parameters in old fields, layer kinds by a pattern."""
+    ropes = config.pop("rope_parameters")
+    config["rope_theta"] = ropes["full_attention"].pop("rope_theta")
+    config["rope_scaling"] = ropes["full_attention"]
+    config["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    del config["layer_types"]
+    config["sliding_window_pattern"] = 2
+
+
+def as_gemma3_that_sees(config: dict[str, Any]) -> None:
+    """Rewrite as published: most of text_config is left to defaults, the type to the whole."""
+    text = config["text_config"]
+    for key in ("attention_bias", "bos_token_id", "dtype", "model_type", "rms_norm_eps"):
+        text.pop(key, None)
+    config["torch_dtype"] = config.pop("dtype")
+
+
 FAMILIES: dict[str, Family] = {
+    "exaone4": Family(
+        "exaone4",
+        SMALL
+        | {
+            "head_dim": 16,
+            "sliding_window": 10,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "exaone4-full": Family(
+        "exaone4",
+        SMALL | {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "gemma2": Family(
+        "gemma2",
+        GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 8.0},
+        torch.bfloat16,
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        GEMMA3 | {"tie_word_embeddings": True},
+        torch.bfloat16,
+        rewrite=as_gemma3_of_2025,
+    ),
+    "gemma3-sees": Family(
+        "gemma3",
+        SMALL
+        | {
+            "text_config": GEMMA3 | {"tie_word_embeddings": True},
+            "tie_word_embeddings": True,
+            "vision_config": SIGLIP,
+            "mm_tokens_per_image": 1,
+            "image_token_index": 1000,
+        },
+        torch.bfloat16,
+        rewrite=as_gemma3_that_sees,
+    ),
+    "olmo2": Family("olmo2", SMALL | {"attention_bias": True}),
+    "olmo3": Family(
+        "olmo3",
+        SMALL
+        | {
+            "num_hidden_layers": 4,
+            "sliding_window": 10,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
     "smollm3": Family("smollm3", SMALL | {"no_rope_layers": [1, 0, 1]}),
 }
 
@@ -241,13 +334,19 @@ def random_model(
     config = CONFIG_MAPPING[model_type](**options)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval().float()
+    scales = [buffer for key, buffer in model.named_buffers() if key.endswith("embed_scale")]
     with torch.no_grad():
+        if scales and options.get("tie_word_embeddings"):
+            # With large embeddings the head, which is the same table, repeats the last token.
+            model.get_input_embeddings().weight.mul_(0.15)
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
                 parameter.normal_(0, 0.1)
             elif parameter.dim() == 1:  # A norm is 1 or, where 1 is added to it, 0.
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.2))
             parameter.copy_(parameter.to(stored).float())
+        for scale in scales:  # Rounded like weights where the model runs as stored.
+            scale.copy_(scale.to(stored).float())
     return model
 
 

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = Path(__file__).parent / "model" / "vocabularies"
-CORPUS = [ROOT / "model" / "passages.txt", ROOT / "docs" / "usage.md", ROOT / "docs" / "design.md"]
+CORPUS = ROOT / "model" / "passages.txt"
 TEXTS = json.loads((VOCABULARIES / "texts.json").read_text())
 
 
@@ -67,7 +68,7 @@ def one_text_a_line(golden: dict[str, Any]) -> str:
 
 
 def corpus() -> str:
-    return "".join(path.read_text(encoding="utf-8") for path in CORPUS) + "\n".join(TEXTS * 3)
+    return CORPUS.read_text(encoding="utf-8") + "\n".join(TEXTS * 3)
 
 
 def train(directory: Path, **options: Any) -> None:
@@ -106,6 +107,13 @@ def llama(directory: Path) -> list[dict[str, Any]]:
         plain | {"added_tokens_decoder": LLAMA_TOKENS | chat, "add_bos_token": True},
         {"tokenizer_class": "PreTrainedTokenizerFast", **ENDS, "add_bos_token": True},
         {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False},
+        plain | {"add_prefix_space": False, "add_bos_token": True},
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **ENDS,
+            "legacy": False,
+            "add_bos_token": True,
+        },
     ]
 
 
@@ -131,7 +139,7 @@ def unigram(directory: Path) -> list[dict[str, Any]]:
         rules.write(_rules())
         rules.flush()
         train(
-            directory, model_type="unigram", vocab_size=300, normalization_rule_tsv=rules.name,
+            directory, model_type="unigram", vocab_size=320, normalization_rule_tsv=rules.name,
             user_defined_symbols=["<|im_start|>"], control_symbols=["<|im_end|>"],
         )  # fmt: skip
     return [{**ENDS, "add_bos_token": True}, {**ENDS, "add_eos_token": True}]
@@ -151,6 +159,22 @@ def bpe_rules(directory: Path) -> list[dict[str, Any]]:
         rules.write(_rules())
         rules.flush()
         train(directory, model_type="bpe", vocab_size=300, normalization_rule_tsv=rules.name)
+    return [{**ENDS, "add_bos_token": True}]
+
+
+def bpe_scores(directory: Path) -> list[dict[str, Any]]:
+    """As Mistral 7B's first model: runs of spaces have low ids, but are merged last."""
+    train(
+        directory, model_type="bpe", vocab_size=460, byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((directory / "tokenizer.model").read_bytes())
+    texts = {piece.piece for piece in model.pieces}
+    counts = [count for count in (2, 3, 4, 8) if "\u2581" * count not in texts]
+    for piece, count in zip(model.pieces[259:], counts, strict=False):
+        piece.piece, piece.score = "\u2581" * count, -1e9
+    (directory / "tokenizer.model").write_bytes(model.SerializeToString())
     return [{**ENDS, "add_bos_token": True}]
 
 
@@ -254,6 +278,7 @@ MAKERS = {
     "unigram": unigram,
     "unigram-bytes": unigram_bytes,
     "bpe-rules": bpe_rules,
+    "bpe-scores": bpe_scores,
     "gpt2": gpt2,
     "qwen2": qwen2,
     "tekken": tekken,

@@ -166,6 +166,7 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
     if options.on is not None and not options.quality:
         raise UsageError("--on NAME goes with --quality: a device measures itself when it joins")
     if options.model is not None:
+        options.given_model = str(options.model)
         find = model_here if options.quality else config_here
         options.model = find(options.model, screen)
     try:

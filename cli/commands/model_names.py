@@ -8,15 +8,26 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from cli.errors import CommandFailed
 from cli.render import Screen
 from model.errors import ModelError
-from model.hub import HubName, cached_model, named_model, resolved, this_machine
+from model.hub import (
+    HubName,
+    cache_directory,
+    cached_model,
+    is_open_to_others,
+    named_model,
+    resolved,
+    this_machine,
+    user_name,
+)
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -24,6 +35,7 @@ if TYPE_CHECKING:
     from model.hub_download import Pulled
 
 _RATE_AFTER_S = 1.0
+_REPORTED_EACH_S = 0.1
 
 
 def model_here(given: str | Path, screen: Screen) -> Path:
@@ -40,8 +52,11 @@ def model_here(given: str | Path, screen: Screen) -> Path:
         raise CommandFailed(str(error)) from error
 
 
-def config_here(given: str | Path, screen: Screen) -> Path:
-    """The path of a model, or of a folder with only its config.json if it is not downloaded yet."""
+def config_here(given: str | Path, screen: Screen, *, tell: bool = True) -> Path:
+    """The path of a model, or of a folder with only its config.json if it is not downloaded yet.
+
+    tell: say so in the latter case.
+    """
     from model.hub_download import fetch_config
 
     try:
@@ -53,11 +68,29 @@ def config_here(given: str | Path, screen: Screen) -> Path:
         folder, size_bytes = fetch_config(name)
     except ModelError as error:
         raise CommandFailed(str(error)) from error
-    screen.note(
-        f"{name} is not downloaded: planned from its config.json alone. `shoal pull {name}` fetches"
-        f" {format_size(size_bytes)}"
-    )
+    if tell:
+        _tell(name, size_bytes, screen)
     return folder
+
+
+@contextmanager
+def model_to_plan(options: argparse.Namespace, screen: Screen) -> Iterator[None]:
+    """Put the path of a folder with a config.json into ``options.model``, for the block's time.
+
+    It is that of the model, or one made for --shape. Raises CommandFailed.
+    """
+    from calibration.shapes import write_shape
+
+    if options.shape is None:
+        options.model = str(config_here(options.model, screen))
+        yield
+        return
+    with TemporaryDirectory(prefix="shoal-shape-") as directory:
+        try:
+            options.model = str(write_shape(options.shape, Path(directory)))
+        except ModelError as error:
+            raise CommandFailed(str(error)) from error
+        yield
 
 
 def locate(
@@ -76,8 +109,18 @@ def locate(
     here = there["machine"] == this_machine()
     if there["path"] is not None:
         path = Path(there["path"])
-    elif here:
+    elif here and _is_readable(there):
         path = model_here(options.model, screen) if weights else config_here(options.model, screen)
+    elif not weights:
+        described = client.post("/shoal/v1/describe", {"model": str(name)})
+        path = Path(described["path"])
+        _tell(name, described["size_bytes"], screen)
+    elif here:
+        raise CommandFailed(
+            f"the coordinator runs as the user {there['user']}, who may not read"
+            f" {cache_directory()}: run `sudo HF_HUB_CACHE={there['cache']} shoal pull {name}`,"
+            " then the same command again"
+        )
     else:
         raise CommandFailed(
             f"{name} is not in {there['cache']} on {there['host']}, where the coordinator runs:"
@@ -85,8 +128,17 @@ def locate(
         )
     needs_shape = bool(getattr(options, "pin", ())) or getattr(options, "sensitivities", None)
     if not here and needs_shape:
-        options.shape_from = config_here(options.model, screen)
+        options.shape_from = config_here(options.model, screen, tell=False)
     options.model = str(path)
+
+
+def path_there(given: str, here: Path, client: Client) -> Path:
+    """The coordinator's path of a model that is ``here`` on this machine. Raises CommandFailed."""
+    name = named_model(given)
+    if name is None:
+        return here.absolute()
+    there = client.get(f"/shoal/v1/found?model={quote(str(name), safe='')}")["path"]
+    return here.absolute() if there is None else Path(there)
 
 
 def fetched(name: HubName, screen: Screen) -> Pulled:
@@ -103,14 +155,32 @@ def quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
+def _is_readable(there: Mapping[str, Any]) -> bool:
+    """Whether the coordinator, which runs on this machine, may read this user's cache."""
+    return there["user"] == user_name() or is_open_to_others(cache_directory())
+
+
+def _tell(name: HubName, size_bytes: int | None, screen: Screen) -> None:
+    size = "it" if size_bytes is None else format_size(size_bytes)
+    screen.note(
+        f"{name} is not downloaded: its config.json alone is read. `shoal pull {name}` fetches"
+        f" {size}"
+    )
+
+
 def _reporter(on_step: Callable[[Mapping[str, Any]], None]) -> Callable[[int, int], None]:
     """Make a function that takes the fetched and all bytes, and reports them with their rate."""
     start: list[tuple[float, int]] = []
+    last_s = 0.0
 
     def report(done: int, total: int) -> None:
+        nonlocal last_s
         now_s = time.monotonic()
         if not start:
             start.append((now_s, done))
+        if now_s - last_s < _REPORTED_EACH_S and done < total:
+            return
+        last_s = now_s
         passed_s, came = now_s - start[0][0], done - start[0][1]
         note = ""
         if passed_s > _RATE_AFTER_S and came > 0:

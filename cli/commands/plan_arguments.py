@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
+from cli.commands.bench import SHAPE_HELP
 from cli.errors import CommandFailed, UsageError
 from cli.shared_arguments import add_group_size_argument, add_scheme_argument
 from planning.problem import Objective
@@ -39,6 +40,11 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="LAB.yaml",
         help="Plan for the devices that this lab file describes. No coordinator is asked.",
+    )
+    parser.add_argument(
+        "--shape",
+        metavar="NAME",
+        help=f"Plan a model without any files of it, for --devices. {SHAPE_HELP}",
     )
     parser.add_argument(
         "--explain",

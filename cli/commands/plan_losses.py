@@ -10,6 +10,7 @@ import argparse
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.commands.plan_arguments import bounds_of
@@ -81,6 +82,7 @@ def described_losses(
     from model.loss_estimate import LossUnknown
     from model.loss_store import Form, LossStore
     from planning.losses import RawLosses, assumed, estimated
+    from planning.request import model_name
     from planning.sensitivity import (
         LossSource,
         applying_budget,
@@ -100,7 +102,7 @@ def described_losses(
         raw = RawLosses(known.kl, known.hops, own, known.margin, LossSource("given"))
         return DescribedLosses(raw, budget)
     if checkpoint is None:
-        why = f"{options.model} has no weights"
+        why = f"{model_name(Path(options.model).absolute())} has no weights here"
     else:
         form = Form(checkpoint, options.scheme, options.group_size)
         store = LossStore(default_state_dir("coordinator"))

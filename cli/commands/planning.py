@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from cli.commands.model_names import config_here, locate
+from cli.commands.model_names import locate
 from cli.commands.plan_arguments import (
     bounds_of,
     check_teams,
@@ -78,7 +78,6 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--check-quality measures on the shoal's agents: drop --devices")
     if options.migration_weight:
         raise UsageError("--migration-weight needs agents: described devices hold nothing")
-    options.model = str(config_here(options.model, screen))
     model = Path(options.model)
     try:
         lab = read_lab(options.devices)

@@ -22,6 +22,7 @@ from coordinator.loading.slots import Slots
 from coordinator.roster.measurements import Step, forward, together
 from coordinator.roster.members import Member
 from model.checkpoint import Checkpoint
+from model.generation import SamplingDefaults
 from model.kept import weight_notes
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
@@ -115,6 +116,11 @@ class Deployment:
     @property
     def name(self) -> str:
         return model_name(self.request.model)
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """The values that a request takes where it says none, unless the load ignores them."""
+        return self.tokenizer.defaults if self.request.generation_defaults else SamplingDefaults()
 
     @property
     def leads(self) -> tuple[Member, ...]:

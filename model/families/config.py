@@ -12,7 +12,7 @@ from typing import Any
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.gguf_map import read_values
-from model.given import CONFIG, gguf_of, require_model
+from model.given import CONFIG, gguf_of, kind_of_file, require_model
 from model.spec import MAX_LAYERS, MAX_SIZE, Activation
 
 _MAX_CONFIG_BYTES = 16 << 20
@@ -108,6 +108,16 @@ class Config:
             f"{self.path}: {key} = {json.dumps(value)[:80]} is not implemented; {advice}"
         )
 
+    def lacking(self, feature: str) -> UnsupportedModelError:
+        """Return the error for a model that needs a feature which is not implemented."""
+        return UnsupportedModelError(
+            f"{self.path}: {self.model_type} needs what is not implemented: {feature}"
+        )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
+        """Return the config with values for absent keys. A key that is null is present."""
+        return Config(self.path, {**defaults, **self.values})
+
     def nested(self, key: str) -> Config | None:
         """Return an object inside the config, or None if it is absent or empty."""
         value = self.values.get(key)
@@ -150,7 +160,9 @@ def read_config_file(path: Path) -> Config:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; fetch it again") from error
+        kind = kind_of_file(path)
+        what = f"{error}; fetch it again" if kind is None else f"it is {kind}"
+        raise CheckpointError(f"{path}: {what}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object; fetch it again")
     return Config(path, values)

@@ -32,6 +32,7 @@ from tests.backends.test_conformance import (
     FIXTURES,
     LAYERS,
     LLAMA_LAYER,
+    MIXED_LAYERS,
     OPT_LAYER,
     Artifacts,
     Tensors,
@@ -148,12 +149,21 @@ def test_checkpoint(
 
 
 @pytest.mark.parametrize(("weights", "bits"), TEAMS, ids=str)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if LAYERS[name].qk_norm != "width"])
 def test_feature(
     backend: Backend, name: str, weights: tuple[int, ...], bits: int, tmp_path: Path
 ) -> None:
     fmt = format_of(bits)
     spec, tensors = random_model(with_heads(LAYERS[name], len(weights), fmt))
+    check_against_reference(backend, team_of(tmp_path, spec, tensors, weights, fmt))
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("name", MIXED_LAYERS)
+def test_mixed_layers(backend: Backend, name: str, bits: int, tmp_path: Path) -> None:
+    fmt, weights = format_of(bits), (2, 1)
+    layers = [with_heads(layer, len(weights), fmt) for layer in MIXED_LAYERS[name]]
+    spec, tensors = random_model(*layers, logit_cap=4.0)
     check_against_reference(backend, team_of(tmp_path, spec, tensors, weights, fmt))
 
 

@@ -499,6 +499,23 @@ def test_whatever_ends_a_deployment_ends_its_sequences(
     run(test)
 
 
+def test_only_the_last_stage_is_told_what_a_penalty_is_for(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        sampling = replace(SAMPLING, max_tokens=2, repetition_penalty=1.2)
+        task = asyncio.ensure_future(collect(cluster, (7, 2, 7, 5), sampling))
+        first, last = [await said(agent) for agent in cluster.agents]
+        assert isinstance(first, StartSequence)
+        assert isinstance(last, StartSequence)
+        assert (first.prompt, first.sampling.penalized) == ((7, 2, 7, 5), ())
+        assert (last.prompt, last.sampling.penalized) == ((), (2, 5, 7))
+        assert first.sampling.repetition_penalty == last.sampling.repetition_penalty == 1.2
+        await cluster.sample(first.sequence, "ab", "length")
+        assert text_of(await task) == "ab"
+
+    run(test)
+
+
 async def next_begun(cluster: Cluster) -> StartSequence:
     while not isinstance(message := await said(cluster.agents[0]), StartSequence):
         pass

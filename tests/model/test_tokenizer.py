@@ -203,7 +203,13 @@ def test_vocabulary_files_of_gpt2_suffice(tmp_path: Path) -> None:
     assert tokenizer.decode(tokens) == "the é"
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"model": {"type": "Magic"}}'])
+MERGES_NOTHING = b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]]}}'
+"""At these the library panics."""
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\xff", b'{"model": {"type": "Magic"}}', MERGES_NOTHING]
+)
 def test_broken_tokenizers_are_named(model: Path, content: bytes) -> None:
     (model / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a valid tokenizer"):

@@ -1,0 +1,33 @@
+"""Attention whose scores PyTorch's fused operator cannot compute: capped ones."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    cap: float | None,
+) -> torch.Tensor:
+    """Mix values by the softmax of scores, which become cap * tanh(score / cap) if there is a cap.
+
+    queries: [sequences, heads, rows, width].
+    keys, values: [sequences, heads, length, width].
+    mask: bool [sequences, 1, rows, length], true where a row sees a position.
+
+    Returns the mixed values, shaped like ``queries``.
+    """
+    if cap is None:
+        return functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale
+        )
+    # Scaled queries keep products within fp16.
+    scores = ((queries * scale) @ keys.transpose(-1, -2)).float()
+    scores = cap * torch.tanh(scores / cap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return weights.to(values.dtype) @ values
