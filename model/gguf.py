@@ -265,6 +265,11 @@ def read_parts(path: Path) -> tuple[GgufFile, ...]:
     return files
 
 
+def short_number(value: float) -> float:
+    """Return the shortest decimal number that is this float32: 1e-05, not 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
 def _count(file: GgufFile, key: str, default: int = 0) -> int:
     value = file.metadata.get(key, default)
     return value if type(value) is int else default

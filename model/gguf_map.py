@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
-from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts
+from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts, short_number
 from model.gguf_types import READ_TYPES
 from model.spec import MAX_LAYERS, MAX_SIZE
 from model.weights import StoredTensor
@@ -115,7 +115,7 @@ class _Model:
         if len(entry.shape) != 1 or entry.shape[0] > MAX_SIZE:
             raise CheckpointError(f"{self.path}: tensor {name!r} has the shape {entry.shape}")
         values = GgufTensor(self.places[name], name, entry.shape).float32()
-        return [_short(value) for value in values]
+        return [short_number(value) for value in values]
 
     def text(self, key: str, default: str) -> str:
         value = self.metadata.get(key, default)
@@ -140,7 +140,7 @@ class _Model:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, "a number", value)
-        return _short(value)
+        return short_number(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.metadata.get(self._key(key), default)
@@ -204,11 +204,6 @@ class _Model:
 
 
 _TOKEN_LISTS = ("tokens", "token_type")
-
-
-def _short(value: float) -> float:
-    """Return the shortest decimal number that is this float32: 1e-05, not 9.99999974e-06."""
-    return float(str(np.float32(value)))
 
 
 # ---- tensors -----------------------------------------------------------------------------------
