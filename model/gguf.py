@@ -194,7 +194,13 @@ class GgufTensor(StoredTensor):
     def codes(self) -> QuantizedMatrix | None:
         if self.format is None:
             return None
-        return kept_codes(self._entry.kind, self._rows(), self.shape[-1])
+        codes = kept_codes(self._entry.kind, self._rows(), self.shape[-1])
+        if not np.isfinite(codes.scales()).all():
+            raise CheckpointError(
+                f"{self.path}: tensor {self.name!r} holds NaN or infinite scales; it is damaged, "
+                "fetch it again"
+            )
+        return codes
 
     @property
     def _entry(self) -> GgufEntry:
