@@ -35,12 +35,15 @@ log = logging.getLogger(__name__)
 
 _HEAD = "lm_head.weight"
 _ADAPTER = "adapter_config.json"
-_RECOMPUTED = "rotary_emb.inv_freq"
-"""The end of the names of tensors in old checkpoints that config.json makes redundant."""
+_RECOMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""The ends of the names of tensors in old checkpoints that config.json makes redundant.
+
+The last two are GPT-2's causal mask.
+"""
 _SHOWN_NAMES = 3
 _PIECE = 1 << 22
 """The number of values that are compared at once."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True, slots=True)
