@@ -35,12 +35,15 @@ from model.weights import PlainTensor, StoredTensor
 log = logging.getLogger(__name__)
 
 _HEAD = "lm_head.weight"
-_RECOMPUTED = "rotary_emb.inv_freq"
-"""The end of the names of tensors in old checkpoints that config.json makes redundant."""
+_RECOMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""The ends of the names of tensors in old checkpoints that config.json makes redundant.
+
+The last two are GPT-2's causal mask.
+"""
 _SHOWN_NAMES = 3
 _PIECE = 1 << 22
 """The number of values that are compared at once."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +242,7 @@ class Checkpoint:
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
-                    "config.json describes; its options and the weights disagree"
+                    f"{self.config.path.name} describes; its options and the weights disagree"
                 )
         self._check_tied_head(used)
         unused = [
@@ -253,7 +256,8 @@ class Checkpoint:
         elif unused:
             _tell(
                 self.fingerprint,
-                f"{self.directory}: {_some(unused)} not used: config.json describes no such part",
+                f"{self.directory}: {_some(unused)} not used: "
+                f"{self.config.path.name} describes no such part",
             )
 
     def _is_idle(self, name: str, tensor: StoredTensor) -> bool:
@@ -302,7 +306,7 @@ class Checkpoint:
         if found != expected:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name!r} has shape {list(found)}, "
-                f"but config.json makes it {list(expected)}"
+                f"but {self.config.path.name} makes it {list(expected)}"
             )
 
     def _stored(self, name: str) -> StoredTensor:

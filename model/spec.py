@@ -33,17 +33,18 @@ RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding: half-split ("rotate half") pairs of the first columns of a head.
+    """Rotary position embedding: half-split ("rotate half") pairs (i, i + head_dim / 2) of a head.
 
     ``original_context`` is the trained context. `dynamic` scaling starts there, and `llama3`
     compares wavelengths with it. Other kinds ignore the frequency and band factors.
 
-    rotated: columns of a head that turn, or 0 for all.
+    rotated: columns of a head that turn, or 0 for all: those of the first rotated / 2 pairs. Their
+        frequencies are those of a head that has no other columns.
     beta_fast, beta_slow, truncated: `yarn` keeps waves with more than beta_fast turns within the
         trained context, and divides those with fewer than beta_slow. ``truncated`` rounds the
         bounds to whole columns.
     attention_factor: `yarn` and `longrope` multiply cosines and sines by it.
-    short_factors, long_factors: `longrope` divides frequencies by them, one per pair.
+    short_factors, long_factors: `longrope` divides frequencies by them, one per pair that turns.
     """
 
     theta: float
@@ -346,6 +347,8 @@ def _check_rope(rope: RopeSpec, head_dim: int) -> None:
         raise UnsupportedModelError("malformed model description: head_dim cannot be rotated")
     if rope.scaling not in ("none", "linear") and not rope.original_context:
         raise UnsupportedModelError("malformed model description: original_context is missing")
+    if rope.scaling == "yarn" and rope.theta <= 1:
+        raise UnsupportedModelError(f"malformed model description: theta = {rope.theta}")
     if rope.scaling == "longrope" and any(
         len(factors) != columns // 2 for factors in (rope.short_factors, rope.long_factors)
     ):

@@ -81,6 +81,11 @@ LAYERS = {
     "narrow-normed-heads-window": replace(
         LLAMA_LAYER, head_dim=8, qk_norm="head", sliding_window=5
     ),
+    "narrow-heads-partly-rotated": replace(
+        LLAMA_LAYER,
+        head_dim=12,
+        rope=RopeSpec(10000.0, "yarn", 4.0, original_context=16, rotated=8, attention_factor=1.2),
+    ),
     "wide-heads-window": replace(LLAMA_LAYER, head_dim=32, sliding_window=2),
     "norms-around-parts": replace(
         LLAMA_LAYER, norm_position="both", activation="gelu_tanh", score_scale=0.2

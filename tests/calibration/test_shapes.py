@@ -13,7 +13,15 @@ from model.errors import CheckpointError, UnsupportedModelError
 @pytest.mark.parametrize(
     ("shape", "million_weights"),
     # Published sizes; a tied head is counted once.
-    [("llama-1b", 1236), ("opt-350m", 331), ("tinyllama", 1100), ("qwen2.5-0.5b", 494)],
+    [
+        ("gemma2-2b", 2614),
+        ("gemma3-1b", 1000),
+        ("llama-1b", 1236),
+        ("olmo2-1b", 1485),
+        ("opt-350m", 331),
+        ("qwen2.5-0.5b", 494),
+        ("tinyllama", 1100),
+    ],
 )
 def test_shapes_have_as_many_weights_as_their_models(shape: str, million_weights: int) -> None:
     spec = shape_spec(shape)
