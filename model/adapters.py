@@ -34,6 +34,8 @@ MERGED = " with LoRA"
 
 _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
+_PREFIXES = ("model", "transformer", "decoder", "language_model")
+"""The parts that names in checkpoints of one family begin with, or lack."""
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 _NUMBERS = ("F32", "F16", "BF16")
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -180,17 +182,25 @@ class Adapter:
     def _find(
         self, name: str, tensors: Mapping[str, StoredTensor], *, missing: bool = False
     ) -> str:
-        """Return the checkpoint's name of a tensor. Some checkpoints lack the prefix `model.`."""
-        for known in (name, name.removeprefix("model."), f"model.{name}"):
-            if known in tensors:
-                return known
-        ends = [known for known in tensors if known.endswith(f".{name}")]
-        if len(ends) == 1:
-            return ends[0]
+        """Return the checkpoint's name of a tensor, which may lack some of the prefix or have more.
+
+        missing: it may also be absent.
+        """
+        asked = name
+        while True:
+            if name in tensors:
+                return name
+            ends = [known for known in tensors if known.endswith(f".{name}")]
+            if len(ends) == 1:
+                return ends[0]
+            first, _, rest = name.partition(".")
+            if first not in _PREFIXES:
+                break
+            name = rest
         if missing:
-            return name
+            return asked
         raise CheckpointError(
-            f"{shown(self.file.path)}: changes {name!r}, which the model does not have; it is an "
+            f"{shown(self.file.path)}: changes {asked!r}, which the model does not have; it is an "
             f"adapter of {self.base or 'another model'}"
         )
 

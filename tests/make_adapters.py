@@ -10,12 +10,12 @@ Each directory holds an adapter as peft's save_pretrained writes it, and golden.
     prompt, logits (of its last position), continuation    of the merged model, in float32
     tensors/<name>   float32 values of the second layer's tensors that merge_and_unload changed, and
                      of those outside layers
-    base/<name>      for gpt2 alone, whose model is no fixture: the tensors before
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-
-from tests import make_fixtures
+from transformers import AutoModelForCausalLM
 
 ADAPTERS = Path(__file__).parent / "adapters"
 FIXTURES = Path(__file__).parent / "fixtures"
+FAMILIES = Path(__file__).parent / "families"
 NEW_TOKENS = 48
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,23 +59,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "opt-pre",
         {"r": 4, "lora_alpha": 4, "target_modules": ["fc1", "q_proj"], "bias": "lora_only"},
     ),
-    "gpt2": ("", {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "c_proj"]}),
+    "gpt2": ("gpt2", {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "c_proj"]}),
+    "fused": ("phi3", {"r": 2, "lora_alpha": 4, "target_modules": ["qkv_proj", "gate_up_proj"]}),
 }
 """The base model, and the settings of LoRA."""
 
 
-def base_model(name: str) -> Any:
-    if name:
-        return AutoModelForCausalLM.from_pretrained(FIXTURES / name, dtype=torch.float32)
-    torch.manual_seed(1)
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8)
-    return GPT2LMHeadModel(config).eval()
+def base_folder(name: str) -> Path:
+    return next(path for path in (FIXTURES / name, FAMILIES / name) if path.exists())
 
 
 def make(name: str) -> None:
     base, settings = CASES[name]
     torch.manual_seed(0)
-    model = base_model(base)
+    folder = base_folder(base)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = {key: one.detach().clone() for key, one in model.state_dict().items()}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
@@ -93,19 +90,16 @@ def make(name: str) -> None:
     merged = adapted.merge_and_unload().eval()
     golden: dict[str, Any] = {}
     for key, one in merged.state_dict().items():
-        if not torch.equal(one, before[key]) and ("layers." not in key or "layers.1." in key):
+        if not torch.equal(one, before[key]) and not re.search(r"\.0\.|\.2\.", key):
             golden[f"tensors/{key}"] = one.float().numpy()
-            if not base:
-                golden[f"base/{key}"] = before[key].float().numpy()
-    if base:
-        prompt = make_fixtures.tokenizer().encode(make_fixtures.PROMPT).ids
-        tokens = list(prompt)
-        with torch.no_grad():
-            for _ in range(NEW_TOKENS):
-                last = merged(torch.tensor([tokens])).logits[0, -1]
-                golden.setdefault("logits", last.numpy())
-                tokens.append(int(last.argmax()))
-        golden |= {"prompt": np.array(prompt), "continuation": np.array(tokens[len(prompt) :])}
+    prompt = np.load(folder / "golden.npz")["prompt"].tolist()
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            last = merged(torch.tensor([tokens])).logits[0, -1]
+            golden.setdefault("logits", last.numpy())
+            tokens.append(int(last.argmax()))
+    golden |= {"prompt": np.array(prompt), "continuation": np.array(tokens[len(prompt) :])}
     np.savez_compressed(directory / "golden.npz", **golden)
     for path in directory.iterdir():
         path.chmod(0o644)

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.adapters import NO_ADAPTER, Adapter
+from model.adapters import NO_ADAPTER
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, ModelError, UnsupportedModelError
 from model.quantize import Format
 from model.reference import ReferenceModel
 from model.safetensors import read_safetensors, write_safetensors
-from model.weights import PlainTensor
 from tests.greedy import generate_greedy
 
 ADAPTERS = Path(__file__).parents[1] / "adapters"
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+FAMILIES = Path(__file__).parents[1] / "families"
 PACKED = Path(__file__).parents[1] / "packed"
 BASES = {
     "plain": "llama",
@@ -30,6 +30,8 @@ BASES = {
     "embedding": "mistral",
     "head": "qwen2",
     "biases": "opt-pre",
+    "gpt2": "gpt2",
+    "fused": "phi3",
 }
 
 
@@ -54,7 +56,8 @@ def renamed(folder: Path, rename: Callable[[str], str]) -> Path:
 @pytest.mark.parametrize(("name", "base"), BASES.items())
 def test_a_merged_model_equals_peft(name: str, base: str) -> None:
     golden = np.load(ADAPTERS / name / "golden.npz")
-    checkpoint = Checkpoint.open(FIXTURES / base, str(ADAPTERS / name))
+    folder = next(path for path in (FIXTURES / base, FAMILIES / base) if path.exists())
+    checkpoint = Checkpoint.open(folder, str(ADAPTERS / name))
     changed = [key for key in golden.files if key.startswith("tensors/")]
     assert changed
     for key in changed:
@@ -65,27 +68,29 @@ def test_a_merged_model_equals_peft(name: str, base: str) -> None:
     np.testing.assert_allclose(model.forward(prompt)[-1], golden["logits"], atol=2e-4)
     generation = generate_greedy(model, prompt, len(golden["continuation"]))
     assert generation.tokens == golden["continuation"].tolist()
-    untouched = generate_greedy(
-        ReferenceModel.from_checkpoint(Checkpoint.open(FIXTURES / base)), prompt, 48
-    )
+    alone = ReferenceModel.from_checkpoint(Checkpoint.open(folder))
+    untouched = generate_greedy(alone, prompt, len(generation.tokens))
     assert untouched.tokens != generation.tokens
 
 
-def test_matrices_of_conv1d_are_merged_transposed(tmp_path: Path) -> None:
+def test_a_checkpoint_may_lack_the_prefix_of_its_names(tmp_path: Path) -> None:
+    # GPT-2 on the hub does, and so do models that were saved without their head.
+    folder = Path(shutil.copytree(FAMILIES / "gpt2", tmp_path / "gpt2"))
+    path = folder / "model.safetensors"
+    file = read_safetensors(path)
+    tensors = {name.removeprefix("transformer."): file.map(name).copy() for name in file.entries}
+    write_safetensors(path, tensors)
     golden = np.load(ADAPTERS / "gpt2" / "golden.npz")
-    base = {
-        key.removeprefix("base/"): golden[key] for key in golden.files if key.startswith("base/")
-    }
-    write_safetensors(tmp_path / "model.safetensors", base)
-    file = read_safetensors(tmp_path / "model.safetensors")
-    merged = Adapter.open(ADAPTERS / "gpt2").merged(
-        {name: PlainTensor(file, name) for name in base}
-    )
-    assert len(base) == 3
-    for name, tensor in merged.items():
-        values = tensor.float32()
-        np.testing.assert_allclose(values, golden[f"tensors/{name}"], atol=1e-6)
-        np.testing.assert_allclose(tensor.float32(slice(2, 5)), values[2:5], atol=1e-6)
+    merged = Checkpoint.open(folder, str(ADAPTERS / "gpt2"))
+    model = ReferenceModel.from_checkpoint(merged)
+    logits = model.forward(golden["prompt"].tolist())[-1]
+    np.testing.assert_allclose(logits, golden["logits"], atol=2e-4)
+
+
+def test_rows_of_transposed_matrices_are_merged_alone() -> None:
+    merged = Checkpoint.open(FAMILIES / "gpt2", str(ADAPTERS / "gpt2"))
+    tensor = merged.tensors["transformer.h.0.attn.c_attn.weight"]
+    np.testing.assert_allclose(tensor.float32(slice(2, 9)), tensor.float32()[2:9], atol=1e-6)
 
 
 def test_an_adapter_belongs_to_the_fingerprint(plain: Path) -> None:
