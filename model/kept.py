@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from model.adapters import MERGED
 from model.checkpoint import Checkpoint
+from model.families.quantization import read_quantization
 from model.spec import QUANTIZED_TENSORS
+
+_NOT_HERE = "packed weights, whose codes may be kept, but are not downloaded yet"
 
 PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
 
@@ -18,7 +21,8 @@ def weight_notes(checkpoint: Checkpoint, bits: Sequence[int]) -> list[str]:
     """
     found: dict[str, tuple[set[str], set[int]]] = {}
     if not checkpoint.tensors:  # Only config.json is here.
-        return []
+        packed = read_quantization(checkpoint.config)
+        return [] if packed is None else [f"{_NOT_HERE} ({packed.method})"]
     for block, width in enumerate(bits):
         native = checkpoint.native_format(block)
         kept = checkpoint.kept_formats(block) if native and native.bits == width else {}

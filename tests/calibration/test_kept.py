@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from calibration.quality.blocks import measure_plan_kl, measure_quality
 from coordinator.files.artifacts import ArtifactStore, Wanted
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
+from model.kept import weight_notes
 from model.loss_estimate import estimate_losses, plan_loss
 from model.quantize import Format
 from model.weight_errors import weight_errors
 from planning.build import RequestInput
 from planning.sensitivity import with_lossless
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 PACKED = Path(__file__).parents[1] / "packed"
 SEQUENCES = [list(range(20, 60)), list(range(100, 140))]
 
@@ -86,3 +89,21 @@ def test_plans_count_the_bytes_of_the_files_own_groups(gptq: Checkpoint, tmp_pat
     assert known == {(ref.block, 4): ref.sha256 for ref in refs}
     with pytest.raises(ValueError, match="native formats of blocks beyond 4"):
         RequestInput(gptq.spec, (4,), 64, native={9: own})
+
+
+def test_a_plan_says_what_becomes_of_packed_weights(gptq: Checkpoint, tmp_path: Path) -> None:
+    kept = "4-bit codes kept from the file (GPTQ): {} of 4 blocks"
+    again = "{} from GPTQ 4 bits: {} of 4 blocks"
+    assert weight_notes(gptq, (4, 4, 4, 4)) == [kept.format(2)]
+    assert weight_notes(gptq, (16, 4, 8, 16)) == [
+        kept.format(1),
+        again.format("requantized", 1),
+    ]
+    assert weight_notes(gptq, (16, 16, 16, 16)) == [again.format("decoded", 2)]
+    assert weight_notes(Checkpoint.open(FIXTURES / "llama"), (4,) * 5) == []
+    shutil.copy(PACKED / "gptq" / "config.json", tmp_path)
+    unread = Checkpoint.open_to_plan(tmp_path)
+    (line,) = weight_notes(unread, (4, 4, 4, 4))
+    assert line.startswith("packed weights, whose codes may be kept")
+    assert line.endswith("not downloaded yet (gptq)")
+    assert unread.native_formats() == {}
