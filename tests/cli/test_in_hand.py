@@ -74,6 +74,11 @@ def vocabulary(tmp: Path, name: str) -> Path:
     return put(given, tokenizer_config__json=json.dumps(settings))
 
 
+def repacked(tmp: Path, name: str) -> Path:
+    """A model as a tool packed it, with the tokenizer of a fixture."""
+    return Path(shutil.copytree(FIXTURES.parent / "packed" / name, model(tmp), dirs_exist_ok=True))
+
+
 def ollama(tmp: Path) -> Path:
     layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{DIGEST}"}]
     manifests = tmp / "given" / "models" / "manifests" / "registry.ollama.ai" / "library"
@@ -86,7 +91,16 @@ def ollama(tmp: Path) -> Path:
 
 CONFIG = (FIXTURES / "llama" / "config.json").read_text()
 LORA = json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.2-1B", "peft_type": "LORA"})
+
+
+def quantized(method: str, **settings: object) -> str:
+    config = json.loads(CONFIG) | {"quantization_config": {"quant_method": method, **settings}}
+    return json.dumps(config)
+
+
 PULL = "a git-lfs pointer instead of the file itself: run `git lfs pull` in the clone"
+
+PACKED = ("gptq", "awq", "compressed-int4", "compressed-fp8", "fp8", "mlx", "bitsandbytes")
 
 Row = tuple[str, Callable[[Path], Path], str]
 """A name, what makes it, and a part of what both commands say."""
@@ -117,6 +131,21 @@ ROWS: list[Row] = [
         "adapter alone",
         lambda t: put(t / "given", adapter_config__json=LORA, adapter_model__safetensors=b"x"),
         "an adapter (LoRA) of meta-llama/Llama-3.2-1B",
+    ),
+    (
+        "adapter beside weights",
+        lambda t: model(t, adapter_config__json=LORA, adapter_model__safetensors=b"x"),
+        "give `--adapter {}` to merge it, or `--adapter none` to run the weights without it",
+    ),
+    (
+        "weights of a method that is not read",
+        lambda t: model(t, config__json=quantized("hqq")),
+        "weights quantized by 'hqq' are not read; read are GPTQ, AWQ, compressed-tensors, fp8, MLX",
+    ),
+    (
+        "AWQ's other version",
+        lambda t: model(t, config__json=quantized("awq", version="gemv")),
+        'version = "gemv" is not implemented; get the model in AWQ\'s gemm version, or as GPTQ',
     ),
     (
         "onnx",
@@ -180,6 +209,7 @@ LOADED: list[Row] = [
         "merges.txt: missing, which belongs to vocab.json; fetch it, too",
     ),
     ("a good model", lambda t: model(t), OK),
+    *((name, lambda t, name=name: repacked(t, name), OK) for name in PACKED),
 ]
 """Rows about what only `load` reads: the tokenizer."""
 
