@@ -20,6 +20,7 @@ from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Source, describe, read_config, tensor_sources
+from model.families.quantization import old_settings
 from model.families.sources import shape_of
 from model.gguf_map import read_model
 from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
@@ -476,6 +477,8 @@ def _fingerprint(config: Config, shards: Mapping[str, SafetensorsFile]) -> str:
     digest = hashlib.sha256()
     try:
         _feed(digest, config.path.read_bytes())
+        for path in old_settings(config):
+            _feed(digest, path.read_bytes())
         for name, shard in sorted(shards.items()):
             status = shard.path.stat()
             _feed(digest, name.encode())
