@@ -194,7 +194,13 @@ class GgufTensor(StoredTensor):
     def codes(self) -> QuantizedMatrix | None:
         if self.format is None:
             return None
-        return kept_codes(self._entry.kind, self._rows(), self.shape[-1])
+        codes = kept_codes(self._entry.kind, self._rows(), self.shape[-1])
+        if not np.isfinite(codes.scales()).all():
+            raise CheckpointError(
+                f"{self.path}: tensor {self.name!r} holds NaN or infinite scales; it is damaged, "
+                "fetch it again"
+            )
+        return codes
 
     @property
     def _entry(self) -> GgufEntry:
@@ -263,6 +269,11 @@ def read_parts(path: Path) -> tuple[GgufFile, ...]:
         if _count(file, "split.count", 1) != count or _count(file, "split.no") != number:
             raise CheckpointError(f"{file.path}: not part {number + 1} of {count}; fetch it again")
     return files
+
+
+def short_number(value: float) -> float:
+    """Return the shortest decimal number that is this float32: 1e-05, not 9.99999974e-06."""
+    return float(str(np.float32(value)))
 
 
 def _count(file: GgufFile, key: str, default: int = 0) -> int:

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
-from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts
+from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts, short_number
 from model.gguf_types import READ_TYPES
 from model.spec import MAX_LAYERS, MAX_SIZE
 from model.weights import StoredTensor
 
 Values = dict[str, Any]
-"""What config.json would hold."""
+"""The values that config.json would hold."""
 
 _LAYER = re.compile(r"blk\.(\d{1,6})\.(.+)")
 _UNREAD = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|.*\.attn_rot_embd")
@@ -115,7 +115,7 @@ class _Model:
         if len(entry.shape) != 1 or entry.shape[0] > MAX_SIZE:
             raise CheckpointError(f"{self.path}: tensor {name!r} has the shape {entry.shape}")
         values = GgufTensor(self.places[name], name, entry.shape).float32()
-        return [_short(value) for value in values]
+        return [short_number(value) for value in values]
 
     def text(self, key: str, default: str) -> str:
         value = self.metadata.get(key, default)
@@ -140,7 +140,7 @@ class _Model:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, "a number", value)
-        return _short(value)
+        return short_number(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.metadata.get(self._key(key), default)
@@ -204,11 +204,6 @@ class _Model:
 
 
 _TOKEN_LISTS = ("tokens", "token_type")
-
-
-def _short(value: float) -> float:
-    """Return the shortest decimal number that is this float32: 1e-05, not 9.99999974e-06."""
-    return float(str(np.float32(value)))
 
 
 # ---- tensors -----------------------------------------------------------------------------------
@@ -494,6 +489,22 @@ def _trained_context(
     return [round(context)] if 0.5 < context < MAX_SIZE - 1 else []
 
 
+def _ropes_by_kind(model: _Model, values: Values, theta: float, sliding_theta: float) -> Values:
+    """Return the rotary parameters by kind of layer, in place of those of all layers.
+
+    theta, sliding_theta: where the file has none. Scaling is for layers without a window.
+    """
+    del values["rope_theta"]
+    full = values.pop("rope_scaling", None) or {"rope_type": "default"}
+    return {
+        "full_attention": full | {"rope_theta": model.number("rope.freq_base", theta)},
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": model.number("rope.freq_base_swa", sliding_theta),
+        },
+    }
+
+
 def _layer_types(sliding: list[bool]) -> list[str]:
     return ["sliding_attention" if item else "full_attention" for item in sliding]
 
@@ -574,8 +585,7 @@ def _gemma3(model: _Model) -> Values:
     return values | {
         "model_type": "gemma3_text",
         "query_pre_attn_scalar": _query_scalar(values, 62),
-        "rope_theta": model.number("rope.freq_base", 1e6),
-        "rope_local_base_freq": model.number("rope.freq_base_swa", 10000.0),
+        "rope_parameters": _ropes_by_kind(model, values, 1e6, 10000.0),
         "final_logit_softcapping": cap or None,
         "sliding_window": window or None,
         "layer_types": _layer_types(model.windows(6 if window else 1)),
@@ -663,8 +673,13 @@ def _olmo2(model: _Model) -> Values:
     window = model.size("attention.sliding_window", 0)
     if not window:
         return values
-    kinds = _layer_types(model.windows(4))
-    return values | {"model_type": "olmo3", "sliding_window": window, "layer_types": kinds}
+    theta = values["rope_theta"]
+    return values | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": _layer_types(model.windows(4)),
+        "rope_parameters": _ropes_by_kind(model, values, theta, theta),
+    }
 
 
 def _exaone4(model: _Model) -> Values:

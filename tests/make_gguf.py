@@ -99,6 +99,11 @@ def make_model(name: str) -> None:
         (architecture,) = config["architectures"]
         with torch.inference_mode():
             model = get_model_class(architecture)(copy, kind, target)
+            model.set_vocab = model._set_vocab_gpt2
+            if model.model_arch == gguf.MODEL_ARCH.GEMMA3:
+                # The converter leaves it out, because published models all have the same one.
+                kinds = [kind == "sliding_attention" for kind in model.hparams["layer_types"]]
+                model.gguf_writer.add_sliding_window_pattern(kinds)
             model.write()
     target.chmod(0o644)
     print(f"{target.name}: {target.stat().st_size / 1000:.0f} KB")  # noqa: T201 - a command
@@ -115,6 +120,7 @@ def add_tokenizer(folder: Path, config: dict[str, Any]) -> None:
     result = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
     result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     result.decoder = decoders.ByteLevel()
+    result.add_special_tokens(["<s>", "</s>"])
     result.save(str(folder / "tokenizer.json"))
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, ModelError, UnsupportedModelError
 from model.gguf import GgufTensor, read_gguf, read_parts
 from model.gguf_types import READ_TYPES, TYPES, dequantize, kept_codes, kept_format
+from model.quantize import Format, quantize
 from tests.gguf_files import ALIGNMENT, NUMBERS, Gguf, Tensor, plain, random_blocks, tiny
 
 GOLDEN = Path(__file__).parents[1] / "gguf" / "golden.npz"
@@ -46,6 +47,20 @@ def test_kept_codes_have_the_same_values(name: str) -> None:
         assert {-1, 1} <= set(np.sign(codes.scales().ravel()).tolist())
     assert codes.format == kept_format(kind)
     np.testing.assert_array_equal(codes.dequantize(), expected)
+
+
+def test_infinite_scales_are_refused(tmp_path: Path) -> None:
+    model = tiny("Q8_0")
+    stored = model.tensors["blk.0.ffn_up.weight"]
+    data = np.array(np.inf, np.float16).tobytes() + bytes(32) + stored.data[34:]
+    model.tensors = {**model.tensors, "blk.0.ffn_up.weight": Tensor("Q8_0", stored.shape, data)}
+    checkpoint = Checkpoint.open(model.write(tmp_path / "x.gguf"))
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.ffn_up\.weight' holds NaN or infinite"):
+        checkpoint.kept(1)
+    values = checkpoint.block(1)["up.weight"]
+    assert np.isnan(values[0, 0])
+    with pytest.raises(CheckpointError, match="NaN, infinite or absurdly large"):
+        quantize(values, Format.of(4))
 
 
 def test_other_types_keep_no_codes() -> None:
@@ -238,6 +253,7 @@ def test_types_that_are_not_read_are_named(tmp_path: Path) -> None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(places=[(921, 8)], cut=None)  # Numbers that were values are taken for scales.
 @given(
     places=st.lists(
         st.tuples(st.integers(0, 1100), st.sampled_from([0, 1, 7, 8, 9, 32, 127, 128, 255])),
