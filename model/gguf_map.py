@@ -422,7 +422,9 @@ def _rope_scaling(model: _Model, columns: int, theta: float) -> Values | None:
         for key in keys:
             if model.has(f"rope.scaling.{key}"):
                 scaling[name] = model.number(f"rope.scaling.{key}")
-    return scaling
+    # llama.cpp compares it with an mscale of 1.
+    for_all = model.number("rope.scaling.yarn_log_multiplier", 0.0)
+    return scaling | ({"mscale": 1.0, "mscale_all_dim": for_all} if for_all else {})
 
 
 _YARN = {
@@ -557,6 +559,24 @@ def _granitemoe(model: _Model) -> Values:
     return values | {"model_type": "granitemoe"}
 
 
+def _mistral3(model: _Model) -> Values:
+    """Return the config of Ministral 3, or of Mistral Small 3, which scales no queries."""
+    values = _decoder(model, "mistral") | _rms(model)
+    beta = model.number("attention.temperature_scale", 0.0)
+    if not beta:
+        return values | {"sliding_window": model.size("attention.sliding_window", 0) or None}
+    scaling = values.get("rope_scaling") or {"rope_type": "default"}
+    return values | {
+        "model_type": "ministral3",
+        "rope_scaling": scaling | {"llama_4_scaling_beta": beta},
+    }
+
+
+def _ernie(model: _Model) -> Values:
+    values = _decoder(model, "ernie4_5") | _rms(model)
+    return values | {"use_bias": values["attention_bias"]}
+
+
 def _plain(model_type: str) -> Callable[[_Model], Values]:
     """Return the reader of a config without options of its own."""
     return lambda model: _decoder(model, model_type) | _rms(model)
@@ -610,6 +630,8 @@ def _phi3(model: _Model) -> Values:
 
 def _granite(model: _Model) -> Values:
     values = _decoder(model, "granite") | _rms(model)
+    if not _has_experts(model):  # The metadata of Granite 4 has another width.
+        values["intermediate_size"] = _mlp_width(model)
     return values | {
         "attention_multiplier": model.number("attention.scale", 1 / values["head_dim"] ** 0.5),
         "embedding_multiplier": model.number("embedding_scale", 1.0),
@@ -626,6 +648,10 @@ def _minicpm(model: _Model) -> Values:
         "scale_depth": _rounded(model.number("residual_scale", 1.4 / root) * root),
         "dim_model_base": round(hidden / model.number("logit_scale", hidden / 256)),
     }
+
+
+def _mlp_width(model: _Model) -> int:
+    return model.entry("blk.0.ffn_up.weight").shape[0]
 
 
 def _rounded(value: float) -> float:
@@ -656,11 +682,11 @@ def _gpt2(model: _Model) -> Values:
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
-        "n_inner": "intermediate_size",
         "n_positions": "max_position_embeddings",
     }
     return {name: values[known] for name, known in names.items()} | {
         "model_type": "gpt2",
+        "n_inner": _mlp_width(model),  # The metadata has four times the hidden width.
         "layer_norm_epsilon": model.number("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
         **{key: values[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")},
@@ -709,7 +735,8 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "smollm3": _Architecture(_smollm3, _LLAMA_NAMES, paired=True),
     "starcoder2": _Architecture(_starcoder2, _STARCODER2_NAMES),
     "stablelm": _Architecture(_stablelm, _LLAMA_NAMES),
-    "ernie4_5": _Architecture(_plain("ernie4_5"), _LLAMA_NAMES),
+    "mistral3": _Architecture(_mistral3, _LLAMA_NAMES, paired=True),
+    "ernie4_5": _Architecture(_ernie, _LLAMA_NAMES),
     "olmo2": _Architecture(_olmo2, _OUTPUT_NORM_NAMES),
     "exaone4": _Architecture(_exaone4, _OUTPUT_NORM_NAMES),
     "gpt2": _Architecture(
