@@ -115,7 +115,8 @@ class Sampler:
         if not self._is_penalized:
             return self._choose(logits, position)
         token = self._choose(self._penalize(logits), position)
-        self._before = np.union1d(self._before, [token])
+        if token not in self._before:
+            self._before = np.append(self._before, token)
         return token
 
     def _penalize(self, logits: Logits) -> Logits:

@@ -33,6 +33,7 @@ DESCRIPTIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",

@@ -258,7 +258,10 @@ def _keeps_all(step: Mapping[str, Any]) -> bool:
 
 
 def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, str | None]:
-    """Return the template's file and text. A file of its own wins over the config."""
+    """Return the template's file and text. A file of its own wins over the config.
+
+    chat_template.json, which models with a processor have, comes last.
+    """
     path = directory / "chat_template.jinja"
     if path.exists():
         try:
@@ -272,6 +275,9 @@ def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, 
             raise TokenizerError(f"{path}: cannot be read: {error}") from error
     path = directory / "tokenizer_config.json"
     value = settings.get("chat_template")
+    if value is None:
+        path = directory / "chat_template.json"
+        value = _read_object(path).get("chat_template")
     if value is None or isinstance(value, str):
         return path, value
     named = {

@@ -119,6 +119,11 @@ ROWS: list[Row] = [
         "an adapter (LoRA) of meta-llama/Llama-3.2-1B",
     ),
     (
+        "adapter beside its base",
+        lambda t: model(t, adapter_config__json=LORA, adapter_model__safetensors=b"x"),
+        "adapter",
+    ),
+    (
         "onnx",
         lambda t: put(t / "given", config__json=CONFIG, onnx_0_model__onnx=b"x"),
         "only weights of another framework (model.onnx), which are not read: get safetensors",
@@ -163,6 +168,37 @@ ROWS: list[Row] = [
     ),
 ]  # fmt: skip
 
+PACKED = FIXTURES.parent / "packed"
+GGUF = FIXTURES.parent / "gguf" / "llama.gguf"
+
+
+def quantized(tmp: Path, method: str) -> Path:
+    given = Path(shutil.copytree(PACKED / method, tmp / "given"))
+    shutil.copy(FIXTURES / "llama" / "tokenizer.json", given)
+    return given
+
+
+def cached(tmp: Path) -> Path:
+    """A model in a folder as huggingface_hub's cache has it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp / "hub" / "models--org--llama"
+    shutil.copytree(FIXTURES / "llama", folder / "snapshots" / commit)
+    return put(folder, refs_0_main=commit)
+
+
+READ: list[Row] = [
+    ("a good model", lambda t: model(t), OK),
+    ("GGUF file", lambda t: Path(shutil.copy(GGUF, t / "given.gguf")), OK),
+    ("folder with a GGUF file", lambda t: put(t / "given", a__gguf=GGUF.read_bytes()), OK),
+    ("file of Ollama's", lambda t: put(t, given=GGUF.read_bytes()) / "given", OK),
+    ("folder of the hub's cache", cached, OK),
+    *(
+        (method, lambda t, method=method: quantized(t, method), OK)
+        for method in sorted(path.name for path in PACKED.iterdir() if path.is_dir())
+    ),
+]
+"""Rows that are read as they are."""
+
 LOADED: list[Row] = [
     ("tokenizer by git-lfs", lambda t: model(t, tokenizer__json=POINTER), PULL),
     ("template by git-lfs", lambda t: model(t, chat_template__jinja=POINTER), PULL),
@@ -179,7 +215,6 @@ LOADED: list[Row] = [
         lambda t: put(vocabulary(t, "gpt2"), merges__txt=None),
         "merges.txt: missing, which belongs to vocab.json; fetch it, too",
     ),
-    ("a good model", lambda t: model(t), OK),
 ]
 """Rows about what only `load` reads: the tokenizer."""
 
@@ -239,6 +274,20 @@ def test_both_commands_say_what_it_is(
     planned = said(capsys, "plan", str(given), f"--url={url}")
     assert expected.replace("{}", str(given)) in planned
     assert said(capsys, "load", str(given), f"--url={url}") == planned
+
+
+@pytest.mark.parametrize(("name", "make", "expected"), READ, ids=[row[0] for row in READ])
+def test_what_can_be_read_waits_for_devices(
+    name: str,
+    make: Callable[[Path], Path],
+    expected: str,
+    url: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = make(tmp_path)
+    for command in ("plan", "load"):
+        assert expected in said(capsys, command, str(given), f"--url={url}")
 
 
 @pytest.mark.parametrize(("name", "make", "expected"), LOADED, ids=[row[0] for row in LOADED])

@@ -247,6 +247,9 @@ def test_named_templates_and_the_file_of_its_own(model: Path) -> None:
     assert with_template(model, named).apply_chat_template(USER) == "d"
     with pytest.raises(TokenizerError, match="must be a string, or a list with one named default"):
         with_template(model, [{"name": "tool_use", "template": "t"}])
+    (model / "chat_template.json").write_text('{"chat_template": "json {{ bos_token }}"}')
+    assert with_template(model, named).apply_chat_template(USER) == "d"
+    assert with_template(model, None).apply_chat_template(USER) == "json <s>"
     (model / "chat_template.jinja").write_text("file {{ bos_token }}")
     assert with_template(model, named).apply_chat_template(USER) == "file <s>"
 

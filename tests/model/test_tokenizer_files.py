@@ -49,6 +49,23 @@ def test_tokens_equal_those_of_transformers(tmp_path: Path, name: str, number: i
     )
 
 
+@pytest.mark.parametrize("name", GOLDEN)
+def test_streamed_text_is_the_decoded_text(tmp_path: Path, name: str) -> None:
+    golden = GOLDEN[name]["variants"][0]
+    tokenizer = Tokenizer.load(folder(tmp_path, name, golden["settings"]))
+    for ids in golden["ids"]:
+        decoder = tokenizer.stream()
+        pieces = [*(decoder.push(token) for token in ids), decoder.finish()]
+        assert "".join(pieces) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_no_text_has_fewer_tokens_than_is_known_beforehand(tmp_path: Path, name: str) -> None:
+    tokenizer = Tokenizer.load(folder(tmp_path, name, GOLDEN[name]["variants"][0]["settings"]))
+    for text in TEXTS:
+        assert tokenizer.least_tokens(text * 20) <= len(tokenizer.encode(text * 20))
+
+
 SENTENCEPIECES = [name for name in GOLDEN if "reference" in GOLDEN[name]]
 NAMED = ("<s>", "</s>", "<unk>", "<0x41>", "<|im_end|>")
 """Their tokens are special here, and text for sentencepiece."""
