@@ -20,7 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
-from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts, short_number
+from model.gguf import (
+    Alternating,
+    GgufEntry,
+    GgufFile,
+    GgufTensor,
+    Strings,
+    read_parts,
+    short_number,
+)
 from model.gguf_types import READ_TYPES
 from model.spec import MAX_LAYERS, MAX_SIZE
 from model.weights import StoredTensor
@@ -248,6 +256,14 @@ _MIXTRAL_NAMES = _LLAMA_NAMES | {
     "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
 }
+_GPT_OSS_NAMES = _LLAMA_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks": "self_attn.sinks",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_up_proj",
+    "ffn_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
 _GRANITEMOE_NAMES = _LLAMA_NAMES | {
     "ffn_gate_inp": "block_sparse_moe.router.layer",
     "ffn_gate_exps": "block_sparse_moe.experts.{expert}.gate_proj",
@@ -318,6 +334,30 @@ class _Architecture:
                 f"{tensor.pairs} rows of a head"
             )
         return {name: tensor}
+
+
+@dataclass(frozen=True, slots=True)
+class _GptOss(_Architecture):
+    """Experts stay in one tensor. Gate and up are one, as packed codes are (``_blocks``)."""
+
+    def tensors(self, model: _Model, values: Values, key: str) -> dict[str, StoredTensor]:
+        if key.endswith(("ffn_up_exps.weight", "ffn_up_exps.bias")):
+            return {}  # It is read with the gate.
+        found = super(_GptOss, self).tensors(model, values, key)
+        ((name, tensor),) = found.items()
+        module, _, kind = name.rpartition(".")
+        if module.endswith(".sinks"):
+            return {module: tensor}
+        if not module.endswith("_proj") or ".experts." not in module:
+            return found
+        if "ffn_gate_exps" in key:
+            other = key.replace("ffn_gate_exps", "ffn_up_exps")
+            shape = model.entry(key).shape
+            if model.entry(other).shape != shape or len(shape) < 2:
+                raise CheckpointError(f"{model.path}: tensor {other!r} does not fit {key!r}")
+            gate = GgufTensor(model.places[key], key, shape)
+            tensor = Alternating(gate, GgufTensor(model.places[other], other, shape))
+        return {f"{module}_{'blocks' if kind == 'weight' else 'bias'}": tensor}
 
 
 _EXPERT = "{expert}"
@@ -531,6 +571,18 @@ def _routed(model: _Model) -> Values:
     }
 
 
+def _gpt_oss(model: _Model) -> Values:
+    values = _decoder(model, "gpt_oss") | _rms(model) | _routed(model)
+    scaling = values.get("rope_scaling")
+    if scaling is not None:  # The file cannot say it, and all published models have it.
+        values["rope_scaling"] = scaling | {"truncate": False}
+    return values | {
+        "intermediate_size": model.size("expert_feed_forward_length"),
+        "sliding_window": model.size("attention.sliding_window", 128),
+        "layer_types": _layer_types(model.windows(2)),
+    }
+
+
 def _qwen_moe(model_type: str, *, normalized: bool) -> Callable[[_Model], Values]:
     """Return the reader of a config whose files do not say whether weights are normalized."""
 
@@ -735,6 +787,7 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "smollm3": _Architecture(_smollm3, _LLAMA_NAMES, paired=True),
     "starcoder2": _Architecture(_starcoder2, _STARCODER2_NAMES),
     "stablelm": _Architecture(_stablelm, _LLAMA_NAMES),
+    "gpt-oss": _GptOss(_gpt_oss, _GPT_OSS_NAMES),
     "mistral3": _Architecture(_mistral3, _LLAMA_NAMES, paired=True),
     "ernie4_5": _Architecture(_ernie, _LLAMA_NAMES),
     "olmo2": _Architecture(_olmo2, _OUTPUT_NORM_NAMES),
