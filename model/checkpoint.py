@@ -8,22 +8,23 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from model.adapters import NO_ADAPTER, Adapter
 from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Source, describe, read_config, tensor_sources
 from model.families.sources import shape_of
 from model.gguf_map import read_model
+from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
-from model.given import gguf_of, kind_of_file, without_weights
 from model.hub import lacks_weights
 from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
@@ -34,7 +35,6 @@ from model.weights import PlainTensor, StoredTensor
 log = logging.getLogger(__name__)
 
 _HEAD = "lm_head.weight"
-_ADAPTER = "adapter_config.json"
 _RECOMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """The ends of the names of tensors in old checkpoints that config.json makes redundant.
 
@@ -62,45 +62,49 @@ class Checkpoint:
     """The stored tensors by the names that transformers gives them."""
 
     @staticmethod
-    def open(directory: Path) -> Checkpoint:
+    def open(directory: Path, adapter: str | None = None) -> Checkpoint:
         """Read config.json and all headers, and check every tensor of every block against them.
 
         directory: a model's folder, or a GGUF file.
+        adapter: the folder of a LoRA adapter to merge, NO_ADAPTER to leave out one that lies beside
+            the weights, or None. With None, such an adapter is refused.
 
         Raises CheckpointError for missing, damaged, unsafe or inconsistent files,
         UnsupportedModelError for an architecture or option that is not implemented.
         """
         gguf = gguf_of(directory)
         if gguf is not None:
-            return _open_gguf(directory, gguf)
-        config = read_config(directory)
-        spec = describe(config, directory)
-        shards = _open_shards(directory)
-        _refuse_adapter(directory)
-        stored: dict[str, PlainTensor] = {}
-        for shard in shards.values():
-            for name in shard.entries:
-                if name in stored:
-                    raise CheckpointError(
-                        f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
-                    )
-                stored[name] = PlainTensor(shard, name)
-        tensors = unpacked(config, stored)
-        checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
-        notes = _unread_files(directory, shards), _wrong_places(directory, stored)
-        for note in filter(None, notes):
-            _tell(checkpoint.fingerprint, note)
-        checkpoint._check_tensors()
-        return checkpoint
+            checkpoint = _open_gguf(directory, gguf)
+        else:
+            checkpoint = _open_folder(directory)
+            if adapter is None:
+                _refuse_adapter(directory)
+        if adapter is None or adapter == NO_ADAPTER:
+            return checkpoint
+        return checkpoint.with_adapter(Adapter.open(Path(adapter)))
+
+    def with_adapter(self, adapter: Adapter) -> Checkpoint:
+        """Return this model with a LoRA adapter merged. The fingerprint covers both.
+
+        Raises CheckpointError if the adapter belongs to another model.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        adapter.feed(digest)
+        tensors, spec = adapter.merged(self.tensors), self.spec
+        if spec.tied_head and adapter.replaces(_HEAD):
+            spec = ModelSpec.from_dict(spec.to_dict() | {"tied_head": False})
+        merged = replace(self, spec=spec, fingerprint=digest.hexdigest(), tensors=tensors)
+        merged._check_tensors()
+        return merged
 
     @staticmethod
-    def open_to_plan(directory: Path) -> Checkpoint:
+    def open_to_plan(directory: Path, adapter: str | None = None) -> Checkpoint:
         """Open a model, or describe it by its config.json alone if its weights are not here yet.
 
         Without weights ``tensors`` is empty. Raises as ``open``.
         """
         if not lacks_weights(directory):
-            return Checkpoint.open(directory)
+            return Checkpoint.open(directory, adapter)
         config = read_config(directory)
         fingerprint = _fingerprint(config, {})
         return Checkpoint(directory, describe(config, directory), fingerprint, config, {})
@@ -127,6 +131,8 @@ class Checkpoint:
 
     def kept_formats(self, block: int) -> dict[str, Format]:
         """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        if not self.tensors:  # Only config.json is here.
+            return {}
         found: dict[str, Format] = {}
         for canonical, source in self._sources(block).items():
             formats = {
@@ -319,6 +325,28 @@ class Checkpoint:
         return tensor
 
 
+def _open_folder(directory: Path) -> Checkpoint:
+    """Open a model's folder as Hugging Face stores it."""
+    config = read_config(directory)
+    spec = describe(config, directory)
+    shards = _open_shards(directory)
+    stored: dict[str, PlainTensor] = {}
+    for shard in shards.values():
+        for name in shard.entries:
+            if name in stored:
+                raise CheckpointError(
+                    f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
+                )
+            stored[name] = PlainTensor(shard, name)
+    tensors = unpacked(config, stored)
+    checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
+    notes = _unread_files(directory, shards), _wrong_places(directory, stored)
+    for note in filter(None, notes):
+        _tell(checkpoint.fingerprint, note)
+    checkpoint._check_tensors()
+    return checkpoint
+
+
 def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
     model = read_model(gguf)
     config = Config(gguf, model.values)
@@ -351,11 +379,11 @@ def _refuse_adapter(directory: Path) -> None:
 
     transformers reads another base then, and applies the adapter only if peft is installed.
     """
-    if (directory / _ADAPTER).exists():
+    if (directory / ADAPTER).exists():
         raise CheckpointError(
-            f"{directory / _ADAPTER}: adapters (LoRA) are not applied; merge it into the weights "
-            "(peft's merge_and_unload, then save_pretrained into a new folder), or move its files "
-            "away to run the weights without it"
+            f"{directory / ADAPTER}: adapters (LoRA) beside weights are not taken in silence: give "
+            f"`--adapter {directory}` to merge it, or `--adapter {NO_ADAPTER}` to run the weights "
+            "without it"
         )
 
 

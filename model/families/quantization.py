@@ -1,4 +1,4 @@
-"""What config.json says about the storage of a checkpoint's weights.
+"""Reads how config.json says that a checkpoint's weights are stored.
 
 Methods that are read have a reader in ``model.packed``. All others are refused here by their name,
 before any weights are needed.

@@ -266,6 +266,28 @@ def test_scales_that_are_no_numbers_are_named(tmp_path: Path) -> None:
             read()
 
 
+def test_the_last_group_may_be_shorter(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    parts: dict[str, Any] = {
+        "m.qweight": random.integers(-(2**31), 2**31, (96 // 8, 32), np.int64).astype(np.int32),
+        "m.qzeros": random.integers(-(2**31), 2**31, (2, 4), np.int64).astype(np.int32),
+        "m.scales": random.random((2, 32)).astype(np.float16),
+    }
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False}
+    tensor = opened(tmp_path, settings, parts)
+    words = parts["m.qweight"].view(np.uint32)
+    codes = np.stack([words >> shift & 15 for shift in range(0, 32, 4)], 1).reshape(96, 32)
+    zeros = np.stack([parts["m.qzeros"].view(np.uint32) >> shift & 15 for shift in range(0, 32, 4)])
+    zeros = (zeros.transpose(1, 2, 0).reshape(2, 32) + 1) & 15
+    group = np.arange(96) // 64
+    scales = parts["m.scales"].astype(np.float32)
+    expected = (codes.astype(np.float32) - zeros[group]) * scales[group]
+    np.testing.assert_array_equal(tensor.float32(), expected.T)
+    kept = tensor.codes()
+    assert kept is not None
+    np.testing.assert_array_equal(kept.dequantize(), expected.T)
+
+
 def test_groups_beyond_the_scales_are_named(tmp_path: Path) -> None:
     settings, parts, _ = matrix("gptq-order")
     parts["g_idx"] = parts["g_idx"] + 7
