@@ -220,6 +220,55 @@ class GgufTensor(StoredTensor):
         return values
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Alternating(StoredTensor):
+    """Two tensors [experts, n, ...] as one [experts, 2 n, ...], whose rows take turns."""
+
+    first: GgufTensor
+    second: GgufTensor
+
+    @property
+    def path(self) -> Path:
+        return self.first.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, rows, *others = self.first.shape
+        return (experts, 2 * rows, *others)
+
+    @property
+    def dtype(self) -> str:
+        return self.first.dtype
+
+    @property
+    def readable(self) -> bool:
+        return self.first.readable and self.second.readable
+
+    def float32(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
+        both = np.stack((self.first.float32(rows), self.second.float32(rows)), axis=2)
+        return both.reshape(-1, *self.shape[1:])
+
+    @property
+    def format(self) -> Format | None:
+        return self.first.format if self.first.format == self.second.format else None
+
+    def codes(self) -> QuantizedMatrix | None:
+        first, second = self.first.codes(), self.second.codes()
+        if self.format is None or first is None or second is None:
+            return None
+        assert first.scale_data is not None  # noqa: S101 - integer formats have scales
+        assert second.scale_data is not None  # noqa: S101
+        data = np.stack((first.data, second.data), axis=1)
+        scales = np.stack((first.scale_data, second.scale_data), axis=1)
+        rows, columns = first.shape
+        return QuantizedMatrix(
+            (2 * rows, columns),
+            first.format,
+            data.reshape(2 * rows, *data.shape[2:]),
+            scales.reshape(2 * rows, -1),
+        )
+
+
 def _pairs_apart(values: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
     """Move rows (2 i, 2 i + 1) of each head of ``width`` rows to (i, i + width / 2)."""
     heads = values.reshape(-1, width // 2, 2, *values.shape[1:])

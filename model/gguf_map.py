@@ -20,7 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
-from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts, short_number
+from model.gguf import (
+    Alternating,
+    GgufEntry,
+    GgufFile,
+    GgufTensor,
+    Strings,
+    read_parts,
+    short_number,
+)
 from model.gguf_types import READ_TYPES
 from model.spec import MAX_LAYERS, MAX_SIZE
 from model.weights import StoredTensor
@@ -248,6 +256,14 @@ _MIXTRAL_NAMES = _LLAMA_NAMES | {
     "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
 }
+_GPT_OSS_NAMES = _LLAMA_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks": "self_attn.sinks",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_up_proj",
+    "ffn_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
 _GRANITEMOE_NAMES = _LLAMA_NAMES | {
     "ffn_gate_inp": "block_sparse_moe.router.layer",
     "ffn_gate_exps": "block_sparse_moe.experts.{expert}.gate_proj",
@@ -318,6 +334,30 @@ class _Architecture:
                 f"{tensor.pairs} rows of a head"
             )
         return {name: tensor}
+
+
+@dataclass(frozen=True, slots=True)
+class _GptOss(_Architecture):
+    """Experts stay in one tensor. Gate and up are one, as packed codes are (``_blocks``)."""
+
+    def tensors(self, model: _Model, values: Values, key: str) -> dict[str, StoredTensor]:
+        if key.endswith(("ffn_up_exps.weight", "ffn_up_exps.bias")):
+            return {}  # It is read with the gate.
+        found = super(_GptOss, self).tensors(model, values, key)
+        ((name, tensor),) = found.items()
+        module, _, kind = name.rpartition(".")
+        if module.endswith(".sinks"):
+            return {module: tensor}
+        if not module.endswith("_proj") or ".experts." not in module:
+            return found
+        if "ffn_gate_exps" in key:
+            other = key.replace("ffn_gate_exps", "ffn_up_exps")
+            shape = model.entry(key).shape
+            if model.entry(other).shape != shape or len(shape) < 2:
+                raise CheckpointError(f"{model.path}: tensor {other!r} does not fit {key!r}")
+            gate = GgufTensor(model.places[key], key, shape)
+            tensor = Alternating(gate, GgufTensor(model.places[other], other, shape))
+        return {f"{module}_{'blocks' if kind == 'weight' else 'bias'}": tensor}
 
 
 _EXPERT = "{expert}"
@@ -422,7 +462,9 @@ def _rope_scaling(model: _Model, columns: int, theta: float) -> Values | None:
         for key in keys:
             if model.has(f"rope.scaling.{key}"):
                 scaling[name] = model.number(f"rope.scaling.{key}")
-    return scaling
+    # llama.cpp compares it with an mscale of 1.
+    for_all = model.number("rope.scaling.yarn_log_multiplier", 0.0)
+    return scaling | ({"mscale": 1.0, "mscale_all_dim": for_all} if for_all else {})
 
 
 _YARN = {
@@ -529,6 +571,18 @@ def _routed(model: _Model) -> Values:
     }
 
 
+def _gpt_oss(model: _Model) -> Values:
+    values = _decoder(model, "gpt_oss") | _rms(model) | _routed(model)
+    scaling = values.get("rope_scaling")
+    if scaling is not None:  # The file cannot say it, and all published models have it.
+        values["rope_scaling"] = scaling | {"truncate": False}
+    return values | {
+        "intermediate_size": model.size("expert_feed_forward_length"),
+        "sliding_window": model.size("attention.sliding_window", 128),
+        "layer_types": _layer_types(model.windows(2)),
+    }
+
+
 def _qwen_moe(model_type: str, *, normalized: bool) -> Callable[[_Model], Values]:
     """Return the reader of a config whose files do not say whether weights are normalized."""
 
@@ -555,6 +609,24 @@ def _granitemoe(model: _Model) -> Values:
     if shared:
         return values | {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
     return values | {"model_type": "granitemoe"}
+
+
+def _mistral3(model: _Model) -> Values:
+    """Return the config of Ministral 3, or of Mistral Small 3, which scales no queries."""
+    values = _decoder(model, "mistral") | _rms(model)
+    beta = model.number("attention.temperature_scale", 0.0)
+    if not beta:
+        return values | {"sliding_window": model.size("attention.sliding_window", 0) or None}
+    scaling = values.get("rope_scaling") or {"rope_type": "default"}
+    return values | {
+        "model_type": "ministral3",
+        "rope_scaling": scaling | {"llama_4_scaling_beta": beta},
+    }
+
+
+def _ernie(model: _Model) -> Values:
+    values = _decoder(model, "ernie4_5") | _rms(model)
+    return values | {"use_bias": values["attention_bias"]}
 
 
 def _plain(model_type: str) -> Callable[[_Model], Values]:
@@ -610,6 +682,8 @@ def _phi3(model: _Model) -> Values:
 
 def _granite(model: _Model) -> Values:
     values = _decoder(model, "granite") | _rms(model)
+    if not _has_experts(model):  # The metadata of Granite 4 has another width.
+        values["intermediate_size"] = _mlp_width(model)
     return values | {
         "attention_multiplier": model.number("attention.scale", 1 / values["head_dim"] ** 0.5),
         "embedding_multiplier": model.number("embedding_scale", 1.0),
@@ -626,6 +700,10 @@ def _minicpm(model: _Model) -> Values:
         "scale_depth": _rounded(model.number("residual_scale", 1.4 / root) * root),
         "dim_model_base": round(hidden / model.number("logit_scale", hidden / 256)),
     }
+
+
+def _mlp_width(model: _Model) -> int:
+    return model.entry("blk.0.ffn_up.weight").shape[0]
 
 
 def _rounded(value: float) -> float:
@@ -656,11 +734,11 @@ def _gpt2(model: _Model) -> Values:
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
-        "n_inner": "intermediate_size",
         "n_positions": "max_position_embeddings",
     }
     return {name: values[known] for name, known in names.items()} | {
         "model_type": "gpt2",
+        "n_inner": _mlp_width(model),  # The metadata has four times the hidden width.
         "layer_norm_epsilon": model.number("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
         **{key: values[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")},
@@ -709,7 +787,9 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "smollm3": _Architecture(_smollm3, _LLAMA_NAMES, paired=True),
     "starcoder2": _Architecture(_starcoder2, _STARCODER2_NAMES),
     "stablelm": _Architecture(_stablelm, _LLAMA_NAMES),
-    "ernie4_5": _Architecture(_plain("ernie4_5"), _LLAMA_NAMES),
+    "gpt-oss": _GptOss(_gpt_oss, _GPT_OSS_NAMES),
+    "mistral3": _Architecture(_mistral3, _LLAMA_NAMES, paired=True),
+    "ernie4_5": _Architecture(_ernie, _LLAMA_NAMES),
     "olmo2": _Architecture(_olmo2, _OUTPUT_NORM_NAMES),
     "exaone4": _Architecture(_exaone4, _OUTPUT_NORM_NAMES),
     "gpt2": _Architecture(

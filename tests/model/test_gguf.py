@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, ModelError, UnsupportedModelError
-from model.gguf import GgufTensor, read_gguf, read_parts
+from model.gguf import Alternating, GgufTensor, read_gguf, read_parts
 from model.gguf_types import READ_TYPES, TYPES, dequantize, kept_codes, kept_format
 from model.quantize import Format, quantize
 from tests.gguf_files import ALIGNMENT, NUMBERS, Gguf, Tensor, plain, random_blocks, tiny
@@ -104,6 +104,28 @@ def test_parts_turned_and_added(tmp_path: Path) -> None:
     assert np.array_equal(turned.float32(slice(2, 4)), stack[2].T[2:4])
     row = GgufTensor(file, "x", (8,), part=(5, 6), add=-1.0)
     assert np.array_equal(row.float32(), stack[1, 1] - 1)
+
+
+@pytest.mark.parametrize("kind", ["F32", "MXFP4", "Q8_0"])
+def test_two_tensors_whose_rows_take_turns(tmp_path: Path, kind: str) -> None:
+    random, shape = np.random.default_rng(3), (3, 2, 64)
+    gate, up = (
+        plain(random.normal(0, 1, shape)) if kind == "F32" else random_blocks(kind, shape, random)
+        for _ in range(2)
+    )
+    file = read_gguf(Gguf({}, {"gate": gate, "up": up}).write(tmp_path / "x.gguf"))
+    first, second = (GgufTensor(file, name, shape) for name in ("gate", "up"))
+    both = Alternating(first, second)
+    values = both.float32()
+    assert both.shape == values.shape == (3, 4, 64)
+    np.testing.assert_array_equal(values[:, 0::2], first.float32())
+    np.testing.assert_array_equal(values[:, 1::2], second.float32())
+    np.testing.assert_array_equal(both.float32(slice(1, 2)), values[1:2])
+    codes = both.codes()
+    assert (codes is None) == (kind == "F32")
+    if codes is not None:
+        assert codes.format == both.format
+        np.testing.assert_array_equal(codes.dequantize().reshape(values.shape), values)
 
 
 # ---- files that are not what they seem ---------------------------------------------------------
