@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from backends.torch_attention import attend
+from backends.torch_experts import TorchExperts
 from backends.torch_matmul import Linear
 from model.spec import LayerSpec, ModelSpec
 
@@ -162,6 +163,7 @@ class Layer:
     rotary: the layer's table of cosines and sines, each [context, head_dim / 2].
     cut: in a share of a layer, returns the team's sum of partial rows fp32 [n, hidden]. Then ``o``
         and ``down`` have no biases, and ``vectors`` has them.
+    experts: instead of ``gate_up`` and ``down``.
     """
 
     def __init__(
@@ -173,7 +175,9 @@ class Layer:
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         dtype: torch.dtype,
         cut: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        experts: TorchExperts | None = None,
     ) -> None:
+        self._experts = experts
         self._spec = spec
         self._linears = linears
         self._vectors = vectors
@@ -235,9 +239,17 @@ class Layer:
             rows.mask(spec.sliding_window, group),
             spec.score_factor,
             spec.score_cap,
+            self._sinks(count),
         )
         attended = attended.reshape(sequences, spec.heads, count, width)
         return self._summed("o", rows.unfold(attended))
+
+    def _sinks(self, count: int) -> torch.Tensor | None:
+        """Return the sinks' logits [kv_heads, rows of a head, 1], for ``count`` rows of a query."""
+        if not self._spec.sinks:
+            return None
+        sinks = self._vectors["sinks"].unflatten(0, (self._spec.kv_heads, -1))
+        return sinks.repeat_interleave(count, dim=1)[:, :, None]
 
     def _part_norm(self, name: str, heads: torch.Tensor) -> torch.Tensor:
         """Apply the norm of q or k, over each head or over all: [n, heads, width] in fp32."""
@@ -245,6 +257,9 @@ class Layer:
         return norm(rows, self._vectors, name, self._spec.norm_eps).reshape(heads.shape)
 
     def _mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._experts is not None:
+            mixed = self._experts(hidden, self._vectors, self._activate)
+            return mixed if self._cut is None else self._cut(mixed)
         narrow = hidden.to(self._dtype)
         if self._spec.gated:
             gate, up = self._linears["gate_up"](narrow).chunk(2, dim=1)

@@ -24,6 +24,7 @@ from backends.base import (
 )
 from backends.checks import check_inputs, check_rows
 from backends.torch_cuts import Cut, without_team
+from backends.torch_experts import TorchExperts
 from backends.torch_layers import (
     Cache,
     EmbeddingTail,
@@ -45,7 +46,11 @@ from model.spec import QUANTIZED_TENSORS, ModelSpec
 PROMPT_ROWS = 64
 """The rows of a prompt that run at once, as in plans."""
 
-_JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+_JOINED = {
+    "qkv": ("q", "k", "v"),
+    "gate_up": ("gate", "up"),
+    "shared_gate_up": ("shared_gate", "shared_up"),
+}
 """Matrices that see the same rows, and are multiplied as one."""
 
 
@@ -281,7 +286,10 @@ class _Loader:
 
     def _add_layer(self, block: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         layer = self._spec.layer(block)
-        names = ("qkv", "o", "gate_up" if layer.gated else "up", "down")
+        names: tuple[str, ...] = ("qkv", "o", "gate_up" if layer.gated else "up", "down")
+        if layer.experts is not None:
+            beside = ("shared_gate_up", "shared_down") if layer.experts.shared_ffn else ()
+            names = ("qkv", "o", *beside)
         linears = {name: self._linear(tensors, _JOINED.get(name, (name,)), dtype) for name in names}
         shape = (self._options.slots, layer.kv_heads, self._options.context_tokens, layer.head_dim)
         # Filling the cache shows a lack of memory now, and not in the middle of a text.
@@ -297,7 +305,18 @@ class _Loader:
                 self.memory_bytes += held_bytes(cos) + held_bytes(sin)
             rotary = self._rotary[key]
         vectors = self._vectors(tensors)
-        self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, self._cut))
+        experts = None
+        if layer.experts is not None:
+            experts = TorchExperts(
+                layer,
+                layer.experts,
+                tensors,
+                {name: linear for name, linear in linears.items() if name.startswith("shared")},
+                self._device,
+                dtype,
+            )
+            self.memory_bytes += experts.nbytes
+        self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, self._cut, experts))
 
     def _linear(
         self, tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import re
@@ -19,7 +20,7 @@ from model.adapters import NO_ADAPTER, Adapter
 from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
-from model.families import Config, Source, describe, read_config, tensor_sources
+from model.families import Config, Piece, Source, describe, read_config, tensor_sources
 from model.families.sources import shape_of
 from model.gguf_map import read_model
 from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
@@ -28,13 +29,15 @@ from model.given import SINGLE as _SINGLE
 from model.hub import lacks_weights
 from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
+from model.row_pieces import RowPieces
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 from model.weights import PlainTensor, StoredTensor
 
 log = logging.getLogger(__name__)
 
-_HEAD = "lm_head.weight"
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+"""The names of a separate head, also as a part of a model that sees."""
 _RECOMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """The ends of the names of tensors in old checkpoints that config.json makes redundant.
 
@@ -91,7 +94,7 @@ class Checkpoint:
         digest = hashlib.sha256(self.fingerprint.encode())
         adapter.feed(digest)
         tensors, spec = adapter.merged(self.tensors), self.spec
-        if spec.tied_head and adapter.replaces(_HEAD):
+        if spec.tied_head and any(map(adapter.replaces, _HEADS)):
             spec = ModelSpec.from_dict(spec.to_dict() | {"tied_head": False})
         merged = replace(self, spec=spec, fingerprint=digest.hexdigest(), tensors=tensors)
         merged._check_tensors()
@@ -163,13 +166,23 @@ class Checkpoint:
         """
         return own_format(self.native_format(block), fmt)
 
-    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor]:
-        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are."""
+    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor | RowPieces]:
+        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are.
+
+        Matrices of several pieces, as those of experts, are read piece by piece.
+        """
         kept = self.kept(block, fmt)
         return {
-            canonical: kept[canonical] if canonical in kept else self._read(source)
+            canonical: kept[canonical] if canonical in kept else self._readable(canonical, source)
             for canonical, source in self._sources(block).items()
         }
+
+    def _readable(self, canonical: str, source: Source) -> npt.NDArray[np.float32] | RowPieces:
+        if len(source) == 1 or canonical not in QUANTIZED_TENSORS:
+            return self._read(source)
+        shapes = [piece.shape_of(self.tensors[piece.name].shape) for piece in source]
+        rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+        return RowPieces(rows, columns, lambda number: self._values(source[number]))
 
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps a block's weights unchanged.
@@ -201,8 +214,25 @@ class Checkpoint:
         }
 
     def _read(self, source: Source) -> npt.NDArray[np.float32]:
-        pieces = [piece.apply(self.tensors[piece.name].float32()) for piece in source]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if len(source) == 1:
+            return self._values(source[0])
+        # The pieces may be as large as the block, so each is copied before the next is read.
+        shapes = [piece.shape_of(self.tensors[piece.name].shape) for piece in source]
+        values = np.empty(shape_of(shapes), np.float32)
+        begin = 0
+        for piece, shape in zip(source, shapes, strict=True):
+            values[begin : begin + shape[0]] = self._values(piece)
+            begin += shape[0]
+        return values
+
+    def _values(self, piece: Piece) -> npt.NDArray[np.float32]:
+        """Return the values of a piece. Of what is stored, only its expert or its rows are read."""
+        stored = self.tensors[piece.name]
+        if piece.index is None:
+            if piece.rows is None or piece.transposed:
+                return piece.apply(stored.float32())
+            return replace(piece, rows=None).apply(stored.float32(slice(*piece.rows)))
+        return replace(piece, index=0).apply(stored.float32(slice(piece.index, piece.index + 1)))
 
     def _codes(self, source: Source) -> QuantizedMatrix:
         """Return the codes of a matrix that ``kept_formats`` names."""
@@ -227,6 +257,7 @@ class Checkpoint:
             for canonical, shape in shapes.items():
                 self._check_source(canonical, sources.get(canonical), shape)
                 used.update(piece.name for piece in sources[canonical])
+            self._check_parts(sources)
         # A bias or norm that the config does not name would be left out unnoticed.
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
         # Other parts of the model, like one that sees, have layers of their own.
@@ -271,17 +302,18 @@ class Checkpoint:
 
         Versions of transformers differ in which of the two they take.
         """
-        if not self.spec.tied_head or _HEAD not in self.tensors:
+        head = next((name for name in _HEADS if name in self.tensors), None)
+        if not self.spec.tied_head or head is None:
             return
         (piece,) = self._sources(self.spec.head_block)["lm_head.weight"]
         tokens = piece.name
-        if not _same_values(self.tensors[_HEAD], self.tensors[tokens]):
+        if not _same_values(self.tensors[head], self.tensors[tokens]):
             raise CheckpointError(
-                f"{self.directory}: tie_word_embeddings in config.json says that {_HEAD!r} is "
+                f"{self.directory}: tie_word_embeddings in config.json says that {head!r} is "
                 f"{tokens!r}, but the weights have both and they differ; set tie_word_embeddings "
-                f"to false if the head was trained, or remove {_HEAD!r}"
+                f"to false if the head was trained, or remove {head!r}"
             )
-        used.add(_HEAD)
+        used.add(head)
 
     def _check_source(
         self, canonical: str, source: Source | None, expected: tuple[int, ...]
@@ -308,6 +340,22 @@ class Checkpoint:
                 f"{tensor.path}: tensor {name!r} has shape {list(found)}, "
                 f"but {self.config.path.name} makes it {list(expected)}"
             )
+
+    def _check_parts(self, sources: Mapping[str, Source]) -> None:
+        """Check that a tensor of which rows are read has no others, as sizes would be wrong."""
+        parts: dict[Piece, set[tuple[int, int, int] | None]] = {}
+        for piece in itertools.chain.from_iterable(sources.values()):
+            whole = Piece(piece.name, index=piece.index, transposed=piece.transposed)
+            parts.setdefault(whole, set()).add(piece.rows)
+        for whole, spans in parts.items():
+            read = sum(len(range(*span)) for span in spans if span is not None)
+            stored = self.tensors[whole.name]
+            rows = whole.shape_of(stored.shape)[0]
+            if None not in spans and read != rows:
+                raise CheckpointError(
+                    f"{stored.path}: tensor {whole.name!r} has {rows} rows, but "
+                    f"{self.config.path.name} makes it {read}"
+                )
 
     def _stored(self, name: str) -> StoredTensor:
         tensor = self.tensors.get(name)

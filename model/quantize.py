@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError
+from model.row_pieces import RowPieces
 from model.safetensors import bfloat16_to_float32
 
 Scheme = Literal["rtn", "truncate", "float"]
@@ -205,6 +206,15 @@ class QuantizedMatrix:
             None if self.zero_data is None else self.zero_data[rows],
         )
 
+    def rows(self, rows: slice) -> QuantizedMatrix:
+        """Return the matrix of consecutive rows, as a view of the same codes."""
+        scales = self.scale_data
+        if scales is not None and self.format.scheme != "truncate":
+            scales = scales[rows]
+        zeros = None if self.zero_data is None else self.zero_data[rows]
+        data = self.data[rows]
+        return QuantizedMatrix((len(data), self.shape[1]), self.format, data, scales, zeros)
+
     def in_container(self, bits: int) -> tuple[Bytes, Bytes]:
         """Pack the same codes and zeros at a larger width, for kernels without the format's width.
 
@@ -249,7 +259,9 @@ def stack(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
-def quantize(weights: npt.NDArray[Any], fmt: Format, name: str = "weights") -> QuantizedMatrix:
+def quantize(
+    weights: npt.NDArray[Any] | RowPieces, fmt: Format, name: str = "weights"
+) -> QuantizedMatrix:
     """Encode a float matrix [N, K]; no value moves further than half a step (truncate: one).
 
     Scales are fp16, rounded up before codes are chosen. They are fp32 if the largest leaves [2^-20,
@@ -375,7 +387,7 @@ def _grouped(weights: npt.NDArray[Any], fmt: Format) -> FloatArray:
     return chunk.reshape(len(chunk), -1, fmt.group_size)
 
 
-def _round_to_nearest(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix:
+def _round_to_nearest(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMatrix:
     rows, columns = weights.shape
     groups, top, middle = fmt.groups(columns), (1 << fmt.bits) - 1, 1 << (fmt.bits - 1)
     low, high = np.empty((2, rows, groups), np.float64)
@@ -403,7 +415,7 @@ def _round_to_nearest(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix
     return QuantizedMatrix((rows, columns), fmt, data, scales, packed_zeros)
 
 
-def _truncate(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix:
+def _truncate(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMatrix:
     rows, columns = weights.shape
     middle = 1 << (fmt.bits - 1)
     largest = max(

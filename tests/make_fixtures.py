@@ -35,7 +35,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILY_FIXTURES = Path(__file__).parent / "families"
@@ -253,6 +258,7 @@ LONG_PHI = SMALL | {
 }
 
 FAMILIES: dict[str, Family] = {
+    "ernie4_5": Family("ernie4_5", SMALL | {"use_bias": True, "head_dim": 16}),
     "exaone4": Family(
         "exaone4",
         SMALL
@@ -266,6 +272,9 @@ FAMILIES: dict[str, Family] = {
     "exaone4-full": Family(
         "exaone4",
         SMALL | {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "gemma": Family(
+        "gemma", SMALL | {"head_dim": 16, "initializer_range": 0.5}, embedding_scale=0.3
     ),
     "gemma2": Family(
         "gemma2",
@@ -293,24 +302,8 @@ FAMILIES: dict[str, Family] = {
         embedding_scale=0.15,
         rewrite=as_gemma3_that_sees,
     ),
-    "olmo2": Family("olmo2", SMALL | {"attention_bias": True}),
-    "olmo3": Family(
-        "olmo3",
-        SMALL
-        | {
-            "num_hidden_layers": 4,
-            "sliding_window": 10,
-            "rope_parameters": {
-                "full_attention": YARN | {"rope_theta": 3000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
-            },
-        },
-    ),
-    "ernie4_5": Family("ernie4_5", SMALL | {"use_bias": True, "head_dim": 16}),
-    "gemma": Family(
-        "gemma", SMALL | {"head_dim": 16, "initializer_range": 0.5}, embedding_scale=0.3
-    ),
     "glm": Family("glm", SMALL | {"head_dim": 16}),
+    "glm4": Family("glm4", SMALL | {"head_dim": 16}),
     "gpt2": Family("gpt2", GPT2),
     "gpt2-scores": Family(
         "gpt2", GPT2 | {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
@@ -367,9 +360,38 @@ FAMILIES: dict[str, Family] = {
             | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 72},
         },
     ),
+    "mistral3-sees": Family(
+        "mistral3",
+        {
+            "text_config": SMALL
+            | {
+                "model_type": "ministral3",
+                "head_dim": 16,
+                "intermediate_size": 32,
+                "tie_word_embeddings": False,
+                "rope_parameters": YARN
+                | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 72},
+            },
+            "tie_word_embeddings": False,
+            "vision_config": SIGLIP | {"model_type": "pixtral", "head_dim": 4},
+        },
+    ),
+    "olmo2": Family("olmo2", SMALL | {"attention_bias": True}),
+    "olmo3": Family(
+        "olmo3",
+        SMALL
+        | {
+            "num_hidden_layers": 4,
+            "sliding_window": 10,
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 3000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
     "phi3": Family("phi3", SMALL | {"sliding_window": 20}),
-    "phi3-short": Family("phi3", LONG_PHI | {"original_max_position_embeddings": 80}),
     "phi3-long": Family("phi3", LONG_PHI | {"original_max_position_embeddings": 16}),
+    "phi3-short": Family("phi3", LONG_PHI | {"original_max_position_embeddings": 80}),
     "qwen2-yarn": Family("qwen2", SMALL | {"rope_parameters": YARN}),
     "qwen3-yarn": Family(
         "qwen3",
@@ -385,6 +407,64 @@ FAMILIES: dict[str, Family] = {
         SMALL | {"num_attention_heads": 2, "num_key_value_heads": 2, "use_qkv_bias": True},
     ),
     "starcoder2": Family("starcoder2", SMALL | {"sliding_window": 20}),
+}
+
+EXPERTS: dict[str, Any] = SMALL | {
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "num_experts": 5,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+"""Experts as wide as a quantization group."""
+
+FAMILIES |= {
+    "granitemoe": Family(
+        "granitemoe",
+        EXPERTS
+        | {
+            "intermediate_size": 32,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "mixtral": Family("mixtral", EXPERTS | {"intermediate_size": 32}),
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "shared_expert_intermediate_size": 64,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+        },
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe", EXPERTS | {"head_dim": 16, "num_experts_per_tok": 3, "norm_topk_prob": True}
+    ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        EXPERTS
+        | {
+            "intermediate_size": 32,
+            "head_dim": 8,
+            "sliding_window": 12,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 24,
+            },
+        },
+    ),
 }
 
 
@@ -416,7 +496,7 @@ def make(name: str) -> int:
 def make_family(name: str) -> int:
     """Write one fixture of FAMILIES, searching the seed; returns it."""
     family = FAMILIES[name]
-    vocab = family.options["vocab_size"]
+    vocab = SMALL["vocab_size"]
     prompt = np.random.default_rng(0).integers(0, vocab, family.prompt_tokens).tolist()
     seed, model, golden = search(name, family, prompt, FAMILY_TOKENS, FAMILY_DISTINCT)
     directory = save(FAMILY_FIXTURES / name, model.to(family.stored), golden, "1GB")
@@ -459,7 +539,11 @@ def random_model(family: Family, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family.model_type](**family.options)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).eval().float()
+    kind = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = AutoModelForImageTextToText
+    model = kind.from_config(config).eval().float()
+    scales = [buffer for key, buffer in model.named_buffers() if key.endswith("embed_scale")]
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(family.embedding_scale)
         for key, parameter in model.named_parameters():
@@ -468,9 +552,8 @@ def random_model(family: Family, seed: int) -> torch.nn.Module:
             elif parameter.dim() == 1:  # A norm is 1 or, where 1 is added to it, 0.
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.2))
             parameter.copy_(parameter.to(family.stored).float())
-        for key, buffer in model.named_buffers():
-            if key.endswith("embed_scale"):  # Rounded like weights where the model runs as stored.
-                buffer.copy_(buffer.to(family.stored).float())
+        for scale in scales:  # Rounded like weights where the model runs as stored.
+            scale.copy_(scale.to(family.stored).float())
     return model
 
 

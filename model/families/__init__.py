@@ -26,8 +26,28 @@ from model.families.decoder import (
     qwen3,
     smollm3,
 )
-from model.families.fused import GLM_NAMES, PHI3_NAMES, glm, glm_sources, phi3, phi3_sources
+from model.families.experts import (
+    GRANITEMOE,
+    MIXTRAL,
+    QWEN_MOE,
+    ExpertNames,
+    granitemoe,
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+)
+from model.families.fused import (
+    GLM4_NAMES,
+    GLM_NAMES,
+    PHI3_NAMES,
+    glm,
+    glm4,
+    glm_sources,
+    phi3,
+    phi3_sources,
+)
 from model.families.gemma import GEMMA2_NAMES, gemma, gemma2, gemma3, gemma_sources
+from model.families.gpt_oss import GPT_OSS, gpt_oss, gpt_oss_sources
 from model.families.layernorm import (
     GPT2_NAMES,
     STARCODER2_NAMES,
@@ -84,6 +104,8 @@ class _Family:
     names: Mapping[str, str]
     """Maps a canonical module to the checkpoint's; ``{layer}`` stands for the layer's index."""
     adapt: Callable[[Config, ModelSpec, int, Sources], Sources] = _unchanged
+    experts: ExpertNames | None = None
+    """The names of the tensors of layers with experts."""
 
 
 def load_spec(directory: Path) -> ModelSpec:
@@ -138,6 +160,9 @@ def tensor_sources(
         elif module in family.names:
             name = family.names[module].format(layer=block - 1)
             sources[canonical] = (Piece(f"{prefix}{name}.{kind}"),)
+    if family.experts is not None and spec.block_kind(block) == "layer":
+        layer = spec.layer(block)
+        sources |= family.experts.sources(f"{prefix}layers.{block - 1}.", layer, available)
     return _turned(spec, block, family.adapt(config, spec, block, sources))
 
 
@@ -169,11 +194,13 @@ def language_part(config: Config) -> Config:
 def _family(config: Config) -> _Family:
     model_type = config.model_type
     family = _FAMILIES.get(model_type)
-    if family is None:
-        feature, known = missing_feature(config), ", ".join(sorted({*_FAMILIES, *_TEXT_TYPES}))
-        advice = f"it needs {feature}; known: {known}" if feature else f"known: {known}"
-        raise config.unsupported("model_type", model_type, advice)
-    return family
+    if family is not None:
+        return family
+    feature = missing_feature(config)
+    if feature is not None:
+        raise config.lacking(feature)
+    known = ", ".join(sorted({*_FAMILIES, *_TEXT_TYPES}))
+    raise config.unsupported("model_type", model_type, f"known: {known}")
 
 
 def _refuse_foreign_options(config: Config) -> None:
@@ -211,11 +238,17 @@ _FAMILIES: Mapping[str, _Family] = {
     "gemma2": _Family(gemma2, _DECODER, GEMMA2_NAMES, gemma_sources),
     "gemma3_text": _Family(gemma3, NESTED_PREFIXES, GEMMA2_NAMES, gemma_sources),
     "glm": _Family(glm, _DECODER, GLM_NAMES, glm_sources),
+    "glm4": _Family(glm4, _DECODER, GLM4_NAMES, glm_sources),
     "gpt2": _Family(gpt2, ("transformer.", ""), GPT2_NAMES, gpt2_sources),
     "granite": _Family(granite, _DECODER, LLAMA_NAMES, granite_sources),
     "granitemoehybrid": _Family(
         granite_hybrid, _DECODER, GRANITE_HYBRID_NAMES, granite_hybrid_sources
     ),
+    "gpt_oss": _Family(gpt_oss, _DECODER, LLAMA_NAMES, gpt_oss_sources, GPT_OSS),
+    "granitemoe": _Family(granitemoe, _DECODER, LLAMA_NAMES, granite_sources, GRANITEMOE),
+    "mixtral": _Family(mixtral, _DECODER, LLAMA_NAMES, experts=MIXTRAL),
+    "qwen2_moe": _Family(qwen2_moe, _DECODER, LLAMA_NAMES, experts=QWEN_MOE),
+    "qwen3_moe": _Family(qwen3_moe, _DECODER, LLAMA_NAMES, experts=QWEN_MOE),
     "llama": _Family(llama, _DECODER, LLAMA_NAMES),
     "minicpm": _Family(minicpm, _DECODER, LLAMA_NAMES, minicpm_sources),
     "ministral": _Family(mistral, _DECODER, LLAMA_NAMES),

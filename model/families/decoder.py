@@ -63,7 +63,7 @@ def ministral3(config: Config) -> ModelSpec:
 
 
 def qwen2(config: Config) -> ModelSpec:
-    return rotary_decoder(config, qkv_bias=True, windows=_qwen_windows(config))
+    return rotary_decoder(config, qkv_bias=True, windows=qwen_windows(config))
 
 
 def qwen3(config: Config) -> ModelSpec:
@@ -73,7 +73,7 @@ def qwen3(config: Config) -> ModelSpec:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",
-        windows=_qwen_windows(config),
+        windows=qwen_windows(config),
         head_dim=128,
     )
 
@@ -126,12 +126,12 @@ def _rotated_layers(config: Config) -> list[bool]:
 
 def _smollm3_windows(config: Config) -> list[int | None]:
     if config.strings("layer_types") or not config.flag("use_sliding_window", False):
-        return _qwen_windows(config)
+        return qwen_windows(config)
     window = config.size("sliding_window") if config.has("sliding_window") else None
     return [None if rotated else window for rotated in _rotated_layers(config)]
 
 
-def _qwen_windows(config: Config) -> list[int | None]:
+def qwen_windows(config: Config) -> list[int | None]:
     """Return each layer's window by layer_types, or else for layers from max_window_layers on."""
     count = config.layer_count()
     window = None
@@ -179,13 +179,13 @@ def rotary_decoder(
     windows: list[int | None] | None = None,
     head_dim: int | None = None,
     theta: float = 10000.0,
-    partial: float = 1.0,
+    partial: float | None = None,
     tied: bool = False,
 ) -> ModelSpec:
     """Describe pre-norm RMSNorm, rotary and gated MLP, which Llama and its relatives share.
 
     head_dim, theta, partial, tied: what an absent head_dim, rope_theta, partial_rotary_factor and
-        tie_word_embeddings mean.
+        tie_word_embeddings mean. ``partial`` is None if heads always turn whole.
     """
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)

@@ -1,4 +1,4 @@
-"""What known architectures need that is not implemented, so that an error can say which feature."""
+"""Features that known architectures need and that are not implemented, for messages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ _LINEAR = "linear attention"
 _PARALLEL = "attention and MLP side by side on one input (parallel residual)"
 _ALIBI = "ALiBi positions"
 _SQUARED = "the squared ReLU activation"
+_GEMMA_3N = "embeddings per layer, alternating updates (AltUp) and shared keys and values"
+_EXPERTS = "its kind of experts"
 _IMAGES = "a vision part, and rotary positions in several axes"
 _OWN_CODE = "tensor names of its authors' own code"
 
 MISSING: Mapping[str, str] = {
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid"), _DELTA),
+    **dict.fromkeys(
+        (
+            "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
+            "qwen3_next",
+        ),
+        _DELTA,
+    ),
     **dict.fromkeys(
         (
             "bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h",
@@ -42,7 +50,10 @@ MISSING: Mapping[str, str] = {
         ("bart", "marian", "mbart", "mt5", "pegasus", "t5", "t5gemma", "umt5", "whisper"), _CROSS
     ),
     **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "longcat_flash", "minicpm3"),
+        (
+            "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2",
+            "longcat_flash", "minicpm3",
+        ),
         _LATENT,
     ),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear", "minimax"), _LINEAR),
@@ -62,11 +73,10 @@ MISSING: Mapping[str, str] = {
     **dict.fromkeys(("baichuan", "chatglm", "internlm2", "qwen", "exaone"), _OWN_CODE),
     "apertus": "the xIELU activation",
     "bitnet": "ternary weights with norms inside attention and MLP",
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
     **dict.fromkeys(
-        ("gemma3n", "gemma3n_text"), "embeddings of each layer (per-layer inputs, AltUp)"
-    ),
-    **dict.fromkeys(
-        ("gemma4", "gemma4_text"), "embeddings of each layer and layers that share keys and values"
+        ("gemma4", "gemma4_text"),
+        "embeddings per layer, shared keys and values and heads of two widths",
     ),
     "gpt_bigcode": "one key and value head beside learned positions",
     "gpt_neo": "attention without scale, with local layers",
@@ -89,6 +99,9 @@ _BY_KEY = {
     "ssm_cfg": _STATE_SPACE,
     "alibi": _ALIBI,
     "is_encoder_decoder": _CROSS,
+    "n_routed_experts": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "num_experts": _EXPERTS,
     "vision_config": _IMAGES,
 }
 

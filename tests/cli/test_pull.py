@@ -286,7 +286,7 @@ def test_a_shape_is_planned_without_any_file(tmp_path: Path) -> None:
     config.write_bytes(fixture()["config.json"])
     planned = shoal("plan", f"--shape={config}", f"--devices={LAB}", "--json")
     assert last_json(planned)["model"] == "mine"
-    assert "known are llama-1b" in line(shoal("plan", "--shape=llama", f"--devices={LAB}"))
+    assert "known are gemma2-2b" in line(shoal("plan", "--shape=llama", f"--devices={LAB}"))
     assert "add --devices" in line(shoal("plan", "--shape=llama-1b"), 2)
     for arguments in ([], ["x", "--shape=llama-1b"]):
         assert "give one MODEL" in line(shoal("plan", *arguments, f"--devices={LAB}"), 2)

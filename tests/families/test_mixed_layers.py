@@ -179,12 +179,12 @@ def test_exaone4_patterns(tmp_path: Path) -> None:
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters"),
         ({"layer_types": ["chunked_attention"] * 26}, "chunked_attention"),
-        ({"model_type": "gemma3n_text"}, "embeddings of each layer"),
+        ({"model_type": "gemma3n_text"}, "embeddings per layer"),
         (
             {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]},
-            "embeddings of each layer",
+            "embeddings per layer",
         ),
-        ({"model_type": "gemma4_text"}, "embeddings of each layer"),
+        ({"model_type": "gemma4_text"}, "embeddings per layer"),
         ({"model_type": "cohere2"}, "parallel residual"),
     ],
 )
