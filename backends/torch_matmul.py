@@ -396,7 +396,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _give_up(what: str, error: Exception) -> None:

@@ -23,6 +23,7 @@ from backends.base import (
     Tokens,
 )
 from backends.checks import check_inputs, check_rows
+from backends.torch_capture import DEVICE
 from backends.torch_cuts import Cut, without_team
 from backends.torch_layers import (
     Cache,
@@ -128,10 +129,11 @@ class TorchStage(Stage):
 
     def close(self) -> None:
         self._open = False
-        self._tokens, self._tail, self._layers, self._head = None, None, [], None
-        self._decoder.close()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        with DEVICE.shared():
+            self._tokens, self._tail, self._layers, self._head = None, None, [], None
+            self._decoder.close()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _check(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens, rows: int
@@ -149,7 +151,7 @@ class TorchStage(Stage):
 
         A pass that ends at a sum has stored rows that ``_finite`` did not check. They are cleared.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), DEVICE.shared():
             try:
                 with translated("cannot run the stage", self._cut):
                     yield
@@ -210,6 +212,7 @@ class TorchStage(Stage):
         before_bytes = torch.cuda.memory_allocated(self._device)
         count = min(PROMPT_ROWS, self._options.context_tokens)
         with (
+            DEVICE.shared(),
             translated("cannot run the stage"),
             torch.inference_mode(),
             without_team(self._cut),
@@ -220,7 +223,7 @@ class TorchStage(Stage):
                 self._head(last)
             del hidden, last
             self._decoder.run([0], [0], np.zeros((1, self._width), np.float32))
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
 
 
@@ -256,7 +259,8 @@ class _Loader:
     def add(self, block: int, path: Path) -> None:
         fmt, tensors = read_block(path, self._spec, block)
         dtype = compute_dtype(self._device, fmt.bits, exact=self._options.exact)
-        with translated(f"cannot load {self._spec.block_name(block)}"), torch.inference_mode():
+        context = f"cannot load {self._spec.block_name(block)}"
+        with DEVICE.shared(), translated(context), torch.inference_mode():
             kind = self._spec.block_kind(block)
             if kind == "embedding":
                 self._add_embedding(tensors, dtype)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from backends.base import Array, BackendError
+from backends.torch_capture import DEVICE, captured
 from backends.torch_cuts import Cut, without_team
 from backends.torch_layers import TokenPass
 
@@ -54,7 +55,7 @@ class Buffers:
         """Wait for the result, and return it as an array of its own."""
         self._host_result.copy_(self.result, non_blocking=True)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         fetched: Array = self._host_result.numpy().copy()
         return fetched
 
@@ -80,6 +81,7 @@ class TokenRunner:
         self._graphs: dict[tuple[int, int, int | None], Any] = {}
         self._captures = device.type == "cuda"
         self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
+        self._stream: Any = None
 
     def run(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> Buffers:
         """Run one row [width] of each sequence. The result is in the buffers until the next run."""
@@ -109,7 +111,7 @@ class TokenRunner:
     def close(self) -> None:
         self._graphs.clear()
         self._buffers.clear()
-        self._compute = self._pool = None
+        self._compute = self._pool = self._stream = None
 
     def _length(self, positions: int) -> int:
         """Return the shortest captured length that holds this many positions."""
@@ -125,21 +127,23 @@ class TokenRunner:
 
         These runs may leave anything in the rows of the pass, which therefore runs again.
         """
+        if self._stream is None:
+            # Captures share the memory of their pool only on one stream.
+            self._stream = torch.cuda.Stream(self._device)
+        before = torch.cuda.current_stream(self._device)
         # Libraries allocate and kernels are compiled in the first run, which a graph must not
         # contain.
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
             compute()
             compute()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        torch.cuda.synchronize(self._device)
+        before.wait_stream(self._stream)
         expected = buffers.result.clone()
         try:
             graph = self._record(compute, len(buffers.rows))
+            before.wait_stream(self._stream)
             buffers.result.zero_()
             graph.replay()
-            torch.cuda.synchronize(self._device)
             difference = (buffers.result - expected).abs().max() / expected.abs().max().clamp_min(1)
             if not float(difference) <= GRAPH_TOLERANCE:
                 raise ArithmeticError(f"its results are off by {float(difference):.2g}")
@@ -152,10 +156,10 @@ class TokenRunner:
 
     def _record(self, compute: Callable[[], None], rows: int) -> Any:
         """Return the graph of a pass, or the graphs of its pieces. Raises RuntimeError."""
-        if self._cut is not None:
-            return self._cut.capture(compute, rows, self._pool)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the agent may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            compute()
-        return graph
+        with DEVICE.exclusive(), torch.cuda.stream(self._stream):
+            if self._cut is not None:
+                return self._cut.capture(compute, rows, self._pool)
+            graph = torch.cuda.CUDAGraph()
+            with captured(graph, self._pool):
+                compute()
+            return graph

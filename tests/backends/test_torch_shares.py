@@ -321,16 +321,24 @@ class RecordedGraph(TorchDispatchMode):  # type: ignore[misc]  # torch has no ty
     """A CUDA graph's behaviour on a CPU: it replays the operations of its capture, in place."""
 
     captured: ClassVar[list[RecordedGraph]] = []
+    under_way: ClassVar[list[RecordedGraph]] = []
 
     def __init__(self) -> None:
         super().__init__()
+        self.ended = False
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert not self.under_way
+        self.under_way.append(self)
         self.__enter__()
 
     def capture_end(self) -> None:
         self.__exit__(None, None, None)
+        self.under_way.remove(self)
+        if self.ended:
+            self.ended = False
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
         self.captured.append(self)
         # A capture computes nothing, so its values must not matter.
         for _, args, kwargs, result in self._calls:
@@ -352,6 +360,15 @@ class RecordedGraph(TorchDispatchMode):  # type: ignore[misc]  # torch has no ty
         return result
 
 
+def check_no_capture() -> None:
+    """Do what CUDA does when a thread waits for the device during another's capture."""
+    under_way = list(RecordedGraph.under_way)
+    for graph in under_way:
+        graph.ended = True
+    if under_way:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
 def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -359,13 +376,14 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
     """torch.cuda as far as capturing needs it, on the CPU."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: check_no_capture())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(RecordedGraph, "captured", [])
+    monkeypatch.setattr(RecordedGraph, "under_way", [])
     monkeypatch.setattr(torch_tokens, "SHORTEST_LENGTH", 8)
     return RecordedGraph
 
