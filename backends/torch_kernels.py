@@ -2,8 +2,8 @@
 
 This module is imported only if Triton is installed and a device can run it. backends.torch_matmul
 compares and times a kernel before it uses it. A kernel may use only Triton's names, even in
-annotations. Both kernels take words of 32 / BITS codes, low bits first. Scales and zeros that do
-not change have a stride of 0.
+annotations. The first two take words of 32 / BITS codes, low bits first. Scales and zeros that do
+not change have a stride of 0. The third takes the tiles of torch's 4-bit product.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from backends.torch_packed import PackedWeight
+from backends.torch_packed import Int4Weight, PackedWeight
 
 _WORDS = 128
 """Words of a row in one step: 512 consecutive bytes."""
 
 _UNPACK_WORDS = 1024
+
+_UNPACK_COLUMNS = 2048
 
 
 def _gemv(
@@ -113,9 +115,47 @@ def _unpack(
     )
 
 
+def _unpack_tiles(
+    tiles: tl.tensor,
+    scales_and_offsets: tl.tensor,
+    result: tl.tensor,
+    columns: tl.tensor,
+    group_stride: tl.tensor,
+    GROUP: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Unpack BLOCK columns of one row of torch's 4-bit tiles in one program.
+
+    A tile has 8 rows and INNER times 16 columns, and a word has 8 codes of one row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = column < columns
+    span: tl.constexpr = INNER * 16
+    # Columns 2 i and 2 i + 1 of 8 belong to lane i of the row, as do those 8 columns further on and
+    # those of the next 16. So a word has four pairs. The first of each pair is in its low half.
+    lane = (row % 8) * 4 + column % 8 // 2
+    pair = column // 8 % 4
+    tile = row // 8 * (columns // span) + column // span
+    word = (tile * 32 + lane) * (INNER // 2) + column % span // 32
+    packed = tl.load(tiles + word, mask=exists, other=0)
+    codes = (packed >> (column % 2 * 16 + pair * 4)) & 15
+    scale = scales_and_offsets + column // GROUP * group_stride + row * 2
+    step = tl.load(scale, mask=exists, other=0.0).to(tl.float32)
+    offset = tl.load(scale + 1, mask=exists, other=0.0).to(tl.float32)
+    values = (codes - 8).to(tl.float32) * step + offset
+    tl.store(
+        result + row * columns + column,
+        values.to(result.dtype.element_ty),
+        mask=exists,
+    )
+
+
 # Decorators of an untyped library would leave the functions untyped.
 gemv_kernel = triton.jit(_gemv)
 unpack_kernel = triton.jit(_unpack)
+unpack_tiles_kernel = triton.jit(_unpack_tiles)
 
 
 def gemv(
@@ -162,5 +202,23 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
         BITS=weight.bits,
         GROUP_WORDS=weight.group_size * weight.bits // 32,
         WORDS=_UNPACK_WORDS,
+    )
+    return result
+
+
+def unpack_tiles(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values [N, K] of torch's 4-bit tiles in ``dtype``."""
+    row_tiles, column_tiles, _, words = weight.tiles.shape
+    rows, columns = 8 * row_tiles, 32 * words * column_tiles
+    result = torch.empty((rows, columns), dtype=dtype, device=weight.tiles.device)
+    unpack_tiles_kernel[(rows, triton.cdiv(columns, _UNPACK_COLUMNS))](
+        weight.tiles,
+        weight.scales_and_offsets,
+        result,
+        columns,
+        weight.scales_and_offsets.stride(0),
+        GROUP=weight.group_size,
+        INNER=2 * words,
+        BLOCK=_UNPACK_COLUMNS,
     )
     return result

@@ -1,13 +1,15 @@
 """Products with quantized weights on a torch device: several ways, chosen by measuring.
 
 A *form* is a way to keep a matrix. It has one or more kernels. The first matrix of each layout is
-kept in every possible form, and every kernel is compared with the plain one. The fastest kernel
-serves all matrices of that layout:
+kept in every possible form, and every kernel is compared with the plain one. It is timed at the
+rows of a token, of a few tokens and of a prompt's chunk. The form that serves a chat fastest keeps
+all matrices of that layout, and its fastest kernel at each number of rows multiplies:
 
     packed    codes and scales as stored. Kernels: Triton multiplies without unpacking (few rows);
               Triton unpacks, then torch multiplies; torch does both (always works)
     int4      torch's own 4-bit product. On CUDA it takes bfloat16 alone (an error of 0.4 % of a
-              product's largest, see TOLERANCE), so never where a stage must be exact
+              product's largest, see TOLERANCE), so never where a stage must be exact. For many
+              rows Triton unpacks its tiles, then torch multiplies
     unpacked  unpacked once at load, where the stage's memory has room for it
 
 torch._weight_int8pack_mm is not among them. It takes one scale per row, and ours have one per
@@ -22,10 +24,9 @@ import functools
 import importlib
 import logging
 import math
-import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,9 +35,12 @@ from torch.nn import functional
 from backends.torch_packed import (
     STRIP_WEIGHT_BYTES,
     STRIP_WEIGHTS,
+    UNPACKED_WEIGHTS,
+    Int4Weight,
     PackedWeight,
     held_bytes,
 )
+from backends.torch_timing import seconds
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +50,20 @@ FEW_ROWS = 8
 MEASURED_ROWS = (1, FEW_ROWS, 64)
 """The rows of a token, of several sequences' tokens, and of a prompt's chunk."""
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+PROMPT_CHUNKS = 1 / 16
+"""The chunks of prompts for each token, where a chat's prompts have four times its answers' rows.
+
+A form's cost is the time of a token plus this part of a chunk's.
+"""
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """The largest error of a kernel against fp32, relative to the largest result.
 
-fp16 rounds a weight and a result by 2^-11 each.
+fp16 rounds a weight and a result by 2^-11 each, bfloat16 by 2^-9.
 """
 
 INT4_TOLERANCE = 2e-2
 """bfloat16 rounds inputs, scales, zeros and results by 2^-9 each, which random signs average."""
-
-UNPACKED_WEIGHTS = 1 << 24
-"""The weights that Triton unpacks at once: few enough to hold, many enough to multiply fast."""
-
-_REPEATS = 5
 
 _OPERATOR_ERRORS = (RuntimeError, AttributeError, TypeError, ValueError, MemoryError)
 """The errors of a torch operator that fails, is absent or takes other arguments.
@@ -77,55 +82,89 @@ Kernel = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Weight:
-    """The operands of torch's 4-bit product: its own tiles, and [G, N, 2] of scales and offsets."""
-
-    tiles: torch.Tensor
-    scales_and_offsets: torch.Tensor
-    group_size: int
-
-
-@dataclass(frozen=True, slots=True)
 class Form:
-    """A way to keep a packed matrix, and its kernels by name."""
+    """A way to keep a packed matrix, and its kernels by name.
+
+    takes: the dtypes of kernels that do not take the block's own.
+    """
 
     name: str
     convert: Callable[[PackedWeight], Any]
     kernels: Mapping[str, Kernel]
     tolerance: float
+    takes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The form of a layout, and the kernel for each of MEASURED_ROWS."""
+    """The form of a layout, and the kernel for each of MEASURED_ROWS with its seconds."""
 
     form: Form
     kernels: tuple[str, ...]
+    seconds: tuple[float, ...] = (math.nan,) * len(MEASURED_ROWS)
+
+    @property
+    def cost(self) -> float:
+        return self.seconds[0] + PROMPT_CHUNKS * self.seconds[-1]
 
 
 class Linear:
-    """A matrix with its bias: rows [n, K] to [n, N], both of the block's dtype."""
+    """A matrix with its bias: rows [n, K] of any dtype to [n, N] of one of ``dtypes``.
+
+    A product converts rows that do not have the dtype which it ``takes``.
+    """
 
     def __init__(
-        self, weight: Any, kernels: tuple[Kernel, ...], bias: torch.Tensor | None, nbytes: int
+        self,
+        weight: Any,
+        kernels: tuple[Kernel, ...],
+        bias: torch.Tensor | None,
+        nbytes: int,
+        takes: tuple[torch.dtype, ...],
     ) -> None:
+        """``kernels`` and the dtypes that they take are for each of MEASURED_ROWS."""
         self._weight = weight
         self._kernels = kernels
         self._bias = bias
+        self._takes = takes
         self.nbytes = nbytes + (0 if bias is None else held_bytes(bias))
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.shape[0]
-        kernel = self._kernels[0 if rows == 1 else 1 if rows <= FEW_ROWS else 2]
-        result = kernel(x, self._weight)
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """The dtypes that products of any number of rows take and return."""
+        results = set(self._takes)
         if self._bias is not None:
+            results |= {torch.promote_types(each, self._bias.dtype) for each in self._takes}
+        return frozenset(results)
+
+    def takes(self, rows: int) -> torch.dtype:
+        """Return the dtype in which a product of ``rows`` rows takes them as they are.
+
+        It is not the block's where torch's 4-bit product takes bfloat16, or where fp16 does not
+        hold the weights.
+        """
+        return self._takes[_measured(rows)]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        index = _measured(len(x))
+        result = self._kernels[index](x.to(self._takes[index]), self._weight)
+        if self._bias is None:
+            return result
+        if result.dtype == self._bias.dtype:
             result += self._bias
-        return result
+            return result
+        return result + self._bias
+
+
+def _measured(rows: int) -> int:
+    """Return the index into MEASURED_ROWS of the kernel for ``rows`` rows."""
+    return 0 if rows == 1 else 1 if rows <= FEW_ROWS else 2
 
 
 def unpacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """Return the product with a matrix that is stored as plain numbers."""
-    return Linear(weight, (_multiply_unpacked,) * 3, bias, held_bytes(weight))
+    takes = (weight.dtype,) * len(MEASURED_ROWS)
+    return Linear(weight, (_multiply_unpacked,) * 3, bias, held_bytes(weight), takes)
 
 
 class KernelChooser:
@@ -150,7 +189,7 @@ class KernelChooser:
                 *weight.shape,
                 weight.bits,
                 choice.form.name,
-                ", ".join(choice.kernels),
+                _with_times(choice.kernels, choice.seconds),
             )
         choice = self._choices[layout]
         held = choice.form.convert(weight)
@@ -159,7 +198,8 @@ class KernelChooser:
             strip = min(rows * columns, STRIP_WEIGHTS)
             self.scratch_bytes = max(self.scratch_bytes, STRIP_WEIGHT_BYTES * strip)
         kernels = tuple(choice.form.kernels[name] for name in choice.kernels)
-        return Linear(held, kernels, bias, weight_bytes(held))
+        takes = tuple(choice.form.takes.get(name, dtype) for name in choice.kernels)
+        return Linear(held, kernels, bias, weight_bytes(held), takes)
 
     def _choose(self, weight: PackedWeight, dtype: torch.dtype) -> Choice:
         forms = [
@@ -170,32 +210,26 @@ class KernelChooser:
         plain = forms[0]
         if len(forms) == 1 and len(plain.kernels) == 1:
             return Choice(plain, tuple(plain.kernels) * len(MEASURED_ROWS))
-        best: tuple[float, Choice] | None = None
-        for form in forms:
-            measured = self._measure(form, weight, dtype)
-            if measured is not None and (best is None or measured[0] < best[0]):
-                best = measured
-        if best is None:
+        measured = [self._measure(form, weight, dtype) for form in forms]
+        choices = [choice for choice in measured if choice is not None]
+        if not choices:
             return Choice(plain, ("torch",) * len(MEASURED_ROWS))
-        return best[1]
+        return min(choices, key=lambda choice: choice.cost)
 
-    def _measure(
-        self, form: Form, weight: PackedWeight, dtype: torch.dtype
-    ) -> tuple[float, Choice] | None:
-        """Return (seconds of one row, the best kernels), or None if no kernel is right."""
+    def _measure(self, form: Form, weight: PackedWeight, dtype: torch.dtype) -> Choice | None:
+        """Return the best kernels of a form, or None if none is right."""
         try:
             held = form.convert(weight)
         except _OPERATOR_ERRORS as error:
-            _give_up(form.name, error)
+            give_up(form.name, error)
             return None
         times = {name: self._times(form, name, held, weight, dtype) for name in form.kernels}
         del held
-        fastest = [
+        fastest = tuple(
             min(times, key=lambda name: times[name][index]) for index in range(len(MEASURED_ROWS))
-        ]
-        if any(math.isinf(times[name][index]) for index, name in enumerate(fastest)):
-            return None
-        return times[fastest[0]][0], Choice(form, tuple(fastest))
+        )
+        best_s = tuple(times[name][index] for index, name in enumerate(fastest))
+        return None if math.inf in best_s else Choice(form, fastest, best_s)
 
     def _times(
         self, form: Form, name: str, held: Any, weight: PackedWeight, dtype: torch.dtype
@@ -203,22 +237,25 @@ class KernelChooser:
         """Return seconds at each of MEASURED_ROWS, or infinities if the kernel fails."""
         kernel, times = form.kernels[name], []
         generator = torch.Generator().manual_seed(0)
+        takes = form.takes.get(name, dtype)
         try:
             for rows in MEASURED_ROWS:
-                x = torch.randn((rows, weight.columns), generator=generator).to(self._device, dtype)
+                x = torch.randn((rows, weight.columns), generator=generator).to(self._device, takes)
                 with warnings.catch_warnings():
                     # Compiler warnings that no user here can act on.
                     warnings.simplefilter("ignore")
                     kernel(x, held)
-                error = _error(kernel(x, held), _multiply_plainly(x.float(), weight))
+                error = relative_error(kernel(x, held), _multiply_plainly(x.float(), weight))
                 if not error <= form.tolerance:
                     raise ArithmeticError(f"its results are off by {error:.2g}")
-                times.append(_seconds(functools.partial(kernel, x, held), self._device))
+                call = functools.partial(kernel, x)
+                times.append(seconds(call, held, weight_bytes(held), self._device))
         except Exception as failure:
             # Triton's compiler, its C compiler and drivers raise exceptions without a common base
             # class. Any failure costs only this kernel.
-            _give_up(f"{form.name}/{name}", failure)
+            give_up(f"{form.name}/{name}", failure)
             return [math.inf] * len(MEASURED_ROWS)
+        log.debug("%d x %d: %s", *weight.shape, _with_times((f"{form.name}/{name}",) * 3, times))
         return times
 
 
@@ -237,7 +274,13 @@ def candidate_forms(device: torch.device, dtype: torch.dtype, *, exact: bool) ->
     if device.type == "cpu" and dtype == torch.float32:
         forms.append(Form("int4", _int4_cpu, {"int4": _multiply_int4_cpu}, tolerance))
     elif device.type == "cuda" and not exact and torch.cuda.get_device_capability(device) >= (8, 0):
-        forms.append(Form("int4", _int4_cuda, {"int4": _multiply_int4_cuda}, INT4_TOLERANCE))
+        int4: dict[str, Kernel] = {"int4": _multiply_int4_cuda}
+        if triton_kernels is not None:
+            int4["triton-unpack"] = functools.partial(
+                _multiply_after_tiles, triton_kernels.unpack_tiles
+            )
+        takes = {"int4": torch.bfloat16}
+        forms.append(Form("int4", _int4_cuda, int4, INT4_TOLERANCE, takes))
     unpack = functools.partial(_unpacked, dtype=dtype)
     forms.append(Form("unpacked", unpack, {"torch": _multiply_unpacked}, tolerance))
     return forms
@@ -254,7 +297,7 @@ def load_triton(device: torch.device) -> Any | None:
         log.warning(
             "no Triton kernels (%s: %s): quantized layers will be slow; install triton and gcc",
             type(error).__name__,
-            _first_line(error),
+            first_line(error),
         )
         return None
 
@@ -296,7 +339,7 @@ def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 def _int4_cpu(weight: PackedWeight) -> Int4Weight:
     tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes(), 2)
-    return Int4Weight(tiles, _scales_and_offsets(weight, torch.float32), weight.group_size)
+    return Int4Weight(tiles, scales_and_offsets(weight, torch.float32), weight.group_size)
 
 
 def _int4_cuda(weight: PackedWeight) -> Int4Weight:
@@ -309,10 +352,10 @@ def _int4_cuda(weight: PackedWeight) -> Int4Weight:
         pairs[rows] = ((codes[:, ::2] << 4) | codes[:, 1::2]).to(torch.uint8)
     inner_tiles = next(tiles for tiles in (8, 4, 2) if weight.columns % (16 * tiles) == 0)
     tiles = torch.ops.aten._convert_weight_to_int4pack(pairs, inner_tiles)
-    return Int4Weight(tiles, _scales_and_offsets(weight, torch.bfloat16), weight.group_size)
+    return Int4Weight(tiles, scales_and_offsets(weight, torch.bfloat16), weight.group_size)
 
 
-def _scales_and_offsets(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+def scales_and_offsets(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """Return [G, N, 2] so that value = (code - 8) * scale + offset."""
     scales = weight.scales.float()
     offsets = (8 - weight.zeros.float()) * scales
@@ -339,6 +382,13 @@ def _multiply_after(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def _multiply_after_tiles(
+    unpack: Callable[[Int4Weight, torch.dtype], torch.Tensor], x: torch.Tensor, weight: Int4Weight
+) -> torch.Tensor:
+    parts = [functional.linear(x, unpack(strip, x.dtype)) for strip in weight.strips()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def _multiply_few(
     gemv: Callable[[torch.Tensor, PackedWeight, int, int], torch.Tensor],
     outputs: int,
@@ -358,51 +408,36 @@ def _multiply_int4_cpu(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
 
 def _multiply_int4_cuda(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     product: torch.Tensor = torch.ops.aten._weight_int4pack_mm(
-        x.to(torch.bfloat16).contiguous(),
-        weight.tiles,
-        weight.group_size,
-        weight.scales_and_offsets,
+        x.contiguous(), weight.tiles, weight.group_size, weight.scales_and_offsets
     )
-    return product.to(x.dtype)
+    return product
 
 
 def _multiply_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if weight.dtype == x.dtype:
-        return functional.linear(x, weight)
-    # The weight may be wider than x, because fp16 does not hold its values.
-    return functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+    return functional.linear(x, weight)
 
 
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference relative to the largest value. NaN if ``actual`` has one."""
     scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return float((actual.float() - expected).abs().max() / scale)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the least seconds of a call that is compiled and has its memory already."""
-    best_s = math.inf
-    for _ in range(_REPEATS):
-        _finish(device)
-        before_s = time.perf_counter()
-        call()
-        _finish(device)
-        best_s = min(best_s, time.perf_counter() - before_s)
-    return best_s
+def _with_times(names: Sequence[str], times_s: Sequence[float]) -> str:
+    return ", ".join(
+        f"{name} ({1e6 * each:.0f} us for {rows})"
+        for name, each, rows in zip(names, times_s, MEASURED_ROWS, strict=True)
+    )
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+def give_up(what: str, error: Exception) -> None:
+    """Say in the log why a kernel or a form is not used."""
+    log.warning("%s is not used (%s: %s)", what, type(error).__name__, first_line(error))
 
 
-def _give_up(what: str, error: Exception) -> None:
-    log.warning("%s is not used (%s: %s)", what, type(error).__name__, _first_line(error))
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else "no message"

@@ -25,8 +25,8 @@ from backends.base import (
 from backends.checks import check_inputs, check_rows
 from backends.torch_capture import DEVICE
 from backends.torch_cuts import Cut, without_team
+from backends.torch_fused import Cache, Residual, StepChooser
 from backends.torch_layers import (
-    Cache,
     EmbeddingTail,
     Head,
     Layer,
@@ -114,7 +114,7 @@ class TorchStage(Stage):
                 return self._finite(hidden, [slot])
             if not logits:
                 return np.empty((0, self._spec.vocab), np.float32)
-            return self._finite(_to_host(self._head(results[-1][-1:])), [slot])
+            return self._finite(_to_host(self._head(Residual(results[-1][-1:]))), [slot])
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
@@ -188,18 +188,19 @@ class TorchStage(Stage):
         """Run all rows through all blocks but the head."""
         rows = PromptPass(slot, position, len(inputs), self._device)
         hidden = torch.from_numpy(np.array(self._rows(inputs))).to(self._device)
-        return self._body(hidden, rows)
+        return self._body(hidden, rows).settled()
 
     def _token_pass(self, hidden: torch.Tensor, rows: TokenPass) -> torch.Tensor:
-        hidden = self._body(hidden, rows)
-        return hidden if self._head is None else self._head(hidden)
+        stream = self._body(hidden, rows)
+        return stream.settled() if self._head is None else self._head(stream)
 
-    def _body(self, hidden: torch.Tensor, rows: Pass) -> torch.Tensor:
+    def _body(self, hidden: torch.Tensor, rows: Pass) -> Residual:
         if self._tail is not None:
             hidden = self._tail(hidden, rows)
+        stream = Residual(hidden)
         for layer in self._layers:
-            hidden = layer(hidden, rows)
-        return hidden
+            layer(stream, rows)
+        return stream
 
     def _warm_up(self) -> int:
         """Run a chunk and a token; return the extra bytes they take on a GPU, or 0 on a CPU.
@@ -218,9 +219,9 @@ class TorchStage(Stage):
             without_team(self._cut),
         ):
             hidden = torch.zeros((count, self._width), device=self._device)
-            last = self._body(hidden, PromptPass(0, 0, count, self._device))[-1:]
+            last = self._body(hidden, PromptPass(0, 0, count, self._device)).settled()[-1:]
             if self._head is not None:
-                self._head(last)
+                self._head(Residual(last))
             del hidden, last
             self._decoder.run([0], [0], np.zeros((1, self._width), np.float32))
             torch.cuda.current_stream(self._device).synchronize()
@@ -245,6 +246,7 @@ class _Loader:
         self._chooser = KernelChooser(
             device, exact=options.exact, roomy=_has_room(spec, artifacts, options, device)
         )
+        self._steps = StepChooser(device)
         self._rotary: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tokens: QuantizedMatrix | None = None
         self.tail: EmbeddingTail | None = None
@@ -269,7 +271,7 @@ class _Loader:
             else:
                 names = [name for name in ("project_out", "lm_head") if f"{name}.weight" in tensors]
                 linears = {name: self._linear(tensors, (name,), dtype) for name in names}
-                self.head = Head(self._spec, linears, self._vectors(tensors), dtype)
+                self._add_head(linears, self._vectors(tensors))
 
     def _add_embedding(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         table, vectors = tensors["tokens.weight"], self._vectors(tensors)
@@ -281,7 +283,7 @@ class _Loader:
         if self._spec.projected:
             projection = self._linear(tensors, ("project_in",), dtype)
         positions = vectors.get("positions.weight")
-        self.tail = EmbeddingTail(projection, positions, self._spec.position_offset, dtype)
+        self.tail = EmbeddingTail(projection, positions, self._spec.position_offset)
 
     def _add_layer(self, block: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         layer = self._spec.layer(block)
@@ -300,8 +302,16 @@ class _Loader:
                 self._rotary[key] = cos, sin
                 self.memory_bytes += held_bytes(cos) + held_bytes(sin)
             rotary = self._rotary[key]
+        turned = 0 if rotary is None else 2 * rotary[0].shape[1]
+        dtypes = {torch.float32, dtype}.union(*(linear.dtypes for linear in linears.values()))
+        steps = self._steps.layer(layer, turned, dtype, dtypes)
         vectors = self._vectors(tensors)
-        self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, self._cut))
+        self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, steps, self._cut))
+
+    def _add_head(self, linears: dict[str, Linear], vectors: dict[str, torch.Tensor]) -> None:
+        dtypes = {torch.float32}.union(*(linear.dtypes for linear in linears.values()))
+        steps = self._steps.norm(self._spec.hidden, "norm.bias" in vectors, dtypes)
+        self.head = Head(self._spec, linears, vectors, steps)
 
     def _linear(
         self, tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype

@@ -47,6 +47,9 @@ STAGE_INT4_TOLERANCE = 3e-2
 INTERPRETER_WITH_NEW_NUMPY = "only 0-dimensional arrays can be converted to Python scalars"
 """What Triton 3.6's interpreter says under numpy 2.5."""
 
+OLD_NUMPY = ("-W", "ignore:Conversion of an array with ndim:DeprecationWarning")
+"""What older numpy only warns of."""
+
 NO_PLUGINS = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark")
 """For pytest inside a test: plugins that a machine may have, and that disagree with it."""
 
@@ -102,13 +105,14 @@ def test_packed_weights_take_no_more_than_a_plan_charges(bits: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("where", ["interpreter", "gpu"])
-def test_triton_kernels(where: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("cases", ["kernel", "fused"])
+def test_triton_kernels(cases: str, where: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     if where == "gpu":
         request.getfixturevalue("gpu")
-    cases = Path(__file__).with_name("torch_kernel_cases.py")
+    path = Path(__file__).with_name(f"torch_{cases}_cases.py")
     completed = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *NO_PLUGINS, str(cases)],
+        [sys.executable, "-m", "pytest", "-q", *NO_PLUGINS, *OLD_NUMPY, str(path)],
         env=os.environ | {"TRITON_INTERPRET": str(int(where == "interpreter"))},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -125,28 +129,88 @@ def test_triton_kernels(where: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("capability", [75, 87, 110])
 @pytest.mark.parametrize("bits", sorted(set(CONTAINERS.values())))
 def test_triton_kernels_compile_for(capability: int, bits: int) -> None:
-    """All the way to machine code, for which no GPU is needed."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from triton.backends.compiler import GPUTarget
-
+    pytest.importorskip("triton", reason="Triton is not installed")
     from backends import torch_kernels
 
     pointers = {"x": "*fp16", "words": "*i32", "scales": "*fp16", "zeros": "*u8", "result": "*fp16"}
     constants = {"BITS": bits, "GROUP_WORDS": bits, "OUTPUTS": 8, "WORDS": 128}
     for kernel in (torch_kernels.gemv_kernel, torch_kernels.unpack_kernel):
-        names = kernel.arg_names
-        signature = {
-            name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
-        }
-        fixed = {(names.index(name),): constants[name] for name in names if name in constants}
-        source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=fixed)
-        try:
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        except triton.runtime.errors.PTXASError as error:
-            if f"'sm_{capability}a' is not defined" not in str(error):
-                raise
-            pytest.skip(f"this Triton's assembler does not know sm_{capability}")
-        assert compiled.asm["cubin"]
+        compile_for(capability, kernel, pointers, constants)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_")
+@pytest.mark.parametrize("capability", [75, 87, 110])
+def test_the_kernel_for_tiles_compiles_for(capability: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from backends import torch_kernels
+
+    pointers = {"tiles": "*i32", "scales_and_offsets": "*bf16", "result": "*fp16"}
+    constants = {"GROUP": 64, "INNER": 8, "BLOCK": 2048}
+    compile_for(capability, torch_kernels.unpack_tiles_kernel, pointers, constants)
+
+
+STEP_POINTERS = {
+    "add_norm": {"hidden": "*fp32", "part": "*fp16", "total": "*fp32", "result": "*bf16"},
+    "place": {
+        "heads": "*bf16",
+        "slots": "*i64",
+        "positions": "*i64",
+        "cos": "*fp32",
+        "sin": "*fp32",
+        "weights": "*fp32",
+        "query": "*fp16",
+        "keys": "*fp16",
+        "values": "*fp16",
+    },
+    "activate": {"rows": "*bf16", "result": "*fp16"},
+}
+STEP_CONSTANTS: list[tuple[str, dict[str, Any]]] = [
+    ("add_norm", {"WIDTH": 2048, "BLOCK": 2048, "ADDS": True, "CENTERED": False}),
+    ("add_norm", {"WIDTH": 5120, "BLOCK": 8192, "ADDS": False, "CENTERED": True}),
+    ("place", {"WIDTH": 64, "BLOCK": 64, "TURNED": 64, "NORMED": False}),
+    ("place", {"WIDTH": 80, "BLOCK": 128, "TURNED": 32, "NORMED": True}),
+    ("place", {"WIDTH": 128, "BLOCK": 128, "TURNED": 0, "NORMED": False}),
+    *(
+        ("activate", {"KIND": kind, "GATED": kind != "relu", "WIDTH": 8192, "BLOCK": 1024})
+        for kind in ("relu", "silu", "gelu", "gelu_tanh")
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_")
+@pytest.mark.parametrize("capability", [75, 87, 110])
+def test_kernels_of_steps_compile_for(capability: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from backends import torch_fused_kernels
+
+    scalars = {"epsilon": "fp32", "slot_stride": "i64"}
+    norm = {"weight": "*fp32", "bias": "*fp32"}
+    for name, constants in STEP_CONSTANTS:
+        kernel = getattr(torch_fused_kernels, f"{name}_kernel")
+        fixed = constants | {"HEADS": 32, "KV_HEADS": 8}
+        compile_for(capability, kernel, STEP_POINTERS[name] | norm | scalars, fixed)
+
+
+def compile_for(
+    capability: int, kernel: Any, pointers: dict[str, str], constants: dict[str, Any]
+) -> None:
+    """Compile all the way to machine code, for which no GPU is needed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
+    }
+    fixed = {(names.index(name),): constants[name] for name in names if name in constants}
+    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=fixed)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    except triton.runtime.errors.PTXASError as error:
+        if f"'sm_{capability}a' is not defined" not in str(error):
+            raise
+        pytest.skip(f"this Triton's assembler does not know sm_{capability}")
+    assert compiled.asm["cubin"]
 
 
 @pytest.mark.parametrize("fmt", [Format.of(4, "rtn", group) for group in (32, 64)])

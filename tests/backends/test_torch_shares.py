@@ -304,11 +304,10 @@ def test_errors_of_torch_stay_errors_of_the_backend(
     stage = TorchCpuBackend().load(*team.members[0], replace(OPTIONS, team_sum=np.copy))
     hidden = hidden_rows(team.spec)
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: unspecified")
 
-    assert isinstance(stage, TorchStage)
-    monkeypatch.setattr(stage._layers[1], "_linears", {"qkv": broken})
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
     with pytest.raises(BackendError, match="cannot run the stage: CUDA error"):
         stage.forward(0, 0, hidden)
     stage.close()
