@@ -6,14 +6,23 @@ With TRITON_INTERPRET=1, which Triton reads when it is first imported, they run 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from backends import torch_fused, torch_fused_kernels
+from backends.base import StageOptions
+from backends.torch_cuda import TorchCpuBackend, TorchCudaBackend
 from backends.torch_fused import BY_TORCH, StepChooser, by_triton
+from model.artifact import write_artifact
+from model.checkpoint import Checkpoint
+from model.quantize import Format
+from model.reference import ReferenceModel
 from model.spec import LayerSpec, RopeSpec
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 LAYER = LayerSpec(
     hidden=48,
@@ -91,3 +100,29 @@ def test_right_kernels_are_chosen_and_wrong_ones_named(
         "triton/place is not used",
         "triton/activate is not used",
     ]
+
+
+@pytest.mark.parametrize("name", ["llama-linear", "mistral", "opt-post", "qwen3"])
+def test_a_stage_with_kernels_gives_the_same(name: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / name)
+    spec, fmt = checkpoint.spec, Format.of(8, "rtn", 32)
+    blocks = range(spec.block_count)
+    artifacts = [
+        (block, write_artifact(tmp_path, block, checkpoint.block(block), fmt).path)
+        for block in blocks
+    ]
+    tokens = np.random.default_rng(1).integers(0, spec.vocab, 6)
+    model = ReferenceModel.from_artifacts(spec, artifacts, np.float64)
+    expected = model.forward(tokens)
+    options = StageOptions(slots=3, context_tokens=70, threads=1, exact=True)
+    backend = TorchCpuBackend() if DEVICE.type == "cpu" else TorchCudaBackend()
+    stage = backend.load(spec, artifacts, options)
+    assert stage._layers[0]._steps.place is not BY_TORCH.place
+    results = [stage.forward(2, 0, tokens[:3]), stage.forward(2, 3, tokens[3:4])]
+    stage.forward(1, 0, tokens[:4], logits=False)
+    results.append(stage.decode([1, 2], [4, 4], tokens[[4, 4]]))
+    stage.close()
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+        np.concatenate(results), expected[[2, 3, 4, 4]], rtol=0, atol=1e-4 * scale
+    )
