@@ -101,10 +101,14 @@ class Choice:
 
     form: Form
     kernels: tuple[str, ...]
-    seconds: tuple[float, ...] = (math.nan,) * len(MEASURED_ROWS)
+    seconds: tuple[float, ...] | None = None
+    """None: there was no choice."""
 
     @property
     def cost(self) -> float:
+        """The seconds of a token and of its part of a prompt."""
+        if self.seconds is None:
+            return math.inf
         return self.seconds[0] + PROMPT_CHUNKS * self.seconds[-1]
 
 
@@ -426,7 +430,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected).abs().max() / scale)
 
 
-def _with_times(names: Sequence[str], times_s: Sequence[float]) -> str:
+def _with_times(names: Sequence[str], times_s: Sequence[float] | None) -> str:
+    if times_s is None:
+        return ", ".join(names)
     return ", ".join(
         f"{name} ({1e6 * each:.0f} us for {rows})"
         for name, each, rows in zip(names, times_s, MEASURED_ROWS, strict=True)
