@@ -66,7 +66,8 @@ class TorchCudaBackend(Backend):
             # The GPU shares memory with the CPU. The system's available memory already lacks CUDA's
             # part.
             return None
-        free, total = torch.cuda.mem_get_info(0)
+        with DEVICE.shared():
+            free, total = torch.cuda.mem_get_info(0)
         return int(free), int(total)
 
     @classmethod

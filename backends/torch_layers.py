@@ -63,14 +63,12 @@ class Pass(ABC):
         return self._masks[key]
 
 
-class PromptPass(Pass):
-    """Rows [first, first + count) of the sequence in ``slot``."""
+class _SequencePass(Pass):
+    """Rows of one sequence, each of which sees at most its first ``length`` positions."""
 
-    def __init__(self, slot: int, first: int, count: int, device: torch.device) -> None:
-        positions = torch.arange(first, first + count, device=device)
-        super().__init__(torch.full_like(positions, slot), positions)
-        self._slot = slot
-        self._end = first + count
+    def __init__(self, slots: torch.Tensor, positions: torch.Tensor, length: int) -> None:
+        super().__init__(slots, positions)
+        self._length = length
 
     def fold(self, heads: torch.Tensor) -> torch.Tensor:
         return heads.transpose(0, 1)[None]
@@ -78,12 +76,32 @@ class PromptPass(Pass):
     def unfold(self, heads: torch.Tensor) -> torch.Tensor:
         return heads[0].transpose(0, 1).flatten(1)
 
-    def seen(self, cache: torch.Tensor) -> torch.Tensor:
-        return cache[self._slot : self._slot + 1, :, : self._end]
-
     def _visible(self, window: int | None) -> torch.Tensor:
-        keys = torch.arange(self._end, device=self.positions.device)
+        keys = torch.arange(self._length, device=self.positions.device)
         return _sees(self.positions[:, None], keys, window)[None, None]
+
+
+class PromptPass(_SequencePass):
+    """Rows [first, first + count) of the sequence in ``slot``, all known to the host."""
+
+    def __init__(self, slot: int, first: int, count: int, device: torch.device) -> None:
+        positions = torch.arange(first, first + count, device=device)
+        super().__init__(torch.full_like(positions, slot), positions, first + count)
+        self._slot = slot
+
+    def seen(self, cache: torch.Tensor) -> torch.Tensor:
+        return cache[self._slot : self._slot + 1, :, : self._length]
+
+
+class ChunkPass(_SequencePass):
+    """Rows of one sequence. The host knows only ``length``.
+
+    slots: the same slot for each row. One graph serves all slots, for a copy of what is seen.
+    positions: may be equal for equal rows, which pad a chunk.
+    """
+
+    def seen(self, cache: torch.Tensor) -> torch.Tensor:
+        return cache[:, :, : self._length].index_select(0, self.places.slots[:1])
 
 
 class TokenPass(Pass):

@@ -1,7 +1,7 @@
-"""A stage on a torch device. Prompts run eagerly, and tokens run as captured graphs.
+"""A stage on a torch device. On a GPU, tokens and chunks of prompts run as captured graphs.
 
 The stage of a share cuts its layers where the team adds up partial rows. All rows of a prompt's
-chunk run at once there, because all members must add up the same rows.
+chunk run at once and eagerly there, because all members must add up the same rows.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ class TorchStage(Stage):
         self._width = spec.hidden if loader.tokens is None else spec.embed_dim
         self._decoder = TokenRunner(
             self._token_pass,
+            self._chunk_pass,
             device,
-            (self._width, spec.hidden if loader.head is None else spec.vocab),
+            (self._width, spec.hidden if loader.head is None else spec.vocab, spec.hidden),
             options.context_tokens,
             self._cut,
         )
@@ -106,7 +107,7 @@ class TorchStage(Stage):
                 result = self._decoder.run([slot], [position], self._rows(inputs)).fetch()
                 return self._finite(result, [slot])
             results = [
-                self._prompt(slot, position + first, inputs[first : first + chunk])
+                self._prompt(slot, position + first, self._rows(inputs[first : first + chunk]))
                 for first in range(0, rows, chunk)
             ]
             if self._head is None:
@@ -184,10 +185,15 @@ class TorchStage(Stage):
             return np.asarray(inputs, np.float32)
         return self._tokens.dequantize(np.asarray(inputs, np.int64))
 
-    def _prompt(self, slot: int, position: int, inputs: Array | Tokens) -> torch.Tensor:
-        """Run all rows through all blocks but the head."""
-        rows = PromptPass(slot, position, len(inputs), self._device)
-        hidden = torch.from_numpy(np.array(self._rows(inputs))).to(self._device)
+    def _prompt(self, slot: int, position: int, rows: Array) -> torch.Tensor:
+        """Run all rows [n, width] through all blocks but the head: hidden fp32 [n, hidden]."""
+        result = self._decoder.run_chunk(slot, position, rows, PROMPT_ROWS)
+        if result is not None:
+            return result
+        hidden = torch.from_numpy(np.array(rows)).to(self._device)
+        return self._body(hidden, PromptPass(slot, position, len(rows), self._device)).settled()
+
+    def _chunk_pass(self, hidden: torch.Tensor, rows: Pass) -> torch.Tensor:
         return self._body(hidden, rows).settled()
 
     def _token_pass(self, hidden: torch.Tensor, rows: TokenPass) -> torch.Tensor:
@@ -218,11 +224,10 @@ class TorchStage(Stage):
             torch.inference_mode(),
             without_team(self._cut),
         ):
-            hidden = torch.zeros((count, self._width), device=self._device)
-            last = self._body(hidden, PromptPass(0, 0, count, self._device)).settled()[-1:]
+            last = self._prompt(0, 0, np.zeros((count, self._width), np.float32))[-1:]
             if self._head is not None:
                 self._head(Residual(last))
-            del hidden, last
+            del last
             self._decoder.run([0], [0], np.zeros((1, self._width), np.float32))
             torch.cuda.current_stream(self._device).synchronize()
         return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
@@ -303,13 +308,15 @@ class _Loader:
                 self.memory_bytes += held_bytes(cos) + held_bytes(sin)
             rotary = self._rotary[key]
         turned = 0 if rotary is None else 2 * rotary[0].shape[1]
-        dtypes = {torch.float32, dtype}.union(*(linear.dtypes for linear in linears.values()))
+        dtypes = {dtype}.union(*(linear.dtypes for linear in linears.values()))
+        if self._cut is not None or layer.norm_position != "pre":
+            dtypes.add(torch.float32)  # The team's sums, or norms that are the stream itself.
         steps = self._steps.layer(layer, turned, dtype, dtypes)
         vectors = self._vectors(tensors)
         self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, steps, self._cut))
 
     def _add_head(self, linears: dict[str, Linear], vectors: dict[str, torch.Tensor]) -> None:
-        dtypes = {torch.float32}.union(*(linear.dtypes for linear in linears.values()))
+        dtypes = set[torch.dtype]().union(*(linear.dtypes for linear in linears.values()))
         steps = self._steps.norm(self._spec.hidden, "norm.bias" in vectors, dtypes)
         self.head = Head(self._spec, linears, vectors, steps)
 

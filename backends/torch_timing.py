@@ -29,6 +29,9 @@ _LONG_S = 1e-3
 _CACHES = 2
 """The copies together are as large as this many caches, if memory is free."""
 
+_COPIES = 64
+"""The most copies, for small matrices."""
+
 
 def seconds(
     multiply: Callable[[Any], object], weight: Any, weight_bytes: int, device: torch.device
@@ -61,9 +64,12 @@ def _captured_seconds(
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
         multiply(weight)  # Libraries allocate in the first call on a stream.
-        with DEVICE.exclusive(), captured(graph, None):
-            for each in copies * rounds:
-                multiply(each)
+        try:
+            with DEVICE.exclusive(), captured(graph, None):
+                for each in copies * rounds:
+                    multiply(each)
+        except RuntimeError:  # Without graphs, a stage too waits for the host.
+            return single_s
         best_s = min(_between_events(graph.replay) for _ in range(_REPEATS))
     before.wait_stream(stream)
     del graph, copies
@@ -93,4 +99,4 @@ def _copies(weight_bytes: int, device: torch.device) -> int:
     cache_bytes: int = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     free_bytes: int = torch.cuda.mem_get_info(device)[0]
     wanted_bytes = min(_CACHES * cache_bytes, free_bytes // 8)
-    return max(1, wanted_bytes // max(1, weight_bytes))
+    return min(max(1, wanted_bytes // max(1, weight_bytes)), _COPIES)

@@ -414,6 +414,60 @@ def test_graphs_of_pieces_give_the_same(
     assert len(graphs.captured) == 2 * 5 * (3 + 2 + 1 + 1)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_graphs_of_chunks_give_the_same(
+    name: str,
+    tmp_path: Path,
+    graphs: type[RecordedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whole layers: prompts run in chunks, of which the last is padded. Graphs serve all slots."""
+    monkeypatch.setattr(torch_stage, "PROMPT_ROWS", 5)
+    team = team_of(tmp_path, name, (1,), Format.of(8, "rtn", 32))
+    stage = TorchCpuBackend().load(team.spec, team.artifacts, replace(OPTIONS, context_tokens=24))
+    capture(stage)
+    for call, expected in some_calls(team):
+        actual = call(stage)
+        scale = max(1.0, float(np.abs(expected).max(initial=0)))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=ATOL * scale)
+    stage.close()
+    assert "without CUDA graphs" not in caplog.text
+    # Lengths of chunks: 8, 16 and 24. Lengths of tokens: 8 and 16 in slot 1, 24 in slot 2, and 24
+    # for two sequences together.
+    assert len(graphs.captured) == 3 + 2 + 1 + 1
+
+
+def test_without_graphs_of_chunks_tokens_keep_theirs(
+    tmp_path: Path,
+    graphs: type[RecordedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    team = team_of(tmp_path, "llama", (1,), Format.of(8, "rtn", 32))
+    stage = TorchCpuBackend().load(team.spec, team.artifacts, OPTIONS)
+    capture(stage)
+    text = hidden_rows(team.spec)
+    expected = team.expected(text)
+
+    def refuse() -> RecordedGraph:
+        raise RuntimeError("capture refused\nand more")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(torch.cuda, "CUDAGraph", refuse)
+        first = stage.forward(0, 0, text[:9])
+    np.testing.assert_allclose(first, expected[8:9], rtol=0, atol=1e-4)
+    assert caplog.messages == ["prompts run without CUDA graphs, slower: capture refused"]
+    for at in range(9, COUNT):
+        row = slice(at, at + 1)
+        logits = stage.forward(0, at, text[row])
+        np.testing.assert_allclose(logits, expected[row], rtol=0, atol=1e-4)
+    again = stage.forward(1, 0, text[:9])
+    np.testing.assert_allclose(again, expected[8:9], rtol=0, atol=1e-4)
+    stage.close()
+    assert len(graphs.captured) == 2
+
+
 @pytest.mark.parametrize("pieces", [0, 2])
 def test_without_graphs_of_pieces_a_team_gives_the_same(
     pieces: int,
