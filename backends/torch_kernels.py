@@ -2,8 +2,8 @@
 
 This module is imported only if Triton is installed and a device can run it. backends.torch_matmul
 compares and times a kernel before it uses it. A kernel may use only Triton's names, even in
-annotations. The first two take words of 32 / BITS codes, low bits first. Scales and zeros that do
-not change have a stride of 0. The third takes the tiles of torch's 4-bit product.
+annotations. All but one take words of 32 / BITS codes, low bits first. Scales and zeros that do
+not change have a stride of 0. The last takes the tiles of torch's 4-bit product.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ import triton
 import triton.language as tl
 
 from backends.torch_packed import Int4Weight, PackedWeight
-
-_WORDS = 128
-"""Words of a row in one step: 512 consecutive bytes."""
 
 _UNPACK_WORDS = 1024
 
@@ -76,6 +73,66 @@ def _gemv(
         result + row * outputs + output,
         total.to(result.dtype.element_ty),
         mask=output_exists,
+    )
+
+
+def _gemm(
+    x: tl.tensor,
+    words: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    result: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    row_words: tl.tensor,
+    columns: tl.tensor,
+    scale_row: tl.tensor,
+    scale_group: tl.tensor,
+    zero_row: tl.tensor,
+    zero_group: tl.tensor,
+    BITS: tl.constexpr,
+    GROUP_WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+) -> None:
+    """Compute OUTPUTS outputs of ROWS rows of x in one program, a group of columns at a time."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    MASK: tl.constexpr = (1 << BITS) - 1
+    GROUP: tl.constexpr = GROUP_WORDS * PER_WORD
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    output_exists = output < outputs
+    wide = output.to(tl.int64)  # Offsets into a large head exceed 32 bits.
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    word = tl.arange(0, GROUP_WORDS)
+    code = tl.arange(0, PER_WORD)
+    sums = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
+    for first in range(0, row_words, GROUP_WORDS):
+        group = first // GROUP_WORDS
+        packed = tl.load(
+            words + wide[:, None] * row_words + (first + word)[None, :],
+            mask=output_exists[:, None],
+            other=0,
+        )
+        scale = tl.load(
+            scales + wide * scale_row + group * scale_group, mask=output_exists, other=0.0
+        ).to(tl.float32)
+        zero = tl.load(
+            zeros + wide * zero_row + group * zero_group, mask=output_exists, other=0
+        ).to(tl.float32)
+        codes = ((packed[:, :, None] >> (code * BITS)[None, None, :]) & MASK).to(tl.float32)
+        weights = (codes - zero[:, None, None]) * scale[:, None, None]
+        weights = tl.reshape(weights.to(x.dtype.element_ty), (OUTPUTS, GROUP))
+        column = group * GROUP + tl.arange(0, GROUP)
+        values = tl.load(
+            x + row[:, None] * columns + column[None, :],
+            mask=(row < rows)[:, None] & (column < columns)[None, :],
+            other=0.0,
+        )
+        sums = tl.dot(values, tl.trans(weights), sums)
+    tl.store(
+        result + row[:, None] * outputs + output[None, :],
+        sums.to(result.dtype.element_ty),
+        mask=(row < rows)[:, None] & output_exists[None, :],
     )
 
 
@@ -154,14 +211,18 @@ def _unpack_tiles(
 
 # Decorators of an untyped library would leave the functions untyped.
 gemv_kernel = triton.jit(_gemv)
+gemm_kernel = triton.jit(_gemm)
 unpack_kernel = triton.jit(_unpack)
 unpack_tiles_kernel = triton.jit(_unpack_tiles)
 
 
 def gemv(
-    x: torch.Tensor, weight: PackedWeight, outputs_per_program: int, warps: int
+    x: torch.Tensor, weight: PackedWeight, outputs_per_program: int, warps: int, words: int = 128
 ) -> torch.Tensor:
-    """Multiply x [n, K] by the packed weight to [n, N] of x's dtype. Meant for few rows."""
+    """Multiply x [n, K] by the packed weight to [n, N] of x's dtype. Meant for few rows.
+
+    A step takes ``words`` words of a row, which are consecutive.
+    """
     x = x.contiguous()
     outputs = weight.words.shape[0]
     result = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
@@ -180,8 +241,36 @@ def gemv(
         BITS=weight.bits,
         GROUP_WORDS=weight.group_size * weight.bits // 32,
         OUTPUTS=outputs_per_program,
-        WORDS=_WORDS,
+        WORDS=words,
         num_warps=warps,
+    )
+    return result
+
+
+def gemm(x: torch.Tensor, weight: PackedWeight, outputs_per_program: int) -> torch.Tensor:
+    """Multiply x [n, K] of fp16 by the packed weight to [n, N]. Meant for a prompt's rows."""
+    x = x.contiguous()
+    rows, outputs = x.shape[0], weight.words.shape[0]
+    result = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    rows_per_program = 16 if rows <= 16 else 64
+    grid = triton.cdiv(outputs, outputs_per_program), triton.cdiv(rows, rows_per_program)
+    gemm_kernel[grid](
+        x,
+        weight.words,
+        weight.scales,
+        weight.zeros,
+        result,
+        rows,
+        outputs,
+        weight.words.shape[1],
+        weight.columns,
+        *weight.scales.stride(),
+        *weight.zeros.stride(),
+        BITS=weight.bits,
+        GROUP_WORDS=weight.group_size * weight.bits // 32,
+        ROWS=rows_per_program,
+        OUTPUTS=outputs_per_program,
+        num_warps=4,
     )
     return result
 

@@ -5,8 +5,9 @@ kept in every possible form, and every kernel is compared with the plain one. It
 rows of a token, of a few tokens and of a prompt's chunk. The form that serves a chat fastest keeps
 all matrices of that layout, and its fastest kernel at each number of rows multiplies:
 
-    packed    codes and scales as stored. Kernels: Triton multiplies without unpacking (few rows);
-              Triton unpacks, then torch multiplies; torch does both (always works)
+    packed    codes and scales as stored. Kernels: Triton multiplies without unpacking (gemv for few
+              rows, gemm for many in fp16); Triton unpacks, then torch multiplies; torch does both
+              (always works)
     int4      torch's own 4-bit product. On CUDA it takes bfloat16 alone (an error of 0.4 % of a
               product's largest, see TOLERANCE), so never where a stage must be exact. For many
               rows Triton unpacks its tiles, then torch multiplies
@@ -76,6 +77,12 @@ _IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError,
 
 Parts may be missing or fail to load, the driver may be missing, or its interface may differ.
 """
+
+GEMV_SHAPES = ((2, 4, 128), (8, 8, 128), (2, 4, 256), (4, 8, 256))
+"""Outputs and warps of a Triton program, and the words of a row that it takes in one step."""
+
+GEMM_OUTPUTS = (16, 64)
+"""Outputs of a Triton program that multiplies many rows."""
 
 Kernel = Callable[[torch.Tensor, Any], torch.Tensor]
 """Multiplies x [n, K] by a matrix [N, K] in the kernel's form, to [n, N] of x's dtype."""
@@ -269,9 +276,14 @@ def candidate_forms(device: torch.device, dtype: torch.dtype, *, exact: bool) ->
     triton_kernels = load_triton(device)
     if triton_kernels is not None:
         kernels["triton-unpack"] = functools.partial(_multiply_after, triton_kernels.unpack)
-        for outputs, warps in ((2, 4), (4, 4), (8, 8)):
-            kernels[f"triton-gemv-{outputs}x{warps}"] = functools.partial(
-                _multiply_few, triton_kernels.gemv, outputs, warps
+        for shape in GEMV_SHAPES:
+            name = "x".join(map(str, shape))
+            kernels[f"triton-gemv-{name}"] = functools.partial(
+                _multiply_by, triton_kernels.gemv, *shape
+            )
+        for outputs in GEMM_OUTPUTS if dtype == torch.float16 else ():
+            kernels[f"triton-gemm-{outputs}"] = functools.partial(
+                _multiply_by, triton_kernels.gemm, outputs
             )
     tolerance = TOLERANCE[dtype]
     forms = [Form("packed", _as_is, kernels, tolerance)]
@@ -393,14 +405,9 @@ def _multiply_after_tiles(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _multiply_few(
-    gemv: Callable[[torch.Tensor, PackedWeight, int, int], torch.Tensor],
-    outputs: int,
-    warps: int,
-    x: torch.Tensor,
-    weight: PackedWeight,
-) -> torch.Tensor:
-    return gemv(x, weight, outputs, warps)
+def _multiply_by(multiply: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    *shape, x, weight = arguments
+    return multiply(x, weight, *shape)
 
 
 def _multiply_int4_cpu(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:

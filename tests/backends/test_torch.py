@@ -136,6 +136,9 @@ def test_triton_kernels_compile_for(capability: int, bits: int) -> None:
     constants = {"BITS": bits, "GROUP_WORDS": bits, "OUTPUTS": 8, "WORDS": 128}
     for kernel in (torch_kernels.gemv_kernel, torch_kernels.unpack_kernel):
         compile_for(capability, kernel, pointers, constants)
+    for rows, outputs in ((16, 16), (64, 64)):
+        fixed = constants | {"GROUP_WORDS": 2 * bits, "ROWS": rows, "OUTPUTS": outputs}
+        compile_for(capability, torch_kernels.gemm_kernel, pointers, fixed)
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_")

@@ -36,14 +36,19 @@ def test_kernels(fmt: Format, rows: int, columns: int) -> None:
     packed = PackedWeight.of(stored, DEVICE)
     expected = np.concatenate([matrix.dequantize() for matrix in stored])
     np.testing.assert_array_equal(host(torch_kernels.unpack(packed, torch.float32)), expected)
-    for count, outputs in ((1, 2), (3, 8)):
+    for count, outputs, words in ((1, 2, 256), (3, 8, 128)):
         x = random.standard_normal((count, columns)).astype(np.float32)
         on_device = torch.from_numpy(x).to(DEVICE)
-        product = host(torch_kernels.gemv(on_device, packed, outputs, 4))
+        product = host(torch_kernels.gemv(on_device, packed, outputs, 4, words))
         np.testing.assert_allclose(product, x @ expected.T, rtol=0, atol=1e-3)
-        half = torch_kernels.gemv(on_device.half(), packed, outputs, 4)
+        half = torch_kernels.gemv(on_device.half(), packed, outputs, 4, words)
         assert half.dtype == torch.float16
         np.testing.assert_allclose(host(half), x @ expected.T, rtol=0, atol=0.2)
+    for count in (3, 70):
+        x = random.standard_normal((count, columns)).astype(np.float32)
+        product = torch_kernels.gemm(torch.from_numpy(x).to(DEVICE).half(), packed, 16)
+        assert product.dtype == torch.float16
+        np.testing.assert_allclose(host(product), x @ expected.T, rtol=0, atol=0.2)
 
 
 @pytest.mark.parametrize("inner", [2, 4, 8])
