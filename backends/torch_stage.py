@@ -34,7 +34,7 @@ from backends.torch_layers import (
     PromptPass,
     TokenPass,
 )
-from backends.torch_matmul import KernelChooser, Linear, unpacked_linear
+from backends.torch_matmul import FEW_ROWS, KernelChooser, Linear, unpacked_linear
 from backends.torch_packed import PackedWeight, held_bytes, plain_weight
 from backends.torch_tokens import TokenRunner
 from model.artifact import Tensor, read_block
@@ -187,7 +187,8 @@ class TorchStage(Stage):
 
     def _prompt(self, slot: int, position: int, rows: Array) -> torch.Tensor:
         """Run all rows [n, width] through all blocks but the head: hidden fp32 [n, hidden]."""
-        result = self._decoder.run_chunk(slot, position, rows, PROMPT_ROWS)
+        size = FEW_ROWS if len(rows) <= FEW_ROWS else PROMPT_ROWS
+        result = self._decoder.run_chunk(slot, position, rows, size)
         if result is not None:
             return result
         hidden = torch.from_numpy(np.array(rows)).to(self._device)
@@ -230,6 +231,8 @@ class TorchStage(Stage):
             del last
             self._decoder.run([0], [0], np.zeros((1, self._width), np.float32))
             torch.cuda.current_stream(self._device).synchronize()
+            # The runs before a capture leave memory that only another capture could use.
+            torch.cuda.empty_cache()
         return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
 
 

@@ -269,6 +269,62 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_used(
     np.testing.assert_allclose(linear(x).numpy(), x.numpy() @ values(stored).T, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("tiles_us", "form", "kernels"),
+    [
+        # Seconds of a token count, and a sixteenth of a chunk's.
+        ({1: 5, 8: 5, 64: 90}, "packed", ("few", "few", "many")),
+        ({1: 2, 8: 2, 64: 50}, "int4", ("tiles", "tiles", "tiles")),
+        ({1: 5, 8: 5, 64: 9}, "int4", ("tiles", "tiles", "tiles")),
+    ],
+)
+def test_the_fastest_form_for_tokens_and_prompts_is_kept(
+    tiles_us: dict[int, int],
+    form: str,
+    kernels: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    times_us = {
+        "few": {1: 6, 8: 8, 64: 300},
+        "many": {1: 30, 8: 30, 64: 30},
+        "tiles": tiles_us,
+    }
+
+    def named(name: str) -> Any:
+        def kernel(x: Any, weight: Any) -> Any:
+            kernel.last = name, len(x)  # type: ignore[attr-defined]
+            return torch_matmul._multiply_plainly(x, weight)
+
+        return kernel
+
+    every = {name: named(name) for name in times_us}
+    packed, *_ = candidate_forms(CPU, torch.float32, exact=True)
+    few_and_many = {name: every[name] for name in ("few", "many")}
+    forms = [
+        Form("packed", packed.convert, few_and_many, 1e-5),
+        Form("int4", packed.convert, {"tiles": every["tiles"]}, 2e-2, {"tiles": torch.float64}),
+    ]
+    monkeypatch.setattr(torch_matmul, "candidate_forms", lambda *_, **__: forms)
+
+    def seconds(call: Any, *_: object) -> float:
+        name = next(name for name, kernel in every.items() if kernel is call.func)
+        return times_us[name][len(call.args[0])] * 1e-6
+
+    monkeypatch.setattr(torch_matmul, "seconds", seconds)
+    stored = matrices(Format.of(4, "rtn", 32), 16, 128)
+    with caplog.at_level(logging.INFO):
+        linear = KernelChooser(CPU, exact=False, roomy=True).linear(
+            PackedWeight.of(stored, CPU), None, torch.float32
+        )
+    assert f"kept {form}, multiplied by {kernels[0]} (" in caplog.text
+    for rows, name in zip((1, 8, 64), kernels, strict=True):
+        x = torch.randn((rows, 128), generator=torch.Generator().manual_seed(0))
+        np.testing.assert_allclose(linear(x).numpy(), x.numpy() @ values(stored).T, atol=1e-4)
+        assert every[name].last == (name, rows)
+        assert linear.takes(rows) == (torch.float64 if name == "tiles" else torch.float32)
+
+
 @pytest.mark.parametrize("name", ["mistral", "opt-post"])
 def test_token_passes_of_every_length(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
