@@ -174,8 +174,8 @@ class TokenRunner:
     def _capture(self, key: Key, compute: Callable[[], None], buffers: Buffers) -> None:
         """Run and capture the pass. Keep the graph if its results agree, else stop using graphs.
 
-        Graphs of tokens stay if one of a prompt fails.
-        These runs may leave anything in the rows of the pass, which therefore runs again.
+        Graphs of tokens stay if one of a prompt fails. These runs may leave anything in the rows of
+        the pass, which therefore runs again.
         """
         if self._stream is None:
             # Captures share the memory of their pool only on one stream.
@@ -205,6 +205,9 @@ class TokenRunner:
             if key[0] == "tokens":
                 self._captures = False
                 self._graphs.clear()
+            elif not self._graphs and self._pool is not None:
+                # A pool ends with its last graph.
+                self._pool = torch.cuda.graph_pool_handle()
 
     def _record(self, compute: Callable[[], None], rows: int) -> Any:
         """Return the graph of a pass, or the graphs of its pieces. Raises RuntimeError."""
