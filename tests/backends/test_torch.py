@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -488,6 +490,29 @@ def test_without_graphs_a_gpu_gives_the_same(
     assert "without CUDA graphs" in caplog.text
     check(stage_logits(stage, tokens(spec, 9)), reference(spec, artifacts, 9), 1e-5)
     stage.close()
+
+
+def test_on_a_gpu_stages_of_a_process_capture_at_any_time(
+    gpu: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of three threads loads a stage, captures graphs of several lengths, and closes it."""
+    monkeypatch.setattr(torch_tokens, "SHORTEST_LENGTH", 4)
+    spec, artifacts = stored_model(tmp_path, "llama", 8)
+    sequence, expected = tokens(spec, 24), reference(spec, artifacts, 24)
+    start = threading.Barrier(3)
+
+    def run() -> None:
+        start.wait(60)
+        for _ in range(2):
+            stage = gpu.load(spec, artifacts, OPTIONS)
+            check(stage_logits(stage, sequence), expected, 1e-5)
+            stage.close()
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(run) for _ in range(3)]:
+            done.result(120)
+    assert "without CUDA graphs" not in caplog.text
+    assert "is not used" not in caplog.text
 
 
 def matrices(fmt: Format, rows: int, columns: int) -> list[QuantizedMatrix]:
