@@ -133,13 +133,16 @@ class Residual:
 def add_norm(
     hidden: torch.Tensor, part: torch.Tensor | None, norm: Norm, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return hidden + part, fp32 [n, width], and its norm in ``dtype``."""
+    """Return hidden + part, fp32 [n, width], and its norm in ``dtype``.
+
+    Without a part, ``hidden`` may have any dtype and is returned as it is.
+    """
     total = hidden if part is None else hidden + part
-    shape, weight = norm.weight.shape, norm.weight
+    rows, shape, weight = total.float(), norm.weight.shape, norm.weight
     if norm.bias is None:
-        normed = functional.rms_norm(total, shape, weight, norm.epsilon)
+        normed = functional.rms_norm(rows, shape, weight, norm.epsilon)
     else:
-        normed = functional.layer_norm(total, shape, weight, norm.bias, norm.epsilon)
+        normed = functional.layer_norm(rows, shape, weight, norm.bias, norm.epsilon)
     return total, normed.to(dtype)
 
 
@@ -318,8 +321,8 @@ class _Checks:
         norm = Norm(self._random(width), bias, 1e-5)
         worst = 0.0
         for rows, dtype in self._cases():
-            hidden = self._random(rows, width)
-            for part in (None, self._random(rows, width).to(dtype)):
+            first, second = self._random(2, rows, width)
+            for hidden, part in ((first, None), (first.to(dtype), None), (first, second.to(dtype))):
                 total, normed = candidate(hidden, part, norm, dtype)
                 expected, expected_normed = add_norm(hidden, part, norm, dtype)
                 worst = _worst(worst, (total, expected), (normed, expected_normed))

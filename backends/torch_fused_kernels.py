@@ -32,7 +32,7 @@ def _add_norm(
     column = tl.arange(0, BLOCK)
     exists = column < WIDTH
     at = row * WIDTH + column
-    x = tl.load(hidden + at, mask=exists, other=0.0)
+    x = tl.load(hidden + at, mask=exists, other=0.0).to(tl.float32)
     if ADDS:
         x += tl.load(part + at, mask=exists, other=0.0).to(tl.float32)
         tl.store(total + at, x, mask=exists)
@@ -145,7 +145,10 @@ def add_norm(
     epsilon: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return hidden + part, fp32 [n, width], and its norm in ``dtype``."""
+    """Return hidden + part, fp32 [n, width], and its norm in ``dtype``.
+
+    Without a part, ``hidden`` may have any dtype and is returned as it is.
+    """
     hidden = hidden.contiguous()
     rows, width = hidden.shape
     total = hidden if part is None else torch.empty_like(hidden)
