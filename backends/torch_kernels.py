@@ -25,6 +25,7 @@ def _gemv(
     scales: tl.tensor,
     zeros: tl.tensor,
     result: tl.tensor,
+    rows: tl.tensor,
     outputs: tl.tensor,
     row_words: tl.tensor,
     columns: tl.tensor,
@@ -34,46 +35,39 @@ def _gemv(
     zero_group: tl.tensor,
     BITS: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
     WORDS: tl.constexpr,
 ) -> None:
-    """Compute OUTPUTS outputs of one row of x in one program. Sums are fp32."""
+    """Compute one output of one row of x in one program, WORDS words at a time. Sums are fp32.
+
+    A thread has a word with the values that its codes multiply, and adds them up by itself. Threads
+    exchange nothing before the end.
+    """
     PER_WORD: tl.constexpr = 32 // BITS
     MASK: tl.constexpr = (1 << BITS) - 1
     # Programs that read the same weights for different rows of x run next to each other.
-    row = tl.program_id(0)
-    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    output_exists = output < outputs
-    wide = output.to(tl.int64)  # Offsets into a large head exceed 32 bits.
+    row = tl.program_id(0) % rows
+    output = (tl.program_id(0) // rows).to(tl.int64)  # Offsets into a large head exceed 32 bits.
     code = tl.arange(0, PER_WORD)
-    sums = tl.zeros((OUTPUTS, WORDS), dtype=tl.float32)
+    sums = tl.zeros((WORDS,), dtype=tl.float32)
     for first in range(0, row_words, WORDS):
         word = first + tl.arange(0, WORDS)
-        exists = output_exists[:, None] & (word < row_words)[None, :]
+        exists = word < row_words
         group = word // GROUP_WORDS
-        packed = tl.load(words + wide[:, None] * row_words + word[None, :], mask=exists, other=0)
+        packed = tl.load(words + output * row_words + word, mask=exists, other=0)
         scale = tl.load(
-            scales + wide[:, None] * scale_row + group[None, :] * scale_group,
-            mask=exists,
-            other=0.0,
+            scales + output * scale_row + group * scale_group, mask=exists, other=0.0
         ).to(tl.float32)
-        zero = tl.load(
-            zeros + wide[:, None] * zero_row + group[None, :] * zero_group, mask=exists, other=0
-        ).to(tl.float32)
-        column = word[:, None] * PER_WORD + code[None, :]  # [WORDS, PER_WORD]
+        zero = tl.load(zeros + output * zero_row + group * zero_group, mask=exists, other=0)
+        column = word[:, None] * PER_WORD + code[None, :]
         values = tl.load(x + row * columns + column, mask=column < columns, other=0.0)
         # The mask removes the sign that a right shift drags in. A code in the low bits of the float
         # 2^23 reads as 2^23 + code. This is one logical operation, and conversions run at a
         # fraction of its speed.
-        codes = ((packed[:, :, None] >> (code * BITS)[None, None, :]) & MASK) | 0x4B000000
-        steps = codes.to(tl.float32, bitcast=True) - (zero + 8388608.0)[:, :, None]  # exact
-        sums += tl.sum(steps * values.to(tl.float32)[None, :, :], axis=2) * scale
-    total = tl.sum(sums, axis=1)
-    tl.store(
-        result + row * outputs + output,
-        total.to(result.dtype.element_ty),
-        mask=output_exists,
-    )
+        codes = ((packed[:, None] >> (code * BITS)[None, :]) & MASK) | 0x4B000000
+        steps = codes.to(tl.float32, bitcast=True) - (zero.to(tl.float32) + 8388608.0)[:, None]
+        sums += tl.sum(steps * values.to(tl.float32), axis=1) * scale
+    total = tl.sum(sums, axis=0)
+    tl.store(result + row * outputs + output, total.to(result.dtype.element_ty))
 
 
 def _gemm(
@@ -210,29 +204,30 @@ def _unpack_tiles(
 
 
 # Decorators of an untyped library would leave the functions untyped.
-gemv_kernel = triton.jit(_gemv)
+# Were it known that rows are aligned, a thread would load four words at once, and the threads would
+# have to exchange them.
+gemv_kernel = triton.jit(_gemv, do_not_specialize=["row_words"])
 gemm_kernel = triton.jit(_gemm)
 unpack_kernel = triton.jit(_unpack)
 unpack_tiles_kernel = triton.jit(_unpack_tiles)
 
 
-def gemv(
-    x: torch.Tensor, weight: PackedWeight, outputs_per_program: int, warps: int, words: int = 128
-) -> torch.Tensor:
+def gemv(x: torch.Tensor, weight: PackedWeight, warps: int, words: int) -> torch.Tensor:
     """Multiply x [n, K] by the packed weight to [n, N] of x's dtype. Meant for few rows.
 
-    A step takes ``words`` words of a row, which are consecutive.
+    A step of a program takes ``words`` consecutive words of a row.
     """
     x = x.contiguous()
     outputs = weight.words.shape[0]
     result = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
-    grid = (x.shape[0], triton.cdiv(outputs, outputs_per_program))
-    gemv_kernel[grid](
+    # Only a grid's first dimension may exceed 65,535.
+    gemv_kernel[(len(x) * outputs,)](
         x,
         weight.words,
         weight.scales,
         weight.zeros,
         result,
+        len(x),
         outputs,
         weight.words.shape[1],
         weight.columns,
@@ -240,7 +235,6 @@ def gemv(
         *weight.zeros.stride(),
         BITS=weight.bits,
         GROUP_WORDS=weight.group_size * weight.bits // 32,
-        OUTPUTS=outputs_per_program,
         WORDS=words,
         num_warps=warps,
     )

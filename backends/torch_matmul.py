@@ -78,8 +78,8 @@ _IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError,
 Parts may be missing or fail to load, the driver may be missing, or its interface may differ.
 """
 
-GEMV_SHAPES = ((2, 4, 128), (8, 8, 128), (2, 4, 256), (4, 8, 256))
-"""Outputs and warps of a Triton program, and the words of a row that it takes in one step."""
+GEMV_SHAPES = ((1, 256), (4, 256), (4, 512), (8, 1024))
+"""Warps of a Triton program for few rows, and the words of a row that it takes in one step."""
 
 GEMM_OUTPUTS = (16, 64)
 """Outputs of a Triton program that multiplies many rows."""

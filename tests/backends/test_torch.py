@@ -135,7 +135,7 @@ def test_triton_kernels_compile_for(capability: int, bits: int) -> None:
     from backends import torch_kernels
 
     pointers = {"x": "*fp16", "words": "*i32", "scales": "*fp16", "zeros": "*u8", "result": "*fp16"}
-    constants = {"BITS": bits, "GROUP_WORDS": bits, "OUTPUTS": 8, "WORDS": 128}
+    constants = {"BITS": bits, "GROUP_WORDS": bits, "WORDS": 256}
     for kernel in (torch_kernels.gemv_kernel, torch_kernels.unpack_kernel):
         compile_for(capability, kernel, pointers, constants)
     for rows, outputs in ((16, 16), (64, 64)):

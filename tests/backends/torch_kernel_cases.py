@@ -36,12 +36,12 @@ def test_kernels(fmt: Format, rows: int, columns: int) -> None:
     packed = PackedWeight.of(stored, DEVICE)
     expected = np.concatenate([matrix.dequantize() for matrix in stored])
     np.testing.assert_array_equal(host(torch_kernels.unpack(packed, torch.float32)), expected)
-    for count, outputs, words in ((1, 2, 256), (3, 8, 128)):
+    for count, warps, words in ((1, 1, 256), (3, 4, 128)):
         x = random.standard_normal((count, columns)).astype(np.float32)
         on_device = torch.from_numpy(x).to(DEVICE)
-        product = host(torch_kernels.gemv(on_device, packed, outputs, 4, words))
+        product = host(torch_kernels.gemv(on_device, packed, warps, words))
         np.testing.assert_allclose(product, x @ expected.T, rtol=0, atol=1e-3)
-        half = torch_kernels.gemv(on_device.half(), packed, outputs, 4, words)
+        half = torch_kernels.gemv(on_device.half(), packed, warps, words)
         assert half.dtype == torch.float16
         np.testing.assert_allclose(host(half), x @ expected.T, rtol=0, atol=0.2)
     for count in (3, 70):
