@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -206,13 +207,22 @@ BY_TORCH = Steps(add_norm, place, activate)
 # ---- by Triton, where it is right ---------------------------------------------------------------
 
 
+Checked = dict[tuple[object, ...], bool]
+
+CHECKED: Checked = {}
+"""The kernels that this process checked, by shape, and whether they were right."""
+
+
 class StepChooser:
     """Chooses how the layers and the head of a stage do their steps. Each shape is checked once."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, checked: Checked | None = None) -> None:
+        """``checked`` has the results of earlier checks, to which it adds its own."""
         self._device = device
         self._kernels = load_kernels(device)
-        self._right: dict[tuple[object, ...], bool] = {}
+        self._right = {} if checked is None else checked
+        self.checked_s = 0.0
+        """The seconds that the checks took."""
 
     def layer(
         self,
@@ -260,8 +270,9 @@ class StepChooser:
 
     def _passes(self, name: str, shape: tuple[object, ...], check: Callable[[], float]) -> bool:
         """Whether a kernel does a step like torch. The log names it if not."""
-        key = name, *shape
+        key = self._device, name, *shape
         if key not in self._right:
+            started_s = time.perf_counter()
             try:
                 worst = check()
                 if not worst <= 1:
@@ -272,6 +283,7 @@ class StepChooser:
                 # base class. Any failure costs only this kernel.
                 give_up(f"triton/{name}", failure)
                 self._right[key] = False
+            self.checked_s += time.perf_counter() - started_s
         return self._right[key]
 
 

@@ -205,9 +205,9 @@ def _unpack_tiles(
 
 # Decorators of an untyped library would leave the functions untyped.
 # Were it known that rows are aligned, a thread would load four words at once, and the threads would
-# have to exchange them.
-gemv_kernel = triton.jit(_gemv, do_not_specialize=["row_words"])
-gemm_kernel = triton.jit(_gemm)
+# have to exchange them. The number of rows would only cost a compilation for each.
+gemv_kernel = triton.jit(_gemv, do_not_specialize=["row_words", "rows"])
+gemm_kernel = triton.jit(_gemm, do_not_specialize=["rows"])
 unpack_kernel = triton.jit(_unpack)
 unpack_tiles_kernel = triton.jit(_unpack_tiles)
 

@@ -25,10 +25,11 @@ import functools
 import importlib
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
@@ -51,6 +52,12 @@ FEW_ROWS = 8
 MEASURED_ROWS = (1, FEW_ROWS, 64)
 """The rows of a token, of several sequences' tokens, and of a prompt's chunk."""
 
+CLEARLY_FASTER = 0.95
+"""A candidate that takes less than this part of an earlier one's time replaces it."""
+
+_LAST_RESORT_S = 1e9
+"""Stands for the time of torch unpacking and multiplying, where there are other kernels."""
+
 PROMPT_CHUNKS = 1 / 16
 """The chunks of prompts for each token, where a chat's prompts have four times its answers' rows.
 
@@ -65,6 +72,8 @@ fp16 rounds a weight and a result by 2^-11 each, bfloat16 by 2^-9.
 
 INT4_TOLERANCE = 2e-2
 """bfloat16 rounds inputs, scales, zeros and results by 2^-9 each, which random signs average."""
+
+Candidate = TypeVar("Candidate")
 
 _OPERATOR_ERRORS = (RuntimeError, AttributeError, TypeError, ValueError, MemoryError)
 """The errors of a torch operator that fails, is absent or takes other arguments.
@@ -178,22 +187,40 @@ def unpacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return Linear(weight, (_multiply_unpacked,) * 3, bias, held_bytes(weight), takes)
 
 
+Choices = dict[tuple[object, ...], Choice]
+
+CHOICES: Choices = {}
+"""The choices of this process. A later stage of the same layouts loads faster, and rounds alike."""
+
+
 class KernelChooser:
     """Makes packed matrices into ``Linear``, and measures each layout once."""
 
-    def __init__(self, device: torch.device, *, exact: bool, roomy: bool) -> None:
-        """``roomy`` means that matrices may take more memory than their packed codes."""
+    def __init__(
+        self, device: torch.device, *, exact: bool, roomy: bool, choices: Choices | None = None
+    ) -> None:
+        """``roomy`` means that matrices may take more memory than their packed codes.
+
+        ``choices`` are earlier ones, to which it adds its own.
+        """
         self._device = device
         self._exact = exact
         self._roomy = roomy
-        self._choices: dict[tuple[object, ...], Choice] = {}
+        self._choices = {} if choices is None else choices
         self.scratch_bytes = 0
         """The memory that the chosen kernels take while they run, on a CPU."""
+        self.chosen_s = 0.0
+        """The seconds that it took to choose."""
 
     def linear(self, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
-        layout = (weight.shape, weight.bits, weight.group_size, weight.scales.dtype, dtype)
+        layout = (
+            *(self._device, self._exact, self._roomy, dtype),
+            *(weight.shape, weight.bits, weight.group_size, weight.scales.dtype),
+        )
         if layout not in self._choices:
+            started_s = time.perf_counter()
             choice = self._choose(weight, dtype)
+            self.chosen_s += time.perf_counter() - started_s
             self._choices[layout] = choice
             log.info(
                 "%d x %d at %d bits: kept %s, multiplied by %s",
@@ -221,42 +248,47 @@ class KernelChooser:
         plain = forms[0]
         if len(forms) == 1 and len(plain.kernels) == 1:
             return Choice(plain, tuple(plain.kernels) * len(MEASURED_ROWS))
-        measured = [self._measure(form, weight, dtype) for form in forms]
+        samples = _Samples(weight)
+        measured = [self._measure(form, weight, dtype, samples) for form in forms]
         choices = [choice for choice in measured if choice is not None]
         if not choices:
             return Choice(plain, ("torch",) * len(MEASURED_ROWS))
-        return min(choices, key=lambda choice: choice.cost)
+        return choices[_fastest({index: choice.cost for index, choice in enumerate(choices)})]
 
-    def _measure(self, form: Form, weight: PackedWeight, dtype: torch.dtype) -> Choice | None:
+    def _measure(
+        self, form: Form, weight: PackedWeight, dtype: torch.dtype, samples: _Samples
+    ) -> Choice | None:
         """Return the best kernels of a form, or None if none is right."""
         try:
             held = form.convert(weight)
         except _OPERATOR_ERRORS as error:
             give_up(form.name, error)
             return None
-        times = {name: self._times(form, name, held, weight, dtype) for name in form.kernels}
+        times = {
+            name: [_LAST_RESORT_S] * len(MEASURED_ROWS)
+            if name == "torch" and len(form.kernels) > 1
+            else self._times(form, name, held, form.takes.get(name, dtype), samples)
+            for name in form.kernels
+        }
         del held
         fastest = tuple(
-            min(times, key=lambda name: times[name][index]) for index in range(len(MEASURED_ROWS))
+            _fastest({name: each[index] for name, each in times.items()})
+            for index in range(len(MEASURED_ROWS))
         )
         best_s = tuple(times[name][index] for index, name in enumerate(fastest))
         return None if math.inf in best_s else Choice(form, fastest, best_s)
 
     def _times(
-        self, form: Form, name: str, held: Any, weight: PackedWeight, dtype: torch.dtype
+        self, form: Form, name: str, held: Any, takes: torch.dtype, samples: _Samples
     ) -> list[float]:
         """Return seconds at each of MEASURED_ROWS, or infinities if the kernel fails."""
         kernel, times = form.kernels[name], []
-        generator = torch.Generator().manual_seed(0)
-        takes = form.takes.get(name, dtype)
         try:
-            for rows in MEASURED_ROWS:
-                x = torch.randn((rows, weight.columns), generator=generator).to(self._device, takes)
+            for x, expected in samples.of(takes):
                 with warnings.catch_warnings():
                     # Compiler warnings that no user here can act on.
                     warnings.simplefilter("ignore")
-                    kernel(x, held)
-                error = relative_error(kernel(x, held), _multiply_plainly(x.float(), weight))
+                    error = relative_error(kernel(x, held), expected)
                 if not error <= form.tolerance:
                     raise ArithmeticError(f"its results are off by {error:.2g}")
                 call = functools.partial(kernel, x)
@@ -266,8 +298,35 @@ class KernelChooser:
             # class. Any failure costs only this kernel.
             give_up(f"{form.name}/{name}", failure)
             return [math.inf] * len(MEASURED_ROWS)
-        log.debug("%d x %d: %s", *weight.shape, _with_times((f"{form.name}/{name}",) * 3, times))
+        log.debug("%s", _with_times((f"{form.name}/{name}",) * 3, times))
         return times
+
+
+class _Samples:
+    """Random rows, and their products with a matrix in fp32."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        self._weight = weight
+        self._samples: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def of(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return rows in ``dtype`` with their products, for each of MEASURED_ROWS."""
+        if dtype not in self._samples:
+            generator = torch.Generator().manual_seed(0)
+            shape, device = (MEASURED_ROWS[-1], self._weight.columns), self._weight.words.device
+            rows = torch.randn(shape, generator=generator).to(device, dtype)
+            products = _multiply_plainly(rows.float(), self._weight)
+            self._samples[dtype] = [(rows[:n], products[:n]) for n in MEASURED_ROWS]
+        return self._samples[dtype]
+
+
+def _fastest(times_s: Mapping[Candidate, float]) -> Candidate:
+    """Return the first candidate that no other beats clearly, so that noise decides little."""
+    best, *others = times_s
+    for name in others:
+        if times_s[name] < CLEARLY_FASTER * times_s[best]:
+            best = name
+    return best
 
 
 def candidate_forms(device: torch.device, dtype: torch.dtype, *, exact: bool) -> list[Form]:

@@ -6,7 +6,9 @@ chunk run at once and eagerly there, because all members must add up the same ro
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -25,7 +27,7 @@ from backends.base import (
 from backends.checks import check_inputs, check_rows
 from backends.torch_capture import DEVICE
 from backends.torch_cuts import Cut, without_team
-from backends.torch_fused import Cache, Residual, StepChooser
+from backends.torch_fused import CHECKED, Cache, Residual, StepChooser
 from backends.torch_layers import (
     EmbeddingTail,
     Head,
@@ -34,7 +36,7 @@ from backends.torch_layers import (
     PromptPass,
     TokenPass,
 )
-from backends.torch_matmul import FEW_ROWS, KernelChooser, Linear, unpacked_linear
+from backends.torch_matmul import CHOICES, FEW_ROWS, KernelChooser, Linear, unpacked_linear
 from backends.torch_packed import PackedWeight, held_bytes, plain_weight
 from backends.torch_tokens import TokenRunner
 from model.artifact import Tensor, read_block
@@ -42,6 +44,8 @@ from model.costs import kv_bytes, stage_buffer_bytes
 from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import QUANTIZED_TENSORS, ModelSpec
+
+log = logging.getLogger(__name__)
 
 PROMPT_ROWS = 64
 """The rows of a prompt that run at once, as in plans."""
@@ -68,6 +72,7 @@ class TorchStage(Stage):
         self._cut = None
         if options.team_sum is not None:
             self._cut = Cut(options.team_sum, device, spec.hidden)
+        started_s = time.perf_counter()
         loader = _Loader(spec, artifacts, options, device, self._cut)
         for block, path in artifacts:
             loader.add(block, path)
@@ -90,8 +95,16 @@ class TorchStage(Stage):
             min(PROMPT_ROWS, options.context_tokens),
             options.context_tokens,
         )
+        loaded_s = time.perf_counter() - started_s
         used = self._warm_up() or estimate + loader.scratch_bytes
         self._memory_bytes = loader.memory_bytes + used
+        log.info(
+            "loaded in %.1f s, of which choosing kernels %.1f s and checking steps %.1f s; first "
+            "passes and captures %.1f s",
+            loaded_s,
+            *loader.checks_s,
+            time.perf_counter() - started_s - loaded_s,
+        )
 
     @property
     def memory_bytes(self) -> int:
@@ -216,15 +229,16 @@ class TorchStage(Stage):
         """
         if self._device.type != "cuda":
             return 0
-        torch.cuda.reset_peak_memory_stats(self._device)
-        before_bytes = torch.cuda.memory_allocated(self._device)
         count = min(PROMPT_ROWS, self._options.context_tokens)
         with (
-            DEVICE.shared(),
+            # Peaks are those of the process, so other stages must not allocate meanwhile.
+            DEVICE.exclusive(),
             translated("cannot run the stage"),
             torch.inference_mode(),
             without_team(self._cut),
         ):
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before_bytes = torch.cuda.memory_allocated(self._device)
             last = self._prompt(0, 0, np.zeros((count, self._width), np.float32))[-1:]
             if self._head is not None:
                 self._head(Residual(last))
@@ -233,7 +247,7 @@ class TorchStage(Stage):
             torch.cuda.current_stream(self._device).synchronize()
             # The runs before a capture leave memory that only another capture could use.
             torch.cuda.empty_cache()
-        return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
+            return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
 
 
 class _Loader:
@@ -251,10 +265,9 @@ class _Loader:
         self._options = options
         self._device = device
         self._cut = cut
-        self._chooser = KernelChooser(
-            device, exact=options.exact, roomy=_has_room(spec, artifacts, options, device)
-        )
-        self._steps = StepChooser(device)
+        roomy = _has_room(spec, artifacts, options, device)
+        self._chooser = KernelChooser(device, exact=options.exact, roomy=roomy, choices=CHOICES)
+        self._steps = StepChooser(device, CHECKED)
         self._rotary: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tokens: QuantizedMatrix | None = None
         self.tail: EmbeddingTail | None = None
@@ -265,6 +278,11 @@ class _Loader:
     @property
     def scratch_bytes(self) -> int:
         return self._chooser.scratch_bytes
+
+    @property
+    def checks_s(self) -> tuple[float, float]:
+        """The seconds that choosing kernels took, and those of checking steps."""
+        return self._chooser.chosen_s, self._steps.checked_s
 
     def add(self, block: int, path: Path) -> None:
         fmt, tensors = read_block(path, self._spec, block)

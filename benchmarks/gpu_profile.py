@@ -98,20 +98,23 @@ class Model:
 
 
 @contextmanager
-def loaded(spec: ModelSpec, bits: int, backend: Backend, options: StageOptions) -> Iterator[Stage]:
+def loaded(
+    spec: ModelSpec, bits: int, backend: Backend, options: StageOptions
+) -> Iterator[tuple[Stage, float]]:
+    """Yield a stage of random weights, and the seconds of its load."""
     formats = [Format.of(bits)] * spec.block_count
     with TemporaryDirectory(prefix=".shoal-bench-") as name:
         artifacts = list(random_artifacts(Path(name), spec, range(spec.block_count), formats))
+        started_s = time.perf_counter()
         with closing(backend.load(spec, artifacts, options)) as stage:
-            yield stage
+            yield stage, time.perf_counter() - started_s
 
 
 def measure(shape: str, bits: int, asked: argparse.Namespace) -> Report:
     spec, backend = shape_spec(shape), backend_class(asked.backend)()
     count = max(asked.context + TIMED_TOKENS, PROFILED_CHUNKS * CHUNK)
-    started_s = time.perf_counter()
-    with loaded(spec, bits, backend, StageOptions(2, count, asked.threads)) as stage:
-        load_s = time.perf_counter() - started_s
+    options = StageOptions(2, count, asked.threads)
+    with loaded(spec, bits, backend, options) as (stage, load_s):
         model = Model(spec, stage, count)
 
         def token_ms(past: int) -> float:

@@ -327,6 +327,27 @@ def test_the_fastest_form_for_tokens_and_prompts_is_kept(
         assert linear.takes(rows) == (torch.float64 if name == "tiles" else torch.float32)
 
 
+def test_a_later_stage_of_the_same_layouts_takes_their_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it loads faster, and gives the same results to the last bit."""
+    timed = []
+
+    def seconds(*_: object) -> float:
+        timed.append(1)
+        return 1e-3
+
+    monkeypatch.setattr(torch_matmul, "seconds", seconds)
+    choices: torch_matmul.Choices = {}
+    packed = PackedWeight.of(matrices(Format.of(4, "rtn", 32), 16, 128), CPU)
+    counts = []
+    for exact in (False, False, True):
+        chooser = KernelChooser(CPU, exact=exact, roomy=True, choices=choices)
+        chooser.linear(packed, None, torch.float32)
+        counts.append(len(timed))
+    assert 0 < counts[0] == counts[1] < counts[2]
+
+
 @pytest.mark.parametrize("name", ["mistral", "opt-post"])
 def test_token_passes_of_every_length(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
