@@ -27,6 +27,7 @@ from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
 from agent.integrity import Contents, Watch, load_whole
 from agent.links import Link, Measuring
+from agent.pace import PacedStage
 from agent.peers import Entrance, PeerServer, connect_peer, measure_link_steadily
 from agent.quality import StreamedModel, measure_quality
 from agent.quiet import Cancelled, Figures, QuietMoments
@@ -130,6 +131,7 @@ class Agent:
         self._relay: Relay | None = None
         """Runs the stage, unless another member of its team leads."""
         self._team: Team | None = None
+        self._paced: PacedStage | None = None
         """The team of the stage. None if this device is alone or has no stage."""
         self._watch: Watch | None = None
         """Hashes the remaining files of the stage, until it is done."""
@@ -381,7 +383,10 @@ class Agent:
     def _beat(self, connection: Connection, ended: threading.Event) -> None:
         try:
             while not ended.wait(limits.HEARTBEAT_S):
-                connection.send(Heartbeat(psutil.virtual_memory().available))
+                paced = self._paced
+                epoch, token_s = (0, 0.0) if paced is None else (paced.epoch, paced.token_s)
+                available_bytes = psutil.virtual_memory().available
+                connection.send(Heartbeat(available_bytes, epoch, token_s))
         except WireError:
             pass  # The reader of the connection sees the loss too, and decides.
 
@@ -610,6 +615,9 @@ class Agent:
         )
         self._had_damage = False
         self._team = self._peers.team = team
+        self._paced = stage if isinstance(stage, PacedStage) else None
+        if team is not None:
+            self._paced = team.paced
         if team is None or team.leads:
             self._relay = Relay(
                 stage,
@@ -665,7 +673,7 @@ class Agent:
 
         artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
         if team is None:
-            return load(spec, artifacts)
+            return PacedStage(load(spec, artifacts), request.epoch)
         if not backend.probe().shares:
             raise BackendError(f"{self._config.backend} cannot run shares of layers")
         return team.load(load, artifacts)
@@ -737,6 +745,7 @@ class Agent:
     def _unload(self) -> None:
         self._peers.entrance = self._peers.team = None
         had_stage = self._has_stage
+        self._paced = None
         team, self._team = self._team, None
         if team is not None:
             team.stop()  # A pass that waits for another member ends at once.

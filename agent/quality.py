@@ -22,7 +22,7 @@ from calibration.quality.hops import measure_boundaries
 from calibration.quality.students import Options
 from model.artifact import read_block, values_of
 from model.errors import CheckpointError
-from model.quantize import BITS, Format
+from model.quantize import BITS, Format, QuantizedMatrix, own_format
 from model.spec import ModelSpec
 from wire.auth import Token
 from wire.messages import (
@@ -66,6 +66,19 @@ class StreamedModel:
         fmt, tensors = read_block(self._path(block), self.spec, block)
         self._formats[block] = fmt
         return {name: values_of(tensor) for name, tensor in tensors.items()}
+
+    def kept(self, block: int, fmt: Format) -> Mapping[str, QuantizedMatrix]:
+        """Return the matrices that came in ``fmt``. Raises the same errors as ``block``."""
+        if fmt.scheme == "float" or self.lossless_format(block) != fmt:
+            return {}
+        _, tensors = read_block(self._path(block), self.spec, block)
+        return {
+            name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedMatrix)
+        }
+
+    def format_of(self, block: int, fmt: Format) -> Format:
+        """Return the format in which the block came at its bits, or else ``fmt``."""
+        return own_format(self.lossless_format(block), fmt)
 
     def lossless_format(self, block: int) -> Format:
         """Return the format in which the block came. Raises the same errors as ``block``."""

@@ -150,7 +150,12 @@ class Relay:
             return "the coordinator sent a prompt that does not fit"
         if self._is_first and (prompt.min() < 0 or prompt.max() >= self._spec.vocab):
             return "the prompt has tokens outside the vocabulary"
-        return "the seed is negative" if message.sampling.seed < 0 else None
+        sampling = message.sampling
+        if not sampling.repetition_penalty > 0 or any(
+            not 0 <= token < self._spec.vocab for token in sampling.penalized
+        ):
+            return "the coordinator sent penalized tokens that do not fit"
+        return "the seed is negative" if sampling.seed < 0 else None
 
     def deliver(self, message: Message, payload: memoryview) -> None:
         """Take a data-plane message from a peer, and drop messages of another epoch."""

@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, or temperature with top-k and top-p.
+"""From logits to a token: repetition penalty, then greedy, or temperature with top-k and top-p.
 
 Nothing is sorted. One uniform number is looked up in the cumulative distribution. Sums of groups of
 weights find the group, and the weights of that group find the token.
@@ -84,14 +84,22 @@ _memory = _Memory()
 
 
 class Sampler:
-    """Draws the tokens of one sequence. Equal settings, positions and logits give equal tokens."""
+    """Draws the tokens of one sequence. Equal settings, positions and logits give equal tokens.
+
+    With a repetition penalty, the tokens before must be equal, too.
+    """
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
+        self._is_penalized = sampling.repetition_penalty != 1
+        self._before = np.unique(np.array(sampling.penalized, np.int64))
+        """The tokens of the prompt and of the answer, each once, if they are penalized."""
 
     @property
     def candidates(self) -> int:
         """How many of the highest logits ``sample`` needs, or ALL_LOGITS."""
+        if self._is_penalized:
+            return ALL_LOGITS
         if not self._sampling.temperature > 0 or self._sampling.top_k == 1:
             return 1
         return self._sampling.top_k if self._sampling.top_k > 0 else ALL_LOGITS
@@ -100,9 +108,28 @@ class Sampler:
         """Return the token at ``position`` by ``logits`` [vocab].
 
         Temperature 0 takes the highest logit. Of equal logits the lowest id ranks first, for
-        greedy, top_k and top_p. The token does not depend on earlier draws, so another device can
-        continue. Raises BackendError if the highest logit is not finite.
+        greedy, top_k and top_p. The draw does not depend on earlier ones, so another device that
+        knows the earlier tokens can continue. Raises BackendError if the highest logit is not
+        finite.
         """
+        if not self._is_penalized:
+            return self._choose(logits, position)
+        token = self._choose(self._penalize(logits), position)
+        if token not in self._before:
+            self._before = np.append(self._before, token)
+        return token
+
+    def _penalize(self, logits: Logits) -> Logits:
+        """Make the tokens of before less likely, or more likely with a penalty below 1."""
+        penalty = np.float32(self._sampling.repetition_penalty)
+        changed: Logits = logits.copy()
+        values = changed[self._before]
+        with np.errstate(over="ignore"):
+            changed[self._before] = np.where(values < 0, values * penalty, values / penalty)
+        return changed
+
+    def _choose(self, logits: Logits, position: int) -> int:
+        """Return the token by logits that are penalized already."""
         sampling = self._sampling
         best = int(logits.argmax())  # The first NaN, if there is one.
         if not math.isfinite(logits[best]):

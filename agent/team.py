@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from agent.mesh import Mesh, TeamLost, TeamStopped
+from agent.pace import PacedStage
 from agent.team_logits import JoinedLogits, encode_logits, pick
 from agent.team_sum import TeamSum
 from backends.base import ALL_LOGITS, Array, Artifacts, BackendError, Stage, Tokens
@@ -95,6 +96,8 @@ class Team:
         self.sum = TeamSum(self.mesh, spec.hidden, request.sum_bits)
         self.stage: Stage | None = None
         """The loaded stage, which is a LeadStage if this member leads."""
+        self.paced: PacedStage | None = None
+        """The stage of this member's share, which knows its pace."""
         self._thread: threading.Thread | None = None
 
     @property
@@ -112,7 +115,9 @@ class Team:
             raise BackendError("the coordinator sent blocks that this member cannot share")
         embedding = load(self.spec, whole) if whole else None
         try:
-            stage = load(self.own_spec, shared, self.sum)
+            stage = self.paced = PacedStage(
+                load(self.own_spec, shared, self.sum), self.epoch, lambda: self.sum.seconds
+            )
         except BaseException:  # Also when cancelled, the embedding does not stay.
             if embedding is not None:
                 embedding.close()

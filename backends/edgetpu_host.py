@@ -76,11 +76,26 @@ class HostLayer:
 
     def __call__(self, hidden: Array, spans: Sequence[Span]) -> Array:
         """Run ``hidden`` float32 [n, hidden], whose rows are those of the spans."""
-        if self._layer.norm_position == "pre":
-            hidden = hidden + self._attention(self._norm("attn_norm", hidden), spans)
-            return hidden + self._mlp(self._norm("mlp_norm", hidden))
-        hidden = self._norm("attn_norm", hidden + self._attention(hidden, spans))
-        return self._norm("mlp_norm", hidden + self._mlp(hidden))
+        hidden = self._left("attn", hidden, self._attention(self._entered("attn", hidden), spans))
+        return self._left("mlp", hidden, self._mlp(self._entered("mlp", hidden)))
+
+    def _entered(self, part: str, hidden: Array) -> Array:
+        """Return the rows that attention or MLP takes."""
+        if self._layer.norm_position in ("pre", "both"):
+            return self._norm(f"{part}_norm", hidden)
+        return hidden
+
+    def _left(self, part: str, hidden: Array, product: Array) -> Array:
+        """Return the hidden state after a part, of the rows before and its product."""
+        match self._layer.norm_position:
+            case "pre":
+                return hidden + product
+            case "post":
+                return self._norm(f"{part}_norm", hidden + product)
+            case "both":
+                return hidden + self._norm(f"{part}_out_norm", product)
+            case "output":
+                return hidden + self._norm(f"{part}_norm", product)
 
     def _linear(self, name: str, rows: Array) -> Array:
         result = self._products[name](rows)
@@ -98,11 +113,12 @@ class HostLayer:
     def _attention(self, rows: Array, spans: Sequence[Span]) -> Array:
         layer, count = self._layer, len(rows)
         bounds = np.cumsum([layer.heads, layer.kv_heads]) * layer.head_dim
-        q, k, v = (
-            part.reshape(count, -1, layer.head_dim)
-            for part in np.split(self._linear("qkv", rows), bounds, axis=1)
-        )
-        if layer.qk_norm:
+        q, k, v = np.split(self._linear("qkv", rows), bounds, axis=1)
+        if layer.qk_norm == "width":
+            q = _rms_norm(q, layer.norm_eps) * self._vectors["q_norm.weight"]
+            k = _rms_norm(k, layer.norm_eps) * self._vectors["k_norm.weight"]
+        q, k, v = (part.reshape(count, -1, layer.head_dim) for part in (q, k, v))
+        if layer.qk_norm == "head":
             q = _rms_norm(q, layer.norm_eps) * self._vectors["q_norm.weight"]
             k = _rms_norm(k, layer.norm_eps) * self._vectors["k_norm.weight"]
         mixed = np.empty((count, layer.heads * layer.head_dim), np.float32)
@@ -129,7 +145,10 @@ class HostLayer:
         split = queries.reshape(count, layer.kv_heads, group, layer.head_dim)
         split = split.transpose(1, 2, 0, 3).reshape(layer.kv_heads, -1, layer.head_dim)
         scores = split @ self._keys[slot, :, begin:end].transpose(0, 2, 1)
-        scores *= np.float32(layer.head_dim**-0.5)
+        scores *= np.float32(layer.score_factor)
+        if layer.score_cap is not None:
+            cap = np.float32(layer.score_cap)
+            scores = np.tanh(scores / cap) * cap
         if count > 1:
             distance = np.arange(position, end)[:, None] - np.arange(begin, end)
             hidden = (distance < 0) | (distance >= (window or end))

@@ -19,7 +19,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from backends.onnx_matrix import ByteMatrix, Matrix, PackedMatrix, stack_rows
-from model.spec import LayerSpec
+from model.experts import CLIPPED_ALPHA
+from model.spec import ExpertSpec, LayerSpec, ModelSpec
 
 MICROSOFT = "com.microsoft"
 OPSET = 21
@@ -30,6 +31,9 @@ INT8_ACTIVATIONS = 4
 
 Each block of a row is rounded on its own, and products are summed as integers.
 """
+
+ROUTED_OUTPUTS = ("normed", "scores")
+"""Outputs of a graph that ends before experts: their input rows, and the router's scores."""
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 Array: TypeAlias = npt.NDArray[np.float32]
@@ -228,6 +232,12 @@ class Graph:
         self.node(operator, inputs, [normed, "", "", total], MICROSOFT, epsilon=epsilon)
         return total, normed
 
+    def capped(self, value: str, cap: float) -> str:
+        """Compute cap * tanh(value / cap)."""
+        limit = self.weight(np.array([cap], np.float32))
+        (bent,) = self.node("Tanh", self.node("Div", [value, limit]))
+        return self.node("Mul", [bent, limit])[0]
+
 
 class LayerGraph:
     """A run of decoder layers in one graph: ``begin``, ``layer`` for each, ``finish``.
@@ -241,6 +251,9 @@ class LayerGraph:
 
     The outputs are ``output`` like ``hidden``, and ``key_i`` and ``value_i``. These are bound to
     the same memory as their past, so that only the new rows are written.
+
+    A layer with experts is the last one of its graph. ``output`` is then without its experts, and
+    the graph also has ROUTED_OUTPUTS.
     """
 
     def __init__(self, hidden: int, context: int, window_offset: int) -> None:
@@ -253,29 +266,40 @@ class LayerGraph:
         self._rotary: dict[Any, tuple[str, str]] = {}
         self._value = self.graph.input("hidden", TensorProto.FLOAT, ("b", "n", hidden))
         self._delta: str | None = None
+        self._routed_last = False
 
     def layer(
         self, layer: LayerSpec, weights: BlockWeights, rotary: tuple[Array, Array] | None
     ) -> None:
         """Append a layer. ``rotary`` has its cos and sin tables [context, head_dim / 2]."""
-        if layer.norm_position == "pre":
-            value, normed = self._settle(layer, "attn_norm", weights)
-            mixed = self._attention(layer, weights, normed, rotary)
-            value, attended = self._projected(weights, "o", mixed, value)
-            value, normed = self._add_norm(layer, "mlp_norm", weights, value, attended)
-            inner = self._mlp(layer, weights, normed)
-            self._value, self._delta = self._projected(weights, "down", inner, value)
-            return
-        value = self._sum()
-        mixed = self._attention(layer, weights, value, rotary)
+        inward = layer.norm_position in ("pre", "both")
+        if inward:
+            value, rows = self._settle(layer, "attn_norm", weights)
+        else:
+            value = rows = self._sum()
+        mixed = self._attention(layer, weights, rows, rotary)
         value, attended = self._projected(weights, "o", mixed, value)
-        _, value = self._add_norm(layer, "attn_norm", weights, value, attended)
-        inner = self._mlp(layer, weights, value)
+        attended = self._outward(layer, "attn", weights, attended)
+        if inward:
+            value, rows = self._add_norm(layer, "mlp_norm", weights, value, attended)
+        elif layer.norm_position == "post":
+            value = rows = self._add_norm(layer, "attn_norm", weights, value, attended)[1]
+        else:
+            value = rows = self.graph.node("Add", [value, attended])[0]
+        if layer.experts is not None:
+            self._routed(layer, layer.experts, weights, value, rows)
+            return
+        inner = self._mlp(layer, weights, rows)
         value, delta = self._projected(weights, "down", inner, value)
-        _, self._value = self._add_norm(layer, "mlp_norm", weights, value, delta)
+        if layer.norm_position == "post":
+            _, self._value = self._add_norm(layer, "mlp_norm", weights, value, delta)
+        else:
+            self._value, self._delta = value, self._outward(layer, "mlp", weights, delta)
 
     def finish(self) -> Graph:
         """Return the graph with its output in place."""
+        if self._routed_last:
+            return self.graph
         self.graph.output(self._sum(), "output", TensorProto.FLOAT, ("b", "n", self._hidden))
         return self.graph
 
@@ -290,14 +314,61 @@ class LayerGraph:
         if self._delta is not None:
             delta, self._delta = self._delta, None
             return self._add_norm(layer, name, weights, self._value, delta)
+        return self._value, self._norm(layer, name, weights, self._value)
+
+    def _outward(self, layer: LayerSpec, part: str, weights: BlockWeights, value: str) -> str:
+        """Apply the norm of a part's product, if the layer has one."""
+        match layer.norm_position:
+            case "both":
+                return self._norm(layer, f"{part}_out_norm", weights, value)
+            case "output":
+                return self._norm(layer, f"{part}_norm", weights, value)
+        return value
+
+    def _norm(self, layer: LayerSpec, name: str, weights: BlockWeights, value: str) -> str:
         scale, bias = weights.vectors[f"{name}.weight"], weights.vectors.get(f"{name}.bias")
-        return self._value, self.graph.norm(self._value, scale, bias, layer.norm_eps)
+        return self.graph.norm(value, scale, bias, layer.norm_eps)
 
     def _add_norm(
         self, layer: LayerSpec, name: str, weights: BlockWeights, value: str, delta: str
     ) -> tuple[str, str]:
         scale, bias = weights.vectors[f"{name}.weight"], weights.vectors.get(f"{name}.bias")
         return self.graph.add_norm(value, delta, scale, bias, layer.norm_eps)
+
+    def _routed(
+        self, layer: LayerSpec, experts: ExpertSpec, weights: BlockWeights, value: str, normed: str
+    ) -> None:
+        """End the graph before the experts of a layer, which take rows ``normed``."""
+        shared = self._shared_expert(layer, experts, weights, normed)
+        if shared is not None:
+            (value,) = self.graph.node("Add", [value, shared])
+        self.graph.output(value, "output", TensorProto.FLOAT, ("b", "n", self._hidden))
+        self._routed_outputs(experts, weights, normed)
+        self._routed_last = True
+
+    def _routed_outputs(self, experts: ExpertSpec, weights: BlockWeights, normed: str) -> None:
+        scores = self.graph.linear(
+            normed, weights.vectors["router.weight"], weights.vectors.get("router.bias")
+        )
+        widths = self._hidden, experts.count
+        for value, name, width in zip((normed, scores), ROUTED_OUTPUTS, widths, strict=True):
+            self.graph.output(value, name, TensorProto.FLOAT, ("b", "n", width))
+
+    def _shared_expert(
+        self, layer: LayerSpec, experts: ExpertSpec, weights: BlockWeights, value: str
+    ) -> str | None:
+        """Append the MLP that every row takes beside its experts, if there is one."""
+        if not experts.shared_ffn:
+            return None
+        widths = [experts.shared_ffn] * 2
+        gate, up = self._projections(weights, value, ("shared_gate", "shared_up"), widths)
+        (inner,) = self.graph.node("Mul", [activation(self.graph, layer, gate), up])
+        shared = self._linear(weights, inner, "shared_down")
+        if experts.shared_gate:
+            mix = self.graph.linear(value, weights.vectors["shared_mix.weight"])
+            (mix,) = self.graph.node("Sigmoid", [mix])
+            (shared,) = self.graph.node("Mul", [shared, mix])
+        return shared
 
     def _projected(
         self, weights: BlockWeights, name: str, inner: str, value: str
@@ -338,7 +409,7 @@ class LayerGraph:
         padded = width != layer.head_dim
         q_width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         packed = None
-        if not layer.qk_norm and not padded:
+        if layer.qk_norm == "none" and not padded:
             packed = self._joined(weights, value, ("q", "k", "v"))
         if packed is not None:
             queries = [packed, "", ""]
@@ -346,7 +417,12 @@ class LayerGraph:
             q, k, v = self._projections(
                 weights, value, ("q", "k", "v"), (q_width, kv_width, kv_width)
             )
-            if layer.qk_norm:
+            if layer.qk_norm == "width":
+                q, k = (
+                    graph.norm(each, weights.vectors[f"{name}_norm.weight"], None, layer.norm_eps)
+                    for name, each in (("q", q), ("k", k))
+                )
+            elif layer.qk_norm == "head":
                 q = self._head_norm(layer, weights.vectors["q_norm.weight"], q, layer.heads)
                 k = self._head_norm(layer, weights.vectors["k_norm.weight"], k, layer.kv_heads)
             if padded:
@@ -368,17 +444,24 @@ class LayerGraph:
         if rotary is not None:
             tables = list(self._rotary_tables(layer, rotary, width))
             attributes["do_rotary"] = 1
+        if layer.score_cap is not None:
+            attributes["softcap"] = layer.score_cap
         if layer.sliding_window is not None:
             attributes["local_window_size"] = layer.sliding_window - self._window_offset
+        sinks: list[str] = []
+        if layer.sinks:
+            # The inputs between are positions and a bias of the scores.
+            absent = [""] * (4 - len(tables))
+            sinks = [*absent, graph.weight(weights.vectors["sinks"])]
         attended = f"attended_{index}"
         graph.node(
             "GroupQueryAttention",
-            [*queries, *past, "seqlens_k", "total", *tables],
+            [*queries, *past, "seqlens_k", "total", *tables, *sinks],
             [attended, f"key_{index}", f"value_{index}"],
             MICROSOFT,
             num_heads=layer.heads,
             kv_num_heads=layer.kv_heads,
-            scale=layer.head_dim**-0.5,
+            scale=layer.score_factor,
             **attributes,
         )
         for kind in ("key", "value"):
@@ -422,20 +505,33 @@ class LayerGraph:
     def _mlp(self, layer: LayerSpec, weights: BlockWeights, value: str) -> str:
         if not layer.gated:
             raised = self._linear(weights, value, "up")
-            return self._activation(layer, raised)
+            return activation(self.graph, layer, raised)
         gate, up = self._projections(weights, value, ("gate", "up"), (layer.ffn, layer.ffn))
-        return self.graph.node("Mul", [self._activation(layer, gate), up])[0]
+        return self.graph.node("Mul", [activation(self.graph, layer, gate), up])[0]
 
-    def _activation(self, layer: LayerSpec, value: str) -> str:
-        match layer.activation:
-            case "relu":
-                return self.graph.node("Relu", [value])[0]
-            case "silu":
-                return self.graph.node("QuickGelu", [value], domain=MICROSOFT, alpha=1.0)[0]
-            case "gelu":
-                return self.graph.node("Gelu", [value])[0]
-            case "gelu_tanh":
-                return self.graph.node("Gelu", [value], approximate="tanh")[0]
+
+def activation(graph: Graph, layer: LayerSpec, value: str) -> str:
+    """Append the activation of a layer's MLP."""
+    match layer.activation:
+        case "relu":
+            return graph.node("Relu", [value])[0]
+        case "silu":
+            return graph.node("QuickGelu", [value], domain=MICROSOFT, alpha=1.0)[0]
+        case "gelu":
+            return graph.node("Gelu", [value])[0]
+        case "gelu_tanh":
+            return graph.node("Gelu", [value], approximate="tanh")[0]
+
+
+def clipped(graph: Graph, gate: str, up: str, limit: float) -> tuple[str, str]:
+    """Append the factors of a clipped SwiGLU (model.experts.clipped_swiglu)."""
+    low, high, one = (graph.weight(np.array([bound], np.float32)) for bound in (-limit, limit, 1))
+    (gate,) = graph.node("Min", [gate, high])
+    (gate,) = graph.node("QuickGelu", [gate], domain=MICROSOFT, alpha=CLIPPED_ALPHA)
+    (up,) = graph.node("Min", [up, high])
+    (up,) = graph.node("Max", [up, low])
+    (up,) = graph.node("Add", [up, one])
+    return gate, up
 
 
 def embedding_graph(embed_dim: int, project_in: Matrix) -> Graph:
@@ -447,26 +543,24 @@ def embedding_graph(embed_dim: int, project_in: Matrix) -> Graph:
     return graph
 
 
-def head_graph(hidden: int, vocab: int, weights: BlockWeights, norm_epsilon: float | None) -> Graph:
-    """Run ``hidden`` [1, n, hidden] through final norm, projection and LM head to ``output``.
-
-    ``norm_epsilon`` is None if there is no final norm.
-    """
+def head_graph(spec: ModelSpec, weights: BlockWeights) -> Graph:
+    """Run ``hidden`` [1, n, hidden] through final norm, projection and LM head to ``output``."""
     graph = Graph()
-    value = graph.input("hidden", TensorProto.FLOAT, (1, "n", hidden))
-    logits = add_head(graph, value, weights, norm_epsilon)
-    graph.output(logits, "output", TensorProto.FLOAT, (1, "n", vocab))
+    value = graph.input("hidden", TensorProto.FLOAT, (1, "n", spec.hidden))
+    logits = add_head(graph, value, spec, weights)
+    graph.output(logits, "output", TensorProto.FLOAT, (1, "n", spec.vocab))
     return graph
 
 
-def add_head(graph: Graph, value: str, weights: BlockWeights, norm_epsilon: float | None) -> str:
+def add_head(graph: Graph, value: str, spec: ModelSpec, weights: BlockWeights) -> str:
     """Append final norm, projection and LM head, as in ``head_graph``. Return the logits."""
-    if norm_epsilon is not None:
+    if spec.final_norm:
         scale, bias = weights.vectors["norm.weight"], weights.vectors.get("norm.bias")
-        value = graph.norm(value, scale, bias, norm_epsilon)
+        value = graph.norm(value, scale, bias, spec.layers[-1].norm_eps)
     if "project_out.weight" in weights.matrices:
         value = graph.linear(value, weights.matrices["project_out.weight"])
-    return graph.linear(value, weights.matrices["lm_head.weight"])
+    logits = graph.linear(value, weights.matrices["lm_head.weight"])
+    return logits if spec.logit_cap is None else graph.capped(logits, spec.logit_cap)
 
 
 def _transposed(matrix: Array) -> Array:

@@ -183,11 +183,12 @@ def activate(rows: torch.Tensor, kind: str, gated: bool, dtype: torch.dtype) -> 
     """Return kind(rows) [n, F] in ``dtype``, or kind(gate) * up of rows [n, gate and up]."""
     if gated:
         gate, up = rows.chunk(2, dim=1)
-        return (_activated(gate, kind) * up).to(dtype)
-    return _activated(rows, kind).to(dtype)
+        return (activated(gate, kind) * up).to(dtype)
+    return activated(rows, kind).to(dtype)
 
 
-def _activated(rows: torch.Tensor, kind: str) -> torch.Tensor:
+def activated(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return kind(rows) of any shape."""
     match kind:
         case "relu":
             return functional.relu(rows)
@@ -239,7 +240,7 @@ class StepChooser:
             return BY_TORCH
         ours = by_triton(self._kernels)
         types = tuple(sorted(dtypes, key=str))
-        head = spec.heads, spec.kv_heads, spec.head_dim, turned, bool(spec.qk_norm)
+        head = spec.heads, spec.kv_heads, spec.head_dim, turned, spec.qk_norm == "head"
         checks = _Checks(self._device, types)
         mlp = spec.activation, spec.gated, spec.ffn
         place_right = self._passes(

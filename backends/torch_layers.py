@@ -10,14 +10,26 @@ tokens, so that one captured graph serves every position.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
-from torch.nn import functional
 
-from backends.torch_fused import Cache, HeadNorm, Norm, Places, Residual, Rotary, Steps
+from backends.torch_attention import attend
+from backends.torch_experts import TorchExperts
+from backends.torch_fused import (
+    Cache,
+    HeadNorm,
+    Norm,
+    Places,
+    Residual,
+    Rotary,
+    Steps,
+    activated,
+)
 from backends.torch_matmul import Linear
 from model.spec import LayerSpec, ModelSpec
 
@@ -164,6 +176,7 @@ class Layer:
     dtype: that of the caches and of attention.
     cut: in a share of a layer, returns the team's sum of partial rows fp32 [n, hidden]. Then ``o``
         and ``down`` have no biases, and ``vectors`` has them.
+    experts: instead of ``gate_up`` and ``down``.
     """
 
     def __init__(
@@ -176,7 +189,9 @@ class Layer:
         dtype: torch.dtype,
         steps: Steps,
         cut: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        experts: TorchExperts | None = None,
     ) -> None:
+        self._experts = experts
         self._spec = spec
         self._linears = linears
         self._vectors = vectors
@@ -189,30 +204,51 @@ class Layer:
         self._head_norm = head_norm(spec, vectors)
 
     def __call__(self, stream: Residual, rows: Pass) -> None:
-        if self._spec.norm_position == "pre":
-            stream.add(self._attention(self._normed(stream, "attn_norm", "qkv"), rows))
-            stream.add(self._mlp(self._normed(stream, "mlp_norm", self._up)))
-        else:
-            stream.add(self._attention(stream.settled(), rows))
-            stream.replace(self._normed(stream, "attn_norm"))
-            stream.add(self._mlp(stream.settled()))
-            stream.replace(self._normed(stream, "mlp_norm"))
+        self._leave(stream, "attn", self._attention(self._entered(stream, "attn", "qkv"), rows))
+        # A router takes its rows in fp32.
+        product = self._up if self._experts is None else None
+        self._leave(stream, "mlp", self._mlp(self._entered(stream, "mlp", product)))
 
     def empty(self, slot: int, first: int = 0) -> None:
         """Clear the slot's cache from position ``first`` on."""
         self._cache.keys[slot, :, first:].zero_()
         self._cache.values[slot, :, first:].zero_()
 
-    def _normed(self, stream: Residual, name: str, product: str | None = None) -> torch.Tensor:
-        """Return the stream's norm, fp32 or in the dtype that a product takes."""
+    def _entered(self, stream: Residual, part: str, product: str | None) -> torch.Tensor:
+        """Return the rows that attention or MLP takes, for its first product."""
+        if self._spec.norm_position not in ("pre", "both"):
+            return stream.settled()
         dtype = torch.float32
         if product is not None:
             dtype = self._linears[product].takes(len(stream))
-        return stream.normed(self._steps, norm_of(self._vectors, name, self._spec.norm_eps), dtype)
+        return stream.normed(self._steps, self._norm(f"{part}_norm"), dtype)
+
+    def _leave(self, stream: Residual, part: str, product: torch.Tensor) -> None:
+        """Bring the product of attention or MLP to the stream."""
+        match self._spec.norm_position:
+            case "pre":
+                stream.add(product)
+            case "post":
+                stream.add(product)
+                norm = self._norm(f"{part}_norm")
+                stream.replace(stream.normed(self._steps, norm, torch.float32))
+            case "both":
+                stream.add(self._normed(f"{part}_out_norm", product))
+            case "output":
+                stream.add(self._normed(f"{part}_norm", product))
+
+    def _norm(self, name: str) -> Norm:
+        return norm_of(self._vectors, name, self._spec.norm_eps)
+
+    def _normed(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return the norm of rows in fp32."""
+        return self._steps.add_norm(rows, None, self._norm(name), torch.float32)[1]
 
     def _attention(self, hidden: torch.Tensor, rows: Pass) -> torch.Tensor:
         spec, width, cache = self._spec, self._spec.head_dim, self._cache
         heads = self._linears["qkv"](hidden)
+        if spec.qk_norm == "width":
+            heads = self._width_normed(heads)
         query = heads.new_empty((len(heads), spec.heads, width), dtype=self._dtype)
         self._steps.place(heads, query, cache, rows.places, self._rotary, self._head_norm)
         # Query heads that share a key head become rows of one head, which saves a copy of the
@@ -220,17 +256,37 @@ class Layer:
         group = spec.heads // spec.kv_heads
         folded = rows.fold(query)  # [sequences, heads, rows, width]
         sequences, _, count, _ = folded.shape
-        attended = functional.scaled_dot_product_attention(
+        attended = attend(
             folded.reshape(sequences, spec.kv_heads, group * count, width),
             rows.seen(cache.keys),
             rows.seen(cache.values),
-            attn_mask=rows.mask(spec.sliding_window, group, self._dtype),
-            scale=1 / math.sqrt(width),
+            rows.mask(spec.sliding_window, group, self._dtype),
+            spec.score_factor,
+            spec.score_cap,
+            self._sinks(count),
         )
         attended = attended.reshape(sequences, spec.heads, count, width)
         return self._summed("o", rows.unfold(attended))
 
+    def _width_normed(self, heads: torch.Tensor) -> torch.Tensor:
+        """Apply the norms of q and k over all their heads: [n, columns] in fp32."""
+        columns = (count * self._spec.head_dim for count in (self._spec.heads, self._spec.kv_heads))
+        query, key, value = heads.tensor_split(tuple(itertools.accumulate(columns)), dim=1)
+        normed = self._normed("q_norm", query), self._normed("k_norm", key)
+        return torch.cat([*normed, value.float()], dim=1)
+
+    def _sinks(self, count: int) -> torch.Tensor | None:
+        """Return the sinks' logits [kv_heads, rows of a head, 1], for ``count`` rows of a query."""
+        if not self._spec.sinks:
+            return None
+        sinks = self._vectors["sinks"].unflatten(0, (self._spec.kv_heads, -1))
+        return sinks.repeat_interleave(count, dim=1)[:, :, None]
+
     def _mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._experts is not None:
+            activate = functools.partial(activated, kind=self._spec.activation)
+            mixed = self._experts(hidden, self._vectors, activate)
+            return mixed if self._cut is None else self._cut(mixed)
         spec, dtype = self._spec, self._linears["down"].takes(len(hidden))
         rows = self._linears[self._up](hidden)
         return self._summed("down", self._steps.activate(rows, spec.activation, spec.gated, dtype))
@@ -254,6 +310,7 @@ class Head:
         self._linears = linears
         self._vectors = vectors
         self._epsilon = spec.layers[-1].norm_eps
+        self._cap = spec.logit_cap
         self._steps = steps
 
     def __call__(self, stream: Residual) -> torch.Tensor:
@@ -265,7 +322,8 @@ class Head:
             rows = stream.settled()
         if first == "project_out":
             rows = self._linears["project_out"](rows)
-        return self._linears["lm_head"](rows).float()
+        logits = self._linears["lm_head"](rows).float()
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
 
 def norm_of(vectors: Vectors, name: str, epsilon: float) -> Norm:
@@ -274,8 +332,8 @@ def norm_of(vectors: Vectors, name: str, epsilon: float) -> Norm:
 
 
 def head_norm(spec: LayerSpec, vectors: Vectors) -> HeadNorm | None:
-    """Return the norms of a layer's query and key heads, if it has them."""
-    if not spec.qk_norm:
+    """Return the norms of each query and key head of a layer, if it has them."""
+    if spec.qk_norm != "head":
         return None
     counts = {"q_norm": spec.heads, "k_norm": spec.kv_heads}
     weights = [vectors[f"{name}.weight"].expand(count, -1) for name, count in counts.items()]

@@ -27,6 +27,7 @@ from backends.base import (
 from backends.checks import check_inputs, check_rows
 from backends.torch_capture import DEVICE
 from backends.torch_cuts import Cut, without_team
+from backends.torch_experts import TorchExperts
 from backends.torch_fused import CHECKED, Cache, Residual, StepChooser
 from backends.torch_layers import (
     EmbeddingTail,
@@ -50,7 +51,11 @@ log = logging.getLogger(__name__)
 PROMPT_ROWS = 64
 """The rows of a prompt that run at once, as in plans."""
 
-_JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+_JOINED = {
+    "qkv": ("q", "k", "v"),
+    "gate_up": ("gate", "up"),
+    "shared_gate_up": ("shared_gate", "shared_up"),
+}
 """Matrices that see the same rows, and are multiplied as one."""
 
 
@@ -313,7 +318,10 @@ class _Loader:
 
     def _add_layer(self, block: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         layer = self._spec.layer(block)
-        names = ("qkv", "o", "gate_up" if layer.gated else "up", "down")
+        names: tuple[str, ...] = ("qkv", "o", "gate_up" if layer.gated else "up", "down")
+        if layer.experts is not None:
+            beside = ("shared_gate_up", "shared_down") if layer.experts.shared_ffn else ()
+            names = ("qkv", "o", *beside)
         linears = {name: self._linear(tensors, _JOINED.get(name, (name,)), dtype) for name in names}
         shape = (self._options.slots, layer.kv_heads, self._options.context_tokens, layer.head_dim)
         # Filling the cache shows a lack of memory now, and not in the middle of a text.
@@ -330,11 +338,31 @@ class _Loader:
             rotary = self._rotary[key]
         turned = 0 if rotary is None else 2 * rotary[0].shape[1]
         dtypes = {dtype}.union(*(linear.dtypes for linear in linears.values()))
-        if self._cut is not None or layer.norm_position != "pre":
-            dtypes.add(torch.float32)  # The team's sums, or norms that are the stream itself.
+        if (
+            self._cut is not None
+            or layer.norm_position != "pre"
+            or layer.experts is not None
+            or layer.qk_norm == "width"
+        ):
+            # The team's sums, norms that are the stream or a part of it, rows of a router, or heads
+            # that were normalized together.
+            dtypes.add(torch.float32)
         steps = self._steps.layer(layer, turned, dtype, dtypes)
         vectors = self._vectors(tensors)
-        self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, steps, self._cut))
+        experts = None
+        if layer.experts is not None:
+            experts = TorchExperts(
+                layer,
+                layer.experts,
+                tensors,
+                {name: linear for name, linear in linears.items() if name.startswith("shared")},
+                self._device,
+                dtype,
+            )
+            self.memory_bytes += experts.nbytes
+        self.layers.append(
+            Layer(layer, linears, vectors, cache, rotary, dtype, steps, self._cut, experts)
+        )
 
     def _add_head(self, linears: dict[str, Linear], vectors: dict[str, torch.Tensor]) -> None:
         dtypes = set[torch.dtype]().union(*(linear.dtypes for linear in linears.values()))

@@ -33,6 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.busy_hosts import await_rest
 from benchmarks.random_model import Shape, make_model
 from calibration.machine import processor_name
 from cli.client import Client
@@ -117,11 +118,11 @@ def main() -> None:
         if len(todo) == len(cases):
             forget_calibration(options.state)
         for memory in dict.fromkeys(case.memory for case in todo):
-            with cluster(options.state, spec, memory) as (client, fastest):
+            with cluster(options.state, spec, memory) as (bed, client, fastest):
                 for case in (case for case in todo if case.memory == memory):
                     say(f"pass {number + 1} of {options.passes}, {case.name}: planning and loading")
                     first = next(iter(results.of(case)), None)
-                    results.add(case, run(client, case, spec, options, fastest, first))
+                    results.add(case, run(bed, client, case, spec, options, fastest, first))
     report([summarised(results.of(case)) for case in cases], as_json=options.json)
 
 
@@ -201,7 +202,9 @@ def forget_calibration(state: Path) -> None:
 
 
 @contextmanager
-def cluster(state: Path, spec: ModelSpec, memory: str) -> Iterator[tuple[Client, list[str]]]:
+def cluster(
+    state: Path, spec: ModelSpec, memory: str
+) -> Iterator[tuple[Testbed, Client, list[str]]]:
     """Start a coordinator and agents; yield its API, and the hosts from fast to slow."""
     with Testbed(network(), "fidelity") as bed:
         shoal = Cluster(bed, state / "hosts")
@@ -215,7 +218,7 @@ def cluster(state: Path, spec: ModelSpec, memory: str) -> Iterator[tuple[Client,
                 # plan only makes the new agent measure itself and its links.
                 with suppress(CommandFailed):
                     client.operate("/shoal/v1/plan", request(state, WIDTHS), lambda step: None)
-            yield client, sorted(NAMES, key=lambda name: -CPU_PERCENT[name])
+            yield bed, client, sorted(NAMES, key=lambda name: -CPU_PERCENT[name])
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -310,6 +313,7 @@ CASES = (
 
 
 def run(
+    bed: Testbed,
     client: Client,
     case: Case,
     spec: ModelSpec,
@@ -330,6 +334,7 @@ def run(
         wishes["pins"] = {str(block): name for block, name in case.split(spec, fastest).items()}
     body = {**request(options.state, case.bits), **wishes}
     plan = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
+    await_rest(bed, NAMES)
     say(f"{case.name}: measuring")
     generate(client, 2, 8)
     decode_ms, prefill_ms = [], []

@@ -16,10 +16,14 @@ from model.spec import ModelSpec
 
 ALIGNMENT = 32
 BLOCK = 32
-"""The weights with one scale, in both written formats."""
+"""The weights of a block of q4_0 and q8_0."""
 
-TYPES = {"q4_0": (2, 18), "q8_0": (8, 34)}
-"""ggml's number of the type, and the bytes of a block: an fp16 scale and the codes."""
+TYPES = {"q4_0": (2, 18), "q8_0": (8, 34), "q4_k": (12, 144)}
+"""ggml's number of the type, and the bytes of a block: an fp16 scale and the codes.
+
+Blocks of q4_k have 256 weights, and a second fp16 scale.
+"""
+_SUPER = 256
 
 F32 = 0
 _UINT32, _FLOAT32, _STRING = 4, 6, 8
@@ -93,17 +97,27 @@ def _write_tensor(
         content = np.ones(shape, np.float32).tobytes()
     else:
         rows, columns = shape
-        blocks = random.integers(0, 256, (rows * columns // BLOCK, block_bytes), np.uint8)
-        largest = 8 if block_bytes == 18 else 127
+        weights, largest = _BLOCKS[block_bytes]
+        blocks = random.integers(0, 256, (rows * columns // weights, block_bytes), np.uint8)
         scale = np.array([1 / (largest * columns**0.5)], np.float16)
         blocks[:, :2] = scale.view(np.uint8)
+        if weights == _SUPER:
+            blocks[:, 2:4] = (scale * np.float16(8)).view(np.uint8)
         content = blocks.tobytes()
     file.write(content)
     file.write(bytes(_padded(len(content)) - len(content)))
 
 
 def _tensor_bytes(shape: tuple[int, ...], block_bytes: int) -> int:
-    return 4 * shape[0] if len(shape) == 1 else shape[0] * shape[1] // BLOCK * block_bytes
+    return (
+        4 * shape[0]
+        if len(shape) == 1
+        else shape[0] * shape[1] // _BLOCKS[block_bytes][0] * block_bytes
+    )
+
+
+_BLOCKS = {18: (BLOCK, 8), 34: (BLOCK, 127), 144: (_SUPER, 15 * 63)}
+"""The weights of a block by its bytes, and the largest product of code and 6-bit scale."""
 
 
 def _padded(size: int) -> int:

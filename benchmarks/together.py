@@ -48,11 +48,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import distributed_llama, gguf, llama_cpp_process
+from benchmarks.busy_hosts import await_rest, busy_s
 from benchmarks.fidelity import (
     forget_calibration,
     generate,
@@ -89,9 +89,6 @@ SHORT_TOKENS = 32
 PROMPT_TOKENS = 512
 CONTEXT_TOKENS = PROMPT_TOKENS + 128
 
-REST_S = 60.0
-LOOK_S = 0.3
-IDLE_CORES = 0.1
 """The hosts have this long to come to rest. They are at rest if they use less, for a look."""
 
 NAMES = ("ash", "birch", "cedar", "dogwood")
@@ -337,10 +334,10 @@ def _plan_runner(
             "predicted_prompt_s": predicted_prefill_ms(loaded, PROMPT_TOKENS) / 1e3,
         }
         generate(client, 4, SHORT_TOKENS)
-        _await_rest(bed, hosts)
-        before, begun_s = _busy_s(bed, hosts), time.perf_counter()
+        await_rest(bed, hosts)
+        before, begun_s = busy_s(bed, hosts), time.perf_counter()
         decoded = generate(client, options.tokens, SHORT_TOKENS)
-        elapsed_s, after = time.perf_counter() - begun_s, _busy_s(bed, hosts)
+        elapsed_s, after = time.perf_counter() - begun_s, busy_s(bed, hosts)
         prompt = generate(client, 2, PROMPT_TOKENS)
         client.post("/shoal/v1/unload", {})
         return {
@@ -369,33 +366,6 @@ def _members(plan: Mapping[str, Any]) -> list[str]:
             )
         found.append(f"{who}: {len(stage['bits'])} blocks")
     return found
-
-
-def _await_rest(bed: Testbed, hosts: Sequence[str]) -> None:
-    """Wait until the hosts do nothing.
-
-    After a load they hash their files for some seconds, in a thread of low priority. Beside a stage
-    it gets a tenth of a core. Here a host has one core for both.
-    """
-    deadline_s = time.monotonic() + REST_S
-    while time.monotonic() < deadline_s:
-        before_s, _ = _busy_s(bed, hosts)
-        time.sleep(LOOK_S)  # The time over which the processor's use is measured.
-        if _busy_s(bed, hosts)[0] - before_s < IDLE_CORES * LOOK_S:
-            return
-    say(f"the hosts are still busy after {REST_S:g} s")
-
-
-def _busy_s(bed: Testbed, hosts: Sequence[str]) -> tuple[float, float]:
-    """Return the processor seconds of the hosts' processes, and of everything else here."""
-    times = psutil.cpu_times()
-    busy_s = times.user + times.nice + times.system + times.irq + times.softirq
-    own_s = 0.0
-    for host in hosts:
-        for process in bed.processes(host):
-            with suppress(psutil.Error):  # It has ended meanwhile.
-                own_s += sum(psutil.Process(process).cpu_times()[:2])
-    return own_s, busy_s - own_s
 
 
 # ---- other programs ----------------------------------------------------------------------------

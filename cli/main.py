@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable
+from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable, UsageError
 from cli.parser import Parser, add_url_argument
 from cli.render import Screen
 from cli.service.journal import JournalFormatter, under_journal
@@ -95,27 +96,40 @@ def run_devices(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import planning
+    from cli.commands.model_names import model_to_plan
 
+    if (options.model is None) == (options.shape is None):
+        raise UsageError("give one MODEL, or --shape NAME with --devices LAB.yaml")
     if options.devices is not None:
-        planning.run_offline_plan(options, screen)
+        with model_to_plan(options, screen):
+            planning.run_offline_plan(options, screen)
         return
+    if options.shape is not None:
+        raise UsageError("--shape has no files for a coordinator to read: add --devices LAB.yaml")
     with _client(options) as client:
         planning.run_live_plan(options, screen, client)
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import plan_arguments
-    from cli.commands.plan_views import show_divergence
+    from cli.commands.model_names import locate
+    from cli.commands.plan_views import show_divergence, show_weights
 
-    request = plan_arguments.request_of(options).to_dict()
-    with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/load", request, on_step)
+    plan_arguments.request_of(options)  # Wrong arguments are told before a model is fetched.
+    with _client(options) as client:
+        locate(options, client, screen)
+        request = plan_arguments.request_of(options)
+        request = replace(request, generation_defaults=options.generation_defaults)
+        with screen.progress() as on_step:
+            answer = client.operate("/shoal/v1/load", request.to_dict(), on_step)
     if options.json:
         screen.json(answer)
     else:
         title = f"{answer['model']} is loaded; predicted"
         screen.plan(answer["plan"], title, noise=answer.get("noise", ()))
+        show_weights(screen, answer)
         show_divergence(screen, answer["plan"], answer.get("quality"))
+        screen.sampling_defaults(answer)
 
 
 def run_ps(options: argparse.Namespace, screen: Screen) -> None:
@@ -148,23 +162,20 @@ def run_unload(options: argparse.Namespace, screen: Screen) -> None:
         screen.out.print("no model was loaded" if name is None else f"{name} is unloaded")
 
 
-SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed")
-"""The options of ``shoal run`` that the API has by the same names."""
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+"""The options of ``shoal run`` that the API has by the same names. None: not given."""
 
 
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
     from cli.generation import generate
 
     with _client(options) as client:
-        name = _ensure_loaded(client, options, screen)
-        result = generate(
-            client,
-            screen,
-            name,
-            options.prompt,
-            {name: getattr(options, name) for name in SAMPLING},
-            chat=options.chat,
-        )
+        name, defaults = _ensure_loaded(client, options, screen)
+        given = {field: getattr(options, field) for field in SAMPLING}
+        sampling = {field: value for field, value in given.items() if value is not None}
+        if "temperature" not in defaults:
+            sampling.setdefault("temperature", 0.0)
+        result = generate(client, screen, name, options.prompt, sampling, chat=options.chat)
     if options.json:
         screen.json(result)
 
@@ -190,22 +201,32 @@ def _models(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [model for model in (answer["model"], *answer.get("beside", ())) if model is not None]
 
 
-def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> str:
-    """The name of the model MODEL. It is loaded with the defaults if it is not loaded."""
+def _ensure_loaded(
+    client: Any, options: argparse.Namespace, screen: Screen
+) -> tuple[str, Mapping[str, float]]:
+    """The name of the model MODEL, and its defaults of sampling.
+
+    It is loaded with the defaults of `shoal load` if it is not loaded.
+    """
     from cli.commands import plan_arguments
+    from cli.commands.model_names import locate, path_given
+    from model.hub import is_loaded_from
     from planning.request import LoadRequest
 
     plan_arguments.check_teams(options)
     models = _models(client.get("/shoal/v1/ps"))
-    path = Path(options.model).absolute()
+    path = path_given(options.model)
     for known in models:
         is_broken = known["state"] == "broken"
-        if options.model in (known["model"], known["directory"]):
+        directory = Path(known["directory"])
+        named = options.model in (known["model"], known["directory"])
+        if named or is_loaded_from(directory, options.model):
             if is_broken:
                 raise CommandFailed(known["reason"])
-        elif is_broken or str(path) != known["directory"]:
+        elif is_broken or path != directory:
             continue
-        return str(known["model"])
+        return _name_and_defaults(known)
+    locate(options, client, screen)
     try:
         path = plan_arguments.absolute_model(options.model)
     except CommandFailed as error:
@@ -218,7 +239,12 @@ def _ensure_loaded(client: Any, options: argparse.Namespace, screen: Screen) -> 
     request = LoadRequest(path, hop_bits=hop_bits, **wishes).to_dict()
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/load", request, on_step)
-    return str(answer["model"])
+    return _name_and_defaults(answer)
+
+
+def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
+    """An older coordinator sends no defaults, nor does one that still loads the model."""
+    return str(model["model"]), model.get("sampling_defaults") or {}
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -255,8 +281,8 @@ def _demo(demo: argparse.ArgumentParser) -> Page:
     demo.add_argument(
         "--model",
         type=Path,
-        metavar="DIR",
-        help="A Hugging Face model directory. Default: a tiny OPT that comes with shoal.",
+        metavar="MODEL",
+        help="A model's folder, or its name on the hub. Default: a tiny OPT that comes with shoal.",
     )
     demo.add_argument(
         "--agents",
@@ -338,6 +364,9 @@ def _devices(devices: argparse.ArgumentParser) -> Page:
     )
 
 
+MODEL_HELP = "A model's folder or GGUF file, or its name on the hub as ORG/NAME."
+
+
 def _add_bits(parser: argparse.ArgumentParser) -> None:
     from cli import argument_types
     from planning.request import DEFAULT_BITS
@@ -351,11 +380,11 @@ def _add_bits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(sub: argparse.ArgumentParser) -> None:
-    """The arguments that ``plan`` and ``load`` share."""
+def _add_model(sub: argparse.ArgumentParser, **model: Any) -> None:
+    """The arguments that ``plan`` and ``load`` share. ``model`` adds to those of MODEL."""
     from cli.commands import plan_arguments
 
-    sub.add_argument("model", metavar="MODEL", help="A Hugging Face model directory.")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP, **model)
     _add_bits(sub)
     plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
@@ -365,15 +394,17 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
 def _plan(plan: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments
 
-    _add_model(plan)
+    _add_model(plan, nargs="?")
     plan_arguments.add_planning_arguments(plan)
     add_url_argument(plan)
     return Page(
         run_plan,
+        "  shoal plan Qwen/Qwen3-0.6B  # before its download, from config.json alone\n"
         "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
-        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n",
+        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n"
+        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n",
         "The coordinator measures what it does not know yet, and solves an integer program. "
         "Nothing is loaded. With --devices no coordinator is needed.",
     )
@@ -381,16 +412,46 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
 
 def _load(load: argparse.ArgumentParser) -> Page:
     _add_model(load)
+    load.add_argument(
+        "--no-generation-defaults",
+        dest="generation_defaults",
+        action="store_false",
+        help="Ignore the model's generation_config.json, apart from its end of text. Without it, "
+        "requests that say no temperature, top_k, top_p or repetition_penalty take the file's.",
+    )
     add_url_argument(load)
     return Page(
         run_load,
+        "  shoal load Qwen/Qwen3-0.6B  # fetched first, if it is not here\n"
         "  shoal load ~/models/llama-3.2-1b\n"
         "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
         "  shoal load ./opt-350m --plan plan.json  # exactly this plan\n"
         "  shoal load ./opt-350m --objective throughput --slots 8  # for many users\n"
         "  shoal load ./opt-350m --bits 32 --hop-bits 32  # as one machine computes it\n",
-        "A model that is loaded already is replaced.",
+        "A model that is loaded already is replaced. The coordinator reads the files, so a hub's "
+        "model must be on its machine: `shoal pull` there fetches it.",
     )
+
+
+def _pull(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import models
+
+    models.add_pull_arguments(parser)
+    return Page(models.run_pull, models.PULL_EXAMPLES, models.PULL_ABOUT)
+
+
+def _cached_models(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import models
+
+    models.add_models_arguments(parser)
+    return Page(models.run_models, models.MODELS_EXAMPLES, models.MODELS_ABOUT)
+
+
+def _rm(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import models
+
+    models.add_rm_arguments(parser)
+    return Page(models.run_rm, models.RM_EXAMPLES)
 
 
 def _diff(parser: argparse.ArgumentParser) -> Page:
@@ -462,7 +523,12 @@ def _run(run: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments
 
     share = argument_types.argument(argument_types.between(0, 1), "a number between 0 and 1")
-    run.add_argument("model", metavar="MODEL", help="The name of a loaded model, or its directory.")
+    penalty = argument_types.argument(
+        argument_types.between(0.1, 10), "a number between 0.1 and 10"
+    )
+    run.add_argument(
+        "model", metavar="MODEL", help="A loaded model's name, or a model as for `shoal load`."
+    )
     run.add_argument("prompt", metavar="PROMPT", help="The text to continue, or to answer.")
     plan_arguments.add_hop_argument(run, with_budget=False)
     plan_arguments.add_team_arguments(run)
@@ -472,21 +538,33 @@ def _run(run: argparse.ArgumentParser) -> Page:
         help="Send the prompt as a chat message, with the model's template.",
     )
     run.add_argument("--max-tokens", default=256, **_MAX_TOKENS)
-    run.add_argument("--temperature", default=0.0, **_TEMPERATURE)
+    run.add_argument(
+        "--temperature",
+        type=_temperature,
+        metavar="T",
+        help="How freely tokens are drawn, from 0 to 2. 0 takes the likeliest token each time. "
+        "Default: what the model recommends, else 0.",
+    )
     run.add_argument(
         "--top-k",
         type=int,
-        default=0,
         metavar="K",
-        help="Draw from the K likeliest tokens only. Default: %(default)s, which means all.",
+        help="Draw from the K likeliest tokens only. 0 means all. "
+        "Default: what the model recommends, else 0.",
     )
     run.add_argument(
         "--top-p",
         type=share,
-        default=1.0,
         metavar="P",
-        help="Draw from the likeliest tokens that have probability P together. "
-        "Default: %(default)g, which means all.",
+        help="Draw from the likeliest tokens that have probability P together. 1 means all. "
+        "Default: what the model recommends, else 1.",
+    )
+    run.add_argument(
+        "--repetition-penalty",
+        type=penalty,
+        metavar="R",
+        help="Above 1, tokens that were in the prompt or the answer become less likely. "
+        "Default: what the model recommends, else 1.",
     )
     run.add_argument("--seed", type=int, default=0, metavar="N", help=_SEED)
     add_url_argument(run)
@@ -494,7 +572,8 @@ def _run(run: argparse.ArgumentParser) -> Page:
         run_prompt,
         '  shoal run llama-3.2-1b "Once upon a time"\n'
         '  shoal run ./tiny-opt --chat "Where is the lamp?" --temperature 0.7\n',
-        "A directory that is not loaded is loaded first, with the defaults of `shoal load`.",
+        "A model that is not loaded is loaded first, with the defaults of `shoal load`. "
+        "What the model recommends is in its generation_config.json. `shoal ps` shows it.",
     )
 
 
@@ -535,6 +614,9 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "agent": ("Run the agent, which lets this device compute part of a model.", _agent),
     "doctor": ("Check what this machine can do for shoal, and what it lacks.", _doctor),
     "devices": ("Show the devices that have joined, and their measured links.", _devices),
+    "pull": ("Fetch a model from the hub, or go on fetching it.", _pull),
+    "models": ("List the models on this machine, and which would fit.", _cached_models),
+    "rm": ("Remove a model that was fetched.", _rm),
     "plan": ("Decide which device would run which blocks at how many bits.", _plan),
     "load": ("Plan a model, quantize it and place it on the devices.", _load),
     "diff": ("Compare two saved plans.", _diff),
@@ -571,8 +653,8 @@ def _parser(named: str | None = None) -> Parser:
             "  shoal demo                        # everything on this machine\n"
             "  shoal coordinator                 # on one machine\n"
             "  shoal agent --memory 2G           # on each device\n"
-            "  shoal load ~/models/llama-3.2-1b  # plan, quantize and place the model\n"
-            '  shoal run llama-3.2-1b "Hello"    # generate text\n'
+            "  shoal load Qwen/Qwen3-0.6B        # fetch, plan, quantize and place the model\n"
+            '  shoal run Qwen3-0.6B "Hello"      # generate text\n'
             "\n"
             "exit codes:\n"
             "  0        success\n"

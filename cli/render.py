@@ -45,6 +45,7 @@ PHASES = {
     "check": "measuring what the plan loses",
     "load": "loading stages",
     "files": "having files made",
+    "fetch": "fetching",
 }
 
 
@@ -115,6 +116,7 @@ class Screen:
             amount = f"{step['done']}/{step['total']}" if total else ""
             if total and step["unit"] == "bytes":
                 amount = f"{format_size(step['done'])}/{format_size(step['total'])}"
+            amount += step.get("note", "")
             if key not in tasks:
                 tasks[key] = bars.add_task(label, total=total, amount=amount)
             bars.update(
@@ -302,7 +304,7 @@ class Screen:
         """Print a model with its stages."""
         table = titled_table(_state_line(model))
         table.add_column("device")
-        for column in ("blocks", "memory", "fetched", "load s"):
+        for column in ("blocks", "memory", "fetched", "load s", "ms a token"):
             table.add_column(column, justify="right")
         shared = []
         for stage, planned in zip(model["stages"], model["plan"]["stages"], strict=True):
@@ -320,17 +322,26 @@ class Screen:
                     line += f" of {measured['row_s'] * 1e3:.2f} ms, measured"
                 shared.append(line)
         self.table(table)
-        for line in shared:
+        for line in [*shared, *model.get("weights", ()), *model.get("slow", ())]:
             self.out.print(escape(line), soft_wrap=True)
         slots = model["slots"]
         line = f", {slots['waiting']} in line" if slots["waiting"] else ""
         self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")
+        self.sampling_defaults(model)
+
+    def sampling_defaults(self, model: Mapping[str, Any]) -> None:
+        """Print what requests take that do not say how to draw tokens, if the model says it."""
+        values = model.get("sampling_defaults") or {}  # Older coordinators do not send them.
+        if values:
+            words = (f"{name.replace('_', ' ')} {value:g}" for name, value in values.items())
+            self.out.print(f"requests take, unless they say: {', '.join(words)}", soft_wrap=True)
 
 
-def _load_figures(loaded: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Memory, fetched bytes and seconds of a loaded stage or of a member's part of it."""
+def _load_figures(loaded: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Memory, fetched bytes, load seconds and measured pace of a stage or of a member's part."""
     sizes = format_size(loaded["memory_bytes"]), format_size(loaded["fetched_bytes"])
-    return (*sizes, f"{loaded['load_s']:.2f}")
+    token_s = loaded.get("token_s")
+    return (*sizes, f"{loaded['load_s']:.2f}", "" if token_s is None else f"{token_s * 1e3:.2f}")
 
 
 def _add_stage(table: Table, plan: Mapping[str, Any], index: int, noisy: set[str]) -> None:

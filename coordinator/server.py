@@ -26,6 +26,7 @@ from coordinator.http.openai import OpenAIRoutes
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
+from coordinator.loading.paces import Paces
 from coordinator.loading.recovery import LoadedFile
 from coordinator.loading.state import Serving, describe
 from coordinator.loading.turns import Turns
@@ -122,6 +123,7 @@ class Coordinator:
             LoadedFile(config.state_dir),
             config.recovery_wait_s,
         )
+        self._paces = Paces(self.roster, self._models, self._story)
         self._gateway = Gateway(self.roster, self._models)
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
         self._idle_downloads = Lobby("downloads of blocks")

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from model.errors import CheckpointError
 from model.quantize import Format, QuantizedMatrix, quantize
+from model.row_pieces import RowPieces
 from model.safetensors import (
     SafetensorsFile,
     encode_header,
@@ -53,21 +54,25 @@ class Artifact:
 
 
 def write_artifact(
-    directory: Path, block: int, tensors: Mapping[str, npt.NDArray[Any]], fmt: Format
+    directory: Path, block: int, tensors: Mapping[str, Tensor | RowPieces], fmt: Format
 ) -> Artifact:
     """Quantize a block's tensors and store them as ``directory / <sha256>``, atomically.
 
-    tensors: canonical names to float values, as ``Checkpoint.block`` gives them.
+    tensors: canonical names to float values, as ``Checkpoint.block`` gives them. Matrices that are
+        in ``fmt`` already are stored as they are (``Checkpoint.block_in``).
 
     Raises CheckpointError for values that cannot be stored, and if the disk is full. No partial
     file remains.
     """
     stored: dict[str, Tensor] = {}
-    for name in sorted(tensors):
-        if name in QUANTIZED_TENSORS:
-            stored[name] = quantize(tensors[name], fmt, name)
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, QuantizedMatrix) and tensor.format == fmt:
+            stored[name] = tensor
+        elif name in QUANTIZED_TENSORS:
+            values = values_of(tensor) if isinstance(tensor, QuantizedMatrix) else tensor
+            stored[name] = quantize(values, fmt, name)
         else:
-            stored[name] = np.asarray(tensors[name], np.float32)
+            stored[name] = np.asarray(tensor, np.float32)
     return store_block(directory, block, stored, fmt)
 
 
@@ -222,9 +227,7 @@ def _parse_tensors(
                 raise ValueError(f"{stored} has dtype {file.entries[stored].dtype}")
             parts.append(views[stored])
         matrix = QuantizedMatrix(shape, fmt, _present(parts[0], name), parts[1], parts[2])
-        scales = _finite(f"{name}.scales", _present(matrix.scale_data))
-        if (scales < 0).any():
-            raise ValueError(f"{name}.scales has negative values")
+        _finite(f"{name}.scales", _present(matrix.scale_data))
         tensors[name] = matrix
     for name in sorted(remaining):
         dtype, shape_found = file.entries[name].dtype, file.entries[name].shape

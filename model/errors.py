@@ -3,7 +3,8 @@
     ModelError
     ├── UnsupportedModelError    the architecture, or one of its options, is not implemented
     ├── CheckpointError          the files are absent, truncated, inconsistent or unsafe
-    └── TokenizerError           tokenizer.json or the chat template is absent or broken
+    ├── TokenizerError           tokenizer.json or the chat template is absent or broken
+    └── HubError                 a model on a hub cannot be fetched, or its name leaves a choice
 
 Each message is one line that names the file or field, and what to do about it. The command line
 catches ModelError and exits. The coordinator answers it as a client error.
@@ -26,6 +27,10 @@ class CheckpointError(ModelError):
 
 class TokenizerError(ModelError):
     """The tokenizer or the chat template cannot be loaded or applied."""
+
+
+class HubError(ModelError):
+    """A model on a hub cannot be found or fetched, or its name does not say which file."""
 
 
 class Cancelled(Exception):

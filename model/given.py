@@ -7,19 +7,26 @@ would not help them. So the messages say what is at the path, and what to do.
 
 from __future__ import annotations
 
-import os
-import pwd
 import re
 import socket
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
+from model import hub
 from model.bounded import read_json
 from model.errors import CheckpointError
+from model.foreign import (
+    folder_advice,
+    is_modelfile,
+    is_only_state,
+    kind_of_archive,
+    modelfile_advice,
+)
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+CONFIG = hub.CONFIG
+SINGLE = hub.SINGLE
+INDEX = hub.INDEX
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FOREIGN = ("*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.npz", "*.mlmodelc", "*.engine")
@@ -36,10 +43,15 @@ _MAX_SHOWN = 3
 _MAX_FOLDERS = 200
 _MAX_ADAPTER_BYTES = 1 << 20
 
+_GGUF = b"GGUF"
+_NO_MODELS = ("mmproj", "imatrix")
+"""The start of the names of GGUF files that are no models, but go with one."""
+_PART_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _KINDS: tuple[tuple[bytes, str], ...] = (
     (_POINTER, "a git-lfs pointer instead of the file itself: run `git lfs pull` in the clone"),
-    (b"GGUF", "a GGUF file, llama.cpp's format, which is not read: get the model's safetensors"),
+    (b"GGUF", "a GGUF file, llama.cpp's format: give it alone, with a name that ends in .gguf"),
     (b"ggml", "a GGML file, an old format of llama.cpp: get the model's safetensors"),
     (b"PK\x03\x04", "a zip archive or a PyTorch pickle, which is never read: get safetensors"),
     (b"\x80\x02", "a pickle, which can run any code and is never read: get safetensors"),
@@ -63,13 +75,11 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
 )
 """The first bytes of a file, without regard to case, and the kind of file."""
 
-_HUB_URL = re.compile(r"(?:https?:/{1,2}(?:www\.)?(?:huggingface|hf)\.co|hf:)/{1,2}(?P<id>.+)")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _ONE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?::[\w.-]{1,40})?")
 
 
 def require_model(given: Path) -> None:
-    """Check that ``given`` is a folder with a config.json, without a look at its weights.
+    """Check that ``given`` is a folder with a config.json, or a GGUF model, by its first bytes.
 
     Raises CheckpointError. Its one line says what was given instead, and what to do.
     """
@@ -79,6 +89,8 @@ def require_model(given: Path) -> None:
         raise CheckpointError(_absent(given)) from None
     except (OSError, ValueError) as error:
         raise _unreadable(given, error) from error
+    if gguf_of(given) is not None:
+        return
     if not stat.S_ISDIR(kind):
         raise CheckpointError(_file(given))
     names = _names(given)
@@ -93,10 +105,48 @@ def require_model(given: Path) -> None:
         raise CheckpointError(f"{shown(given)}: {_folder(given, names)}")
 
 
+def gguf_of(given: Path) -> Path | None:
+    """Return the GGUF file that a path stands for, or None if it is no GGUF model.
+
+    It is a file that begins like one, or the only such model of a folder without safetensors. Of a
+    split model it is the first part. Raises CheckpointError for a folder with several models.
+    """
+    try:
+        if given.is_file():
+            return given if _head(given).startswith(_GGUF) else None
+        names = _names(given)
+        if names & {SINGLE, INDEX}:
+            return None
+        models = _gguf_models(names)
+        if len(models) > 1 and CONFIG in names and _some(given, "*.safetensors"):
+            return None
+    except OSError as error:
+        raise _unreadable(given, error) from error
+    if len(models) > 1:
+        shown_names = _listed([shown(Path(name)) for name in models.values()])
+        raise CheckpointError(
+            f"{shown(given)}: a folder with {len(models)} GGUF models: "
+            f"give the path of one: {shown_names}"
+        )
+    return next((given / name for name in models.values()), None)
+
+
+def _gguf_models(names: Iterable[str]) -> dict[str, str]:
+    """Return the GGUF models among a folder's names: the whole file's name to the first part's."""
+    models: dict[str, str] = {}
+    for name in sorted(names):
+        if name.lower().endswith(".gguf") and not name.lower().startswith(_NO_MODELS):
+            models.setdefault(_PART_OF_GGUF.sub("", name), name)
+    return models
+
+
 def without_weights(directory: Path) -> CheckpointError:
     """Return the error for a model's folder without model.safetensors and index."""
     names = _names(directory)
     known = _other_weights(directory, names)
+    files = _some(directory, *_FOREIGN) or _some(directory / "onnx", "*.onnx")
+    if known is None and files:
+        known = f"only weights of another framework ({files}), which are not read: get safetensors"
     if known is None:
         known = f"no {SINGLE} and no {INDEX}; is the download complete?"
     return CheckpointError(f"{shown(directory)}: {known}")
@@ -107,6 +157,9 @@ def foreign_kind(head: bytes) -> str | None:
     length_bytes = int.from_bytes(head[:8], "little")
     if length_bytes <= MAX_HEADER_BYTES and head[8:9] in (b"", b"{"):
         return None  # A header's length may look like any magic.
+    archive = kind_of_archive(head)
+    if archive is not None:
+        return archive
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     for magic, kind in _KINDS:
         if head.startswith(magic) or (magic[:1].isascii() and start.startswith(magic.lower())):
@@ -122,22 +175,10 @@ def kind_of_file(path: Path) -> str | None:
         return None
 
 
-def hub_name(text: str) -> str | None:
-    """Return ORG/NAME if ``text`` is a name or an address of the Hugging Face Hub."""
-    address = _HUB_URL.fullmatch(text)
-    if address is not None:
-        parts = [part for part in address["id"].split("/") if part]
-        text = "/".join(parts[:2])
-        return text if _HUB_NAME.fullmatch(text) or _ONE_NAME.fullmatch(text) else None
-    return text if _HUB_NAME.fullmatch(text) else None
-
-
 def not_absolute(text: str) -> str:
-    """Return the message for a model's name where an absolute path is needed."""
-    name = hub_name(text)
-    if name is None:
-        return f"{shown(Path(text))} is no absolute path"
-    return f"{shown(Path(text))} is the name of a model on a hub: {_fetch(name)}"
+    """Return the message for a text that is neither an absolute path nor a hub's name."""
+    advice = hub.ollama_advice(text)
+    return f"{shown(Path(text))} is no absolute path" if advice is None else advice
 
 
 def shown(path: Path) -> str:
@@ -150,9 +191,8 @@ def shown(path: Path) -> str:
 
 def _absent(given: Path) -> str:
     text = str(given)
-    name = hub_name(text)
-    is_path = name == text and Path(text).parent.is_dir()
-    if name is not None and not is_path:
+    name = hub.named_model(text)
+    if name is not None:
         return (
             f"{shown(given)}: no such directory on {socket.gethostname()}, but the name of a model"
             f" on a hub: {_fetch(name)}"
@@ -162,10 +202,13 @@ def _absent(given: Path) -> str:
     message = f"{shown(given)}: no such directory on {socket.gethostname()}"
     if text.startswith("~"):
         return f"{message}: the shell expands ~ only outside quotes; give the whole path"
+    advice = hub.ollama_advice(text)
+    if advice is not None:
+        return f"{shown(given)}: no such directory; {advice}"
     if len(given.parts) == 1 and _ONE_NAME.fullmatch(text):
         return (
-            f"{message}: give the path of a model's folder; a hub's model is fetched first, as in"
-            f" `hf download ORG/NAME --local-dir DIR`"
+            f"{message}: give the path of a model's folder, or a hub's model with its owner, as in"
+            f" `shoal pull ORG/NAME`"
         )
     missing = given.absolute()
     for parent in missing.parents:
@@ -182,26 +225,12 @@ def _absent(given: Path) -> str:
     )
 
 
-def _fetch(name: str) -> str:
+def _fetch(name: hub.HubName) -> str:
     """Say how to get a hub's model onto this machine, or where it already is."""
-    cached = _hub_cache() / f"models--{name.replace('/', '--')}"
-    snapshot = _snapshot(cached)
+    snapshot = hub.snapshot(name.folder, name.revision)
     if snapshot is not None:
         return f"it is in this machine's cache, give {shown(snapshot)}"
-    folder = name.rpartition("/")[2]
-    return f"run `hf download {name} --local-dir {folder}`, then give {folder}"
-
-
-def _hub_cache() -> Path:
-    places = (("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"))
-    for variable, below in places:
-        if os.environ.get(variable):
-            return Path(os.environ[variable], below)
-    try:
-        home = Path.home()
-    except RuntimeError:  # A service's user may have no home.
-        home = Path("/")
-    return home / ".cache" / "huggingface" / "hub"
+    return f"run `shoal pull {name}`"
 
 
 # ---- a file ------------------------------------------------------------------------------------
@@ -209,6 +238,8 @@ def _hub_cache() -> Path:
 
 def _file(given: Path) -> str:
     what = f"{shown(given)}: a file, not a model's folder"
+    if given.is_file() and is_modelfile(given):
+        return f"{shown(given)}: {modelfile_advice(given)}"
     if not given.is_file():
         return f"{shown(given)}: neither a folder nor a file; give the path of a model's folder"
     try:
@@ -217,7 +248,7 @@ def _file(given: Path) -> str:
         return str(_unreadable(given, error))
     kind = foreign_kind(head)
     if kind is None and given.suffix == ".gguf":
-        kind = "a damaged GGUF file, llama.cpp's format: get the model's safetensors"
+        kind = "no GGUF file, nor its beginning: fetch it again"
     if kind is not None:
         return f"{what}: it is {kind}"
     folder = given.absolute().parent
@@ -256,6 +287,9 @@ def _folder(given: Path, names: frozenset[str]) -> str:
         return other
     if names & {SINGLE, INDEX}:
         return f"weights without {CONFIG}; is the download complete?"
+    advice = folder_advice(given, names)
+    if advice is not None:
+        return advice
     models = _models_below(given, names)
     if models:
         return (
@@ -277,37 +311,24 @@ def _folder(given: Path, names: frozenset[str]) -> str:
 def _cache_folder(given: Path, names: frozenset[str]) -> str | None:
     """Say what to give instead of a folder of the hub's cache that holds snapshots."""
     if "snapshots" in names or given.name.startswith("models--"):
-        snapshot = _snapshot(given)
+        snapshot = hub.snapshot(given)
         if snapshot is not None:
             return f"a folder of the hub's cache: give the snapshot in it, {shown(snapshot)}"
-        return "a folder of the hub's cache without a whole snapshot: fetch the model again"
+        repo = hub.cached_repo(given)
+        again = "fetch the model again" if repo is None else f"run `shoal pull {repo}`"
+        return f"a folder of the hub's cache without a snapshot: {again}"
     parent = given.absolute().parent
     if given.name in ("snapshots", "blobs", "refs") and parent.name.startswith("models--"):
-        snapshot = _snapshot(parent)
+        snapshot = hub.snapshot(parent)
         if snapshot is not None:
             return f"a part of the hub's cache: give the snapshot, {shown(snapshot)}"
-    hub = given / "hub" if "hub" in names else given
-    cached = sorted(name for name in _names(hub) if name.startswith("models--"))
-    snapshots = [item for item in (_snapshot(hub / name) for name in cached) if item is not None]
+    root = given / "hub" if "hub" in names else given
+    cached = sorted(name for name in _names(root) if name.startswith("models--"))
+    found = [hub.snapshot(root / name) for name in cached]
+    snapshots = [item for item in found if item is not None]
     if snapshots:
         return f"the hub's cache, not one model: give {_listed(list(map(shown, snapshots)))}"
     return None
-
-
-def _snapshot(cached: Path) -> Path | None:
-    """Return the snapshot of a folder models--ORG--NAME: that of refs/main, else the newest."""
-    try:
-        found = [path for path in (cached / "snapshots").iterdir() if (path / CONFIG).exists()]
-        if not found:
-            return None
-        main = cached / "refs" / "main"
-        commit = main.read_text(encoding="ascii").strip() if main.is_file() else ""
-        return next(
-            (path for path in found if path.name == commit),
-            max(found, key=lambda path: (path.stat().st_mtime_ns, path.name)),
-        )
-    except (OSError, ValueError):
-        return None
 
 
 def _adapter(given: Path) -> str:
@@ -354,7 +375,7 @@ def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
         return None
     files = _some(directory, "*.gguf")
     if files:
-        return f"GGUF files ({files}), llama.cpp's format, which is not read: get safetensors"
+        return f"parts of models as GGUF ({files}), but no model: give the path of a model"
     if "adapter_config.json" in names:
         return _adapter(directory)
     unfinished = _some(directory, *_UNFINISHED) or _some(
@@ -365,10 +386,18 @@ def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
     files = _some(directory, "*-of-*.safetensors")
     if files:
         return f"shards ({files}) without {INDEX}; complete the download"
+    files = _some(directory, "consolidated*.safetensors")
+    if files:
+        return (
+            f"weights under their maker's own names ({files}):"
+            f" get those for transformers, {SINGLE} or shards with {INDEX}"
+        )
     files = _some(directory, "*.safetensors")
     if files:
         return f"no {SINGLE}, but {files}: is it the whole model? Then rename it to {SINGLE}"
     files = _some(directory, *_PICKLES)
+    if files and is_only_state([name for p in _PICKLES for name in _matching(directory, p)]):
+        return f"a training run's state ({files}) without weights: give a saved model's folder"
     if files:
         return (
             f"pickle checkpoints ({files}), which can run any code and are never read; "
@@ -398,8 +427,12 @@ def _head(path: Path) -> bytes:
 
 def _some(directory: Path, *patterns: str) -> str:
     """Return the first names that match, for a message, or "" if there are none."""
-    found = sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
+    found = sorted({name for pattern in patterns for name in _matching(directory, pattern)})
     return _listed([shown(Path(name)) for name in found])
+
+
+def _matching(directory: Path, pattern: str) -> list[str]:
+    return [path.name for path in directory.glob(pattern)]
 
 
 def _listed(names: list[str]) -> str:
@@ -410,15 +443,8 @@ def _listed(names: list[str]) -> str:
 def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
     if isinstance(error, PermissionError):
         return CheckpointError(
-            f"{shown(path)}: the user {_user()} may not read it on {socket.gethostname()};"
+            f"{shown(path)}: the user {hub.user_name()} may not read it on {socket.gethostname()};"
             " give it the right to, or put the model where it may"
         )
     reason = error.strerror if isinstance(error, OSError) else None
     return CheckpointError(f"{shown(path)}: cannot be read: {reason or error}; give another path")
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())

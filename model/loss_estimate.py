@@ -4,7 +4,8 @@
 are blocks. Here each block is quantized once, at 4 bits. The original model, one student for each
 block and one student with every block quantized go through the blocks together. So each block is
 read once. A block's loss at another width is its loss at 4 bits times the ratio of the squared
-weight errors, which a sample of its rows tells (docs/calibration.md).
+weight errors, which a sample of its rows tells (docs/calibration.md). A block whose file has 4-bit
+codes loses nothing there, and is measured at 3 bits.
 
 It runs in numpy alone: no backend and no agent is needed.
 """
@@ -23,12 +24,15 @@ from model import costs
 from model.checkpoint import Checkpoint
 from model.divergence import divergences
 from model.errors import Cancelled
-from model.quantize import BITS, Format, QuantizedMatrix, Scheme, quantize
+from model.quantize import BITS, Format, QuantizedMatrix, Scheme, own_format, quantize
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
 MEASURED_BITS = 4
 """The width that is measured. Losses there are far above rounding, and small enough to add up."""
+
+NEXT_BITS = 3
+"""The width that is measured of blocks whose file has codes of MEASURED_BITS."""
 
 ESTIMATE_MARGIN = 1.25
 """Least factor on sums. A plan that exceeds its sum even so is found when it is measured whole."""
@@ -108,16 +112,18 @@ def estimate_losses(
     blocks). Raises LossUnknown, Cancelled, model.errors.ModelError for unreadable weights.
     """
     started_s = time.monotonic()
-    fmt = Format.of(MEASURED_BITS, scheme, group_size)
     spec, last = checkpoint.spec, checkpoint.spec.head_block
     students = _Students(spec, sequences, cancelled)
+    widths = {bits: Format.of(bits, scheme, group_size) for bits in BITS}
     ratios = []
     for block in range(spec.block_count):
-        tensors = dict(checkpoint.block(block))
-        ratios.append(_error_ratios(tensors, scheme, group_size))
+        tensors, kept = dict(checkpoint.block(block)), checkpoint.kept(block)
+        native = checkpoint.native_format(block)
+        measured = NEXT_BITS if native and native.bits == MEASURED_BITS else MEASURED_BITS
+        formats = {bits: own_format(native, fmt) for bits, fmt in widths.items()}
+        ratios.append(_error_ratios(tensors, kept, formats, measured))
         before = students.advance(block, tensors)
-        changed = {name: _quantized(name, tensors.pop(name), fmt) for name in [*tensors]}
-        students.add(block, changed, before)
+        students.add(block, _quantized(tensors, kept, formats[measured]), before)
         on_step(block + 1, last + 1)
     singles, whole = students.losses()
     if not all(map(math.isfinite, (*singles, whole))):
@@ -144,10 +150,9 @@ def plan_loss(
     """Measure the KL divergence of a plan, one format per block. All else: ``estimate_losses``."""
     students = _Students(checkpoint.spec, sequences, cancelled)
     for block, fmt in enumerate(formats):
-        tensors = dict(checkpoint.block(block))
+        tensors, kept = dict(checkpoint.block(block)), checkpoint.kept(block)
         before = students.advance(block, tensors)
-        changed = {name: _quantized(name, tensors.pop(name), fmt) for name in [*tensors]}
-        students.add(block, changed, before, alone=False)
+        students.add(block, _quantized(tensors, kept, fmt), before, alone=False)
         on_step(block + 1, len(formats))
     _, whole = students.losses()
     if not math.isfinite(whole):
@@ -228,24 +233,43 @@ class _Students:
 
 
 def _quantized(
-    name: str, tensor: npt.NDArray[np.float32], fmt: Format
-) -> npt.NDArray[np.float32] | QuantizedMatrix:
-    return quantize(tensor, fmt, name) if name in QUANTIZED_TENSORS else tensor
+    tensors: dict[str, npt.NDArray[np.float32]], kept: Mapping[str, QuantizedMatrix], fmt: Format
+) -> Tensors:
+    """Return a block's tensors in a format. ``tensors`` is emptied meanwhile."""
+    return {
+        name: _matrix(name, tensor, kept, fmt) if name in QUANTIZED_TENSORS else tensor
+        for name, tensor in ((name, tensors.pop(name)) for name in [*tensors])
+    }
+
+
+def _matrix(
+    name: str,
+    weights: npt.NDArray[np.float32],
+    kept: Mapping[str, QuantizedMatrix],
+    fmt: Format,
+) -> QuantizedMatrix:
+    codes = kept.get(name)
+    return codes if codes is not None and codes.format == fmt else quantize(weights, fmt, name)
 
 
 def _error_ratios(
-    tensors: Mapping[str, npt.NDArray[np.float32]], scheme: Scheme, group_size: int
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    kept: Mapping[str, QuantizedMatrix],
+    formats: Mapping[int, Format],
+    measured: int,
 ) -> dict[int, float]:
-    """Bits -> squared weight error of a block, as a multiple of that at 4 bits."""
+    """Bits -> squared weight error of a block, as a multiple of that at ``measured`` bits."""
     totals = dict.fromkeys(BITS, 0.0)
     for name, weights in tensors.items():
         if name not in QUANTIZED_TENSORS:
             continue
         step = max(1, len(weights) // _SAMPLED_ROWS)
         sample = np.ascontiguousarray(weights[::step])
-        for bits in totals:
-            matrix = quantize(sample, Format.of(bits, scheme, group_size), name)
+        for bits, fmt in formats.items():
+            if name in kept and kept[name].format == fmt:
+                continue  # Stored as it is.
+            matrix = quantize(sample, fmt, name)
             error = float(np.square(matrix.dequantize() - sample).mean(dtype=np.float64))
             totals[bits] += error * weights.size
-    least = totals[MEASURED_BITS]
+    least = totals[measured]
     return {bits: total / least if least else 0.0 for bits, total in totals.items()}

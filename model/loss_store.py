@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ class Form:
     scheme: Scheme
     group_size: int
 
-    def formats(self, bits: Sequence[int]) -> list[Format]:
-        return [Format.of(width, self.scheme, self.group_size) for width in bits]
+    def format(self, block: int, bits: int) -> Format:
+        return self.checkpoint.format_of(block, Format.of(bits, self.scheme, self.group_size))
 
 
 class LossStore:
@@ -98,7 +98,7 @@ class LossStore:
         known = self.losses(form, on_step, cancelled)
         if bits not in known.plans:
             sequences = _text(form.checkpoint)
-            formats = form.formats(bits)
+            formats = [form.format(block, width) for block, width in enumerate(bits)]
             kl = _measured(
                 lambda: plan_loss(form.checkpoint, formats, sequences, on_step, cancelled)
             )

@@ -15,7 +15,7 @@ The schemes are:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError
+from model.row_pieces import RowPieces
 from model.safetensors import bfloat16_to_float32
 
 Scheme = Literal["rtn", "truncate", "float"]
@@ -95,6 +96,14 @@ class Format:
     def groups(self, columns: int) -> int:
         """Return the groups in a row of ``columns`` weights (integer formats only)."""
         return -(-columns // self.group_size)
+
+
+def own_format(native: Format | None, fmt: Format) -> Format:
+    """Return the format of a block at the bits of ``fmt``: ``native`` if it has those bits.
+
+    ``native`` is the format of the codes that the block's file already has, or None.
+    """
+    return native if native is not None and native.bits == fmt.bits else fmt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +194,27 @@ class QuantizedMatrix:
             return np.full(shape, self.scale_data[0, 0], np.float32)
         return np.array(self.scale_data if rows is None else self.scale_data[rows], np.float32)
 
+    def take(self, rows: npt.NDArray[np.integer[Any]]) -> QuantizedMatrix:
+        """Return the matrix of these rows, in this order, with the codes unchanged."""
+        return QuantizedMatrix(
+            (len(rows), self.shape[1]),
+            self.format,
+            self.data[rows],
+            self.scale_data
+            if self.scale_data is None or self.format.scheme == "truncate"
+            else self.scale_data[rows],
+            None if self.zero_data is None else self.zero_data[rows],
+        )
+
+    def rows(self, rows: slice) -> QuantizedMatrix:
+        """Return the matrix of consecutive rows, as a view of the same codes."""
+        scales = self.scale_data
+        if scales is not None and self.format.scheme != "truncate":
+            scales = scales[rows]
+        zeros = None if self.zero_data is None else self.zero_data[rows]
+        data = self.data[rows]
+        return QuantizedMatrix((len(data), self.shape[1]), self.format, data, scales, zeros)
+
     def in_container(self, bits: int) -> tuple[Bytes, Bytes]:
         """Pack the same codes and zeros at a larger width, for kernels without the format's width.
 
@@ -208,7 +238,30 @@ class QuantizedMatrix:
             raise ValueError("a float matrix has no codes, zeros or scales")
 
 
-def quantize(weights: npt.NDArray[Any], fmt: Format, name: str = "weights") -> QuantizedMatrix:
+def stack(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """Return matrices of one group-wise format and width one below the other, codes unchanged.
+
+    Raises ValueError if formats or widths differ.
+    """
+    first = matrices[0]
+    same = {(matrix.format, matrix.shape[1]) for matrix in matrices}
+    if len(same) != 1 or first.format.scheme != "rtn":
+        raise ValueError("only matrices of one group-wise format and width can be stacked")
+    if len(matrices) == 1:
+        return first
+    zeros = [matrix.zero_data for matrix in matrices if matrix.zero_data is not None]
+    return QuantizedMatrix(
+        (sum(matrix.shape[0] for matrix in matrices), first.shape[1]),
+        first.format,
+        np.concatenate([matrix.data for matrix in matrices]),
+        np.concatenate([matrix.scale_data for matrix in matrices if matrix.scale_data is not None]),
+        np.concatenate(zeros) if zeros else None,
+    )
+
+
+def quantize(
+    weights: npt.NDArray[Any] | RowPieces, fmt: Format, name: str = "weights"
+) -> QuantizedMatrix:
     """Encode a float matrix [N, K]; no value moves further than half a step (truncate: one).
 
     Scales are fp16, rounded up before codes are chosen. They are fp32 if the largest leaves [2^-20,
@@ -347,7 +400,7 @@ def _grouped(weights: npt.NDArray[Any], fmt: Format) -> FloatArray:
     return chunk.reshape(len(chunk), -1, fmt.group_size)
 
 
-def _round_to_nearest(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix:
+def _round_to_nearest(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMatrix:
     rows, columns = weights.shape
     groups, top, middle = fmt.groups(columns), (1 << fmt.bits) - 1, 1 << (fmt.bits - 1)
     low, high = np.empty((2, rows, groups), np.float64)
@@ -375,7 +428,7 @@ def _round_to_nearest(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix
     return QuantizedMatrix((rows, columns), fmt, data, scales, packed_zeros)
 
 
-def _truncate(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix:
+def _truncate(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMatrix:
     rows, columns = weights.shape
     middle = 1 << (fmt.bits - 1)
     largest = max(

@@ -2,6 +2,10 @@
 
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
 (pre-norm, gated); the Qwen3 report (norms of q and k per head).
+
+Gemma 2 has norms around each part, and caps of scores and logits (its report). OLMo 2 has norms of
+what is added, and of all of q and k ("2 OLMo 2 Furious"). Experts are those of Shazeer et al., "The
+Sparsely-Gated Mixture-of-Experts Layer". Sinks and the clipped SwiGLU are those of gpt-oss.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import numpy.typing as npt
 
 from model.artifact import Tensor, read_block, values_of
 from model.checkpoint import Checkpoint
+from model.experts import by_expert, clipped_swiglu, expert_rows, route
 from model.rotary import rotary_table, rotate
 from model.spec import LayerSpec, ModelSpec
 
@@ -118,26 +123,35 @@ class ReferenceModel:
             hidden = _norm(self.spec.layers[-1], weights, "norm", hidden)
         if self.spec.projected:
             hidden = hidden @ weights["project_out.weight"].T
-        logits: Array = hidden @ weights["lm_head.weight"].T
-        return logits
+        return _capped(hidden @ weights["lm_head.weight"].T, self.spec.logit_cap)
 
     def _layer(
         self, block: int, weights: Weights, hidden: Array, position: int, lengths: Sequence[int]
     ) -> Array:
+        """Run attention and MLP, with norms where ``LayerSpec.norm_position`` has them."""
         layer = self.spec.layer(block)
-        before = layer.norm_position == "pre"
-        normed = _norm(layer, weights, "attn_norm", hidden) if before else hidden
-        q, k, v = (_linear(weights, name, normed) for name in "qkv")
+        mixed = self._mixed(block, _entered(layer, weights, "attn", hidden), position, lengths)
+        hidden = _left(layer, weights, "attn", hidden, self._summed(weights, "o", mixed))
+        rows = _entered(layer, weights, "mlp", hidden)
+        if layer.experts is not None:
+            added = self._team_sum(_mixed_experts(layer, weights, rows))
+        else:
+            added = self._summed(weights, "down", _mlp(layer, weights, rows))
+        return _left(layer, weights, "mlp", hidden, added)
+
+    def _mixed(self, block: int, rows: Array, position: int, lengths: Sequence[int]) -> Array:
+        """The mixed values [n, heads * head_dim] of all sequences."""
+        layer, weights = self.spec.layer(block), self._weights[block]
+        q, k, v = (_linear(weights, name, rows) for name in "qkv")
+        if layer.qk_norm == "width":
+            q, k = (
+                _rms_norm(part, layer.norm_eps) * weights[f"{name}_norm.weight"]
+                for name, part in (("q", q), ("k", k))
+            )
         ends = np.cumsum(lengths)[:-1]
         pieces = zip(np.split(q, ends), np.split(k, ends), np.split(v, ends), strict=True)
         mixed = [self._attention(block, weights, piece, position) for piece in pieces]
-        hidden = hidden + self._summed(weights, "o", np.concatenate(mixed))
-        if before:
-            inner = _mlp(layer, weights, _norm(layer, weights, "mlp_norm", hidden))
-            return hidden + self._summed(weights, "down", inner)
-        hidden = _norm(layer, weights, "attn_norm", hidden)
-        added = hidden + self._summed(weights, "down", _mlp(layer, weights, hidden))
-        return _norm(layer, weights, "mlp_norm", added)
+        return np.concatenate(mixed)
 
     def _summed(self, weights: Weights, name: str, rows: Array) -> Array:
         """Rows times a matrix that the team divides by columns, with its bias."""
@@ -156,7 +170,7 @@ class ReferenceModel:
                 projected, (layer.heads, layer.kv_heads, layer.kv_heads), strict=True
             )
         )
-        if layer.qk_norm:
+        if layer.qk_norm == "head":
             q = _rms_norm(q, layer.norm_eps) * weights["q_norm.weight"]
             k = _rms_norm(k, layer.norm_eps) * weights["k_norm.weight"]
         if layer.rope is not None:
@@ -175,14 +189,44 @@ class ReferenceModel:
             np.repeat(part, group, axis=1).transpose(1, 0, 2) for part in (k, v)
         )  # [heads, end, head_dim]
         scores = q.transpose(1, 0, 2) @ keys.transpose(0, 2, 1)
-        scores /= self._dtype(math.sqrt(layer.head_dim))
+        scores *= self._dtype(layer.score_factor)
+        scores = _capped(scores, layer.score_cap)
         distance = np.arange(position, end)[:, None] - np.arange(end)  # [n, end]
         window = layer.sliding_window or end
         scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        scores /= scores.sum(axis=-1, keepdims=True)
+        largest = scores.max(axis=-1, keepdims=True)
+        if layer.sinks:
+            sinks = weights["sinks"][:, None, None]
+            largest = np.maximum(largest, sinks)
+        scores = np.exp(scores - largest)
+        total = scores.sum(axis=-1, keepdims=True)
+        scores /= total + np.exp(sinks - largest) if layer.sinks else total
         mixed: Array = (scores @ values).transpose(1, 0, 2).reshape(count, -1)
         return mixed
+
+
+def _entered(layer: LayerSpec, weights: Weights, name: str, rows: Array) -> Array:
+    """The rows that attention or MLP takes."""
+    if layer.norm_position in ("pre", "both"):
+        return _norm(layer, weights, f"{name}_norm", rows)
+    return rows
+
+
+def _left(layer: LayerSpec, weights: Weights, name: str, rows: Array, product: Array) -> Array:
+    """The hidden state after attention or MLP, of the rows before and its product."""
+    match layer.norm_position:
+        case "pre":
+            return rows + product
+        case "post":
+            return _norm(layer, weights, f"{name}_norm", rows + product)
+        case "both":
+            return rows + _norm(layer, weights, f"{name}_out_norm", product)
+        case "output":
+            return rows + _norm(layer, weights, f"{name}_norm", product)
+
+
+def _capped(values: Array, cap: float | None) -> Array:
+    return values if cap is None else cap * np.tanh(values / cap)
 
 
 def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:
@@ -191,6 +235,28 @@ def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:
         gate = _activate(layer, _linear(weights, "gate", hidden))
         return gate * _linear(weights, "up", hidden)
     return _activate(layer, _linear(weights, "up", hidden))
+
+
+def _mixed_experts(layer: LayerSpec, weights: Weights, rows: Array) -> Array:
+    """The weighted outputs [n, hidden] of each row's experts, and of the shared one."""
+    experts = layer.experts
+    assert experts is not None  # noqa: S101 - the caller looked
+    mixed = np.zeros_like(rows)
+    if experts.shared_ffn:
+        gate = _activate(layer, _linear(weights, "shared_gate", rows))
+        mixed = _linear(weights, "shared_down", gate * _linear(weights, "shared_up", rows))
+        if experts.shared_gate:
+            mixed *= 0.5 + 0.5 * np.tanh(0.5 * _linear(weights, "shared_mix", rows))
+    chosen, shares = route(experts, _linear(weights, "router", rows))
+    for expert, places, factors in by_expert(experts, chosen, shares):
+        own = {name: expert_rows(layer, expert, name, weights[name]) for name in weights}
+        inner = _linear(own, "gate", rows[places]), _linear(own, "up", rows[places])
+        gate = _activate(layer, inner[0]) if experts.limit is None else inner[0]
+        up = inner[1]
+        if experts.limit is not None:
+            gate, up = clipped_swiglu(gate, up, experts.limit)
+        mixed[places] += factors[:, None] * _linear(own, "down", gate * up)
+    return mixed
 
 
 def _linear(weights: Weights, name: str, rows: Array) -> Array:

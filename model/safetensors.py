@@ -43,6 +43,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -68,7 +71,7 @@ class SafetensorsFile:
     entries: Mapping[str, TensorEntry]
 
     def map(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor as a read-only view of the file; bf16 appears as its uint16 bit patterns.
+        """Return a tensor as a read-only view of the file. bf16 and fp8 appear as bit patterns.
 
         Raises CheckpointError if the file has no such tensor or has vanished.
         """
@@ -99,8 +102,10 @@ class SafetensorsFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: cannot be read again: {error}") from error
 
-    def float32(self, name: str) -> npt.NDArray[np.float32]:
+    def float32(self, name: str, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Return a tensor's values as float32 (a view of the file if it stores F32).
+
+        rows: of the first axis.
 
         Raises CheckpointError for a tensor that is not F64, F32, F16 or BF16.
         """
@@ -111,6 +116,7 @@ class SafetensorsFile:
                 "only unquantized F32, F16 and BF16 weights can be read"
             )
         stored = self.map(name)
+        stored = stored[rows] if stored.ndim else stored
         if entry.dtype == "BF16":
             return bfloat16_to_float32(stored)
         return stored.astype(np.float32, copy=False)

@@ -18,17 +18,33 @@ from model.errors import UnsupportedModelError
 
 BlockKind = Literal["embedding", "layer", "head"]
 NormKind = Literal["layernorm", "rmsnorm"]
-NormPosition = Literal["pre", "post"]
+NormPosition = Literal["pre", "post", "both", "output"]
+"""Where a layer's norms are, around attention and MLP (the parts).
+
+pre: x + part(norm(x)). post: norm(x + part(x)). both: x + norm(part(norm(x))).
+output: x + norm(part(x)).
+"""
+QkNorm = Literal["none", "head", "width"]
+"""RMS norms of q and k: over each head's columns with one weight, or over all heads at once."""
+ExpertScoring = Literal["softmax", "topk_softmax"]
 Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
-RopeScaling = Literal["none", "linear", "dynamic", "llama3"]
+RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding: half-split ("rotate half") pairs over the whole head dimension.
+    """Rotary position embedding: half-split ("rotate half") pairs (i, i + head_dim / 2) of a head.
 
     ``original_context`` is the trained context. `dynamic` scaling starts there, and `llama3`
     compares wavelengths with it. Other kinds ignore the frequency and band factors.
+
+    rotated: columns of a head that turn, or 0 for all: those of the first rotated / 2 pairs. Their
+        frequencies are those of a head that has no other columns.
+    beta_fast, beta_slow, truncated: `yarn` keeps waves with more than beta_fast turns within the
+        trained context, and divides those with fewer than beta_slow. ``truncated`` rounds the
+        bounds to whole columns.
+    attention_factor: `yarn` and `longrope` multiply cosines and sines by it.
+    short_factors, long_factors: `longrope` divides frequencies by them, one per pair that turns.
     """
 
     theta: float
@@ -37,6 +53,49 @@ class RopeSpec:
     original_context: int = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    rotated: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncated: bool = True
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def columns(self, head_dim: int) -> int:
+        """Return how many columns of a head turn."""
+        return self.rotated or head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """The experts of a layer, each a gated MLP that is ``LayerSpec.ffn`` wide.
+
+    count, active: experts of the layer, and those that a token uses.
+    scoring: softmax over all experts before the best are taken, or over the best alone.
+    normalized: the weights of the chosen experts are divided by their sum.
+    bias: router and experts have biases.
+    limit: gate and up are clipped to it, and the gate is weighted by sigmoid(1.702 gate) and
+        multiplied by up + 1 (gpt-oss). None: plain SwiGLU.
+    shared_ffn: width of the MLP that every token uses beside its experts, or 0.
+    shared_gate: a sigmoid of a linear layer weights that MLP.
+    first, held: the experts that a member of a team holds, from the first one on. 0 held are all.
+    """
+
+    count: int
+    active: int
+    scoring: ExpertScoring = "softmax"
+    normalized: bool = True
+    bias: bool = False
+    limit: float | None = None
+    shared_ffn: int = 0
+    shared_gate: bool = False
+    first: int = 0
+    held: int = 0
+
+    @property
+    def stored(self) -> int:
+        """How many experts the layer's tensors hold."""
+        return self.held or self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +115,30 @@ class LayerSpec:
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
-    qk_norm: bool = False
+    qk_norm: QkNorm = "none"
     rope: RopeSpec | None = None
     sliding_window: int | None = None
     """The number of positions that a query sees, itself included. None sees all."""
+    score_scale: float | None = None
+    """The factor of attention's scores. None is 1 / sqrt(head_dim)."""
+    score_cap: float | None = None
+    """Scores become cap * tanh(score / cap)."""
+    sinks: bool = False
+    """Each head has one more logit in the softmax, which adds no value."""
+    experts: ExpertSpec | None = None
+    """Experts instead of the MLP, which would be ``ffn`` wide."""
+
+    @property
+    def used_ffn(self) -> int:
+        """The width of all MLPs that a token uses."""
+        if self.experts is None:
+            return self.ffn
+        return self.experts.active * self.ffn + self.experts.shared_ffn
+
+    @property
+    def score_factor(self) -> float:
+        """The factor of attention's scores."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the layer's canonical tensor names and shapes. Matrices are [out, in]."""
@@ -80,16 +159,38 @@ class LayerSpec:
         linear("q", q_rows, self.hidden, self.qkv_bias)
         linear("k", kv_rows, self.hidden, self.qkv_bias)
         linear("v", kv_rows, self.hidden, self.qkv_bias)
-        if self.qk_norm:
-            shapes["q_norm.weight"] = (self.head_dim,)
-            shapes["k_norm.weight"] = (self.head_dim,)
+        if self.qk_norm != "none":
+            per_head = self.qk_norm == "head"
+            shapes["q_norm.weight"] = (self.head_dim if per_head else q_rows,)
+            shapes["k_norm.weight"] = (self.head_dim if per_head else kv_rows,)
+        if self.sinks:
+            shapes["sinks"] = (self.heads,)
         linear("o", self.hidden, q_rows, self.out_bias)
+        if self.norm_position == "both":
+            norm("attn_out_norm", self.hidden)
+            norm("mlp_out_norm", self.hidden)
         norm("mlp_norm", self.hidden)
+        # Experts are stacked: the rows of a matrix are those of one expert after the other.
+        stacked, bias = 1, self.mlp_bias
+        if self.experts is not None:
+            stacked, bias = self.experts.stored, self.experts.bias
+            linear("router", self.experts.count, self.hidden, bias)
+            self._shared_expert(shapes)
         if self.gated:
-            linear("gate", self.ffn, self.hidden, self.mlp_bias)
-        linear("up", self.ffn, self.hidden, self.mlp_bias)
-        linear("down", self.hidden, self.ffn, self.mlp_bias)
+            linear("gate", stacked * self.ffn, self.hidden, bias)
+        linear("up", stacked * self.ffn, self.hidden, bias)
+        linear("down", stacked * self.hidden, self.ffn, bias)
         return shapes
+
+    def _shared_expert(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Add the tensors of the MLP beside the experts. ``shared_mix`` is its gate."""
+        width = 0 if self.experts is None else self.experts.shared_ffn
+        if self.experts is None or not width:
+            return
+        shapes["shared_gate.weight"] = shapes["shared_up.weight"] = (width, self.hidden)
+        shapes["shared_down.weight"] = (self.hidden, width)
+        if self.experts.shared_gate:
+            shapes["shared_mix.weight"] = (1, self.hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +209,8 @@ class ModelSpec:
     tied_head: bool
     bos_token: int | None
     eos_tokens: tuple[int, ...]
+    logit_cap: float | None = None
+    """Logits become cap * tanh(logit / cap)."""
 
     @property
     def block_count(self) -> int:
@@ -204,15 +307,20 @@ QUANTIZED_TENSORS = frozenset(
     f"{name}.weight"
     for name in (
         "q", "k", "v", "o", "gate", "up", "down",
-        "tokens", "project_in", "project_out", "lm_head",
+        "shared_gate", "shared_up", "shared_down", "tokens", "project_in", "project_out", "lm_head",
     )
 )  # fmt: skip
 """Canonical names stored in the block's format. All other tensors are stored as fp32."""
 
 
 def _layer_from_dict(values: dict[str, Any]) -> LayerSpec:
-    rope = values.pop("rope", None)
-    return LayerSpec(rope=None if rope is None else RopeSpec(**rope), **values)
+    rope, experts = values.pop("rope", None), values.pop("experts", None)
+    if rope is not None:
+        factors = {name: tuple(rope[name]) for name in _FACTORS if name in rope}
+        rope = RopeSpec(**dict(rope) | factors)
+    if experts is not None:
+        experts = ExpertSpec(**experts)
+    return LayerSpec(rope=rope, experts=experts, **values)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -220,12 +328,29 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "norm_position": get_args(NormPosition),
     "activation": get_args(Activation),
     "scaling": get_args(RopeScaling),
+    "qk_norm": get_args(QkNorm),
+    "scoring": get_args(ExpertScoring),
 }
-_NUMBERS = frozenset(("norm_eps", "theta", "factor", "low_freq_factor", "high_freq_factor"))
-_COUNTS = frozenset(("learned_positions", "position_offset", "original_context"))
+_NUMBERS = frozenset(
+    (
+        "norm_eps", "theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast",
+        "beta_slow", "attention_factor",
+    )
+)  # fmt: skip
+_OPTIONAL_NUMBERS = frozenset(("score_scale", "score_cap", "logit_cap", "limit"))
+_FACTORS = ("short_factors", "long_factors")
+_COUNTS = frozenset(
+    (
+        "learned_positions", "position_offset", "original_context", "rotated", "shared_ffn",
+        "first", "held",
+    )
+)  # fmt: skip
 _SIZES = frozenset(
-    ("vocab", "hidden", "embed_dim", "max_context", "heads", "kv_heads", "head_dim", "ffn")
-)
+    (
+        "vocab", "hidden", "embed_dim", "max_context", "heads", "kv_heads", "head_dim", "ffn",
+        "count", "active",
+    )
+)  # fmt: skip
 MAX_SIZE = 1 << 24
 """The bound of each width, head count and token id. No real model has more."""
 MAX_LAYERS = 1 << 12
@@ -240,18 +365,40 @@ def _check(spec: ModelSpec) -> None:
         _check_fields(layer)
         if layer.hidden != spec.hidden or layer.heads % layer.kv_heads:
             raise UnsupportedModelError("malformed model description: inconsistent layer sizes")
-        if layer.rope is None:
-            continue
-        _check_fields(layer.rope)
-        smallest = 4 if layer.rope.scaling == "dynamic" else 2
-        scaled = layer.rope.scaling in ("dynamic", "llama3")
-        if layer.head_dim % 2 or layer.head_dim < smallest:
-            raise UnsupportedModelError("malformed model description: head_dim cannot be rotated")
-        if scaled and not layer.rope.original_context:
-            raise UnsupportedModelError("malformed model description: original_context is missing")
+        if layer.experts is not None:
+            _check_experts(layer, layer.experts)
+        if layer.rope is not None:
+            _check_rope(layer.rope, layer.head_dim)
 
 
-def _check_fields(part: ModelSpec | LayerSpec | RopeSpec) -> None:
+def _check_experts(layer: LayerSpec, experts: ExpertSpec) -> None:
+    _check_fields(experts)
+    if (
+        experts.active > experts.count
+        or experts.first + experts.stored > experts.count
+        or not layer.gated
+        or layer.norm_position != "pre"
+    ):
+        raise UnsupportedModelError("malformed model description: inconsistent experts")
+
+
+def _check_rope(rope: RopeSpec, head_dim: int) -> None:
+    _check_fields(rope)
+    columns = rope.columns(head_dim)
+    smallest = 4 if rope.scaling == "dynamic" else 2
+    if columns % 2 or not smallest <= columns <= head_dim:
+        raise UnsupportedModelError("malformed model description: head_dim cannot be rotated")
+    if rope.scaling not in ("none", "linear") and not rope.original_context:
+        raise UnsupportedModelError("malformed model description: original_context is missing")
+    if rope.scaling == "yarn" and rope.theta <= 1:
+        raise UnsupportedModelError(f"malformed model description: theta = {rope.theta}")
+    if rope.scaling == "longrope" and any(
+        len(factors) != columns // 2 for factors in (rope.short_factors, rope.long_factors)
+    ):
+        raise UnsupportedModelError("malformed model description: a factor for each pair is needed")
+
+
+def _check_fields(part: ModelSpec | LayerSpec | RopeSpec | ExpertSpec) -> None:
     for field in fields(part):
         value = getattr(part, field.name)
         if not _is_valid(field.name, value):
@@ -260,12 +407,16 @@ def _check_fields(part: ModelSpec | LayerSpec | RopeSpec) -> None:
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    if name in ("layers", "rope"):
+    if name in ("layers", "rope", "experts"):
         return True
     if name in _CHOICES:
         return value in _CHOICES[name]
     if name in _NUMBERS:
-        return type(value) in (int, float) and 0 < value < math.inf
+        return _is_positive(value)
+    if name in _OPTIONAL_NUMBERS:
+        return value is None or _is_positive(value)
+    if name in _FACTORS:
+        return len(value) < MAX_SIZE and all(_is_positive(factor) for factor in value)
     if name in _SIZES:
         return _is_count(value) and value > 0
     if name in _COUNTS:
@@ -277,6 +428,10 @@ def _is_valid(name: str, value: Any) -> bool:
     if name == "eos_tokens":
         return all(_is_count(token) for token in value)
     return type(value) is bool
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _is_count(value: Any) -> bool:

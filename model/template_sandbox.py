@@ -1,7 +1,7 @@
 """The sandbox that renders a model's chat template, which is a stranger's program.
 
 It renders as transformers does: trimmed blocks, loop controls, ``raise_exception``,
-``strftime_now``, ``tojson`` without HTML escapes, and ``{% generation %}`` markers ignored. The
+``strftime_now``, ``tojson`` without HTML escapes, and ``{% generation %}`` markers. The
 sandbox bounds steps and sizes. The process around it (model.template_process) bounds time and
 memory.
 """
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
-from types import CodeType
+from types import BuiltinFunctionType, CodeType
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes, pass_environment
+from jinja2 import Environment, Template, TemplateError, nodes, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.filters import do_format, do_indent, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -88,10 +89,13 @@ _RENDER_ERRORS = (
 _COMPILE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
 # Their results may be far larger than their arguments, and chat templates do not need them.
 _UNBOUNDED_FILTERS = frozenset(
-    ("batch", "center", "filesizeformat", "format", "slice", "urlize", "wordwrap", "xmlattr")
+    ("batch", "center", "filesizeformat", "slice", "urlize", "wordwrap", "xmlattr")
 )
 _ADDED_BY_JINJA = frozenset(("_loop_vars", "_block_vars"))
 _LONG_NUMBER = re.compile(r"\d{5}")
+_GIVEN_WIDTH = re.compile(r"%[-+ #0-9.]*\*|\{[^{}]*\{")
+"""A width that is not in the text, but among the values: ``%*d``, ``{:{}}``."""
+MAX_WIDTH = 9999
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -111,9 +115,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.step()
         # jinja adds the variables of a surrounding loop or block for functions of its own.
         own = {name: value for name, value in kwargs.items() if name not in _ADDED_BY_JINJA}
-        for value in (*args, *own.values()):
-            if isinstance(value, int) and value > MAX_PROMPT_CHARS:
-                raise SecurityError(f"calls with the number {value}")
+        if isinstance(obj, BuiltinFunctionType):  # Macros may take any number.
+            _check_numbers((*args, *own.values()), MAX_PROMPT_CHARS)
         # The sandbox returns str.format in a wrapper.
         method = getattr(obj, "__name__", "")
         text = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
@@ -122,7 +125,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(text, str) and method == "replace":
             return _replace(text, *args, **own)
         if isinstance(text, str) and method == "join" and len(args) == 1 and not own:
-            return _join(args[0], text)
+            return _join_texts(args[0], text)
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -167,13 +170,17 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _GenerationMarker(Extension):
-    """``{% generation %}`` marks the assistant's text for training. It has no meaning here."""
+    """``{% generation %}`` marks the assistant's text for training. Here it is only a scope."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja declares it as an instance attribute
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("text_of"), [], [], body).set_lineno(line)
+
+    def text_of(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 @pass_environment
@@ -183,16 +190,30 @@ def _bounded(environment: _Environment, values: Iterable[Any]) -> Iterator[Any]:
         yield value
 
 
-def _join(parts: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
+@pass_environment
+def _join(
+    environment: Environment,
+    parts: Iterable[Any],
+    d: Any = "",  # jinja's name of the separator.
+    attribute: str | int | None = None,
+) -> str:
     if attribute is not None:
-        raise SecurityError("joins by attribute")
+        parts = map(make_attrgetter(environment, attribute), parts)
+    return _join_texts(map(str, parts), str(d))
+
+
+def _concat(parts: Iterable[Any]) -> str:
+    return _join_texts(map(str, parts), "")
+
+
+def _join_texts(parts: Iterable[str], separator: str) -> str:
     texts = []
     size_chars = 0
     for part in parts:
-        texts.append(str(part))
-        size_chars += len(texts[-1]) + len(separator)
+        texts.append(part)
+        size_chars += len(part) + len(separator)
         _check_size(size_chars)
-    return str(separator).join(texts)
+    return separator.join(texts)
 
 
 def _check_size(size: int) -> None:
@@ -200,9 +221,17 @@ def _check_size(size: int) -> None:
         raise SecurityError(f"builds a value of {size} items")
 
 
-def _check_format(text: str, values: Iterable[Any]) -> None:
+def _check_numbers(values: Iterable[Any], most: int) -> None:
+    for value in values:
+        if isinstance(value, int) and value > most:
+            raise SecurityError(f"calls with the number {value}")
+
+
+def _check_format(text: str, values: Collection[Any]) -> None:
     if _LONG_NUMBER.search(text):
         raise SecurityError("formats with a huge width")
+    if _GIVEN_WIDTH.search(text):
+        _check_numbers(values, MAX_WIDTH)
     # Each field takes at least two characters, and may name any of the values.
     _check_size(len(text) // 2 * max((len(str(value)) for value in values), default=0))
 
@@ -213,18 +242,19 @@ def _replace(text: str, old: str, new: str, count: int = -1) -> str:
     return text.replace(old, new, count)
 
 
-def _replace_filter(text: str, old: str, new: str, count: int | None = None) -> str:
-    return _replace(str(text), old, new, -1 if count is None else count)
+def _replace_filter(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    return _replace(str(text), str(old), str(new), -1 if count is None else count)
 
 
-def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
-    _check_size(len(text) + (text.count("\n") + 1) * width)
-    prefix = " " * width
-    lines = text.split("\n")
-    return "\n".join(
-        prefix + line if (number or first) and (line or blank) else line
-        for number, line in enumerate(lines)
-    )
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    width_chars = len(width) if isinstance(width, str) else width
+    _check_size(len(text) + (len(text.splitlines()) + 1) * width_chars)
+    return do_indent(text, width, first, blank)
+
+
+def _format(text: Any, *args: Any, **kwargs: Any) -> str:
+    _check_format(str(text), kwargs.values() if kwargs else args)
+    return do_format(str(text), *args, **kwargs)
 
 
 def _is_sized(value: Any) -> bool:
@@ -234,11 +264,12 @@ def _is_sized(value: Any) -> bool:
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    if indent is not None and not 0 <= indent <= 16:
+    width = len(indent) if isinstance(indent, str) else indent
+    if width is not None and not 0 <= width <= 16:
         raise SecurityError("indents JSON by a huge width")
     return json.dumps(
         value,
@@ -259,7 +290,8 @@ def _strftime_now(form: str) -> str:
 
 _BOUNDED_FILTERS: dict[str, Callable[..., Any]] = {
     "_bounded": _bounded,
-    "_concat": _join,
+    "_concat": _concat,
+    "format": _format,
     "indent": _indent,
     "join": _join,
     "replace": _replace_filter,

@@ -14,10 +14,13 @@ import tokenizers
 
 from model.bounded import read_json
 from model.errors import TokenizerError
-from model.given import kind_of_file
+from model.generation import SamplingDefaults, read_sampling_defaults
+from model.gguf_tokenizer import gguf_tokenizer
+from model.given import gguf_of, kind_of_file
 from model.template_process import template_process
 from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
-from model.template_sandbox import TemplateFailed, one_line
+from model.template_sandbox import TemplateFailed
+from model.tokenizer_files import has_tokenizer, load_backend
 
 MAX_TEMPLATE_CHARS = 1 << 20
 """Ten times the longest known chat template."""
@@ -30,7 +33,10 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """A model directory's tokenizer. Use ``load`` to get one. Threads may share it."""
+    """A model directory's tokenizer. Use ``load`` to get one. Threads may share it.
+
+    defaults: what the directory recommends for requests that do not say how to draw tokens.
+    """
 
     def __init__(
         self,
@@ -38,7 +44,9 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         template: ChatTemplate | None,
         directory: Path,
+        defaults: SamplingDefaults | None = None,
     ) -> None:
+        self.defaults = SamplingDefaults() if defaults is None else defaults
         self._backend = backend
         # A file may truncate or pad prompts. transformers ignores both settings.
         backend.no_truncation()
@@ -50,17 +58,25 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
-        """Read tokenizer.json (or GPT-2's vocab.json and merges.txt) and the chat template.
+        """Read the tokenizer, its chat template, and what generation_config.json recommends.
+
+        model.tokenizer_files says from which files the tokenizer comes.
+
+        directory: a model's folder, or a GGUF file, which has its own tokenizer.
 
         Raises TokenizerError that names the file and what to do.
         """
+        gguf = gguf_of(directory)
+        if gguf is not None and (gguf == directory or not has_tokenizer(directory)):
+            return _of_gguf(gguf)
         settings = _read_object(directory / "tokenizer_config.json")
         special = _special_tokens(_read_object(directory / "special_tokens_map.json"))
         special |= _special_tokens(settings)
-        backend = _load_backend(directory, settings, special)
+        backend = load_backend(directory, settings, special)
         source, text = _find_template(directory, settings)
         template = None if text is None else ChatTemplate(text, source)
-        return Tokenizer(backend, special, template, directory)
+        defaults = read_sampling_defaults(directory)
+        return Tokenizer(backend, special, template, directory, defaults)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Return the tokens of a text. ``add_special`` adds those that the model expects (bos).
@@ -182,6 +198,13 @@ class ChatTemplate:
             raise TokenizerError(f"{self._source}: chat template failed: {error}") from error
 
 
+def _of_gguf(path: Path) -> Tokenizer:
+    backend, settings = gguf_tokenizer(path)
+    text = settings.get("chat_template")
+    template = None if text is None else ChatTemplate(text, path)
+    return Tokenizer(backend, _special_tokens(settings), template, path)
+
+
 def _longest_token_bytes(backend: tokenizers.Tokenizer) -> int | None:
     """Return the most bytes of text in one token, or None if no such bound is certain.
 
@@ -227,63 +250,27 @@ def _keeps_all(step: Mapping[str, Any]) -> bool:
     return kind in ("ByteLevel", "Digits", "Metaspace", "Prepend")
 
 
-def _load_backend(
-    directory: Path, settings: Mapping[str, Any], special: Mapping[str, str]
-) -> tokenizers.Tokenizer:
-    path = directory / "tokenizer.json"
-    vocab, merges = directory / "vocab.json", directory / "merges.txt"
-    gpt2 = str(settings.get("tokenizer_class", "")).startswith("GPT2")
-    if not path.exists() and gpt2 and vocab.exists() and merges.exists():
-        path = vocab
-    if not path.exists():
-        raise TokenizerError(
-            f"{path}: missing; load the tokenizer with transformers and save_pretrained it there"
-        )
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: larger than any tokenizer; is it the right file?")
-    # The library reports every defect of a file as a bare Exception.
-    try:
-        if path == vocab:
-            return _gpt2(vocab, merges, settings, special)
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        kind = kind_of_file(path)
-        wrong = kind or f"{one_line(error)}; fetch it again"
-        raise TokenizerError(f"{path}: not a valid tokenizer: {wrong}") from error
-
-
-def _gpt2(
-    vocab: Path, merges: Path, settings: Mapping[str, Any], special: Mapping[str, str]
-) -> tokenizers.Tokenizer:
-    """Make byte-level BPE from the two files of OPT checkpoints."""
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE.from_file(str(vocab), str(merges), unk_token=special.get("unk_token"))
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=settings.get("add_prefix_space") is True
-    )
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(sorted(set(special.values())))
-    bos = special.get("bos_token")
-    if settings.get("add_bos_token") is True and bos is not None:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
-    return backend
-
-
 def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, str | None]:
-    """Return the template's file and text. A file of its own wins over the config."""
+    """Return the template's file and text. A file of its own wins over the config.
+
+    chat_template.json, which models with a processor have, comes last.
+    """
     path = directory / "chat_template.jinja"
     if path.exists():
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
                 raise TokenizerError(f"{path}: larger than any template; is it the right file?")
+            kind = kind_of_file(path)
+            if kind is not None:
+                raise TokenizerError(f"{path}: it is {kind}")
             return path, path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{path}: cannot be read: {error}") from error
     path = directory / "tokenizer_config.json"
     value = settings.get("chat_template")
+    if value is None:
+        path = directory / "chat_template.json"
+        value = _read_object(path).get("chat_template")
     if value is None or isinstance(value, str):
         return path, value
     named = {

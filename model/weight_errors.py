@@ -34,17 +34,20 @@ def weight_errors(
     errors: list[dict[int, float]] = []
     count = checkpoint.spec.block_count
     for block in range(count):
-        missing = [fmt for fmt in formats if f"{block}/{fmt.key}" not in known]
+        own = [checkpoint.format_of(block, fmt) for fmt in formats]
+        missing = [fmt for fmt in own if f"{block}/{fmt.key}" not in known]
         if missing:
-            tensors = checkpoint.block(block)
+            tensors, kept = checkpoint.block(block), checkpoint.kept(block)
             for fmt in missing:
-                known[f"{block}/{fmt.key}"] = max(
+                errors_of_block = [
                     weight_error(tensor, fmt, normalized=True)
                     for name, tensor in tensors.items()
                     if name in QUANTIZED_TENSORS
-                )
+                    if not (name in kept and kept[name].format == fmt)
+                ]
+                known[f"{block}/{fmt.key}"] = max(errors_of_block, default=0.0)
             replace_text(path, json.dumps(known))
-        errors.append({fmt.bits: known[f"{block}/{fmt.key}"] for fmt in formats})
+        errors.append({fmt.bits: known[f"{block}/{fmt.key}"] for fmt in own})
         on_step(block + 1, count)
     return tuple(errors)
 

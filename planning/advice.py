@@ -139,6 +139,16 @@ def hindrance(problem: PlanningProblem, name: str) -> str:
     return "the exclusion of and the pins to" if pinned else "the exclusion of"
 
 
+def any_teams(problem: PlanningProblem) -> PlanningProblem:
+    """The problem without a wish about teams."""
+    return replace(problem, teams=(), no_teams=False)
+
+
+def teams_hinder(problem: PlanningProblem, possible: Possible) -> bool:
+    """Whether the wish for teams, or for none, is alone in the way."""
+    return bool(problem.teams or problem.no_teams) and possible(any_teams(problem))
+
+
 def enough_placement(problem: PlanningProblem, possible: Possible) -> str | None:
     """A device whose exclusion and pins alone are in the way."""
     for index in sorted({*problem.excluded, *problem.pins.values()}):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from model import costs
-from model.quantize import BITS, Format
+from model.quantize import BITS, Format, own_format
 from model.spec import ModelSpec
 from planning.problem import (
     DEFAULT_HOPS,
@@ -56,6 +56,8 @@ class RequestInput:
         default_factory=lambda: {width: Format.of(width) for width in BITS}
     )
     """How each width is stored."""
+    native: Mapping[int, Format] = field(default_factory=dict)
+    """Block -> the format of its file's own codes, which it has at that format's bits."""
     weight_errors: Sequence[Mapping[int, float]] | None = None
     """Bits -> normalised error. Needed with ``max_weight_error``."""
     max_weight_error: float | None = None
@@ -91,9 +93,15 @@ class RequestInput:
                 raise ValueError(f"{what} of {len(rows)} blocks, not {count}")
         if not self.bits or any(width not in self.formats for width in self.bits):
             raise ValueError(f"bits must be some of {sorted(self.formats)}, not {list(self.bits)}")
+        if not set(self.native) <= set(range(count)):
+            raise ValueError(f"native formats of blocks beyond {count}")
         widths = None if self.hop_formats is None else [form.bits for form in self.hop_formats]
         if widths is not None and (not widths or len(set(widths)) != len(widths)):
             raise ValueError("hops need at least one width, and each once")
+
+    def format_of(self, block: int, bits: int) -> Format:
+        """The format of a block at a width: its file's own, or that of ``formats``."""
+        return own_format(self.native.get(block), self.formats[bits])
 
 
 def build_problem(
@@ -131,7 +139,10 @@ def build_problem(
         },
         bits=tuple(sorted(set(request.bits))),
         stored_bytes=tuple(
-            {width: costs.stored_bytes(spec, k, fmt) for width, fmt in request.formats.items()}
+            {
+                width: costs.stored_bytes(spec, k, request.format_of(k, width))
+                for width in request.formats
+            }
             for k in blocks
         ),
         kv_bytes=kv_bytes,
@@ -146,7 +157,9 @@ def build_problem(
         sequences=request.slots if request.slots > 1 else None,
         teams=tuple(tuple(indices[name] for name in team) for team in request.teams),
         no_teams=request.no_teams,
-        group_size=max(request.formats[width].group_size for width in request.bits),
+        group_size=max(
+            request.format_of(block, width).group_size for block in blocks for width in request.bits
+        ),
     )
 
 
@@ -266,7 +279,8 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
     for block in range(spec.block_count):
         kind, variant = spec.block_kind(block), spec.block_variant(block)
         row = []
-        for bits, fmt in sorted(request.formats.items()):
+        for bits in sorted(request.formats):
+            fmt = request.format_of(block, bits)
             container = profile.container(bits)
             found = measured.get((kind, variant, bits))
             if container is not None and found is not None:

@@ -59,6 +59,8 @@ class Advice:
     """A device whose whole memory would be enough."""
     free_device: str | None = None
     """The device whose exclusion or pins are in the way."""
+    free_teams: bool = False
+    """The wish for teams, or for none, is in the way."""
 
 
 class InfeasiblePlan(PlanError):

@@ -600,6 +600,7 @@ def _advice(
         quality_budget=_enough_budget(problem, runner),
         free_placement=freed is None and _placement_is_free(problem, runner),
         free_device=freed,
+        free_teams=advice.teams_hinder(problem, possible),
         declare_watts=_watts_to_declare(problem, runner),
         missing_links=tuple((problem.devices[i].name, problem.devices[j].name) for i, j in links),
         whole_memory=advice.enough_memory(problem, possible) if room else None,
@@ -625,6 +626,8 @@ def _ways(problem: PlanningProblem, found: Advice, links: tuple[tuple[int, int],
         ways.append(f"shorten the context to {found.context_tokens} tokens (of all slots together)")
     if found.free_device is not None:
         ways.append(f"drop {advice.hindrance(problem, found.free_device)} {found.free_device}")
+    if found.free_teams:
+        ways.append(f"drop {'--no-teams' if problem.no_teams else '--team'}")
     if found.free_placement:
         ways.append("drop the pins and exclusions")
     if found.whole_memory is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from model.hub import served_name
 from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Scheme
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
@@ -63,6 +64,7 @@ _EXPECTED = {
     "quality_margin": "a number >= 1, or null",
     "unbounded": "true or false",
     "check_quality": "true or false",
+    "generation_defaults": "true or false",
     "with_problem": "true or false",
 }
 """The allowed values of each field, in words for the user."""
@@ -115,6 +117,8 @@ class LoadRequest:
     """Measure the plan's divergence, and plan again until it keeps the budget."""
     plan: SavedPlan | None = None
     """Use this plan instead of the best one."""
+    generation_defaults: bool = True
+    """Let the model's generation_config.json decide what requests leave open."""
     with_problem: bool = False
     """Also answer with the planning problem."""
 
@@ -219,7 +223,6 @@ def _divergences(rows: Iterable[Mapping[int, float]]) -> bool:
     return all(0 <= kl < math.inf for row in rows for kl in row.values())
 
 
-def model_name(directory: Path) -> str:
-    """The name of a model: its directory, or the one above if that is just ``model``."""
-    named = directory.parent if directory.name == "model" else directory
-    return named.name or "model"
+def model_name(path: Path) -> str:
+    """The name under which the model at a path is served (``model.hub.served_name``)."""
+    return served_name(path)

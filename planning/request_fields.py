@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from model.given import not_absolute
+from model.hub import parse_name
 from model.quantize import BITS, Format, Scheme
 from planning.errors import RequestInvalid
 from planning.json_codec import Misread, read_fields
 
 BITS_EXPECTED = f"a list out of {', '.join(map(str, BITS))}"
-MODEL_EXPECTED = "the absolute path of a model directory"
+MODEL_EXPECTED = "the absolute path of a model, or a hub's name for it"
 
 
 def read_request(
@@ -42,8 +43,8 @@ def require(holds: bool, field: str, expected: str) -> None:
 
 
 def require_model(model: Path) -> None:
-    """Raise RequestInvalid unless the path is absolute: another machine reads it."""
-    if not model.is_absolute():
+    """Raise RequestInvalid unless it is a hub's name, or an absolute path for another machine."""
+    if not model.is_absolute() and parse_name(str(model)) is None:
         raise RequestInvalid(
             f"model: {not_absolute(str(model))}; {MODEL_EXPECTED} is needed", "model"
         )

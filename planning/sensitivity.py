@@ -134,14 +134,15 @@ def with_lossless(
 ) -> tuple[Mapping[int, float], ...]:
     """Sensitivities with 0 added for widths that were not measured and keep a block exactly.
 
-    If there is not one row per block, nothing is added: ``build_problem`` refuses such rows.
+    A width of the file's own codes has 0 even if another loss was assumed. If there is not one row
+    per block, nothing is added: ``build_problem`` refuses such rows.
     """
     if len(rows) != checkpoint.spec.block_count:
         return tuple(rows)
-    lossless = [checkpoint.lossless_format(block).bits for block in range(len(rows))]
+    lossless = [checkpoint.lossless_format(block) for block in range(len(rows))]
     return tuple(
-        {bits: 0.0 for bits in (16, 32) if bits >= least} | dict(row)
-        for row, least in zip(rows, lossless, strict=True)
+        {fmt.bits: 0.0, 32: 0.0} | dict(row) | ({} if fmt.bits >= 16 else {fmt.bits: 0.0})
+        for row, fmt in zip(rows, lossless, strict=True)
     )
 
 

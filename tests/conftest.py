@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 """Before numpy is imported, here and in child processes. Several tests share the cores, and numpy's
 threads would spin while they wait for each other."""
+
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "shoal-tests-have-no-hub")  # noqa: PTH118 - text
+"""No test reaches the real hub, or sees this user's cache and token."""
+for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
+    os.environ.pop(_name, None)
 
 hypothesis.settings.register_profile("busy machine", deadline=None)
 hypothesis.settings.load_profile("busy machine")
@@ -49,6 +56,7 @@ SLOW = {
     "cli/test_given.py",
     "cli/test_imports.py",
     "cli/test_planning.py",
+    "cli/test_pull.py",
     "cli/test_process.py",
     "cli/test_signals.py",
     "planning/test_dilemma.py",
@@ -63,6 +71,7 @@ SLOW = {
     "planning/test_solvers.py",
     "coordinator/test_recovery.py",
     "coordinator/test_compiled.py",
+    "model/test_hub_download.py",
     "model/test_template_process.py",
     "model/test_tokenizer.py",
     "wire/test_auth.py",

@@ -26,7 +26,9 @@ NEEDS = {"torch_kernels": "triton", "torch_": "torch"}
 """Beginning of a backend's module -> what it may need that no extra of the tests installs."""
 
 AGENT_ONLY = {"onnx", "onnxruntime"}
-COORDINATOR_ONLY = {"httpx", "jinja2", "pulp", "starlette", "tokenizers", "uvicorn", "yaml"}
+COORDINATOR_ONLY = {
+    *("httpx", "huggingface_hub", "jinja2", "pulp", "starlette", "tokenizers", "uvicorn", "yaml"),
+}
 
 
 def imported_by(module: str) -> set[str]:
@@ -82,6 +84,12 @@ def test_every_module_imports_on_its_own() -> None:
 @pytest.mark.parametrize("module", ["agent.daemon", "calibration.layers", "cli.main"])
 def test_an_agent_needs_nothing_of_the_coordinators(module: str) -> None:
     assert not imported_by(module) & COORDINATOR_ONLY
+
+
+@pytest.mark.parametrize("module", ["coordinator.server", "model.hub_download"])
+def test_the_hubs_library_is_imported_when_something_is_fetched(module: str) -> None:
+    """No other command waits for it."""
+    assert "huggingface_hub" not in imported_by(module)
 
 
 @pytest.mark.parametrize("module", ["coordinator.server", "cli.main"])

@@ -107,9 +107,15 @@ class JoinRefused:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Either side, each HEARTBEAT_S."""
+    """Either side, each HEARTBEAT_S.
+
+    epoch, token_s: an agent's stage, and the mean seconds of its last passes of one row, without
+        sums over a team. 0: there is no stage, or there were too few passes.
+    """
 
     memory_available_bytes: int = 0
+    epoch: int = 0
+    token_s: float = 0.0
 
 
 # ---- control: requests and their answers -------------------------------------------------------
@@ -523,6 +529,10 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that were there before, or multiplies them if below 0."""
+    penalized: tuple[int, ...] = ()
+    """The different tokens of the prompt. Only the last stage is told, if they are penalized."""
 
 
 @dataclass(frozen=True, slots=True)

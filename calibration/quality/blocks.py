@@ -100,7 +100,8 @@ def measure_quality(
     found: dict[tuple[int, int], tuple[float, ...]] = {}
     for block in blocks:
         for width, fmt in formats.items():
-            known = None if store is None else store.get(key | _format_key(block, fmt))
+            own = _format_key(block, checkpoint.format_of(block, fmt))
+            known = None if store is None else store.get(key | own)
             if known is not None and len(known) == 2:
                 found[block, width] = known
     missing = {
@@ -112,7 +113,8 @@ def measure_quality(
         values = quality.kl, quality.weight_error
         found[quality.block, quality.bits] = values
         if store is not None:
-            store.put(key | _format_key(quality.block, formats[quality.bits]), values)
+            fmt = checkpoint.format_of(quality.block, formats[quality.bits])
+            store.put(key | _format_key(quality.block, fmt), values)
     return tuple(BlockSensitivity(*place, *values) for place, values in sorted(found.items()))
 
 

@@ -54,6 +54,12 @@ class BlockSource(Protocol):
     def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
         """Return the canonical tensors of one block as float32."""
 
+    def kept(self, block: int, fmt: Format) -> Mapping[str, QuantizedMatrix]:
+        """Return the matrices of a block that are stored in ``fmt`` already."""
+
+    def format_of(self, block: int, fmt: Format) -> Format:
+        """Return the format that a block has at the bits of ``fmt``: its own, or ``fmt``."""
+
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps the weights of a block as they are."""
 
@@ -257,7 +263,9 @@ class Students:
             return
         tensors = self._source.block(block)
         size_bytes = 4 * sum(tensor.size for tensor in tensors.values())
-        loading = self._loaded(block, tensors, self._source.lossless_format(block))
+        fmt = self._source.lossless_format(block)
+        kept = self._source.kept(block, fmt)
+        loading = self._loaded(block, {**tensors, **kept}, fmt)
         if size_bytes > self._free_bytes:
             with loading as (run, _):
                 yield run
@@ -270,8 +278,13 @@ class Students:
     def _quantized(
         self, block: int, tensors: Mapping[str, npt.NDArray[np.float32]], fmt: Format
     ) -> Iterator[tuple[Run, float]]:
-        """Load a block in a format, and yield it with max|w - w_b| over its matrices."""
-        with self._loaded(block, tensors, fmt) as (run, stored):
+        """Load a block in a format, and yield it with max|w - w_b| over its matrices.
+
+        At the bits of the file's own codes, the block has those.
+        """
+        fmt = self._source.format_of(block, fmt)
+        kept = self._source.kept(block, fmt)
+        with self._loaded(block, {**tensors, **kept}, fmt) as (run, stored):
             worst = 0.0
             for name, matrix in stored.items():
                 if isinstance(matrix, QuantizedMatrix):
@@ -284,7 +297,7 @@ class Students:
 
     @contextmanager
     def _loaded(
-        self, block: int, tensors: Mapping[str, npt.NDArray[np.float32]], fmt: Format
+        self, block: int, tensors: Mapping[str, Tensor], fmt: Format
     ) -> Iterator[tuple[Run, Mapping[str, Tensor]]]:
         path = write_artifact(self._directory, block, tensors, fmt).path
         try:

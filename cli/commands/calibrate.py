@@ -17,6 +17,7 @@ from cli.commands.bench import SHAPE_HELP
 from cli.commands.calibrate_agent import Target, measure_for_agent, target_of
 from cli.commands.calibrate_quality import QUALITY_BITS, quality_here, quality_on_agent
 from cli.commands.calibrate_views import roofline, show_survey, show_table
+from cli.commands.model_names import config_here, model_here
 from cli.errors import CommandFailed, UsageError
 from cli.parser import add_url_argument
 from cli.render import Screen
@@ -55,7 +56,10 @@ _plans = argument(whole, "a whole number, 0 for none")
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--model", type=Path, metavar="DIR", help="Measure the layers of this model too."
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="Measure the layers of this model too. It may be a name on the hub.",
     )
     what.add_argument(
         "--shape",
@@ -161,6 +165,10 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError(f"--plot {options.plot}: only SVG is drawn; end the name in .svg")
     if options.on is not None and not options.quality:
         raise UsageError("--on NAME goes with --quality: a device measures itself when it joins")
+    if options.model is not None:
+        options.given_model = str(options.model)
+        find = model_here if options.quality else config_here
+        options.model = find(options.model, screen)
     try:
         if options.quality:
             options.threads = options.threads or core_count()

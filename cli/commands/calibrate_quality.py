@@ -134,6 +134,7 @@ def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
     """Let an agent measure and the coordinator keep results. Raises CommandFailed, ModelError."""
     from calibration.quality.blocks import BlockSensitivity, PlanCheck, random_plans
     from cli.client import Client, default_url
+    from cli.commands.model_names import path_there
     from model.families import load_spec
 
     if options.model is None:
@@ -144,7 +145,6 @@ def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
     if not sequences:
         raise CommandFailed("no calibration text: at least one sequence of two tokens is needed")
     request = {
-        "model": str(options.model.absolute()),
         "bits": list(bits),
         "sequences": sequences,
         "plans": random_plans(spec.block_count, bits, options.check_plans),
@@ -163,6 +163,8 @@ def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
                 screen.note(f"{step['label']} measures; the coordinator keeps each result at once")
             on_step(step)
 
+        path = path_there(options.given_model, options.model, client)
+        request["model"] = str(path)
         answer = client.operate("/shoal/v1/quality", request, on_agents_step)
     if not told:
         screen.note("everything was measured before")
@@ -187,10 +189,11 @@ def _show_quality(
 ) -> None:
     """Print ``answer`` as JSON or as tables, and draw it if asked."""
     from calibration.charts import heatmap_svg
+    from planning.request import model_name
 
     names = list(dict.fromkeys(item["name"] for item in answer["blocks"]))
     bits = sorted({quality.bits for quality in qualities})
-    name = options.model.absolute().name
+    name = model_name(options.model.absolute())
     title = f"{name}: KL(original || one block at b bits), nats per token"
     if options.json:
         screen.json(answer)

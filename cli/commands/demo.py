@@ -24,6 +24,7 @@ from typing import Any
 from backends.base import BackendUnavailable
 from backends.registry import backend_class
 from cli.client import Client
+from cli.commands.model_names import model_here
 from cli.commands.plan_arguments import bounds_of, check_teams, teams_of
 from cli.commands.plan_views import show_divergence
 from cli.errors import CommandFailed, UsageError
@@ -215,7 +216,7 @@ class Demo:
         model: Path | None = self._options.model
         if model is None and not EMBEDDED_MODEL.is_dir():
             raise CommandFailed("this installation has no embedded model: give one with --model")
-        return EMBEDDED_MODEL if model is None else model
+        return EMBEDDED_MODEL if model is None else model_here(model, self._screen)
 
     def _context_tokens(self, checkpoint: Checkpoint) -> int:
         return min(self._options.context or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context)
@@ -271,12 +272,16 @@ class Demo:
         least, most = [], []
         for block in range(spec.block_count):
             sizes = [
-                costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
+                costs.executed_bytes(
+                    spec, block, checkpoint.format_of(block, fmt), containers[fmt.bits]
+                )
                 for fmt in formats
                 if bound is None or errors[block][fmt.bits] <= bound
             ] or [
                 # If no width is allowed, the coordinator says so, with advice.
-                costs.executed_bytes(spec, block, fmt, containers[fmt.bits])
+                costs.executed_bytes(
+                    spec, block, checkpoint.format_of(block, fmt), containers[fmt.bits]
+                )
                 for fmt in formats
             ]
             kv = costs.kv_bytes(spec, block, context)

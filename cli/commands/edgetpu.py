@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from cli.commands.model_names import model_here
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.shared_arguments import add_group_size_argument, add_scheme_argument
@@ -76,6 +77,8 @@ def run_edgetpu(options: argparse.Namespace, screen: Screen) -> None:
 
     if (options.action == "compile") != (options.model is not None):
         raise UsageError("usage: shoal edgetpu check, or shoal edgetpu compile MODEL")
+    if options.model is not None:
+        options.model = model_here(options.model, screen)
     try:
         (_compile if options.model else _check)(options, screen)
     except (BackendError, ModelError) as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
+from cli.commands.bench import SHAPE_HELP
 from cli.errors import CommandFailed, UsageError
 from cli.shared_arguments import add_group_size_argument, add_scheme_argument
 from planning.problem import Objective
@@ -39,6 +40,11 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="LAB.yaml",
         help="Plan for the devices that this lab file describes. No coordinator is asked.",
+    )
+    parser.add_argument(
+        "--shape",
+        metavar="NAME",
+        help=f"Plan a model without any files of it, for --devices. {SHAPE_HELP}",
     )
     parser.add_argument(
         "--explain",
@@ -378,10 +384,13 @@ def _widths(options: argparse.Namespace, saved: SavedPlan | None) -> dict[str, A
 def _of_model(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the request that need the model's shape: pins and sensitivities."""
     from model.families import load_spec
+    from model.hub import named_model, resolved
 
     if not options.pin and options.sensitivities is None:
         return {}
-    spec = load_spec(Path(options.model))
+    if named_model(options.model) is not None:
+        return {}  # Its path is not known yet, and this request is only a first check.
+    spec = load_spec(getattr(options, "shape_from", None) or resolved(Path(options.model)))
     known = sensitivities_of(options, spec)
     found: dict[str, Any] = {"pins": pins_of(options, spec)}
     if known is not None:
@@ -398,12 +407,15 @@ def absolute_model(given: str) -> Path:
     """The absolute path of a model for the coordinator, which may be on another machine.
 
     An absolute path may exist only there, so it is not checked here. Raises CommandFailed if a
-    relative path does not exist here. It may be a hub's name.
+    relative path does not exist here. A hub's name stays as it is.
     """
     from model.errors import ModelError
     from model.given import require_model
+    from model.hub import named_model
 
-    path = Path(given)
+    path, name = Path(given), named_model(given)
+    if name is not None:
+        return Path(str(name))
     if not path.is_absolute() and not path.exists():
         try:
             require_model(path)

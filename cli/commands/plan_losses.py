@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from cli.errors import UsageError
 from cli.render import Screen
 
 if TYPE_CHECKING:
+    from model.checkpoint import Checkpoint
     from model.loss_store import Form
     from model.spec import ModelSpec
     from planning.labs.lab import Lab
@@ -72,13 +73,22 @@ def described_losses(
     spec: ModelSpec,
     lab: Lab,
     known: Sensitivities | None,
+    checkpoint: Checkpoint | None,
 ) -> DescribedLosses:
-    """From the user's file, measured, or a typical model's. Raises UsageError, ModelError."""
-    from model.checkpoint import Checkpoint
+    """From the user's file, measured, or a typical model's. Raises UsageError, ModelError.
+
+    checkpoint: None if there are no weights.
+    """
     from model.loss_estimate import LossUnknown
     from model.loss_store import Form, LossStore
     from planning.losses import RawLosses, assumed, estimated
-    from planning.sensitivity import LossSource, applying_budget, with_assumed_arithmetic
+    from planning.request import model_name
+    from planning.sensitivity import (
+        LossSource,
+        applying_budget,
+        with_assumed_arithmetic,
+        with_lossless,
+    )
     from wire.service import default_state_dir
 
     bounds = bounds_of(options)
@@ -91,11 +101,10 @@ def described_losses(
             own = with_assumed_arithmetic(own, known.kl, arithmetics)
         raw = RawLosses(known.kl, known.hops, own, known.margin, LossSource("given"))
         return DescribedLosses(raw, budget)
-    model = Path(options.model)
-    if not any(model.glob("*.safetensors")):
-        why = f"{model} has no weights"
+    if checkpoint is None:
+        why = f"{model_name(Path(options.model).absolute())} has no weights here"
     else:
-        form = Form(Checkpoint.open(model), options.scheme, options.group_size)
+        form = Form(checkpoint, options.scheme, options.group_size)
         store = LossStore(default_state_dir("coordinator"))
         try:
             if budget is None:
@@ -114,7 +123,10 @@ def described_losses(
         )
     if budget is None:
         return DescribedLosses(None, None)
-    return DescribedLosses(assumed(spec, why, arithmetics), budget)
+    raw = assumed(spec, why, arithmetics)
+    if checkpoint is not None:
+        raw = replace(raw, rows=with_lossless(raw.rows, checkpoint))
+    return DescribedLosses(raw, budget)
 
 
 def keep_described(

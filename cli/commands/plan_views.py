@@ -31,6 +31,12 @@ def show_divergence(
     screen.out.print(escape(loss_text(total, quality)), soft_wrap=True)
 
 
+def show_weights(screen: Screen, answer: Mapping[str, Any]) -> None:
+    """Show what happens to codes that the model's files already have, if they have any."""
+    for line in answer.get("weights", ()):
+        screen.out.print(escape(line), soft_wrap=True)
+
+
 def loss_text(total: float, quality: Mapping[str, Any]) -> str:
     """Say in words how much a plan loses.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from cli.commands.model_names import locate
 from cli.commands.plan_arguments import (
     bounds_of,
     check_teams,
@@ -35,12 +36,14 @@ from cli.commands.plan_views import (
     show_explanation,
     show_simulation,
     show_study,
+    show_weights,
 )
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 
 if TYPE_CHECKING:
     from cli.client import Client
+    from model.checkpoint import Checkpoint
     from model.quantize import Format
     from model.spec import ModelSpec
     from paper.study import Simulation
@@ -60,6 +63,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     """Run ``shoal plan MODEL --devices LAB.yaml``, without a coordinator. Raises CommandFailed."""
     from model.errors import ModelError
     from model.families import load_spec
+    from model.kept import weight_notes
     from model.quantize import Format
     from planning.build import RequestInput
     from planning.insight.view import describe_plan
@@ -67,7 +71,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     from planning.labs.lab_file import read_lab
     from planning.labs.sensitivity_file import SensitivityError
     from planning.plan import PlanError
-    from planning.request import DEFAULT_CONTEXT_TOKENS
+    from planning.request import DEFAULT_CONTEXT_TOKENS, model_name
     from planning.saved import read_plan
 
     if options.check_quality:
@@ -83,13 +87,14 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             for bits in sorted({*lab.bits, *(options.bits or ())})
         }
         known_kl = sensitivities_of(options, spec)
-        losses = described_losses(options, screen, spec, lab, known_kl)
+        checkpoint = _checkpoint(model)
+        losses = described_losses(options, screen, spec, lab, known_kl, checkpoint)
         bound = bounds_of(options)["max_weight_error"]
         if known_kl is not None:
             errors: Sequence[Mapping[int, float]] | None = known_kl.weight_errors
             _note_unknown_arithmetics(options, screen, lab, known_kl)
         else:
-            errors, bound = _weight_errors(bound, model, formats, screen)
+            errors, bound = _weight_errors(options, checkpoint, formats, screen)
         given = read_plan(options.plan) if options.plan else None
         wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
         context_tokens = min(wanted_tokens, spec.max_context)
@@ -101,6 +106,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             context_tokens,
             slots,
             formats=formats,
+            native=checkpoint.native_formats() if checkpoint else {},
             weight_errors=errors,
             max_weight_error=bound,
             objective=objective_of(options),
@@ -114,7 +120,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         if options.formulation == "dilemma":
             _run_dilemma(options, screen, problem, asdict(times_of(lab, spec)))
         else:
-            name = model.absolute().name
+            name = model_name(model.absolute())
             plan = _given_or_best(options, screen, problem, given)
             plan, measured_kl = keep_described(
                 options, screen, losses, problem, plan, partial(_solve, options, screen)
@@ -131,6 +137,9 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             )
             found = _Found(name, context_tokens, describe_plan(spec, plan, slots), wording)
             found.quality = losses.quality(measured_kl)
+            if checkpoint is not None:
+                bits = [width for stage in plan.stages for width in stage.bits]
+                found.weights = weight_notes(checkpoint, bits)
             _show_plan(options, screen, plan, problem, found)
     except (LabError, ModelError, PlanError, SensitivityError, ValueError) as error:
         raise CommandFailed(str(error)) from error
@@ -144,6 +153,8 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     if options.formulation == "dilemma":
         raise UsageError("--formulation dilemma needs --devices LAB.yaml")
     asked = (options.explain, options.plot, options.save, options.plan, options.simulate)
+    request_of(options)  # Wrong arguments are told before a model is fetched.
+    locate(options, client, screen, weights=False)
     request = request_of(options, with_problem=any(asked)).to_dict()
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/plan", request, on_step)
@@ -155,7 +166,7 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     found = _Found(answer["model"], answer["context_tokens"], answer["plan"], wording)
     found.devices = answer.get("devices")
     found.noise = answer.get("noise", ())
-    found.quality = answer.get("quality")
+    found.quality, found.weights = answer.get("quality"), answer.get("weights", ())
     if not any(asked):
         _show_found(options, screen, found)
         return
@@ -296,25 +307,37 @@ def _hop_formats(
     return choose_hops(asked, declared, bounds_of(options)["quality_budget"])
 
 
+def _checkpoint(model: Path) -> Checkpoint | None:
+    """Return the model's checkpoint, or None if its folder has no weights. Raises ModelError."""
+    from model.checkpoint import Checkpoint
+    from model.given import gguf_of
+
+    has_weights = gguf_of(model) is not None or any(model.glob("*.safetensors"))
+    return Checkpoint.open(model) if has_weights else None
+
+
 def _weight_errors(
-    bound: float | None, model: Path, formats: Mapping[int, Format], screen: Screen
+    options: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+    formats: Mapping[int, Format],
+    screen: Screen,
 ) -> tuple[Sequence[Mapping[int, float]] | None, float | None]:
     """The weight errors of each block and their bound, or None without weights to measure."""
-    from model.checkpoint import Checkpoint
     from model.weight_errors import weight_errors
     from wire.service import default_state_dir
 
+    bound = bounds_of(options)["max_weight_error"]
     if bound is None:
         return None, None
-    if not any(model.glob("*.safetensors")):
+    if checkpoint is None:
         screen.note(
-            f"{model} has no weights: their errors are not known, and --max-weight-error"
+            f"{options.model} has no weights: their errors are not known, and --max-weight-error"
             f" {bound:g} is not applied"
         )
         return None, None
     with screen.progress() as on_step:
         errors = weight_errors(
-            Checkpoint.open(model),
+            checkpoint,
             formats.values(),
             default_state_dir("coordinator"),
             lambda done, total: on_step(_step("weight errors", "", done, total)),
@@ -342,6 +365,8 @@ class _Found:
     wording: _Wording
     quality: Mapping[str, Any] | None = None
     """The known figures of the plan's loss."""
+    weights: Sequence[str] = ()
+    """Lines about codes that are kept from the model's files, or quantized again."""
     devices: Mapping[str, str] | None = None
     """Ids of devices by name, or None for described devices."""
     noise: Sequence[Mapping[str, Any]] = ()
@@ -417,6 +442,8 @@ def _show_found(
         }
         if found.quality is not None:
             answer["quality"] = found.quality
+        if found.weights:
+            answer["weights"] = list(found.weights)
         if "devices" not in found.wording.labels:
             answer["noise"] = list(found.noise)
         if explanation is not None:
@@ -428,6 +455,7 @@ def _show_found(
         return
     times = found.wording.labels.get("times")
     screen.plan(found.plan, found.wording.title, times=times, noise=found.noise)
+    show_weights(screen, {"weights": found.weights})
     show_divergence(screen, found.plan, found.quality)
     if found.plan["energy_j"] is not None:
         energy_j = found.plan["energy_j"]

@@ -184,7 +184,9 @@ class ArtifactStore:
             needed_bytes = wanted.stored_bytes(spec) + HEADER_BYTES
             if wanted.share is None:
                 self._make_room(needed_bytes, set())
-                artifact = write_artifact(self._artifacts, block, checkpoint.block(block), fmt)
+                artifact = write_artifact(
+                    self._artifacts, block, checkpoint.block_in(block, fmt), fmt
+                )
             else:
                 tensors = self._whole_block(checkpoint, wanted, index)
                 try:
@@ -314,7 +316,7 @@ class ArtifactStore:
             (block, fmt.bits): index[key][0]
             for fmt in formats
             for block in range(checkpoint.spec.block_count)
-            if (key := f"{block}/{fmt.key}") in index
+            if (key := f"{block}/{checkpoint.format_of(block, fmt).key}") in index
         }
 
     def weight_errors(

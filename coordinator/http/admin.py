@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,6 +23,7 @@ from coordinator.http.common import json_lines, model_state, read_json, while_co
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
+from coordinator.loading.paces import slow_devices, token_s
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -37,6 +39,15 @@ from coordinator.roster.members import Member, Roster
 from coordinator.roster.noise import device_noise, plan_noise
 from coordinator.story import Story
 from model.checkpoint import Checkpoint
+from model.hub import (
+    HubName,
+    cache_directory,
+    cached_model,
+    on_this_machine,
+    parse_name,
+    this_machine,
+    user_name,
+)
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.insight.view import describe_plan
@@ -50,6 +61,7 @@ POLL_S = 30.0
 MOST_DIGITS = 15
 
 Emit = Callable[[dict[str, Any]], None]
+Wanted = TypeVar("Wanted", LoadRequest, QualityRequest)
 
 
 class AdminRoutes:
@@ -70,6 +82,8 @@ class AdminRoutes:
             Route("/shoal/v1/measure", self.measure, methods=["POST"]),
             Route("/shoal/v1/ps", self.ps, methods=["GET"]),
             Route("/shoal/v1/events", self.events, methods=["GET"]),
+            Route("/shoal/v1/found", self.found, methods=["GET"]),
+            Route("/shoal/v1/describe", self.describe, methods=["POST"]),
             Route("/shoal/v1/plan", self.plan, methods=["POST"]),
             Route("/shoal/v1/load", self.load, methods=["POST"]),
             Route("/shoal/v1/unload", self.unload, methods=["POST"]),
@@ -137,9 +151,32 @@ class AdminRoutes:
                     continue
                 return
 
+    async def found(self, request: Request) -> Response:
+        """The path of a hub's model in this machine's cache, or null: ``?model=ORG/NAME``."""
+        name = _hub_name(request.query_params.get("model"))
+        path = await asyncio.to_thread(cached_model, name)
+        return JSONResponse(
+            {
+                "model": str(name),
+                "path": None if path is None else str(path),
+                "cache": str(cache_directory()),
+                "host": socket.gethostname(),
+                "user": user_name(),
+                "machine": this_machine(),
+            }
+        )
+
+    async def describe(self, request: Request) -> Response:
+        """Fetch a hub's config.json alone, to plan the model. Its folder, and the model's size."""
+        from model.hub_download import fetch_config
+
+        name = _hub_name((await read_json(request)).get("model"))
+        folder, size_bytes = await asyncio.to_thread(fetch_config, name)
+        return JSONResponse({"path": str(folder), "size_bytes": size_bytes})
+
     async def plan(self, request: Request) -> Response:
-        wanted = LoadRequest.from_dict(await read_json(request))
-        await _require_checkpoint(wanted.model)
+        wanted = await _located(LoadRequest.from_dict(await read_json(request)))
+        await asyncio.to_thread(Checkpoint.open_to_plan, wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
             planned = await self._operations.plan(wanted, _emitter(emit))
@@ -151,7 +188,7 @@ class AdminRoutes:
         return json_lines(work)
 
     async def load(self, request: Request) -> Response:
-        wanted = LoadRequest.from_dict(await read_json(request))
+        wanted = await _located(LoadRequest.from_dict(await read_json(request)))
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
@@ -170,7 +207,7 @@ class AdminRoutes:
         )
 
     async def quality(self, request: Request) -> Response:
-        wanted = QualityRequest.from_dict(await read_json(request))
+        wanted = await _located(QualityRequest.from_dict(await read_json(request)))
         await _require_checkpoint(wanted.model)
 
         async def work(emit: Emit) -> dict[str, Any]:
@@ -181,6 +218,19 @@ class AdminRoutes:
     async def unload(self, request: Request) -> Response:
         await read_json(request)
         return JSONResponse({"unloaded": await self._operations.unload()})
+
+
+def _hub_name(text: object) -> HubName:
+    """The name in a request. Raises RequestInvalid."""
+    name = parse_name(text) if isinstance(text, str) else None
+    if name is None:
+        raise RequestInvalid("model: give a model's name on the hub, as ORG/NAME", "model")
+    return name
+
+
+async def _located(wanted: Wanted) -> Wanted:
+    """The same request with the path of its model in place of a hub's name. Raises ModelError."""
+    return replace(wanted, model=await asyncio.to_thread(on_this_machine, wanted.model))
 
 
 async def _require_checkpoint(directory: Path) -> None:
@@ -215,6 +265,7 @@ def _planned(planned: Planned) -> dict[str, Any]:
         "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
         "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
+        "weights": planned.weights,
         "devices": dict(planned.devices),
     }
     if planned.quality is not None:
@@ -300,21 +351,28 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": plan,
         "quality": deployment.quality,
+        "weights": list(deployment.weights),
+        "sampling_defaults": deployment.sampling_defaults.stated(),
+        "slow": slow_devices(deployment),
         "stages": [
-            _stage(team, loaded)
+            _stage(deployment, team, loaded)
             for team, loaded in zip(deployment.teams, deployment.loaded, strict=True)
         ],
     }
 
 
-def _stage(team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:
-    """A loaded stage: sums over its devices, the longest load, and each member of a team."""
+def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:
+    """A loaded stage: sums over its devices, the longest load, and each member of a team.
+
+    token_s: of the slowest device. None until enough tokens have passed.
+    """
     parts = [
         {
             "device": member.name,
             "memory_bytes": one.memory_bytes,
             "fetched_bytes": one.fetched_bytes,
             "load_s": one.load_s,
+            "token_s": token_s(deployment, member),
         }
         for member, one in zip(team, loaded, strict=True)
     ]
@@ -323,5 +381,6 @@ def _stage(team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:
         "memory_bytes": sum(one.memory_bytes for one in loaded),
         "fetched_bytes": sum(one.fetched_bytes for one in loaded),
         "load_s": max(one.load_s for one in loaded),
+        "token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None,
         "members": parts if len(team) > 1 else [],
     }

@@ -1,9 +1,11 @@
 """The OpenAI-compatible routes: /v1/models, /v1/completions, /v1/chat/completions.
 
 A field that this server cannot honour is refused by name. An answer that silently ignores a field
-would be worse than an error. Beyond OpenAI's fields there are three:
+would be worse than an error. What a request leaves open is decided by the model's
+generation_config.json, then by OpenAI's defaults. Beyond OpenAI's fields there are four:
 
 - ``top_k`` draws from so many of the likeliest tokens.
+- ``repetition_penalty`` above 1 makes tokens that were there before less likely.
 - ``ignore_eos`` goes on after the model's own end of text, up to ``max_tokens``.
 - ``return_token_ids`` adds a ``shoal`` object with token ids and measured speeds.
 """
@@ -30,6 +32,12 @@ from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
 from coordinator.serving.gateway import Gateway, Timing, room_for_answer
+from model.generation import (
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+)
 from planning.errors import RequestInvalid
 from wire.messages import Sampling
 
@@ -272,6 +280,7 @@ _KNOWN = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "repetition_penalty",
         "max_tokens",
         "ignore_eos",
         "return_token_ids",
@@ -367,15 +376,24 @@ def _sampling(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) ->
     default = deployment.context_tokens if chat else DEFAULT_COMPLETION_TOKENS
     newer = chat and body.get("max_completion_tokens") is not None
     limit = "max_completion_tokens" if newer else "max_tokens"
+    known = {**_NEUTRAL_SAMPLING, **deployment.sampling_defaults.stated()}
+    penalties = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
     return Sampling(
         max_tokens=int(_number(body, limit, default, 1, 1 << 31, whole=True)),
         stop_tokens=() if _flag(body, "ignore_eos") else deployment.spec.eos_tokens,
-        temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
-        top_k=int(_number(body, "top_k", 0, 0, 1 << 31, whole=True)),
-        top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
+        temperature=_number(body, "temperature", known["temperature"], 0.0, MAX_TEMPERATURE),
+        top_k=int(_number(body, "top_k", known["top_k"], 0, MAX_TOP_K, whole=True)),
+        top_p=_number(body, "top_p", known["top_p"], 0.0, 1.0),
         seed=int(_number(body, "seed", secrets.randbits(32), -(1 << 63), (1 << 63) - 1, whole=True))
         % (1 << 63),
+        repetition_penalty=_number(
+            body, "repetition_penalty", known["repetition_penalty"], *penalties
+        ),
     )
+
+
+_NEUTRAL_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+"""The values that draw from the model's own distribution."""
 
 
 def _number(

@@ -22,6 +22,8 @@ from coordinator.loading.slots import Slots
 from coordinator.roster.measurements import Step, forward, together
 from coordinator.roster.members import Member
 from model.checkpoint import Checkpoint
+from model.generation import SamplingDefaults
+from model.kept import weight_notes
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from planning.plan import Plan, PlanError, Stage
@@ -71,6 +73,12 @@ class Planned:
     """Device ids by the names in the problem and the plan."""
 
     @property
+    def weights(self) -> list[str]:
+        """Lines about codes that are kept from the model's files, or quantized again."""
+        bits = [width for stage in self.plan.stages for width in stage.bits]
+        return weight_notes(self.checkpoint, bits)
+
+    @property
     def quality(self) -> dict[str, Any] | None:
         """The known figures of the plan's loss, as JSON; None if there are none."""
         if self.quality_margin is None:
@@ -102,10 +110,17 @@ class Deployment:
     """The measured sums of each team. None for a device alone, or if they were not measured."""
     quality: Mapping[str, Any] | None = None
     """As of ``Planned``."""
+    weights: Sequence[str] = ()
+    """As of ``Planned``."""
 
     @property
     def name(self) -> str:
         return model_name(self.request.model)
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """The values that a request takes where it says none, unless the load ignores them."""
+        return self.tokenizer.defaults if self.request.generation_defaults else SamplingDefaults()
 
     @property
     def leads(self) -> tuple[Member, ...]:
@@ -152,7 +167,7 @@ def wanted_artifacts(planned: Planned) -> list[tuple[str, Wanted]]:
                 "stage"
             )
         for block, bits in enumerate(stage.bits, stage.first):
-            fmt = planned.request.format(bits)
+            fmt = planned.checkpoint.format_of(block, planned.request.format(bits))
             if block and stage.members:
                 wanted += [
                     (member.device, Wanted(block, fmt, member.share)) for member in stage.members
@@ -215,6 +230,7 @@ async def deploy(
         loaded=tuple(tuple(itertools.islice(loaded, len(team))) for team in teams),
         sums=sums,
         quality=planned.quality,
+        weights=planned.weights,
     )
 
 

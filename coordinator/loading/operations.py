@@ -96,7 +96,7 @@ class Operations:
     async def plan(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure missing figures, and plan. Raises CoordinatorError, ModelError, PlanError."""
         async with self._turns.asked(on_step):
-            return await self._plan(self._identified(request), asked=True)
+            return await self._plan(self._identified(request), asked=True, weights=False)
 
     async def load(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then replace the loaded model. Raises CoordinatorError, ModelError, PlanError."""
@@ -210,12 +210,14 @@ class Operations:
                     raise
         raise AssertionError("counting ended")
 
-    async def _plan(self, request: LoadRequest, *, asked: bool) -> Planned:
+    async def _plan(self, request: LoadRequest, *, asked: bool, weights: bool = True) -> Planned:
         """Plan a request.
 
         asked: a user waits for the best plan, so more of the failed links are tried again.
+        weights: without them, config.json is enough, and losses are assumed.
         """
-        checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
+        open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
+        checkpoint = await asyncio.to_thread(open_model, request.model)
         members = self._roster.require_members()
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]
@@ -332,6 +334,11 @@ class Operations:
         await measure_links(self._roster, measured, self._report, asked=asked)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
         if request.max_weight_error is not None:
+            if not checkpoint.tensors:
+                raise RequestInvalid(
+                    "max_weight_error compares weights, and the model's are not downloaded yet",
+                    "max_weight_error",
+                )
             errors = await in_thread(
                 "weight errors",
                 lambda on_step, cancelled: self._store.weight_errors(
@@ -362,6 +369,7 @@ class Operations:
                 context_tokens,
                 request.slots,
                 formats={bits: request.format(bits) for bits in request.bits},
+                native=checkpoint.native_formats(),
                 weight_errors=errors,
                 max_weight_error=request.max_weight_error,
                 sensitivities=losses.blocks,

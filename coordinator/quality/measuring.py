@@ -214,6 +214,8 @@ class QualityMeter:
         form = Form(checkpoint, request.scheme, request.group_size)
         arithmetics = [member.profile.arithmetic for member in members]
         try:
+            if not checkpoint.tensors:
+                raise LossUnknown("its weights are not downloaded yet")
             if measure:
                 work = partial(self._quality.losses.losses, form)
                 return estimated(await in_thread("quality", work, on_step), arithmetics)
@@ -344,7 +346,7 @@ class QualityMeter:
         The layers keep the checkpoint's precision. Raises AgentFailed if no member can run them.
         """
         spec = checkpoint.spec
-        bits = max(checkpoint.lossless_format(block).bits for block in range(spec.block_count))
+        bits = max(checkpoint.lossless_format(block).bits for block in range(1, spec.head_block))
         timings = await measure_blocks(members, spec, (bits,), on_step)
         seconds = {
             member: max(times)

@@ -121,6 +121,8 @@ class Member:
     advertised: tuple[Endpoint, ...] = ()
     """The endpoints of --advertise, where other agents reach it."""
     memory_available_bytes: int = 0
+    pace: tuple[int, float] = (0, 0.0)
+    """The epoch of the loaded stage and its seconds a token, as in Heartbeat."""
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
     """The measured block times of each model, by bits."""
@@ -511,6 +513,11 @@ class Roster:
             if not 0 <= message.memory_available_bytes <= hygiene.MAX_BYTES:
                 raise ProtocolError(f"it has {message.memory_available_bytes} bytes of memory")
             member.memory_available_bytes = message.memory_available_bytes
+            if not 0 <= message.token_s <= hygiene.MAX_SECONDS:
+                raise ProtocolError(f"it takes {message.token_s} s a token")
+            member.pace = message.epoch, message.token_s
+            if message.token_s:
+                self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):
                 raise ProtocolError(f"it sent an impossible {type(message).__name__}")
@@ -529,10 +536,13 @@ class Roster:
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
         elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost, StageDamaged)):
-            for on_event, _ in self._subscribers:
-                on_event(member, message)
+            self._tell(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
+
+    def _tell(self, member: Member, message: Message) -> None:
+        for on_event, _ in self._subscribers:
+            on_event(member, message)
 
     async def _beat(self, member: Member) -> None:
         try:

@@ -314,7 +314,8 @@ async def _begin(
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
     Of a team only the lead is told, because it directs the other members. The first stage gets the
-    prompt. It is told last, so that its rows find the others prepared.
+    prompt. It is told last, so that its rows find the others prepared. The last stage gets the
+    prompt's tokens if they are penalized.
     """
 
     async def tell(member: Member, message: StartSequence) -> None:
@@ -323,9 +324,13 @@ async def _begin(
 
     chunk_tokens = deployment.plan.chunk_tokens(len(prompt))
     start = StartSequence(deployment.epoch, number, slot, prompt, sampling, chunk_tokens)
-    first, *others = deployment.leads
-    told = replace(start, prompt=())
-    await asyncio.gather(*(tell(member, told) for member in others), tell(first, start))
+    told = [replace(start, prompt=()) for _ in deployment.leads]
+    told[0] = start
+    if sampling.repetition_penalty != 1:
+        penalized = replace(sampling, penalized=tuple(sorted(set(prompt))))
+        told[-1] = replace(told[-1], sampling=penalized)
+    first, *others = map(tell, deployment.leads, told)
+    await asyncio.gather(*others, first)
 
 
 async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | CoordinatorError:

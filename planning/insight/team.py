@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from model import costs
-from model.share import Share, can_share, share_spec
+from model.share import Share, share_spec, unshared
 from model.spec import ModelSpec
 from planning import candidates, teams
 from planning.plan import Plan, Stage, assess, of_plan
@@ -103,8 +103,9 @@ def _no_team(plan: Plan, problem: PlanningProblem, places: list[int]) -> str:
     devices = problem.devices
     if problem.no_teams:
         return "it was asked for (--no-teams)"
-    if not can_share(problem.spec):
-        return "the model's layers differ in heads or MLP"
+    reason = unshared(problem.spec)
+    if reason is not None:
+        return reason
     able = [i for i in places if devices[i].shares]
     if len(able) < 2:
         names = tuple(devices[i].name for i in places if i not in able)

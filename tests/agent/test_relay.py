@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -405,6 +406,37 @@ def test_a_chunk_that_cannot_be_unpacked_fails_its_sequence_and_no_other(
     assert failed.sequence == 1
     first.start(start(2))
     assert last.answer(2) == CONTINUATION
+
+
+# ---- repetition penalty ------------------------------------------------------------------------
+
+PENALIZED = [
+    *(191, 8, 226, 158, 246, 153, 237, 111, 125, 170, 167, 133, 45, 97, 57, 249, 56, 83, 221, 187)
+]
+"""What transformers generates with a repetition_penalty of 1.3, greedily."""
+
+
+def test_the_last_stage_penalizes_the_tokens_of_prompt_and_answer(ring: tuple[Node, Node]) -> None:
+    """The first one has the prompt; the last one knows only what the coordinator tells it."""
+    first, last = ring
+    sampling = Sampling(20, (), repetition_penalty=1.3)
+    told = replace(sampling, penalized=tuple(sorted(set(PROMPT))))
+    last.relay.start(StartSequence(EPOCH, 1, 0, (), told))
+    first.relay.start(StartSequence(EPOCH, 1, 0, PROMPT, sampling))
+    assert last.answer(1) == PENALIZED
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"penalized": (-1,)}, {"penalized": (260,)}, {"repetition_penalty": 0.0}]
+)
+def test_a_penalty_that_no_coordinator_sends_is_refused(
+    ring: tuple[Node, Node], wrong: dict[str, Any]
+) -> None:
+    _, last = ring
+    last.relay.start(StartSequence(EPOCH, 1, 0, (), replace(GREEDY, **wrong)))
+    failed = last.reports.get(timeout=ANSWER_S)
+    assert isinstance(failed, SequenceFailed)
+    assert "penalized tokens that do not fit" in failed.reason
 
 
 # ---- several sequences -------------------------------------------------------------------------

@@ -3,12 +3,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from agent.sampler import EXACT_COUNT, GROUPS, Sampler, highest
-from backends.base import BackendError
+from backends.base import ALL_LOGITS, BackendError
 from backends.onnx_session import flush_denormals
 from wire.messages import Sampling
 
@@ -242,3 +243,59 @@ def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
 def test_logits_that_are_no_numbers_are_an_error(wrong: list[float], temperature: float) -> None:
     with pytest.raises(BackendError, match="not finite"):
         Sampler(sampling(temperature=temperature)).sample(np.array(wrong, np.float32), 0)
+
+
+# ---- repetition penalty ------------------------------------------------------------------------
+
+ONCE = np.array([2.0, -1.0, 1.9, 0.5, -0.9], np.float32)
+
+
+def penalized(penalty: float, *tokens: int, temperature: float = 0.0) -> Sampling:
+    return Sampling(16, (), temperature, repetition_penalty=penalty, penalized=tokens)
+
+
+def test_logits_of_earlier_tokens_are_divided_or_multiplied_once() -> None:
+    """As by transformers' RepetitionPenaltyLogitsProcessor."""
+    # 2.0 / 1.25 = 1.6 falls behind 1.9; a token that came twice counts once.
+    assert Sampler(penalized(1.25)).sample(ONCE, 0) == 0
+    assert Sampler(penalized(1.25, 0)).sample(ONCE, 0) == 2
+    assert Sampler(penalized(1.05, 0, 0, 0)).sample(ONCE, 0) == 0
+    # -1.0 * 0.5 = -0.5 and -0.9 * 1.25 = -1.125: negative logits move the same way.
+    low = np.array([-1.0, -0.9], np.float32)
+    assert Sampler(penalized(0.5, 0)).sample(low, 0) == 0
+    assert Sampler(penalized(1.25, 1)).sample(low, 0) == 0
+
+
+def test_each_sampled_token_is_penalized_from_then_on() -> None:
+    sampler = Sampler(penalized(10.0))
+    # 0.2 is left of 2.0, 0.19 of 1.9 and 0.05 of 0.5. -1.0 and -0.9 have become -10 and -9.
+    assert [sampler.sample(ONCE, position) for position in range(5)] == [0, 2, 3, 0, 0]
+    assert ONCE[0] == 2.0, "the caller's logits are not changed"
+
+
+def test_the_penalty_comes_before_temperature_top_k_and_top_p() -> None:
+    before = (1, 5, 7, 300)
+    logits = np.random.default_rng(5).normal(0, 2, 400).astype(np.float32)
+    changed = logits.copy()
+    for token in before:
+        changed[token] *= 1.5 if changed[token] < 0 else 1 / 1.5
+    for plain in (sampling(0.7, 50, 0.8), sampling(1.0, 3), sampling(1.0, 0, 0.9, seed=9)):
+        settings = replace(plain, repetition_penalty=1.5, penalized=before)
+        for position in range(50):
+            expected = Sampler(plain).sample(changed, position)
+            assert Sampler(settings).sample(logits, position) == expected
+
+
+def test_a_sampler_that_is_told_the_earlier_tokens_continues_like_the_first() -> None:
+    random = np.random.default_rng(1)
+    rows = random.normal(0, 1, (40, 200)).astype(np.float32)
+    settings = replace(sampling(), repetition_penalty=1.4, penalized=(1, 2, 3))
+    whole = Sampler(settings)
+    tokens = [whole.sample(row, position) for position, row in enumerate(rows)]
+    later = Sampler(replace(settings, penalized=(1, 2, 3, *tokens[:25])))
+    assert [later.sample(rows[at], at) for at in range(25, 40)] == tokens[25:]
+
+
+def test_a_penalty_needs_all_logits() -> None:
+    assert Sampler(penalized(1.1)).candidates == ALL_LOGITS
+    assert Sampler(penalized(1.0)).candidates == 1

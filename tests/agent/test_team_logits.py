@@ -40,6 +40,10 @@ def joined(logits: Array, wanted: int) -> Array:
         Sampling(9, (), temperature=0.8, top_k=1000, top_p=0.7, seed=3),
         Sampling(9, (), temperature=1.2, top_p=0.9, seed=4),
         Sampling(9, (), temperature=1.2, seed=5),
+        Sampling(9, (), repetition_penalty=1.3, penalized=tuple(range(0, VOCAB, 3))),
+        Sampling(
+            9, (), 0.8, 7, seed=6, repetition_penalty=0.7, penalized=tuple(range(0, VOCAB, 2))
+        ),
     ],
 )
 def test_tokens_are_those_of_all_logits(sampling: Sampling) -> None:
@@ -48,10 +52,10 @@ def test_tokens_are_those_of_all_logits(sampling: Sampling) -> None:
         logits = random.standard_normal((2, VOCAB)).astype(np.float32)
         if position % 2:
             logits = np.round(logits)  # Many are equal, and the lowest ids count.
-        sampler = Sampler(sampling)
-        parts = joined(logits, sampler.candidates)
+        parts = joined(logits, Sampler(sampling).candidates)
         for row, whole in zip(parts, logits, strict=True):
-            assert sampler.sample(row, position) == sampler.sample(whole, position)
+            drawn = [Sampler(sampling).sample(these, position) for these in (row, whole)]
+            assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("wanted", [1, 5])

@@ -27,7 +27,7 @@ from model.checkpoint import Checkpoint
 from model.errors import CheckpointError
 from model.quantize import BITS, Format, Scheme
 from model.reference import ReferenceModel
-from model.spec import LayerSpec, ModelSpec, RopeSpec
+from model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
@@ -71,6 +71,22 @@ OPT_LAYER = replace(
     mlp_bias=True,
     rope=None,
 )
+EXPERTS_LAYER = replace(LLAMA_LAYER, ffn=64, experts=ExpertSpec(count=6, active=2))
+EXPERT_LAYERS = {
+    "experts": EXPERTS_LAYER,
+    "experts-beside-mlp": replace(
+        EXPERTS_LAYER,
+        experts=ExpertSpec(5, 3, normalized=False, shared_ffn=192, shared_gate=True),
+    ),
+    "experts-clipped-sinks": replace(
+        EXPERTS_LAYER,
+        sinks=True,
+        sliding_window=6,
+        experts=ExpertSpec(4, 2, "topk_softmax", bias=True, limit=0.7),
+    ),
+}
+"""Layers with experts, which no chip runs."""
+
 LAYERS = {
     "gelu": replace(OPT_LAYER, activation="gelu"),
     "gelu-tanh-gated": replace(LLAMA_LAYER, activation="gelu_tanh", mlp_bias=True),
@@ -78,9 +94,56 @@ LAYERS = {
     "rmsnorm-post": replace(LLAMA_LAYER, norm_position="post"),
     "narrow-heads": replace(LLAMA_LAYER, head_dim=6, qkv_bias=True),
     "narrow-heads-unrotated": replace(OPT_LAYER, head_dim=10),
-    "narrow-normed-heads-window": replace(LLAMA_LAYER, head_dim=8, qk_norm=True, sliding_window=5),
+    "narrow-normed-heads-window": replace(
+        LLAMA_LAYER, head_dim=8, qk_norm="head", sliding_window=5
+    ),
+    "narrow-heads-partly-rotated": replace(
+        LLAMA_LAYER,
+        head_dim=12,
+        rope=RopeSpec(10000.0, "yarn", 4.0, original_context=16, rotated=8, attention_factor=1.2),
+    ),
     "wide-heads-window": replace(LLAMA_LAYER, head_dim=32, sliding_window=2),
+    "norms-around-parts": replace(
+        LLAMA_LAYER, norm_position="both", activation="gelu_tanh", score_scale=0.2
+    ),
+    "norms-of-outputs": replace(LLAMA_LAYER, norm_position="output", qk_norm="head"),
+    "layernorms-of-outputs": replace(OPT_LAYER, norm_position="output"),
+    "normed-width": replace(LLAMA_LAYER, qk_norm="width", qkv_bias=True),
+    "normed-width-narrow-heads": replace(
+        LLAMA_LAYER, norm_position="output", qk_norm="width", head_dim=6, sliding_window=7
+    ),
+    "capped-scores": replace(LLAMA_LAYER, score_scale=0.5, score_cap=1.5),
+    "capped-scores-window": replace(
+        LLAMA_LAYER, norm_position="both", head_dim=8, score_cap=0.7, sliding_window=5
+    ),
 }
+MIXED_LAYERS = {
+    "capped-logits": (replace(LLAMA_LAYER, norm_position="both"),) * 2,
+    "rotary-per-layer": (
+        replace(LLAMA_LAYER, norm_position="both", qk_norm="head", sliding_window=5),
+        replace(
+            LLAMA_LAYER,
+            norm_position="both",
+            qk_norm="head",
+            rope=RopeSpec(1e6, scaling="linear", factor=8.0),
+        ),
+    ),
+    "unrotated-layer": (
+        replace(LLAMA_LAYER, norm_position="output", qk_norm="head", rope=None),
+        replace(LLAMA_LAYER, norm_position="output", qk_norm="head", sliding_window=4),
+    ),
+    "norms-around-then-before": (
+        replace(LLAMA_LAYER, norm_position="both"),
+        LLAMA_LAYER,
+        replace(LLAMA_LAYER, norm_position="output"),
+    ),
+    "norms-of-outputs-then-around": (
+        replace(LLAMA_LAYER, norm_position="output"),
+        replace(LLAMA_LAYER, norm_position="both"),
+        replace(LLAMA_LAYER, norm_position="post"),
+    ),
+}
+"""Models whose layers differ. Their logits are capped."""
 
 
 @pytest.fixture(scope="module", params=sorted(set(BACKENDS) - ROUNDING))
@@ -108,10 +171,18 @@ def test_checkpoint(backend: Backend, name: str, bits: int, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("bits", "scheme"), [(3, "truncate"), (8, "truncate"), (4, "rtn")])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *EXPERT_LAYERS])
 def test_feature(backend: Backend, name: str, bits: int, scheme: Scheme, tmp_path: Path) -> None:
-    spec, tensors = random_model(LAYERS[name])
+    spec, tensors = random_model((LAYERS | EXPERT_LAYERS)[name])
     artifacts = stored(tmp_path, tensors, Format.of(bits, scheme, 64, symmetric=True))
+    check_against_reference(backend, spec, artifacts)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("name", MIXED_LAYERS)
+def test_mixed_layers(backend: Backend, name: str, bits: int, tmp_path: Path) -> None:
+    spec, tensors = random_model(*MIXED_LAYERS[name], logit_cap=4.0)
+    artifacts = stored(tmp_path, tensors, Format.of(bits))
     check_against_reference(backend, spec, artifacts)
 
 
@@ -351,21 +422,23 @@ def some_tokens(spec: ModelSpec, count: int, seed: int = 1) -> npt.NDArray[np.in
     return np.random.default_rng(seed).integers(0, spec.vocab, count)
 
 
-def random_model(layer: LayerSpec) -> tuple[ModelSpec, Tensors]:
-    """Two layers of ``layer`` with random weights; learned positions where it has no rotary."""
-    learned = 0 if layer.rope else 66
+def random_model(*layers: LayerSpec, logit_cap: float | None = None) -> tuple[ModelSpec, Tensors]:
+    """Random weights for ``layers``, two of one. Learned positions if the first has no rotary."""
+    first = layers[0]
+    learned = 0 if first.rope else 66
     spec = ModelSpec(
         vocab=71,
-        hidden=layer.hidden,
-        embed_dim=layer.hidden,
+        hidden=first.hidden,
+        embed_dim=first.hidden,
         max_context=64,
-        layers=(layer, layer),
+        layers=layers if len(layers) > 1 else layers * 2,
         learned_positions=learned,
         position_offset=2 if learned else 0,
-        final_norm=layer.norm_position == "pre",
+        final_norm=first.norm_position != "post",
         tied_head=False,
         bos_token=None,
         eos_tokens=(2,),
+        logit_cap=logit_cap,
     )
     random = np.random.default_rng(0)
     tensors = [

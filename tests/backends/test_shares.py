@@ -29,9 +29,11 @@ from model.share import share_spec, share_steps, share_tensors
 from model.spec import LayerSpec, ModelSpec
 from tests.backends.test_conformance import (
     CHECKPOINTS,
+    EXPERT_LAYERS,
     FIXTURES,
     LAYERS,
     LLAMA_LAYER,
+    MIXED_LAYERS,
     OPT_LAYER,
     Artifacts,
     Tensors,
@@ -45,6 +47,8 @@ OPTIONS = StageOptions(slots=4, context_tokens=40, threads=1, exact=True)
 GROUP = 32
 TEAMS = [((2, 1), bits) for bits in (32, 8, 4)] + [((1, 2, 2), bits) for bits in (32, 4, 3)]
 """The members' relative sizes, and the width of the weights."""
+
+SHARED = LAYERS | EXPERT_LAYERS
 
 ROWS = 36
 
@@ -148,12 +152,21 @@ def test_checkpoint(
 
 
 @pytest.mark.parametrize(("weights", "bits"), TEAMS, ids=str)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in SHARED if SHARED[name].qk_norm != "width"])
 def test_feature(
     backend: Backend, name: str, weights: tuple[int, ...], bits: int, tmp_path: Path
 ) -> None:
     fmt = format_of(bits)
-    spec, tensors = random_model(with_heads(LAYERS[name], len(weights), fmt))
+    spec, tensors = random_model(with_heads(SHARED[name], len(weights), fmt))
+    check_against_reference(backend, team_of(tmp_path, spec, tensors, weights, fmt))
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("name", MIXED_LAYERS)
+def test_mixed_layers(backend: Backend, name: str, bits: int, tmp_path: Path) -> None:
+    fmt, weights = format_of(bits), (2, 1)
+    layers = [with_heads(layer, len(weights), fmt) for layer in MIXED_LAYERS[name]]
+    spec, tensors = random_model(*layers, logit_cap=4.0)
     check_against_reference(backend, team_of(tmp_path, spec, tensors, weights, fmt))
 
 

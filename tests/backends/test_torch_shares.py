@@ -60,8 +60,18 @@ LAYERS = {
     "llama": replace(LLAMA_LAYER, heads=8, kv_heads=4, ffn=150),
     "opt-post": replace(OPT_LAYER, head_dim=32, ffn=150, norm_position="post"),
     "qwen3-window": replace(
-        LLAMA_LAYER, heads=4, kv_heads=4, head_dim=32, ffn=150, qk_norm=True, sliding_window=5
+        LLAMA_LAYER, heads=4, kv_heads=4, head_dim=32, ffn=150, qk_norm="head", sliding_window=5
     ),
+    "gemma2-window": replace(
+        LLAMA_LAYER,
+        heads=8,
+        kv_heads=4,
+        ffn=150,
+        norm_position="both",
+        score_cap=1.5,
+        sliding_window=5,
+    ),
+    "olmo": replace(LLAMA_LAYER, heads=8, kv_heads=4, ffn=150, norm_position="output"),
 }
 """Layers of whole groups of 32 for each KV head, and of MLP columns that end within a group."""
 

@@ -40,13 +40,29 @@ def error(command: Sequence[str], model: str, capsys: pytest.CaptureFixture[str]
     return line
 
 
-@pytest.mark.parametrize("command", [*HERE, *THERE])
-def test_the_name_of_a_hubs_model(
-    command: Sequence[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", HERE)
+def test_the_name_of_a_hubs_model_without_a_network(
+    command: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = error(command, "meta-llama/Llama-3.2-1B", capsys)
-    assert line.startswith("error: meta-llama/Llama-3.2-1B: ")
-    assert "hf download meta-llama/Llama-3.2-1B --local-dir Llama-3.2-1B" in line
+    assert line.startswith("error: meta-llama/Llama-3.2-1B is not in the cache of ")
+    assert "run `shoal pull meta-llama/Llama-3.2-1B` where there is a network" in line
+    assert f"models--meta-llama--Llama-3.2-1B to {tmp_path / 'hub'} here" in line
+
+
+@pytest.mark.parametrize("command", THERE)
+def test_the_coordinator_is_asked_before_anything_is_fetched(
+    command: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [argument.format("meta-llama/Llama-3.2-1B") for argument in command]
+    assert main([*arguments, "--url=http://127.0.0.1:9"]) == 3
+    assert "no coordinator answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [*HERE, *THERE])
+def test_a_name_of_ollamas(command: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    line = error(command, "llama3.2:1b", capsys)
+    assert "Ollama's name for meta-llama/Llama-3.2-1B-Instruct" in line
 
 
 @pytest.mark.parametrize("command", HERE)

@@ -499,6 +499,23 @@ def test_whatever_ends_a_deployment_ends_its_sequences(
     run(test)
 
 
+def test_only_the_last_stage_is_told_what_a_penalty_is_for(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        sampling = replace(SAMPLING, max_tokens=2, repetition_penalty=1.2)
+        task = asyncio.ensure_future(collect(cluster, (7, 2, 7, 5), sampling))
+        first, last = [await said(agent) for agent in cluster.agents]
+        assert isinstance(first, StartSequence)
+        assert isinstance(last, StartSequence)
+        assert (first.prompt, first.sampling.penalized) == ((7, 2, 7, 5), ())
+        assert (last.prompt, last.sampling.penalized) == ((), (2, 5, 7))
+        assert first.sampling.repetition_penalty == last.sampling.repetition_penalty == 1.2
+        await cluster.sample(first.sequence, "ab", "length")
+        assert text_of(await task) == "ab"
+
+    run(test)
+
+
 async def next_begun(cluster: Cluster) -> StartSequence:
     while not isinstance(message := await said(cluster.agents[0]), StartSequence):
         pass
@@ -539,6 +556,39 @@ def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
         assert "last: device lost (gone)" in notice
 
     run(test)
+
+
+def test_a_new_last_stage_is_told_the_answer_so_far_if_it_is_penalized(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        broken = cluster.deploy()
+        sampling = Sampling(3, (), repetition_penalty=1.2)
+        pieces = cluster.gateway.generate(broken, (1, 2), sampling)
+        first = asyncio.ensure_future(anext(pieces))
+        begun = await next_begun(cluster)
+        told = await said(cluster.agents[1])
+        assert isinstance(told, StartSequence)
+        assert told.sampling.penalized == (1, 2)
+        await cluster.sample(begun.sequence, "a")
+        assert (await first).text == "a"
+        cluster.models.carry_out(Place, lambda action: None)
+        cluster.models.apply("llama", Lost(AgentLost("last", "gone")))
+        rest = asyncio.ensure_future(collect_rest(pieces))
+        await ended(cluster, begun.sequence)
+        cluster.deploy(epoch=EPOCH + 1)
+        again = await next_begun(cluster)
+        (letter,) = Tokenizer.load(LLAMA).encode("a", add_special=False)
+        assert again.prompt == (1, 2, letter)
+        told = await said(cluster.agents[1])
+        assert isinstance(told, StartSequence)
+        assert told.sampling.penalized == tuple(sorted((1, 2, letter)))
+        await cluster.sample(again.sequence, "bc", "length", epoch=EPOCH + 1)
+        assert text_of(await rest) == "bc"
+
+    run(test)
+
+
+async def collect_rest(pieces: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in pieces]
 
 
 def test_damage_that_a_failed_attempt_has_mended_makes_answers_suspect_too(

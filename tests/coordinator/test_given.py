@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,41 @@ def test_what_is_no_model_is_the_users_mistake(route: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_hubs_name_is_no_path(route: str, tmp_path: Path) -> None:
-    answer = ask(tmp_path, route, {"model": "meta-llama/Llama-3.2-1B", **ROUTES[route]})
+def test_a_hubs_name_is_looked_for_in_the_coordinators_cache(
+    route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    body = {"model": "meta-llama/Llama-3.2-1B", **ROUTES[route]}
+    answer = ask(tmp_path / "state", route, body)
     assert answer.status_code == 400
-    message = answer.json()["error"]["message"]
-    assert "meta-llama/Llama-3.2-1B is the name of a model on a hub" in message
-    assert "hf download meta-llama/Llama-3.2-1B" in message
+    assert answer.json()["error"]["message"] == (
+        f"meta-llama/Llama-3.2-1B is not in {tmp_path / 'hub'} on {socket.gethostname()}: run"
+        " `shoal pull meta-llama/Llama-3.2-1B` there"
+    )
+    folder = tmp_path / "hub" / "models--meta-llama--Llama-3.2-1B"
+    shutil.copytree(LLAMA, folder / "snapshots" / ("0" * 40))
+    for model in (body["model"], str(folder)):
+        answer = ask(tmp_path / "state", route, body | {"model": model})
+        assert answer.status_code == 200
+        assert "no agent" in answer.text
+
+
+@pytest.mark.parametrize("name", ["llama3.2:1b", "models/../llama", "../llama"])
+def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
+    answer = ask(tmp_path, "load", {"model": name})
+    assert answer.status_code == 400
+    assert "the absolute path of a model, or a hub's name" in answer.json()["error"]["message"]
+
+
+def test_a_model_is_planned_before_its_weights_are_here(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(LLAMA / "config.json", model)
+    answer = ask(tmp_path / "state", "plan", {"model": str(model)})
+    assert (answer.status_code, "no agent" in answer.text) == (200, True)
+    answer = ask(tmp_path / "state", "load", {"model": str(model)})
+    assert answer.status_code == 400
+    assert "is the download complete?" in answer.json()["error"]["message"]
 
 
 def test_a_good_model_waits_for_agents(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 from starlette.requests import Request
@@ -22,6 +22,7 @@ from coordinator.loading.deployment import Deployment, Planned, wanted_artifacts
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
+from coordinator.loading.paces import Paces, slow_devices
 from coordinator.loading.recovery import LoadedFile
 from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
@@ -113,7 +114,7 @@ class PlansGiven(Operations):
 
     plans: list[Plan]
 
-    async def _plan(self, request: LoadRequest, *, asked: bool) -> Planned:
+    async def _plan(self, request: LoadRequest, *, asked: bool, weights: bool = True) -> Planned:
         if not self.plans:
             raise PlanError("no plan is left")
         joined = [member.name for member in self._roster.members]
@@ -135,6 +136,7 @@ class Shoal:
         self.operations.plans = []
         self.kept = LoadedFile(directory)
         self.keeper = Keeper(self.roster, self.models, self.turns, self.operations, self.kept, 5)
+        self.paces = Paces(self.roster, self.models, story)
         self.gateway = Gateway(self.roster, self.models)
         self.port = 0
         self.agents: dict[str, AsyncConnection] = {}
@@ -251,6 +253,58 @@ def run(tmp_path: Path) -> Run:
         asyncio.run(main())
 
     return run
+
+
+# ---- paces -------------------------------------------------------------------------------------
+
+
+async def shown_model(shoal: Shoal) -> dict[str, Any]:
+    """Return the model in the JSON of `shoal ps`."""
+    routes = AdminRoutes("test", shoal.roster, shoal.operations, shoal.models, shoal.story)
+    answer = json.loads(bytes((await routes.ps(Request({"type": "http"}))).body))
+    model: dict[str, Any] = answer["model"]
+    return model
+
+
+async def report_pace(shoal: Shoal, name: str, epoch: int, token_s: float) -> None:
+    """Send a heartbeat, and wait until the coordinator has read it."""
+    member = shoal.member(name)
+    await shoal.said(name, Heartbeat(1, epoch, token_s))
+    while member.pace != (epoch, token_s):
+        member.heard.clear()
+        await member.heard.wait()
+
+
+def test_a_slow_member_is_named_once_until_it_is_as_planned_again(run: Run) -> None:
+    async def test(shoal: Shoal) -> None:
+        deployment = await shoal.load(plan_of(RING))  # One second a token for each device.
+        epoch = deployment.epoch
+
+        def told() -> list[tuple[str, str]]:
+            kinds = ("slow", "as planned")
+            return [(one.kind, one.subject) for one in shoal.story.after() if one.kind in kinds]
+
+        await report_pace(shoal, "a", epoch - 1, 50.0)  # Of another load.
+        await report_pace(shoal, "c", epoch, 1.9)
+        await report_pace(shoal, "d", epoch, 0.0)  # Not enough passes yet.
+        assert told() == []
+        assert slow_devices(deployment) == []
+        await report_pace(shoal, "a", epoch, 9.8)
+        await report_pace(shoal, "a", epoch, 9.9)
+        assert told() == [("slow", "a")]
+        (line,) = slow_devices(deployment)
+        assert line.startswith("a takes 9.9e+03 ms a token for its part, 9.9 times the predicted")
+        await report_pace(shoal, "a", epoch, 1.7)
+        assert told() == [("slow", "a")]
+        await report_pace(shoal, "a", epoch, 1.4)
+        assert told() == [("slow", "a"), ("as planned", "a")]
+        await report_pace(shoal, "d", epoch, 2.0)
+        assert told()[2:] == [("slow", "d")]
+        shown = await shown_model(shoal)
+        assert [stage["token_s"] for stage in shown["stages"]] == [1.9, 2.0]
+        assert shown["slow"] == slow_devices(deployment)
+
+    run(test)
 
 
 # ---- loading -----------------------------------------------------------------------------------
@@ -601,8 +655,7 @@ def test_a_restarted_coordinator_waits_for_all_members(run: Run) -> None:
 def test_the_status_names_every_member(run: Run) -> None:
     async def test(shoal: Shoal) -> None:
         await shoal.load(plan_of(RING))
-        routes = AdminRoutes("test", shoal.roster, shoal.operations, shoal.models, shoal.story)
-        answer = json.loads(bytes((await routes.ps(Request({"type": "http"}))).body))["model"]
+        answer = await shown_model(shoal)
         team, alone = answer["stages"]
         loads = shoal.loads()
         fetched = {name: sum(ref.size_bytes for ref in load.blocks) for name, load in loads.items()}
@@ -616,6 +669,7 @@ def test_the_status_names_every_member(run: Run) -> None:
             "memory_bytes": memory["c"],
             "fetched_bytes": fetched["c"],
             "load_s": 0.5,
+            "token_s": None,
         }
         assert alone["members"] == []
         shares = [member["share"] for member in answer["plan"]["stages"][0]["members"]]

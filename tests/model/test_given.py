@@ -14,7 +14,7 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, ModelError, TokenizerError
 from model.families import load_spec
-from model.given import hub_name
+from model.hub import hub_name
 from model.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -81,7 +81,7 @@ def test_a_hubs_name_is_told_from_a_path(given: str, open_model: Callable[[Path]
     assert name is not None
     message = refusal(Path(given), open_model)
     assert "the name of a model on a hub" in message
-    assert f"hf download {name} --local-dir {name.partition('/')[2]}" in message
+    assert f"shoal pull {name}" in message
 
 
 def test_a_hubs_name_that_was_fetched_is_found_in_the_cache(own_cache: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_wrong_path_says_how_far_it_is_right(
     assert f"({tmp_path} has no models)" in message
     assert f"on {os.uname().nodename}" in message
     assert "has no weights" in refusal(llama / "config.json" / "weights")
-    assert "hf download ORG/NAME" in refusal(Path("gpt2"))
+    assert "shoal pull ORG/NAME" in refusal(Path("gpt2"))
     monkeypatch.chdir(tmp_path)
     assert f"({llama} has no lama)" in refusal(Path("llama/lama"))
     assert "only outside quotes" in refusal(Path("~/models/llama"))
@@ -130,16 +130,20 @@ def test_the_hubs_cache_itself_and_broken_ones(own_cache: Path) -> None:
     assert "model.safetensors is a link to a file that is missing" in refusal(snapshot)
     (folder / "blobs" / f"{COMMIT}-config.json").unlink()
     assert "config.json is a link to a file that is missing" in refusal(snapshot)
-    assert "without a whole snapshot: fetch the model again" in refusal(folder)
+    assert "without a snapshot: run `shoal pull facebook/opt-125m`" in refusal(folder)
 
 
 def test_gguf_files_and_folders(tmp_path: Path, llama: Path) -> None:
-    folder = put(tmp_path / "gguf", model_q4__gguf=GGUF, README__md=b"# A model")
-    assert "GGUF files (model_q4.gguf), llama.cpp's format" in refusal(folder)
-    assert "a file, not a model's folder: it is a GGUF file" in refusal(folder / "model_q4.gguf")
+    folder = put(tmp_path / "gguf", model_q4__gguf=GGUF[:20], README__md=b"# A model")
+    for given in (folder, folder / "model_q4.gguf"):
+        assert "model_q4.gguf: too short for a GGUF file" in refusal(given)
+    put(folder, mmproj__gguf=GGUF, other__gguf=GGUF)
+    assert refusal(folder).endswith(
+        "a folder with 2 GGUF models: give the path of one: model_q4.gguf, other.gguf"
+    )
     (llama / "model.safetensors").unlink()
     put(llama, a__gguf=GGUF, b__gguf=GGUF, c__gguf=GGUF, d__gguf=GGUF)
-    assert "GGUF files (a.gguf, b.gguf, c.gguf and 1 more)" in refusal(llama)
+    assert "give the path of one: a.gguf, b.gguf, c.gguf and 1 more" in refusal(llama)
     put(llama, model__safetensors=GGUF)
     assert "not a safetensors file, but a GGUF file" in refusal(llama)
 

@@ -15,7 +15,7 @@ from model.checkpoint import Checkpoint
 from model.errors import UnsupportedModelError
 from model.quantize import Format, QuantizedMatrix, quantize
 from model.reference import Array, ReferenceModel
-from model.share import Share, share_spec, share_tensors
+from model.share import Share, can_share, most_members, share_spec, share_tensors
 from tests.team import run_together, shares_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -111,3 +111,13 @@ def test_an_impossible_share_is_refused() -> None:
             share_spec(spec, share)
     with pytest.raises(UnsupportedModelError):
         Share.from_tuple((0, 1))
+
+
+def test_a_norm_over_all_heads_is_not_shared() -> None:
+    """Its members would need each other's squares before attention."""
+    spec = Checkpoint.open(FIXTURES / "llama").spec
+    spec = replace(spec, layers=tuple(replace(layer, qk_norm="width") for layer in spec.layers))
+    assert not can_share(spec)
+    assert most_members(spec, 32) == 1
+    with pytest.raises(UnsupportedModelError, match="over all heads"):
+        share_spec(spec, Share.whole(spec))

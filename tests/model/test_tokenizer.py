@@ -203,7 +203,13 @@ def test_vocabulary_files_of_gpt2_suffice(tmp_path: Path) -> None:
     assert tokenizer.decode(tokens) == "the é"
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"model": {"type": "Magic"}}'])
+MERGES_NOTHING = b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]]}}'
+"""At these the library panics."""
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\xff", b'{"model": {"type": "Magic"}}', MERGES_NOTHING]
+)
 def test_broken_tokenizers_are_named(model: Path, content: bytes) -> None:
     (model / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a valid tokenizer"):
@@ -241,6 +247,9 @@ def test_named_templates_and_the_file_of_its_own(model: Path) -> None:
     assert with_template(model, named).apply_chat_template(USER) == "d"
     with pytest.raises(TokenizerError, match="must be a string, or a list with one named default"):
         with_template(model, [{"name": "tool_use", "template": "t"}])
+    (model / "chat_template.json").write_text('{"chat_template": "json {{ bos_token }}"}')
+    assert with_template(model, named).apply_chat_template(USER) == "d"
+    assert with_template(model, None).apply_chat_template(USER) == "json <s>"
     (model / "chat_template.jinja").write_text("file {{ bos_token }}")
     assert with_template(model, named).apply_chat_template(USER) == "file <s>"
 

@@ -159,7 +159,13 @@ def free_device(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
     return replace(problem, pins=pins, excluded=problem.excluded - {index})
 
 
+def free_teams(problem: PlanningProblem, advice: Advice) -> PlanningProblem:
+    assert advice.free_teams
+    return replace(problem, teams=(), no_teams=False)
+
+
 FOLLOW: dict[str, Ease] = {
+    "free_teams": free_teams,
     "more_devices": more_devices,
     "context_tokens": shorter_context,
     "whole_memory": whole_memory,
@@ -244,6 +250,7 @@ CASES: dict[str, tuple[PlanningProblem, set[str]]] = {
         problem_of(memory=60, bits=(4,), excluded=frozenset({0, 1})),
         {"free_placement"},
     ),
+    "a team that cannot be": (replace(problem_of(), teams=((0, 1),)), {"free_teams"}),
     "a context": (long_context(), {"context_tokens", "memory_short_bytes", "more_devices"}),
     "memory that is kept from shoal": (
         with_total(problem_of(memory=20)),
@@ -308,6 +315,7 @@ def read(message: str) -> Advice:
         context_tokens=None if context is None else int(context),
         whole_memory=whole[1] if whole else None,
         free_device=freed[1] if freed else None,
+        free_teams=re.search("drop --(no-)?teams?", message) is not None,
     )
 
 

@@ -122,6 +122,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("check_quality", True, "needs a quality_budget"),
     ("check_quality", 1, "true or false"),
     ("plan", {"source": "a", "model": "m", "stages": 3}, "stages: expected a list"),
+    ("generation_defaults", 0, "true or false"),
     ("with_problem", "yes", "true or false"),
 ]
 
@@ -164,7 +165,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
 
 
 def test_a_request_without_a_model_is_refused() -> None:
-    with pytest.raises(RequestInvalid, match="the absolute path of a model directory") as refused:
+    with pytest.raises(RequestInvalid, match="the absolute path of a model") as refused:
         LoadRequest.from_dict({})
     assert refused.value.param == "model"
 

@@ -253,8 +253,18 @@ def test_an_asked_team_that_cannot_be_is_refused_with_the_reason() -> None:
         (shoal({f"d{n}": 10.0 for n in range(9)}), "divided into 8 parts at most"),
     ):
         asked = replace(problem, teams=(tuple(range(len(problem.devices))),))
-        with pytest.raises(InfeasiblePlan, match=reason):
+        with pytest.raises(InfeasiblePlan, match=f"{reason}.*: drop --team$") as caught:
             solve(asked)
+        assert caught.value.advice.free_teams
+        solve(replace(asked, teams=()))
+
+
+def test_a_wish_for_no_teams_that_leaves_too_little_room_is_named() -> None:
+    problem = shoal({"a": 10.0, "b": 10.0}, layers=3, memory=680 * 10**6)
+    solve(problem)
+    with pytest.raises(InfeasiblePlan, match=r"memory is short by .*drop --no-teams") as caught:
+        solve(replace(problem, no_teams=True))
+    assert caught.value.advice.free_teams
 
 
 def test_a_pin_means_the_device_alone_or_the_asked_team() -> None:

@@ -112,7 +112,7 @@ def test_missing_and_surplus_fields_are_refused(kind: type[Message]) -> None:
 
 
 GOLDEN: dict[str, tuple[Message, int]] = {
-    "heartbeat": (Heartbeat(1024), 0),
+    "heartbeat": (Heartbeat(1024, 1, 0.5), 0),
     "token": (TokenSampled(1, 7, 0, 42, ""), 0),
     "activation": (Activation(1, 7, 0, 5, 1, 16, True), 260),
     "pass": (TeamPass(1, 3, (0,), (5,), 1, 16, 1), 260),
@@ -184,7 +184,7 @@ def test_only_tensor_messages_carry_payloads() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_infinite_and_nan_numbers_are_refused(value: float) -> None:
-    header = msgpack.packb([64, [2], value, 0, 1.0, 9])
+    header = msgpack.packb([64, [2], value, 0, 1.0, 9, 1.0, []])
     with pytest.raises(ProtocolError, match="finite"):
         decode_header(StartSequence, msgpack.packb([1, 7, 0, [5], msgpack.unpackb(header), 64]))
 

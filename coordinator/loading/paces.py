@@ -1,0 +1,97 @@
+"""Finds devices that run their part of a model slower than planned: hot, throttled or busy ones."""
+
+from __future__ import annotations
+
+import logging
+
+from coordinator.loading.deployment import Deployment
+from coordinator.loading.models import Models
+from coordinator.roster.members import Member, Roster
+from coordinator.story import Story
+from wire.messages import Heartbeat, Message
+
+log = logging.getLogger(__name__)
+
+SLOW = 2.0
+"""From this many times the planned time on, a device is called slow."""
+
+SLOW_BY_S = 2e-3
+"""A device that is less behind its plan is not called slow. Nobody would notice."""
+
+AS_PLANNED = 1.5
+"""Below this, it is not called slow any more. The gap avoids a change of mind each second."""
+
+ADVICE = (
+    "look there for heat, a throttled clock or other programs (`shoal doctor`), "
+    "or load the model without it (--exclude)"
+)
+
+
+def token_s(deployment: Deployment, member: Member) -> float | None:
+    """Return the measured seconds of one token in a device's part. None: not known yet."""
+    epoch, seconds = member.pace
+    return seconds if epoch == deployment.epoch and seconds else None
+
+
+def planned_s(deployment: Deployment, member: Member) -> float | None:
+    """Return the planned seconds of ``token_s``, without waiting for other devices of a team."""
+    for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True):
+        if member in team:
+            parts = stage.members
+            return parts[team.index(member)].compute_s if parts else stage.compute_s
+    return None
+
+
+class Paces:
+    """Tells the log and the story when a device becomes slow, and when it is no longer so."""
+
+    def __init__(self, roster: Roster, models: Models, story: Story) -> None:
+        self._models = models
+        self._story = story
+        self._slow: set[tuple[int, Member]] = set()
+        """Pairs of a deployment's epoch and a device that is slow in it."""
+        roster.subscribe(self._on_event, lambda *_: None)
+
+    def _on_event(self, member: Member, message: Message) -> None:
+        if isinstance(message, Heartbeat):
+            self._judge(member)
+
+    def _judge(self, member: Member) -> None:
+        deployment = self._models.of_epoch(member.pace[0])
+        if deployment is None:
+            return
+        measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
+        if not measured_s or not expected_s:
+            return
+        key = (deployment.epoch, member)
+        if key not in self._slow and _is_slow(measured_s, expected_s):
+            self._slow = {(epoch, one) for epoch, one in self._slow if epoch == key[0]} | {key}
+            text = _text(measured_s, expected_s)
+            self._story.tell("slow", member.name, text)
+            log.warning("%s %s; %s", member.name, text, ADVICE)
+        elif key in self._slow and measured_s < AS_PLANNED * expected_s + SLOW_BY_S:
+            self._slow.remove(key)
+            self._story.tell("as planned", member.name, f"{measured_s * 1e3:.3g} ms a token again")
+            log.info("%s takes %.3g ms a token again", member.name, measured_s * 1e3)
+
+
+def slow_devices(deployment: Deployment) -> list[str]:
+    """Return a sentence for each device that is slow now."""
+    found = []
+    for member in deployment.devices:
+        measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
+        if measured_s and expected_s and _is_slow(measured_s, expected_s):
+            found.append(f"{member.name} {_text(measured_s, expected_s)}; {ADVICE}")
+    return found
+
+
+def _is_slow(measured_s: float, expected_s: float) -> bool:
+    return measured_s >= max(SLOW * expected_s, expected_s + SLOW_BY_S)
+
+
+def _text(measured_s: float, expected_s: float) -> str:
+    """Say how much slower a device is than planned. Its name goes before."""
+    return (
+        f"takes {measured_s * 1e3:.3g} ms a token for its part, "
+        f"{measured_s / expected_s:.1f} times the predicted {expected_s * 1e3:.3g} ms"
+    )
