@@ -6,7 +6,11 @@ With TRITON_INTERPRET=1, which Triton reads when it is first imported, they run 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +24,8 @@ from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.reference import ReferenceModel
-from model.spec import LayerSpec, RopeSpec
+from model.spec import LayerSpec, ModelSpec, RopeSpec
+from tests.backends.test_conformance import LLAMA_LAYER, random_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -102,19 +107,31 @@ def test_right_kernels_are_chosen_and_wrong_ones_named(
     ]
 
 
-@pytest.mark.parametrize("name", ["llama-linear", "mistral", "opt-post", "qwen3"])
-def test_a_stage_with_kernels_gives_the_same(name: str, tmp_path: Path) -> None:
+def fixture_model(name: str) -> tuple[ModelSpec, list[dict[str, Any]]]:
     checkpoint = Checkpoint.open(FIXTURES / name)
-    spec, fmt = checkpoint.spec, Format.of(8, "rtn", 32)
-    blocks = range(spec.block_count)
+    spec = checkpoint.spec
+    return spec, [checkpoint.block(block) for block in range(spec.block_count)]
+
+
+MODELS: dict[str, Callable[[], tuple[ModelSpec, Any]]] = {
+    **{name: partial(fixture_model, name) for name in ("llama-linear", "mistral", "opt-post")},
+    "both": lambda: random_model(replace(LLAMA_LAYER, norm_position="both", qk_norm="head")),
+    "output": lambda: random_model(replace(LLAMA_LAYER, norm_position="output", qk_norm="width")),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stage_with_kernels_gives_the_same(name: str, tmp_path: Path) -> None:
+    spec, tensors = MODELS[name]()
+    fmt = Format.of(8, "rtn", 32)
     artifacts = [
-        (block, write_artifact(tmp_path, block, checkpoint.block(block), fmt).path)
-        for block in blocks
+        (block, write_artifact(tmp_path, block, tensors[block], fmt).path)
+        for block in range(spec.block_count)
     ]
     tokens = np.random.default_rng(1).integers(0, spec.vocab, 6)
     model = ReferenceModel.from_artifacts(spec, artifacts, np.float64)
     expected = model.forward(tokens)
-    options = StageOptions(slots=3, context_tokens=70, threads=1, exact=True)
+    options = StageOptions(slots=3, context_tokens=60, threads=1, exact=True)
     backend = TorchCpuBackend() if DEVICE.type == "cpu" else TorchCudaBackend()
     stage = backend.load(spec, artifacts, options)
     assert stage._layers[0]._steps.place is not BY_TORCH.place
