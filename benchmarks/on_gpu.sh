@@ -97,6 +97,7 @@ bench() {
 
 profile() { # The kernels of a token and of a prompt, and how each product's kernel was chosen.
     local shape
+    [ "$BACKEND" = torch_cuda ] || { echo "only a GPU is profiled" && return 0; }
     for shape in ${SHAPES:-llama-1b}; do
         "$PYTHON" -m benchmarks.gpu_profile --backend "$BACKEND" --shape "$shape" --bits 4 --rounds 3 \
             --verbose || return 1
