@@ -59,7 +59,8 @@ def add_group_size_argument(parser: argparse._ActionsContainer) -> None:
         type=int,
         choices=GROUP_SIZES,
         default=DEFAULT_GROUP_SIZE,
-        help="Weights that share one scale, with the scheme rtn. Default: %(default)s.",
+        help="Weights that share one scale, with the scheme rtn. Codes that are kept from the file "
+        "have its own groups. Default: %(default)s.",
     )
 
 

@@ -26,6 +26,7 @@ from model.spec import QUANTIZED_TENSORS
 from model.weights import PlainTensor, StoredTensor
 from tests.greedy import generate_greedy
 
+FAMILIES = Path(__file__).parents[1] / "families"
 PACKED = Path(__file__).parents[1] / "packed"
 MODULES = {
     "q": "self_attn.q_proj",
@@ -157,6 +158,35 @@ def test_fp8_equals_torch(dtype: str, shape: tuple[int, ...], tmp_path: Path) ->
         expected = values * wide
     np.testing.assert_array_equal(tensor.float32(), expected)
     np.testing.assert_array_equal(tensor.float32(slice(3, 11, 2)), expected[3:11:2])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "phi3", "smollm3"])
+def test_codes_of_experts_and_fused_matrices_are_kept(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FAMILIES / name, tmp_path / name))
+    path = folder / "model.safetensors"
+    file = read_safetensors(path)
+    parts: dict[str, Any] = {}
+    for key, entry in file.entries.items():
+        values = parts[key] = np.array(file.float32(key))
+        if len(entry.shape) == 2 and "_proj." in key:
+            scales = np.abs(values).max(1, keepdims=True) / np.float32(127)
+            parts |= {key: np.rint(values / scales).astype(np.int8), f"{key}_scale": scales}
+    write_safetensors(path, parts)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint, fmt = Checkpoint.open(folder), Format(8, "rtn", 128, symmetric=True)
+    assert checkpoint.lossless_format(1) == fmt
+    stored, decoded = checkpoint.block_in(1, fmt), checkpoint.block(1)
+    plain = Checkpoint.open(FAMILIES / name).block(1)
+    for canonical in QUANTIZED_TENSORS & stored.keys():
+        codes = stored[canonical]
+        assert isinstance(codes, QuantizedMatrix), canonical
+        np.testing.assert_array_equal(codes.dequantize(), decoded[canonical])
+        np.testing.assert_allclose(decoded[canonical], plain[canonical], atol=0.02)
 
 
 def matrix(name: str) -> tuple[dict[str, Any], dict[str, Any], npt.NDArray[np.float32]]:
