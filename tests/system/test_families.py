@@ -41,6 +41,7 @@ def demo(name: str, agents: int, directory: Path) -> Any:
         shoal(
             "demo", "--json", f"--model={with_tokenizer(name, directory)}", f"--prompt={prompt}",
             f"--agents={agents}", "--bits=32", "--hop-bits=32",
+            f"--context={len(golden.prompt) + len(golden.continuation)}",
             f"--max-tokens={len(golden.continuation)}", f"--measurements-dir={directory}",
         )
     )  # fmt: skip
