@@ -1,10 +1,13 @@
 """The forward pass in plain numpy: slow and short. Every backend is compared with it.
 
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
-(pre-norm, gated); the Qwen3 report (norms of q and k per head); the Gemma 2 report (norms around
-each part, capped scores and logits); "2 OLMo 2 Furious" (norms of outputs, and of all of q and k);
-Shazeer et al., "The Sparsely-Gated Mixture-of-Experts Layer" (experts); the gpt-oss model card
-(sinks, clipped SwiGLU).
+(pre-norm, gated); the Qwen3 report (norms of q and k per head).
+
+Source of further norms: the Gemma 2 report (around each part, with capped scores and logits);
+"2 OLMo 2 Furious" (of outputs, and of all of q and k).
+
+Source of experts: Shazeer et al., "The Sparsely-Gated Mixture-of-Experts Layer"; of sinks and the
+clipped SwiGLU: the gpt-oss model card.
 """
 
 from __future__ import annotations
