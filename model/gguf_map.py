@@ -20,13 +20,21 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
-from model.gguf import GgufEntry, GgufFile, GgufTensor, Strings, read_parts
+from model.gguf import (
+    Alternating,
+    GgufEntry,
+    GgufFile,
+    GgufTensor,
+    Strings,
+    read_parts,
+    short_number,
+)
 from model.gguf_types import READ_TYPES
 from model.spec import MAX_LAYERS, MAX_SIZE
 from model.weights import StoredTensor
 
 Values = dict[str, Any]
-"""What config.json would hold."""
+"""The values that config.json would hold."""
 
 _LAYER = re.compile(r"blk\.(\d{1,6})\.(.+)")
 _UNREAD = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|.*\.attn_rot_embd")
@@ -115,7 +123,7 @@ class _Model:
         if len(entry.shape) != 1 or entry.shape[0] > MAX_SIZE:
             raise CheckpointError(f"{self.path}: tensor {name!r} has the shape {entry.shape}")
         values = GgufTensor(self.places[name], name, entry.shape).float32()
-        return [_short(value) for value in values]
+        return [short_number(value) for value in values]
 
     def text(self, key: str, default: str) -> str:
         value = self.metadata.get(key, default)
@@ -140,7 +148,7 @@ class _Model:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, "a number", value)
-        return _short(value)
+        return short_number(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.metadata.get(self._key(key), default)
@@ -206,11 +214,6 @@ class _Model:
 _TOKEN_LISTS = ("tokens", "token_type")
 
 
-def _short(value: float) -> float:
-    """Return the shortest decimal number that is this float32: 1e-05, not 9.99999974e-06."""
-    return float(str(np.float32(value)))
-
-
 # ---- tensors -----------------------------------------------------------------------------------
 
 _LLAMA_NAMES = {
@@ -252,6 +255,14 @@ _MIXTRAL_NAMES = _LLAMA_NAMES | {
     "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
     "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
+}
+_GPT_OSS_NAMES = _LLAMA_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks": "self_attn.sinks",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_up_proj",
+    "ffn_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
 _GRANITEMOE_NAMES = _LLAMA_NAMES | {
     "ffn_gate_inp": "block_sparse_moe.router.layer",
@@ -323,6 +334,30 @@ class _Architecture:
                 f"{tensor.pairs} rows of a head"
             )
         return {name: tensor}
+
+
+@dataclass(frozen=True, slots=True)
+class _GptOss(_Architecture):
+    """Experts stay in one tensor. Gate and up are one, as packed codes are (``_blocks``)."""
+
+    def tensors(self, model: _Model, values: Values, key: str) -> dict[str, StoredTensor]:
+        if key.endswith(("ffn_up_exps.weight", "ffn_up_exps.bias")):
+            return {}  # It is read with the gate.
+        found = super(_GptOss, self).tensors(model, values, key)
+        ((name, tensor),) = found.items()
+        module, _, kind = name.rpartition(".")
+        if module.endswith(".sinks"):
+            return {module: tensor}
+        if not module.endswith("_proj") or ".experts." not in module:
+            return found
+        if "ffn_gate_exps" in key:
+            other = key.replace("ffn_gate_exps", "ffn_up_exps")
+            shape = model.entry(key).shape
+            if model.entry(other).shape != shape or len(shape) < 2:
+                raise CheckpointError(f"{model.path}: tensor {other!r} does not fit {key!r}")
+            gate = GgufTensor(model.places[key], key, shape)
+            tensor = Alternating(gate, GgufTensor(model.places[other], other, shape))
+        return {f"{module}_{'blocks' if kind == 'weight' else 'bias'}": tensor}
 
 
 _EXPERT = "{expert}"
@@ -427,7 +462,9 @@ def _rope_scaling(model: _Model, columns: int, theta: float) -> Values | None:
         for key in keys:
             if model.has(f"rope.scaling.{key}"):
                 scaling[name] = model.number(f"rope.scaling.{key}")
-    return scaling
+    # llama.cpp compares it with an mscale of 1.
+    for_all = model.number("rope.scaling.yarn_log_multiplier", 0.0)
+    return scaling | ({"mscale": 1.0, "mscale_all_dim": for_all} if for_all else {})
 
 
 _YARN = {
@@ -494,6 +531,22 @@ def _trained_context(
     return [round(context)] if 0.5 < context < MAX_SIZE - 1 else []
 
 
+def _ropes_by_kind(model: _Model, values: Values, theta: float, sliding_theta: float) -> Values:
+    """Return the rotary parameters by kind of layer, in place of those of all layers.
+
+    theta, sliding_theta: where the file has none. Scaling is for layers without a window.
+    """
+    del values["rope_theta"]
+    full = values.pop("rope_scaling", None) or {"rope_type": "default"}
+    return {
+        "full_attention": full | {"rope_theta": model.number("rope.freq_base", theta)},
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": model.number("rope.freq_base_swa", sliding_theta),
+        },
+    }
+
+
 def _layer_types(sliding: list[bool]) -> list[str]:
     return ["sliding_attention" if item else "full_attention" for item in sliding]
 
@@ -515,6 +568,18 @@ def _routed(model: _Model) -> Values:
     return {
         "num_local_experts": model.size("expert_count"),
         "num_experts_per_tok": model.size("expert_used_count"),
+    }
+
+
+def _gpt_oss(model: _Model) -> Values:
+    values = _decoder(model, "gpt_oss") | _rms(model) | _routed(model)
+    scaling = values.get("rope_scaling")
+    if scaling is not None:  # The file cannot say it, and all published models have it.
+        values["rope_scaling"] = scaling | {"truncate": False}
+    return values | {
+        "intermediate_size": model.size("expert_feed_forward_length"),
+        "sliding_window": model.size("attention.sliding_window", 128),
+        "layer_types": _layer_types(model.windows(2)),
     }
 
 
@@ -546,6 +611,24 @@ def _granitemoe(model: _Model) -> Values:
     return values | {"model_type": "granitemoe"}
 
 
+def _mistral3(model: _Model) -> Values:
+    """Return the config of Ministral 3, or of Mistral Small 3, which scales no queries."""
+    values = _decoder(model, "mistral") | _rms(model)
+    beta = model.number("attention.temperature_scale", 0.0)
+    if not beta:
+        return values | {"sliding_window": model.size("attention.sliding_window", 0) or None}
+    scaling = values.get("rope_scaling") or {"rope_type": "default"}
+    return values | {
+        "model_type": "ministral3",
+        "rope_scaling": scaling | {"llama_4_scaling_beta": beta},
+    }
+
+
+def _ernie(model: _Model) -> Values:
+    values = _decoder(model, "ernie4_5") | _rms(model)
+    return values | {"use_bias": values["attention_bias"]}
+
+
 def _plain(model_type: str) -> Callable[[_Model], Values]:
     """Return the reader of a config without options of its own."""
     return lambda model: _decoder(model, model_type) | _rms(model)
@@ -574,8 +657,7 @@ def _gemma3(model: _Model) -> Values:
     return values | {
         "model_type": "gemma3_text",
         "query_pre_attn_scalar": _query_scalar(values, 62),
-        "rope_theta": model.number("rope.freq_base", 1e6),
-        "rope_local_base_freq": model.number("rope.freq_base_swa", 10000.0),
+        "rope_parameters": _ropes_by_kind(model, values, 1e6, 10000.0),
         "final_logit_softcapping": cap or None,
         "sliding_window": window or None,
         "layer_types": _layer_types(model.windows(6 if window else 1)),
@@ -600,6 +682,8 @@ def _phi3(model: _Model) -> Values:
 
 def _granite(model: _Model) -> Values:
     values = _decoder(model, "granite") | _rms(model)
+    if not _has_experts(model):  # The metadata of Granite 4 has another width.
+        values["intermediate_size"] = _mlp_width(model)
     return values | {
         "attention_multiplier": model.number("attention.scale", 1 / values["head_dim"] ** 0.5),
         "embedding_multiplier": model.number("embedding_scale", 1.0),
@@ -616,6 +700,10 @@ def _minicpm(model: _Model) -> Values:
         "scale_depth": _rounded(model.number("residual_scale", 1.4 / root) * root),
         "dim_model_base": round(hidden / model.number("logit_scale", hidden / 256)),
     }
+
+
+def _mlp_width(model: _Model) -> int:
+    return model.entry("blk.0.ffn_up.weight").shape[0]
 
 
 def _rounded(value: float) -> float:
@@ -646,11 +734,11 @@ def _gpt2(model: _Model) -> Values:
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
-        "n_inner": "intermediate_size",
         "n_positions": "max_position_embeddings",
     }
     return {name: values[known] for name, known in names.items()} | {
         "model_type": "gpt2",
+        "n_inner": _mlp_width(model),  # The metadata has four times the hidden width.
         "layer_norm_epsilon": model.number("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
         **{key: values[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")},
@@ -663,8 +751,13 @@ def _olmo2(model: _Model) -> Values:
     window = model.size("attention.sliding_window", 0)
     if not window:
         return values
-    kinds = _layer_types(model.windows(4))
-    return values | {"model_type": "olmo3", "sliding_window": window, "layer_types": kinds}
+    theta = values["rope_theta"]
+    return values | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": _layer_types(model.windows(4)),
+        "rope_parameters": _ropes_by_kind(model, values, theta, theta),
+    }
 
 
 def _exaone4(model: _Model) -> Values:
@@ -694,7 +787,9 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "smollm3": _Architecture(_smollm3, _LLAMA_NAMES, paired=True),
     "starcoder2": _Architecture(_starcoder2, _STARCODER2_NAMES),
     "stablelm": _Architecture(_stablelm, _LLAMA_NAMES),
-    "ernie4_5": _Architecture(_plain("ernie4_5"), _LLAMA_NAMES),
+    "gpt-oss": _GptOss(_gpt_oss, _GPT_OSS_NAMES),
+    "mistral3": _Architecture(_mistral3, _LLAMA_NAMES, paired=True),
+    "ernie4_5": _Architecture(_ernie, _LLAMA_NAMES),
     "olmo2": _Architecture(_olmo2, _OUTPUT_NORM_NAMES),
     "exaone4": _Architecture(_exaone4, _OUTPUT_NORM_NAMES),
     "gpt2": _Architecture(

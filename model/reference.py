@@ -3,11 +3,9 @@
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
 (pre-norm, gated); the Qwen3 report (norms of q and k per head).
 
-Source of further norms: the Gemma 2 report (around each part, with capped scores and logits);
-"2 OLMo 2 Furious" (of outputs, and of all of q and k).
-
-Source of experts: Shazeer et al., "The Sparsely-Gated Mixture-of-Experts Layer"; of sinks and the
-clipped SwiGLU: the gpt-oss model card.
+Gemma 2 has norms around each part, and caps of scores and logits (its report). OLMo 2 has norms of
+what is added, and of all of q and k ("2 OLMo 2 Furious"). Experts are those of Shazeer et al., "The
+Sparsely-Gated Mixture-of-Experts Layer". Sinks and the clipped SwiGLU are those of gpt-oss.
 """
 
 from __future__ import annotations

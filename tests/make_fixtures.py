@@ -35,7 +35,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILY_FIXTURES = Path(__file__).parent / "families"
@@ -298,6 +303,7 @@ FAMILIES: dict[str, Family] = {
         rewrite=as_gemma3_that_sees,
     ),
     "glm": Family("glm", SMALL | {"head_dim": 16}),
+    "glm4": Family("glm4", SMALL | {"head_dim": 16}),
     "gpt2": Family("gpt2", GPT2),
     "gpt2-scores": Family(
         "gpt2", GPT2 | {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
@@ -354,6 +360,22 @@ FAMILIES: dict[str, Family] = {
             | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 72},
         },
     ),
+    "mistral3-sees": Family(
+        "mistral3",
+        {
+            "text_config": SMALL
+            | {
+                "model_type": "ministral3",
+                "head_dim": 16,
+                "intermediate_size": 32,
+                "tie_word_embeddings": False,
+                "rope_parameters": YARN
+                | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 72},
+            },
+            "tie_word_embeddings": False,
+            "vision_config": SIGLIP | {"model_type": "pixtral", "head_dim": 4},
+        },
+    ),
     "olmo2": Family("olmo2", SMALL | {"attention_bias": True}),
     "olmo3": Family(
         "olmo3",
@@ -362,7 +384,7 @@ FAMILIES: dict[str, Family] = {
             "num_hidden_layers": 4,
             "sliding_window": 10,
             "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0},
+                "full_attention": YARN | {"rope_theta": 3000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
             },
         },
@@ -474,7 +496,7 @@ def make(name: str) -> int:
 def make_family(name: str) -> int:
     """Write one fixture of FAMILIES, searching the seed; returns it."""
     family = FAMILIES[name]
-    vocab = family.options["vocab_size"]
+    vocab = SMALL["vocab_size"]
     prompt = np.random.default_rng(0).integers(0, vocab, family.prompt_tokens).tolist()
     seed, model, golden = search(name, family, prompt, FAMILY_TOKENS, FAMILY_DISTINCT)
     directory = save(FAMILY_FIXTURES / name, model.to(family.stored), golden, "1GB")
@@ -517,7 +539,10 @@ def random_model(family: Family, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family.model_type](**family.options)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).eval().float()
+    kind = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = AutoModelForImageTextToText
+    model = kind.from_config(config).eval().float()
     scales = [buffer for key, buffer in model.named_buffers() if key.endswith("embed_scale")]
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(family.embedding_scale)

@@ -36,7 +36,16 @@ from model.families.experts import (
     qwen2_moe,
     qwen3_moe,
 )
-from model.families.fused import GLM_NAMES, PHI3_NAMES, glm, glm_sources, phi3, phi3_sources
+from model.families.fused import (
+    GLM4_NAMES,
+    GLM_NAMES,
+    PHI3_NAMES,
+    glm,
+    glm4,
+    glm_sources,
+    phi3,
+    phi3_sources,
+)
 from model.families.gemma import GEMMA2_NAMES, gemma, gemma2, gemma3, gemma_sources
 from model.families.gpt_oss import GPT_OSS, gpt_oss, gpt_oss_sources
 from model.families.layernorm import (
@@ -114,9 +123,10 @@ def load_spec(directory: Path) -> ModelSpec:
 
 def describe(config: Config, directory: Path) -> ModelSpec:
     """Do the same as ``load_spec`` for a config that is already read."""
+    own = language_part(config)
+    family = _family(own)
     _refuse_foreign_options(config)
-    config = language_part(config)
-    spec = _family(config).describe(config)
+    spec = family.describe(own)
     generation = directory / "generation_config.json"
     eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()
@@ -189,7 +199,8 @@ def _family(config: Config) -> _Family:
     feature = missing_feature(config)
     if feature is not None:
         raise config.lacking(feature)
-    raise config.unsupported("model_type", model_type, f"known: {', '.join(sorted(_FAMILIES))}")
+    known = ", ".join(sorted({*_FAMILIES, *_TEXT_TYPES}))
+    raise config.unsupported("model_type", model_type, f"known: {known}")
 
 
 def _refuse_foreign_options(config: Config) -> None:
@@ -227,6 +238,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "gemma2": _Family(gemma2, _DECODER, GEMMA2_NAMES, gemma_sources),
     "gemma3_text": _Family(gemma3, NESTED_PREFIXES, GEMMA2_NAMES, gemma_sources),
     "glm": _Family(glm, _DECODER, GLM_NAMES, glm_sources),
+    "glm4": _Family(glm4, _DECODER, GLM4_NAMES, glm_sources),
     "gpt2": _Family(gpt2, ("transformer.", ""), GPT2_NAMES, gpt2_sources),
     "granite": _Family(granite, _DECODER, LLAMA_NAMES, granite_sources),
     "granitemoehybrid": _Family(

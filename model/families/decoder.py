@@ -179,13 +179,13 @@ def rotary_decoder(
     windows: list[int | None] | None = None,
     head_dim: int | None = None,
     theta: float = 10000.0,
-    partial: float = 1.0,
+    partial: float | None = None,
     tied: bool = False,
 ) -> ModelSpec:
     """Describe pre-norm RMSNorm, rotary and gated MLP, which Llama and its relatives share.
 
     head_dim, theta, partial, tied: what an absent head_dim, rope_theta, partial_rotary_factor and
-        tie_word_embeddings mean.
+        tie_word_embeddings mean. ``partial`` is None if heads always turn whole.
     """
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from model.families.config import Config
-from model.families.decoder import LAYER, LLAMA_NAMES, interleaved, rotary_decoder
+from model.families.decoder import LAYER, LLAMA_NAMES, interleaved, rotary_decoder, with_layers
 from model.families.sources import Source, stacked
 from model.spec import ModelSpec
 
 _GATE_UP = dict.fromkeys(("gate", "up"), LAYER + "mlp.gate_up_proj")
 PHI3_NAMES = LLAMA_NAMES | dict.fromkeys("qkv", LAYER + "self_attn.qkv_proj") | _GATE_UP
 GLM_NAMES = LLAMA_NAMES | _GATE_UP
+GLM4_NAMES = GLM_NAMES | {
+    "attn_out_norm": LAYER + "post_self_attn_layernorm",
+    "mlp_out_norm": LAYER + "post_mlp_layernorm",
+}
 
 
 def phi3(config: Config) -> ModelSpec:
     """Describe Phi-3, Phi-3.5 and Phi-4, the mini ones and those of 14B."""
     window = config.size("sliding_window") if config.has("sliding_window") else None
-    return rotary_decoder(config, windows=[window] * config.layer_count())
+    return rotary_decoder(config, windows=[window] * config.layer_count(), partial=1.0)
 
 
 def phi3_sources(
@@ -31,6 +35,11 @@ def phi3_sources(
 def glm(config: Config) -> ModelSpec:
     bias = config.flag("attention_bias", True)
     return rotary_decoder(config, qkv_bias=bias, head_dim=128, partial=0.5)
+
+
+def glm4(config: Config) -> ModelSpec:
+    """Describe GLM-4 of 2025, with norms before and after attention and MLP."""
+    return with_layers(glm(config), norm_position="both")
 
 
 def glm_sources(

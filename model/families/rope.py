@@ -22,11 +22,12 @@ _SCALINGS: Mapping[str, RopeScaling] = {
 
 
 def rope_spec(
-    config: Config, head_dim: int, theta: float = 10000.0, partial: float = 1.0
+    config: Config, head_dim: int, theta: float = 10000.0, partial: float | None = None
 ) -> tuple[RopeSpec, int]:
     """Return rotary parameters and usable context, from the old fields or ``rope_parameters``.
 
-    theta, partial: what an absent rope_theta and partial_rotary_factor mean.
+    theta, partial: what an absent rope_theta and partial_rotary_factor mean. None: heads of the
+        architecture turn whole.
     """
     context = config.size("max_position_embeddings")
     scaling = (
@@ -38,8 +39,13 @@ def rope_spec(
     if name not in _SCALINGS:
         raise config.unsupported("rope_type", name, f"known: {', '.join(_SCALINGS)}")
     kind = _SCALINGS[name]
-    fraction = config.number("partial_rotary_factor", partial)
-    rotated = _rotated(config, head_dim, scaling.number("partial_rotary_factor", fraction), kind)
+    fraction = config.number("partial_rotary_factor", partial or 1.0)
+    fraction = scaling.number("partial_rotary_factor", fraction)
+    if partial is None and fraction != 1:
+        raise config.unsupported(
+            "partial_rotary_factor", fraction, "heads of this architecture turn whole"
+        )
+    rotated = _rotated(config, head_dim, fraction, kind)
     common: dict[str, Any] = {
         "theta": scaling.number("rope_theta", config.number("rope_theta", theta)),
         "scaling": kind,

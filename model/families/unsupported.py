@@ -18,11 +18,18 @@ _PARALLEL = "attention and MLP side by side on one input (parallel residual)"
 _ALIBI = "ALiBi positions"
 _SQUARED = "the squared ReLU activation"
 _GEMMA_3N = "embeddings per layer, alternating updates (AltUp) and shared keys and values"
+_EXPERTS = "its kind of experts"
 _IMAGES = "a vision part, and rotary positions in several axes"
 _OWN_CODE = "tensor names of its authors' own code"
 
 MISSING: Mapping[str, str] = {
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid"), _DELTA),
+    **dict.fromkeys(
+        (
+            "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
+            "qwen3_next",
+        ),
+        _DELTA,
+    ),
     **dict.fromkeys(
         (
             "bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h",
@@ -43,7 +50,10 @@ MISSING: Mapping[str, str] = {
         ("bart", "marian", "mbart", "mt5", "pegasus", "t5", "t5gemma", "umt5", "whisper"), _CROSS
     ),
     **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "longcat_flash", "minicpm3"),
+        (
+            "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2",
+            "longcat_flash", "minicpm3",
+        ),
         _LATENT,
     ),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear", "minimax"), _LINEAR),
@@ -89,6 +99,9 @@ _BY_KEY = {
     "ssm_cfg": _STATE_SPACE,
     "alibi": _ALIBI,
     "is_encoder_decoder": _CROSS,
+    "n_routed_experts": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "num_experts": _EXPERTS,
     "vision_config": _IMAGES,
 }
 

@@ -14,9 +14,11 @@ from model import families
 from model.errors import CheckpointError, ModelError, UnsupportedModelError
 from model.families import load_spec
 from model.families.unsupported import MISSING
+from model.rotary import rotary_table
 from model.spec import ModelSpec, RopeSpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+FAMILIES = Path(__file__).parents[1] / "families"
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -126,6 +128,24 @@ def test_every_fourth_layer_of_smollm3_has_no_rotary_positions(tmp_path: Path) -
     assert [layer.sliding_window for layer in layers] == [None, None, None, 16]
 
 
+@pytest.mark.parametrize(
+    ("options", "rotated"),
+    [
+        ({"model_type": "stablelm"}, 2),
+        ({"model_type": "stablelm", "partial_rotary_factor": 0.5}, 4),
+        ({"model_type": "stablelm", "rope_parameters": {"partial_rotary_factor": 0.75}}, 6),
+        ({"model_type": "stablelm", "partial_rotary_factor": 1.0}, 0),
+        ({"model_type": "glm"}, 64),
+        ({"model_type": "glm4", "head_dim": 16}, 8),
+        ({"model_type": "phi3"}, 0),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, 6),
+    ],
+)
+def test_heads_that_turn_in_part(tmp_path: Path, options: Any, rotated: int) -> None:
+    layer = spec_of(tmp_path, LLAMA | options).layers[0]
+    assert layer.rope == RopeSpec(1e4, rotated=rotated)
+
+
 def test_ministral3_ends_where_it_would_scale_queries(tmp_path: Path) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     config = LLAMA | {"model_type": "ministral3", "rope_parameters": rope}
@@ -146,6 +166,7 @@ def test_unknown_architectures_are_refused_by_their_missing_feature(tmp_path: Pa
     for options, feature in (
         ({"layer_types": ["linear_attention"] * 4}, "gated-delta attention"),
         ({"kv_lora_rank": 64}, "latent attention"),
+        ({"num_local_experts": 8}, "its kind of experts"),
         ({"vision_config": {"depth": 2}}, "a vision part"),
     ):
         with pytest.raises(UnsupportedModelError, match=f"new-one needs .* implemented: {feature}"):
@@ -192,8 +213,6 @@ def test_qwen3_head_dim_is_128_unless_said(tmp_path: Path) -> None:
             RopeSpec(5e5, "llama3", 8.0, 64, 1.0, 4.0),
             256,
         ),
-        ({"partial_rotary_factor": 0.5}, RopeSpec(1e4, rotated=4), 256),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, RopeSpec(1e4, rotated=4), 256),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             RopeSpec(1e4, "yarn", 4.0, 256, attention_factor=0.1 * math.log(4) + 1),
@@ -291,6 +310,11 @@ def test_eos_tokens(
         (LLAMA | {"is_causal": False}, "is_causal"),
         (LLAMA | {"pruned_heads": {"1": [2]}}, "pruned_heads"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        (
+            LLAMA | {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor.* turn whole",
+        ),
+        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (LLAMA | {"rope_scaling": {"rope_type": "proportional"}}, 'rope_type = "proportional"'),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set"),
         (
@@ -324,8 +348,8 @@ def test_what_would_change_the_numbers_is_refused(tmp_path: Path, values: Any, n
         (LLAMA | {"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000 is absurd"),
         (LLAMA | {"num_key_value_heads": 3}, "is no multiple of num_key_value_heads"),
         (LLAMA | {"head_dim": 7}, "head_dim 7 cannot be rotated"),
-        (LLAMA | {"partial_rotary_factor": 0.4}, "head_dim 8, of which 0.4 turn, cannot"),
-        (LLAMA | {"partial_rotary_factor": 2}, "head_dim 8, of which 2 turn, cannot"),
+        (STABLELM | {"partial_rotary_factor": 0.4}, "head_dim 8, of which 0.4 turn, cannot"),
+        (STABLELM | {"partial_rotary_factor": 2}, "head_dim 8, of which 2 turn, cannot"),
         (LLAMA | {"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers"),
         (LLAMA | {"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers"),
         (LLAMA | {"rope_scaling": {"type": "longrope"}}, "short_factor is missing"),
@@ -365,8 +389,8 @@ def test_unreadable_configs(tmp_path: Path, text: bytes) -> None:
 
 
 def test_specs_survive_messages() -> None:
-    for directory in sorted(FIXTURES.iterdir()):
-        spec = load_spec(directory)
+    for config in sorted((*FIXTURES.glob("*/config.json"), *FAMILIES.glob("*/config.json"))):
+        spec = load_spec(config.parent)
         assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
@@ -381,10 +405,11 @@ def test_old_and_new_config_of_one_model_agree(tmp_path: Path) -> None:
     assert spec_of(directory, config) == old
 
 
+@pytest.mark.parametrize("model", [FIXTURES / "llama", FAMILIES / "phi3-long"], ids=str)
 @pytest.mark.parametrize("value", [None, -1, 0, "x", [], {}, 1.5, True, 10**40, float("nan")])
-def test_descriptions_from_a_peer_never_crash(value: object) -> None:
+def test_descriptions_from_a_peer_never_crash(value: object, model: Path) -> None:
     """Each field of a spec, its layers and their rope replaced by nonsense: refused or harmless."""
-    plain = json.dumps(load_spec(FIXTURES / "llama").to_dict())
+    plain = json.dumps(load_spec(model).to_dict())
     paths: list[tuple[object, ...]] = [(key,) for key in json.loads(plain)]
     paths += [("layers", 1, key) for key in json.loads(plain)["layers"][0]]
     paths += [("layers", 1, "rope", key) for key in json.loads(plain)["layers"][0]["rope"]]
@@ -401,6 +426,10 @@ def test_descriptions_from_a_peer_never_crash(value: object) -> None:
             refused += 1
         else:
             assert all(np.prod(shape) > 0 for shape in spec.block_tensors(1).values())
+            layer = spec.layers[1]
+            if layer.rope is not None:
+                with np.errstate(all="ignore"):
+                    rotary_table(layer.rope, layer.head_dim, 4)
     assert refused > 20
     with pytest.raises(ModelError):
         ModelSpec.from_dict({"layers": value})

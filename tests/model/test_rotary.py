@@ -60,7 +60,7 @@ def test_llama3_keeps_short_waves_and_slows_long_ones() -> None:
     assert ((middle > 1 / 8) & (middle < 1)).all()
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3", "yarn"])
 def test_tables_of_different_lengths_agree(scaling: Any) -> None:
     rope = RopeSpec(10000.0, scaling, 2.0, 8)
     for short, long in zip(rotary_table(rope, 8, 12), rotary_table(rope, 8, 30), strict=True):
