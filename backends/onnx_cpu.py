@@ -86,7 +86,7 @@ CHUNK_ROWS = 64
 """The rows of a call for which compute buffers are estimated."""
 
 Part = Literal["layers", "bytes", "experts"]
-"""Parts of layers that are kept apart: all but experts, the same as bytes, or the experts."""
+"""The kinds of a kept layer: all but experts, that as bytes for prompts, or the experts."""
 
 COPY_MARGIN = 1.02
 """The most bytes of the prompt copy, with scales and sums, per weight."""

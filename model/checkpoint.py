@@ -356,8 +356,8 @@ class Checkpoint:
             rows = whole.shape_of(stored.shape)[0]
             if None not in spans and read != rows:
                 raise CheckpointError(
-                    f"{stored.path}: tensor {whole.name!r} has {rows} rows, but config.json makes "
-                    f"it {read}"
+                    f"{stored.path}: tensor {whole.name!r} has {rows} rows, but "
+                    f"{self.config.path.name} makes it {read}"
                 )
 
     def _stored(self, name: str) -> StoredTensor:

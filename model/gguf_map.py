@@ -239,6 +239,11 @@ _OUTPUT_NORM_NAMES = _LLAMA_NAMES | {
 }
 _SANDWICH_NAMES = _OUTPUT_NORM_NAMES | {"ffn_norm": "pre_feedforward_layernorm"}
 _PHI3_NAMES = _LLAMA_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_GLM4_NAMES = _LLAMA_NAMES | {
+    "ffn_up": "mlp.gate_up_proj",
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+}
 _STARCODER2_NAMES = _LLAMA_NAMES | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 _QWEN_MOE_NAMES = _LLAMA_NAMES | {
     "ffn_gate_inp": "mlp.gate",
@@ -790,6 +795,7 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "gpt-oss": _GptOss(_gpt_oss, _GPT_OSS_NAMES),
     "mistral3": _Architecture(_mistral3, _LLAMA_NAMES, paired=True),
     "ernie4_5": _Architecture(_ernie, _LLAMA_NAMES),
+    "glm4": _Architecture(_plain("glm4"), _GLM4_NAMES),
     "olmo2": _Architecture(_olmo2, _OUTPUT_NORM_NAMES),
     "exaone4": _Architecture(_exaone4, _OUTPUT_NORM_NAMES),
     "gpt2": _Architecture(
@@ -815,11 +821,38 @@ def _architecture(model: _Model) -> _Architecture:
         )
     known = _ARCHITECTURES.get(model.name)
     if known is None:
+        needed = _MISSING.get(model.name)
+        feature = "" if needed is None else f": it needs {needed}"
         raise UnsupportedModelError(
-            f"{model.path}: the architecture {model.name[:80]!r} is not implemented for GGUF; "
-            f"known: {', '.join(sorted(_ARCHITECTURES))}"
+            f"{model.path}: the architecture {model.name[:80]!r} is not implemented for GGUF"
+            f"{feature}; known: {', '.join(sorted(_ARCHITECTURES))}"
         )
     return known
+
+
+_MISSING: Mapping[str, str] = {
+    **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), "gated-delta attention"),
+    **dict.fromkeys(
+        ("mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "nemotron_h", "plamo2"),
+        "state-space layers",
+    ),
+    **dict.fromkeys(("lfm2", "lfm2moe"), "convolution layers"),
+    **dict.fromkeys(("rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"), "recurrent layers"),
+    **dict.fromkeys(
+        ("deepseek2", "minicpm3", "plm", "mistral4"), "latent attention (compressed keys)"
+    ),
+    **dict.fromkeys(("gemma3n", "gemma4"), "embeddings of each layer"),
+    **dict.fromkeys(
+        ("bert", "nomic-bert", "modern-bert", "jina-bert-v2", "gemma-embedding", "neo-bert"),
+        "attention to later tokens, and pooling",
+    ),
+    **dict.fromkeys(("qwen2vl", "qwen3vl", "qwen3vlmoe"), "positions of pictures (M-RoPE)"),
+    **dict.fromkeys(
+        ("phi2", "falcon", "gptneox", "gptj", "command-r"), "parallel attention and MLP"
+    ),
+    **dict.fromkeys(("bloom", "mpt"), "attention biased by distance (ALiBi)"),
+}
+"""The feature that an architecture needs and this project lacks."""
 
 
 def _fingerprint(files: tuple[GgufFile, ...]) -> str:

@@ -281,6 +281,8 @@ def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
             {"general__architecture": "mamba"},
             "the architecture 'mamba' is not implemented for GGUF",
         ),
+        ({"general__architecture": "lfm2"}, "for GGUF: it needs convolution layers; known: "),
+        ({"general__architecture": "grok"}, "is not implemented for GGUF; known: ernie4_5"),
         ({"general__architecture": None}, "the architecture '' is not implemented"),
         ({"general__architecture": "clip"}, "reads pictures or sound; give the language model's"),
         ({"general__type": "mmproj"}, "reads pictures or sound"),
