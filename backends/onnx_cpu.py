@@ -86,7 +86,7 @@ CHUNK_ROWS = 64
 """The rows of a call for which compute buffers are estimated."""
 
 Part = Literal["layers", "bytes", "experts"]
-"""What is kept of layers: all but experts, that as bytes for prompts, or the experts."""
+"""The kinds of a kept layer: all but experts, that as bytes for prompts, or the experts."""
 
 COPY_MARGIN = 1.02
 """The most bytes of the prompt copy, with scales and sums, per weight."""
@@ -280,14 +280,14 @@ class _Segment:
         if experts is None:
             self._session.run_with_iobinding(values)
             return result
-        shape = count * rows, self._width
-        normed = np.empty(shape, np.float32)
-        scores = np.empty((count * rows, experts.spec.count), np.float32)
+        total = count * rows
+        normed = experts.row if total == 1 else np.empty((total, self._width), np.float32)
+        scores = np.empty((total, experts.spec.count), np.float32)
         for name, array in zip(ROUTED_OUTPUTS, (normed, scores), strict=True):
             bound = ort.OrtValue.ortvalue_from_numpy(array.reshape(count, rows, -1))
             values.bind_ortvalue_output(name, bound)
         self._session.run_with_iobinding(values)
-        experts.add(result.reshape(shape), normed, scores)
+        experts.add(result.reshape(total, -1), normed, scores)
         return result
 
     def _bind(self, first_slot: int, count: int) -> _Binding:
@@ -493,7 +493,9 @@ class _Loader:
                 continue
             count = pieces(layer, self._options.threads)
             own = [list(itertools.islice(sessions, count)) for _ in range(experts.stored)]
-            found.append(Experts(experts, own, threads))
+            mixture = Experts(experts, layer.hidden, own, threads)
+            self._memory_bytes += mixture.nbytes
+            found.append(mixture)
         return found
 
     def _expert_sessions(self, artifacts: Sequence[tuple[int, Path]]) -> Iterable[Any]:

@@ -21,6 +21,7 @@ from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Piece, Source, describe, read_config, tensor_sources
+from model.families.quantization import old_settings
 from model.families.sources import shape_of
 from model.gguf_map import read_model
 from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
@@ -208,6 +209,8 @@ class Checkpoint:
 
     def source_dtypes(self, block: int) -> dict[str, str]:
         """Return what is stored for each canonical tensor of a block: F32, F16, BF16, Q4_K."""
+        if not self.tensors:
+            return {}
         return {
             canonical: self.tensors[source[0].name].dtype
             for canonical, source in self._sources(block).items()
@@ -524,6 +527,8 @@ def _fingerprint(config: Config, shards: Mapping[str, SafetensorsFile]) -> str:
     digest = hashlib.sha256()
     try:
         _feed(digest, config.path.read_bytes())
+        for path in old_settings(config):
+            _feed(digest, path.read_bytes())
         for name, shard in sorted(shards.items()):
             status = shard.path.stat()
             _feed(digest, name.encode())

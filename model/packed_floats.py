@@ -47,7 +47,10 @@ def _float8_values(dtype: str) -> FloatArray:
 
 @dataclass(frozen=True)
 class _Decoded(StoredTensor):
-    """A tensor that is decoded on reading. ``source``: the tensor to name in messages."""
+    """A tensor that is decoded on reading. ``source``: the tensor to name in messages.
+
+    Numbers of a damaged file may become NaN here. ``model.quantize`` refuses those.
+    """
 
     source: PlainTensor
     label: str
@@ -77,6 +80,7 @@ class Float8Matrix(_Decoded):
     scales: PlainTensor
     block: tuple[int, int]
 
+    @np.errstate(invalid="ignore", over="ignore")
     def float32(self, rows: Rows = slice(None)) -> FloatArray:
         values: FloatArray = _float8_values(self.source.dtype)[self.source.map()[rows]]
         bytes_only = self.scales.dtype == "F8_E8M0"
@@ -107,6 +111,7 @@ class MlxMatrix(_Decoded):
     biases: PlainTensor
     bits: int
 
+    @np.errstate(invalid="ignore", over="ignore")
     def float32(self, rows: Rows = slice(None)) -> FloatArray:
         words = np.ascontiguousarray(self.source.map()[rows], np.dtype("<u4")).view(np.uint8)
         scales, biases = self.scales.float32(rows), self.biases.float32(rows)
@@ -131,6 +136,7 @@ class MxfpMatrix(_Decoded):
 
     scales: PlainTensor
 
+    @np.errstate(invalid="ignore", over="ignore")
     def float32(self, rows: Rows = slice(None)) -> FloatArray:
         groups = self.size[-1] // 32
         nibbles = self.source.map()[rows].reshape(-1, groups, 16)
@@ -173,6 +179,7 @@ class Nf4Matrix(_Decoded):
     block: int
     nested: tuple[PlainTensor, PlainTensor, float, int] | None
 
+    @np.errstate(invalid="ignore", over="ignore")
     def float32(self, rows: Rows = slice(None)) -> FloatArray:
         packed = self.source.map().reshape(-1)
         codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)

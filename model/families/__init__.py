@@ -184,7 +184,7 @@ def language_part(config: Config) -> Config:
     It is in text_config there. Some fields are about the whole model, and stand beside it.
     """
     own = config.nested("text_config")
-    if own is None or config.values.get("model_type") not in _TEXT_TYPES:
+    if own is None or config.model_type not in _TEXT_TYPES:
         return config
     whole = {key: config.values[key] for key in _OF_THE_WHOLE if config.has(key)}
     model_type = {"model_type": _TEXT_TYPES[config.model_type]}
@@ -214,7 +214,7 @@ def _refuse_foreign_options(config: Config) -> None:
     if config.values.get("pruned_heads"):
         raise config.unsupported("pruned_heads", "...", "give a checkpoint without pruned heads")
     causal = ["ForCausalLM", "LMHeadModel", "Model"]
-    if config.values.get("model_type") in _TEXT_TYPES:
+    if config.model_type in _TEXT_TYPES:
         causal.append("ForConditionalGeneration")
     for name in config.strings("architectures"):
         if not name.endswith(tuple(causal)):

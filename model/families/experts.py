@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from model.errors import CheckpointError
 from model.families.config import Config
-from model.families.decoder import qwen_windows, rotary_decoder
+from model.families.decoder import qwen_windows, rotary_decoder, with_layers
 from model.families.sources import Piece, Source
 from model.spec import ExpertSpec, LayerSpec, ModelSpec
 
@@ -121,6 +121,7 @@ def mixtral(config: Config) -> ModelSpec:
 def granitemoe(config: Config) -> ModelSpec:
     bias = config.flag("attention_bias", False)
     spec = rotary_decoder(config, qkv_bias=bias, out_bias=bias)
+    spec = with_layers(spec, score_scale=config.number("attention_multiplier", 1.0))
     experts = ExpertSpec(
         expert_count(config, 8), config.size("num_experts_per_tok", 2), "topk_softmax"
     )

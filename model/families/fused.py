@@ -20,6 +20,8 @@ GLM4_NAMES = GLM_NAMES | {
 
 def phi3(config: Config) -> ModelSpec:
     """Describe Phi-3, Phi-3.5 and Phi-4, the mini ones and those of 14B."""
+    # The architecture's own trained context comes before one in rope_scaling.
+    config = config.with_defaults({"original_max_position_embeddings": 4096})
     window = config.size("sliding_window") if config.has("sliding_window") else None
     return rotary_decoder(config, windows=[window] * config.layer_count(), partial=1.0)
 

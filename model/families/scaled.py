@@ -1,6 +1,6 @@
 """Decoders with constants between their parts, which are folded into the weights on reading.
 
-Granite and MiniCPM multiply embeddings, what a layer adds, attention's scores, and logits.
+Granite and MiniCPM multiply embeddings, what a layer adds, and logits.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ GRANITE_HYBRID_NAMES = LLAMA_NAMES | {
 
 def granite(config: Config) -> ModelSpec:
     bias = config.flag("attention_bias", False)
-    return rotary_decoder(
+    spec = rotary_decoder(
         config, qkv_bias=bias, out_bias=bias, mlp_bias=config.flag("mlp_bias", False)
     )
+    return with_layers(spec, score_scale=config.number("attention_multiplier", 1.0))
 
 
 def granite_sources(
     config: Config, spec: ModelSpec, block: int, sources: Mapping[str, Source]
 ) -> dict[str, Source]:
     residual = config.number("residual_multiplier", 1.0)
-    attention = config.number("attention_multiplier", 1.0) * math.sqrt(spec.layers[0].head_dim)
     return (
         dict(sources)
         | scaled(sources, ("tokens",), config.number("embedding_multiplier", 1.0))
         | scaled(sources, _ADDED, residual)
-        | scaled(sources, ("q",), attention)
         | scaled(sources, ("lm_head",), 1 / config.number("logits_scaling", 1.0))
     )
 
@@ -55,8 +54,11 @@ def granite_hybrid(config: Config) -> ModelSpec:
     if position not in ("rope", "nope", None):
         raise config.unsupported("position_embedding_type", position, "known: rope, nope")
     bias = config.flag("attention_bias", False)
-    spec = rotary_decoder(config, qkv_bias=bias, out_bias=bias)
-    spec = with_layers(spec, ffn=config.size("shared_intermediate_size", 1024))
+    spec = with_layers(
+        rotary_decoder(config, qkv_bias=bias, out_bias=bias),
+        ffn=config.size("shared_intermediate_size", 1024),
+        score_scale=config.number("attention_multiplier", 1.0),
+    )
     return spec if position == "rope" else with_layers(spec, rope=None)
 
 

@@ -128,6 +128,17 @@ def test_every_fourth_layer_of_smollm3_has_no_rotary_positions(tmp_path: Path) -
     assert [layer.sliding_window for layer in layers] == [None, None, None, 16]
 
 
+def test_phi3_was_trained_with_4096_positions_unless_said(tmp_path: Path) -> None:
+    phi3 = LLAMA | {"model_type": "phi3", "rope_scaling": LONGROPE}
+    phi3["max_position_embeddings"] = 131072
+    for options, trained in (({}, 4096), ({"original_max_position_embeddings": 8192}, 8192)):
+        rope = spec_of(tmp_path, phi3 | options).layers[0].rope
+        assert rope is not None
+        assert rope.original_context == trained
+        factor = math.log(131072 / trained) / math.log(trained)
+        assert rope.attention_factor == pytest.approx(math.sqrt(1 + factor))
+
+
 @pytest.mark.parametrize(
     ("options", "rotated"),
     [

@@ -135,6 +135,30 @@ def test_a_matrix_equals_its_tool(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(codes.dequantize().reshape(values.shape), values)
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("shape", [(), (1, 1), (16,), (16, 1), (4, 2)])
+def test_fp8_equals_torch(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    scales = np.random.default_rng(0).random(shape, np.float32)
+    parts: dict[str, Any] = {"m.weight": codes, "m.weight_scale": scales}
+    write_safetensors(tmp_path / "model.safetensors", parts)
+    as_type(tmp_path / "model.safetensors", {"m.weight": dtype})
+    file = read_safetensors(tmp_path / "model.safetensors")
+    settings = {"quant_method": "fp8", "weight_block_size": [4, 8]}
+    config = Config(tmp_path / "config.json", {"quantization_config": settings})
+    stored = {name: PlainTensor(file, name) for name in file.entries}
+    (tensor,) = unpacked(config, stored).values()
+    values = torch.from_numpy(codes).view(kind).float().numpy()
+    wide = scales.reshape(1, 1) if scales.size == 1 else scales.reshape(len(scales), -1)
+    wide = np.repeat(np.repeat(wide, 16 // len(wide), 0), 16 // wide.shape[1], 1)
+    with np.errstate(invalid="ignore"):
+        expected = values * wide
+    np.testing.assert_array_equal(tensor.float32(), expected)
+    np.testing.assert_array_equal(tensor.float32(slice(3, 11, 2)), expected[3:11:2])
+
+
 def matrix(name: str) -> tuple[dict[str, Any], dict[str, Any], npt.NDArray[np.float32]]:
     """Return the settings, the parts and the values of a single matrix."""
     with np.load(PACKED / "matrices.npz") as stored:
@@ -239,19 +263,19 @@ def test_hostile_parts_are_refused_in_one_line(name: str, tmp_path: Path) -> Non
                 continue
             write_safetensors(path, tensors, bfloat16=patterns - {key})
             if floats and how != "type":
-                as_float8(path, set(floats) & tensors.keys())
+                as_type(path, dict.fromkeys(set(floats) & tensors.keys(), "F8_E4M3"))
             with pytest.raises((CheckpointError, UnsupportedModelError)) as caught:
                 Checkpoint.open(folder)
             assert "\n" not in str(caught.value), (key, how)
 
 
-def as_float8(path: Path, names: set[str]) -> None:
-    """Rename the types of some tensors in a header, which has room for it."""
+def as_type(path: Path, dtypes: Mapping[str, str]) -> None:
+    """Change the types of some tensors in a header, to those that numpy does not have."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    for name in names:
-        header[name]["dtype"] = "F8_E4M3"
+    for name, dtype in dtypes.items():
+        header[name]["dtype"] = dtype
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
@@ -305,6 +329,8 @@ def test_an_old_file_of_settings_beside_the_config_is_read(tmp_path: Path) -> No
     (folder / "quantize_config.json").write_text(json.dumps(settings))
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.native_format(1) == MODELS["gptq"][1]
+    (folder / "quantize_config.json").write_text(json.dumps(settings | {"more": 1}))
+    assert Checkpoint.open(folder).fingerprint != checkpoint.fingerprint
 
 
 def test_biases_of_zeros_that_old_tools_added_are_left_out(tmp_path: Path) -> None:
