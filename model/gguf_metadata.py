@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class GgufMetadata:
     def __init__(self, files: tuple[GgufFile, ...]) -> None:
         self.path = files[0].path
         self.metadata = files[0].metadata
+        self._digest = files[0].digest
         self.places: dict[str, GgufFile] = {}
         for file in files:
             for name in file.entries:
@@ -100,15 +102,11 @@ class GgufMetadata:
         """Return the tokens that end an answer, that of the metadata first."""
         named = [self.token(name) for name in ("eos", "eot", "eom")]
         tokens, kinds = (self.metadata.get(f"tokenizer.ggml.{key}") for key in _TOKEN_LISTS)
-        known: list[int | None] = []
+        known: list[int] = []
         if isinstance(tokens, Strings) and isinstance(kinds, np.ndarray):
-            control = {index for index, kind in enumerate(kinds.tolist()) if kind == _CONTROL}
-            known = [
-                index
-                for index, token in enumerate(tokens if control else ())
-                if index in control and token in _ENDS
-            ]
-        return [token for token in dict.fromkeys(named + known) if token is not None]
+            control = set(np.flatnonzero(kinds == _CONTROL).tolist())
+            known = [index for index in _texts_that_end(tokens, self._digest) if index in control]
+        return [token for token in dict.fromkeys([*named, *known]) if token is not None]
 
     def windows(self, period: int) -> list[bool]:
         """Return which layers have a sliding window: by the metadata, or all but each n-th."""
@@ -140,3 +138,9 @@ class GgufMetadata:
 
 
 _TOKEN_LISTS = ("tokens", "token_type")
+
+
+@functools.lru_cache(maxsize=32)
+def _texts_that_end(tokens: Strings, _digest: str) -> tuple[int, ...]:
+    """Return the tokens whose texts are in _ENDS, once for each header: a load asks many times."""
+    return tuple(index for index, token in enumerate(tokens) if token in _ENDS)
