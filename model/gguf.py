@@ -406,9 +406,21 @@ class _Cursor:
         if kind != _STRING:
             return self._numbers(kind, length)
         begin = self.position
-        for _ in range(length):
-            self.take(self.number("<Q"))
+        self._skip_strings(length)
         return Strings(self.path, length, begin, self.position)
+
+    def _skip_strings(self, count: int) -> None:
+        """Move behind so many strings, of which a vocabulary has hundreds of thousands."""
+        position, last, data, length = self.position, self._end - 8, self._data, struct.Struct("<Q")
+        for _ in range(count):
+            if position > last:
+                break
+            position += 8 + length.unpack_from(data, position)[0]
+        else:
+            if position <= self._end:
+                self.position = position
+                return
+        self.take(self._end)  # It raises, because the strings go on beyond the end.
 
     def _numbers(self, kind: int, length: int) -> npt.NDArray[Any]:
         if kind not in _NUMBERS:
