@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check and measure torch_cuda on a machine with an NVIDIA GPU, in 7 minutes at most.
+# Check and measure torch_cuda on a machine with an NVIDIA GPU, in 8 minutes at most.
 #
 #   benchmarks/on_gpu.sh [DIR]     logs and figures go to DIR, by default ./gpu-report
 #
@@ -110,7 +110,7 @@ export PYTHON BACKEND WORK OUT
 : >"$OUT/summary.txt"
 step install 50 bash -c install
 step machine 20 bash -c machine
-step answer 60 bash -c answer
+step answer 100 bash -c answer
 SHOW=60 step bench 90 bash -c bench
 SHOW=60 step profile 50 bash -c profile
 # Shares of layers first. Their tests have the backend's name too. Failures show as they come.
