@@ -69,6 +69,7 @@ class Capabilities:
         rounding loses much more than the weights' own, even in exact stages. It is then measured
         apart.
     shares: whether it loads shares (``StageOptions.team_sum``).
+    experts: whether it runs layers with a mixture of experts.
     """
 
     backend: str
@@ -78,6 +79,7 @@ class Capabilities:
     exact_container_bits: Mapping[int, int] | None = None
     arithmetic: str = ""
     shares: bool = False
+    experts: bool = True
 
     def containers(self, *, exact: bool) -> Mapping[int, int]:
         """Return ``container_bits`` of exact or other stages."""

@@ -92,6 +92,7 @@ class TfliteCpuBackend(Backend):
             CONTAINER_BITS,
             exact_container_bits={},
             arithmetic=ARITHMETIC,
+            experts=False,
         )
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
@@ -119,7 +120,9 @@ class EdgeTpuBackend(Backend):
         except BackendError as error:
             raise BackendUnavailable("edgetpu", _reason(error)) from error
         version = f"{runtime}, {target.device}"
-        return Capabilities("edgetpu", version, CONTAINER_BITS, ON_CHIP_BYTES, {}, ARITHMETIC)
+        return Capabilities(
+            "edgetpu", version, CONTAINER_BITS, ON_CHIP_BYTES, {}, ARITHMETIC, experts=False
+        )
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
         runtime, target = find_runtime(edge_tpu=True), choose_target(self.root)
@@ -292,6 +295,10 @@ def product_files(
             )
         if spec.block_kind(block) != "layer":
             continue
+        layer = spec.layer(block)
+        if layer.experts is not None or layer.sinks:
+            what = "a mixture of experts" if layer.experts is not None else "attention sinks"
+            raise BackendError(f"{spec.block_name(block)} has {what}, which no Edge TPU runs")
         vectors[block] = {
             name: tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)
         }

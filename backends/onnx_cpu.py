@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -40,7 +40,16 @@ from backends.base import (
     Tokens,
 )
 from backends.checks import check_blocks, check_inputs, check_rows
+from backends.onnx_experts import (
+    Experts,
+    ExpertThreads,
+    expert_graphs,
+    expert_part,
+    own_tensors,
+    pieces,
+)
 from backends.onnx_graph import (
+    ROUTED_OUTPUTS,
     BlockWeights,
     CacheShape,
     Graph,
@@ -75,6 +84,9 @@ MAX_EXPANSION = 2
 
 CHUNK_ROWS = 64
 """The rows of a call for which compute buffers are estimated."""
+
+Part = Literal["layers", "bytes", "experts"]
+"""The kinds of a kept layer: all but experts, that as bytes for prompts, or the experts."""
 
 COPY_MARGIN = 1.02
 """The most bytes of the prompt copy, with scales and sums, per weight."""
@@ -233,11 +245,20 @@ class _Chain:
 class _Segment:
     """One session with the KV caches of its layers, which another session may share."""
 
-    def __init__(self, session: Any, caches: Sequence[_Cache], width: int) -> None:
+    def __init__(
+        self,
+        session: Any,
+        caches: Sequence[_Cache],
+        width: int,
+        experts: Experts | None = None,
+    ) -> None:
+        """``experts`` are those of the last layer."""
         self._session = session
+        self._experts = experts
         self._width = width
         self._caches = caches
         self._bindings: dict[tuple[int, int], _Binding] = {}
+        self._rows: dict[int, _Row] = {}
 
     def run(self, hidden: Array, first_slot: int = 0, last: Tokens | None = None) -> Array:
         """Run hidden [b, n, any] to [b, n, width].
@@ -246,9 +267,11 @@ class _Segment:
         without layers ignores it.
         """
         count, rows, _ = hidden.shape
+        if self._experts is not None and last is not None and count * rows == 1:
+            return self._run_row(self._experts, hidden, first_slot, last)
         binding = self._bindings.get((first_slot, count))
         if binding is None:
-            binding = self._bind(first_slot, count)
+            binding = self._bindings[first_slot, count] = self._bind(first_slot, count)
         if last is not None:
             binding.last[:] = last
             binding.total[...] = last.max() + 1
@@ -256,7 +279,18 @@ class _Segment:
         values = binding.values
         values.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(hidden))
         values.bind_ortvalue_output("output", ort.OrtValue.ortvalue_from_numpy(result))
+        experts = self._experts
+        if experts is None:
+            self._session.run_with_iobinding(values)
+            return result
+        total = count * rows
+        normed = np.empty((total, self._width), np.float32)
+        scores = np.empty((total, experts.spec.count), np.float32)
+        for name, array in zip(ROUTED_OUTPUTS, (normed, scores), strict=True):
+            bound = ort.OrtValue.ortvalue_from_numpy(array.reshape(count, rows, -1))
+            values.bind_ortvalue_output(name, bound)
         self._session.run_with_iobinding(values)
+        experts.add(result.reshape(total, -1), normed, scores)
         return result
 
     def _bind(self, first_slot: int, count: int) -> _Binding:
@@ -275,8 +309,35 @@ class _Segment:
                 shared = ort.OrtValue.ortvalue_from_numpy(part)
                 binding.values.bind_ortvalue_input(f"past_{kind}_{index}", shared)
                 binding.values.bind_ortvalue_output(f"{kind}_{index}", shared)
-        self._bindings[first_slot, count] = binding
         return binding
+
+    def _run_row(self, experts: Experts, hidden: Array, slot: int, last: Tokens) -> Array:
+        """Run one row. All its memory is bound once, because decoding waits for it."""
+        row = self._rows.get(slot)
+        if row is None:
+            row = self._rows[slot] = self._bind_row(experts, slot)
+        row.binding.last[:] = last
+        row.binding.total[...] = last[0] + 1
+        row.hidden[...] = hidden
+        self._session.run_with_iobinding(row.binding.values)
+        experts.add(row.output[0], experts.row, row.scores[0])
+        output: Array = row.output.copy()
+        return output
+
+    def _bind_row(self, experts: Experts, slot: int) -> _Row:
+        binding, shape = self._bind(slot, 1), (1, 1, self._width)
+        row = _Row(
+            binding,
+            np.empty(shape, np.float32),
+            np.empty(shape, np.float32),
+            np.empty((1, 1, experts.spec.count), np.float32),
+        )
+        values = binding.values
+        values.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(row.hidden))
+        outputs = (row.output, experts.row[None], row.scores)
+        for name, array in zip(("output", *ROUTED_OUTPUTS), outputs, strict=True):
+            values.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        return row
 
 
 class _Cache(NamedTuple):
@@ -296,6 +357,20 @@ class _Binding:
     values: Any
     last: Any
     total: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Memory bound for one row of a slot, in front of experts.
+
+    hidden, output: float32 [1, 1, hidden].
+    scores: float32 [1, 1, experts].
+    """
+
+    binding: _Binding
+    hidden: Array
+    output: Array
+    scores: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,14 +426,15 @@ class _Loader:
         if layers and self._options.team_sum is not None:
             return self._share(layers, heads, self._options.team_sum)
         caches = [self._cache(layer) for layer in self._layers(layers)]
-        segments = self._segments(layers, caches) if layers else []
+        experts = self._experts(layers)
+        segments = self._segments(layers, caches, experts) if layers else []
         head = None
         if heads:
             ((session, _),) = self._sessions(heads)
             head = _Segment(session, (), self._spec.vocab)
         prompt_layers = segments
         if layers and self._room_for_bytes(layers):
-            prompt_layers = self._segments(layers, caches, as_bytes=True)
+            prompt_layers = self._segments(layers, caches, experts, as_bytes=True)
         return _Chain(segments, prompt_layers, head, self._spec.vocab)
 
     def _share(
@@ -369,13 +445,13 @@ class _Loader:
     ) -> ShareLayers:
         tables: dict[Any, tuple[Array, Array]] = {}
         shared = []
-        for layer in self._layers(layers):
+        for layer, experts in zip(self._layers(layers), self._experts(layers), strict=True):
             cache, rotary = self._cache(layer), self._rotary_table(layer)
             key = (layer.rope, layer.head_dim)
             if rotary is not None and key not in tables:
                 tables[key] = padded_tables(layer, rotary)
                 self._memory_bytes += sum(table.nbytes for table in tables[key])
-            shared.append(ShareLayer(cache.key, cache.value, tables.get(key)))
+            shared.append(ShareLayer(cache.key, cache.value, tables.get(key), experts))
         *halves, end = self._cut_sessions([*layers, *heads])
         prompt_halves = halves
         if self._room_for_bytes(layers):
@@ -394,6 +470,8 @@ class _Loader:
             return False
         if not sums_bytes_exactly():
             return False
+        if self._routed(artifacts):
+            return False  # Few rows of a prompt meet in an expert, so its bytes would gain little.
         if self._memory_bytes + self._copy_bytes(artifacts) > allowed:
             return False
         spec = self._spec
@@ -430,15 +508,55 @@ class _Loader:
         self,
         artifacts: Sequence[tuple[int, Path]],
         caches: Sequence[_Cache],
+        experts: Sequence[Experts | None],
         *,
         as_bytes: bool = False,
     ) -> list[_Segment]:
-        """Return the layers' segments with their caches."""
-        rest, width = iter(caches), self._spec.hidden
-        return [
-            _Segment(session, list(itertools.islice(rest, count)), width)
-            for session, count in self._sessions(artifacts, as_bytes=as_bytes)
-        ]
+        """Return the layers' segments with their caches and experts, which are one per layer."""
+        segments, begin = [], 0
+        for session, count in self._sessions(artifacts, as_bytes=as_bytes):
+            end = begin + count
+            segments.append(
+                _Segment(session, caches[begin:end], self._spec.hidden, experts[end - 1])
+            )
+            begin = end
+        return segments
+
+    def _experts(self, artifacts: Sequence[tuple[int, Path]]) -> list[Experts | None]:
+        """Return the experts of each layer, or None of a layer without."""
+        routed = [item for item in artifacts if self._layers([item])[0].experts is not None]
+        if not routed:
+            return [None] * len(artifacts)
+        threads = ExpertThreads(self._options.threads)
+        sessions = iter(self._expert_sessions(routed))
+        found: list[Experts | None] = []
+        for layer in self._layers(artifacts):
+            experts = layer.experts
+            if experts is None:
+                found.append(None)
+                continue
+            count = pieces(layer, self._options.threads)
+            own = [list(itertools.islice(sessions, count)) for _ in range(experts.stored)]
+            mixture = Experts(experts, layer.hidden, own, threads)
+            self._memory_bytes += mixture.nbytes
+            found.append(mixture)
+        return found
+
+    def _expert_sessions(self, artifacts: Sequence[tuple[int, Path]]) -> Iterable[Any]:
+        """Return the sessions of all experts of some layers, in order."""
+        kept = self._kept(artifacts, partial(self._expert_graphs, artifacts), part="experts")
+        return self._new_expert_sessions(artifacts) if kept is None else kept
+
+    def _new_expert_sessions(self, artifacts: Sequence[tuple[int, Path]]) -> Iterator[Any]:
+        for graph in self._expert_graphs(artifacts):
+            self._memory_bytes += graph.executed_bytes
+            yield new_session(graph, 1, small=True)
+
+    def _expert_graphs(self, artifacts: Sequence[tuple[int, Path]]) -> Iterator[Graph]:
+        for block, path in artifacts:
+            _, tensors = read_block(path, self._spec, block)
+            layer = self._spec.layer(block)
+            yield from expert_graphs(layer, tensors, self._containers, self._options.threads)
 
     def _sessions(
         self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool = False
@@ -449,11 +567,14 @@ class _Loader:
         """
         if not artifacts:  # A stage of the embedding alone has no sessions.
             return
-        parts = list(_segments(artifacts))
+        parts = list(_segments(artifacts, self._spec))
         build = partial(self._graph, as_bytes=as_bytes)
-        kept = self._kept(artifacts, lambda: map(build, parts), as_bytes=as_bytes)
+        kept = self._kept(
+            artifacts, lambda: map(build, parts), part="bytes" if as_bytes else "layers"
+        )
         if kept is not None:
-            yield kept[0], len(artifacts)
+            joined = len(kept) == 1
+            yield from zip(kept, [len(artifacts)] if joined else map(len, parts), strict=True)
             return
         for part in parts:
             graph = build(part)
@@ -465,7 +586,7 @@ class _Loader:
     ) -> list[Any]:
         """Return two sessions for each layer, and the last, which is also the head if given."""
         build = partial(self._cut_graphs, artifacts, as_bytes=as_bytes)
-        sessions = self._kept(artifacts, build, as_bytes=as_bytes, cut=True)
+        sessions = self._kept(artifacts, build, part="bytes" if as_bytes else "layers", cut=True)
         if sessions is None:
             sessions = []
             for graph in build():
@@ -478,26 +599,46 @@ class _Loader:
         artifacts: Sequence[tuple[int, Path]],
         build: Callable[[], Iterable[Graph]],
         *,
-        as_bytes: bool,
+        part: Part,
         cut: bool = False,
     ) -> list[Any] | None:
         """Return sessions of prepared weights, which are made if there are none. None: not kept."""
-        threads, key = self._options.threads, self._key(artifacts, as_bytes=as_bytes, cut=cut)
+        threads, key = self._options.threads, self._key(artifacts, part=part, cut=cut)
+        small = part == "experts"
+        if small:
+            threads = 1
         if self._prepared is None or key is None:
             return None
-        found = self._prepared.open(key, threads)
+        found = self._prepared.open(key, threads, small=small)
         if found is None:
-            needed_bytes = MAX_EXPANSION * sum(path.stat().st_size for _, path in artifacts)
-            if as_bytes:
-                needed_bytes = self._copy_bytes(artifacts)
+            needed_bytes = self._needed_bytes(artifacts, part)
             self._require_whole(artifacts)
-            if self._prepared.keep(key, build(), needed_bytes, join=not cut):
-                found = self._prepared.open(key, threads)
+            join = not cut and part != "experts" and not self._routed(artifacts)
+            if self._prepared.keep(key, build(), needed_bytes, join=join):
+                found = self._prepared.open(key, threads, small=small)
         if found is None:
             return None
         sessions, executed_bytes = found
         self._memory_bytes += executed_bytes
         return sessions
+
+    def _needed_bytes(self, artifacts: Sequence[tuple[int, Path]], part: Part) -> int:
+        """Return the most bytes of weights as executed."""
+        if part == "bytes":
+            return self._copy_bytes(artifacts)
+        total = 0.0
+        for block, path in artifacts:
+            routed = (
+                expert_part(self._spec.block_tensors(block))
+                if self._routed([(block, path)])
+                else 0.0
+            )
+            total += path.stat().st_size * (routed if part == "experts" else 1 - routed)
+        return int(MAX_EXPANSION * total)
+
+    def _routed(self, artifacts: Sequence[tuple[int, Path]]) -> bool:
+        """Whether a layer has experts."""
+        return any(layer.experts is not None for layer in self._layers(artifacts))
 
     def _require_whole(self, artifacts: Sequence[tuple[int, Path]]) -> None:
         """Raise CheckpointError for an artifact whose contents differ from its name.
@@ -508,9 +649,7 @@ class _Loader:
             if path not in self._options.hashed and file_sha256(path) != path.name:
                 raise CheckpointError(f"{path}: the file is damaged; fetch it again")
 
-    def _key(
-        self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool, cut: bool
-    ) -> str | None:
+    def _key(self, artifacts: Sequence[tuple[int, Path]], *, part: Part, cut: bool) -> str | None:
         """Return the name for prepared weights, or None if files are not named by their content."""
         if not all(SHA256.fullmatch(path.name) and path.exists() for _, path in artifacts):
             return None
@@ -520,8 +659,10 @@ class _Loader:
                 "blocks": [(block, path.name) for block, path in artifacts],
                 "context": self._options.context_tokens,
                 "exact": self._options.exact,
-                "bytes": as_bytes,
+                "part": part,
                 "cut": cut,
+                # Experts are cut into pieces by the number of threads.
+                "threads": self._options.threads if part == "experts" else 0,
             }
         )
 
@@ -537,7 +678,7 @@ class _Loader:
         run = ShareGraph(spec.hidden, self._options.context_tokens, window_offset())
         for block, path in artifacts:
             _, tensors = read_block(path, spec, block)
-            weights = self._weights(tensors, as_bytes=as_bytes)
+            weights = self._weights(block, tensors, as_bytes=as_bytes)
             if spec.block_kind(block) == "head":
                 yield run.finish_with_head(spec, weights)
                 return
@@ -550,7 +691,7 @@ class _Loader:
         spec, run = self._spec, None
         for block, path in artifacts:
             _, tensors = read_block(path, spec, block)
-            weights = self._weights(tensors, as_bytes=as_bytes)
+            weights = self._weights(block, tensors, as_bytes=as_bytes)
             if spec.block_kind(block) == "head":
                 return head_graph(spec, weights)
             if run is None:
@@ -561,9 +702,14 @@ class _Loader:
             raise BackendError("a graph without blocks")
         return run.finish()
 
-    def _weights(self, tensors: Mapping[str, Tensor], *, as_bytes: bool) -> BlockWeights:
+    def _weights(
+        self, block: int, tensors: Mapping[str, Tensor], *, as_bytes: bool
+    ) -> BlockWeights:
+        """Return a block's weights, without those of experts."""
         matrices: dict[str, Matrix] = {}
         vectors = {}
+        if self._spec.block_kind(block) == "layer":
+            tensors = own_tensors(self._spec.layer(block), tensors)
         for name, tensor in tensors.items():
             if not isinstance(tensor, QuantizedMatrix):
                 vectors[name] = tensor
@@ -584,15 +730,18 @@ class _Loader:
         return self._rotary[key]
 
 
-def _segments(artifacts: Sequence[tuple[int, Path]]) -> Iterator[list[tuple[int, Path]]]:
-    """Yield runs of blocks whose files reach SEGMENT_BYTES."""
+def _segments(
+    artifacts: Sequence[tuple[int, Path]], spec: ModelSpec
+) -> Iterator[list[tuple[int, Path]]]:
+    """Yield runs of blocks whose files reach SEGMENT_BYTES, or that end with experts."""
     run: list[tuple[int, Path]] = []
     run_bytes = 0
     for artifact in artifacts:
         run.append(artifact)
         # A missing file fails where it is read.
         run_bytes += artifact[1].stat().st_size if artifact[1].exists() else 0
-        if run_bytes >= SEGMENT_BYTES:
+        routed = spec.block_kind(artifact[0]) == "layer" and spec.layer(artifact[0]).experts
+        if run_bytes >= SEGMENT_BYTES or routed:
             yield run
             run, run_bytes = [], 0
     if run:

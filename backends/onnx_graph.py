@@ -19,7 +19,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from backends.onnx_matrix import ByteMatrix, Matrix, PackedMatrix, stack_rows
-from model.spec import LayerSpec, ModelSpec
+from model.experts import CLIPPED_ALPHA
+from model.spec import ExpertSpec, LayerSpec, ModelSpec
 
 MICROSOFT = "com.microsoft"
 OPSET = 21
@@ -30,6 +31,9 @@ INT8_ACTIVATIONS = 4
 
 Each block of a row is rounded on its own, and products are summed as integers.
 """
+
+ROUTED_OUTPUTS = ("normed", "scores")
+"""Outputs of a graph that ends before experts: their input rows, and the router's scores."""
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 Array: TypeAlias = npt.NDArray[np.float32]
@@ -247,6 +251,9 @@ class LayerGraph:
 
     The outputs are ``output`` like ``hidden``, and ``key_i`` and ``value_i``. These are bound to
     the same memory as their past, so that only the new rows are written.
+
+    A layer with experts is the last one of its graph. ``output`` is then without its experts, and
+    the graph also has ROUTED_OUTPUTS.
     """
 
     def __init__(self, hidden: int, context: int, window_offset: int) -> None:
@@ -259,6 +266,7 @@ class LayerGraph:
         self._rotary: dict[Any, tuple[str, str]] = {}
         self._value = self.graph.input("hidden", TensorProto.FLOAT, ("b", "n", hidden))
         self._delta: str | None = None
+        self._routed_last = False
 
     def layer(
         self, layer: LayerSpec, weights: BlockWeights, rotary: tuple[Array, Array] | None
@@ -278,6 +286,9 @@ class LayerGraph:
             value = rows = self._add_norm(layer, "attn_norm", weights, value, attended)[1]
         else:
             value = rows = self.graph.node("Add", [value, attended])[0]
+        if layer.experts is not None:
+            self._routed(layer, layer.experts, weights, value, rows)
+            return
         inner = self._mlp(layer, weights, rows)
         value, delta = self._projected(weights, "down", inner, value)
         if layer.norm_position == "post":
@@ -287,6 +298,8 @@ class LayerGraph:
 
     def finish(self) -> Graph:
         """Return the graph with its output in place."""
+        if self._routed_last:
+            return self.graph
         self.graph.output(self._sum(), "output", TensorProto.FLOAT, ("b", "n", self._hidden))
         return self.graph
 
@@ -321,6 +334,41 @@ class LayerGraph:
     ) -> tuple[str, str]:
         scale, bias = weights.vectors[f"{name}.weight"], weights.vectors.get(f"{name}.bias")
         return self.graph.add_norm(value, delta, scale, bias, layer.norm_eps)
+
+    def _routed(
+        self, layer: LayerSpec, experts: ExpertSpec, weights: BlockWeights, value: str, normed: str
+    ) -> None:
+        """End the graph before the experts of a layer, which take rows ``normed``."""
+        shared = self._shared_expert(layer, experts, weights, normed)
+        if shared is not None:
+            (value,) = self.graph.node("Add", [value, shared])
+        self.graph.output(value, "output", TensorProto.FLOAT, ("b", "n", self._hidden))
+        self._routed_outputs(experts, weights, normed)
+        self._routed_last = True
+
+    def _routed_outputs(self, experts: ExpertSpec, weights: BlockWeights, normed: str) -> None:
+        scores = self.graph.linear(
+            normed, weights.vectors["router.weight"], weights.vectors.get("router.bias")
+        )
+        widths = self._hidden, experts.count
+        for value, name, width in zip((normed, scores), ROUTED_OUTPUTS, widths, strict=True):
+            self.graph.output(value, name, TensorProto.FLOAT, ("b", "n", width))
+
+    def _shared_expert(
+        self, layer: LayerSpec, experts: ExpertSpec, weights: BlockWeights, value: str
+    ) -> str | None:
+        """Append the MLP that every row takes beside its experts, if there is one."""
+        if not experts.shared_ffn:
+            return None
+        widths = [experts.shared_ffn] * 2
+        gate, up = self._projections(weights, value, ("shared_gate", "shared_up"), widths)
+        (inner,) = self.graph.node("Mul", [activation(self.graph, layer, gate), up])
+        shared = self._linear(weights, inner, "shared_down")
+        if experts.shared_gate:
+            mix = self.graph.linear(value, weights.vectors["shared_mix.weight"])
+            (mix,) = self.graph.node("Sigmoid", [mix])
+            (shared,) = self.graph.node("Mul", [shared, mix])
+        return shared
 
     def _projected(
         self, weights: BlockWeights, name: str, inner: str, value: str
@@ -400,10 +448,15 @@ class LayerGraph:
             attributes["softcap"] = layer.score_cap
         if layer.sliding_window is not None:
             attributes["local_window_size"] = layer.sliding_window - self._window_offset
+        sinks: list[str] = []
+        if layer.sinks:
+            # The inputs between are positions and a bias of the scores.
+            absent = [""] * (4 - len(tables))
+            sinks = [*absent, graph.weight(weights.vectors["sinks"])]
         attended = f"attended_{index}"
         graph.node(
             "GroupQueryAttention",
-            [*queries, *past, "seqlens_k", "total", *tables],
+            [*queries, *past, "seqlens_k", "total", *tables, *sinks],
             [attended, f"key_{index}", f"value_{index}"],
             MICROSOFT,
             num_heads=layer.heads,
@@ -452,20 +505,33 @@ class LayerGraph:
     def _mlp(self, layer: LayerSpec, weights: BlockWeights, value: str) -> str:
         if not layer.gated:
             raised = self._linear(weights, value, "up")
-            return self._activation(layer, raised)
+            return activation(self.graph, layer, raised)
         gate, up = self._projections(weights, value, ("gate", "up"), (layer.ffn, layer.ffn))
-        return self.graph.node("Mul", [self._activation(layer, gate), up])[0]
+        return self.graph.node("Mul", [activation(self.graph, layer, gate), up])[0]
 
-    def _activation(self, layer: LayerSpec, value: str) -> str:
-        match layer.activation:
-            case "relu":
-                return self.graph.node("Relu", [value])[0]
-            case "silu":
-                return self.graph.node("QuickGelu", [value], domain=MICROSOFT, alpha=1.0)[0]
-            case "gelu":
-                return self.graph.node("Gelu", [value])[0]
-            case "gelu_tanh":
-                return self.graph.node("Gelu", [value], approximate="tanh")[0]
+
+def activation(graph: Graph, layer: LayerSpec, value: str) -> str:
+    """Append the activation of a layer's MLP."""
+    match layer.activation:
+        case "relu":
+            return graph.node("Relu", [value])[0]
+        case "silu":
+            return graph.node("QuickGelu", [value], domain=MICROSOFT, alpha=1.0)[0]
+        case "gelu":
+            return graph.node("Gelu", [value])[0]
+        case "gelu_tanh":
+            return graph.node("Gelu", [value], approximate="tanh")[0]
+
+
+def clipped(graph: Graph, gate: str, up: str, limit: float) -> tuple[str, str]:
+    """Append the factors of a clipped SwiGLU (model.experts.clipped_swiglu)."""
+    low, high, one = (graph.weight(np.array([bound], np.float32)) for bound in (-limit, limit, 1))
+    (gate,) = graph.node("Min", [gate, high])
+    (gate,) = graph.node("QuickGelu", [gate], domain=MICROSOFT, alpha=CLIPPED_ALPHA)
+    (up,) = graph.node("Min", [up, high])
+    (up,) = graph.node("Max", [up, low])
+    (up,) = graph.node("Add", [up, one])
+    return gate, up
 
 
 def embedding_graph(embed_dim: int, project_in: Matrix) -> Graph:

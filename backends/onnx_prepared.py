@@ -29,7 +29,14 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from backends import onnx_aligned, onnx_graph, onnx_matrix, onnx_session, onnx_share
+from backends import (
+    onnx_aligned,
+    onnx_experts,
+    onnx_graph,
+    onnx_matrix,
+    onnx_session,
+    onnx_share,
+)
 from backends.onnx_aligned import align_weights
 from backends.onnx_graph import Graph
 from backends.onnx_session import (
@@ -80,8 +87,11 @@ class Prepared:
         text = json.dumps([content, made_by], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def open(self, key: str, threads: int) -> tuple[list[Any], int] | None:
-        """Return (sessions, bytes of weights as executed), or None if missing or damaged."""
+    def open(self, key: str, threads: int, *, small: bool = False) -> tuple[list[Any], int] | None:
+        """Return (sessions, bytes of weights as executed), or None if missing or damaged.
+
+        ``threads`` and ``small`` are those of ``onnx_session.session_options``.
+        """
         home = self._directory / key
         if not home.exists():
             return None
@@ -95,7 +105,8 @@ class Prepared:
                 # Graphs are small, and a damaged one could end the process.
                 if file_sha256(home / name) != facts["files"][name][1]:
                     raise ValueError(f"{name} is damaged")
-                options = session_options(threads, joined=len(facts["graphs"]) == 1)
+                joined = len(facts["graphs"]) == 1
+                options = session_options(threads, joined=joined, small=small)
                 sessions.append(ort.InferenceSession(home / name, options, PROVIDERS))
             executed_bytes = int(facts["executed_bytes"])
         except (
@@ -315,7 +326,7 @@ class _Names:
 
 @functools.lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    modules = (onnx_aligned, onnx_graph, onnx_matrix, onnx_session, onnx_share)
+    modules = (onnx_aligned, onnx_experts, onnx_graph, onnx_matrix, onnx_session, onnx_share)
     sources = [*(Path(str(module.__file__)) for module in modules), Path(__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 

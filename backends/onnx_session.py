@@ -57,16 +57,17 @@ _DENORMAL = np.array([1e-40], np.float32)
 _ONE = np.array([1.0], np.float32)
 
 
-def new_session(graph: Graph, threads: int, *, joined: bool = True) -> Any:
+def new_session(graph: Graph, threads: int, *, joined: bool = True, small: bool = False) -> Any:
     """Make an InferenceSession that takes over the graph's weights."""
-    return session_of(graph, session_options(threads, joined=joined))
+    return session_of(graph, session_options(threads, joined=joined, small=small))
 
 
-def session_options(threads: int, *, joined: bool = True) -> Any:
+def session_options(threads: int, *, joined: bool = True, small: bool = False) -> Any:
     """The settings that every session shares.
 
     joined: few sessions run a whole stage. Otherwise many do in turn, and share one arena, because
         an arena of its own would keep the buffers of each session's largest call.
+    small: the session is one of hundreds, each with few small buffers, so it has no arena.
     """
     # numpy probes the smallest denormals once, which must happen before they read as zero.
     for dtype in (np.float16, np.float32, np.float64):
@@ -82,7 +83,10 @@ def session_options(threads: int, *, joined: bool = True) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Hidden states that decay towards zero would otherwise halve the speed.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    if not joined:
+    if small:
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+    elif not joined:
         with _ARENA_LOCK:
             _make_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")

@@ -21,9 +21,10 @@ import onnxruntime as ort
 from onnx import TensorProto
 
 from backends.base import Array, TeamSum, Tokens
-from backends.onnx_graph import BlockWeights, Graph, LayerGraph, add_head
+from backends.onnx_experts import Experts
+from backends.onnx_graph import ROUTED_OUTPUTS, BlockWeights, Graph, LayerGraph, add_head
 from backends.onnx_session import translated
-from model.spec import LayerSpec, ModelSpec
+from model.spec import ExpertSpec, LayerSpec, ModelSpec
 
 PROMPT_ROWS = 16
 """The fewest rows of one sequence for which the prompt copy is faster."""
@@ -62,19 +63,34 @@ class ShareGraph(LayerGraph):
     def _projected(
         self, weights: BlockWeights, name: str, inner: str, value: str
     ) -> tuple[str, str]:
-        shape = ("b", "n", self._hidden)
         partial = self.graph.linear(inner, weights.matrices[f"{name}.weight"])
+        value, delta = self._cut(partial, value)
+        bias = weights.vectors.get(f"{name}.bias")
+        if bias is not None:
+            (delta,) = self.graph.node("Add", [delta, self.graph.weight(bias)])
+        return value, delta
+
+    def _cut(self, partial: str, value: str) -> tuple[str, str]:
+        """End a graph with partial rows, and begin the next one. Return its hidden and delta."""
+        shape = ("b", "n", self._hidden)
         self.graph.output(partial, "output", TensorProto.FLOAT, shape)
         if value != "hidden":
             self.graph.output(value, "value", TensorProto.FLOAT, shape)
         self._cut_graphs.append(self.graph)
         self.graph, self.caches = Graph(), []
         value = self.graph.input("hidden", TensorProto.FLOAT, shape)
-        delta = self.graph.input("delta", TensorProto.FLOAT, shape)
-        bias = weights.vectors.get(f"{name}.bias")
-        if bias is not None:
-            (delta,) = self.graph.node("Add", [delta, self.graph.weight(bias)])
-        return value, delta
+        return value, self.graph.input("delta", TensorProto.FLOAT, shape)
+
+    def _routed(
+        self, layer: LayerSpec, experts: ExpertSpec, weights: BlockWeights, value: str, normed: str
+    ) -> None:
+        """End the graph before the experts, whose rows are added to the partial rows."""
+        partial = self._shared_expert(layer, experts, weights, normed)
+        if partial is None:
+            (shape,) = self.graph.node("Shape", [normed])
+            (partial,) = self.graph.node("ConstantOfShape", [shape])
+        self._routed_outputs(experts, weights, normed)
+        self._value, self._delta = self._cut(partial, value)
 
     def _rotary_tables(
         self, layer: LayerSpec, rotary: tuple[Array, Array], width: int
@@ -94,6 +110,8 @@ class ShareLayer:
     key: Array
     value: Array
     tables: tuple[Array, Array] | None
+    experts: Experts | None = None
+    """The experts behind the layer's second session."""
 
 
 class ShareLayers:
@@ -173,6 +191,10 @@ class _Pass:
         shape: tuple[int, int, int],
     ) -> None:
         """Bind sessions for [b, n, hidden] in ``shape``, whose b sequences are in ``runs``."""
+        self._layers = layers
+        counts = {layer.experts.spec.count for layer in layers if layer.experts is not None}
+        self._normed = np.empty(shape if counts else 0, np.float32)
+        self._scores = {count: np.empty((*shape[:2], count), np.float32) for count in counts}
         # A session reads one hidden state and writes the other.
         self._values = np.empty((2, *shape), np.float32)
         self._delta = np.empty(shape, np.float32)
@@ -200,10 +222,14 @@ class _Pass:
         for total, (_, part) in zip(self._totals, self._runs, strict=True):
             total[...] = self._last[part].max() + 1
         partial, delta = self._partial.reshape(-1, width), self._delta.reshape(-1, width)
-        for step in self._steps:
+        for index, step in enumerate(self._steps):
             with translated("cannot run the stage"):
                 for session, binding in step:
                     session.run_with_iobinding(binding)
+                experts = self._layers[index // 2].experts
+                if experts is not None and index % 2:
+                    scores = self._scores[experts.spec.count].reshape(len(partial), -1)
+                    experts.add(partial, self._normed.reshape(-1, width), scores)
             delta[...] = team_sum(partial)
 
     def _attention(self, session: Any, layer: ShareLayer, index: int) -> list[tuple[Any, Any]]:
@@ -232,6 +258,10 @@ class _Pass:
         inputs, outputs = {"hidden": source}, {"output": self._partial}
         if index:
             inputs["delta"], outputs["value"] = self._delta, target
+        experts = self._layers[index // 2].experts
+        if experts is not None and index % 2:
+            arrays = self._normed, self._scores[experts.spec.count]
+            outputs |= dict(zip(ROUTED_OUTPUTS, arrays, strict=True))
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array[part]))
         for name, array in outputs.items():

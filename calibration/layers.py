@@ -8,6 +8,7 @@ blocks' times.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -125,7 +126,9 @@ def measure_model(
     Raises BackendError if the backend fails, CheckpointError if the disk is full.
     """
     capabilities = backend.probe()
-    tasks = timing_tasks(spec, bits, capabilities.containers(exact=exact))
+    tasks = timing_tasks(
+        spec, bits, capabilities.containers(exact=exact), experts=capabilities.experts
+    )
     if directory is None and store is not None:
         directory = store.path.parent
         directory.mkdir(parents=True, exist_ok=True)
@@ -181,7 +184,9 @@ def kept_timings(
     capabilities = backend.probe()
     common = machine_key(capabilities, threads, exact=exact)
     timings: dict[Task, BlockTiming] = {}
-    for task in timing_tasks(spec, bits, capabilities.containers(exact=exact)):
+    for task in timing_tasks(
+        spec, bits, capabilities.containers(exact=exact), experts=capabilities.experts
+    ):
         key = common | timing_dependencies(spec, task)
         seconds, conditions = store.found(key)
         if seconds is not None and len(seconds) == 2:
@@ -424,8 +429,9 @@ class Bench:
 
             def call(count: int) -> Callable[[], object]:
                 if together:
-                    return partial(stage.decode, range(count), [chunk] * count, inputs[:count])
-                return partial(stage.forward, 0, chunk, inputs[:count])
+                    slots, positions = range(count), [chunk] * count
+                    return in_turn(partial(stage.decode, slots, positions), inputs, count)
+                return in_turn(partial(stage.forward, 0, chunk), inputs, count)
 
             def calls() -> tuple[list[float], float]:
                 timed = [timed_call(call(count), self.check) for count in rows]
@@ -494,13 +500,29 @@ def random_inputs(spec: ModelSpec, blocks: range, rows: int) -> npt.NDArray[Any]
     return random.standard_normal((rows, spec.hidden), np.float32)
 
 
+def in_turn(
+    call: Callable[[npt.NDArray[Any]], object], inputs: npt.NDArray[Any], count: int
+) -> Callable[[], object]:
+    """Return a call with other rows each time, which choose other experts, as in a text."""
+    begins = itertools.cycle(range(0, len(inputs) - count + 1, count))
+
+    def with_next_rows() -> object:
+        begin = next(begins)
+        return call(inputs[begin : begin + count])
+
+    return with_next_rows
+
+
 def layer_share_s(seconds: float, call_s: float, layers: int) -> float:
     """Return the seconds of one layer from those of a stage of ``layers`` and of a call."""
     # At least half, because a call never costs more than a layer of a real model.
     return max(seconds - call_s, seconds / 2) / layers
 
 
-def timing_tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[Task]:
+def timing_tasks(
+    spec: ModelSpec, bits: Sequence[int], containers: Any, *, experts: bool = True
+) -> list[Task]:
+    """Return what to time, without layers with experts if the backend runs none."""
     usable = sorted({width for width in bits if width in containers})
     alike: dict[int, list[int]] = {}
     for width in usable:
@@ -509,7 +531,11 @@ def timing_tasks(spec: ModelSpec, bits: Sequence[int], containers: Any) -> list[
     tasks = [Task("embedding", 0, width, containers[width], (width,)) for width in usable]
     for container, widths in alike.items():
         shared = (widths[0], container, tuple(widths))
-        tasks += [Task("layer", index, *shared) for index in range(len(spec.layer_variants))]
+        tasks += [
+            Task("layer", index, *shared)
+            for index, layer in enumerate(spec.layer_variants)
+            if experts or layer.experts is None
+        ]
         tasks.append(Task("head", 0, *shared))
     return tasks
 
@@ -525,6 +551,8 @@ def timing_dependencies(spec: ModelSpec, task: Task) -> dict[str, Any]:
     if task.kind == "embedding":
         return key | {"bits": task.bits, "positions": bool(spec.learned_positions)}
     norm = spec.layers[-1].norm if spec.final_norm else None
+    if spec.logit_cap is not None:
+        key["capped"] = True
     return key | {"container": task.container_bits, "vocab": spec.vocab, "norm": norm}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from model.quantize import Format
-from model.share import Share, Steps, most_members, share_spec, share_steps
+from model.share import Share, Steps, mlp_units, most_members, share_spec, share_steps
 from model.spec import ModelSpec
 from wire.profile import TimingKind
 
@@ -43,9 +43,10 @@ def _first_part(spec: ModelSpec, steps: Steps, pieces: int) -> Share:
     layer = spec.layers[0]
     kv_heads = min(pieces * steps.kv_heads, layer.kv_heads)
     fraction = kv_heads / layer.kv_heads
-    columns = max(round(fraction * layer.ffn / steps.columns), 1) * steps.columns
+    units = mlp_units(layer)
+    columns = max(round(fraction * units / steps.columns), 1) * steps.columns
     return Share(
         (0, kv_heads),
-        (0, min(columns, layer.ffn)),
+        (0, min(columns, units)),
         (0, max(round(fraction * spec.vocab), 1)),
     )

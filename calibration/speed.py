@@ -24,6 +24,7 @@ from backends.base import Backend, BackendError, Stage, StageOptions
 from calibration.device import measure_memory_read
 from calibration.layers import chunk_tokens, random_artifacts
 from model.costs import kv_bytes
+from model.experts import STACKED
 from model.memory import memory_bytes
 from model.quantize import Format
 from model.spec import QUANTIZED_TENSORS, ModelSpec
@@ -288,8 +289,10 @@ class Trial:
 
     def _read_bytes(self, context: int) -> int:
         blocks = range(1, self._spec.block_count)
-        return self._sum(self._executed, first=1) + sum(
-            kv_bytes(self._spec, block, context) for block in blocks
+        return sum(
+            packed_bytes(self._spec, block, self._executed[block], used=True)
+            + kv_bytes(self._spec, block, context)
+            for block in blocks
         )
 
     def _sum(self, formats: Sequence[Format], first: int = 0) -> int:
@@ -322,10 +325,16 @@ def executed_formats(
     )
 
 
-def packed_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
-    """Return the bytes of a block's codes, fp32 scales and zeros, or of its plain numbers."""
+def packed_bytes(spec: ModelSpec, block: int, fmt: Format, *, used: bool = False) -> int:
+    """Return the bytes of a block's codes, fp32 scales and zeros, or of its plain numbers.
+
+    ``used`` counts only as many experts as a token takes.
+    """
     total = 0
+    experts = spec.layer(block).experts if spec.block_kind(block) == "layer" else None
     for name, shape in spec.block_tensors(block).items():
+        if used and experts is not None and name in STACKED:
+            shape = (shape[0] // experts.stored * experts.active, *shape[1:])
         if name not in QUANTIZED_TENSORS:
             total += 4 * int(np.prod(shape))
         elif fmt.scheme == "float":

@@ -23,6 +23,7 @@ from calibration.layers import (
     ShareJob,
     Task,
     chunk_tokens,
+    in_turn,
     layer_share_s,
     machine_key,
     measure_share,
@@ -35,7 +36,7 @@ from calibration.layers import (
     timing_tasks,
 )
 from calibration.store import CalibrationStore
-from model.costs import block_flops, executed_bytes, kv_bytes
+from model.costs import block_flops, kv_bytes, read_bytes
 from model.quantize import Format
 from model.spec import ModelSpec
 from wire.conditions import Conditions, worst
@@ -172,7 +173,8 @@ def measure_table(
     store.path.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(backend, threads, store.path.parent)
     bench.patience = Patience(limit_s=budget_s)
-    tasks = timing_tasks(spec, bits, backend.probe().container_bits)
+    capabilities = backend.probe()
+    tasks = timing_tasks(spec, bits, capabilities.container_bits, experts=capabilities.experts)
     run = _Run(spec, bench, store.again() if again else store, full, clock_s)
     points = {task: run.points() if task.kind == "layer" else [] for task in tasks}
     jobs = share_jobs(spec, tasks) if backend.probe().shares else []
@@ -286,7 +288,7 @@ class _Run:
                     decode_s=seconds[0],
                     prefill_s_per_token=seconds[1],
                     flops=block_flops(part, one, position + 1),
-                    moved_bytes=executed_bytes(part, one, Format.of(task.bits), task.container_bits)
+                    moved_bytes=read_bytes(part, one, Format.of(task.bits), task.container_bits)
                     + kv_bytes(part, one, position + 1),
                     conditions=conditions,
                 )
@@ -338,7 +340,7 @@ class _Run:
                 if measured is not None or (late and index):
                     continue
                 rows, _, position = point
-                call = partial(stage.forward, 0, position, inputs[:rows])
+                call = in_turn(partial(stage.forward, 0, position), inputs, rows)
                 calls_s, conditions = steady(
                     partial(timed_calls, call, *self._effort), self._bench.patience, float
                 )
@@ -372,7 +374,7 @@ class _Run:
         known: Points,
         memory: tuple[float, ...],
     ) -> None:
-        weights = executed_bytes(several, 1, Format.of(task.bits), task.container_bits)
+        fmt = Format.of(task.bits)
         for (rows, context, position), measured in known.items():
             if measured is None:
                 self.left_out += 1
@@ -389,7 +391,8 @@ class _Run:
                     position=position,
                     seconds=measured[0],
                     flops=rows * block_flops(several, 1, seen),
-                    moved_bytes=weights + kv_bytes(several, 1, position + rows),
+                    moved_bytes=read_bytes(several, 1, fmt, task.container_bits, rows)
+                    + kv_bytes(several, 1, position + rows),
                     conditions=measured[1],
                 )
             )

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from model.errors import CheckpointError
 from model.quantize import Format, QuantizedMatrix, quantize
+from model.row_pieces import RowPieces
 from model.safetensors import (
     SafetensorsFile,
     encode_header,
@@ -53,7 +54,7 @@ class Artifact:
 
 
 def write_artifact(
-    directory: Path, block: int, tensors: Mapping[str, Tensor], fmt: Format
+    directory: Path, block: int, tensors: Mapping[str, Tensor | RowPieces], fmt: Format
 ) -> Artifact:
     """Quantize a block's tensors and store them as ``directory / <sha256>``, atomically.
 
@@ -68,7 +69,8 @@ def write_artifact(
         if isinstance(tensor, QuantizedMatrix) and tensor.format == fmt:
             stored[name] = tensor
         elif name in QUANTIZED_TENSORS:
-            stored[name] = quantize(values_of(tensor), fmt, name)
+            values = values_of(tensor) if isinstance(tensor, QuantizedMatrix) else tensor
+            stored[name] = quantize(values, fmt, name)
         else:
             stored[name] = np.asarray(tensor, np.float32)
     return store_block(directory, block, stored, fmt)

@@ -4,43 +4,50 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from model.adapters import NO_ADAPTER, Adapter
 from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
-from model.families import Config, Source, describe, read_config, tensor_sources
+from model.families import Config, Piece, Source, describe, read_config, tensor_sources
+from model.families.quantization import old_settings
 from model.families.sources import shape_of
 from model.gguf_map import read_model
+from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
-from model.given import gguf_of, kind_of_file, without_weights
 from model.hub import lacks_weights
 from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
+from model.row_pieces import RowPieces
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 from model.weights import PlainTensor, StoredTensor
 
 log = logging.getLogger(__name__)
 
-_HEAD = "lm_head.weight"
-_ADAPTER = "adapter_config.json"
-_RECOMPUTED = "rotary_emb.inv_freq"
-"""The end of the names of tensors in old checkpoints that config.json makes redundant."""
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+"""The names of a separate head, also as a part of a model that sees."""
+_RECOMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""The ends of the names of tensors in old checkpoints that config.json makes redundant.
+
+The last two are GPT-2's causal mask.
+"""
 _SHOWN_NAMES = 3
 _PIECE = 1 << 22
 """The number of values that are compared at once."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +66,49 @@ class Checkpoint:
     """The stored tensors by the names that transformers gives them."""
 
     @staticmethod
-    def open(directory: Path) -> Checkpoint:
+    def open(directory: Path, adapter: str | None = None) -> Checkpoint:
         """Read config.json and all headers, and check every tensor of every block against them.
 
         directory: a model's folder, or a GGUF file.
+        adapter: the folder of a LoRA adapter to merge, NO_ADAPTER to leave out one that lies beside
+            the weights, or None. With None, such an adapter is refused.
 
         Raises CheckpointError for missing, damaged, unsafe or inconsistent files,
         UnsupportedModelError for an architecture or option that is not implemented.
         """
         gguf = gguf_of(directory)
         if gguf is not None:
-            return _open_gguf(directory, gguf)
-        config = read_config(directory)
-        spec = describe(config, directory)
-        shards = _open_shards(directory)
-        _refuse_adapter(directory)
-        stored: dict[str, PlainTensor] = {}
-        for shard in shards.values():
-            for name in shard.entries:
-                if name in stored:
-                    raise CheckpointError(
-                        f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
-                    )
-                stored[name] = PlainTensor(shard, name)
-        tensors = unpacked(config, stored)
-        checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
-        notes = _unread_files(directory, shards), _wrong_places(directory, stored)
-        for note in filter(None, notes):
-            _tell(checkpoint.fingerprint, note)
-        checkpoint._check_tensors()
-        return checkpoint
+            checkpoint = _open_gguf(directory, gguf)
+        else:
+            checkpoint = _open_folder(directory)
+            if adapter is None:
+                _refuse_adapter(directory)
+        if adapter is None or adapter == NO_ADAPTER:
+            return checkpoint
+        return checkpoint.with_adapter(Adapter.open(Path(adapter)))
+
+    def with_adapter(self, adapter: Adapter) -> Checkpoint:
+        """Return this model with a LoRA adapter merged. The fingerprint covers both.
+
+        Raises CheckpointError if the adapter belongs to another model.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        adapter.feed(digest)
+        tensors, spec = adapter.merged(self.tensors), self.spec
+        if spec.tied_head and any(map(adapter.replaces, _HEADS)):
+            spec = ModelSpec.from_dict(spec.to_dict() | {"tied_head": False})
+        merged = replace(self, spec=spec, fingerprint=digest.hexdigest(), tensors=tensors)
+        merged._check_tensors()
+        return merged
 
     @staticmethod
-    def open_to_plan(directory: Path) -> Checkpoint:
+    def open_to_plan(directory: Path, adapter: str | None = None) -> Checkpoint:
         """Open a model, or describe it by its config.json alone if its weights are not here yet.
 
         Without weights ``tensors`` is empty. Raises as ``open``.
         """
         if not lacks_weights(directory):
-            return Checkpoint.open(directory)
+            return Checkpoint.open(directory, adapter)
         config = read_config(directory)
         fingerprint = _fingerprint(config, {})
         return Checkpoint(directory, describe(config, directory), fingerprint, config, {})
@@ -124,6 +135,8 @@ class Checkpoint:
 
     def kept_formats(self, block: int) -> dict[str, Format]:
         """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        if not self.tensors:  # Only config.json is here.
+            return {}
         found: dict[str, Format] = {}
         for canonical, source in self._sources(block).items():
             formats = {
@@ -154,13 +167,23 @@ class Checkpoint:
         """
         return own_format(self.native_format(block), fmt)
 
-    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor]:
-        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are."""
+    def block_in(self, block: int, fmt: Format) -> dict[str, Tensor | RowPieces]:
+        """As ``block``, but with matrices whose stored codes are in exactly ``fmt`` as they are.
+
+        Matrices of several pieces, as those of experts, are read piece by piece.
+        """
         kept = self.kept(block, fmt)
         return {
-            canonical: kept[canonical] if canonical in kept else self._read(source)
+            canonical: kept[canonical] if canonical in kept else self._readable(canonical, source)
             for canonical, source in self._sources(block).items()
         }
+
+    def _readable(self, canonical: str, source: Source) -> npt.NDArray[np.float32] | RowPieces:
+        if len(source) == 1 or canonical not in QUANTIZED_TENSORS:
+            return self._read(source)
+        shapes = [piece.shape_of(self.tensors[piece.name].shape) for piece in source]
+        rows, columns = [shape[0] for shape in shapes], shapes[0][1]
+        return RowPieces(rows, columns, lambda number: self._values(source[number]))
 
     def lossless_format(self, block: int) -> Format:
         """Return the narrowest format that keeps a block's weights unchanged.
@@ -186,14 +209,33 @@ class Checkpoint:
 
     def source_dtypes(self, block: int) -> dict[str, str]:
         """Return what is stored for each canonical tensor of a block: F32, F16, BF16, Q4_K."""
+        if not self.tensors:
+            return {}
         return {
             canonical: self.tensors[source[0].name].dtype
             for canonical, source in self._sources(block).items()
         }
 
     def _read(self, source: Source) -> npt.NDArray[np.float32]:
-        pieces = [piece.apply(self.tensors[piece.name].float32()) for piece in source]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if len(source) == 1:
+            return self._values(source[0])
+        # The pieces may be as large as the block, so each is copied before the next is read.
+        shapes = [piece.shape_of(self.tensors[piece.name].shape) for piece in source]
+        values = np.empty(shape_of(shapes), np.float32)
+        begin = 0
+        for piece, shape in zip(source, shapes, strict=True):
+            values[begin : begin + shape[0]] = self._values(piece)
+            begin += shape[0]
+        return values
+
+    def _values(self, piece: Piece) -> npt.NDArray[np.float32]:
+        """Return the values of a piece. Of what is stored, only its expert or its rows are read."""
+        stored = self.tensors[piece.name]
+        if piece.index is None:
+            if piece.rows is None or piece.transposed:
+                return piece.apply(stored.float32())
+            return replace(piece, rows=None).apply(stored.float32(slice(*piece.rows)))
+        return replace(piece, index=0).apply(stored.float32(slice(piece.index, piece.index + 1)))
 
     def _codes(self, source: Source) -> QuantizedMatrix:
         """Return the codes of a matrix that ``kept_formats`` names."""
@@ -218,6 +260,7 @@ class Checkpoint:
             for canonical, shape in shapes.items():
                 self._check_source(canonical, sources.get(canonical), shape)
                 used.update(piece.name for piece in sources[canonical])
+            self._check_parts(sources)
         # A bias or norm that the config does not name would be left out unnoticed.
         modules = {name.rpartition(".")[0] for name in used} - {"lm_head"}
         # Other parts of the model, like one that sees, have layers of their own.
@@ -233,7 +276,7 @@ class Checkpoint:
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
-                    "config.json describes; its options and the weights disagree"
+                    f"{self.config.path.name} describes; its options and the weights disagree"
                 )
         self._check_tied_head(used)
         unused = [
@@ -247,7 +290,8 @@ class Checkpoint:
         elif unused:
             _tell(
                 self.fingerprint,
-                f"{self.directory}: {_some(unused)} not used: config.json describes no such part",
+                f"{self.directory}: {_some(unused)} not used: "
+                f"{self.config.path.name} describes no such part",
             )
 
     def _is_idle(self, name: str, tensor: StoredTensor) -> bool:
@@ -261,17 +305,18 @@ class Checkpoint:
 
         Versions of transformers differ in which of the two they take.
         """
-        if not self.spec.tied_head or _HEAD not in self.tensors:
+        head = next((name for name in _HEADS if name in self.tensors), None)
+        if not self.spec.tied_head or head is None:
             return
         (piece,) = self._sources(self.spec.head_block)["lm_head.weight"]
         tokens = piece.name
-        if not _same_values(self.tensors[_HEAD], self.tensors[tokens]):
+        if not _same_values(self.tensors[head], self.tensors[tokens]):
             raise CheckpointError(
-                f"{self.directory}: tie_word_embeddings in config.json says that {_HEAD!r} is "
+                f"{self.directory}: tie_word_embeddings in config.json says that {head!r} is "
                 f"{tokens!r}, but the weights have both and they differ; set tie_word_embeddings "
-                f"to false if the head was trained, or remove {_HEAD!r}"
+                f"to false if the head was trained, or remove {head!r}"
             )
-        used.add(_HEAD)
+        used.add(head)
 
     def _check_source(
         self, canonical: str, source: Source | None, expected: tuple[int, ...]
@@ -296,8 +341,24 @@ class Checkpoint:
         if found != expected:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name!r} has shape {list(found)}, "
-                f"but config.json makes it {list(expected)}"
+                f"but {self.config.path.name} makes it {list(expected)}"
             )
+
+    def _check_parts(self, sources: Mapping[str, Source]) -> None:
+        """Check that a tensor of which rows are read has no others, as sizes would be wrong."""
+        parts: dict[Piece, set[tuple[int, int, int] | None]] = {}
+        for piece in itertools.chain.from_iterable(sources.values()):
+            whole = Piece(piece.name, index=piece.index, transposed=piece.transposed)
+            parts.setdefault(whole, set()).add(piece.rows)
+        for whole, spans in parts.items():
+            read = sum(len(range(*span)) for span in spans if span is not None)
+            stored = self.tensors[whole.name]
+            rows = whole.shape_of(stored.shape)[0]
+            if None not in spans and read != rows:
+                raise CheckpointError(
+                    f"{stored.path}: tensor {whole.name!r} has {rows} rows, but "
+                    f"{self.config.path.name} makes it {read}"
+                )
 
     def _stored(self, name: str) -> StoredTensor:
         tensor = self.tensors.get(name)
@@ -313,6 +374,28 @@ class Checkpoint:
                 "not say how it is quantized (quantization_config); fetch config.json again"
             )
         return tensor
+
+
+def _open_folder(directory: Path) -> Checkpoint:
+    """Open a model's folder as Hugging Face stores it."""
+    config = read_config(directory)
+    spec = describe(config, directory)
+    shards = _open_shards(directory)
+    stored: dict[str, PlainTensor] = {}
+    for shard in shards.values():
+        for name in shard.entries:
+            if name in stored:
+                raise CheckpointError(
+                    f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
+                )
+            stored[name] = PlainTensor(shard, name)
+    tensors = unpacked(config, stored)
+    checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
+    notes = _unread_files(directory, shards), _wrong_places(directory, stored)
+    for note in filter(None, notes):
+        _tell(checkpoint.fingerprint, note)
+    checkpoint._check_tensors()
+    return checkpoint
 
 
 def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
@@ -347,11 +430,11 @@ def _refuse_adapter(directory: Path) -> None:
 
     transformers reads another base then, and applies the adapter only if peft is installed.
     """
-    if (directory / _ADAPTER).exists():
+    if (directory / ADAPTER).exists():
         raise CheckpointError(
-            f"{directory / _ADAPTER}: adapters (LoRA) are not applied; merge it into the weights "
-            "(peft's merge_and_unload, then save_pretrained into a new folder), or move its files "
-            "away to run the weights without it"
+            f"{directory / ADAPTER}: adapters (LoRA) beside weights are not taken in silence: give "
+            f"`--adapter {directory}` to merge it, or `--adapter {NO_ADAPTER}` to run the weights "
+            "without it"
         )
 
 
@@ -444,6 +527,8 @@ def _fingerprint(config: Config, shards: Mapping[str, SafetensorsFile]) -> str:
     digest = hashlib.sha256()
     try:
         _feed(digest, config.path.read_bytes())
+        for path in old_settings(config):
+            _feed(digest, path.read_bytes())
         for name, shard in sorted(shards.items()):
             status = shard.path.stat()
             _feed(digest, name.encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
+from model.experts import STACKED
 from model.quantize import INTEGER_BITS, Format
 from model.spec import QUANTIZED_TENSORS, LayerSpec, ModelSpec
 
@@ -31,24 +32,33 @@ def stored_bytes(spec: ModelSpec, block: int, fmt: Format) -> int:
 def executed_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int) -> int:
     """Return the bytes of the block's weights as kernels keep them at ``container_bits``.
 
+    All experts count, because any may be chosen next. ``read_bytes`` counts those that are chosen.
+
     In an integer container each group has a zero, and four bytes each for its scale, a copy of the
     scale and the sum of its codes (measured with onnxruntime 1.31). 16 and 32 hold plain numbers.
     The token table is charged as stored, because only looked-up rows are unpacked.
     """
-    total = 0
+    return sum(
+        _executed_tensor(name, shape, fmt, container_bits)
+        for name, shape in spec.block_tensors(block).items()
+    )
+
+
+def read_bytes(spec: ModelSpec, block: int, fmt: Format, container_bits: int, rows: int = 1) -> int:
+    """Return the bytes of weights that a pass of ``rows`` rows reads at least.
+
+    It is ``executed_bytes`` without the experts that no row takes. Rows are assumed to choose
+    uniformly and apart from each other: real rows meet more often.
+    """
+    part = 1.0
+    if spec.block_kind(block) == "layer" and (experts := spec.layer(block).experts) is not None:
+        part = 1 - (1 - experts.active / experts.count) ** rows
+    total = 0.0
     for name, shape in spec.block_tensors(block).items():
-        if name not in QUANTIZED_TENSORS:
-            total += 4 * prod(shape)
-        elif name == "tokens.weight":
-            total += _stored_matrix(shape, fmt)
-        elif fmt.scheme != "float" and container_bits in INTEGER_BITS:
-            rows, columns = shape
-            groups = fmt.groups(columns)
-            total += rows * groups * (fmt.group_size * container_bits // 8 + 12)
-            total += rows * -(-groups * container_bits // 8)
-        else:
-            total += prod(shape) * container_bits // 8
-    return total
+        total += _executed_tensor(name, shape, fmt, container_bits) * (
+            part if name in STACKED else 1.0
+        )
+    return round(total)
 
 
 def on_chip_layer_bytes(layer: LayerSpec) -> int:
@@ -79,20 +89,37 @@ def stage_buffer_bytes(
     return BUFFER_FACTOR * max(_live_bytes(spec, block, rows, context_tokens) for block in blocks)
 
 
+def used_weights(layer: LayerSpec) -> dict[str, float]:
+    """Return how many weights of each matrix of a layer a token uses.
+
+    Of experts these are the chosen ones. If a device holds some of them, it is the mean over tokens
+    whose choice is uniform.
+    """
+    experts = layer.experts
+    part = 1.0 if experts is None else experts.active / experts.count
+    return {
+        name: prod(shape) * (part if name in STACKED else 1.0)
+        for name, shape in layer.tensors().items()
+        if name in QUANTIZED_TENSORS
+    }
+
+
 def block_flops(spec: ModelSpec, block: int, context_tokens: int) -> int:
     """Return the floating-point operations of one token that sees ``context_tokens`` positions.
 
-    There are two per weight of each matrix product, and two per element of scores and of weighted
-    values. Norms, activations and rotations are left out (below 1 %).
+    There are two per weight of each matrix product that the token uses, and two per element of
+    scores and of weighted values. Norms, activations and rotations are left out (below 1 %).
     """
-    matrices = sum(
-        prod(shape)
-        for name, shape in spec.block_tensors(block).items()
-        if name in QUANTIZED_TENSORS and name != "tokens.weight"
-    )
     if spec.block_kind(block) != "layer":
-        return 2 * matrices
+        return 2 * sum(
+            prod(shape)
+            for name, shape in spec.block_tensors(block).items()
+            if name in QUANTIZED_TENSORS and name != "tokens.weight"
+        )
     layer = spec.layer(block)
+    matrices = round(sum(used_weights(layer).values()))
+    if layer.experts is not None:
+        matrices += layer.experts.count * layer.hidden  # The router.
     seen = min(context_tokens, layer.sliding_window or context_tokens)
     return 2 * matrices + 4 * layer.heads * layer.head_dim * seen
 
@@ -103,6 +130,20 @@ def hop_bytes(spec: ModelSpec, bits: int = 16) -> int:
     32 bits are raw fp32. 16 and 8 bits are fp16 or int8 values with one fp32 scale.
     """
     return spec.hidden * bits // 8 + (0 if bits == 32 else 4)
+
+
+def _executed_tensor(name: str, shape: tuple[int, ...], fmt: Format, container_bits: int) -> int:
+    if name not in QUANTIZED_TENSORS:
+        return 4 * prod(shape)
+    if name == "tokens.weight":
+        rows, columns = shape
+        return _stored_matrix((rows, columns), fmt)
+    if fmt.scheme == "float" or container_bits not in INTEGER_BITS:
+        return prod(shape) * container_bits // 8
+    rows, columns = shape
+    groups = fmt.groups(columns)
+    codes = rows * groups * (fmt.group_size * container_bits // 8 + 12)
+    return codes + rows * -(-groups * container_bits // 8)
 
 
 def _stored_matrix(shape: tuple[int, ...], fmt: Format) -> int:
@@ -128,5 +169,7 @@ def _live_bytes(spec: ModelSpec, block: int, rows: int, context_tokens: int) -> 
     layer = spec.layer(block)
     heads = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim  # q, k, v and the output
     scores = layer.heads * context_tokens
-    mlp = (2 if layer.gated else 1) * layer.ffn
+    mlp = (2 if layer.gated else 1) * layer.used_ffn
+    if layer.experts is not None:  # Rows of each chosen expert, before and after it.
+        mlp += 2 * layer.experts.active * layer.hidden
     return 4 * rows * (3 * layer.hidden + max(heads + scores, mlp))

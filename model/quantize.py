@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError
+from model.row_pieces import RowPieces
 from model.safetensors import bfloat16_to_float32
 
 Scheme = Literal["rtn", "truncate", "float"]
@@ -205,6 +206,15 @@ class QuantizedMatrix:
             None if self.zero_data is None else self.zero_data[rows],
         )
 
+    def rows(self, rows: slice) -> QuantizedMatrix:
+        """Return the matrix of consecutive rows, as a view of the same codes."""
+        scales = self.scale_data
+        if scales is not None and self.format.scheme != "truncate":
+            scales = scales[rows]
+        zeros = None if self.zero_data is None else self.zero_data[rows]
+        data = self.data[rows]
+        return QuantizedMatrix((len(data), self.shape[1]), self.format, data, scales, zeros)
+
     def in_container(self, bits: int) -> tuple[Bytes, Bytes]:
         """Pack the same codes and zeros at a larger width, for kernels without the format's width.
 
@@ -249,7 +259,9 @@ def stack(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
-def quantize(weights: npt.NDArray[Any], fmt: Format, name: str = "weights") -> QuantizedMatrix:
+def quantize(
+    weights: npt.NDArray[Any] | RowPieces, fmt: Format, name: str = "weights"
+) -> QuantizedMatrix:
     """Encode a float matrix [N, K]; no value moves further than half a step (truncate: one).
 
     Scales are fp16, rounded up before codes are chosen. They are fp32 if the largest leaves [2^-20,
@@ -326,6 +338,8 @@ def pack(codes: Bytes, bits: int) -> Bytes:
 
 def unpack(packed: Bytes, bits: int) -> Bytes:
     """Inverse of ``pack``: bytes [..., m] (m a multiple of bits) to codes [..., m * 8 / bits]."""
+    if 8 % bits == 0:
+        return _unpack_bytes(packed, bits)
     groups = packed.reshape(*packed.shape[:-1], -1, bits)
     codes = np.empty((*groups.shape[:-1], 8), np.uint8)
     mask = np.uint8((1 << bits) - 1)
@@ -335,6 +349,15 @@ def unpack(packed: Bytes, bits: int) -> Bytes:
             code |= groups[..., byte + 1] << np.uint8(8 - shift)
         code &= mask
         codes[..., index] = code
+    return codes.reshape(*packed.shape[:-1], -1)
+
+
+def _unpack_bytes(packed: Bytes, bits: int) -> Bytes:
+    """Unpack codes that do not continue in the next byte, with a few calls for a row of tokens."""
+    codes = np.empty((*packed.shape, 8 // bits), np.uint8)
+    for index in range(8 // bits):
+        np.right_shift(packed, np.uint8(index * bits), out=codes[..., index])
+    codes &= np.uint8((1 << bits) - 1)
     return codes.reshape(*packed.shape[:-1], -1)
 
 
@@ -356,8 +379,10 @@ def pack_rows(codes: Bytes, bits: int) -> Bytes:
 
 
 def _unpack_rows(packed: Bytes, bits: int, count: int) -> Bytes:
-    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % bits)))
-    return unpack(padded, bits)[:, :count]
+    rows, columns = packed.shape
+    if columns % bits:  # np.pad would take longer than the rest for one row.
+        packed = np.concatenate([packed, np.zeros((rows, -columns % bits), np.uint8)], axis=1)
+    return unpack(packed, bits)[:, :count]
 
 
 def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -375,7 +400,7 @@ def _grouped(weights: npt.NDArray[Any], fmt: Format) -> FloatArray:
     return chunk.reshape(len(chunk), -1, fmt.group_size)
 
 
-def _round_to_nearest(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix:
+def _round_to_nearest(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMatrix:
     rows, columns = weights.shape
     groups, top, middle = fmt.groups(columns), (1 << fmt.bits) - 1, 1 << (fmt.bits - 1)
     low, high = np.empty((2, rows, groups), np.float64)
@@ -403,7 +428,7 @@ def _round_to_nearest(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix
     return QuantizedMatrix((rows, columns), fmt, data, scales, packed_zeros)
 
 
-def _truncate(weights: npt.NDArray[Any], fmt: Format) -> QuantizedMatrix:
+def _truncate(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMatrix:
     rows, columns = weights.shape
     middle = 1 << (fmt.bits - 1)
     largest = max(

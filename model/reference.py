@@ -1,8 +1,11 @@
 """The forward pass in plain numpy: slow and short. Every backend is compared with it.
 
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
-(pre-norm, gated); the Qwen3 report (norms of q and k per head); the Gemma 2 report (norms around
-each part, capped scores and logits); "2 OLMo 2 Furious" (norms of outputs, and of all of q and k).
+(pre-norm, gated); the Qwen3 report (norms of q and k per head).
+
+Gemma 2 has norms around each part, and caps of scores and logits (its report). OLMo 2 has norms of
+what is added, and of all of q and k ("2 OLMo 2 Furious"). Experts are those of Shazeer et al., "The
+Sparsely-Gated Mixture-of-Experts Layer". Sinks and the clipped SwiGLU are those of gpt-oss.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy.typing as npt
 
 from model.artifact import Tensor, read_block, values_of
 from model.checkpoint import Checkpoint
+from model.experts import by_expert, clipped_swiglu, expert_rows, route
 from model.rotary import rotary_table, rotate
 from model.spec import LayerSpec, ModelSpec
 
@@ -128,8 +132,12 @@ class ReferenceModel:
         layer = self.spec.layer(block)
         mixed = self._mixed(block, _entered(layer, weights, "attn", hidden), position, lengths)
         hidden = _left(layer, weights, "attn", hidden, self._summed(weights, "o", mixed))
-        inner = _mlp(layer, weights, _entered(layer, weights, "mlp", hidden))
-        return _left(layer, weights, "mlp", hidden, self._summed(weights, "down", inner))
+        rows = _entered(layer, weights, "mlp", hidden)
+        if layer.experts is not None:
+            added = self._team_sum(_mixed_experts(layer, weights, rows))
+        else:
+            added = self._summed(weights, "down", _mlp(layer, weights, rows))
+        return _left(layer, weights, "mlp", hidden, added)
 
     def _mixed(self, block: int, rows: Array, position: int, lengths: Sequence[int]) -> Array:
         """The mixed values [n, heads * head_dim] of all sequences."""
@@ -186,8 +194,13 @@ class ReferenceModel:
         distance = np.arange(position, end)[:, None] - np.arange(end)  # [n, end]
         window = layer.sliding_window or end
         scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        scores /= scores.sum(axis=-1, keepdims=True)
+        largest = scores.max(axis=-1, keepdims=True)
+        if layer.sinks:
+            sinks = weights["sinks"][:, None, None]
+            largest = np.maximum(largest, sinks)
+        scores = np.exp(scores - largest)
+        total = scores.sum(axis=-1, keepdims=True)
+        scores /= total + np.exp(sinks - largest) if layer.sinks else total
         mixed: Array = (scores @ values).transpose(1, 0, 2).reshape(count, -1)
         return mixed
 
@@ -222,6 +235,28 @@ def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:
         gate = _activate(layer, _linear(weights, "gate", hidden))
         return gate * _linear(weights, "up", hidden)
     return _activate(layer, _linear(weights, "up", hidden))
+
+
+def _mixed_experts(layer: LayerSpec, weights: Weights, rows: Array) -> Array:
+    """The weighted outputs [n, hidden] of each row's experts, and of the shared one."""
+    experts = layer.experts
+    assert experts is not None  # noqa: S101 - the caller looked
+    mixed = np.zeros_like(rows)
+    if experts.shared_ffn:
+        gate = _activate(layer, _linear(weights, "shared_gate", rows))
+        mixed = _linear(weights, "shared_down", gate * _linear(weights, "shared_up", rows))
+        if experts.shared_gate:
+            mixed *= 0.5 + 0.5 * np.tanh(0.5 * _linear(weights, "shared_mix", rows))
+    chosen, shares = route(experts, _linear(weights, "router", rows))
+    for expert, places, factors in by_expert(experts, chosen, shares):
+        own = {name: expert_rows(layer, expert, name, weights[name]) for name in weights}
+        inner = _linear(own, "gate", rows[places]), _linear(own, "up", rows[places])
+        gate = _activate(layer, inner[0]) if experts.limit is None else inner[0]
+        up = inner[1]
+        if experts.limit is not None:
+            gate, up = clipped_swiglu(gate, up, experts.limit)
+        mixed[places] += factors[:, None] * _linear(own, "down", gate * up)
+    return mixed
 
 
 def _linear(weights: Weights, name: str, rows: Array) -> Array:

@@ -5,6 +5,10 @@ their query heads, and columns of the MLP. A layer is cut twice, after ``o`` and
 There the members add up their partial rows. The head is divided by vocabulary. The embedding is
 not divided.
 
+In a layer with experts each member has whole experts instead of columns, and the whole router. So
+members that compute the same scores choose the same experts. The MLP beside the experts is divided
+by columns, in proportion to the experts.
+
 A share of a model is again a model, with fewer heads, a narrower MLP and a smaller vocabulary. So
 sizes, costs, files and kernels of a share need no rules of their own.
 
@@ -21,29 +25,35 @@ import numpy as np
 
 from model.artifact import Tensor
 from model.errors import UnsupportedModelError
+from model.experts import STACKED, rows_of
 from model.quantize import QuantizedMatrix, pack_rows
-from model.spec import ModelSpec
+from model.spec import ExpertSpec, LayerSpec, ModelSpec
 
 Span = tuple[int, int]
 """A half-open range."""
 
 _BY_HEADS = frozenset(("q", "k", "v"))
 _BY_COLUMNS = frozenset(("gate", "up"))
+_BESIDE = frozenset(("shared_gate", "shared_up", "shared_down", "shared_mix"))
+
+_BESIDE_STEP = 128
+"""Columns of the MLP beside experts are divided at multiples, which are whole groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One member's KV heads, columns of the MLP and tokens of the vocabulary."""
+    """One member's KV heads, columns of the MLP (or experts) and tokens of the vocabulary."""
 
     kv_heads: Span
     columns: Span
+    """Experts of layers that have them, else columns of the MLP."""
     vocab: Span
 
     @staticmethod
     def whole(spec: ModelSpec) -> Share:
         """Return the share of a device that is alone. The spec has one shape of heads and MLP."""
         layer = spec.layers[0]
-        return Share((0, layer.kv_heads), (0, layer.ffn), (0, spec.vocab))
+        return Share((0, layer.kv_heads), (0, mlp_units(layer)), (0, spec.vocab))
 
     def to_tuple(self) -> tuple[int, ...]:
         """Return six plain numbers, for messages. ``from_tuple`` is the inverse."""
@@ -66,6 +76,11 @@ class Steps:
     vocab: int = 1
 
 
+def mlp_units(layer: LayerSpec) -> int:
+    """Return into how many parts a layer's MLP can be divided: its experts, or its columns."""
+    return layer.ffn if layer.experts is None else layer.experts.count
+
+
 def unshared(spec: ModelSpec) -> str | None:
     """Why no team can share the model's layers; None if one can.
 
@@ -73,8 +88,8 @@ def unshared(spec: ModelSpec) -> str | None:
     squares before attention, which would be a third cut.
     """
     first = spec.layers[0]
-    sizes = {(layer.kv_heads, layer.heads, layer.ffn) for layer in spec.layers}
-    if sizes != {(first.kv_heads, first.heads, first.ffn)}:
+    sizes = {(layer.kv_heads, layer.heads, layer.ffn, layer.experts) for layer in spec.layers}
+    if sizes != {(first.kv_heads, first.heads, first.ffn, first.experts)}:
         return "the model's layers differ in heads or MLP"
     if any(layer.qk_norm == "width" for layer in spec.layers):
         return "the model norms q and k over all heads at once"
@@ -94,8 +109,9 @@ def share_steps(spec: ModelSpec, group_size: int) -> Steps:
     if not group_size:
         return Steps(1, 1)
     layer = spec.layers[0]
+    columns = group_size if layer.experts is None else 1
     per_kv_head = layer.heads // layer.kv_heads * layer.head_dim
-    return Steps(group_size // math.gcd(group_size, per_kv_head), group_size)
+    return Steps(group_size // math.gcd(group_size, per_kv_head), columns)
 
 
 def most_members(spec: ModelSpec, group_size: int) -> int:
@@ -106,7 +122,8 @@ def most_members(spec: ModelSpec, group_size: int) -> int:
     if not can_share(spec):
         return 1
     steps, layer = share_steps(spec, group_size), spec.layers[0]
-    return min(-(-layer.kv_heads // steps.kv_heads), -(-layer.ffn // steps.columns), spec.vocab)
+    parts = -(-mlp_units(layer) // steps.columns)
+    return min(-(-layer.kv_heads // steps.kv_heads), parts, spec.vocab)
 
 
 def share_spec(spec: ModelSpec, share: Share) -> ModelSpec:
@@ -121,7 +138,7 @@ def share_spec(spec: ModelSpec, share: Share) -> ModelSpec:
     layer = spec.layers[0]
     for name, (begin, end), total in (
         ("KV heads", share.kv_heads, layer.kv_heads),
-        ("MLP columns", share.columns, layer.ffn),
+        (mlp_words(layer), share.columns, mlp_units(layer)),
         ("vocabulary", share.vocab, spec.vocab),
     ):
         if not 0 <= begin < end <= total:
@@ -132,7 +149,8 @@ def share_spec(spec: ModelSpec, share: Share) -> ModelSpec:
             one,
             heads=kv_heads * (layer.heads // layer.kv_heads),
             kv_heads=kv_heads,
-            ffn=share.columns[1] - share.columns[0],
+            ffn=share.columns[1] - share.columns[0] if one.experts is None else one.ffn,
+            experts=None if one.experts is None else _held(one.experts, share.columns),
         )
         for one in spec.layers
     )
@@ -152,7 +170,7 @@ def share_tensors(
         raise ValueError("the embedding is not divided")
     if kind == "head":
         return {
-            name: _rows(tensor, share.vocab) if name == "lm_head.weight" else tensor
+            name: row_slice(tensor, share.vocab) if name == "lm_head.weight" else tensor
             for name, tensor in tensors.items()
         }
     layer = spec.layer(block)
@@ -162,32 +180,63 @@ def share_tensors(
     sliced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         matrix = name.partition(".")[0]
-        if matrix in _BY_HEADS:
-            sliced[name] = _rows(tensor, queries if matrix == "q" else (begin, end))
+        if layer.experts is not None and name in STACKED:
+            first, last = (rows_of(layer, expert, name).start for expert in share.columns)
+            sliced[name] = row_slice(tensor, (first, last))
+        elif layer.experts is not None and matrix in _BESIDE:
+            columns = _beside(layer.experts, share.columns)
+            if columns[0] < columns[1]:
+                sliced[name] = _beside_slice(matrix, tensor, columns)
+        elif name == "sinks":
+            heads = (head * per_kv_head for head in share.kv_heads)
+            sliced[name] = row_slice(tensor, (next(heads), next(heads)))
+        elif matrix in _BY_HEADS:
+            sliced[name] = row_slice(tensor, queries if matrix == "q" else (begin, end))
         elif matrix in _BY_COLUMNS:
-            sliced[name] = _rows(tensor, share.columns)
+            sliced[name] = row_slice(tensor, share.columns)
         elif name == "o.weight":
-            sliced[name] = _columns(tensor, queries)
+            sliced[name] = column_slice(tensor, queries)
         elif name == "down.weight":
-            sliced[name] = _columns(tensor, share.columns)
+            sliced[name] = column_slice(tensor, share.columns)
         else:
             sliced[name] = tensor
     return sliced
 
 
-def _rows(tensor: Tensor, span: Span) -> Tensor:
-    begin, end = span
-    if not isinstance(tensor, QuantizedMatrix):
-        return tensor[begin:end]
-    shape = (end - begin, tensor.shape[1])
-    scales = tensor.scale_data
-    if scales is not None and tensor.format.scheme != "truncate":
-        scales = scales[begin:end]
-    zeros = None if tensor.zero_data is None else tensor.zero_data[begin:end]
-    return QuantizedMatrix(shape, tensor.format, tensor.data[begin:end], scales, zeros)
+def mlp_words(layer: LayerSpec) -> str:
+    """Return what ``mlp_units`` counts, for messages."""
+    return "MLP columns" if layer.experts is None else "experts"
 
 
-def _columns(tensor: Tensor, span: Span) -> Tensor:
+def _held(experts: ExpertSpec, span: Span) -> ExpertSpec:
+    """Return the experts of a member that holds those in ``span``."""
+    begin, end = _beside(experts, span)
+    return replace(experts, first=span[0], held=span[1] - span[0], shared_ffn=end - begin)
+
+
+def _beside(experts: ExpertSpec, span: Span) -> Span:
+    """Return the member's columns of the MLP beside the experts. There may be none."""
+    steps = -(-experts.shared_ffn // _BESIDE_STEP)
+    begin, end = (
+        min(experts.shared_ffn, steps * expert // experts.count * _BESIDE_STEP) for expert in span
+    )
+    return begin, end
+
+
+def _beside_slice(matrix: str, tensor: Tensor, columns: Span) -> Tensor:
+    if matrix == "shared_mix":
+        return tensor
+    return column_slice(tensor, columns) if matrix == "shared_down" else row_slice(tensor, columns)
+
+
+def row_slice(tensor: Tensor, span: Span) -> Tensor:
+    """Return consecutive rows of a tensor, as a view."""
+    rows = slice(*span)
+    return tensor.rows(rows) if isinstance(tensor, QuantizedMatrix) else tensor[rows]
+
+
+def column_slice(tensor: Tensor, span: Span) -> Tensor:
+    """Return a copy of some columns of a matrix. Raises ValueError if they cut a group."""
     begin, end = span
     if not isinstance(tensor, QuantizedMatrix):
         return np.ascontiguousarray(tensor[:, begin:end])

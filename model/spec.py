@@ -33,17 +33,18 @@ RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding: half-split ("rotate half") pairs of the first columns of a head.
+    """Rotary position embedding: half-split ("rotate half") pairs (i, i + head_dim / 2) of a head.
 
     ``original_context`` is the trained context. `dynamic` scaling starts there, and `llama3`
     compares wavelengths with it. Other kinds ignore the frequency and band factors.
 
-    rotated: columns of a head that turn, or 0 for all.
+    rotated: columns of a head that turn, or 0 for all: those of the first rotated / 2 pairs. Their
+        frequencies are those of a head that has no other columns.
     beta_fast, beta_slow, truncated: `yarn` keeps waves with more than beta_fast turns within the
         trained context, and divides those with fewer than beta_slow. ``truncated`` rounds the
         bounds to whole columns.
     attention_factor: `yarn` and `longrope` multiply cosines and sines by it.
-    short_factors, long_factors: `longrope` divides frequencies by them, one per pair.
+    short_factors, long_factors: `longrope` divides frequencies by them, one per pair that turns.
     """
 
     theta: float
@@ -77,6 +78,7 @@ class ExpertSpec:
         multiplied by up + 1 (gpt-oss). None: plain SwiGLU.
     shared_ffn: width of the MLP that every token uses beside its experts, or 0.
     shared_gate: a sigmoid of a linear layer weights that MLP.
+    first, held: the experts that a member of a team holds, from the first one on. 0 held are all.
     """
 
     count: int
@@ -87,6 +89,13 @@ class ExpertSpec:
     limit: float | None = None
     shared_ffn: int = 0
     shared_gate: bool = False
+    first: int = 0
+    held: int = 0
+
+    @property
+    def stored(self) -> int:
+        """How many experts the layer's tensors hold."""
+        return self.held or self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,13 @@ class LayerSpec:
     """Each head has one more logit in the softmax, which adds no value."""
     experts: ExpertSpec | None = None
     """Experts instead of the MLP, which would be ``ffn`` wide."""
+
+    @property
+    def used_ffn(self) -> int:
+        """The width of all MLPs that a token uses."""
+        if self.experts is None:
+            return self.ffn
+        return self.experts.active * self.ffn + self.experts.shared_ffn
 
     @property
     def score_factor(self) -> float:
@@ -154,11 +170,27 @@ class LayerSpec:
             norm("attn_out_norm", self.hidden)
             norm("mlp_out_norm", self.hidden)
         norm("mlp_norm", self.hidden)
+        # Experts are stacked: the rows of a matrix are those of one expert after the other.
+        stacked, bias = 1, self.mlp_bias
+        if self.experts is not None:
+            stacked, bias = self.experts.stored, self.experts.bias
+            linear("router", self.experts.count, self.hidden, bias)
+            self._shared_expert(shapes)
         if self.gated:
-            linear("gate", self.ffn, self.hidden, self.mlp_bias)
-        linear("up", self.ffn, self.hidden, self.mlp_bias)
-        linear("down", self.hidden, self.ffn, self.mlp_bias)
+            linear("gate", stacked * self.ffn, self.hidden, bias)
+        linear("up", stacked * self.ffn, self.hidden, bias)
+        linear("down", stacked * self.hidden, self.ffn, bias)
         return shapes
+
+    def _shared_expert(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Add the tensors of the MLP beside the experts. ``shared_mix`` is its gate."""
+        width = 0 if self.experts is None else self.experts.shared_ffn
+        if self.experts is None or not width:
+            return
+        shapes["shared_gate.weight"] = shapes["shared_up.weight"] = (width, self.hidden)
+        shapes["shared_down.weight"] = (self.hidden, width)
+        if self.experts.shared_gate:
+            shapes["shared_mix.weight"] = (1, self.hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +307,7 @@ QUANTIZED_TENSORS = frozenset(
     f"{name}.weight"
     for name in (
         "q", "k", "v", "o", "gate", "up", "down",
-        "tokens", "project_in", "project_out", "lm_head",
+        "shared_gate", "shared_up", "shared_down", "tokens", "project_in", "project_out", "lm_head",
     )
 )  # fmt: skip
 """Canonical names stored in the block's format. All other tensors are stored as fp32."""
@@ -308,8 +340,11 @@ _NUMBERS = frozenset(
 _OPTIONAL_NUMBERS = frozenset(("score_scale", "score_cap", "logit_cap", "limit"))
 _FACTORS = ("short_factors", "long_factors")
 _COUNTS = frozenset(
-    ("learned_positions", "position_offset", "original_context", "rotated", "shared_ffn")
-)
+    (
+        "learned_positions", "position_offset", "original_context", "rotated", "shared_ffn",
+        "first", "held",
+    )
+)  # fmt: skip
 _SIZES = frozenset(
     (
         "vocab", "hidden", "embed_dim", "max_context", "heads", "kv_heads", "head_dim", "ffn",
@@ -331,11 +366,20 @@ def _check(spec: ModelSpec) -> None:
         if layer.hidden != spec.hidden or layer.heads % layer.kv_heads:
             raise UnsupportedModelError("malformed model description: inconsistent layer sizes")
         if layer.experts is not None:
-            _check_fields(layer.experts)
-            if not layer.gated or layer.experts.active > layer.experts.count:
-                raise UnsupportedModelError("malformed model description: inconsistent experts")
+            _check_experts(layer, layer.experts)
         if layer.rope is not None:
             _check_rope(layer.rope, layer.head_dim)
+
+
+def _check_experts(layer: LayerSpec, experts: ExpertSpec) -> None:
+    _check_fields(experts)
+    if (
+        experts.active > experts.count
+        or experts.first + experts.stored > experts.count
+        or not layer.gated
+        or layer.norm_position != "pre"
+    ):
+        raise UnsupportedModelError("malformed model description: inconsistent experts")
 
 
 def _check_rope(rope: RopeSpec, head_dim: int) -> None:
@@ -346,6 +390,8 @@ def _check_rope(rope: RopeSpec, head_dim: int) -> None:
         raise UnsupportedModelError("malformed model description: head_dim cannot be rotated")
     if rope.scaling not in ("none", "linear") and not rope.original_context:
         raise UnsupportedModelError("malformed model description: original_context is missing")
+    if rope.scaling == "yarn" and rope.theta <= 1:
+        raise UnsupportedModelError(f"malformed model description: theta = {rope.theta}")
     if rope.scaling == "longrope" and any(
         len(factors) != columns // 2 for factors in (rope.short_factors, rope.long_factors)
     ):

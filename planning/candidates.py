@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product, zip_longest
 
-from model.share import Share, most_members, share_steps
+from model.share import Share, mlp_units, most_members, share_steps
 from planning.problem import BlockOption, PlanningProblem
 from planning.teams import (
+    crowding,
     fractions,
     heads_part,
     make,
@@ -347,7 +348,7 @@ class _Candidates:
             _spans(total, step, parts, lines, room)
             for total, step in (
                 (self.layer.kv_heads, self.steps.kv_heads),
-                (self.layer.ffn, self.steps.columns),
+                (mlp_units(self.layer), self.steps.columns),
                 (self.problem.spec.vocab, self.steps.vocab),
             )
         ]
@@ -365,6 +366,7 @@ class _Candidates:
             for half, at in enumerate((part.heads, part.columns)):
                 slowest[half] = max(slowest[half], share_s(option, at)[0])
             after_s += self._part(share) * option.decode_s
+        slowest[1] *= crowding(problem, shares, 1)
         layer_s = self.by_heads * slowest[0] + (1 - self.by_heads) * slowest[1]
         layer_s += 2 * sum_s(problem, members, 1, sum_bits)
         return Candidate(members, shares, sum_bits, layer_s, after_s / layer_s)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from model.share import Share
+from model.share import Share, mlp_units, mlp_words
 from planning.plan import PlanError, Stage
 from planning.problem import PlanningProblem
 from planning.teams import with_team
@@ -60,9 +60,10 @@ class SavedTeam:
         """The problem with this team as a device, and its index there. Raises PlanError."""
         layer = problem.spec.layers[0]
         last = self.members[-1][1]
-        totals = (layer.kv_heads, layer.ffn, problem.spec.vocab)
+        totals = (layer.kv_heads, mlp_units(layer), problem.spec.vocab)
         for (key, words), total in zip(_COUNTS.items(), totals, strict=True):
             end = getattr(last, key)[1]
+            words = mlp_words(layer) if key == "columns" else words
             if end != total:
                 raise PlanError(
                     f"the team {self} has {end} {words} and the model {total}:"

@@ -18,8 +18,19 @@ from itertools import permutations
 import numpy as np
 import numpy.typing as npt
 
+from model.costs import used_weights
 from model.errors import UnsupportedModelError
-from model.share import Share, can_share, most_members, share_spec, share_steps, unshared
+from model.experts import busiest
+from model.share import (
+    Share,
+    can_share,
+    mlp_units,
+    mlp_words,
+    most_members,
+    share_spec,
+    share_steps,
+    unshared,
+)
 from model.spec import QUANTIZED_TENSORS, LayerSpec
 from planning.problem import (
     BlockOption,
@@ -59,7 +70,7 @@ def fractions(problem: PlanningProblem, share: Share) -> Fractions:
     layer = problem.spec.layers[0]
     spans = (
         (share.kv_heads, layer.kv_heads),
-        (share.columns, layer.ffn),
+        (share.columns, mlp_units(layer)),
         (share.vocab, problem.spec.vocab),
     )
     return Fractions(*((end - begin) / total for (begin, end), total in spans))
@@ -86,12 +97,11 @@ def share_s(option: BlockOption, fraction: float) -> tuple[float, float]:
 
 
 def heads_part(layer: LayerSpec) -> float:
-    """The part of a layer's weights that is divided by heads. The rest is divided by columns."""
-    sizes = {
-        name: math.prod(shape)
-        for name, shape in layer.tensors().items()
-        if name in QUANTIZED_TENSORS
-    }
+    """The part of the weights that a token uses which is divided by heads.
+
+    The rest is divided by columns or experts.
+    """
+    sizes = used_weights(layer)
     return sum(size for name, size in sizes.items() if name in _BY_HEADS) / sum(sizes.values())
 
 
@@ -116,6 +126,18 @@ def byte_part(problem: PlanningProblem, block: int, part: Fractions) -> float:
         else:
             whole += size
     return (divided + whole) / total
+
+
+def crowding(problem: PlanningProblem, shares: Sequence[Share], rows: int) -> float:
+    """How much longer a team's experts take than if each row took equally many of each member.
+
+    It is assumed that rows choose experts uniformly. 1 for layers without experts.
+    """
+    experts = problem.spec.layers[0].experts
+    if experts is None:
+        return 1.0
+    held = tuple(share.columns[1] - share.columns[0] for share in shares)
+    return busiest(held, experts.active, rows)
 
 
 def sum_widths(problem: PlanningProblem) -> tuple[HopFormat, ...]:
@@ -240,7 +262,7 @@ def _wrong_shares(problem: PlanningProblem, shares: Sequence[Share]) -> str | No
     steps = share_steps(problem.spec, problem.group_size)
     for what, total, step, spans in (
         ("KV heads", layer.kv_heads, steps.kv_heads, [share.kv_heads for share in shares]),
-        ("MLP columns", layer.ffn, steps.columns, [share.columns for share in shares]),
+        (mlp_words(layer), mlp_units(layer), steps.columns, [share.columns for share in shares]),
         ("vocabulary", problem.spec.vocab, steps.vocab, [share.vocab for share in shares]),
     ):
         expected = 0
@@ -409,15 +431,16 @@ class _Maker:
         halves = [self._halves(part, block) for part in self.parts]
         layer = self.problem.spec.block_kind(block) == "layer"
 
-        def slowest(figure: int, scale: Sequence[float]) -> float:
+        def slowest(figure: int, scale: Sequence[float], rows: int) -> float:
             """The sum over halves of the slowest member's seconds, times its scale."""
             return math.fsum(
-                rows[0][0]
+                parts[0][0]
+                * (crowding(self.problem, self.shares, rows) if half else 1.0)
                 * max(
                     s * share_s(option, at)[figure]
-                    for s, option, (_, at) in zip(scale, whole, rows, strict=True)
+                    for s, option, (_, at) in zip(scale, whole, parts, strict=True)
                 )
-                for rows in zip(*halves, strict=True)
+                for half, parts in enumerate(zip(*halves, strict=True))
             )
 
         def exchanged_s(rows: int) -> float:
@@ -428,15 +451,15 @@ class _Maker:
         several: tuple[float, ...] = ()
         if all(option.rows_s for option in whole):
             several = tuple(
-                slowest(0, [option.rows_s[at] / option.decode_s for option in whole])
+                slowest(0, [option.rows_s[at] / option.decode_s for option in whole], rows)
                 + exchanged_s(rows)
                 for at, rows in enumerate(TIMED_ROWS)
             )
         return BlockOption(
             bits=whole[0].bits,
             executed_bytes=0,
-            decode_s=slowest(0, once) + exchanged_s(1),
-            prefill_s_per_token=slowest(1, once) + exchanged_s(chunk) / chunk,
+            decode_s=slowest(0, once, 1) + exchanged_s(1),
+            prefill_s_per_token=slowest(1, once, chunk) + exchanged_s(chunk) / chunk,
             sensitivity=self._sensitivity(block, whole, self.loss if layer else 0.0),
             rows_s=several,
         )

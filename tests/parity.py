@@ -3,11 +3,16 @@
 Every function returns logits float32 or float64 [n, vocab]. Row i is computed from the prompt and
 the first i tokens of transformers' continuation, which are run one at a time. So greedy decoding
 gives that continuation if each row is highest at its token.
+
+The table of docs/families.md is what this prints:
+
+    python -m tests.parity
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +25,7 @@ import numpy.typing as npt
 
 from backends.base import Backend, StageOptions, TeamSum
 from backends.edgetpu_host import HostLayer, Span, stacks
+from backends.registry import backend_class
 from model.artifact import read_block, store_block, values_of, write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format
@@ -183,3 +189,45 @@ class Case:
 
 def _product(matrix: Rows) -> Callable[[Rows], Rows]:
     return lambda rows: rows @ matrix.T
+
+
+COLUMNS = (
+    "fixture", "reference", "ONNX CPU in 1, 2, 3 stages", "torch in 1, 2, 3 stages",
+    "team of 2: ONNX CPU, torch", "chip's host part", "8 bits: ONNX CPU, torch",
+    "4 bits: ONNX CPU, torch", "distinct tokens",
+)  # fmt: skip
+
+
+def table_row(name: str, directory: Path) -> list[str]:
+    """Return a fixture's cells of the table in docs/families.md."""
+    backends = [backend_class(backend)() for backend in ("onnx_cpu", "torch_cpu")]
+    plain = Case.store(name, Format.of(32), directory)
+    golden = plain.golden
+
+    def counts(runs: Iterable[Callable[[], Rows]]) -> str:
+        return ", ".join(str(golden.agreeing(run())) for run in runs)
+
+    cells = [name, counts([partial(plain.reference, np.float32)])]
+    cells += [counts(partial(plain.stages, one, count) for count in (1, 2, 3)) for one in backends]
+    shared = plain.most_members() > 1
+    cells.append(counts(partial(plain.team, one, 2) for one in backends) if shared else "-")
+    experts = any(layer.experts for layer in plain.spec.layers)
+    cells.append("-" if experts else counts([plain.host]))
+    for bits in (8, 4):
+        narrow = Case.store(name, Format.of(bits, "rtn", 32), directory)
+        best = narrow.reference().argmax(axis=1)
+        rows = [narrow.stages(one, 1).argmax(axis=1) for one in backends]
+        cells.append(", ".join(str(int((own == best).sum())) for own in rows))
+    return [*cells, f"{golden.distinct_fraction:.0%}"]
+
+
+def main() -> None:
+    """Print the table of docs/families.md."""
+    print(f"| {' | '.join(COLUMNS)} |\n| --- {'| ---: ' * (len(COLUMNS) - 1)}|")  # noqa: T201
+    for name in NAMES:
+        with tempfile.TemporaryDirectory() as directory:
+            print(f"| {' | '.join(table_row(name, Path(directory)))} |")  # noqa: T201 - a command
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from backends.base import TeamSum
 from model.families import load_spec
-from model.share import Share, can_share, share_steps
+from model.share import Share, can_share, mlp_units, share_steps
 from model.spec import ModelSpec
 
 Result = TypeVar("Result")
@@ -61,7 +61,7 @@ def shares_of(spec: ModelSpec, weights: Sequence[int], group_size: int = 0) -> l
         _divide(total, step, weights)
         for total, step in (
             (layer.kv_heads, steps.kv_heads),
-            (layer.ffn, steps.columns),
+            (mlp_units(layer), steps.columns),
             (spec.vocab, steps.vocab),
         )
     ]

@@ -22,7 +22,7 @@ On 0.25 Mbit/s a chunk gets through within SEND_TIMEOUT_S.
 """
 
 MAX_NESTING = 8
-"""The depth of containers in a header. The deepest real one (a layer's rotary settings) is 5."""
+"""The depth of containers in a header. The deepest real one (a layer's rotary factors) is 6."""
 
 PREFILL_CHUNK_TOKENS = 64
 """The prompt rows that a stage runs in one call. This bounds compute buffers and frames."""

@@ -15,12 +15,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.families.config import Config, read_config, read_config_file
-from model.families.decoder import LLAMA_NAMES, llama, mistral, qwen2, qwen3, smollm3
-from model.families.gemma import GEMMA2_NAMES, gemma2, gemma3, gemma_sources
+from model.families.decoder import (
+    LLAMA_NAMES,
+    ernie,
+    interleaved,
+    llama,
+    ministral3,
+    mistral,
+    qwen2,
+    qwen3,
+    smollm3,
+)
+from model.families.experts import (
+    GRANITEMOE,
+    MIXTRAL,
+    QWEN_MOE,
+    ExpertNames,
+    granitemoe,
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+)
+from model.families.fused import (
+    GLM4_NAMES,
+    GLM_NAMES,
+    PHI3_NAMES,
+    glm,
+    glm4,
+    glm_sources,
+    phi3,
+    phi3_sources,
+)
+from model.families.gemma import GEMMA2_NAMES, gemma, gemma2, gemma3, gemma_sources
+from model.families.gpt_oss import GPT_OSS, gpt_oss, gpt_oss_sources
+from model.families.layernorm import (
+    GPT2_NAMES,
+    STARCODER2_NAMES,
+    gpt2,
+    gpt2_sources,
+    stablelm,
+    starcoder2,
+)
 from model.families.olmo import OLMO_NAMES, exaone4, olmo2, olmo3
 from model.families.opt import OPT_NAMES, opt
 from model.families.quantization import read_quantization
-from model.families.sources import Piece, Source
+from model.families.scaled import (
+    GRANITE_HYBRID_NAMES,
+    granite,
+    granite_hybrid,
+    granite_hybrid_sources,
+    granite_sources,
+    minicpm,
+    minicpm_sources,
+)
+from model.families.sources import Piece, Source, changed
+from model.families.unsupported import missing_feature
 from model.spec import ModelSpec
 
 __all__ = [
@@ -55,6 +104,8 @@ class _Family:
     names: Mapping[str, str]
     """Maps a canonical module to the checkpoint's; ``{layer}`` stands for the layer's index."""
     adapt: Callable[[Config, ModelSpec, int, Sources], Sources] = _unchanged
+    experts: ExpertNames | None = None
+    """The names of the tensors of layers with experts."""
 
 
 def load_spec(directory: Path) -> ModelSpec:
@@ -72,9 +123,10 @@ def load_spec(directory: Path) -> ModelSpec:
 
 def describe(config: Config, directory: Path) -> ModelSpec:
     """Do the same as ``load_spec`` for a config that is already read."""
+    own = language_part(config)
+    family = _family(own)
     _refuse_foreign_options(config)
-    config = language_part(config)
-    spec = _family(config).describe(config)
+    spec = family.describe(own)
     generation = directory / "generation_config.json"
     eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()
@@ -108,7 +160,22 @@ def tensor_sources(
         elif module in family.names:
             name = family.names[module].format(layer=block - 1)
             sources[canonical] = (Piece(f"{prefix}{name}.{kind}"),)
-    return family.adapt(config, spec, block, sources)
+    if family.experts is not None and spec.block_kind(block) == "layer":
+        layer = spec.layer(block)
+        sources |= family.experts.sources(f"{prefix}layers.{block - 1}.", layer, available)
+    return _turned(spec, block, family.adapt(config, spec, block, sources))
+
+
+def _turned(spec: ModelSpec, block: int, sources: Sources) -> Sources:
+    """Order the rows of q and k so that a head which turns in part looks like one that turns whole.
+
+    Neighbouring pairs (``Piece.pairs``) come out in this order by themselves.
+    """
+    rope = spec.layer(block).rope if spec.block_kind(block) == "layer" else None
+    if rope is None or not rope.rotated or any(piece.pairs for piece in sources["q.weight"]):
+        return sources
+    turned = spec.layer(block).head_dim, rope.rotated
+    return sources | changed(sources, ("q", "k", "q_norm", "k_norm"), turned=turned)
 
 
 def language_part(config: Config) -> Config:
@@ -117,7 +184,7 @@ def language_part(config: Config) -> Config:
     It is in text_config there. Some fields are about the whole model, and stand beside it.
     """
     own = config.nested("text_config")
-    if own is None or config.values.get("model_type") not in _TEXT_TYPES:
+    if own is None or config.model_type not in _TEXT_TYPES:
         return config
     whole = {key: config.values[key] for key in _OF_THE_WHOLE if config.has(key)}
     model_type = {"model_type": _TEXT_TYPES[config.model_type]}
@@ -126,12 +193,14 @@ def language_part(config: Config) -> Config:
 
 def _family(config: Config) -> _Family:
     model_type = config.model_type
-    if model_type in _LACKING:
-        raise config.lacking(_LACKING[model_type])
     family = _FAMILIES.get(model_type)
-    if family is None:
-        raise config.unsupported("model_type", model_type, f"known: {', '.join(sorted(_FAMILIES))}")
-    return family
+    if family is not None:
+        return family
+    feature = missing_feature(config)
+    if feature is not None:
+        raise config.lacking(feature)
+    known = ", ".join(sorted({*_FAMILIES, *_TEXT_TYPES}))
+    raise config.unsupported("model_type", model_type, f"known: {known}")
 
 
 def _refuse_foreign_options(config: Config) -> None:
@@ -145,43 +214,53 @@ def _refuse_foreign_options(config: Config) -> None:
     if config.values.get("pruned_heads"):
         raise config.unsupported("pruned_heads", "...", "give a checkpoint without pruned heads")
     causal = ["ForCausalLM", "LMHeadModel", "Model"]
-    if config.values.get("model_type") in _TEXT_TYPES:
+    if config.model_type in _TEXT_TYPES:
         causal.append("ForConditionalGeneration")
     for name in config.strings("architectures"):
         if not name.endswith(tuple(causal)):
             raise config.unsupported("architectures", name, "only causal language models are")
 
 
+_DECODER = ("model.", "")
+"""The prefixes of most checkpoints: with a head, and without."""
+
 NESTED_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 """The prefixes of a language model that may be a part of another model."""
 
-_TEXT_TYPES = {"gemma3": "gemma3_text"}
+_TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 """Models whose language model is described in text_config, with its type where that has none."""
 _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
 
-_PARALLEL = "attention and MLP that take the same rows (parallel residual)"
-_GEMMA_3N = "embeddings per layer, alternating updates (AltUp) and shared keys and values"
-_LACKING = {
-    "cohere": _PARALLEL,
-    "cohere2": _PARALLEL,
-    "gemma3n": _GEMMA_3N,
-    "gemma3n_text": _GEMMA_3N,
-    "gemma4": "embeddings per layer, shared keys and values and heads of two widths",
-    "gemma4_text": "embeddings per layer, shared keys and values and heads of two widths",
-    "recurrent_gemma": "recurrent layers (RG-LRU)",
-}
-"""What known architectures need that no backend implements."""
-
 _FAMILIES: Mapping[str, _Family] = {
-    "exaone4": _Family(exaone4, ("model.", ""), OLMO_NAMES),
-    "gemma2": _Family(gemma2, ("model.", ""), GEMMA2_NAMES, gemma_sources),
+    "ernie4_5": _Family(ernie, _DECODER, LLAMA_NAMES, interleaved),
+    "exaone4": _Family(exaone4, _DECODER, OLMO_NAMES),
+    "gemma": _Family(gemma, _DECODER, LLAMA_NAMES, gemma_sources),
+    "gemma2": _Family(gemma2, _DECODER, GEMMA2_NAMES, gemma_sources),
     "gemma3_text": _Family(gemma3, NESTED_PREFIXES, GEMMA2_NAMES, gemma_sources),
-    "llama": _Family(llama, ("model.", ""), LLAMA_NAMES),
-    "mistral": _Family(mistral, ("model.", ""), LLAMA_NAMES),
-    "olmo2": _Family(olmo2, ("model.", ""), OLMO_NAMES),
-    "olmo3": _Family(olmo3, ("model.", ""), OLMO_NAMES),
+    "glm": _Family(glm, _DECODER, GLM_NAMES, glm_sources),
+    "glm4": _Family(glm4, _DECODER, GLM4_NAMES, glm_sources),
+    "gpt2": _Family(gpt2, ("transformer.", ""), GPT2_NAMES, gpt2_sources),
+    "granite": _Family(granite, _DECODER, LLAMA_NAMES, granite_sources),
+    "granitemoehybrid": _Family(
+        granite_hybrid, _DECODER, GRANITE_HYBRID_NAMES, granite_hybrid_sources
+    ),
+    "gpt_oss": _Family(gpt_oss, _DECODER, LLAMA_NAMES, gpt_oss_sources, GPT_OSS),
+    "granitemoe": _Family(granitemoe, _DECODER, LLAMA_NAMES, granite_sources, GRANITEMOE),
+    "mixtral": _Family(mixtral, _DECODER, LLAMA_NAMES, experts=MIXTRAL),
+    "qwen2_moe": _Family(qwen2_moe, _DECODER, LLAMA_NAMES, experts=QWEN_MOE),
+    "qwen3_moe": _Family(qwen3_moe, _DECODER, LLAMA_NAMES, experts=QWEN_MOE),
+    "llama": _Family(llama, _DECODER, LLAMA_NAMES),
+    "minicpm": _Family(minicpm, _DECODER, LLAMA_NAMES, minicpm_sources),
+    "ministral": _Family(mistral, _DECODER, LLAMA_NAMES),
+    "ministral3": _Family(ministral3, NESTED_PREFIXES, LLAMA_NAMES),
+    "mistral": _Family(mistral, NESTED_PREFIXES, LLAMA_NAMES),
+    "olmo2": _Family(olmo2, _DECODER, OLMO_NAMES),
+    "olmo3": _Family(olmo3, _DECODER, OLMO_NAMES),
     "opt": _Family(opt, ("model.decoder.", "decoder.", ""), OPT_NAMES),
-    "qwen2": _Family(qwen2, ("model.", ""), LLAMA_NAMES),
-    "qwen3": _Family(qwen3, ("model.", ""), LLAMA_NAMES),
-    "smollm3": _Family(smollm3, ("model.", ""), LLAMA_NAMES),
+    "phi3": _Family(phi3, _DECODER, PHI3_NAMES, phi3_sources),
+    "qwen2": _Family(qwen2, _DECODER, LLAMA_NAMES),
+    "qwen3": _Family(qwen3, _DECODER, LLAMA_NAMES),
+    "smollm3": _Family(smollm3, _DECODER, LLAMA_NAMES),
+    "stablelm": _Family(stablelm, _DECODER, LLAMA_NAMES),
+    "starcoder2": _Family(starcoder2, _DECODER, STARCODER2_NAMES),
 }

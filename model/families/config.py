@@ -64,6 +64,13 @@ class Config:
             raise self._wrong(key, "a positive number", value)
         return float(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return a list of positive finite numbers."""
+        values = self._get(key, None)
+        if not isinstance(values, list) or len(values) >= MAX_SIZE:
+            raise self._wrong(key, "a list of numbers", values)
+        return tuple(Config(self.path, {key: value}).number(key) for value in values)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if type(value) is not bool:
@@ -90,11 +97,11 @@ class Config:
         tokens = self.tokens("bos_token_id")
         return tokens[0] if tokens else None
 
-    def layer_count(self) -> int:
-        """Return num_hidden_layers."""
-        count = self.size("num_hidden_layers")
+    def layer_count(self, key: str = "num_hidden_layers") -> int:
+        """Return the number of layers."""
+        count = self.size(key)
         if count > MAX_LAYERS:
-            raise CheckpointError(f"{self.path}: num_hidden_layers = {count} is absurd")
+            raise CheckpointError(f"{self.path}: {key} = {count} is absurd")
         return count
 
     def activation(self, key: str, default: str) -> Activation:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 from model.errors import CheckpointError
 from model.families.config import Config
-from model.spec import MAX_SIZE, LayerSpec, ModelSpec, QkNorm, RopeScaling, RopeSpec
+from model.families.rope import rope_spec
+from model.families.sources import Source, changed
+from model.spec import LayerSpec, ModelSpec, QkNorm
 
 LAYER = "layers.{layer}."
 """The start of the names of a layer's modules."""
-
-_SCALINGS: Mapping[str, RopeScaling] = {
-    "default": "none",
-    "linear": "linear",
-    "dynamic": "dynamic",
-    "llama3": "llama3",
-}
 
 LLAMA_NAMES = {
     "tokens": "embed_tokens",
@@ -45,17 +40,30 @@ def llama(config: Config) -> ModelSpec:
 
 
 def mistral(config: Config) -> ModelSpec:
+    """Describe Mistral, and Ministral with windows in some layers (layer_types)."""
     # Absent means 4096 to the architecture's own config class. Newer checkpoints say null.
     window = config.values.get("sliding_window", 4096)
-    windows = [None if window is None else config.size("sliding_window", 4096)]
-    kinds = set(config.strings("layer_types"))
-    if kinds and kinds != {"full_attention" if window is None else "sliding_attention"}:
-        raise config.unsupported("layer_types", sorted(kinds), "mixed windows need another type")
-    return rotary_decoder(config, windows=windows * config.layer_count())
+    if window is not None:
+        window = config.size("sliding_window", 4096)
+    windows = windows_by_type(config, window)
+    return rotary_decoder(config, windows=windows or [window] * config.layer_count())
+
+
+def ministral3(config: Config) -> ModelSpec:
+    """Describe Ministral 3, up to the context from which it scales queries by their position."""
+    window = config.size("sliding_window") if config.has("sliding_window") else None
+    spec = rotary_decoder(config, windows=[window] * config.layer_count(), head_dim=128)
+    rope = config.nested("rope_parameters") or config.nested("rope_scaling")
+    if rope is None:
+        raise CheckpointError(f"{config.path}: rope_parameters is missing")
+    if not rope.values.get("llama_4_scaling_beta"):
+        return spec
+    unscaled = rope.size("original_max_position_embeddings", spec.max_context)
+    return replace(spec, max_context=min(spec.max_context, unscaled))
 
 
 def qwen2(config: Config) -> ModelSpec:
-    return rotary_decoder(config, qkv_bias=True, windows=_qwen_windows(config))
+    return rotary_decoder(config, qkv_bias=True, windows=qwen_windows(config))
 
 
 def qwen3(config: Config) -> ModelSpec:
@@ -65,9 +73,25 @@ def qwen3(config: Config) -> ModelSpec:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",
-        windows=_qwen_windows(config),
+        windows=qwen_windows(config),
         head_dim=128,
     )
+
+
+def ernie(config: Config) -> ModelSpec:
+    bias = config.flag("use_bias", False)
+    return rotary_decoder(
+        config, qkv_bias=bias, out_bias=bias, mlp_bias=bias, head_dim=128, theta=5e5, tied=True
+    )
+
+
+def interleaved(
+    _config: Config, spec: ModelSpec, block: int, sources: Mapping[str, Source]
+) -> dict[str, Source]:
+    """Change the sources of checkpoints whose rotary pairs are neighbouring rows."""
+    if spec.block_kind(block) != "layer":
+        return dict(sources)
+    return dict(sources) | changed(sources, ("q", "k"), pairs=spec.layer(block).head_dim)
 
 
 def smollm3(config: Config) -> ModelSpec:
@@ -102,12 +126,12 @@ def _rotated_layers(config: Config) -> list[bool]:
 
 def _smollm3_windows(config: Config) -> list[int | None]:
     if config.strings("layer_types") or not config.flag("use_sliding_window", False):
-        return _qwen_windows(config)
+        return qwen_windows(config)
     window = config.size("sliding_window") if config.has("sliding_window") else None
     return [None if rotated else window for rotated in _rotated_layers(config)]
 
 
-def _qwen_windows(config: Config) -> list[int | None]:
+def qwen_windows(config: Config) -> list[int | None]:
     """Return each layer's window by layer_types, or else for layers from max_window_layers on."""
     count = config.layer_count()
     window = None
@@ -116,13 +140,21 @@ def _qwen_windows(config: Config) -> list[int | None]:
         and config.values.get("sliding_window", 0) is not None
     ):
         window = config.size("sliding_window", 4096)
-    kinds = config.strings("layer_types")
+    windows = windows_by_type(config, window)
+    if windows is not None:
+        return windows
+    # Zero full layers are valid here, so this is not a size.
+    first = config.values.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        raise CheckpointError(f"{config.path}: max_window_layers must be a number of layers")
+    return [window if layer >= first else None for layer in range(count)]
+
+
+def windows_by_type(config: Config, window: int | None) -> list[int | None] | None:
+    """Return each layer's window by layer_types, or None without them."""
+    kinds, count = config.strings("layer_types"), config.layer_count()
     if not kinds:
-        # Zero full layers are valid here, so this is not a size.
-        first = config.values.get("max_window_layers", 28)
-        if type(first) is not int or first < 0:
-            raise CheckpointError(f"{config.path}: max_window_layers must be a number of layers")
-        return [window if layer >= first else None for layer in range(count)]
+        return None
     if len(kinds) != count:
         raise CheckpointError(f"{config.path}: layer_types has {len(kinds)} of {count} layers")
     for kind in kinds:
@@ -147,11 +179,13 @@ def rotary_decoder(
     windows: list[int | None] | None = None,
     head_dim: int | None = None,
     theta: float = 10000.0,
+    partial: float | None = None,
     tied: bool = False,
 ) -> ModelSpec:
     """Describe pre-norm RMSNorm, rotary and gated MLP, which Llama and its relatives share.
 
-    head_dim, theta, tied: what an absent head_dim, rope_theta and tie_word_embeddings mean.
+    head_dim, theta, partial, tied: what an absent head_dim, rope_theta, partial_rotary_factor and
+        tie_word_embeddings mean. ``partial`` is None if heads always turn whole.
     """
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)
@@ -161,7 +195,7 @@ def rotary_decoder(
             f"num_key_value_heads {kv_heads}"
         )
     head_dim = config.size("head_dim", head_dim or max(hidden // heads, 1))
-    rope, context = rope_spec(config, head_dim, theta)
+    rope, context = rope_spec(config, head_dim, theta, partial)
     layers = tuple(
         LayerSpec(
             hidden=hidden,
@@ -198,40 +232,6 @@ def rotary_decoder(
     )
 
 
-def rope_spec(config: Config, head_dim: int, theta: float = 10000.0) -> tuple[RopeSpec, int]:
-    """Return rotary parameters and usable context, from the old fields or ``rope_parameters``.
-
-    ``theta`` is the architecture's own rope_theta.
-    """
-    context = config.size("max_position_embeddings")
-    scaling = (
-        config.nested("rope_scaling") or config.nested("rope_parameters") or Config(config.path, {})
-    )
-    if any(isinstance(value, dict) for value in scaling.values.values()):
-        raise config.unsupported("rope_parameters", "...", "one set for all layers is")
-    for source in (config, scaling):
-        if source.number("partial_rotary_factor", 1.0) != 1.0:
-            raise config.unsupported(
-                "partial_rotary_factor",
-                source.values["partial_rotary_factor"],
-                "only rotation of the whole head is",
-            )
-    kind = scaling.text("rope_type", scaling.text("type", "default"))
-    if kind not in _SCALINGS:
-        raise config.unsupported("rope_type", kind, f"known: {', '.join(_SCALINGS)}")
-    if head_dim % 2 or (kind == "dynamic" and head_dim < 4):
-        raise CheckpointError(f"{config.path}: head_dim {head_dim} cannot be rotated")
-    theta = scaling.number("rope_theta", config.number("rope_theta", theta))
-    if kind == "default":
-        return RopeSpec(theta), context
-    factor = scaling.number("factor")
-    if factor < 1:
-        raise CheckpointError(f"{config.path}: rope factor must be at least 1, not {factor}")
-    if kind != "llama3":
-        usable = min(int(context * factor), MAX_SIZE - 1)
-        return RopeSpec(theta, _SCALINGS[kind], factor, context), usable
-    low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-    if low >= high:
-        raise CheckpointError(f"{config.path}: low_freq_factor must be below high_freq_factor")
-    trained = scaling.size("original_max_position_embeddings")
-    return RopeSpec(theta, cast(RopeScaling, kind), factor, trained, low, high), context
+def with_layers(spec: ModelSpec, **features: Any) -> ModelSpec:
+    """Return the model with other features in all its layers."""
+    return replace(spec, layers=tuple(replace(layer, **features) for layer in spec.layers))

@@ -8,7 +8,7 @@ from typing import Any
 
 from model.errors import CheckpointError
 from model.families.config import Config
-from model.families.decoder import rope_spec
+from model.families.rope import rope_spec
 from model.spec import LayerSpec, RopeSpec
 
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -6,7 +6,8 @@ fused or transposed matrices, interleaved rotary pairs, multipliers, norms that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ class Piece:
     rows: half-open range of the first axis, (begin, end, step).
     pairs: rows are heads this wide, whose rotary pairs lie side by side (2 i, 2 i + 1). They become
         (i, i + width / 2). 0: nothing is moved.
+    turned: (width, turned): rows are heads this wide, of which only the first ``turned`` rows are
+        rotary pairs (i, i + turned / 2). They become (i, i + width / 2), and the other rows fill
+        the rest of both halves.
     scale, add: value * scale + add.
     """
 
@@ -34,6 +38,7 @@ class Piece:
     transposed: bool = False
     rows: tuple[int, int, int] | None = None
     pairs: int = 0
+    turned: tuple[int, int] | None = None
     scale: float = 1.0
     add: float = 0.0
 
@@ -55,10 +60,15 @@ class Piece:
             shape = (len(range(begin, end, step)), *shape[1:])
         if self.pairs and (not shape or shape[0] % self.pairs or self.pairs % 2):
             raise ValueError(f"is not divided into heads of {self.pairs} rows")
+        if self.turned is not None and (not shape or shape[0] % self.turned[0]):
+            raise ValueError(f"is not divided into heads of {self.turned[0]} rows")
         return shape
 
     def apply(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Return the values after all steps, a view of ``stored`` where possible."""
+        """Return the values after all steps, a view of ``stored`` where possible.
+
+        Writable ``stored`` is changed, because a copy would double the memory of a large table.
+        """
         values = stored if self.index is None else stored[self.index]
         if self.transposed:
             values = values.T
@@ -67,8 +77,12 @@ class Piece:
         if self.pairs:
             heads = values.reshape(-1, self.pairs // 2, 2, *values.shape[1:])
             values = heads.swapaxes(1, 2).reshape(values.shape)
+        if self.turned is not None:
+            heads = values.reshape(-1, self.turned[0], *values.shape[1:])
+            values = heads[:, _halves(*self.turned)].reshape(values.shape)
         if self.scale != 1:
-            values = values * np.float32(self.scale)
+            place = values if values.flags.writeable else None
+            values = np.multiply(values, np.float32(self.scale), out=place)
         if self.add:
             values = values + np.float32(self.add)
         return values
@@ -89,9 +103,55 @@ Source = tuple[Piece, ...]
 """Pieces one below the other: the rows of the second follow those of the first."""
 
 
+def _halves(width: int, turned: int) -> npt.NDArray[np.intp]:
+    """Return which row of a head each of its rows becomes, as ``Piece.turned`` says."""
+    rows, half, still = np.arange(width), turned // 2, turned + (width - turned) // 2
+    return np.concatenate([rows[:half], rows[turned:still], rows[half:turned], rows[still:]])
+
+
 def shape_of(pieces: list[Shape]) -> Shape:
     """Return the shape of pieces one below the other. Raises ValueError if widths differ."""
     first, *others = pieces
     if any(shape[1:] != first[1:] for shape in others):
         raise ValueError("has parts of different widths")
     return (sum(shape[0] for shape in pieces), *first[1:]) if others else first
+
+
+def stacked(
+    sources: Mapping[str, Source], shapes: Mapping[str, Shape], *groups: Sequence[str]
+) -> dict[str, Source]:
+    """Return sources in which the modules of a group are rows of one stored matrix, in order.
+
+    sources: each module of a group names that whole matrix.
+    shapes: of the canonical tensors.
+    """
+    parts = dict(sources)
+    for group in groups:
+        begin = 0
+        for module in group:
+            end = begin + shapes[f"{module}.weight"][0]
+            parts |= changed(sources, (module,), rows=(begin, end, 1))
+            begin = end
+    return parts
+
+
+def changed(
+    sources: Mapping[str, Source], modules: Sequence[str], **steps: Any
+) -> dict[str, Source]:
+    """Return the sources of the weights and biases of some modules, with other steps."""
+    return {
+        name: tuple(replace(piece, **steps) for piece in source)
+        for name, source in sources.items()
+        if name.rpartition(".")[0] in modules
+    }
+
+
+def scaled(
+    sources: Mapping[str, Source], modules: Sequence[str], factor: float
+) -> dict[str, Source]:
+    """Return the sources of the weights and biases of some modules, multiplied by a factor."""
+    return {
+        name: tuple(replace(piece, scale=piece.scale * factor) for piece in source)
+        for name, source in sources.items()
+        if name.rpartition(".")[0] in modules
+    }

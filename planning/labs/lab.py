@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from model.costs import used_weights
+from model.experts import STACKED
 from model.spec import LayerSpec, ModelSpec
 from planning.build import DeviceInput, RequestInput, build_problem
 from planning.problem import HopFormat, PlanningProblem
@@ -47,7 +49,8 @@ class LabModel:
     def layer_factor(self, layer: LayerSpec) -> float:
         """The weights of ``layer``, relative to a layer of this model; 1.0 for the same shape."""
         rows = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        return _layer_weights(layer.hidden, layer.ffn, *rows, layer.gated) / self.layer_weights
+        used = _layer_weights(layer.hidden, layer.used_ffn, *rows, layer.gated)
+        return used / self.layer_weights
 
     def head_factor(self, spec: ModelSpec) -> float:
         """The weights of the head of ``spec``, relative to the head of this model."""
@@ -58,7 +61,7 @@ class LabModel:
         shapes = {
             (
                 layer.hidden,
-                layer.ffn,
+                layer.used_ffn,
                 layer.heads * layer.head_dim,
                 layer.kv_heads * layer.head_dim,
                 layer.gated,
@@ -231,13 +234,26 @@ def _timings(device: LabDevice, spec: ModelSpec, model: LabModel | None) -> Iter
         embed_s, head_s = embedding * device.embed_s[bits], ends * device.head_s[bits]
         yield BlockTiming("embedding", 0, bits, embed_s, embed_s)
         # In the order of ``ModelSpec.layer_variants``.
-        for variant, factor in enumerate(layers.values()):
+        for variant, (layer, factor) in enumerate(layers.items()):
             times = device.layer_decode_s[bits], device.layer_prefill_s_per_token[bits]
             times = factor * times[0], factor * times[1]
+            # A chunk of a prompt takes at least as long as reading all experts that it chooses.
+            times = times[0], max(times[1], times[0] * _chunk_reading(layer))
             yield BlockTiming("layer", variant, bits, *times, shares_s=_shares_s(device, *times))
         # The head computes a prompt's last row alone, so a row has its share in a full chunk.
         times = head_s, head_s / limits.PREFILL_CHUNK_TOKENS
         yield BlockTiming("head", 0, bits, *times, shares_s=_shares_s(device, *times))
+
+
+def _chunk_reading(layer: LayerSpec) -> float:
+    """How much a row of a chunk reads, in what a token reads. 0 for layers without experts."""
+    experts = layer.experts
+    if experts is None:
+        return 0.0
+    rows, used = limits.PREFILL_CHUNK_TOKENS, used_weights(layer)
+    chosen = (1 - (1 - experts.active / experts.count) ** rows) * experts.count / experts.active
+    read = sum(size * (chosen if name in STACKED else 1.0) for name, size in used.items())
+    return read / sum(used.values()) / rows
 
 
 def _shares_s(

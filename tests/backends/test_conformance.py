@@ -27,7 +27,7 @@ from model.checkpoint import Checkpoint
 from model.errors import CheckpointError
 from model.quantize import BITS, Format, Scheme
 from model.reference import ReferenceModel
-from model.spec import LayerSpec, ModelSpec, RopeSpec
+from model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
@@ -71,6 +71,22 @@ OPT_LAYER = replace(
     mlp_bias=True,
     rope=None,
 )
+EXPERTS_LAYER = replace(LLAMA_LAYER, ffn=64, experts=ExpertSpec(count=6, active=2))
+EXPERT_LAYERS = {
+    "experts": EXPERTS_LAYER,
+    "experts-beside-mlp": replace(
+        EXPERTS_LAYER,
+        experts=ExpertSpec(5, 3, normalized=False, shared_ffn=192, shared_gate=True),
+    ),
+    "experts-clipped-sinks": replace(
+        EXPERTS_LAYER,
+        sinks=True,
+        sliding_window=6,
+        experts=ExpertSpec(4, 2, "topk_softmax", bias=True, limit=0.7),
+    ),
+}
+"""Layers with experts, which no chip runs."""
+
 LAYERS = {
     "gelu": replace(OPT_LAYER, activation="gelu"),
     "gelu-tanh-gated": replace(LLAMA_LAYER, activation="gelu_tanh", mlp_bias=True),
@@ -80,6 +96,11 @@ LAYERS = {
     "narrow-heads-unrotated": replace(OPT_LAYER, head_dim=10),
     "narrow-normed-heads-window": replace(
         LLAMA_LAYER, head_dim=8, qk_norm="head", sliding_window=5
+    ),
+    "narrow-heads-partly-rotated": replace(
+        LLAMA_LAYER,
+        head_dim=12,
+        rope=RopeSpec(10000.0, "yarn", 4.0, original_context=16, rotated=8, attention_factor=1.2),
     ),
     "wide-heads-window": replace(LLAMA_LAYER, head_dim=32, sliding_window=2),
     "norms-around-parts": replace(
@@ -150,9 +171,9 @@ def test_checkpoint(backend: Backend, name: str, bits: int, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("bits", "scheme"), [(3, "truncate"), (8, "truncate"), (4, "rtn")])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *EXPERT_LAYERS])
 def test_feature(backend: Backend, name: str, bits: int, scheme: Scheme, tmp_path: Path) -> None:
-    spec, tensors = random_model(LAYERS[name])
+    spec, tensors = random_model((LAYERS | EXPERT_LAYERS)[name])
     artifacts = stored(tmp_path, tensors, Format.of(bits, scheme, 64, symmetric=True))
     check_against_reference(backend, spec, artifacts)
 

@@ -29,6 +29,7 @@ from backends.edgetpu import Int8Stage, TfliteCpuBackend
 from backends.edgetpu_product import Counts, Int8Weights
 from backends.edgetpu_runtime import Engine
 from backends.onnx_cpu import OnnxCpuBackend
+from calibration.layers import timing_tasks
 from calibration.quality.blocks import measure_quality
 from calibration.quality.students import Options
 from calibration.store import CalibrationStore
@@ -43,6 +44,7 @@ from model.reference import ReferenceModel
 from model.spec import ModelSpec
 from tests.backends.test_conformance import (
     CHECKPOINTS,
+    EXPERT_LAYERS,
     FIXTURES,
     LAYERS,
     Artifacts,
@@ -106,6 +108,17 @@ def stored_model(name: str, directory: Path) -> tuple[ModelSpec, Artifacts]:
         spec = checkpoint.spec
         tensors = [checkpoint.block(block) for block in range(spec.block_count)]
     return spec, stored(directory, tensors, Format.of(8))
+
+
+@pytest.mark.parametrize("name", ["experts", "experts-clipped-sinks"])
+def test_experts_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    """Neither loading nor compiling begins."""
+    spec, tensors = random_model(EXPERT_LAYERS[name])
+    artifacts = stored(tmp_path, tensors, Format.of(8))
+    with pytest.raises(BackendError, match="layer 0 has a mixture of experts, which no Edge TPU"):
+        edgetpu.product_files(spec, artifacts, tmp_path)
+    tasks = timing_tasks(spec, [8], {8: 8}, experts=False)
+    assert {task.kind for task in tasks} == {"embedding", "head"}
 
 
 def per_row_reference(spec: ModelSpec, artifacts: Artifacts) -> ReferenceModel:

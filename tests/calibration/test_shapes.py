@@ -13,7 +13,29 @@ from model.errors import CheckpointError, UnsupportedModelError
 @pytest.mark.parametrize(
     ("shape", "million_weights"),
     # Published sizes; a tied head is counted once.
-    [("llama-1b", 1236), ("opt-350m", 331), ("tinyllama", 1100), ("qwen2.5-0.5b", 494)],
+    [
+        ("gemma2-2b", 2614),
+        ("gemma3-1b", 1000),
+        ("gemma3-4b", 3880),
+        ("granite4-micro", 3403),
+        ("llama-1b", 1236),
+        ("llama-3b", 3213),
+        ("llama-8b", 8030),
+        ("mistral-7b", 7248),
+        ("olmo2-1b", 1485),
+        ("opt-350m", 331),
+        ("phi3-mini", 3821),
+        ("qwen2.5-0.5b", 494),
+        ("qwen2.5-1.5b", 1544),
+        ("qwen2.5-7b", 7616),
+        ("qwen3-0.6b", 596),
+        ("qwen3-1.7b", 1721),
+        ("qwen3-4b", 4022),
+        ("qwen3-8b", 8191),
+        ("smollm2-1.7b", 1711),
+        ("smollm3-3b", 3075),
+        ("tinyllama", 1100),
+    ],
 )
 def test_shapes_have_as_many_weights_as_their_models(shape: str, million_weights: int) -> None:
     spec = shape_spec(shape)

@@ -1,22 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from calibration.shapes import shape_spec
 from model.checkpoint import Checkpoint
 from model.costs import (
     block_flops,
     executed_bytes,
     hop_bytes,
     kv_bytes,
+    read_bytes,
     stage_buffer_bytes,
     stored_bytes,
 )
 from model.families import load_spec
 from model.quantize import Format, QuantizedMatrix, quantize
-from model.spec import QUANTIZED_TENSORS
+from model.spec import QUANTIZED_TENSORS, ModelSpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -88,3 +91,37 @@ def test_buffers_hold_scores_and_logits() -> None:
     assert stage_buffer_bytes(spec, [spec.head_block], 1, 10) > 4 * spec.vocab
     assert stage_buffer_bytes(spec, [0], 2, 10) == 2 * stage_buffer_bytes(spec, [0], 1, 10)
     assert stage_buffer_bytes(spec, range(spec.block_count), 16, 1000) == layer
+
+
+def routed_model() -> ModelSpec:
+    return shape_spec("qwen3-30b-a3b")
+
+
+def test_memory_counts_all_experts_and_time_those_used() -> None:
+    """Qwen3-30B-A3B has 30.5 billion weights, and a token uses 3.3 billion of them."""
+    spec = routed_model()
+    blocks = range(spec.block_count)
+    weights = sum(stored_bytes(spec, block, Format.of(32)) for block in blocks) / 4
+    assert 30.4e9 < weights < 30.7e9
+    used = sum(block_flops(spec, block, 0) for block in blocks) / 2 + spec.vocab * spec.hidden
+    assert 3.2e9 < used < 3.5e9
+    layer = spec.layers[0]
+    dense = replace(spec, layers=(replace(layer, ffn=layer.used_ffn, experts=None),))
+    router = 2 * 128 * spec.hidden
+    assert block_flops(spec, 1, 64) == block_flops(dense, 1, 64) + router
+
+
+@pytest.mark.parametrize("container", [4, 32])
+def test_a_pass_reads_the_experts_of_its_rows(container: int) -> None:
+    spec, fmt = routed_model(), Format.of(4)
+    layer = spec.layers[0]
+    dense = replace(spec, layers=(replace(layer, ffn=layer.used_ffn, experts=None),))
+    router = 4 * 128 * spec.hidden
+    one, whole = read_bytes(spec, 1, fmt, container), executed_bytes(spec, 1, fmt, container)
+    # A wide row has fewer bytes of zero points than several narrow ones.
+    assert one == pytest.approx(executed_bytes(dense, 1, fmt, container) + router, rel=2e-3)
+    several = [read_bytes(spec, 1, fmt, container, rows) for rows in (1, 2, 8, 64, 4096)]
+    assert several == sorted(several)
+    assert several[-1] == whole
+    assert one < 0.12 * whole
+    assert read_bytes(dense, 1, fmt, container, 7) == executed_bytes(dense, 1, fmt, container)

@@ -60,8 +60,48 @@ def test_llama3_keeps_short_waves_and_slows_long_ones() -> None:
     assert ((middle > 1 / 8) & (middle < 1)).all()
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3", "yarn"])
 def test_tables_of_different_lengths_agree(scaling: Any) -> None:
     rope = RopeSpec(10000.0, scaling, 2.0, 8)
     for short, long in zip(rotary_table(rope, 8, 12), rotary_table(rope, 8, 30), strict=True):
         np.testing.assert_array_equal(short, long[:12])
+
+
+def test_pairs_that_do_not_turn_keep_their_values() -> None:
+    cos, sin = rotary_table(RopeSpec(10000.0, rotated=4), 16, 20)
+    narrow = rotary_table(RopeSpec(10000.0), 4, 20)
+    np.testing.assert_array_equal(cos[:, :2], narrow[0])
+    np.testing.assert_array_equal(sin[:, :2], narrow[1])
+    assert (cos[:, 2:] == 1).all()
+    assert (sin[:, 2:] == 0).all()
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones() -> None:
+    rope = RopeSpec(10000.0, "yarn", 8.0, 4096, attention_factor=1.25)
+    table, plain = (rotary_table(one, 128, 2) for one in (rope, RopeSpec(10000.0)))
+    cos, sin = (part[1] / 1.25 for part in table)
+    np.testing.assert_allclose(cos**2 + sin**2, 1, atol=1e-6)
+    ratio = np.arctan2(sin, cos) / np.arctan2(plain[1][1], plain[0][1])
+    turns = 4096 * 10000.0 ** (-np.arange(64) / 64) / (2 * math.pi)
+    # Bounds are rounded to whole pairs, so those next to them are mixed a little.
+    np.testing.assert_allclose(ratio[turns > 32 * 1.2], 1, rtol=1e-4)
+    np.testing.assert_allclose(ratio[turns < 1 / 1.2], 1 / 8, rtol=1e-4)
+    middle = ratio[(turns < 32 / 1.2) & (turns > 1.2)]
+    assert ((middle > 1 / 8) & (middle < 1)).all()
+    assert (np.diff(ratio) <= 1e-5).all()
+
+
+def test_longrope_takes_long_factors_for_tables_beyond_the_trained_context() -> None:
+    rope = RopeSpec(
+        10000.0,
+        "longrope",
+        original_context=16,
+        attention_factor=1.1,
+        short_factors=(1.0, 2.0),
+        long_factors=(3.0, 5.0),
+    )
+    for count, expected in ((16, (1.0, 2.0)), (17, (3.0, 5.0))):
+        cos, sin = rotary_table(rope, 4, count)
+        np.testing.assert_allclose(cos**2 + sin**2, 1.1**2, rtol=1e-5)
+        angles_of_one = np.arctan2(sin[1], cos[1])
+        np.testing.assert_allclose(angles_of_one, [1 / expected[0], 0.01 / expected[1]], rtol=1e-5)
