@@ -16,6 +16,8 @@ from cli.errors import CommandFailed, UsageError
 from cli.parser import add_url_argument
 from cli.render import Screen
 from cli.shared_arguments import (
+    adapter_of,
+    add_adapter_argument,
     add_group_size_argument,
     add_scheme_argument,
     add_threads_argument,
@@ -24,6 +26,7 @@ from cli.shared_arguments import (
 if TYPE_CHECKING:
     from cli.client import Client
     from evaluation.data import Data
+    from evaluation.judge import Judge
     from evaluation.kept import Kept
     from evaluation.tasks import Tasks, Wishes
     from model.checkpoint import Checkpoint
@@ -200,6 +203,7 @@ def _add_where_arguments(group: argparse._ActionsContainer) -> None:
     )
     add_scheme_argument(group)
     add_group_size_argument(group)
+    add_adapter_argument(group)
     group.add_argument(
         "--backend",
         default="onnx_cpu",
@@ -276,7 +280,7 @@ def run_eval(options: argparse.Namespace, screen: Screen) -> None:
             screen.note(note)
         if data.kind == "text" and options.metrics == ("answers",):
             raise UsageError("a plain text has no questions: add loss to --metrics")
-        with _model(options, data, screen) as (model, runs):
+        with _model(options, screen) as (model, runs):
             _evaluate(options, screen, data, model, runs)
     except (BackendError, EvaluationError, ModelError, PlanError) as error:
         raise CommandFailed(str(error)) from error
@@ -286,17 +290,31 @@ def run_eval(options: argparse.Namespace, screen: Screen) -> None:
 
 
 @contextmanager
-def _model(
-    options: argparse.Namespace, data: Data, screen: Screen
-) -> Iterator[tuple[Model, list[Run]]]:
+def _model(options: argparse.Namespace, screen: Screen) -> Iterator[tuple[Model, list[Run]]]:
     """Find the model and the runs, of which there is one for each set of bits."""
     from cli.client import Client, default_url
 
     if options.bits is not None or options.plan is not None:
         yield _here(options, screen)
         return
+    _refuse_ignored(options)
     with Client(options.url or default_url()) as client:
         yield _loaded(options, client, screen)
+
+
+def _refuse_ignored(options: argparse.Namespace) -> None:
+    """Raise UsageError for an option that the loaded model has decided already."""
+    from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME
+
+    decided = {
+        "--exact": options.exact,
+        "--adapter": options.adapter is not None,
+        "--scheme": options.scheme != DEFAULT_SCHEME,
+        "--group-size": options.group_size != DEFAULT_GROUP_SIZE,
+    }
+    for name, is_given in decided.items():
+        if is_given:
+            raise UsageError(f"{name} goes with --bits or --plan: what is loaded is as it is")
 
 
 def _here(options: argparse.Namespace, screen: Screen) -> tuple[Model, list[Run]]:
@@ -308,7 +326,7 @@ def _here(options: argparse.Namespace, screen: Screen) -> tuple[Model, list[Run]
     from planning.saved import read_plan
 
     path = model_here(options.model, screen)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, adapter_of(options))
     blocks = checkpoint.spec.block_count
     if options.plan is not None:
         saved = read_plan(options.plan)
@@ -358,7 +376,8 @@ def _loaded(options: argparse.Namespace, client: Client, screen: Screen) -> tupl
     loaded = Loaded(client, known["model"], slots)
     files = None
     try:
-        files = Files(Checkpoint.open(directory), Tokenizer.load(directory))
+        checkpoint = Checkpoint.open(directory, known.get("adapter"))
+        files = Files(checkpoint, Tokenizer.load(directory))
     except ModelError as error:
         if {"loss", "kl"} & set(options.metrics):
             screen.note(f"no loss and no KL, because they need the model's files here: {error}")
@@ -397,26 +416,29 @@ def _evaluate(
         if len(kept):
             screen.note(f"{options.out} has {len(kept)} results already: going on")
         speeds: dict[str, float] = {}
-        try:
+        with _telling(options.out, kept, screen):
             if files is not None:
                 _add_losses(options, screen, kept, tasks, files, runs)
-            if tasks.questions and "answers" in options.metrics:
-                for run in runs:
-                    speeds[run.label] = _add_answers(options, screen, kept, tasks, model, run)
-                    if judge is not None:
-                        from evaluation.work import add_scores
-
-                        with screen.counting(f"judging {run.label}") as on_step:
-                            add_scores(kept, tasks, run.key, judge, on_step)
-        except KeyboardInterrupt:
-            if options.out is None:
-                screen.note("nothing is kept: --out FILE.jsonl keeps what is done")
-            else:
-                screen.note(f"{len(kept)} results are kept in {options.out}: ask again to go on")
-            raise
+            for run in runs if tasks.questions and "answers" in options.metrics else ():
+                speeds[run.label] = _add_answers(options, screen, kept, tasks, model, run)
+                if judge is not None:
+                    _add_scores(screen, kept, tasks, run, judge)
         checkpoint = None if model.files is None else model.files.checkpoint
         done = Evaluated(model.name, checkpoint, data, tasks, runs, kept, speeds)
         show(options, screen, done)
+
+
+@contextmanager
+def _telling(out: Path | None, kept: Kept, screen: Screen) -> Iterator[None]:
+    """Tell what is kept if the block ends early."""
+    try:
+        yield
+    except BaseException:
+        if out is None:
+            screen.note("nothing is kept: --out FILE.jsonl keeps what is done")
+        else:
+            screen.note(f"{len(kept)} results are kept in {out}: ask again to go on")
+        raise
 
 
 def _wishes(options: argparse.Namespace, data: Data) -> Wishes:
@@ -453,7 +475,7 @@ def _settings(data: Data, model: Model, wishes: Wishes) -> dict[str, Any]:
     return {**settings, "no_answer": wishes.no_answer}
 
 
-def _judge(options: argparse.Namespace, tasks: Tasks, stack: ExitStack) -> Any:
+def _judge(options: argparse.Namespace, tasks: Tasks, stack: ExitStack) -> Judge | None:
     from evaluation.judge import Judge
 
     if options.judge is None:
@@ -523,6 +545,13 @@ def _add_answers(
                 on_step,
             )
     return (len(kept) - before) / (time.monotonic() - started_s)
+
+
+def _add_scores(screen: Screen, kept: Kept, tasks: Tasks, run: Run, judge: Judge) -> None:
+    from evaluation.work import add_scores
+
+    with screen.counting(f"judging, {run.label}") as on_step:
+        add_scores(kept, tasks, run.key, judge, on_step)
 
 
 def _asking(loaded: Loaded, tasks: Tasks) -> Any:

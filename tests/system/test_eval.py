@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.evaluation.fake_judge import FakeJudge, fake_judge, rule
-from tests.system.cluster import COMMAND, ROOT, TINY_OPT, Cluster, last_json
+from tests.system.cluster import COMMAND, FIXTURES, ROOT, TINY_OPT, Cluster, last_json
 
 DEV = ROOT / "examples" / "tiny-opt" / "dev.json"
 NAMES = ("pi-1", "pi-2")
@@ -82,6 +82,22 @@ def test_answers_of_a_split_model_are_judged_and_kept(
         assert figures[f"judge_{name}"]["value"] == pytest.approx(mean)
     assert figures["judge_correctness"]["value"] > 9
     check_refusals(shared, tmp_path)
+    check_adapter(shared, tmp_path)
+
+
+def check_adapter(shared: Cluster, tmp_path: Path) -> None:
+    """The loss of a model that is loaded with an adapter is that of the merged weights."""
+    text = tmp_path / "text.txt"
+    text.write_text("The lamp is in the attic.")
+    base, adapter = FIXTURES / "llama", ROOT / "tests" / "adapters" / "plain"
+    asked = ("eval", str(base), f"--data={text}", "--metrics=loss", "--json")
+    shared.load(base, "--bits=32", f"--adapter={adapter}")
+    loaded = last_json(shared.run(*asked))
+    merged = last_json(shared.run(*asked, "--bits=32", f"--adapter={adapter}"))
+    alone = last_json(shared.run(*asked, "--bits=32"))
+    losses = [one["runs"][0]["figures"]["loss"]["value"] for one in (loaded, merged, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-3)
 
 
 def check_refusals(shared: Cluster, tmp_path: Path) -> None:
