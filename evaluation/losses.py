@@ -81,7 +81,8 @@ def measure_losses(
         def progress(done: int, _: int, before: int = before) -> None:
             on_step(before + done, passes * len(chunks))
 
-        told = replace(options, progress=progress)
+        # Each original block runs once, so none is worth its memory until then.
+        told = replace(options, progress=progress, kept_bytes=0)
         sequences = [target.tokens for target in chunk.values()]
         with students_of(source, sequences, told, directory) as students:
             places, wanted = _places(chunk)
