@@ -86,7 +86,7 @@ CHUNK_ROWS = 64
 """The rows of a call for which compute buffers are estimated."""
 
 Part = Literal["layers", "bytes", "experts"]
-"""What is kept of layers: all but experts, that as bytes for prompts, or the experts."""
+"""The kinds of a kept layer: all but experts, that as bytes for prompts, or the experts."""
 
 COPY_MARGIN = 1.02
 """The most bytes of the prompt copy, with scales and sums, per weight."""
@@ -258,6 +258,7 @@ class _Segment:
         self._width = width
         self._caches = caches
         self._bindings: dict[tuple[int, int], _Binding] = {}
+        self._rows: dict[int, _Row] = {}
 
     def run(self, hidden: Array, first_slot: int = 0, last: Tokens | None = None) -> Array:
         """Run hidden [b, n, any] to [b, n, width].
@@ -266,9 +267,11 @@ class _Segment:
         without layers ignores it.
         """
         count, rows, _ = hidden.shape
+        if self._experts is not None and last is not None and count * rows == 1:
+            return self._run_row(self._experts, hidden, first_slot, last)
         binding = self._bindings.get((first_slot, count))
         if binding is None:
-            binding = self._bind(first_slot, count)
+            binding = self._bindings[first_slot, count] = self._bind(first_slot, count)
         if last is not None:
             binding.last[:] = last
             binding.total[...] = last.max() + 1
@@ -280,14 +283,14 @@ class _Segment:
         if experts is None:
             self._session.run_with_iobinding(values)
             return result
-        shape = count * rows, self._width
-        normed = np.empty(shape, np.float32)
-        scores = np.empty((count * rows, experts.spec.count), np.float32)
+        total = count * rows
+        normed = np.empty((total, self._width), np.float32)
+        scores = np.empty((total, experts.spec.count), np.float32)
         for name, array in zip(ROUTED_OUTPUTS, (normed, scores), strict=True):
             bound = ort.OrtValue.ortvalue_from_numpy(array.reshape(count, rows, -1))
             values.bind_ortvalue_output(name, bound)
         self._session.run_with_iobinding(values)
-        experts.add(result.reshape(shape), normed, scores)
+        experts.add(result.reshape(total, -1), normed, scores)
         return result
 
     def _bind(self, first_slot: int, count: int) -> _Binding:
@@ -306,8 +309,35 @@ class _Segment:
                 shared = ort.OrtValue.ortvalue_from_numpy(part)
                 binding.values.bind_ortvalue_input(f"past_{kind}_{index}", shared)
                 binding.values.bind_ortvalue_output(f"{kind}_{index}", shared)
-        self._bindings[first_slot, count] = binding
         return binding
+
+    def _run_row(self, experts: Experts, hidden: Array, slot: int, last: Tokens) -> Array:
+        """Run one row. All its memory is bound once, because decoding waits for it."""
+        row = self._rows.get(slot)
+        if row is None:
+            row = self._rows[slot] = self._bind_row(experts, slot)
+        row.binding.last[:] = last
+        row.binding.total[...] = last[0] + 1
+        row.hidden[...] = hidden
+        self._session.run_with_iobinding(row.binding.values)
+        experts.add(row.output[0], experts.row, row.scores[0])
+        output: Array = row.output.copy()
+        return output
+
+    def _bind_row(self, experts: Experts, slot: int) -> _Row:
+        binding, shape = self._bind(slot, 1), (1, 1, self._width)
+        row = _Row(
+            binding,
+            np.empty(shape, np.float32),
+            np.empty(shape, np.float32),
+            np.empty((1, 1, experts.spec.count), np.float32),
+        )
+        values = binding.values
+        values.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(row.hidden))
+        outputs = (row.output, experts.row[None], row.scores)
+        for name, array in zip(("output", *ROUTED_OUTPUTS), outputs, strict=True):
+            values.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        return row
 
 
 class _Cache(NamedTuple):
@@ -327,6 +357,20 @@ class _Binding:
     values: Any
     last: Any
     total: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Memory bound for one row of a slot, in front of experts.
+
+    hidden, output: float32 [1, 1, hidden].
+    scores: float32 [1, 1, experts].
+    """
+
+    binding: _Binding
+    hidden: Array
+    output: Array
+    scores: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +537,9 @@ class _Loader:
                 continue
             count = pieces(layer, self._options.threads)
             own = [list(itertools.islice(sessions, count)) for _ in range(experts.stored)]
-            found.append(Experts(experts, own, threads))
+            mixture = Experts(experts, layer.hidden, own, threads)
+            self._memory_bytes += mixture.nbytes
+            found.append(mixture)
         return found
 
     def _expert_sessions(self, artifacts: Sequence[tuple[int, Path]]) -> Iterable[Any]:

@@ -15,13 +15,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from onnx import TensorProto
 
 from backends.base import Array
@@ -134,7 +134,7 @@ class ExpertThreads:
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Run all tasks, the last one first. Raises what a task raised."""
-        if not self._calls or len(tasks) == 1:
+        if not self._calls or len(tasks) < 2:
             for task in reversed(tasks):
                 task()
             return
@@ -198,53 +198,77 @@ def _dismiss(queues: Sequence[SimpleQueue[_Work | None]]) -> None:
         calls.put(None)
 
 
-@dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts of a layer that this stage holds.
+    """The experts of a layer that this stage holds."""
 
-    sessions: for each expert those of its pieces, whose outputs are added up.
-    """
+    def __init__(
+        self,
+        spec: ExpertSpec,
+        hidden: int,
+        sessions: Sequence[Sequence[Any]],
+        threads: ExpertThreads,
+    ) -> None:
+        """``sessions`` has for each expert those of its pieces, whose outputs are added up."""
+        self.spec = spec
+        self._sessions = sessions
+        self._threads = threads
+        self.row = np.zeros((1, hidden), np.float32)
+        """The memory of a single row, to which calls are bound. ``add`` may be given it."""
+        self._pieces = len(sessions[0])
+        self._outputs = np.zeros((len(sessions) * self._pieces, hidden), np.float32)
+        self._calls: dict[int, Callable[[], None]] = {}
 
-    spec: ExpertSpec
-    sessions: Sequence[Sequence[Any]]
-    threads: ExpertThreads
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the memory to which calls are bound."""
+        return self.row.nbytes + self._outputs.nbytes
 
     def add(self, output: Array, normed: Array, scores: Array) -> None:
         """Add the experts of rows ``normed`` [n, hidden] to ``output``, by scores [n, count]."""
         if len(normed) == 1:
-            self._add_one(output, normed, scores[0])
+            if normed is not self.row:
+                self.row[...] = normed
+            self._add_row(output, scores[0])
             return
         runs = list(by_expert(self.spec, *route(self.spec, scores)))
         runs.sort(key=lambda run: len(run[1]))  # Those with most rows start first.
         results: dict[int, Array] = {}
         tasks = [
-            partial(_run, session, rows, results, number * MOST_PIECES + piece)
+            partial(_run, session, rows, results, number * self._pieces + piece)
             for number, (expert, places, _) in enumerate(runs)
             for rows in [normed if len(places) == len(normed) else normed[places]]
-            for piece, session in enumerate(self.sessions[expert - self.spec.first])
+            for piece, session in enumerate(self._sessions[expert - self.spec.first])
         ]
-        if not tasks:
-            return
-        self.threads.run(tasks)
+        self._threads.run(tasks)
         for key, rows in sorted(results.items()):
-            _, places, weights = runs[key // MOST_PIECES]
+            _, places, weights = runs[key // self._pieces]
             output[places] += weights[:, None] * rows
 
-    def _add_one(self, output: Array, normed: Array, scores: Array) -> None:
-        results: dict[int, Array] = {}
-        tasks: list[Callable[[], None]] = []
+    def _add_row(self, output: Array, scores: Array) -> None:
+        """Add the experts of ``row``."""
+        places: list[int] = []
         factors: list[float] = []
-        first, held = self.spec.first, len(self.sessions)
+        first, held, count = self.spec.first, len(self._sessions), self._pieces
         for expert, weight in zip(*route_one(self.spec, scores), strict=True):
-            if not first <= expert < first + held:
-                continue
-            for session in self.sessions[expert - first]:
-                tasks.append(partial(_run, session, normed, results, len(tasks)))
-                factors.append(weight)
-        if tasks:
-            self.threads.run(tasks)
-            outputs = np.concatenate([results[key] for key in range(len(tasks))])
-            output += np.array(factors, np.float32) @ outputs
+            if first <= expert < first + held:
+                begin = (expert - first) * count
+                places += range(begin, begin + count)
+                factors += [weight] * count
+        if places:
+            known = self._calls
+            self._threads.run([known.get(place) or self._call(place) for place in places])
+            output += np.array(factors, np.float32) @ self._outputs[places]
+
+    def _call(self, place: int) -> Callable[[], None]:
+        """Bind a piece of an expert to its memory: a bound call costs least."""
+        session = self._sessions[place // self._pieces][place % self._pieces]
+        binding = session.io_binding()
+        result = self._outputs[place : place + 1]
+        binding.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(self.row))
+        binding.bind_ortvalue_output("output", ort.OrtValue.ortvalue_from_numpy(result))
+        call = partial(session.run_with_iobinding, binding)
+        self._calls[place] = call
+        return call
 
 
 def _run(session: Any, rows: Array, results: dict[int, Array], key: int) -> None:

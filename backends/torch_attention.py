@@ -19,7 +19,7 @@ def attend(
 
     queries: [sequences, heads, rows, width].
     keys, values: [sequences, heads, length, width].
-    mask: bool [sequences, 1, rows, length], true where a row sees a position.
+    mask: [sequences, 1, rows, length], 0 where a row sees a position and else -inf.
     sinks: fp32 [heads, rows, 1], one more score of each row, which adds no value.
 
     Returns the mixed values, shaped like ``queries``.
@@ -32,7 +32,7 @@ def attend(
     scores = ((queries * scale) @ keys.transpose(-1, -2)).float()
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores + mask
     if sinks is None:
         weights = scores.softmax(dim=-1)
     else:

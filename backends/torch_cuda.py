@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends.base import Backend, BackendUnavailable, Capabilities, StageOptions
 from backends.checks import check_blocks
+from backends.torch_capture import DEVICE
 from model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -65,27 +66,16 @@ class TorchCudaBackend(Backend):
             # The GPU shares memory with the CPU. The system's available memory already lacks CUDA's
             # part.
             return None
-        free, total = torch.cuda.mem_get_info(0)
+        with DEVICE.shared():
+            free, total = torch.cuda.mem_get_info(0)
         return int(free), int(total)
 
     @classmethod
     def memory_read_bytes_per_s(cls) -> float | None:
         torch = _torch("torch_cuda")
         check_gpu(torch)
-        free, _ = torch.cuda.mem_get_info(0)
-        size_bytes = min(READ_PROBE_BYTES, free // 4)
-        values = torch.ones(size_bytes // 4, dtype=torch.int32, device="cuda:0")
-        best_s = math.inf
-        for _ in range(READ_PROBES):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            values.amax()
-            end.record()
-            end.synchronize()
-            best_s = min(best_s, start.elapsed_time(end) / 1e3)
-        del values
-        torch.cuda.empty_cache()
-        return float(size_bytes // 4 * 4 / best_s)
+        with DEVICE.shared():
+            return _read_bytes_per_s(torch)
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
@@ -121,6 +111,23 @@ def is_integrated(gpu: Any, device_tree: Path = _DEVICE_TREE) -> bool:
         return b"nvidia,tegra" in device_tree.read_bytes()
     except OSError:
         return False
+
+
+def _read_bytes_per_s(torch: Any) -> float:
+    free, _ = torch.cuda.mem_get_info(0)
+    size_bytes = min(READ_PROBE_BYTES, free // 4)
+    values = torch.ones(size_bytes // 4, dtype=torch.int32, device="cuda:0")
+    best_s = math.inf
+    for _ in range(READ_PROBES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        values.amax()
+        end.record()
+        end.synchronize()
+        best_s = min(best_s, start.elapsed_time(end) / 1e3)
+    del values
+    torch.cuda.empty_cache()
+    return float(size_bytes // 4 * 4 / best_s)
 
 
 def _load(
@@ -165,7 +172,7 @@ def check_gpu(torch: Any) -> None:
             "pytorch.org, or NVIDIA's for the board's JetPack",
         )
     try:
-        with warnings.catch_warnings():
+        with DEVICE.shared(), warnings.catch_warnings():
             # Warnings of old drivers and unknown GPUs. Errors follow.
             warnings.simplefilter("ignore")
             torch.cuda.init()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from backends.base import TeamSum
+from backends.torch_capture import DEVICE
 
 Add = Callable[[torch.Tensor], torch.Tensor]
 
@@ -29,7 +30,6 @@ class Cut:
         self._hidden = hidden
         # Host memory for partial rows and for their sum. It grows with the rows of a pass.
         self._host = torch.zeros((2, 0, hidden))
-        self._stream: Any = None
         self._instead: Add | None = None
         self.failed = False
         """Whether ``team_sum`` raised when it was last called."""
@@ -51,14 +51,13 @@ class Cut:
             self._instead = before
 
     def capture(self, compute: Callable[[], None], rows: int, pool: Any) -> PieceGraphs:
-        """Capture a pass of ``rows`` rows. Raises RuntimeError if CUDA cannot."""
-        if self._stream is None:
-            # Captures share the memory of their pool only on one stream.
-            self._stream = torch.cuda.Stream(self._device)
+        """Capture a pass of ``rows`` rows on the current stream, with the device alone.
+
+        Raises RuntimeError if CUDA cannot.
+        """
         buffers = torch.zeros((2, rows, self._hidden), device=self._device)
         graphs = PieceGraphs(self, buffers, pool)
-        with torch.cuda.stream(self._stream):
-            graphs.capture(compute)
+        graphs.capture(compute)
         return graphs
 
     def _sum(self, partial: torch.Tensor) -> torch.Tensor:
@@ -77,7 +76,8 @@ class Cut:
         else:
             own = partial
         self.failed = True
-        total.numpy()[...] = self._team_sum(own.numpy())
+        with DEVICE.released():
+            total.numpy()[...] = self._team_sum(own.numpy())
         self.failed = False
         return total
 
@@ -123,7 +123,6 @@ class PieceGraphs:
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the agent may use the device meanwhile.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._capturing = graph
 

@@ -22,6 +22,10 @@ STRIP_WEIGHT_BYTES = 16
 """The bytes that each of them takes meanwhile: shifted, masked and offset codes, and values."""
 
 
+UNPACKED_WEIGHTS = 1 << 24
+"""The weights that Triton unpacks at once: few enough to hold, many enough to multiply fast."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A matrix [N, columns] of codes below 2^bits: value = (code - zero) * scale.
@@ -101,6 +105,24 @@ class PackedWeight:
         step = max(1, weights // self.columns)
         for first in range(0, rows, step):
             yield slice(first, min(first + step, rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """The operands of torch's 4-bit product: its own tiles, and [G, N, 2] of scales and offsets."""
+
+    tiles: torch.Tensor
+    scales_and_offsets: torch.Tensor
+    group_size: int
+
+    def strips(self, weights: int = UNPACKED_WEIGHTS) -> Iterator[Int4Weight]:
+        """Yield views of about this many weights each."""
+        groups, rows, _ = self.scales_and_offsets.shape
+        tiles = max(1, weights // (groups * self.group_size) // 8)
+        for first in range(0, rows // 8, tiles):
+            end = min(first + tiles, rows // 8)
+            scales = self.scales_and_offsets[:, 8 * first : 8 * end]
+            yield Int4Weight(self.tiles[first:end], scales, self.group_size)
 
 
 def plain_weight(

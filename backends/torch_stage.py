@@ -1,12 +1,14 @@
-"""A stage on a torch device. Prompts run eagerly, and tokens run as captured graphs.
+"""A stage on a torch device. On a GPU, tokens and chunks of prompts run as captured graphs.
 
 The stage of a share cuts its layers where the team adds up partial rows. All rows of a prompt's
-chunk run at once there, because all members must add up the same rows.
+chunk run at once and eagerly there, because all members must add up the same rows.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -23,10 +25,11 @@ from backends.base import (
     Tokens,
 )
 from backends.checks import check_inputs, check_rows
+from backends.torch_capture import DEVICE
 from backends.torch_cuts import Cut, without_team
 from backends.torch_experts import TorchExperts
+from backends.torch_fused import CHECKED, Cache, Residual, StepChooser
 from backends.torch_layers import (
-    Cache,
     EmbeddingTail,
     Head,
     Layer,
@@ -34,7 +37,7 @@ from backends.torch_layers import (
     PromptPass,
     TokenPass,
 )
-from backends.torch_matmul import KernelChooser, Linear, unpacked_linear
+from backends.torch_matmul import CHOICES, FEW_ROWS, KernelChooser, Linear, unpacked_linear
 from backends.torch_packed import PackedWeight, held_bytes, plain_weight
 from backends.torch_tokens import TokenRunner
 from model.artifact import Tensor, read_block
@@ -42,6 +45,8 @@ from model.costs import kv_bytes, stage_buffer_bytes
 from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import QUANTIZED_TENSORS, ModelSpec
+
+log = logging.getLogger(__name__)
 
 PROMPT_ROWS = 64
 """The rows of a prompt that run at once, as in plans."""
@@ -72,6 +77,7 @@ class TorchStage(Stage):
         self._cut = None
         if options.team_sum is not None:
             self._cut = Cut(options.team_sum, device, spec.hidden)
+        started_s = time.perf_counter()
         loader = _Loader(spec, artifacts, options, device, self._cut)
         for block, path in artifacts:
             loader.add(block, path)
@@ -82,8 +88,9 @@ class TorchStage(Stage):
         self._width = spec.hidden if loader.tokens is None else spec.embed_dim
         self._decoder = TokenRunner(
             self._token_pass,
+            self._chunk_pass,
             device,
-            (self._width, spec.hidden if loader.head is None else spec.vocab),
+            (self._width, spec.hidden if loader.head is None else spec.vocab, spec.hidden),
             options.context_tokens,
             self._cut,
         )
@@ -93,8 +100,16 @@ class TorchStage(Stage):
             min(PROMPT_ROWS, options.context_tokens),
             options.context_tokens,
         )
+        loaded_s = time.perf_counter() - started_s
         used = self._warm_up() or estimate + loader.scratch_bytes
         self._memory_bytes = loader.memory_bytes + used
+        log.info(
+            "loaded in %.1f s, of which choosing kernels %.1f s and checking steps %.1f s; first "
+            "passes and captures %.1f s",
+            loaded_s,
+            *loader.checks_s,
+            time.perf_counter() - started_s - loaded_s,
+        )
 
     @property
     def memory_bytes(self) -> int:
@@ -110,7 +125,7 @@ class TorchStage(Stage):
                 result = self._decoder.run([slot], [position], self._rows(inputs)).fetch()
                 return self._finite(result, [slot])
             results = [
-                self._prompt(slot, position + first, inputs[first : first + chunk])
+                self._prompt(slot, position + first, self._rows(inputs[first : first + chunk]))
                 for first in range(0, rows, chunk)
             ]
             if self._head is None:
@@ -118,7 +133,7 @@ class TorchStage(Stage):
                 return self._finite(hidden, [slot])
             if not logits:
                 return np.empty((0, self._spec.vocab), np.float32)
-            return self._finite(_to_host(self._head(results[-1][-1:])), [slot])
+            return self._finite(_to_host(self._head(Residual(results[-1][-1:]))), [slot])
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
@@ -133,10 +148,11 @@ class TorchStage(Stage):
 
     def close(self) -> None:
         self._open = False
-        self._tokens, self._tail, self._layers, self._head = None, None, [], None
-        self._decoder.close()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        with DEVICE.shared():
+            self._tokens, self._tail, self._layers, self._head = None, None, [], None
+            self._decoder.close()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _check(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens, rows: int
@@ -154,7 +170,7 @@ class TorchStage(Stage):
 
         A pass that ends at a sum has stored rows that ``_finite`` did not check. They are cleared.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), DEVICE.shared():
             try:
                 with translated("cannot run the stage", self._cut):
                     yield
@@ -187,22 +203,29 @@ class TorchStage(Stage):
             return np.asarray(inputs, np.float32)
         return self._tokens.dequantize(np.asarray(inputs, np.int64))
 
-    def _prompt(self, slot: int, position: int, inputs: Array | Tokens) -> torch.Tensor:
-        """Run all rows through all blocks but the head."""
-        rows = PromptPass(slot, position, len(inputs), self._device)
-        hidden = torch.from_numpy(np.array(self._rows(inputs))).to(self._device)
-        return self._body(hidden, rows)
+    def _prompt(self, slot: int, position: int, rows: Array) -> torch.Tensor:
+        """Run all rows [n, width] through all blocks but the head: hidden fp32 [n, hidden]."""
+        size = FEW_ROWS if len(rows) <= FEW_ROWS else PROMPT_ROWS
+        result = self._decoder.run_chunk(slot, position, rows, size)
+        if result is not None:
+            return result
+        hidden = torch.from_numpy(np.array(rows)).to(self._device)
+        return self._body(hidden, PromptPass(slot, position, len(rows), self._device)).settled()
+
+    def _chunk_pass(self, hidden: torch.Tensor, rows: Pass) -> torch.Tensor:
+        return self._body(hidden, rows).settled()
 
     def _token_pass(self, hidden: torch.Tensor, rows: TokenPass) -> torch.Tensor:
-        hidden = self._body(hidden, rows)
-        return hidden if self._head is None else self._head(hidden)
+        stream = self._body(hidden, rows)
+        return stream.settled() if self._head is None else self._head(stream)
 
-    def _body(self, hidden: torch.Tensor, rows: Pass) -> torch.Tensor:
+    def _body(self, hidden: torch.Tensor, rows: Pass) -> Residual:
         if self._tail is not None:
             hidden = self._tail(hidden, rows)
+        stream = Residual(hidden)
         for layer in self._layers:
-            hidden = layer(hidden, rows)
-        return hidden
+            layer(stream, rows)
+        return stream
 
     def _warm_up(self) -> int:
         """Run a chunk and a token; return the extra bytes they take on a GPU, or 0 on a CPU.
@@ -211,22 +234,25 @@ class TorchStage(Stage):
         """
         if self._device.type != "cuda":
             return 0
-        torch.cuda.reset_peak_memory_stats(self._device)
-        before_bytes = torch.cuda.memory_allocated(self._device)
         count = min(PROMPT_ROWS, self._options.context_tokens)
         with (
+            # Peaks are those of the process, so other stages must not allocate meanwhile.
+            DEVICE.exclusive(),
             translated("cannot run the stage"),
             torch.inference_mode(),
             without_team(self._cut),
         ):
-            hidden = torch.zeros((count, self._width), device=self._device)
-            last = self._body(hidden, PromptPass(0, 0, count, self._device))[-1:]
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before_bytes = torch.cuda.memory_allocated(self._device)
+            last = self._prompt(0, 0, np.zeros((count, self._width), np.float32))[-1:]
             if self._head is not None:
-                self._head(last)
-            del hidden, last
+                self._head(Residual(last))
+            del last
             self._decoder.run([0], [0], np.zeros((1, self._width), np.float32))
-            torch.cuda.synchronize(self._device)
-        return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
+            torch.cuda.current_stream(self._device).synchronize()
+            # The runs before a capture leave memory that only another capture could use.
+            torch.cuda.empty_cache()
+            return int(torch.cuda.max_memory_allocated(self._device) - before_bytes)
 
 
 class _Loader:
@@ -244,9 +270,9 @@ class _Loader:
         self._options = options
         self._device = device
         self._cut = cut
-        self._chooser = KernelChooser(
-            device, exact=options.exact, roomy=_has_room(spec, artifacts, options, device)
-        )
+        roomy = _has_room(spec, artifacts, options, device)
+        self._chooser = KernelChooser(device, exact=options.exact, roomy=roomy, choices=CHOICES)
+        self._steps = StepChooser(device, CHECKED)
         self._rotary: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tokens: QuantizedMatrix | None = None
         self.tail: EmbeddingTail | None = None
@@ -258,10 +284,16 @@ class _Loader:
     def scratch_bytes(self) -> int:
         return self._chooser.scratch_bytes
 
+    @property
+    def checks_s(self) -> tuple[float, float]:
+        """The seconds that choosing kernels took, and those of checking steps."""
+        return self._chooser.chosen_s, self._steps.checked_s
+
     def add(self, block: int, path: Path) -> None:
         fmt, tensors = read_block(path, self._spec, block)
         dtype = compute_dtype(self._device, fmt.bits, exact=self._options.exact)
-        with translated(f"cannot load {self._spec.block_name(block)}"), torch.inference_mode():
+        context = f"cannot load {self._spec.block_name(block)}"
+        with DEVICE.shared(), translated(context), torch.inference_mode():
             kind = self._spec.block_kind(block)
             if kind == "embedding":
                 self._add_embedding(tensors, dtype)
@@ -270,7 +302,7 @@ class _Loader:
             else:
                 names = [name for name in ("project_out", "lm_head") if f"{name}.weight" in tensors]
                 linears = {name: self._linear(tensors, (name,), dtype) for name in names}
-                self.head = Head(self._spec, linears, self._vectors(tensors), dtype)
+                self._add_head(linears, self._vectors(tensors))
 
     def _add_embedding(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         table, vectors = tensors["tokens.weight"], self._vectors(tensors)
@@ -282,7 +314,7 @@ class _Loader:
         if self._spec.projected:
             projection = self._linear(tensors, ("project_in",), dtype)
         positions = vectors.get("positions.weight")
-        self.tail = EmbeddingTail(projection, positions, self._spec.position_offset, dtype)
+        self.tail = EmbeddingTail(projection, positions, self._spec.position_offset)
 
     def _add_layer(self, block: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         layer = self._spec.layer(block)
@@ -304,6 +336,18 @@ class _Loader:
                 self._rotary[key] = cos, sin
                 self.memory_bytes += held_bytes(cos) + held_bytes(sin)
             rotary = self._rotary[key]
+        turned = 0 if rotary is None else 2 * rotary[0].shape[1]
+        dtypes = {dtype}.union(*(linear.dtypes for linear in linears.values()))
+        if (
+            self._cut is not None
+            or layer.norm_position != "pre"
+            or layer.experts is not None
+            or layer.qk_norm == "width"
+        ):
+            # The team's sums, norms that are the stream or a part of it, rows of a router, or heads
+            # that were normalized together.
+            dtypes.add(torch.float32)
+        steps = self._steps.layer(layer, turned, dtype, dtypes)
         vectors = self._vectors(tensors)
         experts = None
         if layer.experts is not None:
@@ -316,7 +360,14 @@ class _Loader:
                 dtype,
             )
             self.memory_bytes += experts.nbytes
-        self.layers.append(Layer(layer, linears, vectors, cache, rotary, dtype, self._cut, experts))
+        self.layers.append(
+            Layer(layer, linears, vectors, cache, rotary, dtype, steps, self._cut, experts)
+        )
+
+    def _add_head(self, linears: dict[str, Linear], vectors: dict[str, torch.Tensor]) -> None:
+        dtypes = set[torch.dtype]().union(*(linear.dtypes for linear in linears.values()))
+        steps = self._steps.norm(self._spec.hidden, "norm.bias" in vectors, dtypes)
+        self.head = Head(self._spec, linears, vectors, steps)
 
     def _linear(
         self, tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype

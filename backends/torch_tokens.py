@@ -1,9 +1,9 @@
-"""Passes of one token of each of several sequences. On CUDA they are captured graphs.
+"""Passes of one token of each of several sequences, or of a prompt's chunk, as captured graphs.
 
-A token's pass reads slots and positions from device memory, and looks at a fixed length of the
-cache. So one graph serves every position below that length. Lengths double from SHORTEST_LENGTH
-on. A share's pass is one graph for each piece between its cuts. On a CPU, or if capturing fails,
-the same pass runs eagerly.
+A pass reads slots and positions from device memory, and looks at a fixed length of the cache. So
+one graph serves every position below that length. Lengths double from SHORTEST_LENGTH on. A share's
+pass is one graph for each piece between its cuts. On a CPU, or if capturing fails, a token's pass
+runs eagerly. A prompt then does not run here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from backends.base import Array, BackendError
+from backends.torch_capture import DEVICE, captured
 from backends.torch_cuts import Cut, without_team
-from backends.torch_layers import TokenPass
+from backends.torch_layers import ChunkPass, Pass, TokenPass
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,11 @@ SHORTEST_LENGTH = 256
 GRAPH_TOLERANCE = 1e-2
 """The largest error of a graph. It runs the captured kernels, so more is a fault."""
 
-Compute = Callable[[torch.Tensor, TokenPass], torch.Tensor]
+Compute = Callable[[torch.Tensor, Any], torch.Tensor]
+"""Runs rows fp32 [n, width] through a stage, as a Pass says."""
+
+Key = tuple[str, int, int, int | None]
+"""A graph's kind, rows, length, and slot if it serves one alone."""
 
 
 class Buffers:
@@ -43,60 +48,114 @@ class Buffers:
         self._places = torch.zeros((2, count), dtype=torch.int64, device=device)
         self.slots, self.positions = self._places
         self.result = torch.zeros((count, result_width), device=device)
+        self._filled: Any = torch.cuda.Event() if pinned else None
 
     def fill(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> None:
+        if self._filled is not None:
+            # Chunks of a prompt follow each other without a result in between.
+            self._filled.synchronize()
         self._host_rows.numpy()[...] = rows
         self._host_places.numpy()[...] = (slots, positions)
         self.rows.copy_(self._host_rows, non_blocking=True)
         self._places.copy_(self._host_places, non_blocking=True)
+        if self._filled is not None:
+            self._filled.record()
 
     def fetch(self) -> Array:
         """Wait for the result, and return it as an array of its own."""
         self._host_result.copy_(self.result, non_blocking=True)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         fetched: Array = self._host_result.numpy().copy()
         return fetched
 
 
 class TokenRunner:
-    """Runs passes of one row per sequence. On CUDA they are graphs, captured when first needed."""
+    """Runs passes of one row per sequence. On CUDA they are graphs, captured when first needed.
+
+    Graphs also run chunks of prompts, where the stage is no share.
+    """
 
     def __init__(
         self,
         compute: Compute,
+        compute_chunk: Compute,
         device: torch.device,
-        widths: tuple[int, int],
+        widths: tuple[int, int, int],
         context: int,
         cut: Cut | None,
     ) -> None:
-        """``widths`` are those of a pass's rows and of its result. ``cut`` is that of a share."""
-        self._compute: Compute | None = compute
+        """``widths`` are those of a pass's rows, and of the results of tokens and of chunks.
+
+        ``cut`` is that of a share.
+        """
+        self._computes: dict[str, Compute] = {"tokens": compute, "prompts": compute_chunk}
         self._device = device
-        self._widths = widths
+        self._width = widths[0]
+        self._result_widths = {"tokens": widths[1], "prompts": widths[2]}
         self._context = context
         self._cut = cut
-        self._buffers: dict[int, Buffers] = {}
-        self._graphs: dict[tuple[int, int, int | None], Any] = {}
+        self._buffers: dict[tuple[str, int], Buffers] = {}
+        self._graphs: dict[Key, Any] = {}
         self._captures = device.type == "cuda"
+        self._captures_chunks = cut is None
         self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
+        self._stream: Any = None
 
     def run(self, slots: Sequence[int], positions: Sequence[int], rows: Array) -> Buffers:
         """Run one row [width] of each sequence. The result is in the buffers until the next run."""
-        count, only_slot = len(slots), slots[0] if len(slots) == 1 else None
-        if count not in self._buffers:
-            self._buffers[count] = Buffers(count, *self._widths, self._device)
-        buffers = self._buffers[count]
-        buffers.fill(slots, positions, rows)
-        length = self._length(max(positions) + 1)
+        length, only_slot = self._length(max(positions) + 1), slots[0] if len(slots) == 1 else None
+        buffers = self._filled("tokens", slots, positions, rows)
+
+        def rows_now() -> Pass:
+            return TokenPass(buffers.slots, buffers.positions, length, only_slot)
+
+        self._run(("tokens", len(slots), length, only_slot), buffers, rows_now)
+        return buffers
+
+    def run_chunk(self, slot: int, position: int, rows: Array, size: int) -> torch.Tensor | None:
+        """Run up to ``size`` rows of a sequence as a graph. None: prompts run without graphs.
+
+        Returns hidden rows fp32 [n, hidden], on the device. A graph has ``size`` rows. The last row
+        fills the rest, at the same position, where it writes the same keys and values again.
+        """
+        if not (self._captures and self._captures_chunks):
+            return None
+        count = len(rows)
+        at = [min(row, count - 1) for row in range(size)]
+        length = self._length(position + count)
+        buffers = self._filled("prompts", [slot] * size, [position + row for row in at], rows[at])
+
+        def rows_now() -> Pass:
+            return ChunkPass(buffers.slots, buffers.positions, length)
+
+        self._run(("prompts", size, length, None), buffers, rows_now)
+        return buffers.result[:count].clone()
+
+    def close(self) -> None:
+        self._graphs.clear()
+        self._buffers.clear()
+        self._computes.clear()
+        self._pool = self._stream = None
+
+    def _filled(
+        self, kind: str, slots: Sequence[int], positions: Sequence[int], rows: Array
+    ) -> Buffers:
+        key = kind, len(slots)
+        if key not in self._buffers:
+            widths = self._width, self._result_widths[kind]
+            self._buffers[key] = Buffers(len(slots), *widths, self._device)
+        self._buffers[key].fill(slots, positions, rows)
+        return self._buffers[key]
+
+    def _run(self, key: Key, buffers: Buffers, rows_now: Callable[[], Pass]) -> None:
+        """Run a pass by its graph, which is captured first, or eagerly."""
 
         def compute() -> None:
-            if self._compute is None:
+            if not self._computes:
                 raise BackendError("the stage is closed")
-            rows = TokenPass(buffers.slots, buffers.positions, length, only_slot)
-            buffers.result.copy_(self._compute(buffers.rows, rows))
+            buffers.result.copy_(self._computes[key[0]](buffers.rows, rows_now()))
 
-        key = count, length, only_slot
         if self._captures and key not in self._graphs:
             with without_team(self._cut):
                 self._capture(key, compute, buffers)
@@ -104,12 +163,6 @@ class TokenRunner:
             self._graphs[key].replay()
         else:
             compute()
-        return buffers
-
-    def close(self) -> None:
-        self._graphs.clear()
-        self._buffers.clear()
-        self._compute = self._pool = None
 
     def _length(self, positions: int) -> int:
         """Return the shortest captured length that holds this many positions."""
@@ -118,44 +171,50 @@ class TokenRunner:
             length *= 2
         return min(length, self._context)
 
-    def _capture(
-        self, key: tuple[int, int, int | None], compute: Callable[[], None], buffers: Buffers
-    ) -> None:
+    def _capture(self, key: Key, compute: Callable[[], None], buffers: Buffers) -> None:
         """Run and capture the pass. Keep the graph if its results agree, else stop using graphs.
 
-        These runs may leave anything in the rows of the pass, which therefore runs again.
+        Graphs of tokens stay if one of a prompt fails. These runs may leave anything in the rows of
+        the pass, which therefore runs again.
         """
+        if self._stream is None:
+            # Captures share the memory of their pool only on one stream.
+            self._stream = torch.cuda.Stream(self._device)
+        before = torch.cuda.current_stream(self._device)
         # Libraries allocate and kernels are compiled in the first run, which a graph must not
         # contain.
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
             compute()
             compute()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        torch.cuda.synchronize(self._device)
+        before.wait_stream(self._stream)
         expected = buffers.result.clone()
         try:
             graph = self._record(compute, len(buffers.rows))
+            before.wait_stream(self._stream)
             buffers.result.zero_()
             graph.replay()
-            torch.cuda.synchronize(self._device)
             difference = (buffers.result - expected).abs().max() / expected.abs().max().clamp_min(1)
             if not float(difference) <= GRAPH_TOLERANCE:
                 raise ArithmeticError(f"its results are off by {float(difference):.2g}")
             self._graphs[key] = graph
         except (RuntimeError, ArithmeticError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            log.warning("tokens run without CUDA graphs, slower: %s", lines[0][:200])
-            self._captures = False
-            self._graphs.clear()
+            log.warning("%s run without CUDA graphs, slower: %s", key[0], lines[0][:200])
+            self._captures_chunks = False
+            if key[0] == "tokens":
+                self._captures = False
+                self._graphs.clear()
+            elif not self._graphs and self._pool is not None:
+                # A pool ends with its last graph.
+                self._pool = torch.cuda.graph_pool_handle()
 
     def _record(self, compute: Callable[[], None], rows: int) -> Any:
         """Return the graph of a pass, or the graphs of its pieces. Raises RuntimeError."""
-        if self._cut is not None:
-            return self._cut.capture(compute, rows, self._pool)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the agent may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            compute()
-        return graph
+        with DEVICE.exclusive(), torch.cuda.stream(self._stream):
+            if self._cut is not None:
+                return self._cut.capture(compute, rows, self._pool)
+            graph = torch.cuda.CUDAGraph()
+            with captured(graph, self._pool):
+                compute()
+            return graph

@@ -31,7 +31,7 @@ from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.families import tensor_sources
 from model.families.config import Config
-from model.quantize import Format
+from model.quantize import Format, QuantizedMatrix
 from model.safetensors import write_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
@@ -178,7 +178,7 @@ def _measure(model: Path, bits: int, group_size: int) -> dict[str, Any]:
             own = checkpoint.format_of(block, fmt)
             tensors = checkpoint.block_in(block, own)
             kept += sum(
-                not isinstance(tensor, np.ndarray)
+                isinstance(tensor, QuantizedMatrix)
                 for name, tensor in tensors.items()
                 if name in QUANTIZED_TENSORS
             )

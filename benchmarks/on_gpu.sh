@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check and measure torch_cuda on a machine with an NVIDIA GPU, in 8 minutes at most.
+# Check and measure torch_cuda on a machine with an NVIDIA GPU, in 7 minutes at most.
 #
 #   benchmarks/on_gpu.sh [DIR]     logs and figures go to DIR, by default ./gpu-report
 #
@@ -8,8 +8,8 @@
 #   SHAPES="..."   what to measure; default: llama-1b
 #   BACKEND=...    torch_cpu tries this script on a machine without a GPU; default: torch_cuda
 #
-# Steps: install what is missing, name the machine, compare every kernel with the reference,
-# let a coordinator and a CUDA agent answer, measure. The exit code is the number of failed steps.
+# Steps: install what is missing, name the machine, let a coordinator and a CUDA agent answer, measure,
+# profile, compare every kernel with the reference. The exit code is the number of failed steps.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(mkdir -p "${1:-gpu-report}" && realpath "${1:-gpu-report}")
@@ -95,17 +95,28 @@ bench() {
     done
 }
 
-export -f shoal machine answer bench install
+profile() { # The kernels of a token and of a prompt, and how each product's kernel was chosen.
+    local shape
+    [ "$BACKEND" = torch_cuda ] || { echo "only a GPU is profiled" && return 0; }
+    for shape in ${SHAPES:-llama-1b}; do
+        "$PYTHON" -m benchmarks.gpu_profile --backend "$BACKEND" --shape "$shape" --bits 4 --rounds 3 \
+            --verbose || return 1
+    done
+}
+
+export -f shoal machine answer bench profile install
 export PYTHON BACKEND WORK OUT
 
 : >"$OUT/summary.txt"
-step install 90 bash -c install
-step machine 30 bash -c machine
-step answer 80 bash -c answer
-SHOW=60 step bench 110 bash -c bench
-# Shares of layers included: their tests have the backend's name too.
-step conformance 170 "$PYTHON" -m pytest tests/backends -k "torch" -p no:cacheprovider -p no:benchmark -q -n 6 \
-    --timeout 120 -rs --maxfail 30
+step install 50 bash -c install
+step machine 20 bash -c machine
+step answer 60 bash -c answer
+SHOW=60 step bench 90 bash -c bench
+SHOW=60 step profile 50 bash -c profile
+# Shares of layers first. Their tests have the backend's name too. Failures show as they come.
+step conformance 150 "$PYTHON" -m pytest tests/backends/test_shares.py tests/backends/test_torch_shares.py \
+    tests/backends -k "torch" -p no:cacheprovider -p no:benchmark -v --tb short -n 6 \
+    --timeout 120 -rfs --maxfail 30
 echo
 cat "$OUT/summary.txt"
 exit $failed

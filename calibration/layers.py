@@ -551,6 +551,8 @@ def timing_dependencies(spec: ModelSpec, task: Task) -> dict[str, Any]:
     if task.kind == "embedding":
         return key | {"bits": task.bits, "positions": bool(spec.learned_positions)}
     norm = spec.layers[-1].norm if spec.final_norm else None
+    if spec.logit_cap is not None:
+        key["capped"] = True
     return key | {"container": task.container_bits, "vocab": spec.vocab, "norm": norm}
 
 

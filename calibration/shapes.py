@@ -74,6 +74,9 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "mistral-7b": _decoder(
         "mistral", 4096, 14336, 32, (32, 8, 128), 32768, 32768, sliding_window=None, **_UNTIED
     ),
+    "olmo2-1b": _decoder(
+        "olmo2", 2048, 8192, 16, (16, 16, 128), 100352, 4096, rope_theta=5e5, **_UNTIED
+    ),
     "opt-350m": {
         "model_type": "opt",
         "hidden_size": 1024,

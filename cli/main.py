@@ -209,13 +209,13 @@ def _ensure_loaded(
     It is loaded with the defaults of `shoal load` if it is not loaded.
     """
     from cli.commands import plan_arguments
-    from cli.commands.model_names import locate
+    from cli.commands.model_names import locate, path_given
     from model.hub import is_loaded_from
     from planning.request import LoadRequest
 
     plan_arguments.check_teams(options)
     models = _models(client.get("/shoal/v1/ps"))
-    path = Path(options.model).absolute()
+    path = path_given(options.model)
     for known in models:
         is_broken = known["state"] == "broken"
         directory = Path(known["directory"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from cli import argument_types
+from cli.errors import UsageError
 from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, GROUP_SIZES
 
 
@@ -24,13 +26,41 @@ def add_scheme_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_adapter_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="Merge the LoRA adapter in this folder into the weights while they are quantized. "
+        "none runs the weights without an adapter that lies beside them.",
+    )
+
+
+def adapter_of(options: argparse.Namespace) -> str | None:
+    """The adapter's absolute path, ``none``, or None. Raises UsageError if nothing is there.
+
+    An absolute path may exist on the coordinator alone, so it is not checked here.
+    """
+    from model.adapters import NO_ADAPTER
+
+    if options.adapter in (None, NO_ADAPTER):
+        return None if options.adapter is None else NO_ADAPTER
+    path = Path(options.adapter)
+    if not path.is_absolute() and not path.is_dir():
+        raise UsageError(
+            f"--adapter {options.adapter}: no such folder here; give the folder that peft's "
+            "save_pretrained wrote"
+        )
+    return str(path.absolute())
+
+
 def add_group_size_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--group-size",
         type=int,
         choices=GROUP_SIZES,
         default=DEFAULT_GROUP_SIZE,
-        help="Weights that share one scale, with the scheme rtn. Default: %(default)s.",
+        help="Weights that share one scale, with the scheme rtn. Codes that are kept from the file "
+        "have its own groups. Default: %(default)s.",
     )
 
 

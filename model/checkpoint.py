@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.adapters import NO_ADAPTER, Adapter
 from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Piece, Source, describe, read_config, tensor_sources
+from model.families.quantization import old_settings
 from model.families.sources import shape_of
 from model.gguf_map import read_model
+from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
-from model.given import gguf_of, kind_of_file, without_weights
 from model.hub import lacks_weights
 from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
@@ -37,7 +39,6 @@ log = logging.getLogger(__name__)
 
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 """The names of a separate head, also as a part of a model that sees."""
-_ADAPTER = "adapter_config.json"
 _RECOMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """The ends of the names of tensors in old checkpoints that config.json makes redundant.
 
@@ -65,45 +66,49 @@ class Checkpoint:
     """The stored tensors by the names that transformers gives them."""
 
     @staticmethod
-    def open(directory: Path) -> Checkpoint:
+    def open(directory: Path, adapter: str | None = None) -> Checkpoint:
         """Read config.json and all headers, and check every tensor of every block against them.
 
         directory: a model's folder, or a GGUF file.
+        adapter: the folder of a LoRA adapter to merge, NO_ADAPTER to leave out one that lies beside
+            the weights, or None. With None, such an adapter is refused.
 
         Raises CheckpointError for missing, damaged, unsafe or inconsistent files,
         UnsupportedModelError for an architecture or option that is not implemented.
         """
         gguf = gguf_of(directory)
         if gguf is not None:
-            return _open_gguf(directory, gguf)
-        config = read_config(directory)
-        spec = describe(config, directory)
-        shards = _open_shards(directory)
-        _refuse_adapter(directory)
-        stored: dict[str, PlainTensor] = {}
-        for shard in shards.values():
-            for name in shard.entries:
-                if name in stored:
-                    raise CheckpointError(
-                        f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
-                    )
-                stored[name] = PlainTensor(shard, name)
-        tensors = unpacked(config, stored)
-        checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
-        notes = _unread_files(directory, shards), _wrong_places(directory, stored)
-        for note in filter(None, notes):
-            _tell(checkpoint.fingerprint, note)
-        checkpoint._check_tensors()
-        return checkpoint
+            checkpoint = _open_gguf(directory, gguf)
+        else:
+            checkpoint = _open_folder(directory)
+            if adapter is None:
+                _refuse_adapter(directory)
+        if adapter is None or adapter == NO_ADAPTER:
+            return checkpoint
+        return checkpoint.with_adapter(Adapter.open(Path(adapter)))
+
+    def with_adapter(self, adapter: Adapter) -> Checkpoint:
+        """Return this model with a LoRA adapter merged. The fingerprint covers both.
+
+        Raises CheckpointError if the adapter belongs to another model.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        adapter.feed(digest)
+        tensors, spec = adapter.merged(self.tensors), self.spec
+        if spec.tied_head and any(map(adapter.replaces, _HEADS)):
+            spec = ModelSpec.from_dict(spec.to_dict() | {"tied_head": False})
+        merged = replace(self, spec=spec, fingerprint=digest.hexdigest(), tensors=tensors)
+        merged._check_tensors()
+        return merged
 
     @staticmethod
-    def open_to_plan(directory: Path) -> Checkpoint:
+    def open_to_plan(directory: Path, adapter: str | None = None) -> Checkpoint:
         """Open a model, or describe it by its config.json alone if its weights are not here yet.
 
         Without weights ``tensors`` is empty. Raises as ``open``.
         """
         if not lacks_weights(directory):
-            return Checkpoint.open(directory)
+            return Checkpoint.open(directory, adapter)
         config = read_config(directory)
         fingerprint = _fingerprint(config, {})
         return Checkpoint(directory, describe(config, directory), fingerprint, config, {})
@@ -130,6 +135,8 @@ class Checkpoint:
 
     def kept_formats(self, block: int) -> dict[str, Format]:
         """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        if not self.tensors:  # Only config.json is here.
+            return {}
         found: dict[str, Format] = {}
         for canonical, source in self._sources(block).items():
             formats = {
@@ -202,6 +209,8 @@ class Checkpoint:
 
     def source_dtypes(self, block: int) -> dict[str, str]:
         """Return what is stored for each canonical tensor of a block: F32, F16, BF16, Q4_K."""
+        if not self.tensors:
+            return {}
         return {
             canonical: self.tensors[source[0].name].dtype
             for canonical, source in self._sources(block).items()
@@ -267,7 +276,7 @@ class Checkpoint:
             if name not in used and not derived and (inside or name.rpartition(".")[0] in modules):
                 raise UnsupportedModelError(
                     f"{self.directory}: tensor {name!r} is not part of the architecture that "
-                    "config.json describes; its options and the weights disagree"
+                    f"{self.config.path.name} describes; its options and the weights disagree"
                 )
         self._check_tied_head(used)
         unused = [
@@ -281,7 +290,8 @@ class Checkpoint:
         elif unused:
             _tell(
                 self.fingerprint,
-                f"{self.directory}: {_some(unused)} not used: config.json describes no such part",
+                f"{self.directory}: {_some(unused)} not used: "
+                f"{self.config.path.name} describes no such part",
             )
 
     def _is_idle(self, name: str, tensor: StoredTensor) -> bool:
@@ -331,7 +341,7 @@ class Checkpoint:
         if found != expected:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name!r} has shape {list(found)}, "
-                f"but config.json makes it {list(expected)}"
+                f"but {self.config.path.name} makes it {list(expected)}"
             )
 
     def _check_parts(self, sources: Mapping[str, Source]) -> None:
@@ -346,8 +356,8 @@ class Checkpoint:
             rows = whole.shape_of(stored.shape)[0]
             if None not in spans and read != rows:
                 raise CheckpointError(
-                    f"{stored.path}: tensor {whole.name!r} has {rows} rows, but config.json makes "
-                    f"it {read}"
+                    f"{stored.path}: tensor {whole.name!r} has {rows} rows, but "
+                    f"{self.config.path.name} makes it {read}"
                 )
 
     def _stored(self, name: str) -> StoredTensor:
@@ -364,6 +374,28 @@ class Checkpoint:
                 "not say how it is quantized (quantization_config); fetch config.json again"
             )
         return tensor
+
+
+def _open_folder(directory: Path) -> Checkpoint:
+    """Open a model's folder as Hugging Face stores it."""
+    config = read_config(directory)
+    spec = describe(config, directory)
+    shards = _open_shards(directory)
+    stored: dict[str, PlainTensor] = {}
+    for shard in shards.values():
+        for name in shard.entries:
+            if name in stored:
+                raise CheckpointError(
+                    f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
+                )
+            stored[name] = PlainTensor(shard, name)
+    tensors = unpacked(config, stored)
+    checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
+    notes = _unread_files(directory, shards), _wrong_places(directory, stored)
+    for note in filter(None, notes):
+        _tell(checkpoint.fingerprint, note)
+    checkpoint._check_tensors()
+    return checkpoint
 
 
 def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
@@ -398,11 +430,11 @@ def _refuse_adapter(directory: Path) -> None:
 
     transformers reads another base then, and applies the adapter only if peft is installed.
     """
-    if (directory / _ADAPTER).exists():
+    if (directory / ADAPTER).exists():
         raise CheckpointError(
-            f"{directory / _ADAPTER}: adapters (LoRA) are not applied; merge it into the weights "
-            "(peft's merge_and_unload, then save_pretrained into a new folder), or move its files "
-            "away to run the weights without it"
+            f"{directory / ADAPTER}: adapters (LoRA) beside weights are not taken in silence: give "
+            f"`--adapter {directory}` to merge it, or `--adapter {NO_ADAPTER}` to run the weights "
+            "without it"
         )
 
 
@@ -495,6 +527,8 @@ def _fingerprint(config: Config, shards: Mapping[str, SafetensorsFile]) -> str:
     digest = hashlib.sha256()
     try:
         _feed(digest, config.path.read_bytes())
+        for path in old_settings(config):
+            _feed(digest, path.read_bytes())
         for name, shard in sorted(shards.items()):
             status = shard.path.stat()
             _feed(digest, name.encode())

@@ -194,7 +194,13 @@ class GgufTensor(StoredTensor):
     def codes(self) -> QuantizedMatrix | None:
         if self.format is None:
             return None
-        return kept_codes(self._entry.kind, self._rows(), self.shape[-1])
+        codes = kept_codes(self._entry.kind, self._rows(), self.shape[-1])
+        if not np.isfinite(codes.scales()).all():
+            raise CheckpointError(
+                f"{self.path}: tensor {self.name!r} holds NaN or infinite scales; it is damaged, "
+                "fetch it again"
+            )
+        return codes
 
     @property
     def _entry(self) -> GgufEntry:
@@ -212,6 +218,55 @@ class GgufTensor(StoredTensor):
         if self.add:
             values = values + np.float32(self.add)
         return values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alternating(StoredTensor):
+    """Two tensors [experts, n, ...] as one [experts, 2 n, ...], whose rows take turns."""
+
+    first: GgufTensor
+    second: GgufTensor
+
+    @property
+    def path(self) -> Path:
+        return self.first.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, rows, *others = self.first.shape
+        return (experts, 2 * rows, *others)
+
+    @property
+    def dtype(self) -> str:
+        return self.first.dtype
+
+    @property
+    def readable(self) -> bool:
+        return self.first.readable and self.second.readable
+
+    def float32(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
+        both = np.stack((self.first.float32(rows), self.second.float32(rows)), axis=2)
+        return both.reshape(-1, *self.shape[1:])
+
+    @property
+    def format(self) -> Format | None:
+        return self.first.format if self.first.format == self.second.format else None
+
+    def codes(self) -> QuantizedMatrix | None:
+        first, second = self.first.codes(), self.second.codes()
+        if self.format is None or first is None or second is None:
+            return None
+        assert first.scale_data is not None  # noqa: S101 - integer formats have scales
+        assert second.scale_data is not None  # noqa: S101
+        data = np.stack((first.data, second.data), axis=1)
+        scales = np.stack((first.scale_data, second.scale_data), axis=1)
+        rows, columns = first.shape
+        return QuantizedMatrix(
+            (2 * rows, columns),
+            first.format,
+            data.reshape(2 * rows, *data.shape[2:]),
+            scales.reshape(2 * rows, -1),
+        )
 
 
 def _pairs_apart(values: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
@@ -263,6 +318,11 @@ def read_parts(path: Path) -> tuple[GgufFile, ...]:
         if _count(file, "split.count", 1) != count or _count(file, "split.no") != number:
             raise CheckpointError(f"{file.path}: not part {number + 1} of {count}; fetch it again")
     return files
+
+
+def short_number(value: float) -> float:
+    """Return the shortest decimal number that is this float32: 1e-05, not 9.99999974e-06."""
+    return float(str(np.float32(value)))
 
 
 def _count(file: GgufFile, key: str, default: int = 0) -> int:
@@ -346,9 +406,21 @@ class _Cursor:
         if kind != _STRING:
             return self._numbers(kind, length)
         begin = self.position
-        for _ in range(length):
-            self.take(self.number("<Q"))
+        self._skip_strings(length)
         return Strings(self.path, length, begin, self.position)
+
+    def _skip_strings(self, count: int) -> None:
+        """Move behind so many strings, of which a vocabulary has hundreds of thousands."""
+        position, last, data, length = self.position, self._end - 8, self._data, struct.Struct("<Q")
+        for _ in range(count):
+            if position > last:
+                break
+            position += 8 + length.unpack_from(data, position)[0]
+        else:
+            if position <= self._end:
+                self.position = position
+                return
+        self.take(self._end)  # It raises, because the strings go on beyond the end.
 
     def _numbers(self, kind: int, length: int) -> npt.NDArray[Any]:
         if kind not in _NUMBERS:

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from model.errors import TokenizerError
-from model.gguf import GgufFile, Strings, read_parts
+from model.gguf import GgufFile, Strings, read_parts, short_number
 from model.splittings import SPLITTINGS
 from model.vocabulary import VocabSettings, tokenizer_from_vocab
 
@@ -26,6 +26,14 @@ _SPECIAL = {
     "mask": "mask",
 }
 """The names of special tokens in tokenizer_config.json, and in the metadata (as it spells them)."""
+
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "repetition_penalty": "penalty_repeat",
+}
+"""The names of recommendations in generation_config.json, and in the metadata."""
 
 
 def gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -41,6 +49,22 @@ def gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         return _tokenizer(_Metadata(file))
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
+
+
+def gguf_sampling(path: Path) -> dict[str, float]:
+    """Return what a GGUF model's generation_config.json would recommend for drawing tokens.
+
+    Raises CheckpointError for a damaged file.
+    """
+    metadata = read_parts(path)[0].metadata
+    values: dict[str, float] = {}
+    for name, key in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{key}")
+        if isinstance(value, float):
+            values[name] = short_number(value)
+        elif type(value) is int:
+            values[name] = value
+    return values
 
 
 class _Metadata:

@@ -49,7 +49,15 @@ class BlockType:
 
 
 def dequantize(kind: BlockType, rows: Bytes, columns: int) -> Floats:
-    """Return the values float32 [n, columns] of rows of blocks, uint8 [n, bytes of a row]."""
+    """Return the values float32 [n, columns] of rows of blocks, uint8 [n, bytes of a row].
+
+    A damaged file may hold infinite scales: its values are then NaN, which ``quantize`` refuses.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _dequantized(kind, rows, columns)
+
+
+def _dequantized(kind: BlockType, rows: Bytes, columns: int) -> Floats:
     assert kind.decode is not None  # noqa: S101 - callers ask whether a type is readable
     if kind.values == 1:
         return kind.decode(rows).reshape(len(rows), columns)

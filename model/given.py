@@ -7,7 +7,9 @@ would not help them. So the messages say what is at the path, and what to do.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shlex
 import socket
 import stat
 from collections.abc import Iterable
@@ -27,6 +29,7 @@ from model.foreign import (
 CONFIG = hub.CONFIG
 SINGLE = hub.SINGLE
 INDEX = hub.INDEX
+ADAPTER = "adapter_config.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FOREIGN = ("*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.npz", "*.mlmodelc", "*.engine")
@@ -273,7 +276,7 @@ def _folder(given: Path, names: frozenset[str]) -> str:
     cache = _cache_folder(given, names)
     if cache is not None:
         return cache
-    if "adapter_config.json" in names:
+    if ADAPTER in names:
         return _adapter(given)
     if "model_index.json" in names:
         return "a pipeline of diffusers (pictures, sound), not a language model"
@@ -334,17 +337,13 @@ def _cache_folder(given: Path, names: frozenset[str]) -> str | None:
 def _adapter(given: Path) -> str:
     """Describe an adapter's folder by the base model that its config names."""
     base = ""
-    path = given / "adapter_config.json"
-    try:
-        values = read_json(path, _MAX_ADAPTER_BYTES)
+    with contextlib.suppress(OSError, ValueError):
+        values = read_json(given / ADAPTER, _MAX_ADAPTER_BYTES)
         named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-        if isinstance(named, str) and named:
-            base = f" of {shown(Path(named[:100]))}"
-    except (OSError, ValueError):
-        pass
+        base = shown(Path(named[:100])) if isinstance(named, str) and named else ""
     return (
-        f"an adapter (LoRA){base} without its base model: merge the two with peft"
-        " (merge_and_unload, save_pretrained), and give the merged model's folder"
+        f"an adapter (LoRA){base and f' of {base}'} without its base model: run `shoal load "
+        f"{shlex.quote(base or 'BASE')} --adapter {shlex.quote(shown(given))}`"
     )
 
 
@@ -376,7 +375,7 @@ def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
     files = _some(directory, "*.gguf")
     if files:
         return f"parts of models as GGUF ({files}), but no model: give the path of a model"
-    if "adapter_config.json" in names:
+    if ADAPTER in names:
         return _adapter(directory)
     unfinished = _some(directory, *_UNFINISHED) or _some(
         directory / ".cache" / "huggingface" / "download", "*.incomplete"

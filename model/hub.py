@@ -146,7 +146,7 @@ def parse_name(text: str) -> HubName | None:
     elif address is not None:
         text = address["path"]
     match = _NAME.fullmatch(text)
-    if match is None or ".." in text:
+    if match is None or ".." in text or "--" in match["repo"]:
         return None
     return HubName(match["repo"], match["revision"], match["file"])
 
@@ -380,9 +380,9 @@ def choose_gguf(files: Iterable[str], name: HubName) -> tuple[str, ...]:
         chosen = {key: value for key, value in models.items() if _means(name.file, key, value)}
     if len(chosen) == 1:
         return tuple(next(iter(chosen.values())))
-    shown = ", ".join(map(_short, models)) or "none"
+    shown = ", ".join(map(quantization_of, models)) or "none"
     asked = f"has no GGUF file {name.file}" if name.file and not chosen else "has several models"
-    example = _short(next(iter(chosen or models), "Q4_K_M"))
+    example = quantization_of(next(iter(chosen or models), "Q4_K_M"))
     raise SeveralFiles(
         f"{name.repo} {asked}: {shown}; give one, as in `{name.repo}:{example}`",
         {key: tuple(value) for key, value in models.items()},
@@ -397,6 +397,16 @@ class SeveralFiles(HubError):
         self.models = models
 
 
+def pieces_of(path: Path) -> list[Path]:
+    """Return the files of a GGUF model, which ``path`` is the first of."""
+    piece = _PIECE_OF_GGUF.fullmatch(path.name)
+    if piece is None:
+        return [path]
+    start = f"{piece['stem']}-"
+    siblings = (item for item in path.parent.iterdir() if item.name.startswith(start))
+    return sorted(item for item in siblings if _PIECE_OF_GGUF.fullmatch(item.name))
+
+
 def _means(asked: str, model: str, files: list[str]) -> bool:
     """Whether a user's ``asked`` is the model's file, or the quantization in its name."""
     if asked in (model, *files) or asked in [PurePosixPath(file).name for file in files]:
@@ -405,8 +415,8 @@ def _means(asked: str, model: str, files: list[str]) -> bool:
     return re.search(rf"(?:^|[-._]){re.escape(asked.lower())}$", stem) is not None
 
 
-def _short(model: str) -> str:
-    """Return the quantization in a GGUF file's name, else the name."""
+def quantization_of(model: str) -> str:
+    """Return the quantization in a GGUF file's name, such as Q4_K_M, else the name."""
     stem = PurePosixPath(model).name.removesuffix(".gguf")
     found = re.search(
         r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|T?Q\d_\w+|BF16|F16|F32|MXFP4\w*))$", stem, re.I

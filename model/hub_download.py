@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urlsplit
 
 from model.durable import replace_text
-from model.errors import HubError
+from model.errors import CheckpointError, HubError, UnsupportedModelError
 from model.hub import (
     ADAPTER,
     CONFIG,
@@ -95,7 +95,8 @@ class Pulled:
 def pull(name: HubName, on_bytes: OnBytes = lambda done, total: None) -> Pulled:
     """Fetch what a model needs, and point the revision at it once everything is here.
 
-    Raises HubError with one line, OSError.
+    Raises HubError with one line, also for a model that is not supported: its weights are not
+    fetched.
     """
     repository = look_up(name)
     files = needed_files(repository)
@@ -136,25 +137,32 @@ def fetch_config(name: HubName) -> tuple[Path, int | None]:
 def look_up(name: HubName) -> Repository:
     """Return what the hub says about a repository: its commit and files. Raises HubError."""
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
 
-    with _explained(name):
-        info = HfApi(endpoint=_endpoint()).model_info(
-            name.repo,
-            revision=name.revision,
-            files_metadata=True,
-            timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        )
-    files = [
-        HubFile(
-            item.rfilename,
-            (item.lfs.size if item.lfs else item.size) or 0,
-            item.lfs.sha256 if item.lfs else item.blob_id or "",
-        )
-        for item in info.siblings or ()
-    ]
-    commit = info.sha or ""
-    if not _is_hex(commit, 40) or not all(_is_sound(file) for file in files):
-        raise HubError(f"{_host()} answers for {name.repo} unlike a hub: is HF_ENDPOINT right?")
+    try:
+        with _explained(name):
+            info = HfApi(endpoint=_endpoint()).model_info(
+                name.repo,
+                revision=name.revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            )
+        files = [
+            HubFile(
+                item.rfilename,
+                (item.lfs.size if item.lfs else item.size) or 0,
+                item.lfs.sha256 if item.lfs else item.blob_id or "",
+            )
+            for item in info.siblings or ()
+        ]
+        commit = info.sha or ""
+        is_sound = _is_hex(commit, 40) and all(_is_sound(file) for file in files)
+    except HFValidationError as error:
+        raise HubError(f"{name.repo} is no name that a hub can have: check it") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another service.
+        raise HubError(f"{_host()} does not answer like a hub: is HF_ENDPOINT right?") from error
+    if not is_sound:
+        raise HubError(f"{_host()} does not answer like a hub: is HF_ENDPOINT right?")
     return Repository(name, commit, tuple(files))
 
 
@@ -214,7 +222,7 @@ def _fetch(repository: Repository, files: Iterable[HubFile], on_bytes: OnBytes) 
     total, done, fetched = sum(file.size_bytes for file in wanted), 0, 0
     with _explained(name), _writing(name):
         _require_space(name, wanted)
-        for folder in (blobs, locks, repository.snapshot):
+        for folder in (blobs, locks):
             folder.mkdir(parents=True, exist_ok=True)
         for file in wanted:
             blob, before = blobs / file.digest, done
@@ -226,9 +234,24 @@ def _fetch(repository: Repository, files: Iterable[HubFile], on_bytes: OnBytes) 
                 if not blob.exists():
                     fetched += _fetch_blob(repository, file, blob, moved)
             _link(blob, repository.snapshot / PurePosixPath(file.path))
+            if file.path == CONFIG:
+                _require_supported(repository)
             done = before + file.size_bytes
             on_bytes(done, total)
     return fetched
+
+
+def _require_supported(repository: Repository) -> None:
+    """Raise HubError if config.json describes a model that is not implemented."""
+    from model.families import load_spec
+
+    try:
+        load_spec(repository.snapshot)
+    except UnsupportedModelError as error:
+        reason = str(error).replace(f"{repository.snapshot}/", "")
+        raise HubError(f"{repository.name} is not fetched: {reason}") from error
+    except CheckpointError:
+        pass  # Another file may be what describes the model.
 
 
 def _fetch_blob(
@@ -239,13 +262,17 @@ def _fetch_blob(
     fetched = 0
     for _ in range(2):
         resumed = partial.exists() and partial.stat().st_size > 0
-        with partial.open("a+b") as out:
-            count, digest = _receive(repository, file, out, moved)
+        try:
+            with partial.open("a+b") as out:
+                count, digest = _receive(repository, file, out, moved)
+        finally:
+            if partial.stat().st_size == 0:
+                partial.unlink()
         fetched += count
         if digest == file.digest:
             partial.replace(blob)
             return fetched
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         if not resumed:  # Else the earlier part may be what is wrong.
             break
     kind = "SHA-256" if len(file.digest) == 64 else "git id"
@@ -277,6 +304,8 @@ def _receive(
                 if start < have:  # The server sends the whole file again.
                     out.truncate(0)
                     digest, have = _hash(file), 0
+                if not fetched:  # From now on, the cache's lists show the repository.
+                    repository.snapshot.mkdir(parents=True, exist_ok=True)
                 out.write(piece)
                 out.flush()
                 digest.update(piece)

@@ -29,6 +29,7 @@ from model.weights import PlainTensor, StoredTensor
 Plain = Mapping[str, PlainTensor]
 
 _NUMBERS = ("F16", "BF16", "F32")
+_OF_ACTIVATIONS = ("input_scale", "input_scale_ub", "activation_scale")
 _MOST_BYTES = 1 << 20
 """A description of packed weights that is longer is no description."""
 
@@ -109,10 +110,10 @@ def _gptq(quantization: Quantization, parts: _Parts) -> dict[str, StoredTensor]:
             rank(order, 1)
             columns = order.shape[0]
             bits = words.shape[0] * 32 // max(columns, 1)
-        groups, rows = scales.shape
-        group = _group(settings, words, columns, groups)
         if bits not in (2, 3, 4, 8):
             raise CheckpointError(f"{words.path}: {words.name!r} has {bits} bits, not 2, 3, 4 or 8")
+        groups, rows = scales.shape
+        group = _group(settings, words, columns, groups)
         shaped(words, (columns * bits // 32, rows))
         shaped(zeros, (groups, rows * bits // 32))
         if columns * bits % 32 or rows * bits % 32:
@@ -254,12 +255,11 @@ def _float8(parts: _Parts, module: str, scale: str, block: tuple[int, int]) -> F
     stored = parts.take(f"{module}weight", *FLOAT8)
     scales = parts.take(f"{module}{scale}", *_NUMBERS, "F8_E8M0")
     # The scales of activations matter to arithmetic in fp8 alone.
-    parts.drop(*(f"{module}{name}" for name in ("input_scale", "activation_scale")))
+    parts.drop(*(f"{module}{name}" for name in _OF_ACTIVATIONS))
     rank(stored, 2)
     rows, columns = stored.shape
-    size = math.prod(scales.shape)
-    if size != 1:
-        if size == rows:
+    if math.prod(scales.shape) != 1:
+        if scales.shape in ((rows,), (rows, 1)):
             block = 1, columns
         else:
             shaped(scales, (-(-rows // block[0]), -(-columns // block[1])))

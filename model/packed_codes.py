@@ -102,25 +102,34 @@ class CodedMatrix(StoredTensor):
             (self.rows, self.columns),
             fmt,
             np.ascontiguousarray(packed).reshape(self.rows, groups, group_bytes),
-            self._repeated(_narrow(self.scales()), groups),
+            self._repeated(narrow(self.scales()), groups),
             None if zeros is None else pack_rows(self._repeated(zeros, groups), fmt.bits),
         )
 
     def float32(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
-        order = self.order()
-        if order is None:
-            order = np.arange(self.columns, dtype=np.int32) // self.group
         packed, scales, zeros = self.packed()[rows], self.scales()[rows], self.zeros()
-        zeros = None if zeros is None else zeros[rows]
-        values = np.empty((len(packed), self.columns), np.float32)
+        middle = np.full((1, 1), 1 << (self.bits - 1), np.uint8)
+        zeros = middle if zeros is None else zeros[rows]
+        order, groups = self.order(), scales.shape[1]
+        if order is None and groups > 1 and groups * self.group != self.columns:
+            order = np.arange(self.columns, dtype=np.int32) // self.group
+        if order is not None:  # As if each column were a group.
+            scales, groups = scales[:, order], self.columns
+            zeros = zeros if zeros.size == 1 else zeros[:, order]
+        values = np.empty((len(packed), groups, self.columns // groups), np.float32)
         step = max(1, _CHUNK_WEIGHTS // self.columns)
         for begin in range(0, len(packed), step):
             part = slice(begin, begin + step)
-            codes = _unpacked(packed[part], self.bits, self.columns).astype(np.float32)
-            codes -= float(1 << (self.bits - 1)) if zeros is None else zeros[part][:, order]
-            codes *= scales[part].astype(np.float32)[:, order]
-            values[part] = codes
-        return values
+            codes = _unpacked(packed[part], self.bits, self.columns)
+            own = zeros if zeros.size == 1 else zeros[part]
+            np.subtract(
+                codes.reshape(values[part].shape),
+                own[..., None],
+                out=values[part],
+                dtype=np.float32,
+            )
+            values[part] *= scales[part, :, None].astype(np.float32)
+        return values.reshape(len(packed), self.columns)
 
     def scales(self) -> npt.NDArray[Any]:
         """Return the scales [N, G]. Raises CheckpointError if one is no sane number."""
@@ -281,7 +290,7 @@ def _numbers(stored: PlainTensor) -> npt.NDArray[Any]:
     return stored.map() if stored.dtype == "F16" else stored.float32()
 
 
-def _narrow(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def narrow(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return scales as float16 if that changes none, because all kernels are faster with it."""
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16)

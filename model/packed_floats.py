@@ -6,6 +6,7 @@ of two.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import CheckpointError
+from model.packed_codes import narrow
 from model.quantize import Format, QuantizedMatrix, pack, unpack
 from model.weights import PlainTensor, Rows, StoredTensor
 
@@ -25,7 +27,8 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _CHUNK_WEIGHTS = 1 << 22
 """The weights that are decoded at once."""
 _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""The values of e2m1 without the sign (Source: OCP Microscaling Formats, 5.3.3)."""
+_SIGNED4 = np.array([*_FLOAT4, *(-value for value in _FLOAT4)], np.float32)
+"""The values of e2m1 (Source: OCP Microscaling Formats, 5.3.3)."""
 
 
 @cache
@@ -44,7 +47,10 @@ def _float8_values(dtype: str) -> FloatArray:
 
 @dataclass(frozen=True)
 class _Decoded(StoredTensor):
-    """A tensor that is decoded on reading. ``source``: the tensor to name in messages."""
+    """A tensor that is decoded on reading. ``source``: the tensor to name in messages.
+
+    Numbers of a damaged file may become NaN here. ``model.quantize`` refuses those.
+    """
 
     source: PlainTensor
     label: str
@@ -74,6 +80,7 @@ class Float8Matrix(_Decoded):
     scales: PlainTensor
     block: tuple[int, int]
 
+    @np.errstate(invalid="ignore", over="ignore")
     def float32(self, rows: Rows = slice(None)) -> FloatArray:
         values: FloatArray = _float8_values(self.source.dtype)[self.source.map()[rows]]
         bytes_only = self.scales.dtype == "F8_E8M0"
@@ -104,6 +111,7 @@ class MlxMatrix(_Decoded):
     biases: PlainTensor
     bits: int
 
+    @np.errstate(invalid="ignore", over="ignore")
     def float32(self, rows: Rows = slice(None)) -> FloatArray:
         words = np.ascontiguousarray(self.source.map()[rows], np.dtype("<u4")).view(np.uint8)
         scales, biases = self.scales.float32(rows), self.biases.float32(rows)
@@ -128,11 +136,15 @@ class MxfpMatrix(_Decoded):
 
     scales: PlainTensor
 
+    @np.errstate(invalid="ignore", over="ignore")
     def float32(self, rows: Rows = slice(None)) -> FloatArray:
-        table = np.array([*_FLOAT4, *(-value for value in _FLOAT4)], np.float32)
-        nibbles = self._nibbles(rows)
-        values = table[nibbles] * _exponents(self.scales)[rows][..., None]
-        return values.reshape(*values.shape[:-2], -1).astype(np.float32, copy=False)
+        groups = self.size[-1] // 32
+        nibbles = self.source.map()[rows].reshape(-1, groups, 16)
+        scales = _exponents(self.scales)[rows].reshape(-1, groups, 1)
+        values = np.empty((len(nibbles), groups, 32), np.float32)
+        for part in self._parts(len(nibbles)):
+            np.multiply(_SIGNED4[unpack(nibbles[part], 4)], scales[part], out=values[part])
+        return values.reshape(-1, *self.size[1:-1], self.size[-1])
 
     @property
     def format(self) -> Format | None:
@@ -140,17 +152,19 @@ class MxfpMatrix(_Decoded):
 
     def codes(self) -> QuantizedMatrix | None:
         fmt = Format(5, "rtn", 32, symmetric=True)
-        integers = np.array([*_FLOAT4, *(-value for value in _FLOAT4)]) * 2 + 16
-        columns, groups = self.size[-1], self.size[-1] // 32
-        codes = integers.astype(np.uint8)[self._nibbles(slice(None))].reshape(-1, groups, 32)
-        scales = _exponents(self.scales).reshape(-1, groups) / 2
-        with np.errstate(over="ignore"):
-            half = scales.astype(np.float16)
-        stored = half if np.array_equal(half, scales) else scales
-        return QuantizedMatrix((len(codes), columns), fmt, pack(codes, 5), stored)
+        integers = (_SIGNED4 * 2 + 16).astype(np.uint8)
+        groups = self.size[-1] // 32
+        nibbles = self.source.map().reshape(-1, groups, 16)
+        data = np.empty((len(nibbles), groups, 20), np.uint8)
+        for part in self._parts(len(nibbles)):
+            data[part] = pack(integers[unpack(nibbles[part], 4)], 5)
+        scales = narrow(_exponents(self.scales).reshape(-1, groups) / 2)
+        return QuantizedMatrix((len(nibbles), self.size[-1]), fmt, data, scales)
 
-    def _nibbles(self, rows: Rows) -> npt.NDArray[np.uint8]:
-        return unpack(self.source.map()[rows], 4)
+    def _parts(self, count: int) -> Iterator[slice]:
+        step = max(1, _CHUNK_WEIGHTS // self.size[-1])
+        for begin in range(0, count, step):
+            yield slice(begin, begin + step)
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,7 @@ class Nf4Matrix(_Decoded):
     block: int
     nested: tuple[PlainTensor, PlainTensor, float, int] | None
 
+    @np.errstate(invalid="ignore", over="ignore")
     def float32(self, rows: Rows = slice(None)) -> FloatArray:
         packed = self.source.map().reshape(-1)
         codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)

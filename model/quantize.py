@@ -338,6 +338,8 @@ def pack(codes: Bytes, bits: int) -> Bytes:
 
 def unpack(packed: Bytes, bits: int) -> Bytes:
     """Inverse of ``pack``: bytes [..., m] (m a multiple of bits) to codes [..., m * 8 / bits]."""
+    if 8 % bits == 0:
+        return _unpack_bytes(packed, bits)
     groups = packed.reshape(*packed.shape[:-1], -1, bits)
     codes = np.empty((*groups.shape[:-1], 8), np.uint8)
     mask = np.uint8((1 << bits) - 1)
@@ -347,6 +349,15 @@ def unpack(packed: Bytes, bits: int) -> Bytes:
             code |= groups[..., byte + 1] << np.uint8(8 - shift)
         code &= mask
         codes[..., index] = code
+    return codes.reshape(*packed.shape[:-1], -1)
+
+
+def _unpack_bytes(packed: Bytes, bits: int) -> Bytes:
+    """Unpack codes that do not continue in the next byte, with a few calls for a row of tokens."""
+    codes = np.empty((*packed.shape, 8 // bits), np.uint8)
+    for index in range(8 // bits):
+        np.right_shift(packed, np.uint8(index * bits), out=codes[..., index])
+    codes &= np.uint8((1 << bits) - 1)
     return codes.reshape(*packed.shape[:-1], -1)
 
 
@@ -368,8 +379,10 @@ def pack_rows(codes: Bytes, bits: int) -> Bytes:
 
 
 def _unpack_rows(packed: Bytes, bits: int, count: int) -> Bytes:
-    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % bits)))
-    return unpack(padded, bits)[:, :count]
+    rows, columns = packed.shape
+    if columns % bits:  # np.pad would take longer than the rest for one row.
+        packed = np.concatenate([packed, np.zeros((rows, -columns % bits), np.uint8)], axis=1)
+    return unpack(packed, bits)[:, :count]
 
 
 def _row_chunks(rows: int, columns: int) -> Iterator[slice]:

@@ -1,10 +1,11 @@
 """The forward pass in plain numpy: slow and short. Every backend is compared with it.
 
 Source of the layer orders: Zhang et al., "OPT" (pre- and post-norm); Touvron et al., "LLaMA"
-(pre-norm, gated); the Qwen3 report (norms of q and k per head); the Gemma 2 report (norms around
-each part, capped scores and logits); "2 OLMo 2 Furious" (norms of outputs, and of all of q and k);
-Shazeer et al., "The Sparsely-Gated Mixture-of-Experts Layer" (experts); the gpt-oss model card
-(sinks, clipped SwiGLU).
+(pre-norm, gated); the Qwen3 report (norms of q and k per head).
+
+Gemma 2 has norms around each part, and caps of scores and logits (its report). OLMo 2 has norms of
+what is added, and of all of q and k ("2 OLMo 2 Furious"). Experts are those of Shazeer et al., "The
+Sparsely-Gated Mixture-of-Experts Layer". Sinks and the clipped SwiGLU are those of gpt-oss.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import tokenizers
 
 from model.bounded import read_json
 from model.errors import TokenizerError
-from model.generation import SamplingDefaults, read_sampling_defaults
-from model.gguf_tokenizer import gguf_tokenizer
+from model.generation import SamplingDefaults, read_sampling_defaults, sampling_defaults
+from model.gguf_tokenizer import gguf_sampling, gguf_tokenizer
 from model.given import gguf_of, kind_of_file
 from model.template_process import template_process
 from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
@@ -68,7 +68,7 @@ class Tokenizer:
         """
         gguf = gguf_of(directory)
         if gguf is not None and (gguf == directory or not has_tokenizer(directory)):
-            return _of_gguf(gguf)
+            return _of_gguf(gguf, directory)
         settings = _read_object(directory / "tokenizer_config.json")
         special = _special_tokens(_read_object(directory / "special_tokens_map.json"))
         special |= _special_tokens(settings)
@@ -198,11 +198,18 @@ class ChatTemplate:
             raise TokenizerError(f"{self._source}: chat template failed: {error}") from error
 
 
-def _of_gguf(path: Path) -> Tokenizer:
+def _of_gguf(path: Path, given: Path) -> Tokenizer:
+    """Make the tokenizer of a GGUF file, or of a folder that it is alone in.
+
+    A generation_config.json in that folder wins over the file's own recommendations.
+    """
     backend, settings = gguf_tokenizer(path)
     text = settings.get("chat_template")
     template = None if text is None else ChatTemplate(text, path)
-    return Tokenizer(backend, _special_tokens(settings), template, path)
+    defaults = read_sampling_defaults(given)
+    if defaults == SamplingDefaults():
+        defaults = sampling_defaults(gguf_sampling(path), str(path))
+    return Tokenizer(backend, _special_tokens(settings), template, path, defaults)
 
 
 def _longest_token_bytes(backend: tokenizers.Tokenizer) -> int | None:

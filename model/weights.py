@@ -46,7 +46,10 @@ class StoredTensor(ABC):
 
     @abstractmethod
     def float32(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
-        """Return values, a read-only view of the file where possible. Raises CheckpointError."""
+        """Return values: a read-only view of the file, or an array of the caller's own.
+
+        Raises CheckpointError.
+        """
 
     @property
     def format(self) -> Format | None:

@@ -19,6 +19,7 @@ from planning.request_fields import (
     MODEL_EXPECTED,
     read_request,
     require,
+    require_adapter,
     require_form,
     require_model,
     require_teams,
@@ -121,9 +122,12 @@ class LoadRequest:
     """Let the model's generation_config.json decide what requests leave open."""
     with_problem: bool = False
     """Also answer with the planning problem."""
+    adapter: str | None = None
+    """The absolute path of a LoRA adapter to merge; ``none`` leaves out one beside the model."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
+        require_adapter(self.adapter)
         require_form(self.scheme, self.group_size)
         require_widths(self.bits, "bits")
         # Equal requests compare equal, in whatever order their widths were given.

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from model.adapters import NO_ADAPTER
 from model.given import not_absolute
 from model.hub import parse_name
 from model.quantize import BITS, Format, Scheme
@@ -47,6 +48,15 @@ def require_model(model: Path) -> None:
     if not model.is_absolute() and parse_name(str(model)) is None:
         raise RequestInvalid(
             f"model: {not_absolute(str(model))}; {MODEL_EXPECTED} is needed", "model"
+        )
+
+
+def require_adapter(adapter: str | None) -> None:
+    """Raise RequestInvalid unless this is null, ``none`` or an absolute path."""
+    if adapter not in (None, NO_ADAPTER) and not Path(adapter).is_absolute():
+        raise RequestInvalid(
+            "adapter: the absolute path of a LoRA adapter's folder, none or null is needed",
+            "adapter",
         )
 
 

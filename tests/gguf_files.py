@@ -143,7 +143,9 @@ def random_blocks(kind: str, shape: tuple[int, ...], random: np.random.Generator
     count = int(np.prod(shape)) // known.values
     blocks = random.integers(0, 256, (count, known.size_bytes), np.uint8)
     for begin in HALVES.get(kind, ()):
-        halves = random.normal(0, 0.01, (count, 1)).astype(np.float16)
+        # K types have scales up to 63 besides.
+        spread = 0.0003 if kind.endswith("_K") else 0.01
+        halves = random.normal(0, spread, (count, 1)).astype(np.float16)
         blocks[:, begin : begin + 2] = halves.view(np.uint8)
     if kind == "MXFP4":
         blocks[:, 0] = random.integers(118, 124, count)

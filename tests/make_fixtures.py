@@ -384,7 +384,7 @@ FAMILIES: dict[str, Family] = {
             "num_hidden_layers": 4,
             "sliding_window": 10,
             "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0},
+                "full_attention": YARN | {"rope_theta": 3000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
             },
         },

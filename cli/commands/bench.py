@@ -28,7 +28,10 @@ EXAMPLES = (
     "  shoal bench --bits 4,8          # two runs\n"
     "  shoal bench --bits 4,8 --mixed  # one run, with layers at 4 and 8 bits in turn\n"
 )
-SHAPE_HELP = "One of llama-1b, opt-350m, tinyllama and qwen2.5-0.5b, or the path of a config.json."
+SHAPE_HELP = (
+    "A name like llama-1b, gemma3-1b or olmo2-1b (a wrong one lists all), or the path of a "
+    "config.json."
+)
 
 
 def _numbers(text: str) -> list[int]:

@@ -22,6 +22,7 @@ from cli.errors import CommandFailed, UsageError
 from cli.parser import add_url_argument
 from cli.render import Screen
 from cli.shared_arguments import (
+    add_adapter_argument,
     add_group_size_argument,
     add_scheme_argument,
     add_threads_argument,
@@ -126,6 +127,7 @@ def _add_quality_arguments(quality: argparse._ActionsContainer) -> None:
         help="A calibration text in UTF-8, with blank lines between passages. Default: a built-in "
         "English text.",
     )
+    add_adapter_argument(quality)
     add_scheme_argument(quality)
     add_group_size_argument(quality)
     quality.add_argument(

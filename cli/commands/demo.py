@@ -26,12 +26,12 @@ from backends.registry import backend_class
 from cli.client import Client
 from cli.commands.model_names import model_here
 from cli.commands.plan_arguments import bounds_of, check_teams, teams_of
-from cli.commands.plan_views import show_divergence
+from cli.commands.plan_views import show_divergence, show_weights
 from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import PHASES, Screen
 from cli.service.signals import held_signals
-from cli.shared_arguments import core_count
+from cli.shared_arguments import adapter_of, core_count
 from coordinator.serving.gateway import room_for_answer
 from model import costs
 from model.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ class Demo:
         if prompt is None:
             prompt = EMBEDDED_PROMPT if options.model is None else OTHER_PROMPT
         try:
-            checkpoint = Checkpoint.open(model)
+            checkpoint = Checkpoint.open(model, adapter_of(options))
             prompt_tokens = len(Tokenizer.load(model).encode(prompt))
             room_for_answer(prompt_tokens, self._context_tokens(checkpoint), checkpoint.spec)
         except (ModelError, RequestInvalid) as error:
@@ -120,6 +120,7 @@ class Demo:
                 scheme=options.scheme,
                 group_size=options.group_size,
                 **bounds_of(options),
+                adapter=adapter_of(options),
                 context_tokens=options.context,
                 time_limit_s=options.time_limit,
                 **teams_of(options),
@@ -134,6 +135,7 @@ class Demo:
                 if any(disturbed):
                     screen.out.print("measured beside the demo's other processes\n")
                 screen.plan(loaded["plan"], f"predicted plan for {loaded['model']}")
+                show_weights(screen, loaded)
                 show_divergence(screen, loaded["plan"], loaded.get("quality"))
                 screen.out.print()
                 screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)

@@ -112,10 +112,11 @@ def _compile(options: argparse.Namespace, screen: Screen) -> None:
         work = Path(name)
         for first, end in options.layers:
             screen.note(f"compiling layers {first} to {end - 1}")
-            artifacts = [
-                (block, write_artifact(work, block, checkpoint.block(block), fmt).path)
-                for block in range(first + 1, end + 1)
-            ]
+            artifacts = []
+            for block in range(first + 1, end + 1):
+                own = checkpoint.format_of(block, fmt)
+                tensors = checkpoint.block_in(block, own)
+                artifacts.append((block, write_artifact(work, block, tensors, own).path))
             compiled = compile_stage(spec, artifacts, compiler, directory)
             found.append((f"layers {first} to {end - 1}", compiled))
         screen.note("compiling what measuring needs")

@@ -38,6 +38,14 @@ _RATE_AFTER_S = 1.0
 _REPORTED_EACH_S = 0.1
 
 
+def path_given(given: str) -> Path:
+    """The absolute path that a user gives, with a cache's folder resolved. Raises CommandFailed."""
+    try:
+        return resolved(Path(given).absolute())
+    except ModelError as error:
+        raise CommandFailed(str(error)) from error
+
+
 def model_here(given: str | Path, screen: Screen) -> Path:
     """The path of a model for a command that reads it itself. A hub's name is fetched if needed.
 

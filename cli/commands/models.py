@@ -23,6 +23,8 @@ from model.hub import (
     model_in,
     ollama_advice,
     parse_name,
+    pieces_of,
+    quantization_of,
 )
 from wire.sizes import format_size
 
@@ -136,7 +138,10 @@ def _asked(name: HubName, error: SeveralFiles, screen: Screen) -> HubName:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """The memory that models are compared with. ``devices`` None: this machine's."""
+    """The memory that models are compared with. ``devices`` 0 or None: this machine's.
+
+    None: no coordinator answers.
+    """
 
     available_bytes: int
     devices: int | None
@@ -144,9 +149,11 @@ class _Memory:
     @property
     def text(self) -> str:
         size = format_size(self.available_bytes)
-        if self.devices is None:
-            return f"no coordinator answers: compared with {size} that are free on this machine"
-        return f"compared with {size} of {self.devices} devices that have joined"
+        if not self.devices:
+            why = "no coordinator answers" if self.devices is None else "no device has joined"
+            return f"{why}: compared with {size} that are free on this machine"
+        joined = "1 device that has" if self.devices == 1 else f"{self.devices} devices that have"
+        return f"compared with {size} of {joined} joined"
 
 
 def add_models_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,36 +214,48 @@ def _memory(options: argparse.Namespace) -> _Memory:
             devices = client.get("/shoal/v1/devices")["devices"]
     except CommandFailed:
         return _Memory(memory_bytes()[0], None)
-    return _Memory(sum(device["memory_bytes"] for device in devices), len(devices))
+    joined_bytes = sum(device["memory_bytes"] for device in devices)
+    return _Memory(joined_bytes if devices else memory_bytes()[0], len(devices))
 
 
 def _rows(repo: CachedRepoInfo, memory: _Memory) -> list[dict[str, Any]]:
     """The lines of a repository: one for each revision, or for each of its GGUF models."""
     rows: list[dict[str, Any]] = []
+    partials = list((Path(repo.repo_path) / "blobs").glob("*.incomplete"))
     for revision in sorted(repo.revisions, key=lambda item: item.last_modified, reverse=True):
         snapshot = Path(revision.snapshot_path)
-        for name, path in _models(repo.repo_id, snapshot):
+        for name, path, is_whole in _models(repo.repo_id, snapshot):
+            files = () if path == snapshot else pieces_of(path)
+            size = sum(file.stat().st_size for file in files) or revision.size_on_disk
+            unfinished = 0 if is_whole else sum(file.stat().st_size for file in partials)
             row = {
                 "name": str(name),
                 "revision": ", ".join(sorted(revision.refs)) or revision.commit_hash[:12],
                 "commit": revision.commit_hash,
                 "path": str(path),
-                "size_bytes": revision.size_on_disk if path == snapshot else path.stat().st_size,
+                "size_bytes": size + unfinished,
+                "whole": is_whole,
             }
             rows.append(row | _described(path, memory))
+            if not is_whole:
+                rows[-1]["reason"] = f"only a part is here: `shoal pull {name}` fetches the rest"
     return rows
 
 
-def _models(repo: str, snapshot: Path) -> list[tuple[HubName, Path]]:
-    """The models of a snapshot, with their names."""
+def _models(repo: str, snapshot: Path) -> list[tuple[HubName, Path, bool]]:
+    """The models of a snapshot with their names, and whether all their files are here."""
     try:
         found = model_in(snapshot, HubName(repo))
-        return [(HubName(repo), found or snapshot)]
+        return [(HubName(repo), found or snapshot, found is not None)]
     except SeveralFiles as error:
-        return [
-            (HubName(repo, file=model), snapshot / files[0])
-            for model, files in error.models.items()
-        ]
+        short = [quantization_of(model) for model in error.models]
+        names = short if len(set(short)) == len(short) else list(error.models)
+        found_models = []
+        for file, files in zip(names, error.models.values(), strict=True):
+            name = HubName(repo, file=file)
+            found = model_in(snapshot, name)
+            found_models.append((name, found or snapshot / files[0], found is not None))
+        return found_models
 
 
 def _described(path: Path, memory: _Memory) -> dict[str, Any]:
@@ -244,17 +263,11 @@ def _described(path: Path, memory: _Memory) -> dict[str, Any]:
     from model.families import load_spec
 
     try:
-        spec = load_spec(path)
-        needed = needed_bytes(spec)
+        needed = needed_bytes(load_spec(path))
     except ModelError as error:
-        family = _family(path)
-        return {
-            "family": family,
-            "supported": False,
-            "reason": str(error),
-            "needed_bytes": None,
-            "fits": None,
-        }
+        reason = str(error).replace(f"{path}: ", "").replace(f"{path}/", "")
+        unknown = {"needed_bytes": None, "fits": None}
+        return {"family": _family(path), "supported": False, "reason": reason, **unknown}
     return {
         "family": _family(path),
         "supported": True,

@@ -12,7 +12,12 @@ from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.commands.bench import SHAPE_HELP
 from cli.errors import CommandFailed, UsageError
-from cli.shared_arguments import add_group_size_argument, add_scheme_argument
+from cli.shared_arguments import (
+    adapter_of,
+    add_adapter_argument,
+    add_group_size_argument,
+    add_scheme_argument,
+)
 from planning.problem import Objective
 from planning.request import DEFAULT_CONTEXT_TOKENS, DEFAULT_TIME_LIMIT_S, THROUGHPUT_SLOTS
 from planning.sensitivity import DEFAULT_QUALITY_BUDGET, PAPER_MAX_WEIGHT_ERROR
@@ -182,6 +187,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
         help="Bound the weight error max|w - w_b| / 2^bits of each block instead, as the DILEMMA "
         "paper does. none bounds neither.",
     )
+    add_adapter_argument(parser)
     add_scheme_argument(parser)
     add_group_size_argument(parser)
     parser.add_argument(
@@ -306,6 +312,7 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
         saved = read_plan(options.plan) if options.plan is not None else None
         return LoadRequest(
             model=absolute_model(options.model),
+            adapter=adapter_of(options),
             scheme=options.scheme,
             group_size=options.group_size,
             **bounds_of(options),

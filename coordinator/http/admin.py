@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -176,7 +175,7 @@ class AdminRoutes:
 
     async def plan(self, request: Request) -> Response:
         wanted = await _located(LoadRequest.from_dict(await read_json(request)))
-        await asyncio.to_thread(Checkpoint.open_to_plan, wanted.model)
+        await asyncio.to_thread(Checkpoint.open_to_plan, wanted.model, wanted.adapter)
 
         async def work(emit: Emit) -> dict[str, Any]:
             planned = await self._operations.plan(wanted, _emitter(emit))
@@ -189,7 +188,7 @@ class AdminRoutes:
 
     async def load(self, request: Request) -> Response:
         wanted = await _located(LoadRequest.from_dict(await read_json(request)))
-        await _require_checkpoint(wanted.model)
+        await _require_checkpoint(wanted)
 
         async def work(emit: Emit) -> dict[str, Any]:
             deployment = await self._operations.load(wanted, _emitter(emit))
@@ -208,7 +207,7 @@ class AdminRoutes:
 
     async def quality(self, request: Request) -> Response:
         wanted = await _located(QualityRequest.from_dict(await read_json(request)))
-        await _require_checkpoint(wanted.model)
+        await _require_checkpoint(wanted)
 
         async def work(emit: Emit) -> dict[str, Any]:
             return _quality(await self._operations.calibrate(wanted, _emitter(emit)))
@@ -233,9 +232,9 @@ async def _located(wanted: Wanted) -> Wanted:
     return replace(wanted, model=await asyncio.to_thread(on_this_machine, wanted.model))
 
 
-async def _require_checkpoint(directory: Path) -> None:
+async def _require_checkpoint(wanted: LoadRequest | QualityRequest) -> None:
     """Raise ModelError for a directory without a model, before the stream has a status."""
-    await asyncio.to_thread(Checkpoint.open, directory)
+    await asyncio.to_thread(Checkpoint.open, wanted.model, wanted.adapter)
 
 
 def _emitter(emit: Emit) -> Callable[[Step], None]:
@@ -265,6 +264,7 @@ def _planned(planned: Planned) -> dict[str, Any]:
         "model": model_name(planned.request.model),
         "context_tokens": planned.context_tokens,
         "plan": describe_plan(planned.checkpoint.spec, planned.plan, planned.request.slots),
+        "adapter": planned.request.adapter,
         "weights": planned.weights,
         "devices": dict(planned.devices),
     }
@@ -351,6 +351,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": plan,
         "quality": deployment.quality,
+        "adapter": deployment.request.adapter,
         "weights": list(deployment.weights),
         "sampling_defaults": deployment.sampling_defaults.stated(),
         "slow": slow_devices(deployment),

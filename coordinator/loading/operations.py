@@ -217,7 +217,7 @@ class Operations:
         weights: without them, config.json is enough, and losses are assumed.
         """
         open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
-        checkpoint = await asyncio.to_thread(open_model, request.model)
+        checkpoint = await asyncio.to_thread(open_model, request.model, request.adapter)
         members = self._roster.require_members()
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]

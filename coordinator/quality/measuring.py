@@ -307,7 +307,7 @@ class QualityMeter:
         Then measure each arithmetic that ``everybody`` has, on a device that has it: one of
         ``members`` if there is one. Raises AgentFailed, RequestInvalid, ModelError.
         """
-        checkpoint = await asyncio.to_thread(Checkpoint.open, request.model)
+        checkpoint = await asyncio.to_thread(Checkpoint.open, request.model, request.adapter)
         request.check(checkpoint.spec)
         known = self._quality.open(
             checkpoint, request.sequences, request.scheme, request.group_size

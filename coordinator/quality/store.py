@@ -30,6 +30,7 @@ from planning.request_fields import (
     MODEL_EXPECTED,
     read_request,
     require,
+    require_adapter,
     require_form,
     require_model,
     require_widths,
@@ -66,9 +67,12 @@ class QualityRequest:
     scheme: Scheme = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     on: str | None = None
+    adapter: str | None = None
+    """As in ``LoadRequest``."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
+        require_adapter(self.adapter)
         require_form(self.scheme, self.group_size)
         require_widths(self.bits, "bits")
         object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))

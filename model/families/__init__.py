@@ -123,9 +123,10 @@ def load_spec(directory: Path) -> ModelSpec:
 
 def describe(config: Config, directory: Path) -> ModelSpec:
     """Do the same as ``load_spec`` for a config that is already read."""
+    own = language_part(config)
+    family = _family(own)
     _refuse_foreign_options(config)
-    config = language_part(config)
-    spec = _family(config).describe(config)
+    spec = family.describe(own)
     generation = directory / "generation_config.json"
     eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()
@@ -183,7 +184,7 @@ def language_part(config: Config) -> Config:
     It is in text_config there. Some fields are about the whole model, and stand beside it.
     """
     own = config.nested("text_config")
-    if own is None or config.values.get("model_type") not in _TEXT_TYPES:
+    if own is None or config.model_type not in _TEXT_TYPES:
         return config
     whole = {key: config.values[key] for key in _OF_THE_WHOLE if config.has(key)}
     model_type = {"model_type": _TEXT_TYPES[config.model_type]}
@@ -198,7 +199,8 @@ def _family(config: Config) -> _Family:
     feature = missing_feature(config)
     if feature is not None:
         raise config.lacking(feature)
-    raise config.unsupported("model_type", model_type, f"known: {', '.join(sorted(_FAMILIES))}")
+    known = ", ".join(sorted({*_FAMILIES, *_TEXT_TYPES}))
+    raise config.unsupported("model_type", model_type, f"known: {known}")
 
 
 def _refuse_foreign_options(config: Config) -> None:
@@ -212,7 +214,7 @@ def _refuse_foreign_options(config: Config) -> None:
     if config.values.get("pruned_heads"):
         raise config.unsupported("pruned_heads", "...", "give a checkpoint without pruned heads")
     causal = ["ForCausalLM", "LMHeadModel", "Model"]
-    if config.values.get("model_type") in _TEXT_TYPES:
+    if config.model_type in _TEXT_TYPES:
         causal.append("ForConditionalGeneration")
     for name in config.strings("architectures"):
         if not name.endswith(tuple(causal)):

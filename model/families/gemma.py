@@ -1,4 +1,6 @@
-"""Gemma: scaled embeddings, and from Gemma 2 on norms around attention and MLP, windows and caps.
+"""Gemma: norms that add one, and scaled embeddings.
+
+Gemma 2 and 3 also have norms around attention and MLP, windows in most layers, and caps.
 
 Source: the Gemma 2 and Gemma 3 reports. Defaults are those of their config classes in transformers,
 because published configs leave most fields out.
@@ -23,7 +25,7 @@ from model.families.mixed import (
     with_ropes,
     without_ropes,
 )
-from model.families.sources import Source
+from model.families.sources import Source, changed, scaled
 from model.spec import LayerSpec, ModelSpec
 
 GEMMA2_NAMES = LLAMA_NAMES | {
@@ -48,13 +50,12 @@ _NORMS = ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm", "q_norm", "k
 
 def gemma(config: Config) -> ModelSpec:
     """Describe the first Gemma. Its `gelu` has always meant the tanh form."""
-    if config.flag("use_bidirectional_attention", False):
-        raise config.lacking("attention to later tokens (use_bidirectional_attention)")
     bias = config.flag("attention_bias", False)
     spec = rotary_decoder(config, qkv_bias=bias, out_bias=bias, head_dim=256, tied=True)
     activation = config.text("hidden_activation", config.text("hidden_act", "gelu"))
     if activation not in ("gelu", "gelu_pytorch_tanh"):
         raise config.unsupported("hidden_activation", activation, "known: gelu_pytorch_tanh")
+    _refuse_later_tokens(config)
     return with_layers(spec, activation="gelu_tanh")
 
 
@@ -92,16 +93,11 @@ def gemma_sources(
     config: Config, spec: ModelSpec, block: int, sources: dict[str, Source]
 ) -> dict[str, Source]:
     """Add one to the weights of norms, and scale embeddings. The head's table is not scaled."""
-
-    def changed(name: str, source: Source) -> Source:
-        module = name.rpartition(".")[0]
-        if module in _NORMS:
-            return tuple(replace(piece, add=1.0) for piece in source)
-        if module == "tokens":
-            return tuple(replace(piece, scale=normalizer(config, spec.hidden)) for piece in source)
-        return source
-
-    return {name: changed(name, source) for name, source in sources.items()}
+    return (
+        sources
+        | scaled(sources, ("tokens",), normalizer(config, spec.hidden))
+        | changed(sources, _NORMS, add=1.0)
+    )
 
 
 def normalizer(config: Config, hidden: int) -> float:
@@ -124,8 +120,7 @@ def normalizer(config: Config, hidden: int) -> float:
 
 def _decoder(config: Config, kinds: list[str], **features: Any) -> ModelSpec:
     """Describe what Gemma 2 and 3 share. ``features`` are those of ``rotary_decoder``."""
-    if config.flag("use_bidirectional_attention", False):
-        raise config.lacking("attention to later tokens (use_bidirectional_attention)")
+    _refuse_later_tokens(config)
     bias = config.flag("attention_bias", False)
     spec = rotary_decoder(
         config,
@@ -141,6 +136,11 @@ def _decoder(config: Config, kinds: list[str], **features: Any) -> ModelSpec:
         return replace(layer, norm_position="both", activation=activation, score_scale=scale)
 
     return replace(spec, layers=tuple(map(own, spec.layers)))
+
+
+def _refuse_later_tokens(config: Config) -> None:
+    if config.flag("use_bidirectional_attention", False):
+        raise config.lacking("attention to later tokens (use_bidirectional_attention)")
 
 
 def _cap(config: Config, key: str, default: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What config.json says about the storage of a checkpoint's weights.
+"""Reads how config.json says that a checkpoint's weights are stored.
 
 Methods that are read have a reader in ``model.packed``. All others are refused here by their name,
 before any weights are needed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families.config import Config, read_config_file
@@ -33,13 +34,10 @@ def read_quantization(config: Config) -> Quantization | None:
     settings = next(filter(None, map(config.nested, _KEYS)), None)
     method = ""
     if settings is None:
-        for name, old in _OLD_FILES.items():
-            path = config.path.parent / name
-            if path.exists():
-                settings, method = read_config_file(path), old
-                break
-        else:
+        path = next(iter(old_settings(config)), None)
+        if path is None:
             return None
+        settings, method = read_config_file(path), _OLD_FILES[path.name]
     method = settings.text("quant_method", method).lower()
     if not method and settings.has("bits") and settings.has("group_size"):
         method = "mlx"
@@ -54,6 +52,13 @@ def read_quantization(config: Config) -> Quantization | None:
         )
     check(settings)
     return Quantization(method, settings)
+
+
+def old_settings(config: Config) -> list[Path]:
+    """Return the files of settings beside config.json, which older tools wrote instead of a key."""
+    if any(config.has(key) for key in _KEYS):
+        return []
+    return [path for name in _OLD_FILES if (path := config.path.parent / name).exists()]
 
 
 READ = ("GPTQ", "AWQ", "compressed-tensors", "fp8", "MLX", "bitsandbytes", "MXFP4")

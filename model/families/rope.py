@@ -55,7 +55,7 @@ def rope_spec(
         return RopeSpec(**common), context
     if kind in ("linear", "dynamic"):
         factor = _factor(scaling)
-        usable = min(int(context * factor), MAX_SIZE - 1)
+        usable = int(min(context * factor, MAX_SIZE - 1))
         return RopeSpec(factor=factor, original_context=context, **common), usable
     if kind == "llama3":
         return RopeSpec(**common, **_llama3(scaling)), context
@@ -65,7 +65,7 @@ def rope_spec(
         if common["theta"] <= 1:
             raise CheckpointError(f"{config.path}: rope_theta must be above 1 for yarn")
         factor = _factor(scaling, context / trained)
-        usable = min(max(context, int(trained * factor)), MAX_SIZE - 1)
+        usable = int(min(max(context, trained * factor), MAX_SIZE - 1))
         return RopeSpec(original_context=trained, **common, **_yarn(scaling, factor)), usable
     factors = _longrope(scaling, context / trained, trained)
     if {len(factors["short_factors"]), len(factors["long_factors"])} != {rotated // 2}:
@@ -78,7 +78,7 @@ def rope_spec(
 
 def _rotated(config: Config, head_dim: int, fraction: float, kind: RopeScaling) -> int:
     """Return how many columns of a head turn."""
-    rotated = int(head_dim * fraction)
+    rotated = int(head_dim * min(fraction, 2.0))
     smallest = 4 if kind == "dynamic" else 2
     if head_dim % 2 or rotated % 2 or not smallest <= rotated <= head_dim:
         part = "" if rotated == head_dim else f", of which {fraction:g} turn,"

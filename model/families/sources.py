@@ -65,7 +65,10 @@ class Piece:
         return shape
 
     def apply(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Return the values after all steps, a view of ``stored`` where possible."""
+        """Return the values after all steps, a view of ``stored`` where possible.
+
+        Writable ``stored`` is changed, because a copy would double the memory of a large table.
+        """
         values = stored if self.index is None else stored[self.index]
         if self.transposed:
             values = values.T
@@ -78,7 +81,8 @@ class Piece:
             heads = values.reshape(-1, self.turned[0], *values.shape[1:])
             values = heads[:, _halves(*self.turned)].reshape(values.shape)
         if self.scale != 1:
-            values = values * np.float32(self.scale)
+            place = values if values.flags.writeable else None
+            values = np.multiply(values, np.float32(self.scale), out=place)
         if self.add:
             values = values + np.float32(self.add)
         return values

@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +48,9 @@ STAGE_INT4_TOLERANCE = 3e-2
 
 INTERPRETER_WITH_NEW_NUMPY = "only 0-dimensional arrays can be converted to Python scalars"
 """What Triton 3.6's interpreter says under numpy 2.5."""
+
+OLD_NUMPY = ("-W", "ignore:Conversion of an array with ndim:DeprecationWarning")
+"""What older numpy only warns of."""
 
 NO_PLUGINS = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark")
 """For pytest inside a test: plugins that a machine may have, and that disagree with it."""
@@ -102,13 +107,14 @@ def test_packed_weights_take_no_more_than_a_plan_charges(bits: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("where", ["interpreter", "gpu"])
-def test_triton_kernels(where: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("cases", ["kernel", "fused"])
+def test_triton_kernels(cases: str, where: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     if where == "gpu":
         request.getfixturevalue("gpu")
-    cases = Path(__file__).with_name("torch_kernel_cases.py")
+    path = Path(__file__).with_name(f"torch_{cases}_cases.py")
     completed = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *NO_PLUGINS, str(cases)],
+        [sys.executable, "-m", "pytest", "-q", *NO_PLUGINS, *OLD_NUMPY, str(path)],
         env=os.environ | {"TRITON_INTERPRET": str(int(where == "interpreter"))},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -125,28 +131,91 @@ def test_triton_kernels(where: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("capability", [75, 87, 110])
 @pytest.mark.parametrize("bits", sorted(set(CONTAINERS.values())))
 def test_triton_kernels_compile_for(capability: int, bits: int) -> None:
-    """All the way to machine code, for which no GPU is needed."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from triton.backends.compiler import GPUTarget
-
+    pytest.importorskip("triton", reason="Triton is not installed")
     from backends import torch_kernels
 
     pointers = {"x": "*fp16", "words": "*i32", "scales": "*fp16", "zeros": "*u8", "result": "*fp16"}
-    constants = {"BITS": bits, "GROUP_WORDS": bits, "OUTPUTS": 8, "WORDS": 128}
+    constants = {"BITS": bits, "GROUP_WORDS": bits, "WORDS": 256}
     for kernel in (torch_kernels.gemv_kernel, torch_kernels.unpack_kernel):
-        names = kernel.arg_names
-        signature = {
-            name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
-        }
-        fixed = {(names.index(name),): constants[name] for name in names if name in constants}
-        source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=fixed)
-        try:
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        except triton.runtime.errors.PTXASError as error:
-            if f"'sm_{capability}a' is not defined" not in str(error):
-                raise
-            pytest.skip(f"this Triton's assembler does not know sm_{capability}")
-        assert compiled.asm["cubin"]
+        compile_for(capability, kernel, pointers, constants)
+    for rows, outputs in ((16, 16), (64, 64)):
+        fixed = constants | {"GROUP_WORDS": 2 * bits, "ROWS": rows, "OUTPUTS": outputs}
+        compile_for(capability, torch_kernels.gemm_kernel, pointers, fixed)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_")
+@pytest.mark.parametrize("capability", [75, 87, 110])
+def test_the_kernel_for_tiles_compiles_for(capability: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from backends import torch_kernels
+
+    pointers = {"tiles": "*i32", "scales_and_offsets": "*bf16", "result": "*fp16"}
+    constants = {"GROUP": 64, "INNER": 8, "BLOCK": 2048}
+    compile_for(capability, torch_kernels.unpack_tiles_kernel, pointers, constants)
+
+
+STEP_POINTERS = {
+    "add_norm": {"hidden": "*fp32", "part": "*fp16", "total": "*fp32", "result": "*bf16"},
+    "place": {
+        "heads": "*bf16",
+        "slots": "*i64",
+        "positions": "*i64",
+        "cos": "*fp32",
+        "sin": "*fp32",
+        "weights": "*fp32",
+        "query": "*fp16",
+        "keys": "*fp16",
+        "values": "*fp16",
+    },
+    "activate": {"rows": "*bf16", "result": "*fp16"},
+}
+STEP_CONSTANTS: list[tuple[str, dict[str, Any]]] = [
+    ("add_norm", {"WIDTH": 2048, "BLOCK": 2048, "ADDS": True, "CENTERED": False}),
+    ("add_norm", {"WIDTH": 5120, "BLOCK": 8192, "ADDS": False, "CENTERED": True}),
+    ("place", {"WIDTH": 64, "BLOCK": 64, "TURNED": 64, "NORMED": False}),
+    ("place", {"WIDTH": 80, "BLOCK": 128, "TURNED": 32, "NORMED": True}),
+    ("place", {"WIDTH": 128, "BLOCK": 128, "TURNED": 0, "NORMED": False}),
+    *(
+        ("activate", {"KIND": kind, "GATED": kind != "relu", "WIDTH": 8192, "BLOCK": 1024})
+        for kind in ("relu", "silu", "gelu", "gelu_tanh")
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_")
+@pytest.mark.parametrize("capability", [75, 87, 110])
+def test_kernels_of_steps_compile_for(capability: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from backends import torch_fused_kernels
+
+    scalars = {"epsilon": "fp32", "slot_stride": "i64"}
+    norm = {"weight": "*fp32", "bias": "*fp32"}
+    for name, constants in STEP_CONSTANTS:
+        kernel = getattr(torch_fused_kernels, f"{name}_kernel")
+        fixed = constants | {"HEADS": 32, "KV_HEADS": 8}
+        compile_for(capability, kernel, STEP_POINTERS[name] | norm | scalars, fixed)
+
+
+def compile_for(
+    capability: int, kernel: Any, pointers: dict[str, str], constants: dict[str, Any]
+) -> None:
+    """Compile all the way to machine code, for which no GPU is needed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
+    }
+    fixed = {(names.index(name),): constants[name] for name in names if name in constants}
+    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=fixed)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    except triton.runtime.errors.PTXASError as error:
+        if f"'sm_{capability}a' is not defined" not in str(error):
+            raise
+        pytest.skip(f"this Triton's assembler does not know sm_{capability}")
+    assert compiled.asm["cubin"]
 
 
 @pytest.mark.parametrize("fmt", [Format.of(4, "rtn", group) for group in (32, 64)])
@@ -200,6 +269,83 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_used(
     assert all("\n" not in message for message in caplog.messages)
     x = torch.randn((3, 128), generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(linear(x).numpy(), x.numpy() @ values(stored).T, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tiles_us", "form", "kernels"),
+    [
+        # Seconds of a token count, and a sixteenth of a chunk's.
+        ({1: 5, 8: 5, 64: 90}, "packed", ("few", "few", "many")),
+        ({1: 2, 8: 2, 64: 50}, "int4", ("tiles", "tiles", "tiles")),
+        ({1: 5, 8: 5, 64: 9}, "int4", ("tiles", "tiles", "tiles")),
+    ],
+)
+def test_the_fastest_form_for_tokens_and_prompts_is_kept(
+    tiles_us: dict[int, int],
+    form: str,
+    kernels: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    times_us = {
+        "few": {1: 6, 8: 8, 64: 300},
+        "many": {1: 30, 8: 30, 64: 30},
+        "tiles": tiles_us,
+    }
+
+    def named(name: str) -> Any:
+        def kernel(x: Any, weight: Any) -> Any:
+            kernel.last = name, len(x)  # type: ignore[attr-defined]
+            return torch_matmul._multiply_plainly(x, weight)
+
+        return kernel
+
+    every = {name: named(name) for name in times_us}
+    packed, *_ = candidate_forms(CPU, torch.float32, exact=True)
+    few_and_many = {name: every[name] for name in ("few", "many")}
+    forms = [
+        Form("packed", packed.convert, few_and_many, 1e-5),
+        Form("int4", packed.convert, {"tiles": every["tiles"]}, 2e-2, {"tiles": torch.float64}),
+    ]
+    monkeypatch.setattr(torch_matmul, "candidate_forms", lambda *_, **__: forms)
+
+    def seconds(call: Any, *_: object) -> float:
+        name = next(name for name, kernel in every.items() if kernel is call.func)
+        return times_us[name][len(call.args[0])] * 1e-6
+
+    monkeypatch.setattr(torch_matmul, "seconds", seconds)
+    stored = matrices(Format.of(4, "rtn", 32), 16, 128)
+    with caplog.at_level(logging.INFO):
+        linear = KernelChooser(CPU, exact=False, roomy=True).linear(
+            PackedWeight.of(stored, CPU), None, torch.float32
+        )
+    assert f"kept {form}, multiplied by {kernels[0]} (" in caplog.text
+    for rows, name in zip((1, 8, 64), kernels, strict=True):
+        x = torch.randn((rows, 128), generator=torch.Generator().manual_seed(0))
+        np.testing.assert_allclose(linear(x).numpy(), x.numpy() @ values(stored).T, atol=1e-4)
+        assert every[name].last == (name, rows)
+        assert linear.takes(rows) == (torch.float64 if name == "tiles" else torch.float32)
+
+
+def test_a_later_stage_of_the_same_layouts_takes_their_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it loads faster, and gives the same results to the last bit."""
+    timed = []
+
+    def seconds(*_: object) -> float:
+        timed.append(1)
+        return 1e-3
+
+    monkeypatch.setattr(torch_matmul, "seconds", seconds)
+    choices: torch_matmul.Choices = {}
+    packed = PackedWeight.of(matrices(Format.of(4, "rtn", 32), 16, 128), CPU)
+    counts = []
+    for exact in (False, False, True):
+        chooser = KernelChooser(CPU, exact=exact, roomy=True, choices=choices)
+        chooser.linear(packed, None, torch.float32)
+        counts.append(len(timed))
+    assert 0 < counts[0] == counts[1] < counts[2]
 
 
 @pytest.mark.parametrize("name", ["mistral", "opt-post"])
@@ -365,6 +511,28 @@ def test_without_graphs_a_gpu_gives_the_same(
     assert "without CUDA graphs" in caplog.text
     check(stage_logits(stage, tokens(spec, 9)), reference(spec, artifacts, 9), 1e-5)
     stage.close()
+
+
+def test_on_a_gpu_stages_of_a_process_capture_at_any_time(
+    gpu: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of three threads loads a stage, captures graphs of several lengths, and closes it."""
+    monkeypatch.setattr(torch_tokens, "SHORTEST_LENGTH", 4)
+    spec, artifacts = stored_model(tmp_path, "llama", 8)
+    sequence, expected = tokens(spec, 24), reference(spec, artifacts, 24)
+    start = threading.Barrier(3)
+
+    def run() -> None:
+        start.wait(60)
+        for _ in range(2):
+            stage = gpu.load(spec, artifacts, OPTIONS)
+            check(stage_logits(stage, sequence), expected, 1e-5)
+            stage.close()
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(run) for _ in range(3)]:
+            done.result(120)
+    assert "without CUDA graphs" not in caplog.text
 
 
 def matrices(fmt: Format, rows: int, columns: int) -> list[QuantizedMatrix]:

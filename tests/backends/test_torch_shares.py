@@ -314,11 +314,10 @@ def test_errors_of_torch_stay_errors_of_the_backend(
     stage = TorchCpuBackend().load(*team.members[0], replace(OPTIONS, team_sum=np.copy))
     hidden = hidden_rows(team.spec)
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: unspecified")
 
-    assert isinstance(stage, TorchStage)
-    monkeypatch.setattr(stage._layers[1], "_linears", {"qkv": broken})
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
     with pytest.raises(BackendError, match="cannot run the stage: CUDA error"):
         stage.forward(0, 0, hidden)
     stage.close()
@@ -331,16 +330,24 @@ class RecordedGraph(TorchDispatchMode):  # type: ignore[misc]  # torch has no ty
     """A CUDA graph's behaviour on a CPU: it replays the operations of its capture, in place."""
 
     captured: ClassVar[list[RecordedGraph]] = []
+    under_way: ClassVar[list[RecordedGraph]] = []
 
     def __init__(self) -> None:
         super().__init__()
+        self.ended = False
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert not self.under_way
+        self.under_way.append(self)
         self.__enter__()
 
     def capture_end(self) -> None:
         self.__exit__(None, None, None)
+        self.under_way.remove(self)
+        if self.ended:
+            self.ended = False
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
         self.captured.append(self)
         # A capture computes nothing, so its values must not matter.
         for _, args, kwargs, result in self._calls:
@@ -362,6 +369,15 @@ class RecordedGraph(TorchDispatchMode):  # type: ignore[misc]  # torch has no ty
         return result
 
 
+def check_no_capture() -> None:
+    """Do what CUDA does when a thread waits for the device during another's capture."""
+    under_way = list(RecordedGraph.under_way)
+    for graph in under_way:
+        graph.ended = True
+    if under_way:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
 def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -369,13 +385,14 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
     """torch.cuda as far as capturing needs it, on the CPU."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: check_no_capture())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(RecordedGraph, "captured", [])
+    monkeypatch.setattr(RecordedGraph, "under_way", [])
     monkeypatch.setattr(torch_tokens, "SHORTEST_LENGTH", 8)
     return RecordedGraph
 
@@ -405,6 +422,60 @@ def test_graphs_of_pieces_give_the_same(
     # Two members have graphs of five pieces each. Lengths: 8, 16 and 32 in slot 0, 8 and 16 in slot
     # 1, 32 in slot 2, and 32 for two sequences together.
     assert len(graphs.captured) == 2 * 5 * (3 + 2 + 1 + 1)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_graphs_of_chunks_give_the_same(
+    name: str,
+    tmp_path: Path,
+    graphs: type[RecordedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whole layers: prompts run in chunks, of which the last is padded. Graphs serve all slots."""
+    monkeypatch.setattr(torch_stage, "PROMPT_ROWS", 5)
+    team = team_of(tmp_path, name, (1,), Format.of(8, "rtn", 32))
+    stage = TorchCpuBackend().load(team.spec, team.artifacts, replace(OPTIONS, context_tokens=24))
+    capture(stage)
+    for call, expected in some_calls(team):
+        actual = call(stage)
+        scale = max(1.0, float(np.abs(expected).max(initial=0)))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=ATOL * scale)
+    stage.close()
+    assert "without CUDA graphs" not in caplog.text
+    # Lengths of chunks: 8, 16 and 24. Lengths of tokens: 8 and 16 in slot 1, 24 in slot 2, and 24
+    # for two sequences together.
+    assert len(graphs.captured) == 3 + 2 + 1 + 1
+
+
+def test_without_graphs_of_chunks_tokens_keep_theirs(
+    tmp_path: Path,
+    graphs: type[RecordedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    team = team_of(tmp_path, "llama", (1,), Format.of(8, "rtn", 32))
+    stage = TorchCpuBackend().load(team.spec, team.artifacts, OPTIONS)
+    capture(stage)
+    text = hidden_rows(team.spec)
+    expected = team.expected(text)
+
+    def refuse() -> RecordedGraph:
+        raise RuntimeError("capture refused\nand more")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(torch.cuda, "CUDAGraph", refuse)
+        first = stage.forward(0, 0, text[:9])
+    np.testing.assert_allclose(first, expected[8:9], rtol=0, atol=1e-4)
+    assert caplog.messages == ["prompts run without CUDA graphs, slower: capture refused"]
+    for at in range(9, COUNT):
+        row = slice(at, at + 1)
+        logits = stage.forward(0, at, text[row])
+        np.testing.assert_allclose(logits, expected[row], rtol=0, atol=1e-4)
+    again = stage.forward(1, 0, text[:9])
+    np.testing.assert_allclose(again, expected[8:9], rtol=0, atol=1e-4)
+    stage.close()
+    assert len(graphs.captured) == 2
 
 
 @pytest.mark.parametrize("pieces", [0, 2])

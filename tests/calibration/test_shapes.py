@@ -22,6 +22,7 @@ from model.errors import CheckpointError, UnsupportedModelError
         ("llama-3b", 3213),
         ("llama-8b", 8030),
         ("mistral-7b", 7248),
+        ("olmo2-1b", 1485),
         ("opt-350m", 331),
         ("phi3-mini", 3821),
         ("qwen2.5-0.5b", 494),

@@ -74,6 +74,11 @@ def vocabulary(tmp: Path, name: str) -> Path:
     return put(given, tokenizer_config__json=json.dumps(settings))
 
 
+def repacked(tmp: Path, name: str) -> Path:
+    """A model as a tool packed it, with the tokenizer of a fixture."""
+    return Path(shutil.copytree(FIXTURES.parent / "packed" / name, model(tmp), dirs_exist_ok=True))
+
+
 def ollama(tmp: Path) -> Path:
     layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{DIGEST}"}]
     manifests = tmp / "given" / "models" / "manifests" / "registry.ollama.ai" / "library"
@@ -86,7 +91,16 @@ def ollama(tmp: Path) -> Path:
 
 CONFIG = (FIXTURES / "llama" / "config.json").read_text()
 LORA = json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.2-1B", "peft_type": "LORA"})
+
+
+def quantized(method: str, **settings: object) -> str:
+    config = json.loads(CONFIG) | {"quantization_config": {"quant_method": method, **settings}}
+    return json.dumps(config)
+
+
 PULL = "a git-lfs pointer instead of the file itself: run `git lfs pull` in the clone"
+
+PACKED = ("gptq", "awq", "compressed-int4", "compressed-fp8", "fp8", "mlx", "bitsandbytes")
 
 Row = tuple[str, Callable[[Path], Path], str]
 """A name, what makes it, and a part of what both commands say."""
@@ -119,9 +133,19 @@ ROWS: list[Row] = [
         "an adapter (LoRA) of meta-llama/Llama-3.2-1B",
     ),
     (
-        "adapter beside its base",
+        "adapter beside weights",
         lambda t: model(t, adapter_config__json=LORA, adapter_model__safetensors=b"x"),
-        "adapter",
+        "give `--adapter {}` to merge it, or `--adapter none` to run the weights without it",
+    ),
+    (
+        "weights of a method that is not read",
+        lambda t: model(t, config__json=quantized("hqq")),
+        "weights quantized by 'hqq' are not read; read are GPTQ, AWQ, compressed-tensors, fp8, MLX",
+    ),
+    (
+        "AWQ's other version",
+        lambda t: model(t, config__json=quantized("awq", version="gemv")),
+        'version = "gemv" is not implemented; get the model in AWQ\'s gemm version, or as GPTQ',
     ),
     (
         "onnx",
@@ -168,14 +192,8 @@ ROWS: list[Row] = [
     ),
 ]  # fmt: skip
 
-PACKED = FIXTURES.parent / "packed"
+
 GGUF = FIXTURES.parent / "gguf" / "llama.gguf"
-
-
-def quantized(tmp: Path, method: str) -> Path:
-    given = Path(shutil.copytree(PACKED / method, tmp / "given"))
-    shutil.copy(FIXTURES / "llama" / "tokenizer.json", given)
-    return given
 
 
 def cached(tmp: Path) -> Path:
@@ -192,10 +210,7 @@ READ: list[Row] = [
     ("folder with a GGUF file", lambda t: put(t / "given", a__gguf=GGUF.read_bytes()), OK),
     ("file of Ollama's", lambda t: put(t, given=GGUF.read_bytes()) / "given", OK),
     ("folder of the hub's cache", cached, OK),
-    *(
-        (method, lambda t, method=method: quantized(t, method), OK)
-        for method in sorted(path.name for path in PACKED.iterdir() if path.is_dir())
-    ),
+    *((name, lambda t, name=name: repacked(t, name), OK) for name in PACKED),
 ]
 """Rows that are read as they are."""
 

@@ -70,7 +70,12 @@ def options(*arguments: str | Path) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--bits", type=lambda text: [int(text)])
     parser.set_defaults(
-        max_weight_error=1e-3, scheme="rtn", group_size=32, context=64, time_limit=20.0
+        max_weight_error=1e-3,
+        scheme="rtn",
+        group_size=32,
+        context=64,
+        time_limit=20.0,
+        adapter=None,
     )
     plan_arguments.add_planning_arguments(parser)
     plan_arguments.add_objective_arguments(parser)

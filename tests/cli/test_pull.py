@@ -172,6 +172,9 @@ def test_a_download_goes_on_after_its_process_was_killed(hub: Hub, tmp_path: Pat
     assert process.returncode == -signal.SIGKILL
     hub.held_after = None
     hub.go_on.set()
+    (row,) = last_json(shoal("models", "--json", NOWHERE))["models"]
+    assert (row["whole"], row["size_bytes"]) == (False, 8 * PIECE + len(b"{}"))
+    assert "`shoal pull org/large` fetches the rest" in row["reason"]
     told = last_json(shoal("pull", "org/large", "--json"))
     assert told["fetched_bytes"] == len(LARGE) - 8 * PIECE
     assert blob.read_bytes() == LARGE
@@ -227,6 +230,7 @@ def test_a_small_disk_is_told_before_the_download(hub: Hub, tmp_path: Path) -> N
 def test_refusals_are_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repos["org/tiny"] = Repo(fixture(), gated=True)
     assert "accept its licence" in line(shoal("pull", "org/tiny"))
+    assert last_json(shoal("models", "--json", NOWHERE))["models"] == []
     assert "has no model org/none" in line(shoal("pull", "org/none"))
     hub.repos["org/tiny"] = Repo(fixture())
     assert "has no revision v9" in line(shoal("pull", "org/tiny", "--revision", "v9"))
@@ -264,6 +268,23 @@ def test_a_terminal_is_asked_which_gguf_file(hub: Hub) -> None:
     assert "tiny-Q8_0.gguf" in terminal.text.splitlines()[-1]
     rows = last_json(shoal("models", "--json", NOWHERE))["models"]
     assert [Path(row["path"]).name for row in rows] == ["tiny-Q8_0.gguf"]
+    last_json(shoal("pull", "org/tiny:Q4_0", "--json"))
+    rows = last_json(shoal("models", "--json", NOWHERE))["models"]
+    assert [row["name"] for row in rows] == ["org/tiny:Q4_0", "org/tiny:Q8_0"]
+
+
+def test_a_gguf_file_is_listed_and_planned_by_its_quantization(hub: Hub) -> None:
+    content = (ROOT / "tests" / "gguf" / "qwen3.gguf").read_bytes()
+    hub.repos["org/tiny"] = Repo({"tiny-F16.gguf": content, "tiny-Q4_0.gguf": LARGE})
+    planned = shoal("plan", "org/tiny:F16", f"--devices={LAB}", "--bits=8", "--json")
+    assert "has no config.json to plan from: run `shoal pull org/tiny:F16`" in line(planned)
+    last_json(shoal("pull", "org/tiny", "--file=F16", "--json"))
+    (row,) = last_json(shoal("models", "--json", NOWHERE))["models"]
+    assert (row["name"], row["whole"]) == ("org/tiny", True)
+    assert (row["size_bytes"], row["supported"], row["fits"]) == (len(content), True, True)
+    for model in ("org/tiny:f16", "org/tiny", row["path"], str(Path(row["path"]).parents[2])):
+        planned = shoal("plan", model, f"--devices={LAB}", "--bits=8", "--json")
+        assert last_json(planned)["model"] == "tiny-F16"
 
 
 # ---- names where a model is taken --------------------------------------------------------------
@@ -286,7 +307,7 @@ def test_a_shape_is_planned_without_any_file(tmp_path: Path) -> None:
     config.write_bytes(fixture()["config.json"])
     planned = shoal("plan", f"--shape={config}", f"--devices={LAB}", "--json")
     assert last_json(planned)["model"] == "mine"
-    assert "known are llama-1b" in line(shoal("plan", "--shape=llama", f"--devices={LAB}"))
+    assert "known are gemma2-2b" in line(shoal("plan", "--shape=llama", f"--devices={LAB}"))
     assert "add --devices" in line(shoal("plan", "--shape=llama-1b"), 2)
     for arguments in ([], ["x", "--shape=llama-1b"]):
         assert "give one MODEL" in line(shoal("plan", *arguments, f"--devices={LAB}"), 2)

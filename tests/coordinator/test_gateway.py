@@ -882,7 +882,7 @@ def test_a_slot_given_to_somebody_who_leaves_at_that_moment_goes_to_the_next() -
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model", "relative/path"),
+        ("model", "a/relative/path"),
         ("model", 7),
         ("bits", []),
         ("bits", [7]),

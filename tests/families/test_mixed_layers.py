@@ -15,7 +15,7 @@ import pytest
 
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, UnsupportedModelError
-from model.families import Config, load_spec
+from model.families import Config, Piece, load_spec
 from model.families.gemma import normalizer
 from model.reference import ReferenceModel
 from model.spec import LayerSpec, ModelSpec, RopeSpec
@@ -180,6 +180,10 @@ def test_exaone4_patterns(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters"),
         ({"layer_types": ["chunked_attention"] * 26}, "chunked_attention"),
         ({"model_type": "gemma3n_text"}, "embeddings per layer"),
+        (
+            {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]},
+            "embeddings per layer",
+        ),
         ({"model_type": "gemma4_text"}, "embeddings per layer"),
         ({"model_type": "cohere2"}, "parallel residual"),
     ],
@@ -210,6 +214,18 @@ def test_embeddings_are_scaled_as_the_model_was_trained() -> None:
     assert rounded(640, dtype="float16") == 25.296875
     assert rounded(640, dtype="float32") == pytest.approx(640**0.5, rel=1e-7)
     assert rounded(640) == pytest.approx(640**0.5, rel=1e-7)
+
+
+def test_scaling_a_large_table_takes_no_second_one() -> None:
+    """A view of a file is read-only, and is left as it is."""
+    own = np.ones((3, 2), np.float32)
+    scaled = Piece("tokens", scale=34.0).apply(own)
+    assert np.shares_memory(scaled, own)
+    assert (scaled == 34).all()
+    view = np.ones((3, 2), np.float32)
+    view.flags.writeable = False
+    assert (Piece("tokens", scale=34.0).apply(view) == 34).all()
+    assert (view == 1).all()
 
 
 def copied(directory: Path, name: str) -> tuple[Path, dict[str, Any]]:

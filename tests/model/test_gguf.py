@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, ModelError, UnsupportedModelError
-from model.gguf import GgufTensor, read_gguf, read_parts
+from model.gguf import Alternating, GgufTensor, read_gguf, read_parts
 from model.gguf_types import READ_TYPES, TYPES, dequantize, kept_codes, kept_format
+from model.quantize import Format, quantize
 from tests.gguf_files import ALIGNMENT, NUMBERS, Gguf, Tensor, plain, random_blocks, tiny
 
 GOLDEN = Path(__file__).parents[1] / "gguf" / "golden.npz"
@@ -46,6 +47,20 @@ def test_kept_codes_have_the_same_values(name: str) -> None:
         assert {-1, 1} <= set(np.sign(codes.scales().ravel()).tolist())
     assert codes.format == kept_format(kind)
     np.testing.assert_array_equal(codes.dequantize(), expected)
+
+
+def test_infinite_scales_are_refused(tmp_path: Path) -> None:
+    model = tiny("Q8_0")
+    stored = model.tensors["blk.0.ffn_up.weight"]
+    data = np.array(np.inf, np.float16).tobytes() + bytes(32) + stored.data[34:]
+    model.tensors = {**model.tensors, "blk.0.ffn_up.weight": Tensor("Q8_0", stored.shape, data)}
+    checkpoint = Checkpoint.open(model.write(tmp_path / "x.gguf"))
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.ffn_up\.weight' holds NaN or infinite"):
+        checkpoint.kept(1)
+    values = checkpoint.block(1)["up.weight"]
+    assert np.isnan(values[0, 0])
+    with pytest.raises(CheckpointError, match="NaN, infinite or absurdly large"):
+        quantize(values, Format.of(4))
 
 
 def test_other_types_keep_no_codes() -> None:
@@ -89,6 +104,28 @@ def test_parts_turned_and_added(tmp_path: Path) -> None:
     assert np.array_equal(turned.float32(slice(2, 4)), stack[2].T[2:4])
     row = GgufTensor(file, "x", (8,), part=(5, 6), add=-1.0)
     assert np.array_equal(row.float32(), stack[1, 1] - 1)
+
+
+@pytest.mark.parametrize("kind", ["F32", "MXFP4", "Q8_0"])
+def test_two_tensors_whose_rows_take_turns(tmp_path: Path, kind: str) -> None:
+    random, shape = np.random.default_rng(3), (3, 2, 64)
+    gate, up = (
+        plain(random.normal(0, 1, shape)) if kind == "F32" else random_blocks(kind, shape, random)
+        for _ in range(2)
+    )
+    file = read_gguf(Gguf({}, {"gate": gate, "up": up}).write(tmp_path / "x.gguf"))
+    first, second = (GgufTensor(file, name, shape) for name in ("gate", "up"))
+    both = Alternating(first, second)
+    values = both.float32()
+    assert both.shape == values.shape == (3, 4, 64)
+    np.testing.assert_array_equal(values[:, 0::2], first.float32())
+    np.testing.assert_array_equal(values[:, 1::2], second.float32())
+    np.testing.assert_array_equal(both.float32(slice(1, 2)), values[1:2])
+    codes = both.codes()
+    assert (codes is None) == (kind == "F32")
+    if codes is not None:
+        assert codes.format == both.format
+        np.testing.assert_array_equal(codes.dequantize().reshape(values.shape), values)
 
 
 # ---- files that are not what they seem ---------------------------------------------------------
@@ -238,6 +275,7 @@ def test_types_that_are_not_read_are_named(tmp_path: Path) -> None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(places=[(921, 8)], cut=None)  # Numbers that were values are taken for scales.
 @given(
     places=st.lists(
         st.tuples(st.integers(0, 1100), st.sampled_from([0, 1, 7, 8, 9, 32, 127, 128, 255])),

@@ -37,8 +37,13 @@ SOURCES = {
 FILES = [file for file in sorted((TESTS / "gguf").glob("*.gguf")) if file.stem in SOURCES]
 ATOL = 1e-4
 LOST: dict[str, str] = {
-    "qwen2": "windows of single layers",
     "smollm3": "which layers have no rotary positions, other than each fourth",
+    "gemma2": "a scale of scores of its own, a head of its own",
+    "gemma3": "a scale of scores of its own",
+    "gemma": "norms are rounded to 16 bits after one is added",
+    "qwen3-yarn": "that its bounds are not rounded to columns",
+    "starcoder2": "a window of all layers",
+    "gpt_oss": "the limit of a clipped SwiGLU, other than 7",
 }
 """What the format cannot say of a fixture. No published model needs it."""
 
@@ -46,15 +51,26 @@ LOST: dict[str, str] = {
 def comparable(spec: ModelSpec, name: str) -> ModelSpec:
     """Return a spec without what only a tokenizer's settings say, and what the format loses."""
     layers = spec.layers
-    if name == "qwen2":
+    if name == "starcoder2":
         layers = tuple(replace(layer, sliding_window=None) for layer in layers)
     if name == "smollm3":
         layers = tuple(replace(layer, rope=layers[0].rope) for layer in layers)
+    if name == "gpt_oss":
+        experts = [replace(layer.experts, limit=7.0) for layer in layers if layer.experts]
+        layers = tuple(
+            replace(layer, experts=own) for layer, own in zip(layers, experts, strict=True)
+        )
+    if name.startswith("gemma"):
+        layers = tuple(replace(layer, score_scale=None) for layer in layers)
+    if name == "qwen3-yarn":
+        ropes = [replace(layer.rope, truncated=True) for layer in layers if layer.rope is not None]
+        layers = tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True))
     if layers[0].rope is not None and layers[0].rope.scaling == "llama3":
         # Any context between two bounds gives the same frequencies, if none is in the band.
         rope = replace(layers[0].rope, original_context=0)
         layers = tuple(replace(layer, rope=rope) for layer in layers)
-    return replace(spec, layers=layers, eos_tokens=(), bos_token=None)
+    spec = replace(spec, layers=layers, eos_tokens=(), bos_token=None)
+    return replace(spec, tied_head=True) if name == "gemma2" else spec
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -62,10 +78,17 @@ def test_a_converted_checkpoint_is_the_same_model(file: Path) -> None:
     source, converted = Checkpoint.open(SOURCES[file.stem]), Checkpoint.open(file)
     assert comparable(converted.spec, file.stem) == comparable(source.spec, file.stem)
     for block in range(source.spec.block_count):
+        if (file.stem, block) == ("gemma2", source.spec.head_block):
+            continue
         expected, found = source.block(block), converted.block(block)
         assert found.keys() == expected.keys()
         for name, values in expected.items():
-            np.testing.assert_array_equal(found[name], values, err_msg=f"{block} {name}")
+            # Gemma's factor of embeddings is rounded to the checkpoint's type, which is not stored.
+            is_gemma = file.stem.startswith("gemma")
+            rounded = 1e-3 if is_gemma and (name == "tokens.weight" or "norm" in name) else 0
+            np.testing.assert_allclose(
+                found[name], values, rtol=rounded, atol=0, err_msg=f"{block} {name}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -258,6 +281,8 @@ def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
             {"general__architecture": "mamba"},
             "the architecture 'mamba' is not implemented for GGUF",
         ),
+        ({"general__architecture": "lfm2"}, "for GGUF: it needs convolution layers; known: "),
+        ({"general__architecture": "grok"}, "is not implemented for GGUF; known: ernie4_5"),
         ({"general__architecture": None}, "the architecture '' is not implemented"),
         ({"general__architecture": "clip"}, "reads pictures or sound; give the language model's"),
         ({"general__type": "mmproj"}, "reads pictures or sound"),

@@ -126,6 +126,22 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "<s>hi"
 
 
+def test_recommendations_of_sampling(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "general__sampling__temp": 0.6,
+        "general__sampling__top_k": 20,
+        "general__sampling__top_p": 0.95,
+        "general__sampling__min_p": 0.1,
+        "general__sampling__penalty_repeat": 99.0,
+    }
+    path = tiny(**stored(byte_level("gpt2", "gpt-2")), **changes).write(tmp_path / "x.gguf")
+    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    assert Tokenizer.load(path).defaults.stated() == expected, "a penalty of 99 is absurd"
+    assert Tokenizer.load(tmp_path).defaults.stated() == expected
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.3}')
+    assert Tokenizer.load(tmp_path).defaults.stated() == {"temperature": 0.3}
+
+
 def test_a_splitting_may_ask_for_bos(tmp_path: Path) -> None:
     metadata = byte_level("gpt2", "llama-bpe") | {"ggml__bos_token_id": 0}
     backend, _ = gguf_tokenizer(tiny(**stored(metadata)).write(tmp_path / "x.gguf"))
@@ -144,7 +160,7 @@ def test_a_splitting_may_ask_for_bos(tmp_path: Path) -> None:
         ({"ggml__token_type": [1]}, "tokenizer.ggml.token_type has 1 items for"),
         ({"ggml__pre": "new-bpe"}, "the splitting 'new-bpe' of texts (tokenizer.ggml.pre)"),
         ({"ggml__merges": ["ab"]}, "the merge 'ab' has no two parts"),
-        ({"ggml__merges": ["zz yy"]}, "the vocabulary is not valid"),
+        ({"ggml__merges": ["zz yy"]}, "it merges 'zz' and 'yy', which are not all in"),
         ({"ggml__bos_token_id": 10**6, "ggml__add_bos_token": True}, "the bos token 1000000"),
     ],
 )

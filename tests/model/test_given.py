@@ -154,7 +154,7 @@ def test_an_adapter_names_its_base(tmp_path: Path, llama: Path) -> None:
     lora = put(tmp_path / "lora", adapter_config__json=config, adapter_model__safetensors=weights)
     message = refusal(lora)
     assert "an adapter (LoRA) of meta-llama/Llama?[2J-3.2-1B without its base model" in message
-    assert "merge_and_unload" in message
+    assert f"run `shoal load 'meta-llama/Llama?[2J-3.2-1B' --adapter {lora}`" in message
     (llama / "model.safetensors").unlink()
     put(llama, adapter_config__json=b"[]", adapter_model__safetensors=weights)
     assert "an adapter (LoRA) without its base model" in refusal(llama)

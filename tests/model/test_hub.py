@@ -11,6 +11,7 @@ import pytest
 
 from model.errors import HubError
 from model.hub import (
+    DESCRIPTIONS,
     OLLAMA_NAMES,
     HubName,
     cache_directory,
@@ -25,6 +26,7 @@ from model.hub import (
     ollama_advice,
     on_this_machine,
     parse_name,
+    pieces_of,
     resolved,
     served_name,
     snapshot,
@@ -83,8 +85,8 @@ def test_names(text: str, name: HubName) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "gpt2", "./org/tiny", "/org/tiny", "../org/tiny", "a/b/c", "org/ti ny", "org/tiny@",
-     "org/tiny@../x", "org/tiny@a/../b", "org/tiny:", "org/tiny:../x", "-x/y", "~/models/llama",
-     "org/tiny\n", "https://example.org/org/tiny", "llama3.2:1b"],
+     "org/tiny@../x", "org/tiny@a/../b", "org/tiny:", "org/tiny:../x", "-x/y", "a--b/c",
+     "~/models/llama", "org/tiny\n", "https://example.org/org/tiny", "llama3.2:1b"],
 )  # fmt: skip
 def test_what_is_no_name(text: str) -> None:
     assert parse_name(text) is None
@@ -179,6 +181,10 @@ def test_a_link_to_a_lost_blob_is_not_there(cache: Path) -> None:
     assert cached_model(HubName("org/tiny", file="Q4_0")) is None
 
 
+def test_no_file_is_described_twice() -> None:
+    assert len(set(DESCRIPTIONS)) == len(DESCRIPTIONS)
+
+
 def test_weights_are_lacking_beside_descriptions_only(tmp_path: Path) -> None:
     path = put(tmp_path / "model", "config.json", "tokenizer.json")
     assert lacks_weights(path)
@@ -241,6 +247,13 @@ def test_a_gguf_file_is_chosen_by_its_quantization() -> None:
     for unclear in (None, "Q4", "F16", "Q5_0"):
         with pytest.raises(HubError, match="Q6_K, BF16, IQ4_XS, Q4_K_M, UD-Q4_K_XL; give one"):
             choose_gguf(files, HubName("o/x", file=unclear))
+
+
+def test_the_pieces_of_a_gguf_model(tmp_path: Path) -> None:
+    names = [f"a-0000{n}-of-00002.gguf" for n in (1, 2)]
+    folder = put(tmp_path / "x", *names, "a.gguf", "b-00001-of-00002.gguf")
+    assert pieces_of(folder / names[0]) == [folder / name for name in names]
+    assert pieces_of(folder / "a.gguf") == [folder / "a.gguf"]
 
 
 @pytest.mark.parametrize(

@@ -140,12 +140,28 @@ def test_an_only_gguf_file_needs_no_name(hub: Hub) -> None:
     assert cached_model(NAME) == path
 
 
+def test_an_adapter_is_fetched_without_a_config(hub: Hub) -> None:
+    files = sized(adapter_config__json=b"{}", adapter_model__safetensors=LARGE)
+    hub.repos["org/tiny"] = Repo(files | {"training_args.bin": b"x"})
+    path = pull(NAME).path
+    assert {item.name for item in path.iterdir()} == set(files)
+    assert cached_model(NAME) == path
+
+
 def test_repositories_without_usable_weights(hub: Hub) -> None:
     hub.repos["org/tiny"] = Repo(sized(config__json=b"{}", pytorch_model__bin=b"x"))
     assert "only pickles (pytorch_model.bin)" in refusal()
     hub.repos["org/tiny"] = Repo(sized(config__json=b"{}"))
     assert "no weights in safetensors or GGUF" in refusal()
     assert "leave out `:Q4_0`" in refusal(HubName("org/tiny", file="Q4_0"))
+
+
+def test_weights_that_nothing_here_can_run_are_not_fetched(hub: Hub) -> None:
+    config = b'{"model_type": "mamba"}'
+    hub.repos["org/tiny"] = Repo(sized(config__json=config, model__safetensors=LARGE))
+    message = refusal()
+    assert message.startswith("org/tiny is not fetched: config.json: mamba needs what is not impl")
+    assert hub.fetched() == [f"/org/tiny/resolve/{COMMIT}/config.json"]
 
 
 def test_only_the_config_is_fetched_to_plan(hub: Hub) -> None:
@@ -321,11 +337,20 @@ def test_a_gated_model_says_what_to_do(hub: Hub, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(403, "forbids"), (418, "answers 418 for org/tiny: try again later")]
+    ("status", "said"),
+    [
+        (200, "does not answer like a hub"),
+        (403, "forbids"),
+        (418, "answers 418 for org/tiny: try again later"),
+    ],
 )
 def test_other_refusals(hub: Hub, status: int, said: str) -> None:
     hub.status = status
     assert said in refusal()
+
+
+def test_a_name_that_no_hub_has(hub: Hub) -> None:
+    assert "org/tiny.git is no name that a hub can have" in refusal(HubName("org/tiny.git"))
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +376,7 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", ["../evil", "/etc/evil", "a/../../b"])
 def test_a_hostile_list_of_files_is_refused(hub: Hub, path: str) -> None:
     hub.repos["org/tiny"] = Repo(fixture() | {path: b"x"})
-    assert "unlike a hub" in refusal()
+    assert "does not answer like a hub" in refusal()
     assert not NAME.folder.exists()
 
 

@@ -26,6 +26,7 @@ from model.spec import QUANTIZED_TENSORS
 from model.weights import PlainTensor, StoredTensor
 from tests.greedy import generate_greedy
 
+FAMILIES = Path(__file__).parents[1] / "families"
 PACKED = Path(__file__).parents[1] / "packed"
 MODULES = {
     "q": "self_attn.q_proj",
@@ -135,6 +136,59 @@ def test_a_matrix_equals_its_tool(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(codes.dequantize().reshape(values.shape), values)
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("shape", [(), (1, 1), (16,), (16, 1), (4, 2)])
+def test_fp8_equals_torch(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    scales = np.random.default_rng(0).random(shape, np.float32)
+    parts: dict[str, Any] = {"m.weight": codes, "m.weight_scale": scales}
+    write_safetensors(tmp_path / "model.safetensors", parts)
+    as_type(tmp_path / "model.safetensors", {"m.weight": dtype})
+    file = read_safetensors(tmp_path / "model.safetensors")
+    settings = {"quant_method": "fp8", "weight_block_size": [4, 8]}
+    config = Config(tmp_path / "config.json", {"quantization_config": settings})
+    stored = {name: PlainTensor(file, name) for name in file.entries}
+    (tensor,) = unpacked(config, stored).values()
+    values = torch.from_numpy(codes).view(kind).float().numpy()
+    wide = scales.reshape(1, 1) if scales.size == 1 else scales.reshape(len(scales), -1)
+    wide = np.repeat(np.repeat(wide, 16 // len(wide), 0), 16 // wide.shape[1], 1)
+    with np.errstate(invalid="ignore"):
+        expected = values * wide
+    np.testing.assert_array_equal(tensor.float32(), expected)
+    np.testing.assert_array_equal(tensor.float32(slice(3, 11, 2)), expected[3:11:2])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "phi3", "smollm3"])
+def test_codes_of_experts_and_fused_matrices_are_kept(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FAMILIES / name, tmp_path / name))
+    path = folder / "model.safetensors"
+    file = read_safetensors(path)
+    parts: dict[str, Any] = {}
+    for key, entry in file.entries.items():
+        values = parts[key] = np.array(file.float32(key))
+        if len(entry.shape) == 2 and "_proj." in key:
+            scales = np.abs(values).max(1, keepdims=True) / np.float32(127)
+            parts |= {key: np.rint(values / scales).astype(np.int8), f"{key}_scale": scales}
+    write_safetensors(path, parts)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint, fmt = Checkpoint.open(folder), Format(8, "rtn", 128, symmetric=True)
+    assert checkpoint.lossless_format(1) == fmt
+    stored, decoded = checkpoint.block_in(1, fmt), checkpoint.block(1)
+    plain = Checkpoint.open(FAMILIES / name).block(1)
+    for canonical in QUANTIZED_TENSORS & stored.keys():
+        codes = stored[canonical]
+        assert isinstance(codes, QuantizedMatrix), canonical
+        np.testing.assert_array_equal(codes.dequantize(), decoded[canonical])
+        np.testing.assert_allclose(decoded[canonical], plain[canonical], atol=0.02)
+
+
 def matrix(name: str) -> tuple[dict[str, Any], dict[str, Any], npt.NDArray[np.float32]]:
     """Return the settings, the parts and the values of a single matrix."""
     with np.load(PACKED / "matrices.npz") as stored:
@@ -239,19 +293,19 @@ def test_hostile_parts_are_refused_in_one_line(name: str, tmp_path: Path) -> Non
                 continue
             write_safetensors(path, tensors, bfloat16=patterns - {key})
             if floats and how != "type":
-                as_float8(path, set(floats) & tensors.keys())
+                as_type(path, dict.fromkeys(set(floats) & tensors.keys(), "F8_E4M3"))
             with pytest.raises((CheckpointError, UnsupportedModelError)) as caught:
                 Checkpoint.open(folder)
             assert "\n" not in str(caught.value), (key, how)
 
 
-def as_float8(path: Path, names: set[str]) -> None:
-    """Rename the types of some tensors in a header, which has room for it."""
+def as_type(path: Path, dtypes: Mapping[str, str]) -> None:
+    """Change the types of some tensors in a header, to those that numpy does not have."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    for name in names:
-        header[name]["dtype"] = "F8_E4M3"
+    for name, dtype in dtypes.items():
+        header[name]["dtype"] = dtype
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
@@ -264,6 +318,28 @@ def test_scales_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     for read in (tensor.float32, tensor.codes):
         with pytest.raises(CheckpointError, match=r"scales of 'm\.qweight' hold NaN"):
             read()
+
+
+def test_the_last_group_may_be_shorter(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    parts: dict[str, Any] = {
+        "m.qweight": random.integers(-(2**31), 2**31, (96 // 8, 32), np.int64).astype(np.int32),
+        "m.qzeros": random.integers(-(2**31), 2**31, (2, 4), np.int64).astype(np.int32),
+        "m.scales": random.random((2, 32)).astype(np.float16),
+    }
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False}
+    tensor = opened(tmp_path, settings, parts)
+    words = parts["m.qweight"].view(np.uint32)
+    codes = np.stack([words >> shift & 15 for shift in range(0, 32, 4)], 1).reshape(96, 32)
+    zeros = np.stack([parts["m.qzeros"].view(np.uint32) >> shift & 15 for shift in range(0, 32, 4)])
+    zeros = (zeros.transpose(1, 2, 0).reshape(2, 32) + 1) & 15
+    group = np.arange(96) // 64
+    scales = parts["m.scales"].astype(np.float32)
+    expected = (codes.astype(np.float32) - zeros[group]) * scales[group]
+    np.testing.assert_array_equal(tensor.float32(), expected.T)
+    kept = tensor.codes()
+    assert kept is not None
+    np.testing.assert_array_equal(kept.dequantize(), expected.T)
 
 
 def test_groups_beyond_the_scales_are_named(tmp_path: Path) -> None:
@@ -283,6 +359,8 @@ def test_an_old_file_of_settings_beside_the_config_is_read(tmp_path: Path) -> No
     (folder / "quantize_config.json").write_text(json.dumps(settings))
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.native_format(1) == MODELS["gptq"][1]
+    (folder / "quantize_config.json").write_text(json.dumps(settings | {"more": 1}))
+    assert Checkpoint.open(folder).fingerprint != checkpoint.fingerprint
 
 
 def test_biases_of_zeros_that_old_tools_added_are_left_out(tmp_path: Path) -> None:

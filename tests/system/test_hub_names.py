@@ -29,6 +29,12 @@ def ask_there(cluster: Cluster, path: str, **body: object) -> httpx.Response:
     return httpx.post(f"{cluster.url}/shoal/v1/{path}", json=body, timeout=60, trust_env=False)
 
 
+def loads(cluster: Cluster) -> int:
+    """How often the coordinator has loaded a model."""
+    events = cluster.get("/shoal/v1/events")["events"]
+    return sum(event["kind"] == "served" for event in events)
+
+
 def refused(completed: subprocess.CompletedProcess[str]) -> str:
     assert completed.returncode == 1, completed.stderr
     (line,) = completed.stderr.splitlines()
@@ -58,15 +64,17 @@ def test_a_hubs_model_is_planned_loaded_and_asked_by_its_name(
     asked = len(hub.requests)
     again = last_json(cluster.run("run", "org/tiny", "Once", "--max-tokens=4", "--json"))
     assert again["text"] == ran["text"]
-    assert cluster.get("/shoal/v1/ps")["model"]["plan"] == loaded["plan"]  # It was not loaded anew.
+    assert loads(cluster) == 1  # It was loaded already.
     (row,) = last_json(cluster.run("models", "--json"))["models"]
     assert (row["name"], row["fits"]) == ("org/tiny", True)
-    assert "compared with" in cluster.run("models").stdout
+    assert "of 1 device that has joined" in cluster.run("models").stdout
     assert "run `shoal unload` first" in refused(cluster.run("rm", "org/tiny", "--yes"))
 
     assert cluster.run("unload").returncode == 0
     assert cluster.run("load", str(snapshot.parents[1])).returncode == 0
     assert cluster.get("/shoal/v1/ps")["model"]["directory"] == str(snapshot)
+    cluster.run("run", str(snapshot.parents[1]), "Once", "--max-tokens=4")
+    assert loads(cluster) == 2
     assert len(hub.requests) == asked
     result = ask_there(cluster, "load", model="org/tiny").text.splitlines()[-1]
     assert json.loads(result)["result"]["model"] == "tiny"
@@ -106,6 +114,7 @@ def test_the_coordinator_of_another_machine_needs_the_model_there(
         with monkeypatch.context() as patch:
             patch.setenv("HF_HOME", str(tmp_path / "far"))
             last_json(shoal("pull", "org/tiny", "--json"))
+            assert "no device has joined: compared with " in run("models").stdout
         message = refused(run("load", "org/tiny"))
         assert "no agent" in message  # The model was found.
         assert "no agent" in refused(run("load", "org/tiny", "--pin=layers=0:pi"))
