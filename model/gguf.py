@@ -257,7 +257,7 @@ class Alternating(StoredTensor):
         if self.format is None or first is None or second is None:
             return None
         assert first.scale_data is not None  # noqa: S101 - integer formats have scales
-        assert second.scale_data is not None  # noqa: S101
+        assert second.scale_data is not None  # noqa: S101 - as above
         data = np.stack((first.data, second.data), axis=1)
         scales = np.stack((first.scale_data, second.scale_data), axis=1)
         rows, columns = first.shape
