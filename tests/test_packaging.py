@@ -22,7 +22,7 @@ MODULES = sorted(
     for path in (ROOT / package).rglob("[a-z]*.py")
 )
 
-NEEDS = {"torch_kernels": "triton", "torch_": "torch"}
+NEEDS = {"torch_kernels": "triton", "torch_fused_kernels": "triton", "torch_": "torch"}
 """Beginning of a backend's module -> what it may need that no extra of the tests installs."""
 
 AGENT_ONLY = {"onnx", "onnxruntime"}

@@ -21,6 +21,7 @@ from rich.text import Text
 from cli.main import _parser
 from cli.render import Screen
 from cli.tables import fitting
+from model.hub import served_name
 
 WIDTHS = (120, 80, 60, 40)
 
@@ -184,7 +185,7 @@ def test_a_plan_with_all_that_is_known_of_it_is_whole(
     options.run(options, screen)
     titles = " ".join(str(table.title) for table, _ in screen.tables)
     for title in (
-        f"plan for {model.name}",
+        f"plan for {served_name(model)}",
         "where a token's predicted time goes",
         "draws of link speeds",
     ):
