@@ -21,14 +21,12 @@ from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Piece, Source, describe, read_config, tensor_sources
-from model.families.quantization import old_settings
+from model.families.quantization import old_settings, read_quantization
 from model.families.sources import shape_of
-from model.gguf_map import read_model
 from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
 from model.given import INDEX as _INDEX
 from model.given import SINGLE as _SINGLE
 from model.hub import lacks_weights
-from model.packed import unpacked
 from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.row_pieces import RowPieces
 from model.safetensors import SafetensorsFile, read_safetensors
@@ -389,7 +387,13 @@ def _open_folder(directory: Path) -> Checkpoint:
                     f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
                 )
             stored[name] = PlainTensor(shard, name)
-    tensors = unpacked(config, stored)
+    tensors: dict[str, StoredTensor] = dict(stored)
+    if read_quantization(config) is not None:
+        from model.packed import (
+            unpacked,  # Few models are packed, and every start would pay for it.
+        )
+
+        tensors = unpacked(config, stored)
     checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
     notes = _unread_files(directory, shards), _wrong_places(directory, stored)
     for note in filter(None, notes):
@@ -399,6 +403,8 @@ def _open_folder(directory: Path) -> Checkpoint:
 
 
 def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
+    from model.gguf_map import read_model  # Only who gives such a file pays for its reader.
+
     model = read_model(gguf)
     config = Config(gguf, model.values)
     spec = describe(config, given)

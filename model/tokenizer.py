@@ -15,7 +15,6 @@ import tokenizers
 from model.bounded import read_json
 from model.errors import TokenizerError
 from model.generation import SamplingDefaults, read_sampling_defaults, sampling_defaults
-from model.gguf_tokenizer import gguf_sampling, gguf_tokenizer
 from model.given import gguf_of, kind_of_file
 from model.template_process import template_process
 from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
@@ -203,6 +202,8 @@ def _of_gguf(path: Path, given: Path) -> Tokenizer:
 
     A generation_config.json in that folder wins over the file's own recommendations.
     """
+    from model.gguf_tokenizer import gguf_sampling, gguf_tokenizer  # Slow to import, seldom used.
+
     backend, settings = gguf_tokenizer(path)
     text = settings.get("chat_template")
     template = None if text is None else ChatTemplate(text, path)

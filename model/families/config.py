@@ -11,7 +11,6 @@ from typing import Any
 
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
-from model.gguf_map import read_values
 from model.given import CONFIG, gguf_of, kind_of_file, require_model
 from model.spec import MAX_LAYERS, MAX_SIZE, Activation
 
@@ -156,6 +155,8 @@ def read_config(directory: Path) -> Config:
     require_model(directory)
     gguf = gguf_of(directory)
     if gguf is not None:
+        from model.gguf_map import read_values  # Slow to import, seldom used.
+
         return Config(gguf, read_values(gguf))
     return read_config_file(directory / CONFIG)
 

@@ -1,4 +1,4 @@
-"""`shoal demo` against transformers' tokens, and the reference with the same weights."""
+"""`shoal demo`: answers, progress, and how it ends."""
 
 from __future__ import annotations
 
@@ -10,26 +10,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from model.artifact import write_artifact
-from model.checkpoint import Checkpoint
-from model.quantize import Format
-from model.reference import ReferenceModel
-from model.tokenizer import Tokenizer
-from tests.greedy import generate_greedy
-from tests.system.cluster import COMMAND, FIXTURES, ROOT, TINY_OPT, demo_processes, last_json, shoal
-
-FAMILIES = ("opt-pre", "opt-post", "llama", "mistral", "qwen2", "qwen3")
-TOKENS = 64
+from tests.system.cluster import COMMAND, ROOT, TINY_OPT, demo_processes, last_json, shoal
 
 EXACT_HOPS = "--hop-bits=32"
 """A hop at 16 bits rounds, which is not what is compared here."""
-
-TIE = 1e-3
-"""Two logits closer than this may change places: fp32 sums in another order differ by about 1e-5
-of logits of order 1, and int8 or 4-bit codes do not add to that, being exact in both."""
 
 
 @pytest.fixture(scope="module")
@@ -40,55 +26,6 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def demo(model: Path, prompt: str, *options: str) -> Any:
     return last_json(shoal("demo", "--json", f"--model={model}", f"--prompt={prompt}", *options))
-
-
-@pytest.mark.parametrize("agents", [1, 2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_at_32_bits_are_those_of_transformers(family: str, agents: int, kept: str) -> None:
-    model = FIXTURES / family
-    golden = np.load(model / "golden.npz")
-    prompt = Tokenizer.load(model).decode(golden["prompt"].tolist())
-    answer = demo(
-        model, prompt, "--bits=32", EXACT_HOPS, f"--agents={agents}", f"--max-tokens={TOKENS}", kept
-    )
-    assert answer["prompt_tokens"] == golden["prompt"].tolist()
-    assert answer["tokens"] == golden["continuation"][:TOKENS].tolist()
-    assert len(answer["plan"]["stages"]) == agents
-    assert {stage["hop_bits"] for stage in answer["plan"]["stages"][:-1]} <= {32}
-    assert {block["bits"] for block in answer["plan"]["blocks"]} == {32}
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_quantized_tokens_are_those_of_the_reference(
-    family: str, bits: int, tmp_path: Path, kept: str
-) -> None:
-    model = FIXTURES / family
-    prompt = "The quick brown fox"
-    answer = demo(
-        model,
-        prompt,
-        "--exact",
-        f"--bits={bits}",
-        EXACT_HOPS,
-        "--max-weight-error=none",
-        f"--max-tokens={TOKENS}",
-        kept,
-    )
-    assert len(answer["plan"]["stages"]) == 3
-    checkpoint = Checkpoint.open(model)
-    blocks = [
-        (block, write_artifact(tmp_path, block, checkpoint.block(block), Format.of(bits)).path)
-        for block in range(checkpoint.spec.block_count)
-    ]
-    reference = ReferenceModel.from_artifacts(checkpoint.spec, blocks)
-    expected = generate_greedy(reference, answer["prompt_tokens"], TOKENS)
-    for index, token in enumerate(answer["tokens"]):
-        if token != expected.tokens[index]:
-            # After a tie the continuations may differ; before one they must not.
-            assert expected.margins[index] < TIE
-            return
-    assert answer["tokens"]
 
 
 def test_the_demo_answers_rightly_the_same_split_and_unsplit(kept: str) -> None:
