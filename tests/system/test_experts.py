@@ -58,5 +58,6 @@ def test_experts_answer_in_a_pipeline_and_in_a_team(cluster: Cluster, name: str)
     assert [member["device"] for member in stage["members"]] == ["pi-2", "pi-1"]
     assert continued(cluster, golden) == expected
 
-    plan = last_json(cluster.run("plan", str(model), "--bits=4,8", "--json"))
-    assert plan["plan"]["blocks"]
+    if name == "qwen3_moe":
+        plan = last_json(cluster.run("plan", str(model), "--bits=4,8", "--json"))
+        assert plan["plan"]["blocks"]

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import httpx
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.parity import FAMILIES, NAMES, Golden
-from tests.system.cluster import last_json, shoal
+from tests.system.cluster import Cluster, last_json, shoal
 
 CHOSEN = ("gpt2", "mistral3-sees", "phi3-long")
 """Transposed matrices; a part of a model that sees; long factors of LongRoPE, on the wire too."""
@@ -47,13 +49,37 @@ def demo(name: str, agents: int, directory: Path) -> Any:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("two"))
+    try:
+        cluster.start_coordinator()
+        for agent in ("pi-1", "pi-2"):
+            cluster.start_agent(agent, f"--coordinator=127.0.0.1:{cluster.control_port}", "--exact")
+        cluster.wait_for_agents("pi-1", "pi-2")
+        yield cluster
+    finally:
+        cluster.stop()
+
+
 @pytest.mark.parametrize("name", CHOSEN)
-def test_two_agents_continue_as_transformers_does(name: str, tmp_path: Path) -> None:
+def test_two_agents_continue_as_transformers_does(two: Cluster, name: str, tmp_path: Path) -> None:
     golden = Golden.load(FAMILIES / name)
-    answer = demo(name, 2, tmp_path)
-    assert answer["prompt_tokens"] == golden.prompt.tolist()
-    assert len(answer["plan"]["stages"]) == 2
-    assert answer["tokens"] == golden.continuation.tolist()
+    tokens = len(golden.prompt) + len(golden.continuation)
+    wishes = ("--bits=32", "--hop-bits=32", "--no-teams", f"--context={tokens}")
+    pins = ("--pin=embedding:pi-1", "--pin=head:pi-2")
+    plan = two.load(with_tokenizer(name, tmp_path), *wishes, *pins)["plan"]
+    assert len(plan["stages"]) == 2
+    body = {
+        "model": name,
+        "prompt": golden.prompt.tolist(),
+        "temperature": 0,
+        "max_tokens": len(golden.continuation),
+        "return_token_ids": True,
+    }
+    url = f"{two.url}/v1/completions"
+    answer = httpx.post(url, json=body, timeout=60, trust_env=False).json()
+    assert answer["shoal"]["tokens"] == golden.continuation.tolist()
 
 
 def main(names: list[str]) -> None:
