@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +39,35 @@ def continued(cluster: Cluster, golden: Golden) -> list[int]:
     return tokens
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("experts"))
+    try:
+        cluster.start_coordinator()
+        for agent in ("pi-1", "pi-2"):
+            cluster.start_agent(agent)
+        cluster.wait_for_agents("pi-1", "pi-2")
+        yield cluster
+    finally:
+        cluster.stop()
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_experts_answer_in_a_pipeline_and_in_a_team(cluster: Cluster, name: str) -> None:
-    model, golden = with_words(cluster.directory, name), Golden.load(FAMILIES / name)
-    cluster.start_coordinator()
-    for agent in ("pi-1", "pi-2"):
-        cluster.start_agent(agent)
-    cluster.wait_for_agents("pi-1", "pi-2")
+def test_experts_answer_in_a_pipeline_and_in_a_team(two: Cluster, name: str) -> None:
+    model, golden = with_words(two.directory, name), Golden.load(FAMILIES / name)
     expected = golden.continuation.tolist()
 
     pinned = ("--pin=embedding:pi-1", "--pin=head:pi-2", "--no-teams")
-    answer = cluster.load(model, *EXACT, *pinned)
+    answer = two.load(model, *EXACT, *pinned)
     assert len(answer["stages"]) > 1
-    assert continued(cluster, golden) == expected
+    assert continued(two, golden) == expected
 
     stages = [(("pi-2", "pi-1"), 4, (2, 1))]
-    answer = cluster.load(model, *EXACT, f"--plan={write_plan(cluster.directory, model, stages)}")
+    answer = two.load(model, *EXACT, f"--plan={write_plan(two.directory, model, stages)}")
     (stage,) = answer["stages"]
     assert [member["device"] for member in stage["members"]] == ["pi-2", "pi-1"]
-    assert continued(cluster, golden) == expected
+    assert continued(two, golden) == expected
 
     if name == "qwen3_moe":
-        plan = last_json(cluster.run("plan", str(model), "--bits=4,8", "--json"))
+        plan = last_json(two.run("plan", str(model), "--bits=4,8", "--json"))
         assert plan["plan"]["blocks"]
