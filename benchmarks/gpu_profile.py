@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -118,7 +119,7 @@ def measure(shape: str, bits: int, asked: argparse.Namespace) -> Report:
         model = Model(spec, stage, count)
 
         def token_ms(past: int) -> float:
-            return median(timed(lambda at=at: model.token(past + at)) for at in range(TIMED_TOKENS))  # type: ignore[misc]
+            return median(timed(partial(model.token, past + at)) for at in range(TIMED_TOKENS))
 
         prompt_tokens = asked.context - asked.context % CHUNK
         model.prompt(prompt_tokens)  # The first pass of each length captures its graph.

@@ -84,8 +84,7 @@ def _of_kind(kind: str, folder: Path, shape: str, bits: int, group_size: int) ->
     files = [model] if model.is_file() else [path for path in model.iterdir() if path.is_file()]
     command = [sys.executable, "-m", "benchmarks.loading_files", f"--child={model}"]
     command += [f"--bits={bits}", f"--group-size={group_size}"]
-    # The command is this program.
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - itself
     for path in files:
         path.unlink()
     row: dict[str, Any] = json.loads(answer.stdout)

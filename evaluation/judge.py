@@ -97,7 +97,7 @@ class Judge:
         failure = ""
         for attempt in range(attempts):
             if attempt:
-                time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+                time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))  # A busy endpoint gets rest.
             try:
                 status, content = self._send(method, path, body)
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

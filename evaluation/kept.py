@@ -45,7 +45,7 @@ class Kept:
         except BlockingIOError as error:
             self._file.close()
             raise EvaluationError(f"{path}: another `shoal eval` writes to it") from error
-        except BaseException:
+        except BaseException:  # Whatever it is, the lock does not outlive it.
             self._file.close()
             raise
 

@@ -328,7 +328,7 @@ def _receive(
                 ) from error
             if failures > _RETRIES:
                 raise
-            time.sleep(failures * _PAUSE_S)
+            time.sleep(failures * _PAUSE_S)  # The hub gets rest.
     os.fsync(out.fileno())
     return fetched, digest.hexdigest() if have == file.size_bytes else ""
 

@@ -433,7 +433,7 @@ def _telling(out: Path | None, kept: Kept, screen: Screen) -> Iterator[None]:
     """Tell what is kept if the block ends early."""
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C too: it goes on after a word on what is kept.
         if out is None:
             screen.note("nothing is kept: --out FILE.jsonl keeps what is done")
         else:
