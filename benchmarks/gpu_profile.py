@@ -30,10 +30,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from backends.base import Array, Backend, Stage, StageOptions
+from backends.base import Array, Backend, BackendError, Stage, StageOptions
 from backends.registry import backend_class
 from calibration.layers import random_artifacts
 from calibration.shapes import shape_spec
+from model.errors import ModelError
 from model.quantize import Format
 from model.spec import ModelSpec
 
@@ -224,7 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("backends").setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    reports = [measure(options.shape, bits, options) for bits in options.bits]
+    try:
+        reports = [measure(options.shape, bits, options) for bits in options.bits]
+    except (ModelError, BackendError) as error:
+        raise SystemExit(f"error: {error}") from error
     if options.json:
         print(json.dumps([asdict(report) for report in reports], indent=2))
         return
