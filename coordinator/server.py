@@ -22,7 +22,7 @@ from coordinator.files.compiled import Makers, Workshop
 from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
 from coordinator.http.guard import HostGuard, guarded_protocol
-from coordinator.http.openai import OpenAIRoutes
+from coordinator.http.openai.routes import OpenAIRoutes
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible routes: how requests are read, run and answered."""

@@ -1,0 +1,77 @@
+"""The fields of requests: which are known, and readers of single values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from planning.errors import RequestInvalid
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": (None, ""),
+    "logprobs": (None, False),
+    "top_logprobs": (None,),
+    "logit_bias": (None, {}),
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+}
+"""OpenAI's fields that are not supported, with the values that have no effect."""
+
+IGNORED = frozenset(
+    {"user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"}
+)
+"""Fields that do not change the answer."""
+
+KNOWN = frozenset(
+    {
+        "model",
+        "stream",
+        "stream_options",
+        "stop",
+        "seed",
+        "temperature",
+        "top_p",
+        "top_k",
+        "repetition_penalty",
+        "max_tokens",
+        "ignore_eos",
+        "return_token_ids",
+    }
+)
+
+
+def number(
+    body: Mapping[str, Any],
+    field: str,
+    default: float,
+    low: float,
+    high: float,
+    *,
+    whole: bool = False,
+) -> float:
+    value = body.get(field)
+    if value is None:
+        return default
+    if type(value) is not int and (whole or type(value) is not float):
+        raise RequestInvalid(f"{field}: expected a {'whole ' if whole else ''}number", field)
+    if not low <= value <= high:
+        raise RequestInvalid(f"{field}: {value} is not between {low:g} and {high:g}", field)
+    return float(value) if not whole else value
+
+
+def flag(body: Mapping[str, Any], field: str) -> bool:
+    value = body.get(field)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise RequestInvalid(f"{field}: expected true or false", field)
