@@ -130,21 +130,29 @@ class Relay:
         if problem is not None:
             self._fail(number, problem)
             return
-        chunk_tokens = message.chunk_tokens
+        chunk_tokens, cached = message.chunk_tokens, message.cached
         with self._lock:
             sampler = Sampler(message.sampling) if self._is_last else None
-            sequence = self._table.open(number, message.slot, message.sampling, sampler)
-            if sequence is not None:
-                for begin in range(0, len(prompt), chunk_tokens):
+            has_prefix = self._table.keeps(message.slot, cached)
+            sequence = self._table.open(number, message.slot, message.sampling, sampler, cached)
+            if sequence is not None and not has_prefix:
+                self._table.spoil(sequence)
+            elif sequence is not None:
+                for begin in range(cached, len(prompt), chunk_tokens):
                     chunk = prompt[begin : begin + chunk_tokens]
                     last = begin + len(chunk) == len(prompt)
                     self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
-                self._changed.notify_all()
+            self._changed.notify_all()
+        if sequence is not None and not has_prefix:
+            self._report_lost_prefix(number)
 
     def _problem(self, message: StartSequence, prompt: Tokens) -> str | None:
         """Return why a sequence cannot be started, or None if it can."""
+        cached = message.cached
         if (
-            not self._table.fits(message.slot, 0, len(prompt) if self._is_first else 1)
+            not self._table.fits(
+                message.slot, cached, len(prompt) - cached if self._is_first else 1
+            )
             or not 0 < message.chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
         ):
             return "the coordinator sent a prompt that does not fit"
@@ -270,13 +278,8 @@ class Relay:
         alone = len(turns) == 1
         sequence, rows = turns[0]
         try:
-            if outputs is None and self._is_last:
-                self._stage.candidates = _candidates(turns)
-            if outputs is None and alone:
-                content, logits = self._unpacked(rows), rows.last and self._is_last
-                outputs = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
-            elif outputs is None:
-                outputs = self._decode(turns)
+            if outputs is None:
+                outputs = self._computed(turns)
             if alone:
                 self._pass_on(sequence, rows, outputs)
                 return
@@ -288,6 +291,20 @@ class Relay:
             outputs = None
         for index, turn in enumerate(turns):
             self._pass([turn], None if outputs is None else outputs[index : index + 1])
+
+    def _computed(self, turns: list[Turn]) -> Array:
+        """Run the stage: hidden rows, or logits [n, vocab] of each sequence's last row."""
+        if self._is_last:
+            self._stage.candidates = _candidates(turns)
+        if len(turns) == 1:
+            ((sequence, rows),) = turns
+            content, logits = self._unpacked(rows), rows.last and self._is_last
+            outputs = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
+        else:
+            outputs = self._decode(turns)
+        with self._lock:
+            self._table.ran(turns)
+        return outputs
 
     def _decode(self, turns: list[Turn]) -> Array:
         """Return hidden rows, or logits [n, vocab], for one row of each of n sequences."""
@@ -347,8 +364,14 @@ class Relay:
     # ---- what fails -----------------------------------------------------------------------------
 
     def _give_up(self, sequence: Sequence, error: Exception) -> None:
-        """Forget a sequence that cannot continue, and report it."""
-        self.release(sequence.number)
+        """Forget a sequence that cannot continue, and report it.
+
+        A backend may have emptied its slot. So a later sequence cannot begin with rows of the slot.
+        """
+        with self._lock:
+            heir = self._table.spoil(sequence)
+        if heir is not None:
+            self._report_lost_prefix(heir.number)
         if isinstance(error, ProtocolError):
             reason = f"the previous device sent an invalid activation: {error}"
         elif isinstance(error, WireError):
@@ -366,6 +389,10 @@ class Relay:
             log.error("stage failed", exc_info=error)
             reason = INTERNAL_ERROR
         self._fail(sequence.number, reason)
+
+    def _report_lost_prefix(self, number: int) -> None:
+        reason = "the slot does not keep the first rows of the prompt"
+        self._try_report(SequenceFailed(self.epoch, number, reason, prefix_lost=True))
 
     def _fail(self, number: int, reason: str) -> None:
         self._try_report(SequenceFailed(self.epoch, number, reason))

@@ -36,6 +36,8 @@ class Sequence:
     slot: int
     sampling: Sampling
     sampler: Sampler | None
+    cached: int = 0
+    """Rows that the slot kept from an earlier sequence. They count as arrived."""
     arrived: int = 0
     """Rows that have arrived, whether run or not. The next ones begin at this position."""
     waiting: deque[Rows] = field(default_factory=deque)
@@ -65,6 +67,8 @@ class SequenceTable:
         """Maps a number to its sequence. Prompts take turns in this order."""
         self._newest: dict[int, int] = {}
         """Maps a slot to the newest sequence that held it. Numbers only grow."""
+        self._kept: dict[int, int] = {}
+        """Maps a slot to its leading rows that have run, and that no failed pass has spoiled."""
         self._after_tokens = False
         self.newest = 0
         """The newest sequence that was opened in any slot. Numbers count from 1."""
@@ -79,9 +83,17 @@ class SequenceTable:
         )
 
     def open(
-        self, number: int, slot: int, sampling: Sampling, sampler: Sampler | None
+        self,
+        number: int,
+        slot: int,
+        sampling: Sampling,
+        sampler: Sampler | None,
+        cached: int = 0,
     ) -> Sequence | None:
-        """Give the slot to a new sequence and end its old one. None for a number of the past."""
+        """Give the slot to a new sequence and end its old one. None for a number of the past.
+
+        The slot must keep ``cached`` rows, as ``keeps`` says.
+        """
         newest = self._newest.get(slot)
         if newest is not None:
             if number <= newest:
@@ -90,9 +102,35 @@ class SequenceTable:
         if number in self._held:
             return None
         self._newest[slot] = number
+        self._kept[slot] = cached
         self.newest = max(self.newest, number)
-        self._held[number] = sequence = Sequence(number, slot, sampling, sampler)
+        self._held[number] = sequence = Sequence(
+            number, slot, sampling, sampler, cached, arrived=cached
+        )
         return sequence
+
+    def keeps(self, slot: int, rows: int) -> bool:
+        """Whether the slot has so many leading rows of its last sequence."""
+        return rows <= self._kept.get(slot, 0)
+
+    def ran(self, turns: list[Turn]) -> None:
+        """Note that a pass has computed the rows of these turns."""
+        for sequence, rows in turns:
+            if self._newest[sequence.slot] == sequence.number:
+                self._kept[sequence.slot] = rows.position + rows.count
+
+    def spoil(self, sequence: Sequence) -> Sequence | None:
+        """Drop a sequence whose pass failed. Its slot may have lost all rows.
+
+        Returns the sequence that has the slot meanwhile and relied on these rows. It is dropped,
+        too. None if there is no such sequence.
+        """
+        self._held.pop(sequence.number, None)
+        self._kept[sequence.slot] = 0
+        heir = self._held.get(self._newest[sequence.slot])
+        if heir is None or not heir.cached:
+            return None
+        return self._held.pop(heir.number)
 
     def may_start(self, number: int) -> bool:
         """Whether a sequence of this number may be opened soon."""

@@ -36,6 +36,8 @@ class CoordinatorConfig:
     """The most disk space for quantized blocks. None means most of the free space."""
     recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S
     """The time that answers wait for a lost device if the others cannot take its place."""
+    prefix_cache: bool = True
+    """Whether prompts may begin with rows that an earlier sequence left in a slot."""
     token: Token | None = field(default=None, repr=False)
     """The token that agents must know to join. None lets every agent join."""
 

@@ -540,6 +540,9 @@ class StartSequence:
     """Coordinator to every stage: this sequence holds the slot from now on.
 
     A stage takes rows only of started sequences. Only the first stage gets the prompt, and runs it.
+
+    cached: the leading rows that the slot keeps from an earlier sequence with the same tokens. They
+        do not run again.
     """
 
     epoch: int
@@ -549,6 +552,7 @@ class StartSequence:
     sampling: Sampling
     chunk_tokens: int = limits.PREFILL_CHUNK_TOKENS
     """The largest number of prompt rows that go through the stages at once."""
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -561,11 +565,15 @@ class ReleaseSequence:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailed:
-    """Stage to coordinator: a sequence cannot continue."""
+    """Stage to coordinator: a sequence cannot continue.
+
+    prefix_lost: the slot does not keep the ``cached`` rows. A start without them may work.
+    """
 
     epoch: int
     sequence: int
     reason: str
+    prefix_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

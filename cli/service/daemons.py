@@ -104,6 +104,11 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         help="How many seconds answers wait for a lost device, if the remaining devices cannot "
         "hold the model. Default: %(default)g.",
     )
+    parser.add_argument(
+        "--no-prefix-cache",
+        action="store_true",
+        help="Compute every prompt from its first token, and not on from what a slot has kept.",
+    )
     _add_state_dir(parser, "coordinator")
     _add_token(parser)
     parser.add_argument(
@@ -234,6 +239,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 token=read_token(options.token_file),
                 storage_bytes=options.storage,
                 recovery_wait_s=options.recovery_wait,
+                prefix_cache=not options.no_prefix_cache,
             ),
             screen.note,
             ServiceManager.from_environment(),

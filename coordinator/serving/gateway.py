@@ -4,6 +4,9 @@ The deployment's KV slots bound the sequences in flight. Later requests stand in
 follows each sequence to its end, and then frees its slot on every stage. A sequence ends by the
 model, a stop string, an error, or a user who goes away.
 
+A slot keeps its rows when a sequence ends. A request gets the slot that keeps most of its prompt,
+and only the rest of the prompt runs (coordinator.loading.slots).
+
 The gateway keeps every token. If a device is lost and the model is placed anew, the prompt and the
 answer so far run through the new stages, and the answer goes on.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -28,6 +32,7 @@ from coordinator.errors import (
 )
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
+from coordinator.loading.slots import Held
 from coordinator.loading.state import EndAnswers
 from coordinator.roster.members import Member, Roster
 from model.spec import ModelSpec
@@ -44,6 +49,8 @@ from wire.messages import (
     TokenSampled,
 )
 from wire.patience import within
+
+log = logging.getLogger(__name__)
 
 STALL_S = 120.0
 STALL_FACTOR = 20
@@ -73,6 +80,8 @@ class Timing:
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Leading tokens of the prompt that did not run, because their rows were kept."""
     started_s: float = 0.0
     first_s: float | None = None
     decoded: int = 0
@@ -82,15 +91,19 @@ class Timing:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens per second until the first token. None before that."""
+        """Prompt tokens that ran per second until the first token. None before that."""
         if self.first_s is None:
             return None
-        return self.prompt_tokens / (self.first_s - self.started_s)
+        return (self.prompt_tokens - self.cached_tokens) / (self.first_s - self.started_s)
 
     @property
     def decode_tokens_per_s(self) -> float | None:
         """Tokens per second after the first one. None with fewer than two."""
         return 1e6 * self.decoded / self.decoding_us if self.decoded else None
+
+
+class _PrefixLost(CoordinatorError):
+    """A stage lacks the kept rows that a sequence was to begin with."""
 
 
 @dataclass(slots=True)
@@ -99,6 +112,7 @@ class _Flight:
 
     deployment: Deployment
     sampling: Sampling
+    held: Held
     events: asyncio.Queue[TokenSampled | CoordinatorError] = field(default_factory=asyncio.Queue)
     tokens: int = 0
     ended: bool = False
@@ -116,15 +130,26 @@ class _Flight:
         if message.finish != ("stop" if stops else "length" if is_last else ""):
             return f"sent token {message.token}, {self.tokens} of {limit}, as {message.finish!r}"
         self.ended = bool(message.finish)
+        self.held.sampled(message.token)
         self.events.put_nowait(message)
         return None
+
+    def fail(self, name: str, message: SequenceFailed) -> None:
+        """End by what a stage of the device ``name`` says."""
+        self.ended = True
+        if message.prefix_lost and self.held.cached and not self.tokens:
+            self.events.put_nowait(_PrefixLost(f"{name}: {message.reason}"))
+        else:
+            self.events.put_nowait(AgentFailed(name, message.reason))
 
 
 class Gateway:
     """Runs prompts on a deployment, one sequence per KV slot."""
 
-    def __init__(self, roster: Roster, models: Models) -> None:
+    def __init__(self, roster: Roster, models: Models, *, prefix_cache: bool = True) -> None:
+        """prefix_cache: whether prompts may begin with rows that a slot has kept."""
         self._models = models
+        self._prefix_cache = prefix_cache
         self._numbers = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
@@ -139,6 +164,7 @@ class Gateway:
         timing: Timing | None = None,
         *,
         withdrawable: bool = False,
+        cache_prompt: bool = True,
     ) -> AsyncGenerator[Piece, None]:
         """Wait for a slot, then yield the answer's pieces. The last one has a finish reason.
 
@@ -147,6 +173,8 @@ class Gateway:
         then differ from the tokens that the caller has, AnswerWithdrawn is raised.
 
         withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
+        cache_prompt: the prompt may begin with rows that a slot has kept. Their last bits depend on
+            the chunks in which they were computed.
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
@@ -154,6 +182,7 @@ class Gateway:
         limit = min(sampling.max_tokens, room)
         timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
+        reuse = cache_prompt and self._prefix_cache
         decoder = deployment.tokenizer.stream()
         text = _StopFilter(stop)
         answer: list[int] = []
@@ -168,7 +197,7 @@ class Gateway:
                     decoder, text = deployment.tokenizer.stream(), _StopFilter(stop)
                     yield Piece("", (), "", withdraws=True)
             left = replace(sampling, max_tokens=limit - len(answer))
-            events = self._tokens(deployment, (*prompt, *answer), left, timing)
+            events = self._tokens(deployment, (*prompt, *answer), left, timing, reuse=reuse)
             try:
                 async with aclosing(events):
                     async for event in events:
@@ -193,24 +222,55 @@ class Gateway:
             yield Piece("", (), "", notice)
 
     async def _tokens(
-        self, deployment: Deployment, prompt: tuple[int, ...], sampling: Sampling, timing: Timing
+        self,
+        deployment: Deployment,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        timing: Timing,
+        *,
+        reuse: bool,
     ) -> AsyncGenerator[TokenSampled, None]:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
-        async with deployment.slots.one() as slot:
+        async with deployment.slots.one(prompt, reuse=reuse) as held:
             self._models.require(deployment)
-            number = next(self._numbers)
-            flight = self._flights[number] = _Flight(deployment, sampling)
-            try:
-                timing.started_s = timing.started_s or time.monotonic()
-                await _begin(deployment, number, slot, prompt, sampling)
-                while True:
-                    event = await _next_event(flight, len(prompt))
-                    if isinstance(event, CoordinatorError):
-                        raise event.with_traceback(None)
-                    yield event
-            finally:
-                del self._flights[number]
-                await asyncio.shield(_release(deployment, number))
+            while True:
+                events = self._sequence(deployment, held, prompt, sampling, timing)
+                try:
+                    async with aclosing(events):
+                        async for event in events:
+                            yield event
+                    return
+                except _PrefixLost as lost:
+                    log.info("the whole prompt runs: %s", lost)
+                    held.forget()
+                except CoordinatorError:
+                    held.forget()
+                    raise
+
+    async def _sequence(
+        self,
+        deployment: Deployment,
+        held: Held,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        timing: Timing,
+    ) -> AsyncGenerator[TokenSampled, None]:
+        """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
+        number = next(self._numbers)
+        flight = self._flights[number] = _Flight(deployment, sampling, held)
+        try:
+            timing.started_s = timing.started_s or time.monotonic()
+            if timing.first_s is None:
+                timing.cached_tokens = held.cached
+            await _begin(deployment, number, held, prompt, sampling)
+            while not flight.ended or not flight.events.empty():
+                event = await _next_event(flight, len(prompt) - held.cached)
+                if isinstance(event, CoordinatorError):
+                    raise event.with_traceback(None)
+                yield event
+        finally:
+            del self._flights[number]
+            await asyncio.shield(_release(deployment, number))
 
     def on_event(self, member: Member, message: Message) -> None:
         """Take a token or a failure from an agent. A message of no known flight is dropped.
@@ -224,8 +284,7 @@ class Gateway:
             return
         if isinstance(message, SequenceFailed):
             if member in flight.deployment.devices:
-                flight.ended = True
-                flight.events.put_nowait(AgentFailed(member.name, message.reason))
+                flight.fail(member.name, message)
         elif member is flight.deployment.leads[-1]:
             lie = flight.take(message)
             if lie is not None:
@@ -309,7 +368,7 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
 
 
 async def _begin(
-    deployment: Deployment, number: int, slot: int, prompt: tuple[int, ...], sampling: Sampling
+    deployment: Deployment, number: int, held: Held, prompt: tuple[int, ...], sampling: Sampling
 ) -> None:
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
@@ -322,8 +381,15 @@ async def _begin(
         with contextlib.suppress(AgentLost):
             await member.send(message)
 
-    chunk_tokens = deployment.plan.chunk_tokens(len(prompt))
-    start = StartSequence(deployment.epoch, number, slot, prompt, sampling, chunk_tokens)
+    start = StartSequence(
+        deployment.epoch,
+        number,
+        held.slot,
+        prompt,
+        sampling,
+        deployment.plan.chunk_tokens(len(prompt) - held.cached),
+        cached=held.cached,
+    )
     told = [replace(start, prompt=()) for _ in deployment.leads]
     told[0] = start
     if sampling.repetition_penalty != 1:

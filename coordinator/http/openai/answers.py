@@ -28,11 +28,12 @@ def envelope(job: Job) -> dict[str, Any]:
     }
 
 
-def usage(job: Job, completion_tokens: int) -> dict[str, int]:
+def usage(job: Job, completion_tokens: int, timing: Timing) -> dict[str, Any]:
     return {
         "prompt_tokens": len(job.prompt),
         "completion_tokens": completion_tokens,
         "total_tokens": len(job.prompt) + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": timing.cached_tokens},
     }
 
 

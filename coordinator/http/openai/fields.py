@@ -47,6 +47,7 @@ KNOWN = frozenset(
         "max_tokens",
         "ignore_eos",
         "return_token_ids",
+        "cache_prompt",
     }
 )
 

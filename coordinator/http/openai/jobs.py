@@ -27,6 +27,8 @@ class Job:
     stream: bool
     include_usage: bool
     token_ids: bool
+    cache_prompt: bool = True
+    """As in ``Gateway.generate``."""
 
     @property
     def kind(self) -> str:
@@ -62,4 +64,5 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
         stream=flag(body, "stream"),
         include_usage=flag(options, "include_usage"),
         token_ids=flag(body, "return_token_ids"),
+        cache_prompt=body.get("cache_prompt") is None or flag(body, "cache_prompt"),
     )

@@ -2,11 +2,12 @@
 
 A field that this server cannot honour is refused by name. An answer that silently ignores a field
 would be worse than an error. What a request leaves open is decided by the model's
-generation_config.json, then by OpenAI's defaults. Beyond OpenAI's fields there are four:
+generation_config.json, then by OpenAI's defaults. Beyond OpenAI's fields there are five:
 
 - ``top_k`` draws from so many of the likeliest tokens.
 - ``repetition_penalty`` above 1 makes tokens that were there before less likely.
 - ``ignore_eos`` goes on after the model's own end of text, up to ``max_tokens``.
+- ``cache_prompt`` false computes the whole prompt, also if a slot keeps its first rows.
 - ``return_token_ids`` adds a ``shoal`` object with token ids and measured speeds.
 """
 
@@ -113,7 +114,13 @@ class OpenAIRoutes:
     async def _whole(self, job: Job) -> dict[str, Any]:
         timing, text, tokens, finish = Timing(), "", list[int](), ""
         pieces = self._gateway.generate(
-            job.deployment, job.prompt, job.sampling, job.stop, timing, withdrawable=True
+            job.deployment,
+            job.prompt,
+            job.sampling,
+            job.stop,
+            timing,
+            withdrawable=True,
+            cache_prompt=job.cache_prompt,
         )
         async with aclosing(pieces):
             async for piece in pieces:
@@ -130,7 +137,7 @@ class OpenAIRoutes:
         return {
             **envelope(job),
             "choices": [choice],
-            "usage": usage(job, len(tokens)),
+            "usage": usage(job, len(tokens), timing),
             **details(job, tokens, timing),
         }
 
@@ -140,7 +147,14 @@ class OpenAIRoutes:
             head["usage"] = None
         if job.chat:
             yield {**head, "choices": [delta({"role": "assistant", "content": ""}, None)]}
-        pieces = self._gateway.generate(job.deployment, job.prompt, job.sampling, job.stop, timing)
+        pieces = self._gateway.generate(
+            job.deployment,
+            job.prompt,
+            job.sampling,
+            job.stop,
+            timing,
+            cache_prompt=job.cache_prompt,
+        )
         async with aclosing(pieces):
             async for piece in pieces:
                 tokens += piece.tokens
@@ -159,7 +173,7 @@ class OpenAIRoutes:
                         **details(job, tokens, timing),
                     }
         if job.include_usage:
-            yield {**head, "choices": [], "usage": usage(job, len(tokens))}
+            yield {**head, "choices": [], "usage": usage(job, len(tokens), timing)}
 
 
 def _is_long(request: Request) -> bool:
