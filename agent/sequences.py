@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from agent.drafts import History
 from agent.sampler import Sampler
 from backends.base import Tokens
 from wire.activations import HopBits
@@ -20,12 +21,29 @@ class Rows:
 
     last: whether a token is sampled from them, because no row of the sequence follows.
     content: token ids int64 [count], or hidden rows as received with their bits a value.
+    drafts: the tokens of all rows but the first, if they are guesses that the last stage checks.
     """
 
     position: int
     count: int
     last: bool
     content: Tokens | tuple[memoryview, HopBits]
+    drafts: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Drafting:
+    """The guesses of a sequence."""
+
+    history: History
+    most: int
+    """The most guesses of a pass."""
+    checked: tuple[int, ...] = ()
+    """The guesses of the last pass."""
+    matched: int = 0
+    """The number of earlier tokens that spoke for them."""
+    began_s: float = 0.0
+    """When the last pass began, by a monotonic clock. 0 if its time says nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,8 +58,12 @@ class Sequence:
     """Rows that the slot kept from an earlier sequence. They count as arrived."""
     arrived: int = 0
     """Rows that have arrived, whether run or not. The next ones begin at this position."""
+    sure: int = 0
+    """Arrived rows that are no guesses. The next ones may replace the others."""
     waiting: deque[Rows] = field(default_factory=deque)
     """Rows that have not run yet, in order."""
+    drafting: Drafting | None = None
+    """Exists on the first stage, if it guesses tokens for this sequence."""
     sampled_tokens: int = 0
     sampled_s: float = 0.0
     """When the last token was sampled, by a monotonic clock."""
@@ -105,7 +127,7 @@ class SequenceTable:
         self._kept[slot] = cached
         self.newest = max(self.newest, number)
         self._held[number] = sequence = Sequence(
-            number, slot, sampling, sampler, cached, arrived=cached
+            number, slot, sampling, sampler, cached, arrived=cached, sure=cached
         )
         return sequence
 
@@ -149,9 +171,10 @@ class SequenceTable:
     def add(self, sequence: Sequence, rows: Rows) -> bool:
         """Append to the waiting rows. False, without effect, if they are not next or do not fit."""
         end = rows.position + rows.count
-        if rows.position != sequence.arrived or end > self._context_tokens:
+        is_next = sequence.sure <= rows.position <= sequence.arrived
+        if not is_next or end > self._context_tokens:
             return False
-        sequence.arrived = end
+        sequence.arrived, sequence.sure = end, end - len(rows.drafts)
         sequence.waiting.append(rows)
         return True
 
@@ -171,13 +194,17 @@ class SequenceTable:
         """Return the turns of the next pass: the next single row of each sequence, or one chunk.
 
         Tokens and chunks alternate while both wait, and prompts take turns. Without ``chunks``,
-        chunks stay in the table. Empty if nothing can run.
+        chunks stay in the table. A row with guesses goes first, in a pass of its own. Empty if
+        nothing can run.
         """
-        tokens = [
-            sequence
-            for sequence in self._held.values()
-            if sequence.waiting and sequence.waiting[0].count == 1
-        ]
+        tokens = []
+        for sequence in self._held.values():
+            if sequence.waiting:
+                rows = sequence.waiting[0]
+                if rows.drafts:
+                    return [(sequence, sequence.waiting.popleft())]
+                if rows.count == 1:
+                    tokens.append(sequence)
         if chunks and (self._after_tokens or not tokens):
             for sequence in self._held.values():
                 if sequence.waiting and sequence.waiting[0].count > 1:

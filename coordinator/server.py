@@ -124,7 +124,9 @@ class Coordinator:
             config.recovery_wait_s,
         )
         self._paces = Paces(self.roster, self._models, self._story)
-        self._gateway = Gateway(self.roster, self._models, prefix_cache=config.prefix_cache)
+        self._gateway = Gateway(
+            self.roster, self._models, prefix_cache=config.prefix_cache, drafts=config.drafts
+        )
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
         self._idle_downloads = Lobby("downloads of blocks")
         self._rare_log = RareLog(log)

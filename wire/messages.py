@@ -306,6 +306,7 @@ class TeamPass:
     ``slots`` and ``positions`` have one entry for rows of one sequence, or one per row.
     ``candidates``: a member with the head answers with so many highest logits of each last row.
     0: none. -1: all.
+    ``logits``: the number of last rows, for rows of one sequence.
     """
 
     epoch: int
@@ -315,6 +316,7 @@ class TeamPass:
     rows: int
     bits: HopBits
     candidates: int
+    logits: int = 1
 
 
 @dataclass(slots=True)
@@ -543,6 +545,7 @@ class StartSequence:
 
     cached: the leading rows that the slot keeps from an earlier sequence with the same tokens. They
         do not run again.
+    drafts: the most tokens that the first stage may guess ahead of the answer. 0: none.
     """
 
     epoch: int
@@ -553,6 +556,7 @@ class StartSequence:
     chunk_tokens: int = limits.PREFILL_CHUNK_TOKENS
     """The largest number of prompt rows that go through the stages at once."""
     cached: int = 0
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -627,6 +631,9 @@ class Activation:
 
     The payload is that of wire.activations, at ``bits`` a value. ``last`` is false if more chunks
     of the prompt follow, so that the head need not run.
+
+    drafts: the tokens of all rows but the first, if they are guesses of the first stage. Later rows
+        may replace these rows.
     """
 
     epoch: int
@@ -636,6 +643,7 @@ class Activation:
     rows: int
     bits: HopBits
     last: bool
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -645,6 +653,10 @@ class TokenSampled:
     A stop token has finish "stop", and is not part of the answer.
 
     after_us: microseconds since the last stage sampled the previous token. 0 for the first one.
+        Tokens of one pass share its time.
+    drafted, accepted: the number of drafts in the pass that ended with this token, and of those
+        that were right. 0 for the other tokens of the pass. Only its last token goes to the first
+        stage.
     """
 
     epoch: int
@@ -653,6 +665,8 @@ class TokenSampled:
     token: int
     finish: FinishReason
     after_us: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

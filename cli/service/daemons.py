@@ -19,6 +19,7 @@ from cli.render import Screen
 from cli.service.install import add_service_actions
 from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
 from coordinator.config import DEFAULT_RECOVERY_WAIT_S
+from wire import limits
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
@@ -108,6 +109,14 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-cache",
         action="store_true",
         help="Compute every prompt from its first token, and not on from what a slot has kept.",
+    )
+    parser.add_argument(
+        "--speculate",
+        type=argument_types.guesses,
+        default=limits.DRAFT_TOKENS,
+        metavar="N",
+        help="The most tokens that are guessed ahead where an answer repeats text, and checked at "
+        "once. Answers stay the same. 0: none. Default: %(default)d.",
     )
     _add_state_dir(parser, "coordinator")
     _add_token(parser)
@@ -240,6 +249,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
                 storage_bytes=options.storage,
                 recovery_wait_s=options.recovery_wait,
                 prefix_cache=not options.no_prefix_cache,
+                drafts=options.speculate,
             ),
             screen.note,
             ServiceManager.from_environment(),

@@ -38,6 +38,7 @@ from coordinator.roster.members import Member, Roster
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
+from wire import limits
 from wire.errors import ProtocolError
 from wire.messages import (
     FinishReason,
@@ -88,6 +89,10 @@ class Timing:
     """Tokens that followed another one."""
     decoding_us: int = 0
     """The time of these tokens."""
+    drafted_tokens: int = 0
+    """Tokens that the first stage guessed ahead."""
+    accepted_tokens: int = 0
+    """Guesses that were right."""
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -146,10 +151,22 @@ class _Flight:
 class Gateway:
     """Runs prompts on a deployment, one sequence per KV slot."""
 
-    def __init__(self, roster: Roster, models: Models, *, prefix_cache: bool = True) -> None:
-        """prefix_cache: whether prompts may begin with rows that a slot has kept."""
+    def __init__(
+        self,
+        roster: Roster,
+        models: Models,
+        *,
+        prefix_cache: bool = True,
+        drafts: int = limits.DRAFT_TOKENS,
+    ) -> None:
+        """Answer with the deployments of ``models``.
+
+        prefix_cache: whether prompts may begin with rows that a slot has kept.
+        drafts: the most tokens that the first stage may guess ahead. 0: none.
+        """
         self._models = models
         self._prefix_cache = prefix_cache
+        self._drafts = drafts
         self._numbers = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
@@ -262,7 +279,7 @@ class Gateway:
             timing.started_s = timing.started_s or time.monotonic()
             if timing.first_s is None:
                 timing.cached_tokens = held.cached
-            await _begin(deployment, number, held, prompt, sampling)
+            await _begin(deployment, number, held, prompt, sampling, self._drafts)
             while not flight.ended or not flight.events.empty():
                 event = await _next_event(flight, len(prompt) - held.cached)
                 if isinstance(event, CoordinatorError):
@@ -355,6 +372,8 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
     if event.after_us > 0:  # After a pause, the first token of the new stages has none.
         timing.decoded += 1
         timing.decoding_us += event.after_us
+    timing.drafted_tokens += event.drafted
+    timing.accepted_tokens += event.accepted
     if event.finish == "stop":
         shown, _ = text.feed(decoder.finish())
         return Piece(shown + text.rest(), (), "stop")
@@ -368,7 +387,12 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
 
 
 async def _begin(
-    deployment: Deployment, number: int, held: Held, prompt: tuple[int, ...], sampling: Sampling
+    deployment: Deployment,
+    number: int,
+    held: Held,
+    prompt: tuple[int, ...],
+    sampling: Sampling,
+    drafts: int,
 ) -> None:
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
@@ -389,6 +413,7 @@ async def _begin(
         sampling,
         deployment.plan.chunk_tokens(len(prompt) - held.cached),
         cached=held.cached,
+        drafts=drafts,
     )
     told = [replace(start, prompt=()) for _ in deployment.leads]
     told[0] = start

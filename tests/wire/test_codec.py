@@ -186,7 +186,9 @@ def test_only_tensor_messages_carry_payloads() -> None:
 def test_infinite_and_nan_numbers_are_refused(value: float) -> None:
     header = msgpack.packb([64, [2], value, 0, 1.0, 9, 1.0, []])
     with pytest.raises(ProtocolError, match="finite"):
-        decode_header(StartSequence, msgpack.packb([1, 7, 0, [5], msgpack.unpackb(header), 64, 0]))
+        decode_header(
+            StartSequence, msgpack.packb([1, 7, 0, [5], msgpack.unpackb(header), 64, 0, 0])
+        )
 
 
 def test_deep_nesting_is_refused() -> None:
