@@ -107,6 +107,18 @@ class Timing:
         return 1e6 * self.decoded / self.decoding_us if self.decoded else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """How the sequences of a request begin.
+
+    reuses: whether with rows that a slot has kept.
+    drafts: the most tokens that are guessed ahead.
+    """
+
+    reuses: bool
+    drafts: int
+
+
 class _PrefixLost(CoordinatorError):
     """A stage lacks the kept rows that a sequence was to begin with."""
 
@@ -182,6 +194,7 @@ class Gateway:
         *,
         withdrawable: bool = False,
         cache_prompt: bool = True,
+        drafts: int = limits.DRAFT_TOKENS,
     ) -> AsyncGenerator[Piece, None]:
         """Wait for a slot, then yield the answer's pieces. The last one has a finish reason.
 
@@ -192,6 +205,7 @@ class Gateway:
         withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
         cache_prompt: the prompt may begin with rows that a slot has kept. Their last bits depend on
             the chunks in which they were computed.
+        drafts: the most tokens that may be guessed ahead, if the gateway does not say less.
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
@@ -199,7 +213,7 @@ class Gateway:
         limit = min(sampling.max_tokens, room)
         timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
-        reuse = cache_prompt and self._prefix_cache
+        beginning = _Beginning(cache_prompt and self._prefix_cache, min(drafts, self._drafts))
         decoder = deployment.tokenizer.stream()
         text = _StopFilter(stop)
         answer: list[int] = []
@@ -214,7 +228,7 @@ class Gateway:
                     decoder, text = deployment.tokenizer.stream(), _StopFilter(stop)
                     yield Piece("", (), "", withdraws=True)
             left = replace(sampling, max_tokens=limit - len(answer))
-            events = self._tokens(deployment, (*prompt, *answer), left, timing, reuse=reuse)
+            events = self._tokens(deployment, (*prompt, *answer), left, timing, beginning)
             try:
                 async with aclosing(events):
                     async for event in events:
@@ -244,14 +258,15 @@ class Gateway:
         prompt: tuple[int, ...],
         sampling: Sampling,
         timing: Timing,
-        *,
-        reuse: bool,
+        beginning: _Beginning,
     ) -> AsyncGenerator[TokenSampled, None]:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
-        async with deployment.slots.one(prompt, reuse=reuse) as held:
+        async with deployment.slots.one(prompt, reuse=beginning.reuses) as held:
             self._models.require(deployment)
             while True:
-                events = self._sequence(deployment, held, prompt, sampling, timing)
+                events = self._sequence(
+                    deployment, held, prompt, sampling, timing, beginning.drafts
+                )
                 try:
                     async with aclosing(events):
                         async for event in events:
@@ -271,6 +286,7 @@ class Gateway:
         prompt: tuple[int, ...],
         sampling: Sampling,
         timing: Timing,
+        drafts: int,
     ) -> AsyncGenerator[TokenSampled, None]:
         """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
         number = next(self._numbers)
@@ -279,7 +295,7 @@ class Gateway:
             timing.started_s = timing.started_s or time.monotonic()
             if timing.first_s is None:
                 timing.cached_tokens = held.cached
-            await _begin(deployment, number, held, prompt, sampling, self._drafts)
+            await _begin(deployment, number, held, prompt, sampling, drafts)
             while not flight.ended or not flight.events.empty():
                 event = await _next_event(flight, len(prompt) - held.cached)
                 if isinstance(event, CoordinatorError):

@@ -48,6 +48,7 @@ KNOWN = frozenset(
         "ignore_eos",
         "return_token_ids",
         "cache_prompt",
+        "speculative.n_max",
     }
 )
 

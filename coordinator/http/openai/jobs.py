@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.http.openai.fields import IGNORED, KNOWN, NEUTRAL, flag
+from coordinator.http.openai.fields import IGNORED, KNOWN, NEUTRAL, flag, number
 from coordinator.http.openai.prompts import chat_prompt, completion_prompt
 from coordinator.http.openai.sampling import read_sampling, read_stop
 from coordinator.loading.deployment import Deployment
 from coordinator.serving.gateway import room_for_answer
 from planning.errors import RequestInvalid
+from wire import limits
 from wire.messages import Sampling
 
 
@@ -28,7 +29,8 @@ class Job:
     include_usage: bool
     token_ids: bool
     cache_prompt: bool = True
-    """As in ``Gateway.generate``."""
+    drafts: int = limits.DRAFT_TOKENS
+    """Both as in ``Gateway.generate``."""
 
     @property
     def kind(self) -> str:
@@ -65,4 +67,5 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
         include_usage=flag(options, "include_usage"),
         token_ids=flag(body, "return_token_ids"),
         cache_prompt=body.get("cache_prompt") is None or flag(body, "cache_prompt"),
+        drafts=int(number(body, "speculative.n_max", limits.DRAFT_TOKENS, 0, 1 << 31, whole=True)),
     )

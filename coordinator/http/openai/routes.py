@@ -2,12 +2,13 @@
 
 A field that this server cannot honour is refused by name. An answer that silently ignores a field
 would be worse than an error. What a request leaves open is decided by the model's
-generation_config.json, then by OpenAI's defaults. Beyond OpenAI's fields there are five:
+generation_config.json, then by OpenAI's defaults. Beyond OpenAI's fields there are six:
 
 - ``top_k`` draws from so many of the likeliest tokens.
 - ``repetition_penalty`` above 1 makes tokens that were there before less likely.
 - ``ignore_eos`` goes on after the model's own end of text, up to ``max_tokens``.
 - ``cache_prompt`` false computes the whole prompt, also if a slot keeps its first rows.
+- ``speculative.n_max`` limits the tokens that are guessed ahead. 0: none.
 - ``return_token_ids`` adds a ``shoal`` object with token ids and measured speeds.
 """
 
@@ -121,6 +122,7 @@ class OpenAIRoutes:
             timing,
             withdrawable=True,
             cache_prompt=job.cache_prompt,
+            drafts=job.drafts,
         )
         async with aclosing(pieces):
             async for piece in pieces:
@@ -154,6 +156,7 @@ class OpenAIRoutes:
             job.stop,
             timing,
             cache_prompt=job.cache_prompt,
+            drafts=job.drafts,
         )
         async with aclosing(pieces):
             async for piece in pieces:
