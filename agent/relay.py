@@ -220,9 +220,9 @@ class Relay:
         The caller holds the lock.
         """
         drafting, accepted = sequence.drafting, sampled.accepted
-        if not 0 <= accepted <= sequence.arrived - sequence.sure:
-            return None
         position, token = sequence.sure + accepted, sampled.token
+        if not sequence.sure <= position <= sequence.arrived or position >= self._context_tokens:
+            return None
         if drafting is None:
             return Rows(position, 1, True, np.array([token], dtype=np.int64))
         now_s = time.monotonic()

@@ -6,7 +6,7 @@ that no walk leaves:
 
 - ``repeats``: 64 tokens in a ring. A greedy answer says again what the prompt said.
 - ``half``: 64 tokens, each with two followers.
-- ``misleads``: 64 tokens, each with 16 followers. Pairs of tokens recur, and mostly go on otherwise.
+- ``misleads``: 64 tokens, each with 16 followers. Pairs of tokens recur, and mostly differ then.
 - ``new``: a ring of all other tokens, so that an answer repeats nothing.
 """
 
@@ -106,7 +106,8 @@ def _tensors(shape: Shape) -> dict[str, npt.NDArray[np.float16]]:
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> npt.NDArray[np.float16]:
         values = random.standard_normal((rows, columns), np.float32)
-        return (values * np.float32(scale * columns**-0.5)).astype(np.float16)
+        values *= np.float32(scale * columns**-0.5)
+        return values.astype(np.float16)
 
     # Rows of length 1, which are almost at right angles to each other.
     embedding = matrix(VOCAB, hidden)
