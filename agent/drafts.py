@@ -77,7 +77,7 @@ class Pacer:
     FASTER = 1.05
     """A number of guesses must promise so many times the tokens per second of none."""
 
-    MOST_CREDIT = 4.0
+    LEAST_CREDIT, MOST_CREDIT = -0.5, 4.0
     START_CREDIT = 1.0
     EARNED = 0.01
     """Credit is counted in passes of one row. A pass without guesses earns a hundredth."""
@@ -138,7 +138,9 @@ class Pacer:
         checked = accepted + (accepted < drafted)
         self._right[_kind(matched)] = [0.95 * right + accepted, 0.95 * tried + checked]
         gained = 1 + accepted - seconds / median(self._ones_s or [seconds])
-        self._credit = min(self._credit + gained, self.MOST_CREDIT)
+        # A rare stall says little about guesses. So one pass costs no more than some credit.
+        credit = max(self._credit + gained, self.LEAST_CREDIT)
+        self._credit = min(credit, self.MOST_CREDIT)
 
     def _cost(self, guesses: int, one_s: float) -> float:
         """Return the time that guesses add to a pass, in passes of one row.

@@ -13,14 +13,14 @@ that no walk leaves:
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.random_model import KV_SHARE, TOKENIZER, Shape
+from benchmarks.random_model import KV_SHARE, Shape
 from model.families import load_spec
 from model.safetensors import write_safetensors
 from model.spec import ModelSpec
@@ -94,10 +94,23 @@ def make_walk_model(directory: Path, shape: Shape, context_tokens: int) -> Model
             "eos_token_id": None,
         }
         (directory / "config.json").write_text(json.dumps(config))
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(TOKENIZER / name, directory / name)
+        (directory / "tokenizer.json").write_text(json.dumps(_tokenizer()))
         write_safetensors(directory / "model.safetensors", _tensors(shape))
     return load_spec(directory)
+
+
+def _tokenizer() -> dict[str, Any]:
+    """Each token is a word of its own. So each one shows in a stream."""
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {f"t{token}": token for token in range(VOCAB)},
+            "unk_token": "t0",
+        },
+    }
 
 
 def _tensors(shape: Shape) -> dict[str, npt.NDArray[np.float16]]:

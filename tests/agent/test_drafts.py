@@ -142,7 +142,7 @@ def test_one_slow_pass_is_not_believed_for_ever() -> None:
     def cost_s(guesses: int) -> float:
         return slow_links(guesses) + (next(slow, 0.0) if guesses else 0.0)
 
-    tokens_per_s(pacer, cost_s, lambda: 99, 16, 5000)
+    tokens_per_s(pacer, cost_s, lambda: 99, 16, 300)
     assert tokens_per_s(pacer, cost_s, lambda: 99, 16, 400) * slow_links(0) > 8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from tests.coordinator.test_gateway import (
     run,
     text_of,
 )
-from wire.messages import Sampling, SequenceFailed, StartSequence
+from wire.messages import Sampling, SequenceFailed, StartSequence, TokenSampled
 
 __all__ = ["run"]  # The fixture of these tests.
 
@@ -36,7 +37,7 @@ def letters(text: str) -> tuple[int, ...]:
 
 
 async def answered(
-    cluster: Cluster, prompt: tuple[int, ...], text: str = "ab", **request: bool
+    cluster: Cluster, prompt: tuple[int, ...], text: str = "ab", **request: Any
 ) -> tuple[StartSequence, Timing]:
     """Ask, answer by ``text``, and return what the first stage was told, and the timing."""
     timing = Timing()
@@ -204,3 +205,41 @@ def test_another_deployment_keeps_nothing_of_the_last_one(run: Run) -> None:
 def test_speeds_of_prompts_count_the_rows_that_ran() -> None:
     timing = Timing(prompt_tokens=10, cached_tokens=6, started_s=1.0, first_s=3.0)
     assert timing.prefill_tokens_per_s == 2.0
+
+
+# ---- guesses ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allowed", "wanted", "told"), [(14, 14, 14), (14, 3, 3), (5, 9, 5), (0, 9, 0)]
+)
+def test_a_request_gets_as_many_guesses_as_both_allow(
+    run: Run, allowed: int, wanted: int, told: int
+) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.gateway = Gateway(cluster.roster, cluster.models, drafts=allowed)
+        cluster.deploy()
+        begun, _ = await answered(cluster, PROMPT, drafts=wanted)
+        assert begun.drafts == told
+
+    run(test)
+
+
+def test_the_guesses_of_an_answer_are_counted(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        timing = Timing()
+        task = asyncio.ensure_future(collect(cluster, PROMPT, Sampling(3, ()), timing=timing))
+        begun = await cluster.begun()
+        first, second, third = letters("abc")
+        for sampled in (
+            TokenSampled(EPOCH, begun.sequence, 0, first, ""),
+            TokenSampled(EPOCH, begun.sequence, 1, second, "", 500),
+            TokenSampled(EPOCH, begun.sequence, 2, third, "length", 500, drafted=7, accepted=1),
+        ):
+            await cluster.agents[1].send(sampled)
+        assert text_of(await task) == "abc"
+        assert (timing.drafted_tokens, timing.accepted_tokens) == (7, 1)
+        assert timing.decode_tokens_per_s == 2000.0
+
+    run(test)
