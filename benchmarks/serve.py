@@ -313,11 +313,16 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help=f"default {STATE}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--delay-ms", type=float, default=5.0, help="of a frame, one way")
+    parser.add_argument("--only-beside", action="store_true", help="only the long prompt")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     try:
         with served(options) as url:
+            if options.only_beside:
+                for _ in range(options.rounds):
+                    print(json.dumps(beside_a_prompt(url, regions()["new"])))
+                return
             result = measure(options, url)
     except TestbedError as error:
         sys.exit(str(error))

@@ -38,6 +38,7 @@ from coordinator.roster.members import Member, Roster
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
+from planning.prompt import CHUNK_TOKENS
 from wire import limits
 from wire.errors import ProtocolError
 from wire.messages import (
@@ -58,6 +59,10 @@ STALL_FACTOR = 20
 """The time limit for one token is STALL_S plus STALL_FACTOR times the prompt's predicted time.
 
 Without a limit, requests in line could wait for ever."""
+
+
+SHARED_CHUNK_TOKENS = min(CHUNK_TOKENS)
+"""The rows of a prompt's chunk beside other sequences, whose tokens wait for it at each stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,13 +426,16 @@ async def _begin(
         with contextlib.suppress(AgentLost):
             await member.send(message)
 
+    chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
+    if deployment.slots.used > 1:
+        chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
     start = StartSequence(
         deployment.epoch,
         number,
         held.slot,
         prompt,
         sampling,
-        deployment.plan.chunk_tokens(len(prompt) - held.cached),
+        chunk_tokens,
         cached=held.cached,
         drafts=drafts,
     )
