@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -182,10 +183,24 @@ async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
             await asyncio.gather(task, watch, return_exceptions=True)
 
 
+def _data(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event)}\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class EventForm:
+    """How an API writes its server-sent events: one event, an error, and the end of the stream."""
+
+    event: Callable[[dict[str, Any]], str] = _data
+    error: Callable[[Exception], str] = lambda error: _data({"error": describe(error)[1]})
+    end: str = "data: [DONE]\n\n"
+
+
 def server_sent_events(
     events: AsyncIterator[dict[str, Any] | str],
+    form: EventForm = EventForm(),  # noqa: B008 - frozen
 ) -> StreamingResponse:
-    """Stream JSON objects as server-sent events, with OpenAI's [DONE] at the end.
+    """Stream JSON objects as server-sent events, in OpenAI's form unless another is given.
 
     An error becomes an event. A text becomes a comment, which clients ignore. A comment is also
     sent when nothing else was for COMMENT_S.
@@ -194,15 +209,11 @@ def server_sent_events(
     async def lines() -> AsyncIterator[str]:
         try:
             async for event in events:
-                if isinstance(event, str):
-                    yield f": {event}\n\n"
-                else:
-                    yield f"data: {json.dumps(event)}\n\n"
+                yield f": {event}\n\n" if isinstance(event, str) else form.event(event)
         except Exception as error:
-            body = describe(error)[1]
-            requests.current().error = body["message"]
-            yield f"data: {json.dumps({'error': body})}\n\n"
-        yield "data: [DONE]\n\n"
+            requests.current().error = describe(error)[1]["message"]
+            yield form.error(error)
+        yield form.end
 
     return _EventStream(
         lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}

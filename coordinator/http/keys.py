@@ -23,6 +23,9 @@ OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/favicon.ico"})
 OPEN_FOLDER = "/page/"
 """Paths that need no key: the page without any data, and whether the coordinator serves."""
 
+KEY = "shoal.key"
+"""Where an ASGI scope has the name of its key."""
+
 MOST_CHARACTERS = 512
 """Longer keys are not looked at."""
 
@@ -44,7 +47,7 @@ class KeyGuard:
             if name is None:
                 await self._refuse(scope, given)(scope, receive, send)
                 return
-            tracked(scope).key = name
+            tracked(scope).key = scope[KEY] = name
         await self._app(scope, receive, send)
 
     def _needs_key(self, path: str) -> bool:
