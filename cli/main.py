@@ -532,6 +532,13 @@ def _events(events: argparse.ArgumentParser) -> Page:
     )
 
 
+def _trace(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import trace
+
+    trace.add_trace_arguments(parser)
+    return Page(trace.run_trace, trace.EXAMPLES, trace.ABOUT)
+
+
 def _run(run: argparse.ArgumentParser) -> Page:
     from cli import argument_types
     from cli.commands import plan_arguments
@@ -643,6 +650,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
+    "trace": ("Show where the time of one request went, device by device.", _trace),
     "run": ("Generate text from a prompt.", _run),
     "unload": ("Unload the model, and free the devices.", _unload),
 }

@@ -27,6 +27,7 @@ from coordinator.http.health import HealthRoutes
 from coordinator.http.keys import KeyGuard
 from coordinator.http.metrics import Metrics
 from coordinator.http.openai.routes import OpenAIRoutes
+from coordinator.http.traces import TraceRoutes
 from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
 from coordinator.keys import KeyBook
 from coordinator.loading.keeper import Keeper
@@ -245,8 +246,15 @@ class Coordinator:
         openai = OpenAIRoutes(self._models, self._gateway)
         health = HealthRoutes(self._models, self._requests)
         metrics = Metrics(self.roster, self._models, self._requests)
+        traces = TraceRoutes(self._models, self._requests)
         routes = Starlette(
-            routes=[*openai.routes(), *admin.routes(), *health.routes(), *metrics.routes()],
+            routes=[
+                *openai.routes(),
+                *admin.routes(),
+                *health.routes(),
+                *metrics.routes(),
+                *traces.routes(),
+            ],
             exception_handlers=HANDLERS,
         )
         app = Answering(routes, self._requests, self._admission.require_room)
