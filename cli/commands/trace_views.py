@@ -17,7 +17,7 @@ Pass = Mapping[str, Any]
 Trace = Mapping[str, Any]
 
 _COMPUTE, _WAIT, _SEND, _HOP, _PALE = "#1d4ed8", "#fbbf24", "#15803d", "#6b7280", "#6b7280"
-_LANE, _BAR, _LEFT, _TOP, _WIDTH = 64, 22, 130, 84, 1000
+_LANE, _BAR, _LEFT, _RIGHT, _TOP, _WIDTH = 64, 22, 130, 44, 84, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +124,9 @@ def chrome_trace(trace: Trace) -> dict[str, Any]:
 def picture(trace: Trace, tokens: int) -> str:
     """Draw the prompt and the first ``tokens`` tokens as SVG: a lane for each device."""
     stages = trace["stages"]
-    begin_s = min(item["arrived_s"] for stage in stages for item in stage["passes"])
+    begin_s: float = min(item["arrived_s"] for stage in stages for item in stage["passes"])
     end_s = _end_of(stages, tokens)
-    scale = (_WIDTH - _LEFT - 24) / max(end_s - begin_s, 1e-6)
+    scale = (_WIDTH - _LEFT - _RIGHT) / max(end_s - begin_s, 1e-6)
 
     def x(time_s: float) -> float:
         return _LEFT + scale * (min(time_s, end_s) - begin_s)
@@ -139,7 +139,7 @@ def picture(trace: Trace, tokens: int) -> str:
     for index, stage in enumerate(stages):
         middle = _TOP + _LANE * index + _LANE / 2
         drawing.words(_LEFT - 12, middle + 4, stage["device"][:16], anchor="end")
-        drawing.path([(_LEFT, middle), (_WIDTH - 24, middle)], stroke="#e5e7eb", width=1)
+        drawing.path([(_LEFT, middle), (_WIDTH - _RIGHT, middle)], stroke="#e5e7eb", width=1)
     for index, before, after in _ways(stages):
         if after["arrived_s"] <= end_s:
             target = (index + 1) % len(stages)
