@@ -110,6 +110,9 @@ bench-sampling: $(VENV)/run.stamp ## measure the cost of drawing a token, over H
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
 
+soak: $(VENV)/run.stamp ## let random clients and failing devices loose for an hour, and watch for what is left
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock again for all supported Pythons
 	$(BIN)/pip install --quiet uv
 	for name in run dev; do \
