@@ -81,7 +81,7 @@ CASES: dict[str, tuple[ToolFormat, str, Read]] = {
     "text after a call": (
         HERMES,
         '<tool_call>{"name": "now", "arguments": {}}</tool_call>\nDone. ',
-        [call(0, "now", "{}"), ("Text", "Done.")],
+        [call(0, "now", "{}"), ("Text", "\nDone.")],
     ),
     "arguments first": (
         HERMES,
@@ -217,7 +217,8 @@ def test_an_answer_is_read_wherever_it_is_cut(name: str) -> None:
     assert read(parser_of(form), text) == expected
     for first in range(len(text) + 1):
         assert read(parser_of(form), [text[:first], text[first:]]) == expected, text[:first]
-        assert read(parser_of(form), [text[:first], *text[first : first + 9], text[first + 9 :]])
+        pieces = [text[:first], *text[first : first + 9], text[first + 9 :]]
+        assert read(parser_of(form), pieces) == expected, text[:first]
 
 
 @settings(max_examples=60, deadline=None)
