@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -226,14 +227,24 @@ def test_an_answer_is_read_wherever_it_is_cut(name: str) -> None:
 def test_many_cuts_change_nothing(name: str, cuts: list[int]) -> None:
     form, text, expected = CASES[name]
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(ends)]
     assert read(parser_of(form), pieces) == expected
 
 
 MARKUP = st.sampled_from(
     [
         *("<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "[", "]"),
-        *('{"name": "now", "arguments": ', "{}", "}", '"', "\\", " ", "\n", "now", "<function=now>"),
+        *(
+            '{"name": "now", "arguments": ',
+            "{}",
+            "}",
+            '"',
+            "\\",
+            " ",
+            "\n",
+            "now",
+            "<function=now>",
+        ),
         *("<|channel|>", "analysis", "<|message|>", "<|end|>", "<|start|>", "assistant", "a", "<|"),
         *("</function>", "<|python_tag|>", "to=functions.now", "<|call|>", ",", ";", "é"),
     ]

@@ -1,7 +1,7 @@
 """Harmony, gpt-oss's format: an answer is a row of messages, each in a channel.
 
     <|channel|>analysis<|message|>The user asks ...<|end|>
-    <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": 1}<|call|>
+    <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>
     <|start|>assistant<|channel|>final<|message|>It is sunny.<|return|>
 
 The channel analysis has thoughts. What is for a function is a call. All else is for the user.
@@ -31,7 +31,7 @@ _ENDS = (END, CALL, RETURN, START)
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 _ROLE = re.compile(r"\s*<\|start\|>\s*assistant")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
-_HEADS = (START, CHANNEL, "to=")
+_HEADS = (START, CHANNEL, MESSAGE, "to=")
 
 
 class Harmony(Parser):
@@ -79,14 +79,15 @@ class Harmony(Parser):
     def _head(self) -> tuple[list[Part], bool]:
         """Read what is before a message's text."""
         begin = self._held.lstrip()
+        if not begin:
+            return [], False
+        if not any(begin.startswith(mark) or waits_for(begin, mark) for mark in _HEADS):
+            # The model has left the format.
+            self._in_head, self._is_empty, self._tail, self._make = False, True, "", Text
+            return [], True
         at = begin.find(MESSAGE)
         if at < 0:
-            if any(begin.startswith(mark) or waits_for(begin, mark) for mark in _HEADS):
-                return [], False
-            if not begin:
-                return [], False
-            self._in_head, self._make = False, Text  # A model that leaves the format.
-            return [], True
+            return [], False
         head, self._held = begin[:at], begin[at + len(MESSAGE) :]
         self._in_head, self._is_empty, self._tail = False, True, ""
         recipient, channel = _RECIPIENT.search(head), _CHANNEL.search(head)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from coordinator.http.formats.json_call import JsonCall
-from coordinator.http.formats.parts import Part, Parser, Text, overlap, trailing_space
+from coordinator.http.formats.parts import Parser, Part, Text, overlap, trailing_space
 
 Step = tuple[list[Part], str, bool]
 """What a state makes of a text: parts, the text that is left, and whether the state changed."""

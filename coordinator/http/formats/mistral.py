@@ -1,8 +1,8 @@
 """Mistral's formats, which all begin with [TOOL_CALLS]:
 
-    [TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}, ...]
-    [TOOL_CALLS]f[ARGS]{"x": 1}[TOOL_CALLS]...
-    [TOOL_CALLS]f[CALL_ID]abcdef123[ARGS]{"x": 1}
+[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}, ...]
+[TOOL_CALLS]f[ARGS]{"x": 1}[TOOL_CALLS]...
+[TOOL_CALLS]f[CALL_ID]abcdef123[ARGS]{"x": 1}
 """
 
 from __future__ import annotations
