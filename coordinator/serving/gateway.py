@@ -30,6 +30,7 @@ from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.state import EndAnswers
 from coordinator.roster.members import Member, Roster
+from coordinator.serving import requests
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
@@ -156,6 +157,8 @@ class Gateway:
         limit = min(sampling.max_tokens, room)
         timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
+        request = requests.current()
+        request.asks(deployment.name, len(prompt))
         decoder = deployment.tokenizer.stream(markers)
         text = _StopFilter(stop)
         answer: list[int] = []
@@ -180,6 +183,7 @@ class Gateway:
                             answer.append(event.token)
                             continue
                         piece = _piece(event, decoder, text, timing)
+                        request.answers(len(piece.tokens))
                         answer += piece.tokens
                         given += piece.tokens
                         yield piece
@@ -204,6 +208,7 @@ class Gateway:
             flight = self._flights[number] = _Flight(deployment, sampling)
             try:
                 timing.started_s = timing.started_s or time.monotonic()
+                requests.current().starts(deployment.epoch, number)
                 await _begin(deployment, number, slot, prompt, sampling)
                 while True:
                     event = await _next_event(flight, len(prompt))
