@@ -30,6 +30,7 @@ from coordinator.http.openai.answers import ChatCompletions, Completions
 from coordinator.http.openai.api import Api
 from coordinator.http.openai.events import Outcome, events
 from coordinator.http.openai.jobs import Job
+from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
 from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
 from coordinator.serving.gateway import Gateway
@@ -57,6 +58,7 @@ class OpenAIRoutes:
         return [
             self._route("/v1/completions", Completions),
             self._route("/v1/chat/completions", ChatCompletions),
+            self._route("/v1/responses", Responses),
         ]
 
     def _route(self, path: str, api: Callable[[Mapping[str, Any]], Api]) -> Route:
