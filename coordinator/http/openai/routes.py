@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from coordinator.http.anthropic.messages import Messages
 from coordinator.http.common import read_json, server_sent_events, while_connected
 from coordinator.http.openai.answers import ChatCompletions, Completions
 from coordinator.http.openai.api import Api
@@ -59,15 +60,23 @@ class OpenAIRoutes:
             self._route("/v1/completions", Completions),
             self._route("/v1/chat/completions", ChatCompletions),
             self._route("/v1/responses", Responses),
+            self._route("/v1/messages", Messages),
         ]
 
-    def _route(self, path: str, api: Callable[[Mapping[str, Any]], Api]) -> Route:
+    def _route(self, path: str, api: type[Api]) -> Route:
         async def handle(request: Request) -> Response:
-            return await self._answer(request, api)
+            try:
+                return await self._answer(request, api)
+            except (CoordinatorError, RequestInvalid, ModelError) as error:
+                refusal = api.refusal(error)
+                if refusal is None:
+                    raise
+                tracked(request.scope).error = str(error)
+                return refusal
 
         return Route(path, handle, methods=["POST"])
 
-    async def _answer(self, request: Request, make: Callable[[Mapping[str, Any]], Api]) -> Response:
+    async def _answer(self, request: Request, make: type[Api]) -> Response:
         api = make(await read_json(request))
         state = self._models.current
         if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing)):

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from coordinator.errors import CoordinatorError
+from coordinator.http.anthropic.requests import chat_request
 from coordinator.http.common import model_state, read_json, while_connected
 from coordinator.http.openai.fields import flag
 from coordinator.http.openai.jobs import CHAT_FIELDS, check_fields, check_model
@@ -59,6 +60,7 @@ class TextRoutes:
             self._route("/tokenize", tokenize),
             self._route("/detokenize", detokenize),
             self._route("/apply-template", apply_template),
+            self._route("/v1/messages/count_tokens", count_tokens),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -158,6 +160,14 @@ def apply_template(deployment: Deployment, body: Mapping[str, Any]) -> dict[str,
     check_model(deployment, body)
     check_fields(body, CHAT_FIELDS)
     return {"prompt": chat_prompt(deployment, body, read_tools(body)).text}
+
+
+def count_tokens(deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of tokens of a request to /v1/messages. Raises RequestInvalid."""
+    chat = chat_request(body, counts=True)
+    check_model(deployment, chat)
+    text = chat_prompt(deployment, chat, read_tools(chat)).text
+    return {"input_tokens": len(encode(deployment, text, add_special=False))}
 
 
 def _check_unknown(body: Mapping[str, Any], known: frozenset[str]) -> None:
