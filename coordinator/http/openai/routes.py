@@ -25,8 +25,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from coordinator.errors import CoordinatorError
 from coordinator.http.anthropic.messages import Messages
-from coordinator.http.common import read_json, server_sent_events, while_connected
+from coordinator.http.common import read_json, server_sent_events, tracked, while_connected
 from coordinator.http.openai.answers import ChatCompletions, Completions
 from coordinator.http.openai.api import Api
 from coordinator.http.openai.events import Outcome, events
@@ -35,6 +36,8 @@ from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
 from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
 from coordinator.serving.gateway import Gateway
+from model.errors import ModelError
+from planning.errors import RequestInvalid
 
 PROMPT_THREADS = 4
 
