@@ -22,6 +22,7 @@ from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.compiled import Makers, Workshop
 from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
+from coordinator.http.document import document_routes
 from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.health import HealthRoutes
 from coordinator.http.keys import KeyGuard
@@ -246,7 +247,13 @@ class Coordinator:
         texts = TextRoutes(self._models, openai)
         health = HealthRoutes(self._models, self._requests)
         routes = Starlette(
-            routes=[*openai.routes(), *texts.routes(), *admin.routes(), *health.routes()],
+            routes=[
+                *openai.routes(),
+                *texts.routes(),
+                *document_routes(),
+                *admin.routes(),
+                *health.routes(),
+            ],
             exception_handlers=HANDLERS,
         )
         app = Answering(routes, self._requests, self._admission.require_room)

@@ -155,7 +155,7 @@ class ScriptedCluster(Cluster):
         directory = self.directory / kind
         if not directory.exists():
             write_model(directory, kind)
-        self.load(directory, "--bits=16", "--slots=2")
+        self.load(directory, "--bits=16", "--slots=2", f"--context={CONTEXT_TOKENS}")
         return kind
 
 
