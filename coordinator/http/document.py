@@ -240,6 +240,8 @@ _SCHEMAS: dict[str, Schema] = {
         }
     ),
     "Models": _open({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
+    "Choice": _open({"index": _WHOLE, "message": _OBJECT, "finish_reason": _FINISH}),
+    "TextChoice": _open({"index": _WHOLE, "text": _TEXT, "finish_reason": _FINISH}),
     "ChatCompletionRequest": _closed({**COMMON, **CHAT}, "messages"),
     "ChatCompletion": _open(
         {
@@ -260,7 +262,7 @@ _SCHEMAS: dict[str, Schema] = {
             "object": {"const": "text_completion"},
             "created": _WHOLE,
             "model": _TEXT,
-            "choices": _list(_open({"index": _WHOLE, "text": _TEXT, "finish_reason": _FINISH})),
+            "choices": _list(_ref("TextChoice")),
             "usage": _USAGE,
         }
     ),

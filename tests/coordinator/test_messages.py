@@ -90,7 +90,13 @@ def test_a_template_may_read_in_any_way(template: str) -> None:
 
 
 def test_fields_without_a_value_say_nothing() -> None:
-    empty = {"name": None, "refusal": None, "tool_calls": [], "audio": None, "annotations": []}
+    empty: dict[str, Any] = {
+        "name": None,
+        "refusal": None,
+        "tool_calls": [],
+        "audio": None,
+        "annotations": [],
+    }
     assert render([{**USER, **empty}]) == "[user]Hi"
 
 

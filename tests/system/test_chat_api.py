@@ -162,12 +162,9 @@ def test_fields_that_are_left_out_are_refused_by_name(scripted: ScriptedCluster)
     body = {"messages": [{"role": "user", "content": "Hi", "name": "Ann"}]}
     answer = post(scripted, "/v1/chat/completions", body)
     assert answer.status_code == 400
-    assert answer.json()["error"] == {
-        "message": "messages[0].name: the chat template of hermes has no place for it: leave it out",
-        "type": "invalid_request_error",
-        "param": "messages",
-        "code": "invalid_request",
-    }
+    error = answer.json()["error"]
+    assert error["message"].startswith("messages[0].name: the chat template of hermes has no place")
+    assert (error["type"], error["param"]) == ("invalid_request_error", "messages")
 
 
 # ---- /v1/responses ------------------------------------------------------------------------------
@@ -230,7 +227,7 @@ CLAUDE_TOOLS = [
 
 
 def test_messages_have_blocks(scripted: ScriptedCluster) -> None:
-    ask = {
+    ask: dict[str, Any] = {
         "model": "hermes",
         "max_tokens": 500,
         "system": [{"type": "text", "text": "Be brief."}],
