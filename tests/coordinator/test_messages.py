@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coordinator.http.formats.tool_format import find_format
-from coordinator.http.openai.messages import TemplateTraits, read_messages
+from coordinator.http.openai.messages import TemplateTraits, read_messages, with_texts_apart
 from coordinator.http.openai.responses_input import chat_request as of_responses
 from coordinator.http.openai.tools import read_tools
 from model.errors import FieldsUnused
@@ -135,6 +135,20 @@ def test_formats_with_single_calls_get_one_call_a_message() -> None:
         for message in read(messages, template)
     ]
     assert shown == ["Both.", ["a"], "1", ["b"], "2"]
+
+
+def test_text_that_a_template_leaves_out_beside_calls_gets_a_message() -> None:
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}<{{ m.tool_calls | length }}>"
+        "{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+    )
+    message = {"role": "assistant", "content": "I look.", "tool_calls": [call("a"), call("b")]}
+    with pytest.raises(FieldsUnused) as unused:
+        render([USER, message], template)
+    apart = with_texts_apart(read([USER, message], template), unused.value.fields)
+    assert ChatTemplate(template, Path("t")).render({"messages": apart}) == "[Hi][I look.]<2>"
+    named = read([{**USER, "name": "Ann"}], template)
+    assert with_texts_apart(named, ["messages[0].name"]) is None
 
 
 @pytest.mark.parametrize(
