@@ -23,6 +23,8 @@ from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
 from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.openai.routes import OpenAIRoutes
+from coordinator.http.page.routes import PageRoutes
+from coordinator.http.page.state import StateFeed
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
@@ -34,6 +36,7 @@ from coordinator.quality.store import QualityStore
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.gateway import Gateway
+from coordinator.serving.requests import Requests
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
@@ -125,6 +128,10 @@ class Coordinator:
         )
         self._paces = Paces(self.roster, self._models, self._story)
         self._gateway = Gateway(self.roster, self._models)
+        self._requests = Requests()
+        self._feed = StateFeed(
+            config, self.roster, self._models, turns, self._requests, self._story
+        )
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
         self._idle_downloads = Lobby("downloads of blocks")
         self._rare_log = RareLog(log)
@@ -147,6 +154,7 @@ class Coordinator:
             control, control_port = await serve(
                 config.control_host, config.control_port, self._handle, token=config.token
             )
+            self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
             async with self._advertised(control_port):
 
@@ -161,6 +169,7 @@ class Coordinator:
                     control.close()
                     self._keeper.close()
                     self.roster.close()
+                    self._feed.close()
 
                 self._keeper.resume()
                 attendant = asyncio.create_task(self._attend())
@@ -231,8 +240,9 @@ class Coordinator:
             self._config.cluster, self.roster, self._operations, self._models, self._story
         )
         openai = OpenAIRoutes(self._models, self._gateway)
+        page = PageRoutes(self._config, self._feed)
         routes = Starlette(
-            routes=[*openai.routes(), *admin.routes()],
+            routes=[*openai.routes(), *admin.routes(), *page.routes()],
             exception_handlers=HANDLERS,
         )
         return HostGuard(routes, (*self._config.http_hosts, self._config.http_host))
