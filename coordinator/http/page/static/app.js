@@ -93,6 +93,13 @@ function Fish() {
   </svg>`;
 }
 
+/** A disc, one half of it dark. */
+function Half() {
+  return html`<svg viewBox="0 0 16 16" aria-hidden="true">
+    <circle cx="8" cy="8" r="6.500" /><path d="M8 1.500a6.500 6.500 0 0 1 0 13z" />
+  </svg>`;
+}
+
 function Head({ state, contact, theme, onTheme, onLoad }) {
   const model = state?.models[0];
   const perS = state ? tokensPerS(state.requests) : 0;
@@ -107,8 +114,14 @@ function Head({ state, contact, theme, onTheme, onLoad }) {
       ${perS > 0 && html`<span class="top-rate">${rate(perS)} tokens/s</span>`}
     </p>
     <div class="head-buttons">
-      <button type="button" class="quiet-button" onClick=${onTheme} aria-label=${`Colours: ${theme}`}>
-        ${theme}
+      <button
+        type="button"
+        class="quiet-button theme"
+        onClick=${onTheme}
+        aria-label=${`Colours: ${theme}`}
+        title=${`Colours: ${theme}`}
+      >
+        <${Half} /><span class="wide-only">${theme}</span>
       </button>
       <button type="button" class="main-button" onClick=${onLoad} disabled=${!state}>
         Load<span class="wide-only"> a model</span>

@@ -104,18 +104,21 @@ async function answer(body, signal, change) {
   if (!isComplete) throw new Error("the answer ended before it was complete");
 }
 
-function Figures({ message }) {
+function Figures({ message, onAgain }) {
   const parts = [
     message.tokens !== undefined && plural(message.tokens, "token"),
     message.firstS !== undefined && `first after ${ms(message.firstS)} ms`,
     message.perS && `${rate(message.perS)} tokens/s`,
-    message.finish === "length" && "cut at the most tokens",
+    message.finish === "length" && "cut: no room for more",
     message.isStopped && "stopped",
   ].filter(Boolean);
-  return parts.length ? html`<p class="figures">${parts.join(" · ")}</p>` : null;
+  return html`<p class="figures">
+    <span>${parts.join(" · ")}</span>
+    ${onAgain && html`<button type="button" class="link-button" onClick=${onAgain}>Answer again</button>`}
+  </p>`;
 }
 
-function Message({ message, isWriting }) {
+function Message({ message, isWriting, onAgain }) {
   if (message.role === "user") {
     return html`<li class="message user"><p class="plain">${message.content}</p></li>`;
   }
@@ -131,7 +134,7 @@ function Message({ message, isWriting }) {
     html`<p class="writing"><span class="pulse" aria-hidden="true"></span>${message.notice || (isEmpty ? "waiting for the first token" : "")}</p>`}
     ${!isWriting && isEmpty && !message.error && html`<p class="quiet">${message.isStopped ? "Stopped before the first token." : "The model's answer is empty."}</p>`}
     ${message.error && html`<p class="reason" role="alert">${message.error}</p>`}
-    ${!isWriting && html`<${Figures} message=${message} />`}
+    ${!isWriting && html`<${Figures} message=${message} onAgain=${onAgain} />`}
   </li>`;
 }
 
@@ -286,6 +289,7 @@ export function Chat({ model, onKey }) {
             key=${index}
             message=${message}
             isWriting=${Boolean(running) && index === messages.length - 1}
+            onAgain=${!running && isReady && index === messages.length - 1 ? again : null}
           />`,
       )}
     </ol>
@@ -309,11 +313,6 @@ export function Chat({ model, onKey }) {
             Send
           </button>`}
     </form>
-    <p class="composer-hint quiet small">
-      Enter sends, Shift+Enter begins a line, Esc stops.
-      ${!running &&
-      messages.some((message) => message.role === "assistant") &&
-      html` <button type="button" class="link-button" onClick=${again}>Answer again</button>`}
-    </p>
+    <p class="composer-hint quiet small">Enter sends, Shift+Enter begins a line, Esc stops.</p>
   </section>`;
 }

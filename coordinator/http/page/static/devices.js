@@ -9,13 +9,13 @@ function Meter({ label, value, most, text }) {
   const share = most ? Math.min(1, value / most) : 0;
   return html`<div class="meter">
     <span class="meter-label">${label}</span>
+    <span class="meter-text">${text}</span>
     <span class="meter-track" aria-hidden="true">
       <span
         class=${share > 0.9 ? "meter-fill meter-full" : "meter-fill"}
         style=${{ width: `${100 * share}%` }}
       ></span>
     </span>
-    <span class="meter-text">${text}</span>
   </div>`;
 }
 
@@ -36,12 +36,11 @@ function Device({ device, stageBytes, nowS, version }) {
         ${isHere ? "here" : "lost"} ${duration(nowS - device.since_s)}${isHere ? "" : " ago"}
       </span>
     </div>
-    <p class="detail" title=${device.machine}>${device.processor || device.machine}</p>
+    <p class="detail" title=${device.machine}>
+      ${device.processor || device.machine}<span class="dot">·</span>${plural(device.threads, "thread")}
+    </p>
     <p class="detail">
-      ${device.backend} ${device.backend_version}<span class="dot">·</span>${plural(
-        device.threads,
-        "thread",
-      )}<span class="dot">·</span
+      ${device.backend} ${device.backend_version}<span class="dot">·</span
       ><span class=${device.version === version ? "" : "differs"}>shoal ${device.version}</span>
     </p>
     ${isHere

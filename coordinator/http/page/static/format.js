@@ -39,7 +39,7 @@ export function clock(timeS) {
   return new Date(timeS * 1e3).toLocaleTimeString("en-GB");
 }
 
-/** [8, 4, 4, 4, 8] -> "8 · 4×3 · 8" */
+/** [8, 4, 4, 4, 8] -> "8 4×3 8", as the command line has it */
 export function bitRuns(bits) {
   const runs = [];
   for (const width of bits) {
@@ -47,7 +47,7 @@ export function bitRuns(bits) {
     if (last && last[0] === width) last[1] += 1;
     else runs.push([width, 1]);
   }
-  return runs.map(([width, count]) => (count > 1 ? `${width}×${count}` : `${width}`)).join(" · ");
+  return runs.map(([width, count]) => (count > 1 ? `${width}×${count}` : `${width}`)).join(" ");
 }
 
 /** The names of a stage's blocks: "embedding – layer 3" */

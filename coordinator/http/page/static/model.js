@@ -172,6 +172,12 @@ function Middle({ model, requests }) {
   `;
 }
 
+function lossOf(plan, quality) {
+  if (quality?.measured_kl != null) return ["loss", `${quality.measured_kl.toPrecision(2)} nats, measured`];
+  if (plan.total_sensitivity == null) return null;
+  return ["loss", `${plan.total_sensitivity.toPrecision(2)} nats, predicted`];
+}
+
 function Facts({ model, requests }) {
   const { plan, slots, quality } = model;
   const together = tokensPerS(requests);
@@ -182,25 +188,16 @@ function Facts({ model, requests }) {
       `${slots.used} of ${slots.total}${slots.waiting ? `, ${slots.waiting} in line` : ""}`,
     ],
     ["context", plural(model.context_tokens, "token")],
-    [
-      "first token",
-      plan.prompt_tokens
-        ? `${ms(plan.predicted_first_token_s)} ms predicted for ${plan.prompt_tokens} tokens`
-        : null,
+    plan.prompt_tokens && [
+      `first of ${plan.prompt_tokens} tokens`,
+      `${ms(plan.predicted_first_token_s)} ms, predicted`,
     ],
-    ["proof", plan.proven_optimal ? "optimal plan" : `within ${(100 * plan.gap).toFixed(1)} % of the optimum`],
-    [
-      "loss",
-      quality?.measured_kl != null
-        ? `${quality.measured_kl.toPrecision(2)} nats a token, measured`
-        : plan.total_sensitivity != null
-          ? `${plan.total_sensitivity.toPrecision(2)} nats a token, predicted`
-          : null,
-    ],
+    lossOf(plan, quality),
+    ["plan", plan.proven_optimal ? "proven optimal" : `${(100 * plan.gap).toFixed(1)} % above the bound`],
   ];
   return html`<dl class="facts">
     ${facts
-      .filter(([, value]) => value !== null)
+      .filter(Boolean)
       .map(
         ([name, value]) =>
           html`<div key=${name}>
@@ -265,7 +262,8 @@ export function ModelCard({ model, operation, requests, lost, onUnload }) {
   return html`<section class="card model" aria-labelledby="model-title">
     <header class="card-head">
       <h2 id="model-title"><span class="name">${model.model}</span> <${StatePill} model=${model} /></h2>
-      <button type="button" class="quiet-button" onClick=${onUnload}>Unload</button>
+      ${model.state !== "loading" &&
+      html`<button type="button" class="quiet-button" onClick=${onUnload}>Unload</button>`}
     </header>
     <${Trouble} model=${model} />
     ${isBusy && operation && html`<${Progress} steps=${operation.steps} />`}
