@@ -96,6 +96,15 @@ class InFlight:
             self.on_change()
 
     @property
+    def doing(self) -> str:
+        """Say what the request waits for. The text stays the same while that does."""
+        if self.state == "prompt":
+            return f"reading the prompt of {self.prompt_tokens} tokens"
+        if self.state == "answering":
+            return "the next token is being computed"
+        return f"{self.model} has no free slot: waiting in line" if self.model else "waiting"
+
+    @property
     def token_s(self) -> float | None:
         """Mean seconds between two tokens so far. None with fewer than two."""
         if self.answer_tokens < 2 or self.first_s is None or self.last_s is None:

@@ -84,6 +84,7 @@ class OpenAIRoutes:
         state = self._models.current
         if body.get("stream") is True and isinstance(state, (Resuming, Loading, Replacing)):
             return server_sent_events(self._late_stream(body, _is_long(request), chat=chat))
+        self._models.require_soon()
         deployment = await while_connected(request, self._models.deployment())
         job = await while_connected(
             request, self._prepare(deployment, body, _is_long(request), chat=chat)

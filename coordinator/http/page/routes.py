@@ -11,14 +11,15 @@ from starlette.routing import Route
 
 from coordinator.config import CoordinatorConfig
 from coordinator.http.common import read_json
+from coordinator.http.keys import KEY
 from coordinator.http.page.files import HEADERS, read_files
 from coordinator.http.page.state import MOST_WATCHERS, StateFeed
 from wire.addresses import is_everywhere, is_loopback, reachable_addresses
 
 EVENTS = "text/event-stream"
 
-KEY_NAME = "shoal.key"
-"""Where a request's scope has the name of the API key that admitted it."""
+FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+"""Headers of proxies. A proxy on this machine makes strangers look local."""
 
 
 class PageRoutes:
@@ -66,16 +67,14 @@ class PageRoutes:
     async def join(self, request: Request) -> Response:
         """The addresses where agents join, and the shoal's token for those who may have it.
 
-        Whoever may use the API of this machine may have it. From another machine it takes an API
-        key, since the request and its answer can be read on the way.
+        These are holders of an API key, and users of this machine itself.
         """
         await read_json(request)
         config = self._config
         hosts = await asyncio.to_thread(reachable_addresses, config.control_host)
         others = [host for host in hosts if not is_loopback(host)]
-        is_local = request.client is not None and is_loopback(request.client.host)
         token = None
-        if config.token is not None and (is_local or request.scope.get(KEY_NAME)):
+        if config.token is not None and (request.scope.get(KEY) or _is_local(request)):
             token = config.token.decode(errors="replace")
         return JSONResponse(
             {
@@ -84,3 +83,10 @@ class PageRoutes:
                 "token": token,
             }
         )
+
+
+def _is_local(request: Request) -> bool:
+    """Whether the client is on this machine, and no proxy stands before it."""
+    client = request.client
+    is_forwarded = any(name in request.headers for name in FORWARDED)
+    return client is not None and is_loopback(client.host) and not is_forwarded
