@@ -147,7 +147,7 @@ function NoModel({ state, onLoad }) {
   </section>`;
 }
 
-function Views({ view, setView, unread }) {
+function Views({ view, setView }) {
   return html`<nav class="views" aria-label="Views">
     ${["shoal", "chat"].map(
       (name) =>
@@ -252,7 +252,7 @@ function App() {
               <${Shoal} state=${state} nowS=${nowS} onLoad=${onLoad} onUnload=${unload} />
             </div>
             <div class="column column-chat">
-              <${Chat} model=${state.models[0] ?? null} onKey=${onKey} />
+              <${Chat} model=${state.models[0] ?? null} view=${view} onKey=${onKey} />
             </div>
           `
         : html`<p class="waiting" role="status">${contact === "first" ? "Asking the coordinator…" : "The coordinator does not answer."}</p>`}

@@ -171,7 +171,7 @@ function announced(message) {
   return message.content || message.reasoning || "The answer is empty.";
 }
 
-export function Chat({ model, onKey }) {
+export function Chat({ model, view, onKey }) {
   const [messages, setMessages] = useState(() => kept(KEPT, []));
   const [settings, setSettings] = useState(() => kept(SETTINGS, {}));
   const [draft, setDraft] = useState("");
@@ -187,7 +187,7 @@ export function Chat({ model, onKey }) {
   }, [messages, running]);
   useLayoutEffect(() => {
     if (sticks.current && list.current) list.current.scrollTop = list.current.scrollHeight;
-  }, [messages]);
+  }, [messages, view]);
   useLayoutEffect(() => {
     const area = box.current;
     area.style.height = "auto";

@@ -9,7 +9,7 @@ export function bytes(value) {
     value /= 1000;
     unit += 1;
   }
-  return `${value >= 99.5 || unit === 0 ? Math.round(value) : Number(value.toPrecision(2))} ${UNITS[unit]}`;
+  return `${value >= 99.5 || unit === 0 ? Math.round(value) : Number(value.toPrecision(2))}\u00a0${UNITS[unit]}`;
 }
 
 /** Seconds as milliseconds with three digits: 0.01234 -> "12.3" */

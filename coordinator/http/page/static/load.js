@@ -58,24 +58,21 @@ function Comparison({ before, after }) {
   if (!before?.plan) return null;
   const change = after.predicted_ms_per_token / before.plan.predicted_ms_per_token - 1;
   const memory = (plan) => plan.stages.reduce((sum, stage) => sum + stage.memory_bytes, 0);
-  return html`<p class="comparison">
-    Loaded now: ${before.model}, predicted ${ms(before.plan.predicted_ms_per_token / 1e3)} ms a
-    token, ${bytes(memory(before.plan))}. This plan:
-    <b>${change >= 0 ? "+" : "−"}${Math.abs(100 * change).toFixed(0)} % time</b>,
-    ${bytes(memory(after))}.
-  </p>`;
+  const now =
+    `Loaded now: ${before.model}, predicted ${ms(before.plan.predicted_ms_per_token / 1e3)} ms a ` +
+    `token, ${bytes(memory(before.plan))}. This plan: `;
+  const difference = `${change >= 0 ? "+" : "−"}${Math.abs(100 * change).toFixed(0)} % time`;
+  return html`<p class="comparison">${now}<b>${difference}</b>${`, ${bytes(memory(after))}.`}</p>`;
 }
 
 function Preview({ planned, current }) {
   const { plan } = planned;
+  const proof = plan.proven_optimal
+    ? "proven optimal"
+    : `within ${(100 * plan.gap).toFixed(1)} % of the optimum`;
+  const speed = ` a token (${rate(1e3 / plan.predicted_ms_per_token)} tokens/s), predicted. It is ${proof}.`;
   return html`<div class="preview" role="region" aria-label="The plan">
-    <p class="preview-line">
-      <b>${planned.model}</b> would take <b>${ms(plan.predicted_ms_per_token / 1e3)} ms</b> a token
-      (${rate(1e3 / plan.predicted_ms_per_token)} tokens/s), predicted;
-      ${plan.proven_optimal
-        ? " proven optimal"
-        : ` within ${(100 * plan.gap).toFixed(1)} % of the optimum`}.
-    </p>
+    <p><b>${planned.model}</b> would take <b>${ms(plan.predicted_ms_per_token / 1e3)} ms</b>${speed}</p>
     <${Comparison} before=${current} after=${plan} />
     <${PlanView}
       model=${planned}
@@ -110,6 +107,7 @@ function Fields({ form, devices, change }) {
       <span>Model</span>
       <input
         required
+        autofocus
         list="known-models"
         placeholder="ORG/NAME, or an absolute path on the coordinator"
         autocomplete="off"
@@ -164,7 +162,7 @@ function Fields({ form, devices, change }) {
       />
     </label>
     <label class="field">
-      <span>Loss budget, nats a token</span>
+      <span>Loss budget, nats</span>
       <input
         type="number"
         min="0"
@@ -198,7 +196,7 @@ function Fields({ form, devices, change }) {
             type="checkbox"
             checked=${!form.noTeams}
             onChange=${(event) => change({ noTeams: !event.target.checked })}
-          />sharing layers
+          />they may share layers
         </label>
       </div>
     </fieldset>`}

@@ -16,11 +16,15 @@ export function StatePill({ model }) {
   return html`<span class=${`pill pill-${model.state}`}>${WORDS[model.state] ?? model.state}</span>`;
 }
 
-/** The mean measured seconds of a token, over the requests that are answered now. */
+/** Answers with fewer tokens say little about the time of one. */
+const FEWEST_TOKENS = 16;
+
+/** The measured seconds of a token: of the answers that run now, else of the last one. */
 export function measuredTokenS(requests) {
-  const known = requests.filter((one) => one.state === "answering" && one.token_s);
-  if (known.length) return known.reduce((sum, one) => sum + one.token_s, 0) / known.length;
-  return requests.find((one) => one.state === "ended" && one.token_s)?.token_s ?? null;
+  const long = requests.filter((one) => one.token_s && one.answer_tokens >= FEWEST_TOKENS);
+  const running = long.filter((one) => one.state === "answering");
+  if (running.length) return running.reduce((sum, one) => sum + one.token_s, 0) / running.length;
+  return long[0]?.token_s ?? null;
 }
 
 /** Tokens per second of all answers together. */
@@ -193,7 +197,7 @@ function Facts({ model, requests }) {
       `${ms(plan.predicted_first_token_s)} ms, predicted`,
     ],
     lossOf(plan, quality),
-    ["plan", plan.proven_optimal ? "proven optimal" : `${(100 * plan.gap).toFixed(1)} % above the bound`],
+    ["plan", plan.proven_optimal ? "proven optimal" : `${(100 * plan.gap).toFixed(1)} % from the bound`],
   ];
   return html`<dl class="facts">
     ${facts
@@ -238,7 +242,7 @@ export function Progress({ steps }) {
             : "";
       return html`<label key=${step.label} class="progress-row">
         <span class="name">${step.label || "all"}</span>
-        <progress max=${step.total || 1} value=${step.total ? step.done : undefined}></progress>
+        ${step.total > 0 && html`<progress max=${step.total} value=${step.done}></progress>`}
         <span class="amount">${amount}</span>
       </label>`;
     })}
