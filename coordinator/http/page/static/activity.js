@@ -1,5 +1,5 @@
 // What goes on: requests in flight, and the coordinator's events.
-import { clock, duration, ms, plural, rate } from "./format.js";
+import { clock, duration, plural, rate, took } from "./format.js";
 import { html } from "./html.js";
 
 const STATES = {
@@ -18,7 +18,7 @@ function Request({ request, nowS }) {
         ? `refused (${request.status})`
         : "done";
   const speed = request.token_s ? `${rate(1 / request.token_s)} tokens/s` : "";
-  const first = request.first_token_s !== null ? `first token ${ms(request.first_token_s)} ms` : "";
+  const first = request.first_token_s !== null ? `first token ${took(request.first_token_s)}` : "";
   const cached = request.cached_tokens ? `${request.cached_tokens} cached` : "";
   return html`<li class=${isOver ? "request over" : "request"}>
     <span class="request-head">

@@ -115,7 +115,7 @@ export async function followState(signal, onParts, onContact) {
         if (event.data) onParts(JSON.parse(event.data));
         onContact("live");
       }
-      onContact("lost");
+      if (!signal.aborted) onContact("lost");
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof KeyNeeded) {

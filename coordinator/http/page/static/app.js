@@ -37,16 +37,47 @@ function useShoal() {
   const [state, setState] = useState(null);
   const [contact, setContact] = useState("first");
   const [attempt, setAttempt] = useState(0);
-  useEffect(() => {
-    const control = new AbortController();
-    followState(
-      control.signal,
-      (parts) => setState((known) => ({ ...known, ...parts })),
-      (now) => setContact((known) => (now === "lost" && known === "first" ? "first" : now)),
-    );
-    return () => control.abort();
-  }, [attempt]);
+  useEffect(
+    () =>
+      whileVisible((signal) =>
+        followState(
+          signal,
+          (parts) => setState((known) => ({ ...known, ...parts })),
+          (now) => setContact((known) => (now === "lost" && known === "first" ? "first" : now)),
+        ),
+      ),
+    [attempt],
+  );
   return [state, contact, setContact, () => setAttempt((count) => count + 1)];
+}
+
+/**
+ * Run `work(signal)` while the page is visible. Returns a function that ends it.
+ * Browsers open few connections to one server, so pages that nobody sees must hold none.
+ */
+function whileVisible(work) {
+  let control = null;
+  const stop = () => {
+    control?.abort();
+    control = null;
+  };
+  const changed = () => {
+    if (document.hidden) stop();
+    else if (control === null) {
+      control = new AbortController();
+      work(control.signal);
+    }
+  };
+  document.addEventListener("visibilitychange", changed);
+  window.addEventListener("pagehide", stop);
+  window.addEventListener("pageshow", changed);
+  changed();
+  return () => {
+    stop();
+    document.removeEventListener("visibilitychange", changed);
+    window.removeEventListener("pagehide", stop);
+    window.removeEventListener("pageshow", changed);
+  };
 }
 
 function KeyForm({ onDone }) {

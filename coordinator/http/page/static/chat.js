@@ -1,7 +1,7 @@
 // A chat with the loaded model, over the same API as every other client.
 import { useEffect, useLayoutEffect, useRef, useState } from "./vendor/hooks.js";
 import { send, serverEvents } from "./api.js";
-import { ms, plural, rate } from "./format.js";
+import { plural, rate, took } from "./format.js";
 import { html } from "./html.js";
 import { Markdown } from "./markdown.js";
 
@@ -107,7 +107,7 @@ async function answer(body, signal, change) {
 function Figures({ message, onAgain }) {
   const parts = [
     message.tokens !== undefined && plural(message.tokens, "token"),
-    message.firstS !== undefined && `first after ${ms(message.firstS)} ms`,
+    message.firstS !== undefined && `first after ${took(message.firstS)}`,
     message.perS && `${rate(message.perS)} tokens/s`,
     message.finish === "length" && "cut: no room for more",
     message.isStopped && "stopped",

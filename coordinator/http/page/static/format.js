@@ -20,6 +20,12 @@ export function ms(seconds) {
   return value.toFixed(2);
 }
 
+/** A time with its unit: "340 ms", "6.2 s" */
+export function took(seconds) {
+  if (seconds < 0.9995) return `${ms(seconds)}\u00a0ms`;
+  return `${seconds >= 99.95 ? Math.round(seconds) : seconds.toFixed(1)}\u00a0s`;
+}
+
 /** A rate with about three digits: 23.456 -> "23.5" */
 export function rate(value) {
   return value >= 99.95 ? Math.round(value).toLocaleString("en") : value.toFixed(1);

@@ -1,5 +1,5 @@
 // The model at work: its ring, and each stage and hop with predicted and measured times.
-import { bitRuns, blockRange, bytes, ms, plural, rate } from "./format.js";
+import { bitRuns, blockRange, bytes, ms, plural, rate, took } from "./format.js";
 import { html } from "./html.js";
 import { Ring } from "./ring.js";
 import { bitsClass, stagesOf, widthsOf } from "./stages.js";
@@ -72,10 +72,10 @@ function StageRow({ stage, longestS, planned }) {
         </span>`}
         ${stage.isLost && html`<span class="tag tag-lost">lost</span>`}
       </span>
-      <span class="detail">
-        ${blockRange(names)}<span class="dot">·</span>${bitRuns(stage.bits)} bits<span class="dot">·</span
-        >${bytes(stage.memoryBytes)} of ${bytes(stage.limitBytes)}
+      <span class="detail" title=${`of ${bytes(stage.limitBytes)} that it may take`}>
+        ${blockRange(names)}<span class="dot">·</span>${bytes(stage.memoryBytes)}
       </span>
+      <span class="detail">${bitRuns(stage.bits)} bits</span>
       <${Bars} ...${stage} longestS=${longestS} />
     </th>
     <td><${Figure} seconds=${stage.predictedS} /></td>
@@ -193,8 +193,8 @@ function Facts({ model, requests }) {
     ],
     ["context", plural(model.context_tokens, "token")],
     plan.prompt_tokens && [
-      `first of ${plan.prompt_tokens} tokens`,
-      `${ms(plan.predicted_first_token_s)} ms, predicted`,
+      `first token after ${plan.prompt_tokens}`,
+      `${took(plan.predicted_first_token_s)}, predicted`,
     ],
     lossOf(plan, quality),
     ["plan", plan.proven_optimal ? "proven optimal" : `${(100 * plan.gap).toFixed(1)} % from the bound`],

@@ -100,12 +100,10 @@ function Tokens({ count }) {
   const radius = (INNER + OUTER) / 2;
   return Array.from(
     { length: shown },
-    (_, index) => html`<g
-      key=${index}
-      class="orbit"
-      style=${{ rotate: `${(360 * index) / shown}deg` }}
-    >
-      <circle class="token" cx=${CENTRE[0]} cy=${CENTRE[1] - radius} r="5" />
+    (_, index) => html`<g key=${index} transform=${`rotate(${(360 * index) / shown} ${CENTRE.join(" ")})`}>
+      <g class="orbit">
+        <circle class="token" cx=${CENTRE[0]} cy=${CENTRE[1] - radius} r="5" />
+      </g>
     </g>`,
   );
 }
