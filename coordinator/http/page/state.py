@@ -146,7 +146,8 @@ class StateFeed:
         self._started_s = time.time()
         self._lost: OrderedDict[str, DevicePart] = OrderedDict()
         """The lost devices by id, the last one lost at the end."""
-        self._watchers = 0
+        self.watchers = 0
+        """The streams that are open."""
         self._closed = asyncio.Event()
         self._built_s = -math.inf
         self._parts: dict[str, str] = {}
@@ -183,11 +184,11 @@ class StateFeed:
     @property
     def has_room(self) -> bool:
         """Whether another stream may begin."""
-        return self._watchers < MOST_WATCHERS
+        return self.watchers < MOST_WATCHERS
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Yield server-sent events until the coordinator stops."""
-        self._watchers += 1
+        self.watchers += 1
         try:
             sent: dict[str, str] = {}
             said_s = time.monotonic()
@@ -205,7 +206,7 @@ class StateFeed:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._closed.wait(), TICK_S)
         finally:
-            self._watchers -= 1
+            self.watchers -= 1
 
     def _current(self) -> dict[str, str]:
         """Return the state as JSON texts by part, not older than half of TICK_S."""
