@@ -25,6 +25,7 @@ from coordinator.http.common import HANDLERS
 from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.health import HealthRoutes
 from coordinator.http.keys import KeyGuard
+from coordinator.http.metrics import Metrics
 from coordinator.http.openai.routes import OpenAIRoutes
 from coordinator.http.page.routes import PageRoutes
 from coordinator.http.page.state import StateFeed
@@ -251,8 +252,15 @@ class Coordinator:
         openai = OpenAIRoutes(self._models, self._gateway)
         page = PageRoutes(self._config, self._feed)
         health = HealthRoutes(self._models, self._requests)
+        metrics = Metrics(self.roster, self._models, self._requests)
         routes = Starlette(
-            routes=[*openai.routes(), *admin.routes(), *health.routes(), *page.routes()],
+            routes=[
+                *openai.routes(),
+                *admin.routes(),
+                *health.routes(),
+                *metrics.routes(),
+                *page.routes(),
+            ],
             exception_handlers=HANDLERS,
         )
         app = Answering(routes, self._requests, self._admission.require_room)

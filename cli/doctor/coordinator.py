@@ -15,6 +15,7 @@ COORDINATOR_NEEDED = (
     *NEEDED,
     "httpx",
     "jinja2",
+    "prometheus-client",
     "pulp",
     "pyyaml",
     "starlette",
