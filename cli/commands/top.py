@@ -150,7 +150,7 @@ def _devices(devices: Sequence[Mapping[str, Any]], now_s: float) -> Table:
     for device in devices:
         total, free = device["memory_total_bytes"], device["memory_available_bytes"]
         is_here = device["state"] == "here"
-        load, heat = device["load"], device["temperature_c"]
+        load, heat = device["load"], device["celsius"]
         table.add_row(
             escape(device["name"]),
             escape(device["backend"]),
@@ -159,7 +159,7 @@ def _devices(devices: Sequence[Mapping[str, Any]], now_s: float) -> Table:
             if is_here
             else "lost",
             format_size(free) if is_here else "",
-            "-" if load is None else f"{load:.1f} of {device['cores']}",
+            "-" if load is None else f"{load:.0%} of {device['cores']}",
             "-" if heat is None else f"{heat:.0f}",
             _ago(now_s - device["since_s"]),
             style="" if is_here else "red",

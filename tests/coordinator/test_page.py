@@ -131,7 +131,9 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
         if name.startswith("vendor/") or name.endswith(".svg"):
             continue
         text = file.content.decode()
-        assert not re.findall(r"""(?:src|href|from|import|url)\s*[=(]?\s*["'(]https?:""", text), name
+        assert not re.findall(r"""(?:src|href|from|import|url)\s*[=(]?\s*["'(]https?:""", text), (
+            name
+        )
         for imported in re.findall(r'from "([^"]+)"', text):
             assert (STATIC / imported).exists(), imported
 
@@ -141,7 +143,9 @@ def test_an_installation_has_every_file_of_the_page() -> None:
     (line,) = re.findall(r'^"coordinator.http.page" = (\[.*\])$', text, re.MULTILINE)
     patterns = json.loads(line)
     for name in read_files():
-        depth = [pattern for pattern in patterns if pattern.count("/") == f"static/{name}".count("/")]
+        depth = [
+            pattern for pattern in patterns if pattern.count("/") == f"static/{name}".count("/")
+        ]
         assert any(fnmatch.fnmatch(f"static/{name}", pattern) for pattern in depth), name
 
 
@@ -217,9 +221,7 @@ def test_a_stream_begins_whole_and_goes_on_with_what_changed(parts: Parts) -> No
     assert second["events"][-1]["subject"] == "pi-1"
 
 
-def test_a_quiet_stream_shows_that_it_lives(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quiet_stream_shows_that_it_lives(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "TICK_S", 0.01)
     monkeypatch.setattr(states, "QUIET_S", 0.02)
 

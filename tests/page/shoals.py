@@ -177,8 +177,8 @@ def device(name: str, **changes: Any) -> dict[str, Any]:
         "memory_total_bytes": 3800 * MB,
         "memory_available_bytes": 2100 * MB,
         "storage_bytes": 9000 * MB,
-        "load": 2.4,
-        "temperature_c": 61.0,
+        "load": 0.61,
+        "celsius": 61,
         "noise": "",
         **changes,
     }
@@ -289,9 +289,9 @@ def four_pis() -> dict[str, Any]:
     return {
         "devices": [
             device("attic-pi"),
-            device("kitchen-pi", temperature_c=74.0, load=3.9),
-            device("nano", backend="torch_cuda", processor="Cortex-A57", cores=4, load=1.1),
-            device("shelf-pi", load=None, temperature_c=None),
+            device("kitchen-pi", celsius=77, load=0.94),
+            device("nano", backend="torch_cuda", processor="Cortex-A57", cores=4, load=0.28),
+            device("shelf-pi", load=None, celsius=None),
             device("old-laptop", state="lost", reason="it was silent for 5 s"),
         ],
         "models": [

@@ -406,7 +406,7 @@ def test_keys_alone_reach_everything_visibly(browser: Browser, shoal: GivenShoal
         "const at = document.activeElement; const style = getComputedStyle(at);"
         "return [at.className || at.tagName, style.outlineStyle, parseFloat(style.outlineWidth)]"
     )
-    reached = []
+    reached: list[str] = []
     for _ in range(9):
         browser.tab()
         name, style, width = browser.js(shown)

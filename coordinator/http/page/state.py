@@ -21,6 +21,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.errors import AgentLost
 from coordinator.http.admin import model_view
 from coordinator.loading.models import Models
+from coordinator.loading.state import Present, deployment_of
 from coordinator.loading.turns import Turns
 from coordinator.roster.members import Member, Roster
 from coordinator.roster.noise import device_noise
@@ -85,8 +86,9 @@ class DevicePart(TypedDict):
     memory_available_bytes: int
     storage_bytes: int
     load: float | None
-    """Its busy cores. None: not measured."""
-    temperature_c: float | None
+    """The used share of its processor, by all programs. None: not measured yet."""
+    celsius: float | None
+    """The temperature of its hottest part. None: not known."""
     noise: str
     """Why its figures may be wrong; empty if nothing speaks against them."""
 
@@ -117,7 +119,10 @@ class State(TypedDict):
     devices: list[DevicePart]
     links: list[LinkPart]
     models: list[dict[str, Any]]
-    """As in /shoal/v1/ps, the model that answers first."""
+    """As in /shoal/v1/ps, the model that answers first. Each stage also has ``hop_s``.
+
+    It is half of the newest round trip to the next stage's device, or None if none was measured.
+    """
     operation: OperationPart | None
     requests: list[dict[str, Any]]
     """Requests in flight, oldest first, then the last ones that ended, newest first."""
@@ -172,7 +177,7 @@ class StateFeed:
             },
             "devices": self._devices(),
             "links": self._links(),
-            "models": [model_view(state) for _, state in self._models.present()],
+            "models": [_model(state) for _, state in self._models.present()],
             "operation": self._operation(),
             "requests": [
                 *map(_request, self._requests.in_flight),
@@ -298,10 +303,21 @@ def _device(member: Member) -> DevicePart:
         "memory_total_bytes": profile.memory_total_bytes,
         "memory_available_bytes": available,
         "storage_bytes": profile.storage_bytes,
-        "load": None,
-        "temperature_c": None,
+        "load": round(member.load, 2) if member.memory_available_bytes else None,
+        "celsius": None if member.celsius is None else round(member.celsius),
         "noise": "",
     }
+
+
+def _model(state: Present) -> dict[str, Any]:
+    """Describe a model, with the measured hops of its ring."""
+    view, deployment = model_view(state), deployment_of(state)
+    if deployment is not None:
+        for stage, lead in zip(view["stages"], deployment.leads, strict=True):
+            counts = lead.counts if lead.pace[0] == deployment.epoch else None
+            round_trip_us = 0 if counts is None else counts.round_trip_us
+            stage["hop_s"] = round_trip_us / 2e6 or None
+    return view
 
 
 def _request(request: InFlight) -> dict[str, Any]:

@@ -5,8 +5,12 @@ import { copyText } from "./clipboard.js";
 import { bytes, duration, plural } from "./format.js";
 import { html } from "./html.js";
 
+const COOL = 20;
+/** Most boards slow down at about this temperature. */
+const HOT = 80;
+
 function Meter({ label, value, most, text }) {
-  const share = most ? Math.min(1, value / most) : 0;
+  const share = most ? Math.min(1, Math.max(0, value / most)) : 0;
   return html`<div class="meter">
     <span class="meter-label">${label}</span>
     <span class="meter-text">${text}</span>
@@ -64,16 +68,16 @@ function Device({ device, stageBytes, nowS, version }) {
             : html`<${Meter}
                 label="load"
                 value=${device.load}
-                most=${device.cores}
-                text=${`${device.load.toFixed(1)} of ${plural(device.cores, "core")}`}
+                most=${1}
+                text=${`${Math.round(100 * device.load)} % of ${plural(device.cores, "core")}`}
               />`}
-          ${device.temperature_c === null
+          ${device.celsius === null
             ? html`<${Unmeasured} label="heat" />`
             : html`<${Meter}
                 label="heat"
-                value=${device.temperature_c - 20}
-                most=${65}
-                text=${`${Math.round(device.temperature_c)} °C`}
+                value=${device.celsius - COOL}
+                most=${HOT - COOL}
+                text=${`${device.celsius} °C`}
               />`}
         `
       : html`<p class="reason">${device.reason}</p>`}

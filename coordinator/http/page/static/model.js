@@ -109,7 +109,8 @@ function HopRow({ hop, planned }) {
       ${hop.bits && html`<span class="dot">·</span>${hop.bits} bits`}
     </th>
     <td><${Figure} seconds=${hop.predictedS} /></td>
-    ${!planned && html`<td><${Figure} seconds=${hop.measuredS} /></td>`}
+    ${!planned &&
+    html`<td title="half of the newest round trip"><${Figure} seconds=${hop.measuredS} /></td>`}
   </tr>`;
 }
 
