@@ -98,9 +98,12 @@ function first(current) {
   };
 }
 
+function toggled(list, item, isIn) {
+  const others = list.filter((one) => one !== item);
+  return isIn ? [...others, item] : others;
+}
+
 function Fields({ form, devices, change }) {
-  const toggle = (list, item, isIn) =>
-    isIn ? [...list, item].sort((a, b) => a - b) : list.filter((one) => one !== item);
   const names = [...new Set([...recent(), form.model].filter(Boolean))];
   return html`
     <label class="field wide">
@@ -128,7 +131,7 @@ function Fields({ form, devices, change }) {
               <input
                 type="checkbox"
                 checked=${form.bits.includes(width)}
-                onChange=${(event) => change({ bits: toggle(form.bits, width, event.target.checked) })}
+                onChange=${({ target }) => change((now) => ({ bits: toggled(now.bits, width, target.checked) }))}
               />${width}
             </label>`,
         )}
@@ -182,12 +185,8 @@ function Fields({ form, devices, change }) {
               <input
                 type="checkbox"
                 checked=${!form.exclude.includes(name)}
-                onChange=${(event) =>
-                  change({
-                    exclude: event.target.checked
-                      ? form.exclude.filter((one) => one !== name)
-                      : [...form.exclude, name],
-                  })}
+                onChange=${({ target }) =>
+                  change((now) => ({ exclude: toggled(now.exclude, name, !target.checked) }))}
               />${name}
             </label>`,
         )}
@@ -226,8 +225,9 @@ export function LoadDialog({ state, onClose, onKey }) {
     dialog.current.showModal();
   }, []);
 
+  // `fields` may be a function of the form as it is now, for changes that follow each other fast.
   const change = (fields) => {
-    setForm({ ...form, ...fields });
+    setForm((now) => ({ ...now, ...(typeof fields === "function" ? fields(now) : fields) }));
     setPlanned(null);
     setSaid("");
   };
