@@ -128,6 +128,21 @@ class Client:
                     return result
         raise CommandFailed("the coordinator stopped before it was done")
 
+    def follow(self, path: str) -> Generator[dict[str, Any], None, None]:
+        """Yield the objects of the server-sent events at ``path``, until the coordinator stops."""
+        with (
+            self._reporting(),
+            self._http.stream(
+                "GET", self._url + path, headers={"Accept": "text/event-stream"}
+            ) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                _object(response)
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    yield json.loads(line.removeprefix("data: "))
+
     def stream(
         self, path: str, body: Mapping[str, Any], on_notice: Callable[[str], None] | None = None
     ) -> Generator[dict[str, Any], None, None]:

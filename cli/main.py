@@ -167,17 +167,38 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
 
 
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import chat
     from cli.generation import generate
 
+    if options.prompt is None:
+        chat.require_terminal()
     with _client(options) as client:
         name, defaults = _ensure_loaded(client, options, screen)
         given = {field: getattr(options, field) for field in SAMPLING}
         sampling = {field: value for field, value in given.items() if value is not None}
         if "temperature" not in defaults:
             sampling.setdefault("temperature", 0.0)
+        if options.prompt is None:
+            chat.chat(client, screen, chat.Conversation(name, sampling))
+            return
         result = generate(client, screen, name, options.prompt, sampling, chat=options.chat)
     if options.json:
         screen.json(result)
+
+
+def run_chat(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import chat
+
+    chat.require_terminal()
+    with _client(options) as client:
+        if options.model is None:
+            models = _models(client.get("/shoal/v1/ps"))
+            if not models:
+                raise CommandFailed("no model is loaded: name one, or run `shoal load MODEL`")
+            name, _ = _name_and_defaults(models[0])
+        else:
+            name, _ = _ensure_loaded(client, options, screen)
+        chat.chat(client, screen, chat.Conversation(name))
 
 
 def run_demo(options: argparse.Namespace, screen: Screen) -> None:
@@ -550,7 +571,12 @@ def _run(run: argparse.ArgumentParser) -> Page:
     run.add_argument(
         "model", metavar="MODEL", help="A loaded model's name, or a model as for `shoal load`."
     )
-    run.add_argument("prompt", metavar="PROMPT", help="The text to continue, or to answer.")
+    run.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="The text to continue, or to answer. Without it, a terminal becomes a chat.",
+    )
     plan_arguments.add_hop_argument(run, with_budget=False)
     plan_arguments.add_team_arguments(run)
     run.add_argument(
@@ -596,6 +622,28 @@ def _run(run: argparse.ArgumentParser) -> Page:
         "A model that is not loaded is loaded first, with the defaults of `shoal load`. "
         "What the model recommends is in its generation_config.json. `shoal ps` shows it.",
     )
+
+
+def _chat(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import chat, plan_arguments
+
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="A loaded model's name, or a model as for `shoal load`. Default: the loaded model.",
+    )
+    plan_arguments.add_hop_argument(parser, with_budget=False)
+    plan_arguments.add_team_arguments(parser)
+    add_url_argument(parser)
+    return Page(run_chat, chat.EXAMPLES, chat.ABOUT)
+
+
+def _top(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import top
+
+    top.add_top_arguments(parser)
+    return Page(top.run_top, top.EXAMPLES, top.ABOUT)
 
 
 def _unload(parser: argparse.ArgumentParser) -> Page:
@@ -651,7 +699,9 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
     "trace": ("Show where the time of one request went, device by device.", _trace),
+    "top": ("Watch the shoal at work.", _top),
     "run": ("Generate text from a prompt.", _run),
+    "chat": ("Talk with a model.", _chat),
     "unload": ("Unload the model, and free the devices.", _unload),
 }
 """Each command's summary, and the function that adds its arguments."""
