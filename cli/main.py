@@ -495,9 +495,9 @@ def _bench(parser: argparse.ArgumentParser) -> Page:
 
 
 def _eval(parser: argparse.ArgumentParser) -> Page:
-    from cli.commands import evaluate
+    from cli.commands import evaluate, evaluate_arguments
 
-    evaluate.add_eval_arguments(parser)
+    evaluate_arguments.add_eval_arguments(parser)
     return Page(evaluate.run_eval, evaluate.EXAMPLES, evaluate.ABOUT)
 
 
