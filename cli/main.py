@@ -462,15 +462,10 @@ def _diff(parser: argparse.ArgumentParser) -> Page:
 
 
 def _study(parser: argparse.ArgumentParser) -> Page:
-    from cli.commands import plan_arguments, planning
+    from cli.commands import study
 
-    plan_arguments.add_study_arguments(parser)
-    return Page(
-        planning.run_study,
-        "  shoal study dilemma --out figures\n"
-        "  shoal study dilemma --runs 10 --out quick  # fewer random instances\n",
-        "Figures are written as SVG. A study that was stopped goes on where it was.",
-    )
+    study.add_study_arguments(parser)
+    return Page(study.run_study, study.EXAMPLES, study.ABOUT)
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> Page:

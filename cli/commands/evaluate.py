@@ -82,7 +82,7 @@ def _evaluate(
         else make_tasks(data, wishes, files.tokenizer, files.checkpoint.spec.max_context)
     )
     with Kept(options.out, settings_of(data, model, wishes)) as kept, ExitStack() as stack:
-        judge = judge_of(options, tasks, stack)
+        judge = judge_of(options, tasks, stack, answers="answers" in options.metrics)
         if len(kept):
             screen.note(f"{options.out} has {len(kept)} results already: going on")
         speeds: dict[str, float] = {}

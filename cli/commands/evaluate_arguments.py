@@ -32,11 +32,20 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="A loaded model's name or folder. With --bits or --plan: a folder, a GGUF file, or "
         "a name on the hub.",
     )
-    data = parser.add_argument_group("data")
+    add_data_arguments(parser.add_argument_group("data"))
+    add_prompt_arguments(parser.add_argument_group("prompts"))
+    _add_where_arguments(parser.add_argument_group("where it runs"))
+    _add_result_arguments(parser.add_argument_group("results"))
+
+
+def add_data_arguments(
+    data: argparse._ActionsContainer, *, required: bool = True, questions: int | None = None
+) -> None:
+    """Add the options about data. ``questions``: how many are taken by default, or None for all."""
     data.add_argument(
         "--data",
         type=Path,
-        required=True,
+        required=required,
         metavar="FILE",
         help="Questions as SQuAD JSON (versions 1.1 and 2.0), or one JSON object with prompt and "
         "answer a line, or a plain text.",
@@ -49,8 +58,10 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--questions",
         type=argument_types.count,
+        default=questions,
         metavar="N",
-        help="Take N questions, or windows of a text, at random. Default: all.",
+        help="Take N questions, or windows of a text, at random. "
+        f"Default: {'all' if questions is None else '%(default)s'}.",
     )
     data.add_argument(
         "--seed",
@@ -59,12 +70,10 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Equal seeds draw equal questions and intervals. Default: %(default)s.",
     )
-    _add_prompt_arguments(parser.add_argument_group("prompts"))
-    _add_where_arguments(parser.add_argument_group("where it runs"))
-    _add_result_arguments(parser.add_argument_group("results"))
 
 
-def _add_prompt_arguments(group: argparse._ActionsContainer) -> None:
+def add_prompt_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the options about prompts and answers, which ``wishes_of`` reads."""
     group.add_argument(
         "--template",
         metavar="TEXT",
@@ -158,6 +167,18 @@ def _add_result_arguments(group: argparse._ActionsContainer) -> None:
         help="What to measure. KL runs the original too, and answers give exact match, F1 and "
         "BLEU. Default: %(default)s.",
     )
+    add_judge_arguments(group)
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="Keep every answer and loss as it comes. The same command goes on where it stopped.",
+    )
+    group.add_argument("--csv", type=Path, metavar="FILE.csv", help="Write the figures.")
+    group.add_argument("--plot", type=Path, metavar="FILE.svg", help="Draw the figures.")
+
+
+def add_judge_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--judge",
         metavar="URL",
@@ -169,14 +190,6 @@ def _add_result_arguments(group: argparse._ActionsContainer) -> None:
         metavar="NAME",
         help="The judging model's name at --judge. Default: the first that it lists.",
     )
-    group.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="Keep every answer and loss as it comes. The same command goes on where it stopped.",
-    )
-    group.add_argument("--csv", type=Path, metavar="FILE.csv", help="Write the figures.")
-    group.add_argument("--plot", type=Path, metavar="FILE.svg", help="Draw the figures.")
 
 
 def _metrics(text: str) -> tuple[str, ...]:

@@ -46,12 +46,15 @@ def settings_of(data: Data, model: Model, wishes: Wishes) -> dict[str, Any]:
     return {**settings, "no_answer": wishes.no_answer}
 
 
-def judge_of(options: argparse.Namespace, tasks: Tasks, stack: ExitStack) -> Judge | None:
+def judge_of(
+    options: argparse.Namespace, tasks: Tasks, stack: ExitStack, *, answers: bool
+) -> Judge | None:
+    """Open the judge that is asked for. Raises UsageError if there will be no answers."""
     from evaluation.judge import Judge
 
     if options.judge is None:
         return None
-    if not tasks.questions or "answers" not in options.metrics:
+    if not tasks.questions or not answers:
         raise UsageError("--judge scores answers: it needs questions, and answers in --metrics")
     judge = Judge(options.judge, options.judge_model, os.environ.get(KEY_VARIABLE))
     return stack.enter_context(closing(judge))

@@ -242,31 +242,6 @@ def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", type=Path, metavar="B.json", help=f"The second plan, {saved}")
 
 
-def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", choices=("dilemma",), help="The only study so far.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("dilemma-study"),
-        metavar="DIR",
-        help="The directory for figures and results. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--runs",
-        type=argument_types.count,
-        default=100,
-        metavar="N",
-        help="Random instances of each experiment. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="The seed of the random instances. Default: %(default)s.",
-    )
-
-
 def objective_of(options: argparse.Namespace) -> Objective:
     """The planner's objective that the arguments ask for. Raises UsageError."""
     kind = options.objective or Objective().kind

@@ -1,4 +1,4 @@
-"""``shoal plan``, ``diff`` and ``study``.
+"""``shoal plan`` and ``diff``.
 
 A plan is for the measured shoal or for described devices. Both ways lead to a planning problem. The
 same functions make explanations, drawings, files and simulations from it. Figures for described
@@ -35,7 +35,6 @@ from cli.commands.plan_views import (
     show_divergence,
     show_explanation,
     show_simulation,
-    show_study,
     show_weights,
 )
 from cli.errors import CommandFailed, UsageError
@@ -210,44 +209,6 @@ def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
         )
     else:
         show_difference(screen, before, after, changes, hops)
-
-
-def run_study(options: argparse.Namespace, screen: Screen) -> None:
-    """Run ``shoal study dilemma``: Table 1 and figures 3, 5, 6. Raises CommandFailed."""
-    from paper.study import study_dilemma
-    from planning.plan import PlanError
-
-    log = None
-    if options.out:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandFailed(
-                f"{options.out}: {(error.strerror or str(error)).lower()}"
-            ) from error
-        log = options.out / "results.jsonl"
-        screen.note(f"results are kept in {log}: after a stop, the same command goes on")
-    try:
-        with screen.progress() as on_step:
-
-            def report(what: str, done: int, total: int) -> None:
-                on_step(_step(what, "", done, total))
-                if done == total:
-                    screen.note(f"{what}: done")
-
-            study = study_dilemma(runs=options.runs, seed=options.seed, on_step=report, log=log)
-    except PlanError as error:
-        raise CommandFailed(str(error)) from error
-    except OSError as error:
-        raise CommandFailed(f"{log}: {(error.strerror or str(error)).lower()}") from error
-    if options.out:
-        for name, text in study.figures().items():
-            (options.out / name).write_text(text, encoding="utf-8")
-            screen.note(f"drawn to {options.out / name}")
-    if options.json:
-        screen.json(study.to_dict())
-    else:
-        show_study(screen, study)
 
 
 def write_plot(path: Path, plan: Plan, spec: ModelSpec, title: str, devices: Sequence[str]) -> None:
