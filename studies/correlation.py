@@ -13,6 +13,8 @@ LEAST_PLANS = 3
 """Fewer values have no rank correlation that says anything."""
 
 _ATTEMPTS = 1000
+_COMPARED = 1 << 24
+"""Pairs of values that are compared at once."""
 
 Values = npt.NDArray[np.float64]
 
@@ -22,10 +24,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
 
     It is 0 if all values of one are equal, because nothing can be told from them.
     """
-    a, b = ranks(np.asarray(first, float)), ranks(np.asarray(second, float))
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum() / scale) if scale else 0.0
+    return float(_spearman(np.asarray([first], float), np.asarray([second], float))[0])
 
 
 def correlation(
@@ -47,11 +46,14 @@ def difference(
 
 
 def ranks(values: Values) -> Values:
-    """Return the rank of each value from 1 up. Equal values share their mean rank."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    mean_ranks: Values = ends - (counts - 1) / 2
-    return mean_ranks[places]
+    """Return the rank of each value within its row of [n, count], from 1 up.
+
+    Equal values share their mean rank.
+    """
+    below = (values[:, None, :] < values[:, :, None]).sum(axis=2)
+    equal = (values[:, None, :] == values[:, :, None]).sum(axis=2)
+    mean_ranks: Values = below + (equal + 1) / 2
+    return mean_ranks
 
 
 def random_plans(
@@ -110,18 +112,29 @@ def _bootstrap(
     predictors: Sequence[Sequence[float]], measured: Sequence[float], seed: int, draws: int
 ) -> Estimate:
     """Return the correlation of the first predictor, less that of a second one."""
-    columns = [np.asarray(one, float) for one in predictors]
-    outcome = np.asarray(measured, float)
-
-    def value(rows: npt.NDArray[np.int64]) -> float:
-        found = [spearman(column[rows].tolist(), outcome[rows].tolist()) for column in columns]
-        return found[0] - sum(found[1:])
-
-    count = len(outcome)
+    count = len(measured)
     if count < LEAST_PLANS:
         raise ValueError(f"{count} plans are too few for a correlation")
-    random = np.random.default_rng(seed)
-    drawn = [value(random.integers(0, count, count)) for _ in range(draws)]
+    drawn = np.random.default_rng(seed).integers(0, count, (draws, count))
+    places = np.concatenate([np.arange(count)[None], drawn])
+    outcome = np.asarray(measured, float)
+
+    def values(rows: npt.NDArray[np.int64]) -> Values:
+        found = [_spearman(np.asarray(one, float)[rows], outcome[rows]) for one in predictors]
+        total: Values = found[0] - sum(found[1:])
+        return total
+
+    some = max(1, _COMPARED // count**2)
+    found = np.concatenate([values(places[at : at + some]) for at in range(0, len(places), some)])
     tail = (1.0 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, [tail, 1.0 - tail])
-    return Estimate(value(np.arange(count)), float(low), float(high), count)
+    low, high = np.quantile(found[1:], [tail, 1.0 - tail])
+    return Estimate(float(found[0]), float(low), float(high), count)
+
+
+def _spearman(first: Values, second: Values) -> Values:
+    """Return the correlation of each pair of rows."""
+    a, b = ranks(first), ranks(second)
+    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+    scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    result: Values = np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=scale > 0)
+    return result

@@ -95,11 +95,15 @@ def weights_svg(
 
 
 class _Axis:
-    """The range of values and its marks, on a logarithmic or a plain axis."""
+    """The range of values and its marks, on a logarithmic or a plain axis.
+
+    ``logarithmic`` asks for the former, if the values need it.
+    """
 
     def __init__(self, values: Sequence[float], *, logarithmic: bool) -> None:
-        self._is_log = logarithmic
-        if logarithmic:
+        # Within one power of ten, a plain axis shows more.
+        self._is_log = logarithmic and max(values) > 10 * max(min(values), _SMALLEST)
+        if self._is_log:
             first = math.floor(min(map(_log, values)) + 1e-9)
             last = max(math.ceil(max(map(_log, values)) - 1e-9), first + 1)
             powers = range(first, last + 1, -(-(last - first) // 6))

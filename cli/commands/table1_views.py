@@ -138,7 +138,7 @@ def _trade_off(found: Found, title: str) -> str:
             )
             for name, rows in named.items()
         )
-        panels.append(Panel(figure, "bits, % of 32", label, groups, log_x=False))
+        panels.append(Panel(label.partition(",")[0], "bits, % of 32", label, groups, log_x=False))
     return panels_svg(f"Bits against loss: {title}", "each dot is a row of the table", panels)
 
 
