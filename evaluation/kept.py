@@ -85,7 +85,7 @@ class Kept:
             if not line.endswith(b"\n"):
                 begin = f'{{"{self._mark}"'.encode()
                 if number == 1 and begin[: len(line)] != line[: len(begin)]:
-                    raise EvaluationError(f"{path}: {self._foreign}")
+                    raise EvaluationError(f"{path}: {self._foreign('file')}")
                 break  # The program ended while it wrote this line.
             values = _object(line)
             if number == 1:
@@ -101,9 +101,9 @@ class Kept:
     def _take(self, where: str, values: dict[str, Any] | None) -> None:
         run, kind, item = (None if values is None else values.get(key) for key in _KEYS)
         if values is None or not (isinstance(run, str) and isinstance(kind, str)):
-            raise EvaluationError(f"{where}: {self._foreign}")
+            raise EvaluationError(f"{where}: {self._foreign('result')}")
         if type(item) is not int:
-            raise EvaluationError(f"{where}: {self._foreign}")
+            raise EvaluationError(f"{where}: {self._foreign('result')}")
         rest = {key: value for key, value in values.items() if key not in _KEYS}
         self._found[run, kind, item] = rest
 
@@ -111,7 +111,7 @@ class Kept:
         self, path: Path, head: Mapping[str, Any], found: Mapping[str, Any] | None
     ) -> None:
         if found is None or self._mark not in found:
-            raise EvaluationError(f"{path}: {self._foreign}")
+            raise EvaluationError(f"{path}: {self._foreign('file')}")
         for key in (*head, *found):
             if head.get(key) != found.get(key):
                 raise EvaluationError(
@@ -124,9 +124,8 @@ class Kept:
         """The first key of the file."""
         return f"shoal_{self._command.replace(' ', '_')}"
 
-    @property
-    def _foreign(self) -> str:
-        return f"not a file of `shoal {self._command}`: name another --out"
+    def _foreign(self, what: str) -> str:
+        return f"not a {what} of `shoal {self._command}`: name another --out"
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

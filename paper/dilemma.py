@@ -524,7 +524,7 @@ class _Program:
 
     def _add_budget(self) -> None:
         budget = self._instance.budget
-        if budget < math.inf:
+        if 0 < budget < math.inf:  # With 0, ``Instance.allowed`` leaves nothing to add up.
             terms = [
                 variable * (self._instance.loss(layer, b) / budget)
                 for (_, layer, b), variable in self.x.items()

@@ -40,8 +40,8 @@ SCHEMES = ("truncate", "rtn")
 
 TABLE1_EXAMPLES = (
     "  shoal study table1 ./opt-350m --data dev-v1.1.json --questions 1000\n"
-    "  shoal study table1 ./opt-350m --data dev-v1.1.json --judge http://127.0.0.1:8000/v1\n"
-    "  shoal study table1 ./opt-350m --data wiki.txt --questions 20 --plans 60 --out wiki\n"
+    "  shoal study table1 ./opt-350m --data dev.json --judge http://127.0.0.1:8000/v1\n"
+    "  shoal study table1 ./opt-350m --data wiki.txt --questions 20 --plans 60\n"
 )
 
 _numbers = argument_types.argument(
