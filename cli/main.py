@@ -468,6 +468,13 @@ def _study(parser: argparse.ArgumentParser) -> Page:
     return Page(study.run_study, study.EXAMPLES, study.ABOUT)
 
 
+def _sweep(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import sweep, sweep_arguments
+
+    sweep_arguments.add_sweep_arguments(parser)
+    return Page(sweep.run_sweep, sweep.EXAMPLES, sweep.ABOUT)
+
+
 def _calibrate(parser: argparse.ArgumentParser) -> Page:
     from cli.commands import calibrate
 
@@ -622,6 +629,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "plan": ("Decide which device would run which blocks at how many bits.", _plan),
     "load": ("Plan a model, quantize it and place it on the devices.", _load),
     "diff": ("Compare two saved plans.", _diff),
+    "sweep": ("Plan a model for a grid of bounds, bits, links and memory.", _sweep),
     "study": ("Repeat the experiments of the DILEMMA paper.", _study),
     "calibrate": ("Measure what this device can do.", _calibrate),
     "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),

@@ -14,7 +14,7 @@ from planning.insight.picture import Drawing, clipped
 _INK, _GREY, _PALE = "#1f2937", "#6b7280", "#d1d5db"
 COLOURS = ("#1d4ed8", "#ea580c", "#15803d", "#7c3aed", "#b91c1c", "#0891b2", "#a16207", "#be185d")
 
-_PANEL_WIDTH, _PANEL_HEIGHT = 400.0, 300.0
+_PANEL_WIDTH, _PANEL_HEIGHT, _COLUMNS = 400.0, 300.0, 3
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78.0, 18.0, 66.0, 74.0
 _LEGEND_ROW = 18.0
 _SMALLEST = 1e-12
@@ -43,24 +43,27 @@ class Panel:
 
 
 def panels_svg(title: str, note: str, panels: Sequence[Panel]) -> str:
-    """Draw panels side by side, with one legend of their groups below them."""
+    """Draw panels in rows of three, with one legend of their groups below them."""
     shown = [panel for panel in panels if any(group.points for group in panel.groups)]
     labels = list(dict.fromkeys(group.label for panel in shown for group in panel.groups))
-    rows = -(-len(labels) // max(1, 2 * len(shown)))
-    width = max(1, len(shown)) * _PANEL_WIDTH
-    height = _TOP + _PANEL_HEIGHT + _LEGEND_ROW * rows + 16
+    columns = min(_COLUMNS, max(1, len(shown)))
+    width = columns * _PANEL_WIDTH
+    below = _TOP + -(-len(shown) // columns) * _PANEL_HEIGHT
+    height = below + _LEGEND_ROW * -(-len(labels) // (2 * columns)) + 16
     drawing = Drawing(width, height, title)
     drawing.words(20, 26, clipped(title, width - 40, 16), size=16, bold=True)
     drawing.words(20, 44, clipped(note, width - 40, 11), size=11, fill=_GREY)
     colours = {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(labels)}
     for index, panel in enumerate(shown):
-        _panel(drawing, index * _PANEL_WIDTH, panel, colours)
-    column_width = width / max(1, 2 * len(shown))
+        row, column = divmod(index, columns)
+        corner = column * _PANEL_WIDTH, _TOP + row * _PANEL_HEIGHT
+        _panel(drawing, corner, panel, colours)
+    room = width / (2 * columns)
     for index, label in enumerate(labels):
-        row, column = divmod(index, max(1, 2 * len(shown)))
-        x, y = 24 + column * column_width, _TOP + _PANEL_HEIGHT + 8 + row * _LEGEND_ROW
+        row, column = divmod(index, 2 * columns)
+        x, y = 24 + column * room, below + 8 + row * _LEGEND_ROW
         drawing.dot(x, y - 4, colours[label])
-        drawing.words(x + 9, y, clipped(label, column_width - 40, 11), size=11)
+        drawing.words(x + 9, y, clipped(label, room - 40, 11), size=11)
     return drawing.text()
 
 
@@ -123,12 +126,15 @@ class _Axis:
         return (at - self._low) / (self._high - self._low)
 
 
-def _panel(drawing: Drawing, x: float, panel: Panel, colours: dict[str, str]) -> None:
+def _panel(
+    drawing: Drawing, corner: tuple[float, float], panel: Panel, colours: dict[str, str]
+) -> None:
+    x = corner[0]
     points = [point for group in panel.groups for point in group.points]
     across = _Axis([point[0] for point in points], logarithmic=panel.log_x)
     up = _Axis([point[1] for point in points], logarithmic=panel.log_y)
     left, right = x + _LEFT, x + _PANEL_WIDTH - _RIGHT
-    top, bottom = _TOP + 18, _TOP + _PANEL_HEIGHT - _BOTTOM + 18
+    top, bottom = corner[1] + 18, corner[1] + _PANEL_HEIGHT - _BOTTOM + 18
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         return (

@@ -159,14 +159,7 @@ def _add_where_arguments(group: argparse._ActionsContainer) -> None:
 
 
 def _add_result_arguments(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--metrics",
-        type=argument_types.argument(_metrics, "some of " + ",".join(METRICS)),
-        default=",".join(METRICS),
-        metavar="LIST",
-        help="What to measure. KL runs the original too, and answers give exact match, F1 and "
-        "BLEU. Default: %(default)s.",
-    )
+    metrics_argument(group)
     add_judge_arguments(group)
     group.add_argument(
         "--out",
@@ -189,6 +182,17 @@ def add_judge_arguments(group: argparse._ActionsContainer) -> None:
         "--judge-model",
         metavar="NAME",
         help="The judging model's name at --judge. Default: the first that it lists.",
+    )
+
+
+def metrics_argument(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--metrics",
+        type=argument_types.argument(_metrics, "some of " + ",".join(METRICS)),
+        default=",".join(METRICS),
+        metavar="LIST",
+        help="What to measure. KL runs the original too, and answers give exact match, F1 and "
+        "BLEU. Default: %(default)s.",
     )
 
 

@@ -208,7 +208,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
     )
 
 
-def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
+def add_hop_argument(parser: argparse._ActionsContainer, *, with_budget: bool) -> None:
     """Add --hop-bits. ``with_budget`` says that the command has --quality-budget."""
     unless = " With --quality-budget: all whose divergence is known." if with_budget else ""
     parser.add_argument(
@@ -220,7 +220,7 @@ def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> N
     )
 
 
-def add_team_arguments(parser: argparse.ArgumentParser) -> None:
+def add_team_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the wishes about teams: devices that share layers."""
     parser.add_argument(
         "--team",
