@@ -1,4 +1,4 @@
-"""What a study of a model measures with: losses and answers of rounded models, kept as they come.
+"""Measures losses and answers of rounded models, and keeps them as they come.
 
 Everything is kept by the name of a run, so that a study that was stopped goes on where it was.
 """

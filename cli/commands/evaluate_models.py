@@ -1,4 +1,4 @@
-"""What ``shoal eval`` evaluates: a model, and one run for each set of bits."""
+"""The subjects of ``shoal eval``: a model, and one run for each set of bits."""
 
 from __future__ import annotations
 

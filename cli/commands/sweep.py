@@ -50,7 +50,7 @@ _TOGETHER = 4
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is planned: a model's name, a problem to vary, and the words for its devices.
+    """The subject of a sweep: a model's name, a problem to vary, and the words for its devices.
 
     hops: the formats of hops for a budget, where they depend on it.
     files: the model's files here, or None.

@@ -237,4 +237,4 @@ def test_a_grid_is_planned_for_the_measured_shoal(serving: Cluster, tmp_path: Pa
     slow, fast = found["cells"][0]["plan"], found["cells"][2]["plan"]
     assert slow["value"] >= fast["value"]
     assert len((out / "sweep.csv").read_text().splitlines()) == 5
-    assert serving.get("/shoal/v1/ps")["model"]["state"] == "serving"
+    assert serving.get("/shoal/v1/ps")["model"]["state"] == "ready"
