@@ -129,7 +129,7 @@ def add_table1_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(slots=True)
 class Found:
-    """What the study has found so far. Lists grow while it runs."""
+    """Everything that the study has found so far. Lists grow while it runs."""
 
     bench: Bench
     rows: list[Row] = field(default_factory=list)
