@@ -483,15 +483,17 @@ def _diff(parser: argparse.ArgumentParser) -> Page:
 
 
 def _study(parser: argparse.ArgumentParser) -> Page:
-    from cli.commands import plan_arguments, planning
+    from cli.commands import study
 
-    plan_arguments.add_study_arguments(parser)
-    return Page(
-        planning.run_study,
-        "  shoal study dilemma --out figures\n"
-        "  shoal study dilemma --runs 10 --out quick  # fewer random instances\n",
-        "Figures are written as SVG. A study that was stopped goes on where it was.",
-    )
+    study.add_study_arguments(parser)
+    return Page(study.run_study, study.EXAMPLES, study.ABOUT)
+
+
+def _sweep(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import sweep, sweep_arguments
+
+    sweep_arguments.add_sweep_arguments(parser)
+    return Page(sweep.run_sweep, sweep.EXAMPLES, sweep.ABOUT)
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> Page:
@@ -516,9 +518,9 @@ def _bench(parser: argparse.ArgumentParser) -> Page:
 
 
 def _eval(parser: argparse.ArgumentParser) -> Page:
-    from cli.commands import evaluate
+    from cli.commands import evaluate, evaluate_arguments
 
-    evaluate.add_eval_arguments(parser)
+    evaluate_arguments.add_eval_arguments(parser)
     return Page(evaluate.run_eval, evaluate.EXAMPLES, evaluate.ABOUT)
 
 
@@ -689,6 +691,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "plan": ("Decide which device would run which blocks at how many bits.", _plan),
     "load": ("Plan a model, quantize it and place it on the devices.", _load),
     "diff": ("Compare two saved plans.", _diff),
+    "sweep": ("Plan a model for a grid of bounds, bits, links and memory.", _sweep),
     "study": ("Repeat the experiments of the DILEMMA paper.", _study),
     "calibrate": ("Measure what this device can do.", _calibrate),
     "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),
