@@ -501,6 +501,13 @@ def _eval(parser: argparse.ArgumentParser) -> Page:
     return Page(evaluate.run_eval, evaluate.EXAMPLES, evaluate.ABOUT)
 
 
+def _compress(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import compress
+
+    compress.add_compress_arguments(parser)
+    return Page(compress.run_compress, compress.EXAMPLES, compress.ABOUT)
+
+
 def _edgetpu(parser: argparse.ArgumentParser) -> Page:
     from cli.commands import edgetpu
 
@@ -632,6 +639,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),
     "bench": ("Measure this device's tokens per second for a model's shape.", _bench),
     "eval": ("Score a model's answers and losses on your data.", _eval),
+    "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),

@@ -27,6 +27,7 @@ PACKAGES = (
     "coordinator",
     "testbed",
     "evaluation",
+    "compression",
     "cli",
     "benchmarks",
     "examples",
