@@ -22,9 +22,10 @@ from typing import cast
 import numpy as np
 
 from agent.drafts import History, Pacer
-from agent.hop import Hop
+from agent.hop import Hop, HopCounts
 from agent.links import Link, Measuring
 from agent.mesh import TeamLost
+from agent.meter import StageMeter
 from agent.sampler import Sampler
 from agent.sequences import Drafting, Rows, Sequence, SequenceTable, Turn
 from backends.base import ALL_LOGITS, Array, BackendError, Stage, Tokens
@@ -39,8 +40,10 @@ from wire.messages import (
     Message,
     PeerLost,
     SequenceFailed,
+    StageCounts,
     StartSequence,
     TokenSampled,
+    TracedPass,
 )
 from wire.rare_log import RareLog
 
@@ -86,6 +89,7 @@ class Relay:
         self._lock = threading.Lock()
         """Guards the following fields. Never held while the stage runs or a message is sent."""
         self._changed = threading.Condition(self._lock)
+        self._meter = StageMeter()
         self._table = SequenceTable(slots, context_tokens)
         self._pacer = Pacer()
         self._busy = False
@@ -121,6 +125,30 @@ class Relay:
         with self._lock:
             self._changed.wait_for(lambda: not self._busy)
         self._stage.close()
+
+    # ---- what is told of it ---------------------------------------------------------------------
+
+    def counts(self) -> StageCounts:
+        """Return what the stage and its hop have done so far."""
+        meter, sent = self._meter, HopCounts() if self._hop is None else self._hop.counts()
+        with self._lock:
+            held_rows = self._table.held_rows
+        return StageCounts(
+            meter.passes,
+            meter.rows,
+            round(1e6 * meter.compute_s),
+            round(1e6 * meter.waited_s),
+            sent.frames,
+            sent.sent_bytes,
+            round(1e6 * sent.sending_s),
+            round(1e6 * sent.round_trip_s),
+            held_rows,
+            self._table.most_rows,
+        )
+
+    def traced(self, sequences: tuple[int, ...]) -> tuple[TracedPass, ...]:
+        """Return the remembered passes of these sequences, oldest first."""
+        return self._meter.passes_of(sequences)
 
     # ---- what arrives ---------------------------------------------------------------------------
 
@@ -315,9 +343,12 @@ class Relay:
         sequence, rows = turns[0]
         try:
             if outputs is None:
+                started_s = time.monotonic()
                 outputs = self._computed(turns)
+                self._meter.ran(turns, started_s, time.monotonic())
             if alone:
                 self._pass_on(sequence, rows, outputs)
+                self._meter.sent(sequence.number, rows)
                 return
         except Exception as error:  # It ends one sequence, and the thread serves others.
             if alone:

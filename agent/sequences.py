@@ -5,6 +5,7 @@ It has no threads and no lock, so the caller holds one.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ class Rows:
     last: bool
     content: Tokens | tuple[memoryview, HopBits]
     drafts: tuple[int, ...] = ()
+    arrived_s: float = 0.0
+    """When they were added to the table, by a monotonic clock."""
 
 
 @dataclass(slots=True, eq=False)
@@ -175,8 +178,18 @@ class SequenceTable:
         if not is_next or end > self._context_tokens:
             return False
         sequence.arrived, sequence.sure = end, end - len(rows.drafts)
+        rows.arrived_s = time.monotonic()
         sequence.waiting.append(rows)
         return True
+
+    @property
+    def held_rows(self) -> int:
+        """The rows of all sequences that hold a slot."""
+        return sum(sequence.arrived for sequence in self._held.values())
+
+    @property
+    def most_rows(self) -> int:
+        return self._slots * self._context_tokens
 
     @property
     def alone(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a chat, repeated text and a long prompt cost over HTTP, on emulated hosts behind slow links.
+"""Measures chats, repeated text and a long prompt over HTTP, on emulated hosts behind slow links.
 
     make bench-serve
     python -m benchmarks.serve --rounds 3 --delay-ms 5 --plot docs/serving.svg --json

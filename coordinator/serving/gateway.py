@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -35,6 +35,7 @@ from coordinator.loading.models import Models
 from coordinator.loading.slots import Held
 from coordinator.loading.state import EndAnswers
 from coordinator.roster.members import Member, Roster
+from coordinator.serving import requests
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
@@ -78,6 +79,28 @@ class Piece:
     """Whether all earlier pieces are wrong, and the answer begins again."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shortcuts:
+    """Ways to an answer that change its time only.
+
+    cache_prompt: the prompt may begin with rows that a slot has kept. Their last bits depend on the
+        chunks in which they were computed.
+    drafts: the most tokens that the first stage may guess ahead. 0: none.
+    """
+
+    cache_prompt: bool = True
+    drafts: int = limits.DRAFT_TOKENS
+
+    def within(self, allowed: Shortcuts) -> Shortcuts:
+        """Return those that are allowed, too."""
+        return Shortcuts(
+            self.cache_prompt and allowed.cache_prompt, min(self.drafts, allowed.drafts)
+        )
+
+
+ALL_SHORTCUTS = Shortcuts()
+
+
 @dataclass(slots=True)
 class Timing:
     """When an answer began at the gateway (by a monotonic clock), and what its tokens took.
@@ -110,18 +133,6 @@ class Timing:
     def decode_tokens_per_s(self) -> float | None:
         """Tokens per second after the first one. None with fewer than two."""
         return 1e6 * self.decoded / self.decoding_us if self.decoded else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Beginning:
-    """How the sequences of a request begin.
-
-    reuses: whether with rows that a slot has kept.
-    drafts: the most tokens that are guessed ahead.
-    """
-
-    reuses: bool
-    drafts: int
 
 
 class _PrefixLost(CoordinatorError):
@@ -172,18 +183,11 @@ class Gateway:
         self,
         roster: Roster,
         models: Models,
-        *,
-        prefix_cache: bool = True,
-        drafts: int = limits.DRAFT_TOKENS,
+        shortcuts: Shortcuts = ALL_SHORTCUTS,
     ) -> None:
-        """Answer with the deployments of ``models``.
-
-        prefix_cache: whether prompts may begin with rows that a slot has kept.
-        drafts: the most tokens that the first stage may guess ahead. 0: none.
-        """
+        """Answer with the deployments of ``models``, by no other shortcuts than these."""
         self._models = models
-        self._prefix_cache = prefix_cache
-        self._drafts = drafts
+        self._shortcuts = shortcuts
         self._numbers = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
@@ -198,8 +202,8 @@ class Gateway:
         timing: Timing | None = None,
         *,
         withdrawable: bool = False,
-        cache_prompt: bool = True,
-        drafts: int = limits.DRAFT_TOKENS,
+        markers: Collection[str] = (),
+        shortcuts: Shortcuts = ALL_SHORTCUTS,
     ) -> AsyncGenerator[Piece, None]:
         """Wait for a slot, then yield the answer's pieces. The last one has a finish reason.
 
@@ -208,9 +212,8 @@ class Gateway:
         then differ from the tokens that the caller has, AnswerWithdrawn is raised.
 
         withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
-        cache_prompt: the prompt may begin with rows that a slot has kept. Their last bits depend on
-            the chunks in which they were computed.
-        drafts: the most tokens that may be guessed ahead, if the gateway does not say less.
+        markers: the special tokens whose texts are shown.
+        shortcuts: those that the request may take, if the gateway allows them.
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
@@ -218,8 +221,10 @@ class Gateway:
         limit = min(sampling.max_tokens, room)
         timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
-        beginning = _Beginning(cache_prompt and self._prefix_cache, min(drafts, self._drafts))
-        decoder = deployment.tokenizer.stream()
+        taken = shortcuts.within(self._shortcuts)
+        request = requests.current()
+        request.asks(deployment.name, len(prompt))
+        decoder = deployment.tokenizer.stream(markers)
         text = _StopFilter(stop)
         answer: list[int] = []
         given: list[int] = []
@@ -230,10 +235,10 @@ class Gateway:
                 answer.clear()
                 if withdrawable:
                     given.clear()
-                    decoder, text = deployment.tokenizer.stream(), _StopFilter(stop)
+                    decoder, text = deployment.tokenizer.stream(markers), _StopFilter(stop)
                     yield Piece("", (), "", withdraws=True)
             left = replace(sampling, max_tokens=limit - len(answer))
-            events = self._tokens(deployment, (*prompt, *answer), left, timing, beginning)
+            events = self._tokens(deployment, (*prompt, *answer), left, timing, taken)
             try:
                 async with aclosing(events):
                     async for event in events:
@@ -243,6 +248,9 @@ class Gateway:
                             answer.append(event.token)
                             continue
                         piece = _piece(event, decoder, text, timing)
+                        request.answers(len(piece.tokens))
+                        request.drafted_tokens += event.drafted
+                        request.accepted_tokens += event.accepted
                         answer += piece.tokens
                         given += piece.tokens
                         yield piece
@@ -263,14 +271,14 @@ class Gateway:
         prompt: tuple[int, ...],
         sampling: Sampling,
         timing: Timing,
-        beginning: _Beginning,
+        shortcuts: Shortcuts,
     ) -> AsyncGenerator[TokenSampled, None]:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
-        async with deployment.slots.one(prompt, reuse=beginning.reuses) as held:
+        async with deployment.slots.one(prompt, reuse=shortcuts.cache_prompt) as held:
             self._models.require(deployment)
             while True:
                 events = self._sequence(
-                    deployment, held, prompt, sampling, timing, beginning.drafts
+                    deployment, held, prompt, sampling, timing, shortcuts.drafts
                 )
                 try:
                     async with aclosing(events):
@@ -279,6 +287,7 @@ class Gateway:
                     return
                 except _PrefixLost as lost:
                     log.info("the whole prompt runs: %s", lost)
+                    requests.current().cached_tokens -= held.cached
                     held.forget()
                 except CoordinatorError:
                     held.forget()
@@ -298,8 +307,10 @@ class Gateway:
         flight = self._flights[number] = _Flight(deployment, sampling, held)
         try:
             timing.started_s = timing.started_s or time.monotonic()
-            if timing.first_s is None:
+            is_new = timing.first_s is None
+            if is_new:
                 timing.cached_tokens = held.cached
+            requests.current().starts(deployment.epoch, number, held.cached if is_new else 0)
             await _begin(deployment, number, held, prompt, sampling, drafts)
             while not flight.ended or not flight.events.empty():
                 event = await _next_event(flight, len(prompt) - held.cached)

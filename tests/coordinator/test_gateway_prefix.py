@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from coordinator.errors import AgentFailed, AgentLost
 from coordinator.loading.state import Lost, Place
-from coordinator.serving.gateway import Gateway, Piece, Timing
+from coordinator.serving.gateway import ALL_SHORTCUTS, Gateway, Piece, Shortcuts, Timing
 from model.tokenizer import Tokenizer
 from tests.coordinator.test_gateway import (
     EPOCH,
@@ -37,13 +36,16 @@ def letters(text: str) -> tuple[int, ...]:
 
 
 async def answered(
-    cluster: Cluster, prompt: tuple[int, ...], text: str = "ab", **request: Any
+    cluster: Cluster,
+    prompt: tuple[int, ...],
+    text: str = "ab",
+    shortcuts: Shortcuts = ALL_SHORTCUTS,
 ) -> tuple[StartSequence, Timing]:
     """Ask, answer by ``text``, and return what the first stage was told, and the timing."""
     timing = Timing()
     deployment = await cluster.models.deployment()
     pieces = cluster.gateway.generate(
-        deployment, prompt, Sampling(len(text), ()), (), timing, **request
+        deployment, prompt, Sampling(len(text), ()), (), timing, shortcuts=shortcuts
     )
 
     async def collected() -> list[Piece]:
@@ -67,7 +69,7 @@ def test_the_next_turn_runs_only_what_is_new(run: Run) -> None:
         # The row of the last token of an answer has never run.
         assert (begun.prompt, begun.cached) == (longer, len(PROMPT) + 1)
         assert (timing.prompt_tokens, timing.cached_tokens) == (len(longer), len(PROMPT) + 1)
-        begun, _ = await answered(cluster, longer, cache_prompt=False)
+        begun, _ = await answered(cluster, longer, shortcuts=Shortcuts(cache_prompt=False))
         assert begun.cached == 0
         begun, _ = await answered(cluster, longer)
         assert begun.cached == len(longer) - 1
@@ -91,7 +93,7 @@ def test_chunks_are_chosen_for_the_rows_that_run(run: Run) -> None:
 
 def test_a_coordinator_may_keep_no_prefix(run: Run) -> None:
     async def test(cluster: Cluster) -> None:
-        cluster.gateway = Gateway(cluster.roster, cluster.models, prefix_cache=False)
+        cluster.gateway = Gateway(cluster.roster, cluster.models, Shortcuts(cache_prompt=False))
         cluster.deploy()
         for _ in range(2):
             begun, timing = await answered(cluster, PROMPT)
@@ -217,9 +219,9 @@ def test_a_request_gets_as_many_guesses_as_both_allow(
     run: Run, allowed: int, wanted: int, told: int
 ) -> None:
     async def test(cluster: Cluster) -> None:
-        cluster.gateway = Gateway(cluster.roster, cluster.models, drafts=allowed)
+        cluster.gateway = Gateway(cluster.roster, cluster.models, Shortcuts(drafts=allowed))
         cluster.deploy()
-        begun, _ = await answered(cluster, PROMPT, drafts=wanted)
+        begun, _ = await answered(cluster, PROMPT, shortcuts=Shortcuts(drafts=wanted))
         assert begun.drafts == told
 
     run(test)
