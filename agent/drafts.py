@@ -24,8 +24,7 @@ SHORTEST_MATCH = 2
 """The last tokens that must have occurred before, so that a guess is made."""
 
 LONGEST_MATCH = 16
-MATCHES = 16
-"""The newest occurrences that are compared. The longest of them decides."""
+"""Longer matches count as equal. The newest one decides."""
 
 SIZES = (1, 3, 7, 14)
 """The numbers of guesses whose passes are measured apart. Kernels take 2, 4, 8 and 16 rows best."""
@@ -54,21 +53,21 @@ class History:
             return (), 0
         one, two = tokens[count - 2 : count]
         before = tokens[: count - 1]
-        # Each is the end of a match: the index of the token that followed it.
-        ends = np.flatnonzero((before[1:] == two) & (before[:-1] == one))[-MATCHES:] + 2
+        # The end of a match is the index of the token that followed it.
+        ends = np.flatnonzero((before[1:] == two) & (before[:-1] == one)) + 2
         if not len(ends):
             return (), 0
-        lengths = [self._matched(int(end)) for end in ends]
-        best = max(range(len(ends)), key=lambda index: (lengths[index], index))
-        end = int(ends[best])
-        period = count - end
-        return tuple(int(tokens[end + index % period]) for index in range(most)), lengths[best]
-
-    def _matched(self, end: int) -> int:
-        """Return how many tokens before ``end`` are the last ones."""
-        most = min(LONGEST_MATCH, end)
-        differs = self._tokens[end - most : end] != self._tokens[self._count - most : self._count]
-        return most if not differs.any() else int(differs[::-1].argmax())
+        matched = SHORTEST_MATCH
+        while matched < LONGEST_MATCH and matched < count:
+            before_last = tokens[count - 1 - matched]
+            longer = ends[(ends > matched) & (tokens[ends - 1 - matched] == before_last)]
+            if not len(longer):
+                break
+            ends, matched = longer, matched + 1
+        following: list[int] = tokens[ends[-1] : min(ends[-1] + most, count)].tolist()
+        while len(following) < most:
+            following += following[: most - len(following)]
+        return tuple(following), matched
 
 
 class Pacer:
