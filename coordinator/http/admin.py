@@ -122,7 +122,7 @@ class AdminRoutes:
         }
 
     async def ps(self, request: Request) -> Response:
-        models = [_model(state) for _, state in self._models.present()]
+        models = [model_view(state) for _, state in self._models.present()]
         answer: dict[str, Any] = {"model": models[0] if models else None}
         if models[1:]:  # A model that is being loaded in place of the first.
             answer["beside"] = models[1:]
@@ -193,7 +193,7 @@ class AdminRoutes:
         async def work(emit: Emit) -> dict[str, Any]:
             deployment = await self._operations.load(wanted, _emitter(emit))
             return {
-                **_model(Serving(deployment, time.monotonic())),
+                **model_view(Serving(deployment, time.monotonic())),
                 "noise": self._noise(deployment.spec, deployment.request),
             }
 
@@ -327,7 +327,7 @@ def _quality(found: QualityFound) -> dict[str, Any]:
     }
 
 
-def _model(state: Present) -> dict[str, Any]:
+def model_view(state: Present) -> dict[str, Any]:
     """The JSON of a model, with plan and stages if it has a deployment."""
     answer: dict[str, Any] = {
         "model": name_of(state),
