@@ -1,4 +1,4 @@
-"""What counting and remembering passes costs on the way of a token.
+"""The cost of counting and remembering passes, on the way of a token.
 
     make bench-telemetry
     python -m benchmarks.telemetry --rounds 60 --json
