@@ -76,17 +76,25 @@ def chat(client: Client, screen: Screen, conversation: Conversation) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() editing and history
     screen.note(f"{conversation.model}: /help lists commands, Ctrl-D ends the chat")
-    while (message := _read(screen)) is not None:
-        if message.startswith("/"):
-            if not _command(client, screen, conversation, message):
+    while True:
+        try:
+            message = _read(screen)
+            if message is None:
                 return
-        elif message:
-            conversation.messages.append({"role": "user", "content": message})
-            _answer(client, screen, conversation)
+            if message.startswith("/"):
+                if not _command(client, screen, conversation, message):
+                    return
+            elif message:
+                conversation.messages.append({"role": "user", "content": message})
+                _answer(client, screen, conversation)
+        except Terminated:
+            raise
+        except KeyboardInterrupt:  # It gives up a half-typed line.
+            screen.text("\n")
 
 
 def _read(screen: Screen) -> str | None:
-    """The next message. None: the user ends the chat. Ctrl-C gives up a half-typed line."""
+    """The next message. None: the user ends the chat."""
     try:
         line = input(PROMPT).strip()
         if not line.startswith(FENCE):
@@ -98,11 +106,6 @@ def _read(screen: Screen) -> str | None:
     except EOFError:
         screen.text("\n")
         return None
-    except Terminated:
-        raise
-    except KeyboardInterrupt:
-        screen.text("\n")
-        return ""
 
 
 def _command(client: Client, screen: Screen, conversation: Conversation, line: str) -> bool:

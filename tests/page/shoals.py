@@ -75,6 +75,7 @@ class GivenShoal(StateFeed):
             *PageRoutes(self.config, self).routes(),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/shoal/v1/plan", self.planned, methods=["POST"]),
+            Route("/shoal/v1/ps", self.ps, methods=["GET"]),
         ]
 
     def reset(self) -> None:
@@ -122,6 +123,9 @@ class GivenShoal(StateFeed):
     async def planned(self, request: Request) -> Response:
         self.asked.append(await request.json())
         return Response(json.dumps({"result": self.plan}) + "\n")
+
+    async def ps(self, request: Request) -> Response:
+        return JSONResponse({"model": next(iter(self.given.get("models", ())), None)})
 
     async def guarded(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, with the key checked as the coordinator does."""
