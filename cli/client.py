@@ -78,13 +78,17 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
+        # Reading the certificate authorities takes longer than most commands do otherwise.
+        encrypted = self._url.lower().startswith("https:")
         key = api_key(self._url)
         # Proxies of the environment do not lead to this machine or LAN.
         self._http = httpx.Client(
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             trust_env=False,
-            transport=httpx.HTTPTransport(trust_env=False, socket_options=KEEPALIVE),
+            transport=httpx.HTTPTransport(
+                verify=encrypted, trust_env=False, socket_options=KEEPALIVE
+            ),
         )
 
     def __enter__(self) -> Client:

@@ -483,15 +483,17 @@ def _diff(parser: argparse.ArgumentParser) -> Page:
 
 
 def _study(parser: argparse.ArgumentParser) -> Page:
-    from cli.commands import plan_arguments, planning
+    from cli.commands import study
 
-    plan_arguments.add_study_arguments(parser)
-    return Page(
-        planning.run_study,
-        "  shoal study dilemma --out figures\n"
-        "  shoal study dilemma --runs 10 --out quick  # fewer random instances\n",
-        "Figures are written as SVG. A study that was stopped goes on where it was.",
-    )
+    study.add_study_arguments(parser)
+    return Page(study.run_study, study.EXAMPLES, study.ABOUT)
+
+
+def _sweep(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import sweep, sweep_arguments
+
+    sweep_arguments.add_sweep_arguments(parser)
+    return Page(sweep.run_sweep, sweep.EXAMPLES, sweep.ABOUT)
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> Page:
@@ -516,10 +518,17 @@ def _bench(parser: argparse.ArgumentParser) -> Page:
 
 
 def _eval(parser: argparse.ArgumentParser) -> Page:
-    from cli.commands import evaluate
+    from cli.commands import evaluate, evaluate_arguments
 
-    evaluate.add_eval_arguments(parser)
+    evaluate_arguments.add_eval_arguments(parser)
     return Page(evaluate.run_eval, evaluate.EXAMPLES, evaluate.ABOUT)
+
+
+def _compress(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import compress
+
+    compress.add_compress_arguments(parser)
+    return Page(compress.run_compress, compress.EXAMPLES, compress.ABOUT)
 
 
 def _edgetpu(parser: argparse.ArgumentParser) -> Page:
@@ -551,6 +560,13 @@ def _events(events: argparse.ArgumentParser) -> Page:
         "  shoal events\n  shoal events --follow\n  shoal events --json | jq -c '.events[]'\n",
         "Events are devices that joined or left, loads, lost devices and failed links.",
     )
+
+
+def _trace(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import trace
+
+    trace.add_trace_arguments(parser)
+    return Page(trace.run_trace, trace.EXAMPLES, trace.ABOUT)
 
 
 def _run(run: argparse.ArgumentParser) -> Page:
@@ -682,15 +698,18 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "plan": ("Decide which device would run which blocks at how many bits.", _plan),
     "load": ("Plan a model, quantize it and place it on the devices.", _load),
     "diff": ("Compare two saved plans.", _diff),
+    "sweep": ("Plan a model for a grid of bounds, bits, links and memory.", _sweep),
     "study": ("Repeat the experiments of the DILEMMA paper.", _study),
     "calibrate": ("Measure what this device can do.", _calibrate),
     "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),
     "bench": ("Measure this device's tokens per second for a model's shape.", _bench),
     "eval": ("Score a model's answers and losses on your data.", _eval),
+    "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
+    "trace": ("Show where the time of one request went, device by device.", _trace),
     "top": ("Watch the shoal at work.", _top),
     "run": ("Generate text from a prompt.", _run),
     "chat": ("Talk with a model.", _chat),

@@ -22,13 +22,16 @@ from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.compiled import Makers, Workshop
 from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
+from coordinator.http.document import document_routes
 from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.health import HealthRoutes
 from coordinator.http.keys import KeyGuard
 from coordinator.http.metrics import Metrics
 from coordinator.http.openai.routes import OpenAIRoutes
+from coordinator.http.openai.texts import TextRoutes
 from coordinator.http.page.routes import PageRoutes
 from coordinator.http.page.state import StateFeed
+from coordinator.http.traces import TraceRoutes
 from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
 from coordinator.keys import KeyBook
 from coordinator.loading.keeper import Keeper
@@ -250,15 +253,20 @@ class Coordinator:
             self._config.cluster, self.roster, self._operations, self._models, self._story
         )
         openai = OpenAIRoutes(self._models, self._gateway)
+        texts = TextRoutes(self._models, openai)
         page = PageRoutes(self._config, self._feed)
         health = HealthRoutes(self._models, self._requests)
         metrics = Metrics(self.roster, self._models, self._requests)
+        traces = TraceRoutes(self._models, self._requests)
         routes = Starlette(
             routes=[
                 *openai.routes(),
+                *texts.routes(),
+                *document_routes(),
                 *admin.routes(),
                 *health.routes(),
                 *metrics.routes(),
+                *traces.routes(),
                 *page.routes(),
             ],
             exception_handlers=HANDLERS,

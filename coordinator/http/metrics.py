@@ -21,11 +21,10 @@ from starlette.routing import Route
 
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
-from coordinator.loading.paces import token_s
+from coordinator.loading.paces import counts_of, token_s
 from coordinator.loading.state import STATES, Nothing
 from coordinator.roster.members import Roster
 from coordinator.serving.requests import InFlight, Requests
-from wire.messages import StageCounts
 from wire.versions import shoal_version
 
 Labels = TypeVar("Labels", bound=tuple[str, ...])
@@ -182,7 +181,7 @@ def _of_deployment(deployment: Deployment) -> Iterator[Metric]:
 def _of_stages(deployment: Deployment) -> Iterator[Metric]:
     """Figures of each stage by its lead's name, and of each device of a team."""
     leads = deployment.leads
-    found = [(lead.name, counts_of(deployment, index)) for index, lead in enumerate(leads)]
+    found = [(lead.name, counts_of(deployment, lead)) for lead in leads]
     counted = [(name, counts) for name, counts in found if counts is not None]
     for metric, (field, about, unit) in COUNTERS.items():
         values = {(name,): unit * getattr(counts, field) for name, counts in counted}
@@ -212,8 +211,8 @@ def _of_hops(deployment: Deployment) -> Iterator[Metric]:
     if len(leads) == 1:
         return
     ways = [
-        (leads[index].name, leads[(index + 1) % len(leads)].name, counts_of(deployment, index))
-        for index in range(len(leads))
+        (lead.name, target.name, counts_of(deployment, lead))
+        for lead, target in zip(leads, (*leads[1:], leads[0]), strict=True)
     ]
     counted = [((source, target), counts) for source, target, counts in ways if counts is not None]
     for metric, (field, about, unit) in HOP_COUNTERS.items():
@@ -227,12 +226,6 @@ def _of_hops(deployment: Deployment) -> Iterator[Metric]:
     values = {way[:2]: seconds for way, seconds in zip(ways, predicted, strict=True)}
     about = "Predicted time of a token's row on a hop."
     yield _gauge("hop_predicted_seconds", about, values, "source", "target")
-
-
-def counts_of(deployment: Deployment, stage: int) -> StageCounts | None:
-    """The counts of a stage of ``deployment``. None if its device tells of another, or nothing."""
-    lead = deployment.leads[stage]
-    return lead.counts if lead.pace[0] == deployment.epoch else None
 
 
 def _counter(name: str, about: str, values: Mapping[Labels, float], *labels: str) -> Metric:

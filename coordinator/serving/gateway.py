@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -140,6 +140,7 @@ class Gateway:
         timing: Timing | None = None,
         *,
         withdrawable: bool = False,
+        markers: Collection[str] = (),
     ) -> AsyncGenerator[Piece, None]:
         """Wait for a slot, then yield the answer's pieces. The last one has a finish reason.
 
@@ -148,6 +149,7 @@ class Gateway:
         then differ from the tokens that the caller has, AnswerWithdrawn is raised.
 
         withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
+        markers: the special tokens whose texts are shown.
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
@@ -157,7 +159,7 @@ class Gateway:
         timing.prompt_tokens = len(prompt)
         request = requests.current()
         request.asks(deployment.name, len(prompt))
-        decoder = deployment.tokenizer.stream()
+        decoder = deployment.tokenizer.stream(markers)
         text = _StopFilter(stop)
         answer: list[int] = []
         given: list[int] = []
@@ -168,7 +170,7 @@ class Gateway:
                 answer.clear()
                 if withdrawable:
                     given.clear()
-                    decoder, text = deployment.tokenizer.stream(), _StopFilter(stop)
+                    decoder, text = deployment.tokenizer.stream(markers), _StopFilter(stop)
                     yield Piece("", (), "", withdraws=True)
             left = replace(sampling, max_tokens=limit - len(answer))
             events = self._tokens(deployment, (*prompt, *answer), left, timing)
