@@ -8,6 +8,9 @@ import { Markdown } from "./markdown.js";
 const KEPT = "shoal.chat";
 const SETTINGS = "shoal.chat.settings";
 
+/** Pieces that come within this time are shown together. */
+const REDRAW_MS = 40;
+
 const FIELDS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1, hint: "0 takes the likeliest token" },
   { name: "top_p", label: "Top p", min: 0, max: 1, step: 0.05, hint: "1 draws from all tokens" },
@@ -65,9 +68,7 @@ async function answer(body, signal, change) {
     waiting.push(step);
     if (!isPlanned) {
       isPlanned = true;
-      // A hidden page draws no frames, and must not keep the answer waiting for one.
-      if (document.hidden) setTimeout(flush, 100);
-      else requestAnimationFrame(flush);
+      setTimeout(flush, REDRAW_MS); // Not with the next frame: a hidden page draws none.
     }
   };
   let isComplete = false;
