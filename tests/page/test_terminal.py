@@ -122,6 +122,22 @@ def test_a_chat_remembers_what_was_said(
     assert second["temperature"] == 0.5
 
 
+def test_a_model_without_a_memory_gets_each_message_alone(
+    shoal: GivenShoal, terminal: Callable[..., Terminal]
+) -> None:
+    shoal.remembers, shoal.pieces = False, ("yes",)
+    chat = terminal("chat", f"--url={shoal.url}")
+    for question, told in (("One?", "yes"), ("Two?", "gets each message alone"), ("Three?", "yes")):
+        chat.until(">>> ")
+        chat.type(f"{question}\r")
+        chat.until(told)
+    chat.until(">>> ")
+    chat.type("\x04")
+    assert chat.ends() == 0
+    alone = [[one["content"] for one in asked["messages"]] for asked in shoal.asked]
+    assert alone == [["One?"], ["One?", "yes", "Two?"], ["Two?"], ["Three?"]]
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat(
     shoal: GivenShoal, terminal: Callable[..., Terminal]
 ) -> None:

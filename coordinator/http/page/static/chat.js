@@ -1,6 +1,6 @@
 // A chat with the loaded model, over the same API as every other client.
 import { useEffect, useLayoutEffect, useRef, useState } from "./vendor/hooks.js";
-import { send, serverEvents } from "./api.js";
+import { Refused, send, serverEvents } from "./api.js";
 import { plural, rate, took } from "./format.js";
 import { html } from "./html.js";
 import { Markdown } from "./markdown.js";
@@ -52,6 +52,20 @@ function requestFor(model, messages, settings) {
   };
 }
 
+/** The code of a refusal: the model's chat template has no place for some message. */
+const NO_PLACE = "template_has_no_place";
+
+/** Ask with the whole conversation. A model that takes no earlier messages gets the last one alone. */
+async function converse(model, history, settings, signal, change) {
+  try {
+    await answer(requestFor(model, history, settings), signal, change);
+  } catch (error) {
+    if (error.code !== NO_PLACE || history.length < 2) throw error;
+    change((message) => ({ ...message, isAlone: true }));
+    await answer(requestFor(model, history.slice(-1), settings), signal, change);
+  }
+}
+
 /** Run one request. `change` gets functions that change the answer's message. */
 async function answer(body, signal, change) {
   const beganMs = performance.now();
@@ -79,7 +93,7 @@ async function answer(body, signal, change) {
     }
     if (event.data === "[DONE]") break;
     const part = JSON.parse(event.data);
-    if (part.error) throw new Error(part.error.message);
+    if (part.error) throw new Refused(part.error);
     for (const choice of part.choices ?? []) {
       const text = choice.delta?.content ?? "";
       const thought = choice.delta?.reasoning_content ?? "";
@@ -112,6 +126,7 @@ function Figures({ message, onAgain }) {
     message.perS && `${rate(message.perS)} tokens/s`,
     message.finish === "length" && "cut: no room for more",
     message.isStopped && "stopped",
+    message.isAlone && "asked alone: the model's template has no place for earlier messages",
   ].filter(Boolean);
   return html`<p class="figures">
     <span>${parts.join(" · ")}</span>
@@ -203,7 +218,7 @@ export function Chat({ model, view, onKey }) {
     setMessages([...history, { role: "assistant", content: "" }]);
     setRunning(control);
     try {
-      await answer(requestFor(model.model, history, settings), control.signal, changeLast);
+      await converse(model.model, history, settings, control.signal, changeLast);
     } catch (error) {
       if (control.signal.aborted) changeLast((message) => ({ ...message, isStopped: true }));
       else {
