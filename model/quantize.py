@@ -435,7 +435,7 @@ def _truncate(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMa
         (float(np.abs(weights[part]).max(initial=0.0)) for part in _row_chunks(rows, columns)),
         default=0.0,
     )
-    scale = _round_up(np.array([[largest / middle]]), np.dtype(np.float32))
+    scale = round_scales_up(np.array([[largest / middle]]), np.dtype(np.float32))
     divisor = scale[0, 0] or np.float32(1)
     data = np.empty((rows, fmt.groups(columns), fmt.group_size * fmt.bits // 8), np.uint8)
     for part in _row_chunks(rows, columns):
@@ -447,13 +447,17 @@ def _truncate(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMa
     return QuantizedMatrix((rows, columns), fmt, data, scale)
 
 
+def half_scales_suffice(largest: float) -> bool:
+    """Whether fp16 holds the scales of a matrix whose largest scale this is."""
+    return largest == 0.0 or _MIN_HALF_SCALE <= largest <= _MAX_HALF
+
+
 def _stored_scales(exact: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
-    largest = float(exact.max(initial=0.0))
-    half = largest == 0.0 or _MIN_HALF_SCALE <= largest <= _MAX_HALF
-    return _round_up(exact, np.dtype(np.float16 if half else np.float32))
+    half = half_scales_suffice(float(exact.max(initial=0.0)))
+    return round_scales_up(exact, np.dtype(np.float16 if half else np.float32))
 
 
-def _round_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def round_scales_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Narrow to ``dtype`` and never down, because a smaller step would clip a group's ends."""
     narrow = exact.astype(dtype)
     return np.where(narrow < exact, np.nextafter(narrow, dtype.type(np.inf)), narrow)
