@@ -125,13 +125,19 @@ class ReferenceModel:
             hidden = hidden + weights["positions.weight"][places]
         return hidden
 
-    def _head(self, weights: Weights, hidden: Array) -> Array:
+    def before_logits(self, hidden: Array) -> Array:
+        """Return the rows that the last matrix takes, of hidden rows before the head."""
+        weights = self._weights[self.spec.head_block]
         if self.spec.final_norm:
             hidden = _norm(self.spec.layers[-1], weights, "norm", hidden)
         if self.spec.projected:
             self._seen("project_out", hidden)
             hidden = hidden @ weights["project_out.weight"].T
         self._seen("lm_head", hidden)
+        return hidden
+
+    def _head(self, weights: Weights, hidden: Array) -> Array:
+        hidden = self.before_logits(hidden)
         return _capped(hidden @ weights["lm_head.weight"].T, self.spec.logit_cap)
 
     def _layer(

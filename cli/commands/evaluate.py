@@ -20,7 +20,10 @@ from cli.shared_arguments import (
     add_adapter_argument,
     add_group_size_argument,
     add_scheme_argument,
+    add_scheme_text_argument,
     add_threads_argument,
+    scheme_text_of,
+    with_scheme,
 )
 
 if TYPE_CHECKING:
@@ -202,6 +205,7 @@ def _add_where_arguments(group: argparse._ActionsContainer) -> None:
         help="Answer on this machine alone, with each block at its width in this saved plan.",
     )
     add_scheme_argument(group)
+    add_scheme_text_argument(group)
     add_group_size_argument(group)
     add_adapter_argument(group)
     group.add_argument(
@@ -326,7 +330,7 @@ def _here(options: argparse.Namespace, screen: Screen) -> tuple[Model, list[Run]
     from planning.saved import read_plan
 
     path = model_here(options.model, screen)
-    checkpoint = Checkpoint.open(path, adapter_of(options))
+    checkpoint = with_scheme(options, Checkpoint.open(path, adapter_of(options)))
     blocks = checkpoint.spec.block_count
     if options.plan is not None:
         saved = read_plan(options.plan)
@@ -341,10 +345,34 @@ def _here(options: argparse.Namespace, screen: Screen) -> tuple[Model, list[Run]
     how = f"on this machine alone, {options.backend}, activations {rounding}"
     runs = []
     for label, bits in widths:
-        key = formats_key(bits, options.scheme, options.group_size)
+        key = formats_key(bits, options.scheme, options.group_size) + _text_key(checkpoint)
         key += f", here by {options.backend}{' exact' if options.exact else ''}"
         runs.append(Run(label, key, bits, options.scheme, options.group_size, how))
     return Model(model_name(path.absolute()), Files(checkpoint, Tokenizer.load(path))), runs
+
+
+def _text_key(checkpoint: Checkpoint) -> str:
+    """The words of a result's key for the text that chose the codes."""
+    prepared = checkpoint.prepared
+    return "" if prepared is None else f", text {prepared.recipe.text_key[:16]}"
+
+
+def _as_loaded(
+    options: argparse.Namespace, known: Mapping[str, Any], checkpoint: Checkpoint
+) -> Checkpoint:
+    """The model's files with the codes that are loaded. Raises UsageError, ModelError."""
+    from model.quantize import DEFAULT_SCHEME
+    from model.quantizers.prepared import quantized
+    from planning.request_fields import text_sha256
+    from wire.service import default_state_dir
+
+    text, scheme = scheme_text_of(options), known.get("scheme", DEFAULT_SCHEME)
+    if text_sha256(text) != known.get("scheme_text_sha256"):
+        raise UsageError(
+            f"{known['model']} was loaded with --scheme {scheme} and another text: give the same "
+            "one with --scheme-text, or drop it if the load had none"
+        )
+    return quantized(checkpoint, scheme, default_state_dir("coordinator"), text)
 
 
 def _loaded(options: argparse.Namespace, client: Client, screen: Screen) -> tuple[Model, list[Run]]:
@@ -376,7 +404,7 @@ def _loaded(options: argparse.Namespace, client: Client, screen: Screen) -> tupl
     loaded = Loaded(client, known["model"], slots)
     files = None
     try:
-        checkpoint = Checkpoint.open(directory, known.get("adapter"))
+        checkpoint = _as_loaded(options, known, Checkpoint.open(directory, known.get("adapter")))
         files = Files(checkpoint, Tokenizer.load(directory))
     except ModelError as error:
         if {"loss", "kl"} & set(options.metrics):
@@ -467,7 +495,7 @@ def _wishes(options: argparse.Namespace, data: Data) -> Wishes:
 def _settings(data: Data, model: Model, wishes: Wishes) -> dict[str, Any]:
     """Return the values that results depend on, apart from the bits, for the head of --out."""
     settings: dict[str, Any] = {"model": model.name, "data": data.sha256, "format": data.kind}
-    settings["weights"] = "" if model.files is None else model.files.checkpoint.fingerprint
+    settings["weights"] = "" if model.files is None else model.files.checkpoint.weights_fingerprint
     if data.kind == "text":
         return {**settings, "window": wishes.window, "stride": wishes.stride}
     settings |= {"chat": wishes.chat, "max_tokens": wishes.max_tokens, "stop": list(wishes.stop)}

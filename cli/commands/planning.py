@@ -40,7 +40,7 @@ from cli.commands.plan_views import (
 )
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from cli.shared_arguments import adapter_of
+from cli.shared_arguments import with_scheme
 
 if TYPE_CHECKING:
     from cli.client import Client
@@ -88,7 +88,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             for bits in sorted({*lab.bits, *(options.bits or ())})
         }
         known_kl = sensitivities_of(options, spec)
-        checkpoint = _checkpoint(model, adapter_of(options))
+        checkpoint = _checkpoint(options, model)
         losses = described_losses(options, screen, spec, lab, known_kl, checkpoint)
         bound = bounds_of(options)["max_weight_error"]
         if known_kl is not None:
@@ -308,13 +308,15 @@ def _hop_formats(
     return choose_hops(asked, declared, bounds_of(options)["quality_budget"])
 
 
-def _checkpoint(model: Path, adapter: str | None) -> Checkpoint | None:
+def _checkpoint(options: argparse.Namespace, model: Path) -> Checkpoint | None:
     """Return the model's checkpoint, or None if its folder has no weights. Raises ModelError."""
     from model.checkpoint import Checkpoint
     from model.given import gguf_of
 
     has_weights = gguf_of(model) is not None or any(model.glob("*.safetensors"))
-    return Checkpoint.open(model, adapter) if has_weights else None
+    return (
+        with_scheme(options, Checkpoint.open(model, adapter_of(options))) if has_weights else None
+    )
 
 
 def _weight_errors(

@@ -15,6 +15,7 @@ llm-compressor.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,6 @@ _CHUNK_ROWS = 1024
 
 _TRIANGLE = 64
 """Triangles of this size are inverted as they are, larger ones by halves."""
-
-
-def input_moments(rows: FloatArray) -> FloatArray:
-    """Return X X^T / n fp32 [K, K] of input rows [n, K]; zeros for no rows."""
-    moments: FloatArray = rows.T @ rows
-    moments /= max(1, len(rows))
-    return moments
 
 
 def column_order(diagonal: FloatArray, group_size: int) -> npt.NDArray[np.intp]:
@@ -87,43 +81,76 @@ def invert_lower(triangle: FloatArray) -> None:
     corner[...] = -(last @ (corner @ first))
 
 
-def gptq(
-    weights: FloatArray, moments: FloatArray, fmt: Format, *, damping: float = DAMPING, clip: bool = True
-) -> QuantizedMatrix:
-    """Return a matrix [N, K] in a group-wise format, rounded for inputs with these moments [K, K].
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """What rounding needs of the rows that a matrix takes. Matrices with equal inputs share it.
 
-    clip: search each group's range, else take all of it. ``moments`` stays as it is. It takes twice
-    the memory of ``moments`` and a few times that of the result's codes.
+    order: the order of the columns. upper: ``inverse_triangle`` in this order.
+    rows: the rows [n, K] themselves. expected: the rows that the original model has there, or None
+        if they are the same. A matrix then aims at what it made of these.
+    """
+
+    order: npt.NDArray[np.intp]
+    upper: FloatArray
+    rows: FloatArray
+    expected: FloatArray | None = None
+
+    @staticmethod
+    def of(
+        rows: FloatArray,
+        group_size: int,
+        expected: FloatArray | None = None,
+        damping: float = DAMPING,
+    ) -> Inputs:
+        """Prepare rows [n, K]. It takes a few times the memory of [K, K]."""
+        moments: FloatArray = rows.T @ rows
+        moments /= max(1, len(rows))
+        order = column_order(moments.diagonal(), group_size)
+        return Inputs(
+            order, inverse_triangle(moments[np.ix_(order, order)], damping), rows, expected
+        )
+
+    def aimed(self, weights: FloatArray) -> FloatArray:
+        """Return the weights [K, n] in the order of columns, for outputs as the original's.
+
+        That is W + W (E - X) X^T (X X^T)^-1, with the damped inverse.
+        """
+        turned: FloatArray = weights.T[self.order]
+        if self.expected is not None:
+            drift = weights @ (self.expected - self.rows).T  # [N, n]
+            pull = (drift @ self.rows[:, self.order]).T / np.float32(len(self.rows))
+            turned += self.upper.T @ (self.upper @ pull)
+        return turned
+
+
+def gptq(weights: FloatArray, inputs: Inputs, fmt: Format, *, clip: bool = True) -> QuantizedMatrix:
+    """Return a matrix [N, K] in a group-wise format, rounded for these inputs.
+
+    clip: search each group's range, else take all of it.
     """
     rows, columns = weights.shape
-    diagonal = moments.diagonal()
-    order = column_order(diagonal, fmt.group_size)
-    upper = inverse_triangle(moments[np.ix_(order, order)], damping)
     groups = fmt.groups(columns)
     dtype = scale_dtype(weights, fmt)
     codes = np.zeros((rows, groups * fmt.group_size), np.uint8)
     scales, zeros = np.empty((rows, groups), dtype), np.empty((rows, groups), np.uint8)
     for begin in range(0, rows, _CHUNK_ROWS):
         part = slice(begin, begin + _CHUNK_ROWS)
-        found = _round_columns(weights[part].T[order], upper, order, fmt, dtype, clip)
-        codes[part, order], scales[part], zeros[part] = (one.T for one in found)
+        left = inputs.aimed(np.asarray(weights[part], np.float32))
+        found = _round_columns(left, inputs, fmt, dtype, clip)
+        codes[part, inputs.order], scales[part], zeros[part] = (one.T for one in found)
     packed = None if fmt.symmetric else pack_rows(zeros, fmt.bits)
     data = pack(codes.reshape(rows, groups, fmt.group_size), fmt.bits)
     return QuantizedMatrix((rows, columns), fmt, data, scales, packed)
 
 
 def _round_columns(
-    left: FloatArray,
-    upper: FloatArray,
-    order: npt.NDArray[np.intp],
-    fmt: Format,
-    dtype: np.dtype[Any],
-    clip: bool,
+    left: FloatArray, inputs: Inputs, fmt: Format, dtype: np.dtype[Any], clip: bool
 ) -> tuple[Bytes, npt.NDArray[Any], Bytes]:
     """Return codes [K, n], scales [G, n] and zeros [G, n] of n rows; scales in the stored order.
 
     left: the weights [K, n] in the order of rounding, which are overwritten.
     """
+    order, upper = inputs.order, inputs.upper
     columns, count = left.shape
     top = (1 << fmt.bits) - 1
     groups = fmt.groups(columns)
@@ -133,7 +160,7 @@ def _round_columns(
     while begin < columns:
         group = int(order[begin]) // fmt.group_size
         end = begin + min(fmt.group_size, columns - group * fmt.group_size)
-        costs = 1 / np.square(upper.diagonal()[begin:end])
+        costs: FloatArray = 1 / np.square(upper.diagonal()[begin:end])
         own = np.ascontiguousarray(left[begin:end].T)
         grid = clipped_grid(own, fmt, dtype, costs) if clip else whole_grid(own, fmt, dtype)
         scales[group], zeros[group] = grid.scales[:, 0], grid.zeros[:, 0]

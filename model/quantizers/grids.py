@@ -12,10 +12,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.quantize import Bytes, FloatArray, Format, half_scales_suffice, round_scales_up
+from model.quantize import (
+    Bytes,
+    FloatArray,
+    Format,
+    QuantizedMatrix,
+    grouped_rows,
+    half_scales_suffice,
+    pack,
+    pack_rows,
+    round_scales_up,
+    row_chunks,
+)
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 """The parts of a group's range that are tried, from all of it downwards."""
+
+_GROWTH = 16.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +60,9 @@ class Grid:
 def scale_dtype(weights: npt.NDArray[Any], fmt: Format) -> np.dtype[Any]:
     """Return the type of a matrix's scales: fp16, or fp32 if fp16 cannot hold the largest."""
     largest = float(np.abs(weights).max(initial=0.0)) * 2 / ((1 << fmt.bits) - 1)
-    return np.dtype(np.float16 if half_scales_suffice(largest) else np.float32)
+    # Weights that make up for others' errors may grow.
+    half = half_scales_suffice(largest) and half_scales_suffice(largest * _GROWTH)
+    return np.dtype(np.float16 if half else np.float32)
 
 
 def whole_grid(weights: FloatArray, fmt: Format, dtype: np.dtype[Any], clip: float = 1.0) -> Grid:
@@ -93,3 +108,25 @@ def clipped_grid(
             np.where(better, grid.divisors, best.divisors),
         )
     return best
+
+
+def clipped(
+    weights: npt.NDArray[Any], fmt: Format, importance: FloatArray | None = None
+) -> QuantizedMatrix:
+    """Round a matrix [N, K] to nearest on clipped grids.
+
+    importance: factors of the squared errors of each column [K].
+    """
+    rows, columns = weights.shape
+    groups, dtype = fmt.groups(columns), scale_dtype(weights, fmt)
+    if importance is not None:
+        importance = grouped_rows(importance[None], fmt)
+    data = np.empty((rows, groups, fmt.group_size * fmt.bits // 8), np.uint8)
+    scales, zeros = np.empty((rows, groups), dtype), np.empty((rows, groups), np.uint8)
+    for part in row_chunks(rows, columns):
+        own = grouped_rows(weights[part], fmt)
+        grid = clipped_grid(own, fmt, dtype, importance)
+        scales[part], zeros[part] = grid.scales[..., 0], grid.zeros[..., 0]
+        data[part] = pack(grid.codes(own, (1 << fmt.bits) - 1).astype(np.uint8), fmt.bits)
+    packed = None if fmt.symmetric else pack_rows(zeros, fmt.bits)
+    return QuantizedMatrix((rows, columns), fmt, data, scales, packed)
