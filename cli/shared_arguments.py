@@ -104,8 +104,8 @@ def add_group_size_argument(parser: argparse._ActionsContainer) -> None:
         type=int,
         choices=GROUP_SIZES,
         default=DEFAULT_GROUP_SIZE,
-        help="Weights that share one scale, with all schemes but truncate. Codes that are kept from the file "
-        "have its own groups. Default: %(default)s.",
+        help="Weights that share one scale, except with truncate. Codes that are kept from the "
+        "file have its own groups. Default: %(default)s.",
     )
 
 

@@ -40,7 +40,7 @@ from cli.commands.plan_views import (
 )
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from cli.shared_arguments import with_scheme
+from cli.shared_arguments import adapter_of, with_scheme
 
 if TYPE_CHECKING:
     from cli.client import Client
@@ -314,9 +314,9 @@ def _checkpoint(options: argparse.Namespace, model: Path) -> Checkpoint | None:
     from model.given import gguf_of
 
     has_weights = gguf_of(model) is not None or any(model.glob("*.safetensors"))
-    return (
-        with_scheme(options, Checkpoint.open(model, adapter_of(options))) if has_weights else None
-    )
+    if not has_weights:
+        return None
+    return with_scheme(options, Checkpoint.open(model, adapter_of(options)))
 
 
 def _weight_errors(

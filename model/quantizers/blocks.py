@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +65,7 @@ class BlockText:
         spec: ModelSpec,
         block: int,
         tensors: Tensors,
-        rows: FloatArray,
+        rows: Any,
         lengths: Sequence[int],
     ) -> None:
         """rows: token ids [n], or hidden [n, hidden] of sequences with these ``lengths``."""
@@ -172,7 +173,7 @@ def _matrix(
     prepared: dict[tuple[str, int | None], Inputs],
     fmt: Format,
 ) -> QuantizedMatrix:
-    """Round one matrix, or those of all experts in it. ``prepared`` keeps inputs that are shared."""
+    """Round a matrix, or those of all experts in it. ``prepared`` keeps shared inputs."""
     weights, module = text.tensors[name], name.removesuffix(".weight")
     where = _SHARED_INPUT.get(module, module)
     parts = []
@@ -212,7 +213,7 @@ def _stacked(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
 
 
 def needed_bytes(spec: ModelSpec, tokens: int) -> int:
-    """Return the memory that preparing takes at most: the largest block, its rows and its moments."""
+    """Return the memory that preparing takes: the largest block, its rows and moments."""
     shapes = [spec.block_tensors(block) for block in range(spec.block_count)]
     weights = max(sum(math.prod(shape) for shape in block.values()) for block in shapes)
     columns = max(

@@ -106,9 +106,8 @@ class Inputs:
         moments: FloatArray = rows.T @ rows
         moments /= max(1, len(rows))
         order = column_order(moments.diagonal(), group_size)
-        return Inputs(
-            order, inverse_triangle(moments[np.ix_(order, order)], damping), rows, expected
-        )
+        upper = inverse_triangle(moments[np.ix_(order, order)], damping)
+        return Inputs(order, upper, rows, expected)
 
     def aimed(self, weights: FloatArray) -> FloatArray:
         """Return the weights [K, n] in the order of columns, for outputs as the original's.
@@ -160,7 +159,7 @@ def _round_columns(
     while begin < columns:
         group = int(order[begin]) // fmt.group_size
         end = begin + min(fmt.group_size, columns - group * fmt.group_size)
-        costs: FloatArray = 1 / np.square(upper.diagonal()[begin:end])
+        costs = np.float32(1) / np.square(upper.diagonal()[begin:end])
         own = np.ascontiguousarray(left[begin:end].T)
         grid = clipped_grid(own, fmt, dtype, costs) if clip else whole_grid(own, fmt, dtype)
         scales[group], zeros[group] = grid.scales[:, 0], grid.zeros[:, 0]

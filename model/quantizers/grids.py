@@ -43,7 +43,7 @@ class Grid:
     divisors: FloatArray
 
     def codes(self, weights: FloatArray, top: int) -> FloatArray:
-        """Return the nearest codes of weights [..., g] as whole numbers in fp32, at most ``top``."""
+        """Return the nearest codes of weights [..., g], whole numbers in fp32 up to ``top``."""
         codes = weights / self.divisors
         np.rint(codes, out=codes)
         codes += self.zeros

@@ -164,8 +164,8 @@ class Prepared:
         needed, (free, _) = needed_bytes(spec, sum(lengths)), memory_bytes()
         if needed > free:
             raise UnsupportedModelError(
-                f"choosing codes by {self.recipe.quantizer} needs {needed / _GIB:.1f} GiB of memory, "
-                f"and {free / _GIB:.1f} GiB are free: use --scheme clip or rtn, or a machine with more"
+                f"--scheme {self.recipe.quantizer} needs {needed / _GIB:.1f} GiB of memory here, "
+                f"and {free / _GIB:.1f} GiB are free: use --scheme clip or rtn"
             )
         if self._rows is None or self._at > block:
             self._rows = np.concatenate([np.asarray(one) for one in self.recipe.sequences])
