@@ -12,6 +12,7 @@ nearest. The token table has no inputs but token ids: its groups are clipped.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from model.experts import STACKED, rows_of
 from model.quantize import FloatArray, Format, QuantizedMatrix, Quantizer, quantize, stack
 from model.quantizers.gptq import Inputs, gptq
 from model.quantizers.grids import clipped
-from model.reference import ReferenceModel
+from model.reference import Observe, ReferenceModel
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
@@ -60,6 +61,10 @@ MOST_CLIPPED_BITS = 3
 _LOGITS = 1 << 23
 
 
+class _SeenEnough(Exception):
+    """Ends a pass through a block early."""
+
+
 class BlockText:
     """The rows that enter one block, and what its original makes of them."""
 
@@ -76,6 +81,19 @@ class BlockText:
         self._rows, self._lengths = rows, list(lengths)
         self.seen, self.outputs = self.run(tensors)
 
+    def rows_before(self, tensors: Mapping[str, Tensor], matrix: str) -> Seen:
+        """Run the block with other tensors as far as this matrix. Returns the rows seen."""
+        seen: Seen = {}
+
+        def observe(name: str, expert: int | None, rows: FloatArray) -> None:
+            seen[name, expert] = rows
+            if name == matrix and expert is None:  # Experts come one by one.
+                raise _SeenEnough
+
+        with contextlib.suppress(_SeenEnough):
+            self._pass(tensors, observe)
+        return seen
+
     def run(self, tensors: Mapping[str, Tensor]) -> tuple[Seen, FloatArray]:
         """Run the block with other tensors. Returns the rows seen, and the outputs.
 
@@ -86,11 +104,13 @@ class BlockText:
         def observe(name: str, expert: int | None, rows: FloatArray) -> None:
             seen[name, expert] = rows
 
+        return seen, self._pass(tensors, observe)
+
+    def _pass(self, tensors: Mapping[str, Tensor], observe: Observe) -> FloatArray:
         model = ReferenceModel(self.spec, [tensors], first_block=self.block, observe=observe)
         if self.block == self.spec.head_block:
-            model.before_logits(self._rows)
-            return seen, seen["lm_head", None]
-        return seen, model.forward_sequences(self._rows, self._lengths)
+            return model.before_logits(self._rows)
+        return model.forward_sequences(self._rows, self._lengths)
 
     def part(self, first: bool) -> BlockText:
         """Return the text that quantizers learn from, or else the sequences kept back."""
@@ -162,7 +182,8 @@ def _gptq(text: BlockText, fmt: Format) -> dict[str, Tensor]:
         if not present:
             continue
         if changed:
-            seen, _ = text.run(made)
+            last = _SHARED_INPUT.get(present[0], present[0])
+            seen = text.rows_before(made, last)
         prepared: dict[tuple[str, int | None], Inputs] = {}
         for name in present:
             made[f"{name}.weight"] = _matrix(text, f"{name}.weight", seen, prepared, fmt)

@@ -31,6 +31,9 @@ _MOST_DAMPING = 1e6
 _CHUNK_ROWS = 1024
 """The rows of a matrix that move together. They do not depend on each other."""
 
+_STRIP = 16
+"""Columns that move one by one. Products of matrices, which are faster, move those behind."""
+
 _TRIANGLE = 64
 """Triangles of this size are inverted as they are, larger ones by halves."""
 
@@ -103,11 +106,12 @@ class Inputs:
         damping: float = DAMPING,
     ) -> Inputs:
         """Prepare rows [n, K]. It takes a few times the memory of [K, K]."""
-        moments: FloatArray = rows.T @ rows
-        moments /= max(1, len(rows))
-        order = column_order(moments.diagonal(), group_size)
-        upper = inverse_triangle(moments[np.ix_(order, order)], damping)
-        return Inputs(order, upper, rows, expected)
+        order = column_order(np.square(rows).mean(axis=0), group_size)
+        ordered = rows[:, order]
+        moments: FloatArray = ordered.T @ ordered
+        del ordered
+        moments /= np.float32(len(rows))
+        return Inputs(order, inverse_triangle(moments, damping), rows, expected)
 
     def aimed(self, weights: FloatArray) -> FloatArray:
         """Return the weights [K, n] in the order of columns, for outputs as the original's.
@@ -166,15 +170,19 @@ def _round_columns(
         step, divisor = grid.scales[:, 0].astype(np.float32), grid.divisors[:, 0]
         zero = grid.zeros[:, 0].astype(np.float32)
         errors = np.empty((end - begin, count), np.float32)
-        for place in range(begin, end):
-            code = np.rint(left[place] / divisor)
-            code += zero
-            np.clip(code, 0, top, out=code)
-            codes[place] = code
-            error = errors[place - begin]
-            np.subtract(left[place], (code - zero) * step, out=error)
-            error /= upper[place, place]
-            left[place + 1 : end] -= upper[place, place + 1 : end, None] * error
+        for first in range(begin, end, _STRIP):
+            last = min(first + _STRIP, end)
+            for place in range(first, last):
+                code = np.rint(left[place] / divisor)
+                code += zero
+                np.clip(code, 0, top, out=code)
+                codes[place] = code
+                error = errors[place - begin]
+                np.subtract(left[place], (code - zero) * step, out=error)
+                error /= upper[place, place]
+                left[place + 1 : last] -= upper[place, place + 1 : last, None] * error
+            strip = errors[first - begin : last - begin]
+            left[last:end] -= upper[first:last, last:end].T @ strip
         left[end:] -= upper[begin:end, end:].T @ errors
         begin = end
     return codes, scales, zeros
