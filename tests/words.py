@@ -27,6 +27,8 @@ PACKAGES = (
     "coordinator",
     "testbed",
     "evaluation",
+    "studies",
+    "compression",
     "cli",
     "benchmarks",
     "examples",
