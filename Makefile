@@ -107,6 +107,9 @@ bench-integrity: $(VENV)/run.stamp ## measure the cost of checking files until t
 bench-sampling: $(VENV)/run.stamp ## measure the cost of drawing a token, over HTTP
 	$(BIN)/python -m benchmarks.sampling $(ARGS)
 
+bench-quantizers: $(VENV)/run.stamp ## measure quantizers on a model, and with --layer on a layer of a 1B shape
+	$(BIN)/python -m benchmarks.quantizers $(ARGS)
+
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
 
