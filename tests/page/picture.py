@@ -15,7 +15,11 @@ from tests.page.browser import Browser, chromium
 from tests.system.cluster import TINY_OPT, Cluster
 
 AGENTS = {"attic-pi": "3500K", "kitchen-pi": "3500K", "shelf-pi": "3500K"}
-QUESTIONS = ("Where is the lamp?", "What is above the lobby?", "Tell me of the baker.")
+QUESTIONS = (
+    "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?",
+    "The fan is set to 45 degrees. The bag belongs to the pilot. Who owns the bag?",
+    "Tell me of the baker.",
+)
 SETTLING_S = 3.0
 """Figures of the last answer come with the next heartbeats."""
 
