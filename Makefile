@@ -107,8 +107,14 @@ bench-integrity: $(VENV)/run.stamp ## measure the cost of checking files until t
 bench-sampling: $(VENV)/run.stamp ## measure the cost of drawing a token, over HTTP
 	$(BIN)/python -m benchmarks.sampling $(ARGS)
 
+bench-quantizers: $(VENV)/run.stamp ## measure quantizers on a model, and with --layer on a layer of a 1B shape
+	$(BIN)/python -m benchmarks.quantizers $(ARGS)
+
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
+
+bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
+	$(BIN)/python -m benchmarks.telemetry $(ARGS)
 
 soak: $(VENV)/run.stamp ## let random clients and failing devices loose for an hour, and watch for what is left
 	$(BIN)/python -m benchmarks.soak $(ARGS)
