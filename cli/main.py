@@ -167,17 +167,38 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
 
 
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import chat
     from cli.generation import generate
 
+    if options.prompt is None:
+        chat.require_terminal()
     with _client(options) as client:
         name, defaults = _ensure_loaded(client, options, screen)
         given = {field: getattr(options, field) for field in SAMPLING}
         sampling = {field: value for field, value in given.items() if value is not None}
         if "temperature" not in defaults:
             sampling.setdefault("temperature", 0.0)
+        if options.prompt is None:
+            chat.chat(client, screen, chat.Conversation(name, sampling))
+            return
         result = generate(client, screen, name, options.prompt, sampling, chat=options.chat)
     if options.json:
         screen.json(result)
+
+
+def run_chat(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import chat
+
+    chat.require_terminal()
+    with _client(options) as client:
+        if options.model is None:
+            models = _models(client.get("/shoal/v1/ps"))
+            if not models:
+                raise CommandFailed("no model is loaded: name one, or run `shoal load MODEL`")
+            name, _ = _name_and_defaults(models[0])
+        else:
+            name, _ = _ensure_loaded(client, options, screen)
+        chat.chat(client, screen, chat.Conversation(name))
 
 
 def run_demo(options: argparse.Namespace, screen: Screen) -> None:
@@ -503,11 +524,25 @@ def _eval(parser: argparse.ArgumentParser) -> Page:
     return Page(evaluate.run_eval, evaluate.EXAMPLES, evaluate.ABOUT)
 
 
+def _compress(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import compress
+
+    compress.add_compress_arguments(parser)
+    return Page(compress.run_compress, compress.EXAMPLES, compress.ABOUT)
+
+
 def _edgetpu(parser: argparse.ArgumentParser) -> Page:
     from cli.commands import edgetpu
 
     edgetpu.add_edgetpu_arguments(parser)
     return Page(edgetpu.run_edgetpu, edgetpu.EXAMPLES, edgetpu.ABOUT)
+
+
+def _key(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import keys
+
+    keys.add_key_arguments(parser)
+    return Page(keys.run_key, keys.EXAMPLES, keys.ABOUT)
 
 
 def _ps(parser: argparse.ArgumentParser) -> Page:
@@ -527,6 +562,13 @@ def _events(events: argparse.ArgumentParser) -> Page:
     )
 
 
+def _trace(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import trace
+
+    trace.add_trace_arguments(parser)
+    return Page(trace.run_trace, trace.EXAMPLES, trace.ABOUT)
+
+
 def _run(run: argparse.ArgumentParser) -> Page:
     from cli import argument_types
     from cli.commands import plan_arguments
@@ -538,7 +580,12 @@ def _run(run: argparse.ArgumentParser) -> Page:
     run.add_argument(
         "model", metavar="MODEL", help="A loaded model's name, or a model as for `shoal load`."
     )
-    run.add_argument("prompt", metavar="PROMPT", help="The text to continue, or to answer.")
+    run.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="The text to continue, or to answer. Without it, a terminal becomes a chat.",
+    )
     plan_arguments.add_hop_argument(run, with_budget=False)
     plan_arguments.add_team_arguments(run)
     run.add_argument(
@@ -584,6 +631,28 @@ def _run(run: argparse.ArgumentParser) -> Page:
         "A model that is not loaded is loaded first, with the defaults of `shoal load`. "
         "What the model recommends is in its generation_config.json. `shoal ps` shows it.",
     )
+
+
+def _chat(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import chat, plan_arguments
+
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="A loaded model's name, or a model as for `shoal load`. Default: the loaded model.",
+    )
+    plan_arguments.add_hop_argument(parser, with_budget=False)
+    plan_arguments.add_team_arguments(parser)
+    add_url_argument(parser)
+    return Page(run_chat, chat.EXAMPLES, chat.ABOUT)
+
+
+def _top(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import top
+
+    top.add_top_arguments(parser)
+    return Page(top.run_top, top.EXAMPLES, top.ABOUT)
 
 
 def _unload(parser: argparse.ArgumentParser) -> Page:
@@ -635,10 +704,15 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),
     "bench": ("Measure this device's tokens per second for a model's shape.", _bench),
     "eval": ("Score a model's answers and losses on your data.", _eval),
+    "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
+    "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
+    "trace": ("Show where the time of one request went, device by device.", _trace),
+    "top": ("Watch the shoal at work.", _top),
     "run": ("Generate text from a prompt.", _run),
+    "chat": ("Talk with a model.", _chat),
     "unload": ("Unload the model, and free the devices.", _unload),
 }
 """Each command's summary, and the function that adds its arguments."""

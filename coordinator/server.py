@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from coordinator.config import ConfigError, CoordinatorConfig
@@ -21,8 +22,18 @@ from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.compiled import Makers, Workshop
 from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
+from coordinator.http.document import document_routes
 from coordinator.http.guard import HostGuard, guarded_protocol
+from coordinator.http.health import HealthRoutes
+from coordinator.http.keys import KeyGuard
+from coordinator.http.metrics import Metrics
 from coordinator.http.openai.routes import OpenAIRoutes
+from coordinator.http.openai.texts import TextRoutes
+from coordinator.http.page.routes import PageRoutes
+from coordinator.http.page.state import StateFeed
+from coordinator.http.traces import TraceRoutes
+from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
+from coordinator.keys import KeyBook
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
@@ -33,7 +44,9 @@ from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
+from coordinator.serving.admission import Admission
 from coordinator.serving.gateway import Gateway
+from coordinator.serving.requests import Requests
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
@@ -112,6 +125,7 @@ class Coordinator:
         self._story = Story()
         self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story)
         self._models, turns = Models(self._story), Turns()
+        self._models.progress = lambda: turns.progress
         self._operations = Operations(
             self.roster, self._store, QualityStore(config.state_dir), self._models, turns
         )
@@ -125,6 +139,12 @@ class Coordinator:
         )
         self._paces = Paces(self.roster, self._models, self._story)
         self._gateway = Gateway(self.roster, self._models)
+        self._requests = Requests()
+        self._feed = StateFeed(
+            config, self.roster, self._models, turns, self._requests, self._story
+        )
+        self._admission = Admission(self._models, self._requests, config.most_waiting)
+        self._keys = KeyBook(config.state_dir)
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
         self._idle_downloads = Lobby("downloads of blocks")
         self._rare_log = RareLog(log)
@@ -134,6 +154,7 @@ class Coordinator:
         config = self._config
         try:
             self._store.prepare()
+            self._keys.make_local()
         except OSError as error:
             raise ConfigError(
                 f"state directory {config.state_dir} is not usable: {error.strerror}"
@@ -147,6 +168,7 @@ class Coordinator:
             control, control_port = await serve(
                 config.control_host, config.control_port, self._handle, token=config.token
             )
+            self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
             async with self._advertised(control_port):
 
@@ -161,6 +183,7 @@ class Coordinator:
                     control.close()
                     self._keeper.close()
                     self.roster.close()
+                    self._feed.close()
 
                 self._keeper.resume()
                 attendant = asyncio.create_task(self._attend())
@@ -231,11 +254,26 @@ class Coordinator:
             self._config.cluster, self.roster, self._operations, self._models, self._story
         )
         openai = OpenAIRoutes(self._models, self._gateway)
+        texts = TextRoutes(self._models, openai)
+        page = PageRoutes(self._config, self._feed)
+        health = HealthRoutes(self._models, self._requests)
+        metrics = Metrics(self.roster, self._models, self._requests)
+        traces = TraceRoutes(self._models, self._requests)
         routes = Starlette(
-            routes=[*openai.routes(), *admin.routes()],
+            routes=[
+                *openai.routes(),
+                *texts.routes(),
+                *document_routes(),
+                *admin.routes(),
+                *health.routes(),
+                *metrics.routes(),
+                *traces.routes(),
+                *page.routes(),
+            ],
             exception_handlers=HANDLERS,
         )
-        return HostGuard(routes, (*self._config.http_hosts, self._config.http_host))
+        app = Answering(routes, self._requests, self._admission.require_room)
+        return guarded(app, self._config, self._keys)
 
     async def _handle(self, connection: AsyncConnection) -> None:
         """Serve one incoming connection: an agent's control connection, or a block download."""
@@ -322,6 +360,22 @@ class Coordinator:
             await connection.send(RequestFailed(0, str(error)))
         else:
             await connection.send(Done(0))
+
+
+def guarded(app: ASGIApp, config: CoordinatorConfig, keys: KeyBook) -> ASGIApp:
+    """Put all checks of a request before ``app``. The last one here sees it first."""
+    if not config.insecure_http:
+        app = KeyGuard(app, keys, beyond=config.beyond)
+    if config.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "retry-after"),
+        )
+    names = (*config.http_hosts, config.http_host)
+    return Tracking(HostGuard(app, names, config.cors_origins))
 
 
 class _Server(uvicorn.Server):

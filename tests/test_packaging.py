@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("model", "wire", "backends", "calibration", "agent", "planning", "paper"),
-    *("coordinator", "testbed", "evaluation", "cli"),
+    *("coordinator", "testbed", "evaluation", "compression", "cli"),
 )
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -22,12 +22,27 @@ MODULES = sorted(
     for path in (ROOT / package).rglob("[a-z]*.py")
 )
 
-NEEDS = {"torch_kernels": "triton", "torch_fused_kernels": "triton", "torch_": "torch"}
-"""Beginning of a backend's module -> what it may need that no extra of the tests installs."""
+NEEDS = {
+    "backends.torch_kernels": "triton",
+    "backends.torch_fused_kernels": "triton",
+    "backends.torch_": "torch",
+    "compression": "torch",
+}
+"""Beginning of a module's name -> what it may need that no extra of the tests installs."""
 
 AGENT_ONLY = {"onnx", "onnxruntime"}
 COORDINATOR_ONLY = {
-    *("httpx", "huggingface_hub", "jinja2", "pulp", "starlette", "tokenizers", "uvicorn", "yaml"),
+    *(
+        "httpx",
+        "huggingface_hub",
+        "jinja2",
+        "prometheus_client",
+        "pulp",
+        "starlette",
+        "tokenizers",
+        "uvicorn",
+        "yaml",
+    ),
 }
 
 
@@ -67,7 +82,7 @@ def test_every_module_imports_on_its_own() -> None:
         module
         for module in MODULES
         if not any(
-            module.startswith(f"backends.{beginning}") and find_spec(library) is None
+            module.startswith(beginning) and find_spec(library) is None
             for beginning, library in NEEDS.items()
         )
     ]
