@@ -77,6 +77,11 @@ class Tokenizer:
         defaults = read_sampling_defaults(directory)
         return Tokenizer(backend, special, template, directory, defaults)
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, which must not be changed."""
+        return self._backend
+
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Return the tokens of a text. ``add_special`` adds those that the model expects (bos).
 
