@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from model.quantize import BITS
@@ -42,6 +42,11 @@ def argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], An
             raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from error
 
     return parse
+
+
+def one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """A converter that takes only these words, also from a settings file."""
+    return argument({word: word for word in words}.__getitem__, "one of " + ", ".join(words))
 
 
 def whole(text: str) -> int:
@@ -120,6 +125,16 @@ def _host_names(text: str) -> list[str]:
     return names
 
 
+_ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9_.:\[\]-]{1,253}", re.ASCII)
+
+
+def _origins(text: str) -> list[str]:
+    origins = [part.strip().lower().rstrip("/") for part in text.split(",")]
+    if not all(map(_ORIGIN.fullmatch, origins)):
+        raise ValueError(text)
+    return origins
+
+
 count = argument(_positive, "a whole number above 0")
 bits = argument(_known_bits, "widths out of " + ",".join(map(str, BITS)))
 size = argument(parse_size, "a size such as 512M, 1.5G or 200MiB")
@@ -128,5 +143,6 @@ seconds = argument(between(0, 86400, "s"), "seconds, such as 30")
 port = argument(_port_number, "a port between 0 and 65535")
 http_endpoint = argument(_endpoint(HTTP_PORT), "HOST:PORT")
 host_names = argument(_host_names, "a host name, such as shoal.lan, or * for all")
+origins = argument(_origins, "an origin, such as https://chat.lan, or * for all")
 advertised_endpoint = argument(_endpoint(0), "HOST or HOST:PORT")
 control_endpoint = argument(_endpoint(CONTROL_PORT), "HOST or HOST:PORT")

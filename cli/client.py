@@ -6,7 +6,8 @@ import json
 import os
 import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,9 @@ import httpx
 
 from cli.errors import CommandFailed, CoordinatorUnreachable
 from cli.parser import DEFAULT_URL
+from coordinator.keys import LOCAL_FILE
+from wire.addresses import is_loopback
+from wire.service import default_state_dir
 
 CONNECT_TIMEOUT_S = 3.0
 """The time to connect to a coordinator on this machine or LAN.
@@ -29,9 +33,36 @@ KEEPALIVE = (
 """These notice a coordinator that loses its power before it answers."""
 
 
+SERVICE_STATE = Path("/var/lib/shoal/coordinator")
+"""The state directory of an installed coordinator."""
+
+
 def default_url() -> str:
     """The coordinator's URL: SHOAL_COORDINATOR, else this machine."""
     return os.environ.get("SHOAL_COORDINATOR", DEFAULT_URL)
+
+
+def api_key(url: str) -> str | None:
+    """The API key for the coordinator at ``url``, or None.
+
+    It is SHOAL_API_KEY. For this machine's coordinator it is else the newest local key that this
+    user may read.
+    """
+    given = os.environ.get("SHOAL_API_KEY", "").strip()
+    if given:
+        return given
+    try:
+        host = httpx.URL(url).host
+    except httpx.InvalidURL:
+        return None
+    if not is_loopback(host):
+        return None
+    found = []
+    for directory in (SERVICE_STATE, default_state_dir("coordinator")):
+        path = directory / LOCAL_FILE
+        with suppress(OSError, UnicodeDecodeError):
+            found.append((path.stat().st_mtime, path.read_text(encoding="ascii").strip()))
+    return max(found)[1] if found else None
 
 
 class Refused(CommandFailed):
@@ -47,9 +78,11 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
+        key = api_key(self._url)
         # Proxies of the environment do not lead to this machine or LAN.
         self._http = httpx.Client(
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
             trust_env=False,
             transport=httpx.HTTPTransport(trust_env=False, socket_options=KEEPALIVE),
         )
@@ -95,9 +128,11 @@ class Client:
         self, path: str, body: Mapping[str, Any], on_notice: Callable[[str], None] | None = None
     ) -> Generator[dict[str, Any], None, None]:
         """Yield a completion's events as objects. ``on_notice`` gets the reason of a pause."""
+        noticed = ""
         with self._lines(path, body) as lines:
             for line in lines:
-                if line.startswith(": ") and on_notice is not None:
+                if line.startswith(": ") and on_notice is not None and line != noticed:
+                    noticed = line  # It is repeated while the pause lasts.
                     on_notice(line.removeprefix(": "))
                 data = line.removeprefix("data: ")
                 if not line.startswith("data: ") or data == "[DONE]":

@@ -508,6 +508,13 @@ def _edgetpu(parser: argparse.ArgumentParser) -> Page:
     return Page(edgetpu.run_edgetpu, edgetpu.EXAMPLES, edgetpu.ABOUT)
 
 
+def _key(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import keys
+
+    keys.add_key_arguments(parser)
+    return Page(keys.run_key, keys.EXAMPLES, keys.ABOUT)
+
+
 def _ps(parser: argparse.ArgumentParser) -> Page:
     add_url_argument(parser)
     return Page(run_ps, "  shoal ps\n  shoal ps --json | jq .model.state\n")
@@ -633,6 +640,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "bench": ("Measure this device's tokens per second for a model's shape.", _bench),
     "eval": ("Score a model's answers and losses on your data.", _eval),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
+    "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
     "run": ("Generate text from a prompt.", _run),

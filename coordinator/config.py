@@ -6,10 +6,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wire.addresses import is_loopback
 from wire.auth import Token
 
 DEFAULT_RECOVERY_WAIT_S = 30.0
 """An agent that its service manager restarts is back after this time."""
+
+DEFAULT_MOST_WAITING = 128
+"""The requests that may wait for a slot. Each holds its prompt in memory."""
 
 CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 
@@ -38,6 +42,12 @@ class CoordinatorConfig:
     """The time that answers wait for a lost device if the others cannot take its place."""
     token: Token | None = field(default=None, repr=False)
     """The token that agents must know to join. None lets every agent join."""
+    insecure_http: bool = False
+    """Ask no HTTP client for an API key, wherever HTTP listens."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages may use the API, as "https://chat.lan". "*" means all."""
+    most_waiting: int = DEFAULT_MOST_WAITING
+    """The most requests that wait for a slot. More get an error."""
 
     def __post_init__(self) -> None:
         if not CLUSTER.fullmatch(self.cluster):
@@ -46,3 +56,8 @@ class CoordinatorConfig:
             )
         if self.storage_bytes is not None and self.storage_bytes <= 0:
             raise ConfigError(f"storage {self.storage_bytes}: must be more than nothing")
+
+    @property
+    def beyond(self) -> bool:
+        """Whether other machines can reach HTTP."""
+        return not is_loopback(self.http_host)

@@ -11,6 +11,8 @@
     ├── Stalled                 the devices are alive, but no token comes
     ├── Busy                    another plan, load, unload or measurement is under way
     ├── NotLoaded               no model is loaded, or its deployment is broken
+    ├── NotReady                the model is being loaded or resumed
+    ├── QueueFull               too many requests wait for a slot
     ├── StorageFull             the coordinator may not keep as many blocks as it needs
     └── MakingFailed            files that a backend needs beside blocks could not be made
 
@@ -29,6 +31,8 @@ class CoordinatorError(Exception):
 
     status = 500
     code = "internal_error"
+    retry_after_s: int | None = None
+    """When the same request may succeed, if that is known."""
 
     def unplaced(self, why: str) -> CoordinatorError:
         """Extend the error with ``why`` the deployment that it broke cannot be placed anew."""
@@ -153,6 +157,31 @@ class NotLoaded(CoordinatorError):
 
     status = 503
     code = "model_not_loaded"
+
+
+class NotReady(CoordinatorError):
+    """The model is being loaded or resumed, and will answer soon."""
+
+    status = 503
+    code = "model_loading"
+
+    def __init__(self, what: str, retry_after_s: int) -> None:
+        super().__init__(f"{what}: ask again in {retry_after_s} s, or stream the answer to wait")
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(CoordinatorError):
+    """As many requests wait for a slot as may."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, waiting: int, retry_after_s: int) -> None:
+        super().__init__(
+            f"{waiting} requests wait for a slot already: ask again in {retry_after_s} s, or load "
+            "the model with more --slots"
+        )
+        self.retry_after_s = retry_after_s
 
 
 class StorageFull(CoordinatorError):

@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from coordinator.config import ConfigError, CoordinatorConfig
@@ -22,7 +23,11 @@ from coordinator.files.compiled import Makers, Workshop
 from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
 from coordinator.http.guard import HostGuard, guarded_protocol
+from coordinator.http.health import HealthRoutes
+from coordinator.http.keys import KeyGuard
 from coordinator.http.openai.routes import OpenAIRoutes
+from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
+from coordinator.keys import KeyBook
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
@@ -33,7 +38,9 @@ from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
+from coordinator.serving.admission import Admission
 from coordinator.serving.gateway import Gateway
+from coordinator.serving.requests import Requests
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
@@ -125,6 +132,9 @@ class Coordinator:
         )
         self._paces = Paces(self.roster, self._models, self._story)
         self._gateway = Gateway(self.roster, self._models)
+        self._requests = Requests()
+        self._admission = Admission(self._models, self._requests, config.most_waiting)
+        self._keys = KeyBook(config.state_dir)
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
         self._idle_downloads = Lobby("downloads of blocks")
         self._rare_log = RareLog(log)
@@ -134,6 +144,7 @@ class Coordinator:
         config = self._config
         try:
             self._store.prepare()
+            self._keys.make_local()
         except OSError as error:
             raise ConfigError(
                 f"state directory {config.state_dir} is not usable: {error.strerror}"
@@ -231,11 +242,13 @@ class Coordinator:
             self._config.cluster, self.roster, self._operations, self._models, self._story
         )
         openai = OpenAIRoutes(self._models, self._gateway)
+        health = HealthRoutes(self._models, self._requests)
         routes = Starlette(
-            routes=[*openai.routes(), *admin.routes()],
+            routes=[*openai.routes(), *admin.routes(), *health.routes()],
             exception_handlers=HANDLERS,
         )
-        return HostGuard(routes, (*self._config.http_hosts, self._config.http_host))
+        app = Answering(routes, self._requests, self._admission.require_room)
+        return guarded(app, self._config, self._keys)
 
     async def _handle(self, connection: AsyncConnection) -> None:
         """Serve one incoming connection: an agent's control connection, or a block download."""
@@ -322,6 +335,22 @@ class Coordinator:
             await connection.send(RequestFailed(0, str(error)))
         else:
             await connection.send(Done(0))
+
+
+def guarded(app: ASGIApp, config: CoordinatorConfig, keys: KeyBook) -> ASGIApp:
+    """Put all checks of a request before ``app``. The last one here sees it first."""
+    if not config.insecure_http:
+        app = KeyGuard(app, keys, beyond=config.beyond)
+    if config.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "retry-after"),
+        )
+    names = (*config.http_hosts, config.http_host)
+    return Tracking(HostGuard(app, names, config.cors_origins))
 
 
 class _Server(uvicorn.Server):

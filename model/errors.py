@@ -4,6 +4,8 @@
     ├── UnsupportedModelError    the architecture, or one of its options, is not implemented
     ├── CheckpointError          the files are absent, truncated, inconsistent or unsafe
     ├── TokenizerError           tokenizer.json or the chat template is absent or broken
+    │   ├── TemplateRefused      the chat template does not render a conversation
+    │   └── FieldsUnused         the chat template leaves out a part of it
     └── HubError                 a model on a hub cannot be fetched, or its name leaves a choice
 
 Each message is one line that names the file or field, and what to do about it. The command line
@@ -27,6 +29,21 @@ class CheckpointError(ModelError):
 
 class TokenizerError(ModelError):
     """The tokenizer or the chat template cannot be loaded or applied."""
+
+
+class TemplateRefused(TokenizerError):
+    """The chat template does not render a conversation."""
+
+
+class FieldsUnused(TokenizerError):
+    """The chat template leaves out a part of a conversation.
+
+    fields: the parts, such as "messages[2].name".
+    """
+
+    def __init__(self, message: str, fields: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.fields = fields
 
 
 class HubError(ModelError):

@@ -4,7 +4,8 @@ One child serves all templates of this process. It waits between renderings, so 
 its start. Requests and answers go through its standard streams, each after its length:
 
     request   (text, values or None) by pickle; None only compiles
-    answer    one byte, 1 for text and 0 for a failure, then the text or the reason as UTF-8
+    answer    one byte, then text as UTF-8. 1: the prompt, or a compiled template's variables, one a
+              line. 0: the reason of a failure. 2: the fields that the template ignored, one a line
 
 The parent unpickles nothing. A template that escapes from its sandbox gains only a limited process
 without the token.
@@ -28,7 +29,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from model.template_sandbox import MAX_PROMPT_CHARS, Sandbox, TemplateFailed, one_line
+from model.template_sandbox import (
+    MAX_PROMPT_CHARS,
+    FieldsIgnored,
+    Sandbox,
+    TemplateFailed,
+    one_line,
+)
 
 MAX_CPU_S = 3.0
 """The processor time of one rendering. Real ones take milliseconds, the longest prompt 0.2 s."""
@@ -42,6 +49,7 @@ MAX_MEMORY_BYTES = 512 << 20
 MAX_ANSWER_BYTES = 4 * MAX_PROMPT_CHARS + 1
 
 _LENGTH = struct.Struct("<Q")
+_SUCCEEDED, _IGNORED = 1, 2
 _CACHED_TEMPLATES = 4
 
 _CHILD = """
@@ -63,12 +71,12 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
-    def check(self, text: str) -> None:
-        """Compile a template. Raises TemplateFailed if it is invalid."""
-        self._ask(text, None)
+    def check(self, text: str) -> frozenset[str]:
+        """Compile a template, and return its variables. Raises TemplateFailed if it is invalid."""
+        return frozenset(self._ask(text, None).splitlines())
 
     def render(self, text: str, values: Mapping[str, Any]) -> str:
-        """Render a template with these variables. Raises TemplateFailed."""
+        """Render a template with these variables. Raises TemplateFailed, FieldsIgnored."""
         return self._ask(text, dict(values))
 
     def close(self) -> None:
@@ -82,11 +90,13 @@ class TemplateProcess:
             if self._child is None or self._child.poll() is not None:
                 self._restart()
             try:
-                succeeded, answer = _exchange(self._child, request, self._max_wall_s)
+                kind, answer = _exchange(self._child, request, self._max_wall_s)
             except (OSError, EOFError, UnicodeDecodeError):
                 reason = self._restart()  # The next request must find the child ready.
                 raise TemplateFailed(reason) from None
-        if not succeeded:
+        if kind == _IGNORED:
+            raise FieldsIgnored(answer.splitlines())
+        if kind != _SUCCEEDED:
             raise TemplateFailed(answer)
         return answer
 
@@ -149,7 +159,7 @@ def _start(max_cpu_s: float) -> subprocess.Popen[bytes]:
 
 def _exchange(
     child: subprocess.Popen[bytes] | None, request: bytes, max_wall_s: float
-) -> tuple[bool, str]:
+) -> tuple[int, str]:
     """Send a request and await its answer. Raises OSError or EOFError if the child ends."""
     if child is None or child.stdin is None or child.stdout is None:
         raise EOFError
@@ -162,7 +172,7 @@ def _exchange(
         if not 0 < size_bytes <= MAX_ANSWER_BYTES:
             raise EOFError
         answer = _read(child.stdout, size_bytes)
-        return bool(answer[0]), answer[1:].decode()
+        return answer[0], answer[1:].decode()
     finally:
         limit.cancel()
 
@@ -208,7 +218,10 @@ def _answer(compiled: Any, request: bytes) -> bytes:
     try:
         text, values = pickle.loads(request)  # noqa: S301 - from our parent
         sandbox = compiled(text)
-        return b"\1" + ("" if values is None else sandbox.render(values)).encode()
+        names = "\n".join(sorted(sandbox.variables)) if values is None else None
+        return b"\1" + (sandbox.render(values) if names is None else names).encode()
+    except FieldsIgnored as error:
+        return b"\2" + "\n".join(error.fields).encode(errors="replace")
     except TemplateFailed as error:
         return b"\0" + str(error).encode(errors="replace")
     except MemoryError:

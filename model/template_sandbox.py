@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import BuiltinFunctionType, CodeType
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, nodes, pass_environment
+from jinja2 import Environment, Template, TemplateError, meta, nodes, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.filters import do_format, do_indent, make_attrgetter
@@ -30,6 +30,59 @@ MAX_TEMPLATE_STEPS = 200_000
 
 class TemplateFailed(Exception):
     """A template is invalid or cannot be rendered. The text is one line that says why."""
+
+
+class FieldsIgnored(TemplateFailed):
+    """A template did not read fields of messages that it must not ignore.
+
+    fields: their places, such as "messages[2].name".
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        super().__init__(f"does not use {', '.join(fields)}")
+        self.fields = tuple(fields)
+
+
+class WatchedMessage(dict[str, Any]):
+    """A message that knows which of its fields a template has read.
+
+    may_ignore: the fields that need not be read.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], may_ignore: Iterable[str] = ()) -> None:
+        super().__init__(fields)
+        # Templates see no names that begin with an underscore.
+        self._may_ignore = frozenset(may_ignore)
+        self._read: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WatchedMessage, (dict(super().items()), self._may_ignore)
+
+    def _ignored(self) -> list[str]:
+        """Return the fields with a value that were not read, and should have been."""
+        known = self._read | self._may_ignore
+        given = [name for name, value in super().items() if value not in (None, "")]
+        return [name for name in given if name not in known]
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        return super().get(name, default)
+
+    def items(self) -> Any:
+        self._read.update(self)
+        return super().items()
+
+    def values(self) -> Any:
+        self._read.update(self)
+        return super().values()
+
+    def __repr__(self) -> str:
+        self._read.update(self)
+        return super().__repr__()
 
 
 class Sandbox:
@@ -54,11 +107,16 @@ class Sandbox:
         }
         try:
             self._code: CodeType = self._environment.compile(text, filename="chat template")
+            self.variables = meta.find_undeclared_variables(self._environment.parse(text))
+            """The variables that the template takes from outside."""
         except (TemplateError, *_COMPILE_ERRORS) as error:
             raise TemplateFailed(one_line(error)) from error
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """Render with these variables. Raises TemplateFailed with the template's own message."""
+        """Render with these variables. Raises TemplateFailed with the template's own message.
+
+        Raises FieldsIgnored if the template ignores fields of watched messages.
+        """
         # Each rendering has an overlay, because that carries the count of steps.
         environment = self._environment.overlay()
         environment.steps = 0
@@ -73,6 +131,14 @@ class Sandbox:
                 pieces.append(piece)
         except _RENDER_ERRORS as error:
             raise TemplateFailed(one_line(error)) from error
+        ignored = [
+            f"messages[{number}].{name}"
+            for number, message in enumerate(values.get("messages") or ())
+            if isinstance(message, WatchedMessage)
+            for name in message._ignored()
+        ]
+        if ignored:
+            raise FieldsIgnored(ignored)
         return "".join(pieces)
 
 

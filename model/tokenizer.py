@@ -6,19 +6,19 @@ Only the coordinator imports this module, because it needs ``tokenizers`` and ``
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from model.bounded import read_json
-from model.errors import TokenizerError
+from model.errors import FieldsUnused, TemplateRefused, TokenizerError
 from model.generation import SamplingDefaults, read_sampling_defaults, sampling_defaults
 from model.given import gguf_of, kind_of_file
 from model.template_process import template_process
 from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
-from model.template_sandbox import TemplateFailed
+from model.template_sandbox import FieldsIgnored, TemplateFailed
 from model.tokenizer_files import has_tokenizer, load_backend
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -35,6 +35,7 @@ class Tokenizer:
     """A model directory's tokenizer. Use ``load`` to get one. Threads may share it.
 
     defaults: what the directory recommends for requests that do not say how to draw tokens.
+    tool_template: the template for conversations with tools, if it is another one.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Tokenizer:
         template: ChatTemplate | None,
         directory: Path,
         defaults: SamplingDefaults | None = None,
+        tool_template: ChatTemplate | None = None,
     ) -> None:
         self.defaults = SamplingDefaults() if defaults is None else defaults
         self._backend = backend
@@ -53,7 +55,10 @@ class Tokenizer:
         self._longest_token_bytes = _longest_token_bytes(backend)
         self._special_tokens = special_tokens
         self._template = template
+        self._tool_template = tool_template or template
         self._directory = directory
+        added = backend.get_added_tokens_decoder().items()
+        self._special_ids = {token.content: number for number, token in added if token.special}
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
@@ -72,10 +77,26 @@ class Tokenizer:
         special = _special_tokens(_read_object(directory / "special_tokens_map.json"))
         special |= _special_tokens(settings)
         backend = load_backend(directory, settings, special)
-        source, text = _find_template(directory, settings)
+        source, text, tool_text = _find_template(directory, settings)
         template = None if text is None else ChatTemplate(text, source)
+        tool_template = None if tool_text is None else ChatTemplate(tool_text, source)
         defaults = read_sampling_defaults(directory)
-        return Tokenizer(backend, special, template, directory, defaults)
+        return Tokenizer(backend, special, template, directory, defaults, tool_template)
+
+    @property
+    def template_text(self) -> str:
+        """The chat template for conversations with tools, or an empty text if there is none."""
+        return "" if self._tool_template is None else self._tool_template.text
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The variables that this template takes from outside."""
+        return frozenset() if self._tool_template is None else self._tool_template.variables
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The ids of the special tokens by their texts."""
+        return self._special_ids
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -102,9 +123,21 @@ class Tokenizer:
         """Return the text of tokens. Bytes that are not UTF-8 become replacement characters."""
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special)
 
-    def stream(self) -> StreamDecoder:
-        """Return a decoder for one sequence whose tokens arrive one by one."""
-        return StreamDecoder(self.decode)
+    def stream(self, markers: Collection[str] = ()) -> StreamDecoder:
+        """Return a decoder for one sequence whose tokens arrive one by one.
+
+        markers: the special tokens whose texts are kept. Others are left out.
+        """
+        shown = {self._special_ids[text] for text in markers if text in self._special_ids}
+        if not shown:
+            return StreamDecoder(self.decode)
+        hidden = set(self._special_ids.values()) - shown
+
+        def decode(tokens: Sequence[int]) -> str:
+            kept = [token for token in tokens if token not in hidden]
+            return self.decode(kept, skip_special=False)
+
+        return StreamDecoder(decode)
 
     def apply_chat_template(
         self,
@@ -115,19 +148,22 @@ class Tokenizer:
     ) -> str:
         """Return the prompt of a conversation, special tokens included.
 
-        messages: ``{"role": ..., "content": ...}`` as in the OpenAI API.
+        messages: ``{"role": ..., "content": ...}`` as in the OpenAI API. If they are
+            WatchedMessages, the template must read them.
         variables: further ones (tools, documents) for the template.
 
-        Raises TokenizerError if the model has no template, or the template rejects the messages.
+        Raises TokenizerError if the model has no template, TemplateRefused if the template rejects
+        the messages, and FieldsUnused if it ignores a part of watched ones.
         """
-        if self._template is None:
+        template = self._tool_template if variables.get("tools") else self._template
+        if template is None:
             raise TokenizerError(
                 f"{self._directory}: no chat template; use plain completions, "
                 "or put a chat_template.jinja there"
             )
         values = {"tools": None, "documents": None} | dict(self._special_tokens) | variables
         values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        return self._template.render(values)
+        return template.render(values)
 
     def doubts(self, vocab: int) -> Iterator[str]:
         """Yield a line for each thing that will not work with a model of ``vocab`` tokens."""
@@ -185,21 +221,26 @@ class ChatTemplate:
 
     def __init__(self, text: str, source: Path) -> None:
         """Compile the template. Raises TokenizerError if it is invalid."""
-        self._text = text
+        self.text = text
         self._source = source
         if len(text) > MAX_TEMPLATE_CHARS:
             raise TokenizerError(f"{source}: chat template larger than any; is it the right file?")
         try:
-            template_process().check(text)
+            self.variables = template_process().check(text)
         except TemplateFailed as error:
             raise TokenizerError(f"{source}: not a valid chat template: {error}") from error
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """Render with these variables. Raises TokenizerError with the template's own message."""
+        """Render with these variables. Raises TemplateRefused with the template's own message.
+
+        Raises FieldsUnused if it ignores fields of watched messages.
+        """
         try:
-            return template_process().render(self._text, values)
+            return template_process().render(self.text, values)
+        except FieldsIgnored as error:
+            raise FieldsUnused(f"{self._source}: chat template {error}", error.fields) from error
         except TemplateFailed as error:
-            raise TokenizerError(f"{self._source}: chat template failed: {error}") from error
+            raise TemplateRefused(f"{self._source}: chat template failed: {error}") from error
 
 
 def _of_gguf(path: Path, given: Path) -> Tokenizer:
@@ -263,10 +304,13 @@ def _keeps_all(step: Mapping[str, Any]) -> bool:
     return kind in ("ByteLevel", "Digits", "Metaspace", "Prepend")
 
 
-def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, str | None]:
-    """Return the template's file and text. A file of its own wins over the config.
+def _find_template(
+    directory: Path, settings: Mapping[str, Any]
+) -> tuple[Path, str | None, str | None]:
+    """Return the template's file, its text, and the text of another one for tools.
 
-    chat_template.json, which models with a processor have, comes last.
+    A file of its own wins over the config. chat_template.json, which models with a processor have,
+    comes last.
     """
     path = directory / "chat_template.jinja"
     if path.exists():
@@ -276,7 +320,7 @@ def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, 
             kind = kind_of_file(path)
             if kind is not None:
                 raise TokenizerError(f"{path}: it is {kind}")
-            return path, path.read_text(encoding="utf-8")
+            return path, path.read_text(encoding="utf-8"), None
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{path}: cannot be read: {error}") from error
     path = directory / "tokenizer_config.json"
@@ -285,7 +329,7 @@ def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, 
         path = directory / "chat_template.json"
         value = _read_object(path).get("chat_template")
     if value is None or isinstance(value, str):
-        return path, value
+        return path, value, None
     named = {
         item.get("name"): item.get("template")
         for item in (value if isinstance(value, list) else [])
@@ -296,7 +340,8 @@ def _find_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Path, 
         raise TokenizerError(
             f"{path}: chat_template must be a string, or a list with one named default"
         )
-    return path, text
+    tool_text = named.get("tool_use")
+    return path, text, tool_text if isinstance(tool_text, str) else None
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import resource
 import signal
@@ -18,7 +19,12 @@ from cli.errors import CommandFailed, Unavailable, UsageError
 from cli.render import Screen
 from cli.service.install import add_service_actions
 from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
-from coordinator.config import DEFAULT_RECOVERY_WAIT_S
+from coordinator.config import (
+    DEFAULT_MOST_WAITING,
+    DEFAULT_RECOVERY_WAIT_S,
+    ConfigError,
+    CoordinatorConfig,
+)
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
@@ -50,6 +56,10 @@ AGENT_EXAMPLES = (
     "\nin a container that publishes port 7430 of the host 192.168.1.20:\n"
     "  shoal agent --port 7430 --advertise 192.168.1.20\n"
 )
+LOG_LEVELS = ("error", "warning", "info", "debug")
+REQUESTS = "requests"
+"""The coordinator's level between warning and info: warnings, and a line for each answer."""
+
 _CLUSTER = "A name for this shoal. Agents join the coordinator of the same name. "
 
 
@@ -90,6 +100,29 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "name and addresses are known. May be repeated.",
     )
     parser.add_argument(
+        "--insecure-http",
+        action="store_true",
+        help="Ask for no API key. Otherwise clients need one if --http is not this machine's "
+        "loopback, and wherever one was made: `shoal key create NAME`.",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        type=argument_types.origins,
+        action="extend",
+        default=[],
+        metavar="ORIGIN",
+        help="An origin such as https://chat.lan whose web pages may use the API, or * for any. "
+        "May be repeated. Default: none but the coordinator's own.",
+    )
+    parser.add_argument(
+        "--queue",
+        type=argument_types.count,
+        default=DEFAULT_MOST_WAITING,
+        metavar="N",
+        help="The most requests that wait for a slot. More are told to try again later (429). "
+        "Default: %(default)s.",
+    )
+    parser.add_argument(
         "--storage",
         type=argument_types.size,
         metavar="SIZE",
@@ -116,6 +149,7 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Do not announce the coordinator by mDNS. Agents then need --coordinator.",
     )
+    _add_log_level(parser, (*LOG_LEVELS, REQUESTS), REQUESTS)
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     _add_config(parser)
     add_service_actions(parser)  # After the options, because installing takes them too.
@@ -190,6 +224,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Show every backend, with the reason if it cannot run here, and exit.",
     )
+    _add_log_level(parser, LOG_LEVELS, "warning")
     parser.add_argument("--measurements-dir", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     _add_config(parser)
@@ -198,11 +233,13 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.making import LocalMakers
-    from coordinator.config import ConfigError, CoordinatorConfig
     from coordinator.server import Coordinator, Ready
     from wire.auth import TokenError, create_token, read_token
 
+    _set_log_level(options)
+
     def on_ready(ready: Ready) -> None:
+        _tell_about_keys(config, screen)
         if options.json:
             screen.json(
                 {
@@ -221,28 +258,44 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     try:
         if options.create_token:
             create_token(_required_token_file(options))
+        config = CoordinatorConfig(
+            cluster=options.cluster,
+            state_dir=options.state_dir or default_state_dir("coordinator"),
+            control_host=options.bind,
+            control_port=options.port,
+            http_host=options.http.host,
+            http_port=options.http.port,
+            http_hosts=tuple(options.http_host),
+            advertise=not options.no_mdns,
+            token=read_token(options.token_file),
+            storage_bytes=options.storage,
+            recovery_wait_s=options.recovery_wait,
+            insecure_http=options.insecure_http,
+            cors_origins=tuple(options.cors_origin),
+            most_waiting=options.queue,
+        )
         coordinator = Coordinator(
-            CoordinatorConfig(
-                cluster=options.cluster,
-                state_dir=options.state_dir or default_state_dir("coordinator"),
-                control_host=options.bind,
-                control_port=options.port,
-                http_host=options.http.host,
-                http_port=options.http.port,
-                http_hosts=tuple(options.http_host),
-                advertise=not options.no_mdns,
-                token=read_token(options.token_file),
-                storage_bytes=options.storage,
-                recovery_wait_s=options.recovery_wait,
-            ),
-            screen.note,
-            ServiceManager.from_environment(),
-            LocalMakers(),
+            config, screen.note, ServiceManager.from_environment(), LocalMakers()
         )
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
         asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def _tell_about_keys(config: CoordinatorConfig, screen: Screen) -> None:
+    """Say what clients of other machines need, if HTTP listens there."""
+    from coordinator.keys import KeyBook
+
+    if not config.beyond:
+        return
+    if config.insecure_http:
+        screen.note("the API asks for no key: whoever reaches its port may use it")
+    elif not KeyBook(config.state_dir).exists:
+        screen.note(
+            "the API needs a key, because it listens beyond this machine, and none was made yet: "
+            f"`shoal key create NAME --state-dir {config.state_dir}` makes one"
+        )
 
 
 def run_agent(options: argparse.Namespace, screen: Screen) -> None:
@@ -252,6 +305,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
         _list_backends(screen)
         return
 
+    _set_log_level(options)
     from agent.config import AgentConfig, ConfigError, default_name
     from agent.daemon import Agent
     from wire.auth import TokenError, read_token
@@ -323,6 +377,24 @@ def _add_token(parser: argparse.ArgumentParser) -> None:
         help="A file with the shoal's token. Only devices that have it may join. "
         "Default: $SHOAL_TOKEN, else no token.",
     )
+
+
+def _add_log_level(parser: argparse.ArgumentParser, levels: tuple[str, ...], default: str) -> None:
+    parser.add_argument(
+        "--log-level",
+        type=argument_types.one_of(levels),
+        metavar="LEVEL",
+        help=f"What is logged: {', '.join(levels)}. Default: {default}, or info with -v.",
+    )
+    parser.set_defaults(default_log_level=default)
+
+
+def _set_log_level(options: argparse.Namespace) -> None:
+    level = options.log_level or ("info" if options.verbose else options.default_log_level)
+    if level == REQUESTS:
+        level = "warning"
+        logging.getLogger("coordinator.http.tracking").setLevel(logging.INFO)
+    logging.getLogger().setLevel(level.upper())
 
 
 def _add_state_dir(parser: argparse.ArgumentParser, kind: str) -> None:

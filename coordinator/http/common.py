@@ -10,15 +10,20 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Message, Scope, Send
 
 from coordinator.errors import CoordinatorError
 from coordinator.loading.state import State, error_of, waiting_for
+from coordinator.serving import requests
+from coordinator.serving.requests import InFlight
 from model.errors import ModelError
 from planning.errors import RequestInvalid
 from planning.plan import InfeasiblePlan, PlanError
@@ -31,6 +36,11 @@ MAX_BODY_BYTES = 4 << 20
 CLIENT_CLOSED_REQUEST = 499
 """A status for a client that closed first, which nobody reads (Source: nginx's log)."""
 
+COMMENT_S = 5.0
+"""A stream that has sent nothing for so long sends a comment. So no proxy takes it for dead."""
+
+SCOPE_KEY = "shoal.request"
+
 Result = TypeVar("Result")
 
 _abandoned: set[asyncio.Task[Any]] = set()
@@ -39,6 +49,12 @@ _abandoned: set[asyncio.Task[Any]] = set()
 
 class ClientGone(Exception):
     """The client closed its connection before the answer was ready."""
+
+
+def tracked(scope: Scope) -> InFlight:
+    """The request of an ASGI scope, as coordinator.http.tracking made it."""
+    request: InFlight = scope.setdefault(SCOPE_KEY, InFlight(""))
+    return request
 
 
 def model_state(state: State) -> dict[str, Any]:
@@ -103,6 +119,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         status, code, param = 500, "internal_error", None
         error = CoordinatorError("internal error; see the coordinator's log")
     kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
     return status, {"message": str(error), "type": kind, "param": param, "code": code}
 
 
@@ -114,8 +132,15 @@ async def on_error(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": body}, status_code=error.status_code)
     if isinstance(error, (ClientGone, ClientDisconnect)):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    status, body = describe(error)
-    return JSONResponse({"error": body}, status_code=status)
+    status, described = describe(error)
+    tracked(request.scope).error = described["message"]
+    return JSONResponse({"error": described}, status_code=status, headers=retry_header(error))
+
+
+def retry_header(error: Exception) -> dict[str, str]:
+    """The header Retry-After for an error that says when to try again."""
+    seconds = error.retry_after_s if isinstance(error, CoordinatorError) else None
+    return {} if seconds is None else {"Retry-After": str(seconds)}
 
 
 HANDLERS = {
@@ -158,28 +183,69 @@ async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
             await asyncio.gather(task, watch, return_exceptions=True)
 
 
+def _data(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event)}\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class EventForm:
+    """How an API writes its server-sent events: one event, an error, and the end of the stream."""
+
+    event: Callable[[dict[str, Any]], str] = _data
+    error: Callable[[Exception], str] = lambda error: _data({"error": describe(error)[1]})
+    end: str = "data: [DONE]\n\n"
+
+
 def server_sent_events(
     events: AsyncIterator[dict[str, Any] | str],
+    form: EventForm = EventForm(),  # noqa: B008 - frozen
 ) -> StreamingResponse:
-    """Stream JSON objects as server-sent events, with OpenAI's [DONE] at the end.
+    """Stream JSON objects as server-sent events, in OpenAI's form unless another is given.
 
-    An error becomes an event. A text becomes a comment, which clients ignore.
+    An error becomes an event. A text becomes a comment, which clients ignore. A comment is also
+    sent when nothing else was for COMMENT_S.
     """
 
     async def lines() -> AsyncIterator[str]:
         try:
             async for event in events:
-                if isinstance(event, str):
-                    yield f": {event}\n\n"
-                else:
-                    yield f"data: {json.dumps(event)}\n\n"
+                yield f": {event}\n\n" if isinstance(event, str) else form.event(event)
         except Exception as error:
-            yield f"data: {json.dumps({'error': describe(error)[1]})}\n\n"
-        yield "data: [DONE]\n\n"
+            requests.current().error = describe(error)[1]["message"]
+            yield form.error(error)
+        yield form.end
 
-    return StreamingResponse(
+    return _EventStream(
         lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
     )
+
+
+class _EventStream(StreamingResponse):
+    """A stream that says why it pauses, while it has nothing else to say."""
+
+    async def stream_response(self, send: Send) -> None:
+        sent_s = time.monotonic()
+
+        async def noted(message: Message) -> None:
+            nonlocal sent_s
+            sent_s = time.monotonic()
+            await send(message)
+
+        async def comment() -> None:
+            while True:
+                await asyncio.sleep(sent_s + COMMENT_S - time.monotonic())
+                if time.monotonic() - sent_s >= COMMENT_S:
+                    text = f": {requests.current().doing}\n\n"
+                    await noted(
+                        {"type": "http.response.body", "body": text.encode(), "more_body": True}
+                    )
+
+        comments = asyncio.ensure_future(comment())
+        try:
+            await super().stream_response(noted)
+        finally:
+            comments.cancel()
+            await asyncio.gather(comments, return_exceptions=True)
 
 
 def json_lines(

@@ -30,8 +30,10 @@ BODY_S = 60.0
 MOST_REQUESTS = 192
 """The most requests at once, including those that wait for a slot."""
 
-ALWAYS_SERVED = ("/shoal/v1/unload",)
-"""Paths that MOST_REQUESTS does not bound, because they can end an overload."""
+RETRY_BUSY_S = 10
+
+ALWAYS_SERVED = ("/shoal/v1/unload", "/health", "/health/live", "/metrics")
+"""Paths that MOST_REQUESTS does not bound, because they can end an overload, or show it."""
 
 ANY_HOST = "*"
 """The setting that serves every host name."""
@@ -51,12 +53,16 @@ class HostGuard:
 
     Known are loopback names and addresses, the address that the client connected to, this machine's
     name, and ``names``. The port does not matter. ALWAYS_SERVED is exempt from the number.
+    ``origins`` are known beside these, as whole origins.
     """
 
-    def __init__(self, app: ASGIApp, names: Collection[str] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, names: Collection[str] = (), origins: Collection[str] = ()
+    ) -> None:
         self._app = app
         self._answering = 0
         self._any = ANY_HOST in names
+        self._origins = frozenset(origins)
         own = socket.gethostname().lower()
         short = own.partition(".")[0]
         # An address that means all interfaces is not a name of this machine.
@@ -72,7 +78,9 @@ class HostGuard:
             await self._app(scope, receive, send)
         elif self._answering >= MOST_REQUESTS:
             message = f"{MOST_REQUESTS} requests are being answered: try again later"
-            await _error(503, message, "server_error", "busy")(scope, receive, send)
+            response = _error(503, message, "server_error", "busy")
+            response.headers["Retry-After"] = str(RETRY_BUSY_S)
+            await response(scope, receive, send)
         else:
             self._answering += 1
             try:
@@ -92,15 +100,20 @@ class HostGuard:
                     f"the host {shown!r} is not known here: use an address of this machine, or "
                     f"start the coordinator with --http-host {_suggested(shown)}"
                 )
-            if name == b"origin":
+            if name == b"origin" and not self._is_allowed(value):
                 origin = _ORIGIN.fullmatch(value.decode("latin-1"))
                 if origin is None or not self._is_known(origin["host"], scope):
                     shown = _shown(value)
+                    name = _suggested(shown.partition("://")[2])
                     return (
                         f"web pages of {shown!r} may not use this shoal: to let them, start the "
-                        f"coordinator with --http-host {_suggested(shown.partition('://')[2])}"
+                        f"coordinator with --cors-origin {'ORIGIN' if name == 'NAME' else shown}, "
+                        f"or with --http-host {name} if that is a proxy before this shoal"
                     )
         return None
+
+    def _is_allowed(self, origin: bytes) -> bool:
+        return ANY_HOST in self._origins or origin.decode("latin-1") in self._origins
 
     def _is_known(self, host: str, scope: Scope) -> bool:
         match = _HOST.fullmatch(host)

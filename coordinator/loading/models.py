@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from coordinator.errors import CoordinatorError, NotLoaded
+from coordinator.errors import CoordinatorError, NotLoaded, NotReady
 from coordinator.loading import state as states
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import (
@@ -22,13 +22,18 @@ from coordinator.loading.state import (
     State,
     advance,
     deployment_of,
+    describe,
     error_of,
+    name_of,
     past_of,
 )
 from coordinator.story import Story
 from coordinator.watching import Signal
 
 UNLOADED = "the model was unloaded"
+
+RETRY_LOADING_S = 5
+"""Asking again for a model that is being loaded so often costs nothing."""
 
 _ORDER = (Serving, Replacing, Resuming, Broken, Loading)
 """A request without a model's name is about the first of these."""
@@ -58,6 +63,8 @@ class Models:
         self._states: dict[str, State] = {}
         self._handlers: dict[type[Any], Callable[[Any], None]] = {}
         self.changed = Signal()
+        self.progress: Callable[[], str] = lambda: ""
+        """Says how far the running operation is, such as "fetch 40 %"."""
 
     def carry_out(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
         """Let ``handler`` carry out actions of this kind. It must not wait."""
@@ -110,6 +117,14 @@ class Models:
         return None
 
     # ---- requests -------------------------------------------------------------------------------
+
+    def require_soon(self) -> None:
+        """Raise NotReady while the model is being loaded or resumed. That may take minutes."""
+        state = self.current
+        if isinstance(state, (Loading, Resuming)):
+            what = f"{name_of(state)} is {describe(state)}"
+            progress = self.progress()
+            raise NotReady(f"{what}{progress and f' ({progress})'}", RETRY_LOADING_S)
 
     async def deployment(self) -> Deployment:
         """Wait for the deployment that answers. Raises the reason if there will be none."""

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +30,7 @@ from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.state import EndAnswers
 from coordinator.roster.members import Member, Roster
+from coordinator.serving import requests
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
@@ -180,6 +181,7 @@ class Gateway:
         timing: Timing | None = None,
         *,
         withdrawable: bool = False,
+        markers: Collection[str] = (),
     ) -> AsyncGenerator[Piece, None]:
         """Wait for a slot, then yield the answer's pieces. The last one has a finish reason.
 
@@ -188,6 +190,7 @@ class Gateway:
         then differ from the tokens that the caller has, AnswerWithdrawn is raised.
 
         withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
+        markers: the special tokens whose texts are shown.
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
@@ -195,7 +198,9 @@ class Gateway:
         limit = min(sampling.max_tokens, room)
         timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
-        decoder = deployment.tokenizer.stream()
+        request = requests.current()
+        request.asks(deployment.name, len(prompt))
+        decoder = deployment.tokenizer.stream(markers)
         text = _StopFilter(stop)
         answer: list[int] = []
         given: list[int] = []
@@ -207,7 +212,7 @@ class Gateway:
                 answer.clear()
                 if withdrawable:
                     given.clear()
-                    decoder, text = deployment.tokenizer.stream(), _StopFilter(stop)
+                    decoder, text = deployment.tokenizer.stream(markers), _StopFilter(stop)
                     yield Piece("", (), "", withdraws=True)
             left = _rest(sampling, limit, answer, scored=len(scores) == len(prompt) - 1)
             if left.prompt_logprobs:
@@ -229,6 +234,7 @@ class Gateway:
                         piece = _piece(event, decoder, text, timing)
                         if event.logprobs and piece.tokens:
                             piece = _with_logprobs(piece, event, sampling, deployment.spec.vocab)
+                        request.answers(len(piece.tokens))
                         answer += piece.tokens
                         given += piece.tokens
                         yield piece
@@ -253,6 +259,7 @@ class Gateway:
             flight = self._flights[number] = _Flight(deployment, sampling, prompt)
             try:
                 timing.started_s = timing.started_s or time.monotonic()
+                requests.current().starts(deployment.epoch, number)
                 await _begin(deployment, number, slot, prompt, sampling)
                 while True:
                     event = await _next_event(flight, len(prompt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,6 +40,14 @@ def test_what_is_being_resumed_is_told_by_all_and_answers_come(cluster: Cluster)
     assert listed["shoal"]["state"] == "resuming"
     assert listed["shoal"]["waiting_for"] == ["a1"]
 
+    asked = httpx.post(f"{cluster.url}/v1/completions", json=question, trust_env=False)
+    assert (asked.status_code, asked.headers["Retry-After"]) == (503, "5")
+    assert asked.json()["error"]["code"] == "model_loading"
+    assert "tiny-opt is resuming: waiting for a1" in asked.json()["error"]["message"]
+    health = httpx.get(f"{cluster.url}/health", trust_env=False)
+    assert (health.status_code, health.json()["status"]) == (503, "resuming")
+    assert cluster.get("/health/live") == {"status": "ok"}
+
     url = f"--url={cluster.url}"
     run = subprocess.Popen(
         [*COMMAND, "run", "tiny-opt", "Hello", "--max-tokens=3", "--temperature=0", url],
@@ -62,6 +71,7 @@ def test_what_is_being_resumed_is_told_by_all_and_answers_come(cluster: Cluster)
     assert run.returncode == 0, errors
     assert text.rstrip("\n") == undisturbed.rstrip("\n")
     assert cluster.get("/shoal/v1/ps")["model"]["state"] == "ready"
+    assert cluster.get("/health") == {"status": "ok"}
     (listed,) = cluster.get("/v1/models")["data"]
     assert listed["shoal"]["state"] == "ready"
     story = [event["kind"] for event in cluster.get("/shoal/v1/events")["events"]]
@@ -105,6 +115,10 @@ def test_a_load_and_what_became_of_it_are_told(cluster: Cluster) -> None:
 
 
 def ask(cluster: Cluster, question: dict[str, Any]) -> str:
-    url = f"{cluster.url}/v1/completions"
-    answer = httpx.post(url, json=question, timeout=WAIT_S, trust_env=False).json()
-    return str(answer["choices"][0]["text"])
+    """Ask as often as the coordinator says that it will answer later."""
+    url, deadline_s = f"{cluster.url}/v1/completions", time.monotonic() + WAIT_S
+    while True:
+        answer = httpx.post(url, json=question, timeout=WAIT_S, trust_env=False)
+        if answer.status_code != 503 or time.monotonic() > deadline_s:
+            return str(answer.json()["choices"][0]["text"])
+        time.sleep(float(answer.headers["Retry-After"]))  # As clients do.

@@ -17,19 +17,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "presence_penalty": (0, None),
     "frequency_penalty": (0, None),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
 }
 """OpenAI's fields that are not supported, with the values that have no effect."""
 
 IGNORED = frozenset(
-    {"user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"}
+    {
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
 )
 """Fields that do not change the answer."""
 

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from coordinator.http.formats.tool_format import ToolFormat, find_format
+from coordinator.http.openai.fields import flag
+from coordinator.http.openai.messages import TemplateTraits, read_messages
+from coordinator.http.openai.tools import Tools
 from coordinator.loading.deployment import Deployment
 from coordinator.serving.gateway import room_for_answer
+from model.errors import FieldsUnused, TemplateRefused
 from planning.errors import RequestInvalid
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""The variables by which templates turn thoughts on and off."""
+
+_OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """The text of a conversation. ``opened``: the answer begins inside of thoughts."""
+
+    text: str
+    opened: bool
+
+
+def format_of(deployment: Deployment) -> ToolFormat:
+    """The format in which the model thinks and calls tools."""
+    return find_format(deployment.tokenizer.template_text)
 
 
 def completion_prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
@@ -23,22 +48,89 @@ def completion_prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[i
     raise RequestInvalid("prompt: expected one string, or one list of token ids", "prompt")
 
 
-def chat_prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RequestInvalid("messages: expected a list with at least one message", "messages")
-    plain = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RequestInvalid("messages: each needs a role and content", "messages")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_text_part(part) for part in content)
-        if not isinstance(content, str):
-            raise RequestInvalid("messages: content must be text", "messages")
-        plain.append({"role": message["role"], "content": content})
-    text = deployment.tokenizer.apply_chat_template(plain)
-    return encode(deployment, text, add_special=False)
+def chat_prompt(deployment: Deployment, body: Mapping[str, Any], tools: Tools) -> ChatPrompt:
+    """Run the chat template. Raises RequestInvalid that names what the template cannot take."""
+    tokenizer, form = deployment.tokenizer, format_of(deployment)
+    if tools.offered:
+        _check_tools(deployment, form)
+    messages = read_messages(body.get("messages"), TemplateTraits(form, tokenizer.template_text))
+    variables = read_variables(deployment, body)
+    if tools.offered:
+        variables["tools"] = [tool.to_json() for tool in tools.offered]
+    try:
+        text = tokenizer.apply_chat_template(messages, **variables)
+    except FieldsUnused as error:
+        place = error.fields[0][:100]
+        raise RequestInvalid(
+            f"{place}: the chat template of {deployment.name} has no place for it: leave it out",
+            "messages",
+        ) from error
+    except TemplateRefused as error:
+        raise RequestInvalid(f"messages: {error}", "messages") from error
+    return ChatPrompt(text, form.is_opened(text))
+
+
+def _check_tools(deployment: Deployment, form: ToolFormat) -> None:
+    if "tools" not in deployment.tokenizer.template_variables:
+        raise RequestInvalid(
+            f"tools: the chat template of {deployment.name} takes none: use a model that was "
+            "trained to call tools",
+            "tools",
+        )
+    if not form.takes_calls:
+        raise RequestInvalid(
+            f"tools: it is not known how {deployment.name} writes its calls", "tools"
+        )
+
+
+def read_variables(deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables for the chat template that a request gives. Raises RequestInvalid."""
+    given = body.get("chat_template_kwargs")
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise RequestInvalid("chat_template_kwargs: expected an object", "chat_template_kwargs")
+    known = deployment.tokenizer.template_variables
+    wanted = _thinking(deployment, body) | given
+    for name in given:
+        if name in _OWN_VARIABLES or name not in known:
+            raise RequestInvalid(
+                f"chat_template_kwargs: the chat template of {deployment.name} has no variable "
+                f"{name[:60]!r}",
+                "chat_template_kwargs",
+            )
+    return wanted
+
+
+def _thinking(deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables for reasoning_effort and enable_thinking."""
+    known = deployment.tokenizer.template_variables
+    switch = next((name for name in THINKING_SWITCHES if name in known), None)
+    thinks = format_of(deployment).has_thoughts
+    found: dict[str, Any] = {}
+    effort = body.get("reasoning_effort")
+    if effort is not None:
+        if effort not in EFFORTS:
+            raise RequestInvalid(
+                f"reasoning_effort: expected one of {', '.join(EFFORTS)}", "reasoning_effort"
+            )
+        if "reasoning_effort" in known:
+            found["reasoning_effort"] = effort
+        elif switch is not None:
+            found[switch] = effort != "none"
+        elif thinks or effort != "none":
+            raise RequestInvalid(
+                f"reasoning_effort: {deployment.name} cannot be told how much to think",
+                "reasoning_effort",
+            )
+    if body.get("enable_thinking") is not None:
+        wish = flag(body, "enable_thinking")
+        if switch is not None:
+            found[switch] = wish
+        elif wish != thinks:
+            does = "cannot be told not to think" if thinks else "does not think"
+            raise RequestInvalid(f"enable_thinking: {deployment.name} {does}", "enable_thinking")
+    return found
 
 
 def encode(deployment: Deployment, text: str, *, add_special: bool) -> list[int]:
@@ -55,10 +147,3 @@ def encode(deployment: Deployment, text: str, *, add_special: bool) -> list[int]
             "prompt",
         )
     return tokens
-
-
-def _text_part(part: Any) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        text: str = part["text"]
-        return text
-    raise RequestInvalid("messages: only text content is supported", "messages")

@@ -25,12 +25,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from coordinator.http.common import model_state, read_json, server_sent_events, while_connected
-from coordinator.http.openai.answers import delta, details, envelope, text_choice, usage
+from coordinator.http.openai.answers import (
+    Message,
+    delta,
+    deltas,
+    details,
+    envelope,
+    text_choice,
+    usage,
+)
+from coordinator.http.openai.events import Tally, events
 from coordinator.http.openai.jobs import Job, read_job
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
-from coordinator.serving.gateway import Gateway, Timing
+from coordinator.serving.gateway import Gateway
 
 PROMPT_THREADS = 4
 
@@ -84,6 +93,7 @@ class OpenAIRoutes:
         state = self._models.current
         if body.get("stream") is True and isinstance(state, (Resuming, Loading, Replacing)):
             return server_sent_events(self._late_stream(body, _is_long(request), chat=chat))
+        self._models.require_soon()
         deployment = await while_connected(request, self._models.deployment())
         job = await while_connected(
             request, self._prepare(deployment, body, _is_long(request), chat=chat)
@@ -111,55 +121,45 @@ class OpenAIRoutes:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _whole(self, job: Job) -> dict[str, Any]:
-        timing, text, tokens, finish = Timing(), "", list[int](), ""
-        pieces = self._gateway.generate(
-            job.deployment, job.prompt, job.sampling, job.stop, timing, withdrawable=True
-        )
-        async with aclosing(pieces):
-            async for piece in pieces:
-                if piece.withdraws:
-                    text, tokens = "", []
-                text += piece.text
-                tokens += piece.tokens
-                finish = piece.finish
+        tally, message, finish = Tally(), Message(), ""
+        async with aclosing(events(self._gateway, job, tally, withdrawable=True)) as found:
+            async for event in found:
+                if event.piece.withdraws:
+                    message = Message()
+                message.add(event.parts)
+                finish = event.finish
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
         if job.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choice["message"] = message.to_json()
         else:
-            choice["text"] = text
+            choice["text"] = message.text
         return {
             **envelope(job),
             "choices": [choice],
-            "usage": usage(job, len(tokens)),
-            **details(job, tokens, timing),
+            "usage": usage(job, tally),
+            **details(job, tally),
         }
 
     async def _stream(self, job: Job) -> AsyncGenerator[dict[str, Any] | str]:
-        head, timing, tokens = envelope(job), Timing(), list[int]()
+        head, tally = envelope(job), Tally()
         if job.include_usage:
             head["usage"] = None
         if job.chat:
             yield {**head, "choices": [delta({"role": "assistant", "content": ""}, None)]}
-        pieces = self._gateway.generate(job.deployment, job.prompt, job.sampling, job.stop, timing)
-        async with aclosing(pieces):
-            async for piece in pieces:
-                tokens += piece.tokens
-                if piece.notice:
-                    yield " ".join(piece.notice.split())
-                if piece.text:
-                    part = delta({"content": piece.text}, None)
+        async with aclosing(events(self._gateway, job, tally)) as found:
+            async for event in found:
+                if event.piece.notice:
+                    yield " ".join(event.piece.notice.split())
+                for part in deltas(event.parts):
+                    choice = delta(part, None)
                     if not job.chat:
-                        part = text_choice(piece.text, None)
-                    yield {**head, "choices": [part]}
-                if piece.finish:
-                    last = delta({}, piece.finish) if job.chat else text_choice("", piece.finish)
-                    yield {
-                        **head,
-                        "choices": [last],
-                        **details(job, tokens, timing),
-                    }
+                        choice = text_choice(part["content"], None)
+                    yield {**head, "choices": [choice]}
+                if event.finish:
+                    last = delta({}, event.finish) if job.chat else text_choice("", event.finish)
+                    yield {**head, "choices": [last], **details(job, tally)}
         if job.include_usage:
-            yield {**head, "choices": [], "usage": usage(job, len(tokens))}
+            yield {**head, "choices": [], "usage": usage(job, tally)}
 
 
 def _is_long(request: Request) -> bool:

@@ -1,0 +1,175 @@
+"""The API keys of a coordinator: a file of their hashes, which ``shoal key`` changes.
+
+A key is long and random, so a plain SHA-256 tells nothing about it. The coordinator sees a change
+of the file at the next request.
+
+There is also a local key. The coordinator makes a new one at each start, and writes it into its
+state directory. Whoever can read that directory on the same machine needs no key of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from model.durable import replace_text
+from wire.rare_log import RareLog
+
+log = logging.getLogger(__name__)
+
+FILE = "api-keys.json"
+LOCAL_FILE = "local-key"
+LOCAL_NAME = "local"
+"""The name of the local key in logs. No key of the file may have it."""
+
+PREFIX = "sk-shoal-"
+KEY_BYTES = 32
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}", re.ASCII)
+LARGEST_FILE_BYTES = 1 << 20
+
+Stamp = tuple[int, int, int]
+"""Tells versions of the file apart: time of change, size, inode."""
+
+
+class BadKey(Exception):
+    """A key cannot be made, found or read. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key as the file has it."""
+
+    name: str
+    sha256: str
+    created_s: float
+    """Seconds since 1970."""
+
+
+class KeyBook:
+    """The keys in a coordinator's state directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._path = directory / FILE
+        self._stamp: Stamp | None = None
+        self._names: dict[str, str] = {}
+        """Maps the hash of a key to its name."""
+        self._local = ""
+        self._rare_log = RareLog(log)
+
+    # ---- what the coordinator asks --------------------------------------------------------------
+
+    def make_local(self) -> None:
+        """Make a new local key, and write it for users of this machine. Raises OSError."""
+        self._local = _new_key()
+        replace_text(self._directory / LOCAL_FILE, self._local + "\n", mode=0o600)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a key was ever made here. Then requests need one, even if all are revoked."""
+        return self._path.exists()
+
+    def name_of(self, key: str) -> str | None:
+        """The name of a key, or None if it is not known. A damaged file has no keys."""
+        given = key.encode(errors="replace")
+        if self._local and hmac.compare_digest(given, self._local.encode()):
+            return LOCAL_NAME
+        try:
+            self._refresh()
+        except BadKey as error:
+            self._names, self._stamp = {}, None
+            self._rare_log.warning("keys", "no API key is accepted: %s", error)
+        # The hash is looked up, not the key. So the time of the look-up tells nothing.
+        return self._names.get(hashlib.sha256(given).hexdigest())
+
+    def _refresh(self) -> None:
+        """Read the file if it has changed. Raises BadKey."""
+        stamp = self._stamp_now()
+        if stamp != self._stamp or stamp is None:
+            self._names = {key.sha256: key.name for key in self.listed()}
+            self._stamp = stamp
+
+    def _stamp_now(self) -> Stamp | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    # ---- what ``shoal key`` does ----------------------------------------------------------------
+
+    def listed(self) -> tuple[Key, ...]:
+        """All keys, oldest first. Raises BadKey."""
+        try:
+            if self._path.stat().st_size > LARGEST_FILE_BYTES:
+                raise BadKey(f"{self._path} is too large: it is not a file of keys")
+            values = json.loads(self._path.read_text(encoding="utf-8"))
+            return tuple(_read(values))
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise BadKey(f"cannot read {self._path}: {(error.strerror or '').lower()}") from error
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise BadKey(f"{self._path} is damaged: remove it, and make the keys again") from error
+
+    def create(self, name: str) -> str:
+        """Make a key of this name, and return it. It is not kept. Raises BadKey, OSError."""
+        if not NAME.fullmatch(name) or name == LOCAL_NAME:
+            raise BadKey(
+                f"the name {name!r} cannot be used: take up to 63 letters, digits, and . _ @ -, "
+                f"but not {LOCAL_NAME!r}"
+            )
+        known = self.listed()
+        if any(key.name == name for key in known):
+            raise BadKey(
+                f"there is a key named {name} already: take another name, or revoke it first with "
+                f"`shoal key revoke {name}`"
+            )
+        key = _new_key()
+        sha256 = hashlib.sha256(key.encode()).hexdigest()
+        self._write((*known, Key(name, sha256, round(time.time(), 3))))
+        return key
+
+    def revoke(self, name: str) -> None:
+        """Forget the key of this name. Raises BadKey, OSError."""
+        known = self.listed()
+        left = tuple(key for key in known if key.name != name)
+        if len(left) == len(known):
+            names = ", ".join(key.name for key in known) or "none"
+            raise BadKey(f"there is no key named {name}; known: {names}")
+        self._write(left)
+
+    def _write(self, keys: tuple[Key, ...]) -> None:
+        """Write the file for the owner of the directory, who runs the coordinator."""
+        owner = self._directory.stat()
+
+        def give(descriptor: int) -> None:
+            if os.geteuid() == 0:
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+        text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
+        replace_text(self._path, text + "\n", mode=0o600, prepare=give)
+
+
+def _new_key() -> str:
+    return PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def _read(values: object) -> Iterator[Key]:
+    """The keys in a file's JSON. Raises ValueError, TypeError, LookupError if it has others."""
+    if not isinstance(values, dict) or not isinstance(values["keys"], list):
+        raise TypeError("expected an object with a list of keys")
+    for item in values["keys"]:
+        key = Key(item["name"], item["sha256"], float(item["created_s"]))
+        if not NAME.fullmatch(key.name) or not re.fullmatch(r"[0-9a-f]{64}", key.sha256):
+            raise ValueError("not a key")
+        yield key
