@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -35,6 +35,7 @@ async def answers(
     timings: Sequence[Timing],
     *,
     withdrawable: bool = False,
+    markers: Collection[str] = (),
 ) -> AsyncGenerator[tuple[int, Piece], None]:
     """Yield the pieces of all ``runs`` as they come, each with the index of its run.
 
@@ -45,7 +46,13 @@ async def answers(
     def generate(index: int) -> AsyncGenerator[Piece, None]:
         run, timing = runs[index], timings[index]
         return gateway.generate(
-            deployment, run.prompt, run.sampling, stop, timing, withdrawable=withdrawable
+            deployment,
+            run.prompt,
+            run.sampling,
+            stop,
+            timing,
+            withdrawable=withdrawable,
+            markers=markers,
         )
 
     if len(runs) == 1:  # A token takes no detour.
