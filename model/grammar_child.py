@@ -87,11 +87,12 @@ class Follower:
 def _lark(form: str, text: str) -> str:
     """Return a regular expression ("regex"), or a grammar in GBNF or Lark ("grammar"), as Lark."""
     try:
-        converted = json.loads(llguidance.grammar_from(form, text))  # type: ignore[arg-type]  # a name
+        converted = llguidance.grammar_from(form, text)  # type: ignore[arg-type]  # a name
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    lark: str = converted["grammars"][0]["lark_grammar"]
-    return lark
+    if converted.startswith("{"):
+        converted = json.loads(converted)["grammars"][0]["lark_grammar"]
+    return converted
 
 
 def serve(descriptor: int, settings: dict[str, Any]) -> None:

@@ -228,6 +228,10 @@ class _Child:
                 self._socket.close()
                 raise GrammarFailed(f"no process to follow it: {error.strerror}") from error
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, request: tuple[Any, ...]) -> bytes:
         """Return the child's answer. Raises GrammarFailed, also if the child ends."""
         data = pickle.dumps(request)
