@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import llguidance
@@ -70,11 +70,13 @@ class Follower:
                 return self._follow(self._matchers[number], [token])
             case ("lark", str(form), str(text)):
                 return _lark(form, text).encode()
-            case ("forget", int(number)):
-                self._matchers.pop(number, None)
-                return b""
             case _:
                 raise ValueError("an unknown request")
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Free the grammars of these numbers."""
+        for number in numbers:
+            self._matchers.pop(number, None)
 
     def _follow(self, matcher: llguidance.LLMatcher, tokens: Sequence[int]) -> bytes:
         matcher.consume_tokens(list(tokens))
@@ -109,7 +111,9 @@ def serve(descriptor: int, settings: dict[str, Any]) -> None:
             try:
                 if follower is None:
                     follower = Follower(_read(settings["vocabulary"]))
-                answer = b"\1" + follower.answer(pickle.loads(request))  # noqa: S301 - our parent's
+                gone, wanted = pickle.loads(request)  # noqa: S301 - from our parent
+                follower.forget(gone)
+                answer = b"\1" + follower.answer(wanted)
             except MemoryError:
                 answer = b"\0it takes more memory than its process may have"
             except (OSError, ValueError, KeyError) as error:

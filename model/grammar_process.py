@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,8 @@ class GrammarProcess:
         """Guards the following fields. The thread alone talks to the child."""
         self._child: _Child | None = None
         self._closed = False
+        self._gone: deque[int] = deque()
+        """The numbers of matchers that are gone. The next request has the child forget them."""
 
     def check(self, grammar: str) -> None:
         """Compile a grammar, and begin to follow it. Raises GrammarFailed."""
@@ -99,7 +102,7 @@ class GrammarProcess:
 
         Raises GrammarFailed.
         """
-        return self.submit(lambda: self.child().ask(("lark", form, text))).result().decode()
+        return self.submit(lambda: self.ask(self.child(), "lark", form, text)).result().decode()
 
     def open(self, grammar: str, answer: Sequence[int] = ()) -> Matcher:
         """Return what follows answers through a grammar, from behind the tokens ``answer`` on.
@@ -108,7 +111,8 @@ class GrammarProcess:
         """
         number = next(self._numbers)
         matcher = Matcher(self, number, grammar, answer)
-        weakref.finalize(matcher, self._forget, number).atexit = False
+        # It may be collected at any point of any thread, which may hold any lock.
+        weakref.finalize(matcher, self._gone.append, number).atexit = False
         return matcher
 
     def close(self) -> None:
@@ -131,6 +135,11 @@ class GrammarProcess:
             failed.set_exception(GrammarFailed(_CLOSED))
             return failed
 
+    def ask(self, child: _Child, *request: Any) -> bytes:
+        """Return the child's answer, for the thread only. Raises GrammarFailed."""
+        gone = [self._gone.popleft() for _ in range(len(self._gone))]
+        return child.ask((gone, request))
+
     def child(self) -> _Child:
         """Return a living child, for the thread only. Raises GrammarFailed."""
         with self._lock:
@@ -144,17 +153,6 @@ class GrammarProcess:
                 }
                 self._child = _Child(settings, self._max_wall_s)
             return self._child
-
-    def _forget(self, number: int) -> None:
-        """Free what the child has of a matcher that is gone."""
-
-        def work() -> bytes:
-            child = self._child
-            with contextlib.suppress(GrammarFailed):
-                return b"" if child is None or child.ended else child.ask(("forget", number))
-            return b""
-
-        self.submit(work)
 
 
 class Matcher:
@@ -187,7 +185,7 @@ class Matcher:
 
     def _open(self) -> bytes:
         child = self._process.child()
-        allowed = child.ask(("open", self._number, self._grammar, self._answer))
+        allowed = self._process.ask(child, "open", self._number, self._grammar, self._answer)
         self._child = child
         return allowed
 
@@ -196,7 +194,7 @@ class Matcher:
         child = self._process.child()
         if child is not self._child:  # Another grammar has ended the child that followed this one.
             return self._open()
-        return child.ask(("accept", self._number, token))
+        return self._process.ask(child, "accept", self._number, token)
 
 
 class _Child:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,11 @@ def logits(tokens: TokenBytes, generator: np.random.Generator) -> np.ndarray:
 
 def schema(generator: random.Random, depth: int = 3) -> dict[str, Any]:
     """Return a schema of at most ``depth`` levels that some value fits."""
+    makers: list[Callable[[random.Random, int], dict[str, Any]]]
     makers = [_string, _number, _integer, _enumeration, _boolean]
     if depth > 0:
         makers += [_object, _object, _array, _any_of]
-    made: dict[str, Any] = generator.choice(makers)(generator, depth - 1)
-    return made
+    return generator.choice(makers)(generator, depth - 1)
 
 
 def _string(generator: random.Random, _: int) -> dict[str, Any]:

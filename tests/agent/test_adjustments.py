@@ -43,12 +43,12 @@ def reference(
     ranked = sorted(range(len(values)), key=lambda token: (-values[token], token))
     ranked = [token for token in ranked if values[token] > -np.inf]
     if sampling.temperature == 0:
-        return np.eye(len(values))[ranked[0]]
+        return np.array([float(token == ranked[0]) for token in range(len(values))])
     kept = ranked[: sampling.top_k or None]
     weights = {
         token: np.exp((values[token] - values[kept[0]]) / sampling.temperature) for token in kept
     }
-    total, before, chosen = sum(weights.values()), 0.0, []
+    total, before, chosen = sum(weights.values()), 0.0, list[int]()
     for token in kept:
         if before < sampling.top_p * total or not chosen:
             chosen.append(token)

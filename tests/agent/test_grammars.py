@@ -72,7 +72,7 @@ def text(tokens: list[int]) -> str:
 def test_answers_fit_random_schemas_by_another_validator(process: GrammarProcess) -> None:
     """Each schema is one that the library takes; whether the answer fits is jsonschema's word."""
     generator, ended, refused = random.Random(7), 0, list[str]()
-    for seed in range(160):
+    for seed in range(130):
         wanted = schema(generator)
         try:
             tokens = answer(process, json_grammar(wanted), replace(PLAIN, seed=seed), seed)
@@ -89,7 +89,7 @@ def test_answers_fit_random_schemas_by_another_validator(process: GrammarProcess
             format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER,
         )
         ended += 1
-    assert ended >= 120
+    assert ended >= 100
     assert len(refused) <= 10, refused
 
 
@@ -154,13 +154,11 @@ def test_the_death_of_the_process_ends_one_request_only(process: GrammarProcess)
     grammar = json_grammar({"type": "array", "items": {"type": "boolean"}, "minItems": 3})
     matcher = process.open(grammar)
     matcher.accept(ord("["))
-    victims = []  # What is gone is forgotten, which is a request, too.
     for _ in range(2):
         assert matcher.allowed()
         os.kill(process.child().pid, signal.SIGSEGV)
-        victims.append(process.open(grammar))
         with pytest.raises(GrammarFailed, match="nested deeper"):
-            victims[-1].allowed()
+            process.check(grammar)
     matcher.accept(ord("\n"))
     matcher.accept(TOKENS.tokens.index(b"true"))
     matcher.accept(ord(","))
