@@ -22,10 +22,12 @@ from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.compiled import Makers, Workshop
 from coordinator.http.admin import AdminRoutes
 from coordinator.http.common import HANDLERS
+from coordinator.http.document import document_routes
 from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.health import HealthRoutes
 from coordinator.http.keys import KeyGuard
 from coordinator.http.openai.routes import OpenAIRoutes
+from coordinator.http.openai.texts import TextRoutes
 from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
 from coordinator.keys import KeyBook
 from coordinator.loading.keeper import Keeper
@@ -242,9 +244,16 @@ class Coordinator:
             self._config.cluster, self.roster, self._operations, self._models, self._story
         )
         openai = OpenAIRoutes(self._models, self._gateway)
+        texts = TextRoutes(self._models, openai)
         health = HealthRoutes(self._models, self._requests)
         routes = Starlette(
-            routes=[*openai.routes(), *admin.routes(), *health.routes()],
+            routes=[
+                *openai.routes(),
+                *texts.routes(),
+                *document_routes(),
+                *admin.routes(),
+                *health.routes(),
+            ],
             exception_handlers=HANDLERS,
         )
         app = Answering(routes, self._requests, self._admission.require_room)

@@ -58,6 +58,11 @@ class WatchedMessage(dict[str, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return WatchedMessage, (dict(super().items()), self._may_ignore)
 
+    def again(self, without: Collection[str] = (), **fields: Any) -> WatchedMessage:
+        """Return a copy that nothing was read of, without some fields, and with others."""
+        kept = {name: value for name, value in super().items() if name not in without}
+        return WatchedMessage({**kept, **fields}, self._may_ignore)
+
     def _ignored(self) -> list[str]:
         """Return the fields with a value that were not read, and should have been."""
         known = self._read | self._may_ignore

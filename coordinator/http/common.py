@@ -198,7 +198,7 @@ class EventForm:
 
 def server_sent_events(
     events: AsyncIterator[dict[str, Any] | str],
-    form: EventForm = EventForm(),  # noqa: B008 - frozen
+    form: EventForm = EventForm(),
 ) -> StreamingResponse:
     """Stream JSON objects as server-sent events, in OpenAI's form unless another is given.
 

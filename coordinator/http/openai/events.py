@@ -1,12 +1,13 @@
-"""Runs a request: pieces of text from the gateway become parts of an answer."""
+"""Runs a request: pieces of text from the gateway become parts of answers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
-from coordinator.http.formats.parts import CallBegins, Parser, Part, Thought
+from coordinator.http.formats.parts import Arguments, CallBegins, Parser, Part, Text, Thought
 from coordinator.http.openai.jobs import Job
 from coordinator.serving.gateway import Gateway, Piece, Timing
 
@@ -15,10 +16,12 @@ from coordinator.serving.gateway import Gateway, Piece, Timing
 class Event:
     """The parts that one piece of an answer adds.
 
+    index: the answer's number among the choices of the request.
     finish: "stop", "length" or "tool_calls" for the last event of an answer.
     stopped: a string of the request ended the answer, or the first of its calls did.
     """
 
+    index: int
     parts: tuple[Part, ...]
     piece: Piece
     finish: str = ""
@@ -26,31 +29,64 @@ class Event:
 
 
 @dataclass(slots=True)
-class Tally:
-    """What an answer took so far."""
+class Call:
+    """A call of a tool, as far as it has come."""
 
+    id: str
+    name: str
+    arguments: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """An answer as far as it has come, and what it took."""
+
+    text: str = ""
+    thoughts: str = ""
+    calls: list[Call] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     thought_tokens: int = 0
+    finish: str = ""
+    stopped: bool = False
     timing: Timing = field(default_factory=Timing)
-    thinking: bool = False
+    _thinking: bool = False
     """Whether the last part was a thought."""
 
-    def count(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         if event.piece.withdraws:
-            self.tokens.clear()
-            self.thought_tokens = 0
+            self.text, self.thoughts, self.thought_tokens = "", "", 0
+            self.calls, self.tokens, self._thinking = [], [], False
+        self.finish, self.stopped = event.finish, event.stopped
         self.tokens += event.piece.tokens
-        thought = any(isinstance(part, Thought) for part in event.parts)
-        if thought or (self.thinking and not event.parts):
+        if self._thinking or any(isinstance(part, Thought) for part in event.parts):
             self.thought_tokens += len(event.piece.tokens)
+        self._gather(event.parts)
         if event.parts:
-            self.thinking = isinstance(event.parts[-1], Thought)
+            self._thinking = isinstance(event.parts[-1], Thought)
+
+    def _gather(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            match part:
+                case Text(text):
+                    self.text += text
+                case Thought(text):
+                    self.thoughts += text
+                case CallBegins(_, id, name):
+                    self.calls.append(Call(id, name))
+                case Arguments(index, text):
+                    self.calls[index].arguments += text
 
 
 async def events(
-    gateway: Gateway, job: Job, tally: Tally, *, withdrawable: bool = False
+    gateway: Gateway, job: Job, outcomes: Sequence[Outcome], *, withdrawable: bool = False
 ) -> AsyncGenerator[Event, None]:
-    """Yield the events of an answer. Closing the iterator cancels the answer.
+    """Yield the events of all answers as they come, and add them to their outcomes.
+
+    Closing the iterator cancels the answers.
 
     withdrawable: as in ``Gateway.generate``. An event whose piece withdraws has no parts.
     """
@@ -59,15 +95,15 @@ async def events(
         job.prompt,
         job.sampling,
         job.stop,
-        tally.timing,
+        outcomes[0].timing,
         withdrawable=withdrawable,
         markers=job.markers,
     )
-    reader = _Reader(job)
+    reader = _Reader(job, 0)
     async with aclosing(pieces):
         async for piece in pieces:
             event = reader.read(piece)
-            tally.count(event)
+            outcomes[0].add(event)
             yield event
             if event.finish:
                 return
@@ -76,29 +112,31 @@ async def events(
 class _Reader:
     """Follows the pieces of one answer."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, index: int) -> None:
         self._job = job
+        self._index = index
         self._parser: Parser = job.parser()
         self._calls = False
 
     def read(self, piece: Piece) -> Event:
         if piece.withdraws:
             self._parser, self._calls = self._job.parser(), False
-            return Event((), piece)
+            return Event(self._index, (), piece)
         parts = self._parser.feed(piece.text)
         reading = self._job.reading
         # The call is whole, and the request wants no second one.
         ends = reading is not None and not reading.tools.parallel and self._parser.calls_ended > 0
         if piece.finish:
             parts += self._parser.finish()
-        elif ends:
+        if ends:
             parts = _first_call(parts)
         self._calls = self._calls or any(isinstance(part, CallBegins) for part in parts)
         if ends:
-            return Event(tuple(parts), piece, "tool_calls", stopped=True)
+            return Event(self._index, tuple(parts), piece, "tool_calls", stopped=True)
         finish = "tool_calls" if self._calls and piece.finish == "stop" else piece.finish
         # The gateway gives the token that ends a stop string, and none for the end of the text.
-        return Event(tuple(parts), piece, finish, piece.finish == "stop" and bool(piece.tokens))
+        stopped = piece.finish == "stop" and bool(piece.tokens)
+        return Event(self._index, tuple(parts), piece, finish, stopped)
 
 
 def _first_call(parts: list[Part]) -> list[Part]:

@@ -75,12 +75,6 @@ class Job:
     """None: a completion, whose text stays as it is."""
 
     @property
-    def kind(self) -> str:
-        if not self.chat:
-            return "text_completion"
-        return "chat.completion.chunk" if self.stream else "chat.completion"
-
-    @property
     def markers(self) -> frozenset[str]:
         return frozenset() if self.reading is None else self.reading.markers
 

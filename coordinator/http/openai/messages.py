@@ -54,6 +54,25 @@ def read_messages(value: Any, traits: TemplateTraits) -> list[WatchedMessage]:
     return [WatchedMessage(message, _may_ignore(message, traits)) for message in ordered]
 
 
+def with_texts_apart(
+    messages: Sequence[WatchedMessage], unused: Sequence[str]
+) -> list[WatchedMessage] | None:
+    """Divide the messages whose text the template leaves out beside calls into text and calls.
+
+    unused: the fields that the template left out. Returns None if they include others.
+    """
+    apart: list[WatchedMessage] = []
+    left = set(unused)
+    for number, message in enumerate(messages):
+        fresh = message.again()
+        if f"messages[{number}].content" in left and "tool_calls" in fresh:
+            left.remove(f"messages[{number}].content")
+            apart.append(message.again(without=("tool_calls",)))
+            fresh = message.again(without=("content", "reasoning_content"), content="")
+        apart.append(fresh)
+    return None if left else apart
+
+
 def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     role = message["role"]
     read = {"role": role, "content": _content(message.get("content"), place)}

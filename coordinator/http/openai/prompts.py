@@ -8,11 +8,12 @@ from typing import Any
 
 from coordinator.http.formats.tool_format import ToolFormat, find_format
 from coordinator.http.openai.fields import flag
-from coordinator.http.openai.messages import TemplateTraits, read_messages
+from coordinator.http.openai.messages import TemplateTraits, read_messages, with_texts_apart
 from coordinator.http.openai.tools import Tools
 from coordinator.loading.deployment import Deployment
 from coordinator.serving.gateway import room_for_answer
 from model.errors import FieldsUnused, TemplateRefused
+from model.template_sandbox import WatchedMessage
 from planning.errors import RequestInvalid
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
@@ -58,7 +59,7 @@ def chat_prompt(deployment: Deployment, body: Mapping[str, Any], tools: Tools) -
     if tools.offered:
         variables["tools"] = [tool.to_json() for tool in tools.offered]
     try:
-        text = tokenizer.apply_chat_template(messages, **variables)
+        text = _rendered(deployment, messages, variables)
     except FieldsUnused as error:
         place = error.fields[0][:100]
         raise RequestInvalid(
@@ -68,6 +69,26 @@ def chat_prompt(deployment: Deployment, body: Mapping[str, Any], tools: Tools) -
     except TemplateRefused as error:
         raise RequestInvalid(f"messages: {error}", "messages") from error
     return ChatPrompt(text, form.is_opened(text))
+
+
+def _rendered(
+    deployment: Deployment, messages: list[WatchedMessage], variables: dict[str, Any]
+) -> str:
+    """Run the template. If it leaves out text beside calls, the text gets a message of its own.
+
+    Raises FieldsUnused, TemplateRefused.
+    """
+    tokenizer = deployment.tokenizer
+    try:
+        return tokenizer.apply_chat_template(messages, **variables)
+    except FieldsUnused as error:
+        apart = with_texts_apart(messages, error.fields)
+        if apart is None:
+            raise
+        try:
+            return tokenizer.apply_chat_template(apart, **variables)
+        except TemplateRefused:
+            raise error from None
 
 
 def _check_tools(deployment: Deployment, form: ToolFormat) -> None:

@@ -1,0 +1,75 @@
+"""Requests made from the OpenAPI document, and answers held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from coordinator.http.document import CHAT, COMMON, COMPLETION, document
+from coordinator.http.openai.fields import IGNORED, KNOWN, NEUTRAL
+from coordinator.http.openai.jobs import CHAT_FIELDS, COMPLETION_FIELDS
+from tests.system.scripted import ScriptedCluster
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedCluster]:
+    cluster = ScriptedCluster(tmp_path_factory.mktemp("scripted"))
+    try:
+        cluster.serve("hermes")
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+SCHEMA = schemathesis.openapi.from_dict(document())
+OPERATIONS = [(path, method) for path, item in document()["paths"].items() for method in item]
+
+
+def test_the_document_is_served(scripted: ScriptedCluster) -> None:
+    assert scripted.get("/openapi.json") == document()
+
+
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_answers_are_as_the_document_says(
+    scripted: ScriptedCluster, path: str, method: str
+) -> None:
+    @settings(
+        max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(case=SCHEMA[path][method.upper()].as_strategy())
+    def check(case: Any) -> None:
+        if isinstance(case.body, dict):
+            case.body.pop("model", None)  # Nearly all would name another model.
+        answer = case.call(base_url=scripted.url, timeout=60)
+        if answer.status_code == 501:  # It is the documented answer of /v1/embeddings.
+            assert path == "/v1/embeddings"
+        else:
+            case.validate_response(answer, checks=CHECKS)
+
+    check()
+
+
+def test_the_document_has_every_field() -> None:
+    shared = KNOWN | NEUTRAL.keys() | IGNORED
+    for own, table in ((CHAT_FIELDS, CHAT), (COMPLETION_FIELDS, COMPLETION)):
+        documented = COMMON.keys() | table.keys()
+        assert shared | own <= documented
