@@ -99,6 +99,15 @@ class ToolFormat:
         calls = [tool for tool in tools if tool.name in names]
         return _Grammar(self, special).text(calls, parallel=parallel, opened=opened)
 
+    def thoughts_grammar(
+        self, *, special: Mapping[str, int], opened: bool
+    ) -> tuple[str, list[str]]:
+        """Return what may come before an answer's text in Lark, and the rules that it needs.
+
+        It is empty, or ends with a space. Parameters are those of ``call_grammar``.
+        """
+        return _Grammar(self, special).before_text(opened)
+
 
 class _Grammar:
     """Writes the grammar of calls in one format."""
@@ -124,6 +133,12 @@ class _Grammar:
             body = f'{self._literal(mistral.MARK)} "[" {body} "]"'
         start, more = self._thoughts(opened)
         return "\n".join([f"start: {start}{body}", *rules, *more]) + "\n"
+
+    def before_text(self, opened: bool) -> tuple[str, list[str]]:
+        start, rules = self._thoughts(opened)
+        if self._form.name == "harmony":
+            start += self._literal(f"{harmony.CHANNEL}final{harmony.MESSAGE}") + " "
+        return start, rules
 
     def _wrapped(self, tool: CallableTool, number: int) -> str:
         before, after = _WRAPS[self._form.name](json.dumps(tool.name, ensure_ascii=False))

@@ -1,0 +1,202 @@
+"""The format that an answer must have: a JSON schema, a regular expression or a grammar.
+
+Requests say it in OpenAI's way (response_format), in llama-server's (json_schema, grammar) or in
+vLLM's (structured_outputs, guided_json and others). All become a grammar in Lark's notation, as
+llguidance reads it. It is compiled here before any device gets it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from coordinator.files.vocabulary import Vocabulary
+from coordinator.http.formats.tool_format import ToolFormat
+from coordinator.loading.deployment import Deployment
+from model.grammar_process import LIBRARY, GrammarFailed, library_version
+from planning.errors import RequestInvalid
+from wire.limits import MAX_GRAMMAR_CHARS
+from wire.messages import Sampling
+
+OPTIONS = '%llguidance {"no_forcing": true}\n'
+"""The device has no tokenizer, so the model decides how forced text is split into tokens."""
+
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Without a bound, a small model may go on with spaces until its limit."""
+
+MAX_SCHEMA_NESTING = 100
+
+
+def constrained(
+    deployment: Deployment,
+    body: Mapping[str, Any],
+    sampling: Sampling,
+    form: ToolFormat | None = None,
+    *,
+    opened: bool = False,
+) -> Sampling:
+    """Return ``sampling`` with the format that a request wants, if it wants one.
+
+    form: how the model writes thoughts, which may come first. None: an answer has none.
+    opened: the answer begins inside of thoughts.
+    Raises RequestInvalid.
+    """
+    wanted = [field for field in _READERS if body.get(field) is not None]
+    grammars = [(field, _READERS[field](deployment, body[field], field)) for field in wanted]
+    given = [(field, grammar) for field, grammar in grammars if grammar]
+    if not given:
+        return sampling
+    if len(given) > 1:
+        names = " and ".join(field for field, _ in given)
+        raise RequestInvalid(f"{names}: an answer has one format: leave one out", given[1][0])
+    ((field, grammar),) = given
+    if form is not None:
+        special = deployment.tokenizer.special_ids
+        grammar = behind_thoughts(*form.thoughts_grammar(special=special, opened=opened), grammar)
+    return with_grammar(deployment, sampling, grammar, field)
+
+
+def with_grammar(deployment: Deployment, sampling: Sampling, grammar: str, field: str) -> Sampling:
+    """Return ``sampling`` with a grammar that was compiled. ``field`` of the request wants it.
+
+    Raises RequestInvalid, which says what to do.
+    """
+    if not sampling.stop_tokens:
+        raise RequestInvalid(
+            f"{field}: such an answer must be able to end: leave out ignore_eos, or use a model "
+            "that knows an end of text",
+            field,
+        )
+    vocabulary = _vocabulary(deployment, field)
+    if not grammar.startswith("{"):
+        grammar = OPTIONS + grammar
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        raise RequestInvalid(f"{field}: longer than {MAX_GRAMMAR_CHARS >> 10} Ki characters", field)
+    try:
+        vocabulary.check(grammar)
+    except GrammarFailed as error:
+        raise RequestInvalid(f"{field}: no answer can be kept to it: {error}", field) from error
+    return replace(sampling, grammar=grammar)
+
+
+def behind_thoughts(start: str, rules: list[str], grammar: str) -> str:
+    """Return a grammar of an answer behind thoughts, which begin with ``start``."""
+    if not start:
+        return grammar
+    thoughts = "\n".join([f"start: {start}@answer", *rules]) + "\n"
+    parts = [{"lark_grammar": OPTIONS + thoughts}, {"name": "answer", "lark_grammar": grammar}]
+    return json.dumps({"grammars": parts})
+
+
+# ---- what requests say ---------------------------------------------------------------------------
+
+
+def _response_format(deployment: Deployment, value: Any, field: str) -> str:
+    if not isinstance(value, dict):
+        raise RequestInvalid(f"{field}: expected an object", field)
+    kind = value.get("type")
+    if kind == "text":
+        return ""
+    if kind == "json_object":  # llama-server takes a schema here, too.
+        return _json(deployment, value.get("schema") or {"type": "object"}, field)
+    if kind == "json_schema":
+        inner = value.get("json_schema", value)
+        if not isinstance(inner, dict) or "schema" not in inner:
+            raise RequestInvalid(f"{field}.json_schema: expected an object with a schema", field)
+        return _json(deployment, inner["schema"], field)
+    raise RequestInvalid(f"{field}.type: expected text, json_object or json_schema", field)
+
+
+def _json(deployment: Deployment, value: Any, field: str) -> str:
+    if isinstance(value, str):  # As text, as llama-server and vLLM take it, too.
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RequestInvalid(f"{field}: not a JSON schema: {error}", field) from error
+    if not isinstance(value, dict):
+        raise RequestInvalid(f"{field}: a JSON schema is an object", field)
+    if not _fits(value, MAX_SCHEMA_NESTING):
+        raise RequestInvalid(
+            f"{field}: the schema is nested deeper than {MAX_SCHEMA_NESTING} levels", field
+        )
+    schema = {"x-guidance": {"whitespace_pattern": WHITESPACE}, **value}
+    return f"start: %json {json.dumps(schema)}\n"
+
+
+def _fits(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_fits(item, levels - 1) for item in items)
+
+
+def _regex(deployment: Deployment, value: Any, field: str) -> str:
+    return _converted(deployment, "regex", value, field)
+
+
+def _grammar(deployment: Deployment, value: Any, field: str) -> str:
+    return _converted(deployment, "grammar", value, field)
+
+
+def _converted(
+    deployment: Deployment, form: Literal["regex", "grammar"], value: Any, field: str
+) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_GRAMMAR_CHARS:
+        raise RequestInvalid(
+            f"{field}: expected text of 1 to {MAX_GRAMMAR_CHARS >> 10} Ki characters", field
+        )
+    try:
+        return _vocabulary(deployment, field).lark(form, value)
+    except GrammarFailed as error:
+        raise RequestInvalid(f"{field}: {error}", field) from error
+
+
+def _choice(deployment: Deployment, value: Any, field: str) -> str:
+    if not isinstance(value, list) or not value or not all(isinstance(x, str) for x in value):
+        raise RequestInvalid(f"{field}: expected a list of texts", field)
+    return f"start: {' | '.join(json.dumps(text, ensure_ascii=False) for text in value)}\n"
+
+
+def _structured(deployment: Deployment, value: Any, field: str) -> str:
+    readers = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}
+    if not isinstance(value, dict) or len(value) != 1 or not value.keys() <= readers.keys():
+        raise RequestInvalid(f"{field}: expected an object with one of {', '.join(readers)}", field)
+    ((kind, inner),) = value.items()
+    return readers[kind](deployment, inner, f"{field}.{kind}")
+
+
+_READERS: dict[str, Callable[[Deployment, Any, str], str]] = {
+    "response_format": _response_format,
+    "json_schema": _json,
+    "grammar": _grammar,
+    "structured_outputs": _structured,
+    "guided_json": _json,
+    "guided_regex": _regex,
+    "guided_choice": _choice,
+    "guided_grammar": _grammar,
+}
+
+
+def _vocabulary(deployment: Deployment, field: str) -> Vocabulary:
+    """Return what compiles grammars. Raises RequestInvalid that says what is missing."""
+    if not library_version():
+        raise RequestInvalid(
+            f"{field}: the coordinator lacks {LIBRARY}: install shoal-llm[coordinator] there",
+            field,
+        )
+    if deployment.vocabulary is None:
+        raise RequestInvalid(
+            f"{field}: the tokens of {deployment.name} have no bytes of their own, or no token "
+            "ends an answer, so it cannot be kept to a format",
+            field,
+        )
+    if not deployment.keeps_grammars:
+        device = deployment.leads[-1].name
+        raise RequestInvalid(
+            f"{field}: {device}, which samples, lacks {LIBRARY}: install shoal-llm[agent] there "
+            "and load the model again",
+            field,
+        )
+    return deployment.vocabulary
