@@ -21,7 +21,7 @@ _MISTRAL_ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 class CallableTool(Protocol):
-    """What a format needs of a tool."""
+    """A tool, as far as a format needs it."""
 
     @property
     def name(self) -> str: ...

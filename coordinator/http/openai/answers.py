@@ -16,7 +16,7 @@ from coordinator.loading.deployment import Deployment
 
 
 class _Choices(Api):
-    """What both kinds share: an envelope, choices, and usage at the end."""
+    """Both kinds have an envelope, choices, and usage at the end."""
 
     chat: bool
 

@@ -23,7 +23,7 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 @dataclass(frozen=True, slots=True)
 class TemplateTraits:
-    """What the text of a chat template tells about the messages that it takes."""
+    """The text of a chat template tells which messages it takes."""
 
     format: ToolFormat
     text: str
