@@ -78,7 +78,9 @@ class ToolFormat:
     def new_id(self) -> str:
         """Return an id for a call, of a form that the model's chat template accepts."""
         if self.name.startswith("mistral"):
-            return "".join(secrets.choice(_MISTRAL_ID_CHARACTERS) for _ in range(9))
+            return "".join(
+                secrets.choice(_MISTRAL_ID_CHARACTERS) for _ in range(mistral.ID_CHARACTERS)
+            )
         return new_id()
 
     def call_grammar(
