@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import secrets
-import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,8 +15,6 @@ from coordinator.http.formats.thoughts import Thoughts
 
 THINK = ("<think>", "</think>")
 BRACKETS = ("[THINK]", "[/THINK]")
-
-_MISTRAL_ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 class CallableTool(Protocol):
@@ -78,9 +75,7 @@ class ToolFormat:
     def new_id(self) -> str:
         """Return an id for a call, of a form that the model's chat template accepts."""
         if self.name.startswith("mistral"):
-            return "".join(
-                secrets.choice(_MISTRAL_ID_CHARACTERS) for _ in range(mistral.ID_CHARACTERS)
-            )
+            return mistral.fitting_id(new_id())
         return new_id()
 
     def call_grammar(
