@@ -17,10 +17,10 @@ from coordinator.http.openai.reading import Reading
 from coordinator.loading.deployment import Deployment
 from model.grammar_process import LIBRARY, GrammarFailed, library_version
 from planning.errors import RequestInvalid
-from wire.limits import MAX_GRAMMAR_CHARS
+from wire.limits import MAX_GRAMMAR_BYTES
 from wire.messages import Sampling
 
-OPTIONS = '%llguidance {"no_forcing": true}\n'
+OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 """The device has no tokenizer, so the model decides how forced text is split into tokens."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -83,27 +83,27 @@ def with_grammar(deployment: Deployment, sampling: Sampling, grammar: str, field
         )
     vocabulary = _vocabulary(deployment, field)
     if not grammar.startswith("{"):
-        grammar = OPTIONS + grammar
-    if len(grammar) > MAX_GRAMMAR_CHARS:
-        raise RequestInvalid(f"{field}: longer than {MAX_GRAMMAR_CHARS >> 10} Ki characters", field)
+        grammar += OPTIONS
+    if len(grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
+        raise RequestInvalid(f"{field}: longer than {MAX_GRAMMAR_BYTES >> 10} KiB", field)
     try:
         vocabulary.check(grammar)
     except GrammarFailed as error:
         raise RequestInvalid(f"{field}: no answer can be kept to it: {error}", field) from error
-    return replace(sampling, grammar=grammar)
+    return replace(sampling, grammar=grammar.encode())
 
 
 def behind_thoughts(start: str, rules: list[str], grammar: str) -> str:
     """Return a grammar of an answer behind thoughts, which begin with ``start``."""
     if not start:
         return grammar
-    thoughts = "\n".join([f"{OPTIONS}start: {start}@answer", *rules]) + "\n"
+    thoughts = "\n".join([f"start: {start}@answer", *rules]) + OPTIONS
     return _joined(thoughts, {"answer": grammar})
 
 
 def either(calls: str, answer: str) -> str:
     """Return a grammar of an answer that calls tools, or keeps to a format."""
-    return _joined(f"{OPTIONS}start: @calls | @text\n", {"calls": calls, "text": answer})
+    return _joined(f"start: @calls | @text{OPTIONS}", {"calls": calls, "text": answer})
 
 
 def _joined(first: str, others: Mapping[str, str]) -> str:
@@ -171,10 +171,8 @@ def _grammar(deployment: Deployment, value: Any, field: str) -> str:
 def _converted(
     deployment: Deployment, form: Literal["regex", "grammar"], value: Any, field: str
 ) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_GRAMMAR_CHARS:
-        raise RequestInvalid(
-            f"{field}: expected text of 1 to {MAX_GRAMMAR_CHARS >> 10} Ki characters", field
-        )
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_GRAMMAR_BYTES:
+        raise RequestInvalid(f"{field}: expected text of 1 to {MAX_GRAMMAR_BYTES >> 10} KiB", field)
     try:
         return _vocabulary(deployment, field).lark(form, value)
     except GrammarFailed as error:
