@@ -197,7 +197,7 @@ class Relay:
         """Return what draws the sequence's tokens, once its grammar begins to be compiled."""
         sampling, matcher = message.sampling, None
         if sampling.grammar and self._grammars is not None:
-            matcher = self._grammars.open(sampling.grammar, sampling.answer)
+            matcher = self._grammars.open(sampling.grammar.decode(), sampling.answer)
         return Sampler(sampling, matcher, message.prompt)
 
     def deliver(self, message: Message, payload: memoryview) -> None:

@@ -129,7 +129,9 @@ def _read(descriptor: int) -> bytes:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:MAX_REASON_CHARS] or type(error).__name__
+    """Return the first line. llguidance shows the place in the grammar in others."""
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    return first[:MAX_REASON_CHARS]
 
 
 def _limit(kind: int, most: int) -> None:

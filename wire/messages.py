@@ -580,8 +580,8 @@ class Sampling:
     """How many of the likeliest tokens TokenSampled tells beside its own. -1: not even that."""
     prompt_logprobs: bool = False
     """Whether each token of the prompt is told by PromptScored."""
-    grammar: str = ""
-    """The language of the answer, as llguidance reads it. Empty: any text."""
+    grammar: bytes = b""
+    """The language of the answer in UTF-8, as llguidance reads it. Empty: any text."""
     answer: tuple[int, ...] = ()
     """The end of the prompt that is the answer so far, after a pause.
 

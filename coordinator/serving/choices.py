@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Container, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -33,12 +33,14 @@ async def answers(
     runs: Sequence[Run],
     stop: Sequence[str],
     timings: Sequence[Timing],
+    ended: Container[int] = (),
     *,
     withdrawable: bool = False,
     markers: Collection[str] = (),
 ) -> AsyncGenerator[tuple[int, Piece], None]:
     """Yield the pieces of all ``runs`` as they come, each with the index of its run.
 
+    ended: the runs that the caller wants no more of. They are cancelled.
     Each answer is the one that its run alone would give. Parameters and errors are those of
     ``Gateway.generate``. The first error ends all answers, and so does closing the iterator.
     """
@@ -65,6 +67,8 @@ async def answers(
     async def one(index: int) -> None:
         async with aclosing(generate(index)) as pieces:
             async for piece in pieces:
+                if index in ended:
+                    return
                 arrived.put_nowait((index, piece))
 
     tasks = [asyncio.create_task(one(index)) for index in range(len(runs))]

@@ -413,7 +413,7 @@ async def _begin(
             await member.send(message)
 
     chunk_tokens = deployment.plan.chunk_tokens(len(prompt))
-    common = replace(sampling, answer=(), logit_bias=(), grammar="")
+    common = replace(sampling, answer=(), logit_bias=(), grammar=b"")
     start = StartSequence(deployment.epoch, number, slot, (), common, chunk_tokens)
     told = [start for _ in deployment.leads]
     if sampling.repetition_penalty != 1:

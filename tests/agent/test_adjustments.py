@@ -14,7 +14,7 @@ from agent.sampler import SMALLEST_LOGPROB, Sampler
 from agent.sampling_limits import problem_of
 from backends.base import ALL_LOGITS, BackendError
 from model.grammar_process import GrammarFailed
-from wire.limits import MAX_GRAMMAR_CHARS, MAX_LOGIT_BIASES
+from wire.limits import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIASES
 from wire.logprobs import MOST_TOP_LOGPROBS, decode_logprobs
 from wire.messages import Sampling
 
@@ -220,7 +220,8 @@ def test_a_grammar_that_fails_or_allows_nothing_ends_the_sequence() -> None:
         {"top_logprobs": MOST_TOP_LOGPROBS + 1},
         {"top_logprobs": -2},
         {"repetition_penalty": 0.0},
-        {"grammar": "x" * (MAX_GRAMMAR_CHARS + 1)},
+        {"grammar": b"\xff"},
+        {"grammar": b"x" * (MAX_GRAMMAR_BYTES + 1)},
         {"seed": -1},
     ],
     ids=repr,

@@ -13,14 +13,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from coordinator.files.vocabulary import Vocabulary
-from coordinator.http.formats.tool_format import ToolFormat
+from coordinator.http.openai.reading import Reading
 from coordinator.loading.deployment import Deployment
 from model.grammar_process import LIBRARY, GrammarFailed, library_version
 from planning.errors import RequestInvalid
-from wire.limits import MAX_GRAMMAR_CHARS
+from wire.limits import MAX_GRAMMAR_BYTES
 from wire.messages import Sampling
 
-OPTIONS = '%llguidance {"no_forcing": true}\n'
+OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 """The device has no tokenizer, so the model decides how forced text is split into tokens."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -33,29 +33,41 @@ def constrained(
     deployment: Deployment,
     body: Mapping[str, Any],
     sampling: Sampling,
-    form: ToolFormat | None = None,
-    *,
-    opened: bool = False,
+    reading: Reading | None = None,
 ) -> Sampling:
     """Return ``sampling`` with the format that a request wants, if it wants one.
 
-    form: how the model writes thoughts, which may come first. None: an answer has none.
-    opened: the answer begins inside of thoughts.
-    Raises RequestInvalid.
+    reading: how a chat's answer is read, which may have thoughts and calls. Raises RequestInvalid.
     """
     wanted = [field for field in _READERS if body.get(field) is not None]
     grammars = [(field, _READERS[field](deployment, body[field], field)) for field in wanted]
     given = [(field, grammar) for field, grammar in grammars if grammar]
-    if not given:
-        return sampling
     if len(given) > 1:
         names = " and ".join(field for field, _ in given)
         raise RequestInvalid(f"{names}: an answer has one format: leave one out", given[1][0])
+    if reading is not None and reading.tools.required:
+        return with_grammar(deployment, sampling, _calls(deployment, reading), "tool_choice")
+    if not given:
+        return sampling
     ((field, grammar),) = given
-    if form is not None:
+    if reading is not None:
         special = deployment.tokenizer.special_ids
-        grammar = behind_thoughts(*form.thoughts_grammar(special=special, opened=opened), grammar)
+        start, rules = reading.format.thoughts_grammar(special=special, opened=reading.opened)
+        grammar = behind_thoughts(start, rules, grammar)
+        if reading.tools.offered:
+            grammar = either(_calls(deployment, reading), grammar)
     return with_grammar(deployment, sampling, grammar, field)
+
+
+def _calls(deployment: Deployment, reading: Reading) -> str:
+    """The grammar of an answer that calls tools."""
+    return reading.format.call_grammar(
+        reading.tools.offered,
+        reading.tools.names,
+        parallel=reading.tools.parallel,
+        special=deployment.tokenizer.special_ids,
+        opened=reading.opened,
+    )
 
 
 def with_grammar(deployment: Deployment, sampling: Sampling, grammar: str, field: str) -> Sampling:
@@ -71,22 +83,38 @@ def with_grammar(deployment: Deployment, sampling: Sampling, grammar: str, field
         )
     vocabulary = _vocabulary(deployment, field)
     if not grammar.startswith("{"):
-        grammar = OPTIONS + grammar
-    if len(grammar) > MAX_GRAMMAR_CHARS:
-        raise RequestInvalid(f"{field}: longer than {MAX_GRAMMAR_CHARS >> 10} Ki characters", field)
+        grammar += OPTIONS
+    if len(grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
+        raise RequestInvalid(f"{field}: longer than {MAX_GRAMMAR_BYTES >> 10} KiB", field)
     try:
         vocabulary.check(grammar)
     except GrammarFailed as error:
         raise RequestInvalid(f"{field}: no answer can be kept to it: {error}", field) from error
-    return replace(sampling, grammar=grammar)
+    return replace(sampling, grammar=grammar.encode())
 
 
 def behind_thoughts(start: str, rules: list[str], grammar: str) -> str:
     """Return a grammar of an answer behind thoughts, which begin with ``start``."""
     if not start:
         return grammar
-    thoughts = "\n".join([f"start: {start}@answer", *rules]) + "\n"
-    parts = [{"lark_grammar": OPTIONS + thoughts}, {"name": "answer", "lark_grammar": grammar}]
+    thoughts = "\n".join([f"start: {start}@answer", *rules]) + OPTIONS
+    return _joined(thoughts, {"answer": grammar})
+
+
+def either(calls: str, answer: str) -> str:
+    """Return a grammar of an answer that calls tools, or keeps to a format."""
+    return _joined(f"start: @calls | @text{OPTIONS}", {"calls": calls, "text": answer})
+
+
+def _joined(first: str, others: Mapping[str, str]) -> str:
+    """Return several grammars as one, of which the first names the others."""
+    parts: list[dict[str, str]] = [{"lark_grammar": first}]
+    for name, grammar in others.items():
+        if not grammar.startswith("{"):
+            parts.append({"name": name, "lark_grammar": grammar})
+            continue
+        head, *rest = json.loads(grammar)["grammars"]
+        parts += [{"name": name, **head}, *rest]
     return json.dumps({"grammars": parts})
 
 
@@ -143,10 +171,8 @@ def _grammar(deployment: Deployment, value: Any, field: str) -> str:
 def _converted(
     deployment: Deployment, form: Literal["regex", "grammar"], value: Any, field: str
 ) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_GRAMMAR_CHARS:
-        raise RequestInvalid(
-            f"{field}: expected text of 1 to {MAX_GRAMMAR_CHARS >> 10} Ki characters", field
-        )
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_GRAMMAR_BYTES:
+        raise RequestInvalid(f"{field}: expected text of 1 to {MAX_GRAMMAR_BYTES >> 10} KiB", field)
     try:
         return _vocabulary(deployment, field).lark(form, value)
     except GrammarFailed as error:

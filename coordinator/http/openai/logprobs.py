@@ -42,13 +42,13 @@ def completion_logprobs(
         values.append(None)
         tops.append(None)
         offsets.append(offset_chars)
-        offset_chars += _chars(deployment, [first])
+        offset_chars += text_chars(deployment, [first])
     for told in tokens:
         texts.append(_text(token_bytes(deployment, told.token)))
         values.append(told.logprob)
         tops.append({_text(token_bytes(deployment, token)): value for token, value in told.top})
         offsets.append(offset_chars)
-        offset_chars += _chars(deployment, [told.token])
+        offset_chars += text_chars(deployment, [told.token])
     return {
         "tokens": texts,
         "token_logprobs": values,
@@ -78,5 +78,6 @@ def _text(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _chars(deployment: Deployment, tokens: Sequence[int]) -> int:
+def text_chars(deployment: Deployment, tokens: Sequence[int]) -> int:
+    """Return the length of the text of some tokens. Bytes that are no character do not count."""
     return sum(len(token_bytes(deployment, token).decode(errors="ignore")) for token in tokens)

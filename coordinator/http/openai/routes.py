@@ -5,9 +5,11 @@ would be worse than an error. What a request leaves open is decided by the model
 generation_config.json, then by OpenAI's defaults. Beyond OpenAI's fields there are these:
 
 - ``top_k`` draws from so many of the likeliest tokens.
+- ``min_p`` drops tokens below this share of the highest probability.
 - ``repetition_penalty`` above 1 makes tokens that were there before less likely.
 - ``ignore_eos`` goes on after the model's own end of text, up to ``max_tokens``.
 - ``return_token_ids`` adds a ``shoal`` object with token ids and measured speeds.
+- ``json_schema``, ``grammar``, ``structured_outputs`` and ``guided_...`` give the answer's format.
 - ``enable_thinking`` and ``chat_template_kwargs`` are variables for the chat template.
 - ``reasoning_format`` says whether thoughts are told apart from the text.
 """
@@ -98,14 +100,14 @@ class OpenAIRoutes:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _whole(self, api: Api, job: Job) -> dict[str, Any]:
-        outcomes = [Outcome()]
+        outcomes = [Outcome() for _ in job.runs]
         async with aclosing(events(self._gateway, job, outcomes, withdrawable=True)) as found:
             async for _ in found:
                 pass
         return api.whole(job, outcomes)
 
     async def _stream(self, api: Api, job: Job) -> AsyncGenerator[dict[str, Any] | str]:
-        outcomes = [Outcome()]
+        outcomes = [Outcome() for _ in job.runs]
         for chunk in api.begin(job, outcomes):
             yield chunk
         async with aclosing(events(self._gateway, job, outcomes)) as found:
