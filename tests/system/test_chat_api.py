@@ -343,7 +343,7 @@ def test_each_format_of_calls_is_read(
     assert (call.function.name, call.function.arguments) == ("get_weather", ARGUMENTS)
     thought = (answer.choices[0].message.model_extra or {}).get("reasoning_content")
     assert thought == ("Hm." if kind == "harmony" else None)
-    # A tag before a call is not part of a required one, and gpt-oss's end token is not this model's.
+    # Required calls have no tag before them, and this model ends by its own token.
     said = CALLS[kind].removeprefix("<|python_tag|>").removesuffix("<|call|>")
     required = client.chat.completions.create(
         model=kind, messages=[user(said)], tools=TOOLS, tool_choice="required"
