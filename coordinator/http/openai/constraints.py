@@ -48,7 +48,11 @@ def constrained(
     if reading is not None and reading.tools.required:
         return with_grammar(deployment, sampling, _calls(deployment, reading), "tool_choice")
     if not given:
-        return sampling
+        if reading is None or not any(tool.strict for tool in reading.tools.offered):
+            return sampling
+        special = deployment.tokenizer.special_ids
+        strict = reading.format.strict_grammar(reading.tools.offered, special=special)
+        return with_grammar(deployment, sampling, strict, "tools")
     ((field, grammar),) = given
     if reading is not None:
         special = deployment.tokenizer.special_ids
