@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := model wire backends calibration agent planning paper coordinator testbed evaluation cli
+PACKAGES := model wire backends calibration agent planning paper coordinator testbed evaluation studies cli
 
 # `make bundle` is for an agent on Raspberry Pi OS 12 or Debian 12, unless told otherwise.
 MACHINE ?= aarch64
@@ -22,6 +22,9 @@ help: ## list the targets
 
 demo: $(VENV)/run.stamp ## split the embedded model over three agents on this machine, and ask it something
 	$(BIN)/shoal demo
+
+# The tests start a thousand processes, and each would compile the project again.
+test test-fast test-system: export PYTHONDONTWRITEBYTECODE =
 
 test: $(VENV)/dev.stamp ## run all tests in 4 processes (options in ARGS; durations go to build/tests.xml)
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 20 \
@@ -106,6 +109,9 @@ bench-sampling: $(VENV)/run.stamp ## measure the cost of drawing a token, over H
 
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
+
+soak: $(VENV)/run.stamp ## let random clients and failing devices loose for an hour, and watch for what is left
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 lock: $(VENV)/run.stamp ## resolve requirements/*.lock again for all supported Pythons
 	$(BIN)/pip install --quiet uv

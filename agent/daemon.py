@@ -2,9 +2,9 @@
 
 The main thread reads the control connection, and a heartbeat thread writes to it. One worker
 carries out the long requests (measure, fetch, load) in order. Other threads belong to modules:
-agent.quiet measures again in idle moments, agent.relay runs the stage, agent.integrity hashes its
-files, agent.hop has two, and agent.peers one for each peer. Losing the coordinator ends the stage,
-but not the agent, which searches again.
+agent.quiet measures again in idle moments, agent.gauges reads sensors, agent.relay runs the stage,
+agent.integrity hashes its files, agent.hop has two, and agent.peers one for each peer. Losing the
+coordinator ends the stage, but not the agent, which searches again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import psutil
 from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
+from agent.gauges import Gauges
 from agent.grammars import open_grammars, with_vocabulary
 from agent.integrity import Contents, Watch, load_whole
 from agent.links import Link, Measuring
@@ -85,7 +86,9 @@ from wire.messages import (
     StageDamaged,
     StageLoaded,
     StartSequence,
+    TakeTrace,
     TeamMeasured,
+    TraceTaken,
     UnloadStage,
 )
 from wire.service import ServiceManager
@@ -109,6 +112,7 @@ Request = (
     | MeasureTeam
     | UnloadStage
     | MakeFiles
+    | TakeTrace
 )
 
 
@@ -159,6 +163,7 @@ class Agent:
             exact=config.exact,
         )
         self._figures = Figures(config, profile)
+        self._gauges = Gauges()
         self._call_s = 0.0
         """The call overhead, if it was measured later than the profile for lack of files."""
         self._carrying_out = False
@@ -335,6 +340,7 @@ class Agent:
         threads = [
             threading.Thread(target=self._beat, args=(connection, ended), name="heartbeat"),
             threading.Thread(target=quiet.run, args=(ended,), name="quiet"),
+            threading.Thread(target=self._gauges.run, args=(ended,), name="gauges"),
             threading.Thread(
                 target=self._work, args=(connection, coordinator, requests), name="worker"
             ),
@@ -389,7 +395,11 @@ class Agent:
                 paced = self._paced
                 epoch, token_s = (0, 0.0) if paced is None else (paced.epoch, paced.token_s)
                 available_bytes = psutil.virtual_memory().available
-                connection.send(Heartbeat(available_bytes, epoch, token_s))
+                relay, gauges = self._relay, self._gauges
+                stage = None if relay is None else relay.counts()
+                connection.send(
+                    Heartbeat(available_bytes, epoch, token_s, gauges.load, gauges.celsius, stage)
+                )
         except WireError:
             pass  # The reader of the connection sees the loss too, and decides.
 
@@ -448,6 +458,10 @@ class Agent:
                 return Done(request.request)
             case MakeFiles():
                 return self._exchange(request.request, connection, coordinator).make(request)
+            case TakeTrace():
+                relay = self._relay_of(request.epoch)
+                passes = () if relay is None else relay.traced(request.sequences)
+                return TraceTaken(request.request, round(1e6 * time.monotonic()), passes)
             case _:
                 return assert_never(request)
 

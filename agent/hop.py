@@ -44,6 +44,21 @@ class _Ping:
     """The size of that frame. 0 if its time says nothing about the link."""
 
 
+@dataclass(slots=True)
+class HopCounts:
+    """Counts of what was sent so far, and the newest round trip (0: unknown)."""
+
+    frames: int = 0
+    sent_bytes: int = 0
+    sending_s: float = 0.0
+    round_trip_s: float = 0.0
+
+    def add(self, payload: memoryview, sending_s: float) -> None:
+        self.frames += 1
+        self.sent_bytes += len(payload)
+        self.sending_s += sending_s
+
+
 class Hop:
     """Sends to the next device until it is closed or lost."""
 
@@ -84,6 +99,8 @@ class Hop:
         self._sent_s = float("-inf")
         """The time when anything but a ping was sent last. Written without the lock."""
         self._over = False
+        self._small, self._chunks = HopCounts(), HopCounts()
+        """Each is written by one thread at a time."""
         for target in (self._receive, self._send_chunks):
             threading.Thread(target=target, name="hop", daemon=True).start()
 
@@ -121,17 +138,29 @@ class Hop:
                     self._passing -= 1
                     self._changed.notify_all()
 
+    def counts(self) -> HopCounts:
+        """Return what was sent so far. Bytes are those of rows, without headers."""
+        small, chunks = self._small, self._chunks
+        return HopCounts(
+            small.frames + chunks.frames,
+            small.sent_bytes + chunks.sent_bytes,
+            small.sending_s + chunks.sending_s,
+            self._link.rtt_s or 0.0,
+        )
+
     def close(self) -> None:
         """Close at once, and drop all waiting frames."""
         self._end(None)
 
     def _send_now(self, message: Activation | TokenSampled, payload: memoryview) -> None:
+        started_s = time.monotonic()
         try:
             self._connection.send(message, payload)
         except WireError as error:
             self._end(str(error))
             raise
         self._sent_s = time.monotonic()
+        self._small.add(payload, self._sent_s - started_s)
 
     # ---- the sending thread ---------------------------------------------------------------------
 
@@ -153,6 +182,7 @@ class Hop:
                 warm = started_s - self._sent_s < PING_S
                 self._connection.send(*chunk)
                 self._sent_s = time.monotonic()
+                self._chunks.add(chunk[1], self._sent_s - started_s)
                 size_bytes = len(chunk[1])
                 if size_bytes >= TIMED_BYTES:
                     timed = warm and not self._unseen

@@ -21,9 +21,10 @@ from typing import cast
 
 import numpy as np
 
-from agent.hop import Hop
+from agent.hop import Hop, HopCounts
 from agent.links import Link, Measuring
 from agent.mesh import TeamLost
+from agent.meter import StageMeter
 from agent.sampler import Sampler
 from agent.sampling_limits import problem_of
 from agent.sequences import Rows, Sequence, SequenceTable, Turn
@@ -41,8 +42,10 @@ from wire.messages import (
     PeerLost,
     PromptScored,
     SequenceFailed,
+    StageCounts,
     StartSequence,
     TokenSampled,
+    TracedPass,
 )
 from wire.rare_log import RareLog
 
@@ -90,6 +93,7 @@ class Relay:
         self._lock = threading.Lock()
         """Guards the following fields. Never held while the stage runs or a message is sent."""
         self._changed = threading.Condition(self._lock)
+        self._meter = StageMeter()
         self._table = SequenceTable(slots, context_tokens)
         self._busy = False
         """Whether a thread runs the stage. The stage belongs to that thread until it is done."""
@@ -126,6 +130,30 @@ class Relay:
         self._stage.close()
         if self._grammars is not None:
             self._grammars.close()
+
+    # ---- what is told of it ---------------------------------------------------------------------
+
+    def counts(self) -> StageCounts:
+        """Return what the stage and its hop have done so far."""
+        meter, sent = self._meter, HopCounts() if self._hop is None else self._hop.counts()
+        with self._lock:
+            held_rows = self._table.held_rows
+        return StageCounts(
+            meter.passes,
+            meter.rows,
+            round(1e6 * meter.compute_s),
+            round(1e6 * meter.waited_s),
+            sent.frames,
+            sent.sent_bytes,
+            round(1e6 * sent.sending_s),
+            round(1e6 * sent.round_trip_s),
+            held_rows,
+            self._table.most_rows,
+        )
+
+    def traced(self, sequences: tuple[int, ...]) -> tuple[TracedPass, ...]:
+        """Return the remembered passes of these sequences, oldest first."""
+        return self._meter.passes_of(sequences)
 
     # ---- what arrives ---------------------------------------------------------------------------
 
@@ -287,13 +315,13 @@ class Relay:
         try:
             if outputs is None and self._is_last:
                 self._stage.candidates = _candidates(turns)
-            if outputs is None and alone:
-                content, logits = self._unpacked(rows), rows.last and self._is_last
-                outputs = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
-            elif outputs is None:
-                outputs = self._decode(turns)
+            if outputs is None:
+                started_s = time.monotonic()
+                outputs = self._forward(sequence, rows) if alone else self._decode(turns)
+                self._meter.ran(turns, started_s, time.monotonic())
             if alone:
                 self._pass_on(sequence, rows, outputs)
+                self._meter.sent(sequence.number, rows)
                 return
         except Exception as error:  # It ends one sequence, and the thread serves others.
             if alone:
@@ -303,6 +331,11 @@ class Relay:
             outputs = None
         for index, turn in enumerate(turns):
             self._pass([turn], None if outputs is None else outputs[index : index + 1])
+
+    def _forward(self, sequence: Sequence, rows: Rows) -> Array:
+        """Return hidden rows [n, hidden], or the last row's logits, for rows of one sequence."""
+        content, logits = self._unpacked(rows), rows.last and self._is_last
+        return self._stage.forward(sequence.slot, rows.position, content, logits=logits)
 
     def _decode(self, turns: list[Turn]) -> Array:
         """Return hidden rows, or logits [n, vocab], for one row of each of n sequences."""

@@ -5,6 +5,7 @@ It has no threads and no lock, so the caller holds one.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -26,6 +27,8 @@ class Rows:
     count: int
     last: bool
     content: Tokens | tuple[memoryview, HopBits]
+    arrived_s: float = 0.0
+    """When they were added to the table, by a monotonic clock."""
 
 
 @dataclass(slots=True, eq=False)
@@ -114,8 +117,18 @@ class SequenceTable:
         if rows.position != sequence.arrived or end > self._context_tokens:
             return False
         sequence.arrived = end
+        rows.arrived_s = time.monotonic()
         sequence.waiting.append(rows)
         return True
+
+    @property
+    def held_rows(self) -> int:
+        """The rows of all sequences that hold a slot."""
+        return sum(sequence.arrived for sequence in self._held.values())
+
+    @property
+    def most_rows(self) -> int:
+        return self._slots * self._context_tokens
 
     @property
     def alone(self) -> bool:

@@ -78,13 +78,17 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
+        # Reading the certificate authorities takes longer than most commands do otherwise.
+        encrypted = self._url.lower().startswith("https:")
         key = api_key(self._url)
         # Proxies of the environment do not lead to this machine or LAN.
         self._http = httpx.Client(
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             trust_env=False,
-            transport=httpx.HTTPTransport(trust_env=False, socket_options=KEEPALIVE),
+            transport=httpx.HTTPTransport(
+                verify=encrypted, trust_env=False, socket_options=KEEPALIVE
+            ),
         )
 
     def __enter__(self) -> Client:
@@ -123,6 +127,21 @@ class Client:
                     result: dict[str, Any] = event["result"]
                     return result
         raise CommandFailed("the coordinator stopped before it was done")
+
+    def follow(self, path: str) -> Generator[dict[str, Any], None, None]:
+        """Yield the objects of the server-sent events at ``path``, until the coordinator stops."""
+        with (
+            self._reporting(),
+            self._http.stream(
+                "GET", self._url + path, headers={"Accept": "text/event-stream"}
+            ) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                _object(response)
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    yield json.loads(line.removeprefix("data: "))
 
     def stream(
         self, path: str, body: Mapping[str, Any], on_notice: Callable[[str], None] | None = None

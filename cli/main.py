@@ -167,17 +167,38 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
 
 
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import chat
     from cli.generation import generate
 
+    if options.prompt is None:
+        chat.require_terminal()
     with _client(options) as client:
         name, defaults = _ensure_loaded(client, options, screen)
         given = {field: getattr(options, field) for field in SAMPLING}
         sampling = {field: value for field, value in given.items() if value is not None}
         if "temperature" not in defaults:
             sampling.setdefault("temperature", 0.0)
+        if options.prompt is None:
+            chat.chat(client, screen, chat.Conversation(name, sampling))
+            return
         result = generate(client, screen, name, options.prompt, sampling, chat=options.chat)
     if options.json:
         screen.json(result)
+
+
+def run_chat(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import chat
+
+    chat.require_terminal()
+    with _client(options) as client:
+        if options.model is None:
+            models = _models(client.get("/shoal/v1/ps"))
+            if not models:
+                raise CommandFailed("no model is loaded: name one, or run `shoal load MODEL`")
+            name, _ = _name_and_defaults(models[0])
+        else:
+            name, _ = _ensure_loaded(client, options, screen)
+        chat.chat(client, screen, chat.Conversation(name))
 
 
 def run_demo(options: argparse.Namespace, screen: Screen) -> None:
@@ -462,15 +483,17 @@ def _diff(parser: argparse.ArgumentParser) -> Page:
 
 
 def _study(parser: argparse.ArgumentParser) -> Page:
-    from cli.commands import plan_arguments, planning
+    from cli.commands import study
 
-    plan_arguments.add_study_arguments(parser)
-    return Page(
-        planning.run_study,
-        "  shoal study dilemma --out figures\n"
-        "  shoal study dilemma --runs 10 --out quick  # fewer random instances\n",
-        "Figures are written as SVG. A study that was stopped goes on where it was.",
-    )
+    study.add_study_arguments(parser)
+    return Page(study.run_study, study.EXAMPLES, study.ABOUT)
+
+
+def _sweep(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import sweep, sweep_arguments
+
+    sweep_arguments.add_sweep_arguments(parser)
+    return Page(sweep.run_sweep, sweep.EXAMPLES, sweep.ABOUT)
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> Page:
@@ -495,9 +518,9 @@ def _bench(parser: argparse.ArgumentParser) -> Page:
 
 
 def _eval(parser: argparse.ArgumentParser) -> Page:
-    from cli.commands import evaluate
+    from cli.commands import evaluate, evaluate_arguments
 
-    evaluate.add_eval_arguments(parser)
+    evaluate_arguments.add_eval_arguments(parser)
     return Page(evaluate.run_eval, evaluate.EXAMPLES, evaluate.ABOUT)
 
 
@@ -532,6 +555,13 @@ def _events(events: argparse.ArgumentParser) -> Page:
     )
 
 
+def _trace(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import trace
+
+    trace.add_trace_arguments(parser)
+    return Page(trace.run_trace, trace.EXAMPLES, trace.ABOUT)
+
+
 def _run(run: argparse.ArgumentParser) -> Page:
     from cli import argument_types
     from cli.commands import plan_arguments
@@ -543,7 +573,12 @@ def _run(run: argparse.ArgumentParser) -> Page:
     run.add_argument(
         "model", metavar="MODEL", help="A loaded model's name, or a model as for `shoal load`."
     )
-    run.add_argument("prompt", metavar="PROMPT", help="The text to continue, or to answer.")
+    run.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="The text to continue, or to answer. Without it, a terminal becomes a chat.",
+    )
     plan_arguments.add_hop_argument(run, with_budget=False)
     plan_arguments.add_team_arguments(run)
     run.add_argument(
@@ -591,6 +626,28 @@ def _run(run: argparse.ArgumentParser) -> Page:
     )
 
 
+def _chat(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import chat, plan_arguments
+
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="A loaded model's name, or a model as for `shoal load`. Default: the loaded model.",
+    )
+    plan_arguments.add_hop_argument(parser, with_budget=False)
+    plan_arguments.add_team_arguments(parser)
+    add_url_argument(parser)
+    return Page(run_chat, chat.EXAMPLES, chat.ABOUT)
+
+
+def _top(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import top
+
+    top.add_top_arguments(parser)
+    return Page(top.run_top, top.EXAMPLES, top.ABOUT)
+
+
 def _unload(parser: argparse.ArgumentParser) -> Page:
     add_url_argument(parser)
     return Page(run_unload, "  shoal unload\n")
@@ -634,6 +691,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "plan": ("Decide which device would run which blocks at how many bits.", _plan),
     "load": ("Plan a model, quantize it and place it on the devices.", _load),
     "diff": ("Compare two saved plans.", _diff),
+    "sweep": ("Plan a model for a grid of bounds, bits, links and memory.", _sweep),
     "study": ("Repeat the experiments of the DILEMMA paper.", _study),
     "calibrate": ("Measure what this device can do.", _calibrate),
     "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),
@@ -643,7 +701,10 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
+    "trace": ("Show where the time of one request went, device by device.", _trace),
+    "top": ("Watch the shoal at work.", _top),
     "run": ("Generate text from a prompt.", _run),
+    "chat": ("Talk with a model.", _chat),
     "unload": ("Unload the model, and free the devices.", _unload),
 }
 """Each command's summary, and the function that adds its arguments."""

@@ -26,8 +26,12 @@ from coordinator.http.document import document_routes
 from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.health import HealthRoutes
 from coordinator.http.keys import KeyGuard
+from coordinator.http.metrics import Metrics
 from coordinator.http.openai.routes import OpenAIRoutes
 from coordinator.http.openai.texts import TextRoutes
+from coordinator.http.page.routes import PageRoutes
+from coordinator.http.page.state import StateFeed
+from coordinator.http.traces import TraceRoutes
 from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
 from coordinator.keys import KeyBook
 from coordinator.loading.keeper import Keeper
@@ -135,6 +139,9 @@ class Coordinator:
         self._paces = Paces(self.roster, self._models, self._story)
         self._gateway = Gateway(self.roster, self._models)
         self._requests = Requests()
+        self._feed = StateFeed(
+            config, self.roster, self._models, turns, self._requests, self._story
+        )
         self._admission = Admission(self._models, self._requests, config.most_waiting)
         self._keys = KeyBook(config.state_dir)
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
@@ -160,6 +167,7 @@ class Coordinator:
             control, control_port = await serve(
                 config.control_host, config.control_port, self._handle, token=config.token
             )
+            self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
             async with self._advertised(control_port):
 
@@ -174,6 +182,7 @@ class Coordinator:
                     control.close()
                     self._keeper.close()
                     self.roster.close()
+                    self._feed.close()
 
                 self._keeper.resume()
                 attendant = asyncio.create_task(self._attend())
@@ -245,7 +254,10 @@ class Coordinator:
         )
         openai = OpenAIRoutes(self._models, self._gateway)
         texts = TextRoutes(self._models, openai)
+        page = PageRoutes(self._config, self._feed)
         health = HealthRoutes(self._models, self._requests)
+        metrics = Metrics(self.roster, self._models, self._requests)
+        traces = TraceRoutes(self._models, self._requests)
         routes = Starlette(
             routes=[
                 *openai.routes(),
@@ -253,6 +265,9 @@ class Coordinator:
                 *document_routes(),
                 *admin.routes(),
                 *health.routes(),
+                *metrics.routes(),
+                *traces.routes(),
+                *page.routes(),
             ],
             exception_handlers=HANDLERS,
         )

@@ -1,7 +1,7 @@
 """Results in a file of JSON lines, each written as soon as it is there.
 
-The first line says what was evaluated. A later run with the same first line goes on where the
-file ends; one with another first line is refused.
+The first line says which command wrote it, and what was evaluated. A later run with the same first
+line goes on where the file ends; one with another first line is refused.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from evaluation.errors import EvaluationError
 FORMAT = 1
 MAX_LINE_BYTES = 4 << 20
 
-_HEAD = b'{"shoal_eval"'
 _KEYS = ("run", "kind", "item")
 
 
 class Kept:
     """Results by run, kind and item: in memory, and in a file if one is given."""
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | None, settings: Mapping[str, Any], command: str = "eval"
+    ) -> None:
         """Read what ``path`` has for the same settings.
 
         settings: plain values of JSON that results depend on.
+        command: the command of shoal that the results are of.
 
         Raises EvaluationError for a file of other settings, a foreign one or one in use, and
         OSError. A last line that was cut off is dropped.
         """
-        self._path = path
+        self._command = command
         self._found: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._file: BinaryIO | None = None
         if path is None:
@@ -41,10 +43,10 @@ class Kept:
         self._file = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read(self._file, path, {"shoal_eval": FORMAT, **settings})
+            self._read(self._file, path, {self._mark: FORMAT, **settings})
         except BlockingIOError as error:
             self._file.close()
-            raise EvaluationError(f"{path}: another `shoal eval` writes to it") from error
+            raise EvaluationError(f"{path}: another `shoal {command}` writes to it") from error
         except BaseException:  # Whatever it is, the lock does not outlive it.
             self._file.close()
             raise
@@ -81,12 +83,13 @@ class Kept:
         end = 0
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
             if not line.endswith(b"\n"):
-                if number == 1 and _HEAD[: len(line)] != line[: len(_HEAD)]:
-                    raise EvaluationError(f"{path}: not a file of `shoal eval`: name another --out")
+                begin = f'{{"{self._mark}"'.encode()
+                if number == 1 and begin[: len(line)] != line[: len(begin)]:
+                    raise EvaluationError(f"{path}: {self._foreign('file')}")
                 break  # The program ended while it wrote this line.
             values = _object(line)
             if number == 1:
-                _compare(path, head, values)
+                self._compare(path, head, values)
             else:
                 self._take(f"{path}:{number}", values)
             end = file.tell()
@@ -98,11 +101,31 @@ class Kept:
     def _take(self, where: str, values: dict[str, Any] | None) -> None:
         run, kind, item = (None if values is None else values.get(key) for key in _KEYS)
         if values is None or not (isinstance(run, str) and isinstance(kind, str)):
-            raise EvaluationError(f"{where}: not a result of `shoal eval`: name another --out")
+            raise EvaluationError(f"{where}: {self._foreign('result')}")
         if type(item) is not int:
-            raise EvaluationError(f"{where}: not a result of `shoal eval`: name another --out")
+            raise EvaluationError(f"{where}: {self._foreign('result')}")
         rest = {key: value for key, value in values.items() if key not in _KEYS}
         self._found[run, kind, item] = rest
+
+    def _compare(
+        self, path: Path, head: Mapping[str, Any], found: Mapping[str, Any] | None
+    ) -> None:
+        if found is None or self._mark not in found:
+            raise EvaluationError(f"{path}: {self._foreign('file')}")
+        for key in (*head, *found):
+            if head.get(key) != found.get(key):
+                raise EvaluationError(
+                    f"{path}: has results of another {key} ({found.get(key)!r:.60}):"
+                    " name another --out, or remove the file"
+                )
+
+    @property
+    def _mark(self) -> str:
+        """The first key of the file."""
+        return f"shoal_{self._command.replace(' ', '_')}"
+
+    def _foreign(self, what: str) -> str:
+        return f"not a {what} of `shoal {self._command}`: name another --out"
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
@@ -111,14 +134,3 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
-
-
-def _compare(path: Path, head: Mapping[str, Any], found: Mapping[str, Any] | None) -> None:
-    if found is None or "shoal_eval" not in found:
-        raise EvaluationError(f"{path}: not a file of `shoal eval`: name another --out")
-    for key in (*head, *found):
-        if head.get(key) != found.get(key):
-            raise EvaluationError(
-                f"{path}: has results of another {key} ({found.get(key)!r:.60}):"
-                " name another --out, or remove the file"
-            )

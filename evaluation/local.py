@@ -7,20 +7,29 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import numpy as np
 
 from backends.base import Backend, Stage, StageOptions
-from model.artifact import write_artifact
-from model.checkpoint import Checkpoint
+from calibration.quality.students import BlockSource
+from model.artifact import Tensor, write_artifact
 from model.quantize import Format
+from model.row_pieces import RowPieces
 
 IsDone = Callable[[Sequence[int]], bool]
 
 
+class StoredSource(BlockSource, Protocol):
+    """A model whose blocks can be stored as they are; a Checkpoint is one."""
+
+    def block_in(self, block: int, fmt: Format) -> Mapping[str, Tensor | RowPieces]:
+        """Return the tensors of a block, those in ``fmt`` as they are."""
+
+
 @contextmanager
 def local_stage(
-    checkpoint: Checkpoint,
+    checkpoint: StoredSource,
     formats: Sequence[Format | None],
     backend: Backend,
     options: StageOptions,

@@ -7,7 +7,9 @@ model are needed. Activations are not rounded.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,6 +64,7 @@ def measure_losses(
     on_step: OnStep,
     *,
     with_original: bool,
+    sources: Mapping[str, BlockSource] | None = None,
     directory: Path | None = None,
 ) -> Iterator[dict[str, dict[int, Loss]]]:
     """Yield the losses by run and target, chunk by chunk.
@@ -69,31 +72,31 @@ def measure_losses(
     runs: the format of every block by the run's name. A block that is None stays as it is.
     targets: by any number. Each has at most the model's context of tokens.
     on_step: gets (passes through blocks that are done, all).
+    sources: the blocks of a run, by its name. Runs that are not named have those of ``source``.
 
     Raises CheckpointError for unreadable weights and a full disk, and BackendError.
     """
     chunks = list(_chunks(targets, source.spec.hidden, len(runs) + 1))
-    passes = source.spec.head_block * (len(runs) + with_original)
-    on_step(0, passes * len(chunks))
-    for number, chunk in enumerate(chunks):
-        before = number * passes
-
-        def progress(done: int, _: int, before: int = before) -> None:
-            on_step(before + done, passes * len(chunks))
-
-        # Each original block runs once, so none is worth its memory until then.
-        told = replace(options, progress=progress, kept_bytes=0)
+    passes = source.spec.head_block * (len(runs) + with_original) * len(chunks)
+    counter = itertools.count(1)
+    on_step(0, passes)
+    # Each original block runs once, so none is worth its memory until then.
+    told = replace(options, progress=lambda *_: on_step(next(counter), passes), kept_bytes=0)
+    for chunk in chunks:
         sequences = [target.tokens for target in chunk.values()]
         with students_of(source, sequences, told, directory) as students:
             places, wanted = _places(chunk)
             expected = students.teach()[places] if with_original else None
             found: dict[str, dict[int, Loss]] = {}
             for name, formats in runs.items():
-                rows = students.head_input(formats)[places]
-                with (
-                    students.block(source.spec.head_block, formats[-1]) as head,
-                    students.block(source.spec.head_block, None) as original,
-                ):
+                with ExitStack() as stack:
+                    changed = students
+                    if sources is not None and name in sources:
+                        own = students_of(sources[name], sequences, told, directory)
+                        changed = stack.enter_context(own)
+                    rows = changed.head_input(formats)[places]
+                    head = stack.enter_context(changed.block(source.spec.head_block, formats[-1]))
+                    original = stack.enter_context(students.block(source.spec.head_block, None))
                     columns = _columns(
                         source.spec.vocab, wanted, (head, rows), (original, expected)
                     )

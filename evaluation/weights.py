@@ -6,12 +6,17 @@ import math
 from collections.abc import Sequence
 
 from model.checkpoint import Checkpoint
-from model.spec import QUANTIZED_TENSORS
+from model.spec import QUANTIZED_TENSORS, ModelSpec
 
 
 def bits_per_weight(checkpoint: Checkpoint, bits: Sequence[int]) -> float:
     """Return the mean over all weights of matrices. Scales and zero points do not count."""
-    counts = _weights(checkpoint)
+    return mean_bits(checkpoint.spec, bits)
+
+
+def mean_bits(spec: ModelSpec, bits: Sequence[int]) -> float:
+    """Return the mean over all weights of matrices of a model's shape."""
+    counts = _weights(spec)
     return sum(count * width for count, width in zip(counts, bits, strict=True)) / sum(counts)
 
 
@@ -21,9 +26,8 @@ def ratio(checkpoint: Checkpoint, bits: Sequence[int]) -> float:
     return bits_per_weight(checkpoint, bits) / bits_per_weight(checkpoint, own)
 
 
-def _weights(checkpoint: Checkpoint) -> list[int]:
+def _weights(spec: ModelSpec) -> list[int]:
     """The weights of each block that are quantized."""
-    spec = checkpoint.spec
     return [
         sum(
             math.prod(shape)

@@ -9,15 +9,14 @@ from itertools import groupby
 from typing import Any
 
 from backends.base import Backend, StageOptions
-from calibration.quality.students import Options
+from calibration.quality.students import BlockSource, Options
 from evaluation.flight import in_flight
 from evaluation.judge import Judge
 from evaluation.kept import Kept
-from evaluation.local import greedy_answers, local_stage
+from evaluation.local import StoredSource, greedy_answers, local_stage
 from evaluation.losses import Formats, OnStep, measure_losses
 from evaluation.report import answer_of
 from evaluation.tasks import Tasks
-from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 
 JUDGED_AT_ONCE = 4
@@ -39,15 +38,18 @@ class Answering:
 def add_losses(
     kept: Kept,
     tasks: Tasks,
-    checkpoint: Checkpoint,
+    checkpoint: BlockSource,
     runs: Mapping[str, Formats],
     options: Options,
     on_step: OnStep,
     *,
     with_original: bool,
+    sources: Mapping[str, BlockSource] | None = None,
 ) -> None:
-    """Measure the losses that are missing. Raises ModelError and BackendError."""
+    """Measure the losses that are missing. ``sources`` is as in ``measure_losses``.
 
+    Raises ModelError and BackendError.
+    """
     waiting: dict[tuple[str, ...], list[int]] = {}
     for item in tasks.targets:
         found = {run: kept.get(run, "loss", item) for run in runs}
@@ -66,6 +68,7 @@ def add_losses(
             options,
             on_step,
             with_original=with_original,
+            sources=sources,
         )
         for chunk in measured:
             for name, losses in chunk.items():
@@ -87,7 +90,7 @@ def add_answers_here(
     kept: Kept,
     tasks: Tasks,
     run: str,
-    checkpoint: Checkpoint,
+    checkpoint: StoredSource,
     formats: Formats,
     tokenizer: Tokenizer,
     answering: Answering,

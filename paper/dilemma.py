@@ -79,6 +79,8 @@ class Instance:
     storage_bytes: [i] is kappa_i.
     errors: [l] maps b to max|w - w_b| / 2^b.
     delta: the bound on errors. inf means no bound.
+    losses: [l] maps b to a loss that adds up over layers. Empty: not known.
+    budget: the bound on their sum, which the paper does not have. inf means no bound.
     """
 
     devices: tuple[str, ...]
@@ -89,6 +91,8 @@ class Instance:
     storage_bytes: tuple[float, ...]
     errors: tuple[ByWidth, ...]
     delta: float = math.inf
+    losses: tuple[ByWidth, ...] = ()
+    budget: float = math.inf
 
     @property
     def layers(self) -> int:
@@ -103,8 +107,13 @@ class Instance:
         return (
             b in self.compute_s[i][layer]
             and (self.delta == math.inf or self.errors[layer].get(b, math.inf) <= self.delta)
+            and (self.budget == math.inf or self.loss(layer, b) <= self.budget)
             and self.stored_bytes[layer][b] <= self.storage_bytes[i]
         )
+
+    def loss(self, layer: int, b: int) -> float:
+        """The loss of a layer at a width. inf if it is not known."""
+        return self.losses[layer].get(b, math.inf)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -172,8 +181,10 @@ def solve_by_stages(instance: Instance) -> Solution | None:
 
     A state is the layer's device, its width, and the bytes stored on each device so far. Of equal
     states the cheapest goes on. Equal layers make few states. Then this takes milliseconds, and the
-    integer program a second. Raises PlanError as ``solve``.
+    integer program a second. It knows no budget of losses. Raises PlanError as ``solve``.
     """
+    if instance.budget < math.inf:
+        return None
     devices = range(len(instance.devices))
     empty = (0,) * len(devices)
     # Maps (device, width, bytes stored by device) to seconds and the choices so far.
@@ -245,6 +256,10 @@ def check(instance: Instance, repairs: Repairs, choices: Sequence[Choice]) -> No
             used = sum(instance.stored_bytes[c.layer][c.bits] for c in choices if c.device == i)
             if used > limit * (1 + _TOLERANCE):
                 raise PlanError(f"the choice stores {used} bytes on device {i}, which has {limit}")
+    if instance.budget < math.inf:
+        total = math.fsum(instance.loss(c.layer, c.bits) for c in choices)
+        if total > instance.budget * (1 + _TOLERANCE):
+            raise PlanError(f"the choice loses {total:g}, and the budget is {instance.budget:g}")
     if charge(instance, repairs, choices) == math.inf:
         raise PlanError("the choice uses a link that does not exist")
 
@@ -257,9 +272,10 @@ def why_infeasible(instance: Instance, repairs: Repairs) -> str:
             f": (2d) gives each device one layer, and {placed} need as many devices, not"
             f" {len(instance.devices)}; repair 2d"
         )
+    bound = "delta" if instance.budget == math.inf else "the budget"
     groups = (
         [
-            (f"layer {layer} at no width", "raise delta", layer, None)
+            (f"layer {layer} at no width", f"raise {bound}", layer, None)
             for layer in range(instance.layers)
         ]
         if repairs.coverage
@@ -297,6 +313,10 @@ def without_dominated(instance: Instance) -> Instance:
                 if instance.allowed(i, layer, large)
             )
             and instance.stored_bytes[layer][small] <= instance.stored_bytes[layer][large]
+            and (
+                instance.budget == math.inf
+                or instance.loss(layer, small) <= instance.loss(layer, large)
+            )
             and all(way[layer][small] <= way[layer][large] for way in instance.transfer_s.values())
         )
 
@@ -325,6 +345,8 @@ def ccs_instance(
     bits: Sequence[int],
     errors: Sequence[ByWidth],
     delta: float = math.inf,
+    losses: Sequence[ByWidth] = (),
+    budget: float = math.inf,
     tokens: int = 128,
     batch: int = 128,
     original_bits: int = 32,
@@ -367,6 +389,8 @@ def ccs_instance(
         storage_bytes=tuple(storage_bytes),
         errors=tuple(errors),
         delta=delta,
+        losses=tuple(losses),
+        budget=budget,
     )
 
 
@@ -456,6 +480,7 @@ class _Program:
         self._add_coverage()
         self._add_sharing()
         self._add_storage()
+        self._add_budget()
         self._add_transfers()
         self.program.setObjective(pulp.LpAffineExpression(self._cost))
 
@@ -496,6 +521,15 @@ class _Program:
                     )
                     <= 1
                 )
+
+    def _add_budget(self) -> None:
+        budget = self._instance.budget
+        if 0 < budget < math.inf:  # With 0, ``Instance.allowed`` leaves nothing to add up.
+            terms = [
+                variable * (self._instance.loss(layer, b) / budget)
+                for (_, layer, b), variable in self.x.items()
+            ]
+            self.program += pulp.lpSum(terms) <= 1
 
     def _add_transfers(self) -> None:
         for i, j in itertools.permutations(range(len(self._instance.devices)), 2):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -159,7 +160,7 @@ _SERVER_CLOCKS_HZ = (1.2e9, 1.8e9, 2.4e9)
 _STORAGE_SHARE = 0.4
 _STUDY_DELTA = 1e-3
 _STUDY_LINK_BIT_PER_S = 1e7
-_SOLVE_LIMIT_S = 60.0
+SOLVE_LIMIT_S = 60.0
 
 OnStep = Callable[[str, int, int], None]
 
@@ -232,22 +233,29 @@ class DilemmaStudy:
                 x_label="delta",
                 y_label="T, s",
             ),
-            "figure-5-links.svg": curves_svg(
-                [_curve(self.links, 1e6)],
-                title="Objective against the slowest link",
-                note=drawn,
-                x_label="least link speed, Mbit/s",
-                y_label="T, s",
-                from_zero=False,
-            ),
-            "figure-6-clock.svg": curves_svg(
-                [_curve(self.clocks, 1e9)],
-                title="Objective against the servers' clock",
-                note=drawn,
-                x_label="clock (CCS), GHz",
-                y_label="T, s",
-            ),
+            **monte_carlo_figures(self.links, self.clocks, drawn),
         }
+
+
+def monte_carlo_figures(links: Sweep, clocks: Sweep, note: str) -> dict[str, str]:
+    """Figures 5 and 6 as SVG text, by file name."""
+    return {
+        "figure-5-links.svg": curves_svg(
+            [_curve(links, 1e6)],
+            title="Objective against the slowest link",
+            note=note,
+            x_label="least link speed, Mbit/s",
+            y_label="T, s",
+            from_zero=False,
+        ),
+        "figure-6-clock.svg": curves_svg(
+            [_curve(clocks, 1e9)],
+            title="Objective against the servers' clock",
+            note=note,
+            x_label="clock (CCS), GHz",
+            y_label="T, s",
+        ),
+    }
 
 
 def study_dilemma(
@@ -272,15 +280,13 @@ def study_dilemma(
 
 def _study(runs: int, seed: int, layers: int, on_step: OnStep, kept: StudyLog) -> DilemmaStudy:
     spec = opt_350m(layers)
-    random_source = random.Random(seed)  # noqa: S311 - a simulation
     errors = synthetic_errors(layers, seed)
     rows = []
     solver = ""
     for done, delta in enumerate(DELTAS):
         on_step("Table 1", done, len(DELTAS))
-        instance = _instance(spec, errors, delta, _SERVER_CLOCKS_HZ, _links(_STUDY_LINK_BIT_PER_S))
-        relaxed = replace(instance, storage_bytes=(float("inf"),) * len(_SERVER_CLOCKS_HZ))
-        solution = dilemma.solve(relaxed, dilemma.ALL_REPAIRS, time_limit_s=_SOLVE_LIMIT_S)
+        relaxed = relaxed_instance(spec, errors, STUDY_BITS, delta=delta)
+        solution = dilemma.solve(relaxed, dilemma.ALL_REPAIRS, time_limit_s=SOLVE_LIMIT_S)
         solver = solution.solver
         rows.append(
             TableRow(
@@ -294,6 +300,46 @@ def _study(runs: int, seed: int, layers: int, on_step: OnStep, kept: StudyLog) -
         )
     on_step("Table 1", len(DELTAS), len(DELTAS))
     oddities = dilemma_oddities(seed, on_step)
+    links, clocks = monte_carlo(spec, errors, runs, seed, on_step, kept)
+    return DilemmaStudy(seed, runs, solver, tuple(rows), oddities, links, clocks)
+
+
+def relaxed_instance(
+    spec: ModelSpec,
+    errors: Sequence[Mapping[int, float]],
+    bits: Sequence[int],
+    *,
+    delta: float = math.inf,
+    losses: Sequence[Mapping[int, float]] = (),
+    budget: float = math.inf,
+) -> dilemma.Instance:
+    """The study's servers with storage without limit, as for Table 1 and figure 3."""
+    return dilemma.ccs_instance(
+        spec,
+        clocks_hz=_SERVER_CLOCKS_HZ,
+        links_bit_per_s=_links(_STUDY_LINK_BIT_PER_S),
+        storage_bytes=(math.inf,) * len(_SERVER_CLOCKS_HZ),
+        bits=bits,
+        errors=errors,
+        delta=delta,
+        losses=losses,
+        budget=budget,
+    )
+
+
+def monte_carlo(
+    spec: ModelSpec,
+    errors: Sequence[Mapping[int, float]],
+    runs: int,
+    seed: int,
+    on_step: OnStep,
+    kept: StudyLog,
+) -> tuple[Sweep, Sweep]:
+    """T over ``runs`` draws of link speeds: by the least link speed, and by the servers' clock.
+
+    Raises PlanError if a program is not solved within a minute.
+    """
+    random_source = random.Random(seed)  # noqa: S311 - a simulation
     factors = [
         {
             pair: random_source.uniform(1.0, SPEED_FACTOR)
@@ -325,7 +371,7 @@ def _study(runs: int, seed: int, layers: int, on_step: OnStep, kept: StudyLog) -
         on_step,
         kept,
     )
-    return DilemmaStudy(seed, runs, solver, tuple(rows), oddities, links, clocks)
+    return links, clocks
 
 
 def dilemma_oddities(
@@ -356,7 +402,7 @@ def dilemma_oddities(
     for done, (left_out, repairs) in enumerate(cases.items()):
         on_step("oddities", done, len(cases))
         try:
-            found = dilemma.solve(instance, repairs, time_limit_s=_SOLVE_LIMIT_S)
+            found = dilemma.solve(instance, repairs, time_limit_s=SOLVE_LIMIT_S)
         except PlanError as error:
             rows.append(OddityRow(left_out, str(error).removeprefix("the paper's program has ")))
             continue
@@ -441,11 +487,14 @@ def _instance(
         errors=errors,
         delta=delta,
     )
-    least = sum(
+    least = [
         min(size for b, size in sizes.items() if instance.allowed(0, layer, b))
         for layer, sizes in enumerate(instance.stored_bytes)
-    )
-    return replace(instance, storage_bytes=(_STORAGE_SHARE * least,) * len(clocks_hz))
+    ]
+    # A server has room for its part of the layers, however few there are.
+    part = -(-len(least) // len(clocks_hz)) * max(least)
+    storage = max(_STORAGE_SHARE * sum(least), part)
+    return replace(instance, storage_bytes=(storage,) * len(clocks_hz))
 
 
 def _links(
@@ -472,7 +521,7 @@ def _sweep(
         # With all repairs this keeps the optimum. It is many times faster than with 15 widths.
         few = dilemma.without_dominated(instance(value, drawn))
         solution = dilemma.solve_by_stages(few) or dilemma.solve(
-            few, dilemma.ALL_REPAIRS, time_limit_s=_SOLVE_LIMIT_S
+            few, dilemma.ALL_REPAIRS, time_limit_s=SOLVE_LIMIT_S
         )
         return [solution.objective_s, solution.proven_optimal]
 

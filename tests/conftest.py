@@ -59,6 +59,8 @@ SLOW = {
     "cli/test_pull.py",
     "cli/test_process.py",
     "cli/test_signals.py",
+    "cli/test_sweep.py",
+    "cli/test_table1.py",
     "planning/test_dilemma.py",
     "coordinator/test_gateway.py",
     "coordinator/test_given.py",

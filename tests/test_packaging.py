@@ -27,7 +27,17 @@ NEEDS = {"torch_kernels": "triton", "torch_fused_kernels": "triton", "torch_": "
 
 AGENT_ONLY = {"onnx", "onnxruntime"}
 COORDINATOR_ONLY = {
-    *("httpx", "huggingface_hub", "jinja2", "pulp", "starlette", "tokenizers", "uvicorn", "yaml"),
+    *(
+        "httpx",
+        "huggingface_hub",
+        "jinja2",
+        "prometheus_client",
+        "pulp",
+        "starlette",
+        "tokenizers",
+        "uvicorn",
+        "yaml",
+    ),
 }
 
 

@@ -27,6 +27,7 @@ PACKAGES = (
     "coordinator",
     "testbed",
     "evaluation",
+    "studies",
     "cli",
     "benchmarks",
     "examples",

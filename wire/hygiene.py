@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from wire.conditions import Conditions
-from wire.messages import Message
+from wire.messages import Heartbeat, Message
 from wire.profile import TIMED_ROWS, BlockTiming, DeviceProfile
 
 MAX_TEXT_CHARACTERS = 1000
@@ -31,6 +31,7 @@ MAX_TIME_S = 1e12
 """The latest plausible time in seconds since 1970, far in the future."""
 
 MAX_SECONDS = 1e6
+CELSIUS = (-273.15, 1000.0)
 BLOCK_SECONDS = (1e-9, 600.0)
 CALL_SECONDS = (0.0, 600.0)
 ROUND_TRIP_SECONDS = (1e-7, 60.0)
@@ -72,6 +73,17 @@ def implausible_profile(profile: DeviceProfile) -> str | None:
     if not all(are_plausible(conditions) for _, conditions in profile.conditions):
         return "impossible conditions"
     return None
+
+
+def implausible_gauges(heartbeat: Heartbeat) -> str | None:
+    """Name an impossible figure of a heartbeat's gauges and counters, or return None."""
+    if not 0 <= heartbeat.load <= 1:
+        return f"a load of {heartbeat.load:g}"
+    low, high = CELSIUS
+    if heartbeat.celsius is not None and not low <= heartbeat.celsius <= high:
+        return f"a temperature of {heartbeat.celsius:g} degrees"
+    counts = () if heartbeat.stage is None else dataclasses.astuple(heartbeat.stage)
+    return None if all(0 <= count <= MAX_BYTES for count in counts) else "impossible counts"
 
 
 def are_plausible(conditions: Conditions | None) -> bool:

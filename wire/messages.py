@@ -106,16 +106,47 @@ class JoinRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class StageCounts:
+    """Counts of what a stage has done since it was loaded. Only the lead of a team sends them.
+
+    passes, rows: forward passes, and their rows.
+    compute_us: microseconds in which a pass ran.
+    waited_us: microseconds that rows waited here for their pass, summed over passes.
+    frames, sent_bytes: rows and tokens sent to the next device.
+    sending_us: microseconds in which the socket took them.
+    round_trip_us: the newest measured round trip to the next device. 0: none was measured.
+    held_rows, most_rows: rows in the KV cache that sequences hold now, and those that fit.
+    """
+
+    passes: int
+    rows: int
+    compute_us: int
+    waited_us: int
+    frames: int
+    sent_bytes: int
+    sending_us: int
+    round_trip_us: int
+    held_rows: int
+    most_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Either side, each HEARTBEAT_S.
 
     epoch, token_s: an agent's stage, and the mean seconds of its last passes of one row, without
         sums over a team. 0: there is no stage, or there were too few passes.
+    load: the share of the machine's processor that is used, by all programs.
+    celsius: the temperature of its hottest part, or None if it is not known.
+    stage: None without a stage.
     """
 
     memory_available_bytes: int = 0
     epoch: int = 0
     token_s: float = 0.0
+    load: float = 0.0
+    celsius: float | None = None
+    stage: StageCounts | None = None
 
 
 # ---- control: requests and their answers -------------------------------------------------------
@@ -615,6 +646,43 @@ class StageDamaged:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class TakeTrace:
+    """Send the remembered passes of these sequences of deployment ``epoch``."""
+
+    request: int
+    epoch: int
+    sequences: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TracedPass:
+    """One pass of a sequence through a stage. Times are microseconds of the device's own clock.
+
+    arrived_us: its rows were there. started_us, computed_us: the pass began and ended.
+    sent_us: its result was handed to the network, or the token to the sequence.
+    together: the sequences that ran in this pass.
+    """
+
+    sequence: int
+    position: int
+    rows: int
+    together: int
+    arrived_us: int
+    started_us: int
+    computed_us: int
+    sent_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceTaken:
+    """The passes, oldest first, and the device's clock now. Older passes may be forgotten."""
+
+    request: int
+    now_us: int
+    passes: tuple[TracedPass, ...]
+
+
 # ---- data plane --------------------------------------------------------------------------------
 
 
@@ -776,6 +844,8 @@ Message: TypeAlias = (
     | SequenceFailed
     | PeerLost
     | StageDamaged
+    | TakeTrace
+    | TraceTaken
     | PeerHello
     | PeerWelcome
     | Activation
@@ -845,6 +915,8 @@ CODES: dict[int, type[Message]] = {
     92: TeamMeasured,
     93: TeamTrial,
     94: PromptScored,
+    98: TakeTrace,
+    99: TraceTaken,
 }
 """The message codes on the wire. Never reuse a number."""
 

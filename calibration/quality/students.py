@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -210,14 +210,33 @@ class Students:
         head = self.spec.head_block
         rows = final if block == head else np.load(self._input(block))
         hidden = {width: change(rows) for width, change in changes.items()}
-        for later in range(block, head):
+        found = self._behind(block, hidden, final)
+        if block != head:
+            self._input(block).unlink()
+        return found
+
+    def replaced(
+        self, layer: int, others: Iterable[tuple[Width, Mapping[str, Tensor]]], final: Rows
+    ) -> dict[Width, float]:
+        """Return the KL by width of the students with other fp32 tensors in one layer's block."""
+        rows = np.load(self._input(layer))
+        hidden: dict[Width, Rows] = {}
+        for width, tensors in others:
+            with self._loaded(layer, tensors, Format.of(32)) as (run, _):
+                hidden[width] = run(rows)
+        self.step()
+        found = self._behind(layer + 1, hidden, final)
+        self._input(layer).unlink()
+        return found
+
+    def _behind(self, block: int, hidden: Mapping[Width, Rows], final: Rows) -> dict[Width, float]:
+        """Return the KL by width of the students that reach ``block`` with these hidden rows."""
+        for later in range(block, self.spec.head_block):
             with self._original(later) as run:
                 hidden = {width: run(it) for width, it in hidden.items()}
             self.step()
         kls = self._head_kls(final, [(None, it) for it in hidden.values()])
         self.step()
-        if block != head:
-            self._input(block).unlink()
         return dict(zip(hidden, kls, strict=True))
 
     def plan_kl(self, formats: Sequence[Format | None], final: Rows) -> float:

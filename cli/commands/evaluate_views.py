@@ -12,7 +12,7 @@ from rich.markup import escape
 from cli.render import Screen, titled_table
 
 if TYPE_CHECKING:
-    from cli.commands.evaluate import Run
+    from cli.commands.evaluate_models import Run
     from evaluation.bootstrap import Estimate
     from evaluation.data import Data
     from evaluation.kept import Kept

@@ -208,7 +208,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
     )
 
 
-def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
+def add_hop_argument(parser: argparse._ActionsContainer, *, with_budget: bool) -> None:
     """Add --hop-bits. ``with_budget`` says that the command has --quality-budget."""
     unless = " With --quality-budget: all whose divergence is known." if with_budget else ""
     parser.add_argument(
@@ -220,7 +220,7 @@ def add_hop_argument(parser: argparse.ArgumentParser, *, with_budget: bool) -> N
     )
 
 
-def add_team_arguments(parser: argparse.ArgumentParser) -> None:
+def add_team_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the wishes about teams: devices that share layers."""
     parser.add_argument(
         "--team",
@@ -240,31 +240,6 @@ def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     saved = "which `shoal plan --save` wrote."
     parser.add_argument("before", type=Path, metavar="A.json", help=f"The first plan, {saved}")
     parser.add_argument("after", type=Path, metavar="B.json", help=f"The second plan, {saved}")
-
-
-def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", choices=("dilemma",), help="The only study so far.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("dilemma-study"),
-        metavar="DIR",
-        help="The directory for figures and results. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--runs",
-        type=argument_types.count,
-        default=100,
-        metavar="N",
-        help="Random instances of each experiment. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="The seed of the random instances. Default: %(default)s.",
-    )
 
 
 def objective_of(options: argparse.Namespace) -> Objective:

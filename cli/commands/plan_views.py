@@ -15,7 +15,7 @@ from wire.sizes import format_size
 if TYPE_CHECKING:
     from model.spec import ModelSpec
     from paper.dilemma import Instance, Solution
-    from paper.study import DilemmaStudy, Simulation
+    from paper.study import Simulation
     from planning.insight.explain import Explanation, Kind
     from planning.saved import Change, HopChange, SavedPlan
 
@@ -223,48 +223,3 @@ def show_dilemma(
             f"with every transfer charged: {solution.honest_s * 1e3:.2f} ms"
             " (the objective leaves some out; repair 2f)"
         )
-
-
-def show_study(screen: Screen, study: DilemmaStudy) -> None:
-    """Show the bits of Table 1, then the points of the figures."""
-    table = titled_table("Table 1 with synthetic weights: computed, not measured")
-    for column in ("delta", "bits", "paper", "ratio", "T, s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in study.table:
-        table.add_row(
-            f"{row.delta:g}",
-            ", ".join(map(str, row.bits)),
-            str(row.paper_bits),
-            f"{row.quantization_ratio:.2%}",
-            f"{row.objective_s:.2f}",
-        )
-    screen.table(table)
-    oddities = titled_table("one repair left out: four layers, four servers")
-    for column in ("left out", "T, s", "with every transfer", "bits", "servers", "verdict"):
-        oddities.add_column(column, overflow="fold")
-    for oddity in study.oddities:
-        figures = [
-            "-" if value is None else f"{value:.2f}"
-            for value in (oddity.objective_s, oddity.honest_s)
-        ]
-        bits = " ".join(map(str, oddity.bits))
-        oddities.add_row(
-            oddity.left_out, *figures, bits, str(oddity.servers or "-"), oddity.verdict
-        )
-    screen.table(oddities)
-    for title, label, sweep, unit in (
-        ("figure 5", "least Mbit/s", study.links, 1e6),
-        ("figure 6", "clock GHz", study.clocks, 1e9),
-    ):
-        points = titled_table(f"{title}: T in s over {study.runs} runs")
-        for column in (label, "10 %", "median", "90 %"):
-            points.add_column(column, justify="right", no_wrap=True)
-        for value, spread in zip(sweep.values, sweep.spreads, strict=True):
-            drawn = (spread.tenth, spread.median, spread.ninetieth)
-            points.add_row(f"{value / unit:g}", *(f"{figure:.2f}" for figure in drawn))
-        screen.table(points)
-    unproven = study.links.unproven + study.clocks.unproven
-    verdict = "all proven optimal" if not unproven else f"{unproven} not proven optimal"
-    screen.out.print(
-        f"{verdict}: the table by {study.solver}, figures 5 and 6 by dynamic programming"
-    )

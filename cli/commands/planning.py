@@ -1,4 +1,4 @@
-"""``shoal plan``, ``diff`` and ``study``.
+"""``shoal plan`` and ``diff``.
 
 A plan is for the measured shoal or for described devices. Both ways lead to a planning problem. The
 same functions make explanations, drawings, files and simulations from it. Figures for described
@@ -16,43 +16,30 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from cli.commands.described import read_described
 from cli.commands.model_names import locate
 from cli.commands.plan_arguments import (
-    bounds_of,
-    check_teams,
-    context_of,
-    objective_of,
-    pins_of,
     request_of,
-    sensitivities_of,
-    slots_of,
-    teams_of,
 )
-from cli.commands.plan_losses import DescribedLosses, described_losses, keep_described
+from cli.commands.plan_losses import keep_described
 from cli.commands.plan_views import (
     show_difference,
     show_dilemma,
     show_divergence,
     show_explanation,
     show_simulation,
-    show_study,
     show_weights,
 )
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from cli.shared_arguments import adapter_of
 
 if TYPE_CHECKING:
     from cli.client import Client
-    from model.checkpoint import Checkpoint
-    from model.quantize import Format
     from model.spec import ModelSpec
     from paper.study import Simulation
     from planning.insight.explain import Explanation
-    from planning.labs.lab import Lab
-    from planning.labs.sensitivity_file import Sensitivities
     from planning.plan import Plan
-    from planning.problem import HopFormat, PlanningProblem
+    from planning.problem import PlanningProblem
     from planning.saved import SavedPlan
 
 EXPLAIN_LIMIT_S = 60.0
@@ -63,17 +50,12 @@ SOLVE_AGAIN_LIMIT_S = 5.0
 def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
     """Run ``shoal plan MODEL --devices LAB.yaml``, without a coordinator. Raises CommandFailed."""
     from model.errors import ModelError
-    from model.families import load_spec
     from model.kept import weight_notes
-    from model.quantize import Format
-    from planning.build import RequestInput
     from planning.insight.view import describe_plan
-    from planning.labs.lab import LabError, lab_problem, times_of
-    from planning.labs.lab_file import read_lab
+    from planning.labs.lab import LabError, times_of
     from planning.labs.sensitivity_file import SensitivityError
     from planning.plan import PlanError
-    from planning.request import DEFAULT_CONTEXT_TOKENS, model_name
-    from planning.saved import read_plan
+    from planning.request import model_name
 
     if options.check_quality:
         raise UsageError("--check-quality measures on the shoal's agents: drop --devices")
@@ -81,43 +63,10 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--migration-weight needs agents: described devices hold nothing")
     model = Path(options.model)
     try:
-        lab = read_lab(options.devices)
-        spec = load_spec(model)
-        formats = {
-            bits: Format.of(bits, options.scheme, options.group_size)
-            for bits in sorted({*lab.bits, *(options.bits or ())})
-        }
-        known_kl = sensitivities_of(options, spec)
-        checkpoint = _checkpoint(model, adapter_of(options))
-        losses = described_losses(options, screen, spec, lab, known_kl, checkpoint)
-        bound = bounds_of(options)["max_weight_error"]
-        if known_kl is not None:
-            errors: Sequence[Mapping[int, float]] | None = known_kl.weight_errors
-            _note_unknown_arithmetics(options, screen, lab, known_kl)
-        else:
-            errors, bound = _weight_errors(options, checkpoint, formats, screen)
-        given = read_plan(options.plan) if options.plan else None
-        wanted_tokens = context_of(options, given) or DEFAULT_CONTEXT_TOKENS
-        context_tokens = min(wanted_tokens, spec.max_context)
-        slots = slots_of(options, given)
-        check_teams(options)
-        request = RequestInput(
-            spec,
-            options.bits or lab.bits,
-            context_tokens,
-            slots,
-            formats=formats,
-            native=checkpoint.native_formats() if checkpoint else {},
-            weight_errors=errors,
-            max_weight_error=bound,
-            objective=objective_of(options),
-            pins=pins_of(options, spec),
-            excluded=options.exclude,
-            **teams_of(options),
-            hop_formats=_hop_formats(options, lab, losses),
-            **losses.fields,
-        )
-        problem = lab_problem(lab, request)
+        described = read_described(options, screen)
+        lab, spec, problem = described.lab, described.spec, described.problem
+        losses, checkpoint, given = described.losses, described.checkpoint, described.given
+        context_tokens, slots = described.context_tokens, described.slots
         if options.formulation == "dilemma":
             _run_dilemma(options, screen, problem, asdict(times_of(lab, spec)))
         else:
@@ -212,44 +161,6 @@ def run_plan_diff(options: argparse.Namespace, screen: Screen) -> None:
         show_difference(screen, before, after, changes, hops)
 
 
-def run_study(options: argparse.Namespace, screen: Screen) -> None:
-    """Run ``shoal study dilemma``: Table 1 and figures 3, 5, 6. Raises CommandFailed."""
-    from paper.study import study_dilemma
-    from planning.plan import PlanError
-
-    log = None
-    if options.out:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandFailed(
-                f"{options.out}: {(error.strerror or str(error)).lower()}"
-            ) from error
-        log = options.out / "results.jsonl"
-        screen.note(f"results are kept in {log}: after a stop, the same command goes on")
-    try:
-        with screen.progress() as on_step:
-
-            def report(what: str, done: int, total: int) -> None:
-                on_step(_step(what, "", done, total))
-                if done == total:
-                    screen.note(f"{what}: done")
-
-            study = study_dilemma(runs=options.runs, seed=options.seed, on_step=report, log=log)
-    except PlanError as error:
-        raise CommandFailed(str(error)) from error
-    except OSError as error:
-        raise CommandFailed(f"{log}: {(error.strerror or str(error)).lower()}") from error
-    if options.out:
-        for name, text in study.figures().items():
-            (options.out / name).write_text(text, encoding="utf-8")
-            screen.note(f"drawn to {options.out / name}")
-    if options.json:
-        screen.json(study.to_dict())
-    else:
-        show_study(screen, study)
-
-
 def write_plot(path: Path, plan: Plan, spec: ModelSpec, title: str, devices: Sequence[str]) -> None:
     """Draw a plan over the named devices. Raises OSError."""
     from planning.insight.picture import plan_svg
@@ -274,76 +185,6 @@ def save_plan(path: Path, plan: Plan, found: _Found) -> None:
 
 
 # ---- steps -------------------------------------------------------------------------------------
-
-
-def _note_unknown_arithmetics(
-    options: argparse.Namespace, screen: Screen, lab: Lab, known: Sensitivities
-) -> None:
-    unknown = [
-        device.name
-        for device in lab.devices
-        if device.arithmetic and not (device.layer_kl or device.arithmetic in known.own)
-    ]
-    if unknown:
-        screen.note(
-            f"{options.sensitivities} has no sensitivities for the arithmetic of"
-            f" {', '.join(unknown)}: see docs/calibration.md"
-        )
-
-
-def _hop_formats(
-    options: argparse.Namespace, lab: Lab, losses: DescribedLosses
-) -> tuple[HopFormat, ...]:
-    """Return the widths of --hop-bits, else of the lab. The model's own losses come first."""
-    from planning.sensitivity import choose_hops
-
-    declared = {
-        form.bits: form.sensitivity for form in lab.hop_formats if form.sensitivity is not None
-    }
-    if losses.raw is not None and losses.raw.source.kind == "given":
-        declared |= losses.hops
-    else:
-        declared = {**losses.hops, **declared}
-    asked = options.hop_bits or [form.bits for form in lab.hop_formats] or None
-    return choose_hops(asked, declared, bounds_of(options)["quality_budget"])
-
-
-def _checkpoint(model: Path, adapter: str | None) -> Checkpoint | None:
-    """Return the model's checkpoint, or None if its folder has no weights. Raises ModelError."""
-    from model.checkpoint import Checkpoint
-    from model.given import gguf_of
-
-    has_weights = gguf_of(model) is not None or any(model.glob("*.safetensors"))
-    return Checkpoint.open(model, adapter) if has_weights else None
-
-
-def _weight_errors(
-    options: argparse.Namespace,
-    checkpoint: Checkpoint | None,
-    formats: Mapping[int, Format],
-    screen: Screen,
-) -> tuple[Sequence[Mapping[int, float]] | None, float | None]:
-    """The weight errors of each block and their bound, or None without weights to measure."""
-    from model.weight_errors import weight_errors
-    from wire.service import default_state_dir
-
-    bound = bounds_of(options)["max_weight_error"]
-    if bound is None:
-        return None, None
-    if checkpoint is None:
-        screen.note(
-            f"{options.model} has no weights: their errors are not known, and --max-weight-error"
-            f" {bound:g} is not applied"
-        )
-        return None, None
-    with screen.progress() as on_step:
-        errors = weight_errors(
-            checkpoint,
-            formats.values(),
-            default_state_dir("coordinator"),
-            lambda done, total: on_step(_step("weight errors", "", done, total)),
-        )
-    return errors, bound
 
 
 @dataclass(frozen=True, slots=True)

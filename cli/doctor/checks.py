@@ -92,6 +92,10 @@ class Machine:
     backend: str
     announces: bool = True
     """Whether a coordinator here announces itself by mDNS."""
+    http: Endpoint | None = None
+    """Where a coordinator here answers HTTP. None means the default, which is loopback."""
+    insecure_http: bool = False
+    """Whether its settings do without API keys."""
 
     @property
     def real(self) -> bool:

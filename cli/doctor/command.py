@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cli.argument_types import CONTROL_PORT, control_endpoint
+from cli.argument_types import CONTROL_PORT, control_endpoint, http_endpoint
 from cli.doctor import checks, coordinator, network
 from cli.doctor.checks import Check, Machine
 from cli.errors import CommandFailed, UsageError
@@ -60,6 +60,7 @@ COORDINATOR_CHECKS: tuple[tuple[Callable[[Machine], list[Check]], float], ...] =
     (checks.check_disk, 10.0),
     (coordinator.check_announcing, 5.0),
     (coordinator.check_serving, 10.0),
+    (coordinator.check_keys, 5.0),
     (network.check_firewall, 10.0),
 )
 """The checks of a coordinator, which needs no backend and joins no cluster."""
@@ -190,4 +191,17 @@ def _machine(options: argparse.Namespace, role: str) -> Machine:
         coordinator=coordinator,
         backend=str(settings.get("backend", "onnx_cpu")),
         announces=not settings.get("no_mdns", False),
+        http=_http(settings, path) if role == "coordinator" else None,
+        insecure_http=settings.get("insecure_http") is True,
     )
+
+
+def _http(settings: Mapping[str, object], path: Path) -> Endpoint | None:
+    """Where the settings let HTTP listen, or None for the default. Raises UsageError."""
+    if "http" not in settings:
+        return None
+    try:
+        endpoint: Endpoint = http_endpoint(str(settings["http"]))
+        return endpoint
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{path}: http: {error}") from error

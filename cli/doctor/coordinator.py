@@ -6,8 +6,10 @@ import socket
 
 from cli.doctor.checks import LEAST_MEMORY_BYTES, NEEDED, Check, Machine, installed
 from cli.doctor.network import check_multicast
+from coordinator.keys import BadKey, KeyBook
 from model.memory import memory_bytes
 from wire import limits
+from wire.addresses import is_loopback
 from wire.sizes import format_size
 from wire.transport import reason
 
@@ -15,6 +17,7 @@ COORDINATOR_NEEDED = (
     *NEEDED,
     "httpx",
     "jinja2",
+    "prometheus-client",
     "pulp",
     "pyyaml",
     "starlette",
@@ -53,6 +56,25 @@ def check_announcing(machine: Machine) -> list[Check]:
         text = f"{found.text}: only agents on this machine can join"
         return [Check("multicast", "warning", text, "connect it")]
     return [Check("multicast", "warning", found.text, fix)]
+
+
+def check_keys(machine: Machine) -> list[Check]:
+    """Check whether clients that reach the API from other machines need a key, and have one."""
+    http = machine.http
+    if http is None or is_loopback(http.host):
+        return []
+    if machine.insecure_http:
+        text = f"the API at {http.host}:{http.port} asks for no key: whoever reaches it may use it"
+        return [Check("keys", "warning", text, "remove insecure_http, and run shoal key create")]
+    book = KeyBook(machine.state_dir)
+    try:
+        count = len(book.listed())
+    except BadKey as error:
+        return [Check("keys", "warning", str(error), "run shoal doctor with sudo")]
+    if not count:
+        text = "clients of other machines need a key, and there is none"
+        return [Check("keys", "warning", text, "sudo shoal key create NAME")]
+    return [Check("keys", "ok", f"{count} API key{'s' * (count != 1)}")]
 
 
 def check_serving(machine: Machine) -> list[Check]:

@@ -22,7 +22,7 @@ from coordinator.http.common import json_lines, model_state, read_json, while_co
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
-from coordinator.loading.paces import slow_devices, token_s
+from coordinator.loading.paces import hop_s, slow_devices, token_s
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -122,7 +122,7 @@ class AdminRoutes:
         }
 
     async def ps(self, request: Request) -> Response:
-        models = [_model(state) for _, state in self._models.present()]
+        models = [model_view(state) for _, state in self._models.present()]
         answer: dict[str, Any] = {"model": models[0] if models else None}
         if models[1:]:  # A model that is being loaded in place of the first.
             answer["beside"] = models[1:]
@@ -193,7 +193,7 @@ class AdminRoutes:
         async def work(emit: Emit) -> dict[str, Any]:
             deployment = await self._operations.load(wanted, _emitter(emit))
             return {
-                **_model(Serving(deployment, time.monotonic())),
+                **model_view(Serving(deployment, time.monotonic())),
                 "noise": self._noise(deployment.spec, deployment.request),
             }
 
@@ -255,6 +255,8 @@ def _device(member: Member) -> dict[str, Any]:
         ],
         "joined_s": round(member.connected_s, 3),
         "memory_available_bytes": member.memory_available_bytes,
+        "load": round(member.load, 3),
+        "celsius": member.celsius,
         **asdict(member.profile),
     }
 
@@ -325,7 +327,7 @@ def _quality(found: QualityFound) -> dict[str, Any]:
     }
 
 
-def _model(state: Present) -> dict[str, Any]:
+def model_view(state: Present) -> dict[str, Any]:
     """The JSON of a model, with plan and stages if it has a deployment."""
     answer: dict[str, Any] = {
         "model": name_of(state),
@@ -368,6 +370,7 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
     """A loaded stage: sums over its devices, the longest load, and each member of a team.
 
     token_s: of the slowest device. None until enough tokens have passed.
+    hop_s: half of the newest measured round trip to the next stage, or None.
     """
     parts = [
         {
@@ -385,5 +388,6 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
         "fetched_bytes": sum(one.fetched_bytes for one in loaded),
         "load_s": max(one.load_s for one in loaded),
         "token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None,
+        "hop_s": hop_s(deployment, team[0]),
         "members": parts if len(team) > 1 else [],
     }

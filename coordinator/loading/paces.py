@@ -8,7 +8,7 @@ from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.roster.members import Member, Roster
 from coordinator.story import Story
-from wire.messages import Heartbeat, Message
+from wire.messages import Heartbeat, Message, StageCounts
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,17 @@ def token_s(deployment: Deployment, member: Member) -> float | None:
     """Return the measured seconds of one token in a device's part. None: not known yet."""
     epoch, seconds = member.pace
     return seconds if epoch == deployment.epoch and seconds else None
+
+
+def counts_of(deployment: Deployment, lead: Member) -> StageCounts | None:
+    """Return what a stage of ``deployment`` has done. None: not known yet."""
+    return lead.counts if lead.pace[0] == deployment.epoch else None
+
+
+def hop_s(deployment: Deployment, lead: Member) -> float | None:
+    """Return half of the newest round trip from a stage to the next. None: not measured."""
+    counts = counts_of(deployment, lead)
+    return 0.5e-6 * counts.round_trip_us if counts is not None and counts.round_trip_us else None
 
 
 def planned_s(deployment: Deployment, member: Member) -> float | None:

@@ -18,10 +18,21 @@ class Turns:
         self._unasked = ""
         """The coordinator's own operation in words, or empty."""
         self._on_step: OnStep | None = None
+        self._steps: dict[tuple[str, str], Step] = {}
 
     @property
     def is_taken(self) -> bool:
         return self._lock.locked()
+
+    @property
+    def unasked_for(self) -> str:
+        """The coordinator's own operation in words, or empty if a user's or none runs."""
+        return self._unasked
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The last step of each part of the running operation, newest last."""
+        return tuple(self._steps.values())
 
     @contextlib.asynccontextmanager
     async def asked(self, on_step: OnStep) -> AsyncIterator[None]:
@@ -35,6 +46,7 @@ class Turns:
                 yield
             finally:
                 self._on_step = None
+                self._steps.clear()
 
     @contextlib.asynccontextmanager
     async def unasked(self, what: str) -> AsyncIterator[None]:
@@ -45,6 +57,7 @@ class Turns:
                 yield
             finally:
                 self._unasked = ""
+                self._steps.clear()
 
     def require_free(self) -> None:
         """Raise Busy during an operation of a user."""
@@ -54,6 +67,9 @@ class Turns:
             )
 
     def report(self, step: Step) -> None:
-        """Report progress to the user whose operation runs."""
+        """Report progress to the user whose operation runs, and to everybody who looks."""
+        part = step.phase, step.label if step.unit == "bytes" else ""
+        self._steps.pop(part, None)
+        self._steps[part] = step
         if self._on_step is not None:
             self._on_step(step)

@@ -9,7 +9,7 @@ import logging
 import time
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
@@ -24,7 +24,14 @@ from wire import hygiene, limits
 from wire.addresses import is_loopback, is_shared
 from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
-from wire.hygiene import are_plausible, clean, implausible_profile, is_plausible, is_plausible_link
+from wire.hygiene import (
+    are_plausible,
+    clean,
+    implausible_gauges,
+    implausible_profile,
+    is_plausible,
+    is_plausible_link,
+)
 from wire.messages import (
     AgentHello,
     BlocksFound,
@@ -48,10 +55,12 @@ from wire.messages import (
     QualityMeasured,
     RequestFailed,
     SequenceFailed,
+    StageCounts,
     StageDamaged,
     StageLoaded,
     TeamMeasured,
     TokenSampled,
+    TraceTaken,
 )
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 from wire.rare_log import RareLog
@@ -82,6 +91,7 @@ _ANSWERS = (
     FilesMade,
     StageLoaded,
     TeamMeasured,
+    TraceTaken,
     Done,
     Progress,
     RequestFailed,
@@ -124,6 +134,11 @@ class Member:
     memory_available_bytes: int = 0
     pace: tuple[int, float] = (0, 0.0)
     """The epoch of the loaded stage and its seconds a token, as in Heartbeat."""
+    load: float = 0.0
+    """The share of its processor in use."""
+    celsius: float | None = None
+    counts: StageCounts | None = None
+    """The counts of its stage since the load, unless another device leads its team."""
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
     """The measured block times of each model, by bits."""
@@ -517,6 +532,11 @@ class Roster:
             if not 0 <= message.token_s <= hygiene.MAX_SECONDS:
                 raise ProtocolError(f"it takes {message.token_s} s a token")
             member.pace = message.epoch, message.token_s
+            wrong = implausible_gauges(message)
+            if wrong is not None:
+                raise ProtocolError(f"it has {wrong}")
+            member.load, member.celsius = message.load, message.celsius
+            member.counts = message.stage
             if message.token_s:
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
@@ -615,6 +635,8 @@ def _is_possible(message: Message) -> bool:
         sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
     elif isinstance(message, TeamMeasured):
         sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
+    elif isinstance(message, TraceTaken):
+        sizes = (message.now_us, *itertools.chain.from_iterable(map(astuple, message.passes)))
     elif isinstance(message, (QualityMeasured, HopMeasured)):
         figures = (abs(message.kl),)  # Rounding can make a divergence of 0 negative.
     return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(

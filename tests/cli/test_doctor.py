@@ -19,6 +19,7 @@ from cli.doctor import checks, network
 from cli.doctor.checks import Check, Machine
 from cli.doctor.command import bounded
 from cli.main import main
+from coordinator.keys import KeyBook
 from testbed.bed import Testbed
 from tests.system.cluster import COMMAND, ROOT
 from tests.system.namespaces import bed_of
@@ -384,3 +385,28 @@ def test_what_a_coordinator_lacks_is_said_of_a_coordinator(
     command = ["doctor", "--role=coordinator", f"--root={tmp_path}"]
     assert main([*command, "--state-dir=/proc/no-disk"]) == 1
     assert "this machine cannot be a coordinator yet: disk" in capsys.readouterr().err
+
+
+def test_a_coordinator_that_others_reach_is_told_to_make_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "etc/shoal/coordinator.toml"
+    settings.parent.mkdir(parents=True)
+
+    def keys(text: str) -> dict[str, str] | None:
+        settings.write_text(text)
+        _, found, _ = coordinator_report(tmp_path, capsys, "--role=coordinator")
+        return found.get("keys")
+
+    assert keys("") is None
+    assert keys('http = "127.0.0.1:7421"') is None
+    told = keys('http = "0.0.0.0:7421"')
+    assert told is not None
+    assert (told["state"], told["fix"]) == ("warning", "sudo shoal key create NAME")
+    told = keys('http = "0.0.0.0:7421"\ninsecure_http = true')
+    assert told is not None
+    assert "asks for no key" in told["text"]
+    KeyBook(tmp_path).create("alice")
+    told = keys('http = "0.0.0.0:7421"')
+    assert told is not None
+    assert (told["state"], told["text"]) == ("ok", "1 API key")

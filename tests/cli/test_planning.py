@@ -523,19 +523,20 @@ def test_a_difference_is_shown(
 def test_a_study_is_shown_and_drawn(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from cli.commands import study as study_command
     from paper import study
 
     whole = study.study_dilemma
     monkeypatch.setattr(study, "study_dilemma", lambda **given: whole(layers=3, **given))
     parser = argparse.ArgumentParser()
-    plan_arguments.add_study_arguments(parser)
+    study_command.add_study_arguments(parser)
     parsed = parser.parse_args(["dilemma", "--out", str(tmp_path / "figures"), "--runs", "1"])
     parsed.json = False
-    planning.run_study(parsed, Screen(json_output=False))
+    study_command.run_study(parsed, Screen(json_output=False))
     shown = capsys.readouterr().out
     assert "37.50%" in shown
     assert "all proven optimal" in shown
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
     parsed.json, parsed.out = True, None
-    planning.run_study(parsed, Screen(json_output=True))
+    study_command.run_study(parsed, Screen(json_output=True))
     assert json.loads(capsys.readouterr().out)["table"][0]["bits"] == [12]

@@ -407,3 +407,30 @@ def test_the_study_gives_the_papers_table_and_figures() -> None:
     assert free.objective_s is not None
     assert free.honest_s > best > free.objective_s
     assert set(free.bits) == {6, 8}
+
+
+def test_a_budget_of_losses_bounds_their_sum() -> None:
+    """The paper has no such bound. Against all choices of small instances."""
+    rng = random.Random(8)
+    for _ in range(12):
+        instance = make_instance(2, 3, (4, 6, 8), source=rng)
+        losses = tuple({b: rng.uniform(0.5, 1.5) * 2.0**-b for b in (4, 6, 8)} for _ in range(3))
+        budget = rng.uniform(0.05, 0.12)
+        bounded = replace(instance, losses=losses, budget=budget)
+        options = [[Choice(layer, i, b) for i in range(2) for b in (4, 6, 8)] for layer in range(3)]
+        fitting = [
+            choices
+            for choices in itertools.product(*options)
+            if math.fsum(losses[c.layer][c.bits] for c in choices) <= budget
+        ]
+        best = min(dilemma.charge(instance, ALL_REPAIRS, choices) for choices in fitting)
+        found = solve(bounded)
+        assert found.objective_s == pytest.approx(best, rel=1e-6)
+        few = dilemma.without_dominated(bounded)
+        assert solve(few).objective_s == pytest.approx(best, rel=1e-6)
+        assert dilemma.solve_by_stages(bounded) is None
+        total = math.fsum(losses[c.layer][c.bits] for c in found.choices)
+        with pytest.raises(PlanError, match="the budget is"):
+            dilemma.check(replace(bounded, budget=0.99 * total), ALL_REPAIRS, found.choices)
+    with pytest.raises(PlanError, match="allow layer 0 at no width; raise the budget"):
+        solve(replace(bounded, budget=1e-9))

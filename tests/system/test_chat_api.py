@@ -343,6 +343,14 @@ def test_each_format_of_calls_is_read(
     assert (call.function.name, call.function.arguments) == ("get_weather", ARGUMENTS)
     thought = (answer.choices[0].message.model_extra or {}).get("reasoning_content")
     assert thought == ("Hm." if kind == "harmony" else None)
+    # Required calls have no tag before them, and this model ends by its own token.
+    said = CALLS[kind].removeprefix("<|python_tag|>").removesuffix("<|call|>")
+    required = client.chat.completions.create(
+        model=kind, messages=[user(said)], tools=TOOLS, tool_choice="required"
+    )
+    (call,) = required.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert (call.function.name, call.function.arguments) == ("get_weather", ARGUMENTS)
 
 
 def test_a_template_without_tools_takes_none(

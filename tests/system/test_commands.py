@@ -220,3 +220,21 @@ def test_a_kl_budget_is_kept(serving: Cluster, tmp_path: Path) -> None:
     impossible = serving.run(*asked, f"--quality-budget={0.005 * count}")
     assert impossible.returncode == 1
     assert "budget" in impossible.stderr
+
+
+def test_a_grid_is_planned_for_the_measured_shoal(serving: Cluster, tmp_path: Path) -> None:
+    """Every cell keeps its bounds. What is loaded stays."""
+    out = tmp_path / "out"
+    budgets = "--quality-budget=0.001,none"
+    asked = ("sweep", str(TINY_OPT), budgets, "--links=x0.1,x1", f"--out={out}", "--json")
+    found = last_json(serving.run(*asked))
+    assert found["devices"] == "measured devices"
+    assert [one["cell"]["quality_budget"] for one in found["cells"]] == ["0.001", "none"] * 2
+    for one in found["cells"]:
+        assert set(one["plan"]["devices"]) <= {"pi-1", "pi-2", "pi-3"}
+        if one["cell"]["quality_budget"] == "0.001":
+            assert one["plan"]["kl"] <= 0.001
+    slow, fast = found["cells"][0]["plan"], found["cells"][2]["plan"]
+    assert slow["value"] >= fast["value"]
+    assert len((out / "sweep.csv").read_text().splitlines()) == 5
+    assert serving.get("/shoal/v1/ps")["model"]["state"] == "ready"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import secrets
-import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +17,9 @@ from coordinator.http.formats.thoughts import Thoughts
 THINK = ("<think>", "</think>")
 BRACKETS = ("[THINK]", "[/THINK]")
 
-_MISTRAL_ID_CHARACTERS = string.ascii_letters + string.digits
-
 
 class CallableTool(Protocol):
-    """What a format needs of a tool."""
+    """A tool, as far as a format needs it."""
 
     @property
     def name(self) -> str: ...
@@ -79,7 +76,7 @@ class ToolFormat:
     def new_id(self) -> str:
         """Return an id for a call, of a form that the model's chat template accepts."""
         if self.name.startswith("mistral"):
-            return "".join(secrets.choice(_MISTRAL_ID_CHARACTERS) for _ in range(9))
+            return mistral.fitting_id(new_id())
         return new_id()
 
     def call_grammar(

@@ -18,7 +18,7 @@ from wire.logprobs import TokenLogprobs
 
 
 class _Choices(Api):
-    """What both kinds share: an envelope, choices, and usage at the end."""
+    """Both kinds have an envelope, choices, and usage at the end."""
 
     chat: bool
 

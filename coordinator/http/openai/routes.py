@@ -27,19 +27,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coordinator.errors import CoordinatorError
 from coordinator.http.anthropic.messages import Messages
-from coordinator.http.common import read_json, server_sent_events, tracked, while_connected
+from coordinator.http.common import read_json, server_sent_events, while_connected
 from coordinator.http.openai.answers import ChatCompletions, Completions
-from coordinator.http.openai.api import Api
+from coordinator.http.openai.api import Api, answered
 from coordinator.http.openai.events import Outcome, events
 from coordinator.http.openai.jobs import Job
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
 from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
 from coordinator.serving.gateway import Gateway
-from model.errors import ModelError
-from planning.errors import RequestInvalid
 
 PROMPT_THREADS = 4
 
@@ -70,14 +67,7 @@ class OpenAIRoutes:
 
     def _route(self, path: str, api: type[Api]) -> Route:
         async def handle(request: Request) -> Response:
-            try:
-                return await self._answer(request, api)
-            except (CoordinatorError, RequestInvalid, ModelError) as error:
-                refusal = api.refusal(error)
-                if refusal is None:
-                    raise
-                tracked(request.scope).error = str(error)
-                return refusal
+            return await answered(request, api, self._answer(request, api))
 
         return Route(path, handle, methods=["POST"])
 

@@ -1,0 +1,1 @@
+"""The page at ``/``: its files, the state that it shows, and the line that joins a device."""

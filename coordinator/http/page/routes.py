@@ -1,0 +1,92 @@
+"""The routes of the page: its files, the state of the shoal, and the line that joins a device."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from coordinator.config import CoordinatorConfig
+from coordinator.http.common import read_json
+from coordinator.http.keys import KEY
+from coordinator.http.page.files import HEADERS, read_files
+from coordinator.http.page.state import MOST_WATCHERS, StateFeed
+from wire.addresses import is_everywhere, is_loopback, reachable_addresses
+
+EVENTS = "text/event-stream"
+
+FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+"""Headers of proxies. A proxy on this machine makes strangers look local."""
+
+
+class PageRoutes:
+    """Route handlers of the page at ``/``."""
+
+    def __init__(self, config: CoordinatorConfig, feed: StateFeed) -> None:
+        self._config = config
+        self._feed = feed
+        self._files = read_files()
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self.index, methods=["GET"]),
+            Route("/page/{path:path}", self.file, methods=["GET"]),
+            Route("/shoal/v1/state", self.state, methods=["GET"]),
+            Route("/shoal/v1/join", self.join, methods=["POST"]),
+        ]
+
+    async def index(self, request: Request) -> Response:
+        return self._send(request, "index.html")
+
+    async def file(self, request: Request) -> Response:
+        return self._send(request, request.path_params["path"])
+
+    def _send(self, request: Request, path: str) -> Response:
+        """Answer one of the files that were read at the start. There are no others to reach."""
+        found = self._files.get(path)
+        if found is None:
+            raise HTTPException(404, "the page has no such file")
+        headers = {**HEADERS, "ETag": found.tag}
+        if found.tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(found.content, headers=headers, media_type=found.media_type)
+
+    async def state(self, request: Request) -> Response:
+        """The state as JSON, or followed as server-sent events by clients that accept them."""
+        if EVENTS not in request.headers.get("accept", ""):
+            return JSONResponse(self._feed.state())
+        if not self._feed.has_room:
+            raise HTTPException(503, f"{MOST_WATCHERS} pages are open already: close one")
+        return StreamingResponse(
+            self._feed.stream(), media_type=EVENTS, headers={"Cache-Control": "no-store"}
+        )
+
+    async def join(self, request: Request) -> Response:
+        """The addresses where agents join, and the shoal's token for those who may have it.
+
+        These are holders of an API key, and users of this machine itself.
+        """
+        await read_json(request)
+        config = self._config
+        hosts = await asyncio.to_thread(reachable_addresses, config.control_host)
+        others = [host for host in hosts if not is_loopback(host)]
+        token = None
+        if config.token is not None and (request.scope.get(KEY) or _is_local(request)):
+            token = config.token.decode(errors="replace")
+        return JSONResponse(
+            {
+                "hosts": others if is_everywhere(config.control_host) else list(hosts),
+                "port": self._feed.control_port,
+                "token": token,
+            }
+        )
+
+
+def _is_local(request: Request) -> bool:
+    """Whether the client is on this machine, and no proxy stands before it."""
+    client = request.client
+    is_forwarded = any(name in request.headers for name in FORWARDED)
+    return client is not None and is_loopback(client.host) and not is_forwarded

@@ -1,0 +1,217 @@
+// The devices of the shoal, and the line that joins another one.
+import { useEffect, useState } from "./vendor/hooks.js";
+import { ask } from "./api.js";
+import { copyText } from "./clipboard.js";
+import { bytes, duration, plural } from "./format.js";
+import { html } from "./html.js";
+
+const COOL = 20;
+/** Most boards slow down at about this temperature. */
+const HOT = 80;
+
+function Meter({ label, value, most, text }) {
+  const share = most ? Math.min(1, Math.max(0, value / most)) : 0;
+  return html`<div class="meter">
+    <span class="meter-label">${label}</span>
+    <span class="meter-text">${text}</span>
+    <span class="meter-track" aria-hidden="true">
+      <span
+        class=${share > 0.9 ? "meter-fill meter-full" : "meter-fill"}
+        style=${{ width: `${100 * share}%` }}
+      ></span>
+    </span>
+  </div>`;
+}
+
+function Unmeasured({ label }) {
+  return html`<div class="meter">
+    <span class="meter-label">${label}</span>
+    <span class="meter-text unmeasured">not measured</span>
+  </div>`;
+}
+
+function Device({ device, stageBytes, nowS, version }) {
+  const isHere = device.state === "here";
+  const taken = device.memory_total_bytes - device.memory_available_bytes;
+  return html`<li class=${isHere ? "device" : "device device-lost"}>
+    <div class="device-head">
+      <span class="name" title=${device.name}>${device.name}</span>
+      <span class=${isHere ? "state state-here" : "state state-lost"}>
+        ${isHere ? "here" : "lost"} ${duration(nowS - device.since_s)}${isHere ? "" : " ago"}
+      </span>
+    </div>
+    <p class="detail" title=${device.machine}>
+      ${device.processor || device.machine}<span class="dot">·</span>${plural(device.threads, "thread")}
+    </p>
+    <p class="detail">
+      ${device.backend} ${device.backend_version}<span class="dot">·</span
+      ><span class=${device.version === version ? "" : "differs"}>shoal ${device.version}</span>
+    </p>
+    ${isHere
+      ? html`
+          <${Meter}
+            label="memory"
+            value=${taken}
+            most=${device.memory_total_bytes}
+            text=${`${bytes(device.memory_available_bytes)} free of ${bytes(device.memory_total_bytes)}`}
+          />
+          <${Meter}
+            label="stage"
+            value=${stageBytes}
+            most=${device.memory_limit_bytes}
+            text=${stageBytes
+              ? `${bytes(stageBytes)} of ${bytes(device.memory_limit_bytes)}`
+              : `none, may take ${bytes(device.memory_limit_bytes)}`}
+          />
+          ${device.load === null
+            ? html`<${Unmeasured} label="load" />`
+            : html`<${Meter}
+                label="load"
+                value=${device.load}
+                most=${1}
+                text=${`${Math.round(100 * device.load)} % of ${plural(device.cores, "core")}`}
+              />`}
+          ${device.celsius === null
+            ? html`<${Unmeasured} label="heat" />`
+            : html`<${Meter}
+                label="heat"
+                value=${device.celsius - COOL}
+                most=${HOT - COOL}
+                text=${`${device.celsius} °C`}
+              />`}
+        `
+      : html`<p class="reason">${device.reason}</p>`}
+    ${device.noise && html`<p class="noise" title=${device.noise}>measured while others computed</p>`}
+  </li>`;
+}
+
+/** Bytes of loaded stages by device. */
+function stageBytesOf(models) {
+  const taken = new Map();
+  for (const model of models) {
+    for (const stage of model.stages ?? []) {
+      for (const part of stage.members.length ? stage.members : [stage]) {
+        taken.set(part.device, (taken.get(part.device) ?? 0) + part.memory_bytes);
+      }
+    }
+  }
+  return taken;
+}
+
+function Failures({ links }) {
+  const failed = links.filter((link) => link.failure);
+  if (!failed.length) return null;
+  return html`<ul class="failures">
+    ${failed.map(
+      (link) =>
+        html`<li key=${`${link.source} ${link.target}`}>
+          No link from ${link.source} to ${link.target}: ${link.failure}
+        </li>`,
+    )}
+  </ul>`;
+}
+
+export function Devices({ state, nowS }) {
+  const here = state.devices.filter((device) => device.state === "here");
+  const taken = stageBytesOf(state.models);
+  const [isJoining, setJoining] = useState(false);
+  const isOpen = isJoining || !here.length;
+  return html`<section class="card" aria-labelledby="devices-title">
+    <header class="card-head">
+      <h2 id="devices-title">Devices <span class="count">${here.length}</span></h2>
+      ${here.length > 0 &&
+      html`<button
+        type="button"
+        class="quiet-button"
+        aria-expanded=${isOpen}
+        onClick=${() => setJoining(!isJoining)}
+      >
+        ${isJoining ? "Close" : "Add a device"}
+      </button>`}
+    </header>
+    ${isOpen && html`<${Join} shoal=${state.shoal} isFirst=${!state.devices.length} />`}
+    <ul class="devices">
+      ${state.devices.map(
+        (device) =>
+          html`<${Device}
+            key=${device.name}
+            device=${device}
+            stageBytes=${taken.get(device.name) ?? 0}
+            nowS=${nowS}
+            version=${state.shoal.version}
+          />`,
+      )}
+    </ul>
+    <${Failures} links=${state.links} />
+  </section>`;
+}
+
+/** Quotes a word for a shell, if it needs that. */
+function quoted(word) {
+  return /^[\w.:@%+=,/-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
+}
+
+/** The command that joins a device, with `token` as its word for the shoal's token. */
+function joiningLine(shoal, answer, token) {
+  const { hostname } = window.location;
+  const isLocal = hostname === "localhost" || hostname.startsWith("127.") || hostname === "[::1]";
+  const host = isLocal ? (answer?.hosts[0] ?? "COORDINATOR") : hostname;
+  const secret = shoal.needs_token ? `SHOAL_TOKEN=${token} ` : "";
+  const cluster = shoal.cluster === "shoal" ? "" : ` --cluster ${shoal.cluster}`;
+  return `${secret}shoal agent --coordinator ${host}:${shoal.control_port}${cluster}`;
+}
+
+const UNTOLD =
+  "Put the token in its place: it is in the coordinator's token file. The page is told it on the " +
+  "coordinator's machine, or with an API key.";
+
+function Join({ shoal, isFirst }) {
+  const [answer, setAnswer] = useState(null);
+  const [said, setSaid] = useState("");
+  const [isShown, setShown] = useState(false);
+
+  // The addresses are no secret. The token comes along, and is shown only when asked for.
+  useEffect(() => void fetched().catch(() => {}), []);
+
+  async function fetched() {
+    const found = answer ?? (await ask("/shoal/v1/join", {}));
+    setAnswer(found);
+    return found;
+  }
+  async function copy() {
+    try {
+      const found = await fetched();
+      const isTold = !shoal.needs_token || found.token;
+      await copyText(joiningLine(shoal, found, isTold ? quoted(found.token ?? "") : "TOKEN"));
+      setSaid(isTold ? "Copied." : `Copied. ${UNTOLD}`);
+    } catch (error) {
+      setSaid(`Not copied (${error.message}): select the line and copy it.`);
+    }
+  }
+  async function show() {
+    try {
+      const found = await fetched();
+      setShown(true);
+      setSaid(found.token ? "" : UNTOLD);
+    } catch (error) {
+      setSaid(error.message);
+    }
+  }
+  const token = isShown ? (answer?.token ? quoted(answer.token) : "TOKEN") : "••••••••";
+  return html`<div class="join">
+    <p>${isFirst ? "No device has joined yet. " : ""}On each device, install shoal and run:</p>
+    <div class="line">
+      <code tabindex="0" aria-label="Joining line">${joiningLine(shoal, answer, token)}</code>
+      <div class="line-buttons">
+        ${shoal.needs_token &&
+        !isShown &&
+        html`<button type="button" onClick=${show}>Show token</button>`}
+        <button type="button" onClick=${copy}>Copy</button>
+      </div>
+    </div>
+    <p class="quiet small" role="status">
+      ${said ||
+      "Where multicast works, the address may be left out. Every device of one shoal runs the same version."}
+    </p>
+  </div>`;
+}
