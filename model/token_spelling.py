@@ -16,6 +16,9 @@ from model.errors import TokenizerError
 from model.token_bytes import TokenBytes
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MARK = re.compile(r"<\S+>|\[\S+\]")
+"""Marks such as <think> and <tool_call>, which some tokenizers do not call special."""
+
 _LONGEST_BYTES = 0xFFFF
 
 Spell = Callable[[str], bytes]
@@ -36,7 +39,7 @@ def spell(backend: tokenizers.Tokenizer, vocab: int, end: int) -> TokenBytes:
         if token < vocab:
             text = added.content
             tokens[token] = text.encode() if added.special else spelling(text)
-            special[token] = added.special
+            special[token] = added.special or _MARK.fullmatch(text) is not None
     if max(map(len, tokens)) > _LONGEST_BYTES:
         raise TokenizerError("a token is longer than any known one")
     special[end] = True

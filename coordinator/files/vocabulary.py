@@ -11,6 +11,7 @@ from coordinator.files.artifacts import ArtifactStore
 from model.errors import TokenizerError
 from model.grammar_process import GrammarProcess, library_version
 from model.spec import ModelSpec
+from model.token_bytes import TokenBytes
 from model.token_spelling import spell
 from model.tokenizer import Tokenizer
 from wire.messages import FileRef
@@ -25,14 +26,20 @@ class Vocabulary:
     """The tokens of a model as bytes. Threads may share it.
 
     tokens: the bytes of each token. A special token's are its name.
+    special_ids: the ids of special tokens by their names, marks like <think> among them.
     data, ref: the file for the device that samples.
     """
 
-    def __init__(self, tokens: tuple[bytes, ...], data: bytes, ref: FileRef, path: Path) -> None:
-        """``path`` has ``data``."""
-        self.tokens = tokens
+    def __init__(self, tokens: TokenBytes, data: bytes, ref: FileRef, path: Path) -> None:
+        """``path`` has ``data``, the file of ``tokens``."""
+        self.tokens = tokens.tokens
         self.data = data
         self.ref = ref
+        self.special_ids = {
+            data.decode(): token
+            for token, (data, special) in enumerate(zip(tokens.tokens, tokens.special, strict=True))
+            if special
+        }
         self._grammars = GrammarProcess(path)
         self.check = functools.lru_cache(CHECKED_GRAMMARS)(self._check)
         """Compiles a grammar, and raises GrammarFailed if a device could not keep to it."""
@@ -69,4 +76,4 @@ def make_vocabulary(
         return None
     data = tokens.encode()
     ref = store.keep(data)
-    return Vocabulary(tokens.tokens, data, ref, store.place(ref.sha256))
+    return Vocabulary(tokens, data, ref, store.place(ref.sha256))

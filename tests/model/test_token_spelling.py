@@ -59,7 +59,7 @@ def sentencepiece() -> tokenizers.Tokenizer:
 
 def test_pieces_and_bytes_of_sentencepiece_are_spelled() -> None:
     backend = sentencepiece()
-    end = backend.token_to_id("<end>")
+    end = backend.get_vocab()["<end>"]
     spelled = spell(backend, end + 1, end)
     assert spelled.tokens[1:3] == (b" ", b" the")
     assert spelled.tokens[3 + 0xC3] == b"\xc3"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from coordinator.http.formats import harmony, hermes, llama, mistral
+from coordinator.http.formats.json_grammar import json_rule
 from coordinator.http.formats.parts import Parser, PlainText
 from coordinator.http.formats.thoughts import Thoughts
 
@@ -131,8 +132,7 @@ class _Grammar:
         rules = [f"call: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
         rules += [f"call_{number}: {text}" for number, text in enumerate(wrapped)]
         rules += [
-            f"arguments_{number}: %json {json.dumps(_schema(tool), ensure_ascii=False)}"
-            for number, tool in enumerate(tools)
+            f"arguments_{number}: {json_rule(_schema(tool))}" for number, tool in enumerate(tools)
         ]
         many = parallel and name != "harmony"
         body = f"call ({self._literal(_SEPARATORS[name])} call)*" if many else "call"
@@ -163,10 +163,12 @@ class _Grammar:
         if self._form.thinks is None:
             return "", []
         first, last = map(self._literal, self._form.thinks)
-        rules = [r"THOUGHT: /(.|\n)*/", r"GAP: /\s*/"]
-        if opened:
-            return f"THOUGHT {last} GAP ", rules
-        return f"({first} THOUGHT {last} GAP)? ", rules
+        rules = [r"GAP: /\s{0,8}/"]
+        if self._form.thinks[1] in self._special:
+            rules += [f"thoughts: THOUGHT {last} GAP", r"THOUGHT: /(.|\n)*/"]
+        else:  # The mark is text like that before it, so the first one counts.
+            rules += ["thoughts: thought GAP", rf"thought[suffix={last}]: /(.|\n)*/"]
+        return ("thoughts " if opened else f"({first} thoughts)? "), rules
 
     def _literal(self, text: str) -> str:
         """Return a text in Lark's notation. Special tokens in it stand by their ids."""
@@ -277,7 +279,8 @@ def new_id() -> str:
 
 
 def _schema(tool: CallableTool) -> Mapping[str, Any]:
-    return tool.parameters or {"type": "object", "properties": {}}
+    """Return the schema of a tool's arguments. Without one, it takes none."""
+    return tool.parameters or {"type": "object", "additionalProperties": False}
 
 
 def _hermes(name: str) -> tuple[str, str]:

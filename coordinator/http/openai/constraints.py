@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from coordinator.files.vocabulary import Vocabulary
+from coordinator.http.formats.json_grammar import json_rule
 from coordinator.http.openai.reading import Reading
 from coordinator.loading.deployment import Deployment
 from model.grammar_process import LIBRARY, GrammarFailed, library_version
@@ -22,9 +23,6 @@ from wire.messages import Sampling
 
 OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 """The device has no tokenizer, so the model decides how forced text is split into tokens."""
-
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-"""Without a bound, a small model may go on with spaces until its limit."""
 
 MAX_SCHEMA_NESTING = 100
 
@@ -46,7 +44,8 @@ def constrained(
         names = " and ".join(field for field, _ in given)
         raise RequestInvalid(f"{names}: an answer has one format: leave one out", given[1][0])
     if reading is not None and reading.tools.required:
-        return with_grammar(deployment, sampling, _calls(deployment, reading), "tool_choice")
+        calls = _calls(deployment, reading, "tool_choice")
+        return with_grammar(deployment, sampling, calls, "tool_choice")
     if not given:
         if reading is None or not any(tool.strict for tool in reading.tools.offered):
             return sampling
@@ -55,21 +54,21 @@ def constrained(
         return with_grammar(deployment, sampling, strict, "tools")
     ((field, grammar),) = given
     if reading is not None:
-        special = deployment.tokenizer.special_ids
+        special = _vocabulary(deployment, field).special_ids
         start, rules = reading.format.thoughts_grammar(special=special, opened=reading.opened)
         grammar = behind_thoughts(start, rules, grammar)
         if reading.tools.offered:
-            grammar = either(_calls(deployment, reading), grammar)
+            grammar = either(_calls(deployment, reading, field), grammar)
     return with_grammar(deployment, sampling, grammar, field)
 
 
-def _calls(deployment: Deployment, reading: Reading) -> str:
+def _calls(deployment: Deployment, reading: Reading, field: str) -> str:
     """The grammar of an answer that calls tools."""
     return reading.format.call_grammar(
         reading.tools.offered,
         reading.tools.names,
         parallel=reading.tools.parallel,
-        special=deployment.tokenizer.special_ids,
+        special=_vocabulary(deployment, field).special_ids,
         opened=reading.opened,
     )
 
@@ -153,8 +152,7 @@ def _json(deployment: Deployment, value: Any, field: str) -> str:
         raise RequestInvalid(
             f"{field}: the schema is nested deeper than {MAX_SCHEMA_NESTING} levels", field
         )
-    schema = {"x-guidance": {"whitespace_pattern": WHITESPACE}, **value}
-    return f"start: %json {json.dumps(schema)}\n"
+    return f"start: {json_rule(value)}\n"
 
 
 def _fits(value: Any, levels: int) -> bool:

@@ -135,8 +135,7 @@ class _Reader:
 
     def read(self, piece: Piece) -> Event:
         if self._job.wants_no_answer:
-            finish: FinishReason = "length" if piece.finish else ""
-            piece = replace(piece, text="", tokens=(), logprobs=(), finish=finish)
+            piece = _without_answer(piece)
         if piece.withdraws:
             self._parser, self._calls = self._job.parser(), False
             return Event(self._index, (), piece)
@@ -155,6 +154,12 @@ class _Reader:
         # The gateway gives the token that ends a stop string, and none for the end of the text.
         stopped = piece.finish == "stop" and bool(piece.tokens)
         return Event(self._index, tuple(parts), piece, finish, stopped)
+
+
+def _without_answer(piece: Piece) -> Piece:
+    """Leave out the token that was drawn although none is wanted."""
+    finish: FinishReason = "length" if piece.finish else ""
+    return replace(piece, text="", tokens=(), logprobs=(), finish=finish)
 
 
 def _first_call(parts: list[Part]) -> list[Part]:
