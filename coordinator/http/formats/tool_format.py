@@ -194,8 +194,7 @@ class _StrictGrammar(_Grammar):
         heads = [_WRAPS[self._form.name](json.dumps(tool.name)) for tool in tools]
         schemas = [_schema(tool) if tool.strict else {"type": "object"} for tool in tools]
         rules = [
-            f"arguments_{number}: %json {json.dumps(schema, ensure_ascii=False)}"
-            for number, schema in enumerate(schemas)
+            f"arguments_{number}: {json_rule(schema)}" for number, schema in enumerate(schemas)
         ]
         rules.append(r"TEXT: /(.|\n)+/")
         write = {"harmony": self._harmony, "llama": self._llama}.get(self._form.name, self._marked)
