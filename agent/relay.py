@@ -26,8 +26,10 @@ from agent.links import Link, Measuring
 from agent.mesh import TeamLost
 from agent.meter import StageMeter
 from agent.sampler import Sampler
+from agent.sampling_limits import problem_of
 from agent.sequences import Rows, Sequence, SequenceTable, Turn
 from backends.base import ALL_LOGITS, Array, BackendError, Stage, Tokens
+from model.grammar_process import GrammarProcess
 from model.spec import ModelSpec
 from wire import limits
 from wire.activations import HopBits, decode_rows, encode_rows, payload_bytes
@@ -38,6 +40,7 @@ from wire.messages import (
     FinishReason,
     Message,
     PeerLost,
+    PromptScored,
     SequenceFailed,
     StageCounts,
     StartSequence,
@@ -68,11 +71,12 @@ class Relay:
         context_tokens: int,
         hop_bits: HopBits,
         report: Callable[[Message], None],
+        grammars: GrammarProcess | None = None,
     ) -> None:
         """Run ``stage``, whose rows leave at ``hop_bits`` a value.
 
         ``report`` sends to the coordinator. If it raises WireError, the sequence of the message
-        ends.
+        ends. Without ``grammars``, answers cannot be kept to a grammar. The relay closes it.
         """
         self.epoch = epoch
         self._stage = stage
@@ -82,6 +86,7 @@ class Relay:
         self._context_tokens = context_tokens
         self._hop_bits = hop_bits
         self._report = report
+        self._grammars = grammars
         self._hop: Hop | None = None
         self._hop_lost: PeerLost | None = None
         """The report that was sent when the hop was lost."""
@@ -123,6 +128,8 @@ class Relay:
         with self._lock:
             self._changed.wait_for(lambda: not self._busy)
         self._stage.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     # ---- what is told of it ---------------------------------------------------------------------
 
@@ -152,22 +159,23 @@ class Relay:
 
     def start(self, message: StartSequence) -> None:
         """Give the slot to a sequence. The first stage runs its prompt, chunk by chunk."""
-        number = message.sequence
-        prompt = np.asarray(message.prompt if self._is_first else (), dtype=np.int64)
+        number, sampling = message.sequence, message.sampling
+        prompt = np.asarray(message.prompt, dtype=np.int64)
         problem = self._problem(message, prompt)
         if problem is not None:
             self._fail(number, problem)
             return
-        chunk_tokens = message.chunk_tokens
+        # A prompt that is scored goes row by row, because a head computes logits of one row.
+        chunk_tokens = 1 if sampling.prompt_logprobs else message.chunk_tokens
+        sampler = self._sampler(message) if self._is_last else None
         with self._lock:
-            sampler = Sampler(message.sampling) if self._is_last else None
-            sequence = self._table.open(number, message.slot, message.sampling, sampler)
-            if sequence is not None:
+            sequence = self._table.open(number, message.slot, sampling, sampler)
+            if sequence is not None and self._is_first:
                 for begin in range(0, len(prompt), chunk_tokens):
                     chunk = prompt[begin : begin + chunk_tokens]
-                    last = begin + len(chunk) == len(prompt)
+                    last = begin + len(chunk) == len(prompt) or sampling.prompt_logprobs
                     self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def _problem(self, message: StartSequence, prompt: Tokens) -> str | None:
         """Return why a sequence cannot be started, or None if it can."""
@@ -176,14 +184,21 @@ class Relay:
             or not 0 < message.chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
         ):
             return "the coordinator sent a prompt that does not fit"
-        if self._is_first and (prompt.min() < 0 or prompt.max() >= self._spec.vocab):
+        if len(prompt) and (prompt.min() < 0 or prompt.max() >= self._spec.vocab):
             return "the prompt has tokens outside the vocabulary"
-        sampling = message.sampling
-        if not sampling.repetition_penalty > 0 or any(
-            not 0 <= token < self._spec.vocab for token in sampling.penalized
-        ):
-            return "the coordinator sent penalized tokens that do not fit"
-        return "the seed is negative" if sampling.seed < 0 else None
+        problem = problem_of(message.sampling, self._spec.vocab)
+        if problem is not None:
+            return problem
+        if self._is_last and message.sampling.grammar and self._grammars is None:
+            return "this device cannot keep an answer to a grammar"
+        return None
+
+    def _sampler(self, message: StartSequence) -> Sampler:
+        """Return what draws the sequence's tokens, once its grammar begins to be compiled."""
+        sampling, matcher = message.sampling, None
+        if sampling.grammar and self._grammars is not None:
+            matcher = self._grammars.open(sampling.grammar.decode(), sampling.answer)
+        return Sampler(sampling, matcher, message.prompt)
 
     def deliver(self, message: Message, payload: memoryview) -> None:
         """Take a data-plane message from a peer, and drop messages of another epoch."""
@@ -351,9 +366,15 @@ class Relay:
             )
             self._next().send(message, encode_rows(output, self._hop_bits))
             return
-        if not rows.last or sequence.sampler is None:
+        sampler = sequence.sampler
+        if not rows.last or sampler is None:
             return
-        token = sequence.sampler.sample(output[0], end)
+        following = sampler.told(end)
+        if following is not None:
+            scored = sampler.logprobs(output[0], following)
+            self._report(PromptScored(self.epoch, sequence.number, end, scored))
+            return
+        token = sampler.sample(output[0], end)
         index = sequence.sampled_tokens
         sequence.sampled_tokens += 1
         before_s, sequence.sampled_s = sequence.sampled_s, time.monotonic()
@@ -366,11 +387,13 @@ class Relay:
         sampled = TokenSampled(self.epoch, sequence.number, index, token, finish, after_us)
         if not finish and not self._is_first:
             self._next().send(sampled)
+        if sampler.tells_logprobs:
+            sampled.logprobs = sampler.logprobs(output[0], token)
         self._report(sampled)
         if not finish and self._is_first:
-            following = Rows(end, 1, True, np.array([token], dtype=np.int64))
+            row = Rows(end, 1, True, np.array([token], dtype=np.int64))
             with self._lock:
-                self._table.add(sequence, following)
+                self._table.add(sequence, row)
 
     def _next(self) -> Hop:
         if self._hop is None:

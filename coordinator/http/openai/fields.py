@@ -8,18 +8,9 @@ from typing import Any
 from planning.errors import RequestInvalid
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": (None, ""),
-    "logprobs": (None, False),
-    "top_logprobs": (None,),
-    "logit_bias": (None, {}),
-    "presence_penalty": (0, None),
-    "frequency_penalty": (0, None),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -51,10 +42,24 @@ KNOWN = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
         "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "n",
         "max_tokens",
         "ignore_eos",
         "return_token_ids",
+        "response_format",
+        "json_schema",
+        "grammar",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "structured_outputs",
     }
 )
 
