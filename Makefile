@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := model wire backends calibration agent planning paper coordinator testbed evaluation studies cli
+PACKAGES := model wire backends calibration agent planning paper coordinator testbed evaluation compression studies cli
 
 # `make bundle` is for an agent on Raspberry Pi OS 12 or Debian 12, unless told otherwise.
 MACHINE ?= aarch64
@@ -107,8 +107,14 @@ bench-integrity: $(VENV)/run.stamp ## measure the cost of checking files until t
 bench-sampling: $(VENV)/run.stamp ## measure the cost of drawing a token, over HTTP
 	$(BIN)/python -m benchmarks.sampling $(ARGS)
 
+bench-quantizers: $(VENV)/run.stamp ## measure quantizers on a model, and with --layer on a layer of a 1B shape
+	$(BIN)/python -m benchmarks.quantizers $(ARGS)
+
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
+
+bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
+	$(BIN)/python -m benchmarks.telemetry $(ARGS)
 
 soak: $(VENV)/run.stamp ## let random clients and failing devices loose for an hour, and watch for what is left
 	$(BIN)/python -m benchmarks.soak $(ARGS)

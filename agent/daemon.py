@@ -581,6 +581,7 @@ class Agent:
             coordinator,
             self._device,
             self._config.token,
+            request.prepared,
         )
         measure_quality(
             request,

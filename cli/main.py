@@ -524,6 +524,13 @@ def _eval(parser: argparse.ArgumentParser) -> Page:
     return Page(evaluate.run_eval, evaluate.EXAMPLES, evaluate.ABOUT)
 
 
+def _compress(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import compress
+
+    compress.add_compress_arguments(parser)
+    return Page(compress.run_compress, compress.EXAMPLES, compress.ABOUT)
+
+
 def _edgetpu(parser: argparse.ArgumentParser) -> Page:
     from cli.commands import edgetpu
 
@@ -697,6 +704,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "testbed": ("Emulate the devices of a lab file on this machine.", _testbed),
     "bench": ("Measure this device's tokens per second for a model's shape.", _bench),
     "eval": ("Score a model's answers and losses on your data.", _eval),
+    "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
     "ps": ("Show what is loaded, and what it waits for.", _ps),

@@ -22,6 +22,7 @@ def test_the_packages_have_readmes() -> None:
             "coordinator",
             "cli",
             "evaluation",
+            "compression",
         )
     }
 

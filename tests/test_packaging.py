@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("model", "wire", "backends", "calibration", "agent", "planning", "paper"),
-    *("coordinator", "testbed", "evaluation", "cli"),
+    *("coordinator", "testbed", "evaluation", "compression", "cli"),
 )
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -22,8 +22,13 @@ MODULES = sorted(
     for path in (ROOT / package).rglob("[a-z]*.py")
 )
 
-NEEDS = {"torch_kernels": "triton", "torch_fused_kernels": "triton", "torch_": "torch"}
-"""Beginning of a backend's module -> what it may need that no extra of the tests installs."""
+NEEDS = {
+    "backends.torch_kernels": "triton",
+    "backends.torch_fused_kernels": "triton",
+    "backends.torch_": "torch",
+    "compression": "torch",
+}
+"""Beginning of a module's name -> what it may need that no extra of the tests installs."""
 
 AGENT_ONLY = {"onnx", "onnxruntime"}
 COORDINATOR_ONLY = {
@@ -77,7 +82,7 @@ def test_every_module_imports_on_its_own() -> None:
         module
         for module in MODULES
         if not any(
-            module.startswith(f"backends.{beginning}") and find_spec(library) is None
+            module.startswith(beginning) and find_spec(library) is None
             for beginning, library in NEEDS.items()
         )
     ]

@@ -28,6 +28,7 @@ PACKAGES = (
     "testbed",
     "evaluation",
     "studies",
+    "compression",
     "cli",
     "benchmarks",
     "examples",

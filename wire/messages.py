@@ -464,6 +464,8 @@ class MeasureQuality:
     """Pairs of a boundary and its widths. Boundary b lies behind block b."""
     backend: str = ""
     """The backend whose arithmetic the layers are computed with. Empty means the agent's own."""
+    prepared: tuple[tuple[int, BlockRef], ...] = ()
+    """Pairs of bits and a block whose codes a quantizer chose. The agent rounds the others."""
 
 
 @dataclass(frozen=True, slots=True)

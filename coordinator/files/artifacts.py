@@ -30,7 +30,8 @@ from model.costs import stored_bytes
 from model.durable import remove, replace_bytes, replace_text
 from model.errors import Cancelled, CheckpointError, UnsupportedModelError
 from model.partial import PartialFile
-from model.quantize import Format
+from model.quantize import Format, Quantizer
+from model.quantizers.prepared import quantized
 from model.share import Share, share_spec, share_tensors
 from model.spec import ModelSpec
 from model.weight_errors import weight_errors
@@ -111,21 +112,35 @@ class ArtifactStore:
         path = self._artifacts / sha256
         return path if path.is_file() else None
 
+    def prepared(
+        self, checkpoint: Checkpoint, quantizer: Quantizer, text: str | None
+    ) -> Checkpoint:
+        """Return the checkpoint with codes by a quantizer, which are made when they are needed.
+
+        They are kept in the state directory. Raises as ``model.quantizers.prepared.quantized``.
+        """
+        return quantized(checkpoint, quantizer, self._state_dir, text)
+
     def quantize(
         self,
         checkpoint: Checkpoint,
         wanted: Sequence[Wanted],
         on_step: OnStep,
         cancelled: Callable[[], bool],
+        *,
+        keep: bool = False,
     ) -> tuple[BlockRef, ...]:
         """Make the missing artifacts of ``wanted``, and return all.
+
+        keep: also those of the call before stay on disk.
 
         Raises model.errors.ModelError (damaged weights, disk full), OSError, StorageFull,
         Cancelled.
         """
         index = self._load(checkpoint)
         refs: list[BlockRef] = []
-        self._in_use.clear()
+        if not keep:
+            self._in_use.clear()
         same = checkpoint.fingerprint
         self._sources = {
             sha256: source

@@ -224,7 +224,7 @@ class Operations:
         weights: without them, config.json is enough, and losses are assumed.
         """
         open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
-        checkpoint = await asyncio.to_thread(open_model, request.model, request.adapter)
+        checkpoint = await asyncio.to_thread(self._opened, open_model, request)
         members = self._roster.require_members()
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]
@@ -273,6 +273,13 @@ class Operations:
             losses.source,
             {member.name: member.device for member in members},
         )
+
+    def _opened(
+        self, open_model: Callable[[Path, str | None], Checkpoint], request: LoadRequest
+    ) -> Checkpoint:
+        """The model with the codes that the request's scheme chooses. Raises ModelError."""
+        checkpoint = open_model(request.model, request.adapter)
+        return self._store.prepared(checkpoint, request.scheme, request.scheme_text)
 
     async def _solve(self, request: LoadRequest, problem: PlanningProblem) -> Plan:
         self._step("plan", "solving", 0, 0, "")

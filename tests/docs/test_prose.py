@@ -24,7 +24,8 @@ NOT_A_SUBJECT = {"What", "Whatever", "Who", "Whoever", "Whose", "Those", "Of", "
 
 COVERED = [
     *("model", "wire", "backends", "calibration", "agent", "paper", "coordinator"),
-    *("planning", "testbed", "evaluation", "studies", "cli", "benchmarks", "examples"),
+    *("planning", "testbed", "evaluation", "compression", "studies", "cli"),
+    *("benchmarks", "examples"),
 ]
 
 

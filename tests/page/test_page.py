@@ -249,6 +249,20 @@ def test_a_chat_sends_the_conversation_and_its_settings(
     assert (second["temperature"], second["model"]) == (0.3, "llama-3.2-1b")
 
 
+def test_a_model_without_a_memory_is_asked_alone_and_that_is_said(
+    browser: Browser, shoal: GivenShoal
+) -> None:
+    browser.open(shoal.url)
+    shoal.remembers, shoal.pieces = False, ("yes",)
+    browser.say("One?")
+    browser.until(".message:nth-child(2) .figures")
+    assert "alone" not in browser.text(".message:nth-child(2) .figures")
+    browser.say("Two?")
+    browser.until(".message:nth-child(4) .figures", "asked alone")
+    assert browser.text(".message:nth-child(4) .markdown") == "yes"
+    assert [one["content"] for one in shoal.asked[-1]["messages"]] == ["Two?"]
+
+
 def test_stop_ends_the_answer_at_the_coordinator_too(browser: Browser, shoal: GivenShoal) -> None:
     browser.open(shoal.url)
     shoal.pieces = ("the beginning",)

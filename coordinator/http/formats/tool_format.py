@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ class CallableTool(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, Any]: ...
+
+    @property
+    def strict(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,14 @@ class ToolFormat:
         """
         calls = [tool for tool in tools if tool.name in names]
         return _Grammar(self, special).text(calls, parallel=parallel, opened=opened)
+
+    def strict_grammar(self, tools: Sequence[CallableTool], *, special: Mapping[str, int]) -> str:
+        """Return a Lark grammar of an answer that may have calls, and is free otherwise.
+
+        The arguments of strict tools fit their schemas, and other ones are objects. Parameters are
+        those of ``call_grammar``.
+        """
+        return _StrictGrammar(self, special).of(tools)
 
     def thoughts_grammar(
         self, *, special: Mapping[str, int], opened: bool
@@ -173,6 +185,76 @@ class _Grammar:
         if plain or not parts:
             parts.append(json.dumps(plain, ensure_ascii=False))
         return " ".join(parts)
+
+
+class _StrictGrammar(_Grammar):
+    """Writes the grammar of free answers with calls that fit their schemas."""
+
+    def of(self, tools: Sequence[CallableTool]) -> str:
+        heads = [_WRAPS[self._form.name](json.dumps(tool.name)) for tool in tools]
+        schemas = [_schema(tool) if tool.strict else {"type": "object"} for tool in tools]
+        rules = [
+            f"arguments_{number}: {json_rule(schema)}" for number, schema in enumerate(schemas)
+        ]
+        rules.append(r"TEXT: /(.|\n)+/")
+        write = {"harmony": self._harmony, "llama": self._llama}.get(self._form.name, self._marked)
+        return "\n".join([*write(heads), *rules]) + "\n"
+
+    def _marked(self, heads: Sequence[tuple[str, str]]) -> list[str]:
+        """The mark begins a call wherever it is. The text up to a mark is matched lazily."""
+        name = self._form.name
+        mark = mistral.MARK if name.startswith("mistral") else hermes.OPEN
+        calls = [
+            f"{self._literal(before.removeprefix(mark))} arguments_{number}"
+            + (f" {self._literal(after)}" if after else "")
+            for number, (before, after) in enumerate(heads)
+        ]
+        call = f"({' | '.join(calls)})"
+        if name == "mistral":
+            call = f'"[" {call} (", " {call})* "]"'
+        rules = []
+        begin = self._literal(mark)
+        if mark not in self._special:
+            begin = "trigger"
+            rules = [rf"trigger[lazy]: /(.|\n)*{_regex(mark)}/"]
+        marks = [self._literal(text) for text in self._form.thinks or () if text in self._special]
+        pieces = ["TEXT", *marks, f"{begin} call"]
+        return [f"start: ({' | '.join(pieces)})*", f"call: {call}", *rules]
+
+    def _llama(self, heads: Sequence[tuple[str, str]]) -> list[str]:
+        """A call is at the answer's begin, or behind the tag, which code may follow, too."""
+        rules = [
+            rf"head_{number}[lazy]: /\s*{_regex(before)}/"
+            for number, (before, _) in enumerate(heads)
+        ]
+        calls = " | ".join(f'head_{number} arguments_{number} "}}"' for number in range(len(heads)))
+        start = "call | TEXT?"
+        if llama.TAG in self._special:
+            start += f" | TEXT? {self._literal(llama.TAG)} (call | TEXT?)"
+        return [f"start: {start}", f"call: ({calls}) (/;? ?/ ({calls}))*", *rules]
+
+    def _harmony(self, heads: Sequence[tuple[str, str]]) -> list[str]:
+        """An answer is a row of messages, of which the last one may be a call."""
+        begin, ends = self._literal(harmony.CHANNEL), self._literal(harmony.MESSAGE)
+        again = self._literal(f"{harmony.END}{harmony.START}assistant")
+        calls = []
+        for number, (before, _) in enumerate(heads):
+            calls.append(f"{self._literal(before)} arguments_{number}")
+            # The recipient may also stand before the channel.
+            recipient = before.split("commentary")[1].split(" <")[0]
+            kind = f'(" json" | {self._literal(f" {harmony.CONSTRAIN}json")})'
+            commentary = f'{self._literal(recipient)} {begin} "commentary" {kind}? {ends}'
+            calls.append(f"{commentary} arguments_{number}")
+        return [
+            f"start: (free {again})* (free | {' | '.join(calls)})",
+            f"free: {begin} CHANNEL {ends} TEXT?",
+            "CHANNEL: /analysis|commentary|final/",
+        ]
+
+
+def _regex(text: str) -> str:
+    """Return a regular expression of a text, as it stands between slashes."""
+    return re.sub(r"([^\w\s<>\"':,=-])", r"\\\1", text)
 
 
 @functools.lru_cache(16)

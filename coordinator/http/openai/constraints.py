@@ -47,7 +47,11 @@ def constrained(
         calls = _calls(deployment, reading, "tool_choice")
         return with_grammar(deployment, sampling, calls, "tool_choice")
     if not given:
-        return sampling
+        if reading is None or not any(tool.strict for tool in reading.tools.offered):
+            return sampling
+        special = deployment.tokenizer.special_ids
+        strict = reading.format.strict_grammar(reading.tools.offered, special=special)
+        return with_grammar(deployment, sampling, strict, "tools")
     ((field, grammar),) = given
     if reading is not None:
         special = _vocabulary(deployment, field).special_ids

@@ -23,6 +23,9 @@ THINKING_SWITCHES = ("enable_thinking", "thinking")
 
 _OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
 
+NO_PLACE = "template_has_no_place"
+"""The code of the error for messages that a chat template leaves out."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
@@ -76,6 +79,7 @@ def chat_prompt(deployment: Deployment, body: Mapping[str, Any], tools: Tools) -
         raise RequestInvalid(
             f"{place}: the chat template of {deployment.name} has no place for it: leave it out",
             "messages",
+            NO_PLACE,
         ) from error
     except TemplateRefused as error:
         raise RequestInvalid(f"messages: {error}", "messages") from error

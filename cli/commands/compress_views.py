@@ -1,0 +1,119 @@
+"""Shows the curve of ``shoal compress``: table, JSON, CSV, picture, and the chosen point."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from cli.errors import CommandFailed
+from cli.render import Screen, titled_table
+from wire.sizes import format_size
+
+if TYPE_CHECKING:
+    from compression.points import Point
+    from compression.run import Compression
+    from model.checkpoint import Checkpoint
+
+
+def show(
+    options: argparse.Namespace, screen: Screen, checkpoint: Checkpoint, done: Compression
+) -> None:
+    """Write curve.csv and curve.svg, and print the points. Raises CommandFailed, OSError.
+
+    CommandFailed: no point is as fast as --at-most asks.
+    """
+    from compression.picture import curve_svg
+    from compression.points import best_within, csv_text
+
+    name = checkpoint.directory.name
+    points = [
+        one for one in done.points.all() if one.size in options.sizes and one.bits in options.bits
+    ]
+    chosen = None
+    if options.at_most is not None:
+        chosen = best_within(points, options.at_most)
+    (options.out / "curve.csv").write_text(csv_text(points), encoding="utf-8")
+    title = f"{name}, compressed"
+    (options.out / "curve.svg").write_text(curve_svg(title, points, chosen), encoding="utf-8")
+    if options.json:
+        screen.json(_answer(options, name, points, chosen, done))
+    else:
+        _show_table(screen, f"{name}, compressed on {options.data.name}", points)
+        for line in _lines(options, points, chosen, done):
+            screen.out.print(escape(line), soft_wrap=True)
+    screen.note(f"the curve is in {options.out / 'curve.csv'} and {options.out / 'curve.svg'}")
+    if options.at_most is not None and chosen is None:
+        times = [one.latency_ms for one in points if one.latency_ms is not None]
+        least = f"the fastest takes {min(times):.3g} ms" if times else "none fits the lab"
+        raise CommandFailed(
+            f"no size takes at most {options.at_most:g} ms on {options.lab}: {least}; "
+            "ask for smaller --sizes or fewer --bits"
+        )
+
+
+def _answer(
+    options: argparse.Namespace,
+    name: str,
+    points: Sequence[Point],
+    chosen: Point | None,
+    done: Compression,
+) -> dict[str, Any]:
+    return {
+        "model": name,
+        "data": str(options.data),
+        "eval": None if options.eval is None else str(options.eval),
+        "lab": None if options.lab is None else str(options.lab),
+        "points": [{**asdict(one), "folder": _folder(one, done)} for one in points],
+        "chosen": None if chosen is None else {**asdict(chosen), "folder": _folder(chosen, done)},
+    }
+
+
+def _folder(point: Point, done: Compression) -> str | None:
+    """Where a point's model is. Models that were pruned only are not kept beside taught ones."""
+    return str(done.folder(point.size)) if point.distilled else None
+
+
+def _show_table(screen: Screen, title: str, points: Sequence[Point]) -> None:
+    table = titled_table(title)
+    table.add_column("size", no_wrap=True)
+    for column in ("bits", "layers", "KV heads", "MLP", "stored", "loss", "KL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    scored = any(one.exact_match is not None for one in points)
+    timed = any(one.latency_ms is not None for one in points)
+    for column, is_shown in (("exact match", scored), ("F1", scored), ("ms, predicted", timed)):
+        if is_shown:
+            table.add_column(column, justify="right", no_wrap=True)
+    for one in points:
+        cells = [one.name, one.bits, one.layers, one.kv_heads, one.ffn]
+        row = [*map(str, cells), format_size(one.bytes), f"{one.loss:.4g}", f"{one.kl:.3g}"]
+        if scored:
+            row += [_percent(one.exact_match), _percent(one.f1)]
+        if timed:
+            row.append("-" if one.latency_ms is None else f"{one.latency_ms:.3g}")
+        table.add_row(*row)
+    screen.table(table)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"
+
+
+def _lines(
+    options: argparse.Namespace, points: Sequence[Point], chosen: Point | None, done: Compression
+) -> list[str]:
+    """Say how the figures were made, and what was chosen."""
+    text = options.data if options.eval is None else options.eval
+    lines = [f"losses and answers are measured on {text}, on this machine alone"]
+    if options.lab is not None:
+        lines.append(f"times of a token are predicted by the best plan for {options.lab}")
+    if chosen is not None:
+        folder = _folder(chosen, done) or str(options.model)
+        lines.append(
+            f"at most {options.at_most:g} ms: {chosen.name} at {chosen.bits} bits, "
+            f"{chosen.latency_ms:.3g} ms predicted: shoal load {folder} --bits {chosen.bits}"
+        )
+    return lines

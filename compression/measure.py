@@ -1,0 +1,106 @@
+"""Measures a smaller model at some bits: losses in torch, and answers as shoal gives them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from backends.base import Backend
+from compression.importance import divergence_sum
+from compression.network import Network
+from compression.text import Batch
+from evaluation import squad
+from evaluation.kept import Kept
+from evaluation.losses import OnStep
+from evaluation.tasks import Tasks
+from evaluation.work import Answering, add_answers_here
+from model.artifact import write_artifact
+from model.checkpoint import Checkpoint
+from model.quantize import Format, quantize
+from model.spec import QUANTIZED_TENSORS, ModelSpec
+from model.tokenizer import Tokenizer
+
+Blocks = Sequence[Mapping[str, npt.NDArray[Any]]]
+
+ANSWER_SLOTS = 8
+LOSSLESS_BITS = 16
+"""Blocks from so many bits on are left as they are."""
+
+
+def quantized(blocks: Blocks, fmt: Format) -> list[dict[str, npt.NDArray[Any]]]:
+    """Return the blocks with the values that their matrices have in a format."""
+    if fmt.bits >= LOSSLESS_BITS:
+        return [dict(block) for block in blocks]
+    return [
+        {
+            name: quantize(np.asarray(value), fmt, name).dequantize()
+            if name in QUANTIZED_TENSORS
+            else value
+            for name, value in block.items()
+        }
+        for block in blocks
+    ]
+
+
+def losses(
+    teacher: Network, spec: ModelSpec, blocks: Blocks, fmt: Format, batches: Sequence[Batch]
+) -> tuple[float, float]:
+    """Return the loss of the expected tokens and KL(teacher || model), in nats per token."""
+    student = Network(spec, quantized(blocks, fmt))
+    nats, kl, expected_count, count = 0.0, 0.0, 0, 0
+    with torch.no_grad():
+        for batch in batches:
+            logits = student.forward(batch.tokens).logits
+            wanted = teacher.forward(batch.tokens).logits[batch.predicts]
+            kl += float(divergence_sum(wanted, logits[batch.predicts]))
+            count += len(wanted)
+            # What follows the last token is not known, so it has no loss.
+            known = batch.predicts[:, :-1] & batch.real[:, 1:]
+            following = batch.tokens[:, 1:][known]
+            nats += float(
+                functional.cross_entropy(logits[:, :-1][known], following, reduction="sum")
+            )
+            expected_count += len(following)
+    return nats / expected_count, kl / count
+
+
+def stored_bytes(spec: ModelSpec, blocks: Blocks, fmt: Format) -> int:
+    """Return the bytes of all blocks' files in a format."""
+    total = 0
+    with tempfile.TemporaryDirectory(prefix=".compress-") as name:
+        for block, tensors in enumerate(blocks):
+            path = write_artifact(Path(name), block, dict(tensors), fmt).path
+            total += path.stat().st_size
+            path.unlink(missing_ok=True)
+    return total
+
+
+def answers(
+    folder: Path, tasks: Tasks, fmt: Format, backend: Backend, threads: int, on_step: OnStep
+) -> tuple[float, float]:
+    """Return exact match and F1, in percent, of the answers of the model in a folder.
+
+    It is loaded as shoal loads it. Raises ModelError and BackendError.
+    """
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = Tokenizer.load(folder)
+    formats = [fmt] * checkpoint.spec.block_count
+    with Kept(None, {}) as kept:
+        answering = Answering(backend, threads, exact=False, slots=ANSWER_SLOTS)
+        add_answers_here(kept, tasks, "", checkpoint, formats, tokenizer, answering, on_step)
+        exact, f1 = 0.0, 0.0
+        for item, question in tasks.questions.items():
+            found = kept.get("", "answer", item) or {}
+            text = found.get("answer")
+            if isinstance(text, str):
+                scores = squad.scores(text, question.answers, "1.1") if question.answers else (0, 0)
+                exact, f1 = exact + scores[0], f1 + scores[1]
+    count = len(tasks.questions)
+    return 100 * exact / count, 100 * f1 / count

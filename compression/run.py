@@ -1,0 +1,266 @@
+"""Compresses a model step by step. Every step's result is kept, and done only if it is missing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from backends.base import Backend
+from compression.cuts import Cut, cut_blocks, cut_spec, weights_of
+from compression.distil import Recipe, distil
+from compression.folder import can_cut_heads, check_source, write_folder
+from compression.importance import (
+    Importance,
+    best_cut,
+    gate_importance,
+    importance_of,
+    layer_order,
+)
+from compression.latency import plan_on
+from compression.measure import answers, losses, stored_bytes
+from compression.network import Network
+from compression.points import Point, Points
+from compression.text import Batch, batches
+from evaluation.losses import Target
+from evaluation.tasks import Tasks
+from model.checkpoint import Checkpoint
+from model.quantize import Format
+from model.spec import ModelSpec
+from planning.labs.lab import Lab
+
+Blocks = Sequence[Mapping[str, Any]]
+OnStep = Callable[[str, int, int, str], None]
+"""Gets (what, done, all, note)."""
+
+PROBE_TOKENS = 16384
+"""Tokens of the text that importance is measured on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The user's text. tasks: the questions whose answers are scored, or None."""
+
+    learn: Sequence[Target]
+    measure: Sequence[Target]
+    tasks: Tasks | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a run makes. sizes: shares of the layers' weights. 1 is the original itself.
+
+    formats: in which each smaller model is measured. lab: for latencies, or None.
+    """
+
+    sizes: Sequence[float]
+    formats: Sequence[Format]
+    recipe: Recipe
+    lab: Lab | None
+    context_tokens: int
+    backend: Backend
+    threads: int
+
+
+class Compression:
+    """One run over a model, whose results go to a folder."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        text: Text,
+        wanted: Wanted,
+        directory: Path,
+        points: Points,
+        on_step: OnStep,
+    ) -> None:
+        """Read the original into memory. Raises CompressionError if it cannot be compressed."""
+        check_source(checkpoint)
+        self._checkpoint, self._text, self._wanted = checkpoint, text, wanted
+        self._directory, self.points, self._on_step = directory, points, on_step
+        self._blocks = [checkpoint.block(block) for block in range(checkpoint.spec.block_count)]
+        self._teacher = Network(checkpoint.spec, self._blocks)
+        most = wanted.recipe.batch_tokens
+        self._probe = list(batches(_some(text.learn, PROBE_TOKENS), most))
+        self._measured: list[Batch] = list(batches(text.measure, most))
+        self._with_heads = can_cut_heads(checkpoint)
+
+    def run(self) -> None:
+        """Make and measure what is missing. Raises ModelError, BackendError and OSError."""
+        sizes = sorted(self._wanted.sizes, reverse=True)
+        for size in sizes:
+            if size >= 1:
+                whole_model = self._checkpoint.directory
+                self._measure(size, self._blocks, whole_model, None, distilled=False)
+        importance = self._importance()
+        for size in sizes:
+            if size < 1:
+                self._make(size, importance)
+        if self._wanted.lab is not None:
+            self._predict(self._wanted.lab)
+
+    def spec_of(self, point: Point) -> ModelSpec:
+        """Return the description of a point's model."""
+        kept = self.points.get(f"cut {point.size:g}")
+        spec = self._checkpoint.spec
+        return spec if kept is None else cut_spec(spec, Cut.from_dict(kept))
+
+    def folder(self, size: float) -> Path:
+        """Return where the distilled model of a size is."""
+        return self._directory / f"{size * 100:g}"
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def _importance(self) -> Importance:
+        kept = self.points.get("importance")
+        if kept is None:
+            heads, columns = gate_importance(
+                self._teacher, self._probe, lambda a, b: self._on_step("weighing parts", a, b, "")
+            )
+            order = layer_order(
+                self._teacher, self._probe, lambda a, b: self._on_step("weighing layers", a, b, "")
+            )
+            kept = asdict(Importance(heads, columns, order))
+            self.points.put("importance", kept)
+        return importance_of(kept)
+
+    def _make(self, size: float, importance: Importance) -> None:
+        """Prune to a size, measure, teach, and measure again."""
+        cut = self._cut(size, importance)
+        spec = cut_spec(self._checkpoint.spec, cut)
+        if not self._is_measured(size, distilled=False):
+            pruned = cut_blocks(self._checkpoint.spec, self._blocks, cut)
+            folder = self._directory / f".pruned-{size * 100:g}"
+            self._write(cut, pruned, folder, "pruned")
+            self._measure(size, pruned, folder, cut, distilled=False)
+            shutil.rmtree(folder)
+        if self._wanted.recipe.steps and not self._is_measured(size, distilled=True):
+            if self.points.get(f"distilled {size:g}") is None:
+                student = Network(spec, cut_blocks(self._checkpoint.spec, self._blocks, cut))
+                training = self._directory / f".training-{size * 100:g}.pt"
+                distil(
+                    self._teacher,
+                    student,
+                    cut,
+                    self._text.learn,
+                    self._wanted.recipe,
+                    training,
+                    lambda done, total, loss: self._on_step(
+                        f"teaching {size:.0%}", done, total, f", loss {loss:.3f}"
+                    ),
+                )
+                self._write(cut, student.arrays(), self.folder(size), "pruned and distilled")
+                self.points.put(f"distilled {size:g}", True)
+                training.unlink(missing_ok=True)
+            made = Checkpoint.open(self.folder(size))
+            blocks = [made.block(block) for block in range(made.spec.block_count)]
+            self._measure(size, blocks, self.folder(size), cut, distilled=True)
+
+    def _cut(self, size: float, importance: Importance) -> Cut:
+        kept = self.points.get(f"cut {size:g}")
+        if kept is None:
+            cut = best_cut(
+                self._teacher,
+                importance,
+                size,
+                self._probe,
+                lambda a, b: self._on_step(f"choosing {size:.0%}", a, b, ""),
+                with_heads=self._with_heads,
+            )
+            kept = cut.to_dict()
+            self.points.put(f"cut {size:g}", kept)
+        return Cut.from_dict(kept)
+
+    def _is_measured(self, size: float, *, distilled: bool) -> bool:
+        return all(
+            self.points.point(size, fmt.bits, distilled=distilled) is not None
+            for fmt in self._wanted.formats
+        )
+
+    def _measure(
+        self, size: float, blocks: Blocks, folder: Path, cut: Cut | None, *, distilled: bool
+    ) -> None:
+        """Measure a model at every format that is missing."""
+        spec = self._checkpoint.spec if cut is None else cut_spec(self._checkpoint.spec, cut)
+        label = f"{size:.0%}{', distilled' if distilled else ''}"
+        for number, fmt in enumerate(self._wanted.formats):
+            if self.points.point(size, fmt.bits, distilled=distilled) is None:
+                self._on_step(f"measuring {label}", number, len(self._wanted.formats), "")
+                self.points.add(self._point(size, spec, blocks, folder, fmt, distilled=distilled))
+        done = len(self._wanted.formats)
+        self._on_step(f"measuring {label}", done, done, "")
+
+    def _predict(self, lab: Lab) -> None:
+        """Predict the time of a token of every point, which the lab decides. Raises LabError."""
+        found: dict[tuple[ModelSpec, int], float | None] = {}
+        points = self.points.all()
+        formats = {fmt.bits: fmt for fmt in self._wanted.formats}
+        for number, point in enumerate(points):
+            self._on_step("planning", number, len(points), "")
+            if point.bits not in formats:
+                continue
+            key = self.spec_of(point), point.bits
+            if key not in found:
+                plan = plan_on(lab, key[0], formats[point.bits], self._wanted.context_tokens)
+                found[key] = None if plan is None else 1e3 * plan.decode_s
+            self.points.add(replace(point, latency_ms=found[key]))
+        self._on_step("planning", len(points), len(points), "")
+
+    def _point(
+        self,
+        size: float,
+        spec: ModelSpec,
+        blocks: Blocks,
+        folder: Path,
+        fmt: Format,
+        *,
+        distilled: bool,
+    ) -> Point:
+        loss, kl = losses(self._teacher, spec, blocks, fmt, self._measured)
+        exact, f1 = None, None
+        if self._text.tasks is not None:
+            wanted = self._wanted
+            exact, f1 = answers(
+                folder, self._text.tasks, fmt, wanted.backend, wanted.threads, lambda *_: None
+            )
+        first = spec.layers[0]
+        head = spec.vocab * spec.embed_dim * (1 if spec.tied_head else 2)
+        return Point(
+            size=size,
+            distilled=distilled,
+            bits=fmt.bits,
+            layers=len(spec.layers),
+            kv_heads=first.kv_heads,
+            ffn=first.ffn,
+            weights=weights_of(spec) + head,
+            bytes=stored_bytes(spec, blocks, fmt),
+            loss=loss,
+            kl=kl,
+            exact_match=exact,
+            f1=f1,
+        )
+
+    def _write(self, cut: Cut, blocks: Blocks, folder: Path, how: str) -> None:
+        name = self._checkpoint.directory.name
+        about = (
+            f"# {name}, {how} by shoal\n\n"
+            f"{cut.shape} stay of {len(self._checkpoint.spec.layers)} layers, "
+            f"{self._checkpoint.spec.layers[0].kv_heads} KV heads and "
+            f"{self._checkpoint.spec.layers[0].ffn} columns. "
+            f"Layers (from 0): {', '.join(map(str, cut.layers))}.\n"
+        )
+        write_folder(self._checkpoint, cut, blocks, folder, about)
+
+
+def _some(targets: Sequence[Target], most_tokens: int) -> list[Target]:
+    """The first sequences with so many tokens together, at least one."""
+    chosen: list[Target] = []
+    count = 0
+    for target in targets:
+        if chosen and count + len(target.tokens) > most_tokens:
+            break
+        chosen.append(target)
+        count += len(target.tokens)
+    return chosen
