@@ -57,9 +57,9 @@ class Outcome:
     stopped: bool = False
     timing: Timing = field(default_factory=Timing)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Those of each of the tokens, if they are asked for."""
+    """The log-probabilities of each of the tokens, if they are asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Those of the prompt's tokens but the first, if they are asked for."""
+    """The same of the prompt's tokens but the first."""
     _thinking: bool = False
     """Whether the last part was a thought."""
 
