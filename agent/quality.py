@@ -20,7 +20,7 @@ from backends.registry import BACKENDS, backend_class
 from calibration.quality.blocks import measure_blocks, measure_plans
 from calibration.quality.hops import measure_boundaries
 from calibration.quality.students import Options
-from model.artifact import read_block, values_of
+from model.artifact import Tensor, read_block, values_of
 from model.errors import CheckpointError
 from model.quantize import BITS, Format, QuantizedMatrix, own_format
 from model.spec import ModelSpec
@@ -49,8 +49,13 @@ class StreamedModel:
         coordinator: Endpoint,
         device: str,
         token: Token | None = None,
+        prepared: Sequence[tuple[int, BlockRef]] = (),
     ) -> None:
-        """Raises BackendError if ``blocks`` are not all blocks of the model, in order."""
+        """Take originals of all blocks, and blocks whose codes the coordinator chose.
+
+        prepared: pairs of bits and block. Raises BackendError if ``blocks`` are not all blocks of
+        the model, in order.
+        """
         if [ref.block for ref in blocks] != list(range(spec.block_count)):
             raise BackendError("the request must have all blocks of the model, in order")
         self.spec = spec
@@ -60,6 +65,7 @@ class StreamedModel:
         self._device = device
         self._token = token
         self._formats: dict[int, Format] = {}
+        self._prepared = {(ref.block, bits): ref for bits, ref in prepared}
 
     def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
         """Read one block. Raises CacheError, WireError, CheckpointError."""
@@ -67,8 +73,13 @@ class StreamedModel:
         self._formats[block] = fmt
         return {name: values_of(tensor) for name, tensor in tensors.items()}
 
-    def kept(self, block: int, fmt: Format) -> Mapping[str, QuantizedMatrix]:
-        """Return the matrices that came in ``fmt``. Raises the same errors as ``block``."""
+    def kept(self, block: int, fmt: Format) -> Mapping[str, Tensor]:
+        """Return the tensors that came in ``fmt``. Raises the same errors as ``block``."""
+        ref = self._prepared.get((block, fmt.bits))
+        if ref is not None:
+            found, tensors = read_block(self._fetched(ref), self.spec, block)
+            if found == fmt:
+                return tensors
         if fmt.scheme == "float" or self.lossless_format(block) != fmt:
             return {}
         _, tensors = read_block(self._path(block), self.spec, block)
@@ -87,7 +98,9 @@ class StreamedModel:
         return self._formats[block]
 
     def _path(self, block: int) -> Path:
-        ref = self._blocks[block]
+        return self._fetched(self._blocks[block])
+
+    def _fetched(self, ref: BlockRef) -> Path:
         self._cache.fetch(
             [ref], self._coordinator, self._device, lambda done, total: None, token=self._token
         )

@@ -27,8 +27,10 @@ from agent.links import Link, Measuring
 from agent.mesh import TeamLost
 from agent.meter import StageMeter
 from agent.sampler import Sampler
+from agent.sampling_limits import problem_of
 from agent.sequences import Drafting, Rows, Sequence, SequenceTable, Turn
 from backends.base import ALL_LOGITS, Array, BackendError, Stage, Tokens
+from model.grammar_process import GrammarProcess
 from model.spec import ModelSpec
 from wire import limits
 from wire.activations import HopBits, decode_rows, encode_rows, payload_bytes
@@ -39,6 +41,7 @@ from wire.messages import (
     FinishReason,
     Message,
     PeerLost,
+    PromptScored,
     SequenceFailed,
     StageCounts,
     StartSequence,
@@ -69,11 +72,12 @@ class Relay:
         context_tokens: int,
         hop_bits: HopBits,
         report: Callable[[Message], None],
+        grammars: GrammarProcess | None = None,
     ) -> None:
         """Run ``stage``, whose rows leave at ``hop_bits`` a value.
 
         ``report`` sends to the coordinator. If it raises WireError, the sequence of the message
-        ends.
+        ends. Without ``grammars``, answers cannot be kept to a grammar. The relay closes it.
         """
         self.epoch = epoch
         self._stage = stage
@@ -83,6 +87,7 @@ class Relay:
         self._context_tokens = context_tokens
         self._hop_bits = hop_bits
         self._report = report
+        self._grammars = grammars
         self._hop: Hop | None = None
         self._hop_lost: PeerLost | None = None
         """The report that was sent when the hop was lost."""
@@ -125,6 +130,8 @@ class Relay:
         with self._lock:
             self._changed.wait_for(lambda: not self._busy)
         self._stage.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     # ---- what is told of it ---------------------------------------------------------------------
 
@@ -154,26 +161,28 @@ class Relay:
 
     def start(self, message: StartSequence) -> None:
         """Give the slot to a sequence. The first stage runs its prompt, chunk by chunk."""
-        number = message.sequence
-        prompt = np.asarray(message.prompt if self._is_first else (), dtype=np.int64)
+        number, sampling = message.sequence, message.sampling
+        prompt = np.asarray(message.prompt, dtype=np.int64)
         problem = self._problem(message, prompt)
         if problem is not None:
             self._fail(number, problem)
             return
-        chunk_tokens, cached = message.chunk_tokens, message.cached
+        # A prompt that is scored goes row by row, so that each row's logits come.
+        chunk_tokens = 1 if sampling.prompt_logprobs else message.chunk_tokens
+        cached = message.cached
+        sampler = self._sampler(message) if self._is_last else None
         with self._lock:
-            sampler = Sampler(message.sampling) if self._is_last else None
             has_prefix = self._table.keeps(message.slot, cached)
-            sequence = self._table.open(number, message.slot, message.sampling, sampler, cached)
+            sequence = self._table.open(number, message.slot, sampling, sampler, cached)
             if sequence is not None and not has_prefix:
                 self._table.spoil(sequence)
-            elif sequence is not None:
-                if self._is_first and message.drafts:
+            elif sequence is not None and self._is_first:
+                if message.drafts:
                     history = History(prompt, self._context_tokens)
                     sequence.drafting = Drafting(history, message.drafts)
                 for begin in range(cached, len(prompt), chunk_tokens):
                     chunk = prompt[begin : begin + chunk_tokens]
-                    last = begin + len(chunk) == len(prompt)
+                    last = begin + len(chunk) == len(prompt) or sampling.prompt_logprobs
                     self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
             self._changed.notify_all()
         if sequence is not None and not has_prefix:
@@ -190,14 +199,21 @@ class Relay:
             or not 0 <= message.drafts <= limits.DRAFT_TOKENS
         ):
             return "the coordinator sent a prompt that does not fit"
-        if self._is_first and (prompt.min() < 0 or prompt.max() >= self._spec.vocab):
+        if len(prompt) and (prompt.min() < 0 or prompt.max() >= self._spec.vocab):
             return "the prompt has tokens outside the vocabulary"
-        sampling = message.sampling
-        if not sampling.repetition_penalty > 0 or any(
-            not 0 <= token < self._spec.vocab for token in sampling.penalized
-        ):
-            return "the coordinator sent penalized tokens that do not fit"
-        return "the seed is negative" if sampling.seed < 0 else None
+        problem = problem_of(message.sampling, self._spec.vocab)
+        if problem is not None:
+            return problem
+        if self._is_last and message.sampling.grammar and self._grammars is None:
+            return "this device cannot keep an answer to a grammar"
+        return None
+
+    def _sampler(self, message: StartSequence) -> Sampler:
+        """Return what draws the sequence's tokens, once its grammar begins to be compiled."""
+        sampling, matcher = message.sampling, None
+        if sampling.grammar and self._grammars is not None:
+            matcher = self._grammars.open(sampling.grammar.decode(), sampling.answer)
+        return Sampler(sampling, matcher, message.prompt)
 
     def deliver(self, message: Message, payload: memoryview) -> None:
         """Take a data-plane message from a peer, and drop messages of another epoch."""
@@ -411,6 +427,12 @@ class Relay:
 
         logits: [1 + guesses, vocab], of the rows that the guesses follow.
         """
+        end = rows.position + rows.count
+        scored = sampler.told(end)
+        if scored is not None:
+            told = sampler.logprobs(logits[0], scored)
+            self._report(PromptScored(self.epoch, sequence.number, end, told))
+            return
         tokens: list[tuple[int, FinishReason]] = []
         sure = rows.position + rows.count - len(rows.drafts)
         for row, draft in zip(logits, (*rows.drafts, None), strict=True):
@@ -445,7 +467,9 @@ class Relay:
         newest.drafted, newest.accepted = len(rows.drafts), len(sampled) - 1
         if not newest.finish and not self._is_first:
             self._next().send(newest)
-        for one in sampled:
+        for one, row in zip(sampled, logits, strict=False):  # There may be more rows.
+            if sampler.tells_logprobs:
+                one.logprobs = sampler.logprobs(row, one.token)
             self._report(one)
         if not newest.finish and self._is_first:
             with self._lock:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import argument_types
 from cli.errors import UsageError
-from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, GROUP_SIZES
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, GROUP_SIZES, SCHEMES
+
+if TYPE_CHECKING:
+    from model.checkpoint import Checkpoint
 
 
 def core_count() -> int:
@@ -19,11 +23,52 @@ def core_count() -> int:
 def add_scheme_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--scheme",
-        choices=("rtn", "truncate"),
+        choices=SCHEMES,
         default=DEFAULT_SCHEME,
-        help="How weights are quantized: rounded to nearest, or truncated as in the DILEMMA paper. "
-        "Default: %(default)s.",
+        help="How weights are quantized: rtn rounds to nearest. truncate is the DILEMMA paper's. "
+        "clip searches the range of each group. gptq rounds for the outputs on a text, which takes "
+        "minutes for each billion weights, once. auto takes the best of gptq, clip and rtn for "
+        "each block. Default: %(default)s.",
     )
+
+
+def add_scheme_text_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--scheme-text",
+        type=Path,
+        metavar="FILE",
+        help="The text that gptq and auto look at, in UTF-8, with blank lines between passages. It "
+        "is best of the kind that the model will read. Default: calibration.txt beside the model, "
+        "or else a built-in English text.",
+    )
+
+
+def scheme_text_of(options: argparse.Namespace) -> str | None:
+    """The beginning of --scheme-text, as far as it is looked at, or None. Raises UsageError."""
+    from planning.request_fields import MAX_TEXT
+
+    if options.scheme_text is None:
+        return None
+    try:
+        with options.scheme_text.open(encoding="utf-8") as file:
+            text: str = file.read(MAX_TEXT)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--scheme-text {options.scheme_text}: cannot be read: {error}") from error
+    if not text.strip():
+        raise UsageError(f"--scheme-text {options.scheme_text}: the file holds no text")
+    return text
+
+
+def with_scheme(options: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint on this machine with the codes of --scheme. Raises ModelError.
+
+    Codes are kept where a coordinator on this machine keeps its own.
+    """
+    from model.quantizers.prepared import quantized
+    from wire.service import default_state_dir
+
+    directory = default_state_dir("coordinator")
+    return quantized(checkpoint, options.scheme, directory, scheme_text_of(options))
 
 
 def add_adapter_argument(parser: argparse._ActionsContainer) -> None:
@@ -59,8 +104,8 @@ def add_group_size_argument(parser: argparse._ActionsContainer) -> None:
         type=int,
         choices=GROUP_SIZES,
         default=DEFAULT_GROUP_SIZE,
-        help="Weights that share one scale, with the scheme rtn. Codes that are kept from the file "
-        "have its own groups. Default: %(default)s.",
+        help="Weights that share one scale, except with truncate. Codes that are kept from the "
+        "file have its own groups. Default: %(default)s.",
     )
 
 

@@ -125,6 +125,7 @@ class Coordinator:
         self._story = Story()
         self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story)
         self._models, turns = Models(self._story), Turns()
+        self._models.progress = lambda: turns.progress
         self._operations = Operations(
             self.roster, self._store, QualityStore(config.state_dir), self._models, turns
         )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ from model.row_pieces import RowPieces
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 from model.weights import PlainTensor, StoredTensor
+
+if TYPE_CHECKING:
+    from model.quantizers.prepared import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +65,8 @@ class Checkpoint:
     config: Config
     tensors: Mapping[str, StoredTensor]
     """The stored tensors by the names that transformers gives them."""
+    prepared: Prepared | None = None
+    """Codes that a quantizer chose. They are in ``kept``, and ``fingerprint`` covers them."""
 
     @staticmethod
     def open(directory: Path, adapter: str | None = None) -> Checkpoint:
@@ -99,6 +104,13 @@ class Checkpoint:
         merged._check_tensors()
         return merged
 
+    def quantized_by(self, prepared: Prepared) -> Checkpoint:
+        """Return this model with codes that a quantizer chooses, wherever it has none of its own.
+
+        ``model.quantizers.prepared.quantized`` calls it with the codes of this checkpoint.
+        """
+        return replace(self, prepared=prepared, fingerprint=prepared.identity)
+
     @staticmethod
     def open_to_plan(directory: Path, adapter: str | None = None) -> Checkpoint:
         """Open a model, or describe it by its config.json alone if its weights are not here yet.
@@ -119,7 +131,29 @@ class Checkpoint:
         """
         return {canonical: self._read(source) for canonical, source in self._sources(block).items()}
 
-    def kept(self, block: int, fmt: Format | None = None) -> dict[str, QuantizedMatrix]:
+    def kept(self, block: int, fmt: Format) -> Mapping[str, Tensor]:
+        """Return the tensors of a block that need no more rounding to have this format.
+
+        They are matrices whose stored codes have it exactly, or all that a quantizer prepared.
+        """
+        if self.prepared is not None and self.is_prepared(block, fmt):
+            return self.prepared.tensors(block, fmt)
+        return self.own_codes(block, fmt)
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """The fingerprint of the weights alone, whatever a quantizer makes of them."""
+        return self.fingerprint if self.prepared is None else self.prepared.checkpoint.fingerprint
+
+    def is_prepared(self, block: int, fmt: Format) -> bool:
+        """Whether a quantizer chooses the codes of a block in this format."""
+        return (
+            self.prepared is not None
+            and self.prepared.makes(fmt)
+            and self.native_format(block) != fmt
+        )
+
+    def own_codes(self, block: int, fmt: Format | None = None) -> dict[str, QuantizedMatrix]:
         """Return the matrices of a block whose stored codes one of our formats holds exactly.
 
         fmt: the only format to look for.
@@ -132,7 +166,7 @@ class Checkpoint:
         }
 
     def kept_formats(self, block: int) -> dict[str, Format]:
-        """Return the formats of the matrices that ``kept`` keeps, without a look at their codes."""
+        """Return the formats of the matrices in ``own_codes``, without a look at their codes."""
         if not self.tensors:  # Only config.json is here.
             return {}
         found: dict[str, Format] = {}
@@ -146,7 +180,7 @@ class Checkpoint:
         return found
 
     def native_format(self, block: int) -> Format | None:
-        """Return the format of most of the weights that ``kept`` keeps. None: it keeps nothing."""
+        """Return the format of most of the weights in ``own_codes``. None: there are none."""
         shapes = self.spec.block_tensors(block)
         weights: dict[Format, int] = {}
         for canonical, fmt in self.kept_formats(block).items():

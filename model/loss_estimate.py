@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from model import costs
+from model.artifact import Tensor
 from model.checkpoint import Checkpoint
 from model.divergence import divergences
 from model.errors import Cancelled
-from model.quantize import BITS, Format, QuantizedMatrix, Scheme, own_format, quantize
+from model.quantize import BITS, Format, QuantizedMatrix, Quantizer, own_format, quantize
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
@@ -101,7 +102,7 @@ def needed_bytes(spec: ModelSpec) -> int:
 def estimate_losses(
     checkpoint: Checkpoint,
     sequences: Sequence[Sequence[int]],
-    scheme: Scheme,
+    scheme: Quantizer,
     group_size: int,
     on_step: OnStep,
     cancelled: Callable[[], bool],
@@ -117,13 +118,14 @@ def estimate_losses(
     widths = {bits: Format.of(bits, scheme, group_size) for bits in BITS}
     ratios = []
     for block in range(spec.block_count):
-        tensors, kept = dict(checkpoint.block(block)), checkpoint.kept(block)
+        tensors, kept = dict(checkpoint.block(block)), checkpoint.own_codes(block)
         native = checkpoint.native_format(block)
         measured = NEXT_BITS if native and native.bits == MEASURED_BITS else MEASURED_BITS
         formats = {bits: own_format(native, fmt) for bits, fmt in widths.items()}
         ratios.append(_error_ratios(tensors, kept, formats, measured))
         before = students.advance(block, tensors)
-        students.add(block, _quantized(tensors, kept, formats[measured]), before)
+        codes = checkpoint.kept(block, formats[measured])
+        students.add(block, _quantized(tensors, codes, formats[measured]), before)
         on_step(block + 1, last + 1)
     singles, whole = students.losses()
     if not all(map(math.isfinite, (*singles, whole))):
@@ -150,9 +152,10 @@ def plan_loss(
     """Measure the KL divergence of a plan, one format per block. All else: ``estimate_losses``."""
     students = _Students(checkpoint.spec, sequences, cancelled)
     for block, fmt in enumerate(formats):
-        tensors, kept = dict(checkpoint.block(block)), checkpoint.kept(block)
+        tensors = dict(checkpoint.block(block))
         before = students.advance(block, tensors)
-        students.add(block, _quantized(tensors, kept, fmt), before, alone=False)
+        codes = checkpoint.kept(block, fmt)
+        students.add(block, _quantized(tensors, codes, fmt), before, alone=False)
         on_step(block + 1, len(formats))
     _, whole = students.losses()
     if not math.isfinite(whole):
@@ -233,23 +236,17 @@ class _Students:
 
 
 def _quantized(
-    tensors: dict[str, npt.NDArray[np.float32]], kept: Mapping[str, QuantizedMatrix], fmt: Format
+    tensors: dict[str, npt.NDArray[np.float32]], kept: Mapping[str, Tensor], fmt: Format
 ) -> Tensors:
     """Return a block's tensors in a format. ``tensors`` is emptied meanwhile."""
     return {
-        name: _matrix(name, tensor, kept, fmt) if name in QUANTIZED_TENSORS else tensor
+        name: kept[name]
+        if name in kept
+        else quantize(tensor, fmt, name)
+        if name in QUANTIZED_TENSORS
+        else tensor
         for name, tensor in ((name, tensors.pop(name)) for name in [*tensors])
     }
-
-
-def _matrix(
-    name: str,
-    weights: npt.NDArray[np.float32],
-    kept: Mapping[str, QuantizedMatrix],
-    fmt: Format,
-) -> QuantizedMatrix:
-    codes = kept.get(name)
-    return codes if codes is not None and codes.format == fmt else quantize(weights, fmt, name)
 
 
 def _error_ratios(

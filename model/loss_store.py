@@ -32,7 +32,7 @@ from model.loss_estimate import (
 )
 from model.memory import memory_bytes
 from model.passages import built_in_text, split_passages
-from model.quantize import Format, Scheme
+from model.quantize import BITS, Format, Quantizer, Scheme
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 
@@ -49,8 +49,13 @@ class Form:
     """A checkpoint and how its integer widths are stored."""
 
     checkpoint: Checkpoint
-    scheme: Scheme
+    scheme: Quantizer
     group_size: int
+
+    @property
+    def stored_scheme(self) -> Scheme:
+        """How codes of integer widths decode."""
+        return Format.of(min(BITS), self.scheme, self.group_size).scheme
 
     def format(self, block: int, bits: int) -> Format:
         return self.checkpoint.format_of(block, Format.of(bits, self.scheme, self.group_size))

@@ -27,13 +27,23 @@ from model.row_pieces import RowPieces
 from model.safetensors import bfloat16_to_float32
 
 Scheme = Literal["rtn", "truncate", "float"]
+"""How codes decode."""
+Quantizer = Literal["rtn", "truncate", "clip", "gptq", "auto"]
+"""How codes are chosen. All but ``truncate`` store groups as ``rtn`` does."""
 FloatArray = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 INTEGER_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-DEFAULT_SCHEME: Scheme = "rtn"
+DEFAULT_SCHEME: Literal["rtn"] = "rtn"
+PREPARED: tuple[Quantizer, ...] = ("clip", "gptq", "auto")
+"""Quantizers that look at the whole block or a text, so that codes are made beforehand.
+
+``model.quantizers`` makes them.
+"""
+SCHEMES: tuple[Quantizer, ...] = ("rtn", "truncate", *PREPARED)
+"""The schemes that a user can choose."""
 DEFAULT_GROUP_SIZE = 64
 """Groups of 64 are as accurate at 4 bits as symmetric groups of 32, and faster.
 
@@ -78,14 +88,18 @@ class Format:
     @staticmethod
     def of(
         bits: int,
-        scheme: Scheme = DEFAULT_SCHEME,
+        scheme: Scheme | Quantizer = DEFAULT_SCHEME,
         group_size: int = DEFAULT_GROUP_SIZE,
         symmetric: bool = False,
     ) -> Format:
-        """Return the format of a width: float for 16 and 32 bits, else the given scheme."""
+        """Return the format of a width: float for 16 and 32 bits, else the given scheme's.
+
+        A quantizer has the format that it stores codes in.
+        """
         if bits >= 16:
             return Format(bits, "float", 0, True)
-        return Format(bits, scheme, group_size, symmetric or scheme == "truncate")
+        stored: Any = "rtn" if scheme in PREPARED else scheme
+        return Format(bits, stored, group_size, symmetric or stored == "truncate")
 
     @property
     def key(self) -> str:
@@ -161,7 +175,7 @@ class QuantizedMatrix:
         scales, zeros = self.scales(rows), self.zeros(rows)
         columns = self.shape[1]
         values = np.empty((len(data), columns), np.float32)
-        for part in _row_chunks(len(data), columns):
+        for part in row_chunks(len(data), columns):
             codes = unpack(data[part], self.format.bits).astype(np.float32)  # [n, G, g]
             codes -= zeros[part, :, None]
             codes *= scales[part, :, None]
@@ -229,7 +243,7 @@ class QuantizedMatrix:
             return self.data, zeros
         rows, groups, _ = self.data.shape
         data = np.empty((rows, groups, self.format.group_size * bits // 8), np.uint8)
-        for part in _row_chunks(rows, self.shape[1]):
+        for part in row_chunks(rows, self.shape[1]):
             data[part] = pack(unpack(self.data[part], self.format.bits), bits)
         return data, zeros
 
@@ -271,7 +285,7 @@ def quantize(
     if weights.ndim != 2:
         raise ValueError(f"{name}: only matrices are quantized, not shape {weights.shape}")
     rows, columns = weights.shape
-    for part in _row_chunks(rows, columns):
+    for part in row_chunks(rows, columns):
         # NaN fails this comparison, too.
         if not np.abs(weights[part]).max(initial=0.0) <= _MAX_MAGNITUDE:
             raise CheckpointError(
@@ -312,14 +326,17 @@ def random_matrix(
     return QuantizedMatrix(shape, fmt, data, scale, np.repeat(zeros, rows, axis=0))
 
 
-def weight_error(weights: npt.NDArray[Any], fmt: Format, *, normalized: bool = False) -> float:
+def weight_error(
+    weights: npt.NDArray[Any], fmt: Format, codes: Any = None, *, normalized: bool = False
+) -> float:
     """Return the largest |w - w_b| over a matrix [N, K]; ``normalized`` divides it by 2^bits.
 
+    codes: the QuantizedMatrix that stands for the weights. None: they are quantized here.
     Source: DILEMMA, the constraint on delta and "Environment Setup" (division by 2^b).
     """
-    matrix = quantize(weights, fmt)
+    matrix = quantize(weights, fmt) if codes is None else codes
     worst = 0.0
-    for part in _row_chunks(*matrix.shape):
+    for part in row_chunks(*matrix.shape):
         error = np.abs(np.asarray(weights[part], np.float32) - matrix.dequantize(part))
         worst = max(worst, float(error.max(initial=0.0)))
     return worst / 2.0**fmt.bits if normalized else worst
@@ -385,13 +402,14 @@ def _unpack_rows(packed: Bytes, bits: int, count: int) -> Bytes:
     return unpack(packed, bits)[:, :count]
 
 
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of a matrix's rows that fit a core's cache."""
     step = max(1, _CHUNK_WEIGHTS // max(columns, 1))
     for begin in range(0, rows, step):
         yield slice(begin, min(begin + step, rows))
 
 
-def _grouped(weights: npt.NDArray[Any], fmt: Format) -> FloatArray:
+def grouped_rows(weights: npt.NDArray[Any], fmt: Format) -> FloatArray:
     """Return rows as float32 [n, G, g], padded with zeros."""
     chunk = np.asarray(weights, np.float32)
     padding = -chunk.shape[1] % fmt.group_size
@@ -404,8 +422,8 @@ def _round_to_nearest(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> Qua
     rows, columns = weights.shape
     groups, top, middle = fmt.groups(columns), (1 << fmt.bits) - 1, 1 << (fmt.bits - 1)
     low, high = np.empty((2, rows, groups), np.float64)
-    for part in _row_chunks(rows, columns):
-        grouped = _grouped(weights[part], fmt)
+    for part in row_chunks(rows, columns):
+        grouped = grouped_rows(weights[part], fmt)
         low[part], high[part] = grouped.min(axis=2), grouped.max(axis=2)
     np.minimum(low, 0.0, out=low)
     np.maximum(high, 0.0, out=high)
@@ -418,8 +436,8 @@ def _round_to_nearest(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> Qua
         zeros = np.clip(np.rint(-low / steps), 0, top).astype(np.uint8)
     data = np.empty((rows, groups, fmt.group_size * fmt.bits // 8), np.uint8)
     divisors = np.where(scales == 0, np.float32(1), scales.astype(np.float32))
-    for part in _row_chunks(rows, columns):
-        codes = _grouped(weights[part], fmt) / divisors[part, :, None]
+    for part in row_chunks(rows, columns):
+        codes = grouped_rows(weights[part], fmt) / divisors[part, :, None]
         np.rint(codes, out=codes)
         codes += zeros[part, :, None]
         np.clip(codes, 0, top, out=codes)
@@ -432,14 +450,14 @@ def _truncate(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMa
     rows, columns = weights.shape
     middle = 1 << (fmt.bits - 1)
     largest = max(
-        (float(np.abs(weights[part]).max(initial=0.0)) for part in _row_chunks(rows, columns)),
+        (float(np.abs(weights[part]).max(initial=0.0)) for part in row_chunks(rows, columns)),
         default=0.0,
     )
-    scale = _round_up(np.array([[largest / middle]]), np.dtype(np.float32))
+    scale = round_scales_up(np.array([[largest / middle]]), np.dtype(np.float32))
     divisor = scale[0, 0] or np.float32(1)
     data = np.empty((rows, fmt.groups(columns), fmt.group_size * fmt.bits // 8), np.uint8)
-    for part in _row_chunks(rows, columns):
-        codes = _grouped(weights[part], fmt) / divisor
+    for part in row_chunks(rows, columns):
+        codes = grouped_rows(weights[part], fmt) / divisor
         np.trunc(codes, out=codes)
         codes += middle
         np.clip(codes, 0, 2 * middle - 1, out=codes)
@@ -447,13 +465,17 @@ def _truncate(weights: npt.NDArray[Any] | RowPieces, fmt: Format) -> QuantizedMa
     return QuantizedMatrix((rows, columns), fmt, data, scale)
 
 
+def half_scales_suffice(largest: float) -> bool:
+    """Whether fp16 holds the scales of a matrix whose largest scale this is."""
+    return largest == 0.0 or _MIN_HALF_SCALE <= largest <= _MAX_HALF
+
+
 def _stored_scales(exact: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
-    largest = float(exact.max(initial=0.0))
-    half = largest == 0.0 or _MIN_HALF_SCALE <= largest <= _MAX_HALF
-    return _round_up(exact, np.dtype(np.float16 if half else np.float32))
+    half = half_scales_suffice(float(exact.max(initial=0.0)))
+    return round_scales_up(exact, np.dtype(np.float16 if half else np.float32))
 
 
-def _round_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def round_scales_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Narrow to ``dtype`` and never down, because a smaller step would clip a group's ends."""
     narrow = exact.astype(dtype)
     return np.where(narrow < exact, np.nextafter(narrow, dtype.type(np.inf)), narrow)

@@ -26,6 +26,9 @@ from model.spec import LayerSpec, ModelSpec
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Array]
+Observe = Callable[[str, int | None, Array], None]
+"""Gets a matrix's name, its expert or None, and input rows [n, in]. Matrices with the same input
+have one name: ``q`` is also that of k and v, ``up`` of gate, ``shared_up`` of shared_gate."""
 
 
 class ReferenceModel:
@@ -35,6 +38,7 @@ class ReferenceModel:
     dtype: float32 or float64, in which it computes.
     team_sum: for a share of layers (model/share.py), whose spec and tensors are given: returns the
         sum of all members' partial rows [n, hidden] at each cut.
+    observe: is told the rows that each matrix takes.
     """
 
     def __init__(
@@ -45,9 +49,11 @@ class ReferenceModel:
         first_block: int = 0,
         dtype: type[np.floating[Any]] = np.float32,
         team_sum: Callable[[Array], Array] = lambda partial: partial,
+        observe: Observe | None = None,
     ) -> None:
         self.spec = spec
         self._team_sum = team_sum
+        self._observe = observe
         self.blocks = range(first_block, first_block + len(blocks))
         self._dtype = dtype
         self._weights: dict[int, Weights] = {
@@ -111,6 +117,7 @@ class ReferenceModel:
     ) -> Array:
         hidden: Array = weights["tokens.weight"][tokens]  # [n, embed]
         if self.spec.projected:
+            self._seen("project_in", hidden)
             hidden = hidden @ weights["project_in.weight"].T
         if self.spec.learned_positions:
             begin = position + self.spec.position_offset
@@ -118,11 +125,19 @@ class ReferenceModel:
             hidden = hidden + weights["positions.weight"][places]
         return hidden
 
-    def _head(self, weights: Weights, hidden: Array) -> Array:
+    def before_logits(self, hidden: Array) -> Array:
+        """Return the rows that the last matrix takes, of hidden rows before the head."""
+        weights = self._weights[self.spec.head_block]
         if self.spec.final_norm:
             hidden = _norm(self.spec.layers[-1], weights, "norm", hidden)
         if self.spec.projected:
+            self._seen("project_out", hidden)
             hidden = hidden @ weights["project_out.weight"].T
+        self._seen("lm_head", hidden)
+        return hidden
+
+    def _head(self, weights: Weights, hidden: Array) -> Array:
+        hidden = self.before_logits(hidden)
         return _capped(hidden @ weights["lm_head.weight"].T, self.spec.logit_cap)
 
     def _layer(
@@ -134,14 +149,16 @@ class ReferenceModel:
         hidden = _left(layer, weights, "attn", hidden, self._summed(weights, "o", mixed))
         rows = _entered(layer, weights, "mlp", hidden)
         if layer.experts is not None:
-            added = self._team_sum(_mixed_experts(layer, weights, rows))
+            added = self._team_sum(_mixed_experts(layer, weights, rows, self._seen))
         else:
+            self._seen("up", rows)
             added = self._summed(weights, "down", _mlp(layer, weights, rows))
         return _left(layer, weights, "mlp", hidden, added)
 
     def _mixed(self, block: int, rows: Array, position: int, lengths: Sequence[int]) -> Array:
         """The mixed values [n, heads * head_dim] of all sequences."""
         layer, weights = self.spec.layer(block), self._weights[block]
+        self._seen("q", rows)
         q, k, v = (_linear(weights, name, rows) for name in "qkv")
         if layer.qk_norm == "width":
             q, k = (
@@ -155,8 +172,13 @@ class ReferenceModel:
 
     def _summed(self, weights: Weights, name: str, rows: Array) -> Array:
         """Rows times a matrix that the team divides by columns, with its bias."""
+        self._seen(name, rows)
         total = self._team_sum(rows @ weights[f"{name}.weight"].T)
         return total + weights[f"{name}.bias"] if f"{name}.bias" in weights else total
+
+    def _seen(self, name: str, rows: Array, expert: int | None = None) -> None:
+        if self._observe is not None:
+            self._observe(name, expert, rows)
 
     def _attention(
         self, block: int, weights: Weights, projected: tuple[Array, Array, Array], position: int
@@ -237,24 +259,31 @@ def _mlp(layer: LayerSpec, weights: Weights, hidden: Array) -> Array:
     return _activate(layer, _linear(weights, "up", hidden))
 
 
-def _mixed_experts(layer: LayerSpec, weights: Weights, rows: Array) -> Array:
+def _mixed_experts(
+    layer: LayerSpec, weights: Weights, rows: Array, seen: Callable[[str, Array, int | None], None]
+) -> Array:
     """The weighted outputs [n, hidden] of each row's experts, and of the shared one."""
     experts = layer.experts
     assert experts is not None  # noqa: S101 - the caller looked
     mixed = np.zeros_like(rows)
     if experts.shared_ffn:
         gate = _activate(layer, _linear(weights, "shared_gate", rows))
-        mixed = _linear(weights, "shared_down", gate * _linear(weights, "shared_up", rows))
+        inner = gate * _linear(weights, "shared_up", rows)
+        seen("shared_up", rows, None)
+        seen("shared_down", inner, None)
+        mixed = _linear(weights, "shared_down", inner)
         if experts.shared_gate:
             mixed *= 0.5 + 0.5 * np.tanh(0.5 * _linear(weights, "shared_mix", rows))
     chosen, shares = route(experts, _linear(weights, "router", rows))
     for expert, places, factors in by_expert(experts, chosen, shares):
         own = {name: expert_rows(layer, expert, name, weights[name]) for name in weights}
-        inner = _linear(own, "gate", rows[places]), _linear(own, "up", rows[places])
-        gate = _activate(layer, inner[0]) if experts.limit is None else inner[0]
-        up = inner[1]
-        if experts.limit is not None:
+        seen("up", rows[places], expert)
+        gate, up = _linear(own, "gate", rows[places]), _linear(own, "up", rows[places])
+        if experts.limit is None:
+            gate = _activate(layer, gate)
+        else:
             gate, up = clipped_swiglu(gate, up, experts.limit)
+        seen("down", gate * up, expert)
         mixed[places] += factors[:, None] * _linear(own, "down", gate * up)
     return mixed
 

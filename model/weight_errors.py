@@ -37,13 +37,14 @@ def weight_errors(
         own = [checkpoint.format_of(block, fmt) for fmt in formats]
         missing = [fmt for fmt in own if f"{block}/{fmt.key}" not in known]
         if missing:
-            tensors, kept = checkpoint.block(block), checkpoint.kept(block)
+            tensors = checkpoint.block(block)
             for fmt in missing:
+                kept = checkpoint.kept(block, fmt)
+                stored = checkpoint.own_codes(block, fmt)
                 errors_of_block = [
-                    weight_error(tensor, fmt, normalized=True)
+                    weight_error(tensor, fmt, kept.get(name), normalized=True)
                     for name, tensor in tensors.items()
-                    if name in QUANTIZED_TENSORS
-                    if not (name in kept and kept[name].format == fmt)
+                    if name in QUANTIZED_TENSORS and name not in stored
                 ]
                 known[f"{block}/{fmt.key}"] = max(errors_of_block, default=0.0)
             replace_text(path, json.dumps(known))

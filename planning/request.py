@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from model.hub import served_name
-from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Quantizer
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
 from planning.plan import PlanError
@@ -17,11 +17,13 @@ from planning.problem import Objective, ObjectiveKind
 from planning.request_fields import (
     BITS_EXPECTED,
     MODEL_EXPECTED,
+    SCHEME_TEXT_EXPECTED,
     read_request,
     require,
     require_adapter,
     require_form,
     require_model,
+    require_scheme_text,
     require_teams,
     require_widths,
 )
@@ -63,6 +65,7 @@ _EXPECTED = {
     "hop_bits": f"a list out of {', '.join(map(str, HOP_BITS))}, or null",
     "quality_budget": "a number >= 0, or null",
     "quality_margin": "a number >= 1, or null",
+    "scheme_text": SCHEME_TEXT_EXPECTED,
     "unbounded": "true or false",
     "check_quality": "true or false",
     "generation_defaults": "true or false",
@@ -82,7 +85,7 @@ class LoadRequest:
     model: Path
     """The absolute path of the model's directory."""
     bits: tuple[int, ...] = DEFAULT_BITS
-    scheme: Scheme = DEFAULT_SCHEME
+    scheme: Quantizer = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     max_weight_error: float | None = None
     """The DILEMMA paper's bound on max|w - w_b| / 2^b of each block. None: no bound."""
@@ -122,6 +125,8 @@ class LoadRequest:
     """Let the model's generation_config.json decide what requests leave open."""
     with_problem: bool = False
     """Also answer with the planning problem."""
+    scheme_text: str | None = None
+    """The text that ``scheme`` looks at. None: the model's own, or the built-in one."""
     adapter: str | None = None
     """The absolute path of a LoRA adapter to merge; ``none`` leaves out one beside the model."""
 
@@ -129,6 +134,7 @@ class LoadRequest:
         require_model(self.model)
         require_adapter(self.adapter)
         require_form(self.scheme, self.group_size)
+        require_scheme_text(self.scheme_text)
         require_widths(self.bits, "bits")
         # Equal requests compare equal, in whatever order their widths were given.
         object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))

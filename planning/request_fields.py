@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,12 +11,18 @@ from typing import Any
 from model.adapters import NO_ADAPTER
 from model.given import not_absolute
 from model.hub import parse_name
-from model.quantize import BITS, Format, Scheme
+from model.quantize import BITS, SCHEMES, Format, Quantizer
 from planning.errors import RequestInvalid
 from planning.json_codec import Misread, read_fields
 
 BITS_EXPECTED = f"a list out of {', '.join(map(str, BITS))}"
 MODEL_EXPECTED = "the absolute path of a model, or a hub's name for it"
+
+
+MAX_TEXT = 1 << 18
+"""The most characters of a request's ``scheme_text``. Quantizers look at the beginning alone."""
+
+SCHEME_TEXT_EXPECTED = f"a text of at most {MAX_TEXT} characters, or null"
 
 
 def read_request(
@@ -60,13 +67,25 @@ def require_adapter(adapter: str | None) -> None:
         )
 
 
-def require_form(scheme: Scheme, group_size: int) -> None:
+def require_form(scheme: Quantizer, group_size: int) -> None:
     """Raise RequestInvalid unless weights can be stored in this form."""
+    if scheme not in SCHEMES:
+        raise RequestInvalid(f"scheme must be one of {SCHEMES}, not {scheme!r}", "scheme")
     try:
         Format.of(4, scheme, group_size)
     except ValueError as error:
         field = "group_size" if str(error).startswith("group_size") else "scheme"
         raise RequestInvalid(str(error), field) from error
+
+
+def require_scheme_text(text: str | None) -> None:
+    """Raise RequestInvalid unless this is null, or a text that can be kept with a request."""
+    require(text is None or 0 < len(text) <= MAX_TEXT, "scheme_text", SCHEME_TEXT_EXPECTED)
+
+
+def text_sha256(text: str | None) -> str | None:
+    """Return the hash that names a request's ``scheme_text``; None for none."""
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_widths(bits: Iterable[int], field: str) -> None:

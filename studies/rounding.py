@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from model.artifact import Tensor
 from model.checkpoint import Checkpoint
-from model.quantize import BITS, Format, QuantizedMatrix, Scheme, quantize
+from model.quantize import BITS, Format, Scheme, quantize
 from model.row_pieces import RowPieces
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
@@ -101,7 +101,7 @@ class RoundedModel:
             return self.block(block)
         return self._checkpoint.block_in(block, fmt)
 
-    def kept(self, block: int, fmt: Format) -> Mapping[str, QuantizedMatrix]:
+    def kept(self, block: int, fmt: Format) -> Mapping[str, Tensor]:
         """Return the matrices that are stored in ``fmt`` already. A rounded block has none."""
         return {} if self._is_rounded(block) else self._checkpoint.kept(block, fmt)
 

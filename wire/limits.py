@@ -55,6 +55,12 @@ MAX_REPORT_BYTES = 512 << 10
 Python decodes it in a few tenths of a second, while all others wait.
 """
 
+MAX_GRAMMAR_BYTES = 256 << 10
+"""The longest grammar of an answer. A schema with a hundred tools has less than half of it."""
+
+MAX_LOGIT_BIASES = 1024
+"""The most tokens with a bias of their own. OpenAI takes 300."""
+
 MAX_PROBE_BYTES = 4 << 20
 """The largest payload of a link probe."""
 

@@ -293,6 +293,8 @@ class LoadStage:
     """A random key that members show each other in their PeerHello."""
     sum_bits: HopBits = DEFAULT_HOP_BITS
     """The width of the partial rows that members exchange."""
+    vocabulary: FileRef | None = None
+    """The bytes of each token (model.token_bytes), for a stage that samples. None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +305,8 @@ class StageLoaded:
     load_s: float
     damaged_files: int
     """The number of files that were damaged on the device, and were fetched or made again."""
+    grammars: str = ""
+    """The version of llguidance, where the stage can keep answers to a grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,6 +466,8 @@ class MeasureQuality:
     """Pairs of a boundary and its widths. Boundary b lies behind block b."""
     backend: str = ""
     """The backend whose arithmetic the layers are computed with. Empty means the agent's own."""
+    prepared: tuple[tuple[int, BlockRef], ...] = ()
+    """Pairs of bits and a block whose codes a quantizer chose. The agent rounds the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -566,13 +572,33 @@ class Sampling:
     """Divides the logits of tokens that were there before, or multiplies them if below 0."""
     penalized: tuple[int, ...] = ()
     """The different tokens of the prompt. Only the last stage is told, if they are penalized."""
+    min_p: float = 0.0
+    """Tokens are dropped whose probability is below this share of the highest."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens that are in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens for each time that they are in the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token and what is added to its logit. Each token at most once."""
+    top_logprobs: int = -1
+    """How many of the likeliest tokens TokenSampled tells beside its own. -1: not even that."""
+    prompt_logprobs: bool = False
+    """Whether each token of the prompt is told by PromptScored."""
+    grammar: bytes = b""
+    """The language of the answer in UTF-8, as llguidance reads it. Empty: any text."""
+    answer: tuple[int, ...] = ()
+    """The end of the prompt that is the answer so far, after a pause.
+
+    Only the last stage is told, if penalties or the grammar need it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class StartSequence:
     """Coordinator to every stage: this sequence holds the slot from now on.
 
-    A stage takes rows only of started sequences. Only the first stage gets the prompt, and runs it.
+    A stage takes rows only of started sequences. The first stage gets the prompt, and runs it. The
+    last one gets it too if it tells the prompt's log-probabilities.
 
     cached: the leading rows that the slot keeps from an earlier sequence with the same tokens. They
         do not run again.
@@ -722,6 +748,8 @@ class TokenSampled:
 
     after_us: microseconds since the last stage sampled the previous token. 0 for the first one.
         Tokens of one pass share its time.
+    logprobs: wire.logprobs of the token and the likeliest ones, if asked for. Only for the
+        coordinator.
     drafted, accepted: the number of drafts in the pass that ended with this token, and of those
         that were right. 0 for the other tokens of the pass. Only its last token goes to the first
         stage.
@@ -733,8 +761,19 @@ class TokenSampled:
     token: int
     finish: FinishReason
     after_us: int = 0
+    logprobs: bytes = b""
     drafted: int = 0
     accepted: int = 0
+
+
+@dataclass(slots=True)
+class PromptScored:
+    """Last stage to coordinator: wire.logprobs of the prompt's token at ``position``, from 1 on."""
+
+    epoch: int
+    sequence: int
+    position: int
+    logprobs: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -835,6 +874,7 @@ Message: TypeAlias = (
     | PeerWelcome
     | Activation
     | TokenSampled
+    | PromptScored
     | ProbePing
     | ProbePong
     | BlocksHello
@@ -898,6 +938,7 @@ CODES: dict[int, type[Message]] = {
     91: MeasureTeam,
     92: TeamMeasured,
     93: TeamTrial,
+    94: PromptScored,
     98: TakeTrace,
     99: TraceTaken,
 }

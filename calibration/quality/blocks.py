@@ -39,7 +39,7 @@ from calibration.quality.students import (
 )
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
-from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Quantizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def measure_quality(
     sequences: Sequences,
     options: Options = BY_REFERENCE,
     *,
-    scheme: Scheme = DEFAULT_SCHEME,
+    scheme: Quantizer = DEFAULT_SCHEME,
     group_size: int = DEFAULT_GROUP_SIZE,
     store: CalibrationStore | None = None,
     directory: Path | None = None,
@@ -188,7 +188,7 @@ def check_plans(
     sequences: Sequences,
     options: Options = BY_REFERENCE,
     *,
-    scheme: Scheme = DEFAULT_SCHEME,
+    scheme: Quantizer = DEFAULT_SCHEME,
     group_size: int = DEFAULT_GROUP_SIZE,
     directory: Path | None = None,
 ) -> list[PlanCheck]:

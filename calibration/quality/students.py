@@ -54,8 +54,8 @@ class BlockSource(Protocol):
     def block(self, block: int) -> Mapping[str, npt.NDArray[np.float32]]:
         """Return the canonical tensors of one block as float32."""
 
-    def kept(self, block: int, fmt: Format) -> Mapping[str, QuantizedMatrix]:
-        """Return the matrices of a block that are stored in ``fmt`` already."""
+    def kept(self, block: int, fmt: Format) -> Mapping[str, Tensor]:
+        """Return the tensors of a block that need no more rounding to have this format."""
 
     def format_of(self, block: int, fmt: Format) -> Format:
         """Return the format that a block has at the bits of ``fmt``: its own, or ``fmt``."""

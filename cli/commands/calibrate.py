@@ -25,6 +25,7 @@ from cli.shared_arguments import (
     add_adapter_argument,
     add_group_size_argument,
     add_scheme_argument,
+    add_scheme_text_argument,
     add_threads_argument,
     add_watts_argument,
     core_count,
@@ -129,6 +130,7 @@ def _add_quality_arguments(quality: argparse._ActionsContainer) -> None:
     )
     add_adapter_argument(quality)
     add_scheme_argument(quality)
+    add_scheme_text_argument(quality)
     add_group_size_argument(quality)
     quality.add_argument(
         "--max-tokens",

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from cli.shared_arguments import adapter_of
+from cli.shared_arguments import adapter_of, scheme_text_of, with_scheme
 
 if TYPE_CHECKING:
     from backends.base import Backend
@@ -43,7 +43,7 @@ def quality_here(options: argparse.Namespace, screen: Screen, state_dir: Path) -
 
     if options.model is None:
         raise UsageError("--quality compares weights: it needs --model DIR")
-    checkpoint = Checkpoint.open(options.model, adapter_of(options))
+    checkpoint = with_scheme(options, Checkpoint.open(options.model, adapter_of(options)))
     spec = checkpoint.spec
     sequences = _sequences(options, spec)
     first = next(iter(BACKENDS))
@@ -150,6 +150,7 @@ def quality_on_agent(options: argparse.Namespace, screen: Screen) -> None:
         "sequences": sequences,
         "plans": random_plans(spec.block_count, bits, options.check_plans),
         "scheme": options.scheme,
+        "scheme_text": scheme_text_of(options),
         "group_size": options.group_size,
         "adapter": adapter_of(options),
         "on": None if options.on == "auto" else options.on,

@@ -31,7 +31,7 @@ from cli.errors import CommandFailed, UsageError
 from cli.generation import generate
 from cli.render import PHASES, Screen
 from cli.service.signals import held_signals
-from cli.shared_arguments import adapter_of, core_count
+from cli.shared_arguments import adapter_of, core_count, scheme_text_of
 from coordinator.serving.gateway import room_for_answer
 from model import costs
 from model.checkpoint import Checkpoint
@@ -118,6 +118,7 @@ class Demo:
                 bits=tuple(options.bits or DEFAULT_BITS),
                 hop_bits=None if options.hop_bits is None else tuple(options.hop_bits),
                 scheme=options.scheme,
+                scheme_text=scheme_text_of(options),
                 group_size=options.group_size,
                 **bounds_of(options),
                 adapter=adapter_of(options),

@@ -20,7 +20,7 @@ from cli.commands.plan_arguments import (
 )
 from cli.commands.plan_losses import DescribedLosses, described_losses
 from cli.render import Screen
-from cli.shared_arguments import adapter_of
+from cli.shared_arguments import adapter_of, with_scheme
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
@@ -71,7 +71,7 @@ def read_described(options: argparse.Namespace, screen: Screen) -> Described:
         for bits in sorted({*lab.bits, *(options.bits or ())})
     }
     known_kl = sensitivities_of(options, spec)
-    checkpoint = _checkpoint(model, adapter_of(options))
+    checkpoint = _checkpoint(options, model)
     losses = described_losses(options, screen, spec, lab, known_kl, checkpoint)
     bound = bounds_of(options)["max_weight_error"]
     if known_kl is not None:
@@ -142,13 +142,15 @@ def hop_formats(
     return choose_hops(asked, declared, quality_budget)
 
 
-def _checkpoint(model: Path, adapter: str | None) -> Checkpoint | None:
+def _checkpoint(options: argparse.Namespace, model: Path) -> Checkpoint | None:
     """Return the model's checkpoint, or None if its folder has no weights. Raises ModelError."""
     from model.checkpoint import Checkpoint
     from model.given import gguf_of
 
     has_weights = gguf_of(model) is not None or any(model.glob("*.safetensors"))
-    return Checkpoint.open(model, adapter) if has_weights else None
+    if not has_weights:
+        return None
+    return with_scheme(options, Checkpoint.open(model, adapter_of(options)))
 
 
 def _weight_errors(

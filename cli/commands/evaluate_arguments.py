@@ -13,6 +13,7 @@ from cli.shared_arguments import (
     add_adapter_argument,
     add_group_size_argument,
     add_scheme_argument,
+    add_scheme_text_argument,
     add_threads_argument,
 )
 
@@ -135,6 +136,7 @@ def _add_where_arguments(group: argparse._ActionsContainer) -> None:
         help="Answer on this machine alone, with each block at its width in this saved plan.",
     )
     add_scheme_argument(group)
+    add_scheme_text_argument(group)
     add_group_size_argument(group)
     add_adapter_argument(group)
     group.add_argument(

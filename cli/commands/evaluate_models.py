@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from cli.shared_arguments import adapter_of
+from cli.shared_arguments import adapter_of, scheme_text_of, with_scheme
 
 if TYPE_CHECKING:
     from cli.client import Client
@@ -105,7 +105,7 @@ def _here(options: argparse.Namespace, screen: Screen) -> tuple[Model, list[Run]
     from planning.saved import read_plan
 
     path = model_here(options.model, screen)
-    checkpoint = Checkpoint.open(path, adapter_of(options))
+    checkpoint = with_scheme(options, Checkpoint.open(path, adapter_of(options)))
     blocks = checkpoint.spec.block_count
     if options.plan is not None:
         saved = read_plan(options.plan)
@@ -120,10 +120,34 @@ def _here(options: argparse.Namespace, screen: Screen) -> tuple[Model, list[Run]
     how = f"on this machine alone, {options.backend}, activations {rounding}"
     runs = []
     for label, bits in widths:
-        key = formats_key(bits, options.scheme, options.group_size)
+        key = formats_key(bits, options.scheme, options.group_size) + text_key(checkpoint)
         key += f", here by {options.backend}{' exact' if options.exact else ''}"
         runs.append(Run(label, key, bits, options.scheme, options.group_size, how))
     return Model(model_name(path.absolute()), Files(checkpoint, Tokenizer.load(path))), runs
+
+
+def text_key(checkpoint: Checkpoint) -> str:
+    """Return the words of a result's key for the text that chose the codes."""
+    prepared = checkpoint.prepared
+    return "" if prepared is None else f", text {prepared.recipe.text_key[:16]}"
+
+
+def _as_loaded(
+    options: argparse.Namespace, known: Mapping[str, Any], checkpoint: Checkpoint
+) -> Checkpoint:
+    """The model's files with the codes that are loaded. Raises UsageError, ModelError."""
+    from model.quantize import DEFAULT_SCHEME
+    from model.quantizers.prepared import quantized
+    from planning.request_fields import text_sha256
+    from wire.service import default_state_dir
+
+    text, scheme = scheme_text_of(options), known.get("scheme", DEFAULT_SCHEME)
+    if text_sha256(text) != known.get("scheme_text_sha256"):
+        raise UsageError(
+            f"{known['model']} was loaded with --scheme {scheme} and another text: give the same "
+            "one with --scheme-text, or drop it if the load had none"
+        )
+    return quantized(checkpoint, scheme, default_state_dir("coordinator"), text)
 
 
 def _loaded(options: argparse.Namespace, client: Client, screen: Screen) -> tuple[Model, list[Run]]:
@@ -155,7 +179,7 @@ def _loaded(options: argparse.Namespace, client: Client, screen: Screen) -> tupl
     loaded = Loaded(client, known["model"], slots)
     files = None
     try:
-        checkpoint = Checkpoint.open(directory, known.get("adapter"))
+        checkpoint = _as_loaded(options, known, Checkpoint.open(directory, known.get("adapter")))
         files = Files(checkpoint, Tokenizer.load(directory))
     except ModelError as error:
         if {"loss", "kl"} & set(options.metrics):

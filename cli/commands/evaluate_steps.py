@@ -38,7 +38,7 @@ def telling(out: Path | None, kept: Kept, screen: Screen) -> Iterator[None]:
 def settings_of(data: Data, model: Model, wishes: Wishes) -> dict[str, Any]:
     """Return the values that results depend on, apart from the bits, for the head of --out."""
     settings: dict[str, Any] = {"model": model.name, "data": data.sha256, "format": data.kind}
-    settings["weights"] = "" if model.files is None else model.files.checkpoint.fingerprint
+    settings["weights"] = "" if model.files is None else model.files.checkpoint.weights_fingerprint
     if data.kind == "text":
         return {**settings, "window": wishes.window, "stride": wishes.stride}
     settings |= {"chat": wishes.chat, "max_tokens": wishes.max_tokens, "stop": list(wishes.stop)}
@@ -148,7 +148,9 @@ def _asking(loaded: Loaded, tasks: Tasks) -> Any:
         prompt = tasks.prompt(item)
         asked: dict[str, Any] = {"prompt": prompt}
         if wishes.chat:
-            asked = {"messages": [{"role": "user", "content": prompt}]}
+            message = {"role": "user", "content": prompt}
+            # Thoughts are a part of the judged text, as of a model that runs here.
+            asked = {"messages": [message], "reasoning_format": "none"}
         try:
             choice = loaded.client.post(path, {**body, **asked})["choices"][0]
         except Refused as refused:

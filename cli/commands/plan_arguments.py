@@ -17,6 +17,8 @@ from cli.shared_arguments import (
     add_adapter_argument,
     add_group_size_argument,
     add_scheme_argument,
+    add_scheme_text_argument,
+    scheme_text_of,
 )
 from planning.problem import Objective
 from planning.request import DEFAULT_CONTEXT_TOKENS, DEFAULT_TIME_LIMIT_S, THROUGHPUT_SLOTS
@@ -189,6 +191,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
     )
     add_adapter_argument(parser)
     add_scheme_argument(parser)
+    add_scheme_text_argument(parser)
     add_group_size_argument(parser)
     parser.add_argument(
         "--context",
@@ -289,6 +292,7 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
             model=absolute_model(options.model),
             adapter=adapter_of(options),
             scheme=options.scheme,
+            scheme_text=scheme_text_of(options),
             group_size=options.group_size,
             **bounds_of(options),
             context_tokens=context_of(options, saved),

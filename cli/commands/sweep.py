@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.commands.evaluate_arguments import wishes_of
-from cli.commands.evaluate_models import Files, Model, Run
+from cli.commands.evaluate_models import Files, Model, Run, text_key
 from cli.commands.evaluate_steps import add_answers_of, add_losses_of, settings_of, telling
 from cli.commands.sweep_arguments import grid_of
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
-from cli.shared_arguments import adapter_of
+from cli.shared_arguments import adapter_of, with_scheme
 
 if TYPE_CHECKING:
     from evaluation.bootstrap import Estimate
@@ -170,7 +170,8 @@ def _files(options: argparse.Namespace) -> Files:
     from model.tokenizer import Tokenizer
 
     path = Path(options.model)
-    return Files(Checkpoint.open(path, adapter_of(options)), Tokenizer.load(path))
+    checkpoint = with_scheme(options, Checkpoint.open(path, adapter_of(options)))
+    return Files(checkpoint, Tokenizer.load(path))
 
 
 def _described(
@@ -281,7 +282,7 @@ def _evaluate(
     spec = files.checkpoint.spec
     tasks = make_tasks(data, wishes_of(options, data), files.tokenizer, spec.max_context)
     model = Model(swept.subject.name, files)
-    runs = _runs(options, swept)
+    runs = _runs(options, swept, text_key(files.checkpoint))
     # Slots are those of plans. Answers on this machine have their own default.
     here = argparse.Namespace(**{**vars(options), "slots": None})
     losses = bool({"loss", "kl"} & set(options.metrics))
@@ -301,15 +302,15 @@ def _evaluate(
             write_sweep(options, swept)
 
 
-def _runs(options: argparse.Namespace, swept: Swept) -> dict[tuple[int, ...], Run]:
-    """Return one evaluation for each different set of bits."""
+def _runs(options: argparse.Namespace, swept: Swept, text: str) -> dict[tuple[int, ...], Run]:
+    """Return one evaluation for each different set of bits. ``text`` is ``text_key``'s."""
     from evaluation.work import formats_key
 
     runs: dict[tuple[int, ...], Run] = {}
     for outcome in swept.outcomes.values():
         bits = outcome.bits
         if bits and bits not in runs:
-            key = formats_key(bits, options.scheme, options.group_size)
+            key = formats_key(bits, options.scheme, options.group_size) + text
             key += f", here by {options.backend}{' exact' if options.exact else ''}"
             label = f"plan {len(runs) + 1}"
             runs[bits] = Run(label, key, bits, options.scheme, options.group_size, "")

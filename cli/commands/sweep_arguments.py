@@ -23,6 +23,7 @@ from cli.shared_arguments import (
     add_adapter_argument,
     add_group_size_argument,
     add_scheme_argument,
+    add_scheme_text_argument,
     add_threads_argument,
 )
 from planning.problem import Objective
@@ -213,6 +214,7 @@ def _add_planning_arguments(group: argparse._ActionsContainer) -> None:
     )
     add_adapter_argument(group)
     add_scheme_argument(group)
+    add_scheme_text_argument(group)
     add_group_size_argument(group)
     group.add_argument(
         "--time-limit",

@@ -265,7 +265,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         else:
             screen.out.print(
                 f"cluster {options.cluster}: agents join at port {ready.control_port}, "
-                f"API at {_url(ready.http_host, ready.http_port)}"
+                f"page and API at {_url(ready.http_host, ready.http_port)}"
             )
 
     _raise_descriptor_limit()

@@ -51,6 +51,7 @@ from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.insight.view import describe_plan
 from planning.request import LoadRequest, model_name
+from planning.request_fields import text_sha256
 from wire.messages import PROTOCOL_VERSION, StageLoaded
 from wire.versions import shoal_version
 
@@ -351,6 +352,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
     return {
         "context_tokens": deployment.context_tokens,
         "scheme": deployment.request.scheme,
+        "scheme_text_sha256": text_sha256(deployment.request.scheme_text),
         "group_size": deployment.request.group_size,
         "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
         "plan": plan,

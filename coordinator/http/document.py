@@ -406,7 +406,7 @@ _REFUSALS = {
 
 
 def _path(path: str, summary: str, request: str, answer: str, stream: str) -> Schema:
-    error = "MessagesError" if path == "/v1/messages" else "Error"
+    error = "MessagesError" if path.startswith("/v1/messages") else "Error"
     responses: Schema = {
         status: {"description": text, "content": {"application/json": {"schema": _ref(error)}}}
         for status, text in _REFUSALS.items()

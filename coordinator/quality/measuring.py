@@ -34,7 +34,7 @@ from planning.sensitivity import (
     with_lossless,
 )
 from wire.activations import HOP_BITS, HopBits
-from wire.messages import Done, HopMeasured, MeasureQuality, QualityMeasured
+from wire.messages import BlockRef, Done, HopMeasured, MeasureQuality, QualityMeasured
 
 log = logging.getLogger(__name__)
 
@@ -307,7 +307,7 @@ class QualityMeter:
         Then measure each arithmetic that ``everybody`` has, on a device that has it: one of
         ``members`` if there is one. Raises AgentFailed, RequestInvalid, ModelError.
         """
-        checkpoint = await asyncio.to_thread(Checkpoint.open, request.model, request.adapter)
+        checkpoint = await asyncio.to_thread(self._opened, request)
         request.check(checkpoint.spec)
         known = self._quality.open(
             checkpoint, request.sequences, request.scheme, request.group_size
@@ -337,6 +337,10 @@ class QualityMeter:
                 name = name or member.name
                 await self.measure(member, checkpoint, known, missing, on_step)
         return QualityFound(request, checkpoint, known, name)
+
+    def _opened(self, request: QualityRequest) -> Checkpoint:
+        checkpoint = Checkpoint.open(request.model, request.adapter)
+        return self._store.prepared(checkpoint, request.scheme, request.scheme_text)
 
     async def fastest(
         self, members: tuple[Member, ...], checkpoint: Checkpoint, on_step: OnStep
@@ -382,6 +386,8 @@ class QualityMeter:
             on_step,
         )
 
+        prepared = await self._prepared(checkpoint, known, wanted, on_step)
+
         def on_result(result: QualityMeasured | HopMeasured) -> None:
             wanted.keep(result, known)
             try:
@@ -399,10 +405,11 @@ class QualityMeter:
                     sequences=known.sequences,
                     wanted=tuple(wanted.blocks.items()),
                     plans=wanted.plans,
-                    scheme=known.scheme,
+                    scheme=Form(checkpoint, known.scheme, known.group_size).stored_scheme,
                     group_size=known.group_size,
                     hops=tuple(wanted.hops.items()),
                     backend=wanted.arithmetic,
+                    prepared=prepared,
                 ),
                 Done,
                 forward(on_step, "quality", member.name),
@@ -418,6 +425,32 @@ class QualityMeter:
             raise AgentFailed(
                 member.name, "reported the end of the measurement, but did not send every result"
             )
+
+    async def _prepared(
+        self, checkpoint: Checkpoint, known: KnownQuality, wanted: Missing, on_step: OnStep
+    ) -> tuple[tuple[int, BlockRef], ...]:
+        """Make the codes that a quantizer chooses for all that is measured, with their bits.
+
+        An agent rounds other schemes by itself.
+        """
+        if checkpoint.prepared is None:
+            return ()
+        places = {(k, bits) for k, widths in wanted.blocks.items() for bits in widths}
+        places |= {place for plan in wanted.plans for place in enumerate(plan)}
+        form = Form(checkpoint, known.scheme, known.group_size)
+        needed = [
+            (bits, Wanted(k, form.format(k, bits)))
+            for k, bits in sorted(places)
+            if checkpoint.is_prepared(k, form.format(k, bits))
+        ]
+        refs = await in_thread(
+            "quantize",
+            lambda on_block, cancelled: self._store.quantize(
+                checkpoint, [one for _, one in needed], on_block, cancelled, keep=True
+            ),
+            on_step,
+        )
+        return tuple((bits, ref) for (bits, _), ref in zip(needed, refs, strict=True))
 
 
 def _covers(known: KnownQuality, bits: Iterable[int], block_count: int) -> bool:

@@ -21,18 +21,20 @@ from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
 from model.loss_store import LossStore
-from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Scheme
+from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Quantizer
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
 from planning.request_fields import (
     BITS_EXPECTED,
     MODEL_EXPECTED,
+    SCHEME_TEXT_EXPECTED,
     read_request,
     require,
     require_adapter,
     require_form,
     require_model,
+    require_scheme_text,
     require_widths,
 )
 from planning.sensitivity import budget_margin
@@ -52,6 +54,7 @@ _EXPECTED = {
     "bits": BITS_EXPECTED,
     "sequences": f"lists of token ids, {MAX_TOKENS} in all at most",
     "plans": f"at most {MAX_PLANS} lists of bits",
+    "scheme_text": SCHEME_TEXT_EXPECTED,
     "on": "an agent's name, or null",
 }
 
@@ -64,16 +67,18 @@ class QualityRequest:
     bits: tuple[int, ...]
     sequences: Sequences
     plans: tuple[tuple[int, ...], ...] = ()
-    scheme: Scheme = DEFAULT_SCHEME
+    scheme: Quantizer = DEFAULT_SCHEME
     group_size: int = DEFAULT_GROUP_SIZE
     on: str | None = None
     adapter: str | None = None
-    """As in ``LoadRequest``."""
+    scheme_text: str | None = None
+    """Both as in ``LoadRequest``."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
         require_adapter(self.adapter)
         require_form(self.scheme, self.group_size)
+        require_scheme_text(self.scheme_text)
         require_widths(self.bits, "bits")
         object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))
         require(_are_token_lists(self.sequences), "sequences", _EXPECTED["sequences"])
@@ -117,7 +122,7 @@ class KnownQuality:
     """
 
     sequences: Sequences
-    scheme: Scheme
+    scheme: Quantizer
     group_size: int
     blocks: dict[tuple[int, int], tuple[float, float]]
     plans: dict[tuple[int, ...], float]
@@ -176,7 +181,7 @@ class QualityStore:
         """The losses measured while planning."""
 
     def open(
-        self, checkpoint: Checkpoint, sequences: Sequences, scheme: Scheme, group_size: int
+        self, checkpoint: Checkpoint, sequences: Sequences, scheme: Quantizer, group_size: int
     ) -> KnownQuality:
         """The measurements over this text so far, maybe none."""
         path = self._path(checkpoint, sequences, scheme, group_size)
@@ -184,7 +189,7 @@ class QualityStore:
         return known or KnownQuality(sequences, scheme, group_size, {}, {})
 
     def latest(
-        self, checkpoint: Checkpoint, scheme: Scheme, group_size: int
+        self, checkpoint: Checkpoint, scheme: Quantizer, group_size: int
     ) -> KnownQuality | None:
         """The newest measurements of the checkpoint in this scheme and group size."""
         pattern = f"{checkpoint.fingerprint}-{scheme}-{group_size}-*.json"
@@ -249,7 +254,7 @@ class QualityStore:
         return None
 
     def _path(
-        self, checkpoint: Checkpoint, sequences: Sequences, scheme: Scheme, group_size: int
+        self, checkpoint: Checkpoint, sequences: Sequences, scheme: Quantizer, group_size: int
     ) -> Path:
         text = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]
         return self._directory / f"{checkpoint.fingerprint}-{scheme}-{group_size}-{text}.json"

@@ -42,9 +42,11 @@ from planning.errors import RequestInvalid
 from planning.prompt import CHUNK_TOKENS
 from wire import limits
 from wire.errors import ProtocolError
+from wire.logprobs import TokenLogprobs, decode_logprobs
 from wire.messages import (
     FinishReason,
     Message,
+    PromptScored,
     ReleaseSequence,
     Sampling,
     SequenceFailed,
@@ -77,6 +79,10 @@ class Piece:
     """The reason of a pause. Such a piece has nothing else."""
     withdraws: bool = False
     """Whether all earlier pieces are wrong, and the answer begins again."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """The log-probabilities of each of the tokens, if they are asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """The log-probabilities of the prompt's tokens but the first. Such a piece has nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,9 @@ class Timing:
         return 1e6 * self.decoded / self.decoding_us if self.decoded else None
 
 
+_Told = TokenSampled | PromptScored
+
+
 class _PrefixLost(CoordinatorError):
     """A stage lacks the kept rows that a sequence was to begin with."""
 
@@ -145,14 +154,47 @@ class _Flight:
 
     deployment: Deployment
     sampling: Sampling
+    prompt: tuple[int, ...]
     held: Held
-    events: asyncio.Queue[TokenSampled | CoordinatorError] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[_Told | CoordinatorError] = field(default_factory=asyncio.Queue)
     tokens: int = 0
+    scored: int = 1
+    """The next token of the prompt whose log-probability comes. The first one has none."""
     ended: bool = False
     """Later messages of the sequence are dropped."""
 
-    def take(self, message: TokenSampled) -> str | None:
+    def take(self, message: _Told) -> str | None:
         """Queue the next token. Returns what is wrong with it, or None."""
+        wrong = self._wrong_score(message) or (
+            None if isinstance(message, PromptScored) else self._wrong_token(message)
+        )
+        if wrong is None:
+            self.events.put_nowait(message)
+        return wrong
+
+    def _wrong_score(self, message: _Told) -> str | None:
+        """Check what a message says of log-probabilities."""
+        sampling, prompt = self.sampling, self.prompt
+        top = max(sampling.top_logprobs, 0)
+        left = sampling.prompt_logprobs and self.scored < len(prompt)
+        try:
+            if isinstance(message, PromptScored):
+                if not left or message.position != self.scored:
+                    return f"sent the score of prompt token {message.position}"
+                self.scored += 1
+                told = prompt[message.position]
+            elif left:
+                return f"sent token {message.index} before the prompt's scores"
+            elif sampling.top_logprobs < 0:
+                return "sent scores that were not asked for" if message.logprobs else None
+            else:
+                told = message.token
+            decode_logprobs(message.logprobs, token=told, top=top, vocab=self.deployment.spec.vocab)
+        except ProtocolError as error:
+            return f"sent {error}"
+        return None
+
+    def _wrong_token(self, message: TokenSampled) -> str | None:
         limit = self.sampling.max_tokens
         if message.index != self.tokens or self.tokens >= limit:
             return f"sent token number {message.index}, where {self.tokens} of {limit} had come"
@@ -164,7 +206,6 @@ class _Flight:
             return f"sent token {message.token}, {self.tokens} of {limit}, as {message.finish!r}"
         self.ended = bool(message.finish)
         self.held.sampled(message.token)
-        self.events.put_nowait(message)
         return None
 
     def fail(self, name: str, message: SequenceFailed) -> None:
@@ -229,6 +270,7 @@ class Gateway:
         answer: list[int] = []
         given: list[int] = []
         """The tokens that the caller has. The answer has fewer after it began again."""
+        scores: list[bytes] = []
         while True:
             before, deployment = deployment, await self._models.latest(deployment)
             if given and before is not deployment and self._models.is_suspect(before):
@@ -237,17 +279,26 @@ class Gateway:
                     given.clear()
                     decoder, text = deployment.tokenizer.stream(markers), _StopFilter(stop)
                     yield Piece("", (), "", withdraws=True)
-            left = replace(sampling, max_tokens=limit - len(answer))
+            left = _rest(sampling, limit, answer, scored=len(scores) == len(prompt) - 1)
+            if left.prompt_logprobs:
+                scores.clear()
             events = self._tokens(deployment, (*prompt, *answer), left, timing, taken)
             try:
                 async with aclosing(events):
                     async for event in events:
+                        if isinstance(event, PromptScored):
+                            scores.append(event.logprobs)
+                            if len(scores) == len(prompt) - 1:
+                                yield _scored(prompt, scores, sampling, deployment.spec.vocab)
+                            continue
                         if len(answer) < len(given):
                             if event.finish or event.token != given[len(answer)]:
                                 raise AnswerWithdrawn
                             answer.append(event.token)
                             continue
                         piece = _piece(event, decoder, text, timing)
+                        if event.logprobs and piece.tokens:
+                            piece = _with_logprobs(piece, event, sampling, deployment.spec.vocab)
                         request.answers(len(piece.tokens))
                         request.drafted_tokens += event.drafted
                         request.accepted_tokens += event.accepted
@@ -272,9 +323,11 @@ class Gateway:
         sampling: Sampling,
         timing: Timing,
         shortcuts: Shortcuts,
-    ) -> AsyncGenerator[TokenSampled, None]:
+    ) -> AsyncGenerator[_Told, None]:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
-        async with deployment.slots.one(prompt, reuse=shortcuts.cache_prompt) as held:
+        # All rows of a prompt that is scored run.
+        reuse = shortcuts.cache_prompt and not sampling.prompt_logprobs
+        async with deployment.slots.one(prompt, reuse=reuse) as held:
             self._models.require(deployment)
             while True:
                 events = self._sequence(
@@ -301,10 +354,10 @@ class Gateway:
         sampling: Sampling,
         timing: Timing,
         drafts: int,
-    ) -> AsyncGenerator[TokenSampled, None]:
+    ) -> AsyncGenerator[_Told, None]:
         """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
         number = next(self._numbers)
-        flight = self._flights[number] = _Flight(deployment, sampling, held)
+        flight = self._flights[number] = _Flight(deployment, sampling, prompt, held)
         try:
             timing.started_s = timing.started_s or time.monotonic()
             is_new = timing.first_s is None
@@ -326,7 +379,7 @@ class Gateway:
 
         Raises ProtocolError for a token that no working agent sends. It ends the flight.
         """
-        if not isinstance(message, (TokenSampled, SequenceFailed)):
+        if not isinstance(message, (TokenSampled, PromptScored, SequenceFailed)):
             return
         flight = self._flights.get(message.sequence)
         if flight is None or flight.deployment.epoch != message.epoch or flight.ended:
@@ -418,6 +471,37 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
     return Piece(shown, (event.token,), "")
 
 
+def _with_logprobs(piece: Piece, event: TokenSampled, sampling: Sampling, vocab: int) -> Piece:
+    scores = decode_logprobs(
+        event.logprobs, token=event.token, top=sampling.top_logprobs, vocab=vocab
+    )
+    return replace(piece, logprobs=(scores,))
+
+
+def _scored(prompt: Sequence[int], scores: list[bytes], sampling: Sampling, vocab: int) -> Piece:
+    """The piece of all tokens of a prompt but the first."""
+    top = max(sampling.top_logprobs, 0)
+    told = tuple(
+        decode_logprobs(score, token=token, top=top, vocab=vocab)
+        for token, score in zip(prompt[1:], scores, strict=True)
+    )
+    return Piece("", (), "", prompt_logprobs=told)
+
+
+def _rest(sampling: Sampling, limit: int, answer: list[int], *, scored: bool) -> Sampling:
+    """How the rest of an answer is drawn, of which ``answer`` is there.
+
+    scored: the caller has the log-probabilities of the prompt, or there are none.
+    """
+    looks_back = sampling.grammar or sampling.presence_penalty or sampling.frequency_penalty
+    return replace(
+        sampling,
+        max_tokens=limit - len(answer),
+        answer=tuple(answer) if looks_back else (),
+        prompt_logprobs=sampling.prompt_logprobs and not scored,
+    )
+
+
 async def _begin(
     deployment: Deployment,
     number: int,
@@ -429,8 +513,9 @@ async def _begin(
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
     Of a team only the lead is told, because it directs the other members. The first stage gets the
-    prompt. It is told last, so that its rows find the others prepared. The last stage gets the
-    prompt's tokens if they are penalized.
+    prompt. It is told last, so that its rows find the others prepared. Only the last stage is told
+    what may be long and what only it needs: the prompt's tokens if they are penalized or scored,
+    the answer so far, biases and the grammar.
     """
 
     async def tell(member: Member, message: StartSequence) -> None:
@@ -440,26 +525,27 @@ async def _begin(
     chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
     if deployment.slots.used > 1:
         chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
+    common = replace(sampling, answer=(), logit_bias=(), grammar=b"")
     start = StartSequence(
         deployment.epoch,
         number,
         held.slot,
-        prompt,
-        sampling,
+        (),
+        common,
         chunk_tokens,
         cached=held.cached,
         drafts=drafts,
     )
-    told = [replace(start, prompt=()) for _ in deployment.leads]
-    told[0] = start
+    told = [start for _ in deployment.leads]
     if sampling.repetition_penalty != 1:
-        penalized = replace(sampling, penalized=tuple(sorted(set(prompt))))
-        told[-1] = replace(told[-1], sampling=penalized)
+        sampling = replace(sampling, penalized=tuple(sorted(set(prompt))))
+    told[-1] = replace(start, sampling=sampling, prompt=prompt * sampling.prompt_logprobs)
+    told[0] = replace(told[0], prompt=prompt)
     first, *others = map(tell, deployment.leads, told)
     await asyncio.gather(*others, first)
 
 
-async def _next_event(flight: _Flight, prompt_tokens: int) -> TokenSampled | CoordinatorError:
+async def _next_event(flight: _Flight, prompt_tokens: int) -> _Told | CoordinatorError:
     predicted_s = prompt_tokens * flight.deployment.plan.prefill_s_per_token
     limit_s = STALL_S + STALL_FACTOR * predicted_s
     try:

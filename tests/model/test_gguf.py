@@ -56,7 +56,7 @@ def test_infinite_scales_are_refused(tmp_path: Path) -> None:
     model.tensors = {**model.tensors, "blk.0.ffn_up.weight": Tensor("Q8_0", stored.shape, data)}
     checkpoint = Checkpoint.open(model.write(tmp_path / "x.gguf"))
     with pytest.raises(CheckpointError, match=r"'blk\.0\.ffn_up\.weight' holds NaN or infinite"):
-        checkpoint.kept(1)
+        checkpoint.own_codes(1)
     values = checkpoint.block(1)["up.weight"]
     assert np.isnan(values[0, 0])
     with pytest.raises(CheckpointError, match="NaN, infinite or absurdly large"):

@@ -156,7 +156,7 @@ def test_codes_are_kept_with_rows_in_order(tmp_path: Path, kind: str, bits: int)
     fmt = Format(bits, "rtn", 32, symmetric=True)
     assert checkpoint.native_format(1) == fmt
     assert set(checkpoint.source_dtypes(1).values()) == {kind, "F32"}
-    values, kept = checkpoint.block(1), checkpoint.kept(1)
+    values, kept = checkpoint.block(1), checkpoint.own_codes(1)
     assert kept.keys() == {f"{name}.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")}
     for name, matrix in kept.items():
         assert matrix.format == fmt
@@ -166,7 +166,7 @@ def test_codes_are_kept_with_rows_in_order(tmp_path: Path, kind: str, bits: int)
 def test_no_codes_are_kept_of_other_types(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny("Q4_1").write(tmp_path / "x.gguf"))
     assert checkpoint.native_format(1) is None
-    assert checkpoint.kept(1) == {}
+    assert checkpoint.own_codes(1) == {}
 
 
 def test_a_block_takes_its_own_memory(tmp_path: Path) -> None:

@@ -99,10 +99,10 @@ def test_codes_are_kept_where_a_format_holds_them(name: str, tmp_path: Path) -> 
     _, fmt = MODELS[name]
     assert checkpoint.native_format(1) == fmt
     assert checkpoint.native_formats() == ({} if fmt is None else {1: fmt, 2: fmt})
-    assert checkpoint.kept(0) == {}
+    assert checkpoint.own_codes(0) == {}
     assert checkpoint.lossless_format(0) == Format.of(16)
     if fmt is None:
-        assert checkpoint.kept(1) == {}
+        assert checkpoint.own_codes(1) == {}
         assert checkpoint.lossless_format(1) == Format.of(32)
         return
     assert checkpoint.lossless_format(1) == fmt

@@ -96,6 +96,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("bits", [7], "a list out of"),
     ("scheme", "best", "scheme"),
     ("group_size", 7, "group_size must be one of"),
+    ("scheme_text", "", "a text of at most"),
     ("adapter", "here", "the absolute path of a LoRA adapter's folder, none or null is needed"),
     ("max_weight_error", -1, "a number >= 0, or null"),
     ("max_weight_error", "inf", "a number >= 0, or null"),

@@ -136,8 +136,8 @@ def test_errors_are_openais(client: openai.OpenAI, model: str) -> None:
         client.completions.create(model=model, prompt="the lamp " * 5000)
     assert long.value.code == "context_length_exceeded"
     assert long.value.param == "prompt"
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.completions.create(model=model, prompt="x", logprobs=3)
+    with pytest.raises(openai.BadRequestError, match="suffix is not supported"):
+        client.completions.create(model=model, prompt="x", suffix="y")
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model=model, prompt="x", temperature=-1)
     with pytest.raises(openai.BadRequestError, match="at least one message"):
