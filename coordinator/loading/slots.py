@@ -109,17 +109,21 @@ class Slots:
             raise
 
     def _choose(self, begin: Ids) -> int:
-        """Return the free slot that keeps most of a prompt, or else the one used longest ago.
+        """Return the free slot that keeps most of a prompt, or else one of those used longest ago.
 
-        Slots that keep nothing come before others. Of equal ones the lowest is taken.
+        Slots that keep nothing count as older than others. Of the older half, a neighbour of a used
+        slot is taken, because stages run rows of neighbouring slots together.
         """
         shared = {slot: _common(self._kept[slot], begin) for slot in self._free}
         best = max(shared, key=lambda slot: (shared[slot], -len(self._kept[slot]), -slot))
         if shared[best] > SIMILAR * len(begin):
             return best
-        return min(
+        by_age = sorted(
             self._free, key=lambda slot: (len(self._kept[slot]) > 0, self._ended[slot], slot)
         )
+        used = set(range(self.total)) - self._free
+        older = by_age[: (len(by_age) + 1) // 2]
+        return next((slot for slot in older if used & {slot - 1, slot + 1}), older[0])
 
     def _give(self, slot: int) -> None:
         """Hand the slot to the first in line, or put it back."""

@@ -52,6 +52,28 @@ def test_strange_prompts_get_an_empty_slot_and_then_the_one_used_longest_ago() -
     asyncio.run(test())
 
 
+def test_strange_prompts_at_once_get_neighbours_if_those_are_old() -> None:
+    async def test() -> None:
+        slots = Slots(4)
+        for first in (10, 20, 30, 40):
+            await run(slots, (first, 1, 2), (3,))
+        async with slots.one((50, 1)) as one:
+            one.sampled(2)
+            # The older half of the others is 1 and 2.
+            assert one.slot == 0
+            async with slots.one((60, 1)) as two:
+                two.sampled(2)
+                assert two.slot == 1
+        # By age they are 2, 3, 1, 0.
+        async with slots.one((50, 1, 9)) as three:
+            assert three.slot == 0
+            # The older half of the others is 2 and 3, and neither is a neighbour of 0.
+            async with slots.one((70, 1)) as four, slots.one((80, 1)) as five:
+                assert (four.slot, five.slot) == (2, 3)
+
+    asyncio.run(test())
+
+
 def test_a_short_common_beginning_takes_no_chat_away() -> None:
     async def test() -> None:
         slots = Slots(2)
