@@ -49,10 +49,10 @@ dist: $(VENV)/run.stamp ## make a folder to install from: wheel, locks, install.
 bundle: dist ## make dist with every wheel for MACHINE and PYTHON_VERSION, to install offline
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \
-		--python-platform $(MACHINE)-manylinux_2_28 requirements/$(LOCK).lock -o dist/wheels.lock
+		--python-platform $(MACHINE)-manylinux_2_31 requirements/$(LOCK).lock -o dist/wheels.lock
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --only-binary=:all: --no-deps --require-hashes \
 		--python-version $(PYTHON_VERSION) --platform manylinux2014_$(MACHINE) \
-		$(foreach level,2_17 2_26 2_27 2_28,--platform manylinux_$(level)_$(MACHINE)) \
+		$(foreach level,2_17 2_26 2_27 2_28 2_31,--platform manylinux_$(level)_$(MACHINE)) \
 		-r dist/wheels.lock -d dist/wheels
 	rm dist/wheels.lock
 
@@ -95,6 +95,9 @@ bench-together: $(VENV)/run.stamp ## measure devices that share layers over emul
 bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 1 to 4 emulated hosts (root)
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
+bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt beside streams, on emulated hosts (root)
+	$(BIN)/python -m benchmarks.serve $(ARGS)
+
 bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when a device is lost (root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
@@ -112,6 +115,9 @@ bench-quantizers: $(VENV)/run.stamp ## measure quantizers on a model, and with -
 
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
+
+bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
+	$(BIN)/python -m benchmarks.telemetry $(ARGS)
 
 soak: $(VENV)/run.stamp ## let random clients and failing devices loose for an hour, and watch for what is left
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -123,10 +123,13 @@ class BlockCache:
             raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
         return sum(ref.size_bytes for ref in missing)
 
-    def prepare(self, blocks: Sequence[FileRef], size_bytes: int) -> Path | None:
+    def prepare(
+        self, blocks: Sequence[FileRef], size_bytes: int, keep: Collection[str] = ()
+    ) -> Path | None:
         """Return a folder for ``size_bytes`` that a backend makes from ``blocks``, which are here.
 
-        The same blocks have the same folder. None if the limit leaves no room for both.
+        The same blocks have the same folder. Artifacts whose hashes are in ``keep`` stay, too. None
+        if the limit leaves no room for all.
         """
         wanted = {ref.sha256: ref.size_bytes for ref in blocks}
         home = self._prepared / hashlib.sha256("".join(wanted).encode()).hexdigest()
@@ -134,7 +137,7 @@ class BlockCache:
         if needed_bytes > self._limit_bytes:
             return None
         try:
-            self._evict({*wanted, home.name}, needed_bytes)
+            self._evict({*wanted, *keep, home.name}, needed_bytes)
             if home.exists():
                 os.utime(home)
         except OSError:

@@ -26,6 +26,7 @@ from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
 from agent.files import FileExchange
 from agent.gauges import Gauges
+from agent.grammars import open_grammars, with_vocabulary
 from agent.integrity import Contents, Watch, load_whole
 from agent.links import Link, Measuring
 from agent.pace import PacedStage
@@ -42,6 +43,7 @@ from calibration.machine import is_wireless
 from calibration.trial import Trials
 from model.artifact import read_format
 from model.errors import ModelError
+from model.grammar_process import library_version
 from model.spec import ModelSpec
 from wire import limits
 from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
@@ -62,6 +64,7 @@ from wire.messages import (
     DeviceMeasured,
     Done,
     Endpoint,
+    FileRef,
     FindBlocks,
     Heartbeat,
     JoinRefused,
@@ -605,12 +608,14 @@ class Agent:
         waiting = partial(self._progress(connection, request.request, "load", "steps"), 0, 0)
         fetched_bytes, started_s = 0, 0.0
 
+        files = with_vocabulary(request)
+
         def fetch() -> None:
             nonlocal fetched_bytes, started_s
             came: set[Path] = set()
-            contents.expect({self._cache.path(ref.sha256): ref.sha256 for ref in request.blocks})
+            contents.expect({self._cache.path(ref.sha256): ref.sha256 for ref in files})
             fetched_bytes += self._cache.fetch(
-                request.blocks,
+                files,
                 coordinator,
                 self._device,
                 progress,
@@ -643,6 +648,7 @@ class Agent:
                 context_tokens=request.context_tokens,
                 hop_bits=request.hop_bits,
                 report=connection.send,
+                grammars=open_grammars(request, self._cache),
             )
             self._peers.entrance = Entrance(request.previous, request.hop_key, self._relay.deliver)
         names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
@@ -656,6 +662,7 @@ class Agent:
             fetched_bytes,
             time.perf_counter() - started_s,
             contents.damaged_files,
+            library_version() if request.vocabulary is not None else "",
         )
 
     def _load_stage(
@@ -668,7 +675,7 @@ class Agent:
         team: Team | None,
     ) -> Stage:
         """Load blocks that are in the cache. The files in ``hashed`` are known to be whole."""
-        prepared_dir, prepared_bytes = self._prepared(request.blocks)
+        prepared_dir, prepared_bytes = self._prepared(request.blocks, request.vocabulary)
         options = StageOptions(
             request.slots,
             request.context_tokens,
@@ -716,7 +723,9 @@ class Agent:
         with contextlib.suppress(WireError):  # The coordinator sees the agent's loss.
             connection.send(StageDamaged(epoch, reason))
 
-    def _prepared(self, blocks: Sequence[BlockRef]) -> tuple[Path | None, int]:
+    def _prepared(
+        self, blocks: Sequence[BlockRef], vocabulary: FileRef | None
+    ) -> tuple[Path | None, int]:
         """Return a folder for prepared weights (None without room) and its size in bytes.
 
         Exact stages keep none. Their files would be many times larger, and nobody waits for their
@@ -726,7 +735,8 @@ class Agent:
         if self._config.exact or factor == 0:
             return None, 0
         size_bytes = int(factor * sum(ref.size_bytes for ref in blocks))
-        return self._cache.prepare(blocks, size_bytes), size_bytes
+        keep = () if vocabulary is None else (vocabulary.sha256,)
+        return self._cache.prepare(blocks, size_bytes, keep), size_bytes
 
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str

@@ -22,6 +22,8 @@ Remembered = tuple[int, int, int, int, float, float, float, float]
 class StageMeter:
     """The counters of one stage. They only grow."""
 
+    __slots__ = ("_remembered", "_run", "compute_s", "passes", "rows", "waited_s")
+
     def __init__(self) -> None:
         self.passes = 0
         self.rows = 0

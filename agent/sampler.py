@@ -1,4 +1,6 @@
-"""From logits to a token: repetition penalty, then greedy, or temperature with top-k and top-p.
+"""From logits to a token: greedy, or temperature with top-k, top-p and min-p.
+
+agent.adjustments changes logits before, if the request asks for it.
 
 Nothing is sorted. One uniform number is looked up in the cumulative distribution. Sums of groups of
 weights find the group, and the weights of that group find the token.
@@ -8,7 +10,8 @@ groups' maxima, and few more do. The exact choice is made among these.
 
 Top-p draws from the whole distribution, and adds up the probability that ranks before the token. If
 that reaches top_p, this token and all that rank behind it are dropped, and another one is drawn
-from the others. Each draw is proportional to the weights, so the result is, too.
+from the others. Each draw is proportional to the weights, so the result is, too. Tokens below min_p
+weigh nothing, but count in the sum that top_p is a part of.
 """
 
 from __future__ import annotations
@@ -17,16 +20,18 @@ import hashlib
 import math
 import struct
 import threading
+from collections.abc import Sequence
 from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from agent.adjustments import Adjustments, Logits, Matcher
 from backends.base import ALL_LOGITS, BackendError
+from wire.logprobs import encode_logprobs
 from wire.messages import Sampling
 
-Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Real = TypeVar("Real", np.float32, np.float64)
 
@@ -45,6 +50,9 @@ The second computation uses float64.
 SMALLEST_TEMPERATURE = 1e-37
 """A normal float32, because the thread of a stage may read denormals as zero."""
 
+
+SMALLEST_LOGPROB = -9999.0
+"""Stands for impossible tokens, as in OpenAI's answers, because JSON has no infinity."""
 
 NOT_FINITE = "the model's logits are not finite: load it at more bits"
 
@@ -86,19 +94,26 @@ _memory = _Memory()
 class Sampler:
     """Draws the tokens of one sequence. Equal settings, positions and logits give equal tokens.
 
-    With a repetition penalty, the tokens before must be equal, too.
+    With penalties or a grammar, the tokens before must be equal, too.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(
+        self, sampling: Sampling, matcher: Matcher | None = None, prompt: Sequence[int] = ()
+    ) -> None:
+        """``matcher`` knows the tokens that may follow, if the request has a grammar.
+
+        prompt: its tokens, if their log-probabilities are wanted.
+        """
         self._sampling = sampling
-        self._is_penalized = sampling.repetition_penalty != 1
-        self._before = np.unique(np.array(sampling.penalized, np.int64))
-        """The tokens of the prompt and of the answer, each once, if they are penalized."""
+        self._told = prompt if sampling.prompt_logprobs else ()
+        self._adjustments = Adjustments.of(sampling, matcher)
+        self.tells_logprobs = sampling.top_logprobs >= 0
+        """Whether ``logprobs`` is wanted for each token."""
 
     @property
     def candidates(self) -> int:
         """How many of the highest logits ``sample`` needs, or ALL_LOGITS."""
-        if self._is_penalized:
+        if self._adjustments is not None or self.tells_logprobs or self._sampling.prompt_logprobs:
             return ALL_LOGITS
         if not self._sampling.temperature > 0 or self._sampling.top_k == 1:
             return 1
@@ -110,23 +125,24 @@ class Sampler:
         Temperature 0 takes the highest logit. Of equal logits the lowest id ranks first, for
         greedy, top_k and top_p. The draw does not depend on earlier ones, so another device that
         knows the earlier tokens can continue. Raises BackendError if the highest logit is not
-        finite.
+        finite, or the grammar fails.
         """
-        if not self._is_penalized:
+        if self._adjustments is None:
             return self._choose(logits, position)
-        token = self._choose(self._penalize(logits), position)
-        if token not in self._before:
-            self._before = np.append(self._before, token)
+        token = self._choose(self._adjustments.apply(logits), position)
+        self._adjustments.note(token)
         return token
 
-    def _penalize(self, logits: Logits) -> Logits:
-        """Make the tokens of before less likely, or more likely with a penalty below 1."""
-        penalty = np.float32(self._sampling.repetition_penalty)
-        changed: Logits = logits.copy()
-        values = changed[self._before]
-        with np.errstate(over="ignore"):
-            changed[self._before] = np.where(values < 0, values * penalty, values / penalty)
-        return changed
+    def told(self, position: int) -> int | None:
+        """Return the prompt's token at ``position``, if its log-probability is wanted."""
+        return self._told[position] if position < len(self._told) else None
+
+    def logprobs(self, logits: Logits, token: int) -> bytes:
+        """Return the log-probabilities of ``token`` and of the likeliest ones, as on the wire.
+
+        They are the model's own: temperature, penalties and grammars do not change them.
+        """
+        return encode_logprobs(*token_logprobs(logits, token, max(self._sampling.top_logprobs, 0)))
 
     def _choose(self, logits: Logits, position: int) -> int:
         """Return the token by logits that are penalized already."""
@@ -175,16 +191,39 @@ def highest(logits: Logits, count: int) -> Ids:
     return found
 
 
+def token_logprobs(logits: Logits, token: int, top: int) -> tuple[Ids, Logits]:
+    """Return ids [1 + top] and their log-probabilities: ``token``, then the likeliest ones.
+
+    There are fewer if the vocabulary is smaller. Of equal ones the lowest id comes first.
+    """
+    best = float(logits.max())
+    if not math.isfinite(best):
+        raise BackendError(NOT_FINITE)
+    total = float(np.exp(logits - np.float32(best)).sum(dtype=np.float64))
+    ids = np.array([token], np.int64)
+    if top > 0:
+        likeliest = highest(logits, min(top, len(logits)))
+        ids = np.append(ids, likeliest[np.argsort(-logits[likeliest], kind="stable")])
+    values = logits[ids].astype(np.float64) - best - math.log(total)
+    return ids, np.maximum(values, SMALLEST_LOGPROB).astype(np.float32)
+
+
 def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int) -> int:
-    """Draw an index of ``logits`` [n] by temperature and top_p, in the type of the logits.
+    """Draw an index of ``logits`` [n] by temperature, top_p and min_p, in the type of the logits.
 
     The highest logit is at ``best``, and finite. Raises _InDoubt if float32 is too coarse.
     """
     weights = _weights(logits, logits[best], sampling.temperature)
     flat = weights.reshape(-1)
     index, limit, doubt = best, 0.0, 0.0
-    for attempt in count():
+    cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
+    total = cumulative[-1]
+    if sampling.min_p > 0:  # The highest logit weighs 1.
+        np.multiply(weights, weights >= sampling.min_p, out=weights)
         cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
+    for attempt in count():
+        if attempt:
+            cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
         target = _uniform(sampling.seed, position, attempt) * cumulative[-1]
         group = _invert(cumulative, target)
         within = weights[:, group].cumsum(dtype=np.float64)
@@ -193,8 +232,8 @@ def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int
         if sampling.top_p >= 1:
             break
         if attempt == 0:
-            limit = sampling.top_p * cumulative[-1]
-            doubt = DOUBT * cumulative[-1] if logits.dtype == np.float32 else 0.0
+            limit = sampling.top_p * total
+            doubt = DOUBT * total if logits.dtype == np.float32 else 0.0
             if limit <= 1 - doubt:  # The highest logit weighs 1, which suffices.
                 return best
         before = _weight_before(weights, index)

@@ -158,7 +158,7 @@ class Client:
                     continue
                 event = json.loads(data)
                 if "error" in event:
-                    raise CommandFailed(event["error"]["message"])
+                    raise Refused(event["error"]["message"], event["error"].get("code"))
                 yield event
 
     @contextmanager

@@ -35,6 +35,7 @@ def generate(
     }
     if chat:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": prompt}]
+        body["reasoning_format"] = "none"  # Thoughts are a part of the shown text.
     else:
         path, body["prompt"] = "/v1/completions", prompt
     text, result = "", None

@@ -45,7 +45,7 @@ from coordinator.quality.store import QualityStore
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
-from coordinator.serving.gateway import Gateway
+from coordinator.serving.gateway import Gateway, Shortcuts
 from coordinator.serving.requests import Requests
 from coordinator.story import Story
 from model.errors import ModelError
@@ -125,6 +125,7 @@ class Coordinator:
         self._story = Story()
         self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story)
         self._models, turns = Models(self._story), Turns()
+        self._models.progress = lambda: turns.progress
         self._operations = Operations(
             self.roster, self._store, QualityStore(config.state_dir), self._models, turns
         )
@@ -137,7 +138,9 @@ class Coordinator:
             config.recovery_wait_s,
         )
         self._paces = Paces(self.roster, self._models, self._story)
-        self._gateway = Gateway(self.roster, self._models)
+        self._gateway = Gateway(
+            self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
+        )
         self._requests = Requests()
         self._feed = StateFeed(
             config, self.roster, self._models, turns, self._requests, self._story

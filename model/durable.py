@@ -1,4 +1,4 @@
-"""Small files that survive a power cut whole, with either the old or the new text."""
+"""Small files that survive a power cut whole, with either the old or the new contents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ def replace_text(
     mode: int = 0o600,
     prepare: Callable[[int], None] = lambda descriptor: None,
 ) -> None:
-    """Write ``text`` beside ``path``, through to the disk, then rename it to ``path``.
+    """Write ``text`` as ``replace_bytes`` does, in UTF-8."""
+    replace_bytes(path, text.encode(), mode=mode, prepare=prepare)
+
+
+def replace_bytes(
+    path: Path,
+    data: bytes,
+    *,
+    mode: int = 0o600,
+    prepare: Callable[[int], None] = lambda descriptor: None,
+) -> None:
+    """Write ``data`` beside ``path``, through to the disk, then rename it to ``path``.
 
     ``prepare`` is called with the new file's descriptor before anything is written. It may change
     the owner, for instance. Raises OSError, and then leaves ``path`` unchanged.
@@ -24,10 +35,10 @@ def replace_text(
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
             prepare(descriptor)
-            file.write(text)
+            file.write(data)
             file.flush()
             os.fsync(descriptor)
         temporary.replace(path)

@@ -31,6 +31,7 @@ class SamplingDefaults:
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
+    min_p: float | None = None
 
     def stated(self) -> dict[str, float]:
         """Return the values that the model recommends, by name."""
@@ -42,6 +43,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, MAX_TEMPERATURE),
     "top_k": (0, MAX_TOP_K),
     "top_p": (0, 1),
+    "min_p": (0, 1),
     "repetition_penalty": (MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
 }
 

@@ -98,6 +98,11 @@ class Tokenizer:
         """The ids of the special tokens by their texts."""
         return self._special_ids
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, which must not be changed."""
+        return self._backend
+
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Return the tokens of a text. ``add_special`` adds those that the model expects (bos).
 

@@ -27,6 +27,10 @@ MAX_NESTING = 8
 PREFILL_CHUNK_TOKENS = 64
 """The prompt rows that a stage runs in one call. This bounds compute buffers and frames."""
 
+DRAFT_TOKENS = 14
+"""The most tokens that a pass checks ahead. With its own row it has fewer rows than a chunk, which
+some backends round more coarsely."""
+
 CONNECT_TIMEOUT_S = 3.0
 """A device on the same LAN answers in milliseconds, or not at all."""
 
@@ -50,6 +54,12 @@ MAX_REPORT_BYTES = 512 << 10
 
 Python decodes it in a few tenths of a second, while all others wait.
 """
+
+MAX_GRAMMAR_BYTES = 256 << 10
+"""The longest grammar of an answer. A schema with a hundred tools has less than half of it."""
+
+MAX_LOGIT_BIASES = 1024
+"""The most tokens with a bias of their own. OpenAI takes 300."""
 
 MAX_PROBE_BYTES = 4 << 20
 """The largest payload of a link probe."""

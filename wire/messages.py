@@ -293,6 +293,8 @@ class LoadStage:
     """A random key that members show each other in their PeerHello."""
     sum_bits: HopBits = DEFAULT_HOP_BITS
     """The width of the partial rows that members exchange."""
+    vocabulary: FileRef | None = None
+    """The bytes of each token (model.token_bytes), for a stage that samples. None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +305,8 @@ class StageLoaded:
     load_s: float
     damaged_files: int
     """The number of files that were damaged on the device, and were fetched or made again."""
+    grammars: str = ""
+    """The version of llguidance, where the stage can keep answers to a grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +341,7 @@ class TeamPass:
     ``slots`` and ``positions`` have one entry for rows of one sequence, or one per row.
     ``candidates``: a member with the head answers with so many highest logits of each last row.
     0: none. -1: all.
+    ``logits``: the number of last rows, for rows of one sequence.
     """
 
     epoch: int
@@ -346,6 +351,7 @@ class TeamPass:
     rows: int
     bits: HopBits
     candidates: int
+    logits: int = 1
 
 
 @dataclass(slots=True)
@@ -566,13 +572,37 @@ class Sampling:
     """Divides the logits of tokens that were there before, or multiplies them if below 0."""
     penalized: tuple[int, ...] = ()
     """The different tokens of the prompt. Only the last stage is told, if they are penalized."""
+    min_p: float = 0.0
+    """Tokens are dropped whose probability is below this share of the highest."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens that are in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens for each time that they are in the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token and what is added to its logit. Each token at most once."""
+    top_logprobs: int = -1
+    """How many of the likeliest tokens TokenSampled tells beside its own. -1: not even that."""
+    prompt_logprobs: bool = False
+    """Whether each token of the prompt is told by PromptScored."""
+    grammar: bytes = b""
+    """The language of the answer in UTF-8, as llguidance reads it. Empty: any text."""
+    answer: tuple[int, ...] = ()
+    """The end of the prompt that is the answer so far, after a pause.
+
+    Only the last stage is told, if penalties or the grammar need it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class StartSequence:
     """Coordinator to every stage: this sequence holds the slot from now on.
 
-    A stage takes rows only of started sequences. Only the first stage gets the prompt, and runs it.
+    A stage takes rows only of started sequences. The first stage gets the prompt, and runs it. The
+    last one gets it too if it tells the prompt's log-probabilities.
+
+    cached: the leading rows that the slot keeps from an earlier sequence with the same tokens. They
+        do not run again.
+    drafts: the most tokens that the first stage may guess ahead of the answer. 0: none.
     """
 
     epoch: int
@@ -582,6 +612,8 @@ class StartSequence:
     sampling: Sampling
     chunk_tokens: int = limits.PREFILL_CHUNK_TOKENS
     """The largest number of prompt rows that go through the stages at once."""
+    cached: int = 0
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -594,11 +626,15 @@ class ReleaseSequence:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailed:
-    """Stage to coordinator: a sequence cannot continue."""
+    """Stage to coordinator: a sequence cannot continue.
+
+    prefix_lost: the slot does not keep the ``cached`` rows. A start without them may work.
+    """
 
     epoch: int
     sequence: int
     reason: str
+    prefix_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -689,6 +725,9 @@ class Activation:
 
     The payload is that of wire.activations, at ``bits`` a value. ``last`` is false if more chunks
     of the prompt follow, so that the head need not run.
+
+    drafts: the tokens of all rows but the first, if they are guesses of the first stage. Later rows
+        may replace these rows.
     """
 
     epoch: int
@@ -698,6 +737,7 @@ class Activation:
     rows: int
     bits: HopBits
     last: bool
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -707,6 +747,12 @@ class TokenSampled:
     A stop token has finish "stop", and is not part of the answer.
 
     after_us: microseconds since the last stage sampled the previous token. 0 for the first one.
+        Tokens of one pass share its time.
+    logprobs: wire.logprobs of the token and the likeliest ones, if asked for. Only for the
+        coordinator.
+    drafted, accepted: the number of drafts in the pass that ended with this token, and of those
+        that were right. 0 for the other tokens of the pass. Only its last token goes to the first
+        stage.
     """
 
     epoch: int
@@ -715,6 +761,19 @@ class TokenSampled:
     token: int
     finish: FinishReason
     after_us: int = 0
+    logprobs: bytes = b""
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(slots=True)
+class PromptScored:
+    """Last stage to coordinator: wire.logprobs of the prompt's token at ``position``, from 1 on."""
+
+    epoch: int
+    sequence: int
+    position: int
+    logprobs: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -815,6 +874,7 @@ Message: TypeAlias = (
     | PeerWelcome
     | Activation
     | TokenSampled
+    | PromptScored
     | ProbePing
     | ProbePong
     | BlocksHello
@@ -878,6 +938,7 @@ CODES: dict[int, type[Message]] = {
     91: MeasureTeam,
     92: TeamMeasured,
     93: TeamTrial,
+    94: PromptScored,
     98: TakeTrace,
     99: TraceTaken,
 }

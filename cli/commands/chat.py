@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from cli.client import Client
+from cli.client import Client, Refused
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.service.signals import Terminated
@@ -40,6 +40,10 @@ SETTINGS: dict[str, Callable[[str], float]] = {
     "max_tokens": int,
     "seed": int,
 }
+NO_PLACE = "template_has_no_place"
+"""The coordinator's code for messages that the model's chat template leaves out."""
+
+ALONE = "the model's template has no place for earlier messages: it gets each message alone"
 PROMPT, MORE = ">>> ", "... "
 FENCE = '"""'
 
@@ -52,13 +56,15 @@ class Conversation:
     settings: dict[str, float] = field(default_factory=dict)
     system: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
+    alone: bool = False
+    """Whether the model gets the last message alone, since its template takes no others."""
 
     def request(self) -> dict[str, Any]:
         """The body of the request for the next answer."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return {
             "model": self.model,
-            "messages": [*system, *self.messages],
+            "messages": [*system, *(self.messages[-1:] if self.alone else self.messages)],
             "stream": True,
             "return_token_ids": True,
             **self.settings,
@@ -76,17 +82,25 @@ def chat(client: Client, screen: Screen, conversation: Conversation) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() editing and history
     screen.note(f"{conversation.model}: /help lists commands, Ctrl-D ends the chat")
-    while (message := _read(screen)) is not None:
-        if message.startswith("/"):
-            if not _command(client, screen, conversation, message):
+    while True:
+        try:
+            message = _read(screen)
+            if message is None:
                 return
-        elif message:
-            conversation.messages.append({"role": "user", "content": message})
-            _answer(client, screen, conversation)
+            if message.startswith("/"):
+                if not _command(client, screen, conversation, message):
+                    return
+            elif message:
+                conversation.messages.append({"role": "user", "content": message})
+                _answer(client, screen, conversation)
+        except Terminated:
+            raise
+        except KeyboardInterrupt:  # It gives up a half-typed line.
+            screen.text("\n")
 
 
 def _read(screen: Screen) -> str | None:
-    """The next message. None: the user ends the chat. Ctrl-C gives up a half-typed line."""
+    """The next message. None: the user ends the chat."""
     try:
         line = input(PROMPT).strip()
         if not line.startswith(FENCE):
@@ -98,11 +112,6 @@ def _read(screen: Screen) -> str | None:
     except EOFError:
         screen.text("\n")
         return None
-    except Terminated:
-        raise
-    except KeyboardInterrupt:
-        screen.text("\n")
-        return ""
 
 
 def _command(client: Client, screen: Screen, conversation: Conversation, line: str) -> bool:
@@ -176,6 +185,11 @@ def _answer(client: Client, screen: Screen, conversation: Conversation) -> None:
     except KeyboardInterrupt:
         shown.end("(stopped)")
     except CommandFailed as error:
+        if _is_no_place(error) and len(conversation.messages) > 1 and not conversation.alone:
+            conversation.alone = True
+            screen.note(ALONE)
+            _answer(client, screen, conversation)
+            return
         shown.end("")
         screen.error(str(error))
         if not text:
@@ -185,6 +199,10 @@ def _answer(client: Client, screen: Screen, conversation: Conversation) -> None:
         shown.end("")
     conversation.messages.append({"role": "assistant", "content": text})
     _figures(screen, details, first_s)
+
+
+def _is_no_place(error: CommandFailed) -> bool:
+    return isinstance(error, Refused) and error.code == NO_PLACE
 
 
 class _Shown:

@@ -148,7 +148,9 @@ def _asking(loaded: Loaded, tasks: Tasks) -> Any:
         prompt = tasks.prompt(item)
         asked: dict[str, Any] = {"prompt": prompt}
         if wishes.chat:
-            asked = {"messages": [{"role": "user", "content": prompt}]}
+            message = {"role": "user", "content": prompt}
+            # Thoughts are a part of the judged text, as of a model that runs here.
+            asked = {"messages": [message], "reasoning_format": "none"}
         try:
             choice = loaded.client.post(path, {**body, **asked})["choices"][0]
         except Refused as refused:

@@ -20,6 +20,7 @@ from cli.client import Client, default_url
 from cli.errors import CommandFailed
 from cli.parser import add_url_argument
 from cli.render import PHASES, Screen
+from cli.service.signals import Terminated
 from wire.sizes import format_size
 
 STATE = "/shoal/v1/state"
@@ -48,7 +49,12 @@ def run_top(options: argparse.Namespace, screen: Screen) -> None:
         elif options.once or not screen.out.is_terminal:
             screen.out.print(top_view(state, time.time()))
         else:
-            _follow(client, screen, state)
+            try:
+                _follow(client, screen, state)
+            except Terminated:
+                raise
+            except KeyboardInterrupt:  # The way to leave it.
+                return
 
 
 def _follow(client: Client, screen: Screen, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ numbers as a device that runs the block alone.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from model.artifact import SHA256, Tensor, file_sha256, read_block, store_block,
 from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
-from model.durable import remove, replace_text
+from model.durable import remove, replace_bytes, replace_text
 from model.errors import Cancelled, CheckpointError, UnsupportedModelError
 from model.partial import PartialFile
 from model.quantize import Format, Quantizer
@@ -34,7 +35,7 @@ from model.quantizers.prepared import quantized
 from model.share import Share, share_spec, share_tensors
 from model.spec import ModelSpec
 from model.weight_errors import weight_errors
-from wire.messages import BlockRef
+from wire.messages import BlockRef, FileRef
 from wire.sizes import format_size
 
 log = logging.getLogger(__name__)
@@ -286,6 +287,22 @@ class ArtifactStore:
         self._make_room(size_bytes, keep)
         path.replace(self._artifacts / sha256)
         return sha256, size_bytes
+
+    def place(self, sha256: str) -> Path:
+        """Return where the file of a known hash is or would be."""
+        return self._artifacts / sha256
+
+    def keep(self, data: bytes) -> FileRef:
+        """Have a file with these bytes here until the next checkpoint is quantized.
+
+        Raises OSError, StorageFull.
+        """
+        ref = FileRef(hashlib.sha256(data).hexdigest(), len(data))
+        if not self.is_whole(ref.sha256):
+            self._make_room(len(data), set())
+            replace_bytes(self.place(ref.sha256), data)
+        self._in_use.add(ref.sha256)
+        return ref
 
     def begin(self, sha256: str, size_bytes: int, keep: set[str]) -> PartialFile:
         """Begin to receive a file, or go on where an earlier attempt was cut off.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         if len(body) > MAX_BODY_BYTES:
             raise RequestInvalid(f"the request is larger than {MAX_BODY_BYTES} bytes")
     try:
-        values = json.loads(bytes(body))
+        values = json.loads(bytes(body), parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise RequestInvalid(f"the request is not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -86,6 +87,19 @@ async def read_json(request: Request) -> dict[str, Any]:
     if b"\\u" in body and not _is_unicode(values):
         raise RequestInvalid("the request has text that is not Unicode: half of a surrogate pair")
     return values
+
+
+def _no_number(text: str) -> float:
+    """Refuse NaN and Infinity, which Python reads although they are not JSON."""
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    """Return a number. One that is too large would become infinite."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
 
 
 def _is_unicode(values: dict[str, Any]) -> bool:

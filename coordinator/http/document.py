@@ -123,6 +123,7 @@ COMMON: dict[str, Schema] = {
     "ignore_eos": _FLAG,
     "return_token_ids": _FLAG,
     "cache_prompt": _FLAG,
+    "speculative.n_max": _integer(0),
     "response_format": _or_null(_OBJECT),
     "json_schema": _or_null({}),
     "grammar": _or_null(_TEXT),
@@ -405,7 +406,7 @@ _REFUSALS = {
 
 
 def _path(path: str, summary: str, request: str, answer: str, stream: str) -> Schema:
-    error = "MessagesError" if path == "/v1/messages" else "Error"
+    error = "MessagesError" if path.startswith("/v1/messages") else "Error"
     responses: Schema = {
         status: {"description": text, "content": {"application/json": {"schema": _ref(error)}}}
         for status, text in _REFUSALS.items()

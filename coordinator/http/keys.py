@@ -7,7 +7,6 @@ this machine makes strangers look local, so an address alone never admits anybod
 from __future__ import annotations
 
 import logging
-import socket
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -70,7 +69,7 @@ class KeyGuard:
         how = (
             "send it as `Authorization: Bearer KEY` (the shoal command takes it from SHOAL_API_KEY)"
         )
-        make = f"`shoal key create NAME` on {socket.gethostname()} makes one"
+        make = "`shoal key create NAME` on the coordinator's machine makes one"
         if given:
             return f"this API key is not known here, or was revoked: {make}"
         if self._keys.exists:

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 """The paths whose requests are followed as requests for answers."""
 
+REFUSED = (401, 403)
+"""The statuses of strangers, who must not fill the log. The guards warn of them now and then."""
+
 REQUEST_ID = "x-request-id"
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}", re.ASCII)
@@ -97,7 +100,8 @@ def _id(headers: Headers) -> str:
 
 
 def _log(method: str, request: InFlight) -> None:
-    level = logging.INFO if method == "POST" and request.path in ANSWERS else logging.DEBUG
+    answers = method == "POST" and request.path in ANSWERS and request.status not in REFUSED
+    level = logging.INFO if answers else logging.DEBUG
     if log.isEnabledFor(level):
         log.log(level, "%s", describe(method, request))
 

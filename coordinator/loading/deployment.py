@@ -18,6 +18,7 @@ from typing import Any
 
 from coordinator.errors import AgentFailed, AgentLost, LinkFailed
 from coordinator.files.artifacts import Wanted
+from coordinator.files.vocabulary import Vocabulary
 from coordinator.loading.slots import Slots
 from coordinator.roster.measurements import Step, forward, together
 from coordinator.roster.members import Member
@@ -112,6 +113,8 @@ class Deployment:
     """As of ``Planned``."""
     weights: Sequence[str] = ()
     """As of ``Planned``."""
+    vocabulary: Vocabulary | None = None
+    """The bytes of the model's tokens. None if they have none, or llguidance is not installed."""
 
     @property
     def name(self) -> str:
@@ -131,6 +134,11 @@ class Deployment:
     def devices(self) -> tuple[Member, ...]:
         """All devices that run a part of the model."""
         return tuple(itertools.chain.from_iterable(self.teams))
+
+    @property
+    def keeps_grammars(self) -> bool:
+        """Whether the device that samples can keep answers to a grammar."""
+        return self.vocabulary is not None and bool(self.loaded[-1][0].grammars)
 
     @property
     def where(self) -> str:
@@ -185,10 +193,12 @@ async def deploy(
     epoch: int,
     on_step: Callable[[Step], None],
     on_loaded: Callable[[Member, StageLoaded], None],
+    vocabulary: Vocabulary | None = None,
 ) -> Deployment:
     """Load and connect the stages of a plan. If that fails, none of them stays loaded.
 
     blocks: the artifacts of each device, by its name in the plan.
+    vocabulary: the device that samples gets it.
     on_loaded: is called for each loaded stage, even if another one fails.
     Raises AgentFailed, LinkFailed.
     """
@@ -197,7 +207,7 @@ async def deploy(
     devices = tuple(itertools.chain.from_iterable(teams))
     # A stage admits its previous device by this key, which no third device knows.
     hop_keys, team_keys = _keys(leads), _keys(teams)
-    orders = _orders(planned, teams, blocks, epoch, (hop_keys, team_keys))
+    orders = _orders(planned, teams, blocks, epoch, (hop_keys, team_keys), vocabulary)
 
     async def load(member: Member, label: str, order: Callable[[int], Message]) -> StageLoaded:
         answer = await member.request(order, StageLoaded, forward(on_step, "load", label))
@@ -231,6 +241,7 @@ async def deploy(
         sums=sums,
         quality=planned.quality,
         weights=planned.weights,
+        vocabulary=vocabulary,
     )
 
 
@@ -257,6 +268,7 @@ def _orders(
     blocks: Mapping[str, Sequence[BlockRef]],
     epoch: int,
     keys: tuple[Sequence[bytes], Sequence[bytes]],
+    vocabulary: Vocabulary | None,
 ) -> list[tuple[Member, str, partial[LoadStage]]]:
     """Each device's order to load, with its label for progress.
 
@@ -277,6 +289,8 @@ def _orders(
         shares = _shares(stage, team, order, keys[1][index]) if stage.members else [order]
         for name, member, share in zip(stage.devices, team, shares, strict=True):
             label = member.name if len(team) == 1 else f"{member.name} of {team_name(team)}"
+            if vocabulary is not None and member is teams[-1][0]:
+                share = partial(share, vocabulary=vocabulary.ref)
             orders.append((member, label, partial(share, blocks=tuple(blocks[name]))))
     return orders
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from coordinator.errors import Busy, LinkFailed, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
+from coordinator.files.vocabulary import Vocabulary, make_vocabulary
 from coordinator.loading.deployment import (
     Deployment,
     Planned,
@@ -57,6 +58,7 @@ from coordinator.roster.names import NameBook
 from model.checkpoint import Checkpoint
 from model.families import load_spec
 from model.given import require_model
+from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from planning.build import DeviceInput, RequestInput, build_problem
 from planning.errors import RequestInvalid
@@ -90,6 +92,8 @@ class Operations:
         self._report = turns.report
         self._store = store
         self._quality_meter = QualityMeter(store, quality)
+        self._vocabulary: tuple[Tokenizer | None, Vocabulary | None] = None, None
+        """The vocabulary of the tokenizer that was loaded last."""
         self._damaged_epochs: set[int] = set()
         """Epochs that were being loaded when one of their stages was found damaged."""
 
@@ -194,6 +198,9 @@ class Operations:
             planned = await self._plan(request, asked=asked)
             self._phase(request, "quantize")
             blocks = await self._quantize(planned)
+            vocabulary = await asyncio.to_thread(
+                self._vocabulary_of, tokenizer, planned.checkpoint.spec
+            )
             if asked:
                 # The new stages may need the memory of the old ones.
                 await asyncio.shield(unload(self._end_models()))
@@ -201,7 +208,7 @@ class Operations:
             self._phase(request, "load")
             members = self._roster.members
             try:
-                return await self._deploy(planned, tokenizer, blocks, members)
+                return await self._deploy(planned, tokenizer, blocks, members, vocabulary)
             except LinkFailed as error:
                 by_name = {member.name: member for member in members}
                 ends = by_name[error.source], by_name[error.target]
@@ -411,19 +418,32 @@ class Operations:
             blocks[name].append(ref)
         return blocks
 
+    def _vocabulary_of(self, tokenizer: Tokenizer, spec: ModelSpec) -> Vocabulary | None:
+        """The vocabulary of a model, made once for each loaded tokenizer."""
+        known, vocabulary = self._vocabulary
+        if known is not tokenizer:
+            if vocabulary is not None:
+                vocabulary.close()
+            vocabulary = make_vocabulary(tokenizer, spec, self._store)
+            self._vocabulary = tokenizer, vocabulary
+        elif vocabulary is not None:
+            self._store.keep(vocabulary.data)
+        return vocabulary
+
     async def _deploy(
         self,
         planned: Planned,
         tokenizer: Tokenizer,
         blocks: Mapping[str, Sequence[BlockRef]],
         members: Sequence[Member],
+        vocabulary: Vocabulary | None = None,
     ) -> Deployment:
         self._damaged_epochs.clear()
         while True:  # This ends, because a device fetches or makes damaged files again.
             epoch = secrets.randbits(62)  # Hard to guess, and not repeated after a restart.
             on_loaded = partial(self._on_loaded, model_name(planned.request.model))
             deployment = await deploy(
-                planned, tokenizer, blocks, members, epoch, self._report, on_loaded
+                planned, tokenizer, blocks, members, epoch, self._report, on_loaded, vocabulary
             )
             if epoch not in self._damaged_epochs:
                 return deployment

@@ -30,6 +30,14 @@ class Turns:
         return self._unasked
 
     @property
+    def progress(self) -> str:
+        """The newest step in words, such as "fetch 40%", or empty. It names no device."""
+        if not self._steps:
+            return ""
+        step = next(reversed(self._steps.values()))
+        return f"{step.phase} {step.done / step.total:.0%}" if step.total else step.phase
+
+    @property
     def steps(self) -> tuple[Step, ...]:
         """The last step of each part of the running operation, newest last."""
         return tuple(self._steps.values())

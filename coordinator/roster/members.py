@@ -51,6 +51,7 @@ from wire.messages import (
     ModelMeasured,
     PeerLost,
     Progress,
+    PromptScored,
     QualityMeasured,
     RequestFailed,
     SequenceFailed,
@@ -555,7 +556,9 @@ class Roster:
                 member.take_better(message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
-        elif isinstance(message, (TokenSampled, SequenceFailed, PeerLost, StageDamaged)):
+        elif isinstance(
+            message, (TokenSampled, PromptScored, SequenceFailed, PeerLost, StageDamaged)
+        ):
             self._tell(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")

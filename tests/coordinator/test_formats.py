@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import llguidance
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ WEATHER = {"type": "object", "properties": {"place": {"type": "string"}, "days":
 class Tool:
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
 
 
 TOOLS = (Tool("get_weather", WEATHER), Tool("now"))
@@ -326,10 +327,65 @@ def test_grammars_write_what_the_parsers_read() -> None:
         text = form.call_grammar(TOOLS, ["now"], parallel=True, special=special)
         assert "get_weather" not in text
         assert text.startswith("start: ")
-        assert json.dumps({"type": "object", "properties": {}}) in text
+        assert '"type": "object", "additionalProperties": false' in text
     text = HERMES.call_grammar(TOOLS, ["now"], parallel=False, special=special)
     assert text.splitlines()[:3] == [
         "start: call",
         "call: call_0",
         r'call_0: <[7]> "\n{\"name\": \"now\", \"arguments\": " arguments_0 "}\n</tool_call>"',
     ]
+
+
+BAD = '{"plce": "Paris"}'
+GOOD = '{"place": "Paris"}'
+STRICT = (
+    Tool("get_weather", {**WEATHER, "required": ["place"], "additionalProperties": False}, True),
+    Tool("now"),
+)
+WRAPPED = {
+    "hermes": 'x\n<tool_call>\n{"name": "get_weather", "arguments": ARGUMENTS}\n</tool_call>\n'
+    '<tool_call>\n{"name": "now", "arguments": {"a": 1}}\n</tool_call>\nDone.',
+    "llama": '{"name": "get_weather", "parameters": ARGUMENTS}',
+    "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": ARGUMENTS}, '
+    '{"name": "now", "arguments": {}}]',
+    "mistral-named": "x[TOOL_CALLS]get_weather[ARGS]ARGUMENTS[TOOL_CALLS]now[ARGS]{}",
+}
+
+
+def admits(grammar: str, text: str) -> bool:
+    """Whether a whole answer is one of the grammar's. Each byte is a token."""
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = list(text.encode())
+    return matcher.validate_tokens(tokens) == len(tokens) and (
+        matcher.consume_tokens(tokens) and matcher.is_accepting()
+    )
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_only_calls_of_strict_tools_are_kept_to_their_schemas(name: str) -> None:
+    grammar = ToolFormat(name, None).strict_grammar(STRICT, special={})
+    assert admits(grammar, WRAPPED[name].replace("ARGUMENTS", GOOD))
+    assert not admits(grammar, WRAPPED[name].replace("ARGUMENTS", BAD))
+    for free in ("", "It is 4.\n", ' {"a": [', "<tool_ca", "[1] {}"):
+        assert admits(grammar, free)
+
+
+ONE_CALL = {
+    "hermes": '<tool_call>\n{"name": "get_weather", "arguments": ARGUMENTS}\n</tool_call>',
+    "llama": '{"name": "get_weather", "parameters": ARGUMENTS}',
+    "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": ARGUMENTS}]',
+    "mistral-named": "[TOOL_CALLS]get_weather[ARGS]ARGUMENTS",
+}
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_a_required_call_is_one_that_the_parser_reads(name: str) -> None:
+    form = ToolFormat(name, None)
+    grammar = form.call_grammar(STRICT, ["get_weather"], parallel=False, special={})
+    text = ONE_CALL[name].replace("ARGUMENTS", GOOD)
+    assert admits(grammar, text)
+    assert not admits(grammar, ONE_CALL[name].replace("ARGUMENTS", BAD))
+    assert not admits(grammar, "It is 4.")
+    found = read(form.parser(STRICT, opened=False, split=True), text)
+    assert found == [call(0, "get_weather", GOOD)]

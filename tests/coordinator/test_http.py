@@ -160,12 +160,18 @@ def test_json_comes_in_and_goes_out() -> None:
         (b"[" * 100_000, JSON, "not valid JSON"),
         (b"\xff", JSON, "not valid JSON"),
         (b"1" * 5000, JSON, "JSON"),
+        (b'{"a": NaN}', JSON, "NaN is not JSON"),
+        (b'{"a": -Infinity}', JSON, "-Infinity is not JSON"),
+        (b'{"a": 1e999}', JSON, "too large"),
         (b"[]", JSON, "JSON object"),
         (b'{"a": ["\\ud800"]}', JSON, "surrogate"),
         (b'{"\\udfff": 1}', JSON, "surrogate"),
         (b'{"a": "' + b"x" * (4 << 20) + b'"}', JSON, "larger than"),
     ],
-    ids=["type", "cut", "deep", "bytes", "number", "list", "surrogate", "key", "large"],
+    ids=[
+        *("type", "cut", "deep", "bytes", "number", "nan", "infinity", "huge", "list"),
+        *("surrogate", "key", "large"),
+    ],
 )
 def test_what_is_no_json_object_is_refused(body: bytes, content_type: str, words: str) -> None:
     async def test(server: Server) -> None:

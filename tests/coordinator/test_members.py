@@ -37,8 +37,11 @@ from wire.messages import (
     PeerHello,
     Progress,
     RequestFailed,
+    StageCounts,
     StageLoaded,
     TokenSampled,
+    TracedPass,
+    TraceTaken,
     UnloadStage,
 )
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
@@ -361,6 +364,12 @@ def test_what_a_member_says_is_safe_for_a_terminal() -> None:
     [
         Heartbeat(-1),
         Heartbeat(2**63 - 1),
+        Heartbeat(1, load=1.5),
+        Heartbeat(1, celsius=1e9),
+        Heartbeat(1, stage=StageCounts(1, 1, -1, 0, 0, 0, 0, 0, 0, 0)),
+        Heartbeat(1, stage=StageCounts(1, 1, 1, 0, 0, 2**63, 0, 0, 0, 0)),
+        TraceTaken(1, 5, (TracedPass(1, 0, 1, 1, 0, -1, 0, 0),)),
+        TraceTaken(1, 2**63 - 1, ()),
         Progress(1, "load", -1, 2, "bytes"),
         Progress(1, "load", 1, 2**63 - 1, "bytes"),
         Progress(1, "load", 1, 2, "\x1b[2J"),

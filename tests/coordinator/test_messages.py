@@ -137,6 +137,19 @@ def test_formats_with_single_calls_get_one_call_a_message() -> None:
     assert shown == ["Both.", ["a"], "1", ["b"], "2"]
 
 
+def test_ids_become_those_that_mistrals_templates_demand() -> None:
+    messages = [
+        {"role": "assistant", "tool_calls": [call("call_of_another_model"), call("abcdef123")]},
+        {"role": "tool", "tool_call_id": "abcdef123", "content": "2"},
+        {"role": "tool", "tool_call_id": "call_of_another_model", "content": "1"},
+    ]
+    assistant, first, second = read(messages, "[TOOL_CALLS][")
+    ids = [item["id"] for item in assistant["tool_calls"]]
+    assert ids == [first["tool_call_id"], second["tool_call_id"]]
+    assert (first["content"], second["content"], ids[1]) == ("1", "2", "abcdef123")
+    assert all(len(found) == 9 and found.isalnum() for found in ids)
+
+
 def test_text_that_a_template_leaves_out_beside_calls_gets_a_message() -> None:
     template = (
         "{% for m in messages %}{% if m.tool_calls %}<{{ m.tool_calls | length }}>"

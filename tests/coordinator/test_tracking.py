@@ -281,7 +281,9 @@ def test_no_key_is_asked_for_on_loopback_until_one_was_made(tmp_path: Path) -> N
     run(tmp_path, test)
 
 
-def test_beyond_loopback_a_key_is_needed_and_how_to_get_one_is_told(tmp_path: Path) -> None:
+def test_beyond_loopback_a_key_is_needed_and_how_to_get_one_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def test(server: Server) -> None:
         status, _, text = await ask(server, "/shoal/v1/devices", method="GET")
         assert status == 401
@@ -291,8 +293,12 @@ def test_beyond_loopback_a_key_is_needed_and_how_to_get_one_is_told(tmp_path: Pa
         status, headers, _ = await ask(server, COMPLETIONS)
         assert (status, headers["x-request-id"][:4]) == (401, "req-")
         assert not server.requests.ended, "strangers do not fill the list"
+        for _ in range(20):
+            await ask(server, COMPLETIONS)
 
-    run(tmp_path, test, http_host="0.0.0.0")  # noqa: S104 - only told so
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, test, http_host="0.0.0.0")  # noqa: S104 - only told so
+    assert 0 < len(caplog.records) < 10, "nor the log"
 
 
 def test_who_says_so_needs_no_key_anywhere(tmp_path: Path) -> None:

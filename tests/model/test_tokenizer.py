@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from model.errors import TokenizerError
+from model.errors import FieldsUnused, TokenizerError
+from model.template_sandbox import WatchedMessage
 from model.tokenizer import MAX_PROMPT_CHARS, Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -240,6 +241,39 @@ def test_no_template_is_an_error_with_advice(model: Path) -> None:
     tokenizer = with_template(model, None)
     with pytest.raises(TokenizerError, match=r"no chat template; .*put a chat_template\.jinja"):
         tokenizer.apply_chat_template(USER)
+
+
+def test_a_template_for_tools_serves_conversations_with_tools(model: Path) -> None:
+    named = [
+        {"name": "default", "template": "plain {{ mood }}"},
+        {"name": "tool_use", "template": "tools {{ tools | length }}{{ enable_thinking }}"},
+    ]
+    tokenizer = with_template(model, named)
+    assert tokenizer.apply_chat_template(USER) == "plain "
+    assert tokenizer.apply_chat_template(USER, tools=[{}]) == "tools 1"
+    assert tokenizer.template_variables == {"tools", "enable_thinking"}
+    assert "length" in tokenizer.template_text
+
+
+def test_chosen_special_tokens_are_shown_while_streaming() -> None:
+    tokens = BYTES.encode("Hé")
+    decoder = BYTES.stream({"</s>", "no token"})
+    shown = [decoder.push(token) for token in (*tokens, 257, *tokens)]
+    assert "".join([*shown, decoder.finish()]) == "Hé</s>Hé"
+    assert shown[:3] == ["", "H", ""]
+    assert "".join(streamed(BYTES, [*tokens, 257, *tokens])) == "HéHé"
+    assert dict(BYTES.special_ids) == {"<s>": 256, "</s>": 257, "<pad>": 258, "<unk>": 259}
+
+
+def test_a_watched_message_tells_what_a_template_left_out(model: Path) -> None:
+    tokenizer = with_template(model, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    fields = {"role": "user", "content": "hi", "name": "Ann", "empty": None}
+    watched = WatchedMessage(fields, may_ignore=("role",))
+    with pytest.raises(FieldsUnused, match=r"does not use messages\[0\]\.name") as unused:
+        tokenizer.apply_chat_template([watched])
+    assert unused.value.fields == ("messages[0].name",)
+    assert tokenizer.apply_chat_template([watched.again(without=("name",))]) == "hi"
+    assert tokenizer.apply_chat_template([fields]) == "hi"
 
 
 def test_named_templates_and_the_file_of_its_own(model: Path) -> None:

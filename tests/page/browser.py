@@ -13,6 +13,8 @@ import pytest
 from tests.system.cluster import wait_for
 
 WAIT_S = 20.0
+SHOWN = 1500
+"""Characters at both ends of a page that a failed wait tells."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = (
     "--headless=new",
@@ -40,8 +42,9 @@ class Browser:
         self.driver.get(url)
 
     def forget(self) -> None:
-        """Leave the page, and forget what it has kept."""
+        """Leave the page, and forget what it has kept. A page that is left keeps nothing more."""
         if self.js("return location.protocol") == "http:":
+            self.driver.get(self.js("return location.origin") + "/page/style.css")
             self.js("localStorage.clear(); sessionStorage.clear()")
         self.driver.get("about:blank")
 
@@ -85,7 +88,10 @@ class Browser:
         try:
             wait_for(is_shown, timeout_s, f"{text!r} in {selector}")
         except AssertionError as error:
-            raise AssertionError(f"{error}; the page shows: {self.text()[:2000]}") from None
+            shown = self.text()
+            if len(shown) > 2 * SHOWN:
+                shown = f"{shown[:SHOWN]} ... {shown[-SHOWN:]}"
+            raise AssertionError(f"{error}; the page shows: {shown}") from None
 
     def element(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)

@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from coordinator.config import CoordinatorConfig
 from coordinator.http.common import HANDLERS
+from coordinator.http.openai.prompts import NO_PLACE
 from coordinator.http.page.routes import PageRoutes
 from coordinator.http.page.state import State, StateFeed
 from coordinator.loading.models import Models
@@ -28,6 +29,7 @@ from coordinator.loading.turns import Turns
 from coordinator.roster.members import Roster
 from coordinator.serving.requests import Requests
 from coordinator.story import Story
+from planning.errors import RequestInvalid
 from wire.transport import bind
 
 MB = 1 << 20
@@ -60,6 +62,8 @@ class GivenShoal(StateFeed):
         self.asked: list[dict[str, Any]] = []
         """The bodies of the requests so far."""
         self.cancelled = threading.Event()
+        self.remembers = True
+        """Whether the model takes earlier messages."""
         self.key = ""
         """The API key that is needed; empty: none."""
         self.plan: dict[str, Any] = {}
@@ -75,11 +79,13 @@ class GivenShoal(StateFeed):
             *PageRoutes(self.config, self).routes(),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/shoal/v1/plan", self.planned, methods=["POST"]),
+            Route("/shoal/v1/ps", self.ps, methods=["GET"]),
         ]
 
     def reset(self) -> None:
         """Be four devices at work, without keys and tokens, that have answered nothing yet."""
-        self.given, self.pieces, self.plan, self.key = four_pis(), (), {}, ""
+        self.given, self.pieces, self.plan = four_pis(), (), {}
+        self.key, self.remembers = "", True
         self.config = self._config = self._first_config
         self._app = self._application()
         self.asked.clear()
@@ -101,6 +107,8 @@ class GivenShoal(StateFeed):
 
     async def chat(self, request: Request) -> Response:
         self.asked.append(await request.json())
+        if not self.remembers and len(self.asked[-1]["messages"]) > 1:
+            raise RequestInvalid("messages[1]: no place", "messages", NO_PLACE)
         return StreamingResponse(self._answer(), media_type="text/event-stream")
 
     async def _answer(self) -> AsyncIterator[str]:
@@ -122,6 +130,9 @@ class GivenShoal(StateFeed):
     async def planned(self, request: Request) -> Response:
         self.asked.append(await request.json())
         return Response(json.dumps({"result": self.plan}) + "\n")
+
+    async def ps(self, request: Request) -> Response:
+        return JSONResponse({"model": next(iter(self.given.get("models", ())), None)})
 
     async def guarded(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, with the key checked as the coordinator does."""

@@ -35,6 +35,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Itera
         cluster.stop()
 
 
+@pytest.fixture(autouse=True)
+def no_earlier_chat(browser: Browser) -> None:
+    browser.forget()
+
+
 def answer(cluster: Cluster) -> str:
     """The answer that any client gets."""
     body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0}

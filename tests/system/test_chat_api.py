@@ -12,10 +12,11 @@ import pytest
 
 from tests.system.scripted import CONTEXT_TOKENS, ScriptedCluster, say
 
+SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}}
 WEATHER = {
     "name": "get_weather",
     "description": "The weather of a place.",
-    "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+    "parameters": SCHEMA,
 }
 TOOLS: list[Any] = [{"type": "function", "function": WEATHER}]
 ARGUMENTS = '{"place": "Köln"}'
@@ -255,7 +256,10 @@ def test_messages_have_blocks(scripted: ScriptedCluster) -> None:
     counted = post(
         scripted, "/v1/messages/count_tokens", {k: v for k, v in ask.items() if k != "max_tokens"}
     )
-    assert counted.json() == {"input_tokens": second["usage"]["input_tokens"]}
+    usage = second["usage"]
+    cached = usage["cache_read_input_tokens"]
+    assert counted.json() == {"input_tokens": usage["input_tokens"] + cached}
+    assert cached > first["usage"]["input_tokens"] / 2
 
 
 def test_streamed_messages_add_up_to_the_whole_one(scripted: ScriptedCluster) -> None:
@@ -343,6 +347,29 @@ def test_each_format_of_calls_is_read(
     assert (call.function.name, call.function.arguments) == ("get_weather", ARGUMENTS)
     thought = (answer.choices[0].message.model_extra or {}).get("reasoning_content")
     assert thought == ("Hm." if kind == "harmony" else None)
+    # Required calls have no tag before them, and this model ends by its own token.
+    said = CALLS[kind].removeprefix("<|python_tag|>").removesuffix("<|call|>")
+    required = client.chat.completions.create(
+        model=kind, messages=[user(said)], tools=TOOLS, tool_choice="required"
+    )
+    (call,) = required.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert (call.function.name, call.function.arguments) == ("get_weather", ARGUMENTS)
+
+    # A strict tool's arguments fit its schema, whatever the model would say.
+    strict: Any = {
+        **WEATHER,
+        "strict": True,
+        "parameters": {**SCHEMA, "additionalProperties": False},
+    }
+    kept = client.chat.completions.create(
+        model=kind,
+        messages=[user(said.replace("place", "plac3"))],
+        tools=[{"type": "function", "function": strict}],
+    )
+    (call,) = kept.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert json.loads(call.function.arguments).keys() <= {"place"}
 
 
 def test_a_template_without_tools_takes_none(

@@ -39,7 +39,10 @@ def test_chat(client: openai.OpenAI, model: str) -> None:
 
 def test_chat_streaming_gives_the_same_text(client: openai.OpenAI, model: str) -> None:
     whole = client.chat.completions.create(
-        model=model, temperature=0, messages=[{"role": "user", "content": QUESTION}]
+        model=model,
+        temperature=0,
+        messages=[{"role": "user", "content": QUESTION}],
+        extra_body={"cache_prompt": False},
     )
     stream = client.chat.completions.create(
         model=model,
@@ -47,6 +50,7 @@ def test_chat_streaming_gives_the_same_text(client: openai.OpenAI, model: str) -
         messages=[{"role": "user", "content": QUESTION}],
         stream=True,
         stream_options={"include_usage": True},
+        extra_body={"cache_prompt": False},  # So that both have the same usage.
     )
     text, finish, usage = "", None, None
     for chunk in stream:
@@ -132,8 +136,8 @@ def test_errors_are_openais(client: openai.OpenAI, model: str) -> None:
         client.completions.create(model=model, prompt="the lamp " * 5000)
     assert long.value.code == "context_length_exceeded"
     assert long.value.param == "prompt"
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.completions.create(model=model, prompt="x", logprobs=3)
+    with pytest.raises(openai.BadRequestError, match="suffix is not supported"):
+        client.completions.create(model=model, prompt="x", suffix="y")
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model=model, prompt="x", temperature=-1)
     with pytest.raises(openai.BadRequestError, match="at least one message"):

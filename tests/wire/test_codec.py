@@ -184,9 +184,11 @@ def test_only_tensor_messages_carry_payloads() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_infinite_and_nan_numbers_are_refused(value: float) -> None:
-    header = msgpack.packb([64, [2], value, 0, 1.0, 9, 1.0, []])
+    start = encode(StartSequence(1, 7, 0, (5,), Sampling(64, (2,))))
+    fields = msgpack.unpackb(start[PREFIX.size :])
+    fields[4][2] = value
     with pytest.raises(ProtocolError, match="finite"):
-        decode_header(StartSequence, msgpack.packb([1, 7, 0, [5], msgpack.unpackb(header), 64]))
+        decode_header(StartSequence, msgpack.packb(fields))
 
 
 def test_deep_nesting_is_refused() -> None:

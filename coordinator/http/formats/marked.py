@@ -10,7 +10,7 @@ from coordinator.http.formats.json_call import JsonCall
 from coordinator.http.formats.parts import Parser, Part, Text, overlap, trailing_space
 
 Step = tuple[list[Part], str, bool]
-"""What a state makes of a text: parts, the text that is left, and whether the state changed."""
+"""A state turns text into parts, the text that is left, and whether the state changed."""
 
 
 class MarkedCalls(Parser):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,10 +17,18 @@ from coordinator.http.formats.marked import MarkedCalls, Step
 from coordinator.http.formats.parts import CallBegins, Text
 
 MARK, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+ID_CHARACTERS = 9
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*([\w-]+)\s*)?(?:\[ARGS\]\s*)?(?=\{)")
 _MAY_BE_NAMED = re.compile(
     r"\s*(?:[\w.-]+\s*(?:\[(?:[A-Z_]{0,7}\]?\s*[\w-]*\s*(?:\[[A-Z]{0,4}\]?\s*)?)?)?)?"
 )
+
+
+def fitting_id(call_id: str) -> str:
+    """Return an id of nine letters and digits, which the templates demand, for any id."""
+    if len(call_id) == ID_CHARACTERS and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:ID_CHARACTERS]
 
 
 class MistralCalls(MarkedCalls):

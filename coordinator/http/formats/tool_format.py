@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import secrets
-import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from coordinator.http.formats import harmony, hermes, llama, mistral
+from coordinator.http.formats.json_grammar import json_rule
 from coordinator.http.formats.parts import Parser, PlainText
 from coordinator.http.formats.thoughts import Thoughts
 
 THINK = ("<think>", "</think>")
 BRACKETS = ("[THINK]", "[/THINK]")
 
-_MISTRAL_ID_CHARACTERS = string.ascii_letters + string.digits
-
 
 class CallableTool(Protocol):
-    """What a format needs of a tool."""
+    """A tool, as far as a format needs it."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def parameters(self) -> Mapping[str, Any]: ...
+
+    @property
+    def strict(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class ToolFormat:
     def new_id(self) -> str:
         """Return an id for a call, of a form that the model's chat template accepts."""
         if self.name.startswith("mistral"):
-            return "".join(secrets.choice(_MISTRAL_ID_CHARACTERS) for _ in range(9))
+            return mistral.fitting_id(new_id())
         return new_id()
 
     def call_grammar(
@@ -99,6 +101,23 @@ class ToolFormat:
         calls = [tool for tool in tools if tool.name in names]
         return _Grammar(self, special).text(calls, parallel=parallel, opened=opened)
 
+    def strict_grammar(self, tools: Sequence[CallableTool], *, special: Mapping[str, int]) -> str:
+        """Return a Lark grammar of an answer that may have calls, and is free otherwise.
+
+        The arguments of strict tools fit their schemas, and other ones are objects. Parameters are
+        those of ``call_grammar``.
+        """
+        return _StrictGrammar(self, special).of(tools)
+
+    def thoughts_grammar(
+        self, *, special: Mapping[str, int], opened: bool
+    ) -> tuple[str, list[str]]:
+        """Return what may come before an answer's text in Lark, and the rules that it needs.
+
+        It is empty, or ends with a space. Parameters are those of ``call_grammar``.
+        """
+        return _Grammar(self, special).before_text(opened)
+
 
 class _Grammar:
     """Writes the grammar of calls in one format."""
@@ -113,8 +132,7 @@ class _Grammar:
         rules = [f"call: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
         rules += [f"call_{number}: {text}" for number, text in enumerate(wrapped)]
         rules += [
-            f"arguments_{number}: %json {json.dumps(_schema(tool), ensure_ascii=False)}"
-            for number, tool in enumerate(tools)
+            f"arguments_{number}: {json_rule(_schema(tool))}" for number, tool in enumerate(tools)
         ]
         many = parallel and name != "harmony"
         body = f"call ({self._literal(_SEPARATORS[name])} call)*" if many else "call"
@@ -124,6 +142,12 @@ class _Grammar:
             body = f'{self._literal(mistral.MARK)} "[" {body} "]"'
         start, more = self._thoughts(opened)
         return "\n".join([f"start: {start}{body}", *rules, *more]) + "\n"
+
+    def before_text(self, opened: bool) -> tuple[str, list[str]]:
+        start, rules = self._thoughts(opened)
+        if self._form.name == "harmony":
+            start += self._literal(f"{harmony.CHANNEL}final{harmony.MESSAGE}") + " "
+        return start, rules
 
     def _wrapped(self, tool: CallableTool, number: int) -> str:
         before, after = _WRAPS[self._form.name](json.dumps(tool.name, ensure_ascii=False))
@@ -139,10 +163,12 @@ class _Grammar:
         if self._form.thinks is None:
             return "", []
         first, last = map(self._literal, self._form.thinks)
-        rules = [r"THOUGHT: /(.|\n)*/", r"GAP: /\s*/"]
-        if opened:
-            return f"THOUGHT {last} GAP ", rules
-        return f"({first} THOUGHT {last} GAP)? ", rules
+        rules = [r"GAP: /\s{0,8}/"]
+        if self._form.thinks[1] in self._special:
+            rules += [f"thoughts: THOUGHT {last} GAP", r"THOUGHT: /(.|\n)*/"]
+        else:  # The mark is text like that before it, so the first one counts.
+            rules += ["thoughts: thought GAP", rf"thought[suffix={last}]: /(.|\n)*/"]
+        return ("thoughts " if opened else f"({first} thoughts)? "), rules
 
     def _literal(self, text: str) -> str:
         """Return a text in Lark's notation. Special tokens in it stand by their ids."""
@@ -159,6 +185,76 @@ class _Grammar:
         if plain or not parts:
             parts.append(json.dumps(plain, ensure_ascii=False))
         return " ".join(parts)
+
+
+class _StrictGrammar(_Grammar):
+    """Writes the grammar of free answers with calls that fit their schemas."""
+
+    def of(self, tools: Sequence[CallableTool]) -> str:
+        heads = [_WRAPS[self._form.name](json.dumps(tool.name)) for tool in tools]
+        schemas = [_schema(tool) if tool.strict else {"type": "object"} for tool in tools]
+        rules = [
+            f"arguments_{number}: {json_rule(schema)}" for number, schema in enumerate(schemas)
+        ]
+        rules.append(r"TEXT: /(.|\n)+/")
+        write = {"harmony": self._harmony, "llama": self._llama}.get(self._form.name, self._marked)
+        return "\n".join([*write(heads), *rules]) + "\n"
+
+    def _marked(self, heads: Sequence[tuple[str, str]]) -> list[str]:
+        """The mark begins a call wherever it is. The text up to a mark is matched lazily."""
+        name = self._form.name
+        mark = mistral.MARK if name.startswith("mistral") else hermes.OPEN
+        calls = [
+            f"{self._literal(before.removeprefix(mark))} arguments_{number}"
+            + (f" {self._literal(after)}" if after else "")
+            for number, (before, after) in enumerate(heads)
+        ]
+        call = f"({' | '.join(calls)})"
+        if name == "mistral":
+            call = f'"[" {call} (", " {call})* "]"'
+        rules = []
+        begin = self._literal(mark)
+        if mark not in self._special:
+            begin = "trigger"
+            rules = [rf"trigger[lazy]: /(.|\n)*{_regex(mark)}/"]
+        marks = [self._literal(text) for text in self._form.thinks or () if text in self._special]
+        pieces = ["TEXT", *marks, f"{begin} call"]
+        return [f"start: ({' | '.join(pieces)})*", f"call: {call}", *rules]
+
+    def _llama(self, heads: Sequence[tuple[str, str]]) -> list[str]:
+        """A call is at the answer's begin, or behind the tag, which code may follow, too."""
+        rules = [
+            rf"head_{number}[lazy]: /\s*{_regex(before)}/"
+            for number, (before, _) in enumerate(heads)
+        ]
+        calls = " | ".join(f'head_{number} arguments_{number} "}}"' for number in range(len(heads)))
+        start = "call | TEXT?"
+        if llama.TAG in self._special:
+            start += f" | TEXT? {self._literal(llama.TAG)} (call | TEXT?)"
+        return [f"start: {start}", f"call: ({calls}) (/;? ?/ ({calls}))*", *rules]
+
+    def _harmony(self, heads: Sequence[tuple[str, str]]) -> list[str]:
+        """An answer is a row of messages, of which the last one may be a call."""
+        begin, ends = self._literal(harmony.CHANNEL), self._literal(harmony.MESSAGE)
+        again = self._literal(f"{harmony.END}{harmony.START}assistant")
+        calls = []
+        for number, (before, _) in enumerate(heads):
+            calls.append(f"{self._literal(before)} arguments_{number}")
+            # The recipient may also stand before the channel.
+            recipient = before.split("commentary")[1].split(" <")[0]
+            kind = f'(" json" | {self._literal(f" {harmony.CONSTRAIN}json")})'
+            commentary = f'{self._literal(recipient)} {begin} "commentary" {kind}? {ends}'
+            calls.append(f"{commentary} arguments_{number}")
+        return [
+            f"start: (free {again})* (free | {' | '.join(calls)})",
+            f"free: {begin} CHANNEL {ends} TEXT?",
+            "CHANNEL: /analysis|commentary|final/",
+        ]
+
+
+def _regex(text: str) -> str:
+    """Return a regular expression of a text, as it stands between slashes."""
+    return re.sub(r"([^\w\s<>\"':,=-])", r"\\\1", text)
 
 
 @functools.lru_cache(16)
@@ -182,7 +278,8 @@ def new_id() -> str:
 
 
 def _schema(tool: CallableTool) -> Mapping[str, Any]:
-    return tool.parameters or {"type": "object", "properties": {}}
+    """Return the schema of a tool's arguments. Without one, it takes none."""
+    return tool.parameters or {"type": "object", "additionalProperties": False}
 
 
 def _hermes(name: str) -> tuple[str, str]:

@@ -12,11 +12,13 @@ from coordinator.http.formats.parts import Arguments, CallBegins, Part, Text, Th
 from coordinator.http.openai.api import Api
 from coordinator.http.openai.events import Call, Event, Outcome
 from coordinator.http.openai.jobs import Job, read_job
+from coordinator.http.openai.logprobs import chat_logprobs, completion_logprobs, text_chars
 from coordinator.loading.deployment import Deployment
+from wire.logprobs import TokenLogprobs
 
 
 class _Choices(Api):
-    """What both kinds share: an envelope, choices, and usage at the end."""
+    """Both kinds have an envelope, choices, and usage at the end."""
 
     chat: bool
 
@@ -25,17 +27,20 @@ class _Choices(Api):
         self._head: dict[str, Any] = {}
         self._job: Job | None = None
         self._outcomes: Sequence[Outcome] = ()
+        self._untold: dict[int, list[TokenLogprobs]] = {}
+        """Log-probabilities of tokens whose text has not come yet, by the answer's number."""
 
     def read(self, deployment: Deployment) -> Job:
         return read_job(deployment, self.body, chat=self.chat)
 
     def whole(self, job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        told = job.sampling.top_logprobs >= 0
         choices = [
             {
                 "index": index,
-                **self._choice(outcome),
+                **self._choice(job, index, outcome),
                 "finish_reason": outcome.finish,
-                "logprobs": None,
+                "logprobs": self._whole_logprobs(job, index, outcome) if told else None,
             }
             for index, outcome in enumerate(outcomes)
         ]
@@ -56,10 +61,12 @@ class _Choices(Api):
                 yield self._chunk(index, choice)
 
     def add(self, event: Event) -> Iterator[dict[str, Any]]:
+        assert self._job is not None  # noqa: S101 - begin has set it
+        yield from self._before(self._job, event)
+        self._untold.setdefault(event.index, []).extend(event.piece.logprobs)
         for part in event.parts:
             yield self._chunk(event.index, self._delta(part))
         if event.finish:
-            assert self._job is not None  # noqa: S101 - begin has set it
             chunk = self._chunk(event.index, self._last(), event.finish)
             yield {**chunk, **details(self._job, self._outcomes[event.index])}
 
@@ -71,16 +78,31 @@ class _Choices(Api):
     def _chunk(
         self, index: int, choice: dict[str, Any], finish: str | None = None
     ) -> dict[str, Any]:
-        whole = {"index": index, **choice, "logprobs": None, "finish_reason": finish}
+        logprobs = None
+        if self._job is not None and self._untold.get(index):
+            logprobs = self._logprobs(self._job, index, self._untold.pop(index))
+        whole = {"index": index, **choice, "logprobs": logprobs, "finish_reason": finish}
         return {**self._head, "choices": [whole]}
+
+    def _before(self, job: Job, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield what comes before the first part of an answer."""
+        yield from ()
 
     @abc.abstractmethod
     def _kind(self) -> str:
         """Return the name of an answer's object."""
 
     @abc.abstractmethod
-    def _choice(self, outcome: Outcome) -> dict[str, Any]:
+    def _choice(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
         """Return what a whole choice holds."""
+
+    @abc.abstractmethod
+    def _whole_logprobs(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
+        """Return the log-probabilities of a whole choice."""
+
+    @abc.abstractmethod
+    def _logprobs(self, job: Job, index: int, told: list[TokenLogprobs]) -> dict[str, Any]:
+        """Return the log-probabilities of the next tokens of a stream."""
 
     def _first(self) -> Iterator[dict[str, Any]]:
         """Yield what a stream's first chunk of each choice holds, if there is one."""
@@ -103,8 +125,14 @@ class ChatCompletions(_Choices):
     def _kind(self) -> str:
         return "chat.completion.chunk" if self.wants_stream else "chat.completion"
 
-    def _choice(self, outcome: Outcome) -> dict[str, Any]:
+    def _choice(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
         return {"message": message(outcome)}
+
+    def _whole_logprobs(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
+        return chat_logprobs(job.deployment, outcome.logprobs)
+
+    def _logprobs(self, job: Job, index: int, told: list[TokenLogprobs]) -> dict[str, Any]:
+        return chat_logprobs(job.deployment, told)
 
     def _first(self) -> Iterator[dict[str, Any]]:
         yield {"delta": {"role": "assistant", "content": ""}}
@@ -124,8 +152,40 @@ class Completions(_Choices):
     def _kind(self) -> str:
         return "text_completion"
 
-    def _choice(self, outcome: Outcome) -> dict[str, Any]:
-        return {"text": outcome.text}
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__(body)
+        self._begun: set[int] = set()
+        """The answers that have begun with what they echo."""
+        self._offsets: dict[int, int] = {}
+        """The length of the text before an answer's next token, by the answer's number."""
+
+    def _choice(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
+        return {"text": job.echo(index) + outcome.text}
+
+    def _whole_logprobs(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
+        first = job.runs[index].prompt[0] if job.echoed else None
+        told = [*outcome.prompt_logprobs, *outcome.logprobs]
+        return completion_logprobs(job.deployment, told, first=first)
+
+    def _logprobs(self, job: Job, index: int, told: list[TokenLogprobs]) -> dict[str, Any]:
+        offset = self._offsets.get(index, 0)
+        found = completion_logprobs(job.deployment, told, offset_chars=offset)
+        self._offsets[index] = offset + text_chars(job.deployment, [t.token for t in told])
+        return found
+
+    def _before(self, job: Job, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield the echoed prompt, once its log-probabilities are there if they are wanted."""
+        index, scores = event.index, event.piece.prompt_logprobs
+        if not job.echoed or index in self._begun or (event.piece.notice and not scores):
+            return
+        self._begun.add(index)
+        chunk = self._chunk(index, {"text": job.echo(index)})
+        if job.sampling.top_logprobs >= 0:
+            prompt = job.runs[index].prompt
+            (choice,) = chunk["choices"]
+            choice["logprobs"] = completion_logprobs(job.deployment, scores, first=prompt[0])
+            self._offsets[index] = text_chars(job.deployment, prompt)
+        yield chunk
 
     def _delta(self, part: Part) -> dict[str, Any]:
         return {"text": part.text if isinstance(part, Text) else ""}
@@ -169,12 +229,15 @@ def envelope(job: Job, kind: str) -> dict[str, Any]:
 
 
 def usage(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    prompt_tokens = sum(map(len, job.prompts))
     completion_tokens = sum(len(outcome.tokens) for outcome in outcomes)
     thought_tokens = sum(outcome.thought_tokens for outcome in outcomes)
+    cached_tokens = sum(outcome.timing.cached_tokens for outcome in outcomes[:: job.choices])
     return {
-        "prompt_tokens": len(job.prompt),
+        "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
-        "total_tokens": len(job.prompt) + completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": thought_tokens},
     }
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import Response
 
-from coordinator.http.common import EventForm
+from coordinator.errors import CoordinatorError
+from coordinator.http.common import EventForm, tracked
 from coordinator.http.openai.events import Event, Outcome
 from coordinator.http.openai.jobs import Job
 from coordinator.loading.deployment import Deployment
+from model.errors import ModelError
+from planning.errors import RequestInvalid
 
 
 class Api(abc.ABC):
@@ -50,3 +54,15 @@ class Api(abc.ABC):
     def refusal(error: Exception) -> Response | None:
         """The answer to a request that failed, or None for the one in OpenAI's form."""
         return None
+
+
+async def answered(request: Request, api: type[Api], answer: Awaitable[Response]) -> Response:
+    """Await an answer. If the request is refused, return that in the form of ``api``."""
+    try:
+        return await answer
+    except (CoordinatorError, RequestInvalid, ModelError) as error:
+        refusal = api.refusal(error)
+        if refusal is None:
+            raise
+        tracked(request.scope).error = str(error)
+        return refusal

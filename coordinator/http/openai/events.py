@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coordinator.http.formats.parts import Arguments, CallBegins, Parser, Part, Text, Thought
 from coordinator.http.openai.jobs import Job
+from coordinator.serving.choices import answers
 from coordinator.serving.gateway import Gateway, Piece, Timing
+from wire.logprobs import TokenLogprobs
+from wire.messages import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +56,21 @@ class Outcome:
     finish: str = ""
     stopped: bool = False
     timing: Timing = field(default_factory=Timing)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """The log-probabilities of each of the tokens, if they are asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """The same of the prompt's tokens but the first."""
     _thinking: bool = False
     """Whether the last part was a thought."""
 
     def add(self, event: Event) -> None:
         if event.piece.withdraws:
             self.text, self.thoughts, self.thought_tokens = "", "", 0
-            self.calls, self.tokens, self._thinking = [], [], False
+            self.calls, self.tokens, self.logprobs, self._thinking = [], [], [], False
         self.finish, self.stopped = event.finish, event.stopped
         self.tokens += event.piece.tokens
+        self.logprobs += event.piece.logprobs
+        self.prompt_logprobs = event.piece.prompt_logprobs or self.prompt_logprobs
         if self._thinking or any(isinstance(part, Thought) for part in event.parts):
             self.thought_tokens += len(event.piece.tokens)
         self._gather(event.parts)
@@ -90,23 +99,29 @@ async def events(
 
     withdrawable: as in ``Gateway.generate``. An event whose piece withdraws has no parts.
     """
-    pieces = gateway.generate(
+    readers = [_Reader(job, index) for index in range(len(outcomes))]
+    ended: set[int] = set()
+    pieces = answers(
+        gateway,
         job.deployment,
-        job.prompt,
-        job.sampling,
+        job.runs,
         job.stop,
-        outcomes[0].timing,
+        [outcome.timing for outcome in outcomes],
+        ended,
         withdrawable=withdrawable,
         markers=job.markers,
     )
-    reader = _Reader(job, 0)
     async with aclosing(pieces):
-        async for piece in pieces:
-            event = reader.read(piece)
-            outcomes[0].add(event)
+        async for index, piece in pieces:
+            if index in ended:
+                continue
+            event = readers[index].read(piece)
+            outcomes[index].add(event)
             yield event
             if event.finish:
-                return
+                ended.add(index)
+                if len(ended) == len(outcomes):
+                    return
 
 
 class _Reader:
@@ -119,6 +134,8 @@ class _Reader:
         self._calls = False
 
     def read(self, piece: Piece) -> Event:
+        if self._job.wants_no_answer:
+            piece = _without_answer(piece)
         if piece.withdraws:
             self._parser, self._calls = self._job.parser(), False
             return Event(self._index, (), piece)
@@ -137,6 +154,12 @@ class _Reader:
         # The gateway gives the token that ends a stop string, and none for the end of the text.
         stopped = piece.finish == "stop" and bool(piece.tokens)
         return Event(self._index, tuple(parts), piece, finish, stopped)
+
+
+def _without_answer(piece: Piece) -> Piece:
+    """Leave out the token that was drawn although none is wanted."""
+    finish: FinishReason = "length" if piece.finish else ""
+    return replace(piece, text="", tokens=(), logprobs=(), finish=finish)
 
 
 def _first_call(parts: list[Part]) -> list[Part]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coordinator.http.formats.parts import Parser, PlainText
-from coordinator.http.formats.tool_format import ToolFormat
-from coordinator.http.openai.fields import IGNORED, KNOWN, NEUTRAL, flag
-from coordinator.http.openai.prompts import chat_prompt, completion_prompt, encode, format_of
-from coordinator.http.openai.sampling import read_sampling, read_stop
-from coordinator.http.openai.tools import Tools, read_tools
+from coordinator.http.openai.constraints import constrained
+from coordinator.http.openai.fields import IGNORED, KNOWN, NEUTRAL, flag, number
+from coordinator.http.openai.prompts import chat_prompt, completion_prompts, encode, format_of
+from coordinator.http.openai.reading import Reading
+from coordinator.http.openai.sampling import read_choices, read_sampling, read_stop
+from coordinator.http.openai.tools import read_tools
 from coordinator.loading.deployment import Deployment
-from coordinator.serving.gateway import room_for_answer
+from coordinator.serving.choices import Run, seed_of
+from coordinator.serving.gateway import ALL_SHORTCUTS, Shortcuts, room_for_answer
 from planning.errors import RequestInvalid
+from wire import limits
 from wire.messages import Sampling
 
 CHAT_FIELDS = frozenset(
     {
         "messages",
+        "top_logprobs",
         "max_completion_tokens",
         "tools",
         "tool_choice",
@@ -30,33 +34,10 @@ CHAT_FIELDS = frozenset(
         "chat_template_kwargs",
     }
 )
-COMPLETION_FIELDS = frozenset({"prompt"})
+COMPLETION_FIELDS = frozenset({"prompt", "echo", "best_of"})
 
 REASONING_FORMATS = ("auto", "deepseek", "none")
 """llama-server's names. The last leaves thoughts in the text, the others give them apart."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How the text of a chat's answer is read.
-
-    opened: the answer begins inside of thoughts.
-    split: thoughts are told apart from the text.
-    """
-
-    format: ToolFormat
-    tools: Tools
-    opened: bool
-    split: bool
-
-    def parser(self) -> Parser:
-        return self.format.parser(self.tools.offered, opened=self.opened, split=self.split)
-
-    @property
-    def markers(self) -> frozenset[str]:
-        """The special tokens that the parser needs."""
-        needed = self.tools.offered or self.format.has_thoughts
-        return self.format.markers if needed else frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +46,7 @@ class Job:
 
     deployment: Deployment
     chat: bool
-    prompt: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
     sampling: Sampling
     stop: tuple[str, ...]
     stream: bool
@@ -73,6 +54,35 @@ class Job:
     token_ids: bool
     reading: Reading | None = None
     """None: a completion, whose text stays as it is."""
+    choices: int = 1
+    """The number of answers to each prompt."""
+    echoed: tuple[str, ...] = ()
+    """The texts of the prompts, if answers begin with them."""
+    wants_no_answer: bool = False
+    """Whether only the prompts are asked for. One token of an answer is drawn all the same."""
+    shortcuts: Shortcuts = ALL_SHORTCUTS
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens of the first prompt."""
+        return self.prompts[0]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The answers to generate: those to the first prompt, then those to the second."""
+        return tuple(
+            Run(
+                prompt,
+                replace(self.sampling, seed=seed_of(self.sampling.seed, choice)),
+                self.shortcuts,
+            )
+            for prompt in self.prompts
+            for choice in range(self.choices)
+        )
+
+    def echo(self, index: int) -> str:
+        """Return the text that answer number ``index`` begins with."""
+        return self.echoed[index // self.choices] if self.echoed else ""
 
     @property
     def markers(self) -> frozenset[str]:
@@ -89,23 +99,37 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise RequestInvalid("stream_options must be an object", "stream_options")
-    reading, prompt = (
-        read_conversation(deployment, body) if chat else (None, completion_prompt(deployment, body))
-    )
-    room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
-    if reading is not None:
-        refuse_forced_calls(reading.tools)
+    reading, prompts, texts = None, list[list[int]](), list[str]()
+    if chat:
+        reading, tokens = read_conversation(deployment, body)
+        prompts.append(tokens)
+    else:
+        prompts, texts = completion_prompts(deployment, body)
+    for prompt in prompts:
+        room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
+    sampling = read_sampling(deployment, body, chat=chat)
     return Job(
         deployment=deployment,
         chat=chat,
-        prompt=tuple(prompt),
-        sampling=read_sampling(deployment, body, chat=chat),
+        prompts=tuple(map(tuple, prompts)),
+        sampling=constrained(deployment, body, sampling, reading),
         stop=read_stop(body),
         stream=flag(body, "stream"),
         include_usage=flag(options, "include_usage"),
         token_ids=flag(body, "return_token_ids"),
         reading=reading,
+        choices=read_choices(body, len(prompts)),
+        echoed=tuple(texts) if flag(body, "echo") else (),
+        wants_no_answer=body.get("max_tokens") == 0,
+        shortcuts=read_shortcuts(body),
     )
+
+
+def read_shortcuts(body: Mapping[str, Any]) -> Shortcuts:
+    """Read llama-server's fields for the prompt's cache and for guesses. Raises RequestInvalid."""
+    most = number(body, "speculative.n_max", limits.DRAFT_TOKENS, 0, 1 << 31, whole=True)
+    keeps = body.get("cache_prompt") is None or flag(body, "cache_prompt")
+    return Shortcuts(keeps, int(most))
 
 
 def read_conversation(deployment: Deployment, body: Mapping[str, Any]) -> tuple[Reading, list[int]]:
@@ -139,10 +163,3 @@ def check_model(deployment: Deployment, body: Mapping[str, Any]) -> None:
         raise RequestInvalid(
             f"the model {model!r} is not loaded; {deployment.name!r} is", "model", "model_not_found"
         )
-
-
-def refuse_forced_calls(tools: Tools) -> None:
-    if tools.required:
-        raise RequestInvalid("tool_choice: a call cannot be required here", "tool_choice")
-    if any(tool.strict for tool in tools.offered):
-        return  # It is honoured as far as the model keeps to the schema.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.http.formats import mistral
 from coordinator.http.formats.tool_format import ToolFormat
 from model.template_sandbox import WatchedMessage
 from planning.errors import RequestInvalid
@@ -23,7 +24,7 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 @dataclass(frozen=True, slots=True)
 class TemplateTraits:
-    """What the text of a chat template tells about the messages that it takes."""
+    """The text of a chat template tells which messages it takes."""
 
     format: ToolFormat
     text: str
@@ -159,6 +160,11 @@ def _check_result(message: dict[str, Any], calls: Mapping[str, str], place: str)
 
 def _fitted(message: dict[str, Any], traits: TemplateTraits) -> dict[str, Any]:
     """Put a message into the form that the template takes."""
+    if traits.format.name.startswith("mistral"):
+        for call in message.get("tool_calls", ()):
+            call["id"] = mistral.fitting_id(call["id"])
+        if "tool_call_id" in message:
+            message["tool_call_id"] = mistral.fitting_id(message["tool_call_id"])
     if message["role"] == "developer" and not traits.takes("developer"):
         message["role"] = "system"
     thoughts = message.get("reasoning_content")

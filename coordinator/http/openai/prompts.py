@@ -9,6 +9,7 @@ from typing import Any
 from coordinator.http.formats.tool_format import ToolFormat, find_format
 from coordinator.http.openai.fields import flag
 from coordinator.http.openai.messages import TemplateTraits, read_messages, with_texts_apart
+from coordinator.http.openai.sampling import MAX_CHOICES
 from coordinator.http.openai.tools import Tools
 from coordinator.loading.deployment import Deployment
 from coordinator.serving.gateway import room_for_answer
@@ -21,6 +22,9 @@ THINKING_SWITCHES = ("enable_thinking", "thinking")
 """The variables by which templates turn thoughts on and off."""
 
 _OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+
+NO_PLACE = "template_has_no_place"
+"""The code of the error for messages that a chat template leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +40,27 @@ def format_of(deployment: Deployment) -> ToolFormat:
     return find_format(deployment.tokenizer.template_text)
 
 
-def completion_prompt(deployment: Deployment, body: Mapping[str, Any]) -> list[int]:
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]
+def completion_prompts(
+    deployment: Deployment, body: Mapping[str, Any]
+) -> tuple[list[list[int]], list[str]]:
+    """The tokens and texts of the prompts, which are one text or token list, or a list of them."""
+    value = body.get("prompt")
+    several = isinstance(value, list) and value and isinstance(value[0], (str, list))
+    prompts: list[Any] = value if several and isinstance(value, list) else [value]
+    if len(prompts) > MAX_CHOICES:
+        raise RequestInvalid(f"prompt: at most {MAX_CHOICES} in one request", "prompt")
+    found = [_completion_prompt(deployment, prompt) for prompt in prompts]
+    return [tokens for tokens, _ in found], [text for _, text in found]
+
+
+def _completion_prompt(deployment: Deployment, prompt: Any) -> tuple[list[int], str]:
     if isinstance(prompt, str):
-        return encode(deployment, prompt, add_special=True)
+        return encode(deployment, prompt, add_special=True), prompt
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         if any(not 0 <= token < deployment.spec.vocab for token in prompt):
             raise RequestInvalid("prompt: token ids outside the vocabulary", "prompt")
-        return prompt
-    raise RequestInvalid("prompt: expected one string, or one list of token ids", "prompt")
+        return prompt, deployment.tokenizer.decode(prompt)
+    raise RequestInvalid("prompt: expected texts, or lists of token ids", "prompt")
 
 
 def chat_prompt(deployment: Deployment, body: Mapping[str, Any], tools: Tools) -> ChatPrompt:
@@ -65,6 +79,7 @@ def chat_prompt(deployment: Deployment, body: Mapping[str, Any], tools: Tools) -
         raise RequestInvalid(
             f"{place}: the chat template of {deployment.name} has no place for it: leave it out",
             "messages",
+            NO_PLACE,
         ) from error
     except TemplateRefused as error:
         raise RequestInvalid(f"messages: {error}", "messages") from error

@@ -5,9 +5,13 @@ would be worse than an error. What a request leaves open is decided by the model
 generation_config.json, then by OpenAI's defaults. Beyond OpenAI's fields there are these:
 
 - ``top_k`` draws from so many of the likeliest tokens.
+- ``min_p`` drops tokens below this share of the highest probability.
 - ``repetition_penalty`` above 1 makes tokens that were there before less likely.
 - ``ignore_eos`` goes on after the model's own end of text, up to ``max_tokens``.
+- ``cache_prompt`` false computes the whole prompt, also if a slot keeps its first rows.
+- ``speculative.n_max`` limits the tokens that are guessed ahead. 0: none.
 - ``return_token_ids`` adds a ``shoal`` object with token ids and measured speeds.
+- ``json_schema``, ``grammar``, ``structured_outputs`` and ``guided_...`` give the answer's format.
 - ``enable_thinking`` and ``chat_template_kwargs`` are variables for the chat template.
 - ``reasoning_format`` says whether thoughts are told apart from the text.
 """
@@ -25,19 +29,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coordinator.errors import CoordinatorError
 from coordinator.http.anthropic.messages import Messages
-from coordinator.http.common import read_json, server_sent_events, tracked, while_connected
+from coordinator.http.common import read_json, server_sent_events, while_connected
 from coordinator.http.openai.answers import ChatCompletions, Completions
-from coordinator.http.openai.api import Api
+from coordinator.http.openai.api import Api, answered
 from coordinator.http.openai.events import Outcome, events
 from coordinator.http.openai.jobs import Job
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
 from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
 from coordinator.serving.gateway import Gateway
-from model.errors import ModelError
-from planning.errors import RequestInvalid
 
 PROMPT_THREADS = 4
 
@@ -68,14 +69,7 @@ class OpenAIRoutes:
 
     def _route(self, path: str, api: type[Api]) -> Route:
         async def handle(request: Request) -> Response:
-            try:
-                return await self._answer(request, api)
-            except (CoordinatorError, RequestInvalid, ModelError) as error:
-                refusal = api.refusal(error)
-                if refusal is None:
-                    raise
-                tracked(request.scope).error = str(error)
-                return refusal
+            return await answered(request, api, self._answer(request, api))
 
         return Route(path, handle, methods=["POST"])
 
@@ -108,14 +102,14 @@ class OpenAIRoutes:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _whole(self, api: Api, job: Job) -> dict[str, Any]:
-        outcomes = [Outcome()]
+        outcomes = [Outcome() for _ in job.runs]
         async with aclosing(events(self._gateway, job, outcomes, withdrawable=True)) as found:
             async for _ in found:
                 pass
         return api.whole(job, outcomes)
 
     async def _stream(self, api: Api, job: Job) -> AsyncGenerator[dict[str, Any] | str]:
-        outcomes = [Outcome()]
+        outcomes = [Outcome() for _ in job.runs]
         for chunk in api.begin(job, outcomes):
             yield chunk
         async with aclosing(events(self._gateway, job, outcomes)) as found:

@@ -13,8 +13,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from coordinator.errors import CoordinatorError
+from coordinator.http.anthropic.messages import Messages
 from coordinator.http.anthropic.requests import chat_request
 from coordinator.http.common import model_state, read_json, while_connected
+from coordinator.http.openai.api import Api, answered
 from coordinator.http.openai.fields import flag
 from coordinator.http.openai.jobs import CHAT_FIELDS, check_fields, check_model
 from coordinator.http.openai.prompts import chat_prompt, encode
@@ -60,7 +62,7 @@ class TextRoutes:
             self._route("/tokenize", tokenize),
             self._route("/detokenize", detokenize),
             self._route("/apply-template", apply_template),
-            self._route("/v1/messages/count_tokens", count_tokens),
+            self._route("/v1/messages/count_tokens", count_tokens, Messages),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -79,15 +81,20 @@ class TextRoutes:
             "this server gives no embeddings: the models that it serves were not trained for them"
         )
 
-    def _route(self, path: str, work: Work) -> Route:
+    def _route(self, path: str, work: Work, api: type[Api] = Api) -> Route:
+        """Serve ``work`` in a thread. Errors have the form of ``api``."""
+
         async def handle(request: Request) -> Response:
-            body = await read_json(request)
-            self._models.require_soon()
-            deployment = await while_connected(request, self._models.deployment())
-            found = self._answers.prepare(lambda: work(deployment, body), is_long=True)
-            return JSONResponse(await while_connected(request, found))
+            return await answered(request, api, self._answer(request, work))
 
         return Route(path, handle, methods=["POST"])
+
+    async def _answer(self, request: Request, work: Work) -> Response:
+        body = await read_json(request)
+        self._models.require_soon()
+        deployment = await while_connected(request, self._models.deployment())
+        found = self._answers.prepare(lambda: work(deployment, body), is_long=True)
+        return JSONResponse(await while_connected(request, found))
 
 
 def _model(name: str, state: State) -> dict[str, Any]:
@@ -135,10 +142,20 @@ def tokenize(deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:
         pieces = [deployment.tokenizer.decode([token], skip_special=False) for token in tokens]
         if flag(body, "with_pieces"):
             pairs = zip(tokens, pieces, strict=True)
-            found["tokens"] = [{"id": token, "piece": piece} for token, piece in pairs]
+            found["tokens"] = [
+                {"id": token, "piece": _piece(deployment, token, text)} for token, text in pairs
+            ]
         else:
             found["token_strs"] = pieces
     return found
+
+
+def _piece(deployment: Deployment, token: int, text: str) -> str | list[int]:
+    """Return a token's text, or its bytes if they are no whole characters."""
+    vocabulary = deployment.vocabulary
+    if "\N{REPLACEMENT CHARACTER}" in text and vocabulary is not None:
+        return list(vocabulary.tokens[token])
+    return text
 
 
 def detokenize(deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:

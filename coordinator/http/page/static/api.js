@@ -18,7 +18,15 @@ export function setKey(value, remember) {
   else localStorage.removeItem(KEY);
 }
 
-/** Send a request. Throws KeyNeeded, or an Error with the coordinator's own words. */
+/** The coordinator refuses a request. `code` is its word for the reason, or null. */
+export class Refused extends Error {
+  constructor({ message, code = null }) {
+    super(message);
+    this.code = code;
+  }
+}
+
+/** Send a request. Throws KeyNeeded, or Refused with the coordinator's own words. */
 export async function send(path, { body, accept, signal } = {}) {
   const headers = {};
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -33,13 +41,13 @@ export async function send(path, { body, accept, signal } = {}) {
     credentials: "omit",
   });
   if (response.ok) return response;
-  let message = `${response.status} ${response.statusText}`;
+  let error = { message: `${response.status} ${response.statusText}` };
   try {
-    message = (await response.json()).error.message ?? message;
+    error = { ...error, ...(await response.json()).error };
   } catch {
     // Not the coordinator's own words: a proxy answered.
   }
-  throw response.status === 401 ? new KeyNeeded(message) : new Error(message);
+  throw response.status === 401 ? new KeyNeeded(error.message) : new Refused(error);
 }
 
 export async function ask(path, body) {
@@ -82,7 +90,7 @@ export async function operate(path, body, onStep, signal) {
   const response = await send(path, { body, signal });
   for await (const line of pieces(response, "\n")) {
     const event = JSON.parse(line);
-    if (event.error) throw new Error(event.error.message);
+    if (event.error) throw new Refused(event.error);
     if (event.result) return event.result;
     if (event.step) onStep(event.step);
   }

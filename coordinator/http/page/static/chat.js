@@ -1,12 +1,15 @@
 // A chat with the loaded model, over the same API as every other client.
 import { useEffect, useLayoutEffect, useRef, useState } from "./vendor/hooks.js";
-import { send, serverEvents } from "./api.js";
+import { Refused, send, serverEvents } from "./api.js";
 import { plural, rate, took } from "./format.js";
 import { html } from "./html.js";
 import { Markdown } from "./markdown.js";
 
 const KEPT = "shoal.chat";
 const SETTINGS = "shoal.chat.settings";
+
+/** Pieces that come within this time are shown together. */
+const REDRAW_MS = 40;
 
 const FIELDS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1, hint: "0 takes the likeliest token" },
@@ -49,6 +52,20 @@ function requestFor(model, messages, settings) {
   };
 }
 
+/** The code of a refusal: the model's chat template has no place for some message. */
+const NO_PLACE = "template_has_no_place";
+
+/** Ask with the whole conversation. A model that takes no earlier messages gets the last one alone. */
+async function converse(model, history, settings, signal, change) {
+  try {
+    await answer(requestFor(model, history, settings), signal, change);
+  } catch (error) {
+    if (error.code !== NO_PLACE || history.length < 2) throw error;
+    change((message) => ({ ...message, isAlone: true }));
+    await answer(requestFor(model, history.slice(-1), settings), signal, change);
+  }
+}
+
 /** Run one request. `change` gets functions that change the answer's message. */
 async function answer(body, signal, change) {
   const beganMs = performance.now();
@@ -65,9 +82,7 @@ async function answer(body, signal, change) {
     waiting.push(step);
     if (!isPlanned) {
       isPlanned = true;
-      // A hidden page draws no frames, and must not keep the answer waiting for one.
-      if (document.hidden) setTimeout(flush, 100);
-      else requestAnimationFrame(flush);
+      setTimeout(flush, REDRAW_MS); // Not with the next frame: a hidden page draws none.
     }
   };
   let isComplete = false;
@@ -78,7 +93,7 @@ async function answer(body, signal, change) {
     }
     if (event.data === "[DONE]") break;
     const part = JSON.parse(event.data);
-    if (part.error) throw new Error(part.error.message);
+    if (part.error) throw new Refused(part.error);
     for (const choice of part.choices ?? []) {
       const text = choice.delta?.content ?? "";
       const thought = choice.delta?.reasoning_content ?? "";
@@ -111,6 +126,7 @@ function Figures({ message, onAgain }) {
     message.perS && `${rate(message.perS)} tokens/s`,
     message.finish === "length" && "cut: no room for more",
     message.isStopped && "stopped",
+    message.isAlone && "asked alone, since its template takes no earlier messages",
   ].filter(Boolean);
   return html`<p class="figures">
     <span>${parts.join(" · ")}</span>
@@ -187,7 +203,7 @@ export function Chat({ model, view, onKey }) {
   }, [messages, running]);
   useLayoutEffect(() => {
     if (sticks.current && list.current) list.current.scrollTop = list.current.scrollHeight;
-  }, [messages, view]);
+  }, [messages, view, running]);
   useLayoutEffect(() => {
     const area = box.current;
     area.style.height = "auto";
@@ -202,7 +218,7 @@ export function Chat({ model, view, onKey }) {
     setMessages([...history, { role: "assistant", content: "" }]);
     setRunning(control);
     try {
-      await answer(requestFor(model.model, history, settings), control.signal, changeLast);
+      await converse(model.model, history, settings, control.signal, changeLast);
     } catch (error) {
       if (control.signal.aborted) changeLast((message) => ({ ...message, isStopped: true }));
       else {
