@@ -1,4 +1,4 @@
-"""What a request changes in the model's logits before a token is drawn.
+"""Changes of the model's logits that a request asks for, before a token is drawn.
 
 In this order: the bias of named tokens, the penalty of repetition, those of frequency and presence,
 and the tokens that a grammar forbids.

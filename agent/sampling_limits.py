@@ -1,4 +1,4 @@
-"""What a coordinator may ask of a sampler. Anything else is refused before it is used."""
+"""Limits of the settings that a coordinator may send. Others are refused before use."""
 
 from __future__ import annotations
 

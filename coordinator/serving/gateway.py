@@ -67,9 +67,9 @@ class Piece:
     withdraws: bool = False
     """Whether all earlier pieces are wrong, and the answer begins again."""
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """Those of each of the tokens, if they are asked for."""
+    """The log-probabilities of each of the tokens, if they are asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Those of the prompt's tokens but the first. Such a piece has nothing else."""
+    """The log-probabilities of the prompt's tokens but the first. Such a piece has nothing else."""
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ PLACE = {
     "type": "object",
     "properties": {"place": {"enum": ["Köln", "Ulm"]}},
     "required": ["place"],
+    "additionalProperties": False,
 }
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": PLACE}},

@@ -49,7 +49,7 @@ def constrained(
     if not given:
         if reading is None or not any(tool.strict for tool in reading.tools.offered):
             return sampling
-        special = deployment.tokenizer.special_ids
+        special = _vocabulary(deployment, "tools").special_ids
         strict = reading.format.strict_grammar(reading.tools.offered, special=special)
         return with_grammar(deployment, sampling, strict, "tools")
     ((field, grammar),) = given
