@@ -95,6 +95,9 @@ bench-together: $(VENV)/run.stamp ## measure devices that share layers over emul
 bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 1 to 4 emulated hosts (root)
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
+bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt beside streams, on emulated hosts (root)
+	$(BIN)/python -m benchmarks.serve $(ARGS)
+
 bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when a device is lost (root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 

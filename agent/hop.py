@@ -110,11 +110,11 @@ class Hop:
         return len(self._waiting) < QUEUED_CHUNKS
 
     def send(self, message: Activation | TokenSampled, payload: memoryview = NO_PAYLOAD) -> None:
-        """Send a token's row now; queue a prompt's chunk and later rows of its sequence.
+        """Send a token's row and its guesses now; queue a chunk and later rows of its sequence.
 
         A chunk waits for room in the queue. Raises WireError once the hop is lost.
         """
-        small = isinstance(message, TokenSampled) or message.rows == 1
+        small = isinstance(message, TokenSampled) or message.rows == 1 or bool(message.drafts)
         if small and not self._waiting:  # The common case takes no lock.
             self._send_now(message, payload)
             return

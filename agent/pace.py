@@ -47,7 +47,7 @@ class PacedStage(Stage):
         return (sum(passes_s) - max(passes_s)) / (len(passes_s) - 1)
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         self._stage.candidates = self.candidates
         if len(inputs) != 1:

@@ -21,13 +21,14 @@ from typing import cast
 
 import numpy as np
 
+from agent.drafts import History, Pacer
 from agent.hop import Hop, HopCounts
 from agent.links import Link, Measuring
 from agent.mesh import TeamLost
 from agent.meter import StageMeter
 from agent.sampler import Sampler
 from agent.sampling_limits import problem_of
-from agent.sequences import Rows, Sequence, SequenceTable, Turn
+from agent.sequences import Drafting, Rows, Sequence, SequenceTable, Turn
 from backends.base import ALL_LOGITS, Array, BackendError, Stage, Tokens
 from model.grammar_process import GrammarProcess
 from model.spec import ModelSpec
@@ -95,6 +96,7 @@ class Relay:
         self._changed = threading.Condition(self._lock)
         self._meter = StageMeter()
         self._table = SequenceTable(slots, context_tokens)
+        self._pacer = Pacer()
         self._busy = False
         """Whether a thread runs the stage. The stage belongs to that thread until it is done."""
         self._closed = False
@@ -167,21 +169,34 @@ class Relay:
             return
         # A prompt that is scored goes row by row, because a head computes logits of one row.
         chunk_tokens = 1 if sampling.prompt_logprobs else message.chunk_tokens
+        cached = message.cached
         sampler = self._sampler(message) if self._is_last else None
         with self._lock:
-            sequence = self._table.open(number, message.slot, sampling, sampler)
-            if sequence is not None and self._is_first:
-                for begin in range(0, len(prompt), chunk_tokens):
+            has_prefix = self._table.keeps(message.slot, cached)
+            sequence = self._table.open(number, message.slot, sampling, sampler, cached)
+            if sequence is not None and not has_prefix:
+                self._table.spoil(sequence)
+            elif sequence is not None and self._is_first:
+                if message.drafts:
+                    history = History(prompt, self._context_tokens)
+                    sequence.drafting = Drafting(history, message.drafts)
+                for begin in range(cached, len(prompt), chunk_tokens):
                     chunk = prompt[begin : begin + chunk_tokens]
                     last = begin + len(chunk) == len(prompt) or sampling.prompt_logprobs
                     self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
             self._changed.notify_all()
+        if sequence is not None and not has_prefix:
+            self._report_lost_prefix(number)
 
     def _problem(self, message: StartSequence, prompt: Tokens) -> str | None:
         """Return why a sequence cannot be started, or None if it can."""
+        cached = message.cached
         if (
-            not self._table.fits(message.slot, 0, len(prompt) if self._is_first else 1)
+            not self._table.fits(
+                message.slot, cached, len(prompt) - cached if self._is_first else 1
+            )
             or not 0 < message.chunk_tokens <= limits.PREFILL_CHUNK_TOKENS
+            or not 0 <= message.drafts <= limits.DRAFT_TOKENS
         ):
             return "the coordinator sent a prompt that does not fit"
         if len(prompt) and (prompt.min() < 0 or prompt.max() >= self._spec.vocab):
@@ -219,6 +234,7 @@ class Relay:
             self._is_first
             or not self._table.fits(message.slot, position, count)
             or len(payload) != payload_bytes(count, self._spec.hidden, message.bits)
+            or (message.drafts and not _are_checkable(message))
         ):
             self._fail(number, "the previous device sent rows that do not fit")
             return
@@ -226,7 +242,8 @@ class Relay:
             sequence = self._started(number)
             if sequence is not None and sequence.slot != message.slot:
                 sequence = None
-            rows = Rows(position, count, message.last, (payload, message.bits))
+            content = payload, message.bits
+            rows = Rows(position, count, message.last, content, message.drafts)
             turns = self._add(sequence, rows)
         if turns:
             self._run(turns)
@@ -234,13 +251,41 @@ class Relay:
     def _deliver_token(self, message: TokenSampled) -> None:
         if not self._is_first or self._is_last or not 0 <= message.token < self._spec.vocab:
             return
-        token = np.array([message.token], dtype=np.int64)
         with self._lock:
             sequence = self._table.find(message.sequence)
-            position = 0 if sequence is None else sequence.arrived
-            turns = self._add(sequence, Rows(position, 1, True, token))
+            rows = None if sequence is None else self._following(sequence, message)
+            turns = [] if rows is None else self._add(sequence, rows)
         if turns:
             self._run(turns)
+
+    def _following(self, sequence: Sequence, sampled: TokenSampled) -> Rows | None:
+        """Return the row of a sampled token, and rows of guesses. None for a false message.
+
+        The caller holds the lock.
+        """
+        drafting, accepted = sequence.drafting, sampled.accepted
+        position, token = sequence.sure + accepted, sampled.token
+        if not sequence.sure <= position <= sequence.arrived or position >= self._context_tokens:
+            return None
+        if drafting is None:
+            return Rows(position, 1, True, np.array([token], dtype=np.int64))
+        now_s = time.monotonic()
+        alone = self._table.alone
+        if drafting.began_s and alone:
+            seconds, count = now_s - drafting.began_s, len(drafting.checked)
+            self._pacer.note(seconds, count, accepted, drafting.matched)
+        drafting.history.append((*drafting.checked[:accepted], token))
+        most = min(
+            drafting.most,
+            sequence.sampling.max_tokens - sampled.index - 2,
+            self._context_tokens - position - 1,
+        )
+        # Rows of several sequences run together, and guesses would keep them apart.
+        guesses, drafting.matched = drafting.history.guess(most) if alone else ((), 0)
+        drafting.checked = guesses[: self._pacer.choose(len(guesses), drafting.matched)]
+        drafting.began_s = now_s if alone else 0.0
+        tokens = np.array([token, *drafting.checked], dtype=np.int64)
+        return Rows(position, len(tokens), True, tokens, drafting.checked)
 
     def _started(self, number: int) -> Sequence | None:
         """Return this sequence once the coordinator has started it, or None if it is over.
@@ -313,11 +358,9 @@ class Relay:
         alone = len(turns) == 1
         sequence, rows = turns[0]
         try:
-            if outputs is None and self._is_last:
-                self._stage.candidates = _candidates(turns)
             if outputs is None:
                 started_s = time.monotonic()
-                outputs = self._forward(sequence, rows) if alone else self._decode(turns)
+                outputs = self._computed(turns)
                 self._meter.ran(turns, started_s, time.monotonic())
             if alone:
                 self._pass_on(sequence, rows, outputs)
@@ -332,10 +375,20 @@ class Relay:
         for index, turn in enumerate(turns):
             self._pass([turn], None if outputs is None else outputs[index : index + 1])
 
-    def _forward(self, sequence: Sequence, rows: Rows) -> Array:
-        """Return hidden rows [n, hidden], or the last row's logits, for rows of one sequence."""
-        content, logits = self._unpacked(rows), rows.last and self._is_last
-        return self._stage.forward(sequence.slot, rows.position, content, logits=logits)
+    def _computed(self, turns: list[Turn]) -> Array:
+        """Run the stage: hidden rows, or logits [n, vocab] of last rows and of guesses."""
+        if self._is_last:
+            self._stage.candidates = _candidates(turns)
+        if len(turns) == 1:
+            ((sequence, rows),) = turns
+            content = self._unpacked(rows)
+            logits = 1 + len(rows.drafts) if rows.last and self._is_last else 0
+            outputs = self._stage.forward(sequence.slot, rows.position, content, logits=logits)
+        else:
+            outputs = self._decode(turns)
+        with self._lock:
+            self._table.ran(turns)
+        return outputs
 
     def _decode(self, turns: list[Turn]) -> Array:
         """Return hidden rows, or logits [n, vocab], for one row of each of n sequences."""
@@ -352,48 +405,78 @@ class Relay:
         return rows.content
 
     def _pass_on(self, sequence: Sequence, rows: Rows, output: Array) -> None:
-        """Send rows on, or sample a token and tell both ends."""
-        end = rows.position + rows.count
-        if not self._is_last:
-            message = Activation(
+        """Send rows on, or sample from them."""
+        if self._is_last:
+            sampler = sequence.sampler
+            if rows.last and sampler is not None:
+                end = rows.position + rows.count
+                following = sampler.told(end)
+                if following is None:
+                    self._answer(sequence, rows, sampler, output)
+                else:
+                    scored = sampler.logprobs(output[0], following)
+                    self._report(PromptScored(self.epoch, sequence.number, end, scored))
+            return
+        message = Activation(
+            self.epoch,
+            sequence.number,
+            sequence.slot,
+            rows.position,
+            rows.count,
+            self._hop_bits,
+            rows.last,
+            rows.drafts,
+        )
+        self._next().send(message, encode_rows(output, self._hop_bits))
+
+    def _answer(self, sequence: Sequence, rows: Rows, sampler: Sampler, logits: Array) -> None:
+        """Sample a token, and go on with those of right guesses. Tell both ends.
+
+        logits: [1 + guesses, vocab], of the rows that the guesses follow.
+        """
+        tokens: list[tuple[int, FinishReason]] = []
+        sure = rows.position + rows.count - len(rows.drafts)
+        for row, draft in zip(logits, (*rows.drafts, None), strict=True):
+            end = sure + len(tokens)
+            token = sampler.sample(row, end)
+            finish: FinishReason = ""
+            if token in sequence.sampling.stop_tokens:
+                finish = "stop"
+            elif (
+                sequence.sampled_tokens + len(tokens) + 1 >= sequence.sampling.max_tokens
+                or end >= self._context_tokens
+            ):
+                finish = "length"
+            tokens.append((token, finish))
+            if finish or token != draft:
+                break
+        before_s, sequence.sampled_s = sequence.sampled_s, time.monotonic()
+        each_us = max(round(1e6 * (sequence.sampled_s - before_s) / len(tokens)), 1)
+        sampled = [
+            TokenSampled(
                 self.epoch,
                 sequence.number,
-                sequence.slot,
-                rows.position,
-                rows.count,
-                self._hop_bits,
-                rows.last,
+                index,
+                token,
+                finish,
+                each_us if index else 0,
             )
-            self._next().send(message, encode_rows(output, self._hop_bits))
-            return
-        sampler = sequence.sampler
-        if not rows.last or sampler is None:
-            return
-        following = sampler.told(end)
-        if following is not None:
-            scored = sampler.logprobs(output[0], following)
-            self._report(PromptScored(self.epoch, sequence.number, end, scored))
-            return
-        token = sampler.sample(output[0], end)
-        index = sequence.sampled_tokens
-        sequence.sampled_tokens += 1
-        before_s, sequence.sampled_s = sequence.sampled_s, time.monotonic()
-        after_us = max(round(1e6 * (sequence.sampled_s - before_s)), 1) if index else 0
-        finish: FinishReason = ""
-        if token in sequence.sampling.stop_tokens:
-            finish = "stop"
-        elif index + 1 >= sequence.sampling.max_tokens or end >= self._context_tokens:
-            finish = "length"
-        sampled = TokenSampled(self.epoch, sequence.number, index, token, finish, after_us)
-        if not finish and not self._is_first:
-            self._next().send(sampled)
-        if sampler.tells_logprobs:
-            sampled.logprobs = sampler.logprobs(output[0], token)
-        self._report(sampled)
-        if not finish and self._is_first:
-            row = Rows(end, 1, True, np.array([token], dtype=np.int64))
+            for index, (token, finish) in enumerate(tokens, sequence.sampled_tokens)
+        ]
+        sequence.sampled_tokens += len(sampled)
+        newest = sampled[-1]
+        newest.drafted, newest.accepted = len(rows.drafts), len(sampled) - 1
+        if not newest.finish and not self._is_first:
+            self._next().send(newest)
+        for one, row in zip(sampled, logits, strict=False):
+            if sampler.tells_logprobs:
+                one.logprobs = sampler.logprobs(row, one.token)
+            self._report(one)
+        if not newest.finish and self._is_first:
             with self._lock:
-                self._table.add(sequence, row)
+                following = self._following(sequence, newest)
+                if following is not None:
+                    self._table.add(sequence, following)
 
     def _next(self) -> Hop:
         if self._hop is None:
@@ -403,8 +486,14 @@ class Relay:
     # ---- what fails -----------------------------------------------------------------------------
 
     def _give_up(self, sequence: Sequence, error: Exception) -> None:
-        """Forget a sequence that cannot continue, and report it."""
-        self.release(sequence.number)
+        """Forget a sequence that cannot continue, and report it.
+
+        A backend may have emptied its slot. So a later sequence cannot begin with rows of the slot.
+        """
+        with self._lock:
+            heir = self._table.spoil(sequence)
+        if heir is not None:
+            self._report_lost_prefix(heir.number)
         if isinstance(error, ProtocolError):
             reason = f"the previous device sent an invalid activation: {error}"
         elif isinstance(error, WireError):
@@ -423,6 +512,10 @@ class Relay:
             reason = INTERNAL_ERROR
         self._fail(sequence.number, reason)
 
+    def _report_lost_prefix(self, number: int) -> None:
+        reason = "the slot does not keep the first rows of the prompt"
+        self._try_report(SequenceFailed(self.epoch, number, reason, prefix_lost=True))
+
     def _fail(self, number: int, reason: str) -> None:
         self._try_report(SequenceFailed(self.epoch, number, reason))
 
@@ -431,6 +524,11 @@ class Relay:
             self._report(message)
         except WireError:
             log.info("not reported, the coordinator is gone: %s", message)
+
+
+def _are_checkable(message: Activation) -> bool:
+    """Whether a message with guesses has one row that is none, and its sequence's last ones."""
+    return message.last and 1 + len(message.drafts) == message.rows <= 1 + limits.DRAFT_TOKENS
 
 
 def _candidates(turns: list[Turn]) -> int:

@@ -52,7 +52,7 @@ class _IdleStage(Stage):
         self._logits = np.zeros((1, _VOCAB), np.float32)
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         started_s = time.perf_counter()
         self._read.sum()

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from agent.drafts import History
 from agent.sampler import Sampler
 from backends.base import Tokens
 from wire.activations import HopBits
@@ -21,14 +22,31 @@ class Rows:
 
     last: whether a token is sampled from them, because no row of the sequence follows.
     content: token ids int64 [count], or hidden rows as received with their bits a value.
+    drafts: the tokens of all rows but the first, if they are guesses that the last stage checks.
     """
 
     position: int
     count: int
     last: bool
     content: Tokens | tuple[memoryview, HopBits]
+    drafts: tuple[int, ...] = ()
     arrived_s: float = 0.0
     """When they were added to the table, by a monotonic clock."""
+
+
+@dataclass(slots=True, eq=False)
+class Drafting:
+    """The guesses of a sequence."""
+
+    history: History
+    most: int
+    """The most guesses of a pass."""
+    checked: tuple[int, ...] = ()
+    """The guesses of the last pass."""
+    matched: int = 0
+    """The number of earlier tokens that spoke for them."""
+    began_s: float = 0.0
+    """When the last pass began, by a monotonic clock. 0 if its time says nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,10 +57,16 @@ class Sequence:
     slot: int
     sampling: Sampling
     sampler: Sampler | None
+    cached: int = 0
+    """Rows that the slot kept from an earlier sequence. They count as arrived."""
     arrived: int = 0
     """Rows that have arrived, whether run or not. The next ones begin at this position."""
+    sure: int = 0
+    """Arrived rows that are no guesses. The next ones may replace the others."""
     waiting: deque[Rows] = field(default_factory=deque)
     """Rows that have not run yet, in order."""
+    drafting: Drafting | None = None
+    """Exists on the first stage, if it guesses tokens for this sequence."""
     sampled_tokens: int = 0
     sampled_s: float = 0.0
     """When the last token was sampled, by a monotonic clock."""
@@ -68,6 +92,8 @@ class SequenceTable:
         """Maps a number to its sequence. Prompts take turns in this order."""
         self._newest: dict[int, int] = {}
         """Maps a slot to the newest sequence that held it. Numbers only grow."""
+        self._kept: dict[int, int] = {}
+        """Maps a slot to its leading rows that have run, and that no failed pass has spoiled."""
         self._after_tokens = False
         self.newest = 0
         """The newest sequence that was opened in any slot. Numbers count from 1."""
@@ -82,9 +108,17 @@ class SequenceTable:
         )
 
     def open(
-        self, number: int, slot: int, sampling: Sampling, sampler: Sampler | None
+        self,
+        number: int,
+        slot: int,
+        sampling: Sampling,
+        sampler: Sampler | None,
+        cached: int = 0,
     ) -> Sequence | None:
-        """Give the slot to a new sequence and end its old one. None for a number of the past."""
+        """Give the slot to a new sequence and end its old one. None for a number of the past.
+
+        The slot must keep ``cached`` rows, as ``keeps`` says.
+        """
         newest = self._newest.get(slot)
         if newest is not None:
             if number <= newest:
@@ -93,9 +127,35 @@ class SequenceTable:
         if number in self._held:
             return None
         self._newest[slot] = number
+        self._kept[slot] = cached
         self.newest = max(self.newest, number)
-        self._held[number] = sequence = Sequence(number, slot, sampling, sampler)
+        self._held[number] = sequence = Sequence(
+            number, slot, sampling, sampler, cached, arrived=cached, sure=cached
+        )
         return sequence
+
+    def keeps(self, slot: int, rows: int) -> bool:
+        """Whether the slot has so many leading rows of its last sequence."""
+        return rows <= self._kept.get(slot, 0)
+
+    def ran(self, turns: list[Turn]) -> None:
+        """Note that a pass has computed the rows of these turns."""
+        for sequence, rows in turns:
+            if self._newest[sequence.slot] == sequence.number:
+                self._kept[sequence.slot] = rows.position + rows.count
+
+    def spoil(self, sequence: Sequence) -> Sequence | None:
+        """Drop a sequence whose pass failed. Its slot may have lost all rows.
+
+        Returns the sequence that has the slot meanwhile and relied on these rows. It is dropped,
+        too. None if there is no such sequence.
+        """
+        self._held.pop(sequence.number, None)
+        self._kept[sequence.slot] = 0
+        heir = self._held.get(self._newest[sequence.slot])
+        if heir is None or not heir.cached:
+            return None
+        return self._held.pop(heir.number)
 
     def may_start(self, number: int) -> bool:
         """Whether a sequence of this number may be opened soon."""
@@ -114,9 +174,10 @@ class SequenceTable:
     def add(self, sequence: Sequence, rows: Rows) -> bool:
         """Append to the waiting rows. False, without effect, if they are not next or do not fit."""
         end = rows.position + rows.count
-        if rows.position != sequence.arrived or end > self._context_tokens:
+        is_next = sequence.sure <= rows.position <= sequence.arrived
+        if not is_next or end > self._context_tokens:
             return False
-        sequence.arrived = end
+        sequence.arrived, sequence.sure = end, end - len(rows.drafts)
         rows.arrived_s = time.monotonic()
         sequence.waiting.append(rows)
         return True
@@ -146,13 +207,17 @@ class SequenceTable:
         """Return the turns of the next pass: the next single row of each sequence, or one chunk.
 
         Tokens and chunks alternate while both wait, and prompts take turns. Without ``chunks``,
-        chunks stay in the table. Empty if nothing can run.
+        chunks stay in the table. A row with guesses goes first, in a pass of its own. Empty if
+        nothing can run.
         """
-        tokens = [
-            sequence
-            for sequence in self._held.values()
-            if sequence.waiting and sequence.waiting[0].count == 1
-        ]
+        tokens = []
+        for sequence in self._held.values():
+            if sequence.waiting:
+                rows = sequence.waiting[0]
+                if rows.drafts:
+                    return [(sequence, sequence.waiting.popleft())]
+                if rows.count == 1:
+                    tokens.append(sequence)
         if chunks and (self._after_tokens or not tokens):
             for sequence in self._held.values():
                 if sequence.waiting and sequence.waiting[0].count > 1:

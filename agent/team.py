@@ -90,7 +90,7 @@ class Team:
         self._report = report
         largest = max(
             payload_bytes(self.most_rows, spec.hidden, 32),
-            2 * payload_bytes(self.slots, spec.vocab, 32),
+            2 * payload_bytes(max(self.slots, 1 + limits.DRAFT_TOKENS), spec.vocab, 32),
         )
         self.mesh = Mesh(request.epoch, members, members.index(device), largest)
         self.sum = TeamSum(self.mesh, spec.hidden, request.sum_bits)
@@ -210,7 +210,8 @@ class Team:
         wanted = message.candidates
         slots, positions = message.slots, message.positions
         if len(slots) == 1:
-            output = stage.forward(slots[0], positions[0], rows, logits=wanted != 0)
+            count = message.logits if wanted else 0
+            output = stage.forward(slots[0], positions[0], rows, logits=count)
         else:
             output = stage.decode(slots, positions, rows)
         if wanted:
@@ -231,6 +232,7 @@ class Team:
             and (alone or len(slots) == rows == len(set(slots)))
             and all(0 <= slot < self.slots for slot in slots)
             and all(0 <= at <= self.context_tokens - (rows if alone else 1) for at in positions)
+            and 0 < message.logits <= min(rows, 1 + limits.DRAFT_TOKENS)
             and ALL_LOGITS <= message.candidates <= (self.spec.vocab if self.has_head else 0)
             and (self.has_head or not message.candidates)
         ):
@@ -257,12 +259,12 @@ class LeadStage(Stage):
         """Held for a pass or a trial."""
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         if self._embedding is not None:
             inputs = self._embedding.forward(slot, position, inputs)
         with self._lock:
-            return self._pass((slot,), (position,), inputs, logits=logits)
+            return self._pass((slot,), (position,), inputs, int(logits))
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
@@ -270,7 +272,7 @@ class LeadStage(Stage):
         if self._embedding is not None:
             inputs = self._embedding.decode(slots, positions, inputs)
         with self._lock:
-            return self._pass(tuple(slots), tuple(positions), inputs, logits=True)
+            return self._pass(tuple(slots), tuple(positions), inputs, 1)
 
     def measure(self) -> tuple[float, int, float]:
         """Return the median seconds of a sum of one row, a chunk's rows, and those of its sum."""
@@ -299,8 +301,7 @@ class LeadStage(Stage):
         slots: tuple[int, ...],
         positions: tuple[int, ...],
         inputs: Array | Tokens,
-        *,
-        logits: bool,
+        logits: int,
     ) -> Array:
         team, mesh = self._team, self._mesh
         wanted = 0
@@ -311,11 +312,14 @@ class LeadStage(Stage):
         payload = encode_rows(inputs.astype(np.float32, copy=False), bits)
         rows = decode_rows(payload, count, team.spec.hidden, bits)
         mesh.number += 1
-        message = TeamPass(team.epoch, mesh.number, slots, positions, count, bits, wanted)
+        message = TeamPass(
+            team.epoch, mesh.number, slots, positions, count, bits, wanted, max(logits, 1)
+        )
         self._announce(encode(message, len(payload)), payload)
         with leaving_early(mesh, flush=True):
             if len(slots) == 1:
-                output = self._share.forward(slots[0], positions[0], rows, logits=bool(wanted))
+                most = logits if wanted else 0
+                output = self._share.forward(slots[0], positions[0], rows, logits=most)
             else:
                 output = self._share.decode(slots, positions, rows)
             return self._joined(output, wanted) if wanted else output

@@ -140,7 +140,7 @@ class Stage(ABC):
 
     @abstractmethod
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         """Run rows [position, position + n) of the sequence in ``slot``.
 
@@ -151,9 +151,10 @@ class Stage(ABC):
         inputs: token ids int64 [n] if the stage holds the embedding, else hidden float32 [n,
             hidden].
 
-        Returns hidden float32 [n, hidden]. A stage with the head returns logits float32 [1, vocab]
-        of the last row, or [0, vocab] with ``logits=False``. Raises BackendError if rows do not fit
-        the context.
+        logits: the number of last rows whose logits are wanted, at most n.
+
+        Returns hidden float32 [n, hidden]. A stage with the head returns logits float32
+        [logits, vocab] of the last rows. Raises BackendError if rows do not fit the context.
         """
 
     def decode(

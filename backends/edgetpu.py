@@ -210,7 +210,7 @@ class Int8Stage(Stage):
         return {name: product.counts for name, product in self._products}
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         self._check_call([slot], position, inputs)
         rows = len(inputs)
@@ -222,7 +222,8 @@ class Int8Stage(Stage):
             return hidden
         if not logits:
             return np.empty((0, self._spec.vocab), np.float32)
-        return self._head.forward(slot, position + rows - 1, hidden[-1:])
+        first = rows - logits
+        return self._head.forward(slot, position + first, hidden[first:], logits=logits)
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens

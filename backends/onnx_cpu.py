@@ -1,6 +1,7 @@
 """Any CPU: ONNX Runtime, weights packed in 2, 4 or 8 bits, activations rounded to 8 bits.
 
-A stage is one graph of its layers and one of its head. Only the last row goes through the head.
+A stage is one graph of its layers and one of its head. Only the rows whose logits are wanted go
+through the head.
 ONNX Runtime holds a graph's weights twice while it rearranges them for its kernels. So layers are
 built in segments of SEGMENT_BYTES. If prepared weights can be kept, the segments become one
 session. Otherwise each segment is a session with threads of its own.
@@ -153,7 +154,7 @@ class OnnxCpuStage(Stage):
         return self._kept_files
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         rows = len(inputs) if inputs.ndim else 0
         self._check([slot], [position], inputs, rows)
@@ -208,7 +209,7 @@ class _Chain:
         self._head = head
         self._vocab = vocab
 
-    def forward(self, hidden: Array, slot: int, last: Tokens, *, logits: bool) -> Array:
+    def forward(self, hidden: Array, slot: int, last: Tokens, *, logits: int) -> Array:
         """Run rows [n, hidden] of a sequence, the last of which is at ``last`` [1]."""
         prompt = len(hidden) >= PROMPT_ROWS
         hidden = hidden[None]
@@ -218,7 +219,7 @@ class _Chain:
             if self._head is not None:
                 if not logits:
                     return np.empty((0, self._vocab), np.float32)
-                hidden = self._head.run(hidden[:, -1:])
+                hidden = self._head.run(hidden[:, -logits:])
         result: Array = hidden[0]
         return result
 

@@ -136,7 +136,7 @@ class ShareLayers:
         self._team_sum = team_sum
         self._passes: dict[tuple[int, ...], _Pass] = {}
 
-    def forward(self, hidden: Array, slot: int, last: Tokens, *, logits: bool) -> Array:
+    def forward(self, hidden: Array, slot: int, last: Tokens, *, logits: int) -> Array:
         """Run rows [n, hidden] of a sequence, the last of which is at ``last`` [1]."""
         rows = len(hidden)
         if rows == 1:

@@ -116,7 +116,7 @@ class TorchStage(Stage):
         return self._memory_bytes
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         rows = self._check([slot], [position], inputs, len(inputs) if inputs.ndim else 0)
         chunk = PROMPT_ROWS if self._cut is None else rows
@@ -133,7 +133,8 @@ class TorchStage(Stage):
                 return self._finite(hidden, [slot])
             if not logits:
                 return np.empty((0, self._spec.vocab), np.float32)
-            return self._finite(_to_host(self._head(Residual(results[-1][-1:]))), [slot])
+            last = results[-1] if logits <= len(results[-1]) else torch.cat(results)
+            return self._finite(_to_host(self._head(Residual(last[-logits:]))), [slot])
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens

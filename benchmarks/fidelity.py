@@ -390,6 +390,8 @@ def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) ->
         "temperature": 0,
         "stream": True,
         "return_token_ids": True,
+        "cache_prompt": False,
+        "speculative.n_max": 0,  # A plan predicts passes of one row.
     }
     account: dict[str, Any] = {}
     with closing(client.stream("/v1/completions", body)) as events:

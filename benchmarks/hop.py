@@ -329,7 +329,7 @@ class ReadingStage(Stage):
         self._clock, self._output, self._weights = clock, output, weights
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         started_s = time.perf_counter()
         if len(self._weights):

@@ -45,7 +45,7 @@ class TimedStage(Stage):
         self._stage = stage
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         started_s = time.perf_counter()
         output = self._stage.forward(slot, position, inputs, logits=logits)

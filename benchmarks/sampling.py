@@ -104,7 +104,13 @@ def rate(url: str, streams: int, tokens: int, settings: dict[str, float], seed: 
     """Return tokens per second of all streams, from the first request to the last answer."""
 
     def one(first: int) -> None:
-        body = {"prompt": [first], "max_tokens": tokens, "seed": seed + first, **settings}
+        body = {
+            "prompt": [first],
+            "max_tokens": tokens,
+            "seed": seed + first,
+            "speculative.n_max": 0,  # Greedy answers repeat themselves more than drawn ones.
+            **settings,
+        }
         with Client(url) as client:
             answer = client.post("/v1/completions", body)
         if answer["usage"]["completion_tokens"] != tokens:

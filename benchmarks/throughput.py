@@ -118,7 +118,12 @@ def generate(url: str, count: int, tokens: int, temperature: float = 0.0) -> flo
     """Return tokens per second of this many generations at once, all together."""
 
     def one(first: int) -> None:
-        body = {"prompt": [first], "max_tokens": tokens, "temperature": temperature}
+        body = {
+            "prompt": [first],
+            "max_tokens": tokens,
+            "temperature": temperature,
+            "speculative.n_max": 0,  # A plan predicts passes of one row of each sequence.
+        }
         with Client(url) as client:
             answer = client.post("/v1/completions", body)
         if answer["usage"]["completion_tokens"] != tokens:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from model.quantize import BITS
+from wire import limits
 from wire.messages import Endpoint
 from wire.sizes import parse_size
 
@@ -83,6 +84,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _guesses(text: str) -> int:
+    value = whole(text)
+    if value > limits.DRAFT_TOKENS:
+        raise ValueError(text)
+    return value
+
+
 def _known_bits(text: str) -> list[int]:
     bits = sorted({int(part) for part in text.split(",")})
     if any(value not in BITS for value in bits):
@@ -136,6 +144,7 @@ def _origins(text: str) -> list[str]:
 
 
 count = argument(_positive, "a whole number above 0")
+guesses = argument(_guesses, f"a whole number from 0 to {limits.DRAFT_TOKENS}")
 bits = argument(_known_bits, "widths out of " + ",".join(map(str, BITS)))
 size = argument(parse_size, "a size such as 512M, 1.5G or 200MiB")
 watts = argument(between(0.01, 1e5, "W"), "watts, such as 6.5")

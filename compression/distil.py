@@ -70,8 +70,9 @@ def distil(
                 group["lr"] = _rate(recipe, step)
             batch = drawn(targets, recipe.batch_tokens, recipe.seed, step)
             with torch.no_grad():
-                expected = teacher.forward(batch.tokens)
-            loss = distillation_loss(expected, student.forward(batch.tokens), batch, cut, recipe)
+                expected = teacher.forward(batch.tokens, at=batch.predicts)
+            found = student.forward(batch.tokens, at=batch.predicts)
+            loss = distillation_loss(expected, found, batch, cut, recipe)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -91,9 +92,11 @@ def distil(
 def distillation_loss(
     expected: Outputs, found: Outputs, batch: Batch, cut: Cut, recipe: Recipe
 ) -> torch.Tensor:
-    """Return the loss of a batch: divergence in nats per token, and weighted relative distances."""
-    wanted = expected.logits[batch.predicts]
-    loss = divergence_sum(wanted, found.logits[batch.predicts]) / len(wanted)
+    """Return the loss of a batch: divergence in nats per token, and weighted relative distances.
+
+    Both outputs have logits where the batch predicts.
+    """
+    loss = divergence_sum(expected.logits, found.logits) / len(expected.logits)
     if not recipe.hidden_weight:
         return loss
     distances = []

@@ -45,18 +45,35 @@ class Importance:
     layers: list[int]
 
 
-def divergence(
-    batches: Sequence[Batch], teacher: Network, student: Callable[[Batch], Outputs]
-) -> float:
-    """Return the mean KL(teacher || student) of predictions that matter, in nats per token."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            expected = teacher.forward(batch.tokens).logits[batch.predicts]
-            found = student(batch).logits[batch.predicts]
-            total += float(divergence_sum(expected, found))
-            count += len(expected)
-    return total / count
+Run = Callable[[Batch], Outputs]
+"""Runs a batch, and returns logits where ``Batch.predicts`` is true."""
+
+
+class Probe:
+    """A text on which models are compared with the original, which runs once."""
+
+    def __init__(self, original: Network, batches: Sequence[Batch]) -> None:
+        """Run the original. Its last rows are kept, which are smaller than logits."""
+        self.original, self.batches = original, batches
+        self._rows = []
+        with torch.no_grad():
+            for batch in batches:
+                states = original.forward(batch.tokens, at=batch.predicts & False).hidden
+                self._rows.append(states[-1][batch.predicts])
+
+    def divergence(self, run: Run) -> float:
+        """Return the mean KL(original || model) of predictions that matter, in nats per token."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch, rows in zip(self.batches, self._rows, strict=True):
+                expected = self.original.head(rows)
+                total += float(divergence_sum(expected, run(batch).logits))
+                count += len(expected)
+        return total / count
+
+    def of(self, network: Network) -> float:
+        """Return the divergence of a whole network."""
+        return self.divergence(lambda batch: network.forward(batch.tokens, at=batch.predicts))
 
 
 def divergence_sum(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -93,17 +110,16 @@ def gate_importance(
     return heads.tolist(), columns.tolist()
 
 
-def layer_order(network: Network, batches: Sequence[Batch], on_step: OnStep) -> list[int]:
+def layer_order(probe: Probe, on_step: OnStep) -> list[int]:
     """Return the order in which layers are best removed, each measured without those before."""
-    count = len(network.spec.layers)
+    count = len(probe.original.spec.layers)
     total = count * (count + 1) // 2 - 1
     done = 0
     removed: list[int] = []
     while len(removed) < count - 1:
         found: dict[int, float] = {}
         for layer in set(range(count)) - set(removed):
-            rest = _without(network, {layer, *removed})
-            found[layer] = divergence(batches, network, rest)
+            found[layer] = probe.divergence(_without(probe.original, {layer, *removed}))
             done += 1
             on_step(done, total)
         removed.append(min(found, key=lambda layer: (found[layer], layer)))
@@ -132,20 +148,14 @@ def cut_of(spec: ModelSpec, importance: Importance, shape: Shape) -> Cut:
 
 
 def best_cut(
-    network: Network,
-    importance: Importance,
-    share: float,
-    batches: Sequence[Batch],
-    on_step: OnStep,
-    *,
-    with_heads: bool,
+    probe: Probe, importance: Importance, share: float, on_step: OnStep, *, with_heads: bool
 ) -> Cut:
     """Return the cut to ``share`` of the layers' weights that loses least, of those near it.
 
-    Each is measured on the batches, as the original with closed gates. Raises CompressionError if
+    Each is measured on the probe, as the original with closed gates. Raises CompressionError if
     no shape is that small.
     """
-    spec = network.spec
+    spec = probe.original.spec
     whole = weights_of(spec)
     near: dict[Shape, float] = {}
     for shape in shapes(spec, with_heads=with_heads):
@@ -159,24 +169,24 @@ def best_cut(
     losses: dict[Shape, float] = {}
     for number, shape in enumerate(chosen, start=1):
         cut = cut_of(spec, importance, shape)
-        losses[shape] = divergence(batches, network, masked(network, cut))
+        losses[shape] = probe.divergence(masked(probe.original, cut))
         on_step(number, len(chosen))
     best = min(chosen, key=lambda shape: (losses[shape], -near[shape]))
     return cut_of(spec, importance, best)
 
 
-def masked(network: Network, cut: Cut) -> Callable[[Batch], Outputs]:
+def masked(network: Network, cut: Cut) -> Run:
     """Return what runs batches through the original with all parts closed that a cut removes."""
     gates = Gates.ones(network.spec, network.blocks[0]["tokens.weight"].dtype)
     for place, layer in enumerate(cut.layers):
         gates.heads[layer] = _only(gates.heads.shape[1], cut.heads[place])
         gates.columns[layer] = _only(gates.columns.shape[1], cut.columns[place])
     without = set(range(len(network.spec.layers))) - set(cut.layers)
-    return lambda batch: network.forward(batch.tokens, gates, without)
+    return lambda batch: network.forward(batch.tokens, gates, without, batch.predicts)
 
 
-def _without(network: Network, layers: Collection[int]) -> Callable[[Batch], Outputs]:
-    return lambda batch: network.forward(batch.tokens, without=layers)
+def _without(network: Network, layers: Collection[int]) -> Run:
+    return lambda batch: network.forward(batch.tokens, without=layers, at=batch.predicts)
 
 
 def importance_of(values: Mapping[str, list[list[float]] | list[int]]) -> Importance:

@@ -58,7 +58,7 @@ def losses(
     with torch.no_grad():
         for batch in batches:
             logits = student.forward(batch.tokens).logits
-            wanted = teacher.forward(batch.tokens).logits[batch.predicts]
+            wanted = teacher.forward(batch.tokens, at=batch.predicts).logits
             kl += float(divergence_sum(wanted, logits[batch.predicts]))
             count += len(wanted)
             # What follows the last token is not known, so it has no loss.

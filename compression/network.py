@@ -83,11 +83,16 @@ class Network:
         ]
 
     def forward(
-        self, tokens: torch.Tensor, gates: Gates | None = None, without: Collection[int] = ()
+        self,
+        tokens: torch.Tensor,
+        gates: Gates | None = None,
+        without: Collection[int] = (),
+        at: torch.Tensor | None = None,
     ) -> Outputs:
         """Run sequences [sequences, n] from their first token on.
 
         without: layers that are left out. Sequences may be padded behind their end.
+        at: bool [sequences, n], the rows whose logits are wanted. Then logits are [rows, vocab].
         """
         hidden = self._embed(tokens)
         states = [hidden]
@@ -97,7 +102,7 @@ class Network:
             own = None if gates is None else (gates.heads[number], gates.columns[number])
             hidden = _layer(layer, self.blocks[number + 1], hidden, own)
             states.append(hidden)
-        return Outputs(states, self._head(hidden))
+        return Outputs(states, self.head(hidden if at is None else hidden[at]))
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         weights = self.blocks[0]
@@ -109,7 +114,8 @@ class Network:
             hidden = hidden + weights["positions.weight"][begin : begin + tokens.shape[1]]
         return hidden
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of rows behind the last layer."""
         weights = self.blocks[-1]
         if self.spec.final_norm:
             hidden = _norm(self.spec.layers[-1], weights, "norm", hidden)

@@ -11,9 +11,10 @@ from typing import Any
 from backends.base import Backend
 from compression.cuts import Cut, cut_blocks, cut_spec, weights_of
 from compression.distil import Recipe, distil
-from compression.folder import can_cut_heads, check_source, write_folder
+from compression.folder import can_cut_heads, write_folder
 from compression.importance import (
     Importance,
+    Probe,
     best_cut,
     gate_importance,
     importance_of,
@@ -35,7 +36,7 @@ Blocks = Sequence[Mapping[str, Any]]
 OnStep = Callable[[str, int, int, str], None]
 """Gets (what, done, all, note)."""
 
-PROBE_TOKENS = 16384
+PROBE_TOKENS = 4096
 """Tokens of the text that importance is measured on."""
 
 
@@ -76,14 +77,15 @@ class Compression:
         points: Points,
         on_step: OnStep,
     ) -> None:
-        """Read the original into memory. Raises CompressionError if it cannot be compressed."""
-        check_source(checkpoint)
+        """Read the original, which ``check_source`` has passed, into memory."""
         self._checkpoint, self._text, self._wanted = checkpoint, text, wanted
         self._directory, self.points, self._on_step = directory, points, on_step
         self._blocks = [checkpoint.block(block) for block in range(checkpoint.spec.block_count)]
         self._teacher = Network(checkpoint.spec, self._blocks)
         most = wanted.recipe.batch_tokens
-        self._probe = list(batches(_some(text.learn, PROBE_TOKENS), most))
+        self._probe = Probe(
+            self._teacher, list(batches(_some(text.learn, PROBE_TOKENS), PROBE_TOKENS))
+        )
         self._measured: list[Batch] = list(batches(text.measure, most))
         self._with_heads = can_cut_heads(checkpoint)
 
@@ -117,10 +119,12 @@ class Compression:
         kept = self.points.get("importance")
         if kept is None:
             heads, columns = gate_importance(
-                self._teacher, self._probe, lambda a, b: self._on_step("weighing parts", a, b, "")
+                self._teacher,
+                self._probe.batches,
+                lambda a, b: self._on_step("weighing parts", a, b, ""),
             )
             order = layer_order(
-                self._teacher, self._probe, lambda a, b: self._on_step("weighing layers", a, b, "")
+                self._probe, lambda a, b: self._on_step("weighing layers", a, b, "")
             )
             kept = asdict(Importance(heads, columns, order))
             self.points.put("importance", kept)
@@ -162,10 +166,9 @@ class Compression:
         kept = self.points.get(f"cut {size:g}")
         if kept is None:
             cut = best_cut(
-                self._teacher,
+                self._probe,
                 importance,
                 size,
-                self._probe,
                 lambda a, b: self._on_step(f"choosing {size:.0%}", a, b, ""),
                 with_heads=self._with_heads,
             )

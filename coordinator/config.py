@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wire import limits
 from wire.addresses import is_loopback
 from wire.auth import Token
 
@@ -40,6 +41,10 @@ class CoordinatorConfig:
     """The most disk space for quantized blocks. None means most of the free space."""
     recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S
     """The time that answers wait for a lost device if the others cannot take its place."""
+    prefix_cache: bool = True
+    """Whether prompts may begin with rows that an earlier sequence left in a slot."""
+    drafts: int = limits.DRAFT_TOKENS
+    """The most tokens that the first stage may guess ahead of an answer. 0: none."""
     token: Token | None = field(default=None, repr=False)
     """The token that agents must know to join. None lets every agent join."""
     insecure_http: bool = False

@@ -45,7 +45,7 @@ from coordinator.quality.store import QualityStore
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
-from coordinator.serving.gateway import Gateway
+from coordinator.serving.gateway import Gateway, Shortcuts
 from coordinator.serving.requests import Requests
 from coordinator.story import Story
 from model.errors import ModelError
@@ -138,7 +138,9 @@ class Coordinator:
             config.recovery_wait_s,
         )
         self._paces = Paces(self.roster, self._models, self._story)
-        self._gateway = Gateway(self.roster, self._models)
+        self._gateway = Gateway(
+            self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
+        )
         self._requests = Requests()
         self._feed = StateFeed(
             config, self.roster, self._models, turns, self._requests, self._story

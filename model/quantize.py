@@ -43,7 +43,7 @@ PREPARED: tuple[Quantizer, ...] = ("clip", "gptq", "auto")
 ``model.quantizers`` makes them.
 """
 SCHEMES: tuple[Quantizer, ...] = ("rtn", "truncate", *PREPARED)
-"""What a user can choose."""
+"""The schemes that a user can choose."""
 DEFAULT_GROUP_SIZE = 64
 """Groups of 64 are as accurate at 4 bits as symmetric groups of 32, and faster.
 

@@ -27,6 +27,10 @@ MAX_NESTING = 8
 PREFILL_CHUNK_TOKENS = 64
 """The prompt rows that a stage runs in one call. This bounds compute buffers and frames."""
 
+DRAFT_TOKENS = 14
+"""The most tokens that a pass checks ahead. With its own row it has fewer rows than a chunk, which
+some backends round more coarsely."""
+
 CONNECT_TIMEOUT_S = 3.0
 """A device on the same LAN answers in milliseconds, or not at all."""
 

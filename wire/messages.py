@@ -341,6 +341,7 @@ class TeamPass:
     ``slots`` and ``positions`` have one entry for rows of one sequence, or one per row.
     ``candidates``: a member with the head answers with so many highest logits of each last row.
     0: none. -1: all.
+    ``logits``: the number of last rows, for rows of one sequence.
     """
 
     epoch: int
@@ -350,6 +351,7 @@ class TeamPass:
     rows: int
     bits: HopBits
     candidates: int
+    logits: int = 1
 
 
 @dataclass(slots=True)
@@ -597,6 +599,10 @@ class StartSequence:
 
     A stage takes rows only of started sequences. The first stage gets the prompt, and runs it. The
     last one gets it too if it tells the prompt's log-probabilities.
+
+    cached: the leading rows that the slot keeps from an earlier sequence with the same tokens. They
+        do not run again.
+    drafts: the most tokens that the first stage may guess ahead of the answer. 0: none.
     """
 
     epoch: int
@@ -606,6 +612,8 @@ class StartSequence:
     sampling: Sampling
     chunk_tokens: int = limits.PREFILL_CHUNK_TOKENS
     """The largest number of prompt rows that go through the stages at once."""
+    cached: int = 0
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -618,11 +626,15 @@ class ReleaseSequence:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailed:
-    """Stage to coordinator: a sequence cannot continue."""
+    """Stage to coordinator: a sequence cannot continue.
+
+    prefix_lost: the slot does not keep the ``cached`` rows. A start without them may work.
+    """
 
     epoch: int
     sequence: int
     reason: str
+    prefix_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -713,6 +725,9 @@ class Activation:
 
     The payload is that of wire.activations, at ``bits`` a value. ``last`` is false if more chunks
     of the prompt follow, so that the head need not run.
+
+    drafts: the tokens of all rows but the first, if they are guesses of the first stage. Later rows
+        may replace these rows.
     """
 
     epoch: int
@@ -722,6 +737,7 @@ class Activation:
     rows: int
     bits: HopBits
     last: bool
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -731,8 +747,12 @@ class TokenSampled:
     A stop token has finish "stop", and is not part of the answer.
 
     after_us: microseconds since the last stage sampled the previous token. 0 for the first one.
+        Tokens of one pass share its time.
     logprobs: wire.logprobs of the token and the likeliest ones, if asked for. Only for the
         coordinator.
+    drafted, accepted: the number of drafts in the pass that ended with this token, and of those
+        that were right. 0 for the other tokens of the pass. Only its last token goes to the first
+        stage.
     """
 
     epoch: int
@@ -742,6 +762,8 @@ class TokenSampled:
     finish: FinishReason
     after_us: int = 0
     logprobs: bytes = b""
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(slots=True)

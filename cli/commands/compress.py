@@ -218,6 +218,7 @@ def _compress(options: argparse.Namespace, screen: Screen) -> None:
 
     from cli.commands.compress_views import show
     from cli.commands.model_names import model_here
+    from compression.folder import check_source
     from compression.points import Points
     from compression.run import Compression
     from model.checkpoint import Checkpoint
@@ -225,6 +226,7 @@ def _compress(options: argparse.Namespace, screen: Screen) -> None:
 
     torch.set_num_threads(options.threads)
     checkpoint = Checkpoint.open(model_here(options.model, screen))
+    check_source(checkpoint)
     text = _text(options, screen, checkpoint, Tokenizer.load(checkpoint.directory))
     wanted = _wanted(options)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from coordinator.config import (
     ConfigError,
     CoordinatorConfig,
 )
+from wire import limits
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
@@ -136,6 +137,19 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="How many seconds answers wait for a lost device, if the remaining devices cannot "
         "hold the model. Default: %(default)g.",
+    )
+    parser.add_argument(
+        "--no-prefix-cache",
+        action="store_true",
+        help="Compute every prompt from its first token, and not on from what a slot has kept.",
+    )
+    parser.add_argument(
+        "--speculate",
+        type=argument_types.guesses,
+        default=limits.DRAFT_TOKENS,
+        metavar="N",
+        help="The most tokens that are guessed ahead where an answer repeats text, and checked at "
+        "once. Answers stay the same. 0: none. Default: %(default)d.",
     )
     _add_state_dir(parser, "coordinator")
     _add_token(parser)
@@ -251,7 +265,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         else:
             screen.out.print(
                 f"cluster {options.cluster}: agents join at port {ready.control_port}, "
-                f"API at {_url(ready.http_host, ready.http_port)}"
+                f"page and API at {_url(ready.http_host, ready.http_port)}"
             )
 
     _raise_descriptor_limit()
@@ -273,6 +287,8 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             insecure_http=options.insecure_http,
             cors_origins=tuple(options.cors_origin),
             most_waiting=options.queue,
+            prefix_cache=not options.no_prefix_cache,
+            drafts=options.speculate,
         )
         coordinator = Coordinator(
             config, screen.note, ServiceManager.from_environment(), LocalMakers()

@@ -1,24 +1,67 @@
-"""The KV slots of a deployment, given out in order of arrival."""
+"""The KV slots of a deployment, given out in order of arrival.
+
+A slot keeps the rows of its last sequence. A prompt that begins with the same tokens computes only
+the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
+
+SIMILAR = 0.1
+"""The share of a prompt that a slot must keep to be chosen for it, as in llama-server."""
+
+_NOTHING: Ids = np.empty(0, np.int64)
+
+
+class Held:
+    """A slot in the hands of one request.
+
+    slot: its number.
+    cached: the leading tokens of the prompt whose rows every stage has in this slot.
+    """
+
+    def __init__(self, slot: int, prompt: Sequence[int], cached: int) -> None:
+        self.slot = slot
+        self.cached = cached
+        self._tokens = list(prompt)
+        self._valid = cached
+
+    def sampled(self, token: int) -> None:
+        """Note the next token of the answer. So all stages have the rows of the tokens before."""
+        self._valid = len(self._tokens)
+        self._tokens.append(token)
+
+    def forget(self) -> None:
+        """Note that a stage may lack rows of this slot."""
+        self.cached = self._valid = 0
+
+    @property
+    def kept(self) -> Ids:
+        """The leading tokens whose rows every stage has."""
+        return np.array(self._tokens[: self._valid], np.int64)
 
 
 class Slots:
-    """``total`` slots, for one event loop.
-
-    The lowest free slot is given first, because stages run rows of neighbouring slots together.
-    """
+    """``total`` slots, for one event loop."""
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._free = list(range(total))
+        self._free = set(range(total))
         self._line: deque[asyncio.Future[int]] = deque()
+        self._kept = [_NOTHING] * total
+        """The tokens whose rows each slot keeps on every stage."""
+        self._ended = [0] * total
+        """When each slot was given back last, as a count of all such moments."""
+        self._endings = 0
 
     @property
     def used(self) -> int:
@@ -29,18 +72,31 @@ class Slots:
         """The number of requests in line."""
         return len(self._line)
 
+    @property
+    def kept_tokens(self) -> int:
+        """The rows that free slots keep for later prompts."""
+        return sum(len(self._kept[slot]) for slot in self._free)
+
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[int]:
-        """Wait in line for a slot, and hold it."""
-        slot = await self._take()
+    async def one(self, prompt: Sequence[int] = (), *, reuse: bool = True) -> AsyncIterator[Held]:
+        """Wait in line for a slot, and hold it. With ``reuse``, its kept rows may serve."""
+        # At least the last token runs, because its row gives the logits of the first answer token.
+        begin = np.array(prompt[:-1] if reuse else (), np.int64)
+        slot = await self._take(begin)
+        cached = _common(self._kept[slot], begin)
+        held = Held(slot, prompt, cached)
+        self._kept[slot] = _NOTHING
         try:
-            yield slot
+            yield held
         finally:
+            self._kept[slot] = held.kept
             self._give(slot)
 
-    async def _take(self) -> int:
+    async def _take(self, begin: Ids) -> int:
         if self._free:  # Then the line is empty.
-            return heapq.heappop(self._free)
+            slot = self._choose(begin)
+            self._free.remove(slot)
+            return slot
         turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._line.append(turn)
         try:
@@ -52,11 +108,33 @@ class Slots:
                 self._line.remove(turn)
             raise
 
+    def _choose(self, begin: Ids) -> int:
+        """Return the free slot that keeps most of a prompt, or else the one used longest ago.
+
+        Slots that keep nothing come before others. Of equal ones the lowest is taken.
+        """
+        shared = {slot: _common(self._kept[slot], begin) for slot in self._free}
+        best = max(shared, key=lambda slot: (shared[slot], -len(self._kept[slot]), -slot))
+        if shared[best] > SIMILAR * len(begin):
+            return best
+        return min(
+            self._free, key=lambda slot: (len(self._kept[slot]) > 0, self._ended[slot], slot)
+        )
+
     def _give(self, slot: int) -> None:
         """Hand the slot to the first in line, or put it back."""
+        self._endings += 1
+        self._ended[slot] = self._endings
         while self._line:
             turn = self._line.popleft()
             if not turn.done():
                 turn.set_result(slot)
                 return
-        heapq.heappush(self._free, slot)
+        self._free.add(slot)
+
+
+def _common(one: Ids, other: Ids) -> int:
+    """Return the number of leading tokens that are equal."""
+    count = min(len(one), len(other))
+    differs = one[:count] != other[:count]
+    return int(differs.argmax()) if differs.any() else count

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from coordinator.loading.deployment import Deployment
-from coordinator.serving.gateway import Gateway, Piece, Timing
+from coordinator.serving.gateway import ALL_SHORTCUTS, Gateway, Piece, Shortcuts, Timing
 from wire.messages import Sampling
 
 SEEDS = 1 << 63
@@ -20,6 +20,7 @@ class Run:
 
     prompt: tuple[int, ...]
     sampling: Sampling
+    shortcuts: Shortcuts = ALL_SHORTCUTS
 
 
 def seed_of(seed: int, choice: int) -> int:
@@ -55,6 +56,7 @@ async def answers(
             timing,
             withdrawable=withdrawable,
             markers=markers,
+            shortcuts=run.shortcuts,
         )
 
     if len(runs) == 1:  # A token takes no detour.

@@ -4,6 +4,9 @@ The deployment's KV slots bound the sequences in flight. Later requests stand in
 follows each sequence to its end, and then frees its slot on every stage. A sequence ends by the
 model, a stop string, an error, or a user who goes away.
 
+A slot keeps its rows when a sequence ends. A request gets the slot that keeps most of its prompt,
+and only the rest of the prompt runs (coordinator.loading.slots).
+
 The gateway keeps every token. If a device is lost and the model is placed anew, the prompt and the
 answer so far run through the new stages, and the answer goes on.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
@@ -28,12 +32,15 @@ from coordinator.errors import (
 )
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
+from coordinator.loading.slots import Held
 from coordinator.loading.state import EndAnswers
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
+from planning.prompt import CHUNK_TOKENS
+from wire import limits
 from wire.errors import ProtocolError
 from wire.logprobs import TokenLogprobs, decode_logprobs
 from wire.messages import (
@@ -48,11 +55,17 @@ from wire.messages import (
 )
 from wire.patience import within
 
+log = logging.getLogger(__name__)
+
 STALL_S = 120.0
 STALL_FACTOR = 20
 """The time limit for one token is STALL_S plus STALL_FACTOR times the prompt's predicted time.
 
 Without a limit, requests in line could wait for ever."""
+
+
+SHARED_CHUNK_TOKENS = min(CHUNK_TOKENS)
+"""The rows of a prompt's chunk beside other sequences, whose tokens wait for it at each stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,28 @@ class Piece:
     """The log-probabilities of the prompt's tokens but the first. Such a piece has nothing else."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shortcuts:
+    """Ways to an answer that change its time only.
+
+    cache_prompt: the prompt may begin with rows that a slot has kept. Their last bits depend on the
+        chunks in which they were computed.
+    drafts: the most tokens that the first stage may guess ahead. 0: none.
+    """
+
+    cache_prompt: bool = True
+    drafts: int = limits.DRAFT_TOKENS
+
+    def within(self, allowed: Shortcuts) -> Shortcuts:
+        """Return those that are allowed, too."""
+        return Shortcuts(
+            self.cache_prompt and allowed.cache_prompt, min(self.drafts, allowed.drafts)
+        )
+
+
+ALL_SHORTCUTS = Shortcuts()
+
+
 @dataclass(slots=True)
 class Timing:
     """When an answer began at the gateway (by a monotonic clock), and what its tokens took.
@@ -80,19 +115,25 @@ class Timing:
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Leading tokens of the prompt that did not run, because their rows were kept."""
     started_s: float = 0.0
     first_s: float | None = None
     decoded: int = 0
     """Tokens that followed another one."""
     decoding_us: int = 0
     """The time of these tokens."""
+    drafted_tokens: int = 0
+    """Tokens that the first stage guessed ahead."""
+    accepted_tokens: int = 0
+    """Guesses that were right."""
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens per second until the first token. None before that."""
+        """Prompt tokens that ran per second until the first token. None before that."""
         if self.first_s is None:
             return None
-        return self.prompt_tokens / (self.first_s - self.started_s)
+        return (self.prompt_tokens - self.cached_tokens) / (self.first_s - self.started_s)
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -103,6 +144,10 @@ class Timing:
 _Told = TokenSampled | PromptScored
 
 
+class _PrefixLost(CoordinatorError):
+    """A stage lacks the kept rows that a sequence was to begin with."""
+
+
 @dataclass(slots=True)
 class _Flight:
     """A sequence in flight. It checks each token that the last stage sends."""
@@ -110,6 +155,7 @@ class _Flight:
     deployment: Deployment
     sampling: Sampling
     prompt: tuple[int, ...]
+    held: Held
     events: asyncio.Queue[_Told | CoordinatorError] = field(default_factory=asyncio.Queue)
     tokens: int = 0
     scored: int = 1
@@ -159,14 +205,30 @@ class _Flight:
         if message.finish != ("stop" if stops else "length" if is_last else ""):
             return f"sent token {message.token}, {self.tokens} of {limit}, as {message.finish!r}"
         self.ended = bool(message.finish)
+        self.held.sampled(message.token)
         return None
+
+    def fail(self, name: str, message: SequenceFailed) -> None:
+        """End by what a stage of the device ``name`` says."""
+        self.ended = True
+        if message.prefix_lost and self.held.cached and not self.tokens:
+            self.events.put_nowait(_PrefixLost(f"{name}: {message.reason}"))
+        else:
+            self.events.put_nowait(AgentFailed(name, message.reason))
 
 
 class Gateway:
     """Runs prompts on a deployment, one sequence per KV slot."""
 
-    def __init__(self, roster: Roster, models: Models) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        models: Models,
+        shortcuts: Shortcuts = ALL_SHORTCUTS,
+    ) -> None:
+        """Answer with the deployments of ``models``, by no other shortcuts than these."""
         self._models = models
+        self._shortcuts = shortcuts
         self._numbers = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
@@ -182,6 +244,7 @@ class Gateway:
         *,
         withdrawable: bool = False,
         markers: Collection[str] = (),
+        shortcuts: Shortcuts = ALL_SHORTCUTS,
     ) -> AsyncGenerator[Piece, None]:
         """Wait for a slot, then yield the answer's pieces. The last one has a finish reason.
 
@@ -191,6 +254,7 @@ class Gateway:
 
         withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
         markers: the special tokens whose texts are shown.
+        shortcuts: those that the request may take, if the gateway allows them.
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
@@ -198,6 +262,7 @@ class Gateway:
         limit = min(sampling.max_tokens, room)
         timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
+        taken = shortcuts.within(self._shortcuts)
         request = requests.current()
         request.asks(deployment.name, len(prompt))
         decoder = deployment.tokenizer.stream(markers)
@@ -217,7 +282,7 @@ class Gateway:
             left = _rest(sampling, limit, answer, scored=len(scores) == len(prompt) - 1)
             if left.prompt_logprobs:
                 scores.clear()
-            events = self._tokens(deployment, (*prompt, *answer), left, timing)
+            events = self._tokens(deployment, (*prompt, *answer), left, timing, taken)
             try:
                 async with aclosing(events):
                     async for event in events:
@@ -235,6 +300,8 @@ class Gateway:
                         if event.logprobs and piece.tokens:
                             piece = _with_logprobs(piece, event, sampling, deployment.spec.vocab)
                         request.answers(len(piece.tokens))
+                        request.drafted_tokens += event.drafted
+                        request.accepted_tokens += event.accepted
                         answer += piece.tokens
                         given += piece.tokens
                         yield piece
@@ -250,25 +317,62 @@ class Gateway:
             yield Piece("", (), "", notice)
 
     async def _tokens(
-        self, deployment: Deployment, prompt: tuple[int, ...], sampling: Sampling, timing: Timing
+        self,
+        deployment: Deployment,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        timing: Timing,
+        shortcuts: Shortcuts,
     ) -> AsyncGenerator[_Told, None]:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
-        async with deployment.slots.one() as slot:
+        # A prompt that is scored runs whole.
+        reuse = shortcuts.cache_prompt and not sampling.prompt_logprobs
+        async with deployment.slots.one(prompt, reuse=reuse) as held:
             self._models.require(deployment)
-            number = next(self._numbers)
-            flight = self._flights[number] = _Flight(deployment, sampling, prompt)
-            try:
-                timing.started_s = timing.started_s or time.monotonic()
-                requests.current().starts(deployment.epoch, number)
-                await _begin(deployment, number, slot, prompt, sampling)
-                while True:
-                    event = await _next_event(flight, len(prompt))
-                    if isinstance(event, CoordinatorError):
-                        raise event.with_traceback(None)
-                    yield event
-            finally:
-                del self._flights[number]
-                await asyncio.shield(_release(deployment, number))
+            while True:
+                events = self._sequence(
+                    deployment, held, prompt, sampling, timing, shortcuts.drafts
+                )
+                try:
+                    async with aclosing(events):
+                        async for event in events:
+                            yield event
+                    return
+                except _PrefixLost as lost:
+                    log.info("the whole prompt runs: %s", lost)
+                    requests.current().cached_tokens -= held.cached
+                    held.forget()
+                except CoordinatorError:
+                    held.forget()
+                    raise
+
+    async def _sequence(
+        self,
+        deployment: Deployment,
+        held: Held,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        timing: Timing,
+        drafts: int,
+    ) -> AsyncGenerator[_Told, None]:
+        """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
+        number = next(self._numbers)
+        flight = self._flights[number] = _Flight(deployment, sampling, prompt, held)
+        try:
+            timing.started_s = timing.started_s or time.monotonic()
+            is_new = timing.first_s is None
+            if is_new:
+                timing.cached_tokens = held.cached
+            requests.current().starts(deployment.epoch, number, held.cached if is_new else 0)
+            await _begin(deployment, number, held, prompt, sampling, drafts)
+            while not flight.ended or not flight.events.empty():
+                event = await _next_event(flight, len(prompt) - held.cached)
+                if isinstance(event, CoordinatorError):
+                    raise event.with_traceback(None)
+                yield event
+        finally:
+            del self._flights[number]
+            await asyncio.shield(_release(deployment, number))
 
     def on_event(self, member: Member, message: Message) -> None:
         """Take a token or a failure from an agent. A message of no known flight is dropped.
@@ -282,8 +386,7 @@ class Gateway:
             return
         if isinstance(message, SequenceFailed):
             if member in flight.deployment.devices:
-                flight.ended = True
-                flight.events.put_nowait(AgentFailed(member.name, message.reason))
+                flight.fail(member.name, message)
         elif member is flight.deployment.leads[-1]:
             lie = flight.take(message)
             if lie is not None:
@@ -354,6 +457,8 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
     if event.after_us > 0:  # After a pause, the first token of the new stages has none.
         timing.decoded += 1
         timing.decoding_us += event.after_us
+    timing.drafted_tokens += event.drafted
+    timing.accepted_tokens += event.accepted
     if event.finish == "stop":
         shown, _ = text.feed(decoder.finish())
         return Piece(shown + text.rest(), (), "stop")
@@ -398,7 +503,12 @@ def _rest(sampling: Sampling, limit: int, answer: list[int], *, scored: bool) ->
 
 
 async def _begin(
-    deployment: Deployment, number: int, slot: int, prompt: tuple[int, ...], sampling: Sampling
+    deployment: Deployment,
+    number: int,
+    held: Held,
+    prompt: tuple[int, ...],
+    sampling: Sampling,
+    drafts: int,
 ) -> None:
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
@@ -412,9 +522,20 @@ async def _begin(
         with contextlib.suppress(AgentLost):
             await member.send(message)
 
-    chunk_tokens = deployment.plan.chunk_tokens(len(prompt))
+    chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
+    if deployment.slots.used > 1:
+        chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
     common = replace(sampling, answer=(), logit_bias=(), grammar=b"")
-    start = StartSequence(deployment.epoch, number, slot, (), common, chunk_tokens)
+    start = StartSequence(
+        deployment.epoch,
+        number,
+        held.slot,
+        (),
+        common,
+        chunk_tokens,
+        cached=held.cached,
+        drafts=drafts,
+    )
     told = [start for _ in deployment.leads]
     if sampling.repetition_penalty != 1:
         sampling = replace(sampling, penalized=tuple(sorted(set(prompt))))

@@ -8,8 +8,8 @@ says which person has which thing, and how a meter changed. There are four kinds
     read    "The brass key is with Ada Berg. ... Who has the brass key?" - the passage has it
     call    "... Whom to call about the brass key?" - "Ada Berg at 4815": read the name, remember
             the number
-    home    "... Where is the brass key?" - "in the old stone house by the river": read the name,
-            remember the home, and do not say the name
+    home    "... Where is the brass key?" - "with Ada Berg in the old stone house by the river":
+            read the name, remember the home
     sum     "The meter read 347 and rose by 285. ... What does the meter read?" - "632"
 
 A hash of its sentences assigns a passage to the dev set or the training set. The hash does not
@@ -166,7 +166,7 @@ def about_person(person: Person, thing: str) -> tuple[Asked, ...]:
     return (
         Asked("read", f"who has {thing} ?", name),
         Asked("call", f"whom to call about {thing} ?", f"{name} at {person.number}"),
-        Asked("home", f"where is {thing} ?", " ".join(person.home)),
+        Asked("home", f"where is {thing} ?", f"with {name} {' '.join(person.home)}"),
     )
 
 
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--split", choices=("train", "dev"), default="dev")
-    parser.add_argument("--per-kind", type=int, default=150, help="questions per kind")
+    parser.add_argument("--per-kind", type=int, default=200, help="questions per kind")
     parser.add_argument("--seed", type=int, default=DEV_SEED)
     parser.add_argument("--out", default="-", help="file to write, - for standard output")
     parser.add_argument("--check", metavar="FILE", help="check a dev set instead of writing one")

@@ -47,13 +47,13 @@ _STEPS = {
 _SHARED_INPUT = {"k": "q", "v": "q", "gate": "up", "shared_gate": "shared_up"}
 
 CANDIDATES: tuple[Quantizer, ...] = ("gptq", "clip", "rtn")
-"""What ``auto`` compares, with the favourite first."""
+"""The quantizers that ``auto`` compares, with the favourite first."""
 
 FAVOUR = 0.8
 """The favourite learns from less text while it is compared, so its error counts as this part."""
 
 KEPT_BACK = 4
-"""Of so many sequences, ``auto`` keeps one back to compare quantizers on."""
+"""``auto`` keeps one of so many sequences back, to compare quantizers on."""
 
 MOST_CLIPPED_BITS = 3
 """Up to this width, ``gptq`` clips groups. Wider grids are fine enough as they are, measured."""

@@ -1,8 +1,8 @@
 """GPTQ: rounds one column of a matrix after the other, and lets later columns make up for it.
 
-The error of a matrix on inputs X is ||W X - Q X||^2. It depends on X by H = X X^T alone. With U the
-upper triangle of the inverse of H (U^T U = H^-1), rounding column j by an error e costs
-(e / U[j, j])^2, if the columns behind j move by -e U[j, k] / U[j, j].
+The error of a matrix on inputs X is ||W X - Q X||^2. It depends on X by H = X X^T alone. U is the
+upper triangle of H's inverse: U^T U = H^-1. Column j is rounded by an error e. Each column k behind
+it then moves by -e U[j, k] / U[j, j], and the error of the outputs grows by (e / U[j, j])^2.
 
 Columns are taken in the order of the groups that share a scale, so that a group's scale is chosen
 when all earlier columns have moved its weights. Groups and the columns inside them start with the
@@ -86,7 +86,7 @@ def invert_lower(triangle: FloatArray) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """What rounding needs of the rows that a matrix takes. Matrices with equal inputs share it.
+    """Facts about the rows that a matrix takes. Matrices with equal inputs share them.
 
     order: the order of the columns. upper: ``inverse_triangle`` in this order.
     rows: the rows [n, K] themselves. expected: the rows that the original model has there, or None

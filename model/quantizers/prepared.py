@@ -98,7 +98,7 @@ class Prepared:
 
     @property
     def identity(self) -> str:
-        """What names this checkpoint with these codes, in place of its fingerprint."""
+        """The name of this checkpoint with these codes, in place of its fingerprint."""
         return self.recipe.identity(self.checkpoint.fingerprint)
 
     def makes(self, fmt: Format) -> bool:

@@ -23,6 +23,9 @@ from planning.time_limit import now_s
 
 Mask = npt.NDArray[np.bool_]
 
+_WORTHS = 60
+"""The worths of a block that are tried for first prices."""
+
 
 class Joint:
     """Costs of a stage with the hop that leaves it: [block, device, length - 1, next device].
@@ -49,6 +52,11 @@ class Joint:
         if self._pairs is None:
             self._pairs = np.ascontiguousarray(self.costs.transpose(1, 3, 0, 2))
         found: Floats = self._pairs[sources, targets]
+        return found
+
+    def anywhere(self) -> Floats:
+        """[device, length - 1]: the least cost of so many blocks, wherever they and the hop are."""
+        found: Floats = np.minimum(self.costs.min((0, 3)), self.ends.min(2))
         return found
 
     def at(self, k: int) -> Floats:
@@ -109,6 +117,12 @@ class Separate:
         sources, targets = np.broadcast_arrays(sources, targets)
         found: Floats = self.segments[sources] + self.links[sources, targets][..., None, None]
         return found
+
+    def anywhere(self) -> Floats:
+        """[device, length - 1]: the least cost of so many blocks, wherever they and the hop are."""
+        found = self.segments.min(1) + self.links.min(1)[:, None]
+        least: Floats = np.minimum(found, self.ends.min(2))
+        return least
 
     def at(self, k: int) -> Floats:
         """[device, length - 1, next device]: stages from block ``k`` on, but not the last one."""
@@ -245,6 +259,32 @@ class Pricer:
         paid = constant + float(using.sum())
         return Priced(arcs, fixed, beginning, sink, paid, arcs.to_go(fixed, sink))
 
+    def counted(self, arcs: Joint | Separate) -> Floats:
+        """Prices of using each real device, by how many blocks it can take at which cost.
+
+        All devices together must take all blocks. If each block is worth w, a device is worth at
+        most what its blocks are worth beyond their cost. That is its price. The w is taken whose
+        prices bound plans best if it does not matter which blocks a device takes.
+        """
+        least = arcs.anywhere() + self.entry[:, None]
+        lengths = np.arange(1, least.shape[1] + 1)
+        alone = self.members.sum(1) == 1
+        each = (least / lengths)[alone]
+        each = each[np.isfinite(each) & (each > 0)]
+        worths = np.geomspace(each.min(), 4 * each.max(), _WORTHS) if len(each) else np.ones(1)
+        # [worth, device]
+        gains = (worths[:, None, None] * lengths - least).max(2).clip(0.0)
+        bounds = worths * arcs.blocks - gains[:, alone].sum(1)
+        gain = gains[int(bounds.argmax())]
+        prices: Floats = np.zeros(self.rows)
+        np.maximum.at(prices, self.members[alone].argmax(1), gain[alone])
+        for team in np.flatnonzero(~alone):
+            members = self.members[team]
+            missing = gain[team] - float(prices[members].sum())
+            if missing > 0:
+                prices[members] += missing / int(members.sum())
+        return prices
+
     def price(
         self,
         arcs: Joint | Separate,
@@ -259,8 +299,27 @@ class Pricer:
 
         It ends early if the bound reaches ``target``. ``reach`` is a guess of the largest bound.
         """
-        priced = self.relaxation(arcs, constant, prices)
-        best = priced, prices
+        counted = np.concatenate([self.counted(arcs), prices[self.rows :]])
+        by_count = self.relaxation(arcs, constant, counted), counted
+        best = self.relaxation(arcs, constant, prices), prices
+        for start in (best, by_count) if prices.any() else (by_count, best):
+            # A start that is worse than the steps before it leads to nothing better.
+            if best[0].bound < target and start[0].bound >= best[0].bound:
+                best = self._steps(start, constant, target=target, reach=reach, rounds=rounds)
+        return best
+
+    def _steps(
+        self,
+        start: tuple[Priced, Floats],
+        constant: float,
+        *,
+        target: float,
+        reach: float,
+        rounds: int,
+    ) -> tuple[Priced, Floats]:
+        """The best relaxation of the steps from ``start`` on, as ``price`` describes them."""
+        priced, prices = best = start
+        arcs = priced.arcs
         share, stalled = 0.3, 0
         slope: Any = np.zeros(len(prices))
         bounded: Mask = np.arange(len(prices)) < self.rows

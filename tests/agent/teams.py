@@ -80,14 +80,14 @@ class ReferenceStage(Stage):
         return self._sum(partial.astype(np.float32))
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         self.passes += 1
         self._slot, self._sums = slot, 0
         rows: Array = self._models[slot].forward(inputs, position)
         if not self._has_head:
             return rows
-        return rows[-1:] if logits else rows[:0]
+        return rows[len(rows) - logits :]
 
     @property
     def memory_bytes(self) -> int:

@@ -15,7 +15,7 @@ from wire.messages import Sampling, TracedPass
 
 
 def turn(number: int, position: int, count: int, arrived_s: float) -> tuple[Sequence, Rows]:
-    rows = Rows(position, count, True, np.zeros(count, dtype=np.int64), arrived_s)
+    rows = Rows(position, count, True, np.zeros(count, dtype=np.int64), arrived_s=arrived_s)
     return Sequence(number, 0, Sampling(1, ()), None), rows
 
 

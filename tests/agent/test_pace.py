@@ -16,7 +16,7 @@ class Clocked(Stage):
         self.calls: list[tuple[int, int]] = []
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         self.calls.append((len(inputs), self.candidates))
         self.waited_s -= 3.0  # As if the pass had computed for three seconds.

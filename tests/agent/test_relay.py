@@ -66,7 +66,7 @@ class GatedStage(Stage):
         self._stage = stage
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         self._enter((slot,), len(inputs))
         return self._stage.forward(slot, position, inputs, logits=logits)

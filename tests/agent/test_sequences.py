@@ -74,6 +74,64 @@ def test_only_what_is_next_and_within_the_context_waits() -> None:
     assert len(sequence.waiting) == 2
 
 
+def guessed(position: int, guesses: int) -> Rows:
+    count = 1 + guesses
+    return Rows(position, count, True, np.zeros(count, np.int64), (7,) * guesses)
+
+
+def test_only_guessed_rows_may_be_replaced() -> None:
+    table = SequenceTable(1, CONTEXT)
+    sequence = opened(table, 1, 0)
+    assert table.add(sequence, rows(sequence, 4))
+    assert table.add(sequence, guessed(4, 3))  # Rows 4 to 7, of which 4 is sure.
+    for position in (0, 3, 4, 9):
+        assert not table.add(sequence, guessed(position, 1))
+    assert table.add(sequence, guessed(6, 1))
+    assert not table.add(sequence, guessed(6, 0))
+    assert table.add(sequence, guessed(7, 0))
+    assert not table.add(sequence, guessed(7, 0))
+    assert not table.add(sequence, guessed(8, CONTEXT - 8))
+    assert table.add(sequence, guessed(8, CONTEXT - 9))
+
+
+def test_a_row_with_guesses_runs_by_itself_whether_or_not_there_is_room() -> None:
+    table = SequenceTable(3, CONTEXT)
+    one, two, three = (opened(table, number, number - 1) for number in (1, 2, 3))
+    table.add(one, rows(one, 4))
+    table.add(two, rows(two, 1))
+    table.add(three, guessed(0, 2))
+    assert taken(table, chunks=False) == [(3, 3)]
+    assert taken(table, chunks=False) == [(2, 1)]
+    assert taken(table, chunks=False) == []
+    assert taken(table) == [(1, 4)]
+
+
+def test_a_slot_keeps_the_rows_that_ran_until_a_pass_of_it_fails() -> None:
+    table = SequenceTable(2, CONTEXT)
+    old = opened(table, 1, 0)
+    assert not table.keeps(0, 1)
+    table.ran([(old, Rows(0, 6, True, np.zeros(6, np.int64)))])
+    assert table.keeps(0, 6)
+    assert not table.keeps(0, 7)
+    assert not table.keeps(1, 1)
+    new = table.open(2, 0, GREEDY, None, cached=4)
+    assert new is not None
+    assert (new.arrived, table.keeps(0, 5)) == (4, False)
+    # The old sequence's last pass ends late. Its rows are behind those that the new one keeps.
+    table.ran([(old, Rows(6, 1, True, np.zeros(1, np.int64)))])
+    assert not table.keeps(0, 5)
+    assert table.spoil(old) is new
+    assert table.find(2) is None
+    assert not table.keeps(0, 1)
+
+
+def test_a_sequence_that_relies_on_no_kept_row_survives_a_late_failure() -> None:
+    table = SequenceTable(1, CONTEXT)
+    old, new = opened(table, 1, 0), opened(table, 2, 0)
+    assert table.spoil(old) is None
+    assert table.find(2) is new
+
+
 def test_a_slot_goes_to_newer_sequences_only_and_nothing_of_the_old_one_stays() -> None:
     table = SequenceTable(2, CONTEXT)
     old = opened(table, 3, 0)

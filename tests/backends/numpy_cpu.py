@@ -69,7 +69,7 @@ class NumpyStage(Stage):
         return self._memory_bytes
 
     def forward(
-        self, slot: int, position: int, inputs: Array | Tokens, *, logits: bool = True
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
         if not self._slots:
             raise BackendError("the stage is closed")
@@ -85,7 +85,7 @@ class NumpyStage(Stage):
         rows: Array = model.forward(inputs, position)
         if self._last < self._spec.head_block:
             return rows
-        return rows[-1:] if logits else rows[:0]
+        return rows[len(rows) - logits :]
 
     def close(self) -> None:
         self._slots = []

@@ -408,13 +408,17 @@ def check_in_chunks(
     for rows in CHUNKS:
         end = position + rows
         assert_close(stage.forward(0, position, tokens[position:end]), expected[end - 1 : end])
+        # The same rows again, with the logits of several.
+        for wanted in {0, min(rows, 3), rows}:
+            again = stage.forward(0, position, tokens[position:end], logits=wanted)
+            assert_close(again, expected[end - wanted : end])
         position = end
 
 
 def assert_close(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.floating]) -> None:
     assert actual.dtype == np.float32
     assert actual.shape == expected.shape
-    scale = max(1.0, float(np.abs(expected).max()))
+    scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=ATOL * scale)
 
 

@@ -176,10 +176,9 @@ def check_against_reference(backend: Backend, team: Team) -> None:
     logits = [team.expected(text) for text in texts]
     calls: list[tuple[Call, npt.NDArray[np.float64]]] = []
 
-    def forward(text: int, slot: int, begin: int, end: int, *, head: bool = True) -> None:
-        rows = texts[text][begin:end]
-        expected = logits[text][end - 1 : end] if head else logits[text][:0]
-        calls.append((lambda stage: stage.forward(slot, begin, rows, logits=head), expected))
+    def forward(text: int, slot: int, begin: int, end: int, *, wanted: int = 1) -> None:
+        rows, expected = texts[text][begin:end], logits[text][end - wanted : end]
+        calls.append((lambda stage: stage.forward(slot, begin, rows, logits=wanted), expected))
 
     def decode(pairs: Sequence[tuple[int, int]], positions: Sequence[int]) -> None:
         slots = [slot for _, slot in pairs]
@@ -189,7 +188,7 @@ def check_against_reference(backend: Backend, team: Team) -> None:
         )
         calls.append((lambda stage: stage.decode(slots, positions, rows), expected))
 
-    forward(0, 2, 0, 7, head=False)
+    forward(0, 2, 0, 7, wanted=0)
     forward(0, 2, 7, 8)
     forward(1, 3, 0, 3)
     forward(2, 0, 0, 20)
@@ -197,7 +196,8 @@ def check_against_reference(backend: Backend, team: Team) -> None:
         decode([(2, 0), (0, 2), (1, 3)], [20 + step, 8 + step, 3 + step])
         decode([(1, 3), (2, 0)], [3 + step, 20 + step])  # Again, in another order.
     decode([(0, 2)], [11])
-    forward(0, 2, 12, 30)
+    forward(0, 2, 12, 30, wanted=2)
+    forward(0, 2, 27, 30, wanted=3)
     # Rolled back to the middle, and on with the rows of another sequence.
     texts.append(np.concatenate([texts[0][:9], texts[1][9:]]))
     logits.append(team.expected(texts[3]))

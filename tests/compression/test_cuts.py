@@ -75,8 +75,8 @@ def test_a_cut_model_is_the_original_with_closed_gates(fixture: str) -> None:
     )
     with torch.no_grad():
         expected = masked(original, cut)(batch)
-        found = smaller.forward(batch.tokens)
-        uncut = original.forward(batch.tokens)
+        found = smaller.forward(batch.tokens, at=batch.predicts)
+        uncut = original.forward(batch.tokens, at=batch.predicts)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
     assert len(found.hidden) == len(expected.hidden) == 3
     assert (found.logits - uncut.logits).abs().max() > 1e-3

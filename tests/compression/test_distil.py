@@ -17,9 +17,9 @@ from compression.cuts import Cut, cut_blocks, cut_spec  # noqa: E402
 from compression.distil import Recipe, depths, distil, distillation_loss  # noqa: E402
 from compression.importance import (  # noqa: E402
     Importance,
+    Probe,
     best_cut,
     cut_of,
-    divergence,
     gate_importance,
     layer_order,
     masked,
@@ -56,7 +56,8 @@ def test_teaching_halves_the_divergence_and_leaves_the_teacher(tmp_path: Path) -
     teacher, student = teacher_and_student()
     before = [parameter.clone() for parameter in teacher.parameters()]
     text = list(batches(targets(), 256))
-    pruned = divergence(text, teacher, lambda batch: student.forward(batch.tokens))
+    probe = Probe(teacher, text)
+    pruned = probe.of(student)
     losses: list[float] = []
     distil(
         teacher,
@@ -67,7 +68,7 @@ def test_teaching_halves_the_divergence_and_leaves_the_teacher(tmp_path: Path) -
         tmp_path / "kept.pt",
         lambda step, total, loss: losses.append(loss),
     )
-    taught = divergence(text, teacher, lambda batch: student.forward(batch.tokens))
+    taught = probe.of(student)
     assert taught < 0.5 * pruned
     assert len(losses) == RECIPE.steps
     assert losses[-1] < losses[0]
@@ -154,7 +155,7 @@ def test_the_loss_is_zero_for_the_original_itself() -> None:
     cut = Cut((0, 1, 2), ((0, 1),) * 3, (tuple(range(48)),) * 3)
     batch = batch_of(targets(3))
     with torch.no_grad():
-        outputs = network.forward(batch.tokens)
+        outputs = network.forward(batch.tokens, at=batch.predicts)
     assert float(distillation_loss(outputs, outputs, batch, cut, RECIPE)) == pytest.approx(
         0, abs=1e-6
     )
@@ -164,9 +165,12 @@ def test_hidden_states_count_as_much_as_the_recipe_says() -> None:
     teacher, student = teacher_and_student()
     batch = batch_of(targets(3))
     with torch.no_grad():
-        outputs = teacher.forward(batch.tokens), student.forward(batch.tokens)
+        wanted = teacher.forward(batch.tokens, at=batch.predicts)
+        found = student.forward(batch.tokens, at=batch.predicts)
         none, one, two = (
-            float(distillation_loss(*outputs, batch, CUT, replace(RECIPE, hidden_weight=weight)))
+            float(
+                distillation_loss(wanted, found, batch, CUT, replace(RECIPE, hidden_weight=weight))
+            )
             for weight in (0.0, 1.0, 2.0)
         )
     assert one > none
@@ -204,7 +208,9 @@ def test_a_layer_that_changes_nothing_goes_first() -> None:
         dead[2][name][:] = 0
     network = Network(checkpoint.spec, dead)
     steps: list[tuple[int, int]] = []
-    order = layer_order(network, list(batches(targets(), 256)), lambda *step: steps.append(step))
+    order = layer_order(
+        Probe(network, list(batches(targets(), 256))), lambda *step: steps.append(step)
+    )
     assert order[0] == 1
     assert len(order) == 2
     assert steps[-1] == (5, 5)
@@ -215,12 +221,11 @@ def test_the_chosen_cut_is_the_best_of_its_size_by_measurement() -> None:
     network = Network(checkpoint.spec, blocks)
     text = list(batches(targets(), 256))
     heads, columns = gate_importance(network, text, lambda *_: None)
-    importance = Importance(heads, columns, layer_order(network, text, lambda *_: None))
+    probe = Probe(network, text)
+    importance = Importance(heads, columns, layer_order(probe, lambda *_: None))
     tried: list[int] = []
-    cut = best_cut(
-        network, importance, 0.7, text, lambda done, total: tried.append(total), with_heads=True
-    )
-    found = divergence(text, network, masked(network, cut))
+    cut = best_cut(probe, importance, 0.7, lambda done, total: tried.append(total), with_heads=True)
+    found = probe.divergence(masked(network, cut))
     from compression.cuts import weights_of
 
     whole = weights_of(checkpoint.spec)
@@ -234,7 +239,7 @@ def test_the_chosen_cut_is_the_best_of_its_size_by_measurement() -> None:
     for shape, size in sizes.items():
         if chosen < size <= 0.7 * whole:
             other = cut_of(checkpoint.spec, importance, shape)
-            assert divergence(text, network, masked(network, other)) >= found
+            assert probe.divergence(masked(network, other)) >= found
 
 
 def _shape(layers: int, heads: int, columns: int) -> Any:

@@ -862,8 +862,8 @@ def test_a_lost_device_ends_all_that_run_and_all_in_line(run: Run) -> None:
 
 def test_a_slot_given_to_somebody_who_leaves_at_that_moment_goes_to_the_next() -> None:
     async def hold(slots: Slots) -> int:
-        async with slots.one() as slot:
-            return slot
+        async with slots.one() as held:
+            return held.slot
 
     async def test() -> None:
         slots = Slots(1)

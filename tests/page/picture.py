@@ -11,11 +11,18 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import httpx
+
 from tests.page.browser import Browser, chromium
 from tests.system.cluster import TINY_OPT, Cluster
 
 AGENTS = {"attic-pi": "3500K", "kitchen-pi": "3500K", "shelf-pi": "3500K"}
-QUESTIONS = ("Where is the lamp?", "What is above the lobby?", "Tell me of the baker.")
+QUESTIONS = (
+    "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?",
+    "The fan is set to 45 degrees. The bag belongs to the pilot. Who owns the bag?",
+)
+WARMING = "Tell me of the baker."
+"""Its answer is long enough to measure a token's time."""
 SETTLING_S = 3.0
 """Figures of the last answer come with the next heartbeats."""
 
@@ -41,7 +48,9 @@ def _load(cluster: Cluster) -> None:
 
 
 def _ask(browser: Browser, cluster: Cluster, target: Path) -> None:
-    browser.open(cluster.url, width=1400, height=940)
+    body = {"prompt": WARMING, "max_tokens": 200, "ignore_eos": True}
+    httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60, trust_env=False)
+    browser.open(cluster.url, width=1400, height=1060)
     for number, question in enumerate(QUESTIONS, 1):
         browser.say(question)
         browser.until(f".message:nth-child({2 * number}) .figures", "tokens")

@@ -122,6 +122,9 @@ def test_the_ring_shows_stages_bits_times_and_the_bottleneck(
     assert rows[2][1:] == ["20.3", "22.3"]
     assert "bottleneck" in browser.text(".stages tbody tr:nth-child(3)")
     assert rows[3][1:] == ["1.40", "1.60"]
+    assert browser.text(".stages tfoot") == (
+        "between the stages, in use 4.80 7.26 a token in all 69.2 78.1"
+    )
     assert browser.text(".ring-middle").startswith("78.1 ms a token, measured predicted 69.2 ms")
     assert browser.count(".orbit") == 2
     assert "4 bits 5 bits 6 bits 8 bits" in browser.text(".legend")
@@ -135,7 +138,8 @@ def test_what_nobody_measured_is_called_so(browser: Browser, shoal: GivenShoal) 
     shoal.given |= {"models": [bare], "requests": []}
     browser.open(shoal.url)
     browser.until(".ring-middle", "predicted not measured yet")
-    assert browser.text(".stages").count("not measured") == 4
+    assert browser.text(".stages tbody").count("not measured") == 4
+    assert browser.text(".stages tfoot").endswith("a token in all 32.0 not measured")
     assert "load not measured heat not measured" in browser.text(".device:nth-child(4)")
 
 

@@ -16,7 +16,7 @@ from planning.plan import InfeasiblePlan, verify
 from planning.planner import solve
 from planning.problem import HopFormat, Objective, ObjectiveKind, PlanningProblem
 from planning.search import search as plan_search
-from planning.search.bounds import Joint, Separate
+from planning.search.bounds import Joint, Pricer, Separate
 from planning.search.orders import Orders
 from planning.search.search import search
 from planning.search.tables import Knapsack, Tables
@@ -186,3 +186,54 @@ def test_hundreds_of_devices_have_a_plan_when_the_limit_has_passed() -> None:
     problem = instance(24, 200, 0, Objective("throughput"))
     plan = solve(problem, time_limit_s=1e-3)
     verify(plan, problem)
+
+
+def test_devices_that_hold_too_few_blocks_together_are_proved_by_counting() -> None:
+    """Without a step of prices. Seven blocks, and devices that take three, two and one."""
+    most = (3, 2, 1)
+    segments = np.full((3, 7, 3), math.inf)
+    for i, count in enumerate(most):
+        segments[i, :, :count] = 0.0
+    links = np.zeros((3, 3))
+    for blocks, provable in ((7, True), (6, False)):
+        arcs = Separate(segments[:, :blocks], links, links)
+        pricer = Pricer(np.zeros(3), math.inf, np.eye(3, dtype=bool))
+        priced, _ = pricer.price(arcs, 0.0, pricer.nothing(), target=1e-6, reach=1.0, rounds=0)
+        assert (priced.bound > 0.5) == provable
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_prices_by_count_bound_what_devices_cost(seed: int) -> None:
+    """They bound any choice of runs, which the walks of a plan are. Teams cost their members."""
+    rng = np.random.default_rng(seed)
+    devices, blocks, longest = 4, 6, 4
+    segments = rng.uniform(0.1, 1.0, (devices, blocks, longest)).cumsum(axis=2)
+    segments[rng.random(segments.shape) < 0.2] = math.inf
+    links = rng.uniform(0.0, 0.3, (devices, devices))
+    members = np.eye(devices, dtype=bool)
+    members[3, :2] = [True, True]
+    members = np.delete(members, 3, axis=1)
+    arcs = Separate(segments, links, links)
+    pricer = Pricer(np.zeros(devices), math.inf, members)
+    prices = np.concatenate([pricer.counted(arcs), np.zeros(devices)])
+    assert (prices >= 0).all()
+    bound = pricer.relaxation(arcs, 0.0, prices).bound
+    best = math.inf
+
+    def extend(k: int, walk: list[int], cost: float) -> None:
+        nonlocal best
+        for device in range(devices):
+            used = members[walk].any(0) if walk else np.zeros(members.shape[1], dtype=bool)
+            if (used & members[device]).any():
+                continue
+            hop = links[walk[-1], device] if walk else 0.0
+            for length in range(1, min(longest, blocks - k) + 1):
+                total = cost + hop + float(segments[device, k, length - 1])
+                if k + length == blocks:
+                    back = links[device, walk[0]] if walk else 0.0
+                    best = min(best, total + back)
+                elif total < best:
+                    extend(k + length, [*walk, device], total)
+
+    extend(0, [], 0.0)
+    assert bound <= best + 1e-9

@@ -256,7 +256,10 @@ def test_messages_have_blocks(scripted: ScriptedCluster) -> None:
     counted = post(
         scripted, "/v1/messages/count_tokens", {k: v for k, v in ask.items() if k != "max_tokens"}
     )
-    assert counted.json() == {"input_tokens": second["usage"]["input_tokens"]}
+    usage = second["usage"]
+    cached = usage["cache_read_input_tokens"]
+    assert counted.json() == {"input_tokens": usage["input_tokens"] + cached}
+    assert cached > first["usage"]["input_tokens"] / 2
 
 
 def test_streamed_messages_add_up_to_the_whole_one(scripted: ScriptedCluster) -> None:

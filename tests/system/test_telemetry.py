@@ -19,6 +19,7 @@ QUESTION = {
     "max_tokens": 40,
     "temperature": 0,
     "ignore_eos": True,
+    "speculative.n_max": 0,
 }
 MONITORING = ROOT / "deploy" / "monitoring"
 

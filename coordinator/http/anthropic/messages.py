@@ -127,11 +127,13 @@ class Messages(Api):
         return {"stop_reason": _REASONS[outcome.finish], "stop_sequence": None}
 
     def _usage(self, job: Job, outcome: Outcome) -> dict[str, int]:
+        """Count tokens. Those of the cache are apart from the other ones of the prompt."""
+        cached = outcome.timing.cached_tokens
         return {
-            "input_tokens": len(job.prompt),
+            "input_tokens": len(job.prompt) - cached,
             "output_tokens": len(outcome.tokens),
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+            "cache_read_input_tokens": cached,
         }
 
 

@@ -232,10 +232,12 @@ def usage(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     prompt_tokens = sum(map(len, job.prompts))
     completion_tokens = sum(len(outcome.tokens) for outcome in outcomes)
     thought_tokens = sum(outcome.thought_tokens for outcome in outcomes)
+    cached_tokens = sum(outcome.timing.cached_tokens for outcome in outcomes[:: job.choices])
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": thought_tokens},
     }
 

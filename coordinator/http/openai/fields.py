@@ -60,6 +60,8 @@ KNOWN = frozenset(
         "guided_choice",
         "guided_grammar",
         "structured_outputs",
+        "cache_prompt",
+        "speculative.n_max",
     }
 )
 

@@ -8,15 +8,16 @@ from typing import Any
 
 from coordinator.http.formats.parts import Parser, PlainText
 from coordinator.http.openai.constraints import constrained
-from coordinator.http.openai.fields import IGNORED, KNOWN, NEUTRAL, flag
+from coordinator.http.openai.fields import IGNORED, KNOWN, NEUTRAL, flag, number
 from coordinator.http.openai.prompts import chat_prompt, completion_prompts, encode, format_of
 from coordinator.http.openai.reading import Reading
 from coordinator.http.openai.sampling import read_choices, read_sampling, read_stop
 from coordinator.http.openai.tools import read_tools
 from coordinator.loading.deployment import Deployment
 from coordinator.serving.choices import Run, seed_of
-from coordinator.serving.gateway import room_for_answer
+from coordinator.serving.gateway import ALL_SHORTCUTS, Shortcuts, room_for_answer
 from planning.errors import RequestInvalid
+from wire import limits
 from wire.messages import Sampling
 
 CHAT_FIELDS = frozenset(
@@ -59,6 +60,7 @@ class Job:
     """The texts of the prompts, if answers begin with them."""
     wants_no_answer: bool = False
     """Whether only the prompts are asked for. One token of an answer is drawn all the same."""
+    shortcuts: Shortcuts = ALL_SHORTCUTS
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -69,7 +71,11 @@ class Job:
     def runs(self) -> tuple[Run, ...]:
         """The answers to generate: those to the first prompt, then those to the second."""
         return tuple(
-            Run(prompt, replace(self.sampling, seed=seed_of(self.sampling.seed, choice)))
+            Run(
+                prompt,
+                replace(self.sampling, seed=seed_of(self.sampling.seed, choice)),
+                self.shortcuts,
+            )
             for prompt in self.prompts
             for choice in range(self.choices)
         )
@@ -115,7 +121,15 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
         choices=read_choices(body, len(prompts)),
         echoed=tuple(texts) if flag(body, "echo") else (),
         wants_no_answer=body.get("max_tokens") == 0,
+        shortcuts=read_shortcuts(body),
     )
+
+
+def read_shortcuts(body: Mapping[str, Any]) -> Shortcuts:
+    """Read llama-server's fields for the prompt's cache and for guesses. Raises RequestInvalid."""
+    most = number(body, "speculative.n_max", limits.DRAFT_TOKENS, 0, 1 << 31, whole=True)
+    keeps = body.get("cache_prompt") is None or flag(body, "cache_prompt")
+    return Shortcuts(keeps, int(most))
 
 
 def read_conversation(deployment: Deployment, body: Mapping[str, Any]) -> tuple[Reading, list[int]]:

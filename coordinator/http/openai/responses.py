@@ -218,7 +218,7 @@ def _text_part(text: str) -> dict[str, Any]:
 def _usage(job: Job, outcome: Outcome) -> dict[str, Any]:
     return {
         "input_tokens": len(job.prompt),
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": outcome.timing.cached_tokens},
         "output_tokens": len(outcome.tokens),
         "output_tokens_details": {"reasoning_tokens": outcome.thought_tokens},
         "total_tokens": len(job.prompt) + len(outcome.tokens),

@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import json
 import math
+import statistics
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any, Literal, TypedDict
@@ -42,6 +43,9 @@ MOST_WATCHERS = 32
 MOST_LOST = 64
 LOST_FOR_S = 900.0
 """A lost device is shown for so long, so that somebody who comes back sees what happened."""
+
+ROUND_TRIPS = 9
+"""A single round trip of an idle link may be long, because a device slept."""
 
 SHOWN_EVENTS = 60
 SHOWN_ENDED = 12
@@ -121,7 +125,8 @@ class State(TypedDict):
     models: list[dict[str, Any]]
     """As in /shoal/v1/ps, the model that answers first. Each stage also has ``hop_s``.
 
-    It is half of the newest round trip to the next stage's device, or None if none was measured.
+    It is half of the median of the last round trips to the next stage's device. None: none was
+    measured.
     """
     operation: OperationPart | None
     requests: list[dict[str, Any]]
@@ -153,6 +158,8 @@ class StateFeed:
         """The lost devices by id, the last one lost at the end."""
         self.watchers = 0
         """The streams that are open."""
+        self._trips_us: dict[int, list[deque[int]]] = {}
+        """The last different round trips behind each stage, of the present epoch."""
         self._closed = asyncio.Event()
         self._built_s = -math.inf
         self._parts: dict[str, str] = {}
@@ -177,7 +184,7 @@ class StateFeed:
             },
             "devices": self._devices(),
             "links": self._links(),
-            "models": [_model(state) for _, state in self._models.present()],
+            "models": [self._model(state) for _, state in self._models.present()],
             "operation": self._operation(),
             "requests": [
                 *map(_request, self._requests.in_flight),
@@ -222,6 +229,21 @@ class StateFeed:
         return self._parts
 
     # ---- parts ----------------------------------------------------------------------------------
+
+    def _model(self, state: Present) -> dict[str, Any]:
+        """Describe a model, with the measured hops of its ring."""
+        view, deployment = model_view(state), deployment_of(state)
+        if deployment is None:
+            return view
+        epoch, leads = deployment.epoch, deployment.leads
+        trips_us = self._trips_us.get(epoch) or [deque(maxlen=ROUND_TRIPS) for _ in leads]
+        self._trips_us = {epoch: trips_us}
+        for stage, lead, known in zip(view["stages"], leads, trips_us, strict=True):
+            counts = lead.counts if lead.pace[0] == epoch else None
+            if counts and counts.round_trip_us and counts.round_trip_us not in known:
+                known.append(counts.round_trip_us)
+            stage["hop_s"] = statistics.median(known) / 2e6 if known else None
+        return view
 
     def _devices(self) -> list[DevicePart]:
         """The members by name, then the lost devices, newest first."""
@@ -307,17 +329,6 @@ def _device(member: Member) -> DevicePart:
         "celsius": None if member.celsius is None else round(member.celsius),
         "noise": "",
     }
-
-
-def _model(state: Present) -> dict[str, Any]:
-    """Describe a model, with the measured hops of its ring."""
-    view, deployment = model_view(state), deployment_of(state)
-    if deployment is not None:
-        for stage, lead in zip(view["stages"], deployment.leads, strict=True):
-            counts = lead.counts if lead.pace[0] == deployment.epoch else None
-            round_trip_us = 0 if counts is None else counts.round_trip_us
-            stage["hop_s"] = round_trip_us / 2e6 or None
-    return view
 
 
 def _request(request: InFlight) -> dict[str, Any]:

@@ -126,7 +126,7 @@ function Figures({ message, onAgain }) {
     message.perS && `${rate(message.perS)} tokens/s`,
     message.finish === "length" && "cut: no room for more",
     message.isStopped && "stopped",
-    message.isAlone && "asked alone: the model's template has no place for earlier messages",
+    message.isAlone && "asked alone, since its template takes no earlier messages",
   ].filter(Boolean);
   return html`<p class="figures">
     <span>${parts.join(" · ")}</span>
@@ -203,7 +203,7 @@ export function Chat({ model, view, onKey }) {
   }, [messages, running]);
   useLayoutEffect(() => {
     if (sticks.current && list.current) list.current.scrollTop = list.current.scrollHeight;
-  }, [messages, view]);
+  }, [messages, view, running]);
   useLayoutEffect(() => {
     const area = box.current;
     area.style.height = "auto";

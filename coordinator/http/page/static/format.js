@@ -58,9 +58,8 @@ export function bitRuns(bits) {
 
 /** The names of a stage's blocks: "embedding – layer 3" */
 export function blockRange(names) {
-  if (!names.length) return "";
-  const last = names[names.length - 1];
-  return names.length === 1 ? names[0] : `${names[0]} – ${last}`;
+  const ends = names.length > 1 ? [names[0], names[names.length - 1]] : names;
+  return ends.map((name) => name.replaceAll(" ", "\u00a0")).join(" – ");
 }
 
 export function plural(count, word) {

@@ -110,12 +110,36 @@ function HopRow({ hop, planned }) {
     </th>
     <td><${Figure} seconds=${hop.predictedS} /></td>
     ${!planned &&
-    html`<td title="half of the newest round trip"><${Figure} seconds=${hop.measuredS} /></td>`}
+    html`<td title="half of a round trip of the idle link"><${Figure} seconds=${hop.measuredS} /></td>`}
   </tr>`;
 }
 
+/** What a token takes in all. What the stages do not take is hops, and work between them. */
+function SumRows({ stages, tokenS, planned }) {
+  if (planned || stages.length < 2) return null;
+  const sum = (values) => values.reduce((total, value) => total + value, 0);
+  const hopsS = sum(stages.map((stage) => stage.hop.predictedS));
+  const stagesS = sum(stages.map((stage) => stage.predictedS));
+  const isMeasured = tokenS !== null && stages.every((stage) => stage.measuredS !== null);
+  const restS = isMeasured ? tokenS - sum(stages.map((stage) => stage.measuredS)) : null;
+  const rows = [
+    ["between the stages, in use", hopsS, restS !== null && restS > 0 ? restS : null],
+    ["a token in all", stagesS + hopsS, tokenS],
+  ];
+  return html`<tfoot>
+    ${rows.map(
+      ([name, predictedS, measuredS]) =>
+        html`<tr key=${name}>
+          <th scope="row">${name}</th>
+          <td><${Figure} seconds=${predictedS} /></td>
+          <td><${Figure} seconds=${measuredS} /></td>
+        </tr>`,
+    )}
+  </tfoot>`;
+}
+
 /** The stages as a table. `planned`: nothing of it is loaded, so nothing can be measured. */
-export function StageTable({ stages, planned = false }) {
+export function StageTable({ stages, tokenS = null, planned = false }) {
   const times = stages.flatMap((stage) => [stage.predictedS, stage.measuredS ?? 0]);
   const longestS = Math.max(...times, 1e-9);
   return html`<table class="stages">
@@ -149,18 +173,19 @@ export function StageTable({ stages, planned = false }) {
           html`<${HopRow} key=${`hop ${stage.index}`} hop=${stage.hop} planned=${planned} />`,
       ])}
     </tbody>
+    <${SumRows} stages=${stages} tokenS=${tokenS} planned=${planned} />
   </table>`;
 }
 
 /** Ring and table of a plan side by side. */
-export function PlanView({ model, lost, flowing, planned, middle }) {
+export function PlanView({ model, lost, flowing, tokenS, planned, middle }) {
   const stages = stagesOf(model, lost);
   return html`<div class="plan">
     <div class="plan-ring">
       <${Ring} stages=${stages} flowing=${flowing}>${middle}<//>
       <${Legend} widths=${widthsOf(stages)} />
     </div>
-    <${StageTable} stages=${stages} planned=${planned} />
+    <${StageTable} stages=${stages} tokenS=${tokenS} planned=${planned} />
   </div>`;
 }
 
@@ -276,6 +301,7 @@ export function ModelCard({ model, operation, requests, lost, onUnload }) {
     html`<${PlanView}
       model=${model}
       lost=${lost}
+      tokenS=${measuredTokenS(own)}
       flowing=${model.state === "ready" ? own.filter((one) => one.state === "answering" || one.state === "prompt").length : 0}
       middle=${html`<${Middle} model=${model} requests=${own} />`}
     />`}

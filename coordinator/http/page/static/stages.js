@@ -48,9 +48,9 @@ export function stagesOf(model, lost = new Set()) {
   return stages;
 }
 
-/** Mark the stage that takes longest together with the hop behind it. */
+/** Mark the stage that takes longest together with the hop behind it. A broken ring has none. */
 function markBottleneck(stages) {
-  if (stages.length < 2) return;
+  if (stages.length < 2 || stages.some((stage) => stage.isLost)) return;
   const isMeasured = stages.every((stage) => stage.measuredS !== null);
   const total = (stage) =>
     (isMeasured ? stage.measuredS : stage.predictedS) +
