@@ -206,6 +206,8 @@ class Relay:
             return problem
         if self._is_last and message.sampling.grammar and self._grammars is None:
             return "this device cannot keep an answer to a grammar"
+        if self._is_last and message.sampling.prompt_logprobs and not message.prompt:
+            return "the coordinator sent no prompt to tell the log-probabilities of"
         return None
 
     def _sampler(self, message: StartSequence) -> Sampler:
