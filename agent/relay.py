@@ -206,6 +206,8 @@ class Relay:
             return problem
         if self._is_last and message.sampling.grammar and self._grammars is None:
             return "this device cannot keep an answer to a grammar"
+        if self._is_last and message.sampling.prompt_logprobs and not message.prompt:
+            return "the coordinator sent no prompt to tell the log-probabilities of"
         return None
 
     def _sampler(self, message: StartSequence) -> Sampler:
@@ -407,8 +409,15 @@ class Relay:
     def _pass_on(self, sequence: Sequence, rows: Rows, output: Array) -> None:
         """Send rows on, or sample from them."""
         if self._is_last:
-            if rows.last and sequence.sampler is not None:
-                self._answer(sequence, rows, sequence.sampler, output)
+            sampler = sequence.sampler
+            if rows.last and sampler is not None:
+                end = rows.position + rows.count
+                following = sampler.told(end)
+                if following is None:
+                    self._answer(sequence, rows, sampler, output)
+                else:
+                    scored = sampler.logprobs(output[0], following)
+                    self._report(PromptScored(self.epoch, sequence.number, end, scored))
             return
         message = Activation(
             self.epoch,

@@ -174,9 +174,10 @@ def _plans(found: Found, drawn: PlanSet, title: str) -> str:
         )
         heading = _BY[predictor]
         if "loss" in told:
-            heading += f": rank correlation {_text(told['loss'].by[predictor], 2)}"
+            heading += f": {_text(told['loss'].by[predictor], 2)}"
         panels.append(Panel(heading, label, "measured loss, nats", groups))
-    return panels_svg(f"What predicts the loss: {title}", str(drawn), panels)
+    words = f"{drawn}; rank correlation with the loss, and its 95 % interval"
+    return panels_svg(f"What predicts the loss: {title}", words, panels)
 
 
 # ---- on the screen -----------------------------------------------------------------------------
