@@ -129,8 +129,10 @@ def evaluated(options: argparse.Namespace, quantizer: Quantizer, home: Path) -> 
     command = [
         sys.executable, "-m", "cli", "eval", str(options.model), f"--data={options.data}",
         f"--bits={','.join(map(str, options.bits))}", f"--scheme={quantizer}", "--json",
-        "--template={context} {question}", f"--questions={options.questions}",
+        f"--questions={options.questions}", "--max-tokens=16",
     ]  # fmt: skip
+    if options.data.suffix == ".json":
+        command.append("--template={context} {question}")
     if options.text is not None:
         command.append(f"--scheme-text={options.text}")
     environment = {**os.environ, "HOME": str(home), "XDG_STATE_HOME": str(home)}

@@ -113,9 +113,14 @@ class BlockText:
         return model.forward_sequences(self._rows, self._lengths)
 
     def part(self, first: bool) -> BlockText:
-        """Return the text that quantizers learn from, or else the sequences kept back."""
+        """Return the text that quantizers learn from, or else the sequences kept back.
+
+        A single sequence is both.
+        """
         count = len(self._lengths)
-        held = {index for index in range(count) if index % KEPT_BACK == KEPT_BACK - 1}
+        if count == 1:
+            return self
+        held = set(range(KEPT_BACK - 1, count, KEPT_BACK)) or {count - 1}
         ends = np.cumsum(self._lengths)
         chosen = [index for index in range(count) if (index in held) != first]
         rows = [self._rows[ends[index] - self._lengths[index] : ends[index]] for index in chosen]

@@ -14,8 +14,8 @@ from coordinator.files.artifacts import HEADER_BYTES, ArtifactStore, Wanted
 from model.artifact import file_sha256, read_block, values_of
 from model.checkpoint import Checkpoint
 from model.errors import Cancelled, UnsupportedModelError
-from model.quantize import Format
-from model.share import Share, share_spec
+from model.quantize import PREPARED, Format, Quantizer
+from model.share import Share, share_spec, share_tensors
 from model.spec import ModelSpec
 from tests.team import shares_of
 from wire.messages import BlockRef
@@ -240,3 +240,30 @@ def test_a_share_of_a_checkpoint_that_has_changed_is_not_passed_off(tmp_path: Pa
     weights.write_bytes(data.tobytes())
     with pytest.raises(MakingFailed, match="the checkpoint has changed"):
         store.repair(ref.sha256)
+
+
+@pytest.mark.parametrize("quantizer", PREPARED)
+def test_shares_and_repairs_have_the_codes_that_a_quantizer_chose(
+    tmp_path: Path, quantizer: Quantizer
+) -> None:
+    plain, fmt = Checkpoint.open(FIXTURES / "qwen3"), Format.of(4, quantizer, 32)
+    store = ready(tmp_path)
+    checkpoint = store.prepared(plain, quantizer, "some words of a text to look at")
+    shares = shares_of(checkpoint.spec, (2, 1), fmt.group_size)
+    for block in (1, checkpoint.spec.head_block):
+        items = [Wanted(block, fmt, share) for share in shares]
+        refs = obtain(store, checkpoint, [Wanted(block, fmt), *items])
+        codes = checkpoint.kept(block, fmt)
+        for share, ref in zip(shares, refs[1:], strict=True):
+            own = share_spec(checkpoint.spec, share)
+            _, tensors = read_block(found(store, ref), own, block)
+            wanted = share_tensors(checkpoint.spec, block, codes, share)
+            assert tensors.keys() == wanted.keys()
+            for name, tensor in tensors.items():
+                np.testing.assert_array_equal(values_of(tensor), values_of(wanted[name]))
+        # Rounded codes are other files, under a key of their own.
+        assert obtain(store, plain, [Wanted(block, fmt)]) != refs[:1]
+        assert obtain(store, checkpoint, [Wanted(block, fmt)]) == refs[:1]
+        found(store, refs[0]).write_bytes(b"damaged")
+        store.repair(refs[0].sha256)
+        assert file_sha256(found(store, refs[0])) == refs[0].sha256

@@ -230,6 +230,14 @@ def test_codes_are_made_once_and_an_interrupted_run_goes_on(tmp_path: Path) -> N
     assert again.prepared.made == count - 1
 
 
+@pytest.mark.parametrize("passages", [1, 2, 5])
+def test_a_short_text_is_enough_to_compare_quantizers(passages: int, tmp_path: Path) -> None:
+    words = "\n\n".join(["a few words to look at"] * passages)
+    checkpoint = quantized(LLAMA, "auto", tmp_path, words)
+    assert len(text_sequences(LLAMA, words)) == passages
+    assert checkpoint.kept(1, Format.of(3)).keys() == LLAMA.block(1).keys()
+
+
 def same_values(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():

@@ -137,6 +137,7 @@ def test_a_prompt_alone_is_scored(pipeline: Cluster, model: Path) -> None:
 def test_a_streams_logprobs_are_the_whole_answers(pipeline: Cluster) -> None:
     for extra in ({}, {"echo": True}):
         settings: dict[str, Any] = {"logprobs": 2, "max_tokens": 9, "seed": 3, **extra}
+        settings["cache_prompt"] = False  # A row that runs in another chunk is rounded differently.
         (choice,) = complete(pipeline, temperature=1, **settings)["choices"]
         chunks = streamed(pipeline, temperature=1, **settings)
         assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
