@@ -110,7 +110,7 @@ class Compression:
         return spec if kept is None else cut_spec(spec, Cut.from_dict(kept))
 
     def folder(self, size: float) -> Path:
-        """Return where the distilled model of a size is."""
+        """Return where the model of a size is, taught unless no teaching was asked for."""
         return self._directory / f"{size * 100:g}"
 
     # ---- steps -----------------------------------------------------------------------------------
@@ -136,10 +136,13 @@ class Compression:
         spec = cut_spec(self._checkpoint.spec, cut)
         if not self._is_measured(size, distilled=False):
             pruned = cut_blocks(self._checkpoint.spec, self._blocks, cut)
-            folder = self._directory / f".pruned-{size * 100:g}"
+            # A model that is taught next is not worth its place on the disk.
+            is_last = not self._wanted.recipe.steps
+            folder = self.folder(size) if is_last else self._directory / f".pruned-{size * 100:g}"
             self._write(cut, pruned, folder, "pruned")
             self._measure(size, pruned, folder, cut, distilled=False)
-            shutil.rmtree(folder)
+            if not is_last:
+                shutil.rmtree(folder)
         if self._wanted.recipe.steps and not self._is_measured(size, distilled=True):
             if self.points.get(f"distilled {size:g}") is None:
                 student = Network(spec, cut_blocks(self._checkpoint.spec, self._blocks, cut))

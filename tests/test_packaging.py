@@ -62,8 +62,10 @@ def imported_by(module: str) -> set[str]:
 
 # A fork for each module, since starting an interpreter and importing numpy takes most of the time.
 IMPORT_EACH = """
-import os, sys
+import contextlib, os, sys
 import numpy, onnxruntime, starlette, tokenizers, pulp, httpx, rich, msgpack, zeroconf
+with contextlib.suppress(ModuleNotFoundError):
+    import torch
 sys.path.insert(0, "")
 for module in sys.argv[1:]:
     if not (child := os.fork()):

@@ -35,7 +35,8 @@ def show(
     ]
     chosen = None
     if options.at_most is not None:
-        chosen = best_within(points, options.at_most)
+        made = [one for one in points if one.size >= 1 or _folder(options, one, done)]
+        chosen = best_within(made, options.at_most)
     (options.out / "curve.csv").write_text(csv_text(points), encoding="utf-8")
     title = f"{name}, compressed"
     (options.out / "curve.svg").write_text(curve_svg(title, points, chosen), encoding="utf-8")
@@ -67,14 +68,19 @@ def _answer(
         "data": str(options.data),
         "eval": None if options.eval is None else str(options.eval),
         "lab": None if options.lab is None else str(options.lab),
-        "points": [{**asdict(one), "folder": _folder(one, done)} for one in points],
-        "chosen": None if chosen is None else {**asdict(chosen), "folder": _folder(chosen, done)},
+        "points": [_values(options, one, done) for one in points],
+        "chosen": None if chosen is None else _values(options, chosen, done),
     }
 
 
-def _folder(point: Point, done: Compression) -> str | None:
-    """Where a point's model is. Models that were pruned only are not kept beside taught ones."""
-    return str(done.folder(point.size)) if point.distilled else None
+def _values(options: argparse.Namespace, point: Point, done: Compression) -> dict[str, Any]:
+    return {**asdict(point), "folder": _folder(options, point, done)}
+
+
+def _folder(options: argparse.Namespace, point: Point, done: Compression) -> str | None:
+    """Where a smaller model is. One that was pruned only is not kept beside a taught one."""
+    is_kept = point.size < 1 and (point.distilled or not options.steps)
+    return str(done.folder(point.size)) if is_kept else None
 
 
 def _show_table(screen: Screen, title: str, points: Sequence[Point]) -> None:
@@ -111,7 +117,7 @@ def _lines(
     if options.lab is not None:
         lines.append(f"times of a token are predicted by the best plan for {options.lab}")
     if chosen is not None:
-        folder = _folder(chosen, done) or str(options.model)
+        folder = _folder(options, chosen, done) or str(options.model)
         lines.append(
             f"at most {options.at_most:g} ms: {chosen.name} at {chosen.bits} bits, "
             f"{chosen.latency_ms:.3g} ms predicted: shoal load {folder} --bits {chosen.bits}"
