@@ -167,7 +167,7 @@ class Relay:
         if problem is not None:
             self._fail(number, problem)
             return
-        # A prompt that is scored goes row by row, because a head computes logits of one row.
+        # A prompt that is scored goes row by row, so that each row's logits come.
         chunk_tokens = 1 if sampling.prompt_logprobs else message.chunk_tokens
         cached = message.cached
         sampler = self._sampler(message) if self._is_last else None
@@ -206,6 +206,8 @@ class Relay:
             return problem
         if self._is_last and message.sampling.grammar and self._grammars is None:
             return "this device cannot keep an answer to a grammar"
+        if self._is_last and message.sampling.prompt_logprobs and not message.prompt:
+            return "the coordinator sent no prompt to tell the log-probabilities of"
         return None
 
     def _sampler(self, message: StartSequence) -> Sampler:
@@ -434,6 +436,12 @@ class Relay:
 
         logits: [1 + guesses, vocab], of the rows that the guesses follow.
         """
+        end = rows.position + rows.count
+        scored = sampler.told(end)
+        if scored is not None:
+            told = sampler.logprobs(logits[0], scored)
+            self._report(PromptScored(self.epoch, sequence.number, end, told))
+            return
         tokens: list[tuple[int, FinishReason]] = []
         sure = rows.position + rows.count - len(rows.drafts)
         for row, draft in zip(logits, (*rows.drafts, None), strict=True):
@@ -468,7 +476,7 @@ class Relay:
         newest.drafted, newest.accepted = len(rows.drafts), len(sampled) - 1
         if not newest.finish and not self._is_first:
             self._next().send(newest)
-        for one, row in zip(sampled, logits, strict=False):
+        for one, row in zip(sampled, logits, strict=False):  # There may be more rows.
             if sampler.tells_logprobs:
                 one.logprobs = sampler.logprobs(row, one.token)
             self._report(one)

@@ -210,7 +210,8 @@ def measure(options: argparse.Namespace, url: str) -> dict[str, Any]:
     for number in range(1, options.rounds + 1):
         say(f"round {number} of {options.rounds}")
         for keeps in (True, False) if number % 2 else (False, True):
-            found[f"chat {keeps}"].append(chat(url, parts["new"], 1000 * number, keeps=keeps))
+            seed = 1000 * number + 500 * keeps  # No slot keeps the other way's first prompt.
+            found[f"chat {keeps}"].append(chat(url, parts["new"], seed, keeps=keeps))
         for name, greedy in CASES.items():
             found[name].append(speeds(url, parts[name], number, greedy=greedy))
         for count in (1, 2, SLOTS):

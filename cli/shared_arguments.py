@@ -27,8 +27,8 @@ def add_scheme_argument(parser: argparse._ActionsContainer) -> None:
         default=DEFAULT_SCHEME,
         help="How weights are quantized: rtn rounds to nearest. truncate is the DILEMMA paper's. "
         "clip searches the range of each group. gptq rounds for the outputs on a text, which takes "
-        "minutes for each billion weights, once. auto takes the best of gptq, clip and rtn for "
-        "each block. Default: %(default)s.",
+        "up to half an hour for a billion weights, once. auto takes the best of gptq, clip and "
+        "rtn for each block. Default: %(default)s.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong while a model is compressed."""
+"""The error of a model that cannot be compressed."""
 
 
 class CompressionError(Exception):

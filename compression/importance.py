@@ -1,9 +1,11 @@
 """Measures what each part of a model is worth on a text, and chooses cuts by it.
 
-Heads and columns: the squared gradient of the loss by the part's gate, summed over sequences. It is
-the second-order estimate of what the loss gains when the part is removed, with Fisher's matrix for
-the curvature (Molchanov et al., "Importance Estimation for Neural Network Pruning"; Kwon et al., "A
-Fast Post-Training Pruning Framework for Transformers").
+Heads and columns: the squared gradient of the loss by the part's gate, summed over sequences. It
+estimates what the loss gains when the part is removed, to the second order, with Fisher's matrix
+for the curvature.
+
+Sources: Molchanov et al., "Importance Estimation for Neural Network Pruning"; Kwon et al., "A Fast
+Post-Training Pruning Framework for Transformers".
 
 Layers: the measured divergence from the original without the layer, one after another.
 
@@ -35,7 +37,7 @@ NEAR = 0.06
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """What parts are worth. heads: [layers][KV heads]. columns: [layers][columns].
+    """The worth of parts. heads: [layers][KV heads]. columns: [layers][columns].
 
     layers: the layers in the order in which they are best removed, of which one always stays.
     """

@@ -42,7 +42,7 @@ class Gates:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What a network computes. hidden: after the embedding and after every layer that ran."""
+    """The results of a network. hidden: after the embedding and after every layer that ran."""
 
     hidden: list[torch.Tensor]
     logits: torch.Tensor

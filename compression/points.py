@@ -58,7 +58,7 @@ class Point:
 
 
 class Points:
-    """What a run has done so far, in memory and in its file."""
+    """The results of a run so far, in memory and in its file."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Read the file if it is there. Raises CompressionError if it is of other settings."""

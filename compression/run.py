@@ -51,7 +51,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a run makes. sizes: shares of the layers' weights. 1 is the original itself.
+    """The wishes of a run. sizes: shares of the layers' weights. 1 is the original itself.
 
     formats: in which each smaller model is measured. lab: for latencies, or None.
     """

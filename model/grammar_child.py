@@ -55,7 +55,9 @@ class Follower:
     def __init__(self, vocabulary: bytes) -> None:
         """Raises ValueError if ``vocabulary`` is no file of model.token_bytes."""
         spelled = _Spelled(decode_token_bytes(vocabulary))
-        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(spelled))
+        wrapper = llguidance.TokenizerWrapper(spelled)
+        self._tokenizer = llguidance.LLTokenizer(wrapper)
+        spelled.tokens = wrapper.tokens = ()  # The library has its own.
         spelled.tokenizer = self._tokenizer
         self._matchers: dict[int, llguidance.LLMatcher] = {}
 

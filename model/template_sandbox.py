@@ -77,6 +77,14 @@ class WatchedMessage(dict[str, Any]):
         self._read.add(name)
         return super().get(name, default)
 
+    def __iter__(self) -> Iterator[str]:
+        # Python copies a dict without this method past __getitem__.
+        return super().__iter__()
+
+    def copy(self) -> dict[str, Any]:
+        self._read.update(self)
+        return super().copy()
+
     def items(self) -> Any:
         self._read.update(self)
         return super().items()

@@ -95,6 +95,7 @@ LONGEST = (
     "system/test_demo.py",
     "system/",
     "testbed/",
+    "page/",
     "examples/",
 )
 """Files and folders whose tests run first, so that short ones fill the last minute of all workers.

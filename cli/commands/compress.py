@@ -43,11 +43,11 @@ ABOUT = (
 )
 EXAMPLES = (
     "  shoal compress ./llama-160m --data my.txt --out smaller\n"
-    "  shoal compress ./llama-160m --data ask.jsonl --eval dev.jsonl --sizes 1,0.8,0.6,0.4 "
-    "--out smaller\n"
-    "  shoal compress ./llama-160m --data my.txt --out smaller --lab home.yaml --bits 16,8,4 "
-    "--at-most 40\n"
-    "  shoal compress ./llama-160m --data my.txt --out smaller --steps 0    # without teaching\n"
+    "  shoal compress ./llama-160m --data ask.jsonl --eval dev.jsonl --out smaller\n"
+    "  shoal compress ./llama-160m --data my.txt --out smaller --sizes 1,0.7,0.5\n"
+    "  shoal compress ./llama-160m --data my.txt --out smaller --steps 0\n"
+    "  shoal compress ./llama-160m --data my.txt --out smaller --bits 16,8,4 \\\n"
+    "      --lab home.yaml --at-most 40ms\n"
 )
 
 

@@ -23,9 +23,9 @@ ABOUT = (
     "compared over the network. The table says how far they may be off."
 )
 EXAMPLES = (
-    "  shoal trace                                   # the last request\n"
+    "  shoal trace                     # the last request\n"
     "  shoal trace req-5de88b1f214d436f --svg way.svg\n"
-    "  shoal trace --chrome way.json                 # for chrome://tracing or ui.perfetto.dev\n"
+    "  shoal trace --chrome way.json   # for ui.perfetto.dev\n"
 )
 LAST = "last"
 

@@ -22,7 +22,7 @@ from coordinator.http.common import json_lines, model_state, read_json, while_co
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
-from coordinator.loading.paces import hop_s, slow_devices, token_s
+from coordinator.loading.paces import slow_devices, token_s
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -372,7 +372,6 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
     """A loaded stage: sums over its devices, the longest load, and each member of a team.
 
     token_s: of the slowest device. None until enough tokens have passed.
-    hop_s: half of the newest measured round trip to the next stage, or None.
     """
     parts = [
         {
@@ -390,6 +389,5 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
         "fetched_bytes": sum(one.fetched_bytes for one in loaded),
         "load_s": max(one.load_s for one in loaded),
         "token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None,
-        "hop_s": hop_s(deployment, team[0]),
         "members": parts if len(team) > 1 else [],
     }

@@ -38,12 +38,6 @@ def counts_of(deployment: Deployment, lead: Member) -> StageCounts | None:
     return lead.counts if lead.pace[0] == deployment.epoch else None
 
 
-def hop_s(deployment: Deployment, lead: Member) -> float | None:
-    """Return half of the newest round trip from a stage to the next. None: not measured."""
-    counts = counts_of(deployment, lead)
-    return 0.5e-6 * counts.round_trip_us if counts is not None and counts.round_trip_us else None
-
-
 def planned_s(deployment: Deployment, member: Member) -> float | None:
     """Return the planned seconds of ``token_s``, without waiting for other devices of a team."""
     for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True):

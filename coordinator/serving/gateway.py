@@ -325,7 +325,7 @@ class Gateway:
         shortcuts: Shortcuts,
     ) -> AsyncGenerator[_Told, None]:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
-        # A prompt that is scored runs whole.
+        # All rows of a prompt that is scored run.
         reuse = shortcuts.cache_prompt and not sampling.prompt_logprobs
         async with deployment.slots.one(prompt, reuse=reuse) as held:
             self._models.require(deployment)

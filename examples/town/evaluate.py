@@ -30,15 +30,16 @@ BITS = (16, 8, 6, 5, 4, 3, 2)
 
 
 def evaluate(arguments: list[str], bits: list[int]) -> dict[int, list[dict[str, Any]]]:
-    """Return the results of `shoal eval`, one a line, by the bits. Raises CalledProcessError."""
+    """Return the results of `shoal eval`, one for each line, by bits. Raises CalledProcessError."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {}
-        for width in bits:
-            out = Path(folder) / f"{width}.jsonl"
-            command = [sys.executable, "-m", "cli", "eval", *arguments, "--bits", str(width)]
-            command += ["--max-tokens", "16", "--exact", "--out", str(out)]
-            subprocess.run(command, check=True, cwd=HERE.parents[1], stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
-            found[width] = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+        out = Path(folder) / "results.jsonl"
+        command = [sys.executable, "-m", "cli", "eval", *arguments, "--out", str(out), "--exact"]
+        command += ["--bits", ",".join(map(str, bits)), "--max-tokens", "16", "--slots", "16"]
+        subprocess.run(command, check=True, cwd=HERE.parents[1], stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
+        found: dict[int, list[dict[str, Any]]] = {width: [] for width in bits}
+        for text in out.read_text().splitlines()[1:]:
+            line = json.loads(text)
+            found[int(line["run"].split("x")[0])].append(line)  # "8x8 rtn 64": bits x blocks
     return found
 
 

@@ -44,7 +44,7 @@ MAX_POSITIONS = 256
 WIDTH, FFN, HEADS, KV_HEADS, LAYERS = 64, 192, 4, 2, 6
 THETA, EPS = 10000.0, 1e-5
 QUESTIONS = 3  # of a passage, in one row
-WARM_UP, COOL_DOWN = 200, 1000
+WARM_UP, COOL_DOWN = 200, 600
 RATE = 3e-3
 DECAY = 0.02
 AUX_LAYERS, AUX_STEPS, AUX_WEIGHT = 2, 2500, 0.3
@@ -73,7 +73,7 @@ STAGES = (
     Stage(400, generate.PEOPLE_COUNT, 48, 0, 0, ("read",)),
     Stage(1100, generate.PEOPLE_COUNT, 24, 96, 48, FIRST_KINDS),
     Stage(850, generate.PEOPLE_COUNT, 24, 96, 48),
-    Stage(850, generate.PEOPLE_COUNT, 40, 48, 48),
+    Stage(550, generate.PEOPLE_COUNT, 40, 48, 48),
 )
 STEPS = sum(stage.steps for stage in STAGES)
 

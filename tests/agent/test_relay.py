@@ -27,12 +27,14 @@ from wire import limits
 from wire.activations import HopBits, Rows
 from wire.connection import Listener
 from wire.errors import ConnectFailed, ConnectionLost
+from wire.logprobs import decode_logprobs
 from wire.messages import (
     Activation,
     Endpoint,
     Message,
     PeerLost,
     ProbePing,
+    PromptScored,
     Sampling,
     SequenceFailed,
     StartSequence,
@@ -667,3 +669,49 @@ def test_rows_in_a_slot_that_is_not_their_sequences_are_dropped(
     assert last.stage.next_call() == ((0,), 3)
     assert last.stage.calls.empty()
     last.close()
+
+
+# ---- log-probabilities and settings -------------------------------------------------------------
+
+
+def test_a_prompt_is_scored_over_two_stages(ring: tuple[Node, Node]) -> None:
+    first, last = ring
+    sampling = replace(GREEDY, max_tokens=1, top_logprobs=0, prompt_logprobs=True)
+    message = StartSequence(EPOCH, 5, 0, PROMPT, sampling)
+    last.relay.start(message)
+    first.relay.start(message)
+    for position in range(1, len(PROMPT)):
+        scored = last.reports.get(timeout=ANSWER_S)
+        assert isinstance(scored, PromptScored)
+        assert (scored.sequence, scored.position) == (5, position)
+        told = decode_logprobs(scored.logprobs, token=PROMPT[position], top=0, vocab=260)
+        assert told.logprob < 0
+    sampled = last.reports.get(timeout=ANSWER_S)
+    assert isinstance(sampled, TokenSampled)
+    assert (sampled.token, sampled.finish) == (CONTINUATION[0], "length")
+    assert decode_logprobs(sampled.logprobs, token=sampled.token, top=0, vocab=260).logprob < 0
+    assert first.reports.empty()
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"grammar": b'start: "a"'}, "cannot keep an answer to a grammar"),
+        ({"grammar": b"\xff"}, "no text"),
+        ({"logit_bias": ((260, 1.0),)}, "biased tokens"),
+        ({"answer": (-1,)}, "outside the vocabulary"),
+        ({"top_logprobs": 21}, "settings that do not fit"),
+        ({"prompt_logprobs": True}, "no prompt"),
+    ],
+    ids=repr,
+)
+def test_a_sequence_with_settings_that_do_not_fit_fails_alone(
+    ring: tuple[Node, Node], setting: dict[str, Any], reason: str
+) -> None:
+    first, last = ring
+    last.relay.start(StartSequence(EPOCH, 5, 0, (), replace(GREEDY, **setting)))
+    failed = last.reports.get(timeout=ANSWER_S)
+    assert isinstance(failed, SequenceFailed)
+    assert reason in failed.reason
+    first.start(start(6))
+    assert last.answer(6) == CONTINUATION

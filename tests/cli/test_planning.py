@@ -72,6 +72,7 @@ def options(*arguments: str | Path) -> argparse.Namespace:
     parser.set_defaults(
         max_weight_error=1e-3,
         scheme="rtn",
+        scheme_text=None,
         group_size=32,
         context=64,
         time_limit=20.0,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +48,7 @@ from planning.prompt import Passage
 from planning.request import LoadRequest
 from wire.connection import AsyncConnection, serve
 from wire.errors import ConnectionLost
+from wire.logprobs import encode_logprobs
 from wire.messages import (
     AgentHello,
     Done,
@@ -59,6 +62,7 @@ from wire.messages import (
     MeasureModel,
     Message,
     PeerLost,
+    PromptScored,
     ReleaseSequence,
     RequestFailed,
     Sampling,
@@ -917,3 +921,119 @@ def test_the_default_of_slots_goes_with_the_objective() -> None:
     assert slots(objective={"kind": "throughput"}) == 4
     assert slots(objective={"kind": "throughput"}, slots=1) == 1
     assert slots(slots=64) == 64
+
+
+# ---- log-probabilities -------------------------------------------------------------------------
+
+TOLD = Sampling(2, (), top_logprobs=1, prompt_logprobs=True)
+
+
+def scores(token: int, value: float = -1.0, other: int = 9, best: float = -0.5) -> bytes:
+    return encode_logprobs((token, other), (value, best))
+
+
+def test_scores_of_the_prompt_come_before_those_of_the_answer(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster, (7, 2, 5), TOLD))
+        first, last = [await said(agent) for agent in cluster.agents]
+        assert isinstance(first, StartSequence)
+        assert isinstance(last, StartSequence)
+        assert first.prompt == last.prompt == (7, 2, 5)
+        agent, number = cluster.agents[1], first.sequence
+        await agent.send(PromptScored(EPOCH, number, 1, scores(2)))
+        await agent.send(PromptScored(EPOCH, number, 2, scores(5, -2.0)))
+        await agent.send(TokenSampled(EPOCH, number, 0, 65, "", 0, scores(65, -3.0)))
+        await agent.send(TokenSampled(EPOCH, number, 1, 66, "length", 9, scores(66, 1e-4)))
+        prompt, *answer = await task
+        assert prompt.tokens == ()
+        assert [(told.token, told.logprob) for told in prompt.prompt_logprobs] == [(2, -1), (5, -2)]
+        found = [told for piece in answer for told in piece.logprobs]
+        assert [(told.token, told.logprob) for told in found] == [(65, -3), (66, 0)]
+        assert all(told.top == ((9, -0.5),) for told in (*found, *prompt.prompt_logprobs))
+
+    run(test)
+
+
+SCORE_LIES: dict[str, tuple[Sampling, tuple[int, int, bytes]]] = {
+    "scores nobody wanted": (Sampling(2, ()), (0, 65, scores(65))),
+    "no scores": (replace(TOLD, prompt_logprobs=False), (0, 65, b"")),
+    "too many": (replace(TOLD, prompt_logprobs=False), (0, 65, scores(65) * 2)),
+    "half of one": (replace(TOLD, prompt_logprobs=False), (0, 65, scores(65)[:-3])),
+    "another token's": (replace(TOLD, prompt_logprobs=False), (0, 65, scores(66))),
+    "no token's": (replace(TOLD, prompt_logprobs=False), (0, 65, scores(65, other=VOCAB))),
+    "not a number": (replace(TOLD, prompt_logprobs=False), (0, 65, scores(65, math.nan))),
+    "infinite": (replace(TOLD, prompt_logprobs=False), (0, 65, scores(65, -math.inf))),
+    "above 1": (replace(TOLD, prompt_logprobs=False), (0, 65, scores(65, 0.5))),
+    "before the prompt's": (TOLD, (0, 65, scores(65))),
+    "of no such place": (TOLD, (-1, 2, scores(2))),
+}
+
+
+@pytest.mark.parametrize("lie", SCORE_LIES)
+def test_a_device_that_lies_about_scores_ends_the_answer_and_is_dropped(run: Run, lie: str) -> None:
+    sampling, (index, token, data) = SCORE_LIES[lie]
+
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        task = asyncio.ensure_future(collect(cluster, (7, 2), sampling))
+        begun = await said(cluster.agents[0])
+        assert isinstance(begun, StartSequence)
+        message: Message = TokenSampled(EPOCH, begun.sequence, index, token, "", 0, data)
+        if index < 0:
+            message = PromptScored(EPOCH, begun.sequence, 2, data)
+        await cluster.agents[1].send(message)
+        with pytest.raises(AgentLied):
+            await task
+        assert [member.name for member in cluster.roster.members] == ["first"]
+
+    run(test)
+
+
+def test_only_the_last_stage_is_told_what_only_it_needs(run: Run) -> None:
+    """A long grammar and the biases would cross every link for nothing."""
+
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        sampling = replace(SAMPLING, max_tokens=1, grammar=b'start: "a"', logit_bias=((3, 1.0),))
+        task = asyncio.ensure_future(collect(cluster, (7, 2), sampling))
+        first, last = [await said(agent) for agent in cluster.agents]
+        assert isinstance(first, StartSequence)
+        assert isinstance(last, StartSequence)
+        assert (first.sampling.grammar, first.sampling.logit_bias) == (b"", ())
+        assert last.sampling == sampling
+        assert last.prompt == ()
+        await cluster.sample(first.sequence, "a", "length")
+        assert text_of(await task) == "a"
+
+    run(test)
+
+
+@pytest.mark.parametrize("setting", [{"grammar": b"x"}, {"presence_penalty": 1.0}])
+def test_a_new_last_stage_follows_the_answer_so_far(run: Run, setting: dict[str, Any]) -> None:
+    async def test(cluster: Cluster) -> None:
+        broken = cluster.deploy()
+        pieces = cluster.gateway.generate(broken, (1, 2), replace(Sampling(3, ()), **setting))
+        first = asyncio.ensure_future(anext(pieces))
+        begun = await said(cluster.agents[0])
+        assert isinstance(begun, StartSequence)
+        await said(cluster.agents[1])
+        await cluster.sample(begun.sequence, "a")
+        assert (await first).text == "a"
+        # Here the test places the model.
+        cluster.models.carry_out(Place, lambda action: None)
+        cluster.models.apply("llama", Lost(AgentLost("last", "gone")))
+        assert (await anext(pieces)).notice
+        more = asyncio.ensure_future(anext(pieces))
+        cluster.deploy(epoch=EPOCH + 1)
+        last: Message = begun
+        while not isinstance(last, StartSequence) or last.epoch == EPOCH:
+            last = await said(cluster.agents[1])
+        (token,) = Tokenizer.load(LLAMA).encode("a", add_special=False)
+        assert last.sampling.answer == (token,)
+        assert last.sampling.max_tokens == 2
+        more.cancel()
+        await asyncio.gather(more, return_exceptions=True)
+        await pieces.aclose()
+
+    run(test)

@@ -83,6 +83,9 @@ def test_a_role_that_the_template_leaves_out_is_named() -> None:
         "{% for m in messages %}{{ m | tojson(indent=2) }}{% endfor %}",
         "{% for m in messages %}{{ m['content'] }}{{ m.get('name') }}{% endfor %}",
         "{{ messages | map(attribute='content') | join }}{{ messages[0].name }}",
+        "{{ dict(messages[0], role='x') }}",
+        "{% for m in messages %}{{ m.copy()['content'] ~ m.copy().name }}{% endfor %}",
+        "{{ messages[0] | string }}{{ '%s' % messages[0] }}",
     ],
 )
 def test_a_template_may_read_in_any_way(template: str) -> None:

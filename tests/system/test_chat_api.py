@@ -133,6 +133,23 @@ def test_without_parallel_calls_the_first_call_ends_the_answer(client: openai.Op
     assert answer.usage.completion_tokens < both.usage.completion_tokens
 
 
+def test_strict_tools_leave_thoughts_and_text_free(client: openai.OpenAI) -> None:
+    closed = {**SCHEMA, "additionalProperties": False}
+    strict: Any = {**WEATHER, "strict": True, "parameters": closed}
+    wrong = HERMES.replace("place", "plac3")
+    answer = client.chat.completions.create(
+        model="hermes",
+        messages=[user(f"{THOUGHTS}I look {{.\n{HERMES}\n{wrong}", "It is sunny {.")],
+        tools=[{"type": "function", "function": strict}],
+    )
+    message = answer.choices[0].message
+    assert (message.content, message.model_extra) == ("I look {.", {"reasoning_content": "Hm."})
+    first, second = message.tool_calls or []
+    assert first.type == second.type == "function"
+    assert first.function.arguments == ARGUMENTS
+    assert json.loads(second.function.arguments).keys() <= {"place"}
+
+
 def test_a_model_can_be_told_not_to_think(scripted: ScriptedCluster) -> None:
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
 

@@ -174,7 +174,11 @@ def test_choices_and_batches_are_the_answers_that_each_run_alone_gives(pipeline:
         alone = complete(
             pipeline, prompt=prompts[index // 2], seed=70 + index % 2, echo=False, **settings
         )
-        assert {**choice, "index": 0} == alone["choices"][0]
+        (other,) = alone["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (other["text"], other["finish_reason"])
+        # Several rows in one pass are rounded differently.
+        told, expected = (one["logprobs"]["token_logprobs"] for one in (choice, other))
+        assert told == pytest.approx(expected, abs=1e-4)
     assert answer["choices"][0]["text"] != answer["choices"][1]["text"]
     chunks = streamed(pipeline, prompt=prompts, n=2, seed=70, **settings)
     for choice in answer["choices"]:

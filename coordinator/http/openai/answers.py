@@ -232,6 +232,7 @@ def usage(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     prompt_tokens = sum(map(len, job.prompts))
     completion_tokens = sum(len(outcome.tokens) for outcome in outcomes)
     thought_tokens = sum(outcome.thought_tokens for outcome in outcomes)
+    # A prompt counts once, however many answers it has.
     cached_tokens = sum(outcome.timing.cached_tokens for outcome in outcomes[:: job.choices])
     return {
         "prompt_tokens": prompt_tokens,

@@ -52,6 +52,8 @@ KNOWN = frozenset(
         "max_tokens",
         "ignore_eos",
         "return_token_ids",
+        "cache_prompt",
+        "speculative.n_max",
         "response_format",
         "json_schema",
         "grammar",
@@ -60,8 +62,6 @@ KNOWN = frozenset(
         "guided_choice",
         "guided_grammar",
         "structured_outputs",
-        "cache_prompt",
-        "speculative.n_max",
     }
 )
 

@@ -54,13 +54,13 @@ class Job:
     token_ids: bool
     reading: Reading | None = None
     """None: a completion, whose text stays as it is."""
+    shortcuts: Shortcuts = ALL_SHORTCUTS
     choices: int = 1
     """The number of answers to each prompt."""
     echoed: tuple[str, ...] = ()
     """The texts of the prompts, if answers begin with them."""
     wants_no_answer: bool = False
     """Whether only the prompts are asked for. One token of an answer is drawn all the same."""
-    shortcuts: Shortcuts = ALL_SHORTCUTS
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -118,10 +118,10 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
         include_usage=flag(options, "include_usage"),
         token_ids=flag(body, "return_token_ids"),
         reading=reading,
+        shortcuts=read_shortcuts(body),
         choices=read_choices(body, len(prompts)),
         echoed=tuple(texts) if flag(body, "echo") else (),
         wants_no_answer=body.get("max_tokens") == 0,
-        shortcuts=read_shortcuts(body),
     )
 
 
