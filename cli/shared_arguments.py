@@ -25,8 +25,8 @@ def add_scheme_argument(parser: argparse._ActionsContainer) -> None:
         "--scheme",
         choices=SCHEMES,
         default=DEFAULT_SCHEME,
-        help="How weights are quantized: rtn rounds to nearest, truncate is the DILEMMA paper's, and "
-        "clip searches the range of each group. With gptq, codes are chosen for the outputs on a "
+        help="How weights are quantized: rtn rounds to nearest, truncate is the DILEMMA paper's, "
+        "and clip searches the range of each group. With gptq, codes are chosen for the outputs on a "
         "text, which takes up to half an hour for a billion weights, once. With auto, each block "
         "gets the best of gptq, clip and rtn. Default: %(default)s.",
     )
