@@ -26,8 +26,8 @@ def add_scheme_argument(parser: argparse._ActionsContainer) -> None:
         choices=SCHEMES,
         default=DEFAULT_SCHEME,
         help="How weights are quantized: rtn rounds to nearest, truncate is the DILEMMA paper's, "
-        "and clip searches the range of each group. With gptq, codes are chosen for the outputs on a "
-        "text, which takes up to half an hour for a billion weights, once. With auto, each block "
+        "and clip searches the range of each group. With gptq, codes are chosen for the outputs on "
+        "a text, which takes up to half an hour for a billion weights, once. With auto, each block "
         "gets the best of gptq, clip and rtn. Default: %(default)s.",
     )
 
