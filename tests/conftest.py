@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -123,6 +124,18 @@ def no_thread_outlives_the_test() -> Iterator[None]:
         if not thread.name.startswith(LIBRARY_THREADS):
             thread.join(max(deadline - time.monotonic(), 0))
             assert not thread.is_alive(), f"thread {thread.name} outlived the test"
+
+
+@pytest.fixture(autouse=True)
+def arithmetic_as_usual() -> Iterator[None]:
+    """A stage leaves denormals of its thread reading as zero. The next test sees them again."""
+    yield
+    _C.fesetenv(_DEFAULT_ENVIRONMENT)
+
+
+_C = ctypes.CDLL("libm.so.6")
+_DEFAULT_ENVIRONMENT = ctypes.c_void_p(-1)
+"""FE_DFL_ENV of glibc's fenv.h."""
 
 
 @pytest.fixture(autouse=True)

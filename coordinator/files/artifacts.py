@@ -298,7 +298,7 @@ class ArtifactStore:
         Raises OSError, StorageFull.
         """
         ref = FileRef(hashlib.sha256(data).hexdigest(), len(data))
-        if not self.is_whole(ref.sha256):
+        if not (self._has(ref.sha256, len(data)) and self.is_whole(ref.sha256)):
             self._make_room(len(data), set())
             replace_bytes(self.place(ref.sha256), data)
         self._in_use.add(ref.sha256)

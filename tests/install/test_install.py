@@ -268,6 +268,8 @@ def test_a_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
         "coordinator",
         "testbed",
         "evaluation",
+        "compression",
+        "studies",
         "cli",
     )
     for name in (*packages, "systemd"):

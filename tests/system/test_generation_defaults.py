@@ -11,7 +11,13 @@ import httpx
 
 from tests.system.cluster import TINY_OPT, Cluster, last_json
 
-RECOMMENDED = {"temperature": 1.7, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.3}
+RECOMMENDED = {
+    "temperature": 1.7,
+    "top_k": 40,
+    "top_p": 0.95,
+    "repetition_penalty": 1.3,
+    "min_p": 0.1,
+}
 PROMPT = "The lamp is in the attic. The meter"
 
 
@@ -37,7 +43,7 @@ def test_a_request_takes_what_the_model_recommends_unless_it_says_otherwise(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(TINY_OPT, tmp_path / "a" / "tiny"))
-    values = {"do_sample": True, "eos_token_id": None, "min_p": 0.1, **RECOMMENDED}
+    values = {"do_sample": True, "eos_token_id": None, "typical_p": 0.1, **RECOMMENDED}
     (model / "generation_config.json").write_text(json.dumps(values))
     cluster.start_coordinator()
     cluster.start_agent("pi-1")
@@ -48,7 +54,7 @@ def test_a_request_takes_what_the_model_recommends_unless_it_says_otherwise(
     shown = cluster.run("ps").stdout
     assert (
         "requests take, unless they say: temperature 1.7, top k 40, top p 0.95, "
-        "repetition penalty 1.3" in shown
+        "repetition penalty 1.3, min p 0.1" in shown
     )
     as_recommended = ask(cluster, **RECOMMENDED)
     assert ask(cluster) == as_recommended
@@ -69,6 +75,7 @@ def test_a_request_takes_what_the_model_recommends_unless_it_says_otherwise(
     # Without the recommendations, the API draws from the whole distribution, and `run` is greedy.
     loaded = cluster.load(model, "--bits=16", "--no-generation-defaults")
     assert loaded["sampling_defaults"] == {}
-    assert ask(cluster) == ask(cluster, temperature=1, top_k=0, top_p=1, repetition_penalty=1)
+    neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "min_p": 0}
+    assert ask(cluster) == ask(cluster, **neutral)
     assert run_command(cluster, model) == greedy[:24]
     assert "requests take" not in cluster.run("ps").stdout
