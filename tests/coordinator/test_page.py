@@ -6,7 +6,11 @@ import asyncio
 import fnmatch
 import hashlib
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +28,7 @@ from coordinator.http.page import state as states
 from coordinator.http.page.files import read_files
 from coordinator.http.page.routes import PageRoutes
 from coordinator.http.page.state import State, StateFeed
+from coordinator.http.page.users import user_of
 from coordinator.loading.models import Models
 from coordinator.loading.state import LoadBegan
 from coordinator.loading.turns import Turns
@@ -52,6 +57,8 @@ class Parts:
             advertise=False,
             token=token,
         )
+        self.user: int | None = os.geteuid()
+        """The user that local clients run as."""
         self.story = Story()
         self.roster = Roster("attic", story=self.story)
         self.models, self.turns, self.requests = Models(self.story), Turns(), Requests()
@@ -61,7 +68,7 @@ class Parts:
 
     def client(self, *, address: str = "127.0.0.1", key: str = "") -> TestClient:
         """A client at ``address`` whose requests were admitted with the key of this name."""
-        routes = PageRoutes(self.config, self.feed).routes()
+        routes = PageRoutes(self.config, self.feed, lambda *_: self.user).routes()
         app = Starlette(routes=routes, exception_handlers=HANDLERS)
         return TestClient(_with_key(app, key), client=(address, 40000))
 
@@ -274,6 +281,44 @@ def test_the_token_is_for_this_machine_and_for_holders_of_a_key(
     assert answer["token"] == (TOKEN.decode() if is_told else None)
     assert answer["port"] == 7420
     assert TOKEN.decode() not in json.dumps(client.get("/shoal/v1/state").json())
+
+
+@pytest.mark.parametrize("user", [65534, None])
+def test_another_user_of_this_machine_is_not_told_the_token(
+    tmp_path: Path, user: int | None
+) -> None:
+    parts = Parts(tmp_path, token=TOKEN)
+    parts.user = user
+    assert parts.client().post("/shoal/v1/join", json={}).json()["token"] is None
+
+
+CALLER = """
+import os, socket, sys
+port, user, host = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+os.setuid(user)  # From here on, modules of this Python may be out of reach.
+with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+    sock.connect((host, port))
+    sock.recv(1)
+"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("user", [None, 65534])
+def test_the_kernel_tells_whose_a_connection_is(host: str, user: int | None) -> None:
+    if user is not None and os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    expected = os.geteuid() if user is None else user
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as server:
+        server.settimeout(30)
+        port = server.getsockname()[1]
+        arguments = [sys.executable, "-c", CALLER, str(port), str(expected), host]
+        with subprocess.Popen(arguments) as process:
+            sock, client = server.accept()
+            with sock:
+                assert user_of(client[:2], (host, port)) == expected
+                assert user_of((client[0], client[1] ^ 1), (host, port)) is None
+        assert process.returncode == 0
 
 
 def test_a_form_of_another_site_does_not_get_the_token(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -14,6 +16,7 @@ from coordinator.http.common import read_json
 from coordinator.http.keys import KEY
 from coordinator.http.page.files import HEADERS, read_files
 from coordinator.http.page.state import MOST_WATCHERS, StateFeed
+from coordinator.http.page.users import End, user_of
 from wire.addresses import is_everywhere, is_loopback, reachable_addresses
 
 EVENTS = "text/event-stream"
@@ -25,7 +28,14 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 class PageRoutes:
     """Route handlers of the page at ``/``."""
 
-    def __init__(self, config: CoordinatorConfig, feed: StateFeed) -> None:
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        feed: StateFeed,
+        user_of: Callable[[End, End], int | None] = user_of,
+    ) -> None:
+        """``user_of`` tells which user of this machine a connection comes from."""
+        self._user_of = user_of
         self._config = config
         self._feed = feed
         self._files = read_files()
@@ -67,14 +77,15 @@ class PageRoutes:
     async def join(self, request: Request) -> Response:
         """The addresses where agents join, and the shoal's token for those who may have it.
 
-        These are holders of an API key, and users of this machine itself.
+        These are holders of an API key. Without one, they are the coordinator's own user and root,
+        who can read its token file.
         """
         await read_json(request)
         config = self._config
         hosts = await asyncio.to_thread(reachable_addresses, config.control_host)
         others = [host for host in hosts if not is_loopback(host)]
         token = None
-        if config.token is not None and (request.scope.get(KEY) or _is_local(request)):
+        if config.token is not None and (request.scope.get(KEY) or self._is_own(request)):
             token = config.token.decode(errors="replace")
         return JSONResponse(
             {
@@ -84,9 +95,14 @@ class PageRoutes:
             }
         )
 
-
-def _is_local(request: Request) -> bool:
-    """Whether the client is on this machine, and no proxy stands before it."""
-    client = request.client
-    is_forwarded = any(name in request.headers for name in FORWARDED)
-    return client is not None and is_loopback(client.host) and not is_forwarded
+    def _is_own(self, request: Request) -> bool:
+        """Whether the client runs here as root or as the coordinator's user, without a proxy."""
+        client, server = request.client, request.scope.get("server")
+        if client is None or server is None or not is_loopback(client.host):
+            return False
+        if any(name in request.headers for name in FORWARDED):
+            return False
+        return self._user_of((client.host, client.port), (server[0], server[1])) in (
+            0,
+            os.geteuid(),
+        )

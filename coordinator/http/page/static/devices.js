@@ -162,8 +162,8 @@ function joiningLine(shoal, answer, token) {
 }
 
 const UNTOLD =
-  "Put the token in its place: it is in the coordinator's token file. The page is told it on the " +
-  "coordinator's machine, or with an API key.";
+  "Put the token in its place: it is in the coordinator's token file. The page is told it with an " +
+  "API key, or if the coordinator's own user opens it on the same machine.";
 
 function Join({ shoal, isFirst }) {
   const [answer, setAnswer] = useState(null);
