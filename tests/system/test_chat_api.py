@@ -235,7 +235,7 @@ def test_a_response_that_is_cut_off_is_incomplete(client: openai.OpenAI) -> None
 # ---- /v1/messages -------------------------------------------------------------------------------
 
 
-CLAUDE_TOOLS = [
+ANTHROPIC_TOOLS = [
     {
         "name": "get_weather",
         "description": "The weather of a place.",
@@ -249,7 +249,7 @@ def test_messages_have_blocks(scripted: ScriptedCluster) -> None:
         "model": "hermes",
         "max_tokens": 500,
         "system": [{"type": "text", "text": "Be brief."}],
-        "tools": CLAUDE_TOOLS,
+        "tools": ANTHROPIC_TOOLS,
         "messages": [user(f"{THOUGHTS}I look.\n{HERMES}", "It is sunny.")],
     }
     first = post(scripted, "/v1/messages", ask).json()
@@ -284,7 +284,7 @@ def test_streamed_messages_add_up_to_the_whole_one(scripted: ScriptedCluster) ->
         "model": "hermes",
         "max_tokens": 500,
         "stream": True,
-        "tools": CLAUDE_TOOLS,
+        "tools": ANTHROPIC_TOOLS,
         "messages": [user(f"{THOUGHTS}I look.\n{HERMES}")],
     }
     found = events(scripted, "/v1/messages", ask)
