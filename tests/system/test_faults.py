@@ -347,7 +347,10 @@ def test_a_device_lost_while_loading_is_named(cluster: Cluster) -> None:
 
 
 def _is_measuring(cluster: Cluster) -> bool:
-    return any((cluster.directory / "pi-1").glob("**/.calibration-*"))
+    try:
+        return any((cluster.directory / "pi-1").glob("**/.calibration-*"))
+    except FileNotFoundError:  # The agent has removed a folder meanwhile.
+        return False
 
 
 # ---- Ctrl-C ------------------------------------------------------------------------------------
