@@ -112,7 +112,7 @@ class Shoal:
 
     def load(self) -> None:
         while len(self.get("/shoal/v1/devices")["devices"]) < len(AGENTS):
-            time.sleep(0.2)
+            time.sleep(0.2)  # Joining tells no event here.
         subprocess.run(  # noqa: S603 - our own command
             [
                 *SHOAL, "load", str(MODEL), "--bits=32", "--hop-bits=32", f"--slots={SLOTS}",
@@ -318,14 +318,14 @@ def disturb(shoal: Shoal, chance: random.Random, until_s: float, every_s: float)
     """Kill an agent and start it again, until the time is over. Returns how often."""
     kills = 0
     while time.monotonic() + every_s < until_s:
-        time.sleep(every_s * chance.uniform(0.5, 1.0))
+        time.sleep(every_s * chance.uniform(0.5, 1.0))  # Faults come at random.
         name = chance.choice(AGENTS[1:])
         shoal.processes[name].send_signal(signal.SIGKILL)
         shoal.processes[name].wait()
         kills += 1
-        time.sleep(chance.uniform(1.0, 6.0))
+        time.sleep(chance.uniform(1.0, 6.0))  # So long the device is gone.
         shoal.start_agent(name)
-    time.sleep(max(until_s - time.monotonic(), 0))
+    time.sleep(max(until_s - time.monotonic(), 0))  # The rest of the soak's time.
     return kills
 
 
@@ -342,7 +342,7 @@ def left_over(shoal: Shoal) -> list[str]:
         found += [f"{len(in_flight)} in flight"] * bool(in_flight)
         if not found or time.monotonic() > deadline_s:
             return found
-        time.sleep(0.5)
+        time.sleep(0.5)  # Between two looks at other processes.
 
 
 def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:

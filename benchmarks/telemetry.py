@@ -92,7 +92,7 @@ class Shoal:
             )
         devices = f"{self.url}/shoal/v1/devices"
         while len(httpx.get(devices, trust_env=False).json()["devices"]) < 2:
-            time.sleep(0.2)
+            time.sleep(0.2)  # Joining tells no event here.
         subprocess.run(  # noqa: S603 - our own command
             [
                 *SHOAL, "load", str(MODEL), "--bits=8", "--max-weight-error=none",

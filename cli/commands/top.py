@@ -74,7 +74,7 @@ def _follow(client: Client, screen: Screen, state: dict[str, Any]) -> None:
                 show("the coordinator stopped: trying again")
             except CommandFailed as error:
                 show(str(error))
-            time.sleep(RETRY_S)
+            time.sleep(RETRY_S)  # A coordinator that starts again tells nobody.
 
 
 def top_view(
