@@ -133,7 +133,27 @@ class Relay:
         if self._grammars is not None:
             self._grammars.close()
 
+    def forget(self) -> None:
+        """Forget all sequences. Later ones must have larger numbers."""
+        with self._lock:
+            self._table.clear()
+
     # ---- what is told of it ---------------------------------------------------------------------
+
+    @property
+    def runs(self) -> bool:
+        """Whether a pass is running."""
+        return self._busy
+
+    @property
+    def works(self) -> bool:
+        """Whether new sequences can run: it is not closed, and its hop is not lost."""
+        return not self._closed and self._hop_lost is None
+
+    @property
+    def newest(self) -> int:
+        """The newest sequence that was started."""
+        return self._table.newest
 
     def counts(self) -> StageCounts:
         """Return what the stage and its hop have done so far."""

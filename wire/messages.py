@@ -84,14 +84,22 @@ class AgentHello:
     """The port at which it listens on every address of its machine. 0 means only ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
     """The addresses that its user configured for peers. They are tried first."""
+    kept_epoch: int = 0
+    """The epoch of the stage that it kept when it lost its last coordinator. 0: it has none."""
+    kept_sequence: int = 0
+    """The newest sequence that was started on that stage. 0: none, or another member leads."""
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorWelcome:
-    """Coordinator's answer. ``name`` is the agent's name made unique in the cluster."""
+    """Coordinator's answer. ``name`` is the agent's name made unique in the cluster.
+
+    keeps_stage: the agent goes on with the stage that it kept. Otherwise it unloads the stage.
+    """
 
     cluster: str
     name: str
+    keeps_stage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
