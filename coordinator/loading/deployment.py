@@ -115,6 +115,10 @@ class Deployment:
     """As of ``Planned``."""
     vocabulary: Vocabulary | None = None
     """The bytes of the model's tokens. None if they have none, or llguidance is not installed."""
+    fingerprint: str = ""
+    """The fingerprint of the checkpoint from which the stages were made."""
+    newest_sequence: int = 0
+    """The newest sequence that its stages knew when this coordinator took them over."""
 
     @property
     def name(self) -> str:
@@ -242,6 +246,7 @@ async def deploy(
         quality=planned.quality,
         weights=planned.weights,
         vocabulary=vocabulary,
+        fingerprint=planned.checkpoint.fingerprint,
     )
 
 
@@ -367,6 +372,7 @@ async def unload(members: Sequence[Member]) -> None:
     """Unload the stages of the living members."""
 
     async def one(member: Member) -> None:
+        member.kept_epoch = 0
         with contextlib.suppress(AgentFailed):
             await member.request(UnloadStage, Done)
 

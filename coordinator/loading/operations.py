@@ -29,7 +29,9 @@ from coordinator.loading.deployment import (
     wanted_artifacts,
 )
 from coordinator.loading.models import UNLOADED, Models
+from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.recovery import remaining
+from coordinator.loading.slots import Slots
 from coordinator.loading.state import (
     FilesMended,
     LoadBegan,
@@ -179,6 +181,7 @@ class Operations:
             deployment = deployment_of(state)
             members += () if deployment is None else deployment.devices
             self._models.apply(name, Unloaded(NotLoaded(UNLOADED)))
+        members += (member for member in self._roster.members if member.kept_epoch)
         return tuple(dict.fromkeys(members))
 
     def note_damage(self, epoch: int) -> None:
@@ -473,6 +476,41 @@ class Operations:
             deployment = await self._put(replace(left, plan=None), tokenizer, asked=False)
         # The next recovery begins from the whole request.
         return replace(deployment, request=request)
+
+    async def adopt(self, request: LoadRequest, record: DeploymentRecord) -> Deployment:
+        """Return the deployment of stages that are still loaded. The caller holds the turn.
+
+        Raises CoordinatorError if a stage is gone or the model's files have changed, and
+        ModelError.
+        """
+        tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+        checkpoint = await asyncio.to_thread(self._opened, Checkpoint.open, request)
+        if checkpoint.fingerprint != record.fingerprint:
+            raise NotLoaded("the model's files have changed")
+        vocabulary = await asyncio.to_thread(self._vocabulary_of, tokenizer, checkpoint.spec)
+        teams = record.teams(self._roster.members)
+        if teams is None:
+            raise NotLoaded("a device was lost")
+        members = tuple(itertools.chain.from_iterable(teams))
+        for member in members:
+            member.kept_epoch = 0
+        return Deployment(
+            request=request,
+            spec=checkpoint.spec,
+            tokenizer=tokenizer,
+            plan=record.plan,
+            epoch=record.epoch,
+            slots=Slots(request.slots),
+            context_tokens=record.context_tokens,
+            teams=teams,
+            loaded=record.loaded,
+            sums=record.sums,
+            quality=record.quality,
+            weights=record.weights,
+            vocabulary=vocabulary,
+            fingerprint=record.fingerprint,
+            newest_sequence=max(member.kept_sequence for member in members),
+        )
 
     # ---- progress ------------------------------------------------------------------------------
 

@@ -154,6 +154,13 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """The model's stages were still loaded, and the restarted coordinator has taken them over."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
 class LoadFailed:
     """A load that a user asked for ended early."""
 
@@ -213,6 +220,7 @@ Event: TypeAlias = (
     | LoadBegan
     | StepBegan
     | Placed
+    | Adopted
     | LoadFailed
     | Lost
     | StageFoundDamaged
@@ -228,6 +236,7 @@ EVENTS: tuple[type[Event], ...] = (
     LoadBegan,
     StepBegan,
     Placed,
+    Adopted,
     LoadFailed,
     Lost,
     StageFoundDamaged,
@@ -271,11 +280,18 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """Keep on disk which stages belong together, for a restart of the coordinator."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
-    """Remove the loaded request from the disk."""
+    """Remove the loaded request and the record of its stages from the disk."""
 
 
-Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Forget
+Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Forget
 Next: TypeAlias = tuple[State, tuple[Action, ...]]
 Rule: TypeAlias = Callable[[Any, Any, float], Next]
 """Maps (state, event, seconds of the monotonic clock) to the next state and actions."""
@@ -301,17 +317,22 @@ def _step(state: Loading, event: StepBegan, now_s: float) -> Next:
 
 
 def _serve(state: Loading, event: Placed, now_s: float) -> Next:
-    return Serving(event.deployment, now_s), (Keep(event.deployment),)
+    placed = event.deployment
+    return Serving(placed, now_s), (Keep(placed), Record(placed))
 
 
 def _serve_resumed(state: Resuming, event: Placed, now_s: float) -> Next:
+    return Serving(event.deployment, now_s), (Record(event.deployment),)
+
+
+def _adopt(state: Resuming, event: Adopted, now_s: float) -> Next:
     return Serving(event.deployment, now_s), ()
 
 
 def _serve_replaced(state: Replacing, event: Placed, now_s: float) -> Next:
     ended = {**state.past.ended, state.deployment.epoch: state.cause}
     past = replace(state.past, ended=MappingProxyType(ended))
-    return Serving(event.deployment, now_s, past), ()
+    return Serving(event.deployment, now_s, past), (Record(event.deployment),)
 
 
 def _serve_mended(state: Broken, event: Placed, now_s: float) -> Next:
@@ -397,6 +418,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     Resuming: {
         DevicesAwaited: (Resuming, _await),
         Placed: (Serving, _serve_resumed),
+        Adopted: (Serving, _adopt),
         AttemptFailed: (Resuming, _explain),
         WaitEnded: (Broken, _give_up),
         Unloaded: (Nothing, _unload),

@@ -17,6 +17,7 @@ from coordinator.loading.state import (
     EVENTS,
     STATES,
     TABLE,
+    Adopted,
     AttemptFailed,
     Broken,
     DevicesAwaited,
@@ -33,6 +34,7 @@ from coordinator.loading.state import (
     Past,
     Place,
     Placed,
+    Record,
     Replacing,
     ResumeBegan,
     Resuming,
@@ -83,6 +85,7 @@ EVENT: dict[type[Event], Event] = {
     LoadBegan: LoadBegan(REQUEST),
     StepBegan: StepBegan("quantize"),
     Placed: Placed(NEW),
+    Adopted: Adopted(NEW),
     LoadFailed: LoadFailed(WHY),
     Lost: Lost(LOSS),
     StageFoundDamaged: StageFoundDamaged(DAMAGE),
@@ -104,25 +107,26 @@ EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]
     (Nothing, LoadBegan): (Loading(REQUEST, NOW_S), ()),
     (Nothing, Stopped): (GONE, ()),
     (Resuming, DevicesAwaited): (replace(RESUMING, missing=("pi-1",)), ()),
-    (Resuming, Placed): (Serving(NEW, NOW_S), ()),
+    (Resuming, Placed): (Serving(NEW, NOW_S), (Record(NEW),)),
+    (Resuming, Adopted): (Serving(NEW, NOW_S), ()),
     (Resuming, WaitEnded): (Broken(RESUMING, LOSS, NOW_S), ()),
     (Resuming, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
     (Resuming, Stopped): (GONE, (StopPlacing("llama"),)),
     (Loading, StepBegan): (Loading(REQUEST, 1.0, "quantize"), ()),
-    (Loading, Placed): (Serving(NEW, NOW_S), (Keep(NEW),)),
+    (Loading, Placed): (Serving(NEW, NOW_S), (Keep(NEW), Record(NEW))),
     (Loading, LoadFailed): (GONE, ()),
     (Loading, Stopped): (GONE, ()),
     (Serving, Lost): (LOST, (EndAnswers(OLD, LOSS), Place(LOST))),
     (Serving, StageFoundDamaged): (DAMAGED, (EndAnswers(OLD, DAMAGE), Place(DAMAGED))),
     (Serving, Unloaded): (GONE, (EndAnswers(OLD, WHY), Forget())),
     (Serving, Stopped): (GONE, (EndAnswers(OLD, WHY),)),
-    (Replacing, Placed): (Serving(NEW, NOW_S, REPLACED), ()),
+    (Replacing, Placed): (Serving(NEW, NOW_S, REPLACED), (Record(NEW),)),
     (Replacing, StageFoundDamaged): (replace(REPLACING, past=SUSPECT), ()),
     (Replacing, FilesMended): (replace(REPLACING, past=SUSPECT), ()),
     (Replacing, WaitEnded): (Broken(REPLACING, LOSS, NOW_S), ()),
     (Replacing, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
     (Replacing, Stopped): (GONE, (StopPlacing("llama"),)),
-    (Broken, Placed): (Serving(NEW, NOW_S, REPLACED), ()),
+    (Broken, Placed): (Serving(NEW, NOW_S, REPLACED), (Record(NEW),)),
     (Broken, StageFoundDamaged): (replace(BROKEN, of=replace(REPLACING, past=SUSPECT)), ()),
     (Broken, FilesMended): (replace(BROKEN, of=replace(REPLACING, past=SUSPECT)), ()),
     (Broken, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
@@ -172,7 +176,7 @@ def test_a_failed_attempt_says_what_is_missing(state: State, words: str) -> None
 
 def test_a_resumed_model_that_was_broken_has_no_past() -> None:
     broken = Broken(RESUMING, WHY, 2.0)
-    assert advance(broken, Placed(NEW), NOW_S) == (Serving(NEW, NOW_S), ())
+    assert advance(broken, Placed(NEW), NOW_S) == (Serving(NEW, NOW_S), (Record(NEW),))
     assert advance(broken, FilesMended(), NOW_S) == (broken, ())
 
 
