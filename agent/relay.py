@@ -160,6 +160,7 @@ class Relay:
         meter, sent = self._meter, HopCounts() if self._hop is None else self._hop.counts()
         with self._lock:
             held_rows = self._table.held_rows
+        running_s, running_rows = meter.running()
         return StageCounts(
             meter.passes,
             meter.rows,
@@ -171,6 +172,8 @@ class Relay:
             round(1e6 * sent.round_trip_s),
             held_rows,
             self._table.most_rows,
+            round(1e6 * running_s),
+            running_rows,
         )
 
     def traced(self, sequences: tuple[int, ...]) -> tuple[TracedPass, ...]:
@@ -382,7 +385,11 @@ class Relay:
         try:
             if outputs is None:
                 started_s = time.monotonic()
-                outputs = self._computed(turns)
+                self._meter.begins(turns, started_s)
+                try:
+                    outputs = self._computed(turns)
+                finally:
+                    self._meter.ends()
                 self._meter.ran(turns, started_s, time.monotonic())
             if alone:
                 self._pass_on(sequence, rows, outputs)

@@ -124,6 +124,7 @@ class StageCounts:
     sending_us: microseconds in which the socket took them.
     round_trip_us: the newest measured round trip to the next device. 0: none was measured.
     held_rows, most_rows: rows in the KV cache that sequences hold now, and those that fit.
+    running_us, running_rows: how long the pass of this moment has computed, and its rows. 0: none.
     """
 
     passes: int
@@ -136,6 +137,8 @@ class StageCounts:
     round_trip_us: int
     held_rows: int
     most_rows: int
+    running_us: int = 0
+    running_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -526,6 +526,10 @@ class Roster:
                 await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S / LIFE_CHECKS)
         return self._members.get(member.device) is member and member.heard.is_set()
 
+    def drop(self, member: Member, why: str) -> None:
+        """Lose a member that is alive but of no use. It may join again."""
+        self._lose(member, AgentLost(member.name, why))
+
     def close(self) -> None:
         """Drop every member, and let no more join."""
         self._closed = True
@@ -546,7 +550,7 @@ class Roster:
                 raise ProtocolError(f"it has {wrong}")
             member.load, member.celsius = message.load, message.celsius
             member.counts = message.stage
-            if message.token_s:
+            if message.token_s or (message.stage is not None and message.stage.running_us):
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):

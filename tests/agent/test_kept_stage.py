@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,14 @@ from model.checkpoint import Checkpoint
 from model.quantize import BITS, Format
 from model.spec import ModelSpec
 from tests.agent.teams import CONTEXT, ReferenceStage
-from tests.agent.test_daemon import Coordinator, running_agent
+from tests.agent.test_daemon import ANSWER_S, Coordinator, running_agent
 from wire.connection import Listener
 from wire.messages import (
     AgentHello,
     BlockRef,
     CoordinatorWelcome,
     Endpoint,
+    Heartbeat,
     LoadStage,
     Sampling,
     SequenceFailed,
@@ -44,7 +46,9 @@ EPOCH = 77
 
 
 class WholeBackend(Backend):
-    """The reference, for a whole model."""
+    """The reference, for a whole model. Its passes wait while ``gate`` is closed."""
+
+    gate = threading.Event()
 
     @classmethod
     def probe(cls) -> Capabilities:
@@ -52,7 +56,12 @@ class WholeBackend(Backend):
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
         blocks = [read_block(path, spec, block)[1] for block, path in artifacts]
-        return ReferenceStage(spec, artifacts[0][0], blocks, options.slots)
+        stage = ReferenceStage(spec, artifacts[0][0], blocks, options.slots)
+        stage.before_sum = lambda: self._wait()
+        return stage
+
+    def _wait(self) -> None:
+        assert self.gate.wait(ANSWER_S)
 
 
 class Shoal:
@@ -124,6 +133,7 @@ def said() -> list[str]:
 def shoal(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
     monkeypatch.setattr(daemon, "backend_class", lambda name: WholeBackend)
     monkeypatch.setattr(Trials, "require", lambda *_: None)  # They try another backend.
+    WholeBackend.gate.set()
     with loaded(tmp_path, said) as shoal:
         yield shoal
 
@@ -165,3 +175,34 @@ def test_a_stage_that_was_stopped_for_damage_is_not_kept(shoal: Shoal) -> None:
     agent = shoal.agent
     agent._stop_damaged(EPOCH, agent._relay, None, agent._cache.path("0" * 64))
     assert shoal.lose(keeps=True).kept_epoch == 0
+
+
+def test_a_pass_that_does_not_end_is_told_and_the_agent_joins_again_after_it(shoal: Shoal) -> None:
+    shoal.start(5, 1)
+    assert len(shoal.answer()) == 1
+    WholeBackend.gate.clear()
+    shoal.start(6)
+    connection = shoal.coordinator.connection
+    assert connection is not None
+    running_us: list[int] = []
+    while len(running_us) < 2:  # It sends heartbeats all the same.
+        message, _ = connection.receive()
+        assert isinstance(message, Heartbeat)
+        connection.send(Heartbeat())
+        if message.stage is not None and message.stage.running_us:
+            running_us.append(message.stage.running_us)
+            assert (message.epoch, message.stage.running_rows) == (EPOCH, len(PROMPT))
+    assert running_us[0] < running_us[1]
+    shoal.coordinator.close()
+    joining: list[AgentHello] = []
+    waiting = threading.Thread(target=lambda: joining.append(shoal.coordinator.hello()))
+    waiting.start()
+    waiting.join(1.0)
+    assert not joining  # It could not unload its stage now.
+    WholeBackend.gate.set()
+    waiting.join(ANSWER_S)
+    (hello,) = joining
+    assert hello.kept_epoch == EPOCH
+    shoal.coordinator.send(CoordinatorWelcome("test", hello.name))
+    shoal.start(7)
+    assert shoal.coordinator.answer() == SequenceFailed(EPOCH, 7, "the stage is not loaded")

@@ -3,11 +3,16 @@
 A prompt that has ``[[say]]first[[then]]second[[end]]`` is answered by first, and in the assistant's
 next turn by second. A prompt without a script is answered by NO_SCRIPT. The model's tokenizer must
 be the one of ``tests.system.scripted``, and one device must run all of the model.
+
+A prompt with ``[[hang]]PATH[[end]]`` hangs the first stage that finds a file at PATH. The file is
+renamed to PATH.taken, and the stage goes on once that file is removed.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +24,7 @@ from model.spec import ModelSpec
 
 BOS, EOS = 256, 257
 SAY, THEN, END = "[[say]]", "[[then]]", "[[end]]"
+HANG = "[[hang]]"
 TURN = f"{chr(BOS)}assistant\n"
 NO_SCRIPT = "I was told nothing."
 
@@ -34,6 +40,16 @@ def next_token(tokens: Sequence[int]) -> int:
         steps = prompt[begin + len(SAY) : end].split(THEN)
     step = steps[min(prompt.count(TURN, max(end, 0)), len(steps) - 1)]
     return ord(step[len(answer)]) if len(answer) < len(step) else EOS
+
+
+def hang(tokens: Sequence[int]) -> None:
+    """Wait if the prompt says so."""
+    _, found, rest = "".join(map(chr, tokens)).rpartition(HANG)
+    path = Path(rest.partition(END)[0])
+    if found and path.exists():
+        taken = path.rename(f"{path}.taken")
+        while taken.exists():
+            time.sleep(0.02)
 
 
 class ScriptBackend(Backend):
@@ -72,6 +88,7 @@ class ScriptStage(Stage):
             return np.zeros((len(inputs), self._spec.hidden), np.float32)
         if self._first == 0:
             self._tokens[slot][position:] = map(int, inputs)
+            hang(self._tokens[slot])
         rows = np.zeros((int(logits), self._spec.vocab), np.float32)
         tokens = self._tokens[slot]
         for row in range(len(rows)):
