@@ -162,6 +162,21 @@ def run_unload(options: argparse.Namespace, screen: Screen) -> None:
         screen.out.print("no model was loaded" if name is None else f"{name} is unloaded")
 
 
+def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
+    with _client(options) as client, screen.progress() as on_step:
+        answer = client.operate("/shoal/v1/rebalance", {}, on_step)
+    if options.json:
+        screen.json(answer)
+        return
+    for name, times in answer["slower_than_planned"].items():
+        screen.out.print(f"{name} takes {times:.1f} times as long as planned")
+    screen.plan(answer["present"], f"{answer['model']} now; by the present figures")
+    if answer["moves"]:
+        screen.plan(answer["plan"], f"the best plan; {answer['why']}")
+    else:
+        screen.out.print(f"it should stay as it is: {answer['why']}")
+
+
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 """The options of ``shoal run`` that the API has by the same names. None: not given."""
 
@@ -660,6 +675,23 @@ def _unload(parser: argparse.ArgumentParser) -> Page:
     return Page(run_unload, "  shoal unload\n")
 
 
+def _rebalance(parser: argparse.ArgumentParser) -> Page:
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        required=True,
+        help="Only compare. It is required, because shoal does not move a loaded model yet.",
+    )
+    add_url_argument(parser)
+    return Page(
+        run_rebalance,
+        "  shoal rebalance --dry-run\n",
+        "Plans the loaded model again by the present figures: devices that joined, links that "
+        "changed, and devices that run slower than planned. Nothing is loaded or moved: `shoal "
+        "load` does that.",
+    )
+
+
 def _temperature(text: str) -> Any:
     from cli.argument_types import argument, between
 
@@ -714,6 +746,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "run": ("Generate text from a prompt.", _run),
     "chat": ("Talk with a model.", _chat),
     "unload": ("Unload the model, and free the devices.", _unload),
+    "rebalance": ("Say whether another plan would be better now.", _rebalance),
 }
 """Each command's summary, and the function that adds its arguments."""
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from coordinator.errors import Busy, LinkFailed, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
@@ -29,6 +30,8 @@ from coordinator.loading.deployment import (
     wanted_artifacts,
 )
 from coordinator.loading.models import UNLOADED, Models
+from coordinator.loading.paces import slowness_of
+from coordinator.loading.rebalance import slowed
 from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.recovery import remaining
 from coordinator.loading.slots import Slots
@@ -125,6 +128,21 @@ class Operations:
         self._models.apply(name, Placed(deployment))
         return deployment
 
+    async def rebalance(self, on_step: Callable[[Step], None]) -> tuple[Deployment, Planned]:
+        """Plan the model that answers again, by the present figures, and load nothing.
+
+        Devices that run their stage slower than planned are planned with what they take now.
+        Raises NotLoaded if no model answers, CoordinatorError, ModelError and PlanError.
+        """
+        async with self._turns.asked(on_step):
+            deployment = self._models.serving
+            if deployment is None:
+                raise NotLoaded("no model answers now: see `shoal ps`")
+            here = [member.device for member in self._roster.members]
+            request = remaining(deployment.request, here)
+            planned = await self._plan(request, asked=False, slowness=slowness_of(deployment))
+            return deployment, planned
+
     async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
         """Measure the device ``name`` again, and its links to devices without a stage.
 
@@ -220,11 +238,19 @@ class Operations:
                     raise
         raise AssertionError("counting ended")
 
-    async def _plan(self, request: LoadRequest, *, asked: bool, weights: bool = True) -> Planned:
+    async def _plan(
+        self,
+        request: LoadRequest,
+        *,
+        asked: bool,
+        weights: bool = True,
+        slowness: Mapping[str, float] = MappingProxyType({}),
+    ) -> Planned:
         """Plan a request.
 
         asked: a user waits for the best plan, so more of the failed links are tried again.
         weights: without them, config.json is enough, and losses are assumed.
+        slowness: how many times longer than measured devices take, by their names.
         """
         open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
         checkpoint = await asyncio.to_thread(self._opened, open_model, request)
@@ -240,7 +266,13 @@ class Operations:
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
         )
         failed_before_s = time.monotonic()
-        make = partial(self._problem, request, checkpoint, members, context_tokens, losses)
+
+        async def make(*, asked: bool) -> PlanningProblem:
+            problem = await self._problem(
+                request, checkpoint, members, context_tokens, losses, asked=asked
+            )
+            return slowed(problem, slowness)
+
         problem = await make(asked=asked)
         try:
             plan = await self._solve(request, problem)

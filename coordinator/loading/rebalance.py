@@ -144,6 +144,12 @@ def judge(memory: Memory, choice: Choice, now_s: float) -> tuple[Memory, Verdict
     return memory, Verdict(True, _better(choice))
 
 
+def judge_alone(choice: Choice) -> Verdict:
+    """Judge a choice by itself, as if it had been there for long and nothing had been moved."""
+    _, verdict = judge(Memory(better_since_s=-STEADY_S), choice, 0.0)
+    return verdict
+
+
 def is_worse(before_s: float, after_s: float) -> bool:
     """Whether a move is taken back, by the measured seconds of a token before and after it."""
     return after_s > WORSE * before_s

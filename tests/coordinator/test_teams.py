@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -115,7 +116,14 @@ class PlansGiven(Operations):
 
     plans: list[Plan]
 
-    async def _plan(self, request: LoadRequest, *, asked: bool, weights: bool = True) -> Planned:
+    async def _plan(
+        self,
+        request: LoadRequest,
+        *,
+        asked: bool,
+        weights: bool = True,
+        slowness: Mapping[str, float] = MappingProxyType({}),
+    ) -> Planned:
         if not self.plans:
             raise PlanError("no plan is left")
         joined = [member.name for member in self._roster.members]

@@ -20,6 +20,7 @@ SAID = "I was away for a moment."
 def scripted(tmp_path: Path) -> Iterator[ScriptedCluster]:
     cluster = ScriptedCluster(tmp_path)
     yield cluster
+    (tmp_path / "hang.taken").unlink(missing_ok=True)
     cluster.stop()
 
 
