@@ -164,7 +164,7 @@ def run_unload(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/rebalance", {}, on_step)
+        answer = client.operate("/shoal/v1/rebalance", {"dry_run": options.dry_run}, on_step)
     if options.json:
         screen.json(answer)
         return
@@ -172,9 +172,10 @@ def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
         screen.out.print(f"{name} takes {times:.1f} times as long as planned")
     screen.plan(answer["present"], f"{answer['model']} now; by the present figures")
     if answer["moves"]:
-        screen.plan(answer["plan"], f"the best plan; {answer['why']}")
+        title = "the best plan" if options.dry_run else "moved to"
+        screen.plan(answer["plan"], f"{title}; {answer['why']}")
     else:
-        screen.out.print(f"it should stay as it is: {answer['why']}")
+        screen.out.print(f"it stays as it is: {answer['why']}")
 
 
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -679,16 +680,15 @@ def _rebalance(parser: argparse.ArgumentParser) -> Page:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        required=True,
-        help="Only compare. It is required, because shoal does not move a loaded model yet.",
+        help="Only compare, and move nothing.",
     )
     add_url_argument(parser)
     return Page(
         run_rebalance,
-        "  shoal rebalance --dry-run\n",
+        "  shoal rebalance --dry-run  # say whether it would pay\n  shoal rebalance\n",
         "Plans the loaded model again by the present figures: devices that joined, links that "
-        "changed, and devices that run slower than planned. Nothing is loaded or moved: `shoal "
-        "load` does that.",
+        "changed, and devices that run slower than planned. If the new plan is better by enough, "
+        "the model moves there. Answers pause meanwhile and go on.",
     )
 
 
@@ -746,7 +746,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "run": ("Generate text from a prompt.", _run),
     "chat": ("Talk with a model.", _chat),
     "unload": ("Unload the model, and free the devices.", _unload),
-    "rebalance": ("Say whether another plan would be better now.", _rebalance),
+    "rebalance": ("Move the loaded model to a better plan, if there is one now.", _rebalance),
 }
 """Each command's summary, and the function that adds its arguments."""
 

@@ -23,7 +23,7 @@ from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.paces import slow_devices, slowness_of, token_s
-from coordinator.loading.rebalance import choice_of, judge_alone, revalued
+from coordinator.loading.rebalance import Verdict, choice_of, revalued
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -218,12 +218,23 @@ class AdminRoutes:
         return json_lines(work)
 
     async def rebalance(self, request: Request) -> Response:
-        """Compare the plan of the model that answers with the best one now. Nothing is moved."""
-        await read_json(request)
+        """Compare the plan of the model that answers with the best one now, and move to that.
+
+        With ``dry_run`` nothing is moved.
+        """
+        dry_run = (await read_json(request)).get("dry_run", False)
+        if not isinstance(dry_run, bool):
+            raise RequestInvalid("dry_run: expected true or false", "dry_run")
 
         async def work(emit: Emit) -> dict[str, Any]:
-            deployment, planned = await self._operations.rebalance(_emitter(emit))
-            return _comparison(deployment, planned)
+            deployment, planned, verdict = await self._operations.rebalance(
+                _emitter(emit), moves=not dry_run
+            )
+            answer = _comparison(deployment, planned, verdict)
+            if verdict.moves and not dry_run:
+                moved = await self._models.latest(deployment)
+                answer["moved_to"] = [team[0].name for team in moved.teams]
+            return answer
 
         return json_lines(work)
 
@@ -290,14 +301,12 @@ def _planned(planned: Planned) -> dict[str, Any]:
     return answer
 
 
-def _comparison(deployment: Deployment, planned: Planned) -> dict[str, Any]:
+def _comparison(deployment: Deployment, planned: Planned, verdict: Verdict) -> dict[str, Any]:
     """The JSON of the present plan and the best one, both by the present figures.
 
-    moves, why: whether the rule would move the model, if this lasted, and the reason.
+    moves, why: whether the rule moves the model, if this lasts, and the reason.
     """
-    load_s = max(one.load_s for team in deployment.loaded for one in team)
-    choice = choice_of(planned.problem, deployment.plan, planned.plan, load_s)
-    verdict = judge_alone(choice)
+    choice = choice_of(planned.problem, deployment.plan, planned.plan, deployment.load_s)
     present = revalued(deployment.plan, planned.problem)
     spec, slots = deployment.spec, deployment.slots.total
     return {

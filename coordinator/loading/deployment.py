@@ -145,6 +145,11 @@ class Deployment:
         return self.vocabulary is not None and bool(self.loaded[-1][0].grammars)
 
     @property
+    def load_s(self) -> float:
+        """The longest time that a device took to load its blocks from its disk."""
+        return max(one.load_s for team in self.loaded for one in team)
+
+    @property
     def where(self) -> str:
         """The devices in words, such as "pi-1+pi-2, pi-3"."""
         return ", ".join(map(team_name, self.teams))

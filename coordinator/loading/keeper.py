@@ -241,7 +241,11 @@ class Keeper:
             broken = states.deployment_of(state)
             if broken is not None:
                 await unload(broken.devices)
-                placed = await self._operations.place(broken.request, broken.tokenizer)
+                wanted = state.wanted if isinstance(state, Replacing) else None
+                if wanted is not None:
+                    placed = await self._operations.carry_out(wanted, broken)
+                else:
+                    placed = await self._operations.place(broken.request, broken.tokenizer)
             elif isinstance(state, states.Nothing):
                 raise state.error
             else:

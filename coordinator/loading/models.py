@@ -46,6 +46,7 @@ _KINDS = {
     states.Adopted: "adopted",
     states.LoadFailed: "load failed",
     states.Lost: "lost",
+    states.MoveBegan: "moving",
     states.StageFoundDamaged: "damaged",
     states.AttemptFailed: "not placed",
     states.WaitEnded: "broken",

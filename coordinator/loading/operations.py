@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from coordinator.errors import Busy, LinkFailed, NotLoaded
+from coordinator.errors import Busy, LinkFailed, Moved, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.vocabulary import Vocabulary, make_vocabulary
 from coordinator.loading.deployment import (
@@ -31,7 +31,7 @@ from coordinator.loading.deployment import (
 )
 from coordinator.loading.models import UNLOADED, Models
 from coordinator.loading.paces import slowness_of
-from coordinator.loading.rebalance import slowed
+from coordinator.loading.rebalance import Verdict, choice_of, judge_alone, slowed
 from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.recovery import remaining
 from coordinator.loading.slots import Slots
@@ -39,6 +39,7 @@ from coordinator.loading.state import (
     FilesMended,
     LoadBegan,
     LoadFailed,
+    MoveBegan,
     Placed,
     StepBegan,
     Unloaded,
@@ -128,10 +129,14 @@ class Operations:
         self._models.apply(name, Placed(deployment))
         return deployment
 
-    async def rebalance(self, on_step: Callable[[Step], None]) -> tuple[Deployment, Planned]:
-        """Plan the model that answers again, by the present figures, and load nothing.
+    async def rebalance(
+        self, on_step: Callable[[Step], None], *, moves: bool
+    ) -> tuple[Deployment, Planned, Verdict]:
+        """Plan the model that answers again, by the present figures.
 
         Devices that run their stage slower than planned are planned with what they take now.
+
+        moves: begin the move if the other plan is better. Answers pause, and go on there.
         Raises NotLoaded if no model answers, CoordinatorError, ModelError and PlanError.
         """
         async with self._turns.asked(on_step):
@@ -141,7 +146,12 @@ class Operations:
             here = [member.device for member in self._roster.members]
             request = remaining(deployment.request, here)
             planned = await self._plan(request, asked=False, slowness=slowness_of(deployment))
-            return deployment, planned
+            choice = choice_of(planned.problem, deployment.plan, planned.plan, deployment.load_s)
+            verdict = judge_alone(choice)
+            if moves and verdict.moves:
+                await self._quantize(planned)  # Answers do not wait for it.
+                self._models.apply(deployment.name, MoveBegan(Moved(), planned))
+            return deployment, planned, verdict
 
     async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
         """Measure the device ``name`` again, and its links to devices without a stage.
@@ -508,6 +518,20 @@ class Operations:
             deployment = await self._put(replace(left, plan=None), tokenizer, asked=False)
         # The next recovery begins from the whole request.
         return replace(deployment, request=request)
+
+    async def carry_out(self, planned: Planned, before: Deployment) -> Deployment:
+        """Deploy a plan in place of a deployment that was unloaded. The caller holds the turn.
+
+        Raises CoordinatorError, ModelError, PlanError.
+        """
+        blocks = await self._quantize(planned)
+        vocabulary = await asyncio.to_thread(
+            self._vocabulary_of, before.tokenizer, planned.checkpoint.spec
+        )
+        members = self._roster.members
+        deployment = await self._deploy(planned, before.tokenizer, blocks, members, vocabulary)
+        # The next recovery begins from the whole request.
+        return replace(deployment, request=before.request)
 
     async def adopt(self, request: LoadRequest, record: DeploymentRecord) -> Deployment:
         """Return the deployment of stages that are still loaded. The caller holds the turn.

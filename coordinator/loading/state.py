@@ -20,7 +20,7 @@ from coordinator.errors import CoordinatorError, NotLoaded
 from planning.request import LoadRequest, model_name
 
 if TYPE_CHECKING:
-    from coordinator.loading.deployment import Deployment
+    from coordinator.loading.deployment import Deployment, Planned
 
 NO_MODEL = "no model is loaded: run `shoal load MODEL`"
 
@@ -95,6 +95,8 @@ class Replacing:
     """The cause. After a failed attempt it also has the reason of that failure."""
     since_s: float
     past: Past
+    wanted: Planned | None = None
+    """The plan to move to. None: it is planned anew, also after a failed attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,15 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveBegan:
+    """The model leaves its deployment, which works, for a better plan."""
+
+    error: CoordinatorError
+    """The reason in the words of an error, for the answers that pause."""
+    wanted: Planned
+
+
+@dataclass(frozen=True, slots=True)
 class StageFoundDamaged:
     """A stage of the deployment ran from a damaged file."""
 
@@ -223,6 +234,7 @@ Event: TypeAlias = (
     | Adopted
     | LoadFailed
     | Lost
+    | MoveBegan
     | StageFoundDamaged
     | FilesMended
     | AttemptFailed
@@ -239,6 +251,7 @@ EVENTS: tuple[type[Event], ...] = (
     Adopted,
     LoadFailed,
     Lost,
+    MoveBegan,
     StageFoundDamaged,
     FilesMended,
     AttemptFailed,
@@ -350,6 +363,13 @@ def _lose(state: Serving, event: Lost, now_s: float) -> Next:
     return replacing, (EndAnswers(state.deployment, event.error), Place(replacing))
 
 
+def _move(state: Serving, event: MoveBegan, now_s: float) -> Next:
+    replacing = Replacing(
+        state.deployment, event.error, event.error, now_s, state.past, event.wanted
+    )
+    return replacing, (EndAnswers(state.deployment, event.error), Place(replacing))
+
+
 def _lose_damaged(state: Serving, event: StageFoundDamaged, now_s: float) -> Next:
     return _lose(replace(state, past=_suspect(state)), Lost(event.error), now_s)
 
@@ -369,7 +389,10 @@ def _doubt_broken(state: Broken, event: FilesMended | StageFoundDamaged, now_s: 
 
 
 def _explain(state: Replacing | Resuming, event: AttemptFailed, now_s: float) -> Next:
-    return replace(state, error=_unplaced(state, event.why)), ()
+    error = _unplaced(state, event.why)
+    if isinstance(state, Replacing):
+        return replace(state, error=error, wanted=None), ()
+    return replace(state, error=error), ()
 
 
 def _explain_broken(state: Broken, event: AttemptFailed, now_s: float) -> Next:
@@ -432,6 +455,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     },
     Serving: {
         Lost: (Replacing, _lose),
+        MoveBegan: (Replacing, _move),
         StageFoundDamaged: (Replacing, _lose_damaged),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),

@@ -9,9 +9,9 @@ from typing import cast
 
 import pytest
 
-from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, NotLoaded
+from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, Moved, NotLoaded
 from coordinator.loading import state as states
-from coordinator.loading.deployment import Deployment
+from coordinator.loading.deployment import Deployment, Planned
 from coordinator.loading.diagram import with_diagram
 from coordinator.loading.state import (
     EVENTS,
@@ -30,6 +30,7 @@ from coordinator.loading.state import (
     LoadFailed,
     Loading,
     Lost,
+    MoveBegan,
     Nothing,
     Past,
     Place,
@@ -65,6 +66,8 @@ OLD, NEW = (
 LOSS = AgentLost("pi-2", "silent")
 DAMAGE = AgentDamaged("pi-1", "a file was damaged")
 WHY = NotLoaded("it was unloaded")
+MOVED = Moved()
+WANTED = cast(Planned, SimpleNamespace())
 
 RESUMING = Resuming(REQUEST, ("pi-1", "pi-2"), ("pi-2",), 1.0)
 LOADING = Loading(REQUEST, 1.0, "plan")
@@ -88,6 +91,7 @@ EVENT: dict[type[Event], Event] = {
     Adopted: Adopted(NEW),
     LoadFailed: LoadFailed(WHY),
     Lost: Lost(LOSS),
+    MoveBegan: MoveBegan(MOVED, WANTED),
     StageFoundDamaged: StageFoundDamaged(DAMAGE),
     FilesMended: FilesMended(),
     AttemptFailed: AttemptFailed("memory is short"),
@@ -100,6 +104,7 @@ REPLACED = Past({1: LOSS})
 SUSPECT = Past(suspect=frozenset({1}))
 DAMAGED = Replacing(OLD, DAMAGE, DAMAGE, NOW_S, SUSPECT)
 LOST = Replacing(OLD, LOSS, LOSS, NOW_S, Past())
+MOVING = Replacing(OLD, MOVED, MOVED, NOW_S, Past(), WANTED)
 GONE = Nothing(WHY)
 
 EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]] = {
@@ -117,6 +122,7 @@ EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]
     (Loading, LoadFailed): (GONE, ()),
     (Loading, Stopped): (GONE, ()),
     (Serving, Lost): (LOST, (EndAnswers(OLD, LOSS), Place(LOST))),
+    (Serving, MoveBegan): (MOVING, (EndAnswers(OLD, MOVED), Place(MOVING))),
     (Serving, StageFoundDamaged): (DAMAGED, (EndAnswers(OLD, DAMAGE), Place(DAMAGED))),
     (Serving, Unloaded): (GONE, (EndAnswers(OLD, WHY), Forget())),
     (Serving, Stopped): (GONE, (EndAnswers(OLD, WHY),)),
@@ -172,6 +178,13 @@ def test_a_failed_attempt_says_what_is_missing(state: State, words: str) -> None
         with pytest.raises(CoordinatorError, match=words) as raised:
             raise cast(CoordinatorError, error_of(state))
         assert str(raised.value).count("memory is short") == 1
+
+
+def test_a_move_that_failed_is_not_tried_again() -> None:
+    after, _ = advance(MOVING, AttemptFailed("memory is short"), NOW_S)
+    assert isinstance(after, Replacing)
+    assert after.wanted is None
+    assert "cannot be placed anew: memory is short" in str(after.error)
 
 
 def test_a_resumed_model_that_was_broken_has_no_past() -> None:
