@@ -5,11 +5,13 @@ next turn by second. A prompt without a script is answered by NO_SCRIPT. The mod
 be the one of ``tests.system.scripted``, and one device must run all of the model.
 
 A prompt with ``[[hang]]PATH[[end]]`` hangs the first stage that finds a file at PATH. The file is
-renamed to PATH.taken, and the stage goes on once that file is removed.
+renamed to PATH.taken, and the stage goes on once that file is removed. A process with
+SCRIPT_DELAY_S in its environment takes so many seconds for each pass.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from model.spec import ModelSpec
 BOS, EOS = 256, 257
 SAY, THEN, END = "[[say]]", "[[then]]", "[[end]]"
 HANG = "[[hang]]"
+DELAY_S = float(os.environ.get("SCRIPT_DELAY_S", "0"))
 TURN = f"{chr(BOS)}assistant\n"
 NO_SCRIPT = "I was told nothing."
 
@@ -82,6 +85,7 @@ class ScriptStage(Stage):
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = True
     ) -> Array:
+        time.sleep(DELAY_S)
         check_inputs(inputs, self._spec, tokens=self._first == 0)
         check_rows(slot, position, len(inputs), self._options.slots, self._options.context_tokens)
         if self._last < self._spec.head_block:
