@@ -3,8 +3,9 @@
 The main thread reads the control connection, and a heartbeat thread writes to it. One worker
 carries out the long requests (measure, fetch, load) in order. Other threads belong to modules:
 agent.quiet measures again in idle moments, agent.gauges reads sensors, agent.relay runs the stage,
-agent.integrity hashes its files, agent.hop has two, and agent.peers one for each peer. Losing the
-coordinator ends the stage, but not the agent, which searches again.
+agent.integrity hashes its files, agent.hop has two, and agent.peers one for each peer. An agent
+that loses the coordinator keeps its stage and searches again. The next coordinator takes the stage
+over or has it unloaded.
 """
 
 from __future__ import annotations
@@ -99,6 +100,12 @@ log = logging.getLogger(__name__)
 RETRY_S = (0.5, 1.0, 2.0, 5.0)
 """The pauses between attempts to join. The last one repeats."""
 
+KEPT_S = 600.0
+"""A stage is kept for so long without a coordinator. It holds memory that others may need."""
+
+SETTLE_S = 0.05
+"""The pause between two looks at a pass that still runs."""
+
 Request = (
     MeasureModel
     | MeasureModelAgain
@@ -134,6 +141,13 @@ class Agent:
         self._attempts = 0
         self._stop = threading.Event()
         self._control: Connection | None = None
+        """The newest connection to a coordinator, whether it has welcomed this agent or not."""
+        self._line: Connection | None = None
+        """The connection that a coordinator has welcomed. None while there is none."""
+        self._lost_s = 0.0
+        """When the last one was lost, by the monotonic clock."""
+        self._blocks = ""
+        """The blocks of the stage in words."""
         self._told = ""
         self._relay: Relay | None = None
         """Runs the stage, unless another member of its team leads."""
@@ -186,8 +200,9 @@ class Agent:
         attempt = 0
         try:
             while not self._stop.is_set():
-                self._service.alive()
+                self._alive()
                 try:
+                    self._settle()
                     connection, coordinator = self._join()
                     attempt = 0
                     self._serve(connection, coordinator)
@@ -197,6 +212,7 @@ class Agent:
                 self._stop.wait(RETRY_S[min(attempt, len(RETRY_S) - 1)])
                 attempt += 1
         finally:
+            self._unload()
             self._service.stopping()
             self._peers.close()
             self._state_lock.close()
@@ -213,6 +229,46 @@ class Agent:
         """The backend, imported at first use. An idle agent holds no accelerator library."""
         return backend_class(self._config.backend)()
 
+    # ---- a stage without a coordinator ----------------------------------------------------------
+
+    def _alive(self) -> None:
+        """Feed the watchdog while no coordinator is there. End a stage that nobody took over."""
+        self._service.alive()
+        if self._has_stage and time.monotonic() - self._lost_s > KEPT_S:
+            log.warning("no coordinator for %.0f s: the stage is unloaded", KEPT_S)
+            self._unload()
+
+    def _keep_stage(self) -> None:
+        """End all sequences of the stage, and keep the stage for the next coordinator."""
+        self._lost_s = time.monotonic()
+        if self._relay is not None:
+            self._relay.forget()
+
+    def _settle(self) -> None:
+        """Wait for the pass that runs. An agent that could not unload its stage must not join."""
+        while self._relay is not None and self._relay.runs and not self._stop.wait(SETTLE_S):
+            self._service.alive()
+
+    def _kept(self) -> tuple[int, int]:
+        """Return the epoch of the kept stage and its newest sequence, or zeros.
+
+        A stage that cannot work any more is unloaded, because its neighbours are lost.
+        """
+        relay, team = self._relay, self._team
+        if (relay is not None and not relay.works) or (team is not None and not team.works):
+            self._unload()
+            return 0, 0
+        if relay is not None:
+            return relay.epoch, relay.newest
+        return (0, 0) if team is None else (team.epoch, 0)
+
+    def _report(self, message: Message) -> None:
+        """Send news of the stage to the coordinator. Raises WireError while there is none."""
+        line = self._line
+        if line is None:
+            raise ConnectionLost("no coordinator is there")
+        line.send(message)
+
     # ---- joining --------------------------------------------------------------------------------
 
     def _join(self) -> tuple[Connection, Endpoint]:
@@ -228,11 +284,11 @@ class Agent:
                     f"no coordinator of cluster {self._config.cluster!r} answers by mDNS yet; "
                     "start one, or name it with --coordinator HOST:PORT"
                 ),
-                self._service.alive,
+                self._alive,
             )
         failure: WireError | None = None
         for endpoint in candidates:
-            self._service.alive()
+            self._alive()
             try:
                 return self._join_at(endpoint), endpoint
             except WireError as error:  # Another address may be the right one.
@@ -280,7 +336,9 @@ class Agent:
                 f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
             )
             self._tell(self._joined)
-            self._service.status(f"{self._joined}, no stage")
+            if not answer.keeps_stage:
+                self._unload()
+            self._service.status(f"{self._joined}, {self._blocks or 'no stage'}")
             return connection
         connection.close()
         if isinstance(answer, JoinRefused):
@@ -309,6 +367,7 @@ class Agent:
             found = tuple(dict.fromkeys((here, *found)))
         shared = tuple(host for host in found if not is_loopback(host))
         self._attempts += 1
+        kept_epoch, kept_sequence = self._kept()
         return AgentHello(
             device=self._device,
             name=self._config.name,
@@ -322,6 +381,8 @@ class Agent:
             attempt=self._attempts,
             port=port if everywhere else 0,
             advertised=tuple(Endpoint(e.host, e.port or port) for e in self._config.advertise),
+            kept_epoch=kept_epoch,
+            kept_sequence=kept_sequence,
         )
 
     # ---- the control connection -----------------------------------------------------------------
@@ -331,6 +392,7 @@ class Agent:
         requests: queue.Queue[Request | None] = queue.Queue()
         ended = threading.Event()
         self._cancelled = set()
+        self._line = connection
         quiet = QuietMoments(
             self._figures,
             self._measuring,
@@ -384,10 +446,11 @@ class Agent:
             raise
         finally:
             # Ctrl-C does not wait for running requests. They end with the process.
+            self._line = None
             connection.close()
             ended.set()
             requests.put(None)
-            self._unload()
+            self._keep_stage()
 
     def _beat(self, connection: Connection, ended: threading.Event) -> None:
         try:
@@ -625,7 +688,7 @@ class Agent:
             contents.trust(came)
             started_s = time.perf_counter()
 
-        team = Team(request, self._device, spec, connection.send) if request.team else None
+        team = Team(request, self._device, spec, self._report) if request.team else None
         backend = self._supplied(request.request, connection, coordinator)
         stage = load_whole(
             contents,
@@ -647,14 +710,15 @@ class Agent:
                 slots=request.slots,
                 context_tokens=request.context_tokens,
                 hop_bits=request.hop_bits,
-                report=connection.send,
+                report=self._report,
                 grammars=open_grammars(request, self._cache),
             )
             self._peers.entrance = Entrance(request.previous, request.hop_key, self._relay.deliver)
         names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
         self._say(f"loaded {' .. '.join(names)}")
-        self._service.status(f"{self._joined}, {' .. '.join(names)} of {len(spec.layers)} layers")
-        stop = partial(self._stop_damaged, request.epoch, self._relay, team, connection)
+        self._blocks = f"{' .. '.join(names)} of {len(spec.layers)} layers"
+        self._service.status(f"{self._joined}, {self._blocks}")
+        stop = partial(self._stop_damaged, request.epoch, self._relay, team)
         self._watch = Watch(contents, stop)
         return StageLoaded(
             request.request,
@@ -705,7 +769,6 @@ class Agent:
         epoch: int,
         relay: Relay | None,
         team: Team | None,
-        connection: Connection,
         path: Path,
     ) -> None:
         """Stop a stage that runs from a damaged file, and have the coordinator load it again."""
@@ -721,7 +784,7 @@ class Agent:
         except CacheError as error:
             reason = str(error)
         with contextlib.suppress(WireError):  # The coordinator sees the agent's loss.
-            connection.send(StageDamaged(epoch, reason))
+            self._report(StageDamaged(epoch, reason))
 
     def _prepared(
         self, blocks: Sequence[BlockRef], vocabulary: FileRef | None
@@ -770,7 +833,7 @@ class Agent:
     def _unload(self) -> None:
         self._peers.entrance = self._peers.team = None
         had_stage = self._has_stage
-        self._paced = None
+        self._paced, self._blocks = None, ""
         team, self._team = self._team, None
         if team is not None:
             team.stop()  # A pass that waits for another member ends at once.

@@ -165,6 +165,11 @@ class Mesh:
             self._complete.set()
             return True
 
+    @property
+    def works(self) -> bool:
+        """Whether it is not stopped, and no member is lost."""
+        return not self._stopped and self.lost is None
+
     def stop(self) -> None:
         """End the current pass with TeamStopped, and allow no other. The connections stay open."""
         with self._lock:

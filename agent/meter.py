@@ -22,7 +22,7 @@ Remembered = tuple[int, int, int, int, float, float, float, float]
 class StageMeter:
     """The counters of one stage. They only grow."""
 
-    __slots__ = ("_remembered", "_run", "compute_s", "passes", "rows", "waited_s")
+    __slots__ = ("_began", "_remembered", "_run", "compute_s", "passes", "rows", "waited_s")
 
     def __init__(self) -> None:
         self.passes = 0
@@ -31,6 +31,20 @@ class StageMeter:
         self.waited_s = 0.0
         self._remembered: deque[Remembered] = deque(maxlen=REMEMBERED_PASSES)
         self._run = 0, 0.0, 0.0
+        self._began: tuple[float, int] | None = None
+
+    def begins(self, turns: Collection[Turn], started_s: float) -> None:
+        """Note that a pass begins to compute."""
+        self._began = started_s, sum(rows.count for _, rows in turns)
+
+    def ends(self) -> None:
+        """Note that the pass does not compute any more, whether it worked or not."""
+        self._began = None
+
+    def running(self) -> tuple[float, int]:
+        """Return the seconds for which a pass has computed until now, and its rows; or zeros."""
+        began = self._began
+        return (0.0, 0) if began is None else (time.monotonic() - began[0], began[1])
 
     def ran(self, turns: Collection[Turn], started_s: float, computed_s: float) -> None:
         """Count one forward pass, by the monotonic clock."""

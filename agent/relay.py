@@ -133,13 +133,34 @@ class Relay:
         if self._grammars is not None:
             self._grammars.close()
 
+    def forget(self) -> None:
+        """Forget all sequences. Later ones must have larger numbers."""
+        with self._lock:
+            self._table.clear()
+
     # ---- what is told of it ---------------------------------------------------------------------
+
+    @property
+    def runs(self) -> bool:
+        """Whether a pass is running."""
+        return self._busy
+
+    @property
+    def works(self) -> bool:
+        """Whether new sequences can run: it is not closed, and its hop is not lost."""
+        return not self._closed and self._hop_lost is None
+
+    @property
+    def newest(self) -> int:
+        """The newest sequence that was started."""
+        return self._table.newest
 
     def counts(self) -> StageCounts:
         """Return what the stage and its hop have done so far."""
         meter, sent = self._meter, HopCounts() if self._hop is None else self._hop.counts()
         with self._lock:
             held_rows = self._table.held_rows
+        running_s, running_rows = meter.running()
         return StageCounts(
             meter.passes,
             meter.rows,
@@ -151,6 +172,8 @@ class Relay:
             round(1e6 * sent.round_trip_s),
             held_rows,
             self._table.most_rows,
+            round(1e6 * running_s),
+            running_rows,
         )
 
     def traced(self, sequences: tuple[int, ...]) -> tuple[TracedPass, ...]:
@@ -362,7 +385,11 @@ class Relay:
         try:
             if outputs is None:
                 started_s = time.monotonic()
-                outputs = self._computed(turns)
+                self._meter.begins(turns, started_s)
+                try:
+                    outputs = self._computed(turns)
+                finally:
+                    self._meter.ends()
                 self._meter.ran(turns, started_s, time.monotonic())
             if alone:
                 self._pass_on(sequence, rows, outputs)

@@ -104,6 +104,11 @@ class Team:
     def leads(self) -> bool:
         return self.mesh.index == LEAD
 
+    @property
+    def works(self) -> bool:
+        """Whether passes can run: it is not stopped, and no member is lost."""
+        return self.mesh.works
+
     def load(self, load: LoadShare, artifacts: Artifacts) -> Stage:
         """Load this member's blocks, and return the stage. The lead's has the embedding, too.
 

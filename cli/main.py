@@ -162,6 +162,22 @@ def run_unload(options: argparse.Namespace, screen: Screen) -> None:
         screen.out.print("no model was loaded" if name is None else f"{name} is unloaded")
 
 
+def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
+    with _client(options) as client, screen.progress() as on_step:
+        answer = client.operate("/shoal/v1/rebalance", {"dry_run": options.dry_run}, on_step)
+    if options.json:
+        screen.json(answer)
+        return
+    for name, times in answer["slower_than_planned"].items():
+        screen.out.print(f"{name} takes {times:.1f} times as long as planned")
+    screen.plan(answer["present"], f"{answer['model']} now; by the present figures")
+    if answer["moves"]:
+        title = "the best plan" if options.dry_run else "moved to"
+        screen.plan(answer["plan"], f"{title}; {answer['why']}")
+    else:
+        screen.out.print(f"it stays as it is: {answer['why']}")
+
+
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 """The options of ``shoal run`` that the API has by the same names. None: not given."""
 
@@ -660,6 +676,22 @@ def _unload(parser: argparse.ArgumentParser) -> Page:
     return Page(run_unload, "  shoal unload\n")
 
 
+def _rebalance(parser: argparse.ArgumentParser) -> Page:
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Only compare, and move nothing.",
+    )
+    add_url_argument(parser)
+    return Page(
+        run_rebalance,
+        "  shoal rebalance --dry-run  # say whether it would pay\n  shoal rebalance\n",
+        "Plans the loaded model again by the present figures: devices that joined, links that "
+        "changed, and devices that run slower than planned. If the new plan is better by enough, "
+        "the model moves there. Answers pause meanwhile and go on.",
+    )
+
+
 def _temperature(text: str) -> Any:
     from cli.argument_types import argument, between
 
@@ -714,6 +746,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "run": ("Generate text from a prompt.", _run),
     "chat": ("Talk with a model.", _chat),
     "unload": ("Unload the model, and free the devices.", _unload),
+    "rebalance": ("Move the loaded model to a better plan, if there is one now.", _rebalance),
 }
 """Each command's summary, and the function that adds its arguments."""
 

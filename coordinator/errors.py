@@ -6,6 +6,7 @@
     │   ├── AgentLost           the agent is gone
     │   ├── AgentDamaged        a file of its stage is damaged, and the stage stopped
     │   └── AgentLied           its answer broke the protocol
+    ├── Moved                   the model moves to a better plan
     ├── LinkFailed              two agents live, and one cannot reach the other
     ├── AnswerWithdrawn         text that was shown came from a damaged stage
     ├── Stalled                 the devices are alive, but no token comes
@@ -80,6 +81,16 @@ class AgentLost(AgentFailed):
 
     def unplaced(self, why: str) -> CoordinatorError:
         return AgentLost(self.name, self.cause, why, broke_protocol=self.broke_protocol)
+
+
+class Moved(CoordinatorError):
+    """The model moves to a better plan. Its answers go on there."""
+
+    status = 503
+    code = "model_moving"
+
+    def __init__(self) -> None:
+        super().__init__("the model moves to a better plan")
 
 
 class LinkFailed(CoordinatorError):

@@ -39,6 +39,7 @@ from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.paces import Paces
 from coordinator.loading.recovery import LoadedFile
+from coordinator.loading.stalls import Stalls
 from coordinator.loading.state import Serving, describe
 from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
@@ -138,6 +139,7 @@ class Coordinator:
             config.recovery_wait_s,
         )
         self._paces = Paces(self.roster, self._models, self._story)
+        self._stalls = Stalls(self.roster, self._models)
         self._gateway = Gateway(
             self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
         )

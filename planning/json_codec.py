@@ -91,7 +91,12 @@ _hints = cache(get_type_hints)
 
 
 def _read(kind: Any, value: Any, where: str, finite: bool) -> Any:
-    """``value`` as a dataclass, tuple[X, ...], frozenset, Mapping, X | None, Literal or scalar."""
+    """``value`` as a dataclass, tuple[X, ...], frozenset, Mapping, X | None, Literal or scalar.
+
+    A field of the kind Any takes what JSON has.
+    """
+    if kind is Any:
+        return value
     if is_dataclass(kind):
         own = getattr(kind, "from_dict", None)
         if own is None:

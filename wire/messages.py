@@ -84,14 +84,22 @@ class AgentHello:
     """The port at which it listens on every address of its machine. 0 means only ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
     """The addresses that its user configured for peers. They are tried first."""
+    kept_epoch: int = 0
+    """The epoch of the stage that it kept when it lost its last coordinator. 0: it has none."""
+    kept_sequence: int = 0
+    """The newest sequence that was started on that stage. 0: none, or another member leads."""
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorWelcome:
-    """Coordinator's answer. ``name`` is the agent's name made unique in the cluster."""
+    """Coordinator's answer. ``name`` is the agent's name made unique in the cluster.
+
+    keeps_stage: the agent goes on with the stage that it kept. Otherwise it unloads the stage.
+    """
 
     cluster: str
     name: str
+    keeps_stage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +124,7 @@ class StageCounts:
     sending_us: microseconds in which the socket took them.
     round_trip_us: the newest measured round trip to the next device. 0: none was measured.
     held_rows, most_rows: rows in the KV cache that sequences hold now, and those that fit.
+    running_us, running_rows: how long the pass of this moment has computed, and its rows. 0: none.
     """
 
     passes: int
@@ -128,6 +137,8 @@ class StageCounts:
     round_trip_us: int
     held_rows: int
     most_rows: int
+    running_us: int = 0
+    running_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

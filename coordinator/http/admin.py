@@ -22,7 +22,8 @@ from coordinator.http.common import json_lines, model_state, read_json, while_co
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
-from coordinator.loading.paces import slow_devices, token_s
+from coordinator.loading.paces import slow_devices, slowness_of, token_s
+from coordinator.loading.rebalance import Verdict, choice_of, revalued
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -87,6 +88,7 @@ class AdminRoutes:
             Route("/shoal/v1/plan", self.plan, methods=["POST"]),
             Route("/shoal/v1/load", self.load, methods=["POST"]),
             Route("/shoal/v1/unload", self.unload, methods=["POST"]),
+            Route("/shoal/v1/rebalance", self.rebalance, methods=["POST"]),
             Route("/shoal/v1/quality", self.quality, methods=["POST"]),
         ]
 
@@ -215,6 +217,27 @@ class AdminRoutes:
 
         return json_lines(work)
 
+    async def rebalance(self, request: Request) -> Response:
+        """Compare the plan of the model that answers with the best one now, and move to that.
+
+        With ``dry_run`` nothing is moved.
+        """
+        dry_run = (await read_json(request)).get("dry_run", False)
+        if not isinstance(dry_run, bool):
+            raise RequestInvalid("dry_run: expected true or false", "dry_run")
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            deployment, planned, verdict = await self._operations.rebalance(
+                _emitter(emit), moves=not dry_run
+            )
+            answer = _comparison(deployment, planned, verdict)
+            if verdict.moves and not dry_run:
+                moved = await self._models.latest(deployment)
+                answer["moved_to"] = [team[0].name for team in moved.teams]
+            return answer
+
+        return json_lines(work)
+
     async def unload(self, request: Request) -> Response:
         await read_json(request)
         return JSONResponse({"unloaded": await self._operations.unload()})
@@ -276,6 +299,27 @@ def _planned(planned: Planned) -> dict[str, Any]:
     if planned.request.with_problem:
         answer["problem"] = planned.problem.to_dict()
     return answer
+
+
+def _comparison(deployment: Deployment, planned: Planned, verdict: Verdict) -> dict[str, Any]:
+    """The JSON of the present plan and the best one, both by the present figures.
+
+    moves, why: whether the rule moves the model, if this lasts, and the reason.
+    """
+    choice = choice_of(planned.problem, deployment.plan, planned.plan, deployment.load_s)
+    present = revalued(deployment.plan, planned.problem)
+    spec, slots = deployment.spec, deployment.slots.total
+    return {
+        "model": deployment.name,
+        "moves": verdict.moves,
+        "why": verdict.why,
+        "gain": choice.gain,
+        "loss_gain": choice.loss_gain,
+        "pause_s": choice.move_s,
+        "slower_than_planned": slowness_of(deployment),
+        "present": describe_plan(spec, present, slots),
+        "plan": describe_plan(spec, planned.plan, slots),
+    }
 
 
 def _quality(found: QualityFound) -> dict[str, Any]:

@@ -115,6 +115,10 @@ class Deployment:
     """As of ``Planned``."""
     vocabulary: Vocabulary | None = None
     """The bytes of the model's tokens. None if they have none, or llguidance is not installed."""
+    fingerprint: str = ""
+    """The fingerprint of the checkpoint from which the stages were made."""
+    newest_sequence: int = 0
+    """The newest sequence that its stages knew when this coordinator took them over."""
 
     @property
     def name(self) -> str:
@@ -139,6 +143,11 @@ class Deployment:
     def keeps_grammars(self) -> bool:
         """Whether the device that samples can keep answers to a grammar."""
         return self.vocabulary is not None and bool(self.loaded[-1][0].grammars)
+
+    @property
+    def load_s(self) -> float:
+        """The longest time that a device took to load its blocks from its disk."""
+        return max(one.load_s for team in self.loaded for one in team)
 
     @property
     def where(self) -> str:
@@ -242,6 +251,7 @@ async def deploy(
         quality=planned.quality,
         weights=planned.weights,
         vocabulary=vocabulary,
+        fingerprint=planned.checkpoint.fingerprint,
     )
 
 
@@ -367,6 +377,7 @@ async def unload(members: Sequence[Member]) -> None:
     """Unload the stages of the living members."""
 
     async def one(member: Member) -> None:
+        member.kept_epoch = 0
         with contextlib.suppress(AgentFailed):
             await member.request(UnloadStage, Done)
 

@@ -20,6 +20,7 @@ from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import LoadedFile, awaited, recover
 from coordinator.loading.state import (
     NO_MODEL,
+    Adopted,
     AttemptFailed,
     DevicesAwaited,
     FilesMended,
@@ -40,6 +41,8 @@ from coordinator.loading.state import (
 from coordinator.loading.turns import Turns
 from coordinator.roster.measurements import try_links
 from coordinator.roster.members import Member, Roster
+from model.errors import ModelError
+from planning.errors import RequestInvalid
 from planning.request import model_name
 from wire.messages import Message, PeerLost, StageDamaged
 
@@ -78,7 +81,11 @@ class Keeper:
         models.carry_out(Place, self._place)
         models.carry_out(StopPlacing, self._stop_placing)
         models.carry_out(states.Keep, self._keep)
+        models.carry_out(states.Record, lambda action: kept.record.keep(action.deployment))
         models.carry_out(states.Forget, lambda _: kept.forget())
+        self._record = kept.record.read()
+        """The stages that agents may still have from before the start of this coordinator."""
+        roster.kept_epoch = 0 if self._record is None else self._record.epoch
 
     def resume(self) -> None:
         """Load the model that was loaded before the restart, once its devices join."""
@@ -87,6 +94,8 @@ class Keeper:
             request, devices = kept
             names = tuple(map(self._roster.names.name, devices))
             self._models.apply(model_name(request.model), ResumeBegan(request, names))
+        else:
+            self._forget_stages()
 
     def close(self) -> None:
         """End every model, because the coordinator stops."""
@@ -115,6 +124,8 @@ class Keeper:
                 self._models.apply(name, Lost(error))
 
     def _on_event(self, member: Member, message: Message) -> None:
+        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch == member.kept_epoch:
+            self._record = None  # This stage cannot be taken over. It is loaded again.
         if isinstance(message, StageDamaged):
             self._on_damage(member, message)
         elif isinstance(message, PeerLost):
@@ -141,7 +152,12 @@ class Keeper:
         ids = {member.name: member.device for member in action.deployment.devices}
         self._kept.keep(action.deployment.request, list(ids), ids)
 
+    def _forget_stages(self) -> None:
+        """Take no stages over. Agents that join from now on unload them."""
+        self._record, self._roster.kept_epoch = None, 0
+
     def _stop_placing(self, action: StopPlacing) -> None:
+        self._forget_stages()
         task = self._placing.pop(action.name, None)
         if task is not None:
             task.cancel()
@@ -152,12 +168,40 @@ class Keeper:
         self._placing[name_of(state)] = asyncio.create_task(work)
 
     async def _resume(self, state: Resuming) -> None:
-        """Load the model again once its devices have joined. Late devices are left out."""
+        """Take over the stages that are still loaded, once all are there.
+
+        If that cannot be, load the model again once its devices have joined. Late devices are left
+        out.
+        """
         name = name_of(state)
         log.warning("%s was loaded: waiting for %s", name, ", ".join(state.devices))
         async for missing in awaited(self._roster, state.devices, self._wait_s):
             self._models.apply(name, DevicesAwaited(missing))
+            # A cancellation is lost if a device joins at that moment (wait_for before Python 3.12).
+            if not isinstance(self._models[name], Resuming) or await self._adopts(name):
+                return
+        self._forget_stages()
         await self._until_placed(name, 0)
+
+    async def _adopts(self, name: str) -> bool:
+        """Take over the stages of the model if all are still loaded. Returns whether they are."""
+        if self._record is None or self._record.teams(self._roster.members) is None:
+            return False
+        async with self._turns.unasked("stages that are still loaded are taken over"):
+            record, state = self._record, self._models[name]
+            if record is None or not isinstance(state, Resuming):
+                return False
+            try:
+                request = state.request.identified(self._roster.names.device)
+                adopted = await self._operations.adopt(request, record)
+            except (CoordinatorError, ModelError, RequestInvalid, OSError) as error:
+                log.warning("the stages of %s are not taken over: %s", name, error)
+                self._record = None
+                return False
+            self._forget_stages()
+            self._models.apply(name, Adopted(adopted))
+        log.warning("%s is still loaded, on %s", name, adopted.where)
+        return True
 
     async def _replace(self, state: Replacing) -> None:
         """Place a model that lost a device or link on the remaining devices."""
@@ -197,10 +241,15 @@ class Keeper:
             broken = states.deployment_of(state)
             if broken is not None:
                 await unload(broken.devices)
-                placed = await self._operations.place(broken.request, broken.tokenizer)
+                wanted = state.wanted if isinstance(state, Replacing) else None
+                if wanted is not None:
+                    placed = await self._operations.carry_out(wanted, broken)
+                else:
+                    placed = await self._operations.place(broken.request, broken.tokenizer)
             elif isinstance(state, states.Nothing):
                 raise state.error
             else:
+                await unload([one for one in self._roster.members if one.kept_epoch])
                 # Files of older versions have names in place of ids.
                 request = states.request_of(state).identified(self._roster.names.device)
                 placed = await self._operations.place(request)

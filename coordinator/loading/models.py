@@ -43,8 +43,10 @@ _KINDS = {
     states.LoadBegan: "load began",
     states.StepBegan: "step",
     states.Placed: "served",
+    states.Adopted: "adopted",
     states.LoadFailed: "load failed",
     states.Lost: "lost",
+    states.MoveBegan: "moving",
     states.StageFoundDamaged: "damaged",
     states.AttemptFailed: "not placed",
     states.WaitEnded: "broken",
@@ -199,6 +201,8 @@ def _text(event: Event) -> str:
     """The story's details of an event."""
     if isinstance(event, states.Placed):
         return f"on {event.deployment.where}"
+    if isinstance(event, states.Adopted):
+        return f"still loaded on {event.deployment.where}"
     if isinstance(event, states.ResumeBegan):
         return "on " + ", ".join(event.devices)
     if isinstance(event, states.StepBegan):

@@ -17,8 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
-from coordinator.errors import Busy, LinkFailed, NotLoaded
+from coordinator.errors import Busy, LinkFailed, Moved, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.vocabulary import Vocabulary, make_vocabulary
 from coordinator.loading.deployment import (
@@ -29,11 +30,16 @@ from coordinator.loading.deployment import (
     wanted_artifacts,
 )
 from coordinator.loading.models import UNLOADED, Models
+from coordinator.loading.paces import slowness_of
+from coordinator.loading.rebalance import Verdict, choice_of, judge_alone, slowed
+from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.recovery import remaining
+from coordinator.loading.slots import Slots
 from coordinator.loading.state import (
     FilesMended,
     LoadBegan,
     LoadFailed,
+    MoveBegan,
     Placed,
     StepBegan,
     Unloaded,
@@ -123,6 +129,30 @@ class Operations:
         self._models.apply(name, Placed(deployment))
         return deployment
 
+    async def rebalance(
+        self, on_step: Callable[[Step], None], *, moves: bool
+    ) -> tuple[Deployment, Planned, Verdict]:
+        """Plan the model that answers again, by the present figures.
+
+        Devices that run their stage slower than planned are planned with what they take now.
+
+        moves: begin the move if the other plan is better. Answers pause, and go on there.
+        Raises NotLoaded if no model answers, CoordinatorError, ModelError and PlanError.
+        """
+        async with self._turns.asked(on_step):
+            deployment = self._models.serving
+            if deployment is None:
+                raise NotLoaded("no model answers now: see `shoal ps`")
+            here = [member.device for member in self._roster.members]
+            request = remaining(deployment.request, here)
+            planned = await self._plan(request, asked=False, slowness=slowness_of(deployment))
+            choice = choice_of(planned.problem, deployment.plan, planned.plan, deployment.load_s)
+            verdict = judge_alone(choice)
+            if moves and verdict.moves:
+                await self._quantize(planned)  # Answers do not wait for it.
+                self._models.apply(deployment.name, MoveBegan(Moved(), planned))
+            return deployment, planned, verdict
+
     async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
         """Measure the device ``name`` again, and its links to devices without a stage.
 
@@ -179,6 +209,7 @@ class Operations:
             deployment = deployment_of(state)
             members += () if deployment is None else deployment.devices
             self._models.apply(name, Unloaded(NotLoaded(UNLOADED)))
+        members += (member for member in self._roster.members if member.kept_epoch)
         return tuple(dict.fromkeys(members))
 
     def note_damage(self, epoch: int) -> None:
@@ -217,11 +248,19 @@ class Operations:
                     raise
         raise AssertionError("counting ended")
 
-    async def _plan(self, request: LoadRequest, *, asked: bool, weights: bool = True) -> Planned:
+    async def _plan(
+        self,
+        request: LoadRequest,
+        *,
+        asked: bool,
+        weights: bool = True,
+        slowness: Mapping[str, float] = MappingProxyType({}),
+    ) -> Planned:
         """Plan a request.
 
         asked: a user waits for the best plan, so more of the failed links are tried again.
         weights: without them, config.json is enough, and losses are assumed.
+        slowness: how many times longer than measured devices take, by their names.
         """
         open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
         checkpoint = await asyncio.to_thread(self._opened, open_model, request)
@@ -237,7 +276,13 @@ class Operations:
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
         )
         failed_before_s = time.monotonic()
-        make = partial(self._problem, request, checkpoint, members, context_tokens, losses)
+
+        async def make(*, asked: bool) -> PlanningProblem:
+            problem = await self._problem(
+                request, checkpoint, members, context_tokens, losses, asked=asked
+            )
+            return slowed(problem, slowness)
+
         problem = await make(asked=asked)
         try:
             plan = await self._solve(request, problem)
@@ -473,6 +518,55 @@ class Operations:
             deployment = await self._put(replace(left, plan=None), tokenizer, asked=False)
         # The next recovery begins from the whole request.
         return replace(deployment, request=request)
+
+    async def carry_out(self, planned: Planned, before: Deployment) -> Deployment:
+        """Deploy a plan in place of a deployment that was unloaded. The caller holds the turn.
+
+        Raises CoordinatorError, ModelError, PlanError.
+        """
+        blocks = await self._quantize(planned)
+        vocabulary = await asyncio.to_thread(
+            self._vocabulary_of, before.tokenizer, planned.checkpoint.spec
+        )
+        members = self._roster.members
+        deployment = await self._deploy(planned, before.tokenizer, blocks, members, vocabulary)
+        # The next recovery begins from the whole request.
+        return replace(deployment, request=before.request)
+
+    async def adopt(self, request: LoadRequest, record: DeploymentRecord) -> Deployment:
+        """Return the deployment of stages that are still loaded. The caller holds the turn.
+
+        Raises CoordinatorError if a stage is gone or the model's files have changed, and
+        ModelError.
+        """
+        tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+        checkpoint = await asyncio.to_thread(self._opened, Checkpoint.open, request)
+        if checkpoint.fingerprint != record.fingerprint:
+            raise NotLoaded("the model's files have changed")
+        vocabulary = await asyncio.to_thread(self._vocabulary_of, tokenizer, checkpoint.spec)
+        teams = record.teams(self._roster.members)
+        if teams is None:
+            raise NotLoaded("a device was lost")
+        members = tuple(itertools.chain.from_iterable(teams))
+        for member in members:
+            member.kept_epoch = 0
+        return Deployment(
+            request=request,
+            spec=checkpoint.spec,
+            tokenizer=tokenizer,
+            plan=record.plan,
+            epoch=record.epoch,
+            slots=Slots(request.slots),
+            context_tokens=record.context_tokens,
+            teams=teams,
+            loaded=record.loaded,
+            sums=record.sums,
+            quality=record.quality,
+            weights=record.weights,
+            vocabulary=vocabulary,
+            fingerprint=record.fingerprint,
+            newest_sequence=max(member.kept_sequence for member in members),
+        )
 
     # ---- progress ------------------------------------------------------------------------------
 

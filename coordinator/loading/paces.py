@@ -90,6 +90,16 @@ def slow_devices(deployment: Deployment) -> list[str]:
     return found
 
 
+def slowness_of(deployment: Deployment) -> dict[str, float]:
+    """Return how many times longer than planned each slow device takes, by its name."""
+    found = {}
+    for member in deployment.devices:
+        measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
+        if measured_s and expected_s and _is_slow(measured_s, expected_s):
+            found[member.name] = measured_s / expected_s
+    return found
+
+
 def _is_slow(measured_s: float, expected_s: float) -> bool:
     return measured_s >= max(SLOW * expected_s, expected_s + SLOW_BY_S)
 

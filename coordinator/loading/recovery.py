@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coordinator.errors import CoordinatorError
+from coordinator.loading.record import RecordFile
 from coordinator.roster.members import Roster
 from model.bounded import read_json
 from model.durable import replace_text
@@ -75,6 +76,8 @@ class LoadedFile:
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "loaded.json"
+        self.record = RecordFile(directory)
+        """The file beside it that says where the stages of the model are."""
 
     def keep(
         self, request: LoadRequest, names: Sequence[str], ids: Mapping[str, str] | None = None
@@ -91,7 +94,8 @@ class LoadedFile:
             log.warning("%s: %s: a restart will load nothing", self._path, error.strerror)
 
     def forget(self) -> None:
-        """Remove the file."""
+        """Remove the file and the record."""
+        self.record.forget()
         try:
             self._path.unlink(missing_ok=True)
         except OSError as error:

@@ -20,7 +20,7 @@ from coordinator.errors import CoordinatorError, NotLoaded
 from planning.request import LoadRequest, model_name
 
 if TYPE_CHECKING:
-    from coordinator.loading.deployment import Deployment
+    from coordinator.loading.deployment import Deployment, Planned
 
 NO_MODEL = "no model is loaded: run `shoal load MODEL`"
 
@@ -95,6 +95,8 @@ class Replacing:
     """The cause. After a failed attempt it also has the reason of that failure."""
     since_s: float
     past: Past
+    wanted: Planned | None = None
+    """The plan to move to. None: it is planned anew, also after a failed attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,13 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """The model's stages were still loaded, and the restarted coordinator has taken them over."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
 class LoadFailed:
     """A load that a user asked for ended early."""
 
@@ -165,6 +174,15 @@ class Lost:
     """A device or link of the deployment was lost."""
 
     error: CoordinatorError
+
+
+@dataclass(frozen=True, slots=True)
+class MoveBegan:
+    """The model leaves its deployment, which works, for a better plan."""
+
+    error: CoordinatorError
+    """The reason in the words of an error, for the answers that pause."""
+    wanted: Planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +231,10 @@ Event: TypeAlias = (
     | LoadBegan
     | StepBegan
     | Placed
+    | Adopted
     | LoadFailed
     | Lost
+    | MoveBegan
     | StageFoundDamaged
     | FilesMended
     | AttemptFailed
@@ -228,8 +248,10 @@ EVENTS: tuple[type[Event], ...] = (
     LoadBegan,
     StepBegan,
     Placed,
+    Adopted,
     LoadFailed,
     Lost,
+    MoveBegan,
     StageFoundDamaged,
     FilesMended,
     AttemptFailed,
@@ -271,11 +293,18 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """Keep on disk which stages belong together, for a restart of the coordinator."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
-    """Remove the loaded request from the disk."""
+    """Remove the loaded request and the record of its stages from the disk."""
 
 
-Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Forget
+Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Forget
 Next: TypeAlias = tuple[State, tuple[Action, ...]]
 Rule: TypeAlias = Callable[[Any, Any, float], Next]
 """Maps (state, event, seconds of the monotonic clock) to the next state and actions."""
@@ -301,17 +330,22 @@ def _step(state: Loading, event: StepBegan, now_s: float) -> Next:
 
 
 def _serve(state: Loading, event: Placed, now_s: float) -> Next:
-    return Serving(event.deployment, now_s), (Keep(event.deployment),)
+    placed = event.deployment
+    return Serving(placed, now_s), (Keep(placed), Record(placed))
 
 
 def _serve_resumed(state: Resuming, event: Placed, now_s: float) -> Next:
+    return Serving(event.deployment, now_s), (Record(event.deployment),)
+
+
+def _adopt(state: Resuming, event: Adopted, now_s: float) -> Next:
     return Serving(event.deployment, now_s), ()
 
 
 def _serve_replaced(state: Replacing, event: Placed, now_s: float) -> Next:
     ended = {**state.past.ended, state.deployment.epoch: state.cause}
     past = replace(state.past, ended=MappingProxyType(ended))
-    return Serving(event.deployment, now_s, past), ()
+    return Serving(event.deployment, now_s, past), (Record(event.deployment),)
 
 
 def _serve_mended(state: Broken, event: Placed, now_s: float) -> Next:
@@ -326,6 +360,13 @@ def _fail_load(state: Loading, event: LoadFailed, now_s: float) -> Next:
 
 def _lose(state: Serving, event: Lost, now_s: float) -> Next:
     replacing = Replacing(state.deployment, event.error, event.error, now_s, state.past)
+    return replacing, (EndAnswers(state.deployment, event.error), Place(replacing))
+
+
+def _move(state: Serving, event: MoveBegan, now_s: float) -> Next:
+    replacing = Replacing(
+        state.deployment, event.error, event.error, now_s, state.past, event.wanted
+    )
     return replacing, (EndAnswers(state.deployment, event.error), Place(replacing))
 
 
@@ -348,7 +389,10 @@ def _doubt_broken(state: Broken, event: FilesMended | StageFoundDamaged, now_s: 
 
 
 def _explain(state: Replacing | Resuming, event: AttemptFailed, now_s: float) -> Next:
-    return replace(state, error=_unplaced(state, event.why)), ()
+    error = _unplaced(state, event.why)
+    if isinstance(state, Replacing):
+        return replace(state, error=error, wanted=None), ()
+    return replace(state, error=error), ()
 
 
 def _explain_broken(state: Broken, event: AttemptFailed, now_s: float) -> Next:
@@ -397,6 +441,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     Resuming: {
         DevicesAwaited: (Resuming, _await),
         Placed: (Serving, _serve_resumed),
+        Adopted: (Serving, _adopt),
         AttemptFailed: (Resuming, _explain),
         WaitEnded: (Broken, _give_up),
         Unloaded: (Nothing, _unload),
@@ -410,6 +455,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     },
     Serving: {
         Lost: (Replacing, _lose),
+        MoveBegan: (Replacing, _move),
         StageFoundDamaged: (Replacing, _lose_damaged),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),

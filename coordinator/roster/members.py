@@ -131,6 +131,10 @@ class Member:
     """The port at which it listens on all its addresses. 0 means only at ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
     """The endpoints of --advertise, where other agents reach it."""
+    kept_epoch: int = 0
+    """The epoch of the stage that it has kept for this coordinator. 0: none, or not any more."""
+    kept_sequence: int = 0
+    """The newest sequence that was started on that stage."""
     memory_available_bytes: int = 0
     pace: tuple[int, float] = (0, 0.0)
     """The epoch of the loaded stage and its seconds a token, as in Heartbeat."""
@@ -318,6 +322,8 @@ class Roster:
         self._links = Links()
         self._closed = False
         self._rare_log = RareLog(log, most=MOST_LINES)
+        self.kept_epoch = 0
+        """The epoch whose stages joining agents keep. 0: none."""
         self.changed = Signal()
         """Fires when a device joins or is lost, and when a link works again."""
 
@@ -439,6 +445,7 @@ class Roster:
         hello = typing.cast("AgentHello", clean(hello))
         if not await self._replaces(hello, connection):
             return
+        keeps = 0 < hello.kept_epoch == self.kept_epoch
         member = Member(
             device=hello.device,
             name=self.names.assign(hello.device, hello.name, self._members.keys()),
@@ -451,11 +458,13 @@ class Roster:
             attempt=hello.attempt,
             port=hello.port,
             advertised=hello.advertised,
+            kept_epoch=hello.kept_epoch if keeps else 0,
+            kept_sequence=hello.kept_sequence if keeps else 0,
         )
         self._members[member.device] = member
         heartbeat = asyncio.create_task(self._beat(member))
         try:
-            await connection.send(CoordinatorWelcome(self._cluster, member.name))
+            await connection.send(CoordinatorWelcome(self._cluster, member.name, keeps))
             log.info("%s joined from %s", member.name, connection.peer)
             self._story.tell("joined", member.name, f"from {connection.peer}")
             self.changed.fire()
@@ -517,6 +526,10 @@ class Roster:
                 await asyncio.wait_for(member.heard.wait(), SIGN_OF_LIFE_S / LIFE_CHECKS)
         return self._members.get(member.device) is member and member.heard.is_set()
 
+    def drop(self, member: Member, why: str) -> None:
+        """Lose a member that is alive but of no use. It may join again."""
+        self._lose(member, AgentLost(member.name, why))
+
     def close(self) -> None:
         """Drop every member, and let no more join."""
         self._closed = True
@@ -537,7 +550,7 @@ class Roster:
                 raise ProtocolError(f"it has {wrong}")
             member.load, member.celsius = message.load, message.celsius
             member.counts = message.stage
-            if message.token_s:
+            if message.token_s or (message.stage is not None and message.stage.running_us):
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):
@@ -607,6 +620,8 @@ class Roster:
             return "its version is too long"
         if len(hello.advertised) > 64 or not 0 <= hello.port < 1 << 16 or len(hello.run) > 64:
             return "it has more than 64 addresses, or an impossible port"
+        if not 0 <= hello.kept_epoch < 1 << 62 or not 0 <= hello.kept_sequence < 1 << 53:
+            return "it keeps a stage that no coordinator has loaded"
         if not 0 < len(hello.endpoints) <= 64 or any(
             len(endpoint.host) > 255 or not 0 < endpoint.port < 1 << 16
             for endpoint in (*hello.endpoints, *hello.advertised)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
@@ -229,7 +228,8 @@ class Gateway:
         """Answer with the deployments of ``models``, by no other shortcuts than these."""
         self._models = models
         self._shortcuts = shortcuts
-        self._numbers = itertools.count(1)
+        self._newest = 0
+        """The number of the newest sequence."""
         self._flights: dict[int, _Flight] = {}
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
         models.carry_out(EndAnswers, self._end)
@@ -356,7 +356,8 @@ class Gateway:
         drafts: int,
     ) -> AsyncGenerator[_Told, None]:
         """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
-        number = next(self._numbers)
+        # Stages that were loaded before this coordinator was started know earlier sequences.
+        number = self._newest = max(self._newest, deployment.newest_sequence) + 1
         flight = self._flights[number] = _Flight(deployment, sampling, prompt, held)
         try:
             timing.started_s = timing.started_s or time.monotonic()

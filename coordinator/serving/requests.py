@@ -8,6 +8,8 @@ knowing HTTP.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -94,6 +96,17 @@ class InFlight:
             self.first_s = self.last_s
             self.state = "answering"
             self.on_change()
+
+    @property
+    def seed(self) -> int:
+        """The seed of its draws if it says none.
+
+        The same id gives the same draws. So a client whose answer was cut off asks again with its
+        id, and gets the answer from the start.
+        """
+        if not self.id:
+            return secrets.randbits(32)
+        return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:4], "big")
 
     @property
     def doing(self) -> str:

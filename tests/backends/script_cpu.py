@@ -3,11 +3,18 @@
 A prompt that has ``[[say]]first[[then]]second[[end]]`` is answered by first, and in the assistant's
 next turn by second. A prompt without a script is answered by NO_SCRIPT. The model's tokenizer must
 be the one of ``tests.system.scripted``, and one device must run all of the model.
+
+A prompt with ``[[hang]]PATH[[end]]`` hangs the first stage that finds a file at PATH. The file is
+renamed to PATH.taken, and the stage goes on once that file is removed. A process with
+SCRIPT_DELAY_S in its environment takes so many seconds for each pass.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +26,8 @@ from model.spec import ModelSpec
 
 BOS, EOS = 256, 257
 SAY, THEN, END = "[[say]]", "[[then]]", "[[end]]"
+HANG = "[[hang]]"
+DELAY_S = float(os.environ.get("SCRIPT_DELAY_S", "0"))
 TURN = f"{chr(BOS)}assistant\n"
 NO_SCRIPT = "I was told nothing."
 
@@ -34,6 +43,16 @@ def next_token(tokens: Sequence[int]) -> int:
         steps = prompt[begin + len(SAY) : end].split(THEN)
     step = steps[min(prompt.count(TURN, max(end, 0)), len(steps) - 1)]
     return ord(step[len(answer)]) if len(answer) < len(step) else EOS
+
+
+def hang(tokens: Sequence[int]) -> None:
+    """Wait if the prompt says so."""
+    _, found, rest = "".join(map(chr, tokens)).rpartition(HANG)
+    path = Path(rest.partition(END)[0])
+    if found and path.exists():
+        taken = path.rename(f"{path}.taken")
+        while taken.exists():
+            time.sleep(0.02)
 
 
 class ScriptBackend(Backend):
@@ -66,12 +85,14 @@ class ScriptStage(Stage):
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = True
     ) -> Array:
+        time.sleep(DELAY_S)
         check_inputs(inputs, self._spec, tokens=self._first == 0)
         check_rows(slot, position, len(inputs), self._options.slots, self._options.context_tokens)
         if self._last < self._spec.head_block:
             return np.zeros((len(inputs), self._spec.hidden), np.float32)
         if self._first == 0:
             self._tokens[slot][position:] = map(int, inputs)
+            hang(self._tokens[slot])
         rows = np.zeros((int(logits), self._spec.vocab), np.float32)
         tokens = self._tokens[slot]
         for row in range(len(rows)):

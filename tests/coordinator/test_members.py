@@ -203,6 +203,8 @@ def test_a_second_device_with_the_same_id_is_told_how_to_get_its_own() -> None:
         hello(name="a\nb"),
         hello(device="a\x1b[2J"),
         replace(hello(), version="9" * 65),
+        replace(hello(), kept_epoch=-1),
+        replace(hello(), kept_epoch=5, kept_sequence=1 << 53),
         AgentHello("a", "a", "1", (), PROFILE),
         AgentHello("a", "a", "1", (Endpoint("h", 0),), PROFILE),
         AgentHello("a", "a", "1", (Endpoint("h" * 256, 1),), PROFILE),
@@ -215,6 +217,19 @@ def test_a_hello_that_makes_no_sense_is_refused(message: AgentHello) -> None:
         connection = await coordinator.join(message)
         assert isinstance(await next_message(connection), JoinRefused)
         assert coordinator.roster.members == ()
+
+    run(test)
+
+
+@pytest.mark.parametrize(("kept", "wanted", "keeps"), [(5, 5, True), (5, 0, False), (0, 0, False)])
+def test_only_a_stage_that_is_awaited_is_kept(kept: int, wanted: int, keeps: bool) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        coordinator.roster.kept_epoch = wanted
+        message = replace(hello(), kept_epoch=kept, kept_sequence=9)
+        answer = await next_message(await coordinator.join(message))
+        assert answer == CoordinatorWelcome("test", "pi", keeps)
+        (member,) = coordinator.roster.members
+        assert (member.kept_epoch, member.kept_sequence) == ((5, 9) if keeps else (0, 0))
 
     run(test)
 

@@ -48,6 +48,13 @@ def test_the_current_request_is_that_of_the_task() -> None:
     assert current() is not current(), "without a request, counts go nowhere"
 
 
+def test_a_request_that_is_asked_again_with_its_id_draws_the_same() -> None:
+    assert InFlight("req-1").seed == InFlight("req-1").seed
+    assert InFlight("req-1").seed != InFlight("req-2").seed
+    # Whoever asks without HTTP has no id. All these answers must not be alike.
+    assert InFlight("").seed != InFlight("").seed
+
+
 def test_watchers_hear_of_states_and_not_of_tokens() -> None:
     async def check() -> None:
         requests = Requests()

@@ -9,14 +9,15 @@ from typing import cast
 
 import pytest
 
-from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, NotLoaded
+from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, Moved, NotLoaded
 from coordinator.loading import state as states
-from coordinator.loading.deployment import Deployment
+from coordinator.loading.deployment import Deployment, Planned
 from coordinator.loading.diagram import with_diagram
 from coordinator.loading.state import (
     EVENTS,
     STATES,
     TABLE,
+    Adopted,
     AttemptFailed,
     Broken,
     DevicesAwaited,
@@ -29,10 +30,12 @@ from coordinator.loading.state import (
     LoadFailed,
     Loading,
     Lost,
+    MoveBegan,
     Nothing,
     Past,
     Place,
     Placed,
+    Record,
     Replacing,
     ResumeBegan,
     Resuming,
@@ -63,6 +66,8 @@ OLD, NEW = (
 LOSS = AgentLost("pi-2", "silent")
 DAMAGE = AgentDamaged("pi-1", "a file was damaged")
 WHY = NotLoaded("it was unloaded")
+MOVED = Moved()
+WANTED = cast(Planned, SimpleNamespace())
 
 RESUMING = Resuming(REQUEST, ("pi-1", "pi-2"), ("pi-2",), 1.0)
 LOADING = Loading(REQUEST, 1.0, "plan")
@@ -83,8 +88,10 @@ EVENT: dict[type[Event], Event] = {
     LoadBegan: LoadBegan(REQUEST),
     StepBegan: StepBegan("quantize"),
     Placed: Placed(NEW),
+    Adopted: Adopted(NEW),
     LoadFailed: LoadFailed(WHY),
     Lost: Lost(LOSS),
+    MoveBegan: MoveBegan(MOVED, WANTED),
     StageFoundDamaged: StageFoundDamaged(DAMAGE),
     FilesMended: FilesMended(),
     AttemptFailed: AttemptFailed("memory is short"),
@@ -97,6 +104,7 @@ REPLACED = Past({1: LOSS})
 SUSPECT = Past(suspect=frozenset({1}))
 DAMAGED = Replacing(OLD, DAMAGE, DAMAGE, NOW_S, SUSPECT)
 LOST = Replacing(OLD, LOSS, LOSS, NOW_S, Past())
+MOVING = Replacing(OLD, MOVED, MOVED, NOW_S, Past(), WANTED)
 GONE = Nothing(WHY)
 
 EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]] = {
@@ -104,25 +112,27 @@ EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]
     (Nothing, LoadBegan): (Loading(REQUEST, NOW_S), ()),
     (Nothing, Stopped): (GONE, ()),
     (Resuming, DevicesAwaited): (replace(RESUMING, missing=("pi-1",)), ()),
-    (Resuming, Placed): (Serving(NEW, NOW_S), ()),
+    (Resuming, Placed): (Serving(NEW, NOW_S), (Record(NEW),)),
+    (Resuming, Adopted): (Serving(NEW, NOW_S), ()),
     (Resuming, WaitEnded): (Broken(RESUMING, LOSS, NOW_S), ()),
     (Resuming, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
     (Resuming, Stopped): (GONE, (StopPlacing("llama"),)),
     (Loading, StepBegan): (Loading(REQUEST, 1.0, "quantize"), ()),
-    (Loading, Placed): (Serving(NEW, NOW_S), (Keep(NEW),)),
+    (Loading, Placed): (Serving(NEW, NOW_S), (Keep(NEW), Record(NEW))),
     (Loading, LoadFailed): (GONE, ()),
     (Loading, Stopped): (GONE, ()),
     (Serving, Lost): (LOST, (EndAnswers(OLD, LOSS), Place(LOST))),
+    (Serving, MoveBegan): (MOVING, (EndAnswers(OLD, MOVED), Place(MOVING))),
     (Serving, StageFoundDamaged): (DAMAGED, (EndAnswers(OLD, DAMAGE), Place(DAMAGED))),
     (Serving, Unloaded): (GONE, (EndAnswers(OLD, WHY), Forget())),
     (Serving, Stopped): (GONE, (EndAnswers(OLD, WHY),)),
-    (Replacing, Placed): (Serving(NEW, NOW_S, REPLACED), ()),
+    (Replacing, Placed): (Serving(NEW, NOW_S, REPLACED), (Record(NEW),)),
     (Replacing, StageFoundDamaged): (replace(REPLACING, past=SUSPECT), ()),
     (Replacing, FilesMended): (replace(REPLACING, past=SUSPECT), ()),
     (Replacing, WaitEnded): (Broken(REPLACING, LOSS, NOW_S), ()),
     (Replacing, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
     (Replacing, Stopped): (GONE, (StopPlacing("llama"),)),
-    (Broken, Placed): (Serving(NEW, NOW_S, REPLACED), ()),
+    (Broken, Placed): (Serving(NEW, NOW_S, REPLACED), (Record(NEW),)),
     (Broken, StageFoundDamaged): (replace(BROKEN, of=replace(REPLACING, past=SUSPECT)), ()),
     (Broken, FilesMended): (replace(BROKEN, of=replace(REPLACING, past=SUSPECT)), ()),
     (Broken, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
@@ -170,9 +180,16 @@ def test_a_failed_attempt_says_what_is_missing(state: State, words: str) -> None
         assert str(raised.value).count("memory is short") == 1
 
 
+def test_a_move_that_failed_is_not_tried_again() -> None:
+    after, _ = advance(MOVING, AttemptFailed("memory is short"), NOW_S)
+    assert isinstance(after, Replacing)
+    assert after.wanted is None
+    assert "cannot be placed anew: memory is short" in str(after.error)
+
+
 def test_a_resumed_model_that_was_broken_has_no_past() -> None:
     broken = Broken(RESUMING, WHY, 2.0)
-    assert advance(broken, Placed(NEW), NOW_S) == (Serving(NEW, NOW_S), ())
+    assert advance(broken, Placed(NEW), NOW_S) == (Serving(NEW, NOW_S), (Record(NEW),))
     assert advance(broken, FilesMended(), NOW_S) == (broken, ())
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -28,6 +29,7 @@ from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster.measurements import Step
 from coordinator.roster.members import Member, Roster
+from coordinator.roster.names import NameBook
 from coordinator.serving.gateway import Gateway, Piece
 from coordinator.story import Story
 from model.artifact import read_block
@@ -114,7 +116,14 @@ class PlansGiven(Operations):
 
     plans: list[Plan]
 
-    async def _plan(self, request: LoadRequest, *, asked: bool, weights: bool = True) -> Planned:
+    async def _plan(
+        self,
+        request: LoadRequest,
+        *,
+        asked: bool,
+        weights: bool = True,
+        slowness: Mapping[str, float] = MappingProxyType({}),
+    ) -> Planned:
         if not self.plans:
             raise PlanError("no plan is left")
         joined = [member.name for member in self._roster.members]
@@ -126,7 +135,7 @@ class Shoal:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.roster = Roster("test", None, story := Story())
+        self.roster = Roster("test", NameBook(directory), story := Story())
         self.store = ArtifactStore(directory)
         self.store.prepare()
         self.story, self.models, self.turns = story, Models(story), Turns()
@@ -155,12 +164,14 @@ class Shoal:
         assert isinstance(message, AgentHello)
         await self.roster.serve(message, connection)
 
-    async def join(self, *names: str) -> None:
+    async def join(self, *names: str, kept: tuple[int, int] = (0, 0)) -> None:
+        """``kept``: the epoch of the stage that the agents still have, and its newest sequence."""
         for name in names:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             agent = self.agents[name] = AsyncConnection(reader, writer)
             ports = (Endpoint("127.0.0.1", 1000 + ord(name)),)
-            await agent.send(AgentHello(f"id-of-{name}", name, "1", ports, PROFILE))
+            hello = AgentHello(f"id-of-{name}", name, "1", ports, PROFILE)
+            await agent.send(replace(hello, kept_epoch=kept[0], kept_sequence=kept[1]))
             await agent.receive(5)
             self.playing[name] = asyncio.ensure_future(self.play(name, agent))
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -97,9 +98,15 @@ class OpenAIRoutes:
                 yield event
 
     async def prepare(self, work: Callable[[], Result], *, is_long: bool) -> Result:
-        """Check and tokenize in a thread, because a long text would block the event loop."""
+        """Check and tokenize in a thread, because a long text would block the event loop.
+
+        The thread works for the request of this task (coordinator.serving.requests.current).
+        """
+        context = contextvars.copy_context()
         async with self._one_long if is_long else contextlib.nullcontext():
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, context.run, work
+            )
 
     async def _whole(self, api: Api, job: Job) -> dict[str, Any]:
         outcomes = [Outcome() for _ in job.runs]

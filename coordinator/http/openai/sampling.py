@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
 from coordinator.http.openai.fields import flag, number
 from coordinator.loading.deployment import Deployment
+from coordinator.serving import requests
 from model.generation import (
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
@@ -53,14 +53,14 @@ def read_sampling(deployment: Deployment, body: Mapping[str, Any], *, chat: bool
     # With echo, a request may want nothing but the prompt.
     tokens = int(number(body, limit, default, 0 if echo else 1, 1 << 31, whole=True))
     top_logprobs = read_logprobs(body, chat=chat)
+    seed = number(body, "seed", requests.current().seed, -(1 << 63), (1 << 63) - 1, whole=True)
     return Sampling(
         max_tokens=max(tokens, 1),
         stop_tokens=() if flag(body, "ignore_eos") else deployment.spec.eos_tokens,
         temperature=number(body, "temperature", known["temperature"], 0.0, MAX_TEMPERATURE),
         top_k=int(number(body, "top_k", known["top_k"], 0, MAX_TOP_K, whole=True)),
         top_p=number(body, "top_p", known["top_p"], 0.0, 1.0),
-        seed=int(number(body, "seed", secrets.randbits(32), -(1 << 63), (1 << 63) - 1, whole=True))
-        % (1 << 63),
+        seed=int(seed) % (1 << 63),
         repetition_penalty=number(
             body, "repetition_penalty", known["repetition_penalty"], *penalties
         ),

@@ -62,7 +62,7 @@ export function RequestsCard({ requests, nowS }) {
 }
 
 const BAD = new Set(["left", "lost", "link failed", "load failed", "broken", "damaged", "not placed"]);
-const GOOD = new Set(["joined", "served", "replaced", "link works", "as planned"]);
+const GOOD = new Set(["joined", "served", "adopted", "replaced", "link works", "as planned"]);
 
 export function EventsCard({ events }) {
   return html`<section class="card" aria-labelledby="events-title">

@@ -1,0 +1,127 @@
+"""The record of a deployment on disk, by which a restarted coordinator takes over its stages.
+
+Agents keep their stages when they lose the coordinator. The record says which stages belong
+together. It is written when a model is placed. It is of no use once one of the stages is gone, and
+the coordinator then loads the model again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.loading.deployment import Deployment, Team
+from coordinator.roster.members import Member
+from model.bounded import read_json
+from model.durable import replace_text
+from planning.json_codec import from_plain, to_plain
+from planning.plan import Plan, PlanError
+from wire.messages import StageLoaded, TeamMeasured
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentRecord:
+    """A placed deployment, without what its request and the model's files say.
+
+    fingerprint: of the checkpoint from which the stages were made.
+    devices: ids of the devices by the names in the plan.
+    loaded, sums, quality, weights: as of ``Deployment``.
+    """
+
+    epoch: int
+    fingerprint: str
+    plan: Plan
+    context_tokens: int
+    devices: Mapping[str, str]
+    loaded: tuple[tuple[StageLoaded, ...], ...]
+    sums: tuple[TeamMeasured | None, ...]
+    quality: Mapping[str, Any] | None = None
+    weights: tuple[str, ...] = ()
+    version: int = VERSION
+
+    @staticmethod
+    def of(deployment: Deployment) -> DeploymentRecord:
+        """Return the record of a deployment."""
+        devices = {
+            name: member.device
+            for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True)
+            for name, member in zip(stage.devices, team, strict=True)
+        }
+        return DeploymentRecord(
+            deployment.epoch,
+            deployment.fingerprint,
+            deployment.plan,
+            deployment.context_tokens,
+            devices,
+            deployment.loaded,
+            deployment.sums,
+            deployment.quality,
+            tuple(deployment.weights),
+        )
+
+    def teams(self, members: Sequence[Member]) -> tuple[Team, ...] | None:
+        """Return the members that have kept all stages, or None while one stage is missing."""
+        kept = {member.device: member for member in members if member.kept_epoch == self.epoch}
+        if not set(self.devices.values()) <= kept.keys():
+            return None
+        return tuple(
+            tuple(kept[self.devices[name]] for name in stage.devices) for stage in self.plan.stages
+        )
+
+
+class RecordFile:
+    """The file of the record, ``deployment.json`` in the coordinator's state directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "deployment.json"
+
+    def keep(self, deployment: Deployment) -> None:
+        """Write the record of a deployment that was placed."""
+        try:
+            replace_text(self._path, json.dumps(to_plain(DeploymentRecord.of(deployment))))
+        except OSError as error:
+            log.warning("%s: %s: a restart will load the model again", self._path, error.strerror)
+            self.forget()
+
+    def forget(self) -> None:
+        """Remove the file."""
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s: %s", self._path, error.strerror)
+
+    def read(self) -> DeploymentRecord | None:
+        """Return the record, or None if there is none that this version can use."""
+        try:
+            record: DeploymentRecord = from_plain(
+                DeploymentRecord, read_json(self._path), "record", finite=True
+            )
+            _check(record)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, PlanError) as error:
+            log.warning("%s cannot be used (%s): the model is loaded again", self._path, error)
+            return None
+        return record
+
+
+def _check(record: DeploymentRecord) -> None:
+    """Raise ValueError if parts of a record do not fit together."""
+    stages = record.plan.stages
+    named = {name for stage in stages for name in stage.devices}
+    if record.version != VERSION:
+        raise ValueError(f"it has version {record.version}, and this program reads {VERSION}")
+    if not 0 < record.epoch < 1 << 62 or not stages or named != record.devices.keys():
+        raise ValueError("its stages and devices do not fit together")
+    if [len(stage.devices) for stage in stages] != [len(team) for team in record.loaded]:
+        raise ValueError("it does not know what each device has loaded")
+    if len(record.sums) != len(stages):
+        raise ValueError("it does not know the sums of each stage")

@@ -1,0 +1,101 @@
+"""A coordinator that is killed and started again takes its stages over; nothing is loaded anew."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.system.cluster import TINY_OPT, Cluster, wait_for
+
+WAIT_S = 60
+QUESTION = {
+    "model": "tiny-opt",
+    "prompt": "Hello",
+    "max_tokens": 24,
+    "temperature": 1.0,
+    "ignore_eos": True,
+}
+ID = {"x-request-id": "mine-8"}
+
+
+def restart(cluster: Cluster) -> None:
+    """Start the coordinator again where it was."""
+    process = cluster.processes["coordinator"]
+    process.wait(WAIT_S)
+    assert process.stdout is not None
+    process.stdout.close()
+    cluster.start_coordinator("--no-mdns", f"--port={cluster.control_port}")
+
+
+def ask(cluster: Cluster) -> str:
+    url = f"{cluster.url}/v1/completions"
+    answer = httpx.post(url, json=QUESTION, headers=ID, timeout=WAIT_S, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def kinds(cluster: Cluster) -> list[str]:
+    return [event["kind"] for event in cluster.get("/shoal/v1/events")["events"]]
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
+def test_nothing_is_loaded_again_and_the_same_request_has_the_same_answer(
+    cluster: Cluster, killed: bool
+) -> None:
+    cluster.start_coordinator()
+    for name in ("a1", "a2"):
+        cluster.start_agent(name)
+    cluster.wait_for_agents("a1", "a2")
+    loaded = cluster.load(TINY_OPT, "--bits=8", "--pin=embedding:a1", "--pin=head:a2")
+    assert [stage["device"] for stage in loaded["stages"]] == ["a1", "a2"]
+    undisturbed = ask(cluster)
+    begun = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        cut = pool.submit(cut_off, cluster, begun)
+        assert begun.wait(WAIT_S)
+        if killed:
+            cluster.kill("coordinator")
+        else:
+            cluster.processes["coordinator"].terminate()
+        errors = cut.result(WAIT_S)
+    # A coordinator that is stopped says so in the stream. A killed one cannot.
+    assert errors == ([] if killed else ["the coordinator was stopped"])
+    restart(cluster)
+    wait_for(
+        lambda: (model := cluster.get("/shoal/v1/ps")["model"]) and model["state"] == "ready",
+        WAIT_S,
+        "the model to answer again",
+    )
+    assert ask(cluster) == undisturbed
+    told = kinds(cluster)
+    assert "adopted" in told
+    assert "served" not in told
+    for name in ("a1", "a2"):
+        assert cluster.log(name).count("loaded ") == 1, cluster.log(name)
+    # The next loss is that of any other deployment.
+    cluster.kill("a2")
+    wait_for(lambda: "replaced" in kinds(cluster), WAIT_S, "the model to be placed anew")
+    assert ask(cluster)
+
+
+def cut_off(cluster: Cluster, begun: threading.Event) -> list[str]:
+    """Return the messages of the error events of a long answer that ends before its time."""
+    body = {**QUESTION, "max_tokens": 2000, "stream": True}
+    errors = []
+    try:
+        with httpx.stream(
+            "POST", f"{cluster.url}/v1/completions", json=body, timeout=WAIT_S, trust_env=False
+        ) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    begun.set()
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        errors.append(str(event["error"]["message"]))
+    except httpx.TransportError:
+        pass
+    return errors
