@@ -60,6 +60,20 @@ class AuthProof:
     proof: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """Caller to answerer, inside TLS: who calls whom and why. See wire.introduction."""
+
+    purpose: str
+    device: str
+    expected: str
+    certificate: bytes
+    signature: bytes
+    invite: str = ""
+    """The id of the invite by which a new machine joins."""
+    invite_proof: bytes = b""
+
+
 # ---- control: joining and liveness -------------------------------------------------------------
 
 
@@ -827,6 +841,7 @@ Message: TypeAlias = (
     AuthChallenge
     | AuthAnswer
     | AuthProof
+    | Introduction
     | AgentHello
     | CoordinatorWelcome
     | JoinRefused
@@ -939,6 +954,7 @@ CODES: dict[int, type[Message]] = {
     92: TeamMeasured,
     93: TeamTrial,
     94: PromptScored,
+    95: Introduction,
     98: TakeTrace,
     99: TraceTaken,
 }
